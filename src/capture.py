@@ -1,0 +1,178 @@
+"""The TorchDynamo backend: a captured graph in, the optimized callable out."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from . import codegen
+from .graph.show import dump
+from .match.apply import Finding, Fuel, apply
+from .options import Environment, Options
+from .passes.cleanup import remove_noops
+from .passes.lazy import defer_logits
+from .passes.ops import TABLE
+from .verify import Verifier, quiet_randomness
+
+
+@dataclass(eq=False)
+class Captured:
+    """One captured graph.
+
+    Attributes:
+        findings: what the rules did in it.
+        grad: whether it was captured with gradients enabled.
+        codegen: what runs it.
+        frame: number of the capture, for dumps and order.
+    """
+
+    findings: list[Finding]
+    grad: bool
+    codegen: str
+    frame: int
+
+
+@dataclass(eq=False)
+class Session:
+    """What one ``optimize`` call holds: choices, verdicts, graphs, and who runs which graph.
+
+    Attributes:
+        options: the user's choices.
+        environment: the environment variables.
+        codegen: ``(choice, reason)`` for the blocks.
+        verifier: verdicts, shared by all graphs.
+        fuel: rewrites left.
+        graphs: every captured graph.
+        runs: module -> the graphs that it has run.
+        notes: module -> reasons why calls of it ran as they were.
+        current: the module whose region is being called.
+    """
+
+    options: Options
+    environment: Environment
+    codegen: tuple[str, str]
+    verifier: Verifier
+    fuel: Fuel
+    graphs: list[Captured] = field(default_factory=list)
+    runs: weakref.WeakKeyDictionary[nn.Module, list[Captured]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    notes: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    current: nn.Module | None = None
+    head_active: bool = False
+    _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+    def compiled(
+        self, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """The compiled form of one function; modules that share the function share it."""
+        if (key, kind) not in self._compiled:
+            self._compiled[key, kind] = make()
+        return self._compiled[key, kind]
+
+    def call(
+        self,
+        module: nn.Module,
+        compiled: Callable[..., Any],
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call ``module`` through its captured graph; through ``plain`` if capture fails.
+
+        Dynamo raises its own errors while it captures, before anything has run. An error of the
+        model's own code comes out of ``plain`` again, as it would have without us.
+        """
+        previous, self.current = self.current, module
+        try:
+            return compiled(module, *args, **kwargs)
+        except TorchDynamoException as error:
+            self.failed[module] = f"could not be captured: {_first_line(error)}"
+            self.note(module, self.failed[module])
+        finally:
+            self.current = previous
+        return plain(module, *args, **kwargs)
+
+    def note(self, module: nn.Module, reason: str) -> None:
+        """Remember why ``module`` ran as it was."""
+        self.notes.setdefault(module, {})[reason] = None
+
+    def record(self, graph: Captured) -> None:
+        """Remember that the current module ran ``graph``."""
+        if self.current is not None:
+            known = self.runs.setdefault(self.current, [])
+            if not known or known[-1] is not graph:
+                if graph in known:
+                    known.remove(graph)
+                known.append(graph)
+
+    @property
+    def rules(self) -> list[Any]:
+        """The rules that are not disabled by the environment."""
+        return [r for r in self.options.passes if r.name not in self.environment.disable]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+
+
+_frames = itertools.count(1)
+
+
+def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
+    """The Dynamo backend of one kind of region.
+
+    Args:
+        session: where choices, verdicts and graphs live.
+        kind: ``"block"``, ``"head"`` or ``"norm"``; only blocks go through Inductor, whose
+            compilation they share.
+    """
+
+    def compile_graph(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        frame, grad = next(_frames), torch.is_grad_enabled()
+        dump(session.environment.dump, module, frame, kind, "captured")
+        findings = _rewrite(session, module)
+        # graphs without gradients serve evaluation: not worth a second compilation
+        choice = session.codegen[0] if kind == "block" and grad else "eager"
+        captured = Captured(findings, grad, choice, frame)
+        dump(session.environment.dump, module, frame, kind, "rewritten")
+        if choice == "inductor":
+            run = codegen.inductor(module, examples)
+        else:
+            run = codegen.eager(module)
+        session.graphs.append(captured)
+
+        def call(*args: Any) -> Any:
+            session.record(captured)
+            return run(*args)
+
+        return call
+
+    return compile_graph
+
+
+def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
+    remove_noops(module)
+    verify = None if session.options.verify == "off" else session.verifier
+    with quiet_randomness():
+        findings = apply(module, session.rules, TABLE, verify, session.fuel)
+    if session.options.logits == "lazy":
+        defer_logits(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return findings
+
+

@@ -1,0 +1,19 @@
+"""The errors that fusewright raises on purpose. Each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class FusewrightError(Exception):
+    """Base of every error below."""
+
+
+class RecipeError(FusewrightError):
+    """A recipe that cannot be run: a key, a type, a path. The message has file, key and line."""
+
+
+class DataError(FusewrightError):
+    """A dataset that cannot be used. The message has file, line and field."""
+
+
+class OptimizeError(FusewrightError):
+    """``optimize`` was asked for something it cannot do, or ``strict=True`` found a gap."""

@@ -1,0 +1,1 @@
+"""Reading torch.fx graphs: one spelling per operation, facts about values, printing."""

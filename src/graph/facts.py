@@ -1,0 +1,101 @@
+"""What is known about a node's value without running it: dtype, shape, strides, gradient need.
+
+TorchDynamo leaves a fake tensor, a number or a symbolic size in ``meta["example_value"]``; this is
+the only place that reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def value(node: Any) -> Any:
+    """The example value of a node (fake tensor, number, SymInt, tuple), or the constant itself."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor(node: Any) -> Tensor | None:
+    """The example value when it is a tensor, else None."""
+    v = value(node)
+    return v if isinstance(v, Tensor) else None
+
+
+def dtype(node: Any) -> torch.dtype | None:
+    """The dtype of a node's tensor, else None."""
+    t = tensor(node)
+    return None if t is None else t.dtype
+
+
+def ndim(node: Any) -> int | None:
+    """The rank of a node's tensor, else None."""
+    t = tensor(node)
+    return None if t is None else t.dim()
+
+
+def size(node: Any, dim: int) -> int | None:
+    """The static size of one dimension, or None when it is symbolic or unknown."""
+    t = tensor(node)
+    if t is None or not -t.dim() <= dim < t.dim():
+        return None
+    s = t.shape[dim]
+    return s if type(s) is int else None
+
+
+def shape_text(node: Any) -> str:
+    """``bf16[s0, s1, 576]``, for reasons and printed graphs."""
+    t = tensor(node)
+    if t is None:
+        return str(value(node))
+    kind = str(t.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+    return f"{kind.replace('bf16', 'bf16')}[{', '.join(str(s) for s in t.shape)}]"
+
+
+def nested(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """``module`` and every graph inside it (checkpointed bodies, autograd functions), outer first."""
+    found = [module]
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            inner = getattr(module, node.target, None) if "." not in node.target else None
+            if isinstance(inner, fx.GraphModule):
+                found.extend(nested(inner))
+    return found
+
+
+def home(node: fx.Node) -> str:
+    """The path, inside the captured module, of the module whose code made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        name = entry[0] if isinstance(entry, tuple) else str(entry)
+        path = name
+    return _clean(path)
+
+
+def common_home(nodes: list[fx.Node]) -> str:
+    """The innermost module path that holds all of ``nodes``."""
+    paths = [home(n).split(".") for n in nodes if n.op != "placeholder"]
+    if not paths:
+        return ""
+    shared = paths[0]
+    for path in paths[1:]:
+        keep = 0
+        while keep < min(len(shared), len(path)) and shared[keep] == path[keep]:
+            keep += 1
+        shared = shared[:keep]
+    return ".".join(p for p in shared if p)
+
+
+def _clean(path: str) -> str:
+    """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``."""
+    text = path
+    for old, new in (
+        ("L['self']", ""), ('L["self"]', ""), ("L['fn']", ""),
+        ("._modules['", "."), ("_modules['", "."), ("']", ""), ("[", "."), ("]", ""), ("'", ""),
+    ):
+        text = text.replace(old, new)
+    return text.strip(".")

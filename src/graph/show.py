@@ -1,0 +1,77 @@
+"""Graphs as text: for people, golden files and dumps."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from torch import fx
+
+from . import facts
+
+
+def text(module: fx.GraphModule) -> str:
+    """The graph as one line per node, with dtypes and shapes; nested graphs follow.
+
+    The text is stable: names are numbers in graph order, and inputs keep only their last name.
+    """
+    parts = []
+    for inner in facts.nested(module):
+        names: dict[fx.Node, str] = {}
+        lines = []
+        for node in inner.graph.nodes:
+            names[node] = f"%{len(names)}"
+            lines.append(_line(node, names))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
+    if node.op == "placeholder":
+        return f"{names[node]} = input {_input_name(str(node.target))}: {facts.shape_text(node)}"
+    args = ", ".join(
+        [_show(a, names) for a in node.args]
+        + [f"{k}={_show(v, names)}" for k, v in node.kwargs.items()]
+    )
+    if node.op == "output":
+        return f"return {_show(node.args[0], names)}"
+    if node.op == "get_attr":
+        return f"{names[node]} = self.{node.target}"
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    name = f".{name}" if node.op == "call_method" else name
+    mark = " *" if "fusewright_rule" in node.meta else ""
+    kind = f": {facts.shape_text(node)}" if facts.tensor(node) is not None else ""
+    return f"{names[node]} = {name}({args}){kind}{mark}"
+
+
+def _input_name(name: str) -> str:
+    """The readable end of Dynamo's ``L_self_modules_mlp_modules_up_proj_parameters_weight_``."""
+    for noise in ("L_self_modules_", "L_self_", "L_args_", "L_kwargs_", "L_"):
+        if name.startswith(noise):
+            name = name[len(noise) :]
+            break
+    return name.replace("_modules_", ".").replace("_parameters_", ".").strip("_")
+
+
+def _show(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names.get(value, value.name)
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(_show(v, names) for v in value)
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    if isinstance(value, slice):
+        bounds = (value.start, value.stop)
+        return ":".join("" if b is None else _show(b, names) for b in bounds)
+    return "..." if value is Ellipsis else str(value)
+
+
+def dump(folder: str | None, module: fx.GraphModule, frame: int, kind: str, stage: str) -> None:
+    """Write the graph as runnable Python below ``folder``, when one is given."""
+    if folder is None:
+        return
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    code = module.print_readable(print_output=False, include_stride=False)
+    head = f"# graph {frame}, {kind} region, {stage}\n"
+    (path / f"{frame:03d}-{kind}-{stage}.py").write_text(head + code + "\n")

@@ -1,0 +1,1 @@
+"""The ops: one file each, one fixed order inside (see ``op.py``)."""

@@ -1,0 +1,65 @@
+"""Compiling Triton kernels ahead of time, for a GPU that need not be there.
+
+Every file in ``kernels/triton/`` ends with ``AOT``: a tuple of cases that together cover each
+configuration its launchers can choose. The tests compile all of them for every target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TARGETS = (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32))
+"""(backend, architecture, warp size) that every kernel must compile for."""
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel in one configuration.
+
+    Attributes:
+        name: shown in tests and errors.
+        kernel: the ``@triton.jit`` function.
+        signature: argument name -> Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), without the
+            constexpr arguments.
+        constants: the constexpr arguments.
+        num_warps: as the launcher passes it.
+        num_stages: as the launcher passes it.
+        divisible: integer arguments that are multiples of 16 in this case, such as a row's
+            length. Triton compiles a variant of its own for them, with wide and asynchronous loads:
+            the one that usually runs. Pointers are always taken as 16-byte aligned, as torch's are.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    divisible: tuple[str, ...] = ()
+
+
+def compile_case(case: AotCase, target: tuple[str, int, int]) -> Any:
+    """Compile ``case`` for ``target`` without a GPU and return Triton's compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in case.constants else case.signature[name]
+        for name in case.kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in case.divisible
+    }
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=dict(case.constants),
+        attrs=attributes,
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=GPUTarget(*target), options=options)

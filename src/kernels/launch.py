@@ -1,0 +1,81 @@
+"""Where Triton is chosen, and how its launchers become opaque ops.
+
+Nothing here imports Triton before a tensor asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fusewright", "DEF")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed (found, not imported)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton kernels run through its interpreter, on CPU tensors (tests do)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether the Triton implementation serves these tensors.
+
+    Args:
+        tensors: the op's floating-point inputs; ``None`` entries are skipped.
+
+    Returns:
+        True when all are on one GPU (or any device under the interpreter), Triton is installed, and
+        no dtype is fp64 (fp64 exists for gradient checks and runs in plain PyTorch).
+    """
+    given = [t for t in tensors if t is not None]
+    if not given or not has_triton():
+        return False
+    if any(t.dtype is torch.float64 for t in given) or len({t.device for t in given}) != 1:
+        return False
+    return given[0].is_cuda or interpreting()
+
+
+def library_op(
+    schema: str, launcher: str, fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
+
+    Args:
+        schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
+            Outputs must be fresh tensors and no input may be mutated.
+        launcher: ``"module:function"`` in ``kernels/triton/``; imported at the first real call.
+        fake: same signature; returns outputs of the right shape, dtype and strides
+            (``torch.empty`` and friends), for tracing.
+
+    Returns:
+        The callable op (``torch.ops.fusewright.NAME.default``).
+    """
+    name = schema.split("(", 1)[0]
+    module_name, function_name = launcher.split(":")
+
+    def implementation(*args: Any) -> Any:
+        module = importlib.import_module(f".triton.{module_name}", __package__)
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        if not tensor.is_cuda:
+            return getattr(module, function_name)(*args)
+        with torch.cuda.device(tensor.device):
+            return getattr(module, function_name)(*args)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusewright::{name}", fake, lib=LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.fusewright, name).default
+    return op

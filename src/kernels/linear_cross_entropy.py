@@ -1,0 +1,285 @@
+"""The head and the loss in one: ``cross_entropy(softcap(scale·(x·Wᵀ + b)), labels)``.
+
+The logits are the largest tensor of a training step (rows x vocabulary), yet only one number and
+the gradient of x come out of them. Here they exist one tile of rows at a time, and are multiplied
+once: the forward pass turns each tile into its own gradient in place and multiplies it back at
+once, so backward only scales what forward found. Rows whose label is ignored are never multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear
+
+from .launch import LIBRARY, use_triton
+from .linear_cross_entropy_tiles import compute
+from .op import Cost, Op
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """What causal LMs of transformers compute, cast for cast: the loss of fp32 logits."""
+    logits = linear(x, weight, bias)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if logits.dtype is not torch.float64:
+        logits = logits.float()
+    return cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+# -------------------------------------------------------------------------------- cpu and triton
+
+
+def _implementation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if use_triton(x, weight, bias):
+        from .triton.linear_cross_entropy import compute as run
+    else:
+        run = compute
+    return run(
+        x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted
+    )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    kept = wide if x.dtype is torch.float16 else x.dtype
+    rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
+    return (
+        x.new_empty((), dtype=wide),
+        x.new_empty((), dtype=wide),
+        x.new_empty((rows if wanted[0] else 0, hidden)),
+        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=kept),
+        x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
+    )
+
+
+_NAME = "linear_cross_entropy_forward"
+LIBRARY.define(
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
+    "float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl(_NAME, _implementation, "CompositeExplicitAutograd")
+torch.library.register_fake(f"fusewright::{_NAME}", _fake, lib=LIBRARY)
+_forward = torch.ops.fusewright.linear_cross_entropy_forward.default
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients of the *sum* are found by forward; backward multiplies them, out of place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+        softcap: float,
+        logit_scale: float,
+    ) -> Tensor:
+        """Return the loss; keep the gradients of its sum that will be wanted."""
+        total, count, dx, dweight, dbias = _forward(
+            x.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            labels.reshape(-1),
+            ignore_index,
+            label_smoothing,
+            softcap,
+            logit_scale,
+            list(ctx.needs_input_grad[:3]),
+        )
+        mean = reduction == "mean"
+        ctx.save_for_backward(dx, dweight, dbias, count if mean else None)
+        ctx.shape, ctx.logit_scale = x.shape, logit_scale
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        result: Tensor = total / count if mean else total
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what forward found: no matmul, no host synchronisation, nothing overwritten."""
+        dx, dweight, dbias, count = ctx.saved_tensors
+        factor = grad * ctx.logit_scale
+        if count is not None:
+            factor = factor / count.clamp(min=1)  # no labels: nan as loss, zero as gradient
+        scaled: list[Tensor | None] = [
+            _scaled(t, factor, dtype) if needed else None
+            for t, dtype, needed in zip(
+                (dx, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ]
+        if scaled[0] is not None:
+            scaled[0] = scaled[0].view(ctx.shape)
+        return (*scaled, *[None] * 6)
+
+
+def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t · factor`` in ``dtype``; the factor must not be rounded to a narrow ``t``'s dtype."""
+    if t.is_cuda:  # a GPU kernel would round it; the CPU's computes in fp32
+        t = t.to(factor.dtype)
+    return (t * factor).to(dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Compute the cross entropy of ``softcap·tanh(logit_scale·(x·Wᵀ + b) / softcap)``.
+
+    The logits are rounded to x's dtype once, as the model rounds them; scale, softcap and
+    everything after run in fp32. Without gradients (no_grad, or none required) only the loss is
+    computed. Gradients of the head are accumulated over the tiles in fp32. Backward may run more
+    than once over a retained graph, but not be differentiated again. Under autocast the operands
+    are cast first, as autocast casts a linear layer's. ``torch.compile`` sees one opaque op.
+
+    Args:
+        x: (..., hidden), the rows that are multiplied.
+        weight: (vocabulary, hidden), in x's dtype; frozen, trainable, or tied to the embedding.
+        bias: (vocabulary,) or None.
+        labels: (...), int64, already shifted; each a class or ``ignore_index``.
+        ignore_index: the label of rows that do not count.
+        reduction: ``"mean"`` over the rows that count (nan if none does), or ``"sum"``.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        softcap: bound of the logits (Gemma 2), or None.
+        logit_scale: factor on the logits, before the softcap.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: another reduction, a smoothing outside [0, 1], or a softcap that is not above 0.
+        IndexError: on the CPU, a label that is no class. On a GPU, where looking would stall the
+            stream, the loss is nan instead.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x,
+            weight,
+            bias,
+            labels,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            softcap or 0.0,
+            logit_scale,
+        )
+    return loss
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *_: Any, **__: Any
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``linear_cross_entropy``."""
+    rows, (vocabulary, hidden) = labels.numel(), weight.shape
+    products = 1 + x.requires_grad + weight.requires_grad
+    saved = x.requires_grad * x.nbytes + weight.requires_grad * weight.nbytes
+    return Cost(
+        bytes_read=x.nbytes + weight.nbytes + labels.nbytes,
+        bytes_written=saved + 4,
+        flops=2 * rows * vocabulary * hidden * products,
+        bytes_saved=saved,
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> list[str]:
+    """Say why the op cannot take these arguments, those of ``linear_cross_entropy``."""
+    reasons = []
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if any(not t.is_floating_point() for t in tensors):
+        reasons.append("an operand is not of a floating-point dtype (a quantized head?)")
+    if len({t.dtype for t in tensors}) > 1:
+        reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
+    if labels.dtype is not torch.int64:
+        reasons.append(f"the labels are {labels.dtype} instead of torch.int64")
+    if len({t.device for t in (*tensors, labels)}) > 1:
+        reasons.append("the operands are on several devices")
+    if labels.shape != x.shape[:-1]:
+        reasons.append(f"labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+    if reduction not in ("mean", "sum"):
+        reasons.append(f"the reduction {reduction!r} keeps one loss per row")
+    return reasons
+
+
+OP = Op("linear_cross_entropy", reference, linear_cross_entropy, cost, unsupported)

@@ -1,0 +1,272 @@
+"""A linear layer with a LoRA adapter (Hu et al. 2021): ``y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ``.
+
+Eager PEFT reads the input three times and writes three tensors of the output's size, twice that in
+fp32 when the adapter is in fp32 over a bf16 base (its default). Here the adapter's product is
+accumulated into the base layer's output by the matmul itself, ``dY·B`` is computed once for both
+``dX`` and ``dA``, and the rank-wide ``x·Aᵀ`` is kept rather than recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .launch import library_op, use_triton
+from .op import Cost, Op
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """PEFT's LoRA layer, cast for cast: the adapter runs in its own dtype."""
+    result = linear(x, weight, bias)
+    z = (x if x_lora is None else x_lora).to(lora_a.dtype)
+    adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
+    return (result + adapter).to(result.dtype)
+
+
+# ------------------------------------------------------------------------------------------- cpu
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``base (N, M) + left (N, r) · right (r, M)``, rounded once; ``base`` is ours to overwrite."""
+    if use_triton(base, left, right):
+        return _rank_update(base, left, right)
+    # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
+    return base.addmm_(left.to(base.dtype), right.to(base.dtype).contiguous())
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    z: Tensor,
+    lora_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output (N, out) and ``scale·z·Aᵀ`` (N, r) in the adapter's dtype; x and z are (N, in)."""
+    if lora_bias is not None:
+        bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
+    y = linear(x, weight, bias)
+    # the scale goes onto the narrow factor, where it costs nothing and serves dB too
+    h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
+    return _add_product(y, h, lora_b.t()), h
+
+
+# ---------------------------------------------------------------------------------------- triton
+
+
+def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+_rank_update = library_op(
+    "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
+    "lora_linear:rank_update",
+    _rank_update_fake,
+)
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+class _LoraLinear(torch.autograd.Function):
+    """One rule for every device: library matmuls for the base, ``_add_product`` for the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        x_lora: Tensor | None,
+        lora_bias: Tensor | None,
+    ) -> Tensor:
+        """Run forward; keep x and z only for the weight gradients that are wanted."""
+        rows = x.reshape(-1, x.shape[-1])
+        z = rows if x_lora is None else x_lora.reshape(-1, x_lora.shape[-1])
+        y, h = _forward(rows, weight, bias, lora_a, lora_b, scale, z, lora_bias)
+        _, w_weight, _, w_a, w_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            rows if w_weight else None,
+            z if w_a else None,
+            h if w_b else None,
+            weight,
+            lora_a,
+            lora_b,
+        )
+        ctx.scale, ctx.x_shape = scale, x.shape
+        ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
+        ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
+        rows, z, h, weight, lora_a, lora_b = ctx.saved_tensors
+        w_x, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias = ctx.needs_input_grad
+        own_input = ctx.z_like is not None
+        dy = grad.reshape(-1, grad.shape[-1])
+        # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
+        wide = dy.to(lora_b.dtype) if w_a or w_b or w_x or w_z or w_lora_bias else dy
+        dx = dweight = dbias = da = db = dz = dlora_bias = t = None
+        if w_a or w_z or (w_x and not own_input):
+            t = torch.mm(wide, lora_b) * ctx.scale
+        if w_x:
+            dx = torch.mm(dy, weight)
+            if t is not None and not own_input:
+                dx = _add_product(dx, t, lora_a)
+            dx = dx.view(ctx.x_shape)
+        if w_z and t is not None:
+            shape, dtype = ctx.z_like
+            dz = torch.mm(t.to(dtype), lora_a.to(dtype)).view(shape)
+        if w_weight:
+            dweight = torch.mm(dy.t(), rows)
+        if w_a and t is not None:
+            da = torch.mm(z.to(t.dtype).t(), t).t()  # twice as fast as t.t() @ z on the CPU
+        if w_b:
+            # which operand is transposed matters to the CPU libraries: measured for both dtypes
+            low = wide.dtype in (torch.bfloat16, torch.float16)
+            db = torch.mm(h.t(), wide).t() if low else torch.mm(wide.t(), h)
+        if w_bias:
+            dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
+        if w_lora_bias:
+            dlora_bias = wide.sum(0).mul_(ctx.scale).to(ctx.bias_dtypes[1])
+        return dx, dweight, dbias, da, db, None, dz, dlora_bias
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """Compute ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
+
+    Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
+    gradients are then computed in that dtype, while the products that end in the base's dtype
+    run in it. Under autocast every operand is cast first, as autocast casts a linear layer's.
+    Backward may run more than once over a retained graph, but not be differentiated again.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), in x's dtype; frozen or trainable.
+        bias: (out,) or None.
+        lora_a: (r, in).
+        lora_b: (out, r), in the dtype of ``lora_a``.
+        scale: what the adapter's output is multiplied by.
+        x_lora: (..., in), the adapter's own input (x after dropout); any floating dtype.
+        lora_bias: (out,), the bias of B, or None.
+
+    Returns:
+        (..., out), in x's dtype.
+
+    Raises:
+        RuntimeError: the shapes do not fit, or x and ``weight`` differ in dtype.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        args = [
+            t if t is None or t.dtype is torch.float64 else t.to(dtype)
+            for t in (x, weight, bias, lora_a, lora_b, x_lora, lora_bias)
+        ]
+        with torch.autocast(device, enabled=False):
+            return _apply(*args[:5], scale, *args[5:])
+    return _apply(x, weight, bias, lora_a, lora_b, scale, x_lora, lora_bias)
+
+
+def _apply(*args: Any) -> Tensor:
+    result: Tensor = _LoraLinear.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``lora_linear``."""
+    inputs = [t for t in (x, weight, bias, lora_a, lora_b, x_lora, lora_bias) if t is not None]
+    rows = x.numel() // x.shape[-1]
+    wide, rank = weight.shape[0], lora_a.shape[0]
+    z = x if x_lora is None else x_lora
+    kept = [t for t, wanted in ((x, weight.requires_grad), (z, lora_a.requires_grad)) if wanted]
+    saved = sum(t.nbytes for t in {id(t): t for t in kept}.values())
+    return Cost(
+        bytes_read=sum(t.nbytes for t in inputs),
+        bytes_written=rows * wide * x.element_size(),
+        flops=2 * rows * (weight.numel() + lora_a.numel() + lora_b.numel()),
+        bytes_saved=saved + lora_b.requires_grad * rows * rank * lora_a.element_size(),
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``lora_linear``."""
+    given = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "x_lora": x_lora}
+    tensors = [t for t in (x, bias, lora_bias, *given.values()) if t is not None]
+    reasons = [
+        f"{name} has {t.ndim} dimensions instead of 2"
+        for name, t in given.items()
+        if t is not None and t.ndim != 2 and name != "x_lora"
+    ]
+    if any(not t.is_floating_point() for t in tensors):
+        reasons.append("an operand is not of a floating-point dtype (a quantized weight?)")
+    if weight.dtype != x.dtype:
+        reasons.append(f"the weight is {weight.dtype}, the input {x.dtype}")
+    if lora_a.dtype != lora_b.dtype:
+        reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
+    if len({t.device for t in tensors}) > 1:
+        reasons.append("the operands are on several devices")
+    if not reasons and (
+        lora_a.shape != (lora_b.shape[1], x.shape[-1])
+        or weight.shape != (lora_b.shape[0], x.shape[-1])
+    ):
+        reasons.append(
+            f"the shapes do not chain: x {tuple(x.shape)}, W {tuple(weight.shape)}, "
+            f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}"
+        )
+    return reasons
+
+
+OP = Op("lora_linear", reference, lora_linear, cost, unsupported)

@@ -1,0 +1,65 @@
+"""What an op is: the record that every file in this folder ends with.
+
+An op file has one fixed order, so that a reader who knows one knows them all:
+
+1. **reference**: plain PyTorch. It *defines* the op, rounding included: given bf16 it rounds where
+   the recognised model code rounds, given fp64 it runs in fp64.
+2. **cpu**: ``_forward`` and ``_backward``, made of ATen calls only. They run as they are on the
+   CPU (and on any device without a Triton kernel), and Inductor can trace and fuse them.
+3. **triton**: opaque library ops (see ``launch.library_op``) that call the twin file in
+   ``kernels/triton/``, which alone imports Triton.
+4. **autograd**: one ``torch.autograd.Function`` for all implementations. It computes only the
+   gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
+   returns an input.
+5. **cost**: bytes and FLOPs, for the planner.
+6. **OP**: the record.
+
+The public function (``rms_norm(...)``) is what graph nodes call. It is plain Python over
+``Function.apply``: AOTAutograd traces through it, so an op costs nothing when a block goes through
+Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of an op moves, computes and keeps.
+
+    Attributes:
+        bytes_read: bytes that forward reads from memory at least once.
+        bytes_written: bytes that forward writes.
+        flops: floating-point operations of forward (a multiply-add is two).
+        bytes_saved: bytes that are kept for backward and are not already kept by others
+            (parameters are not counted).
+    """
+
+    bytes_read: int
+    bytes_written: int
+    flops: int
+    bytes_saved: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: what it means, how it is called, what it costs, what it cannot take.
+
+    Attributes:
+        name: the op's name, also the rule name in reports.
+        reference: plain PyTorch definition, same signature as ``call``.
+        call: the differentiable function; a graph node's target.
+        cost: same signature as ``call`` (tensors may be on the ``meta`` device) -> ``Cost``.
+        unsupported: same signature as ``call`` -> the reasons, one sentence each, why the fast
+            implementation for these tensors' device cannot take them. Empty when it can. An input
+            that even ``call`` refuses is never passed to it: the rewrite is not made.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    call: Callable[..., Any]
+    cost: Callable[..., Cost]
+    unsupported: Callable[..., list[str]]

@@ -1,0 +1,1 @@
+"""The Triton kernels: the twin of each op file. Only these files import Triton."""

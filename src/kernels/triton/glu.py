@@ -1,0 +1,186 @@
+"""Gated linear units on the GPU: one pass over rows whose elements are adjacent.
+
+Everything is computed in fp32 and rounded once. All tensors are seen as (rows, columns) with a
+stride between rows, which covers contiguous tensors (as a single long row), the halves of a packed
+tensor, and slices of wider projections.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import AotCase
+
+BLOCK = 1024  # 8 elements per thread: one 16-byte access each in 16-bit dtypes
+
+
+@triton.jit
+def _activation(x, ACT: tl.constexpr):
+    """``(act(x), act'(x))``; the compiler drops what is not used."""
+    if ACT == "silu":
+        s = tl.sigmoid(x)
+        value = x * s
+        slope = s * (1 + x * (1 - s))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2u), with 2u = sqrt(8 / pi) * (x + 0.044715 x^3)
+        s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+        value = x * s
+        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    elif ACT == "relu":
+        slope = tl.where(x <= 0, 0.0, 1.0)
+        value = tl.where(x <= 0, 0.0, x)  # keeps NaN
+    elif ACT == "relu2":
+        slope = 2 * tl.where(x <= 0, 0.0, x)
+        value = tl.where(x <= 0, 0.0, x * x)
+    else:
+        value = tl.sigmoid(x)
+        slope = value * (1 - value)
+    return value, slope
+
+
+@triton.jit
+def _columns(columns, blocks_per_row, BLOCK: tl.constexpr):
+    """The row of this program, the columns it covers, and which of them exist."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks_per_row
+    column = (program % blocks_per_row) * BLOCK + tl.arange(0, BLOCK)
+    return row, column, column < columns
+
+
+@triton.jit
+def _forward_kernel(
+    gate, up, out, gate_stride, up_stride, columns, blocks_per_row,
+    ACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column, mask = _columns(columns, blocks_per_row, BLOCK)
+    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _activation(g, ACT)
+    y = (value * u).to(out.dtype.element_ty)
+    tl.store(out + row * columns + column, y, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad, gate, up, grad_gate, grad_up,
+    grad_stride, gate_stride, up_stride, out_stride, columns, blocks_per_row,
+    ACT: tl.constexpr, NEED_GATE: tl.constexpr, NEED_UP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column, mask = _columns(columns, blocks_per_row, BLOCK)
+    dy = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    value, slope = _activation(g, ACT)
+    if NEED_GATE:
+        u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+        d = (dy * u * slope).to(grad_gate.dtype.element_ty)
+        tl.store(grad_gate + row * out_stride + column, d, mask=mask)
+    if NEED_UP:
+        d = (dy * value).to(grad_up.dtype.element_ty)
+        tl.store(grad_up + row * out_stride + column, d, mask=mask)
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """View equally shaped tensors (..., F) as (rows, columns) with adjacent elements in a row.
+
+    Copies only a tensor for which there is no such view.
+    """
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors]
+    rows = [t.reshape(-1, t.shape[-1]) for t in tensors]
+    return [t if t.stride(1) == 1 else t.contiguous() for t in rows]
+
+
+def _grid(t: Tensor) -> tuple[int, int, int]:
+    """Rows times blocks, columns, blocks per row."""
+    blocks = triton.cdiv(t.shape[1], BLOCK)
+    return t.shape[0] * blocks, t.shape[1], blocks
+
+
+def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up``, contiguous."""
+    out = gate.new_empty(gate.shape)
+    if out.numel() == 0:
+        return out
+    g, u = _rows(gate, up)
+    programs, columns, blocks = _grid(g)
+    _forward_kernel[(programs,)](
+        g, u, out, g.stride(0), u.stride(0), columns, blocks, ACT=activation, BLOCK=BLOCK
+    )
+    return out
+
+
+def _launch_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, d_gate: Tensor | None,
+    d_up: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the gradients that are given; both have the same row stride."""
+    given = [d for d in (d_gate, d_up) if d is not None]
+    if not given or given[0].numel() == 0:
+        return
+    rows = _rows(grad, gate, up, *given)  # fresh halves and fresh tensors always have such a view
+    outs = [r if d is not None else rows[3] for d, r in ((d_gate, rows[3]), (d_up, rows[-1]))]
+    programs, columns, blocks = _grid(rows[0])
+    _backward_kernel[(programs,)](
+        *rows[:3], *outs, *(t.stride(0) for t in rows[:4]), columns, blocks, ACT=activation,
+        NEED_GATE=d_gate is not None, NEED_UP=d_up is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
+) -> list[Tensor]:
+    """The needed ones of (d gate, d up), contiguous."""
+    d_gate = gate.new_empty(gate.shape) if need_gate else None
+    d_up = up.new_empty(up.shape) if need_up else None
+    _launch_backward(grad, gate, up, activation, d_gate, d_up)
+    return [d for d in (d_gate, d_up) if d is not None]
+
+
+def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
+    """The gradient of the packed tensor (..., 2F), contiguous."""
+    packed = gate_up.new_empty(gate_up.shape)
+    (gate, up), (d_gate, d_up) = (
+        t.chunk(2, -1) if gate_first else t.chunk(2, -1)[::-1] for t in (gate_up, packed)
+    )
+    _launch_backward(grad, gate, up, activation, d_gate, d_up)
+    return packed
+
+
+def _cases() -> tuple[AotCase, ...]:
+    cases = []
+    strides = ("gate_stride", "up_stride", "columns", "blocks_per_row")
+    for dtype, act in (
+        *(("bf16", a) for a in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")),
+        ("fp16", "silu"),
+        ("fp32", "silu"),
+    ):
+        pointers = dict.fromkeys(("gate", "up", "out"), f"*{dtype}")
+        cases.append(
+            AotCase(
+                f"glu_forward_{act}_{dtype}",
+                _forward_kernel,
+                pointers | dict.fromkeys(strides, "i64"),
+                {"ACT": act, "BLOCK": BLOCK},
+            )
+        )
+        pointers = dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), f"*{dtype}")
+        needs = [(True, True)] if act != "silu" else [(True, True), (True, False), (False, True)]
+        for need_gate, need_up in needs:
+            cases.append(
+                AotCase(
+                    f"glu_backward_{act}_{dtype}_{need_gate:d}{need_up:d}",
+                    _backward_kernel,
+                    pointers | dict.fromkeys((*strides, "grad_stride", "out_stride"), "i64"),
+                    {"ACT": act, "NEED_GATE": need_gate, "NEED_UP": need_up, "BLOCK": BLOCK},
+                )
+            )
+    return tuple(cases)
+
+
+AOT = _cases()

@@ -1,0 +1,340 @@
+"""Applying rules to a graph: finding, checking, verifying, splicing, accounting.
+
+The engine, not the rule, answers: is a value inside the formula used outside it? does anything
+write in place between its nodes? where can the replacement stand? what is dead afterwards?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from .matcher import Trace
+from .rule import Declined, Emit, Match, Rule
+
+
+@dataclass
+class Finding:
+    """One formula of one graph, before it is known which modules run the graph.
+
+    The fields are those of ``report.Site``; ``home`` is relative to the captured module.
+    """
+
+    rule: str
+    op: str
+    status: str
+    home: str
+    reason: str = ""
+    error: float | None = None
+    grad_error: float | None = None
+    saved_before: float | None = None
+    saved_after: float | None = None
+    node: str = ""
+    claimed: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verification says of a candidate.
+
+    Attributes:
+        reason: None when it may be installed, else why not.
+        error: worst relative rms error of an output, against fp64.
+        grad_error: worst relative rms error of a gradient.
+        saved_before: bytes per token the original keeps for backward.
+        saved_after: bytes per token the replacement keeps.
+    """
+
+    reason: str | None = None
+    error: float | None = None
+    grad_error: float | None = None
+    saved_before: float | None = None
+    saved_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A match that passed the rule's check and the engine's, ready to be verified.
+
+    Attributes:
+        rule: the rule.
+        match: its match.
+        inputs: the values that the formula reads from outside, in order.
+        interior: the nodes it replaces, in graph order.
+        outputs: the interior nodes whose values are used outside.
+        table: op name -> function, for ``Emit``.
+    """
+
+    rule: Rule
+    match: Match
+    inputs: tuple[fx.Node, ...]
+    interior: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    table: Mapping[str, Callable[..., Any]]
+
+    def replacement(self) -> fx.Graph:
+        """The rewrite alone, as a graph over placeholders for ``inputs``."""
+        graph = fx.Graph()
+        env = _placeholders(graph, self.inputs)
+        mapped = self.match.mapped(lambda n: env.get(n, n))
+        graph.output(_as_tuple(self.rule.rewrite(mapped, self.emit(graph))))
+        return graph
+
+    def original(self) -> fx.Graph:
+        """The formula alone, as a graph over placeholders for ``inputs``."""
+        graph = fx.Graph()
+        env = _placeholders(graph, self.inputs)
+        for node in self.interior:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        graph.output(tuple(env[n] for n in self.outputs))
+        return graph
+
+    def emit(self, graph: fx.Graph) -> Emit:
+        """The rule's way of adding nodes to ``graph``."""
+        return Emit(graph, self.table, self.rule.name)
+
+
+@dataclass
+class Fuel:
+    """How many rewrites may still be made (None: any number); for bisecting a bad one."""
+
+    left: int | None = None
+
+    def take(self) -> bool:
+        """Use one unit; False when there is none."""
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+def apply(
+    module: fx.GraphModule,
+    rules: Sequence[Rule],
+    table: Mapping[str, Callable[..., Any]],
+    verify: Callable[[Candidate], Verdict] | None,
+    fuel: Fuel,
+) -> list[Finding]:
+    """Apply ``rules`` in order to ``module`` and every graph nested in it, in place.
+
+    Args:
+        module: the captured graph.
+        rules: in the order in which they run; each sees the work of those before it.
+        table: op name -> function, for the rewrites.
+        verify: called for each candidate before it is installed, or None.
+        fuel: the number of rewrites allowed.
+
+    Returns:
+        One finding per formula: rewritten, refused or missed.
+    """
+    findings: list[Finding] = []
+    for inner in facts.nested(module):
+        own: list[Finding] = []
+        for rule in rules:
+            own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
+        own += _missed(inner.graph, rules, own)
+        inner.graph.lint()
+        inner.recompile()
+        findings += own
+    return findings
+
+
+def _apply_rule(
+    graph: fx.Graph,
+    rule: Rule,
+    table: Mapping[str, Callable[..., Any]],
+    verify: Callable[[Candidate], Verdict] | None,
+    fuel: Fuel,
+    before: list[Finding],
+) -> list[Finding]:
+    findings: list[Finding] = []
+    gone: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in gone or node.op not in ("call_function", "call_method"):
+            continue
+        refusal: Finding | None = None
+        for m in rule.find(node, Trace()):
+            try:
+                candidate = _candidate(graph, rule, m, table)
+                verdict = verify(candidate) if verify else Verdict()
+                if verdict.reason:
+                    raise Declined(verdict.reason)
+            except Declined as no:
+                refusal = refusal or _finding(rule, m, "refused", str(no))
+                continue
+            if not fuel.take():
+                refusal = _finding(rule, m, "refused", "FUSEWRIGHT_FUEL is used up")
+                break
+            done = _finding(rule, m, "rewritten", "", verdict)
+            erased, made = _splice(graph, candidate)
+            gone |= erased
+            done.claimed |= made
+            _absorb(rule, done, before, findings)
+            findings.append(done)
+            refusal = None
+            break
+        if refusal is not None and not any(refusal.claimed & f.claimed for f in findings):
+            findings.append(refusal)
+    findings.reverse()
+    return findings
+
+
+def _candidate(
+    graph: fx.Graph, rule: Rule, m: Match, table: Mapping[str, Callable[..., Any]]
+) -> Candidate:
+    rule.check(m)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    interior = tuple(sorted(m.nodes, key=order.__getitem__))
+    inside, outputs = set(interior), set(m.outputs)
+    for node in interior:
+        strangers = [u for u in node.users if u not in inside]
+        m.require(
+            node in outputs or rule.inner_may_stay or not strangers,
+            f"{node.name} inside the formula is also used by "
+            f"{strangers[0].name if strangers else ''}",
+            node,
+        )
+    inputs = tuple(
+        dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside)
+    )
+    _require_no_mutation(graph, m, interior, inputs, order)
+    last_input = max((order[i] for i in inputs), default=-1)
+    first_use = min(
+        (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
+    )
+    m.require(last_input < first_use, "an output is used before the last input exists")
+    return Candidate(rule, m, inputs, interior, m.outputs, table)
+
+
+def _require_no_mutation(
+    graph: fx.Graph,
+    m: Match,
+    interior: tuple[fx.Node, ...],
+    inputs: tuple[fx.Node, ...],
+    order: dict[fx.Node, int],
+) -> None:
+    first, last = order[interior[0]], order[interior[-1]]
+    touched = {*interior, *inputs}
+    for node in graph.nodes:
+        if first < order[node] <= last and is_inplace(node):
+            m.require(
+                node not in touched and not touched & set(node.all_input_nodes),
+                f"{node.name} writes in place between the nodes of the formula",
+                node,
+            )
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether a node writes into one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    name = getattr(node.target, "__name__", "")
+    module = getattr(node.target, "__module__", "") or ""
+    if module == "_operator":
+        return name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in (
+            "add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor"))
+    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+
+
+def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
+    """Put the replacement in, right after its last input.
+
+    Returns:
+        The nodes that went, and the names of those that came.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    anchors = [i for i in c.inputs if i.op != "placeholder"]
+    last = max(anchors, key=order.__getitem__, default=None)
+    if last is None:
+        last = next(reversed([n for n in graph.nodes if n.op == "placeholder"]), None)
+    start = last.next if last is not None else next(iter(graph.nodes))
+    emit = c.emit(graph)
+    with graph.inserting_before(start):
+        results = _as_tuple(c.rule.rewrite(c.match, emit))
+    if len(results) != len(c.outputs):
+        raise RuntimeError(
+            f"{c.rule.name}.rewrite returned {len(results)} values for {len(c.outputs)} outputs"
+        )
+    for new in emit.made:
+        new.meta.setdefault("nn_module_stack", c.match.root.meta.get("nn_module_stack"))
+        new.meta.setdefault("stack_trace", c.match.root.meta.get("stack_trace"))
+    for old, new in zip(c.outputs, results, strict=True):
+        new.meta.setdefault("example_value", old.meta.get("example_value"))
+        old.replace_all_uses_with(new)
+    gone: set[fx.Node] = set()
+    for node in sorted(c.interior, key=order.__getitem__, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+            gone.add(node)
+    return gone, frozenset(n.name for n in emit.made)
+
+
+def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]) -> None:
+    """Drop from the account the sites whose nodes this rewrite consumed, where the rule says so."""
+    if not rule.absorbs:
+        return
+    for f in [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]:
+        (before if f in before else own).remove(f)
+
+
+def _finding(
+    rule: Rule, m: Match, status: str, reason: str, verdict: Verdict | None = None
+) -> Finding:
+    v = verdict or Verdict()
+    return Finding(
+        rule.name, rule.op, status, facts.common_home(list(m.nodes)), reason,
+        v.error, v.grad_error, v.saved_before, v.saved_after, m.root.name,
+        frozenset(n.name for n in m.nodes),
+    )
+
+
+def _missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[Finding]:
+    """The formulas that look like a rule's but that no spelling claimed, with the nearest miss."""
+    missed: list[Finding] = []
+    refused = {(f.rule, name) for f in own if f.status == "refused" for name in f.claimed}
+    for rule in rules:
+        for node, why in rule.suspects(graph):
+            if (rule.name, node.name) in refused:
+                continue
+            trace = Trace()
+            for root in _around(node):
+                for _ in rule.find(root, trace):
+                    pass
+            reason = why
+            if trace.reason and node in trace.nodes:
+                reason = f"{why}; the nearest spelling stopped: {trace.reason}"
+            missed.append(
+                Finding(rule.name, rule.op, "missed", facts.home(node), reason, node=node.name,
+                        claimed=frozenset((node.name,)))
+            )
+    return missed
+
+
+def _around(node: fx.Node, steps: int = 6) -> list[fx.Node]:
+    """``node`` and what is computed from it within a few steps: the possible roots."""
+    found, edge = [node], [node]
+    for _ in range(steps):
+        edge = list(dict.fromkeys(u for n in edge for u in n.users if u not in found))
+        found += edge
+    return [n for n in found if n.op in ("call_function", "call_method")]
+
+
+def _placeholders(graph: fx.Graph, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:
+    env = {}
+    for i, node in enumerate(inputs):
+        env[node] = graph.placeholder(f"input_{i}")
+        env[node].meta = {"example_value": facts.value(node)}
+    return env
+
+
+def _as_tuple(value: Any) -> tuple[fx.Node, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -1,0 +1,179 @@
+"""Matching a pattern against a node: backtracking search over the canonical view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import facts
+from ..graph.canon import SPECS, Canon, canonical
+from .pattern import Anything, Call, Either, Half, Literal, Pattern, Sequence, Var
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a match has come; never changed, only extended.
+
+    Attributes:
+        captures: name -> node or constant.
+        seen: id of a pattern object -> what it matched.
+        nodes: the interior nodes matched so far.
+    """
+
+    captures: dict[str, Any] = field(default_factory=dict)
+    seen: dict[int, Any] = field(default_factory=dict)
+    nodes: tuple[fx.Node, ...] = ()
+
+    def with_capture(self, name: str, value: Any) -> State:
+        return State({**self.captures, name: value}, self.seen, self.nodes)
+
+    def with_seen(self, pattern: Pattern, value: Any) -> State:
+        return State(self.captures, {**self.seen, id(pattern): value}, self.nodes)
+
+    def with_node(self, node: fx.Node) -> State:
+        if node in self.nodes:
+            return self
+        return State(self.captures, self.seen, (*self.nodes, node))
+
+
+@dataclass
+class Trace:
+    """The nearest miss: the attempt that matched most before it stopped.
+
+    Attributes:
+        depth: how many nodes had matched.
+        node: where it stopped.
+        reason: why.
+        nodes: what had matched.
+    """
+
+    depth: int = 0
+    node: Any = None
+    reason: str = ""
+    nodes: tuple[fx.Node, ...] = ()
+
+    def note(self, state: State, node: Any, reason: str) -> None:
+        """Keep this attempt when it came further than all before."""
+        if len(state.nodes) > self.depth:
+            self.depth, self.node, self.reason = len(state.nodes), node, reason
+            self.nodes = state.nodes
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two captured things are the same node or equal constants."""
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return a is b
+    if isinstance(a, torch.dtype) or isinstance(b, torch.dtype):
+        return a is b
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    return bool(type(a) is type(b) or _number(a) and _number(b)) and bool(a == b)
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[State]:
+    """Yield every way in which ``value`` (a node or a constant) matches ``pattern``."""
+    if id(pattern) in state.seen and not isinstance(pattern, (Literal, Anything)):
+        if same(state.seen[id(pattern)], value):
+            yield state
+        return
+    for found in _match(pattern, value, state, trace):
+        yield found.with_seen(pattern, value)
+
+
+def _match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[State]:
+    match_kind = type(pattern)
+    if match_kind is Anything:
+        yield state
+    elif isinstance(pattern, Literal):
+        if same(pattern.value, value):
+            yield state
+        else:
+            trace.note(state, value, f"{_text(value)} where {pattern.value} is expected")
+    elif isinstance(pattern, Var):
+        yield from _match_var(pattern, value, state, trace)
+    elif isinstance(pattern, Either):
+        for option in pattern.options:
+            yield from match(option, value, state, trace)
+    elif isinstance(pattern, Sequence):
+        if isinstance(value, (tuple, list)) and len(value) == len(pattern.items):
+            yield from _match_all(pattern.items, tuple(value), state, trace)
+        else:
+            trace.note(state, value, f"{len(pattern.items)} items expected")
+    elif isinstance(pattern, Half):
+        yield from _match_half(pattern, value, state, trace)
+    elif isinstance(pattern, Call):
+        yield from _match_call(pattern, value, state, trace)
+    else:
+        raise TypeError(f"{match_kind.__name__} may only stand at the top of a pattern")
+
+
+def _match_var(pattern: Var, value: Any, state: State, trace: Trace) -> Iterator[State]:
+    if pattern.name in state.captures:
+        if same(state.captures[pattern.name], value):
+            yield state
+        else:
+            trace.note(state, value, f"{_text(value)} is not the {pattern.name} seen before")
+    elif pattern.where is None or pattern.where(value):
+        yield state.with_capture(pattern.name, value)
+    else:
+        trace.note(state, value, f"{_text(value)} cannot be {pattern.name}")
+
+
+def _match_half(pattern: Half, value: Any, state: State, trace: Trace) -> Iterator[State]:
+    canon = canonical(value)
+    if canon is not None and canon.name == "slice":
+        x, dim, start, stop = canon.args
+        full = facts.size(x, -1)
+        if dim == -1 and full is not None and full % 2 == 0:
+            half = full // 2
+            if (start, stop) == ((0, half), (half, full))[pattern.index]:
+                yield from match(pattern.x, x, state.with_node(value), trace)
+                return
+    trace.note(state, value, f"{_text(value)} is not half {pattern.index} of a tensor")
+
+
+def _match_call(pattern: Call, value: Any, state: State, trace: Trace) -> Iterator[State]:
+    canon = canonical(value)
+    if canon is None or canon.name != pattern.name:
+        trace.note(state, value, f"{_text(value)} where {pattern.name} is expected")
+        return
+    inner = state.with_node(value)
+    if pattern.capture is not None:
+        inner = inner.with_capture(pattern.capture, value)
+    for args in _orders(canon):
+        yield from _match_all(pattern.args, args, inner, trace)
+
+
+def _orders(canon: Canon) -> Iterator[tuple[Any, ...]]:
+    yield canon.args
+    if SPECS[canon.name].commutative and canon.args[0] is not canon.args[1]:
+        yield (canon.args[1], canon.args[0], *canon.args[2:])
+
+
+def _match_all(
+    patterns: tuple[Pattern, ...], values: tuple[Any, ...], state: State, trace: Trace
+) -> Iterator[State]:
+    if not patterns:
+        yield state
+        return
+    for found in match(patterns[0], values[0], state, trace):
+        yield from _match_all(patterns[1:], values[1:], found, trace)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    canon = canonical(value)
+    if canon is not None:
+        return f"{canon.name} ({value.name})"
+    target = value.target
+    kind = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{'input' if value.op == 'placeholder' else kind} ({value.name})"

@@ -1,0 +1,72 @@
+"""What ``optimize`` was asked for: one frozen record, checked once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Codegen = Literal["auto", "eager", "inductor"]
+Logits = Literal["lazy", "always"]
+Verify = Literal["first", "always", "off"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of one ``optimize`` call.
+
+    Attributes:
+        passes: the rules, in order.
+        codegen: what runs the nodes that no rule claimed.
+        memory: ``"speed"``; the planner's other modes are not built yet.
+        logits: ``"lazy"`` computes ``outputs.logits`` when it is read, ``"always"`` at once.
+        verify: ``"first"`` checks each distinct rewrite once, ``"always"`` at every capture.
+        strict: raise when a site is refused or missed.
+    """
+
+    passes: tuple[Any, ...]
+    codegen: Codegen = "auto"
+    memory: str = "speed"
+    logits: Logits = "lazy"
+    verify: Verify = "first"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                choices = ", ".join(repr(c) for c in get_args(allowed))
+                raise ValueError(f"{name}={value!r} is not one of {choices}")
+        if self.memory != "speed":
+            raise NotImplementedError(
+                f"memory={self.memory!r}: only 'speed' exists. The planner that understands "
+                "'auto', 'min' and '<N>GB' (what each fused op keeps for backward, and host "
+                "offload) is coming; until then combine memory='speed' with "
+                "model.gradient_checkpointing_enable()."
+            )
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The documented environment variables, read here and nowhere else.
+
+    Attributes:
+        dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph before and after, as Python.
+        fuel: ``FUSEWRIGHT_FUEL``: how many rewrites may be made in this process; for bisecting.
+        disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
+    """
+
+    dump: str | None
+    fuel: int | None
+    disable: frozenset[str]
+
+    @classmethod
+    def read(cls) -> Environment:
+        """Read the variables as they are now."""
+        fuel = os.environ.get("FUSEWRIGHT_FUEL")
+        names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
+        return cls(
+            dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
+            fuel=int(fuel) if fuel else None,
+            disable=frozenset(n.strip() for n in names if n.strip()),
+        )

@@ -1,0 +1,26 @@
+"""The rewrite passes: one subject each, in one ordered tuple."""
+
+from __future__ import annotations
+
+from ..match.rule import Rule
+from .attention import Attention
+from .glu import GLU
+from .lora import LoRALinear
+from .loss import LinearCrossEntropy
+from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
+from .rope import Rope, RopePair
+
+PIPELINE: tuple[Rule, ...] = (
+    # recognise: formulas, in all their spellings, become ops
+    RMSNorm(),
+    Rope(),
+    GLU(),
+    LoRALinear(),
+    LinearCrossEntropy(),
+    Attention(),
+    # fuse: ops and their neighbours become larger ops
+    RopePair(),
+    AddRMSNorm(),
+    RMSNormLinear(),
+)
+"""Every rule, in the order in which they run."""

@@ -1,0 +1,82 @@
+"""Gated linear units: activation(gate) times up, from two tensors or the halves of one.
+
+Shazeer, "GLU Variants Improve Transformer", 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from ..graph.canon import canonical
+from ..match.pattern import Builder, Pattern
+from ..match.rule import Emit, Match, Rule
+
+
+class GLU(Rule):
+    """``act(gate) * up`` for silu, both gelus, relu, squared relu and sigmoid."""
+
+    name = op = "glu"
+
+    def patterns(self, p: Builder, gate: Pattern, up: Pattern, both: Pattern) -> Iterable[Any]:
+        """One activation each; the packed form takes gate and up from one tensor."""
+        activations = {
+            "silu": lambda g: p.either(p.silu(g, p.anything), g * p.sigmoid(g)),
+            "gelu": lambda g: p.gelu(g, "none"),
+            "gelu_tanh": lambda g: p.gelu(g, "tanh"),
+            "relu2": lambda g: p.relu(g, p.anything) ** 2,
+            "relu": lambda g: p.relu(g, p.anything),
+        }
+        for name, act in activations.items():
+            yield f"{name} packed", act(p.half(both, 0)) * p.half(both, 1)
+            yield f"{name} packed last", act(p.half(both, 1)) * p.half(both, 0)
+            yield name, act(gate) * up
+
+    def check(self, m: Match) -> None:
+        """Equal shapes and dtypes, no broadcasting."""
+        if m.get("both") is not None:
+            return
+        gate, up = facts.tensor(m.gate), facts.tensor(m.up)
+        m.require(gate is not None and up is not None, "gate or up is not a tensor")
+        if gate is not None and up is not None:
+            m.require(gate.shape == up.shape, "gate and up differ in shape", m.root)
+            m.require(gate.dtype == up.dtype, "gate and up differ in dtype", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op, on two tensors or on the packed one."""
+        activation = m.spelling.split(" ")[0]
+        if m.get("both") is not None:
+            return ops.glu_packed(m.both, activation, not m.spelling.endswith("last"))
+        return ops.glu(m.gate, m.up, activation)
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """A product whose two sides both come from projections of one input."""
+        for node in graph.nodes:
+            canon = canonical(node)
+            if canon is None or canon.name != "mul":
+                continue
+            sides = [_projections(side) for side in canon.args]
+            if all(sides) and sides[0] & sides[1]:
+                yield node, "a product of two projections of one input that looks like a gated unit"
+
+
+_LINEARS = ("linear", "lora_linear")
+
+
+def _projections(side: Any, depth: int = 6) -> set[fx.Node]:
+    """The inputs of the linears that ``side`` is computed from, element by element."""
+    canon = canonical(side)
+    if canon is None or depth == 0:
+        return set()
+    if canon.name in _LINEARS:
+        return {canon.args[0]}
+    if canon.name in ("matmul", "sdpa", "reshape", "transpose", "mean", "sum"):
+        return set()
+    found: set[fx.Node] = set()
+    for arg in canon.args:
+        if isinstance(arg, fx.Node):
+            found |= _projections(arg, depth - 1)
+    return found

@@ -1,0 +1,94 @@
+"""LoRA linears: the base projection and the adapter's low-rank update as one unit.
+
+Hu et al., "LoRA", 2021; rsLoRA (Kalajdzievski, 2023) is another scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from ..graph.canon import canonical
+from ..match.pattern import Builder, Pattern
+from ..match.rule import Emit, Match, Rule
+
+
+class LoRALinear(Rule):
+    """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A."""
+
+    name = op = "lora_linear"
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
+        scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """A dropped-out input stays a node of its own, so that random numbers are used as before."""
+        base = p.linear(x, w, bias)
+        plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
+        dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
+        for spelling, update in (("plain", plain), ("dropout", dropped)):
+            total = base + p.maybe_cast(update * scale)
+            yield spelling, p.maybe_cast(total)
+
+    def check(self, m: Match) -> None:
+        """One adapter, a constant scale, a result in x's dtype."""
+        m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
+        for name in ("w", "a", "b"):
+            m.require(facts.ndim(getattr(m, name)) == 2, f"{name} is not a matrix", m.root)
+        rank = facts.size(m.a, 0)
+        wide = min(facts.size(m.w, 0) or 0, facts.size(m.w, 1) or 0)
+        m.require(rank is not None and rank <= wide, "the update is not of low rank", m.root)
+        x, result = facts.tensor(m.x), facts.tensor(m.root)
+        if x is None or result is None:
+            m.require(False, "x is not a tensor")
+            return
+        m.require(result.dtype == x.dtype, f"returns {result.dtype} from {x.dtype}", m.root)
+        x_lora = facts.tensor(m.get("x_lora"))
+        if m.spelling == "dropout":
+            m.require(
+                x_lora is not None and x_lora.shape == x.shape, "the adapter reads another input"
+            )
+        m.require(not _more_adapters(m.root), "several adapters are active on one linear", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; bias, dropout input and adapter bias are passed where they exist."""
+        return ops.lora_linear(
+            m.x, m.w, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias
+        )
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """A linear that reads the narrow output of another linear of low rank."""
+        for node in graph.nodes:
+            if _is_update(node):
+                yield node, "a low-rank update of a projection"
+
+
+def _is_update(node: Any) -> bool:
+    """Whether ``node`` is ``B(A(x))`` with A narrower than x and than B's result."""
+    outer = canonical(node)
+    if outer is None or outer.name != "linear":
+        return False
+    inner = canonical(outer.args[0])
+    if inner is None or inner.name != "linear":
+        return False
+    rank, into, out = (
+        facts.size(inner.args[1], 0), facts.size(inner.args[1], 1), facts.size(outer.args[1], 0)
+    )  # fmt: skip
+    return rank is not None and rank * 2 <= min(into or 0, out or 0)
+
+
+def _more_adapters(root: fx.Node) -> bool:
+    """Whether the sum goes into another sum with a scaled low-rank update."""
+    for user in root.users:
+        canon = canonical(user)
+        if canon is None or canon.name != "add":
+            continue
+        for arg in canon.args[:2]:
+            scaled = canonical(arg)
+            if arg is not root and scaled is not None and scaled.name == "mul":
+                if any(_is_update(side) for side in scaled.args):
+                    return True
+    return False

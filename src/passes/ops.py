@@ -1,0 +1,72 @@
+"""The ops that rewrites may call, by name, and how the matcher reads them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..graph.canon import Spec, register
+from ..kernels import (
+    add_rms_norm,
+    attention,
+    glu,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+    rms_norm_linear,
+    rope,
+)
+
+TABLE: dict[str, Callable[..., Any]] = {
+    "rms_norm": rms_norm.rms_norm,
+    "add_rms_norm": add_rms_norm.add_rms_norm,
+    "rms_norm_linear": rms_norm_linear.rms_norm_linear,
+    "rope": rope.rope,
+    "glu": glu.glu,
+    "glu_packed": glu.glu_packed,
+    "lora_linear": lora_linear.lora_linear,
+    "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
+    "attention": attention.attention,
+}
+"""Op name -> the function that a graph node calls."""
+
+RECORDS = {
+    "rms_norm": rms_norm.OP,
+    "add_rms_norm": add_rms_norm.OP,
+    "rms_norm_linear": rms_norm_linear.OP,
+    "rope": rope.OP,
+    "glu": glu.OP,
+    "glu_packed": glu.OP_PACKED,
+    "lora_linear": lora_linear.OP,
+    "linear_cross_entropy": linear_cross_entropy.OP,
+    "attention": attention.OP,
+}
+"""Op name -> its record."""
+
+_NORM = ("x", "weight", "eps", "offset", "rounding")
+
+register(TABLE["rms_norm"], "rms_norm", Spec(_NORM, (0.0, "inner")))
+register(TABLE["add_rms_norm"], "add_rms_norm", Spec(("x", "residual", *_NORM[1:]), (0.0, "inner")))
+register(
+    TABLE["rope"], "rope",
+    Spec(("tensors", "cos", "sin", "rotary_dim", "interleaved"), (False,)),
+)  # fmt: skip
+register(
+    TABLE["lora_linear"],
+    "lora_linear",
+    Spec(
+        ("x", "weight", "bias", "lora_a", "lora_b", "scale", "x_lora", "lora_bias"),
+        (None, None),
+    ),
+)
+register(
+    TABLE["linear_cross_entropy"],
+    "linear_cross_entropy",
+    Spec(
+        (
+            "x", "weight", "bias", "labels", "ignore_index", "reduction", "label_smoothing",
+            "softcap", "logit_scale",
+        ),
+        (-100, "mean", 0.0, None, 1.0),
+    ),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""RMSNorm: its spellings, and its fusions with the residual add before and the linears after.
+
+Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import facts
+from ..graph.canon import canonical
+from ..match.pattern import Builder, Pattern
+from ..match.rule import Emit, Match, Rule
+
+_CONSTANT = (int, float)
+
+
+class RMSNorm(Rule):
+    """``x / rms(x) * w``, in every spelling that transformers has."""
+
+    name = op = "rms_norm"
+
+    def patterns(self, p: Builder, x: Pattern, w: Pattern, eps: Pattern) -> Iterable[Any]:
+        """Gemma rounds after ``1 + w``, OLMo-2 after ``w``, Llama before ``w``."""
+        h = p.maybe_cast(x)
+        square = p.either(h**2, h * h)
+        n = h * p.rsqrt(p.mean(square, -1, keepdim=True) + eps)
+        offset = p.maybe_cast(w) + 1
+        yield "offset", p.maybe_cast(n * offset)
+        yield "inner", w * p.cast(n)
+        yield "outer", p.cast(p.maybe_cast(w) * n)
+        yield "inner", w * n
+        yield "bare", p.maybe_cast(n)
+        yield "torch", p.torch_rms_norm(x, p.anything, w, eps)
+
+    def check(self, m: Match) -> None:
+        """One weight per feature, a constant eps, nothing rounded more than we would."""
+        m.require(isinstance(m.eps, _CONSTANT) or m.eps is None, "eps is not a constant", m.eps)
+        m.require(facts.tensor(m.x) is not None, "x is not a tensor", m.x)
+        if m.get("w") is not None:
+            m.require(facts.ndim(m.w) == 1, "the weight is not one vector per feature", m.w)
+            m.require(
+                facts.size(m.w, 0) == facts.size(m.x, -1), "the weight does not fit x", m.w
+            )
+        if m.spelling == "torch":
+            shape = canonical(m.root)
+            dims = shape.args[1] if shape is not None else ()
+            m.require(len(dims) == 1, "normalises over more than the last dimension")
+        out, kind = facts.dtype(m.root), facts.dtype(m.x)
+        if m.spelling == "inner":
+            kind = torch.promote_types(kind, facts.dtype(m.w)) if kind else kind
+        m.require(out == kind, f"returns {out}, the op would return {kind}", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; the spelling says where it rounds."""
+        eps = m.eps
+        if eps is None:  # torch's default: the epsilon of the input's dtype
+            dtype = facts.dtype(m.x)
+            eps = torch.finfo(dtype or torch.float32).eps
+        rounding = "inner" if m.spelling == "inner" else "outer"
+        offset = 1.0 if m.spelling == "offset" else 0.0
+        return ops.rms_norm(m.x, m.get("w"), float(eps), offset, rounding)
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """A reciprocal root of a mean that no spelling claimed."""
+        for node in graph.nodes:
+            canon = canonical(node)
+            if canon is not None and canon.name == "rsqrt":
+                yield node, "a reciprocal root that looks like a norm"
+
+
+class AddRMSNorm(Rule):
+    """The residual add and the norm after it; both values stay available."""
+
+    name = op = "add_rms_norm"
+    outputs = ("total",)
+
+    def patterns(
+        self, p: Builder, a: Pattern, b: Pattern, w: Pattern, eps: Pattern,
+        offset: Pattern, rounding: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """``norm(a + b)``; the sum is the next residual."""
+        yield p.rms_norm(p.capture("total", p.add(a, b)), w, eps, offset, rounding)
+
+    def check(self, m: Match) -> None:
+        """Two tensors of one shape and dtype."""
+        a, b = facts.tensor(m.a), facts.tensor(m.b)
+        m.require(a is not None and b is not None, "adds a constant")
+        if a is not None and b is not None:
+            m.require(a.shape == b.shape, "the add broadcasts", m.total)
+            m.require(a.dtype == b.dtype, "the add mixes dtypes", m.total)
+
+    def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, fx.Node]:
+        """The normed sum, then the sum."""
+        pair = ops.add_rms_norm(m.a, m.b, m.w, m.eps, m.offset, m.rounding)
+        return ops.item(pair, 1), ops.item(pair, 0)
+
+
+class RMSNormLinear(Rule):
+    """A norm that only feeds linears: the normed tensor need not be stored."""
+
+    name = op = "rms_norm_linear"
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, eps: Pattern, offset: Pattern,
+        rounding: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """Every user of the norm is a plain linear."""
+        norm = p.rms_norm(x, w, eps, offset, rounding)
+        yield p.fan_out(norm, p.linear(norm, p.var("weight"), p.var("bias")))
+
+    def check(self, m: Match) -> None:
+        """All linears in the norm's dtype."""
+        kind = facts.dtype(m.root)
+        for user in m.users:
+            m.require(facts.ndim(user["weight"]) == 2, "a linear's weight is not a matrix")
+            m.require(facts.dtype(user["weight"]) == kind, "a linear has another dtype")
+
+    def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
+        """One op with one output per linear."""
+        weights = [u["weight"] for u in m.users]
+        biases = [u["bias"] for u in m.users]
+        made = ops.rms_norm_linear(m.x, m.w, m.eps, m.offset, m.rounding, weights, biases)
+        return tuple(ops.item(made, i) for i in range(len(weights)))

@@ -1,0 +1,175 @@
+"""The three verbs: optimize a model, explain what was done, restore it.
+
+The pipeline, top to bottom: ``regions.find`` says which callables are captured, ``install`` gives
+them captured forwards, TorchDynamo hands each graph to ``capture.backend`` at its first call, the
+rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before it is installed, and
+``codegen`` runs the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import codegen as _codegen
+from . import regions
+from .capture import Captured, Session
+from .errors import OptimizeError
+from .install import install, installed, uninstall
+from .match.apply import Fuel
+from .match.rule import Rule
+from .options import Codegen, Environment, Logits, Options, Verify
+from .passes import PIPELINE
+from .report import Bypass, Report, Site
+from .verify import Verifier, quiet_randomness
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    passes: Sequence[Rule] = PIPELINE,
+    codegen: Codegen = "auto",
+    memory: str = "speed",
+    logits: Logits = "lazy",
+    verify: Verify = "first",
+    strict: bool = False,
+) -> Any:
+    """Make a model's training step faster and leaner, in place, without changing its results.
+
+    Graphs are captured at the first call, so this returns at once (unless ``strict``). Calling it
+    again replaces the earlier choices.
+
+    Args:
+        model: a decoder model of transformers, plain or wrapped by PEFT (before or after).
+        passes: the rewrite rules, in order; ``[*PIPELINE, MyRule()]`` adds one.
+        codegen: what runs the nodes that no rule claimed: ``"eager"``, ``"inductor"`` (one
+            compilation, shared by all blocks), or ``"auto"``.
+        memory: only ``"speed"`` for now.
+        logits: ``"lazy"``: in a call with labels, ``outputs.logits`` is computed when it is read;
+            ``"always"``: it is computed at once.
+        verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
+            installed, ``"always"`` every one, ``"off"`` none.
+        strict: capture now, and raise when a formula was refused or missed.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an option has no such value.
+        NotImplementedError: ``memory`` asks for a mode that does not exist yet.
+        OptimizeError: ``strict`` found a gap; the message lists all of them.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    options = Options(tuple(passes), codegen, memory, logits, verify, strict)
+    environment = Environment.read()
+    restore(model)
+    found = regions.find(model)
+    blocks = [r.module for r in found if r.kind == "block"]
+    session = Session(
+        options,
+        environment,
+        _codegen.choose(codegen, blocks),
+        Verifier(always=verify == "always"),
+        Fuel(environment.fuel),
+    )
+    for region in found:
+        install(region, session)
+    if strict:
+        _require_no_gaps(explain(model))
+    return model
+
+
+def restore(model: nn.Module) -> Any:
+    """Give every module of ``model`` its original forward back, exactly.
+
+    Args:
+        model: an optimized model; any other is left as it is.
+
+    Returns:
+        The same object.
+    """
+    for module in model.modules():
+        uninstall(module)
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """Say what was rewritten in ``model``, what was not, and why.
+
+    If nothing has been captured yet, one tiny forward and backward runs first. Gradients and the
+    random state are left untouched.
+
+    Args:
+        model: a model that ``optimize`` was called on.
+
+    Returns:
+        The report; ``print`` it, or read its ``sites``.
+    """
+    places = [(path, m, record) for path, m in model.named_modules() if (record := installed(m))]
+    if not places:
+        reason = "no repeated decoder blocks were found, or optimize(model) was not called"
+        return Report((), (Bypass("", reason),))
+    session = places[0][2].session
+    if not any(m in session.runs or m in session.notes for _, m, _ in places):
+        _tiny_step(model, session)
+    sites: list[Site] = []
+    bypasses: list[Bypass] = []
+    for path, module, record in places:
+        graph = _representative(session.runs.get(module, []))
+        if graph is not None:
+            sites += [_site(path, f) for f in graph.findings]
+        elif record.kind == "head" and module not in session.notes:
+            bypasses.append(Bypass(path, "no call with labels has been captured"))
+        bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
+    captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}
+    regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)
+    choice = f"{session.codegen[0]} ({session.codegen[1]})"
+    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice)
+
+
+def _representative(graphs: list[Captured]) -> Captured | None:
+    """The graph that speaks for a module: its last one with gradients, else its last one."""
+    ranked = sorted(graphs, key=lambda g: (g.grad, bool(g.findings), g.frame))
+    return ranked[-1] if ranked else None
+
+
+def _site(path: str, f: Any) -> Site:
+    module = ".".join(p for p in (path, f.home) if p)
+    return Site(
+        module, f.rule, f.op, f.status, f.reason, f.error, f.grad_error, f.saved_before,
+        f.saved_after,
+    )  # fmt: skip
+
+
+def _tiny_step(model: nn.Module, session: Session) -> None:
+    """One small forward and backward, so that there is something to report on."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Module):
+        return
+    weight = next(embedding.parameters())
+    with quiet_randomness(), torch.enable_grad():
+        ids = torch.arange(22, device=weight.device).reshape(2, 11) % weight.shape[0]
+        try:
+            outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        except TypeError:  # a model without a cache has no such argument
+            outputs = model(input_ids=ids, labels=ids)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        loss = outputs.loss
+        if isinstance(loss, Tensor) and loss.requires_grad and wanted:
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def _require_no_gaps(report: Report) -> None:
+    gaps = [f"{s.module}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
+    gaps += [f"{b.module}: {b.reason}" for b in report.bypasses]
+    if gaps:
+        raise OptimizeError(
+            "strict=True, and these places run as they were:\n  "
+            + "\n  ".join(dict.fromkeys(gaps))
+            + "\nPass strict=False to accept them; explain(model) lists them."
+        )

@@ -1,0 +1,171 @@
+"""Which callables of a model are captured, by structure alone, and when a call passes by.
+
+Three kinds of region:
+
+* **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
+* **norm**: a leaf outside the blocks with nothing but vectors as parameters: the final norm.
+* **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Region:
+    """One module whose forward is captured.
+
+    Attributes:
+        path: as in ``named_modules()``.
+        module: the module.
+        kind: ``"block"``, ``"norm"`` or ``"head"``.
+        backbone: for a head, the submodule that stays outside.
+    """
+
+    path: str
+    module: nn.Module
+    kind: str
+    backbone: nn.Module | None = None
+
+
+def find(model: nn.Module) -> list[Region]:
+    """Find the regions of ``model``, in its own order.
+
+    Args:
+        model: any module; plain or wrapped by PEFT.
+
+    Returns:
+        The regions; empty when the model has no repeated blocks.
+    """
+    blocks = dict(_blocks(model))
+    if not blocks:
+        return []
+    inside = tuple(f"{path}." for path in blocks)
+    regions = []
+    head = _head(model, list(blocks.values()))
+    for path, module in model.named_modules():
+        if path in blocks:
+            regions.append(Region(path, module, "block"))
+        elif not path.startswith(inside) and _is_norm(module):
+            regions.append(Region(path, module, "norm"))
+    if head is not None:
+        regions.append(head)
+    return regions
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The elements of the outermost repeated lists of modules."""
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if any(path == t or path.startswith(f"{t}.") for t in taken):
+            continue
+        if isinstance(module, nn.ModuleList) and _is_stack(module):
+            taken.append(path)
+            for name, block in module.named_children():
+                yield f"{path}.{name}" if path else name, block
+        elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
+            taken.append(path)
+            yield path, module
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    """At least two composite modules of one class (or of few: hybrids alternate)."""
+    if len(modules) < 2:
+        return len(modules) == 1 and _is_hinted(modules[0])
+    kinds = {type(m) for m in modules}
+    composite = all(any(True for _ in m.children()) for m in modules)
+    return composite and (len(kinds) < len(modules) or all(_is_hinted(m) for m in modules))
+
+
+def _is_hinted(module: nn.Module) -> bool:
+    """transformers marks its decoder layers by a base class; a hint, not a requirement."""
+    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    leaf = not any(True for _ in module.children())
+    return leaf and bool(own) and all(p.dim() == 1 for p in own)
+
+
+def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
+    """The outermost module that owns both the blocks and the projection to the vocabulary."""
+    for path, module in model.named_modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            head = getter()
+        except (NotImplementedError, AttributeError):
+            continue
+        if not isinstance(head, nn.Module):
+            continue
+        for child in module.children():
+            members = set(child.modules())
+            if head not in members and all(b in members for b in blocks):
+                return Region(path, module, "head", child)
+    return None
+
+
+def bypass_reason(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call of a block or norm must run as it was, or None."""
+    for value in (*args, *kwargs.values()):
+        if value is None or isinstance(value, (Tensor, int, float, str)):
+            continue
+        if _is_cache(value):
+            return "a cache was passed (generation; in training pass use_cache=False)"
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        return "inner outputs (attentions or hidden states) were asked for"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "the model is being traced by torch.jit"
+    hooked = _hooked(module)
+    return f"a hook is registered on its submodule {hooked}" if hooked else None
+
+
+def _is_cache(value: Any) -> bool:
+    """A key/value or state cache, by what it can do."""
+    return any(
+        hasattr(value, name)
+        for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
+    )
+
+
+def _hooked(module: nn.Module) -> str | None:
+    """The first submodule that carries a hook: a captured graph would not call it."""
+    stack = [(name, child) for name, child in module._modules.items() if child is not None]
+    while stack:
+        name, m = stack.pop()
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return name
+        stack += [(f"{name}.{n}", c) for n, c in m._modules.items() if c is not None]
+    return None
+
+
+def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """(batch, sequence) of the first 3-dimensional floating-point argument."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
+    """Tell Dynamo which dimensions of the arguments are batch and sequence.
+
+    The marks are weak: where the code needs a number, the dimension becomes one.
+    """
+    batch, sequence = sizes
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            mark_dynamic(value, sizes)
+        elif isinstance(value, Tensor):
+            for d, size in enumerate(value.shape):
+                features = d == value.dim() - 1 and value.dim() == 3
+                if (d == 0 and size == batch) or (size == sequence and not features):
+                    torch._dynamo.maybe_mark_dynamic(value, d)

@@ -1,0 +1,148 @@
+"""What was rewritten, what was not, and why: the result of ``explain(model)``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Status = Literal["rewritten", "refused", "missed"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One formula at one place in the model.
+
+    Attributes:
+        module: path of the module that holds the formula, as in ``model.named_modules()``.
+        rule: name of the rule.
+        op: name of the op that runs instead, or that would.
+        status: ``"rewritten"``; ``"refused"`` (matched, but a check or the verification said no);
+            ``"missed"`` (looks like the rule's formula, but no spelling matched).
+        reason: why it was refused or missed; for a rewritten site a remark, or empty.
+        error: relative rms error of the rewrite's outputs against fp64 (the worst output), or
+            None when it was not verified.
+        grad_error: the same for the gradients.
+        saved_before: bytes the original keeps for backward, per token; None when not measured.
+        saved_after: bytes the rewrite keeps for backward, per token; None when not measured.
+    """
+
+    module: str
+    rule: str
+    op: str
+    status: Status
+    reason: str = ""
+    error: float | None = None
+    grad_error: float | None = None
+    saved_before: float | None = None
+    saved_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A module that runs as it was, at least for some calls.
+
+    Attributes:
+        module: its path.
+        reason: why.
+    """
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that ``optimize`` did to a model. Stable and public.
+
+    Attributes:
+        sites: every formula found, in the model's order.
+        bypasses: modules that could not be captured, or whose calls were passed by, with reasons.
+        regions: how many modules run a captured graph.
+        graphs: how many distinct graphs were captured.
+        codegen: what runs the nodes that no rule claimed, with the reason for the choice.
+    """
+
+    sites: tuple[Site, ...]
+    bypasses: tuple[Bypass, ...] = ()
+    regions: int = 0
+    graphs: int = 0
+    codegen: str = ""
+
+    def by_rule(self) -> dict[str, int]:
+        """Count the rewritten sites of each rule.
+
+        A formula that was fused twice counts under both rules: a norm that became part of
+        ``add_rms_norm`` is still a norm that was recognised.
+        """
+        return dict(Counter(s.rule for s in self.sites if s.status == "rewritten"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain, JSON-ready data."""
+        return {**asdict(self), "by_rule": self.by_rule()}
+
+    def gaps(self) -> tuple[Site, ...]:
+        """The sites that were refused or missed."""
+        return tuple(s for s in self.sites if s.status != "rewritten")
+
+    def __str__(self) -> str:
+        lines = [
+            f"fusewright: {sum(self.by_rule().values())} rewrites in {self.regions} regions "
+            f"({self.graphs} graphs)" + (f", codegen {self.codegen}" if self.codegen else "")
+        ]
+        lines += _table(self.sites)
+        lines += _saved(self.sites)
+        gaps: dict[tuple[str, str, str], list[str]] = {}
+        for s in self.gaps():
+            gaps.setdefault((s.status, s.rule, s.reason), []).append(s.module)
+        for (status, rule, reason), modules in gaps.items():
+            lines.append(f"  {status}: {rule} in {_places(modules)}: {reason}")
+        passed: dict[str, list[str]] = {}
+        for b in self.bypasses:
+            passed.setdefault(b.reason, []).append(b.module)
+        for reason, modules in passed.items():
+            lines.append(f"  runs as it was: {_places(modules)}: {reason}")
+        return "\n".join(lines)
+
+
+def _table(sites: tuple[Site, ...]) -> list[str]:
+    rules = dict.fromkeys(s.rule for s in sites)
+    if not rules:
+        return ["  no formula was recognised"]
+    rows = [("rule", "rewritten", "refused", "missed", "error", "gradient error")]
+    for rule in rules:
+        own = [s for s in sites if s.rule == rule]
+        counts = Counter(s.status for s in own)
+        done = [s for s in own if s.status == "rewritten"]
+        worst = max((s.error for s in done if s.error is not None), default=None)
+        grad = max((s.grad_error for s in done if s.grad_error is not None), default=None)
+        rows.append(
+            (
+                rule,
+                *(str(counts[k]) for k in ("rewritten", "refused", "missed")),
+                *("-" if e is None else f"{e:.1e}" for e in (worst, grad)),
+            )
+        )
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
+                         enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+
+
+def _saved(sites: tuple[Site, ...]) -> list[str]:
+    measured = [s for s in sites if s.status == "rewritten" and s.saved_before is not None]
+    before = sum(s.saved_before or 0.0 for s in measured)
+    after = sum(s.saved_after or 0.0 for s in measured)
+    if not before:
+        return []
+    return [
+        f"  kept for backward by these formulas: {before / 1024:.1f} KiB per token before, "
+        f"{after / 1024:.1f} KiB after"
+    ]
+
+
+def _places(modules: list[str]) -> str:
+    names = list(dict.fromkeys(m or "the model" for m in modules))
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

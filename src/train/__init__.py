@@ -1,0 +1,52 @@
+"""The fine-tuning engine: a recipe in, a trained adapter out.
+
+In processing order: ``yamlfile`` and ``recipe`` (the keys) → ``source`` (where the model is) →
+``data`` (rows) → ``model`` (weights, LoRA) → ``chat`` (tokens and labels) → ``packing`` (batches) →
+``trainer`` (the optimizer steps) → ``export`` (files, and the check of them) → ``report``;
+``loop`` calls them one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .report import RunResult
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Train as ``fusewright train RECIPE`` does.
+
+    Args:
+        recipe: a YAML file, or its content as a mapping.
+        overwrite: replace the run that ``output_dir`` already holds.
+        console: where to print; None for standard output. ``Console(quiet=True)`` prints nothing.
+        overrides: recipe keys that win over the file, e.g. ``max_steps=5``.
+
+    Returns:
+        The figures of the run, as they are also in ``run.json``. After Ctrl-C or SIGTERM the
+        result's ``signal`` says so, and the adapter of the last whole step has been saved.
+
+    Raises:
+        RecipeError: the recipe cannot be run; the message lists every problem.
+        DataError: a dataset cannot be used; the message has file and line.
+        KeyboardInterrupt: stopped before the first step, or a second time; nothing was saved.
+    """
+    from .loop import run
+    from .yamlfile import load_recipe
+
+    if overwrite:
+        overrides["overwrite_output_dir"] = True
+    return run(load_recipe(recipe, overrides), console)

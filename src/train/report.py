@@ -1,0 +1,188 @@
+"""The figures of a run: ``run.json``, the summary on the console, and ``RunResult``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass
+class RunResult:
+    """What a run did.
+
+    Attributes:
+        output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
+        status: ``"interrupted"`` after a signal; the adapter is the one of the last whole step.
+        signal: the number of that signal.
+        recipe: every key with the value that was used.
+        data: how many rows, samples, sequences and tokens there were, and what was left out.
+        parameters: how many are trained, and how many there are.
+        steps: optimizer steps done.
+        steps_planned: optimizer steps the recipe asks for.
+        tokens: tokens that went through training, padding not counted.
+        trained_tokens: those of them that have a label.
+        tokens_per_s: of training, from the second step on.
+        trained_tokens_per_s: the same for tokens with a label.
+        first_step_s: seconds of the first step, which compiles.
+        median_step_s: seconds of the median step, the first left out.
+        loss_first: training loss of the first logged step.
+        loss_last: training loss of the last logged step.
+        val_loss_before: validation loss per trained token before the first step.
+        val_loss_after: the same after the last step.
+        sample: ``question``, and the answers ``before`` and ``after``.
+        peak_rss_mb: largest resident memory of the process, in MiB.
+        loaded_rss_mb: resident memory once the model was loaded, in MiB.
+        peak_cuda_mb: largest GPU memory allocated, in MiB.
+        adapter_check: ``exact`` and ``optimized_difference``, see ``export.AdapterCheck``.
+        optimize: the optimize report as data, or None when ``optimize: false``.
+        seconds: of each part of the run.
+        history: the logged entries: step, loss, learning rate, gradient norm, validation loss.
+        versions: of Python and the libraries.
+        machine: processor, cores, GPU.
+        started: date and time, UTC.
+    """
+
+    output_dir: Path
+    recipe: dict[str, Any]
+    status: Literal["finished", "interrupted"] = "finished"
+    signal: int | None = None
+    data: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    steps_planned: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_per_s: float = 0.0
+    trained_tokens_per_s: float = 0.0
+    first_step_s: float = 0.0
+    median_step_s: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    val_loss_before: float | None = None
+    val_loss_after: float | None = None
+    sample: dict[str, str] | None = None
+    peak_rss_mb: float = 0.0
+    loaded_rss_mb: float = 0.0
+    peak_cuda_mb: float | None = None
+    adapter_check: dict[str, Any] | None = None
+    optimize: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+
+    def write(self) -> None:
+        """Write ``run.json``, whole or not at all."""
+        content = {**asdict(self), "output_dir": str(self.output_dir)}
+        path = self.output_dir / "run.json"
+        unfinished = path.with_suffix(".json.part")
+        text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    def print(self, console: Console) -> None:
+        """Print the summary."""
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, value in self._rows():
+            table.add_row(name, Text(value))
+        console.print()
+        console.print(table)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("steps", f"{self.steps} of {self.steps_planned}")]
+        if self.val_loss_before is not None and self.val_loss_after is not None:
+            change = self.val_loss_after - self.val_loss_before
+            rows.append(
+                (
+                    "validation loss",
+                    f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})",
+                )
+            )
+        if self.loss_first is not None and self.loss_last is not None:
+            rows.append(("training loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"))
+        rows.append(
+            (
+                "speed",
+                f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
+                f"first step {self.first_step_s:.1f} s",
+            )
+        )
+        memory = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
+        if self.peak_cuda_mb is not None:
+            memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
+        rows.append(("memory", memory))
+        if self.adapter_check is not None:
+            exact = self.adapter_check["exact"]
+            rows.append(
+                (
+                    "saved adapter",
+                    "plain PEFT gives the same logits"
+                    if exact
+                    else "BROKEN: plain PEFT gives other logits than the trained model",
+                )
+            )
+        if self.sample:
+            rows += [(name, text) for name, text in self.sample.items()]
+        rows.append(("time", f"{sum(self.seconds.values()):.0f} s: " + self._times()))
+        rows.append(("results", str(self.output_dir)))
+        return rows
+
+    def _times(self) -> str:
+        return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
+
+
+def versions() -> dict[str, str]:
+    """The versions that matter for a run."""
+    found = {"python": platform.python_version()}
+    for name in ("fusewright", "torch", "transformers", "peft", "accelerate", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine: system, cores, threads, GPU."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def rss_mb() -> float:
+    """Resident memory of this process now, in MiB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: write them as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM, at the right moment."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the system asked the run to end at once.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Interrupts:
+    """While entered, turns SIGINT and SIGTERM into an orderly end.
+
+    Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one only
+    sets ``signal``, for the training loop to see between two steps; a second one raises.
+
+    Args:
+        tell: called with a line for the user when a signal has to wait.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.signal: int | None = None
+        self._tell = tell
+        self._patient = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Let the first signal wait for the end of a step."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._patient or self.signal is not None:
+            self.signal = number
+            raise Stopped(number)
+        self.signal = number
+        self._tell("Stopping after this step and saving; once more to quit without saving.")

@@ -1,0 +1,229 @@
+"""The optimizer steps: transformers' Trainer with our batches, our validation and our progress."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from .chat import IGNORED
+from .packing import Pack, collate, count
+from .recipe import Recipe
+from .signals import Interrupts
+
+
+@dataclass
+class Meter:
+    """What the steps so far took.
+
+    Attributes:
+        seconds: of each step.
+        tokens: of each step, without padding.
+        trained: of each step, the tokens with a label.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+
+    def add(self, tokens: int, trained: int) -> None:
+        """Count a batch of the step that is going on."""
+        if len(self.tokens) == len(self.seconds):
+            self.tokens.append(0)
+            self.trained.append(0)
+        self.tokens[-1] += tokens
+        self.trained[-1] += trained
+
+    def rate(self, counts: Sequence[int], last: int | None = None) -> float:
+        """``counts`` per second, over the ``last`` steps; all but the first, which compiles."""
+        pairs = list(zip(counts, self.seconds, strict=False))
+        pairs = pairs[1:] or pairs
+        pairs = pairs[-last:] if last else pairs
+        spent = sum(s for _, s in pairs)
+        return sum(n for n, _ in pairs) / spent if spent else 0.0
+
+    def median_step(self) -> float:
+        """Seconds of the median step, the first left out."""
+        return statistics.median(self.seconds[1:] or self.seconds or [0.0])
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # 2026-11-24: transformers is untyped for mypy
+    """``Trainer`` that counts its tokens and validates by token, not by batch."""
+
+    meter: Meter
+    validation: list[dict[str, Tensor]]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": validation_loss(self.model, self.validation)}
+        self.log(metrics)
+        return metrics
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]  # 2026-11-24: transformers is untyped for mypy
+    """Times the steps, shows them, and ends the loop when a signal came."""
+
+    def __init__(self, meter: Meter, interrupts: Interrupts, console: Console, total: int) -> None:
+        self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task: TaskID | None = None
+        self.begun = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=self.total, loss="-", rate="-")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop |= self.interrupts.signal is not None
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.meter.seconds.append(time.perf_counter() - self.begun)
+        if self.task is not None:
+            rate = f"{self.meter.rate(self.meter.tokens, last=10):,.0f}"
+            self.bar.update(self.task, completed=state.global_step, rate=rate)
+        control.should_training_stop |= self.interrupts.signal is not None
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        step, every = state.global_step, max(1, self.total // 10)
+        if "eval_loss" in logs:
+            self.console.print(f"  step {step}: validation loss {logs['eval_loss']:.3f}")
+        if "loss" not in logs:
+            return
+        loss = f"{float(logs['loss']):.3f}"
+        if self.task is not None:
+            self.bar.update(self.task, loss=loss)
+        elif step == 1 or step % every == 0 or step == self.total:
+            rate = self.meter.rate(self.meter.tokens, last=10)
+            left = self.meter.median_step() * (self.total - step)
+            self.console.print(
+                f"  step {step}/{self.total}  loss {loss}  {rate:,.0f} tokens/s  ETA {left:.0f} s"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+@torch.no_grad()
+def validation_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Mean loss of a trained token over all of ``batches``; the model's mode is kept."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for batch in batches:
+            here = {k: v.to(model.device) for k, v in batch.items()}
+            number = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(model(**here).loss) * number
+            tokens += number
+    finally:
+        model.train(training)
+    return total / tokens if tokens else float("nan")
+
+
+def batches(packs: Sequence[Pack], recipe: Recipe, pad_id: int) -> list[dict[str, Tensor]]:
+    """Validation batches, in order."""
+    size = recipe.micro_batch_size
+    groups = [packs[i : i + size] for i in range(0, len(packs), size)]
+    return [collate(g, pad_id, recipe.sample_packing, recipe.sequence_len) for g in groups]
+
+
+def steps_planned(recipe: Recipe, packs: int) -> int:
+    """How many optimizer steps the recipe makes of ``packs`` sequences."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    micro = -(-packs // recipe.micro_batch_size)
+    return max(1, -int(-(-micro // recipe.gradient_accumulation_steps) * recipe.num_epochs // 1))
+
+
+def make_trainer(
+    model: Any,
+    recipe: Recipe,
+    packs: list[Pack],
+    validation: list[dict[str, Tensor]],
+    pad_id: int,
+    meter: Meter,
+    interrupts: Interrupts,
+    console: Console,
+) -> Trainer:
+    """Set up the trainer; ``trainer.train()`` runs it."""
+    total = steps_planned(recipe, len(packs))
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = round((recipe.warmup_ratio or 0.0) * total)
+    args = TrainingArguments(
+        output_dir=str(Path(recipe.output_dir)),
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        max_steps=total,
+        optim=recipe.optimizer,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=warmup,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.adam_beta1,
+        adam_beta2=recipe.adam_beta2,
+        adam_epsilon=recipe.adam_epsilon,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=recipe.save_total_limit,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = _Trainer(
+        model=model,
+        args=args,
+        train_dataset=packs,
+        eval_dataset=packs[:1] if recipe.eval_steps else None,  # asked for; evaluate() is ours
+        data_collator=functools.partial(_collate, recipe=recipe, pad_id=pad_id),
+        callbacks=[_Watch(meter, interrupts, console, total)],
+    )
+    trainer.meter, trainer.validation = meter, validation
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _collate(packs: list[Pack], recipe: Recipe, pad_id: int) -> dict[str, Any]:
+    tokens, trained = count(packs)
+    batch = collate(packs, pad_id, recipe.sample_packing, recipe.sequence_len)
+    return {**batch, "tokens": tokens, "trained": trained}

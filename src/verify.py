@@ -1,0 +1,233 @@
+"""Verification: a rewrite is run against what it replaces before it is installed.
+
+The matched subgraph and its replacement run on fresh random inputs of the site's dtypes and
+layouts and a small batch, with random upstream gradients. Both are compared with the subgraph in
+fp64; the rewrite is installed only when its error, in every output and every gradient, is within
+the budget (``budget.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .budget import errors, exceeded
+from .graph import facts
+from .match.apply import Candidate, Verdict
+
+_SIZES = (2, 7, 5, 3, 11)
+"""What the symbolic sizes of a graph become, in the order in which they are met."""
+
+
+@dataclass
+class Verifier:
+    """Checks candidates, and remembers the verdicts of equal ones.
+
+    Attributes:
+        always: check every candidate, not only the first of its kind.
+        verdicts: (rule, structure, dtypes, device) -> verdict.
+    """
+
+    always: bool = False
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+
+    def __call__(self, candidate: Candidate) -> Verdict:
+        """Return the verdict on ``candidate``, from memory where that is allowed."""
+        key = _structure(candidate)
+        if self.always or key not in self.verdicts:
+            self.verdicts[key] = _judge(candidate)
+        return self.verdicts[key]
+
+
+def _judge(candidate: Candidate) -> Verdict:
+    """Check with small sizes; with the real ones where the formula does not fit small ones."""
+    text = ""
+    for small in (True, False):
+        try:
+            return _check(candidate, _sample(candidate, _Sizes(small)))
+        except Exception as error:  # what fails to run is refused, not fatal
+            text = f"{type(error).__name__}: {error}"
+    return Verdict(f"could not be run for verification: {text}")
+
+
+def _check(c: Candidate, inputs: list[Any]) -> Verdict:
+    original = fx.GraphModule({}, c.original())
+    replacement = fx.GraphModule({}, c.replacement())
+    differentiable = [
+        bool((t := facts.tensor(n)) is not None and t.requires_grad) for n in c.inputs
+    ]
+    theirs = _run(original.forward, inputs, differentiable)
+    ours = _run(replacement.forward, inputs, differentiable)
+    exact = _run(_Exact(original).run, [_double(x) for x in inputs], differentiable)
+    worst = [0.0, 0.0]
+    for kind in (0, 1):
+        for i, (a, b, o) in enumerate(zip(ours[kind], theirs[kind], exact[kind], strict=True)):
+            if b is None and a is None:
+                continue
+            what = f"{'gradient of input' if kind else 'output'} {i}"
+            if a is None or b is None:
+                return Verdict(f"{what}: only one of original and rewrite has it")
+            problem = exceeded(a, b, o)
+            if problem is not None:
+                return Verdict(f"{what}: {problem}")
+            worst[kind] = max(worst[kind], errors(a, o).rms)
+    tokens = _tokens(inputs)
+    return Verdict(
+        None, worst[0], worst[1] if any(differentiable) else None,
+        theirs[2] / tokens, ours[2] / tokens,
+    )  # fmt: skip
+
+
+Outcome = tuple[list[Tensor], list[Tensor | None], int]
+
+
+def _run(fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool]) -> Outcome:
+    """Outputs, gradients and bytes kept for backward of ``fn`` on copies of ``inputs``."""
+    leaves = [
+        x.detach().requires_grad_(d) if isinstance(x, Tensor) else x
+        for x, d in zip(inputs, differentiable, strict=True)
+    ]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    kept: dict[int, int] = {}
+    own = {x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor)}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = [o for o in fn(*leaves) if isinstance(o, Tensor)]
+    live = [o for o in outputs if o.requires_grad]
+    if not wanted or not live:
+        return [o.detach() for o in outputs], [None] * len(wanted), 0
+    generator = torch.Generator().manual_seed(1)
+    upstream = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        for o in live
+    ]
+    grads = torch.autograd.grad(live, wanted, upstream, allow_unused=True)
+    return [o.detach() for o in outputs], list(grads), sum(kept.values())
+
+
+class _Exact(fx.Interpreter):
+    """Runs a graph in fp64 whatever dtypes its nodes ask for."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
+            return self.fetch_args_kwargs_from_env(n)[0][0].double()
+        return super().run_node(n)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_widen(a) for a in args), {k: _widen(v) for k, v in kwargs.items()}
+
+
+def _widen(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _sample(c: Candidate, sizes: _Sizes) -> list[Any]:
+    """Random inputs for the candidate: its dtypes, its layouts, its sizes as ``sizes`` says."""
+    inputs: list[Any] = []
+    for i, node in enumerate(c.inputs):
+        example = facts.value(node)
+        if isinstance(example, Tensor):
+            generator = torch.Generator().manual_seed(i + 1)
+            shape = tuple(sizes.of(s) for s in example.shape)
+            special = c.rule.sample(c.match, node, generator, shape)
+            made = _random(example, shape, generator) if special is None else special
+            inputs.append(made.to(example.device))
+        else:
+            inputs.append(sizes.of(example))
+    return inputs
+
+
+def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if example.dtype is torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if not example.is_floating_point():
+        return torch.randint(0, 2, shape, generator=generator, dtype=example.dtype)
+    # the layout: the same order of strides, and the same broadcast dimensions
+    strides = [_hint(s) for s in example.stride()]
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    dense = [1 if strides[d] == 0 else shape[d] for d in order]
+    values = torch.randn(dense, generator=generator, dtype=torch.float32)
+    if len(shape) == 2 and all(type(s) is int for s in example.shape):
+        values /= shape[-1] ** 0.5  # a weight: keep the products near one
+    inverse = [order.index(d) for d in range(len(shape))]
+    return values.to(example.dtype).permute(inverse).expand(shape)
+
+
+def _hint(s: Any) -> int:
+    return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)
+
+
+class _Sizes:
+    """Gives each symbolic size of a graph one number: a small one, or the one it was met with."""
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.chosen: dict[Any, int] = {}
+
+    def of(self, s: Any) -> Any:
+        """The number for a SymInt (or an expression of them); constants stay."""
+        if not isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return s
+        if not self.small:
+            return s.node.hint
+        expression = s.node.shape_env.simplify(s.node.expr)
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol not in self.chosen:
+                self.chosen[symbol] = _SIZES[len(self.chosen) % len(_SIZES)]
+        value = expression.subs(self.chosen)
+        return int(value) if isinstance(s, torch.SymInt) else float(value)
+
+
+def _tokens(inputs: list[Any]) -> int:
+    """How many rows the sampled inputs had: the largest product of leading sizes."""
+    rows = 1
+    for t in inputs:
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 3:
+            rows = max(rows, t.shape[0] * (t.shape[1] if t.dim() == 3 else t.shape[-2]))
+    return rows
+
+
+def _structure(c: Candidate) -> Any:
+    """What makes two candidates equal for verification."""
+    index: dict[fx.Node, str] = {n: f"in{i}" for i, n in enumerate(c.inputs)}
+    index.update({n: f"n{i}" for i, n in enumerate(c.interior)})
+
+    def plain(value: Any) -> Any:
+        return str(fx.node.map_arg(value, lambda n: index.get(n, "?")))
+
+    body = tuple((str(n.target), plain(n.args), plain(n.kwargs)) for n in c.interior)
+    signature = []
+    for n in c.inputs:
+        t = facts.tensor(n)
+        if t is None:
+            signature.append(str(type(facts.value(n))))
+            continue
+        static = tuple(s if type(s) is int else "s" for s in t.shape)
+        order = tuple(sorted(range(t.dim()), key=lambda d: -_hint(t.stride(d))))
+        signature.append(str((static, t.dtype, t.device, t.requires_grad, order)))
+    outputs = tuple(index[n] for n in c.outputs)
+    return c.rule.name, c.match.spelling, body, tuple(signature), outputs
+
+
+@contextmanager
+def quiet_randomness() -> Iterator[None]:
+    """Leave the global random state as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

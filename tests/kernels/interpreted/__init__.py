@@ -1,0 +1,36 @@
+"""Checks of the Triton kernels under Triton's interpreter, one module per op.
+
+``tests/kernels/test_triton_interpreter.py`` runs each module here in a process of its own, because
+Triton reads ``TRITON_INTERPRET`` when a kernel is defined. A module looks like this::
+
+    from tests.kernels.interpreted import run
+
+    def check_forward() -> None:
+        assert_parity(...)
+
+    if __name__ == "__main__":
+        run(check_forward)
+
+The interpreter is right in fp32 and fp16, and for bf16 as long as only loads and stores are bf16
+and the arithmetic is fp32; fp32 to bf16 truncates where GPUs round to nearest, so an intermediate rounding
+to bf16 may cost twice what eager's does. ``tl.dot`` on bf16 gives garbage: test matmuls in fp32 or
+fp16.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fusewright.kernels.launch import interpreting
+
+
+def run(*checks: Callable[[], None]) -> None:
+    """Run every check; an assertion ends the process. Prints the line that the test looks for."""
+    assert checks
+    assert interpreting(), "set TRITON_INTERPRET=1 before Python starts"
+    for check in checks:
+        start = time.perf_counter()
+        check()
+        print(f"{check.__name__} {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{len(checks)} checks passed")

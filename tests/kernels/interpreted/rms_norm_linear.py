@@ -1,0 +1,74 @@
+"""RMSNorm inside a Triton matmul, and the way around it, against the reference.
+
+In fp32 and fp16 only: the interpreter's ``tl.dot`` is wrong in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from fusewright.budget import exceeded
+from fusewright.kernels import rms_norm_linear as op
+from fusewright.kernels.triton.rms_norm_linear import launch_fused
+from tests.kernels.interpreted import run
+from tests.kernels.util import assert_parity
+
+
+def check_the_fused_kernel() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float16):
+        for shape, offset, rounding in (
+            ((5, 123), 0.0, "inner"),
+            ((2, 25, 252), 1.0, "outer"),
+            ((150, 96), 1.0, "inner"),
+        ):
+            x = torch.randn(shape, dtype=dtype)
+            g = torch.randn(shape[-1], dtype=dtype)
+            weights = [torch.randn(n, shape[-1], dtype=dtype) / 16 for n in (130, 70)]
+            biases = [torch.randn(130, dtype=dtype), None]
+
+            def bind(fn, *, offset=offset, rounding=rounding):
+                def go(x: Tensor, g: Tensor | None, weights, biases):
+                    return fn(x, g, 1e-5, offset, rounding, weights, biases)
+
+                return go
+
+            for given in (g, None):
+                *ours, rstd = launch_fused(
+                    x, given, 1e-5, offset, rounding == "outer", weights, biases
+                )
+                eager = bind(op.reference)(x, given, weights, biases)
+                exact = bind(op.reference)(
+                    x.double(),
+                    None if given is None else given.double(),
+                    [w.double() for w in weights],
+                    [None if b is None else b.double() for b in biases],
+                )
+                for a, b, c in zip(ours, eager, exact, strict=True):
+                    problem = exceeded(a, b, c)
+                    assert problem is None, problem
+                mean = x.double().square().mean(-1, keepdim=True)
+                torch.testing.assert_close(rstd, (mean + 1e-5).rsqrt().float())
+
+
+def check_parity() -> None:
+    torch.manual_seed(0)
+
+    def bind(fn):
+        return lambda x, g, v, w, b: fn(x, g, 1e-5, 1.0, "outer", [v, w], [b, None])
+
+    given = [torch.randn(s, requires_grad=True) for s in ((2, 7, 123), 123, (33, 123), (8, 123))]
+    assert_parity(bind(op.rms_norm_linear), bind(op.reference), *given, torch.randn(33))
+
+
+def check_the_op_registers_well() -> None:
+    x, g, w = torch.randn(2, 3, 24), torch.randn(24), torch.randn(8, 24)
+    opcheck(op._forward_op, (x, g, 1e-5, 0.0, False, [w, w.clone()], [torch.randn(8), None], False))
+    opcheck(op._forward_op, (x.transpose(0, 1), None, 1e-5, 0.0, True, [w], [None], False))
+    opcheck(op._forward_op, (x, g, 1e-5, 0.0, True, [w.bfloat16()], [None], True))
+
+
+if __name__ == "__main__":
+    run(check_the_fused_kernel, check_parity, check_the_op_registers_well)

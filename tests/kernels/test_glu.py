@@ -1,0 +1,180 @@
+"""The gated linear units: parity, gradients, layouts, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .util import assert_parity
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+acts = st.sampled_from(tuple(ACTIVATIONS))
+dtypes = st.sampled_from(DTYPES)
+shapes = st.sampled_from(((1,), (3, 252), (2, 5, 123), (0, 8), (2, 3, 1), (1, 4, 2, 33)))
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def _layout(t: Tensor, kind: str) -> Tensor:
+    """The same values with other strides."""
+    if kind == "sliced":
+        return torch.cat((t, t), -1)[..., : t.shape[-1]]
+    if kind == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    return t
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    act=acts,
+    dtype=dtypes,
+    shape=shapes,
+    kinds=st.tuples(*[st.sampled_from(("plain", "sliced", "transposed"))] * 2),
+    needs=st.sampled_from(((True, True), (True, False), (False, True))),
+    seed=st.integers(0, 99),
+)
+def test_parity(
+    act: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    kinds: tuple[str, str],
+    needs: tuple[bool, bool],
+    seed: int,
+) -> None:
+    gate, up = (
+        _layout(_randn(*shape, dtype=dtype, seed=2 * seed + i), kind).requires_grad_(need)
+        for i, (kind, need) in enumerate(zip(kinds, needs, strict=True))
+    )
+    assert_parity(
+        lambda g, u: glu(g, u, act), lambda g, u: OP.reference(g, u, act), gate, up, seed=seed
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    act=acts,
+    dtype=dtypes,
+    shape=shapes,
+    kind=st.sampled_from(("plain", "sliced", "transposed")),
+    gate_first=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_packed_parity(
+    act: str, dtype: torch.dtype, shape: tuple[int, ...], kind: str, gate_first: bool, seed: int
+) -> None:
+    packed = _randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed)
+    assert_parity(
+        lambda x: glu_packed(x, act, gate_first),
+        lambda x: OP_PACKED.reference(x, act, gate_first),
+        _layout(packed, kind).requires_grad_(),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gradcheck(act: str) -> None:
+    gate, up = (_randn(3, 7, dtype=torch.float64, seed=i).requires_grad_() for i in (1, 2))
+    assert torch.autograd.gradcheck(lambda g, u: glu(g, u, act), (gate, up))
+    packed = _randn(3, 8, dtype=torch.float64).requires_grad_()
+    for first in (True, False):
+        assert torch.autograd.gradcheck(lambda x, f=first: glu_packed(x, act, f), (packed,))
+
+
+def test_the_activation_is_not_saved() -> None:
+    saved: list[Tensor] = []
+    gate, up = (_randn(4, 16, seed=i).requires_grad_() for i in (1, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        glu(gate, up, "silu")
+        glu_packed(torch.cat((gate, up), -1), "silu")
+    assert [t.shape[-1] for t in saved] == [16, 16, 32]
+    assert saved[0].data_ptr() == gate.data_ptr()
+    assert saved[1].data_ptr() == up.data_ptr()
+
+
+def test_one_packed_gradient_without_copies() -> None:
+    packed = _randn(2, 6, 16).requires_grad_()
+    (grad,) = torch.autograd.grad(glu_packed(packed, "gelu").square().sum(), packed)
+    assert grad.is_contiguous()
+    assert grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+
+
+def test_halves_of_one_tensor_may_be_given_apart() -> None:
+    packed = _randn(5, 18, dtype=torch.bfloat16).requires_grad_()
+    assert_parity(
+        lambda x: glu(*x.chunk(2, -1), "silu"),
+        lambda x: OP_PACKED.reference(x, "silu"),
+        packed,
+    )
+
+
+@pytest.mark.parametrize("fn", [lambda x: glu(x, x, "silu"), lambda x: glu_packed(x, "gelu")])
+def test_a_second_derivative_is_refused_not_wrong(fn: Callable[[Tensor], Tensor]) -> None:
+    x = _randn(3, 4).requires_grad_()
+
+    def twice() -> None:
+        (grad,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match=r"not implemented|automatic differentiation"):
+        twice()
+
+
+@pytest.mark.parametrize(
+    ("fn", "reference", "width"),
+    [
+        (lambda g, u: glu(g.sin(), u, "silu"), lambda g, u: OP.reference(g.sin(), u, "silu"), 24),
+        (
+            lambda g, u: glu_packed(g.sin(), "gelu_tanh") + u,
+            lambda g, u: OP_PACKED.reference(g.sin(), "gelu_tanh") + u,
+            48,
+        ),
+    ],
+    ids=["glu", "packed"],
+)
+def test_inductor_traces_it(
+    fn: Callable[..., Tensor], reference: Callable[..., Tensor], width: int
+) -> None:
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        gate = _randn(rows, width, dtype=torch.bfloat16, seed=1).requires_grad_()
+        up = _randn(rows, 24, dtype=torch.bfloat16, seed=2).requires_grad_()
+        assert_parity(compiled, reference, gate, up)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "act", "reason"),
+    [
+        (_randn(2, 4), _randn(2, 4), "tanh", "activation"),
+        (_randn(2, 4), _randn(4), "silu", "shape"),
+        (_randn(2, 4), _randn(2, 4).double(), "silu", "float64"),
+    ],
+)
+def test_refusals(gate: Tensor, up: Tensor, act: str, reason: str) -> None:
+    assert any(reason in why for why in OP.unsupported(gate, up, act))
+    with pytest.raises(ValueError, match=reason):
+        glu(gate, up, act)
+
+
+def test_packed_refusals() -> None:
+    assert OP_PACKED.unsupported(_randn(2, 5), "silu")
+    with pytest.raises(ValueError, match="halves"):
+        glu_packed(_randn(2, 5), "silu")
+    assert OP_PACKED.unsupported(torch.ones(2, 4, dtype=torch.int64), "silu")
+    assert OP_PACKED.unsupported(_randn(2, 4), "silu") == []
+
+
+def test_cost_is_bytes_once() -> None:
+    gate = torch.empty(8, 32, dtype=torch.bfloat16, device="meta")
+    cost = OP.cost(gate, gate, "silu")
+    assert (cost.bytes_read, cost.bytes_written, cost.bytes_saved) == (1024, 512, 1024)
+    assert OP_PACKED.cost(torch.cat((gate, gate), -1), "silu") == cost

@@ -1,0 +1,210 @@
+"""On a real GPU: every op's Triton path against its reference, and its library ops' contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from fusewright.kernels import (
+    add_rms_norm,
+    attention,
+    glu,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+    rms_norm_linear,
+    rope,
+)
+from fusewright.kernels.op import Op
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .util import assert_parity
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((1, 1, 64), (2, 123, 507), (2, 256, 2048))
+"""(batch, seq, hidden): one token, odd sizes, and several blocks of everything."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: ``op.call(*bind(*inputs))``."""
+
+    op: Op
+    bind: Callable[..., tuple[Any, ...]]
+    inputs: tuple[Tensor, ...]
+
+    def ours(self, *inputs: Tensor) -> Any:
+        return _as_tuple(self.op.call(*self.bind(*inputs)))
+
+    def reference(self, *inputs: Tensor) -> Any:
+        return _as_tuple(self.op.reference(*self.bind(*inputs)))
+
+
+def _as_tuple(out: Any) -> Any:
+    return tuple(out) if isinstance(out, list) else out
+
+
+class Draw:
+    """Random tensors of one shape and dtype; weights want gradients where ``train`` says so."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, train: bool) -> None:
+        self.batch, self.seq, self.hidden = shape
+        self.dtype, self.train = dtype, train
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(sizes, generator=self.generator)
+        return drawn.to(DEVICE, dtype or self.dtype)
+
+    def rows(self, width: int) -> Tensor:
+        return self.normal(self.batch, self.seq, width).requires_grad_()
+
+    def weight(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = self.normal(*sizes, dtype=torch.float32)
+        scaled = drawn / sizes[-1] ** 0.5 if len(sizes) > 1 else 1 + drawn / 10
+        return scaled.to(dtype or self.dtype).requires_grad_(self.train)
+
+    def heads(self, count: int, width: int) -> Tensor:
+        """(batch, count, seq, width), strided as a projection leaves it."""
+        flat = self.normal(self.batch, self.seq, count, width)
+        return flat.transpose(1, 2).requires_grad_()
+
+
+def _norm(d: Draw, offset: float, rounding: str) -> Call:
+    inputs = (d.rows(d.hidden), d.weight(d.hidden))
+    return Call(rms_norm.OP, lambda x, w: (x, w, 1e-6, offset, rounding), inputs)
+
+
+def _add_norm(d: Draw) -> Call:
+    inputs = (d.rows(d.hidden), d.rows(d.hidden), d.weight(d.hidden))
+    return Call(add_rms_norm.OP, lambda x, r, w: (x, r, w, 1e-6, 0.0, "inner"), inputs)
+
+
+def _norm_linear(d: Draw) -> Call:
+    inputs = (d.rows(d.hidden), d.weight(d.hidden), d.weight(96, d.hidden), d.weight(33, d.hidden))
+    return Call(
+        rms_norm_linear.OP,
+        lambda x, g, a, b: (x, g, 1e-6, 0.0, "inner", [a, b], [None, None]),
+        inputs,
+    )
+
+
+def _rope(d: Draw, interleaved: bool) -> Call:
+    width, rotary = 48, 32
+    angles = 3 * d.normal(d.batch, d.seq, rotary // 2, dtype=torch.float32)
+    both = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+    cos, sin = both.cos().to(d.dtype), both.sin().to(d.dtype)
+    inputs = (d.heads(3, width), d.heads(1, width), cos, sin)
+    return Call(rope.OP, lambda q, k, c, s: ([q, k], c, s, rotary, interleaved), inputs)
+
+
+def _glu(d: Draw, activation: str) -> Call:
+    inputs = (d.rows(d.hidden), d.rows(d.hidden))
+    return Call(glu.OP, lambda gate, up: (gate, up, activation), inputs)
+
+
+def _glu_packed(d: Draw) -> Call:
+    return Call(glu.OP_PACKED, lambda packed: (packed, "silu"), (d.rows(2 * d.hidden),))
+
+
+def _lora(d: Draw, adapter: torch.dtype | None) -> Call:
+    a, b = d.weight(16, d.hidden, dtype=adapter), d.weight(129, 16, dtype=adapter)
+    inputs = (
+        d.rows(d.hidden),
+        d.weight(129, d.hidden),
+        d.weight(129),
+        a.requires_grad_(),
+        b.requires_grad_(),
+    )
+    return Call(lora_linear.OP, lambda x, w, bias, a, b: (x, w, bias, a, b, 0.5), inputs)
+
+
+def _loss(d: Draw, smoothing: float, softcap: float | None) -> Call:
+    vocabulary = 1231
+    labels = torch.randint(vocabulary, (d.batch, d.seq), generator=d.generator)
+    labels[torch.rand(labels.shape, generator=d.generator) < 0.3] = -100
+    labels[0, 0] = vocabulary - 1
+    inputs = (d.rows(d.hidden), d.weight(vocabulary, d.hidden), labels.to(DEVICE))
+    return Call(
+        linear_cross_entropy.OP,
+        lambda x, w, y: (x, w, None, y, -100, "mean", smoothing, softcap),
+        inputs,
+    )
+
+
+def _attention(d: Draw) -> Call:
+    inputs = (d.heads(6, 48), d.heads(2, 48), d.heads(2, 48))
+    return Call(attention.OP, lambda q, k, v: (q, k, v, 48**-0.5, True), inputs)
+
+
+CALLS: dict[str, Callable[[Draw], Call]] = {
+    "rms_norm-inner": lambda d: _norm(d, 0.0, "inner"),
+    "rms_norm-outer-offset": lambda d: _norm(d, 1.0, "outer"),
+    "add_rms_norm": _add_norm,
+    "rms_norm_linear": _norm_linear,
+    "rope": lambda d: _rope(d, interleaved=False),
+    "rope-interleaved": lambda d: _rope(d, interleaved=True),
+    "glu-silu": lambda d: _glu(d, "silu"),
+    "glu-gelu": lambda d: _glu(d, "gelu"),
+    "glu-gelu-tanh": lambda d: _glu(d, "gelu_tanh"),
+    "glu_packed": _glu_packed,
+    "lora_linear": lambda d: _lora(d, None),
+    "lora_linear-fp32-adapter": lambda d: _lora(d, torch.float32),
+    "linear_cross_entropy": lambda d: _loss(d, 0.0, None),
+    "linear_cross_entropy-smooth-softcap": lambda d: _loss(d, 0.1, 30.0),
+    "attention": _attention,
+}
+
+each_call = pytest.mark.parametrize("name", CALLS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@each_call
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("train", [False, True], ids=["frozen", "trained"])
+def test_parity(name: str, dtype: torch.dtype, shape: tuple[int, int, int], train: bool) -> None:
+    call = CALLS[name](Draw(shape, dtype, train))
+    assert_parity(call.ours, call.reference, *call.inputs)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the calls of fusewright's own library ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fusewright":
+            self.calls.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def _library_calls(call: Call) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The library ops that forward and backward of ``call`` run, with detached arguments."""
+    with Recorder() as recorder:
+        outputs = call.ours(*call.inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
+    for op, args in recorder.calls.items():
+        plain = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), args)
+        yield op, tuple(plain)
+
+
+@each_call
+@pytest.mark.parametrize("train", [False, True], ids=["frozen", "trained"])
+def test_library_ops_keep_their_contracts(name: str, train: bool) -> None:
+    call = CALLS[name](Draw((3, 41, 252), torch.bfloat16, train))
+    calls = list(_library_calls(call))
+    if not calls:
+        assert call.op.name == "attention", "this op has Triton kernels, and none ran"
+    for op, args in calls:
+        torch.library.opcheck(op, args)

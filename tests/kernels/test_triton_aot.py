@@ -1,0 +1,40 @@
+"""Every Triton kernel compiles ahead of time, in each configuration, for every target."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+from fusewright.kernels import aot
+from fusewright.kernels import triton as kernels
+from fusewright.kernels.launch import has_triton, interpreting
+
+MODULES = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name[0] != "_")
+
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
+]
+
+
+def test_there_are_kernels() -> None:
+    assert MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_case_compiles_for_every_target(module: str) -> None:
+    cases = importlib.import_module(f"{kernels.__name__}.{module}").AOT
+    assert cases, f"{module}.AOT is empty"
+    assert len({case.name for case in cases}) == len(cases), "two cases have one name"
+    failures = []
+    for case in cases:
+        for target in aot.TARGETS:
+            try:
+                compiled = aot.compile_case(case, target)
+            except Exception as error:
+                failures.append(f"{case.name} for {target}: {type(error).__name__}: {error}")
+            else:
+                assert compiled.asm["cubin" if target[0] == "cuda" else "hsaco"]
+    assert not failures, "\n".join(failures)

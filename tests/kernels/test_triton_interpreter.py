@@ -1,0 +1,32 @@
+"""Run each module of ``tests/kernels/interpreted`` under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusewright.kernels.launch import has_triton
+
+FOLDER = Path(__file__).parent / "interpreted"
+ROOT = Path(__file__).parents[2]
+OPS = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_under_the_interpreter(op: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", f"tests.kernels.interpreted.{op}"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = f"{result.stdout}\n{result.stderr}"
+    assert result.returncode == 0, output
+    assert " checks passed" in result.stdout, output

@@ -1,0 +1,122 @@
+"""The benchmark programs run and write the fields that are promised; no figure is judged here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = ("--model", "tiny-llama", "--batch", "2", "--seq", "16", "--dtype", "float32")
+
+
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The objects that one run of three engines writes, the first of which cannot run here."""
+    file = tmp_path_factory.mktemp("train_step") / "steps.json"
+    options = ("--engines", "liger,eager,fusewright", "--steps", "2", "--warmup", "1")
+    done = run("train_step.py", *TINY, *options, "--json", file)
+    assert file.exists(), done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "losses agree" in done.stdout, done.stdout + done.stderr
+    return {row["engine"]: row for row in json.loads(file.read_text())}
+
+
+@pytest.mark.parametrize("engine", ["eager", "fusewright"])
+def test_train_step_writes_the_promised_fields(
+    rows: dict[str, dict[str, Any]], engine: str
+) -> None:
+    row = rows[engine]
+    assert row["error"] is None
+    for field in ("tokens_per_s", "first_step_s", "peak_rss_mb", "loss", "growth_mb"):
+        assert isinstance(row[field], float), field
+        assert row[field] >= 0, field
+    assert row["peak_rss_mb"] >= row["loaded_rss_mb"] > 0
+    assert (row["model"], row["batch"], row["seq"]) == ("tiny-llama", 2, 16)
+    assert len(row["losses"]) == len(row["all_step_s"]) == 3
+    assert row["steps"] == 2
+    assert {"torch", "transformers", "peft", "triton", "fusewright"} <= set(row["versions"])
+    assert {"commit", "cpu", "threads", "date", "command", "peak_rss_from"} <= set(row)
+
+
+def test_an_engine_that_cannot_run_does_not_stop_the_others(
+    rows: dict[str, dict[str, Any]],
+) -> None:
+    assert "liger-kernel" in rows["liger"]["error"]
+    assert rows["liger"]["tokens_per_s"] is None
+
+
+def test_an_unknown_engine_is_named_with_the_known_ones() -> None:
+    done = run("train_step.py", "--engines", "eager,unslot")
+    assert done.returncode == 2
+    assert "unknown engine 'unslot'; known: eager, compile, fusewright, liger" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "status"),
+    [([3.0, 2.0], 0), ([3.0, 2.0019], 0), ([3.0, 2.0021], 1), ([float("nan"), 2.0], 1)],
+)
+def test_loss_curve_fails_beyond_the_tolerance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: list[float], status: int
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import loss_curve
+    from harness import Run
+
+    def fixed(jobs: list[Any]) -> list[Run]:
+        curves = {"eager": [3.0, 2.0], "fusewright": ours}
+        return [Run(j, steps=[{"loss": loss} for loss in curves[j.engine]]) for j in jobs]
+
+    monkeypatch.setattr(loss_curve, "run_interleaved", fixed)
+    file = tmp_path / "curve.json"
+    assert loss_curve.main([*TINY, "--tolerance", "1e-3", "--json", str(file)]) == status
+    curve = json.loads(file.read_text())
+    assert curve["passed"] is (status == 0)
+    assert curve["eager"] == [3.0, 2.0]
+
+
+def test_ops_writes_a_row_per_direction_and_provider(tmp_path: Path) -> None:
+    file = tmp_path / "ops.csv"
+    few = ("--quick", "--ops", "glu", "--providers", "reference,fusewright")
+    done = run("ops.py", *few, "--seconds", "0.01", "--csv", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with file.open() as lines:
+        found = list(csv.DictReader(lines))
+    assert [(row["direction"], row["provider"]) for row in found] == [
+        ("forward", "reference"),
+        ("forward", "fusewright"),
+        ("forward+backward", "reference"),
+        ("forward+backward", "fusewright"),
+    ]
+    for row in found:
+        assert float(row["median_ms"]) > 0
+        assert int(row["samples"]) >= 5
+        assert float(row["difference"]) < 2**-7
+        assert {"card", "torch_version", "commit", "threads"} <= set(row)
+    saved = {row["provider"]: float(row["saved_mb"]) for row in found}
+    assert saved["fusewright"] < saved["reference"]
+
+
+def test_every_op_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from op_cases import CASES
+    from ops import find_ops
+
+    assert set(find_ops()) == set(CASES)
