@@ -1,10 +1,10 @@
 """Builds the quickstart's data: a chat about the docstrings of the running Python's library.
 
 Every public module, class, function and method of the standard library that documents itself
-becomes one line of JSON::
+becomes one line of JSON, the answer laid out as ``help()`` prints it::
 
     {"messages": [{"role": "user", "content": "What does `json.dumps` do?"},
-                  {"role": "assistant", "content": "Serialize ``obj`` to a JSON formatted ..."}]}
+                  {"role": "assistant", "content": "Help on function dumps in json:\\n\\ndumps(..."}]}
 
 It is real text, it is on every machine that has Python, and the order is always the same. The
 recipe ``quickstart.yaml`` names this file as ``builder``, so ``fusewright train`` runs it when the
@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 SHORTEST, LONGEST = 40, 2000
-"""Length limits of an answer, in characters."""
+"""Length limits of a docstring, in characters."""
 
 SKIPPED = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
 """Modules that do something when imported (a browser, a poem), need a screen, or are no library."""
@@ -59,6 +60,18 @@ def members(owner: Any, prefix: str, module: str) -> Iterator[tuple[str, str, An
             yield dotted, "function", value
 
 
+def headline(kind: str, name: str, thing: Any) -> str:
+    """The line that ``help()`` prints above a docstring: how to call it, or what it derives from."""
+    if kind == "class":
+        return f"class {name}({', '.join(base.__name__ for base in thing.__bases__)})"
+    try:
+        signature = str(inspect.signature(thing))
+    except (TypeError, ValueError):  # written in C, and says nothing
+        signature = "(...)"
+    # addresses and sets in default values differ from run to run
+    return name + ("(...)" if "0x" in signature or "{" in signature else signature)
+
+
 def rows() -> Iterator[dict[str, Any]]:
     """Yield one chat per distinct docstring."""
     ask = {
@@ -71,10 +84,15 @@ def rows() -> Iterator[dict[str, Any]]:
         name = module.__name__
         for dotted, kind, thing in [(name, "module", module), *members(module, name, name)]:
             text = getattr(thing, "__doc__", None)
-            answer = inspect.cleandoc(text).strip() if isinstance(text, str) else ""
-            if not SHORTEST <= len(answer) <= LONGEST or answer in seen:
+            text = inspect.cleandoc(text).strip() if isinstance(text, str) else ""
+            if not SHORTEST <= len(text) <= LONGEST or text in seen:
                 continue
-            seen.add(answer)
+            seen.add(text)
+            owner, _, own = dotted.rpartition(".")
+            lines = [f"Help on {kind} {own}{f' in {owner}' if owner else ''}:", ""]
+            if kind != "module":
+                lines.append(headline(kind, own, thing))
+            answer = "\n".join([*lines, textwrap.indent(text, "    ")])
             yield {
                 "messages": [
                     {"role": "user", "content": ask[kind].format(dotted)},

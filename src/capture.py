@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as _config
 from torch._dynamo.exc import TorchDynamoException
 
 from . import codegen
@@ -93,16 +94,18 @@ class Session:
         """Call ``module`` through its captured graph; through ``plain`` if capture fails.
 
         Dynamo raises its own errors while it captures, before anything has run. An error of the
-        model's own code comes out of ``plain`` again, as it would have without us.
+        model's own code comes out of ``plain`` again, as it would have without us. Floats (an eps,
+        a scale) are pinned meanwhile: Dynamo would turn them into tensors when two models differ.
         """
         previous, self.current = self.current, module
+        pinned, _config.specialize_float = _config.specialize_float, True
         try:
             return compiled(module, *args, **kwargs)
         except TorchDynamoException as error:
             self.failed[module] = f"could not be captured: {_first_line(error)}"
             self.note(module, self.failed[module])
         finally:
-            self.current = previous
+            self.current, _config.specialize_float = previous, pinned
         return plain(module, *args, **kwargs)
 
     def note(self, module: nn.Module, reason: str) -> None:
@@ -171,7 +174,6 @@ def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
         findings = apply(module, session.rules, TABLE, verify, session.fuel)
     if session.options.logits == "lazy":
         defer_logits(module)
-    module.graph.eliminate_dead_code()
     module.recompile()
     return findings
 

@@ -5,26 +5,49 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from .errors import FusewrightError, RecipeError
 
-if TYPE_CHECKING:
-    from typer import Typer
-
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
+_MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+if _MISSING:
+    print(f'fusewright: no {", ".join(_MISSING)}; pip install "fusewright[train]"', file=sys.stderr)
+    raise SystemExit(2)
+
+import typer  # noqa: E402  # 2026-11-24: after the check that it is there
+
+app = typer.Typer(
+    name="fusewright",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def fusewright() -> None:
+    """Fine-tune Hugging Face decoder models on an optimized graph."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4",
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    raise typer.Exit(_train(recipe, overwrite, context.args))
 
 
 def main() -> None:
     """Run the command line; the entry point of the installed command."""
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f'fusewright: {", ".join(missing)} missing; pip install "fusewright[train]"',
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
-    _app()()
+    app()
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -50,59 +73,25 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _app() -> Typer:
-    import typer
-
-    app = typer.Typer(
-        name="fusewright",
-        help="Fine-tune Hugging Face decoder models on an optimized graph.",
-        add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-    )
-
-    @app.callback()
-    def fusewright() -> None:
-        """Fine-tune Hugging Face decoder models on an optimized graph."""
-
-    @app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4",
-    )
-    def train(
-        context: typer.Context,
-        recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Replace the run in output_dir.")
-        ] = False,
-    ) -> None:
-        """Train a model as a recipe says."""
-        raise typer.Exit(_train(recipe, overwrite, context.args))
-
-    # typer reads annotations by name, and they are strings here
-    train.__annotations__ = {
-        "context": typer.Context,
-        "recipe": Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-        "overwrite": Annotated[
-            bool, typer.Option("--overwrite", help="Replace the run in output_dir.")
-        ],
-        "return": None,
-    }
-    return app
-
-
 def _train(recipe: str, overwrite: bool, arguments: Sequence[str]) -> int:
     """Train, and return the exit code: 2 for a bad recipe or dataset, 128 + n for a signal."""
-    from .train import train
-
     try:
-        result = train(recipe, overwrite=overwrite, **parse_overrides(arguments))
+        from .train.yamlfile import load_recipe
+
+        overrides = parse_overrides(arguments)
+        if overwrite:
+            overrides["overwrite_output_dir"] = True
+        checked = load_recipe(recipe, overrides)
+
+        from .train.loop import run  # slow to import: only for a recipe that is right
+
+        result = run(checked)
     except FusewrightError as error:
         print(f"fusewright: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print("fusewright: stopped; nothing was saved", file=sys.stderr)
-        return 128 + getattr(stopped, "signal", 2)
+        return 128 + int(getattr(stopped, "signal", 2))
     if result.signal is not None:
         return 128 + result.signal
     broken = result.adapter_check is not None and not result.adapter_check["exact"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import types
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,13 @@ from .regions import Region, bypass_reason, leading_sizes, mark_dynamic
 _MARK = "__fusewright__"
 _LIMIT = 64
 """Recompilations allowed for a head: its frames are shared by all models of its class."""
+
+_LOGGERS = {
+    getattr(logging.Logger, name)
+    for name in ("warning_once", "warning_advice", "info_once", "warning", "info", "debug")
+    if hasattr(logging.Logger, name)
+}
+"""Log calls inside a head do not break its graph; transformers adds the ``_once`` methods."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,9 @@ def _head_forward(
             mark_dynamic(kwargs.values(), (labels.shape[0], labels.shape[1]))
         session.head_active = True
         try:
-            with torch._dynamo.config.patch(recompile_limit=_LIMIT):
+            with torch._dynamo.config.patch(
+                recompile_limit=_LIMIT, ignore_logger_methods=_LOGGERS
+            ):
                 return session.call(self, compiled(), plain, args, kwargs)
         finally:
             session.head_active = False

@@ -27,10 +27,12 @@ class Canon:
     Attributes:
         name: the operation.
         args: all its arguments in order, defaults filled in; fx nodes or constants.
+        via: further nodes that the view looks through; they belong to the operation.
     """
 
     name: str
     args: tuple[Any, ...]
+    via: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,30 @@ def _tidy(node: fx.Node, canon: Canon) -> Canon:
         x, a, b = canon.args
         lo, hi = sorted((_from_end(x, a), _from_end(x, b)))
         return Canon("transpose", (x, lo, hi))
+    if canon.name == "matmul":
+        return _as_linear(canon)
     if canon.name == "unsqueeze":
         return Canon("unsqueeze", (canon.args[0], _from_end(node, canon.args[1])))
     return canon
+
+
+def _as_linear(canon: Canon) -> Canon:
+    """``x @ w.T`` with a matrix ``w`` is a linear without bias (Falcon writes it so)."""
+    x, y = canon.args
+    inner = canonical(y)
+    if inner is None or inner.name != "transpose" or facts.ndim(y) != 2:
+        return canon
+    return Canon("linear", (x, inner.args[0], None), (y,))
+
+
+def _attribute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
+    """``w.T`` of a matrix."""
+    is_transpose = len(args) == 2 and args[1] in ("T", "mT") and facts.ndim(node) == 2
+    return Canon("transpose", (args[0], -2, -1)) if is_transpose else None
+
+
+def _t(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
+    return Canon("transpose", (args[0], -2, -1)) if facts.ndim(node) == 2 else None
 
 
 def _from_end(node: Any, dim: Any) -> Any:
@@ -288,7 +311,7 @@ def _part(source: Any, index: Any) -> Canon | None:
     if any(type(w) is not int for w in widths) or not 0 <= index < len(widths):
         return None
     start = sum(widths[:index])
-    return Canon("slice", (x, dim, start, start + widths[index]))
+    return Canon("slice", (x, dim, start, start + widths[index]), (source,))
 
 
 _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon | None]] = {
@@ -296,5 +319,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon |
     **dict.fromkeys(("square", torch.square), _square),
     **dict.fromkeys(("view", "reshape", "flatten", torch.reshape, torch.flatten), _reshape),
     **dict.fromkeys(("expand", "expand_as"), _expand),
+    **dict.fromkeys(("t", torch.t), _t),
     operator.getitem: _getitem,
+    getattr: _attribute,
 }

@@ -54,7 +54,7 @@ _forward_op = library_op(
 
 # -------------------------------------------------------------------------------------- autograd
 class _AddRMSNorm(torch.autograd.Function):
-    """Saves the sum and one rstd per row; adds the sum's own gradient inside the norm's backward."""
+    """Saves the sum and one rstd per row; the norm's backward adds the sum's own gradient."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ def add_rms_norm(
     offset: float = 0.0,
     rounding: str = "inner",
 ) -> tuple[Tensor, Tensor]:
-    """sum = x + residual, rounded to the dtype that both promote to; then its RMSNorm.
+    """Add x + residual, rounded to the dtype that both promote to; then norm the sum.
 
     Args:
         x: (..., D), floating-point, any strides.

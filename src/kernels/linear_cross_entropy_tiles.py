@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_BYTES = 64 << 20
-"""What one tile of logits may take. Below about 256 rows the matmuls lose speed."""
+TILE_BYTES = 32 << 20
+"""What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
+
+TILE_ROWS = 256
+"""Fewer rows than this and the matmuls lose speed."""
 
 STRIP_ELEMENTS = 1 << 18
 """fp32 elements of a strip per thread: with its softmax they fill a 2 MiB second-level cache."""
@@ -91,8 +94,8 @@ def compute(
 
 
 def _tiles(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Split ``rows`` into tiles of nearly equal height that ``TILE_BYTES`` holds."""
-    most = max(1, TILE_BYTES // row_bytes)
+    """Split ``rows`` into tiles of nearly equal height."""
+    most = max(1, TILE_BYTES // row_bytes, min(TILE_ROWS, 2 * TILE_BYTES // row_bytes))
     count = -(-rows // most)
     edges = [i * rows // count for i in range(count + 1)] if count else [0]
     return list(itertools.pairwise(edges))
@@ -151,8 +154,10 @@ def _row_losses(f: Tensor, p: Tensor, y: Tensor, smoothing: float) -> Tensor:
 def _accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
     """``total (vocabulary, hidden) + dlogitsᵀ · x``; the sum over tiles is fp32 or wider."""
     if total is None:
-        return torch.mm(dlogits.t(), x).to(wide)
-    if total.dtype is x.dtype:
+        return torch.mm(dlogits.t(), x)
+    if total.dtype is not wide:
+        total = total.to(wide)
+    if x.dtype is wide:
         return total.addmm_(dlogits.t(), x)
     for start in range(0, total.shape[0], CHUNK_CLASSES):
         part = slice(start, start + CHUNK_CLASSES)

@@ -225,7 +225,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "inner"
 ) -> Tensor:
-    """n · (offset + weight), where n = x / sqrt(mean(x², -1) + eps) in fp32 (or fp64).
+    """Return n · (offset + weight), where n = x / sqrt(mean(x², -1) + eps) in fp32 (or fp64).
 
     Args:
         x: (..., D), floating-point, any strides.

@@ -73,6 +73,17 @@ def _input_gradient(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -
     return total
 
 
+def _weight_gradients(
+    grads: Sequence[Tensor | None], y: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the linears' weights, from those of their results and the normed rows."""
+    rows = y.reshape(-1, y.shape[-1])
+    return [
+        torch.mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
+        for g, need in zip(grads, needed, strict=True)
+    ]
+
+
 # ---------------------------------------------------------------------------------------- triton
 def _forward_fake(
     x: Tensor,
@@ -136,14 +147,10 @@ class _RMSNormLinear(torch.autograd.Function):
             g.sum(0) if need and g is not None else None
             for g, need in zip(grads, need_biases, strict=True)
         ]
-        d_weights: list[Tensor | None] = [None] * len(weights)
+        d_weights: Sequence[Tensor | None] = [None] * len(weights)
         if any(need_weights):
-            y = norm.forward(x, norm_weight, eps, offset, outer)[0].reshape(-1, x.shape[-1])
-            d_weights = [
-                torch.mm(g.t(), y.to(g.dtype)) if need and g is not None else None
-                for g, need in zip(grads, need_weights, strict=True)
-            ]
-            del y
+            y, _ = norm.forward(x, norm_weight, eps, offset, outer)
+            d_weights = _weight_gradients(grads, y, need_weights)
         d_x = d_norm_weight = None
         if need_x or need_norm_weight:
             d_y = _input_gradient(grads, weights)
@@ -189,9 +196,7 @@ def rms_norm_linear(
     outs: tuple[Tensor, ...]
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        outs = _RMSNormLinear.apply(
-            x, norm_weight, eps, offset, outer, False, *weights, *biases
-        )
+        outs = _RMSNormLinear.apply(x, norm_weight, eps, offset, outer, False, *weights, *biases)
         return outs
     lower = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts
+from ..graph.edit import is_inplace, prune
 from .matcher import Trace
 from .rule import Declined, Emit, Match, Rule
 
@@ -228,23 +229,6 @@ def _require_no_mutation(
             )
 
 
-def is_inplace(node: fx.Node) -> bool:
-    """Whether a node writes into one of its arguments."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    name = getattr(node.target, "__name__", "")
-    module = getattr(node.target, "__module__", "") or ""
-    if module == "_operator":
-        return name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in (
-            "add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor"))
-    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
-
-
 def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
     """Put the replacement in, right after its last input.
 
@@ -270,12 +254,8 @@ def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]
     for old, new in zip(c.outputs, results, strict=True):
         new.meta.setdefault("example_value", old.meta.get("example_value"))
         old.replace_all_uses_with(new)
-    gone: set[fx.Node] = set()
-    for node in sorted(c.interior, key=order.__getitem__, reverse=True):
-        if not node.users:
-            graph.erase_node(node)
-            gone.add(node)
-    return gone, frozenset(n.name for n in emit.made)
+    dead = sorted(c.interior, key=order.__getitem__, reverse=True)
+    return prune(graph, dead), frozenset(n.name for n in emit.made)
 
 
 def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]) -> None:

@@ -34,10 +34,9 @@ class State:
     def with_seen(self, pattern: Pattern, value: Any) -> State:
         return State(self.captures, {**self.seen, id(pattern): value}, self.nodes)
 
-    def with_node(self, node: fx.Node) -> State:
-        if node in self.nodes:
-            return self
-        return State(self.captures, self.seen, (*self.nodes, node))
+    def with_nodes(self, *nodes: fx.Node) -> State:
+        new = tuple(n for n in nodes if n not in self.nodes)
+        return State(self.captures, self.seen, (*self.nodes, *new)) if new else self
 
 
 @dataclass
@@ -135,7 +134,7 @@ def _match_half(pattern: Half, value: Any, state: State, trace: Trace) -> Iterat
         if dim == -1 and full is not None and full % 2 == 0:
             half = full // 2
             if (start, stop) == ((0, half), (half, full))[pattern.index]:
-                yield from match(pattern.x, x, state.with_node(value), trace)
+                yield from match(pattern.x, x, state.with_nodes(value, *canon.via), trace)
                 return
     trace.note(state, value, f"{_text(value)} is not half {pattern.index} of a tensor")
 
@@ -145,7 +144,7 @@ def _match_call(pattern: Call, value: Any, state: State, trace: Trace) -> Iterat
     if canon is None or canon.name != pattern.name:
         trace.note(state, value, f"{_text(value)} where {pattern.name} is expected")
         return
-    inner = state.with_node(value)
+    inner = state.with_nodes(value, *canon.via)
     if pattern.capture is not None:
         inner = inner.with_capture(pattern.capture, value)
     for args in _orders(canon):

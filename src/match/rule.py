@@ -101,6 +101,12 @@ class Emit:
         return self._keep(self._graph.call_function(operator.getitem, (x, index)))
 
     def _keep(self, node: fx.Node) -> fx.Node:
+        for used in node.all_input_nodes:
+            if used.graph is not self._graph:
+                self._graph.erase_node(node)
+                raise RuntimeError(
+                    f"{self._rule}.rewrite uses {used.name}, which is no input of the formula"
+                )
         node.meta["fusewright_rule"] = self._rule
         self.made.append(node)
         return node

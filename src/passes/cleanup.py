@@ -6,7 +6,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..match.apply import is_inplace
+from ..graph.edit import is_inplace
 
 
 def remove_noops(module: fx.GraphModule) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
+from ..graph.edit import prune
 from ..lazy import LazyLogits
 
 _CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
@@ -38,9 +39,9 @@ def defer_logits(module: fx.GraphModule) -> int:
         if not chain or any(u is not output and u not in chain for n in chain for u in n.users):
             continue
         _defer(module, node, chain, made)
+        prune(graph, reversed(chain))
         made += 1
     if made:
-        graph.eliminate_dead_code()
         graph.lint()
         module.recompile()
     return made

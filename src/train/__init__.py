@@ -44,9 +44,12 @@ def train(
         DataError: a dataset cannot be used; the message has file and line.
         KeyboardInterrupt: stopped before the first step, or a second time; nothing was saved.
     """
-    from .loop import run
     from .yamlfile import load_recipe
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
-    return run(load_recipe(recipe, overrides), console)
+    checked = load_recipe(recipe, overrides)
+
+    from .loop import run  # slow to import: only for a recipe that is right
+
+    return run(checked, console)

@@ -77,13 +77,16 @@ class AdapterCheck:
 
 
 @torch.no_grad()
-def check_adapter(model: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[Any, AdapterCheck]:
+def check_adapter(
+    model: Any, optimized: bool, folder: Path, batch: dict[str, Tensor]
+) -> tuple[Any, AdapterCheck]:
     """Load the saved adapter as anybody would, and compare.
 
     Args:
-        model: the trained PEFT model, optimized or not; restored, and stripped of its adapters.
+        model: the trained PEFT model; restored, and stripped of its adapters.
+        optimized: whether it is optimized.
         folder: where the adapter is.
-        batch: inputs, without labels.
+        batch: a batch; its labels are not used.
 
     Returns:
         The plain base model with the adapter from ``folder``, and the comparison.
@@ -92,19 +95,16 @@ def check_adapter(model: Any, folder: Path, batch: dict[str, Tensor]) -> tuple[A
 
     inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
     model.eval()
-    optimized = model(**inputs).logits.float()
-    _restore(model)
-    trained = model(**inputs).logits
+    before = trained = model(**inputs).logits
+    if optimized:
+        from ..optimize import restore
+
+        restore(model)
+        trained = model(**inputs).logits
     plain = PeftModel.from_pretrained(model.unload(), folder).eval()
     saved = plain(**inputs).logits
-    difference = (optimized - saved.float()).abs().max() / saved.float().abs().max()
+    difference = (before.float() - saved.float()).abs().max() / saved.float().abs().max()
     return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
-
-
-def _restore(model: Any) -> None:
-    from ..optimize import restore
-
-    restore(model)
 
 
 @torch.no_grad()

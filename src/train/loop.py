@@ -215,7 +215,7 @@ class Run:
         with self._timed("check"):
             if recipe.adapter:
                 probe = batches(packs[:1], recipe, export.pad_token(tokenizer))[0]
-                model, check = export.check_adapter(model, self.folder, probe)
+                model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
                 result.adapter_check = asdict(check)
             if result.sample:
                 result.sample["after"] = export.answer(

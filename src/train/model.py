@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def quiet() -> Iterator[None]:
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT and Trainer still use names that transformers has deprecated
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            yield
     finally:
         hf.set_verbosity(level)
         if bars:
@@ -79,8 +83,16 @@ def load_model(recipe: Recipe) -> Any:
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
     return model.to(device_for_training())
+
+
+def _checkpoint(model: Any) -> None:
+    """Checkpoint each block, by the name that this transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def add_adapter(model: nn.Module, recipe: Recipe) -> Any:

@@ -219,10 +219,7 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
         return f"is not a key of a recipe{_nearest(loc)}"
     wanted = []
     for detail in details:
-        context = detail.get("ctx", {})
-        word = _WANTED.get(detail["type"].split("_")[0])
-        if "expected" in context:
-            word = context["expected"] if " or " in context["expected"] else context["expected"]
+        word = detail.get("ctx", {}).get("expected") or _WANTED.get(detail["type"].split("_")[0])
         wanted.append(word or detail["msg"].removeprefix("Input should be "))
     wanted = list(dict.fromkeys(wanted))
     return f"must be {' or '.join(wanted)}, not {details[0]['input']!r}"
@@ -235,11 +232,15 @@ def _nearest(loc: Loc) -> str:
 
 
 def _listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:
-    lines = []
+    """All problems as one message, in the order of the file."""
+    order = {place: i for i, place in enumerate(where.values())}
+    entries = []
     for loc, problem in problems:
         parents = (where[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in where)
-        at = next(parents, None)
-        lines.append(f"{f'{at}: ' if at else ''}{'.'.join(map(str, loc))}: {problem}")
+        at = next(parents, "")
+        text = f"{at}: " if at else ""
+        entries.append((order.get(at, -1), f"{text}{'.'.join(map(str, loc))}: {problem}"))
+    lines = [text for _, text in sorted(entries, key=lambda entry: entry[0])]
     if len(lines) == 1:
         return f"{name}, {lines[0]}"
     return "\n  ".join([f"{name} has {len(lines)} problems:", *lines])

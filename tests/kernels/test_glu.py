@@ -10,6 +10,7 @@ from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from .util import assert_parity
 
@@ -148,7 +149,8 @@ def test_inductor_traces_it(
     for rows in (5, 9):
         gate = _randn(rows, width, dtype=torch.bfloat16, seed=1).requires_grad_()
         up = _randn(rows, 24, dtype=torch.bfloat16, seed=2).requires_grad_()
-        assert_parity(compiled, reference, gate, up)
+        with functorch_config.patch(donated_buffer=False):  # backward runs twice over one graph
+            assert_parity(compiled, reference, gate, up)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Residual add and RMSNorm in one kernel (twin of ``kernels/add_rms_norm.py``).
 
-The kernels are those of ``rms_norm.py``, with the residual (forward) and the gradient of the sum
+The kernels are those of RMSNorm, with the residual (forward) and the gradient of the sum
 (backward) as further inputs.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .rms_norm import backward_case, forward_case, launch_forward
+from ._rms_norm_kernels import backward_case, forward_case
+from .rms_norm import launch_forward
 
 
 def forward(

@@ -53,7 +53,7 @@ def matmul_kernel(
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out = rstd · ((x · (offset + norm_weight)) weightᵀ) + bias, rstd = 1/sqrt(mean(x²) + eps)."""
+    """Store rstd · ((x · (offset + norm_weight)) weightᵀ) + bias, and rstd of each row."""
     # neighbouring programs share weight and x tiles in the cache: GROUP tiles of rows at a time
     program = tl.program_id(0)
     row_tiles, feature_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(features, BLOCK_FEATURES)

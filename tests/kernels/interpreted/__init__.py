@@ -12,9 +12,9 @@ Triton reads ``TRITON_INTERPRET`` when a kernel is defined. A module looks like 
         run(check_forward)
 
 The interpreter is right in fp32 and fp16, and for bf16 as long as only loads and stores are bf16
-and the arithmetic is fp32; fp32 to bf16 truncates where GPUs round to nearest, so an intermediate rounding
-to bf16 may cost twice what eager's does. ``tl.dot`` on bf16 gives garbage: test matmuls in fp32 or
-fp16.
+and the arithmetic is fp32; fp32 to bf16 truncates where GPUs round to nearest, so an intermediate
+rounding to bf16 may cost twice what eager's does. ``tl.dot`` on bf16 gives garbage: test matmuls in
+fp32 or fp16.
 """
 
 from __future__ import annotations

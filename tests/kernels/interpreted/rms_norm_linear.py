@@ -6,7 +6,6 @@ In fp32 and fp16 only: the interpreter's ``tl.dot`` is wrong in bf16.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.library import opcheck
 
 from fusewright.budget import exceeded
@@ -29,20 +28,16 @@ def check_the_fused_kernel() -> None:
             weights = [torch.randn(n, shape[-1], dtype=dtype) / 16 for n in (130, 70)]
             biases = [torch.randn(130, dtype=dtype), None]
 
-            def bind(fn, *, offset=offset, rounding=rounding):
-                def go(x: Tensor, g: Tensor | None, weights, biases):
-                    return fn(x, g, 1e-5, offset, rounding, weights, biases)
-
-                return go
-
+            formula = 1e-5, offset, rounding
             for given in (g, None):
                 *ours, rstd = launch_fused(
                     x, given, 1e-5, offset, rounding == "outer", weights, biases
                 )
-                eager = bind(op.reference)(x, given, weights, biases)
-                exact = bind(op.reference)(
+                eager = op.reference(x, given, *formula, weights, biases)
+                exact = op.reference(
                     x.double(),
                     None if given is None else given.double(),
+                    *formula,
                     [w.double() for w in weights],
                     [None if b is None else b.double() for b in biases],
                 )

@@ -1,0 +1,49 @@
+"""Changing graphs: what writes in place, and removing what is dead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether a node writes into one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    name = getattr(node.target, "__name__", "")
+    module = getattr(node.target, "__module__", "") or ""
+    if module == "_operator":
+        return name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in (
+            "add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor"))
+    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+
+
+def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Erase those of ``nodes`` that nobody uses any more, and what only they used.
+
+    Other dead nodes stay: in a captured graph a node without users may switch a mode (autocast,
+    gradients, vmap) and is not dead at all.
+
+    Args:
+        graph: changed in place.
+        nodes: in reverse graph order.
+
+    Returns:
+        The erased nodes.
+    """
+    gone: set[fx.Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop(0)
+        if node in gone or node.users or node.op in ("placeholder", "output") or is_inplace(node):
+            continue
+        queue += [n for n in node.all_input_nodes if n.op in ("call_function", "call_method")]
+        graph.erase_node(node)
+        gone.add(node)
+    return gone

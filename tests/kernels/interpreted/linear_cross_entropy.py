@@ -1,0 +1,73 @@
+"""The Triton kernels of ``linear_cross_entropy`` under the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusewright.kernels.linear_cross_entropy import OP, linear_cross_entropy
+from fusewright.kernels.triton import linear_cross_entropy as kernels
+from tests.kernels.util import assert_parity
+
+# bf16 is left out: the interpreter's tl.dot is wrong for it
+DTYPES = (torch.float32, torch.float16)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"reduction": "sum", "label_smoothing": 0.1},
+    {"softcap": 3.0, "logit_scale": 2.0},
+    {"softcap": 30.0, "logit_scale": 0.3, "label_smoothing": 0.2},
+)
+
+
+def operands(n: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    x, w = torch.randn(n, hidden), torch.randn(vocabulary, hidden) * hidden**-0.5
+    return [t.to(dtype).requires_grad_() for t in (x, w, torch.randn(vocabulary))]
+
+
+def check(inputs: list[Tensor], ignored: float, options: dict[str, Any]) -> None:
+    """Parity of four losses at once: the error of a single number is a matter of luck."""
+    n, vocabulary = inputs[0].shape[0], inputs[1].shape[0]
+    labels = torch.randint(0, vocabulary, (4, n))
+    labels[torch.rand(4, n) < ignored] = -100
+    labels[:, 1] = 3  # at least one row counts
+
+    def over(fn):
+        return lambda x, w, b=None: torch.stack([fn(x, w, b, y, **options) for y in labels])
+
+    assert_parity(over(linear_cross_entropy), over(OP.reference), *inputs)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    checks = 0
+    whole = kernels.TILE_BYTES
+    cases = [
+        *itertools.product([(19, 140, 20)], DTYPES, OPTIONS),
+        ((3, 4200, 8), torch.float32, OPTIONS[-1]),  # more than one block of classes
+        ((3, 4200, 8), torch.float16, OPTIONS[0]),
+    ]
+    for (n, vocabulary, hidden), dtype, options in cases:
+        x, w, b = operands(n, vocabulary, hidden, dtype)
+        check([x, w, b], 0.0, options)
+        kernels.TILE_BYTES = 8 * vocabulary * x.element_size()  # tiles of 8 rows
+        check([x, w.detach()], 0.5, options)
+        kernels.TILE_BYTES = whole
+        checks += 2
+    x, w, b = operands(150, 70, 24, torch.float32)  # two blocks of rows, the second ignored
+    check([x, w, b], 0.5, {})
+    x, w, b = operands(6, 70, 24, torch.float32)
+    none = torch.full((6,), -100)
+    loss = linear_cross_entropy(x, w, b, none)
+    assert loss.isnan()
+    assert all(not g.any() for g in torch.autograd.grad(loss, (x, w, b)))
+    assert linear_cross_entropy(x, w, b, none, reduction="sum") == 0
+    strange = torch.tensor([1, 2, 70, 3, 4, 5])
+    assert linear_cross_entropy(x, w, b, strange).isnan(), "a label that is no class goes unseen"
+    print(f"{checks + 5} checks passed")
+
+
+if __name__ == "__main__":
+    main()

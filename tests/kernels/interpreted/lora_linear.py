@@ -1,0 +1,67 @@
+"""The rank update's Triton kernel under the interpreter, alone and inside ``lora_linear``."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fusewright.budget import exceeded
+from fusewright.kernels.lora_linear import OP, lora_linear
+from fusewright.kernels.triton.lora_linear import rank_update
+from tests.kernels.util import assert_parity
+
+# bf16 is left out: the interpreter's tl.dot is wrong for it
+DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float16))
+
+
+def check_kernel() -> int:
+    """The kernel against fp64: tile edges, ranks over one block, strides, mixed dtypes."""
+    checks = 0
+    for (n, m), rank, (dtype, factor) in itertools.product(
+        ((9, 5), (64, 128), (65, 257)), (1, 16, 100), (*DTYPES, (torch.float16, torch.float32))
+    ):
+        wide = torch.randn(n, m + 3).to(dtype)
+        left, right = torch.randn(rank, n).t().to(factor), torch.randn(m, rank).to(factor).t()
+        for base in (wide[:, :m], wide[:, :m].contiguous(), torch.randn(m, n).to(dtype).t()):
+            before = base.clone()
+            out = rank_update(base, left, right)
+            rounded = (left.to(dtype).double(), right.to(dtype).double())
+            exact = base.double() + rounded[0] @ rounded[1]
+            eager = torch.addmm(base, left.to(dtype), right.to(dtype))
+            problem = exceeded(out, eager, exact)
+            assert problem is None, (n, m, rank, dtype, factor, problem)
+            assert torch.equal(base, before), "the base was written to"
+            checks += 1
+    return checks
+
+
+def check_op() -> int:
+    checks = 0
+    for (dtype, adapter), own, rank in itertools.product(
+        (*DTYPES, (torch.float16, torch.float32)), (False, True), (3, 70)
+    ):
+        x, z = torch.randn(2, 33, 40).to(dtype), torch.randn(2, 33, 40).to(adapter)
+        w, b = (torch.randn(131, 40) / 6).to(dtype), torch.randn(131).to(dtype)
+        a = (torch.randn(rank, 40) / 6).to(adapter)
+        lora_b = (torch.randn(131, rank) / 4).to(adapter)
+        inputs = [t.requires_grad_() for t in (x, w, b, a, lora_b, *([z] if own else []))]
+        assert_parity(
+            lambda *t: lora_linear(*t[:5], 2.0, *t[5:]),
+            lambda *t: OP.reference(*t[:5], 2.0, *t[5:]),
+            *inputs,
+        )
+        checks += 1
+    return checks
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    checks = check_kernel() + check_op()
+    empty = torch.randn(0, 8)
+    assert rank_update(empty, torch.randn(0, 2), torch.randn(2, 8)).shape == (0, 8)
+    print(f"{checks + 1} checks passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from fusewright.budget import exceeded
+from fusewright.kernels import launch
+from fusewright.kernels import rms_norm as op
+from fusewright.kernels.rms_norm import OP, reference, rms_norm
+from tests.kernels.util import assert_parity
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMULAS = tuple(itertools.product((0.0, 1.0), ("inner", "outer")))
+EPS = 1e-5
+
+
+def saved_bytes(call: Callable[[], object], parameters: Sequence[Tensor | None]) -> int:
+    """What autograd keeps during ``call``, each memory once, parameters left out."""
+    kept: dict[int, int] = {}
+    known = {p.data_ptr() for p in parameters if p is not None}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in known:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = call()
+    del alive
+    return sum(kept.values())
+
+
+def assert_compiles(
+    fn: Callable[..., object], plain: Callable[..., object], *inputs: Tensor
+) -> None:
+    """``fn`` under Inductor with dynamic shapes, in one graph, within the budget of ``plain``.
+
+    ``fn`` must hold its floats as literals: Dynamo makes inputs of all others.
+    """
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):  # for the second backward
+        assert_parity(torch.compile(fn, fullgraph=True, dynamic=True), plain, *inputs)
+
+
+def _bind(fn: Callable[..., Tensor], offset: float, rounding: str) -> Callable[..., Tensor]:
+    return lambda x, w=None: fn(x, w, EPS, offset, rounding)
+
+
+@pytest.mark.parametrize(("offset", "rounding"), FORMULAS)
+def test_gradcheck(offset: float, rounding: str) -> None:
+    x = torch.randn(3, 2, 7, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    w = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    fn = _bind(rms_norm, offset, rounding)
+    assert torch.autograd.gradcheck(fn, (x, w))
+    assert torch.autograd.gradcheck(fn, (x,))
+    assert torch.autograd.gradcheck(fn, (x.detach(), w))
+    torch.testing.assert_close(fn(x, w), _bind(reference, offset, rounding)(x, w))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(3, 123), (2, 5, 252), (1, 2, 3, 507), (507,), (33, 96)]),
+    x_dtype=st.sampled_from(DTYPES),
+    w_dtype=st.sampled_from([*DTYPES, None]),
+    formula=st.sampled_from(FORMULAS),
+    trained=st.sampled_from([(True, True), (True, False), (False, True)]),
+    seed=st.integers(0, 1000),
+)
+def test_parity(
+    shape: tuple[int, ...],
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype | None,
+    formula: tuple[float, str],
+    trained: tuple[bool, bool],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(shape, dtype=x_dtype, requires_grad=trained[0])]
+    if w_dtype is not None:
+        inputs.append(torch.randn(shape[-1], dtype=w_dtype, requires_grad=trained[1]))
+    assert_parity(_bind(rms_norm, *formula), _bind(reference, *formula), *inputs, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype: torch.dtype) -> None:
+    base, w = torch.randn(3, 5, 4, 96, dtype=dtype), torch.randn(96, dtype=dtype)[::2]
+    for x in (
+        base[..., :48],
+        base[..., ::2],
+        base[..., 48:].transpose(1, 2),
+        torch.randn(48, 10, dtype=dtype).t(),
+        torch.randn(1, 48, dtype=dtype).expand(6, 48),
+    ):
+        assert_parity(
+            _bind(rms_norm, 0.0, "inner"),
+            _bind(reference, 0.0, "inner"),
+            x.requires_grad_(),
+            w.requires_grad_(),
+        )
+        assert rms_norm(x, w, EPS).stride() == reference(x, w, EPS).stride()
+
+
+def test_a_wide_range_of_values() -> None:
+    x = torch.randn(64, 576) * torch.logspace(-12, 4, 64).unsqueeze(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = x.to(dtype).requires_grad_(), torch.randn(576, dtype=dtype, requires_grad=True)
+        assert_parity(_bind(rms_norm, 0.0, "inner"), _bind(reference, 0.0, "inner"), *inputs)
+
+
+def test_empty_batch() -> None:
+    x = torch.randn(0, 3, 16, requires_grad=True)
+    w = torch.randn(16, requires_grad=True)
+    y = rms_norm(x, w, EPS)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 3, 16)
+    assert torch.equal(w.grad, torch.zeros(16))
+
+
+def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = op.backward
+    monkeypatch.setattr(op, "backward", lambda *args: asked.append(args[-2:]) or real(*args))
+    x, w = torch.randn(4, 16), torch.randn(16)
+    rms_norm(x.requires_grad_(), w, EPS).sum().backward()
+    rms_norm(x.detach(), w.requires_grad_(), EPS).sum().backward()
+    assert asked == [(True, False), (False, True)]
+    with torch.no_grad():
+        y, rstd = op.forward(x, w, EPS, 0.0, False)
+    assert real(y, x, w, rstd, None, 0.0, False, True, False)[1] is None
+    assert real(y, x, w, rstd, None, 0.0, False, False, True)[0] is None
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    x = torch.randn(4, 16, requires_grad=True)
+    y = rms_norm(x, None, EPS)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_under_activation_checkpointing_and_autocast() -> None:
+    x = torch.randn(4, 123, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(123, requires_grad=True)
+    plain = _bind(rms_norm, 1.0, "outer")
+    upstream = torch.randn(4, 123, dtype=torch.bfloat16)
+    expected = torch.autograd.grad(plain(x, w), (x, w), upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = checkpoint(plain, x, w, use_reentrant=False)
+        ours = torch.autograd.grad(y, (x, w), upstream)
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unknown_rounding() -> None:
+    with pytest.raises(ValueError, match="rounding"):
+        rms_norm(torch.randn(2, 4), None, EPS, rounding="middle")
+
+
+def test_inductor() -> None:
+    def bind(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w: fn(x * 2, w, 1e-5, 1.0, "outer") + fn(x, w, 1e-5) * x
+
+    x = torch.randn(3, 5, 252, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(252, dtype=torch.bfloat16, requires_grad=True)
+    assert_compiles(bind(rms_norm), bind(reference), x, w)
+
+
+def test_cuda_traces_to_the_opaque_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "has_triton", lambda: True)
+    with FakeTensorMode():
+        x = torch.empty(4, 6, 32, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+        w = torch.empty(32, device="cuda")
+
+        def step(x: Tensor, w: Tensor) -> tuple[Tensor | None, ...]:
+            y, rstd = op.forward(x, w, EPS, 0.0, False)
+            return y, *op.backward(y, x, w, rstd, None, 0.0, False, True, True)
+
+        traced = make_fx(step)(x, w)
+        y, dx, dw = step(x, w)
+    assert [n.target for n in traced.graph.nodes if n.target in (op._forward_op, op._backward_op)]
+    assert (y.dtype, y.stride()) == (torch.float32, x.stride())
+    assert (dx.dtype, dx.stride()) == (torch.bfloat16, x.stride())
+    assert (dw.dtype, dw.shape) == (torch.float32, (32,))
+
+
+@pytest.mark.parametrize("rounding", ["inner", "outer"])
+def test_cost_is_what_happens(rounding: str) -> None:
+    x = torch.randn(5, 7, 64, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(64, requires_grad=True)
+    cost = OP.cost(x.to("meta"), w.to("meta"), EPS, rounding=rounding)
+    assert cost.bytes_saved == saved_bytes(lambda: rms_norm(x, w, EPS, 0.0, rounding), [w])
+    assert cost.bytes_read == x.nbytes + w.nbytes
+    assert cost.bytes_written == rms_norm(x, w, EPS, rounding=rounding).nbytes + 35 * 4
+    assert cost.flops > 0
+
+
+def test_reasons() -> None:
+    x, w = torch.randn(2, 16), torch.randn(16)
+    assert OP.unsupported(x, w, EPS) == OP.unsupported(x.bfloat16(), None, EPS) == []
+    assert "not one per feature" in OP.unsupported(x, w[:8], EPS)[0]
+    assert "not floating-point" in OP.unsupported(x.long(), w, EPS)[0]
+    assert "not floating-point" in OP.unsupported(x, w.long(), EPS)[0]
+    assert "no features" in OP.unsupported(torch.tensor(1.0), None, EPS)[0]
+    assert "is on meta" in OP.unsupported(x, w.to("meta"), EPS)[0]
+    with FakeTensorMode():
+        long = torch.empty(2, op.MAX_DIM + 1, device="cuda")
+        assert any("features" in r for r in OP.unsupported(long, None, EPS))
+        wide = torch.empty(2, 16, device="cuda", dtype=torch.float64)
+        assert any("fp64" in r for r in OP.unsupported(wide, None, EPS))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dim", [64, 507, 4096, 16384, 32768])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity_on_the_gpu(dim: int, dtype: torch.dtype) -> None:
+    for offset, rounding in FORMULAS:
+        x = torch.randn(3, 67, dim, dtype=dtype, device="cuda", requires_grad=True)
+        w = torch.randn(dim, dtype=dtype, device="cuda", requires_grad=True)
+        bound = _bind(rms_norm, offset, rounding), _bind(reference, offset, rounding)
+        assert_parity(*bound, x, w)
+        assert_parity(*bound, x.detach().requires_grad_(), w.detach())
+        assert_parity(*bound, x.detach().transpose(0, 1).requires_grad_(), w)
+    ours, eager = rms_norm(x, w, EPS), reference(x, w, EPS)
+    assert exceeded(ours, eager, reference(x.double(), w.double(), EPS)) is None

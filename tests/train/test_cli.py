@@ -1,0 +1,168 @@
+"""The command: exit codes, messages on standard error, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from fusewright.cli import app, parse_overrides
+from fusewright.errors import RecipeError
+from fusewright.train.signals import Interrupts, Stopped
+
+from .conftest import chat
+
+
+def fusewright(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def file(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(tmp_path: Path, *arguments: str) -> str:
+    """The message of a run that must be refused: exit code 2, nothing printed, nothing changed."""
+    before = snapshot(tmp_path)
+    result = fusewright("train", *arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("fusewright: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    assert snapshot(tmp_path) == before
+    return result.stderr.removeprefix("fusewright: ").strip()
+
+
+def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> None:
+    done = fusewright("train", str(file), "--max_steps", "2", "--lora-r=2")
+    assert done.exit_code == 0, done.output
+    run = tmp_path / "out" / "run.json"
+    assert json.loads(run.read_text())["recipe"]["lora_r"] == 2
+    assert "already holds a run (run.json)" in refused(tmp_path, str(file))
+    again = fusewright("train", str(file), "--overwrite", "--max_steps=1")
+    assert again.exit_code == 0, again.output
+    assert json.loads(run.read_text())["steps"] == 1
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no.yaml")
+    assert refused(tmp_path, missing) == f"{missing}: there is no such file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lora_rank", "4"], "override: lora_rank: is not a key of a recipe; did you mean lora_r?"),
+        (["--max_steps", "many"], "override: max_steps: must be a whole number, not 'many'"),
+        (["--datasets.0.path", "no.jsonl"], "override: datasets.0.path: there is no no.jsonl in"),
+        (["--max_steps"], "--max_steps needs a value"),
+        (["5"], "what is '5' for? Write --key value"),
+        (["--console", "1"], "override: console: is not a key of a recipe"),
+    ],
+)
+def test_bad_overrides(file: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in refused(tmp_path, str(file), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ": the dataset is empty"),
+        (json.dumps(chat("q", "a")) + "\n{oops\n", ", line 2: not valid JSON"),
+        (json.dumps(chat("q", "a")) + '\n{"text": ""}\n', ", line 2: the field 'messages' is missing"),
+    ],
+)
+def test_bad_rows(file: Path, rows: Path, tmp_path: Path, text: str, said: str) -> None:
+    rows.write_text(text, encoding="utf-8")
+    assert refused(tmp_path, str(file)).startswith(f"{rows}{said}")
+
+
+def test_an_output_that_is_a_file(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "out is not a folder" in refused(tmp_path, str(file))
+    assert "out is not a folder" in refused(tmp_path, str(file), "--overwrite")
+
+
+def test_overrides() -> None:
+    assert parse_overrides(["--a-b", "1", "--c=[x]", "--d", "-3"]) == {"a_b": 1, "c": ["x"], "d": -3}
+    with pytest.raises(RecipeError):
+        parse_overrides(["a"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_adapter_of_the_last_step(
+    file: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "fusewright.cli", "train", str(file), "--max_steps", "100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "step 1/100000" in line:
+                process.send_signal(number)
+        assert process.wait() == code, "".join(said)
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["status"], run["signal"]) == ("interrupted", int(number))
+    assert 1 <= run["steps"] < 100000
+    text = "".join(said)
+    assert "Stopping after this step and saving" in text
+    assert f"Stopped at step {run['steps']} of 100000; the adapter of that step is in" in text
+    assert "Traceback" not in text
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(bool(t.any()) for name, t in adapter.items() if "lora_B" in name)  # B begins at 0
+
+
+def test_signals_wait_only_where_they_must() -> None:
+    told: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts(told.append) as interrupts:
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.signal == signal.SIGTERM
+        interrupts.signal = None
+        with interrupts.patiently():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.signal == signal.SIGINT
+            assert len(told) == 1
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_stopped_before_the_first_step(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("fusewright.train.loop.load_tokenizer", stop)
+    result = fusewright("train", str(file))
+    assert result.exit_code == 130
+    assert "nothing was saved" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,174 @@
+"""Whole runs of a tiny model: the files, the figures, and what plain PEFT makes of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusewright.errors import DataError, RecipeError
+from fusewright.train import train
+from fusewright.train.model import dtype_for_training
+
+QUIET = Console(quiet=True)
+
+
+def test_a_run_writes_everything_and_plain_peft_reads_it(
+    recipe: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    out = io.StringIO()
+    result = train(
+        recipe,
+        console=Console(file=out, width=120),
+        sample_prompt="What is 3?",
+        sample_max_tokens=4,
+        eval_steps=2,
+        max_steps=8,
+    )
+    folder = tmp_path / "out"
+    assert result.output_dir == folder
+    assert result.status == "finished"
+    assert result.steps == result.steps_planned == 8
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["recipe"]["lora_r"] == 4
+    assert run["recipe"]["weight_decay"] == 0.0  # defaults are in it too
+    assert set(run["versions"]) >= {"python", "torch", "transformers", "peft", "fusewright"}
+    assert run["val_loss_before"] == result.val_loss_before
+    assert run["val_loss_after"] < run["val_loss_before"] - 0.05
+    assert run["adapter_check"]["exact"] is True
+    assert run["tokens_per_s"] > run["trained_tokens_per_s"] > 0
+    assert run["peak_rss_mb"] >= run["loaded_rss_mb"] > 0
+    assert run["data"]["rows"] == 40
+    assert run["data"]["validation_samples"] == 8
+    assert [e["step"] for e in run["history"] if "eval_loss" in e] == [0, 2, 4, 6, 8]
+    assert [e["step"] for e in run["history"] if "loss" in e] == list(range(1, 9))
+    assert run["history"][-1]["eval_loss"] == pytest.approx(run["val_loss_after"], rel=1e-6)
+    assert run["sample"]["question"] == "What is 3?"
+    assert set(run["sample"]) == {"question", "before", "after"}
+    for words in ("validation loss before", "step 8/8", "plain PEFT gives the same logits"):
+        assert words in out.getvalue()
+
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 2  # A and B of seven linears in two layers
+    assert all(t.dtype is torch.float32 for t in adapter.values())
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    ids = tokenizer("What is 3?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        adapted = plain(ids).logits
+        with plain.disable_adapter():
+            assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
+
+
+def test_the_same_recipe_twice_gives_the_same_adapter(recipe: dict[str, Any], tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        train(recipe, console=QUIET, output_dir=str(folder), lora_dropout=0.1)
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_accumulating_batches_is_the_same_as_a_larger_batch(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    losses = []
+    for micro, accumulate in ((4, 1), (1, 4)):
+        result = train(
+            recipe,
+            console=QUIET,
+            output_dir=str(tmp_path / f"{micro}"),
+            micro_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+            max_steps=3,
+        )
+        losses.append([e["loss"] for e in result.history if "loss" in e])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"sample_packing": False}, {"gradient_checkpointing": True}])
+def test_other_ways_to_train(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
+    result = train(recipe, console=QUIET, **changes)
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    assert result.val_loss_after is not None
+    assert result.val_loss_before is not None
+    assert result.val_loss_after < result.val_loss_before
+
+
+def test_full_training_in_bf16_by_epochs(recipe: dict[str, Any], tmp_path: Path) -> None:
+    del recipe["max_steps"]
+    result = train(recipe, console=QUIET, adapter=None, bf16=True, num_epochs=2, learning_rate=1e-3)
+    batches = -(-result.data["train_sequences"] // 2)
+    assert result.steps == 2 * batches
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype is torch.bfloat16
+    assert result.adapter_check is None
+
+
+def test_long_rows_and_rows_with_nothing_to_train_are_counted(recipe: dict[str, Any]) -> None:
+    dropped = train(recipe, console=QUIET, sequence_len=96)
+    assert dropped.data["too_long"] > 0
+    assert dropped.data["train_samples"] == 32 - dropped.data["too_long"] + (
+        8 - dropped.data["validation_samples"]
+    )
+    cut = train(
+        recipe, console=QUIET, overwrite=True, sequence_len=96, excess_length_strategy="truncate"
+    )
+    assert cut.data["too_long"] == dropped.data["too_long"]
+    assert cut.data["train_samples"] == 32
+    with pytest.raises(DataError, match=r"line \d+: \d+ tokens, and sequence_len is 96"):
+        train(
+            recipe, console=QUIET, overwrite=True, sequence_len=96, excess_length_strategy="raise"
+        )
+    with pytest.raises(DataError, match="no row is left to train on"):
+        train(recipe, console=QUIET, overwrite=True, sequence_len=8)
+
+
+def test_checkpoints_are_saved_and_limited(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, console=QUIET, save_steps=1, save_total_limit=2)
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-3", "checkpoint-4",
+    ]  # fmt: skip
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    train(recipe, console=QUIET, overwrite=True)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_targets_by_name(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, console=QUIET, lora_target_linear=False, lora_target_modules=["q_proj"])
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(adapter) == 4
+    with pytest.raises(RecipeError, match="the model has no layer qq_proj"):
+        train(recipe, console=QUIET, overwrite=True, lora_target_modules=["q_proj", "qq_proj"])
+    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 4  # still there
+
+
+def test_a_model_that_leaks_is_refused(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusewright.train.loop.leaks", lambda *_: True)
+    with pytest.raises(RecipeError, match="LlamaForCausalLM lets the samples of a pack see"):
+        train(recipe, console=QUIET)
+
+
+def test_a_model_that_cannot_be_loaded(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"base_model: .*broken cannot be loaded: "):
+        train(recipe, console=QUIET, base_model=str(tmp_path / "broken"))
+
+
+def test_dtypes() -> None:
+    assert dtype_for_training(True) is torch.bfloat16
+    assert dtype_for_training(False) is torch.float32
