@@ -40,7 +40,7 @@ PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0 when every provider of every op ran."""
+    """Measure; 0 when every provider ran every op that its device has an implementation of."""
     ops = find_ops()
     options = _parse(arguments, sorted(ops.keys() & CASES.keys()))
     dtype = getattr(torch, options.dtype)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(_line(rows[-1]), flush=True)
             if options.csv:  # after each op: a run that is cut short keeps what it has
                 write_csv(options.csv, rows, environment)
-    return 1 if any(row["error"] for row in rows) else 0
+    return 1 if any(row["error"] and not row["note"] for row in rows) else 0
 
 
 def find_ops() -> dict[str, Op]:

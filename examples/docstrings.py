@@ -1,10 +1,10 @@
-"""Builds the quickstart's data: a chat about the docstrings of the running Python's library.
+r"""Builds the quickstart's data: a chat about the docstrings of the running Python's library.
 
 Every public module, class, function and method of the standard library that documents itself
 becomes one line of JSON, the answer laid out as ``help()`` prints it::
 
     {"messages": [{"role": "user", "content": "What does `json.dumps` do?"},
-                  {"role": "assistant", "content": "Help on function dumps in json:\\n\\ndumps(..."}]}
+                  {"role": "assistant", "content": "Help on function dumps in json:\n..."}]}
 
 It is real text, it is on every machine that has Python, and the order is always the same. The
 recipe ``quickstart.yaml`` names this file as ``builder``, so ``fusewright train`` runs it when the
@@ -61,7 +61,7 @@ def members(owner: Any, prefix: str, module: str) -> Iterator[tuple[str, str, An
 
 
 def headline(kind: str, name: str, thing: Any) -> str:
-    """The line that ``help()`` prints above a docstring: how to call it, or what it derives from."""
+    """The line above a docstring in ``help()``: how to call it, or what it derives from."""
     if kind == "class":
         return f"class {name}({', '.join(base.__name__ for base in thing.__bases__)})"
     try:
@@ -105,12 +105,10 @@ def build(path: Path) -> int:
     """Write the JSONL file, whole or not at all, and return the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows(), start=1):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
+    unfinished.write_text("".join(lines), encoding="utf-8")
     unfinished.replace(path)
-    return count
+    return len(lines)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    except AttributeError as error:  # would read as "no such name" and hide what is wrong
+        raise ImportError(f"{__name__}.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -83,6 +84,8 @@ def _train(recipe: str, overwrite: bool, arguments: Sequence[str]) -> int:
             overrides["overwrite_output_dir"] = True
         checked = load_recipe(recipe, overrides)
 
+        # imported below us; complains about a kernel that nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from .train.loop import run  # slow to import: only for a recipe that is right
 
         result = run(checked)

@@ -27,13 +27,6 @@ _MARK = "__fusewright__"
 _LIMIT = 64
 """Recompilations allowed for a head: its frames are shared by all models of its class."""
 
-_LOGGERS = {
-    getattr(logging.Logger, name)
-    for name in ("warning_once", "warning_advice", "info_once", "warning", "info", "debug")
-    if hasattr(logging.Logger, name)
-}
-"""Log calls inside a head do not break its graph; transformers adds the ``_once`` methods."""
-
 
 @dataclass(frozen=True)
 class Installed:
@@ -196,13 +189,19 @@ def _head_forward(
         session.head_active = True
         try:
             with torch._dynamo.config.patch(
-                recompile_limit=_LIMIT, ignore_logger_methods=_LOGGERS
+                recompile_limit=_LIMIT, ignore_logger_methods=_loggers()
             ):
                 return session.call(self, compiled(), plain, args, kwargs)
         finally:
             session.head_active = False
 
     return forward
+
+
+def _loggers() -> set[Any]:
+    """Log calls, which do not break a head's graph; transformers adds the ``_once`` methods."""
+    names = ("warning_once", "warning_advice", "info_once", "warning", "info", "debug")
+    return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
 
 
 def _given_cache(kwargs: dict[str, Any]) -> bool:

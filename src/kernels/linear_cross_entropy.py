@@ -68,9 +68,7 @@ def _implementation(
         from .triton.linear_cross_entropy import compute as run
     else:
         run = compute
-    return run(
-        x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted
-    )
+    return run(x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted)
 
 
 def _fake(
@@ -96,14 +94,16 @@ def _fake(
     )
 
 
-_NAME = "linear_cross_entropy_forward"
-LIBRARY.define(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
-    "float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
+# 2026-11-24: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
+    "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.impl(_NAME, _implementation, "CompositeExplicitAutograd")
-torch.library.register_fake(f"fusewright::{_NAME}", _fake, lib=LIBRARY)
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy_forward", _implementation, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("fusewright::linear_cross_entropy_forward", _fake, lib=LIBRARY)
 _forward = torch.ops.fusewright.linear_cross_entropy_forward.default
 
 
@@ -125,6 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         softcap: float,
         logit_scale: float,
+        recording: bool,
     ) -> Tensor:
         """Return the loss; keep the gradients of its sum that will be wanted."""
         total, count, dx, dweight, dbias = _forward(
@@ -136,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label_smoothing,
             softcap,
             logit_scale,
-            list(ctx.needs_input_grad[:3]),
+            [recording and needed for needed in ctx.needs_input_grad[:3]],
         )
         mean = reduction == "mean"
         ctx.save_for_backward(dx, dweight, dbias, count if mean else None)
@@ -161,7 +162,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         if scaled[0] is not None:
             scaled[0] = scaled[0].view(ctx.shape)
-        return (*scaled, *[None] * 6)
+        return (*scaled, *[None] * 7)
 
 
 def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,11 +185,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross entropy of ``softcap·tanh(logit_scale·(x·Wᵀ + b) / softcap)``.
 
-    The logits are rounded to x's dtype once, as the model rounds them; scale, softcap and
-    everything after run in fp32. Without gradients (no_grad, or none required) only the loss is
-    computed. Gradients of the head are accumulated over the tiles in fp32. Backward may run more
-    than once over a retained graph, but not be differentiated again. Under autocast the operands
-    are cast first, as autocast casts a linear layer's. ``torch.compile`` sees one opaque op.
+    Logits, scale and softcap are rounded to x's dtype where the model rounds them, so the loss is
+    eager's; the softmax and everything after run in fp32. Without gradients (no_grad, or none
+    required) only the loss is computed. Gradients of the head are summed over the tiles in fp32.
+    Backward may run more than once over a retained graph, but not be differentiated again. Under
+    autocast the operands are cast first, as autocast casts a linear layer's. ``torch.compile``
+    sees one opaque op.
 
     Args:
         x: (..., hidden), the rows that are multiplied.
@@ -231,6 +233,7 @@ def linear_cross_entropy(
             label_smoothing,
             softcap or 0.0,
             logit_scale,
+            torch.is_grad_enabled(),  # within forward it is always off
         )
     return loss
 

@@ -101,9 +101,7 @@ def _tiles(rows: int, row_bytes: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _softmax(
-    logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias: Tensor
-) -> Tensor:
+def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias: Tensor) -> Tensor:
     """Each row's loss (R,); ``logits`` (R, vocabulary) become their gradient in place if asked.
 
     With ``l`` the scaled and capped logits, ``p`` their softmax, ``y`` the label and ``e`` the
@@ -119,11 +117,11 @@ def _softmax(
     for start in range(0, logits.shape[0], height):
         strip, y = logits[start : start + height], targets[start : start + height, None]
         rows = strip.shape[0]
-        f = strip if in_place else wider[:rows].copy_(strip)
+        if loss.scale != 1.0:  # in the logits' own dtype, rounding where the model rounds
+            strip.mul_(loss.scale)
         if loss.softcap:
-            f.mul_(loss.scale / loss.softcap).tanh_().mul_(loss.softcap)
-        elif loss.scale != 1.0:
-            f.mul_(loss.scale)
+            strip.div_(loss.softcap).tanh_().mul_(loss.softcap)
+        f = strip if in_place else wider[:rows].copy_(strip)
         p = torch.softmax(f, 1, out=softmax[:rows])
         losses[start : start + rows] = _row_losses(f, p, y, loss.smoothing)
         if gradient:

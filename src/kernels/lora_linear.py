@@ -44,7 +44,8 @@ def reference(
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``base (N, M) + left (N, r) · right (r, M)``, rounded once; ``base`` is ours to overwrite."""
     if use_triton(base, left, right):
-        return _rank_update(base, left, right)
+        updated: Tensor = _rank_update(base, left, right)
+        return updated
     # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
     return base.addmm_(left.to(base.dtype), right.to(base.dtype).contiguous())
 

@@ -212,7 +212,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -241,7 +241,10 @@ def rms_norm(
     Raises:
         ValueError: if ``rounding`` is neither.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps, offset, is_outer(rounding))
+    # 2026-11-24: torch does not type Function.apply
+    y: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, eps, offset, is_outer(rounding)
+    )
     return y
 
 

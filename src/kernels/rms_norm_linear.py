@@ -54,19 +54,22 @@ def _forward(
     return [*outs, rstd]
 
 
-def _input_gradient(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
-    """The gradient of the normed rows, (rows, D): what all linears send back, added up.
+def _input_gradient(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor | None:
+    """The gradient of the normed rows, (rows, D): what all linears send back, summed in ``dtype``.
 
-    In low precision a matmul that adds to its result rounds once where two calls round twice. In
-    fp32 the same would string all the sums into one, which loses more than adding short ones.
+    ``dtype`` is that of the normed rows: under autocast wider than the linears'. In low precision a
+    matmul that adds to its result rounds once where two calls round twice. In fp32 the same would
+    string all the sums into one, which loses more than adding short ones.
     """
     total: Tensor | None = None
     for g, w in zip(grads, weights, strict=True):
         if g is None:
             continue
         if total is None:
-            total = torch.mm(g, w)
-        elif g.dtype.itemsize < 4:
+            total = torch.mm(g, w).to(dtype)
+        elif g.dtype is dtype and dtype.itemsize < 4:
             total = total.addmm_(g, w)
         else:
             total = total.add_(torch.mm(g, w))
@@ -135,7 +138,7 @@ class _RMSNormLinear(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *out_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, norm_weight, rstd, *weights = ctx.saved_tensors
         eps, offset, outer = ctx.formula
@@ -153,7 +156,7 @@ class _RMSNormLinear(torch.autograd.Function):
             d_weights = _weight_gradients(grads, y, need_weights)
         d_x = d_norm_weight = None
         if need_x or need_norm_weight:
-            d_y = _input_gradient(grads, weights)
+            d_y = _input_gradient(grads, weights, norm.output_dtype(x, norm_weight, outer))
             if d_y is not None:
                 d_y = d_y.view(x.shape)
                 d_x, d_norm_weight = norm.backward(
@@ -196,14 +199,19 @@ def rms_norm_linear(
     outs: tuple[Tensor, ...]
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        outs = _RMSNormLinear.apply(x, norm_weight, eps, offset, outer, False, *weights, *biases)
+        # 2026-11-24: torch does not type Function.apply
+        outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
+            x, norm_weight, eps, offset, outer, False, *weights, *biases
+        )
         return outs
     lower = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         tensors = [
             t if t is None or t.dtype is torch.float64 else t.to(lower) for t in (*weights, *biases)
         ]
-        outs = _RMSNormLinear.apply(x, norm_weight, eps, offset, outer, True, *tensors)
+        outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
+            x, norm_weight, eps, offset, outer, True, *tensors
+        )
     return outs
 
 

@@ -1,4 +1,4 @@
-"""Removing nodes that do nothing, so that no pattern needs to know them."""
+"""Removing nodes that do nothing new, so that no pattern needs to know them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..graph.edit import is_inplace
+from ..graph.edit import is_inplace, prune
 
 
 def remove_noops(module: fx.GraphModule) -> int:
-    """Remove casts to the dtype that a tensor has, and dropouts that drop nothing.
+    """Remove what is dead, casts to a tensor's own dtype, repeated casts, dropouts that drop nothing.
 
-    Both return their very input in eager PyTorch, so that this changes nothing, aliasing included.
-    A graph that writes in place is left alone.
+    All are exact: such casts and dropouts return their very input in eager PyTorch, and a cast
+    made twice gives the same numbers twice. A graph that writes in place is left alone.
 
     Args:
         module: the captured graph; it and the graphs nested in it are changed in place.
@@ -25,13 +25,25 @@ def remove_noops(module: fx.GraphModule) -> int:
     for inner in facts.nested(module):
         if any(is_inplace(n) for n in inner.graph.nodes):
             continue
+        gone += len(prune(inner.graph, [n for n in reversed(inner.graph.nodes) if _is_dead(n)]))
+        casts: dict[tuple[object, ...], fx.Node] = {}
         for node in list(inner.graph.nodes):
-            if _is_noop(node):
-                node.replace_all_uses_with(node.args[0])
+            canon = canonical(node)
+            same = node.args[0] if _is_noop(node) else None
+            if same is None and canon is not None and canon.name == "cast":
+                same = casts.setdefault(canon.args, node)
+            if isinstance(same, fx.Node) and same is not node:
+                node.replace_all_uses_with(same)
                 inner.graph.erase_node(node)
                 gone += 1
         inner.recompile()
     return gone
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Whether a node has no users and only computes (mode switches have no users either)."""
+    asks_size = node.op == "call_method" and node.target in ("size", "dim", "numel", "stride")
+    return not node.users and (asks_size or canonical(node) is not None)
 
 
 def _is_noop(node: fx.Node) -> bool:

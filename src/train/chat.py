@@ -4,9 +4,9 @@ A token is trained when the assistant has to write it: its answer and the token 
 Nothing before the answer (the system text, the question, the header of the turn) and nothing after
 the end of the turn (templates put a line break there) is.
 
-Where an answer begins and ends is taken from the template's own ``{% generation %}`` marks, or else
-found by rendering: an answer is what ``messages[:i+1]`` has and ``messages[:i]`` with the generation
-prompt has not.
+Where an answer begins and ends is taken from the template's own ``{% generation %}`` marks, or
+else found by rendering: an answer is what ``messages[:i+1]`` has and ``messages[:i]`` with the
+generation prompt has not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode(chats: Sequence[Chat], tokenizer: Any, train_on_inputs: bool = False)
         raise RecipeError("the tokenizer of base_model has no chat template")
     if not tokenizer.is_fast:
         raise RecipeError(
-            "the tokenizer of base_model is not a fast one, so the assistant's tokens cannot be found"
+            "the tokenizer of base_model is not a fast one: its tokens cannot be traced to the text"
         )
     if not chats:
         return []
@@ -125,23 +125,24 @@ def _rendered(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
 def _marked(chat: Chat, tokenizer: Any) -> tuple[str, list[Span]]:
     """The text, and the answers in it, from the template's generation marks."""
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    render: Any = chat_template_utils.render_jinja_template
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = render(
             conversations=[chat.messages],
             chat_template=tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
     except TemplateError as error:
-        raise DataError(f"{chat.where}: the chat template refuses this conversation: {error}") from None
+        raise DataError(
+            f"{chat.where}: the chat template refuses this conversation: {error}"
+        ) from None
     return texts[0], [(begin, end) for begin, end in spans[0]]
 
 
-def _tokens(
-    span: Span, text: str, ids: list[int], offsets: list[Span], special: set[int]
-) -> range:
+def _tokens(span: Span, text: str, ids: list[int], offsets: list[Span], special: set[int]) -> range:
     """The tokens of one answer, with the token that ends the turn and without what follows it.
 
     A token that begins before the answer is not part of it, even if it reaches into it.

@@ -31,7 +31,7 @@ class Chat:
 
 
 def read_chats(datasets: Sequence[Dataset]) -> list[Chat]:
-    """Read every row of ``datasets``, in order, building the files that are not there yet.
+    """Read every row of ``datasets``, in order, building what has a builder and is not there yet.
 
     Raises:
         DataError: an unreadable file, a row that is not JSON or lacks a field, or no rows at all.
@@ -39,7 +39,7 @@ def read_chats(datasets: Sequence[Dataset]) -> list[Chat]:
     chats: list[Chat] = []
     for dataset in datasets:
         path = Path(dataset.path)
-        if not path.exists() and dataset.builder:
+        if dataset.builder:
             _build(Path(dataset.builder), path)
         before = len(chats)
         chats += [_chat(row, where, dataset) for where, row in _rows(path)]
@@ -66,15 +66,21 @@ def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]
     random.Random(seed).shuffle(shuffled)
     count = round(len(shuffled) * size) if size < 1 else round(size)
     if count >= len(shuffled) or (size > 0 and count == 0):
+        left = max(0, len(shuffled) - count)
         raise DataError(
-            f"val_set_size: {size:g} of {len(shuffled)} rows leaves {max(0, len(shuffled) - count)} "
-            f"to train on and {min(count, len(shuffled))} to validate on"
+            f"val_set_size: {size:g} of {len(shuffled)} rows leaves {left} to train on and "
+            f"{len(shuffled) - left} to validate on"
         )
     return shuffled[count:], shuffled[:count]
 
 
 def _build(builder: Path, path: Path) -> None:
-    """Run the builder in a process of its own, so that what it imports does not stay."""
+    """Make ``path`` when it is missing or older than its builder.
+
+    The builder runs in a process of its own, so that what it imports does not stay here.
+    """
+    if path.exists() and path.stat().st_mtime >= builder.stat().st_mtime:
+        return
     done = subprocess.run(
         [sys.executable, str(builder), str(path)], capture_output=True, text=True, check=False
     )
@@ -122,7 +128,8 @@ def _chat(row: Any, where: str, dataset: Dataset) -> Chat:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: the field {field!r} must be a list of messages")
-    names = {"role": "role", "content": "content", **dataset.message_property_mappings}
+    names: dict[str, str] = {"role": "role", "content": "content"}
+    names.update({key: name for key, name in dataset.message_property_mappings.items()})
     messages = []
     for i, turn in enumerate(turns, start=1):
         message = {}

@@ -97,7 +97,7 @@ def check_adapter(
     model.eval()
     before = trained = model(**inputs).logits
     if optimized:
-        from ..optimize import restore
+        from ..pipeline import restore
 
         restore(model)
         trained = model(**inputs).logits

@@ -60,7 +60,7 @@ class Run:
             Stopped: a signal came before the first step was done, or a second one came.
         """
         export.check_output(self.folder, self.recipe.overwrite_output_dir)
-        with Interrupts(self._say) as interrupts, quiet():
+        with Interrupts() as interrupts, quiet():
             with self._timed("data"):
                 chats = read_chats(self.recipe.datasets)
                 parts = split(chats, self.recipe.val_set_size, self.recipe.seed)
@@ -133,8 +133,8 @@ class Run:
         model = load_model(self.recipe)
         if self.recipe.sample_packing and leaks(model, model.config.vocab_size, model.device):
             raise RecipeError(
-                f"sample_packing: {type(model).__name__} lets the samples of a pack see each other; "
-                "set it to false"
+                f"sample_packing: {type(model).__name__} lets the samples of a pack see each "
+                "other; set it to false"
             )
         set_seed(self.recipe.seed)
         model = add_adapter(model, self.recipe)
@@ -147,14 +147,16 @@ class Run:
         )
         return model
 
-    def _before(self, model: Any, tokenizer: Any, validation: list[dict[str, torch.Tensor]]) -> None:
+    def _before(
+        self, model: Any, tokenizer: Any, validation: list[dict[str, torch.Tensor]]
+    ) -> None:
         """Answer and validate, and optimize."""
         recipe = self.recipe
         if recipe.sample_prompt:
             text = export.answer(model, tokenizer, recipe.sample_prompt, recipe.sample_max_tokens)
             self.result.sample = {"question": recipe.sample_prompt, "before": text}
         if recipe.optimize:
-            from ..optimize import optimize
+            from ..pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, strict=recipe.strict)
         if validation:
@@ -207,7 +209,7 @@ class Run:
             if validation:
                 result.val_loss_after = validation_loss(model, validation)
             if recipe.optimize:
-                from ..optimize import explain
+                from ..pipeline import explain
 
                 found = explain(model)
                 result.optimize = found.to_dict()

@@ -20,8 +20,9 @@ from .source import Source, locate
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the progress bars and warnings of the libraries below out of our own output."""
-    from transformers.utils import logging as hf
+    import transformers
 
+    hf: Any = transformers.utils.logging
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "peft")]
     levels = [logger.level for logger in others]
@@ -44,8 +45,10 @@ def quiet() -> Iterator[None]:
 
 def device_for_training() -> torch.device:
     """The device that the trainer will use."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (
-        torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else (torch.device("cpu"))
     )
 
 
@@ -90,7 +93,9 @@ def load_model(recipe: Recipe) -> Any:
 def _checkpoint(model: Any) -> None:
     """Checkpoint each block, by the name that this transformers has for it."""
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -32,8 +32,8 @@ class Dataset(_Model):
     """A ``.jsonl`` file (one row a line) or a ``.json`` file (a list of rows)."""
 
     builder: str | None = None
-    """A Python file that makes ``path`` when it does not exist: it is run as
-    ``python BUILDER PATH`` and must write the file. Unset: a missing file is an error."""
+    """A Python file that makes ``path`` when that is missing or older than this file: it is run as
+    ``python BUILDER PATH`` and must write ``path``. Unset: a missing file is an error."""
 
     type: Literal["chat_template"] = "chat_template"
     """How a row is read: ``chat_template`` renders its messages with the tokenizer's template."""

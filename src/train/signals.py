@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,16 +26,12 @@ class Stopped(KeyboardInterrupt):
 class Interrupts:
     """While entered, turns SIGINT and SIGTERM into an orderly end.
 
-    Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one only
-    sets ``signal``, for the training loop to see between two steps; a second one raises.
-
-    Args:
-        tell: called with a line for the user when a signal has to wait.
+    Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one
+    only sets ``signal``, for the training loop to see between two steps; a second one raises.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.signal: int | None = None
-        self._tell = tell
         self._patient = False
         self._before: dict[int, Any] = {}
 
@@ -67,4 +64,5 @@ class Interrupts:
             self.signal = number
             raise Stopped(number)
         self.signal = number
-        self._tell("Stopping after this step and saving; once more to quit without saving.")
+        # not through a file object: this may interrupt one of its own writes
+        os.write(2, b"\nStopping after this step and saving; once more to quit without saving.\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -12,8 +13,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -59,7 +67,7 @@ class Meter:
         return statistics.median(self.seconds[1:] or self.seconds or [0.0])
 
 
-class _Trainer(Trainer):  # type: ignore[misc]  # 2026-11-24: transformers is untyped for mypy
+class _Trainer(Trainer):
     """``Trainer`` that counts its tokens and validates by token, not by batch."""
 
     meter: Meter
@@ -72,10 +80,13 @@ class _Trainer(Trainer):  # type: ignore[misc]  # 2026-11-24: transformers is un
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_loss": validation_loss(self.model, self.validation)}
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]  # 2026-11-24: transformers is untyped for mypy
+class _Watch(TrainerCallback):
     """Times the steps, shows them, and ends the loop when a signal came."""
 
     def __init__(self, meter: Meter, interrupts: Interrupts, console: Console, total: int) -> None:
@@ -163,8 +174,9 @@ def steps_planned(recipe: Recipe, packs: int) -> int:
     """How many optimizer steps the recipe makes of ``packs`` sequences."""
     if recipe.max_steps is not None:
         return recipe.max_steps
-    micro = -(-packs // recipe.micro_batch_size)
-    return max(1, -int(-(-micro // recipe.gradient_accumulation_steps) * recipe.num_epochs // 1))
+    micro = math.ceil(packs / recipe.micro_batch_size)
+    per_epoch = math.ceil(micro / recipe.gradient_accumulation_steps)
+    return math.ceil(per_epoch * recipe.num_epochs)
 
 
 def make_trainer(

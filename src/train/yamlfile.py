@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, except that ``2e-4`` is a number (as in YAML 1.2 and in everyone's recipes)."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]  # 2026-11-24: PyYAML's stub
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
@@ -52,7 +52,8 @@ def load_recipe(
         RecipeError: lists every problem, with its key and line.
     """
     if isinstance(source, Mapping):
-        name, values, lines, folder = "the recipe", _plain(source), {}, Path.cwd()
+        name, values, folder = "the recipe", _plain(source), Path.cwd()
+        lines: dict[Loc, int] = {}
     else:
         path = Path(source)
         values, lines = _read(path)
@@ -93,19 +94,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
     try:
         node = loader.get_single_node()
         repeated = list(_number(node, (), lines)) if node else []
-        values = loader.construct_document(node) if node else {}  # type: ignore[no-untyped-call]
+        values = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{path}{at}: not valid YAML: {problem}") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]  # 2026-11-24: PyYAML's stub
+        loader.dispose()
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: must hold keys and values, not {_kind(values)}")
     if repeated:
-        raise RecipeError(_listed(str(path), [(loc, "is given twice") for loc in repeated], {
-            loc: f"line {lines[loc]}" for loc in repeated}))
+        raise RecipeError(
+            _listed(
+                str(path),
+                [(loc, "is given twice") for loc in repeated],
+                {loc: f"line {lines[loc]}" for loc in repeated},
+            )
+        )
     return values, lines
 
 
@@ -139,12 +145,13 @@ def _put(values: Any, loc: Loc, value: Any) -> bool:
         except (KeyError, IndexError, TypeError):
             return False
     last = loc[-1]
-    if isinstance(values, dict) or (
-        isinstance(values, list) and isinstance(last, int) and last < len(values)
-    ):
+    try:
+        if not isinstance(values, dict):
+            values[last]  # a list does not grow
         values[last] = value
-        return True
-    return False
+    except (IndexError, TypeError):
+        return False
+    return True
 
 
 def _without_nulls(value: Any) -> Any:
@@ -163,14 +170,16 @@ def _with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, list[tuple[Loc, s
         builder = find_file(dataset.builder, folders) if dataset.builder else None
         path = find_file(dataset.path, folders)
         if dataset.builder and builder is None:
-            problems.append((("datasets", i, "builder"), f"there is no {dataset.builder} in {places}"))
+            problems.append(
+                (("datasets", i, "builder"), f"there is no {dataset.builder} in {places}")
+            )
         if path is None and dataset.builder is None:
             problems.append((("datasets", i, "path"), f"there is no {dataset.path} in {places}"))
         if Path(dataset.path).suffix not in (".jsonl", ".json"):
             problems.append((("datasets", i, "path"), "must be a .jsonl or a .json file"))
         absolute = path or (folder / Path(dataset.path).expanduser())
-        update = {"path": str(absolute), "builder": str(builder) if builder else None}
-        datasets.append(dataset.model_copy(update=update))
+        names = {"path": str(absolute), "builder": str(builder) if builder else None}
+        datasets.append(dataset.model_copy(update=names))
     base = recipe.base_model
     try:
         locate(base, folders)

@@ -16,6 +16,11 @@ from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS, assert_compiles, 
 from tests.kernels.util import assert_parity
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def _bind(fn: Callable[..., tuple[Tensor, Tensor]], offset: float, rounding: str):
     return lambda x, r, w=None: fn(x, r, w, EPS, offset, rounding)
 

@@ -100,7 +100,9 @@ def test_degenerate_sizes_are_exact_in_fp64(shape, out, rank, given):
     results = []
     for fn in (lora_linear, reference):
         y = fn(*args[:5], 0.7, *args[5:])
-        grads = torch.autograd.grad(y, wanted, torch.linspace(1, 2, y.numel(), dtype=F64).view_as(y))
+        grads = torch.autograd.grad(
+            y, wanted, torch.linspace(1, 2, y.numel(), dtype=F64).view_as(y)
+        )
         results.append((y, *grads))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)

@@ -23,6 +23,11 @@ FORMULAS = tuple(itertools.product((0.0, 1.0), ("inner", "outer")))
 EPS = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def saved_bytes(call: Callable[[], object], parameters: Sequence[Tensor | None]) -> int:
     """What autograd keeps during ``call``, each memory once, parameters left out."""
     kept: dict[int, int] = {}

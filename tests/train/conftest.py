@@ -80,6 +80,7 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "base_model": str(base),
         "bf16": False,
+        "optimize": False,
         "adapter": "lora",
         "lora_r": 4,
         "lora_target_linear": True,
@@ -90,5 +91,6 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
         "micro_batch_size": 2,
         "max_steps": 4,
         "learning_rate": 1e-2,
+        "lr_scheduler": "constant",
         "output_dir": str(tmp_path / "out"),
     }

@@ -19,7 +19,8 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}" + PROMPT
 )
 MARKED_WITHOUT_END = (
-    HEADER + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    HEADER
+    + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}" + PROMPT
 )
 LLAMA3 = (
@@ -112,7 +113,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 def test_a_template_that_raises_is_quoted() -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="file, line 1: .*roles must alternate"):
+    with pytest.raises(DataError, match=r"file, line 1: .*roles must alternate"):
         one(strict, CONVERSATION)
 
 

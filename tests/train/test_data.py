@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ GOOD = json.dumps(chat("q", "a"))
         ("\n \n", ": the dataset is empty"),
         (f"{GOOD}\n{{oops\n", ", line 2: not valid JSON: Expecting property name"),
         (f"{GOOD}\n\n[]\n", ", line 3: must be an object with the field 'messages', not a list"),
-        ('{"text": "a", "id": 1}\n', ", line 1: the field 'messages' is missing (the row has 'text', 'id')"),
+        (
+            '{"text": "a", "id": 1}\n',
+            ", line 1: the field 'messages' is missing (the row has 'text', 'id')",
+        ),
         ('{"messages": []}\n', ", line 1: the field 'messages' must be a list of messages"),
         ('{"messages": ["a"]}\n', ", line 1: message 1 needs the field 'role', with text in it"),
         ('{"messages": [{"role": "user"}]}\n', ", line 1: message 1 needs the field 'content'"),
@@ -83,6 +87,9 @@ def test_a_builder_runs_once_in_its_own_process(tmp_path: Path) -> None:
     )
     dataset = Dataset(path=str(path), builder=str(builder))
     assert read_chats([dataset]) == read_chats([dataset])  # a second mkdir would fail
+    os.utime(builder, (path.stat().st_mtime + 9,) * 2)
+    with pytest.raises(DataError, match="FileExistsError"):  # a newer builder does run again
+        read_chats([dataset])
 
 
 def test_a_builder_that_fails_is_named(tmp_path: Path) -> None:
@@ -117,5 +124,7 @@ def test_the_docstring_builder_writes_the_same_real_chats_every_time(tmp_path: P
     chats = read_chats([Dataset(path=str(paths[0]))])
     assert len(chats) > 2000
     answers = {c.messages[0]["content"]: c.messages[1]["content"] for c in chats}
-    assert answers["What does `json.dumps` do?"].startswith("Serialize ``obj`` to a JSON formatted")
+    answer = answers["What does `json.dumps` do?"]
+    assert answer.startswith("Help on function dumps in json:\n\ndumps(obj, *, skipkeys=False,")
+    assert "\n    Serialize ``obj`` to a JSON formatted ``str``.\n" in answer
     assert len(set(answers.values())) == len(chats)  # none is in both halves of a split

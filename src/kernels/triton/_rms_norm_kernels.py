@@ -6,6 +6,7 @@ residual add of ``add_rms_norm`` is a branch of the same kernels.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -137,11 +138,14 @@ def backward_kernel(
 
 
 def tile_of(dim: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK, num_warps) for rows of ``dim`` features: 8 elements per thread, 16 if long."""
+    """(ROWS, BLOCK, num_warps) for rows of ``dim`` features: 8 elements per thread, more if long.
+
+    A program has at most 1024 threads; an AMD warp has 64 of them.
+    """
     block = triton.next_power_of_2(dim)
     rows = max(1, min(16, 1024 // block))
     warps = max(1, min(16, rows * block // 256))
-    return rows, block, 32 if block > 8192 else warps
+    return rows, block, 32 if block > 8192 and torch.version.hip is None else warps
 
 
 def forward_case(

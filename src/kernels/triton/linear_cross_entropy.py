@@ -3,7 +3,8 @@
 How many rows count is known on the device only, and asking would stall the stream. So the rows that
 count are sorted to the front, every tile is launched, and each program compares its rows with the
 count in device memory: those past it return at once. That is why the matmuls are kernels of our
-own: a library matmul cannot stop at a number that the host does not know.
+own (``linear_cross_entropy_matmul.py``): a library matmul cannot stop at a number that the host
+does not know.
 """
 
 from __future__ import annotations
@@ -14,78 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from .linear_cross_entropy_matmul import bounded_product
 
 TILE_BYTES = 128 << 20
 """What one tile of logits takes; at 128k classes in bf16 that is 512 rows."""
-
-
-@triton.jit
-def matmul_kernel(
-    a,
-    b,
-    bias,
-    c,
-    kept,
-    first,
-    rows,
-    columns,
-    inner,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BOUND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """``c (rows, columns) = a · b (+ bias)``, or ``+=``, as far as ``kept - first`` reaches.
-
-    With BOUND "rows", blocks of rows past the bound are left as they are; with BOUND "inner", the
-    inner dimension ends there. ``c`` is contiguous; products are summed in fp32.
-    """
-    live = tl.load(kept) - first
-    if BOUND == "rows":
-        rows = tl.minimum(rows, live)
-    else:
-        inner = tl.minimum(inner, live)
-    # neighbouring programs share GROUP_M row blocks of a and one column block of b in the cache
-    pid = tl.program_id(0)
-    blocks_n = tl.cdiv(columns, BLOCK_N)
-    blocks_m = tl.num_programs(0) // blocks_n
-    group = pid // (GROUP_M * blocks_n)
-    height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-    block_m = group * GROUP_M + (pid % (GROUP_M * blocks_n)) % height
-    block_n = (pid % (GROUP_M * blocks_n)) // height
-    if block_m * BLOCK_M >= rows:
-        return
-    m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        left = tl.load(
-            a + m[:, None] * stride_am + k[None, :] * stride_ak,
-            mask=(m < rows)[:, None] & (k < inner)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            b + k[:, None] * stride_bk + n[None, :] * stride_bn,
-            mask=(k < inner)[:, None] & (n < columns)[None, :],
-            other=0.0,
-        )
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    inside = (m < rows)[:, None] & (n < columns)[None, :]
-    out = c + m[:, None] * columns + n[None, :]
-    if ACCUMULATE:
-        total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out, total.to(c.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -101,10 +34,13 @@ def _tanh(u):
 
 @triton.jit
 def _logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
-    """Scaled and capped logits in fp32, minus infinity outside."""
-    value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * scale
+    """Scaled and capped logits, rounded where the model rounds; minus infinity outside."""
+    raw = tl.load(pointers, mask=inside, other=0.0)
+    value = (raw.to(tl.float32) * scale).to(raw.dtype).to(tl.float32)
     if SOFTCAP:
-        value = softcap * _tanh(value / softcap)
+        share = (value / softcap).to(raw.dtype).to(tl.float32)
+        share = _tanh(share).to(raw.dtype).to(tl.float32)
+        value = (softcap * share).to(raw.dtype).to(tl.float32)
     return tl.where(inside, value, float("-inf"))
 
 
@@ -162,55 +98,9 @@ def loss_kernel(
             tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=inside)
 
 
-def _matmul_config(dtype: torch.dtype, precision: str) -> dict[str, int]:
-    """One configuration per kind of arithmetic; the operands are always large."""
-    if dtype is not torch.float32:
-        block = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
-        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
-    if precision == "tf32":
-        block = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
-        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
-    block = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
-    return block | {"GROUP_M": 8, "num_warps": 4, "num_stages": 2}
-
-
 def _loss_config(vocabulary: int) -> dict[str, int]:
     wide = vocabulary > 1024
     return {"BLOCK_V": 4096 if wide else 1024, "num_warps": 8 if wide else 4}
-
-
-def _product(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    kept: Tensor,
-    first: int,
-    bound: str,
-    bias: Tensor | None = None,
-) -> None:
-    """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``."""
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    config = _matmul_config(a.dtype, precision)
-    rows, columns = out.shape
-    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
-    matmul_kernel[(blocks,)](
-        a,
-        b,
-        bias,
-        out,
-        kept,
-        first,
-        rows,
-        columns,
-        a.shape[1],
-        *a.stride(),
-        *b.stride(),
-        BOUND=bound,
-        HAS_BIAS=bias is not None,
-        ACCUMULATE=bound == "inner",
-        PRECISION=precision if a.dtype is torch.float32 else "ieee",
-        **config,
-    )
 
 
 def compute(
@@ -235,12 +125,13 @@ def compute(
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dweight = torch.zeros((vocabulary if wanted[1] else 0, hidden), **f32)
     dbias = torch.zeros(vocabulary if wanted[2] else 0, **f32)
-    height = min(n, max(1, TILE_BYTES // (vocabulary * x.element_size())))
+    height = max(1, TILE_BYTES // (vocabulary * x.element_size()))
+    height = min(n, height // 128 * 128 or height)  # whole blocks of the matmuls
     for first in range(0, n, max(1, height)):
         rows = order[first : first + height]
         xt = x.index_select(0, rows)
         logits = x.new_empty((xt.shape[0], vocabulary))
-        _product(logits, xt, weight.t(), kept, first, "rows", bias)
+        bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
         loss_kernel[(xt.shape[0],)](
             logits,
             labels[first:],
@@ -257,40 +148,15 @@ def compute(
         )
         if wanted[0]:
             part = torch.zeros_like(xt)  # rows past the bound stay zero
-            _product(part, logits, weight, kept, first, "rows")
+            bounded_product(part, logits, weight, kept, first, "rows")
             dx.index_copy_(0, rows, part)
         if wanted[1]:
-            _product(dweight, logits.t(), xt, kept, first, "inner")
+            bounded_product(dweight, logits.t(), xt, kept, first, "inner")
         if wanted[2]:
             ones = x.new_ones((xt.shape[0], 1))
-            _product(dbias.view(-1, 1), logits.t(), ones, kept, first, "inner")
+            bounded_product(dbias.view(-1, 1), logits.t(), ones, kept, first, "inner")
     narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
     return losses.sum(), kept.to(torch.float32), dx, dweight.to(narrow), dbias
-
-
-def _aot_matmul(dtype: str, role: str, precision: str = "ieee") -> AotCase:
-    """The roles: logits = x·Wᵀ (+ bias), dx = dlogits·W, dweight += dlogitsᵀ·x."""
-    config = _matmul_config(torch.float32 if dtype == "fp32" else torch.bfloat16, precision)
-    bound = "inner" if role == "dweight" else "rows"
-    ones = {"logits": ("stride_ak", "stride_bk"), "dx": ("stride_ak", "stride_bn")}
-    unit = ones.get(role, ("stride_am", "stride_bn"))
-    integers = ("first", "rows", "columns", "inner")
-    strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
-    out = "fp32" if role == "dweight" else dtype
-    constants = {"BOUND": bound, "HAS_BIAS": role == "logits", "ACCUMULATE": bound == "inner"}
-    return AotCase(
-        name=f"matmul-{role}-{dtype}-{precision}",
-        kernel=matmul_kernel,
-        signature={"a": f"*{dtype}", "b": f"*{dtype}", "bias": f"*{dtype}", "c": f"*{out}"}
-        | {"kept": "*i32"}
-        | dict.fromkeys((*integers, *strides), "i32"),
-        constants=constants
-        | {"PRECISION": precision}
-        | dict.fromkeys(unit, 1)
-        | {k: config[k] for k in config if k.isupper()},
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-    )
 
 
 def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> AotCase:
@@ -308,11 +174,6 @@ def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> Aot
 
 
 AOT = (
-    _aot_matmul("bf16", "logits"),
-    _aot_matmul("bf16", "dx"),
-    _aot_matmul("fp16", "dweight"),
-    _aot_matmul("fp32", "logits"),
-    _aot_matmul("fp32", "dweight", "tf32"),
     _aot_loss("bf16", 49152, True, True),
     _aot_loss("fp32", 49152, False, False),
     _aot_loss("fp16", 256, False, True),

@@ -107,8 +107,7 @@ def _aot(base: str, factor: str, rank: int, precision: str) -> AotCase:
     return AotCase(
         name=f"rank_update-{base}-{factor}-r{rank}-{precision}",
         kernel=rank_update_kernel,
-        signature=pointers
-        | dict.fromkeys((*integers, "right_stride_r", "right_stride_m"), "i32"),
+        signature=pointers | dict.fromkeys((*integers, "right_stride_r", "right_stride_m"), "i32"),
         constants={"PRECISION": precision} | {k: config[k] for k in config if k.isupper()},
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],

@@ -45,9 +45,8 @@ def main() -> None:
     checks = 0
     whole = kernels.TILE_BYTES
     cases = [
-        *itertools.product([(19, 140, 20)], DTYPES, OPTIONS),
+        *itertools.product([(13, 140, 20)], DTYPES, OPTIONS),
         ((3, 4200, 8), torch.float32, OPTIONS[-1]),  # more than one block of classes
-        ((3, 4200, 8), torch.float16, OPTIONS[0]),
     ]
     for (n, vocabulary, hidden), dtype, options in cases:
         x, w, b = operands(n, vocabulary, hidden, dtype)
@@ -56,7 +55,7 @@ def main() -> None:
         check([x, w.detach()], 0.5, options)
         kernels.TILE_BYTES = whole
         checks += 2
-    x, w, b = operands(150, 70, 24, torch.float32)  # two blocks of rows, the second ignored
+    x, w, b = operands(70, 90, 24, torch.float32)  # two blocks of rows, the second ignored
     check([x, w, b], 0.5, {})
     x, w, b = operands(6, 70, 24, torch.float32)
     none = torch.full((6,), -100)

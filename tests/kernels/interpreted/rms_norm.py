@@ -71,7 +71,11 @@ def check_the_ops_register_well() -> None:
             args = (*given, 1e-5, 1.0, outer)
             opcheck(op._forward_op, args)
             y, rstd = op._forward_op(*args)
-            for extra, need_x, need_weight in ((None, True, True), (x, True, False)):
+            for extra, need_x, need_weight in (
+                (None, True, True),
+                (x, True, False),
+                (x, False, True),
+            ):
                 need_weight = need_weight and given[1] is not None
                 args = (torch.randn_like(y), *given, rstd, extra, 1.0, outer, need_x, need_weight)
                 opcheck(op._backward_op, args)

@@ -1,0 +1,161 @@
+"""The matmuls of ``linear_cross_entropy``: they end at a row count that only the device knows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import AotCase
+
+
+@triton.jit
+def matmul_kernel(
+    a,
+    b,
+    bias,
+    c,
+    kept,
+    first,
+    rows,
+    columns,
+    inner,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    BOUND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """``c (rows, columns) = a · b (+ bias)``, or ``+=``, as far as ``kept - first`` reaches.
+
+    With BOUND "rows", blocks of rows past the bound are left as they are; with BOUND "inner", the
+    inner dimension ends there. ``c`` is contiguous; products are summed in fp32.
+    """
+    live = tl.load(kept) - first
+    if BOUND == "rows":
+        rows = tl.minimum(rows, live)
+    else:
+        inner = tl.minimum(inner, live)
+    # neighbouring programs share GROUP_M row blocks of a and one column block of b in the cache
+    pid = tl.program_id(0)
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    blocks_m = tl.num_programs(0) // blocks_n
+    group = pid // (GROUP_M * blocks_n)
+    height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    block_m = group * GROUP_M + (pid % (GROUP_M * blocks_n)) % height
+    block_n = (pid % (GROUP_M * blocks_n)) // height
+    if block_m * BLOCK_M >= rows:
+        return
+    m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (block_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        left = tl.load(
+            a + m[:, None] * stride_am + k[None, :] * stride_ak,
+            mask=(m < rows)[:, None] & (k < inner)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            b + k[:, None] * stride_bk + n[None, :] * stride_bn,
+            mask=(k < inner)[:, None] & (n < columns)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    out = c + m[:, None] * columns + n[None, :]
+    if ACCUMULATE:
+        total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, total.to(c.dtype.element_ty), mask=inside)
+
+
+def _matmul_config(dtype: torch.dtype, precision: str, accumulate: bool) -> dict[str, int]:
+    """One configuration per kind of arithmetic; the operands are always large."""
+    if dtype is not torch.float32:
+        # the wider tile spills registers where it is added to what is there
+        block = {"BLOCK_M": 128, "BLOCK_N": 128 if accumulate else 256, "BLOCK_K": 64}
+        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+    if precision == "tf32":
+        block = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
+        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+    block = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
+    return block | {"GROUP_M": 8, "num_warps": 4, "num_stages": 2}
+
+
+def bounded_product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    kept: Tensor,
+    first: int,
+    bound: str,
+    bias: Tensor | None = None,
+) -> None:
+    """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``."""
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    config = _matmul_config(a.dtype, precision, bound == "inner")
+    rows, columns = out.shape
+    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+    matmul_kernel[(blocks,)](
+        a,
+        b,
+        bias,
+        out,
+        kept,
+        first,
+        rows,
+        columns,
+        a.shape[1],
+        *a.stride(),
+        *b.stride(),
+        BOUND=bound,
+        HAS_BIAS=bias is not None,
+        ACCUMULATE=bound == "inner",
+        PRECISION=precision if a.dtype is torch.float32 else "ieee",
+        **config,
+    )
+
+
+def _aot_matmul(dtype: str, role: str, precision: str = "ieee") -> AotCase:
+    """The roles: logits = x·Wᵀ (+ bias), dx = dlogits·W, dweight += dlogitsᵀ·x."""
+    bound = "inner" if role == "dweight" else "rows"
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    config = _matmul_config(torch_dtype, precision, bound == "inner")
+    ones = {"logits": ("stride_ak", "stride_bk"), "dx": ("stride_ak", "stride_bn")}
+    unit = ones.get(role, ("stride_am", "stride_bn"))
+    integers = ("first", "rows", "columns", "inner")
+    strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
+    out = "fp32" if role == "dweight" else dtype
+    constants = {"BOUND": bound, "HAS_BIAS": role == "logits", "ACCUMULATE": bound == "inner"}
+    return AotCase(
+        name=f"matmul-{role}-{dtype}-{precision}",
+        kernel=matmul_kernel,
+        signature={"a": f"*{dtype}", "b": f"*{dtype}", "bias": f"*{dtype}", "c": f"*{out}"}
+        | {"kept": "*i32"}
+        | dict.fromkeys((*integers, *strides), "i32"),
+        constants=constants
+        | {"PRECISION": precision}
+        | dict.fromkeys(unit, 1)
+        | {k: config[k] for k in config if k.isupper()},
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+AOT = (
+    _aot_matmul("bf16", "logits"),
+    _aot_matmul("bf16", "dx"),
+    _aot_matmul("fp16", "dweight"),
+    _aot_matmul("fp32", "logits"),
+    _aot_matmul("fp32", "dweight", "tf32"),
+)

@@ -1,0 +1,43 @@
+"""Capturing small functions as graphs, the way the package captures blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusewright.match.apply import Finding, Fuel, apply
+from fusewright.match.rule import Rule
+from fusewright.passes import PIPELINE
+from fusewright.passes.cleanup import remove_noops
+from fusewright.passes.ops import TABLE
+from fusewright.verify import Verifier
+
+
+def capture(fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+    """The graph that TorchDynamo makes of ``fn``."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
+    assert len(graphs) == 1
+    return graphs[0]
+
+
+def rewrite(
+    module: fx.GraphModule, rules: Sequence[Rule] = PIPELINE, fuel: int | None = None
+) -> list[Finding]:
+    """Run the pipeline on a captured graph, verified."""
+    remove_noops(module)
+    return apply(module, rules, TABLE, Verifier(), Fuel(fuel))
+
+
+def rewritten(findings: list[Finding]) -> list[str]:
+    """Names of the rules that rewrote something, once per site."""
+    return sorted(f.rule for f in findings if f.status == "rewritten")

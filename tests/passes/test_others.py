@@ -1,0 +1,177 @@
+"""Rope, gated units, LoRA linears and the loss: recognised, and refused where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..capturing import capture, rewrite, rewritten
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((-b, a), dim=-1)
+
+
+def _rope_inputs(width: int = 16) -> list[Tensor]:
+    q, k = (torch.randn(2, 5, h, 16, requires_grad=True).transpose(1, 2) for h in (4, 2))
+    return [q, k, torch.randn(2, 5, width), torch.randn(2, 5, width)]
+
+
+def test_rope_of_q_and_k_is_one_site() -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+    graph = capture(fn, *_rope_inputs())
+    assert rewritten(rewrite(graph)) == ["rope"]
+    ropes = [n for n in graph.graph.nodes if getattr(n.target, "__name__", "") == "rope"]
+    assert len(ropes) == 1
+    assert len(ropes[0].args[0]) == 2
+
+
+def test_partial_rope() -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        rot, rest = q[..., :8], q[..., 8:]
+        return torch.cat([rot * cos + _rotate_half(rot) * sin, rest], dim=-1)
+
+    assert rewritten(rewrite(capture(fn, *_rope_inputs(8)))) == ["rope"]
+
+
+@pytest.mark.parametrize(
+    "half", [lambda x: torch.cat((x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1),
+             lambda x: torch.cat((-x[..., :8], x[..., 8:]), -1)], ids=["sign", "order"],
+)  # fmt: skip
+def test_a_wrong_rotation_is_not_rope(half: Callable[[Tensor], Tensor]) -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return q * cos.unsqueeze(1) + half(q) * sin.unsqueeze(1)
+
+    assert "rope" not in rewritten(rewrite(capture(fn, *_rope_inputs())))
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda g, u: F.silu(g) * u,
+    "silu commuted": lambda g, u: u * F.silu(g),
+    "silu by sigmoid": lambda g, u: g * torch.sigmoid(g) * u,
+    "gelu": lambda g, u: F.gelu(g) * u,
+    "gelu tanh": lambda g, u: F.gelu(g, approximate="tanh") * u,
+    "relu2": lambda g, u: F.relu(g).square() * u,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GATES)
+def test_gated_units(name: str, dtype: torch.dtype) -> None:
+    g, u = (torch.randn(2, 5, 12, dtype=dtype, requires_grad=True) for _ in range(2))
+    assert rewritten(rewrite(capture(GATES[name], g, u))) == ["glu"]
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_packed_gated_unit(gate_first: bool) -> None:
+    def fn(both: Tensor) -> Tensor:
+        a, b = both.chunk(2, dim=-1)
+        return b * F.silu(a) if gate_first else a * F.silu(b)
+
+    graph = capture(fn, torch.randn(2, 5, 24, requires_grad=True))
+    assert rewritten(rewrite(graph)) == ["glu"]
+    assert len([n for n in graph.graph.nodes if n.op.startswith("call")]) == 1
+
+
+def test_an_unknown_activation_is_missed_with_the_reason() -> None:
+    def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.sin(F.linear(x, a)) * F.linear(x, b)
+
+    x, a, b = torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(12, 8)
+    findings = rewrite(capture(fn, x, a, b))
+    assert [(f.rule, f.status) for f in findings] == [("glu", "missed")]
+    assert "sin" in findings[0].reason
+
+
+def _lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * 2.0
+
+
+def _lora_inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((2, 5, 24), (16, 24), (4, 24), (16, 4))
+    return [torch.randn(*s, dtype=dtype, requires_grad=i != 1) for i, s in enumerate(shapes)]
+
+
+def test_lora_linear_with_bias_and_dropout() -> None:
+    x, w, a, b = _lora_inputs()
+    assert rewritten(rewrite(capture(_lora, x, w, a, b))) == ["lora_linear"]
+    assert rewritten(rewrite(capture(_lora, x, w, a, b, torch.randn(16)))) == ["lora_linear"]
+
+    def dropped(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        inner = F.linear(F.linear(F.dropout(x, 0.5, True), a), b)
+        return F.linear(x, w) + inner * 0.5
+
+    graph = capture(dropped, x, w, a, b)
+    assert rewritten(rewrite(graph)) == ["lora_linear"]
+    assert any(getattr(n.target, "__name__", "") == "dropout" for n in graph.graph.nodes)
+
+
+def test_fp32_adapters_over_a_bf16_base() -> None:
+    x, w, _, _ = _lora_inputs(torch.bfloat16)
+    _, _, a, b = _lora_inputs(torch.float32)
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = F.linear(x, w)
+        y = y + F.linear(F.linear(x.to(torch.float32), a), b) * 2.0
+        return y.to(torch.bfloat16)
+
+    assert rewritten(rewrite(capture(fn, x, w, a, b))) == ["lora_linear"]
+
+
+def test_two_adapters_fall_back_with_the_reason() -> None:
+    x, w, a, b = _lora_inputs()
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return _lora(x, w, a, b) + F.linear(F.linear(x, a), b) * 0.5
+
+    findings = rewrite(capture(fn, x, w, a, b))
+    assert rewritten(findings) == []
+    assert any("several adapters" in f.reason for f in findings if f.status == "refused")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mean": lambda h, w, t: F.cross_entropy(F.linear(h, w).float().view(-1, 50), t),
+    "sum": lambda h, w, t: F.cross_entropy(F.linear(h, w).view(-1, 50), t, reduction="sum") / 7,
+    "softcap": lambda h, w, t: F.cross_entropy(
+        (torch.tanh(F.linear(h, w) / 30.0) * 30.0).float().view(-1, 50), t),
+    "scale": lambda h, w, t: F.cross_entropy((F.linear(h, w) * 0.25).float().view(-1, 50), t),
+    "divided": lambda h, w, t: F.cross_entropy((F.linear(h, w) / 4.0).float().view(-1, 50), t),
+    "smoothing": lambda h, w, t: F.cross_entropy(
+        F.linear(h, w).view(-1, 50), t, label_smoothing=0.1),
+    "ignore index": lambda h, w, t: F.cross_entropy(
+        F.linear(h, w).view(-1, 50), t, ignore_index=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    h, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    target = torch.randint(0, 50, (10,))
+    assert rewritten(rewrite(capture(LOSSES[name], h, w, target))) == ["linear_cross_entropy"]
+
+
+def test_an_unreduced_loss_is_refused_with_the_reason() -> None:
+    h, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(50, 8)
+    findings = rewrite(capture(
+        lambda h, w, t: F.cross_entropy(F.linear(h, w).view(-1, 50), t, reduction="none"),
+        h, w, torch.randint(0, 50, (10,)),
+    ))  # fmt: skip
+    assert rewritten(findings) == []
+    assert any("reduction='none'" in f.reason for f in findings)
+
+
+def test_fuel_bisects() -> None:
+    g, u = (torch.randn(2, 12, requires_grad=True) for _ in range(2))
+    graph = capture(lambda g, u: F.silu(F.silu(g) * u) * u, g, u)
+    findings = rewrite(graph, fuel=1)
+    assert rewritten(findings) == ["glu"]
+    assert any("FUSEWRIGHT_FUEL" in f.reason for f in findings)
