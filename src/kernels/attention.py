@@ -15,14 +15,14 @@ cost more accuracy than all else together), the softmax is in fp32, and its resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention_tiles import Tile, tiles
 from .launch import LIBRARY
 from .op import Cost, Op
 
@@ -47,103 +47,6 @@ def attention_reference(
 
 # -- cpu -------------------------------------------------------------------------------------------
 
-_CACHED = 1 << 18  # scores that one thread works on at once: 1 MiB in fp32, a core's L2 cache
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Some positions of some (sample, group) pairs against the keys that they may see.
-
-    Attributes:
-        pairs: which pairs.
-        rows: which folded rows, ``positions * heads``.
-        keys: which keys.
-        bias: what to add to the last columns of the scores (pairs, positions, heads, keys),
-            broadcast over what it lacks; None where all keys are seen.
-        dead: rows that see nothing, and so have no probabilities; None where there are none.
-    """
-
-    pairs: slice
-    rows: slice
-    keys: slice
-    bias: Tensor | None
-    dead: Tensor | None
-
-
-def _step(heads: int) -> int:
-    """How many positions a tile has, for so many heads in a group."""
-    return 128 if heads <= 4 else 64 if heads <= 8 else 32
-
-
-def _tiles(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, window: int | None
-) -> Iterator[_Tile]:
-    """Cut a call into tiles."""
-    (batch, groups, keys, _), time = k.shape, q.shape[2]
-    heads = q.shape[1] // groups
-    step, budget = _step(heads), _CACHED * torch.get_num_threads()
-    units = [(0, batch * groups)]
-    if mask is not None and mask.shape[0] * mask.shape[1] > 1:
-        units = [(i * groups, (i + 1) * groups) for i in range(batch)]
-    for unit, (first, last) in enumerate(units):
-        for start in range(0, time, step):
-            stop = min(time, start + step)
-            if mask is not None:
-                part = mask[min(unit, mask.shape[0] - 1), :, start:stop]
-                low, high, bias, dead = _masked(part, groups)
-            elif causal:
-                low = 0 if window is None else max(0, start - window + 1)
-                high, dead = stop, None
-                bias = _causal(start, stop, start if window is None else low, window)
-            else:
-                low, high, bias, dead = 0, keys, None, None
-            count = max(1, budget // ((stop - start) * heads * (high - low)))
-            for i in range(first, last, count):
-                own = slice(i - first, i - first + count)
-                yield _Tile(
-                    slice(i, min(i + count, last)),
-                    slice(start * heads, stop * heads),
-                    slice(low, high),
-                    bias[own] if bias is not None and bias.ndim == 4 else bias,
-                    dead[own] if dead is not None and dead.ndim == 4 else dead,
-                )
-
-
-def _causal(start: int, stop: int, low: int, window: int | None) -> Tensor:
-    """What hides keys ``low:stop`` from positions ``start:stop``: (positions, 1, keys)."""
-    distance = torch.arange(start, stop)[:, None] - torch.arange(low, stop)[None, :]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-
-
-def _masked(part: Tensor, groups: int) -> tuple[int, int, Tensor | None, Tensor | None]:
-    """The keys that a part of a mask leaves, and its bias and dead rows over these keys.
-
-    Args:
-        part: (H or 1, positions, keys), boolean (True is seen) or additive.
-        groups: of the query heads.
-    """
-    boolean = part.dtype is torch.bool
-    # what libraries add to hide a key is the smallest number of the dtype, or -inf
-    seen = part if boolean else part > torch.finfo(part.dtype).min / 2
-    columns = seen.view(torch.uint8).amax((0, 1)).nonzero()
-    alive = bool(seen.view(torch.uint8).amax(-1).all())
-    # a row all of whose keys are hidden by the same number sees them all
-    low, high = (int(columns[0]), int(columns[-1]) + 1) if alive else (0, part.shape[-1])
-    part = part[..., low:high]
-    if boolean:
-        if bool(part.all()):
-            return low, high, None, None
-        bias = torch.zeros(part.shape).masked_fill_(~part, -torch.inf)
-    else:
-        bias = part.to(torch.promote_types(part.dtype, torch.float32))
-    if bias.shape[0] == 1:
-        bias = bias[0, :, None]  # (positions, 1, keys)
-    else:
-        bias = bias.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, positions, heads, keys)
-    dead = None if alive else (bias == -torch.inf).all(-1, keepdim=True)
-    return low, high, bias, dead if dead is not None and bool(dead.any()) else None
-
 
 def _fold(t: Tensor, groups: int) -> Tensor:
     """(B, H, T, D) to (B * groups, T * heads, D): the heads of a position are adjacent rows."""
@@ -153,12 +56,12 @@ def _fold(t: Tensor, groups: int) -> Tensor:
 
 
 def _unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
-    """The inverse of ``_fold``, rounded to the dtype of ``like``, in the memory order (B, T, H, D).
+    """The inverse of ``_fold``: B, H, T and dtype of ``like``, in the memory order (B, T, H, D).
 
     That is the order of projections, which come before and after.
     """
-    batch, heads, time, dim = like.shape
-    t = t.view(batch, groups, time, heads // groups, dim).permute(0, 2, 1, 3, 4)
+    batch, heads, time, _ = like.shape
+    t = t.view(batch, groups, time, heads // groups, -1).permute(0, 2, 1, 3, 4)
     return torch.empty(t.shape, dtype=like.dtype).copy_(t).flatten(2, 3).transpose(1, 2)
 
 
@@ -186,12 +89,12 @@ class _Scores:
         self.heads = q.shape[1] // k.shape[1]
         self.scores, self.rounded = _Scratch(self.wide), _Scratch(q.dtype)
 
-    def probabilities(self, tile: _Tile) -> Tensor:
+    def probabilities(self, tile: Tile) -> Tensor:
         """(pairs, rows, keys); valid until the next call."""
         q, k = self.q[tile.pairs, tile.rows], self.k[tile.pairs, tile.keys]
         scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
         torch.bmm(q, k.transpose(1, 2), out=scores)
-        rows = scores.unflatten(1, (-1, self.heads))
+        rows = scores.view(scores.shape[0], -1, self.heads, scores.shape[2])
         if tile.bias is not None:
             rows[..., -tile.bias.shape[-1] :].add_(tile.bias)
         _aten._softmax.out(scores, -1, False, out=scores)
@@ -205,8 +108,8 @@ def _forward(
     window: int | None,
 ) -> Tensor:  # fmt: skip
     values, scores = v.flatten(0, 1), _Scores(q, k, scale)
-    out = torch.empty(scores.q.shape, dtype=q.dtype)
-    for tile in _tiles(q, k, causal, mask, window):
+    out = values.new_empty(*scores.q.shape[:2], v.shape[-1])
+    for tile in tiles(q, k, causal, mask, window):
         p = scores.probabilities(tile)
         torch.bmm(p, values[tile.pairs, tile.keys], out=out[tile.pairs, tile.rows])
     return _unfold(out, q, k.shape[1])
@@ -223,9 +126,9 @@ def _backward(
     if scores.rounds:
         queries = _fold(q, groups)
     dq = torch.empty_like(queries)
-    dk, dv = (torch.zeros(keys.shape, dtype=scores.wide) for _ in range(2))
+    dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
     scratch = _Scratch(q.dtype)
-    for tile in _tiles(q, k, causal, mask, window):
+    for tile in tiles(q, k, causal, mask, window):
         above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
         p, do = scores.probabilities(tile), grads[above]
         if need_v:
@@ -244,24 +147,156 @@ def _backward(
     return [_unfold(d, like, groups) for needed, d, like in every if needed]
 
 
-def _fake(like: Tensor) -> Tensor:
-    batch, heads, time, dim = like.shape
+def _fake_like(like: Tensor, dim: int) -> Tensor:
+    batch, heads, time, _ = like.shape
     return like.new_empty(batch, time, heads, dim).transpose(1, 2)
 
 
-def _fake_forward(q: Tensor, *_: Any) -> Tensor:
-    return _fake(q)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return _fake_like(q, v.shape[-1])
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    return [_fake(t) for t, needed in zip((q, k, v), rest[-1], strict=True) if needed]
+    every = zip((q, k, v), rest[-1], strict=True)
+    return [_fake_like(t, t.shape[-1]) for t, needed in every if needed]
 
 
 # The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
 _SHARED = "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window"
-LIBRARY.define(f"attention_forward({_SHARED}) -> Tensor")
-LIBRARY.define(f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]")
-LIBRARY.impl("attention_forward", _forward, "CPU")
-LIBRARY.impl("attention_backward", _backward, "CPU")
+LIBRARY.define(f"attention_forward({_SHARED}) -> Tensor")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
+LIBRARY.impl("attention_forward", _forward, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("attention_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("fusewright::attention_forward", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("fusewright::attention_backward", _fake_backward, lib=LIBRARY)
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.options = scale, causal, window
+        out: Tensor = torch.ops.fusewright.attention_forward.default(
+            q, k, v, scale, causal, mask, window
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        scale, causal, window = ctx.options
+        needs = list(ctx.needs_input_grad[:3])
+        found = iter(
+            torch.ops.fusewright.attention_backward.default(
+                grad, q, k, v, scale, causal, mask, window, needs
+            )
+        )
+        return *(next(found) if needed else None for needed in needs), None, None, None, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
+
+    Keeps ``q``, ``k`` and ``v`` for backward; memory grows with T, never with T².
+
+    Args:
+        q: (B, H, T, D), any strides, on the CPU.
+        k: (B, KV, S, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
+        v: (B, KV, S, E).
+        scale: of the scores; None is ``1 / sqrt(D)``.
+        causal: position t sees keys up to t; T must equal S, and no mask may be given.
+        mask: (B or 1, H or 1, T or 1, S), boolean (True is seen) or additive, without gradient. A
+            position that sees nothing gets zeros, as in PyTorch.
+        window: with ``causal``, position t sees only the last ``window`` keys, its own included.
+
+    Returns:
+        (B, H, T, E), in memory (B, T, H, E).
+
+    Raises:
+        ValueError: for what ``OP.unsupported`` lists as impossible.
+    """
+    impossible = _impossible(q, k, v, causal, mask, window)
+    if impossible:
+        raise ValueError("; ".join(impossible))
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def attention_cost(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> Cost:  # fmt: skip
+    """Two matrix products over the visible scores; ``q``, ``k`` and ``v`` are kept."""
+    batch, heads, time, dim = q.shape
+    seen = min(k.shape[2], window or k.shape[2])
+    visible = time * seen - (seen * (seen - 1) // 2 if causal else 0)
+    read = sum(t.numel() * t.element_size() for t in (q, k, v))
+    return Cost(
+        bytes_read=read + (0 if mask is None else mask.numel() * mask.element_size()),
+        bytes_written=batch * heads * time * v.shape[-1] * q.element_size(),
+        flops=2 * batch * heads * visible * (dim + v.shape[-1]),
+        bytes_saved=read,
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def _impossible(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None
+) -> list[str]:
+    """Why the op has no meaning, or no implementation, for these inputs."""
+    reasons = []
+    if not q.device.type == k.device.type == v.device.type == "cpu":
+        reasons.append("the tensors are not all on the CPU: PyTorch's kernel is kept")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        return [*reasons, "the tensors do not all have 4 dimensions"]
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        reasons.append(f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
+    if q.shape[1] % k.shape[1]:
+        reasons.append(f"{q.shape[1]} heads are not a multiple of {k.shape[1]}")
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        reasons.append("causal with a mask, or with more keys than positions")
+    if window is not None and (not causal or window < 1):
+        reasons.append("a window that is not causal or not positive")
+    if mask is not None and (mask.ndim != 4 or mask.requires_grad):
+        reasons.append("the mask has not 4 dimensions, or requires a gradient")
+    if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
+        reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
+    return reasons
+
+
+def attention_unsupported(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
+    reasons = _impossible(q, k, v, causal, mask, window)
+    if q.dtype in (torch.float32, torch.float16):
+        reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
+    if q.dtype is torch.bfloat16 and not _multiplies_bfloat16():
+        reasons.append("this CPU has no bfloat16 instructions")
+    return reasons
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+OP = Op("attention", attention_reference, attention, attention_cost, attention_unsupported)

@@ -117,7 +117,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scale, ctx.x_shape = scale, x.shape
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
         ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
     @once_differentiable
@@ -126,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
         rows, z, h, weight, lora_a, lora_b = ctx.saved_tensors
         w_x, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias = ctx.needs_input_grad
         own_input = ctx.z_like is not None
-        dy = grad.reshape(-1, grad.shape[-1])
+        dy = grad
         # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
         wide = dy.to(lora_b.dtype) if w_a or w_b or w_x or w_z or w_lora_bias else dy
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
@@ -202,7 +202,9 @@ def lora_linear(
 
 def _apply(*args: Any) -> Tensor:
     result: Tensor = _LoraLinear.apply(*args)  # type: ignore[no-untyped-call]
-    return result
+    rows: Tensor = result
+    x: Tensor = args[0]
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 # ------------------------------------------------------------------------------------ cost and OP

@@ -1,0 +1,283 @@
+"""Attention on the CPU: parity with PyTorch's, masks, gradients, memory, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusewright.kernels import attention_tiles
+from fusewright.kernels.attention import OP, attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .util import assert_parity
+
+B16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def _qkv(
+    batch: int, heads: int, groups: int, time: int, keys: int, dim: int, value_dim: int,
+    dtype: torch.dtype, size: float = 1.0, projected: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    generator = torch.Generator().manual_seed(time)
+
+    def make(n: int, length: int, width: int, factor: float) -> Tensor:
+        t = factor * torch.randn(batch, length, n, width, generator=generator)
+        t = t.transpose(1, 2)
+        return (t if projected else t.contiguous()).to(dtype).requires_grad_()
+
+    return (
+        make(heads, time, dim, size),
+        make(groups, keys, dim, size),
+        make(groups, keys, value_dim, 1.0),
+    )
+
+
+def _packed_mask(batch: int, time: int) -> Tensor:
+    """Block-causal: two samples in a row, cut at another place in each batch element."""
+    order = torch.arange(time)
+    cuts = torch.arange(1, batch + 1)[:, None] * time // (batch + 1)
+    sample = order[None] >= cuts
+    causal = order[:, None] >= order[None]
+    return (causal & (sample[:, :, None] == sample[:, None, :]))[:, None]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    heads=st.sampled_from(((3, 3), (6, 2), (4, 1), (9, 3))),
+    time=st.sampled_from((1, 7, 64, 129, 200)),
+    batch=st.integers(1, 2),
+    dims=st.sampled_from(((16, 16), (24, 8), (5, 3))),
+    dtype=st.sampled_from((B16, F32, torch.float16)),
+    causal=st.booleans(),
+    scale=st.sampled_from((None, 0.3)),
+    size=st.sampled_from((1.0, 3.0)),
+    projected=st.booleans(),
+)
+def test_parity(
+    heads: tuple[int, int], time: int, batch: int, dims: tuple[int, int], dtype: torch.dtype,
+    causal: bool, scale: float | None, size: float, projected: bool,
+) -> None:  # fmt: skip
+    q, k, v = _qkv(batch, *heads, time, time, *dims, dtype, size, projected)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, scale, causal),
+        lambda q, k, v: OP.reference(q, k, v, scale, causal),
+        q, k, v,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("time", [507, 768])
+def test_parity_over_several_tiles(time: int) -> None:
+    q, k, v = _qkv(1, 6, 2, time, time, 64, 64, B16, 2.0)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, True),
+        lambda q, k, v: OP.reference(q, k, v, None, True),
+        q, k, v,
+    )  # fmt: skip
+
+
+def test_small_budgets_cut_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_tiles, "_CACHED", 128 * 4 * 100)
+    q, k, v = _qkv(3, 4, 2, 140, 140, 16, 16, F64)
+    mask = torch.rand(3, 4, 140, 140, dtype=F64) - 0.3 > 0
+    for given in (None, mask, mask[:1], mask[:, :1]):
+        assert len(list(attention_tiles.tiles(q, k, given is None, given, None))) > 6
+        ours = attention(q, k, v, None, given is None, given)
+        torch.testing.assert_close(ours, OP.reference(q, k, v, None, given is None, given))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(("packed", "padded", "per head", "random", "all")),
+    additive=st.sampled_from((None, "inf", "min")),
+    time=st.sampled_from((1, 9, 150)),
+    dtype=st.sampled_from((F32, B16)),
+)
+def test_masks(kind: str, additive: str | None, time: int, dtype: torch.dtype) -> None:
+    q, k, v = _qkv(2, 6, 2, time, time, 16, 16, dtype)
+    generator = torch.Generator().manual_seed(time)
+    mask = {
+        "packed": lambda: _packed_mask(2, time),
+        "padded": lambda: torch.arange(time).ge(time // 3).expand(2, 1, 1, time),
+        "per head": lambda: torch.rand(1, 6, time, time, generator=generator) > 0.5,
+        "random": lambda: torch.rand(2, 6, time, time, generator=generator) > 0.9,  # some see none
+        "all": lambda: torch.ones(1, 1, time, time, dtype=torch.bool),
+    }[kind]()
+
+    def given(dtype: torch.dtype) -> Tensor:
+        if additive is None:
+            return mask
+        hide = -torch.inf if additive == "inf" else torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, hide)
+
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, False, given(q.dtype)),
+        lambda q, k, v: OP.reference(q, k, v, None, False, given(q.dtype)),
+        q, k, v,
+    )  # fmt: skip
+
+
+def test_hidden_keys_are_skipped() -> None:
+    time = 512
+    q, k, v = _qkv(1, 2, 1, time, time, 8, 8, F32)
+    mask = _packed_mask(1, time)  # cut at 256
+    keys = [(t.keys.start, t.keys.stop) for t in attention_tiles.tiles(q, k, False, mask, None)]
+    assert keys == [(0, 128), (0, 256), (256, 384), (256, 512)]
+    keys = [(t.keys.start, t.keys.stop) for t in attention_tiles.tiles(q, k, True, None, 100)]
+    assert keys == [(0, 128), (29, 256), (157, 384), (285, 512)]
+    poisoned = v.detach().index_fill(2, torch.arange(256, 512), torch.nan)
+    assert attention(q, k, poisoned, None, False, mask)[:, :, :256].isfinite().all()
+
+
+@pytest.mark.parametrize("window", [1, 5, 128, 1000])
+def test_windows(window: int) -> None:
+    q, k, v = _qkv(2, 4, 2, 200, 200, 16, 16, B16)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, True, None, window),
+        lambda q, k, v: OP.reference(q, k, v, None, True, None, window),
+        q, k, v,
+    )  # fmt: skip
+
+
+def test_more_keys_than_positions() -> None:
+    q, k, v = _qkv(2, 4, 2, 5, 140, 16, 8, B16)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, False),
+        lambda q, k, v: OP.reference(q, k, v, None, False),
+        q, k, v,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+def test_gradcheck(heads: tuple[int, int], causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _qkv(2, *heads, 5, 5, 4, 3, F64)
+    window = 3 if causal else None
+    mask = None if causal else torch.randn(2, 1, 5, 5)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attention(q, k, v, 0.7, causal, mask, window), (q, k, v)
+    )
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_only_needed_gradients(needed: int) -> None:
+    tensors = [t.detach() for t in _qkv(1, 4, 2, 140, 140, 8, 8, F64)]
+    tensors[needed].requires_grad_()
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, True),
+        lambda q, k, v: OP.reference(q, k, v, None, True),
+        *tensors,
+    )
+
+
+def test_layouts_are_those_of_projections() -> None:
+    q, k, v = _qkv(2, 4, 2, 9, 9, 8, 8, B16, projected=False)
+    out = attention(q, k, v, None, True)
+    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert all(t.transpose(1, 2).is_contiguous() for t in (out, *grads))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.itemsize)
+        return out
+
+
+def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_tiles, "_CACHED", 1)
+    q, k, v = _qkv(1, 2, 1, 1024, 1024, 4, 4, F32)
+    saved: list[Tensor] = []
+    with (
+        _Largest() as largest,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        attention(q, k, v, None, True).sum().backward()
+    assert largest.elements <= 128 * 2 * 1024  # one tile
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (q, k, v)]
+
+
+def test_opcheck() -> None:
+    q, k, v = (t.detach() for t in _qkv(2, 4, 2, 9, 9, 8, 6, F32))
+    mask = _packed_mask(2, 9)
+    ops = torch.ops.fusewright
+    for causal, given in ((True, None), (False, mask)):
+        rest = (q, k, v, 0.5, causal, given, None)
+        torch.library.opcheck(ops.attention_forward.default, rest)
+        grad = torch.randn(2, 4, 9, 6)
+        torch.library.opcheck(ops.attention_backward.default, (grad, *rest, [True, False, True]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_inductor_traces_it_once_for_all_lengths(masked: bool) -> None:
+    def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q.sin(), k, v, None, mask is None, mask).transpose(1, 2).flatten(2)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return OP.reference(q.sin(), k, v, None, mask is None, mask).transpose(1, 2).flatten(2)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs.append(graph)
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
+    for time in (140, 30):
+        q, k, v = _qkv(2, 4, 2, time, time, 16, 16, B16)
+        mask = _packed_mask(2, time) if masked else None
+        assert_parity(
+            lambda q, k, v, m=mask: compiled(q, k, v, m),
+            lambda q, k, v, m=mask: reference(q, k, v, m),
+            q, k, v,
+        )  # fmt: skip
+    assert len(graphs) == 1
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    q, k, v = _qkv(1, 2, 1, 4, 4, 4, 4, F64)
+    (grad,) = torch.autograd.grad(attention(q, k, v, None, True).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), q)
+
+
+def test_refusals() -> None:
+    q, k, v = (t.detach() for t in _qkv(2, 4, 2, 6, 6, 8, 8, F64))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    assert OP.unsupported(q, k, v, None, True) == []
+    assert OP.unsupported(q, k, v, None, False, mask) == []
+    learnt = torch.zeros(1, 4, 6, 6, requires_grad=True)
+    for args, reason in (
+        ((q, k, v.float(), None, True), "dtype"),
+        ((q, k[:, :, :5], v[:, :, :5], None, True), "more keys"),
+        ((q, k, v[:, :1], None, True), "fit"),
+        ((q[:, :3], k, v, None, True), "multiple"),
+        ((q, k, v, None, True, mask), "causal with a mask"),
+        ((q, k, v, None, False, None, 3), "window"),
+        ((q, k, v, None, False, mask.long()), "neither boolean"),
+        ((q, k, v, None, False, learnt), "requires a gradient"),
+        ((q[0], k[0], v[0], None, False), "4 dimensions"),
+        ((*tuple(t.to("meta") for t in (q, k, v)), None, True), "on the CPU"),
+    ):
+        assert any(reason in why for why in OP.unsupported(*args)), reason
+        with pytest.raises(ValueError, match=reason):
+            attention(*args)
+    for dtype in (F32, torch.float16):
+        assert OP.unsupported(*(t.to(dtype) for t in (q, k, v)), None, True)
+
+
+def test_cost_counts_visible_scores() -> None:
+    q, k, v = (t.detach() for t in _qkv(1, 2, 1, 4, 4, 8, 8, B16))
+    assert OP.cost(q, k, v, None, False).flops == 2 * 2 * 16 * 16
+    assert OP.cost(q, k, v, None, True).flops == 2 * 2 * 10 * 16
+    assert OP.cost(q, k, v, None, True, None, 1).flops == 2 * 2 * 4 * 16
+    assert OP.cost(q, k, v, None, True).bytes_saved == (64 + 32 + 32) * 2
