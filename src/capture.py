@@ -15,7 +15,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from . import codegen
 from .graph.show import dump
-from .match.apply import Finding, Fuel, apply
+from .match.apply import Fuel, apply
+from .match.finding import Finding
 from .options import Environment, Options
 from .passes.cleanup import remove_noops
 from .passes.lazy import defer_logits

@@ -80,7 +80,7 @@ def optimize(
     for region in found:
         install(region, session)
     if strict:
-        _require_no_gaps(explain(model))
+        _require_no_gaps(explain(model), session)
     return model
 
 
@@ -122,7 +122,12 @@ def explain(model: nn.Module) -> Report:
     for path, module, record in places:
         graph = _representative(session.runs.get(module, []))
         if graph is not None:
-            sites += [_site(path, f) for f in graph.findings]
+            sites += [_site(path, f) for f in graph.findings if f.status != "left"]
+            bypasses += [
+                Bypass(_join(path, f.home), f"{f.rule}: {f.reason}")
+                for f in graph.findings
+                if f.status == "left"
+            ]
         elif record.kind == "head" and module not in session.notes:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
         bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
@@ -138,10 +143,13 @@ def _representative(graphs: list[Captured]) -> Captured | None:
     return ranked[-1] if ranked else None
 
 
+def _join(path: str, home: str) -> str:
+    return ".".join(p for p in (path, home) if p)
+
+
 def _site(path: str, f: Any) -> Site:
-    module = ".".join(p for p in (path, f.home) if p)
     return Site(
-        module, f.rule, f.op, f.status, f.reason, f.error, f.grad_error, f.saved_before,
+        _join(path, f.home), f.rule, f.op, f.status, f.reason, f.error, f.grad_error, f.saved_before,
         f.saved_after,
     )  # fmt: skip
 
@@ -164,9 +172,11 @@ def _tiny_step(model: nn.Module, session: Session) -> None:
             torch.autograd.grad(loss, wanted, allow_unused=True)
 
 
-def _require_no_gaps(report: Report) -> None:
+def _require_no_gaps(report: Report, session: Session) -> None:
     gaps = [f"{s.module}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
-    gaps += [f"{b.module}: {b.reason}" for b in report.bypasses]
+    gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.failed.items()]
+    if not report.sites:
+        gaps += [f"{b.module or 'the model'}: {b.reason}" for b in report.bypasses]
     if gaps:
         raise OptimizeError(
             "strict=True, and these places run as they were:\n  "

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.match.apply import Finding, Fuel, apply
+from fusewright.match.apply import Fuel, apply
+from fusewright.match.finding import Finding
 from fusewright.match.rule import Rule
 from fusewright.passes import PIPELINE
 from fusewright.passes.cleanup import remove_noops

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CACHED = 1 << 19  # scores worked on at once, per thread: more leaves the cache, fewer cost calls
+_CACHED = 1 << 20  # scores worked on at once, per thread: more leaves the cache, fewer cost calls
 
 
 @dataclass(frozen=True)

@@ -7,35 +7,16 @@ write in place between its nodes? where can the replacement stand? what is dead 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from ..graph import facts
 from ..graph.edit import is_inplace, prune
+from .finding import Finding, missed
 from .matcher import Trace
-from .rule import Declined, Emit, Match, Rule
-
-
-@dataclass
-class Finding:
-    """One formula of one graph, before it is known which modules run the graph.
-
-    The fields are those of ``report.Site``; ``home`` is relative to the captured module.
-    """
-
-    rule: str
-    op: str
-    status: str
-    home: str
-    reason: str = ""
-    error: float | None = None
-    grad_error: float | None = None
-    saved_before: float | None = None
-    saved_after: float | None = None
-    node: str = ""
-    claimed: frozenset[str] = field(default_factory=frozenset)
+from .rule import Declined, Emit, Left, Match, Rule
 
 
 @dataclass(frozen=True)
@@ -130,14 +111,14 @@ def apply(
         fuel: the number of rewrites allowed.
 
     Returns:
-        One finding per formula: rewritten, refused or missed.
+        One finding per formula: rewritten, refused, missed or left.
     """
     findings: list[Finding] = []
     for inner in facts.nested(module):
         own: list[Finding] = []
         for rule in rules:
             own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
-        own += _missed(inner.graph, rules, own)
+        own += missed(inner.graph, rules, own)
         inner.graph.lint()
         inner.recompile()
         findings += own
@@ -165,7 +146,8 @@ def _apply_rule(
                 if verdict.reason:
                     raise Declined(verdict.reason)
             except Declined as no:
-                refusal = refusal or _finding(rule, m, "refused", str(no))
+                status = "left" if isinstance(no, Left) else "refused"
+                refusal = refusal or _finding(rule, m, status, str(no))
                 continue
             if not fuel.take():
                 refusal = _finding(rule, m, "refused", "FUSEWRIGHT_FUEL is used up")
@@ -275,37 +257,6 @@ def _finding(
         v.error, v.grad_error, v.saved_before, v.saved_after, m.root.name,
         frozenset(n.name for n in m.nodes),
     )
-
-
-def _missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[Finding]:
-    """The formulas that look like a rule's but that no spelling claimed, with the nearest miss."""
-    missed: list[Finding] = []
-    refused = {(f.rule, name) for f in own if f.status == "refused" for name in f.claimed}
-    for rule in rules:
-        for node, why in rule.suspects(graph):
-            if (rule.name, node.name) in refused:
-                continue
-            trace = Trace()
-            for root in _around(node):
-                for _ in rule.find(root, trace):
-                    pass
-            reason = why
-            if trace.reason and node in trace.nodes:
-                reason = f"{why}; the nearest spelling stopped: {trace.reason}"
-            missed.append(
-                Finding(rule.name, rule.op, "missed", facts.home(node), reason, node=node.name,
-                        claimed=frozenset((node.name,)))
-            )
-    return missed
-
-
-def _around(node: fx.Node, steps: int = 6) -> list[fx.Node]:
-    """``node`` and what is computed from it within a few steps: the possible roots."""
-    found, edge = [node], [node]
-    for _ in range(steps):
-        edge = list(dict.fromkeys(u for n in edge for u in n.users if u not in found))
-        found += edge
-    return [n for n in found if n.op in ("call_function", "call_method")]
 
 
 def _placeholders(graph: fx.Graph, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:

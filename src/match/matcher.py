@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from ..graph import facts
-from ..graph.canon import SPECS, Canon, canonical
+from ..graph.canon import Canon, canonical
+from ..graph.operations import SPECS
 from .pattern import Anything, Call, Either, Half, Literal, Pattern, Sequence, Var
 
 

@@ -23,6 +23,10 @@ class Declined(Exception):
         self.at = at
 
 
+class Left(Declined):
+    """A check said that the formula is better left as it is; raised by ``Match.leave``."""
+
+
 class Match:
     """One match of a rule. Captures are attributes: ``m.x``, ``m.eps``.
 
@@ -61,6 +65,11 @@ class Match:
         if not condition:
             raise Declined(reason, at)
 
+    def leave(self, condition: bool, reason: str) -> None:
+        """Leave the formula as it is when ``condition`` holds: no gap, only a remark."""
+        if condition:
+            raise Left(reason)
+
     def mapped(self, change: Callable[[Any], Any]) -> Match:
         """The same match over other nodes: every captured node replaced by ``change(node)``."""
 
@@ -95,6 +104,10 @@ class Emit:
         if before is not None and not any(isinstance(a, fx.Node) for a in args):
             node.meta["example_value"] = getattr(before, name)(*args)
         return node
+
+    def cast(self, x: fx.Node, dtype: Any) -> fx.Node:
+        """A change of dtype."""
+        return self._keep(self._graph.call_method("to", (x, dtype)))
 
     def item(self, x: fx.Node, index: int) -> fx.Node:
         """One of the values of a call that returns several."""

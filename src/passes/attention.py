@@ -37,7 +37,7 @@ class Attention(Rule):
         m.require(isinstance(m.causal, bool), "is_causal is not a constant", m.root)
         m.require(m.scale is None or isinstance(m.scale, (int, float)), "scale is not a constant")
         reasons = op.OP.unsupported(*tensors, m.scale, m.causal, facts.tensor(m.mask))
-        m.require(not reasons, "; ".join(reasons), m.root)
+        m.leave(bool(reasons), "; ".join(reasons))
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op over the heads as they were projected."""

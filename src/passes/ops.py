@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..graph.canon import Spec, register
+from ..graph.canon import register
+from ..graph.operations import Spec
 from ..kernels import (
     add_rms_norm,
     attention,

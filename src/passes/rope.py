@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..graph import facts
@@ -46,14 +47,14 @@ class Rope(Rule):
                 m.require(not t.requires_grad, f"{name} needs a gradient")
                 width = m.stop if m.spelling == "partial" else full
                 m.require(t.dim() > 0 and t.shape[-1] == width, f"{name} does not fit")
-        m.require(
-            facts.dtype(m.root) == facts.dtype(m.x), "returns another dtype than it takes", m.root
-        )
+        m.require(facts.dtype(m.root) in (facts.dtype(m.x), _promoted(m)), "another dtype", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op on one tensor; ``RopePair`` joins those that share cos and sin."""
         width = m.stop if m.spelling == "partial" else facts.size(m.x, -1)
-        return ops.item(_rotate(m, ops, [m.x], width), 0)
+        rotated = ops.item(_rotate(m, ops, [m.x], width), 0)
+        kind = facts.dtype(m.root)
+        return rotated if kind == _promoted(m) else ops.cast(rotated, kind)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A ``cat((-b, a))`` that nothing claimed."""
@@ -103,6 +104,12 @@ class RopePair(Rule):
         """One op for both."""
         made = _rotate(m, ops, [m.q, m.k], m.width)
         return ops.item(made, 0), ops.item(made, 1)
+
+
+def _promoted(m: Match) -> Any:
+    """The dtype of a product of x and cos, in which the op returns."""
+    x, cos = facts.dtype(m.x), facts.dtype(m.cos)
+    return torch.promote_types(x, cos) if x is not None and cos is not None else None
 
 
 def _rotate(m: Match, ops: Emit, tensors: list[fx.Node], width: int) -> fx.Node:

@@ -19,6 +19,10 @@ _RESULTS = (
 )  # fmt: skip
 
 
+_PROBE = 64
+"""Tokens that the saved adapter is tried on."""
+
+
 def _results(folder: Path) -> Iterator[Path]:
     """The files and folders of an earlier run."""
     yield from (folder / name for name in _RESULTS if (folder / name).exists())
@@ -93,7 +97,7 @@ def check_adapter(
     """
     from peft import PeftModel
 
-    inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+    inputs = {k: v[:, :_PROBE].to(model.device) for k, v in batch.items() if k != "labels"}
     model.eval()
     before = trained = model(**inputs).logits
     if optimized:

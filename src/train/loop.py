@@ -68,8 +68,7 @@ class Run:
                 tokenizer = load_tokenizer(self.recipe)
                 packs, validation = self._prepare(parts, tokenizer)
                 model = self._model()
-            with self._timed("before"):
-                self._before(model, tokenizer, validation)
+            self._before(model, tokenizer, validation)
             export.clear_output(self.folder)
             self._train(model, tokenizer, packs, validation, interrupts)
             if self.result.status == "finished":
@@ -153,14 +152,18 @@ class Run:
         """Answer and validate, and optimize."""
         recipe = self.recipe
         if recipe.sample_prompt:
-            text = export.answer(model, tokenizer, recipe.sample_prompt, recipe.sample_max_tokens)
+            with self._timed("answer before"):
+                text = export.answer(
+                    model, tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
+                )
             self.result.sample = {"question": recipe.sample_prompt, "before": text}
         if recipe.optimize:
             from ..pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, strict=recipe.strict)
         if validation:
-            self.result.val_loss_before = validation_loss(model, validation)
+            with self._timed("validation before"):
+                self.result.val_loss_before = validation_loss(model, validation)
             self._say(f"validation loss before: {self.result.val_loss_before:.3f}")
 
     def _train(
@@ -205,24 +208,26 @@ class Run:
     ) -> None:
         """Validate, report, check the saved adapter, answer."""
         recipe, result = self.recipe, self.result
-        with self._timed("after"):
-            if validation:
+        if validation:
+            with self._timed("validation after"):
                 result.val_loss_after = validation_loss(model, validation)
-            if recipe.optimize:
-                from ..pipeline import explain
+        if recipe.optimize:
+            from ..pipeline import explain
 
-                found = explain(model)
-                result.optimize = found.to_dict()
-                self._say(str(found))
-        with self._timed("check"):
-            if recipe.adapter:
+            found = explain(model)
+            result.optimize = found.to_dict()
+            self._say(str(found))
+        if recipe.adapter:
+            with self._timed("adapter check"):
                 probe = batches(packs[:1], recipe, export.pad_token(tokenizer))[0]
                 model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
-                result.adapter_check = asdict(check)
-            if result.sample:
-                result.sample["after"] = export.answer(
+            result.adapter_check = asdict(check)
+        if result.sample:
+            with self._timed("answer after"):
+                text = export.answer(
                     model, tokenizer, result.sample["question"], recipe.sample_max_tokens
                 )
+            result.sample["after"] = text
 
     def _finish(self) -> None:
         """The files and lines that sum it up."""

@@ -1,0 +1,130 @@
+"""The operations that have a canonical view: their arguments, and who makes them.
+
+A new spelling of a known operation is one entry in ``FUNCTIONS`` or ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The arguments of one canonical operation.
+
+    Attributes:
+        params: names in order.
+        defaults: values of the trailing parameters that may be left out.
+        commutative: whether the first two arguments may be swapped.
+        aliases: other names of parameters, as methods and functions differ.
+    """
+
+    params: tuple[str, ...]
+    defaults: tuple[Any, ...] = ()
+    commutative: bool = False
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """All arguments in order, or None when they do not fit."""
+        if len(args) > len(self.params):
+            return None
+        names = dict(self.aliases)
+        bound = dict(zip(self.params, args, strict=False))
+        for key, val in kwargs.items():
+            name = names.get(key, key)
+            if name not in self.params or name in bound:
+                return None
+            bound[name] = val
+        first_default = len(self.params) - len(self.defaults)
+        for i, name in enumerate(self.params):
+            if name not in bound:
+                if i < first_default:
+                    return None
+                bound[name] = self.defaults[i - first_default]
+        return tuple(bound[name] for name in self.params)
+
+
+_X = (("input", "x"), ("self", "x"))
+_UNARY = Spec(("x",), aliases=_X)
+_BINARY = Spec(("x", "y", "alpha"), (1,), True, (*_X, ("other", "y")))
+_REDUCE = Spec(("x", "dim", "keepdim", "dtype"), (None, False, None), aliases=_X)
+
+SPECS: dict[str, Spec] = {
+    **{
+        name: _UNARY
+        for name in ("neg", "rsqrt", "sqrt", "tanh", "sigmoid", "exp", "abs", "sin", "cos")
+    },
+    "add": _BINARY,
+    "sub": Spec(("x", "y", "alpha"), (1,), False, (*_X, ("other", "y"))),
+    "mul": Spec(("x", "y"), (), True, (*_X, ("other", "y"))),
+    "div": Spec(("x", "y", "rounding_mode"), (None,), False, (*_X, ("other", "y"))),
+    "pow": Spec(("x", "y"), (), False, (*_X, ("exponent", "y"))),
+    "mean": _REDUCE,
+    "sum": _REDUCE,
+    "relu": Spec(("x", "inplace"), (False,), aliases=_X),
+    "silu": Spec(("x", "inplace"), (False,), aliases=_X),
+    "gelu": Spec(("x", "approximate"), ("none",), aliases=_X),
+    "linear": Spec(("x", "weight", "bias"), (None,), aliases=_X),
+    "matmul": Spec(("x", "y"), aliases=(*_X, ("other", "y"))),
+    "cat": Spec(("tensors", "dim"), (0,), aliases=(("axis", "dim"),)),
+    "transpose": Spec(("x", "dim0", "dim1"), aliases=_X),
+    "unsqueeze": Spec(("x", "dim"), aliases=_X),
+    "contiguous": _UNARY,
+    "dropout": Spec(("x", "p", "training", "inplace"), (0.5, True, False), aliases=_X),
+    "torch_rms_norm": Spec(("x", "shape", "weight", "eps"), (None, None),
+                     aliases=(*_X, ("normalized_shape", "shape"))),
+    "cross_entropy": Spec(
+        ("x", "target", "weight", "size_average", "ignore_index", "reduce", "reduction",
+         "label_smoothing"),
+        (None, None, -100, None, "mean", 0.0), aliases=_X,
+    ),
+    "sdpa": Spec(
+        ("q", "k", "v", "mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+        (None, 0.0, False, None, False),
+        aliases=(("query", "q"), ("key", "k"), ("value", "v"), ("attn_mask", "mask")),
+    ),
+    # the ones below are made by the functions of this file, not by `bind`
+    "cast": Spec(("x", "dtype")),
+    "slice": Spec(("x", "dim", "start", "stop")),
+    "reshape": Spec(("x", "shape")),
+    "expand": Spec(("x", "shape")),
+    "item": Spec(("x", "index")),
+}
+
+FUNCTIONS: dict[Any, str] = {
+    operator.add: "add", torch.add: "add", operator.sub: "sub", torch.sub: "sub",
+    operator.mul: "mul", torch.mul: "mul", torch.multiply: "mul",
+    operator.truediv: "div", torch.div: "div", torch.divide: "div", torch.true_divide: "div",
+    operator.neg: "neg", torch.neg: "neg", torch.negative: "neg",
+    operator.pow: "pow", torch.pow: "pow",
+    torch.rsqrt: "rsqrt", torch.sqrt: "sqrt", torch.tanh: "tanh", F.tanh: "tanh",
+    torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", torch.exp: "exp", torch.abs: "abs",
+    torch.sin: "sin", torch.cos: "cos",
+    torch.mean: "mean", torch.sum: "sum", F.relu: "relu", torch.relu: "relu",
+    F.silu: "silu", F.gelu: "gelu", torch._C._nn.gelu: "gelu",
+    F.linear: "linear", torch._C._nn.linear: "linear",
+    torch.matmul: "matmul", operator.matmul: "matmul",
+    torch.cat: "cat", torch.concat: "cat", torch.transpose: "transpose",
+    torch.unsqueeze: "unsqueeze", F.dropout: "dropout",
+    F.rms_norm: "torch_rms_norm", torch.rms_norm: "torch_rms_norm",
+    F.cross_entropy: "cross_entropy", F.scaled_dot_product_attention: "sdpa",
+}  # fmt: skip
+
+METHODS: dict[str, str] = {
+    name: name
+    for name in (
+        "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "tanh", "sigmoid", "exp",
+        "abs", "sin", "cos", "mean", "sum", "relu", "matmul", "transpose", "unsqueeze",
+        "contiguous",
+    )
+} | {"multiply": "mul", "divide": "div", "true_divide": "div", "__add__": "add", "__mul__": "mul"}
+
+CASTS = {
+    "float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}  # fmt: skip

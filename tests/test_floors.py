@@ -1,0 +1,80 @@
+"""The house: imports run one way, and importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SRC = pathlib.Path(__file__).parent.parent / "src"
+
+FLOORS = {
+    "options": 0, "report": 0, "errors": 0, "budget": 0,
+    "lazy": 1, "graph": 1, "kernels": 1, "match": 1,
+    "passes": 2,
+    "regions": 3, "verify": 3, "codegen": 3, "capture": 3, "install": 3,
+    "pipeline": 4,
+    "train": 5,
+    "__init__": 6, "cli": 6,
+}  # fmt: skip
+"""A module may import from lower floors; on one floor, only from what stands to its left below."""
+
+ON_ONE_FLOOR = [("budget", "verify"), ("graph", "match"), ("codegen", "capture"),
+                ("verify", "capture"), ("capture", "install"), ("regions", "install")]  # fmt: skip
+
+
+def _imports(path: pathlib.Path) -> list[str]:
+    """The top-level parts of the package that a file imports, at run time."""
+    package = path.relative_to(SRC).parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            parts = (*base, *(node.module or "").split(".")) if node.module else base
+            parts = tuple(p for p in parts if p)
+            names = [parts[0]] if parts else [a.name for a in node.names]
+            found += [n for n in names if n in FLOORS]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_run_downwards(path: pathlib.Path) -> None:
+    relative = path.relative_to(SRC)
+    own = relative.parts[0].removesuffix(".py")
+    assert own in FLOORS, f"{relative} stands on no floor: add it to FLOORS"
+    for other in _imports(path):
+        downwards = other == own or FLOORS[other] < FLOORS[own] or (other, own) in ON_ONE_FLOOR
+        assert downwards, f"{relative} (floor {FLOORS[own]}) imports {other} ({FLOORS[other]})"
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_rooms_are_small(path: pathlib.Path) -> None:
+    assert len(path.read_text().splitlines()) <= 320
+
+
+def _fresh(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_importing_loads_no_triton_and_no_model_files() -> None:
+    out = _fresh(
+        "import torch, sys; before = set(sys.modules); import fusewright; "
+        "new = set(sys.modules) - before; "
+        "print([m for m in new if m.split('.')[0] in ('triton', 'transformers', 'peft')])"
+    )
+    assert out.strip() == "[]"
+
+
+def test_the_whole_compiler_loads_no_kernel() -> None:
+    # torch._dynamo itself imports Triton where it is installed; our kernels wait for a GPU tensor
+    out = _fresh(
+        "import sys; from fusewright import optimize; "
+        "print([m for m in sys.modules if m.startswith(('fusewright.kernels.triton.', "
+        "'transformers.models.'))])"
+    )
+    assert out.strip() == "[]"
