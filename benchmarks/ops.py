@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusewright import kernels
-from fusewright.budget import errors
-from fusewright.kernels.op import Op
 from torch import Tensor
 
 from environment import describe
+from fusewright import kernels
+from fusewright.budget import errors
+from fusewright.kernels.op import Op
 from op_cases import CASES, Case, Maker
 from shapes import op_shapes
 

@@ -1,10 +1,10 @@
 """fusewright: an optimizing compiler for Hugging Face decoder models.
 
-    from fusewright import optimize, explain, restore
+from fusewright import optimize, explain, restore
 
-    model = optimize(model)    # in place; returns the same object
-    print(explain(model))      # what was rewritten, what was not, and why
-    restore(model)             # exactly the original again
+model = optimize(model)    # in place; returns the same object
+print(explain(model))      # what was rewritten, what was not, and why
+restore(model)             # exactly the original again
 """
 
 from __future__ import annotations

@@ -153,10 +153,8 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         choice = session.codegen[0] if kind == "block" and grad else "eager"
         captured = Captured(findings, grad, choice, frame)
         dump(session.environment.dump, module, frame, kind, "rewritten")
-        if choice == "inductor":
-            run = codegen.inductor(module, examples)
-        else:
-            run = codegen.eager(module)
+        compiled = choice == "inductor"
+        run = codegen.inductor(module, examples) if compiled else codegen.eager(module)
         session.graphs.append(captured)
 
         def call(*args: Any) -> Any:
@@ -177,5 +175,3 @@ def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
         defer_logits(module)
     module.recompile()
     return findings
-
-

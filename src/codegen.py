@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -76,5 +76,5 @@ def inductor(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., A
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with functorch_config.patch(donated_buffer=False):
-        compiled: Callable[..., Any] = compile_fx(module, list(examples))
-    return compiled
+        compiled = compile_fx(module, list(examples))
+    return cast("Callable[..., Any]", compiled)

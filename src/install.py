@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import types
 import warnings
@@ -96,16 +97,21 @@ def _put(
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 
+_serial = itertools.count(1)
+
+
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of ``function`` with a code object of its own.
 
-    Dynamo keeps compiled graphs, and counts recompilations, by code object; a copy keeps this
-    model's apart from everybody else's.
+    Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
+    file, line and name of the code which sizes have varied, so that a second model with another
+    head size would get a symbolic one. A renamed copy keeps this model's apart from all others'.
     """
     if not isinstance(function, types.FunctionType):
         return function
+    name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
     copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__,
+        function.__code__.replace(co_name=name), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -173,10 +179,10 @@ def _head_forward(
             names = list(parameters)[1 : 1 + len(args)]
             args, kwargs = (), {**dict(zip(names, args, strict=True)), **kwargs}
         training = self.training and torch.is_grad_enabled()
-        if "use_cache" in parameters and kwargs.get("use_cache") is None:
-            # a cache filled by a training step is read by nobody, and keeps every key and value
-            if (training or kwargs.get("labels") is not None) and not _given_cache(kwargs):
-                kwargs["use_cache"] = False
+        # a cache filled by a training step is read by nobody, and keeps every key and value
+        wanted = "use_cache" in parameters and kwargs.get("use_cache") is None
+        if wanted and (training or kwargs.get("labels") is not None) and not _given_cache(kwargs):
+            kwargs["use_cache"] = False
         reason = session.failed.get(self)
         if reason is None and kwargs.get("labels") is None:
             return plain(self, *args, **kwargs)
@@ -214,7 +220,7 @@ def _backbone_forward(
 ) -> Callable[..., Any]:
     """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def outside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.head_active = False
         try:
@@ -236,8 +242,9 @@ def _backbone_forward(
     return forward
 
 
-@torch._dynamo.assume_constant_result  # runs while the outer compilation traces, once
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-24: as above
 def _warn_outer_compile() -> None:
+    """Warn; runs while the outer compilation traces, once."""
     warnings.warn(
         "torch.compile was put around a model that fusewright has optimized: inside it the "
         "original code runs. Use one of the two: fusewright.restore(model) before torch.compile, "

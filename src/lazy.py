@@ -32,7 +32,7 @@ class LazyLogits(Tensor):
     """
 
     _compute: Callable[[], Tensor]
-    _values: Tensor | None
+    _made: Tensor | None
 
     @staticmethod
     def __new__(
@@ -46,14 +46,14 @@ class LazyLogits(Tensor):
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=device, requires_grad=False
         )
-        made._compute, made._values = compute, None
+        made._compute, made._made = compute, None
         return made
 
     def materialize(self) -> Tensor:
         """The values: computed now, or at the first call."""
-        if self._values is None:
-            self._values = self._compute()
-        return self._values
+        if self._made is None:
+            self._made = self._compute()
+        return self._made
 
     @classmethod
     def __torch_function__(
@@ -61,13 +61,13 @@ class LazyLogits(Tensor):
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func.__self__, "__name__", "") in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if name in _DESCRIBING:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
             cast = _target_dtype(name, args[1:], kwargs or {})
-            if cast is not None and first._values is None:
+            if cast is not None and first._made is None:
                 return LazyLogits(
                     lambda: first.materialize().to(cast), tuple(first.shape), cast, first.device
                 )
@@ -75,13 +75,15 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map(_real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(  # type: ignore[override]  # 2026-11-24: torch calls the argument otherwise
+        self, *, tensor_contents: Any = None
+    ) -> str:
         return repr(self.materialize())
 
     def __reduce_ex__(self, protocol: Any) -> Any:

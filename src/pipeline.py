@@ -148,10 +148,8 @@ def _join(path: str, home: str) -> str:
 
 
 def _site(path: str, f: Any) -> Site:
-    return Site(
-        _join(path, f.home), f.rule, f.op, f.status, f.reason, f.error, f.grad_error, f.saved_before,
-        f.saved_after,
-    )  # fmt: skip
+    figures = (f.error, f.grad_error, f.saved_before, f.saved_after)
+    return Site(_join(path, f.home), f.rule, f.op, f.status, f.reason, *figures)
 
 
 def _tiny_step(model: nn.Module, session: Session) -> None:

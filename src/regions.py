@@ -84,7 +84,7 @@ def _is_stack(modules: nn.ModuleList) -> bool:
 
 
 def _is_hinted(module: nn.Module) -> bool:
-    """transformers marks its decoder layers by a base class; a hint, not a requirement."""
+    """Transformers marks its decoder layers by a base class; a hint, not a requirement."""
     return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
 
 
@@ -122,7 +122,7 @@ def bypass_reason(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             return "a cache was passed (generation; in training pass use_cache=False)"
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return "inner outputs (attentions or hidden states) were asked for"
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
+    if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
     hooked = _hooked(module)
     return f"a hook is registered on its submodule {hooked}" if hooked else None

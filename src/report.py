@@ -109,7 +109,9 @@ def _table(sites: tuple[Site, ...]) -> list[str]:
     rules = dict.fromkeys(s.rule for s in sites)
     if not rules:
         return ["  no formula was recognised"]
-    rows = [("rule", "rewritten", "refused", "missed", "error", "gradient error")]
+    rows: list[tuple[str, ...]] = [
+        ("rule", "rewritten", "refused", "missed", "error", "gradient error")
+    ]
     for rule in rules:
         own = [s for s in sites if s.rule == rule]
         counts = Counter(s.status for s in own)
@@ -125,8 +127,11 @@ def _table(sites: tuple[Site, ...]) -> list[str]:
         )
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return [
-        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in
-                         enumerate(zip(r, widths, strict=True)))
+        "  "
+        + "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        )
         for r in rows
     ]
 

@@ -65,25 +65,31 @@ def _check(c: Candidate, inputs: list[Any]) -> Verdict:
     ours = _run(replacement.forward, inputs, differentiable)
     exact = _run(_Exact(original).run, [_double(x) for x in inputs], differentiable)
     worst = [0.0, 0.0]
-    for kind in (0, 1):
-        for i, (a, b, o) in enumerate(zip(ours[kind], theirs[kind], exact[kind], strict=True)):
+    for kind, what in enumerate(("output", "gradient of input")):
+        triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
+        for i, (a, b, o) in enumerate(triples):
             if b is None and a is None:
                 continue
-            what = f"{'gradient of input' if kind else 'output'} {i}"
-            if a is None or b is None:
-                return Verdict(f"{what}: only one of original and rewrite has it")
+            place = f"{what} {i}"
+            if a is None or b is None or o is None:
+                return Verdict(f"{place}: only one of original and rewrite has it")
             problem = exceeded(a, b, o)
             if problem is not None:
-                return Verdict(f"{what}: {problem}")
+                return Verdict(f"{place}: {problem}")
             worst[kind] = max(worst[kind], errors(a, o).rms)
     tokens = _tokens(inputs)
     return Verdict(
         None, worst[0], worst[1] if any(differentiable) else None,
-        theirs[2] / tokens, ours[2] / tokens,
+        theirs.kept / tokens, ours.kept / tokens,
     )  # fmt: skip
 
 
-Outcome = tuple[list[Tensor], list[Tensor | None], int]
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave: ``results`` are (outputs, gradients), ``kept`` is bytes for backward."""
+
+    results: tuple[list[Tensor | None], list[Tensor | None]]
+    kept: int
 
 
 def _run(fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool]) -> Outcome:
@@ -106,14 +112,14 @@ def _run(fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool]) 
         outputs = [o for o in fn(*leaves) if isinstance(o, Tensor)]
     live = [o for o in outputs if o.requires_grad]
     if not wanted or not live:
-        return [o.detach() for o in outputs], [None] * len(wanted), 0
+        return Outcome(([o.detach() for o in outputs], [None] * len(wanted)), 0)
     generator = torch.Generator().manual_seed(1)
     upstream = [
         torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
         for o in live
     ]
     grads = torch.autograd.grad(live, wanted, upstream, allow_unused=True)
-    return [o.detach() for o in outputs], list(grads), sum(kept.values())
+    return Outcome(([o.detach() for o in outputs], list(grads)), sum(kept.values()))
 
 
 class _Exact(fx.Interpreter):
@@ -228,6 +234,6 @@ def _structure(c: Candidate) -> Any:
 @contextmanager
 def quiet_randomness() -> Iterator[None]:
     """Leave the global random state as it was."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=list(devices)):
         yield

@@ -128,8 +128,10 @@ def _square(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Can
 
 def _reshape(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
     t = facts.tensor(node)
-    return None if t is None or facts.tensor(args[0]) is None else Canon(
-        "reshape", (args[0], tuple(t.shape))
+    return (
+        None
+        if t is None or facts.tensor(args[0]) is None
+        else Canon("reshape", (args[0], tuple(t.shape)))
     )
 
 
@@ -180,8 +182,8 @@ def _part(source: Any, index: Any) -> Canon | None:
     """``x.chunk(2, -1)[i]`` and ``x.split(n, -1)[i]`` are slices of ``x``."""
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return None
-    name = source.target if isinstance(source.target, str) else getattr(
-        source.target, "__name__", ""
+    name = (
+        source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
     )
     if name not in ("chunk", "split", "split_with_sizes"):
         return None

@@ -19,8 +19,11 @@ def is_inplace(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", "") or ""
     if module == "_operator":
-        return name in ("setitem", "delitem") or (name.startswith("i") and name[1:] in (
-            "add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor"))
+        return name in ("setitem", "delitem") or (
+            name.startswith("i")
+            and name[1:]
+            in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor")
+        )
     return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
 
 

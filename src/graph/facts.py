@@ -56,7 +56,7 @@ def shape_text(node: Any) -> str:
 
 
 def nested(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """``module`` and every graph inside it (checkpointed bodies, autograd functions), outer first."""
+    """``module`` and every graph inside it (checkpointed bodies and the like), outer first."""
     found = [module]
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -94,8 +94,15 @@ def _clean(path: str) -> str:
     """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``."""
     text = path
     for old, new in (
-        ("L['self']", ""), ('L["self"]', ""), ("L['fn']", ""),
-        ("._modules['", "."), ("_modules['", "."), ("']", ""), ("[", "."), ("]", ""), ("'", ""),
+        ("L['self']", ""),
+        ('L["self"]', ""),
+        ("L['fn']", ""),
+        ("._modules['", "."),
+        ("_modules['", "."),
+        ("']", ""),
+        ("[", "."),
+        ("]", ""),
+        ("'", ""),
     ):
         text = text.replace(old, new)
     return text.strip(".")

@@ -76,12 +76,22 @@ SPECS: dict[str, Spec] = {
     "unsqueeze": Spec(("x", "dim"), aliases=_X),
     "contiguous": _UNARY,
     "dropout": Spec(("x", "p", "training", "inplace"), (0.5, True, False), aliases=_X),
-    "torch_rms_norm": Spec(("x", "shape", "weight", "eps"), (None, None),
-                     aliases=(*_X, ("normalized_shape", "shape"))),
+    "torch_rms_norm": Spec(
+        ("x", "shape", "weight", "eps"), (None, None), aliases=(*_X, ("normalized_shape", "shape"))
+    ),
     "cross_entropy": Spec(
-        ("x", "target", "weight", "size_average", "ignore_index", "reduce", "reduction",
-         "label_smoothing"),
-        (None, None, -100, None, "mean", 0.0), aliases=_X,
+        (
+            "x",
+            "target",
+            "weight",
+            "size_average",
+            "ignore_index",
+            "reduce",
+            "reduction",
+            "label_smoothing",
+        ),
+        (None, None, -100, None, "mean", 0.0),
+        aliases=_X,
     ),
     "sdpa": Spec(
         ("q", "k", "v", "mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
@@ -118,8 +128,26 @@ FUNCTIONS: dict[Any, str] = {
 METHODS: dict[str, str] = {
     name: name
     for name in (
-        "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "tanh", "sigmoid", "exp",
-        "abs", "sin", "cos", "mean", "sum", "relu", "matmul", "transpose", "unsqueeze",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
+        "rsqrt",
+        "sqrt",
+        "tanh",
+        "sigmoid",
+        "exp",
+        "abs",
+        "sin",
+        "cos",
+        "mean",
+        "sum",
+        "relu",
+        "matmul",
+        "transpose",
+        "unsqueeze",
         "contiguous",
     )
 } | {"multiply": "mul", "divide": "div", "true_divide": "div", "__add__": "add", "__mul__": "mul"}

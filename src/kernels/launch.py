@@ -5,7 +5,6 @@ Nothing here imports Triton before a tensor asks for it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -18,16 +17,18 @@ from torch import Tensor
 LIBRARY = torch.library.Library("fusewright", "DEF")
 
 
-@functools.cache
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def has_triton() -> bool:
     """Whether Triton is installed (found, not imported)."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run through its interpreter, on CPU tensors (tests do)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -48,9 +49,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return given[0].is_cuda or interpreting()
 
 
-def library_op(
-    schema: str, launcher: str, fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
 
     Args:

@@ -168,7 +168,7 @@ class _Rope(torch.autograd.Function):
         results: list[Tensor] = []
         if needed:
             run = _triton_rotate if ctx.triton else _rotate
-            results = list(run(needed, cos, sin, *ctx.options, True, ctx.dtype))
+            results = list(run(needed, cos, sin, ctx.options[0], ctx.options[1], True, ctx.dtype))
         inputs = [
             results.pop(0) if need and g is not None else None
             for g, need in zip(grads, ctx.needs_input_grad[4:], strict=True)

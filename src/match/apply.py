@@ -181,9 +181,7 @@ def _candidate(
             f"{strangers[0].name if strangers else ''}",
             node,
         )
-    inputs = tuple(
-        dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside)
-    )
+    inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
     _require_no_mutation(graph, m, interior, inputs, order)
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
@@ -253,8 +251,16 @@ def _finding(
 ) -> Finding:
     v = verdict or Verdict()
     return Finding(
-        rule.name, rule.op, status, facts.common_home(list(m.nodes)), reason,
-        v.error, v.grad_error, v.saved_before, v.saved_after, m.root.name,
+        rule.name,
+        rule.op,
+        status,
+        facts.common_home(list(m.nodes)),
+        reason,
+        v.error,
+        v.grad_error,
+        v.saved_before,
+        v.saved_after,
+        m.root.name,
         frozenset(n.name for n in m.nodes),
     )
 

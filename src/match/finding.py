@@ -49,8 +49,15 @@ def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[F
             if trace.reason and node in trace.nodes:
                 reason = f"{why}; the nearest spelling stopped: {trace.reason}"
             found.append(
-                Finding(rule.name, rule.op, "missed", facts.home(node), reason, node=node.name,
-                        claimed=frozenset((node.name,)))
+                Finding(
+                    rule.name,
+                    rule.op,
+                    "missed",
+                    facts.home(node),
+                    reason,
+                    node=node.name,
+                    claimed=frozenset((node.name,)),
+                )
             )
     return found
 

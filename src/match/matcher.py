@@ -30,12 +30,15 @@ class State:
     nodes: tuple[fx.Node, ...] = ()
 
     def with_capture(self, name: str, value: Any) -> State:
+        """This state with one capture more."""
         return State({**self.captures, name: value}, self.seen, self.nodes)
 
     def with_seen(self, pattern: Pattern, value: Any) -> State:
+        """This state, remembering what ``pattern`` matched."""
         return State(self.captures, {**self.seen, id(pattern): value}, self.nodes)
 
     def with_nodes(self, *nodes: fx.Node) -> State:
+        """This state with more interior nodes."""
         new = tuple(n for n in nodes if n not in self.nodes)
         return State(self.captures, self.seen, (*self.nodes, *new)) if new else self
 
@@ -71,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
         return a is b
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
-    return bool(type(a) is type(b) or _number(a) and _number(b)) and bool(a == b)
+    return bool(type(a) is type(b) or (_number(a) and _number(b))) and bool(a == b)
 
 
 def _number(x: Any) -> bool:

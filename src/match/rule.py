@@ -82,7 +82,7 @@ class Match:
 
 
 class Emit:
-    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME to the graph."""
+    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME."""
 
     def __init__(self, graph: fx.Graph, table: Mapping[str, Callable[..., Any]], rule: str) -> None:
         self._graph, self._table, self._rule = graph, table, rule
@@ -149,8 +149,11 @@ class Rule:
     inner_may_stay: ClassVar[bool] = False
     absorbs: ClassVar[tuple[str, ...]] = ()
 
-    def patterns(self, p: Builder, *args: Pattern) -> Iterable[Any]:
-        """Yield patterns, or ``(spelling, pattern)`` pairs; parameters after ``p`` are captures."""
+    def patterns(self, *args: Any, **kwargs: Any) -> Iterable[Any]:
+        """Yield patterns, or ``(spelling, pattern)`` pairs.
+
+        Written as ``patterns(self, p, x, w, ...)``: a builder, and one capture per parameter.
+        """
         raise NotImplementedError
 
     def check(self, m: Match) -> None:
@@ -160,8 +163,9 @@ class Rule:
         """Add the new nodes; return one node per output (a single node, or a tuple)."""
         raise NotImplementedError
 
-    def sample(self, m: Match, node: fx.Node, generator: torch.Generator,
-               shape: tuple[int, ...]) -> Tensor | None:
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
         """A test input for ``node`` where random numbers will not do (labels); None for those."""
         return None
 
@@ -205,5 +209,11 @@ class Rule:
                 nodes += [n for n in found.nodes if n not in nodes]
             else:
                 if users:
-                    yield Match(node, spelling, state.captures, tuple(nodes),
-                                tuple(node.users), tuple(users))
+                    yield Match(
+                        node,
+                        spelling,
+                        state.captures,
+                        tuple(nodes),
+                        tuple(node.users),
+                        tuple(users),
+                    )

@@ -22,7 +22,7 @@ class Attention(Rule):
         self, p: Builder, q: Pattern, k: Pattern, v: Pattern, mask: Pattern, causal: Pattern,
         scale: Pattern, gqa: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """transformers repeats heads by unsqueeze, expand, reshape; others pass enable_gqa."""
+        """Transformers repeats heads by unsqueeze, expand, reshape; others pass enable_gqa."""
 
         def repeated(x: Any) -> Any:
             return p.reshape(p.expand(p.unsqueeze(x, -3), p.anything), p.anything)

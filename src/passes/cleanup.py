@@ -10,10 +10,11 @@ from ..graph.edit import is_inplace, prune
 
 
 def remove_noops(module: fx.GraphModule) -> int:
-    """Remove what is dead, casts to a tensor's own dtype, repeated casts, dropouts that drop nothing.
+    """Remove dead nodes, needless casts, repeated casts, and dropouts that drop nothing.
 
-    All are exact: such casts and dropouts return their very input in eager PyTorch, and a cast
-    made twice gives the same numbers twice. A graph that writes in place is left alone.
+    All are exact: casts to a tensor's own dtype and such dropouts return their very input in eager
+    PyTorch, and a cast made twice gives the same numbers twice. A graph that writes in place is
+    left alone.
 
     Args:
         module: the captured graph; it and the graphs nested in it are changed in place.

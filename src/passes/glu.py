@@ -5,7 +5,7 @@ Shazeer, "GLU Variants Improve Transformer", 2020.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
@@ -23,7 +23,7 @@ class GLU(Rule):
 
     def patterns(self, p: Builder, gate: Pattern, up: Pattern, both: Pattern) -> Iterable[Any]:
         """One activation each; the packed form takes gate and up from one tensor."""
-        activations = {
+        activations: dict[str, Callable[[Pattern], Any]] = {
             "silu": lambda g: p.either(p.silu(g, p.anything), g * p.sigmoid(g)),
             "gelu": lambda g: p.gelu(g, "none"),
             "gelu_tanh": lambda g: p.gelu(g, "tanh"),

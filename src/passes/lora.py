@@ -25,7 +25,7 @@ class LoRALinear(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
         scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """A dropped-out input stays a node of its own, so that random numbers are used as before."""
+        """A dropped-out input stays a node of its own: random numbers are used as before."""
         base = p.linear(x, w, bias)
         plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
         dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
@@ -88,7 +88,7 @@ def _more_adapters(root: fx.Node) -> bool:
             continue
         for arg in canon.args[:2]:
             scaled = canonical(arg)
-            if arg is not root and scaled is not None and scaled.name == "mul":
-                if any(_is_update(side) for side in scaled.args):
-                    return True
+            is_product = arg is not root and scaled is not None and scaled.name == "mul"
+            if is_product and scaled and any(_is_update(side) for side in scaled.args):
+                return True
     return False

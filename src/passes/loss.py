@@ -16,6 +16,7 @@ from ..graph.canon import canonical
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
 
+
 class LinearCrossEntropy(Rule):
     """Linear, scale, soft cap, cast, flatten, cross entropy, whatever of them is there.
 
@@ -39,9 +40,7 @@ class LinearCrossEntropy(Rule):
         def loss(logits: Any) -> Any:
             flat = p.either(p.reshape(logits, p.anything), logits)
             flat = p.either(p.contiguous(flat), flat)
-            return p.cross_entropy(
-                flat, labels, None, None, ignore, None, reduction, smoothing
-            )
+            return p.cross_entropy(flat, labels, None, None, ignore, None, reduction, smoothing)
 
         yield "loss", loss(p.maybe_cast(capped))
         yield "cast last", loss(p.cast(p.either(p.reshape(capped, p.anything), capped)))
@@ -56,8 +55,10 @@ class LinearCrossEntropy(Rule):
         m.require(facts.ndim(m.labels) == 1, "labels are not one per row", m.labels)
         m.require(facts.ndim(m.w) == 2, "the head is not a matrix", m.w)
         m.require(
-            facts.dtype(m.root) in (torch.float32, torch.float64) or facts.dtype(m.x) is
-            facts.dtype(m.root), "the loss has an unexpected dtype", m.root,
+            facts.dtype(m.root) in (torch.float32, torch.float64)
+            or facts.dtype(m.x) is facts.dtype(m.root),
+            "the loss has an unexpected dtype",
+            m.root,
         )
         if m.get("cap") is not None:
             m.require(isinstance(m.cap, (int, float)), "the soft cap is not a constant", m.root)
@@ -76,8 +77,9 @@ class LinearCrossEntropy(Rule):
             loss = ops.method("to", loss, facts.dtype(m.root))
         return loss
 
-    def sample(self, m: Match, node: fx.Node, generator: torch.Generator,
-               shape: tuple[int, ...]) -> Tensor | None:
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
         """Labels: class indices, about a third of them ignored."""
         if node is not m.labels:
             return None

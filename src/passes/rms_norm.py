@@ -43,16 +43,15 @@ class RMSNorm(Rule):
         m.require(facts.tensor(m.x) is not None, "x is not a tensor", m.x)
         if m.get("w") is not None:
             m.require(facts.ndim(m.w) == 1, "the weight is not one vector per feature", m.w)
-            m.require(
-                facts.size(m.w, 0) == facts.size(m.x, -1), "the weight does not fit x", m.w
-            )
+            m.require(facts.size(m.w, 0) == facts.size(m.x, -1), "the weight does not fit x", m.w)
         if m.spelling == "torch":
             shape = canonical(m.root)
             dims = shape.args[1] if shape is not None else ()
             m.require(len(dims) == 1, "normalises over more than the last dimension")
         out, kind = facts.dtype(m.root), facts.dtype(m.x)
         if m.spelling == "inner":
-            kind = torch.promote_types(kind, facts.dtype(m.w)) if kind else kind
+            wide = facts.dtype(m.w)
+            kind = torch.promote_types(kind, wide) if kind and wide else kind
         m.require(out == kind, f"returns {out}, the op would return {kind}", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:

@@ -74,8 +74,9 @@ class RopePair(Rule):
     absorbs = ("rope",)
     outputs = ("other",)
 
-    def patterns(self, p: Builder, q: Pattern, cos: Pattern, sin: Pattern,
-                 width: Pattern) -> Iterable[Any]:
+    def patterns(
+        self, p: Builder, q: Pattern, cos: Pattern, sin: Pattern, width: Pattern
+    ) -> Iterable[Any]:
         """The partner is found by ``check``: it is no part of this node's formula."""
         yield p.item(p.rope((q,), cos, sin, width, False), 0)
 
@@ -112,5 +113,5 @@ def _promoted(m: Match) -> Any:
     return torch.promote_types(x, cos) if x is not None and cos is not None else None
 
 
-def _rotate(m: Match, ops: Emit, tensors: list[fx.Node], width: int) -> fx.Node:
+def _rotate(m: Match, ops: Emit, tensors: list[fx.Node], width: Any) -> fx.Node:
     return ops.rope(tensors, m.cos, m.sin, width, False)

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fusewright.kernels import attention_tiles
-from fusewright.kernels.attention import OP, attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusewright.kernels import attention_tiles
+from fusewright.kernels.attention import OP, attention
 
 from .util import assert_parity
 

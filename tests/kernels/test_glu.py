@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
+
+from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 
 from .util import assert_parity
 

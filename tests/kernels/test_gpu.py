@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from fusewright.kernels import (
     add_rms_norm,
     attention,
@@ -19,8 +22,6 @@ from fusewright.kernels import (
     rope,
 )
 from fusewright.kernels.op import Op
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .util import assert_parity
 

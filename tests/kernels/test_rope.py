@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusewright.kernels.rope import OP, rope
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
+
+from fusewright.kernels.rope import OP, rope
 
 from .util import assert_parity
 

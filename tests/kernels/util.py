@@ -17,9 +17,7 @@ def _run(
     dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients of ``fn``; ``dtype`` casts the floating-point inputs first."""
-    leaves = [
-        t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype) for t in inputs
-    ]
+    leaves = [t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype) for t in inputs]
     for leaf, t in zip(leaves, inputs, strict=True):
         leaf.requires_grad_(t.requires_grad)
     out = fn(*leaves)
@@ -37,7 +35,9 @@ def _run(
     for first, second in zip(grads, again, strict=True):  # a retained graph gives the same twice
         assert (first is None) == (second is None)
         assert first is None or torch.equal(first, second)
-    return outs, [g if g is not None else torch.zeros_like(t) for g, t in zip(grads, wanted)]
+    return outs, [
+        g if g is not None else torch.zeros_like(t) for g, t in zip(grads, wanted, strict=True)
+    ]
 
 
 def assert_parity(

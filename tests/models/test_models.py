@@ -128,7 +128,9 @@ def _rms(values: list[float]) -> float:
     return (sum(v * v for v in values) / len(values)) ** 0.5
 
 
-def _batches(batch: int, length: int, seed: int = 0, accumulate: int = 1) -> list[tuple[Tensor, ...]]:
+def _batches(
+    batch: int, length: int, seed: int = 0, accumulate: int = 1
+) -> list[tuple[Tensor, ...]]:
     return [
         tuple(_ids(batch, length, seed + 10 * i + j) for j in range(accumulate)) for i in range(6)
     ]

@@ -25,12 +25,18 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gemma commuted": lambda x, w: ((w.float() + 1) * _normed(x)).to(x.dtype),
     "olmo2": lambda x, w: (w * _normed(x)).to(x.dtype),
     "torch": lambda x, w: torch.nn.functional.rms_norm(x, (D,), w, 1e-6),
-    "product": lambda x, w: w
-    * (
-        x.float() * torch.rsqrt(torch.mean(x.float() * x.float(), -1, keepdim=True) + 1e-5)
-    ).to(x.dtype),
-    "eps first": lambda x, w: w
-    * (x.float() * torch.rsqrt(1e-5 + x.float().square().mean(dim=-1, keepdim=True))).to(x.dtype),
+    "product": lambda x, w: (
+        w
+        * (x.float() * torch.rsqrt(torch.mean(x.float() * x.float(), -1, keepdim=True) + 1e-5)).to(
+            x.dtype
+        )
+    ),
+    "eps first": lambda x, w: (
+        w
+        * (x.float() * torch.rsqrt(1e-5 + x.float().square().mean(dim=-1, keepdim=True))).to(
+            x.dtype
+        )
+    ),
 }
 
 
@@ -122,7 +128,9 @@ def test_a_norm_that_only_feeds_linears_is_not_stored() -> None:
         n = w * _normed(x)
         return torch.nn.functional.linear(n, a, c), torch.nn.functional.linear(n, b)
 
-    inputs = [torch.randn(*s, requires_grad=True) for s in ((2, 5, D), (D,), (24, D), (16, D), (24,))]
+    inputs = [
+        torch.randn(*s, requires_grad=True) for s in ((2, 5, D), (D,), (24, D), (16, D), (24,))
+    ]
     assert rewritten(rewrite(capture(fn, *inputs))) == ["rms_norm", "rms_norm_linear"]
 
     def other_user(x: Tensor, w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,15 @@ QUIET = Console(quiet=True)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.parametrize("optimize", [False, True])
 def test_a_run_writes_everything_and_plain_peft_reads_it(
-    recipe: dict[str, Any], base: Path, tmp_path: Path
+    recipe: dict[str, Any], base: Path, tmp_path: Path, optimize: bool
 ) -> None:
     out = io.StringIO()
     result = train(
         recipe,
         console=Console(file=out, width=120),
+        optimize=optimize,
         sample_prompt="What is 3?",
         sample_max_tokens=4,
         eval_steps=2,
@@ -60,6 +62,14 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     for words in ("validation loss before", "step 8/8", "plain PEFT gives the same logits"):
         assert words in out.getvalue()
 
+    if optimize:
+        assert run["optimize"]["by_rule"]["lora_linear"] == 14
+        assert run["adapter_check"]["optimized_difference"] < 1e-4
+        assert " rewrites in " in out.getvalue()
+    else:
+        assert run["optimize"] is None
+        assert run["adapter_check"]["optimized_difference"] == 0.0
+
     adapter = load_file(folder / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # A and B of seven linears in two layers
     assert all(t.dtype is torch.float32 for t in adapter.values())
@@ -73,6 +83,14 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
             assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
 
 
+def test_optimizing_changes_no_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
+    curves = []
+    for on in (False, True):
+        result = train(recipe, console=QUIET, output_dir=str(tmp_path / f"{on}"), optimize=on)
+        curves.append([e["loss"] for e in result.history if "loss" in e])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
 def test_the_same_recipe_twice_gives_the_same_adapter(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -83,8 +101,9 @@ def test_the_same_recipe_twice_gives_the_same_adapter(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("optimize", [False, True])
 def test_accumulating_batches_is_the_same_as_a_larger_batch(
-    recipe: dict[str, Any], tmp_path: Path
+    recipe: dict[str, Any], tmp_path: Path, optimize: bool
 ) -> None:
     losses = []
     for micro, accumulate in ((4, 1), (1, 4)):
@@ -92,6 +111,7 @@ def test_accumulating_batches_is_the_same_as_a_larger_batch(
             recipe,
             console=QUIET,
             output_dir=str(tmp_path / f"{micro}"),
+            optimize=optimize,
             micro_batch_size=micro,
             gradient_accumulation_steps=accumulate,
             max_steps=3,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import torch
+
 from fusewright.kernels import rope as module
 from fusewright.kernels.rope import OP, rope
-
 from tests.kernels.util import assert_parity
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
