@@ -215,6 +215,7 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         micro_batch_size=1,
         max_steps=2,
         warmup_steps=0,
+        codegen="eager",  # no C++ compilation in a test
         sample_max_tokens=4,
     )
     assert result.data["rows"] > 2000
