@@ -71,11 +71,12 @@ class Run:
             self._before(model, tokenizer, validation)
             export.clear_output(self.folder)
             self._train(model, tokenizer, packs, validation, interrupts)
-            if self.result.status == "finished":
-                try:
+            try:
+                self._explain(model)
+                if self.result.status == "finished":
                     self._after(model, tokenizer, packs, validation)
-                except Stopped as stopped:  # what was trained has been saved
-                    self.result.status, self.result.signal = "interrupted", stopped.signal
+            except Stopped as stopped:  # what was trained has been saved
+                self.result.status, self.result.signal = "interrupted", stopped.signal
             self._finish()
         return self.result
 
@@ -199,6 +200,15 @@ class Run:
         if losses:
             result.loss_first, result.loss_last = losses[0], losses[-1]
 
+    def _explain(self, model: Any) -> None:
+        """Report what was rewritten in the graphs that trained."""
+        if self.recipe.optimize:
+            from ..pipeline import explain
+
+            found = explain(model)
+            self.result.optimize = found.to_dict()
+            self._say(str(found))
+
     def _after(
         self,
         model: Any,
@@ -206,17 +216,11 @@ class Run:
         packs: list[Pack],
         validation: list[dict[str, torch.Tensor]],
     ) -> None:
-        """Validate, report, check the saved adapter, answer."""
+        """Validate, check the saved adapter, answer."""
         recipe, result = self.recipe, self.result
         if validation:
             with self._timed("validation after"):
                 result.val_loss_after = validation_loss(model, validation)
-        if recipe.optimize:
-            from ..pipeline import explain
-
-            found = explain(model)
-            result.optimize = found.to_dict()
-            self._say(str(found))
         if recipe.adapter:
             with self._timed("adapter check"):
                 probe = batches(packs[:1], recipe, export.pad_token(tokenizer))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -149,8 +150,10 @@ def _pretrained(factory: Any, recipe: Recipe, **options: Any) -> Any:
     source = locate(recipe.base_model, [Path.cwd()])
     if source.gguf_file:
         options |= _gguf(source, options)
+    bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
-        return factory.from_pretrained(source.name, **options)
+        with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
+            return factory.from_pretrained(source.name, **options)
     except (OSError, ValueError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"base_model: {recipe.base_model} cannot be loaded: {first}") from error
