@@ -30,13 +30,19 @@ class Errors:
 
 
 def errors(actual: Tensor, oracle: Tensor) -> Errors:
-    """Measure how far ``actual`` is from ``oracle`` (same shape, any dtypes)."""
-    exact = oracle.detach().to(torch.float64)
-    difference = actual.detach().to(torch.float64) - exact
-    if exact.numel() == 0:
-        return Errors(0.0, 0.0)
-    if not bool(torch.isfinite(difference).all()):
+    """Measure how far ``actual`` is from ``oracle`` (same shape, any dtypes).
+
+    Values that are not finite are left out where both have them (a mean over no labels is nan);
+    where only one has them, the error is infinite.
+    """
+    exact, ours = oracle.detach().to(torch.float64), actual.detach().to(torch.float64)
+    finite = torch.isfinite(exact)
+    if not torch.equal(torch.isfinite(ours), finite):
         return Errors(float("inf"), float("inf"))
+    if not bool(finite.any()):
+        return Errors(0.0, 0.0)
+    exact, ours = exact[finite], ours[finite]
+    difference = ours - exact
     norm, peak = exact.norm().item(), exact.abs().max().item()
     return Errors(
         difference.norm().item() / norm if norm else difference.norm().item(),
@@ -64,6 +70,8 @@ def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
         return f"shape {tuple(ours.shape)} instead of {tuple(eager.shape)}"
     if ours.dtype != eager.dtype:
         return f"dtype {ours.dtype} instead of {eager.dtype}"
+    if not torch.equal(torch.isfinite(ours), torch.isfinite(eager)):
+        return "it is finite where the original is not, or the other way round"
     mine, theirs, slack = errors(ours, oracle), errors(eager, oracle), unit(eager.dtype)
     for name, a, b in (("rms", mine.rms, theirs.rms), ("peak", mine.peak, theirs.peak)):
         if not a <= FACTOR * b + slack:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import config as _config
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import codegen
 from .graph.show import dump
@@ -102,7 +102,7 @@ class Session:
         pinned, _config.specialize_float = _config.specialize_float, True
         try:
             return compiled(module, *args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self.failed[module] = f"could not be captured: {_first_line(error)}"
             self.note(module, self.failed[module])
         finally:

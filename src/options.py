@@ -52,7 +52,7 @@ class Environment:
 
     Attributes:
         dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph before and after, as Python.
-        fuel: ``FUSEWRIGHT_FUEL``: how many rewrites may be made in this process; for bisecting.
+        fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
         disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
     """
 

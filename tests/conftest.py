@@ -20,6 +20,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-goldens", action="store_true", help="write the golden graphs anew"
-    )
+    parser.addoption("--update-goldens", action="store_true", help="write the golden graphs anew")

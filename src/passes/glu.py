@@ -17,7 +17,7 @@ from ..match.rule import Emit, Match, Rule
 
 
 class GLU(Rule):
-    """``act(gate) * up`` for silu, both gelus, relu, squared relu and sigmoid."""
+    """``act(gate) * up`` for silu, both gelus, relu and squared relu."""
 
     name = op = "glu"
 

@@ -27,26 +27,60 @@ def _last(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     "fns",
     [
-        [lambda x, y: x * y, lambda x, y: torch.mul(x, y), lambda x, y: x.mul(y), lambda x, y: torch.multiply(x, y),
-         lambda x, y: torch.mul(input=x, other=y)],
-        [lambda x, y: x + y, lambda x, y: torch.add(x, y), lambda x, y: x.add(y), lambda x, y: x.add(other=y)],
-        [lambda x, y: x / y, lambda x, y: torch.div(x, y), lambda x, y: x.div(y), lambda x, y: torch.true_divide(x, y)],
+        [
+            lambda x, y: x * y,
+            lambda x, y: torch.mul(x, y),
+            lambda x, y: x.mul(y),
+            lambda x, y: torch.multiply(x, y),
+            lambda x, y: torch.mul(input=x, other=y),
+        ],
+        [
+            lambda x, y: x + y,
+            lambda x, y: torch.add(x, y),
+            lambda x, y: x.add(y),
+            lambda x, y: x.add(other=y),
+        ],
+        [
+            lambda x, y: x / y,
+            lambda x, y: torch.div(x, y),
+            lambda x, y: x.div(y),
+            lambda x, y: torch.true_divide(x, y),
+        ],
         [lambda x, y: -x, lambda x, y: x.neg(), lambda x, y: torch.neg(x)],
-        [lambda x, y: x.pow(2), lambda x, y: x**2, lambda x, y: torch.pow(x, 2),
-         lambda x, y: x.square(), lambda x, y: torch.square(x)],
-        [lambda x, y: x.mean(-1, keepdim=True), lambda x, y: x.mean(2, True),
-         lambda x, y: torch.mean(x, dim=(-1,), keepdim=True)],
-        [lambda x, y: x.to(torch.bfloat16), lambda x, y: x.bfloat16(),
-         lambda x, y: x.to(dtype=torch.bfloat16)],
+        [
+            lambda x, y: x.pow(2),
+            lambda x, y: x**2,
+            lambda x, y: torch.pow(x, 2),
+            lambda x, y: x.square(),
+            lambda x, y: torch.square(x),
+        ],
+        [
+            lambda x, y: x.mean(-1, keepdim=True),
+            lambda x, y: x.mean(2, True),
+            lambda x, y: torch.mean(x, dim=(-1,), keepdim=True),
+        ],
+        [
+            lambda x, y: x.to(torch.bfloat16),
+            lambda x, y: x.bfloat16(),
+            lambda x, y: x.to(dtype=torch.bfloat16),
+        ],
         [lambda x, y: F.silu(x), lambda x, y: F.silu(x, inplace=False)],
-        [lambda x, y: x.transpose(1, 2), lambda x, y: torch.transpose(x, 2, 1),
-         lambda x, y: x.transpose(-1, -2)],
-        [lambda x, y: x[..., :4], lambda x, y: x[:, :, 0:4], lambda x, y: x.chunk(2, -1)[0],
-         lambda x, y: torch.chunk(x, 2, dim=2)[0], lambda x, y: x.split(4, dim=-1)[0]],
+        [
+            lambda x, y: x.transpose(1, 2),
+            lambda x, y: torch.transpose(x, 2, 1),
+            lambda x, y: x.transpose(-1, -2),
+        ],
+        [
+            lambda x, y: x[..., :4],
+            lambda x, y: x[:, :, 0:4],
+            lambda x, y: x.chunk(2, -1)[0],
+            lambda x, y: torch.chunk(x, 2, dim=2)[0],
+            lambda x, y: x.split(4, dim=-1)[0],
+        ],
         [lambda x, y: x[:, None], lambda x, y: x.unsqueeze(1)],
         [lambda x, y: torch.cat((x, y), -1), lambda x, y: torch.cat([x, y], dim=2)],
     ],
-)  # fmt: skip
+)
 def test_spellings_agree(fns: list[Callable[..., Tensor]]) -> None:
     views = [_last(fn, X, Y) for fn in fns]
     assert all(repr(v) == repr(views[0]) for v in views), views

@@ -67,30 +67,71 @@ def _without(counts: dict[str, int], *rules: str) -> dict[str, int]:
 
 FAMILIES: tuple[Family, ...] = (
     _family("llama", tf.LlamaConfig, tf.LlamaForCausalLM, _LLAMA, _FUSED, 14),
-    _family("mistral", tf.MistralConfig, tf.MistralForCausalLM, _LLAMA, _FUSED, 14,
-            sliding_window=8),
+    _family(
+        "mistral", tf.MistralConfig, tf.MistralForCausalLM, _LLAMA, _FUSED, 14, sliding_window=8
+    ),
     _family("qwen2", tf.Qwen2Config, tf.Qwen2ForCausalLM, _LLAMA, _FUSED, 14),
     _family("qwen3", tf.Qwen3Config, tf.Qwen3ForCausalLM, _FOUR_NORMS, _FUSED, 14, head_dim=16),
     _family("gemma", tf.GemmaConfig, tf.GemmaForCausalLM, _LLAMA, _FUSED, 14, head_dim=16),
-    _family("gemma2", tf.Gemma2Config, tf.Gemma2ForCausalLM, _FOUR_NORMS, _FUSED, 14, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
-    _family("phi3", tf.Phi3Config, tf.Phi3ForCausalLM, _LLAMA, _FUSED, 8,
-            partial_rotary_factor=0.5),
+    _family(
+        "gemma2",
+        tf.Gemma2Config,
+        tf.Gemma2ForCausalLM,
+        _FOUR_NORMS,
+        _FUSED,
+        14,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+    ),
+    _family(
+        "phi3", tf.Phi3Config, tf.Phi3ForCausalLM, _LLAMA, _FUSED, 8, partial_rotary_factor=0.5
+    ),
     # norms stand after the parts, so that none follows a residual add
-    _family("olmo2", tf.Olmo2Config, tf.Olmo2ForCausalLM, _without(_FOUR_NORMS, "add_rms_norm"),
-            {}, 14),
-    _family("falcon", tf.FalconConfig, tf.FalconForCausalLM,
-            {"rope": 2, "linear_cross_entropy": 1}, {}, 8,
-            multi_query=True, parallel_attn=True, new_decoder_architecture=False, bias=False),
+    _family(
+        "olmo2", tf.Olmo2Config, tf.Olmo2ForCausalLM, _without(_FOUR_NORMS, "add_rms_norm"), {}, 14
+    ),
+    _family(
+        "falcon",
+        tf.FalconConfig,
+        tf.FalconForCausalLM,
+        {"rope": 2, "linear_cross_entropy": 1},
+        {},
+        8,
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        bias=False,
+    ),
     # Conv1D is no linear yet: its LoRA sites are reported as missed
-    _family("gpt2", tf.GPT2Config, tf.GPT2LMHeadModel,
-            {"linear_cross_entropy": 1}, {}, 0, ["c_attn", "c_proj"],
-            n_embd=64, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0.0, embd_pdrop=0.0,
-            resid_pdrop=0.0),
+    _family(
+        "gpt2",
+        tf.GPT2Config,
+        tf.GPT2LMHeadModel,
+        {"linear_cross_entropy": 1},
+        {},
+        0,
+        ["c_attn", "c_proj"],
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
     # the gate of a Mamba block is silu(gate) * scan
-    _family("mamba", tf.MambaConfig, tf.MambaForCausalLM,
-            {"rms_norm": 3, "glu": 2, "linear_cross_entropy": 1}, {"rms_norm_linear": 2}, 4,
-            ["in_proj", "x_proj"], state_size=4),
-)  # fmt: skip
+    _family(
+        "mamba",
+        tf.MambaConfig,
+        tf.MambaForCausalLM,
+        {"rms_norm": 3, "glu": 2, "linear_cross_entropy": 1},
+        {"rms_norm_linear": 2},
+        4,
+        ["in_proj", "x_proj"],
+        state_size=4,
+    ),
+)
 
 
 def build(family: Family, lora: bool, seed: int = 0, **lora_options: object) -> nn.Module:

@@ -58,13 +58,19 @@ def test_without_weight() -> None:
 
 NEAR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "no mean": (lambda x, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)), "sum"),
-    "another power": (lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6)),
-                      "4"),
-    "another dimension": (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-6)),
-                          "-2"),
-    "another tensor": (lambda x, w: w * ((x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)
-                                                               + 1e-6)), ""),
-}  # fmt: skip
+    "another power": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6)),
+        "4",
+    ),
+    "another dimension": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-6)),
+        "-2",
+    ),
+    "another tensor": (
+        lambda x, w: w * ((x + 1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        "",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NEAR)
