@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
         "cpu": _cpu_model(),
         "card": card,
