@@ -185,6 +185,7 @@ class _Sizes:
     def __init__(self, small: bool) -> None:
         self.small = small
         self.chosen: dict[Any, int] = {}
+        self.by_hint: dict[Any, int] = {}
 
     def of(self, s: Any) -> Any:
         """The number for a SymInt (or an expression of them); constants stay."""
@@ -192,10 +193,16 @@ class _Sizes:
             return s
         if not self.small:
             return s.node.hint
-        expression = s.node.shape_env.simplify(s.node.expr)
+        env = s.node.shape_env
+        # torch 2.13 renamed the attribute
+        hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+        expression = env.simplify(s.node.expr)
         for symbol in sorted(expression.free_symbols, key=str):
-            if symbol not in self.chosen:
-                self.chosen[symbol] = _SIZES[len(self.chosen) % len(_SIZES)]
+            # what was met with one size is one size: rows of x and of the labels must agree
+            hint = hints.get(symbol, symbol)
+            if hint not in self.by_hint:
+                self.by_hint[hint] = _SIZES[len(self.by_hint) % len(_SIZES)]
+            self.chosen[symbol] = self.by_hint[hint]
         value = expression.subs(self.chosen)
         return int(value) if isinstance(s, torch.SymInt) else float(value)
 
