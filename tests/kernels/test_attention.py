@@ -102,6 +102,7 @@ def test_parity_over_several_tiles(time: int) -> None:
 
 def test_small_budgets_cut_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_tiles, "_CACHED", 128 * 4 * 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the budget is per thread
     q, k, v = _qkv(3, 4, 2, 140, 140, 16, 16, F64)
     mask = torch.rand(3, 4, 140, 140, dtype=F64) - 0.3 > 0
     for part in (None, mask, mask[:1], mask[:, :1]):
