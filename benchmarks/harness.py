@@ -105,11 +105,9 @@ class EngineProcess:
     def step(self) -> None:
         """Let the engine take one step, and wait for it."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # `_receive` raises, and says why it ended
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the reply, or its absence, says why
         self.run.steps.append(self._receive())
 
     def _receive(self) -> dict[str, Any]:

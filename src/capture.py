@@ -31,13 +31,11 @@ class Captured:
     Attributes:
         findings: what the rules did in it.
         grad: whether it was captured with gradients enabled.
-        codegen: what runs it.
         frame: number of the capture, for dumps and order.
     """
 
     findings: list[Finding]
     grad: bool
-    codegen: str
     frame: int
 
 
@@ -51,10 +49,11 @@ class Session:
         codegen: ``(choice, reason)`` for the blocks.
         verifier: verdicts, shared by all graphs.
         fuel: rewrites left.
-        graphs: every captured graph.
         runs: module -> the graphs that it has run.
         notes: module -> reasons why calls of it ran as they were.
+        failed: module -> why it could not be captured; it runs as it was from then on.
         current: the module whose region is being called.
+        head_active: whether the call at hand came through a captured head.
     """
 
     options: Options
@@ -62,7 +61,6 @@ class Session:
     codegen: tuple[str, str]
     verifier: Verifier
     fuel: Fuel
-    graphs: list[Captured] = field(default_factory=list)
     runs: weakref.WeakKeyDictionary[nn.Module, list[Captured]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -94,9 +92,10 @@ class Session:
     ) -> Any:
         """Call ``module`` through its captured graph; through ``plain`` if capture fails.
 
-        Dynamo raises its own errors while it captures, before anything has run. An error of the
-        model's own code comes out of ``plain`` again, as it would have without us. Floats (an eps,
-        a scale) are pinned meanwhile: Dynamo would turn them into tensors when two models differ.
+        Dynamo raises its own errors while it captures. In a block or norm nothing has run by then;
+        in a head the backbone may have, and runs once more, this one time. An error of the model's
+        own code comes out of ``plain`` again, as it would have without us. Floats (an eps, a scale)
+        are pinned meanwhile: Dynamo would turn them into tensors when two models differ.
         """
         previous, self.current = self.current, module
         pinned, _config.specialize_float = _config.specialize_float, True
@@ -151,11 +150,10 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         findings = _rewrite(session, module)
         # graphs without gradients serve evaluation: not worth a second compilation
         choice = session.codegen[0] if kind == "block" and grad else "eager"
-        captured = Captured(findings, grad, choice, frame)
+        captured = Captured(findings, grad, frame)
         dump(session.environment.dump, module, frame, kind, "rewritten")
         compiled = choice == "inductor"
         run = codegen.inductor(module, examples) if compiled else codegen.eager(module)
-        session.graphs.append(captured)
 
         def call(*args: Any) -> Any:
             session.record(captured)

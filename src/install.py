@@ -151,17 +151,18 @@ def _with_gradient(
     The embedding below a LoRA model is frozen, so its output needs none. The extra gradient costs
     less than compiling a second graph for one block; it ends in a leaf that nobody sees.
     """
+    name: str | None = None
+    x = args[0] if args else None
+    if not isinstance(x, Tensor):
+        tensors = ((k, v) for k, v in kwargs.items() if isinstance(v, Tensor))
+        name, x = next(tensors, (None, None))
+    # asked in this order because only the first block gets past it
+    if x is None or x.requires_grad or x.dim() != 3 or not x.is_floating_point():
+        return args, kwargs
     if not any(p.requires_grad for p in module.parameters()):
         return args, kwargs
-
-    def leaf(x: Any) -> Any:
-        wants = isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3
-        return x.detach().requires_grad_() if wants and not x.requires_grad else x
-
-    if args and isinstance(args[0], Tensor):
-        return (leaf(args[0]), *args[1:]), kwargs
-    first = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
-    return args, {k: leaf(v) if k == first else v for k, v in kwargs.items()}
+    leaf = x.detach().requires_grad_()
+    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
 
 
 def _head_forward(
@@ -176,8 +177,10 @@ def _head_forward(
         if not parameters:
             parameters.update(inspect.signature(forward).parameters)
         if args:
-            names = list(parameters)[1 : 1 + len(args)]
-            args, kwargs = (), {**dict(zip(names, args, strict=True)), **kwargs}
+            named = dict(zip(list(parameters)[1:], args, strict=False))
+            if len(named) < len(args) or named.keys() & kwargs.keys():
+                return plain(self, *args, **kwargs)  # raises the TypeError that it always raised
+            args, kwargs = (), {**named, **kwargs}
         training = self.training and torch.is_grad_enabled()
         # a cache filled by a training step is read by nobody, and keeps every key and value
         wanted = "use_cache" in parameters and kwargs.get("use_cache") is None

@@ -35,9 +35,9 @@ def _step(model: nn.Module) -> tuple[Tensor, list[Tensor | None]]:
 
 def _assert_same_step(ours: nn.Module, eager: nn.Module) -> None:
     (loss, grads), (eager_loss, eager_grads) = _step(ours), _step(eager)
-    torch.testing.assert_close(loss, eager_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, eager_loss)
     for mine, theirs in zip(grads, eager_grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine, theirs)
 
 
 class Uncapturable(nn.Module):
@@ -123,6 +123,23 @@ def test_a_module_without_blocks_is_left_alone() -> None:
     assert "no repeated decoder blocks" in str(explain(model))
     with pytest.raises(TypeError, match="not int"):
         optimize(3)
+
+
+def test_a_backbone_without_a_loss_is_explained_all_the_same() -> None:
+    model = optimize(build(LLAMA, lora=False).model)
+    assert "call the model once yourself" in str(explain(model))
+    model(input_ids=IDS, use_cache=False).last_hidden_state.sum().backward()
+    assert explain(model).by_rule()["rms_norm"] == 5
+
+
+def test_positional_and_surplus_arguments_of_a_head() -> None:
+    model = build(LLAMA, lora=False)
+    eager = copy.deepcopy(model)
+    optimize(model)
+    torch.testing.assert_close(model(IDS, labels=IDS).loss, eager(IDS, labels=IDS).loss)
+    for wrong in (lambda: model(IDS, input_ids=IDS), lambda: model(*[IDS] * 30)):
+        with pytest.raises(TypeError):
+            wrong()
 
 
 def test_bad_options_say_what_is_right() -> None:
@@ -218,7 +235,9 @@ def test_the_environment_variables(monkeypatch: pytest.MonkeyPatch, tmp_path) ->
     monkeypatch.setenv("FUSEWRIGHT_DUMP", str(tmp_path))
     monkeypatch.setenv("FUSEWRIGHT_FUEL", "3")
     report = explain(optimize(build(LLAMA, lora=False)))
-    assert sum(report.by_rule().values()) <= 3 * 2  # three rewrites, in graphs that blocks share
+    assert (
+        1 <= sum(report.by_rule().values()) <= 3 * 2
+    )  # three rewrites, in graphs that blocks share
     assert not {"rope", "glu"} & set(report.by_rule())
     names = sorted(p.name for p in tmp_path.iterdir())
     assert any("block-captured" in n for n in names)

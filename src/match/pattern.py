@@ -160,10 +160,6 @@ class Builder:
         """``x``, or ``x`` in another dtype."""
         return Either((self.cast(x), lift(x)))
 
-    def maybe(self, function: Callable[[Pattern], Pattern], x: Any) -> Either:
-        """``function(x)``, or ``x`` alone."""
-        return Either((function(lift(x)), lift(x)))
-
     def either(self, *options: Any) -> Either:
         """Any of the options, tried in order."""
         return Either(tuple(lift(o) for o in options))

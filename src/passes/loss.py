@@ -74,7 +74,7 @@ class LinearCrossEntropy(Rule):
             x, m.w, m.bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale
         )
         if facts.dtype(m.root) not in (torch.float32, torch.float64):
-            loss = ops.method("to", loss, facts.dtype(m.root))
+            loss = ops.cast(loss, facts.dtype(m.root))
         return loss
 
     def sample(

@@ -31,19 +31,6 @@ TABLE: dict[str, Callable[..., Any]] = {
 }
 """Op name -> the function that a graph node calls."""
 
-RECORDS = {
-    "rms_norm": rms_norm.OP,
-    "add_rms_norm": add_rms_norm.OP,
-    "rms_norm_linear": rms_norm_linear.OP,
-    "rope": rope.OP,
-    "glu": glu.OP,
-    "glu_packed": glu.OP_PACKED,
-    "lora_linear": lora_linear.OP,
-    "linear_cross_entropy": linear_cross_entropy.OP,
-    "attention": attention.OP,
-}
-"""Op name -> its record."""
-
 _NORM = ("x", "weight", "eps", "offset", "rounding")
 
 register(TABLE["rms_norm"], "rms_norm", Spec(_NORM, (0.0, "inner")))

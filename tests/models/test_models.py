@@ -173,7 +173,7 @@ def test_logits_are_lazy_and_right(pair: Pair) -> None:
     ours, eager = (m(input_ids=ids, labels=ids).logits for m in (pair.ours, pair.eager))
     assert type(ours).__name__ == "LazyLogits"
     assert ours.shape == eager.shape
-    torch.testing.assert_close(ours + 0, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours + 0, eager)
 
 
 def test_generation_is_the_same(pair: Pair) -> None:
@@ -226,8 +226,6 @@ def test_saved_and_reloaded_weights_are_the_same(pair: Pair, tmp_path: object) -
 
 def test_gradient_checkpointing(pair: Pair) -> None:
     models = (pair.ours, pair.eager)  # the oracle's numbers do not depend on it
-    if not all(m.supports_gradient_checkpointing for m in models):
-        pytest.skip("this family has no gradient checkpointing in transformers")
     for m in models:
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:

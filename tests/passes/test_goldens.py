@@ -103,4 +103,4 @@ def _assert_same_numbers(module: Any, original: Any, inputs: list[Tensor]) -> No
         grads = torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves)
         results.append((*outputs, *grads))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b)
