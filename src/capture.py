@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Session:
         failed: module -> why it could not be captured; it runs as it was from then on.
         current: the module whose region is being called.
         head_active: whether the call at hand came through a captured head.
+        preparation: what Inductor needs first, found in the background.
     """
 
     options: Options
@@ -72,6 +74,8 @@ class Session:
     )
     current: nn.Module | None = None
     head_active: bool = False
+    preparation: threading.Thread | None = None
+    _called: bool = False
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def compiled(
@@ -97,6 +101,9 @@ class Session:
         own code comes out of ``plain`` again, as it would have without us. Floats (an eps, a scale)
         are pinned meanwhile: Dynamo would turn them into tensors when two models differ.
         """
+        if not self._called and self.codegen[0] == "inductor":
+            self.preparation = codegen.prepare(module)
+        self._called = True
         previous, self.current = self.current, module
         pinned, _config.specialize_float = _config.specialize_float, True
         try:
@@ -152,8 +159,10 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         choice = session.codegen[0] if kind == "block" and grad else "eager"
         captured = Captured(findings, grad, frame)
         dump(session.environment.dump, module, frame, kind, "rewritten")
-        compiled = choice == "inductor"
-        run = codegen.inductor(module, examples) if compiled else codegen.eager(module)
+        if choice == "inductor":
+            run = codegen.inductor(module, examples, session.preparation)
+        else:
+            run = codegen.eager(module)
 
         def call(*args: Any) -> Any:
             session.record(captured)

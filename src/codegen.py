@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -48,6 +49,28 @@ def _missing_compiler(device: torch.device) -> str:
     return "" if has_triton() else "Triton is not installed"
 
 
+def prepare(module: nn.Module) -> threading.Thread | None:
+    """Start what Inductor must know before its first kernel for the CPU, in the background.
+
+    It finds the vector instructions by test programs, six runs of the C++ compiler one after the
+    other: as many seconds, which pass beside the capture instead of after it.
+
+    Args:
+        module: a captured module; its device decides.
+
+    Returns:
+        The thread to wait for before ``inductor``, or None if there is nothing to prepare.
+    """
+    if any(p.device.type != "cpu" for p in module.parameters()):
+        return None
+    # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
+    from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
+
+    thread = threading.Thread(target=cpu_vec_isa.pick_vec_isa, daemon=True)
+    thread.start()
+    return thread
+
+
 def eager(module: fx.GraphModule) -> Callable[..., Any]:
     """Run the graph node by node, under ordinary autograd.
 
@@ -69,12 +92,25 @@ def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(body, *args, use_reentrant=False, **kept)
 
 
-def inductor(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-    """Compile the graph with Inductor; our ops are traced through or called as they are."""
+def inductor(
+    module: fx.GraphModule, examples: Sequence[Any], preparation: threading.Thread | None = None
+) -> Callable[..., Any]:
+    """Compile the graph with Inductor; our ops are traced through or called as they are.
+
+    Args:
+        module: the graph.
+        examples: its inputs, as Dynamo gave them.
+        preparation: what ``prepare`` returned; waited for as late as possible.
+    """
     import torch._functorch.config as functorch_config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        if preparation is not None:
+            preparation.join()
+        return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with functorch_config.patch(donated_buffer=False):
-        compiled = compile_fx(module, list(examples))
+        compiled = compile_fx(module, list(examples), inner_compile=prepared)
     return cast("Callable[..., Any]", compiled)

@@ -12,18 +12,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-TILE_BYTES = 32 << 20
+TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
 
-TILE_ROWS = 256
+TILE_ROWS = 512
 """Fewer rows than this and the matmuls lose speed."""
 
 STRIP_ELEMENTS = 1 << 18
 """fp32 elements of a strip per thread: with its softmax they fill a 2 MiB second-level cache."""
 
+FEW_ROWS = 16
+"""With fewer rows than about 12, MKL's fp32 matmul sums in one long chain: ten times the error."""
+
 CHUNK_CLASSES = 8192
-"""Classes whose dW is computed at once, when it must be widened before it is accumulated."""
+"""Classes that are multiplied at once where the sum over all must be better than the matmul's."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,25 @@ def compute(
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dweight: Tensor | None = None
-    for start, stop in _tiles(kept.numel(), vocabulary * x.element_size()):
+    tiles = _tiles(kept.numel(), vocabulary * x.element_size())
+    # one buffer for all: fresh memory of this size would be faulted in page by page, tile by tile
+    buffer = x.new_empty(max((stop - start for start, stop in tiles), default=0), vocabulary)
+    for start, stop in tiles:
         rows = kept[start:stop]
         xt = x.index_select(0, rows) if some else x[start:stop]
         targets = labels.index_select(0, rows)
-        logits = torch.mm(xt, weight.t()) if bias is None else torch.addmm(bias, xt, weight.t())
+        logits = buffer[: stop - start]
+        if bias is None:
+            torch.mm(xt, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, xt, weight.t(), out=logits)
         losses[start:stop] = _softmax(logits, targets, loss, any(wanted), dbias)
         if wanted[0] and some:
-            dx.index_copy_(0, rows, torch.mm(logits, weight))
+            dx.index_copy_(0, rows, _back(logits, weight))
         elif wanted[0]:
-            torch.mm(logits, weight, out=dx[start:stop])
+            dx[start:stop] = _back(logits, weight)
         if wanted[1]:
             dweight = _accumulate(dweight, logits, xt, wide)
-        del logits  # before the next tile is allocated
     if dweight is None:
         dweight = x.new_zeros((vocabulary if wanted[1] else 0, hidden))
     count = losses.new_full((), kept.numel())
@@ -123,6 +133,8 @@ def _softmax(logits: Tensor, targets: Tensor, loss: _Loss, gradient: bool, dbias
             strip.div_(loss.softcap).tanh_().mul_(loss.softcap)
         f = strip if in_place else wider[:rows].copy_(strip)
         p = torch.softmax(f, 1, out=softmax[:rows])
+        if in_place:  # its running sum over a large vocabulary is 1e-6 off: divide by a better one
+            p.div_(p.sum(1, keepdim=True))
         losses[start : start + rows] = _row_losses(f, p, y, loss.smoothing)
         if gradient:
             if loss.smoothing:
@@ -147,6 +159,16 @@ def _row_losses(f: Tensor, p: Tensor, y: Tensor, smoothing: float) -> Tensor:
     if smoothing:
         losses += smoothing * (f.gather(1, y).squeeze(1) - f.mean(1))
     return losses
+
+
+def _back(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """``dlogits · weight`` (R, hidden), a sum over the whole vocabulary."""
+    rows = dlogits.shape[0]
+    if rows >= FEW_ROWS or dlogits.dtype is not torch.float32:
+        return torch.mm(dlogits, weight)
+    padded = pad(dlogits, (0, 0, 0, FEW_ROWS - rows))
+    parts = zip(padded.split(CHUNK_CLASSES, 1), weight.split(CHUNK_CLASSES), strict=True)
+    return torch.stack([torch.mm(d, w) for d, w in parts]).sum(0)[:rows]
 
 
 def _accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from .launch import library_op, use_triton
+from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
 
 # ------------------------------------------------------------------------------------- reference
@@ -41,13 +41,43 @@ def reference(
 # ------------------------------------------------------------------------------------------- cpu
 
 
-def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``base (N, M) + left (N, r) · right (r, M)``, rounded once; ``base`` is ours to overwrite."""
-    if use_triton(base, left, right):
-        updated: Tensor = _rank_update(base, left, right)
-        return updated
+def _sum_of_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice."""
+    base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
     # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
     return base.addmm_(left.to(base.dtype), right.to(base.dtype).contiguous())
+
+
+def _sum_of_products_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+# Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
+# 2026-11-24: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products(Tensor x, Tensor weight, Tensor? bias, Tensor left, Tensor right)"
+    " -> Tensor"
+)
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products", _sum_of_products, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
+
+
+def _adapted_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """``x · weight + bias + left · right``, the second product in the accumulator of the first."""
+    if use_triton(x, weight, left, right):
+        base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+        updated: Tensor = _rank_update(base, left, right)
+        return updated
+    result: Tensor = torch.ops.fusewright.lora_sum_of_products.default(x, weight, bias, left, right)
+    return result
 
 
 def _forward(
@@ -63,10 +93,9 @@ def _forward(
     """The output (N, out) and ``scale·z·Aᵀ`` (N, r) in the adapter's dtype; x and z are (N, in)."""
     if lora_bias is not None:
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
-    y = linear(x, weight, bias)
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
     h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
-    return _add_product(y, h, lora_b.t()), h
+    return _adapted_product(x, weight.t(), bias, h, lora_b.t()), h
 
 
 # ---------------------------------------------------------------------------------------- triton
@@ -87,7 +116,7 @@ _rank_update = library_op(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """One rule for every device: library matmuls for the base, ``_add_product`` for the rest."""
+    """One rule for every device: library matmuls, the adapter added to the base's outputs."""
 
     @staticmethod
     def forward(
@@ -133,9 +162,10 @@ class _LoraLinear(torch.autograd.Function):
         if w_a or w_z or (w_x and not own_input):
             t = torch.mm(wide, lora_b) * ctx.scale
         if w_x:
-            dx = torch.mm(dy, weight)
-            if t is not None and not own_input:
-                dx = _add_product(dx, t, lora_a)
+            if t is None or own_input:
+                dx = torch.mm(dy, weight)
+            else:
+                dx = _adapted_product(dy, weight, None, t, lora_a)
             dx = dx.view(ctx.x_shape)
         if w_z and t is not None:
             shape, dtype = ctx.z_like

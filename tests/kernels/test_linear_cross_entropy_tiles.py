@@ -52,9 +52,9 @@ def test_logits_exist_only_in_tiles(monkeypatch, dtype):
 
 
 def test_a_tile_keeps_enough_rows_for_the_matmuls():
-    assert tiles._tiles(1024, 49152 * 2) == [(0, 256), (256, 512), (512, 768), (768, 1024)]
-    assert tiles._tiles(1024, 131072 * 2)[0] == (0, 256)  # past the usual size, within twice
-    assert tiles._tiles(500, 262144 * 4)[0] == (0, 62)
+    assert tiles._tiles(1024, 49152 * 2) == [(0, 512), (512, 1024)]
+    assert tiles._tiles(1024, 131072 * 2)[0] == (0, 512)  # past the usual size, within twice
+    assert tiles._tiles(500, 262144 * 4)[0] == (0, 125)
     assert tiles._tiles(5, 1 << 30) == [(i, i + 1) for i in range(5)]
     assert tiles._tiles(0, 1000) == []
 
