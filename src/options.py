@@ -62,8 +62,14 @@ class Environment:
 
     @classmethod
     def read(cls) -> Environment:
-        """Read the variables as they are now."""
+        """Read the variables as they are now.
+
+        Raises:
+            ValueError: ``FUSEWRIGHT_FUEL`` is no number.
+        """
         fuel = os.environ.get("FUSEWRIGHT_FUEL")
+        if fuel and not fuel.isdecimal():
+            raise ValueError(f"FUSEWRIGHT_FUEL={fuel!r}: the number of rewrites allowed, as in 12")
         names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
         return cls(
             dump=os.environ.get("FUSEWRIGHT_DUMP") or None,

@@ -8,7 +8,9 @@ rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -138,7 +140,8 @@ def explain(model: nn.Module) -> Report:
     captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}
     regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)
     choice = f"{session.codegen[0]} ({session.codegen[1]})"
-    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice)
+    speed = _bandwidth(model) if sites else None
+    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed)
 
 
 def _representative(graphs: list[Captured]) -> Captured | None:
@@ -152,8 +155,28 @@ def _join(path: str, home: str) -> str:
 
 
 def _site(path: str, f: Any) -> Site:
-    figures = (f.error, f.grad_error, f.saved_before, f.saved_after)
-    return Site(_join(path, f.home), f.rule, f.op, f.status, f.reason, *figures)
+    return Site(_join(path, f.home), f.rule, f.op, f.status, f.reason, **asdict(f.figures))
+
+
+def _bandwidth(model: nn.Module) -> float | None:
+    """Bytes per second that the model's device reads and writes in a copy: a few milliseconds."""
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    if device.type not in ("cpu", "cuda"):
+        return None
+    source = torch.zeros(8 << 20, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(3):
+        _finish(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _finish(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _tiny_step(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from .budget import errors, exceeded
 from .graph import facts
 from .match.apply import Candidate, Verdict
+from .report import Figures
 
 _SIZES = (2, 7, 5, 3, 11)
 """What the symbolic sizes of a graph become, in the order in which they are met."""
@@ -78,10 +79,9 @@ def _check(c: Candidate, inputs: list[Any]) -> Verdict:
                 return Verdict(f"{place}: {problem}")
             worst[kind] = max(worst[kind], errors(a, o).rms)
     tokens = _tokens(inputs)
-    return Verdict(
-        None, worst[0], worst[1] if any(differentiable) else None,
-        theirs.kept / tokens, ours.kept / tokens,
-    )  # fmt: skip
+    grad_error = worst[1] if any(differentiable) else None
+    kept = theirs.kept / tokens, ours.kept / tokens
+    return Verdict(None, Figures(worst[0], grad_error, *kept))
 
 
 @dataclass(frozen=True)

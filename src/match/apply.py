@@ -7,13 +7,14 @@ write in place between its nodes? where can the replacement stand? what is dead 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from ..graph import facts
+from ..graph import facts, traffic
 from ..graph.edit import is_inplace, prune
+from ..report import Figures
 from .finding import Finding, missed
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, Rule
@@ -25,17 +26,11 @@ class Verdict:
 
     Attributes:
         reason: None when it may be installed, else why not.
-        error: worst relative rms error of an output, against fp64.
-        grad_error: worst relative rms error of a gradient.
-        saved_before: bytes per token the original keeps for backward.
-        saved_after: bytes per token the replacement keeps.
+        figures: its errors, and what original and rewrite keep for backward.
     """
 
     reason: str | None = None
-    error: float | None = None
-    grad_error: float | None = None
-    saved_before: float | None = None
-    saved_after: float | None = None
+    figures: Figures = field(default_factory=Figures)
 
 
 @dataclass(frozen=True)
@@ -152,7 +147,12 @@ def _apply_rule(
             if not fuel.take():
                 refusal = _finding(rule, m, "refused", "FUSEWRIGHT_FUEL is used up")
                 break
-            done = _finding(rule, m, "rewritten", "", verdict)
+            done = _finding(rule, m, "rewritten", "")
+            done.figures = replace(
+                verdict.figures,
+                moved_before=traffic.node_by_node(candidate.interior),
+                moved_after=traffic.fused(candidate.inputs, candidate.outputs),
+            )
             erased, made = _splice(graph, candidate)
             gone |= erased
             done.claimed |= made
@@ -244,24 +244,18 @@ def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]
         return
     for f in [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]:
         (before if f in before else own).remove(f)
+        done.figures = done.figures.after([f.figures])
 
 
-def _finding(
-    rule: Rule, m: Match, status: str, reason: str, verdict: Verdict | None = None
-) -> Finding:
-    v = verdict or Verdict()
+def _finding(rule: Rule, m: Match, status: str, reason: str) -> Finding:
     return Finding(
         rule.name,
         rule.op,
         status,
         facts.common_home(list(m.nodes)),
         reason,
-        v.error,
-        v.grad_error,
-        v.saved_before,
-        v.saved_after,
-        m.root.name,
-        frozenset(n.name for n in m.nodes),
+        node=m.root.name,
+        claimed=frozenset(n.name for n in m.nodes),
     )
 
 

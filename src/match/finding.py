@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..graph import facts
+from ..report import Figures
 from .matcher import Trace
 from .rule import Rule
 
@@ -16,7 +17,7 @@ from .rule import Rule
 class Finding:
     """One formula of one graph, before it is known which modules run the graph.
 
-    The fields are those of ``report.Site``; ``home`` is relative to the captured module. The
+    The fields become those of ``report.Site``; ``home`` is relative to the captured module. The
     status ``"left"`` is no gap: the formula is better off as it is.
     """
 
@@ -25,10 +26,7 @@ class Finding:
     status: str
     home: str
     reason: str = ""
-    error: float | None = None
-    grad_error: float | None = None
-    saved_before: float | None = None
-    saved_after: float | None = None
+    figures: Figures = field(default_factory=Figures)
     node: str = ""
     claimed: frozenset[str] = field(default_factory=frozenset)
 
