@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Session:
         current: the module whose region is being called.
         head_active: whether the call at hand came through a captured head.
         preparation: what Inductor needs first, found in the background.
+        retired: modules that were restored; a forward of theirs that others have wrapped is idle.
     """
 
     options: Options
@@ -75,6 +77,7 @@ class Session:
     current: nn.Module | None = None
     head_active: bool = False
     preparation: threading.Thread | None = None
+    retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     _called: bool = False
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
@@ -89,31 +92,43 @@ class Session:
     def call(
         self,
         module: nn.Module,
-        compiled: Callable[..., Any],
-        plain: Callable[..., Any],
+        compiled: Callable[[], Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        plain: Callable[[], Any],
     ) -> Any:
         """Call ``module`` through its captured graph; through ``plain`` if capture fails.
 
-        Dynamo raises its own errors while it captures. In a block or norm nothing has run by then;
-        in a head the backbone may have, and runs once more, this one time. An error of the model's
-        own code comes out of ``plain`` again, as it would have without us. Floats (an eps, a scale)
-        are pinned meanwhile: Dynamo would turn them into tensors when two models differ.
+        In a block or norm nothing has run when capture fails; in a head the backbone may have, and
+        runs once more, this one time. An error of the model's own code comes out of ``plain``
+        again, as it would have without us. Floats (an eps, a scale) are pinned meanwhile: Dynamo
+        would turn them into tensors when two models differ.
+
+        Args:
+            module: the region.
+            compiled: makes, or finds, what runs its graph.
+            args: for the graph.
+            kwargs: for the graph.
+            plain: the same call as it was, without arguments.
         """
         if not self._called and self.codegen[0] == "inductor":
             self.preparation = codegen.prepare(module)
         self._called = True
         previous, self.current = self.current, module
-        pinned, _config.specialize_float = _config.specialize_float, True
+        settings = _config.specialize_float, _config.recompile_limit
+        _config.specialize_float = True
+        _config.recompile_limit = max(_LIMIT, settings[1])
         try:
-            return compiled(module, *args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            return compiled()(module, *args, **kwargs)
+        except Exception as error:
+            if not _is_of_capture(error):
+                raise
             self.failed[module] = f"could not be captured: {_first_line(error)}"
             self.note(module, self.failed[module])
         finally:
-            self.current, _config.specialize_float = previous, pinned
-        return plain(module, *args, **kwargs)
+            self.current = previous
+            _config.specialize_float, _config.recompile_limit = settings
+        return plain()
 
     def note(self, module: nn.Module, reason: str) -> None:
         """Remember why ``module`` ran as it was."""
@@ -132,6 +147,24 @@ class Session:
     def rules(self) -> list[Any]:
         """The rules that are not disabled by the environment."""
         return [r for r in self.options.passes if r.name not in self.environment.disable]
+
+
+_LIMIT = 64
+"""Recompilations allowed; Dynamo's default of 8 is soon used up by one class in many roles."""
+
+
+def _is_of_capture(error: Exception) -> bool:
+    """Whether Dynamo raised it: by its class, or by where it was raised."""
+    if isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = frame.tb_frame.f_code.co_filename if frame is not None else ""
+    return where.startswith(_DYNAMO)
+
+
+_DYNAMO = os.path.dirname(torch._dynamo.__file__)
 
 
 def _first_line(error: Exception) -> str:

@@ -26,8 +26,21 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("fusewright"))
+        raise typer.Exit
+
+
 @app.callback()
-def fusewright() -> None:
+def fusewright(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -66,7 +67,11 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
     from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
 
-    thread = threading.Thread(target=cpu_vec_isa.pick_vec_isa, daemon=True)
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # what fails here fails again, and is told, in use
+            cpu_vec_isa.pick_vec_isa()
+
+    thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     return thread
 
@@ -112,5 +117,11 @@ def inductor(
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with functorch_config.patch(donated_buffer=False):
-        compiled = compile_fx(module, list(examples), inner_compile=prepared)
+        # eager's random numbers: a checkpointed block may run eager first and compiled again
+        compiled = compile_fx(
+            module,
+            list(examples),
+            inner_compile=prepared,
+            config_patches={"fallback_random": True},
+        )
     return cast("Callable[..., Any]", compiled)

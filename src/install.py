@@ -9,24 +9,21 @@ parameters and ``state_dict`` are what they were.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
-import logging
 import types
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .capture import Session, backend
-from .regions import Region, bypass_reason, leading_sizes, mark_dynamic
+from .forwards import backbone_forward, block_forward, head_forward
+from .regions import Region
 
 _MARK = "__fusewright__"
-_LIMIT = 64
-"""Recompilations allowed for a head: its frames are shared by all models of its class."""
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 @dataclass(frozen=True)
@@ -44,64 +41,122 @@ class Installed:
     previous: Any
 
 
-def installed(module: nn.Module) -> Installed | None:
-    """The record of the forward that fusewright put into ``module``, or None."""
-    method = module.__dict__.get("forward")
-    found: Installed | None = getattr(getattr(method, "__func__", None), _MARK, None)
-    return found
+def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
+    """The record of the forward that fusewright put into ``module``, or None.
+
+    Args:
+        module: any module.
+        wrapped: find it also under wrappers that others have put around it since, as
+            ``Accelerator.prepare`` does.
+    """
+    forward = module.__dict__.get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        inner = getattr(function, "__wrapped__", None)
+        record: Installed | None = getattr(function, _MARK, None)
+        # wraps() copies attributes, ours too: the real one is innermost
+        if record is not None and getattr(_unbound(inner), _MARK, None) is None:
+            return record
+        if not wrapped:
+            return None
+        forward = inner
+    return None
+
+
+def _unbound(forward: Any) -> Any:
+    return getattr(forward, "__func__", forward)
 
 
 def install(region: Region, session: Session) -> None:
     """Give ``region.module`` a captured forward."""
-    make = _head_forward if region.kind == "head" else _block_forward
-    _put(region.module, session, region.kind, make)
-    if region.backbone is not None:
-        _put(region.backbone, session, "backbone", _backbone_forward)
+    if region.backbone is None:
+        _put(
+            region.module,
+            session,
+            region.kind,
+            functools.partial(block_forward, session, region.kind),
+        )
+        return
+    outside = next(n for n, c in region.module.named_children() if c is region.backbone)
+    _put(region.module, session, region.kind, functools.partial(head_forward, session, outside))
+    _put(region.backbone, session, "backbone", functools.partial(backbone_forward, session))
 
 
 def uninstall(module: nn.Module) -> bool:
-    """Give ``module`` its own forward back; False when it has no installed one."""
+    """Give ``module`` its own forward back; False when it has no installed one.
+
+    One that others have wrapped since cannot be taken out: it becomes idle.
+    """
+    hidden = installed(module, wrapped=True)
+    if hidden is not None:
+        hidden.session.retired.add(module)
+        module.__dict__.pop(_REPLICATE, None)
     record = installed(module)
     if record is None:
         return False
     if record.previous is None:
         del module.__dict__["forward"]
     else:
-        module.__dict__["forward"] = record.previous
+        module.__dict__["forward"] = _bound(record.previous, module)
     return True
+
+
+def _bound(method: Any, module: nn.Module) -> Any:
+    """``method`` of ``module``, whichever copy of the module it was taken from."""
+    if isinstance(method, types.MethodType) and isinstance(method.__self__, type(module)):
+        return types.MethodType(method.__func__, module)
+    return method
 
 
 def _put(
     module: nn.Module,
     session: Session,
     kind: str,
-    make: Callable[[Session, str, Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
+    make: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
 ) -> None:
     previous = module.__dict__.get("forward")
-    original = previous if previous is not None else type(module).forward
+    function: Any = type(module).forward if previous is None else _unbound(previous)
+    # a module that was unpickled carries its class's forward as its own
+    method = previous is None or isinstance(previous, types.MethodType)
 
     def plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if previous is not None:
-            return previous(*args, **kwargs)
-        return type(self).forward(self, *args, **kwargs)
+        return function(self, *args, **kwargs) if method else function(*args, **kwargs)
 
-    def compiled() -> Callable[..., Any]:
-        target = plain if previous is not None else _own_code(original)
-        return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
+    def compiled(variant: Any = None) -> Callable[..., Any]:
+        def build() -> Callable[..., Any]:
+            target = _own_code(function) if method else plain
+            return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
 
-    key = plain if previous is not None else original
-    forward = make(session, kind, plain, lambda: session.compiled(key, kind, compiled))
-    functools.update_wrapper(forward, getattr(original, "__func__", original))
+        return session.compiled((function if method else plain, variant), kind, build)
+
+    forward = make(plain, compiled)
+    functools.update_wrapper(forward, function)
     forward.__name__ = "forward"  # pickle stores a method by this name
     setattr(forward, _MARK, Installed(session, kind, previous))
+    session.retired.discard(module)
     module.__dict__["forward"] = types.MethodType(forward, module)
+    module.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, module)
+
+
+def _replicate_for_data_parallel(self: nn.Module) -> Any:
+    """A replica of ``nn.DataParallel``: it runs as it was, for our method would run the original.
+
+    It lives for one call; training on several GPUs is better done with one process for each.
+    """
+    replica = type(self)._replicate_for_data_parallel(self)
+    record = installed(self)
+    for name in ("forward", _REPLICATE):
+        replica.__dict__.pop(name, None)
+    if record is not None and record.previous is not None:
+        replica.__dict__["forward"] = _bound(record.previous, replica)
+    return replica
 
 
 _serial = itertools.count(1)
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of ``function`` with a code object of its own.
+    """A copy of ``function``, and of what it wraps, with code objects of its own.
 
     Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
     file, line and name of the code which sizes have varied, so that a second model with another
@@ -109,148 +164,27 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not isinstance(function, types.FunctionType):
         return function
+    inner = getattr(function, "__wrapped__", None)
+    closure, copied = function.__closure__, None
+    if isinstance(inner, types.FunctionType) and closure is not None:
+        copied = _own_code(inner)
+        closure = tuple(
+            types.CellType(copied) if _content(cell) is inner else cell for cell in closure
+        )
     name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
     copy = types.FunctionType(
         function.__code__.replace(co_name=name), function.__globals__, function.__name__,
-        function.__defaults__, function.__closure__,
+        function.__defaults__, closure,
     )  # fmt: skip
     copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    if copied is not None:
+        copy.__dict__["__wrapped__"] = copied
     return copy
 
 
-def _block_forward(
-    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[], Any]
-) -> Callable[..., Any]:
-    inductor = kind == "block" and session.codegen[0] == "inductor"
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            _warn_outer_compile()
-            return plain(self, *args, **kwargs)
-        reason = session.failed.get(self) or bypass_reason(self, args, kwargs)
-        if reason is None and kind == "norm" and not torch.is_grad_enabled():
-            reason = "evaluation: a lone norm is not worth a graph of its own"
-        if reason is not None:
-            session.note(self, reason)
-            return plain(self, *args, **kwargs)
-        if inductor and torch.is_grad_enabled():
-            args, kwargs = _with_gradient(self, args, kwargs)
-        sizes = leading_sizes(args, kwargs)
-        if sizes is not None:
-            mark_dynamic((*args, *kwargs.values()), sizes)
-        return session.call(self, compiled(), plain, args, kwargs)
-
-    return forward
-
-
-def _with_gradient(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the first block's input need a gradient too, so that all blocks share one graph.
-
-    The embedding below a LoRA model is frozen, so its output needs none. The extra gradient costs
-    less than compiling a second graph for one block; it ends in a leaf that nobody sees.
-    """
-    name: str | None = None
-    x = args[0] if args else None
-    if not isinstance(x, Tensor):
-        tensors = ((k, v) for k, v in kwargs.items() if isinstance(v, Tensor))
-        name, x = next(tensors, (None, None))
-    # asked in this order because only the first block gets past it
-    if x is None or x.requires_grad or x.dim() != 3 or not x.is_floating_point():
-        return args, kwargs
-    if not any(p.requires_grad for p in module.parameters()):
-        return args, kwargs
-    leaf = x.detach().requires_grad_()
-    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
-
-
-def _head_forward(
-    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[], Any]
-) -> Callable[..., Any]:
-    parameters: dict[str, inspect.Parameter] = {}
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            _warn_outer_compile()
-            return plain(self, *args, **kwargs)
-        if not parameters:
-            parameters.update(inspect.signature(forward).parameters)
-        if args:
-            named = dict(zip(list(parameters)[1:], args, strict=False))
-            if len(named) < len(args) or named.keys() & kwargs.keys():
-                return plain(self, *args, **kwargs)  # raises the TypeError that it always raised
-            args, kwargs = (), {**named, **kwargs}
-        training = self.training and torch.is_grad_enabled()
-        # a cache filled by a training step is read by nobody, and keeps every key and value
-        wanted = "use_cache" in parameters and kwargs.get("use_cache") is None
-        if wanted and (training or kwargs.get("labels") is not None) and not _given_cache(kwargs):
-            kwargs["use_cache"] = False
-        reason = session.failed.get(self)
-        if reason is None and kwargs.get("labels") is None:
-            return plain(self, *args, **kwargs)
-        if reason is not None:
-            session.note(self, reason)
-            return plain(self, *args, **kwargs)
-        labels = kwargs["labels"]
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            mark_dynamic(kwargs.values(), (labels.shape[0], labels.shape[1]))
-        session.head_active = True
-        try:
-            with torch._dynamo.config.patch(
-                recompile_limit=_LIMIT, ignore_logger_methods=_loggers()
-            ):
-                return session.call(self, compiled(), plain, args, kwargs)
-        finally:
-            session.head_active = False
-
-    return forward
-
-
-def _loggers() -> set[Any]:
-    """Log calls, which do not break a head's graph; transformers adds the ``_once`` methods."""
-    names = ("warning_once", "warning_advice", "info_once", "warning", "info", "debug")
-    return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
-
-
-def _given_cache(kwargs: dict[str, Any]) -> bool:
-    names = ("cache", "past_key_values", "cache_params")
-    return any(kwargs.get(n) is not None for n in names)
-
-
-def _backbone_forward(
-    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[], Any]
-) -> Callable[..., Any]:
-    """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
-
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
-    def outside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        session.head_active = False
-        try:
-            outputs = plain(self, *args, **kwargs)
-        finally:
-            session.head_active = True
-        values = tuple(outputs.values()) if hasattr(outputs, "values") else outputs
-        values = values if isinstance(values, tuple) else (values,)
-        sizes = leading_sizes(values, {})
-        if sizes is not None:
-            mark_dynamic(values, sizes)
-        return outputs
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if session.head_active:
-            return outside(self, *args, **kwargs)
-        return plain(self, *args, **kwargs)
-
-    return forward
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-24: as above
-def _warn_outer_compile() -> None:
-    """Warn; runs while the outer compilation traces, once."""
-    warnings.warn(
-        "torch.compile was put around a model that fusewright has optimized: inside it the "
-        "original code runs. Use one of the two: fusewright.restore(model) before torch.compile, "
-        "or optimize(model, codegen='inductor') without it.",
-        stacklevel=2,
-    )
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None

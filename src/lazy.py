@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 _METADATA = {
-    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu",
-    "itemsize", "is_sparse", "is_quantized", "is_meta", "is_nested",
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
+    "is_sparse", "is_quantized", "is_meta", "is_nested",
 }  # fmt: skip
 _DESCRIBING = {
     "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
@@ -41,10 +41,11 @@ class LazyLogits(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        requires_grad: bool = False,
     ) -> LazyLogits:
-        """Make one; ``compute`` must return a tensor of this shape, dtype and device."""
+        """Make one; ``compute`` must return a tensor of this shape, dtype, device and need."""
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device, requires_grad=False
+            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
         made._compute, made._made = compute, None
         return made
@@ -69,7 +70,11 @@ class LazyLogits(Tensor):
             cast = _target_dtype(name, args[1:], kwargs or {})
             if cast is not None and first._made is None:
                 return LazyLogits(
-                    lambda: first.materialize().to(cast), tuple(first.shape), cast, first.device
+                    lambda: first.materialize().to(cast),
+                    tuple(first.shape),
+                    cast,
+                    first.device,
+                    first.requires_grad,
                 )
         args, kwargs = tree_map(_real, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -20,7 +20,7 @@ from . import codegen as _codegen
 from . import regions
 from .capture import Captured, Session
 from .errors import OptimizeError
-from .install import install, installed, uninstall
+from .install import Installed, install, installed, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
 from .options import Codegen, Environment, Logits, Options, Verify
@@ -112,7 +112,7 @@ def explain(model: nn.Module) -> Report:
     Returns:
         The report; ``print`` it, or read its ``sites``.
     """
-    places = [(path, m, record) for path, m in model.named_modules() if (record := installed(m))]
+    places = [(path, m, record) for path, m in model.named_modules() if (record := _active(m))]
     if not places:
         reason = "no repeated decoder blocks were found, or optimize(model) was not called"
         return Report((), (Bypass("", reason),))
@@ -142,6 +142,12 @@ def explain(model: nn.Module) -> Report:
     choice = f"{session.codegen[0]} ({session.codegen[1]})"
     speed = _bandwidth(model) if sites else None
     return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed)
+
+
+def _active(module: nn.Module) -> Installed | None:
+    """The record of an installed forward, wrapped by others or not, that was not restored."""
+    record = installed(module, wrapped=True)
+    return None if record is None or module in record.session.retired else record
 
 
 def _representative(graphs: list[Captured]) -> Captured | None:

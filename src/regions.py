@@ -9,7 +9,9 @@ Three kinds of region:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +115,14 @@ def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
     return None
 
 
-def bypass_reason(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why this call of a block or norm must run as it was, or None."""
+def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
+    """Why this call of a region must run as it was, or None.
+
+    Args:
+        args: of the call.
+        kwargs: of the call.
+        hooked: the first submodule with a hook, as ``hooks`` says.
+    """
     for value in (*args, *kwargs.values()):
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
@@ -124,7 +132,6 @@ def bypass_reason(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return "inner outputs (attentions or hidden states) were asked for"
     if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
-    hooked = _hooked(module)
     return f"a hook is registered on its submodule {hooked}" if hooked else None
 
 
@@ -136,15 +143,55 @@ def _is_cache(value: Any) -> bool:
     )
 
 
-def _hooked(module: nn.Module) -> str | None:
-    """The first submodule that carries a hook: a captured graph would not call it."""
-    stack = [(name, child) for name, child in module._modules.items() if child is not None]
+def hooks(
+    module: nn.Module, outside: nn.Module | None = None
+) -> tuple[str | None, list[nn.Module]]:
+    """Look for hooks below ``module``, which a captured graph would not call.
+
+    Args:
+        module: a region; its own hooks run as ever.
+        outside: a submodule that is not captured.
+
+    Returns:
+        The name of the first submodule with a hook that does something, or None; and the
+        submodules that have nothing but idle ones.
+    """
+    idle: list[nn.Module] = []
+    stack = [(n, c) for n, c in module._modules.items() if c is not None and c is not outside]
     while stack:
         name, m = stack.pop()
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return name
+        if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return name, idle
+        if m._forward_hooks:
+            if not all(_is_idle(h) for h in m._forward_hooks.values()):
+                return name, idle
+            idle.append(m)
         stack += [(f"{name}.{n}", c) for n, c in m._modules.items() if c is not None]
-    return None
+    return None, idle
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves behind after a call for inner outputs.
+
+    They do nothing until the next such call, which is bypassed.
+    """
+    if getattr(hook, "__name__", "") != "output_capturing_hook":
+        return False
+    collector = hook.__globals__.get("_active_collector")
+    return collector is not None and not collector.get()
+
+
+@contextmanager
+def hidden_hooks(modules: list[nn.Module]) -> Iterator[None]:
+    """Take the forward hooks of ``modules`` off for one call."""
+    kept = [m._forward_hooks for m in modules]
+    for m in modules:
+        m._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for m, own in zip(modules, kept, strict=True):
+            m._forward_hooks = own
 
 
 def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Changing graphs: what writes in place, and removing what is dead."""
+"""Changing graphs: what writes in place, what switches a mode, and removing what is dead."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def is_inplace(node: fx.Node) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        return True
     name = getattr(node.target, "__name__", "")
     module = getattr(node.target, "__module__", "") or ""
     if module == "_operator":
@@ -25,6 +28,18 @@ def is_inplace(node: fx.Node) -> bool:
             in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor")
         )
     return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether what follows the node runs in another mode: gradients, autocast, inference, vmap."""
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return (
+        name.startswith(("_enter_", "_exit_"))
+        or "set_grad_enabled" in name
+        or name.endswith(("_increment_nesting", "_decrement_nesting", "_hooks_disable"))
+    )
 
 
 def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:

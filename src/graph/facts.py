@@ -37,6 +37,12 @@ def ndim(node: Any) -> int | None:
     return None if t is None else t.dim()
 
 
+def storage(node: Any) -> int | None:
+    """What tells memory apart: equal for a tensor and its views; None for what is no tensor."""
+    t = tensor(node)
+    return None if t is None else int(t.untyped_storage()._cdata)
+
+
 def size(node: Any, dim: int) -> int | None:
     """The static size of one dimension, or None when it is symbolic or unknown."""
     t = tensor(node)

@@ -39,6 +39,4 @@ def _is_view(node: fx.Node) -> bool:
     value = facts.value(node)
     if not isinstance(value, Tensor):  # an op with several outputs has no example
         return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
-    inputs = (facts.tensor(i) for i in node.all_input_nodes)
-    own = value.untyped_storage()._cdata
-    return any(t is not None and own == t.untyped_storage()._cdata for t in inputs)
+    return facts.storage(node) in [facts.storage(i) for i in node.all_input_nodes]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts, traffic
-from ..graph.edit import is_inplace, prune
+from ..graph.edit import is_inplace, prune, switches_mode
 from ..report import Figures
 from .finding import Finding, missed
 from .matcher import Trace
@@ -182,7 +182,7 @@ def _candidate(
             node,
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
-    _require_no_mutation(graph, m, interior, inputs, order)
+    _require_calm(graph, m, interior, inputs, order)
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
         (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
@@ -191,36 +191,49 @@ def _candidate(
     return Candidate(rule, m, inputs, interior, m.outputs, table)
 
 
-def _require_no_mutation(
+def _require_calm(
     graph: fx.Graph,
     m: Match,
     interior: tuple[fx.Node, ...],
     inputs: tuple[fx.Node, ...],
     order: dict[fx.Node, int],
 ) -> None:
+    """Decline where the nodes of the formula cannot be computed all at one place among them."""
     first, last = order[interior[0]], order[interior[-1]]
     touched = {*interior, *inputs}
+    memory = {s for n in touched if (s := facts.storage(n)) is not None}
     for node in graph.nodes:
-        if first < order[node] <= last and is_inplace(node):
+        if not first < order[node] <= last:
+            continue
+        m.require(
+            not switches_mode(node),
+            f"{node.name} switches gradients or autocast between the nodes of the formula",
+            node,
+        )
+        if is_inplace(node):
+            written = {facts.storage(n) for n in (node, *node.all_input_nodes)}
             m.require(
-                node not in touched and not touched & set(node.all_input_nodes),
+                node not in touched
+                and not touched & set(node.all_input_nodes)
+                and not memory & written,
                 f"{node.name} writes in place between the nodes of the formula",
                 node,
             )
 
 
 def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
-    """Put the replacement in, right after its last input.
+    """Put the replacement in at the first output, or after the last input if that is later.
+
+    There it runs in the mode of the formula, and after all writes that the formula came after.
 
     Returns:
         The nodes that went, and the names of those that came.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
-    anchors = [i for i in c.inputs if i.op != "placeholder"]
-    last = max(anchors, key=order.__getitem__, default=None)
-    if last is None:
-        last = next(reversed([n for n in graph.nodes if n.op == "placeholder"]), None)
-    start = last.next if last is not None else next(iter(graph.nodes))
+    start = min(c.outputs, key=order.__getitem__)
+    last = max(c.inputs, key=order.__getitem__, default=start)
+    if order[last] > order[start]:
+        start = last.next
     emit = c.emit(graph)
     with graph.inserting_before(start):
         results = _as_tuple(c.rule.rewrite(c.match, emit))

@@ -96,11 +96,14 @@ def lazy_logits(
         dtype: the logits' dtype.
         inputs: what ``body`` takes.
     """
-    grad = torch.is_grad_enabled()
+    grad, device = torch.is_grad_enabled(), rows.device.type
+    casting, narrow = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    needs = grad and any(t.requires_grad for t in inputs if isinstance(t, Tensor))
 
     def compute() -> Tensor:
-        with torch.set_grad_enabled(grad):
+        # as where the logits belong: with the gradients and the autocast of the forward pass
+        with torch.set_grad_enabled(grad), torch.autocast(device, narrow, casting):
             result: Tensor = body(*inputs)
         return result
 
-    return LazyLogits(compute, (*rows.shape[:-1], head.shape[0]), dtype, rows.device)
+    return LazyLogits(compute, (*rows.shape[:-1], head.shape[0]), dtype, rows.device, needs)

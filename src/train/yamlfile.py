@@ -67,12 +67,13 @@ def load_recipe(
         else:
             problems.append((loc, "there is nothing at this place to override"))
     values = _without_nulls(values)
-    problems += [((key,), problem) for key, problem in conflicts(values)]
     recipe = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += _explained(error, values)
+    if not values.keys() - Recipe.model_fields.keys():  # a misspelt key may be what seems to lack
+        problems += [((key,), problem) for key, problem in conflicts(values)]
     if recipe is not None:
         recipe, missing = _with_paths(recipe, folder)
         problems += missing
@@ -87,6 +88,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; name the recipe's YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     loader = _Loader(text)
@@ -187,7 +190,7 @@ def _with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, list[tuple[Loc, s
         base = str(found) if found else base
     except RecipeError as error:
         problems.append((("base_model",), str(error)))
-    output = str(Path(recipe.output_dir).expanduser().absolute())
+    output = str(Path(recipe.output_dir).expanduser().resolve())
     update = {"datasets": datasets, "base_model": base, "output_dir": output}
     return recipe.model_copy(update=update), problems
 
