@@ -180,7 +180,7 @@ def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert locate("org/model", [tmp_path]) == Source("org/model")
     (package / "config.json").write_text("{}")
     assert locate("fw_package", [tmp_path]) == Source(str(package))
-    with pytest.raises(RecipeError, match="the package llm_smollm9 is not installed$"):
+    with pytest.raises(RecipeError, match=r"the package llm_smollm9 is not installed$"):
         locate("package:llm_smollm9", [])  # no advice to install what may be anybody's
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"neither a config\.json nor a GGUF file"):
