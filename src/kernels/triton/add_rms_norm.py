@@ -28,12 +28,12 @@ def forward(
 _BF16 = ("bf16", "bf16", "bf16")
 AOT = (
     forward_case("D=576", 576, _BF16, residual=True),
-    forward_case("D=2048 gemma", 2048, _BF16, residual=True, offset=True, outer=True),
+    forward_case("D=2048 offset", 2048, _BF16, residual=True, offset=True, outer=True),
     forward_case("D=4096 fp32 weight", 4096, ("bf16", "fp32", "fp32"), residual=True),
     forward_case("D=8192", 8192, _BF16, residual=True),
     forward_case("D=16384 no weight", 16384, _BF16, residual=True, weight=False),
     backward_case("D=576", 576, _BF16[:2], extra=True),
     backward_case("D=4096 frozen", 4096, _BF16[:2], extra=True, need_weight=False),
-    backward_case("D=8192 gemma", 8192, _BF16[:2], extra=True, offset=True, outer=True),
+    backward_case("D=8192 offset", 8192, _BF16[:2], extra=True, offset=True, outer=True),
 )
 """The tile shapes again, with the residual's branches."""

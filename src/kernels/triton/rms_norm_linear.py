@@ -253,7 +253,7 @@ def _case(
 AOT = (
     _case("16 rows, no weight", 16, weight=False),
     _case("64 rows, bias", 64, bias=True),
-    _case("128 rows, gemma", 128, offset=True),
+    _case("128 rows, offset", 128, offset=True),
     _case("128 rows, odd features", 128, divisible=("dim", "x_stride", "weight_stride")),
 )
 """Every tile shape."""

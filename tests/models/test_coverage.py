@@ -1,0 +1,79 @@
+"""The zoo: every causal LM that transformers registers trains as in eager, and loses no rewrite.
+
+By default every twelfth architecture is tried, without adapters; all of them, with LoRA too, by
+``pytest -m zoo``.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+
+import pytest
+import torch
+
+from . import architectures
+from .coverage import SUPPORT, Row, measure, read_support
+
+SAMPLE = 12
+NAMES = architectures.names()
+TOLERANCE = 1e-5
+"""Relative, in fp32: a hundred units of rounding, for sums in another order."""
+
+
+def _cases() -> list[object]:
+    return [
+        pytest.param(name, lora, marks=() if i % SAMPLE == 0 and not lora else pytest.mark.zoo)
+        for i, name in enumerate(NAMES)
+        for lora in (False, True)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only lose time to threads that wait
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("name", "lora"), _cases())
+def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
+    row = measure(name, lora)
+    if row.not_built:
+        pytest.skip(row.not_built)
+    assert not row.problem
+    assert row.loss_error is not None
+    assert row.loss_error <= TOLERANCE
+    assert row.grad_error is not None
+    assert row.grad_error <= TOLERANCE
+    _assert_nothing_fell(row)
+
+
+def _assert_nothing_fell(row: Row) -> None:
+    before = read_support(SUPPORT.read_text()).get((row.name, row.lora), {})
+    fallen = {
+        rule: f"{row.rewritten.get(rule, 0)} sites instead of {count}"
+        for rule, count in before.items()
+        if row.rewritten.get(rule, 0) < count
+    }
+    assert not fallen, f"docs/support.md says more: {fallen}"
+
+
+def test_at_least_185_names_can_be_built() -> None:
+    assert len(NAMES) - len(architectures.IMPOSSIBLE) >= 185
+
+
+def test_no_source_names_an_architecture() -> None:
+    source = pathlib.Path(__file__).parents[2] / "src"
+    types = set(NAMES) - {"codegen", "git"}  # words of ours
+    found = []
+    for path in source.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):  # docstrings may name the model that a formula is known from
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        words = set(re.findall(r"[a-z0-9_]+", ast.unparse(tree).lower()))
+        found += [f"{path.name}: {w}" for w in sorted(words & types)]
+    assert not found
