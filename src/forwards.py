@@ -32,10 +32,7 @@ def block_forward(
     inductor = kind == "block" and session.codegen[0] == "inductor"
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in session.retired:
-            return plain(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            _warn_outer_compile()
+        if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
         hooked, idle = hooks(self)
         reason = session.failed.get(self) or bypass_reason(args, kwargs, hooked)
@@ -58,6 +55,16 @@ def block_forward(
             return session.call(self, compiled, graph_args, graph_kwargs, as_it_was)
 
     return forward
+
+
+def _stands_aside(session: Session, module: nn.Module) -> bool:
+    """Whether a forward has nothing to do: its module was restored, or another compiler traces."""
+    if module in session.retired:
+        return True
+    if torch.compiler.is_compiling():
+        _warn_outer_compile()
+        return True
+    return False
 
 
 def _with_gradient(
@@ -99,10 +106,7 @@ def head_forward(
     parameters: dict[str, inspect.Parameter] = {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self in session.retired:
-            return plain(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            _warn_outer_compile()
+        if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
         if not parameters:
             parameters.update(inspect.signature(forward).parameters)

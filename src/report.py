@@ -10,17 +10,18 @@ from typing import Any, Literal
 Status = Literal["rewritten", "refused", "missed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What is known about one rewrite in numbers, as in ``Site``; None where it was not measured.
+    """What is known about one rewrite in numbers; None where it was not measured.
 
     Attributes:
-        error: relative rms error of the worst output.
-        grad_error: relative rms error of the worst gradient.
-        saved_before: bytes per token that the original keeps for backward.
-        saved_after: bytes per token that the rewrite keeps.
-        moved_before: bytes per token that the original's forward reads and writes.
-        moved_after: bytes per token that the rewrite's forward reads and writes.
+        error: relative rms error of the rewrite's outputs against fp64 (the worst output).
+        grad_error: the same for the gradients.
+        saved_before: bytes the original keeps for backward, per token.
+        saved_after: bytes the rewrite keeps for backward, per token.
+        moved_before: bytes the original's forward reads and writes, per token, each operation by
+            itself (weights left out: they are read either way).
+        moved_after: bytes the rewrite's forward reads and writes, per token, counted alike.
     """
 
     error: float | None = None
@@ -49,8 +50,8 @@ def _shifted(before: float | None, first: float | None, then: float | None) -> f
 
 
 @dataclass(frozen=True)
-class Site:
-    """One formula at one place in the model.
+class Site(Figures):
+    """One formula at one place in the model, with its figures.
 
     Attributes:
         module: path of the module that holds the formula, as in ``model.named_modules()``.
@@ -59,14 +60,6 @@ class Site:
         status: ``"rewritten"``; ``"refused"`` (matched, but a check or the verification said no);
             ``"missed"`` (looks like the rule's formula, but no spelling matched).
         reason: why it was refused or missed; for a rewritten site a remark, or empty.
-        error: relative rms error of the rewrite's outputs against fp64 (the worst output), or
-            None when it was not verified.
-        grad_error: the same for the gradients.
-        saved_before: bytes the original keeps for backward, per token; None when not measured.
-        saved_after: bytes the rewrite keeps for backward, per token; None when not measured.
-        moved_before: bytes the original's forward reads and writes, per token, each operation by
-            itself (weights left out: they are read either way); None when not rewritten.
-        moved_after: bytes the rewrite's forward reads and writes, per token, counted alike.
     """
 
     module: str
@@ -74,12 +67,6 @@ class Site:
     op: str
     status: Status
     reason: str = ""
-    error: float | None = None
-    grad_error: float | None = None
-    saved_before: float | None = None
-    saved_after: float | None = None
-    moved_before: float | None = None
-    moved_after: float | None = None
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _check(c: Candidate, inputs: list[Any]) -> Verdict:
     theirs = _run(original.forward, inputs, differentiable)
     ours = _run(replacement.forward, inputs, differentiable)
     exact = _run(_Exact(original).run, [_double(x) for x in inputs], differentiable)
-    worst = [0.0, 0.0]
+    worst: list[float | None] = [None, None]
     for kind, what in enumerate(("output", "gradient of input")):
         triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
         for i, (a, b, o) in enumerate(triples):
@@ -82,11 +82,13 @@ def _check(c: Candidate, inputs: list[Any]) -> Verdict:
             if problem is not None:
                 return Verdict(f"{place}: {problem}")
             if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
-                worst[kind] = max(worst[kind], errors(a, o).rms)
+                worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
     tokens = _tokens(inputs)
-    grad_error = worst[1] if any(differentiable) else None
-    kept = theirs.kept / tokens, ours.kept / tokens
-    return Verdict(None, Figures(worst[0], grad_error, *kept))
+    before, after = theirs.kept / tokens, ours.kept / tokens
+    return Verdict(
+        None,
+        Figures(error=worst[0], grad_error=worst[1], saved_before=before, saved_after=after),
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _one_thread():
 def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
     row = measure(name, lora)
     if row.not_built:
-        pytest.skip(row.not_built)
+        pytest.skip(reason=row.not_built)  # why there is no such model
     assert not row.problem
     assert row.loss_error is not None
     assert row.loss_error <= TOLERANCE
