@@ -161,7 +161,9 @@ def _join(path: str, home: str) -> str:
 
 
 def _site(path: str, f: Any) -> Site:
-    return Site(_join(path, f.home), f.rule, f.op, f.status, f.reason, **asdict(f.figures))
+    return Site(
+        _join(path, f.home), f.rule, f.op, f.status, f.reason, f.formulas, **asdict(f.figures)
+    )
 
 
 def _bandwidth(model: nn.Module) -> float | None:

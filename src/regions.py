@@ -3,7 +3,8 @@
 Three kinds of region:
 
 * **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
-* **norm**: a leaf outside the blocks with nothing but vectors as parameters: the final norm.
+* **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
+  the final norm.
 * **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
 """
 
@@ -91,9 +92,13 @@ def _is_hinted(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
+    """A leaf with nothing but vectors, or with no parameter but an epsilon."""
     own = list(module.parameters(recurse=False))
-    leaf = not any(True for _ in module.children())
-    return leaf and bool(own) and all(p.dim() == 1 for p in own)
+    if any(True for _ in module.children()):
+        return False
+    if not own:
+        return any("eps" in name and isinstance(v, float) for name, v in vars(module).items())
+    return all(p.dim() == 1 for p in own)
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:

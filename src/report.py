@@ -60,6 +60,7 @@ class Site(Figures):
         status: ``"rewritten"``; ``"refused"`` (matched, but a check or the verification said no);
             ``"missed"`` (looks like the rule's formula, but no spelling matched).
         reason: why it was refused or missed; for a rewritten site a remark, or empty.
+        formulas: how many formulas of its rule it joins (a rotary embedding of q and k joins two).
     """
 
     module: str
@@ -67,6 +68,7 @@ class Site(Figures):
     op: str
     status: Status
     reason: str = ""
+    formulas: int = 1
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,9 @@ def _sample(c: Candidate, sizes: _Sizes) -> list[Any]:
 def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if example.dtype is torch.bool:
         return torch.rand(shape, generator=generator) < 0.7
+    if example.is_complex():
+        parts = torch.randn((*shape, 2), generator=generator, dtype=torch.float64)
+        return torch.view_as_complex(parts).to(example.dtype)
     if not example.is_floating_point():
         return torch.randint(0, 2, shape, generator=generator, dtype=example.dtype)
     # the layout: the same order of strides, and the same broadcast dimensions

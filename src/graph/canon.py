@@ -77,6 +77,9 @@ def _tidy(node: fx.Node, canon: Canon) -> Canon:
     if canon.name == "cat":
         tensors, dim = canon.args
         return Canon("cat", (tuple(tensors), _from_end(tensors[0], dim)))
+    if canon.name == "stack":
+        tensors, dim = canon.args
+        return Canon("stack", (tuple(tensors), _from_end(node, dim)))
     if canon.name == "transpose":
         x, a, b = canon.args
         lo, hi = sorted((_from_end(x, a), _from_end(x, b)))
@@ -160,8 +163,11 @@ def _getitem(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
         return None
     dim, s = cut[0]
     full = facts.size(source, dim)
-    if full is None or s.step not in (None, 1):
+    if full is None:
         return None
+    if s.step not in (None, 1):
+        whole = type(s.step) is int and s.stop is None and s.start in (None, *range(s.step))
+        return Canon("stride", (source, dim - rank, s.start or 0, s.step)) if whole else None
     if any(isinstance(b, fx.Node) or type(b) not in (int, type(None)) for b in (s.start, s.stop)):
         return None
     start, stop, _ = s.indices(full)
@@ -203,7 +209,10 @@ def _part(source: Any, index: Any) -> Canon | None:
 _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon | None]] = {
     **dict.fromkeys(("to", "type_as", "type", *CASTS), _cast),
     **dict.fromkeys(("square", torch.square), _square),
-    **dict.fromkeys(("view", "reshape", "flatten", torch.reshape, torch.flatten), _reshape),
+    **dict.fromkeys(
+        ("view", "reshape", "reshape_as", "view_as", "flatten", torch.reshape, torch.flatten),
+        _reshape,
+    ),
     **dict.fromkeys(("expand", "expand_as"), _expand),
     **dict.fromkeys(("t", torch.t), _t),
     operator.getitem: _getitem,

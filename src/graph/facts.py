@@ -6,6 +6,7 @@ the only place that reads it.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -97,18 +98,13 @@ def common_home(nodes: list[fx.Node]) -> str:
 
 
 def _clean(path: str) -> str:
-    """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``."""
-    text = path
+    """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``.
+
+    The first part is the argument that holds the captured module, whatever it is called.
+    """
+    text = re.sub(r"""^L\[(['"])\w+\1\](\[\d+\])?""", "", path)
     for old, new in (
-        ("L['self']", ""),
-        ('L["self"]', ""),
-        ("L['fn']", ""),
-        ("._modules['", "."),
-        ("_modules['", "."),
-        ("']", ""),
-        ("[", "."),
-        ("]", ""),
-        ("'", ""),
-    ):
+        ("._modules['", "."), ("_modules['", "."), ("']", ""), ("[", "."), ("]", ""), ("'", ""),
+    ):  # fmt: skip
         text = text.replace(old, new)
     return text.strip(".")

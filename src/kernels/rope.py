@@ -1,7 +1,12 @@
 """Rotary position embedding of several tensors at once (Su et al., "RoFormer", 2021).
 
-The first ``rotary_dim`` features of each head are seen as pairs (x1, x2): features i and
-i + rotary_dim/2 ("half-split", as in Llama), or 2i and 2i + 1 ("interleaved", as in GPT-J).
+The first ``rotary_dim`` features of each head are seen as pairs (x1, x2). ``layout`` says where the
+members of a pair stand:
+
+* ``"halves"``: features i and i + rotary_dim/2 (as in Llama);
+* ``"pairs"``: features 2i and 2i + 1 (as in GPT-J);
+* ``"pairs_to_halves"``: 2i and 2i + 1 in the input, i and i + rotary_dim/2 in the output (as in
+  DeepSeek-V3).
 
     y1 = x1 * cos1 - x2 * sin1        d x1 = dy1 * cos1 + dy2 * sin2
     y2 = x2 * cos2 + x1 * sin2        d x2 = dy2 * cos2 - dy1 * sin1
@@ -20,111 +25,59 @@ from torch import Tensor
 
 from .launch import library_op, use_triton
 from .op import Cost, Op
+from .rope_rotation import pairs, rotate
+
+LAYOUTS = ("halves", "pairs", "pairs_to_halves")
 
 # -- reference -------------------------------------------------------------------------------------
 
 
 def rope_reference(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> tuple[Tensor, ...]:
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
+    layout: str = "halves", inverse: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``r * cos + rotate(r) * sin`` of the first ``rotary_dim`` features, as model code has it."""
+    cos, sin = _tables(cos, sin, rotary_dim, layout, inverse)
     outs = []
     for t in tensors:
         r, rest = t[..., :rotary_dim], t[..., rotary_dim:]
-        first, second = _pairs(r, interleaved)
-        if interleaved:
+        first, second = pairs(r, layout != "halves")
+        if layout == "pairs":
             rotated = torch.stack((-second, first), -1).flatten(-2)
         else:
             rotated = torch.cat((-second, first), -1)
+        r = torch.cat((first, second), -1) if layout == "pairs_to_halves" else r
         y = r * cos + rotated * sin
         outs.append(torch.cat((y, rest), -1) if rest.shape[-1] else y)
     return tuple(outs)
 
 
-def _pairs(t: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views (..., R/2) of the first and the second members of all pairs of ``t`` (..., R)."""
-    if interleaved:
-        return t[..., 0::2], t[..., 1::2]
-    half = t.shape[-1] // 2
-    return t[..., :half], t[..., half:]
-
-
-# -- cpu -------------------------------------------------------------------------------------------
-
-
-def _rotate(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
-    transpose: bool, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """Rotate each tensor, or with ``transpose`` apply the transposed map; results in ``dtype``."""
-    compute = torch.promote_types(tensors[0].dtype, cos.dtype)
-    cos, sin = cos.to(compute), sin.to(compute)
-    plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    if plain and all(type(t) is Tensor for t in tensors):
-        factor = torch.empty_like(sin)  # (k1, k2), small: it has no heads
-        (s1, s2), (k1, k2) = _pairs(sin, interleaved), _pairs(factor, interleaved)
-        torch.neg(s1, out=k2 if transpose else k1)
-        (k1 if transpose else k2).copy_(s2)
-        return [_written(t, cos, factor, interleaved, compute).to(dtype) for t in tensors]
-    s1, s2 = _pairs(sin, interleaved)
-    k1, k2 = (s2, -s1) if transpose else (-s1, s2)
-    return [_joined(t, cos, k1, k2, rotary_dim, interleaved, compute).to(dtype) for t in tensors]
-
-
-def _written(
-    t: Tensor, cos: Tensor, factor: Tensor, interleaved: bool, compute: torch.dtype
-) -> Tensor:
-    """The form for eager mode: three passes, all writing into the output."""
-    t = t.to(compute)
-    out = torch.empty_like(t)
-    rotary_dim = cos.shape[-1]
-    source, target = t[..., :rotary_dim], out[..., :rotary_dim]
-    (x1, x2), (y1, y2) = _pairs(source, interleaved), _pairs(target, interleaved)
-    y1.copy_(x2)
-    y2.copy_(x1)
-    target.mul_(factor).addcmul_(source, cos)
-    if t.shape[-1] > rotary_dim:
-        out[..., rotary_dim:].copy_(t[..., rotary_dim:])
-    return out
-
-
-def _joined(
-    t: Tensor, cos: Tensor, k1: Tensor, k2: Tensor, rotary_dim: int, interleaved: bool,
-    compute: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The form for a tracer: one concatenation of element-wise pieces, which Inductor fuses."""
-    heads_inside = t.ndim == 4 and t.stride(1) < t.stride(2)
-    if heads_inside:  # torch.cat writes in the order of dimensions: follow the order in memory
-        t, cos, k1, k2 = (_swap(x) for x in (t, cos, k1, k2))
-    t = t.to(compute)
-    (x1, x2), (c1, c2) = _pairs(t[..., :rotary_dim], interleaved), _pairs(cos, interleaved)
-    y1, y2 = x1 * c1 + x2 * k1, x2 * c2 + x1 * k2
-    pieces = [torch.stack((y1, y2), -1).flatten(-2)] if interleaved else [y1, y2]
-    if t.shape[-1] > rotary_dim:
-        pieces.append(t[..., rotary_dim:])
-    out = torch.cat(pieces, -1)
-    return _swap(out) if heads_inside else out
-
-
-def _swap(t: Tensor) -> Tensor:
-    """Swap heads and positions; what has no such dimensions broadcasts over the first of them."""
-    while t.ndim < 4:
-        t = t.unsqueeze(0)
-    return t.transpose(1, 2)
+def _tables(
+    cos: Tensor, sin: Tensor | None, rotary_dim: int, layout: str, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., rotary_dim) as the output is laid out, from any form that models have."""
+    if sin is None:
+        cos, sin = cos.real, cos.imag
+    if cos.shape[-1] * 2 == rotary_dim:  # small: they have no heads
+        if layout == "pairs":
+            cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        else:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return cos, -sin if inverse else sin
 
 
 # -- triton ----------------------------------------------------------------------------------------
 
 
 def _fake_rotate(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, layout: str,
     transpose: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(t, dtype=dtype) for t in tensors]
 
 
 _triton_rotate = library_op(
-    "rope_rotate(Tensor[] tensors, Tensor cos, Tensor sin, int rotary_dim, bool interleaved, "
+    "rope_rotate(Tensor[] tensors, Tensor cos, Tensor sin, int rotary_dim, str layout, "
     "bool transpose, ScalarType dtype) -> Tensor[]",
     "rope:rotate",
     _fake_rotate,
@@ -147,16 +100,16 @@ def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, *tensors: Tensor
+        ctx: Any, cos: Tensor, sin: Tensor, rotary_dim: int, layout: str, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.set_materialize_grads(False)
-        ctx.options = rotary_dim, interleaved
+        ctx.options = rotary_dim, layout
         ctx.dtype = tensors[0].dtype
         ctx.triton = use_triton(*tensors, cos, sin) and _fits_kernel(tensors, cos, sin)
-        run = _triton_rotate if ctx.triton else _rotate
+        run = _triton_rotate if ctx.triton else rotate
         dtype = torch.promote_types(tensors[0].dtype, cos.dtype)
-        return tuple(run(tensors, cos, sin, rotary_dim, interleaved, False, dtype))
+        return tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -167,7 +120,7 @@ class _Rope(torch.autograd.Function):
         ]  # fmt: skip
         results: list[Tensor] = []
         if needed:
-            run = _triton_rotate if ctx.triton else _rotate
+            run = _triton_rotate if ctx.triton else rotate
             results = list(run(needed, cos, sin, ctx.options[0], ctx.options[1], True, ctx.dtype))
         inputs = [
             results.pop(0) if need and g is not None else None
@@ -177,8 +130,9 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> tuple[Tensor, ...]:
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
+    layout: str = "halves", inverse: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Rotate the first ``rotary_dim`` features of every tensor; the others pass through.
 
     Nothing but ``cos`` and ``sin`` is kept for backward.
@@ -186,11 +140,13 @@ def rope(
     Args:
         tensors: each (B, H_i, T, D) of one dtype and any strides; H_i may differ. Other ranks are
             taken too.
-        cos: broadcastable to ``t[..., :rotary_dim]`` and ``rotary_dim`` wide, e.g.
-            (B or 1, 1, T, rotary_dim); any strides, maybe of a wider dtype. It gets no gradient.
-        sin: as ``cos``, of the same dtype.
+        cos: broadcastable to ``t[..., :rotary_dim]``, e.g. (B or 1, 1, T, rotary_dim) laid out as
+            the output; or rotary_dim/2 wide, one for each pair; any strides, maybe of a wider
+            dtype. It gets no gradient.
+        sin: as ``cos``, of the same dtype; None when ``cos`` is complex, cos + i sin.
         rotary_dim: how many features rotate; even, at most D.
-        interleaved: pairs are (2i, 2i + 1) in place of (i, i + rotary_dim/2).
+        layout: where the members of a pair stand, one of ``LAYOUTS``.
+        inverse: rotate by the negative angle.
 
     Returns:
         One tensor for each input, of its shape and order of strides, in the promoted dtype of input
@@ -200,32 +156,46 @@ def rope(
         ValueError: ``cos`` or ``sin`` requires a gradient, or the dtypes or ``rotary_dim`` do not
             fit.
     """
-    first = tensors[0]
-    if (
-        cos.requires_grad
-        or sin.requires_grad
-        or sin.dtype is not cos.dtype
-        or not rotary_dim == cos.shape[-1] == sin.shape[-1]
-        or any(t.dtype is not first.dtype or t.shape[-1] < rotary_dim for t in tensors)
-    ):
-        raise ValueError("; ".join(rope_unsupported(tensors, cos, sin, rotary_dim, interleaved)))
-    out: tuple[Tensor, ...] = _Rope.apply(cos, sin, rotary_dim, interleaved, *tensors)  # type: ignore[no-untyped-call]
+    if not _fits(tensors, cos, sin, rotary_dim, layout):
+        raise ValueError("; ".join(rope_unsupported(tensors, cos, sin, rotary_dim, layout)))
+    cos, sin = _tables(cos, sin, rotary_dim, layout, inverse)
+    out: tuple[Tensor, ...] = _Rope.apply(cos, sin, rotary_dim, layout, *tensors)  # type: ignore[no-untyped-call]
     return out
+
+
+def _fits(
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int, layout: str
+) -> bool:
+    """Whether ``rope`` can take these; cheap, ``rope_unsupported`` says why not."""
+    first, second = tensors[0], cos if sin is None else sin
+    return not (
+        cos.requires_grad
+        or second.requires_grad
+        or second.dtype is not cos.dtype
+        or cos.is_complex() is not (sin is None)
+        or layout not in LAYOUTS
+        or rotary_dim % 2
+        or cos.shape[-1] not in (rotary_dim, rotary_dim // 2)
+        or cos.shape[-1] != second.shape[-1]
+        or any(t.dtype is not first.dtype or t.shape[-1] < rotary_dim for t in tensors)
+    )
 
 
 # -- cost ------------------------------------------------------------------------------------------
 
 
 def rope_cost(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> Cost:
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
+    layout: str = "halves", inverse: bool = False,
+) -> Cost:  # fmt: skip
     """Each tensor is read and written once; cos and sin are shared by all layers."""
-    dtype = torch.promote_types(tensors[0].dtype, cos.dtype)
-    tables = cos.numel() * cos.element_size() + sin.numel() * sin.element_size()
+    given = [t for t in (cos, sin) if t is not None]
+    dtype = torch.promote_types(tensors[0].dtype, cos.real.dtype if cos.is_complex() else cos.dtype)
     elements = sum(t.numel() for t in tensors)
     rotated = sum(t.numel() // t.shape[-1] * rotary_dim for t in tensors)
     return Cost(
-        bytes_read=elements * tensors[0].element_size() + tables,
+        bytes_read=elements * tensors[0].element_size()
+        + sum(t.numel() * t.element_size() for t in given),
         bytes_written=elements * dtype.itemsize,
         flops=3 * rotated,
         bytes_saved=0,
@@ -236,18 +206,26 @@ def rope_cost(
 
 
 def rope_unsupported(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool = False
-) -> list[str]:
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
+    layout: str = "halves", inverse: bool = False,
+) -> list[str]:  # fmt: skip
     """Why ``rope`` cannot take these inputs; empty when it can."""
     reasons = []
+    if layout not in LAYOUTS:
+        reasons.append(f"layout must be one of {LAYOUTS}, not {layout!r}")
+    if cos.is_complex() is not (sin is None):
+        return [*reasons, "sin is needed beside a real cos, and only there"]
+    if sin is None:
+        cos, sin = cos.real, cos.imag
     if cos.requires_grad or sin.requires_grad:
         reasons.append("cos or sin requires a gradient")
     if cos.dtype is not sin.dtype:
         reasons.append(f"cos is {cos.dtype} and sin is {sin.dtype}")
-    if rotary_dim % 2 or not rotary_dim == cos.shape[-1] == sin.shape[-1]:
+    width = cos.shape[-1]
+    if rotary_dim % 2 or width != sin.shape[-1] or width not in (rotary_dim, rotary_dim // 2):
         reasons.append(
-            f"rotary_dim {rotary_dim} is not the even width of cos ({cos.shape[-1]}) and sin "
-            f"({sin.shape[-1]})"
+            f"rotary_dim {rotary_dim} is not the even width (or twice the width) of cos ({width}) "
+            f"and sin ({sin.shape[-1]})"
         )
     for t in tensors:
         if t.dtype is not tensors[0].dtype or not t.is_floating_point():

@@ -255,7 +255,9 @@ def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]
     """Drop from the account the sites whose nodes this rewrite consumed, where the rule says so."""
     if not rule.absorbs:
         return
-    for f in [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]:
+    gone = [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]
+    done.formulas = max(1, sum(f.formulas for f in gone))
+    for f in gone:
         (before if f in before else own).remove(f)
         done.figures = done.figures.after([f.figures])
 

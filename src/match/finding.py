@@ -27,6 +27,7 @@ class Finding:
     home: str
     reason: str = ""
     figures: Figures = field(default_factory=Figures)
+    formulas: int = 1
     node: str = ""
     claimed: frozenset[str] = field(default_factory=frozenset)
 

@@ -132,15 +132,24 @@ def _match_var(pattern: Var, value: Any, state: State, trace: Trace) -> Iterator
 
 def _match_half(pattern: Half, value: Any, state: State, trace: Trace) -> Iterator[State]:
     canon = canonical(value)
-    if canon is not None and canon.name == "slice":
-        x, dim, start, stop = canon.args
-        full = facts.size(x, -1)
-        if dim == -1 and full is not None and full % 2 == 0:
-            half = full // 2
-            if (start, stop) == ((0, half), (half, full))[pattern.index]:
-                yield from match(pattern.x, x, state.with_nodes(value, *canon.via), trace)
-                return
-    trace.note(state, value, f"{_text(value)} is not half {pattern.index} of a tensor")
+    if canon is not None and _is_half(canon, pattern):
+        yield from match(pattern.x, canon.args[0], state.with_nodes(value, *canon.via), trace)
+        return
+    kind = "every other feature" if pattern.pairs else "half"
+    trace.note(state, value, f"{_text(value)} is not {kind} {pattern.index} of a tensor")
+
+
+def _is_half(canon: Canon, pattern: Half) -> bool:
+    if canon.name not in ("slice", "stride") or canon.args[1] != -1:
+        return False
+    x, _, start, stop = canon.args
+    full = facts.size(x, -1)
+    if full is None or full % 2:
+        return False
+    if canon.name == "stride":
+        return pattern.pairs and (start, stop) == (pattern.index, 2)
+    half = full // 2
+    return not pattern.pairs and (start, stop) == ((0, half), (half, full))[pattern.index]
 
 
 def _match_call(pattern: Call, value: Any, state: State, trace: Trace) -> Iterator[State]:

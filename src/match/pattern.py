@@ -98,10 +98,17 @@ class Sequence(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Half(Pattern):
-    """Matches the first (0) or second (1) half of ``x`` along its last dimension."""
+    """Matches the first (0) or second (1) half of ``x`` along its last dimension.
+
+    Attributes:
+        x: the whole.
+        index: which half.
+        pairs: the halves are the even and the odd features, not the first and the last.
+    """
 
     x: Pattern
     index: int
+    pairs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +174,10 @@ class Builder:
     def half(self, x: Any, index: int) -> Half:
         """The first (0) or second (1) half of ``x`` along the last dimension."""
         return Half(lift(x), index)
+
+    def every_other(self, x: Any, index: int) -> Half:
+        """The even (0) or odd (1) features of ``x``."""
+        return Half(lift(x), index, pairs=True)
 
     def var(self, name: str, where: Callable[[Any], bool] | None = None) -> Var:
         """A capture beside those in the signature of ``patterns``."""

@@ -17,7 +17,7 @@ from ..match.rule import Emit, Match, Rule
 
 
 class GLU(Rule):
-    """``act(gate) * up`` for silu, both gelus, relu and squared relu."""
+    """``act(gate) * up`` for silu, both gelus, relu, squared relu and sigmoid."""
 
     name = op = "glu"
 
@@ -29,6 +29,7 @@ class GLU(Rule):
             "gelu_tanh": lambda g: p.gelu(g, "tanh"),
             "relu2": lambda g: p.relu(g, p.anything) ** 2,
             "relu": lambda g: p.relu(g, p.anything),
+            "sigmoid": lambda g: p.sigmoid(g),
         }
         for name, act in activations.items():
             yield f"{name} packed", act(p.half(both, 0)) * p.half(both, 1)
@@ -39,6 +40,7 @@ class GLU(Rule):
         """Equal shapes and dtypes, no broadcasting."""
         if m.get("both") is not None:
             return
+        m.require(m.gate is not m.up, "an activation by itself, without a gate", m.root)
         gate, up = facts.tensor(m.gate), facts.tensor(m.up)
         m.require(gate is not None and up is not None, "gate or up is not a tensor")
         if gate is not None and up is not None:
@@ -53,30 +55,32 @@ class GLU(Rule):
         return ops.glu(m.gate, m.up, activation)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
-        """A product whose two sides both come from projections of one input."""
+        """A product whose sides come from two projections of one input, or two parts of one."""
         for node in graph.nodes:
             canon = canonical(node)
             if canon is None or canon.name != "mul":
                 continue
-            sides = [_projections(side) for side in canon.args]
-            if all(sides) and sides[0] & sides[1]:
+            left, right = (_projections(side) for side in canon.args)
+            if left != right and {x for x, _ in left} & {x for x, _ in right}:
                 yield node, "a product of two projections of one input that looks like a gated unit"
 
 
 _LINEARS = ("linear", "lora_linear")
 
 
-def _projections(side: Any, depth: int = 6) -> set[fx.Node]:
-    """The inputs of the linears that ``side`` is computed from, element by element."""
+def _projections(side: Any, depth: int = 6, part: Any = None) -> set[tuple[fx.Node, Any]]:
+    """(input, which projection or part of one) of all that ``side`` is element by element."""
     canon = canonical(side)
     if canon is None or depth == 0:
         return set()
     if canon.name in _LINEARS:
-        return {canon.args[0]}
+        return {(canon.args[0], (side, part))}
     if canon.name in ("matmul", "sdpa", "reshape", "transpose", "mean", "sum"):
         return set()
-    found: set[fx.Node] = set()
+    if canon.name in ("slice", "stride"):
+        part = canon.args[1:]
+    found: set[tuple[fx.Node, Any]] = set()
     for arg in canon.args:
         if isinstance(arg, fx.Node):
-            found |= _projections(arg, depth - 1)
+            found |= _projections(arg, depth - 1, part)
     return found

@@ -30,8 +30,13 @@ class LinearCrossEntropy(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, labels: Pattern,
         ignore: Pattern, reduction: Pattern, smoothing: Pattern, cap: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """Granite divides the logits, Cohere multiplies them, Gemma-2 caps them."""
-        raw = p.linear(x, w, bias)
+        """Granite divides the logits, Cohere multiplies them, Gemma-2 caps them, OPT copies them.
+
+        A ``factor`` is a scale that is learnt.
+        """
+        linear = p.linear(x, w, bias)
+        factor = p.var("factor", lambda v: isinstance(v, fx.Node))
+        raw = p.either(p.mul(p.maybe_cast(linear), factor), p.contiguous(linear), linear)
         scale = p.var("scale", lambda v: isinstance(v, (int, float)))
         divided = p.capture("divided", p.div(raw, scale))
         scaled = p.either(p.mul(raw, scale), divided, raw)
@@ -60,12 +65,16 @@ class LinearCrossEntropy(Rule):
             "the loss has an unexpected dtype",
             m.root,
         )
+        factor = facts.tensor(m.get("factor"))
+        m.require(factor is None or factor.numel() == 1, "the logits' factor is no scalar", m.root)
         if m.get("cap") is not None:
             m.require(isinstance(m.cap, (int, float)), "the soft cap is not a constant", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """The loss alone; logits that someone reads are computed by the nodes that stay."""
         x = ops.method("reshape", m.x, -1, facts.size(m.x, -1)) if facts.ndim(m.x) != 2 else m.x
+        if m.get("factor") is not None:
+            x = ops.cast(ops.call(torch.mul, x, m.factor), facts.dtype(m.x))
         scale = float(m.get("scale", 1.0))
         if m.get("divided") is not None:
             scale = 1.0 / scale

@@ -37,7 +37,7 @@ register(TABLE["rms_norm"], "rms_norm", Spec(_NORM, (0.0, "inner")))
 register(TABLE["add_rms_norm"], "add_rms_norm", Spec(("x", "residual", *_NORM[1:]), (0.0, "inner")))
 register(
     TABLE["rope"], "rope",
-    Spec(("tensors", "cos", "sin", "rotary_dim", "interleaved"), (False,)),
+    Spec(("tensors", "cos", "sin", "rotary_dim", "layout", "inverse"), ("halves", False)),
 )  # fmt: skip
 register(
     TABLE["lora_linear"],

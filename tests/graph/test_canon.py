@@ -96,7 +96,7 @@ def test_linear_spellings_agree() -> None:
 @pytest.mark.parametrize(
     "fn",
     [
-        lambda x, y: x[..., ::2],
+        lambda x, y: x[..., 1::2][..., ::2][0],
         lambda x, y: x[0],
         lambda x, y: x[:, 1:, :4],
         lambda x, y: torch.cumsum(x, 0),

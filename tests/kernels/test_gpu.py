@@ -97,13 +97,13 @@ def _norm_linear(d: Draw) -> Call:
     )
 
 
-def _rope(d: Draw, interleaved: bool) -> Call:
+def _rope(d: Draw, layout: str) -> Call:
     width, rotary = 48, 32
     angles = 3 * d.normal(d.batch, 1, d.seq, rotary // 2, dtype=torch.float32)
-    both = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+    both = angles.repeat_interleave(2, -1) if layout == "pairs" else torch.cat((angles, angles), -1)
     cos, sin = both.cos().to(d.dtype), both.sin().to(d.dtype)
     inputs = (d.heads(3, width), d.heads(1, width), cos, sin)
-    return Call(rope.OP, lambda q, k, c, s: ([q, k], c, s, rotary, interleaved), inputs)
+    return Call(rope.OP, lambda q, k, c, s: ([q, k], c, s, rotary, layout), inputs)
 
 
 def _glu(d: Draw, activation: str) -> Call:
@@ -150,8 +150,9 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "rms_norm-outer-offset": lambda d: _norm(d, 1.0, "outer"),
     "add_rms_norm": _add_norm,
     "rms_norm_linear": _norm_linear,
-    "rope": lambda d: _rope(d, interleaved=False),
-    "rope-interleaved": lambda d: _rope(d, interleaved=True),
+    "rope": lambda d: _rope(d, "halves"),
+    "rope-pairs": lambda d: _rope(d, "pairs"),
+    "rope-pairs-to-halves": lambda d: _rope(d, "pairs_to_halves"),
     "glu-silu": lambda d: _glu(d, "silu"),
     "glu-gelu": lambda d: _glu(d, "gelu"),
     "glu-gelu-tanh": lambda d: _glu(d, "gelu_tanh"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fusewright.kernels.rope import OP, rope
+from fusewright.kernels.rope import LAYOUTS, OP, rope
 
 from .util import assert_parity
 
@@ -41,7 +44,9 @@ def _heads(batch: int, heads: int, time: int, dim: int, kind: str, dtype: torch.
     ),
     partial=st.sampled_from((0, 2, 6)),
     per_sample=st.booleans(),
-    interleaved=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    tables=st.sampled_from(("full", "half", "complex")),
+    inverse=st.booleans(),
     needs=st.sampled_from(((True, True), (True, False), (False, True), (False, False))),
 )
 def test_parity(
@@ -51,7 +56,9 @@ def test_parity(
     dtypes: tuple[torch.dtype, torch.dtype],
     partial: int,
     per_sample: bool,
-    interleaved: bool,
+    layout: str,
+    tables: str,
+    inverse: bool,
     needs: tuple[bool, bool],
 ) -> None:
     batch, heads, time, dim = sizes
@@ -60,23 +67,29 @@ def test_parity(
     k = _heads(batch, kv, time, dim, kinds[1], dtypes[0]).requires_grad_(needs[1])
     # the two halves of the tables are not equal: backward may not assume it
     rows = batch if per_sample else 1
-    cos, sin = (_randn(rows, 1, time, width, dtype=dtypes[1], seed=s) for s in (8, 9))
-    assert_parity(
-        lambda q, k, c, s: rope((q, k), c, s, width, interleaved),
-        lambda q, k, c, s: OP.reference((q, k), c, s, width, interleaved),
-        q, k, cos, sin,
-    )  # fmt: skip
+    wide = width if tables == "full" else width // 2
+    cos, sin = (_randn(rows, 1, time, wide, dtype=dtypes[1], seed=s) for s in (8, 9))
+
+    def of(op: Callable[..., Any]) -> Callable[..., Any]:
+        def run(q: Tensor, k: Tensor, c: Tensor, s: Tensor) -> Any:
+            if tables == "complex" and c.dtype in (F32, F64):
+                return op((q, k), torch.complex(c, s), None, width, layout, inverse)
+            return op((q, k), c, s, width, layout, inverse)
+
+        return run
+
+    assert_parity(of(rope), of(OP.reference), q, k, cos, sin)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("width", [4, 6])
-def test_gradcheck(interleaved: bool, width: int) -> None:
+def test_gradcheck(layout: str, width: int) -> None:
     q = _randn(2, 3, 4, 6, dtype=F64, seed=1).transpose(1, 2).requires_grad_()
     k = _randn(2, 4, 1, 6, dtype=F64, seed=2).requires_grad_()
     cos, sin = (_randn(2, 1, 1, width, dtype=F64, seed=s) for s in (3, 4))
 
     def fn(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        return rope((q, k), cos, sin, width, interleaved)
+        return rope((q, k), cos, sin, width, layout)
 
     assert torch.autograd.gradcheck(fn, (q, k))
     assert torch.autograd.gradgradcheck(fn, (q, k))
@@ -134,13 +147,16 @@ def test_only_the_tables_are_saved() -> None:
     assert [t.data_ptr() for t in saved] == [cos.data_ptr(), sin.data_ptr()]
 
 
-@pytest.mark.parametrize(("interleaved", "backend"), [(False, "inductor"), (True, "aot_eager")])
-def test_compilers_trace_it(interleaved: bool, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [("halves", "inductor"), ("pairs", "aot_eager"), ("pairs_to_halves", "inductor")],
+)
+def test_compilers_trace_it(layout: str, backend: str) -> None:
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return rope((q.sin(), k), cos, sin, 6, interleaved)
+        return rope((q.sin(), k), cos, sin, 6, layout)
 
     def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return OP.reference((q.sin(), k), cos, sin, 6, interleaved)
+        return OP.reference((q.sin(), k), cos, sin, 6, layout)
 
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
     for time in (5, 9):
@@ -159,6 +175,7 @@ def test_refusals() -> None:
         ((x,), learnt, cos, 8, "gradient"),
         ((x,), cos, cos.double(), 8, "float64"),
         ((x,), cos, cos, 6, "rotary_dim"),
+        ((x,), cos, None, 8, "beside a real cos"),
         ((x, x.double()), cos, cos, 8, "dtype"),
         ((x[..., :6],), cos, cos, 8, "narrower"),
     ):

@@ -1,4 +1,4 @@
-"""Rope, gated units, LoRA linears and the loss: recognised, and refused where they differ."""
+"""Gated units, LoRA linears and the loss: recognised, and refused where they differ."""
 
 from __future__ import annotations
 
@@ -12,48 +12,6 @@ from torch import Tensor
 from ..capturing import capture, rewrite, rewritten
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
-    return torch.cat((-b, a), dim=-1)
-
-
-def _rope_inputs(width: int = 16) -> list[Tensor]:
-    q, k = (torch.randn(2, 5, h, 16, requires_grad=True).transpose(1, 2) for h in (4, 2))
-    return [q, k, torch.randn(2, 5, width), torch.randn(2, 5, width)]
-
-
-def test_rope_of_q_and_k_is_one_site() -> None:
-    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
-
-    graph = capture(fn, *_rope_inputs())
-    assert rewritten(rewrite(graph)) == ["rope"]
-    ropes = [n for n in graph.graph.nodes if getattr(n.target, "__name__", "") == "rope"]
-    assert len(ropes) == 1
-    assert len(ropes[0].args[0]) == 2
-
-
-def test_partial_rope() -> None:
-    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        rot, rest = q[..., :8], q[..., 8:]
-        return torch.cat([rot * cos + _rotate_half(rot) * sin, rest], dim=-1)
-
-    assert rewritten(rewrite(capture(fn, *_rope_inputs(8)))) == ["rope"]
-
-
-@pytest.mark.parametrize(
-    "half", [lambda x: torch.cat((x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1),
-             lambda x: torch.cat((-x[..., :8], x[..., 8:]), -1)], ids=["sign", "order"],
-)  # fmt: skip
-def test_a_wrong_rotation_is_not_rope(half: Callable[[Tensor], Tensor]) -> None:
-    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return q * cos.unsqueeze(1) + half(q) * sin.unsqueeze(1)
-
-    assert "rope" not in rewritten(rewrite(capture(fn, *_rope_inputs())))
-
-
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda g, u: F.silu(g) * u,
     "silu commuted": lambda g, u: u * F.silu(g),
@@ -61,6 +19,7 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda g, u: F.gelu(g) * u,
     "gelu tanh": lambda g, u: F.gelu(g, approximate="tanh") * u,
     "relu2": lambda g, u: F.relu(g).square() * u,
+    "sigmoid": lambda g, u: torch.sigmoid(g) * u,
 }
 
 
@@ -90,6 +49,21 @@ def test_an_unknown_activation_is_missed_with_the_reason() -> None:
     findings = rewrite(capture(fn, x, a, b))
     assert [(f.rule, f.status) for f in findings] == [("glu", "missed")]
     assert "sin" in findings[0].reason
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))),
+        lambda x: x * torch.sigmoid(x),
+        lambda x: torch.where(x > 0, x * x + x, F.softplus(x) * x),
+    ],
+    ids=["gelu", "silu", "two branches"],
+)
+def test_an_activation_by_itself_is_no_gated_unit(fn: Callable[[Tensor], Tensor]) -> None:
+    x, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(12, 8)
+    findings = rewrite(capture(lambda x, w: fn(F.linear(x, w)), x, w))
+    assert [f for f in findings if f.status != "refused"] == []
 
 
 def _lora(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,6 +118,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "softcap": lambda h, w, t: F.cross_entropy(
         (torch.tanh(F.linear(h, w) / 30.0) * 30.0).float().view(-1, 50), t),
     "scale": lambda h, w, t: F.cross_entropy((F.linear(h, w) * 0.25).float().view(-1, 50), t),
+    "learnt scale": lambda h, w, t: F.cross_entropy(
+        (F.linear(h, w).float() * w[0, 0]).view(-1, 50), t),
+    "copied": lambda h, w, t: F.cross_entropy(F.linear(h, w).contiguous().view(-1, 50), t),
     "divided": lambda h, w, t: F.cross_entropy((F.linear(h, w) / 4.0).float().view(-1, 50), t),
     "smoothing": lambda h, w, t: F.cross_entropy(
         F.linear(h, w).view(-1, 50), t, label_smoothing=0.1),

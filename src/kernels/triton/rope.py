@@ -19,7 +19,8 @@ from ..aot import AotCase
 
 @triton.jit
 def _rotate_heads(
-    x, y, x_head, y_head, heads, c1, c2, k1, k2, pair, pair_mask, rotary_dim, dim, SECOND,
+    x, y, x_head, y_head, heads, c1, c2, k1, k2, pair_in, second_in, pair_out, second_out,
+    pair_mask, rotary_dim, dim,
     HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate every head at one position: ``x`` and ``y`` point to its first head."""
@@ -27,12 +28,12 @@ def _rotate_heads(
         head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         source, target = x + head * x_head, y + head * y_head
         mask = (head < heads) & pair_mask[None, :]
-        x1 = tl.load(source + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(source + pair[None, :] + SECOND, mask=mask, other=0.0).to(tl.float32)
+        x1 = tl.load(source + pair_in[None, :], mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(source + pair_in[None, :] + second_in, mask=mask, other=0.0).to(tl.float32)
         y1 = (x1 * c1 + x2 * k1).to(y.dtype.element_ty)
         y2 = (x2 * c2 + x1 * k2).to(y.dtype.element_ty)
-        tl.store(target + pair[None, :], y1, mask=mask)
-        tl.store(target + pair[None, :] + SECOND, y2, mask=mask)
+        tl.store(target + pair_out[None, :], y1, mask=mask)
+        tl.store(target + pair_out[None, :] + second_out, y2, mask=mask)
         if REST > 0:
             rest = rotary_dim + tl.arange(0, REST)[None, :]
             mask = (head < heads) & (rest < dim)
@@ -47,19 +48,21 @@ def _rope_kernel(
     qo_batch, qo_head, qo_time, ko_batch, ko_head, ko_time,
     cos_batch, cos_time, sin_batch, sin_time,
     time, q_heads, k_heads, rotary_dim, dim,
-    INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
+    PAIRS_IN: tl.constexpr, PAIRS_OUT: tl.constexpr, PAIRS_TABLE: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
     PAIRS: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     b, t = program // time, program % time
     index = tl.arange(0, PAIRS)
     mask = index < rotary_dim // 2
-    if INTERLEAVED:
-        pair = index * 2
-        second = 1
-    else:
-        pair = index
-        second = rotary_dim // 2
+    half = rotary_dim // 2
+    pair = index * 2 if PAIRS_TABLE else index
+    second = 1 if PAIRS_TABLE else half
+    pair_in = index * 2 if PAIRS_IN else index
+    second_in = 1 if PAIRS_IN else half
+    pair_out = index * 2 if PAIRS_OUT else index
+    second_out = 1 if PAIRS_OUT else half
     cos += b * cos_batch + t * cos_time
     sin += b * sin_batch + t * sin_time
     c1 = tl.load(cos + pair, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -72,11 +75,13 @@ def _rope_kernel(
         k1, k2 = -s1, s2
     _rotate_heads(
         q + b * q_batch + t * q_time, q_out + b * qo_batch + t * qo_time, q_head, qo_head, q_heads,
-        c1, c2, k1, k2, pair, mask, rotary_dim, dim, second, HEADS, REST,
+        c1, c2, k1, k2, pair_in, second_in, pair_out, second_out, mask, rotary_dim, dim,
+        HEADS, REST,
     )  # fmt: skip
     _rotate_heads(
         k + b * k_batch + t * k_time, k_out + b * ko_batch + t * ko_time, k_head, ko_head, k_heads,
-        c1, c2, k1, k2, pair, mask, rotary_dim, dim, second, HEADS, REST,
+        c1, c2, k1, k2, pair_in, second_in, pair_out, second_out, mask, rotary_dim, dim,
+        HEADS, REST,
     )  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def _config(rotary_dim: int, dim: int) -> dict[str, int]:
 
 
 def rotate(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
+    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, layout: str,
     transpose: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Rotate all tensors (two in a launch), or apply the transposed map, into fresh tensors.
@@ -118,13 +123,13 @@ def rotate(
         k, k_out = next(
             (todo.pop(i) for i in beside if todo[i][0].shape[2] == q.shape[2]), (None, None)
         )
-        _launch(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, transpose)
+        _launch(q, q_out, k, k_out, cos, sin, rotary_dim, layout, transpose)
     return outs
 
 
 def _launch(
     q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor,
-    rotary_dim: int, interleaved: bool, transpose: bool,
+    rotary_dim: int, layout: str, transpose: bool,
 ) -> None:  # fmt: skip
     """Rotate ``q`` and ``k`` (B, H, T, D) by tables (B or 1, T or 1, rotary_dim)."""
     batch, heads, time, dim = q.shape
@@ -135,22 +140,34 @@ def _launch(
         *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
         *tables[0].stride()[:2], *tables[1].stride()[:2],
         time, heads, 0 if k is None else k.shape[1], rotary_dim, dim,
-        INTERLEAVED=interleaved, TRANSPOSE=transpose, **_config(rotary_dim, dim), num_warps=4,
+        **_sides(layout, transpose), **_config(rotary_dim, dim), num_warps=4,
     )  # fmt: skip
+
+
+def _sides(layout: str, transpose: bool) -> dict[str, bool]:
+    """Whether pairs are adjacent in what is read, in what is written, and in the tables."""
+    sides = (layout != "halves", layout == "pairs")
+    read, written = sides[::-1] if transpose else sides
+    return {
+        "PAIRS_IN": read, "PAIRS_OUT": written, "PAIRS_TABLE": layout == "pairs",
+        "TRANSPOSE": transpose,
+    }  # fmt: skip
 
 
 def _cases() -> tuple[AotCase, ...]:
     arguments = _rope_kernel.arg_names
     cases = []
-    for dtype, table, rotary_dim, dim, interleaved, transpose in (
-        ("bf16", "fp32", 64, 64, False, False),
-        ("bf16", "bf16", 128, 128, False, False),
-        ("bf16", "bf16", 128, 128, False, True),
-        ("bf16", "bf16", 128, 128, True, True),
-        ("fp16", "fp16", 64, 128, True, False),
-        ("fp32", "fp32", 32, 80, False, False),
-        ("bf16", "bf16", 256, 256, False, False),
-        ("bf16", "bf16", 16, 64, False, True),
+    for dtype, table, rotary_dim, dim, layout, transpose in (
+        ("bf16", "fp32", 64, 64, "halves", False),
+        ("bf16", "bf16", 128, 128, "halves", False),
+        ("bf16", "bf16", 128, 128, "halves", True),
+        ("bf16", "bf16", 128, 128, "pairs", True),
+        ("fp16", "fp16", 64, 128, "pairs", False),
+        ("fp32", "fp32", 32, 80, "halves", False),
+        ("bf16", "bf16", 256, 256, "halves", False),
+        ("bf16", "bf16", 16, 64, "halves", True),
+        ("bf16", "bf16", 64, 64, "pairs_to_halves", False),
+        ("bf16", "bf16", 64, 64, "pairs_to_halves", True),
     ):
         signature = dict.fromkeys(arguments[:4], f"*{dtype}")
         signature |= dict.fromkeys(arguments[4:6], f"*{table}")
@@ -158,8 +175,8 @@ def _cases() -> tuple[AotCase, ...]:
         signature |= dict.fromkeys(arguments[22:27], "i32")
         if dtype != table and not transpose:
             signature |= dict.fromkeys(arguments[2:4], f"*{table}")
-        constants = {"INTERLEAVED": interleaved, "TRANSPOSE": transpose, **_config(rotary_dim, dim)}
-        name = f"rope_{dtype}_{table}_{rotary_dim}of{dim}_{interleaved:d}{transpose:d}"
+        constants = {**_sides(layout, transpose), **_config(rotary_dim, dim)}
+        name = f"rope_{dtype}_{table}_{rotary_dim}of{dim}_{layout}{transpose:d}"
         cases.append(AotCase(name, _rope_kernel, signature, constants))
     return tuple(cases)
 

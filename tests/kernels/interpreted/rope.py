@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from fusewright.kernels import rope as module
-from fusewright.kernels.rope import OP, rope
+from fusewright.kernels.rope import LAYOUTS, OP, rope
 from tests.kernels.util import assert_parity
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -19,9 +19,7 @@ def main() -> None:
     dtypes = ((FP32, FP32), (FP16, FP16), (BF16, BF16), (BF16, FP32))
     # (batch, query heads, key heads, positions, features), features that rotate
     sizes = (((2, 5, 2, 3, 12), 12), ((1, 33, 1, 2, 20), 6), ((1, 2, 2, 3, 66), 64))
-    for (dtype, table), (size, width), interleaved in itertools.product(
-        dtypes, sizes, (False, True)
-    ):
+    for (dtype, table), (size, width), layout in itertools.product(dtypes, sizes, LAYOUTS):
         batch, heads, kv, time, dim = size
         q = torch.randn(batch, time, heads, dim).to(dtype).transpose(1, 2)
         k = torch.randn(batch, kv, time, 2 * dim).to(dtype)[..., ::2]  # no adjacent features
@@ -29,8 +27,8 @@ def main() -> None:
         assert module._fits_kernel((q, k), cos, sin)
         for needs in ((True, True), (True, False), (False, True)):
             assert_parity(
-                lambda q, k, c, s, w=width, i=interleaved: rope((q, k), c, s, w, i),
-                lambda q, k, c, s, w=width, i=interleaved: OP.reference((q, k), c, s, w, i),
+                lambda q, k, c, s, w=width, i=layout: rope((q, k), c, s, w, i),
+                lambda q, k, c, s, w=width, i=layout: OP.reference((q, k), c, s, w, i),
                 q.detach().requires_grad_(needs[0]),
                 k.detach().requires_grad_(needs[1]),
                 cos,
