@@ -54,6 +54,7 @@ class Session:
         runs: module -> the graphs that it has run.
         notes: module -> reasons why calls of it ran as they were.
         failed: module -> why it could not be captured; it runs as it was from then on.
+        split: called with a module that could not be captured: makes regions of its parts.
         current: the module whose region is being called.
         head_active: whether the call at hand came through a captured head.
         preparation: what Inductor needs first, found in the background.
@@ -74,12 +75,14 @@ class Session:
     failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    split: Callable[[nn.Module, Session], None] = lambda module, session: None
     current: nn.Module | None = None
     head_active: bool = False
     preparation: threading.Thread | None = None
     retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     _called: bool = False
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    _failures: dict[Any, str] = field(default_factory=dict)
 
     def compiled(
         self, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
@@ -123,12 +126,27 @@ class Session:
         except Exception as error:
             if not _is_of_capture(error):
                 raise
-            self.failed[module] = f"could not be captured: {_first_line(error)}"
-            self.note(module, self.failed[module])
+            reason = f"could not be captured: {_first_line(error)}"
+            self._failures[_structure(module)] = reason
+            self._give_up(module, reason)
         finally:
             self.current = previous
             _config.specialize_float, _config.recompile_limit = settings
         return plain()
+
+    def failure(self, module: nn.Module) -> str | None:
+        """Why ``module``, or another one made of the same parts, could not be captured."""
+        reason = self.failed.get(module)
+        if reason is None and self._failures and module not in self.runs:
+            reason = self._failures.get(_structure(module))
+            if reason is not None:
+                self._give_up(module, reason)
+        return reason
+
+    def _give_up(self, module: nn.Module, reason: str) -> None:
+        self.failed[module] = reason
+        self.note(module, reason)
+        self.split(module, self)
 
     def note(self, module: nn.Module, reason: str) -> None:
         """Remember why ``module`` ran as it was."""
@@ -147,6 +165,11 @@ class Session:
     def rules(self) -> list[Any]:
         """The rules that are not disabled by the environment."""
         return [r for r in self.options.passes if r.name not in self.environment.disable]
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What tells two layers apart that run different code."""
+    return tuple((name, type(m)) for name, m in module.named_modules())
 
 
 _LIMIT = 64

@@ -35,7 +35,7 @@ def block_forward(
         if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
         hooked, idle = hooks(self)
-        reason = session.failed.get(self) or bypass_reason(args, kwargs, hooked)
+        reason = session.failure(self) or bypass_reason(args, kwargs, hooked)
         if reason is None and kind == "norm" and not torch.is_grad_enabled():
             reason = "evaluation: a lone norm is not worth a graph of its own"
         if reason is not None:
@@ -109,7 +109,7 @@ def head_forward(
         if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
         if not parameters:
-            parameters.update(inspect.signature(forward).parameters)
+            parameters.update(_parameters(forward, self._modules.get(outside)))
         if args:
             named = dict(zip(list(parameters)[1:], args, strict=False))
             if len(named) < len(args) or named.keys() & kwargs.keys():
@@ -145,6 +145,16 @@ def head_forward(
             session.head_active = False
 
     return forward
+
+
+def _parameters(forward: Callable[..., Any], backbone: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a head, and of the backbone where the head passes on what it is given."""
+    own = dict(inspect.signature(forward).parameters)
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    if passes_on and backbone is not None:
+        own |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()
+                if n not in own}  # fmt: skip
+    return own
 
 
 def _cache_is_idle(parameters: Mapping[str, Any], kwargs: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .capture import Session, backend
 from .forwards import backbone_forward, block_forward, head_forward
-from .regions import Region
+from .regions import Region, parts
 
 _MARK = "__fusewright__"
 _REPLICATE = "_replicate_for_data_parallel"
@@ -80,6 +80,14 @@ def install(region: Region, session: Session) -> None:
     outside = next(n for n, c in region.module.named_children() if c is region.backbone)
     _put(region.module, session, region.kind, functools.partial(head_forward, session, outside))
     _put(region.backbone, session, "backbone", functools.partial(backbone_forward, session))
+
+
+def split(module: nn.Module, session: Session) -> None:
+    """Make regions of the parts of a block that could not be captured."""
+    record = installed(module, wrapped=True)
+    if record is not None and record.kind == "block":
+        for part in parts(module):
+            install(part, session)
 
 
 def uninstall(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from . import codegen as _codegen
 from . import regions
 from .capture import Captured, Session
 from .errors import OptimizeError
-from .install import Installed, install, installed, uninstall
+from .install import Installed, install, installed, split, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
 from .options import Codegen, Environment, Logits, Options, Verify
@@ -78,6 +78,7 @@ def optimize(
         _codegen.choose(codegen, blocks),
         Verifier(always=verify == "always"),
         Fuel(environment.fuel),
+        split=split,
     )
     for region in found:
         install(region, session)

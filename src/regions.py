@@ -6,6 +6,8 @@ Three kinds of region:
 * **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
   the final norm.
 * **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
+
+A block that cannot be captured as a whole gives way to its ``parts``.
 """
 
 from __future__ import annotations
@@ -99,6 +101,27 @@ def _is_norm(module: nn.Module) -> bool:
     if not own:
         return any("eps" in name and isinstance(v, float) for name, v in vars(module).items())
     return all(p.dim() == 1 for p in own)
+
+
+def parts(block: nn.Module) -> list[Region]:
+    """The regions inside a block that cannot be captured as one graph.
+
+    Args:
+        block: the block.
+
+    Returns:
+        Its children, and the elements of its lists: composite ones as blocks, norms as norms. Lone
+        projections are none.
+    """
+    found = []
+    for name, child in block.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += parts(child)
+        elif any(True for _ in child.children()):
+            found.append(Region(name, child, "block"))
+        elif _is_norm(child):
+            found.append(Region(name, child, "norm"))
+    return found
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:

@@ -75,9 +75,26 @@ def test_a_block_that_cannot_be_captured_trains_and_is_reported() -> None:
     _assert_same_step(optimize(model), eager)
     report = explain(model)
     failed = [b for b in report.bypasses if "could not be captured" in b.reason]
-    assert [b.module for b in failed] == ["model.layers.0", "model.layers.1"]
-    assert report.by_rule()["linear_cross_entropy"] == 1
-    assert "model.layers.0 and 1 more" in str(report)
+    layers = ["model.layers.0", "model.layers.1"]
+    assert sorted(b.module for b in failed) == sorted([*layers, *(f"{x}.mlp" for x in layers)])
+    assert "model.layers.0 and 3 more" in str(report)
+    # the parts that can be captured are: all but the three adds and the one function
+    done = {"rms_norm": 5, "rope": 2, "glu": 2, "linear_cross_entropy": 1}
+    assert report.by_rule() == done
+    assert [s.module for s in report.sites if s.rule == "glu"] == [f"{x}.mlp.mlp" for x in layers]
+    restore(model)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_head_that_passes_use_cache_on_makes_no_cache() -> None:
+    config = tf.GraniteMoeConfig(
+        vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = optimize(tf.GraniteMoeForCausalLM(config))
+    _step(model)
+    assert not [b for b in explain(model).bypasses if "cache" in b.reason]
+    assert explain(model).by_rule()["rope"] == 2
 
 
 def test_an_unknown_formula_trains_and_is_reported() -> None:

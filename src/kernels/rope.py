@@ -55,7 +55,7 @@ def rope_reference(
 def _tables(
     cos: Tensor, sin: Tensor | None, rotary_dim: int, layout: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., rotary_dim) as the output is laid out, from any form that models have."""
+    """Cos and sin (..., rotary_dim) as the output is laid out, from any form that models have."""
     if sin is None:
         cos, sin = cos.real, cos.imag
     if cos.shape[-1] * 2 == rotary_dim:  # small: they have no heads

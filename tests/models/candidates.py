@@ -12,8 +12,8 @@ The rules read captured graphs. This detector watches one eager step of the plai
 * **lora**: a module with an active PEFT adapter that was called.
 * **loss**: a call of ``F.cross_entropy``.
 
-A candidate belongs to the innermost module that was running; one that runs several times in a step
-counts once.
+A candidate belongs to the innermost module that was running, and to a place in its source: a module
+that runs several times in a step, or a line that a loop repeats, counts once.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ class _Call:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.found: Counter[str] = Counter()
+        self.found: dict[tuple[str, Any], int] = {}
         self.mixes = False
+
+    def add(self, kind: str, place: Any = None, number: int = 1) -> None:
+        key = (kind, place)
+        self.found[key] = max(number, self.found.get(key, 0))
 
 
 class Detector(TorchFunctionMode):
@@ -111,9 +115,9 @@ class Detector(TorchFunctionMode):
             self._calls.append(_Call(path))
             self._in_norm += norm
             if norm and self._in_norm == 1:
-                self._calls[-1].found["norm"] += 1
+                self._calls[-1].add("norm")
             if adapted:
-                self._calls[-1].found["lora"] += 1
+                self._calls[-1].add("lora")
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._in_norm -= norm
@@ -122,7 +126,10 @@ class Detector(TorchFunctionMode):
         return before, after
 
     def _close(self, call: _Call) -> None:
-        for kind, count in call.found.items():
+        counts: Counter[str] = Counter()
+        for (kind, _), number in call.found.items():
+            counts[kind] += number
+        for kind, count in counts.items():
             if kind == "glu" and call.mixes:
                 continue
             key = (kind, call.path)
@@ -136,14 +143,14 @@ class Detector(TorchFunctionMode):
         if func in _MIXING:
             now.mixes = True
         if func is F.cross_entropy:
-            now.found["loss"] += 1
+            now.add("loss", _place(sys._getframe(1)))
         inverse_root = func in _POWERS and isinstance(args[1], float) and args[1] == -0.5
         if not self._in_norm and (func in _NORMS or inverse_root):
-            now.found["norm"] += 1
+            now.add("norm", _place(sys._getframe(1)))
         if func in _ELEMENTWISE and isinstance(out, Tensor):
             tensors = [a for a in args if isinstance(a, Tensor)]
             if func in _PRODUCTS and len(tensors) == 2 and self._gates(*tensors):
-                now.found["glu"] += 1
+                now.add("glu", _place(sys._getframe(1)))
             self._follow(func, tensors, out)
         return out
 
@@ -171,7 +178,17 @@ class Detector(TorchFunctionMode):
         elif event == "return" and self._rotary and self._rotary[-1] is frame:
             self._rotary.pop()
             if not self._rotary:
-                self._calls[-1].found["rope"] += _rotated(frame, value)
+                self._calls[-1].add("rope", _place(frame.f_back), _rotated(frame, value))
+
+
+def _place(frame: FrameType | None) -> tuple[Any, ...]:
+    """The lines that led from the running module's forward to here, without PyTorch's own."""
+    lines = []
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if "/torch/" not in frame.f_code.co_filename:
+            lines.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(lines)
 
 
 def _rotated(frame: FrameType, value: Any) -> int:

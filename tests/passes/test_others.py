@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..capturing import capture, rewrite, rewritten
 
-
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda g, u: F.silu(g) * u,
     "silu commuted": lambda g, u: u * F.silu(g),
