@@ -198,7 +198,9 @@ class _Sizes:
         self.by_hint: dict[Any, int] = {}
 
     def of(self, s: Any) -> Any:
-        """The number for a SymInt (or an expression of them); constants stay."""
+        """The number for a SymInt (or an expression of them, or a tuple); constants stay."""
+        if isinstance(s, (tuple, list)):
+            return type(s)(self.of(item) for item in s)
         if not isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return s
         if not self.small:

@@ -25,8 +25,13 @@ class LoRALinear(Rule):
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
         scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """A dropped-out input stays a node of its own: random numbers are used as before."""
-        base = p.linear(x, w, bias)
+        """A dropped-out input stays a node of its own: random numbers are used as before.
+
+        GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
+        """
+        columns = p.var("columns", lambda v: isinstance(v, fx.Node))
+        rows = p.addmm(bias, p.reshape(x, p.anything), columns)
+        base = p.either(p.linear(x, w, bias), p.reshape(rows, p.anything))
         plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
         dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
         for spelling, update in (("plain", plain), ("dropout", dropped)):
@@ -36,10 +41,11 @@ class LoRALinear(Rule):
     def check(self, m: Match) -> None:
         """One adapter, a constant scale, a result in x's dtype."""
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
-        for name in ("w", "a", "b"):
-            m.require(facts.ndim(getattr(m, name)) == 2, f"{name} is not a matrix", m.root)
+        weight = m.get("columns", m.get("w"))
+        for name, matrix in (("the weight", weight), ("a", m.a), ("b", m.b)):
+            m.require(facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
         rank = facts.size(m.a, 0)
-        wide = min(facts.size(m.w, 0) or 0, facts.size(m.w, 1) or 0)
+        wide = min(facts.size(weight, 0) or 0, facts.size(weight, 1) or 0)
         m.require(rank is not None and rank <= wide, "the update is not of low rank", m.root)
         x, result = facts.tensor(m.x), facts.tensor(m.root)
         if x is None or result is None:
@@ -55,14 +61,15 @@ class LoRALinear(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
+        weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
         return ops.lora_linear(
-            m.x, m.w, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias
+            m.x, weight, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias
         )
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
-        """A linear that reads the narrow output of another linear of low rank."""
+        """A linear of another linear of low rank, scaled or not, that is added to something."""
         for node in graph.nodes:
-            if _is_update(node):
+            if _is_update(node) and _is_added(node):
                 yield node, "a low-rank update of a projection"
 
 
@@ -78,6 +85,17 @@ def _is_update(node: Any) -> bool:
         facts.size(inner.args[1], 0), facts.size(inner.args[1], 1), facts.size(outer.args[1], 0)
     )  # fmt: skip
     return rank is not None and rank * 2 <= min(into or 0, out or 0)
+
+
+def _is_added(node: fx.Node) -> bool:
+    """Whether ``node``, or a multiple of it, is one side of a sum."""
+    for user in node.users:
+        canon = canonical(user)
+        if canon is not None and canon.name in ("mul", "cast") and _is_added(user):
+            return True
+        if canon is not None and canon.name == "add":
+            return True
+    return False
 
 
 def _more_adapters(root: fx.Node) -> bool:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from . import architectures
-from .coverage import SUPPORT, Row, measure, read_support
+from .coverage import Row, measure
+from .support import SUPPORT, TITLES, read
 
 SAMPLE = 12
 NAMES = architectures.names()
@@ -52,11 +53,12 @@ def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
 
 
 def _assert_nothing_fell(row: Row) -> None:
-    before = read_support(SUPPORT.read_text()).get((row.name, row.lora), {})
+    before = read(SUPPORT.read_text()).get((row.name, row.lora), {})
+    now = {TITLES[kind]: done for kind, (done, _) in row.candidates.items()} | row.rewritten
     fallen = {
-        rule: f"{row.rewritten.get(rule, 0)} sites instead of {count}"
-        for rule, count in before.items()
-        if row.rewritten.get(rule, 0) < count
+        name: f"{now.get(name, 0)} instead of {count}"
+        for name, count in before.items()
+        if now.get(name, 0) < count
     }
     assert not fallen, f"docs/support.md says more: {fallen}"
 

@@ -88,6 +88,25 @@ def test_lora_linear_with_bias_and_dropout() -> None:
     assert any(getattr(n.target, "__name__", "") == "dropout" for n in graph.graph.nodes)
 
 
+def test_lora_on_rows_by_columns() -> None:
+    """GPT-2's Conv1D: ``addmm`` with the transposed weight."""
+    x, w, a, b = _lora_inputs()
+
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        base = torch.addmm(bias, x.view(-1, x.size(-1)), w).view(*x.size()[:-1], w.size(-1))
+        return base + F.linear(F.linear(x, a), b) * 2.0
+
+    columns = w.detach().t().contiguous()
+    assert rewritten(rewrite(capture(fn, x, columns, a, b, torch.randn(16)))) == ["lora_linear"]
+    learnt = columns.clone().requires_grad_()
+    assert rewritten(rewrite(capture(fn, x, learnt, a, b, torch.randn(16)))) == ["lora_linear"]
+
+
+def test_a_narrow_projection_that_is_not_added_is_no_adapter() -> None:
+    x, _, a, b = _lora_inputs()
+    assert rewrite(capture(lambda x, a, b: F.relu(F.linear(F.linear(x, a), b)), x, a, b)) == []
+
+
 def test_fp32_adapters_over_a_bf16_base() -> None:
     x, w, _, _ = _lora_inputs(torch.bfloat16)
     _, _, a, b = _lora_inputs(torch.float32)
