@@ -127,12 +127,13 @@ class Session:
             if not _is_of_capture(error):
                 raise
             reason = f"could not be captured: {_first_line(error)}"
-            self._failures[_structure(module)] = reason
-            self._give_up(module, reason)
         finally:
             self.current = previous
             _config.specialize_float, _config.recompile_limit = settings
-        return plain()
+        result = plain()  # an error of the model's own, a wrong argument, ends the call here
+        self._failures[_structure(module)] = reason
+        self._give_up(module, reason)
+        return result
 
     def failure(self, module: nn.Module) -> str | None:
         """Why ``module``, or another one made of the same parts, could not be captured."""

@@ -191,7 +191,7 @@ def backbone_forward(
             outputs = plain(self, *args, **kwargs)
         finally:
             session.head_active = True
-        values = tuple(outputs.values()) if hasattr(outputs, "values") else outputs
+        values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
         values = values if isinstance(values, tuple) else (values,)
         sizes = leading_sizes(values, {})
         if sizes is not None:

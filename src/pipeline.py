@@ -190,8 +190,8 @@ def _finish(device: torch.device) -> None:
 
 def _tiny_step(model: nn.Module) -> None:
     """One small forward and backward, so that there is something to report on."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if not isinstance(embedding, nn.Module):
+    embedding = regions.input_embeddings(model)
+    if embedding is None:
         return
     weight = next(embedding.parameters())
     with quiet_randomness(), torch.enable_grad():
@@ -201,8 +201,9 @@ def _tiny_step(model: nn.Module) -> None:
         except TypeError:  # a model without a cache has no such argument
             outputs = model(input_ids=ids, labels=ids)
         wanted = [p for p in model.parameters() if p.requires_grad]
-        loss = outputs.loss
-        if isinstance(loss, Tensor) and loss.requires_grad and wanted:
+        # an output class has the loss by name, a tuple has it first
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and wanted:
             torch.autograd.grad(loss, wanted, allow_unused=True)
 
 

@@ -12,6 +12,7 @@ A block that cannot be captured as a whole gives way to its ``parts``.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LOSS_ARGUMENT = "labels"
+"""The one name that models share: what Trainer, and everybody, passes for a loss."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +129,52 @@ def parts(block: nn.Module) -> list[Region]:
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
-    """The outermost module that owns both the blocks and the projection to the vocabulary."""
+    """The outermost module that owns both the blocks and the projection to the vocabulary.
+
+    A model may not say where its projection is, or have no module for it (a tied head is one
+    matmul): then it is the innermost module that owns the blocks and takes labels.
+    """
+    inner = None
     for path, module in model.named_modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if getter is None:
-            continue
-        try:
-            head = getter()
-        except (NotImplementedError, AttributeError):
-            continue
-        if not isinstance(head, nn.Module):
-            continue
-        for child in module.children():
-            members = set(child.modules())
-            if head not in members and all(b in members for b in blocks):
+        holders = [c for c in module.children() if _holds(c, blocks)]
+        head = _output_embeddings(module)
+        for child in holders:
+            if head is not None and head not in set(child.modules()):
                 return Region(path, module, "head", child)
-    return None
+            if takes_labels(module):
+                inner = Region(path, module, "head", child)
+    return inner
+
+
+def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
+    members = set(module.modules())
+    return all(b in members for b in blocks)
+
+
+def _output_embeddings(module: nn.Module) -> nn.Module | None:
+    getter = getattr(module, "get_output_embeddings", None)
+    try:
+        head = getter() if getter is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def takes_labels(module: nn.Module) -> bool:
+    """Whether ``module`` computes a loss itself, when it is given labels."""
+    return _LOSS_ARGUMENT in inspect.signature(module.forward).parameters
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The table of tokens: as the model says, else the largest embedding that it has."""
+    try:
+        said = getattr(model, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        said = None
+    if isinstance(said, nn.Module):
+        return said
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return max(tables, key=lambda m: m.num_embeddings, default=None)
 
 
 def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
@@ -164,11 +198,19 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
 
 
 def _is_cache(value: Any) -> bool:
-    """A key/value or state cache, by what it can do."""
-    return any(
+    """A key/value or state cache, by what it can do; or any object that collects values."""
+    if any(
         hasattr(value, name)
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
-    )
+    ):
+        return True
+    if isinstance(value, nn.Module) or type(value).__module__.split(".")[0] in _NO_CACHES:
+        return False
+    return any(isinstance(v, (dict, list)) for v in getattr(value, "__dict__", {}).values())
+
+
+_NO_CACHES = ("builtins", "torch")
+"""Whose objects hold containers without collecting anything in them: masks, for one."""
 
 
 def hooks(

@@ -162,15 +162,14 @@ def _getitem(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     if len(cut) != 1:
         return None
     dim, s = cut[0]
-    full = facts.size(source, dim)
-    if full is None:
-        return None
     if s.step not in (None, 1):
         whole = type(s.step) is int and s.stop is None and s.start in (None, *range(s.step))
         return Canon("stride", (source, dim - rank, s.start or 0, s.step)) if whole else None
     if any(isinstance(b, fx.Node) or type(b) not in (int, type(None)) for b in (s.start, s.stop)):
         return None
-    start, stop, _ = s.indices(full)
+    full = facts.size(source, dim)
+    # of a size that is not known, the bounds stay as they are written
+    start, stop = (s.start or 0, s.stop) if full is None else s.indices(full)[:2]
     return Canon("slice", (source, dim - rank, start, stop))
 
 

@@ -113,6 +113,14 @@ class Emit:
         """One of the values of a call that returns several."""
         return self._keep(self._graph.call_function(operator.getitem, (x, index)))
 
+    def part(self, x: Any, index: Any) -> fx.Node:
+        """A part of a tensor, by slices; its example value is worked out at once."""
+        node = self._keep(self._graph.call_function(operator.getitem, (x, index)))
+        before = facts.tensor(x)
+        if before is not None:
+            node.meta["example_value"] = before[index]
+        return node
+
     def _keep(self, node: fx.Node) -> fx.Node:
         for used in node.all_input_nodes:
             if used.graph is not self._graph:

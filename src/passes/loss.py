@@ -32,7 +32,8 @@ class LinearCrossEntropy(Rule):
     ) -> Iterable[Any]:  # fmt: skip
         """Granite divides the logits, Cohere multiplies them, Gemma-2 caps them, OPT copies them.
 
-        A ``factor`` is a scale that is learnt.
+        A ``factor`` is a scale that is learnt. Transformers shifts the labels; older code, and much
+        of what comes with checkpoints, cuts off the last logits.
         """
         linear = p.linear(x, w, bias)
         factor = p.var("factor", lambda v: isinstance(v, fx.Node))
@@ -42,13 +43,18 @@ class LinearCrossEntropy(Rule):
         scaled = p.either(p.mul(raw, scale), divided, raw)
         capped = p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
 
+        def dense(logits: Any) -> Any:
+            return p.either(p.contiguous(logits), logits)
+
         def loss(logits: Any) -> Any:
-            flat = p.either(p.reshape(logits, p.anything), logits)
-            flat = p.either(p.contiguous(flat), flat)
+            flat = dense(p.either(p.reshape(logits, p.anything), logits))
             return p.cross_entropy(flat, labels, None, None, ignore, None, reduction, smoothing)
 
         yield "loss", loss(p.maybe_cast(capped))
         yield "cast last", loss(p.cast(p.either(p.reshape(capped, p.anything), capped)))
+        shifted = dense(p.slice(p.maybe_cast(capped), -2, p.var("start"), p.var("stop")))
+        yield "shifted", loss(dense(p.maybe_cast(shifted)))
+        yield "shifted, cast last", loss(p.cast(p.reshape(shifted, p.anything)))
 
     def check(self, m: Match) -> None:
         """One class index per row, mean or sum, constant settings."""
@@ -72,7 +78,10 @@ class LinearCrossEntropy(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """The loss alone; logits that someone reads are computed by the nodes that stay."""
-        x = ops.method("reshape", m.x, -1, facts.size(m.x, -1)) if facts.ndim(m.x) != 2 else m.x
+        x = m.x
+        if m.spelling.startswith("shifted"):  # the rows whose logits would be cut off are no rows
+            x = ops.part(x, (..., slice(m.start, m.stop), slice(None)))
+        x = ops.method("reshape", x, -1, facts.size(x, -1)) if facts.ndim(x) != 2 else x
         if m.get("factor") is not None:
             x = ops.cast(ops.call(torch.mul, x, m.factor), facts.dtype(m.x))
         scale = float(m.get("scale", 1.0))

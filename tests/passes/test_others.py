@@ -154,6 +154,29 @@ def test_losses(name: str) -> None:
     assert rewritten(rewrite(capture(LOSSES[name], h, w, target))) == ["linear_cross_entropy"]
 
 
+SHIFTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast, cut": lambda y: y.float()[..., :-1, :].contiguous().view(-1, 50),
+    "cut, cast": lambda y: y[:, :-1].float().reshape(-1, 50),
+    "cut, copied, cast": lambda y: y[..., :-1, :].contiguous().float().view(-1, 50),
+    "cut, flat, cast": lambda y: y[:, :-1, :].reshape(-1, 50).float(),
+    "scaled, capped": lambda y: (torch.tanh(y * 0.5 / 9) * 9)[:, :-1].float().reshape(-1, 50),
+    "the first cut off": lambda y: y[:, 1:].contiguous().view(-1, 50),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHIFTED)
+def test_losses_that_cut_off_the_last_logits(name: str, dtype: torch.dtype) -> None:
+    h = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(50, 8, dtype=dtype, requires_grad=True)
+
+    def fn(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(SHIFTED[name](F.linear(h, w)), t)
+
+    graph = capture(fn, h, w, torch.randint(0, 50, (8,)))
+    assert rewritten(rewrite(graph)) == ["linear_cross_entropy"]
+
+
 def test_an_unreduced_loss_is_refused_with_the_reason() -> None:
     h, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(50, 8)
     findings = rewrite(capture(
