@@ -16,7 +16,7 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import codegen
-from .graph.show import dump
+from .graph.show import dump, source
 from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .options import Environment, Options
@@ -34,11 +34,21 @@ class Captured:
         findings: what the rules did in it.
         grad: whether it was captured with gradients enabled.
         frame: number of the capture, for dumps and order.
+        before: its code as it was captured, if the session keeps it; else empty.
+        after: its code as it runs, likewise.
     """
 
     findings: list[Finding]
     grad: bool
     frame: int
+    before: str = ""
+    after: str = ""
+
+
+def representative(graphs: list[Captured]) -> Captured | None:
+    """The graph that speaks for a module: its last one with gradients, else its last one."""
+    ranked = sorted(graphs, key=lambda g: (g.grad, bool(g.findings), g.frame))
+    return ranked[-1] if ranked else None
 
 
 @dataclass(eq=False)
@@ -59,6 +69,7 @@ class Session:
         head_active: whether the call at hand came through a captured head.
         preparation: what Inductor needs first, found in the background.
         retired: modules that were restored; a forward of theirs that others have wrapped is idle.
+        keeps_code: whether each graph's code is kept beside it, for people to read.
     """
 
     options: Options
@@ -80,6 +91,7 @@ class Session:
     head_active: bool = False
     preparation: threading.Thread | None = None
     retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    keeps_code: bool = False
     _called: bool = False
     _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _failures: dict[Any, str] = field(default_factory=dict)
@@ -162,6 +174,16 @@ class Session:
                     known.remove(graph)
                 known.append(graph)
 
+    def shown(self, module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:
+        """A graph's code, also written to the dump folder; empty when nobody asked for it."""
+        folder = self.environment.dump
+        if folder is None and not self.keeps_code:
+            return ""
+        code = source(module, frame, kind, stage)
+        if folder is not None:
+            dump(folder, code, frame, kind, stage)
+        return code if self.keeps_code else ""
+
     @property
     def rules(self) -> list[Any]:
         """The rules that are not disabled by the environment."""
@@ -210,12 +232,12 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
 
     def compile_graph(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         frame, grad = next(_frames), torch.is_grad_enabled()
-        dump(session.environment.dump, module, frame, kind, "captured")
+        before = session.shown(module, frame, kind, "captured")
         findings = _rewrite(session, module)
         # graphs without gradients serve evaluation: not worth a second compilation
         choice = session.codegen[0] if kind == "block" and grad else "eager"
-        captured = Captured(findings, grad, frame)
-        dump(session.environment.dump, module, frame, kind, "rewritten")
+        after = session.shown(module, frame, kind, "rewritten")
+        captured = Captured(findings, grad, frame, before, after)
         if choice == "inductor":
             run = codegen.inductor(module, examples, session.preparation)
         else:

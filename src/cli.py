@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Annotated, Any
 
 from .errors import FusewrightError, RecipeError
@@ -17,6 +18,13 @@ if _MISSING:
     raise SystemExit(2)
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
+
+
+class Adapter(StrEnum):
+    """What ``--adapter`` may be, as in a recipe."""
+
+    lora = "lora"
+
 
 app = typer.Typer(
     name="fusewright",
@@ -57,6 +65,49 @@ def train(
 ) -> None:
     """Train a model as a recipe says."""
     raise typer.Exit(_train(recipe, overwrite, context.args))
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face id, a folder, a .gguf file, package:NAME; or a folder with only a "
+            "config.json, or a model type such as llama: then the weights are random."
+        ),
+    ],
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Print each kind of graph, before and after the rules.")
+    ] = False,
+    module: Annotated[
+        str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
+    ] = None,
+    adapter: Annotated[
+        Adapter | None, typer.Option(help="Adapters on all linears, of rank 8.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
+    ] = None,
+    fp32: Annotated[
+        bool, typer.Option("--fp32", help="Weights in float32; else in what training would take.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")
+    ] = False,
+) -> None:
+    """Say what would be rewritten in a model, what not, and why."""
+    from .train.explain import Request, run  # slow to import
+
+    lora = lora or adapter is Adapter.lora
+    request = Request(model, layers, lora, fp32, trust_remote_code)
+    try:
+        run(request, graph=graph, module=module, as_json=as_json)
+    except FusewrightError as error:
+        print(f"fusewright: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
 
 
 def main() -> None:

@@ -15,5 +15,9 @@ class DataError(FusewrightError):
     """A dataset that cannot be used. The message has file, line and field."""
 
 
+class ModelError(FusewrightError):
+    """A model that cannot be found, built or loaded. The message has its name."""
+
+
 class OptimizeError(FusewrightError):
     """``optimize`` was asked for something it cannot do, or ``strict=True`` found a gap."""

@@ -63,6 +63,12 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
     return None
 
 
+def active(module: nn.Module) -> Installed | None:
+    """The record of an installed forward, wrapped by others or not, that was not restored."""
+    record = installed(module, wrapped=True)
+    return None if record is None or module in record.session.retired else record
+
+
 def _unbound(forward: Any) -> Any:
     return getattr(forward, "__func__", forward)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import codegen as _codegen
 from . import regions
-from .capture import Captured, Session
+from .capture import Session, representative
 from .errors import OptimizeError
-from .install import Installed, install, installed, split, uninstall
+from .install import active, install, split, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
 from .options import Codegen, Environment, Logits, Options, Verify
@@ -113,7 +113,7 @@ def explain(model: nn.Module) -> Report:
     Returns:
         The report; ``print`` it, or read its ``sites``.
     """
-    places = [(path, m, record) for path, m in model.named_modules() if (record := _active(m))]
+    places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
         reason = "no repeated decoder blocks were found, or optimize(model) was not called"
         return Report((), (Bypass("", reason),))
@@ -127,7 +127,7 @@ def explain(model: nn.Module) -> Report:
             reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
             bypasses.append(Bypass("", f"{reason}call the model once yourself, then explain it"))
     for path, module, record in places:
-        graph = _representative(session.runs.get(module, []))
+        graph = representative(session.runs.get(module, []))
         if graph is not None:
             sites += [_site(path, f) for f in graph.findings if f.status != "left"]
             bypasses += [
@@ -143,18 +143,6 @@ def explain(model: nn.Module) -> Report:
     choice = f"{session.codegen[0]} ({session.codegen[1]})"
     speed = _bandwidth(model) if sites else None
     return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed)
-
-
-def _active(module: nn.Module) -> Installed | None:
-    """The record of an installed forward, wrapped by others or not, that was not restored."""
-    record = installed(module, wrapped=True)
-    return None if record is None or module in record.session.retired else record
-
-
-def _representative(graphs: list[Captured]) -> Captured | None:
-    """The graph that speaks for a module: its last one with gradients, else its last one."""
-    ranked = sorted(graphs, key=lambda g: (g.grad, bool(g.findings), g.frame))
-    return ranked[-1] if ranked else None
 
 
 def _join(path: str, home: str) -> str:

@@ -17,7 +17,7 @@ FLOORS = {
     "passes": 2,
     "regions": 3, "verify": 3, "codegen": 3, "capture": 3, "forwards": 3,
     "install": 3,
-    "pipeline": 4,
+    "pipeline": 4, "listing": 4,
     "train": 5,
     "__init__": 6, "cli": 6,
 }  # fmt: skip

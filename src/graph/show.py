@@ -66,12 +66,14 @@ def _show(value: Any, names: dict[fx.Node, str]) -> str:
     return "..." if value is Ellipsis else str(value)
 
 
-def dump(folder: str | None, module: fx.GraphModule, frame: int, kind: str, stage: str) -> None:
-    """Write the graph as runnable Python below ``folder``, when one is given."""
-    if folder is None:
-        return
+def source(module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:
+    """The graph as runnable Python, with a line above it that says which one it is."""
+    code = module.print_readable(print_output=False, include_stride=False)
+    return f"# graph {frame}, {kind} region, {stage}\n{code}\n"
+
+
+def dump(folder: str, code: str, frame: int, kind: str, stage: str) -> None:
+    """Write the ``source`` of a graph below ``folder``."""
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    code = module.print_readable(print_output=False, include_stride=False)
-    head = f"# graph {frame}, {kind} region, {stage}\n"
-    (path / f"{frame:03d}-{kind}-{stage}.py").write_text(head + code + "\n")
+    (path / f"{frame:03d}-{kind}-{stage}.py").write_text(code)

@@ -35,16 +35,17 @@ class LinearCrossEntropy(Rule):
         A ``factor`` is a scale that is learnt. Transformers shifts the labels; older code, and much
         of what comes with checkpoints, cuts off the last logits.
         """
+
+        def dense(logits: Any) -> Any:
+            return p.either(p.contiguous(logits), logits)
+
         linear = p.linear(x, w, bias)
         factor = p.var("factor", lambda v: isinstance(v, fx.Node))
-        raw = p.either(p.mul(p.maybe_cast(linear), factor), p.contiguous(linear), linear)
+        raw = p.either(p.mul(p.maybe_cast(linear), factor), dense(linear))
         scale = p.var("scale", lambda v: isinstance(v, (int, float)))
         divided = p.capture("divided", p.div(raw, scale))
         scaled = p.either(p.mul(raw, scale), divided, raw)
         capped = p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
-
-        def dense(logits: Any) -> Any:
-            return p.either(p.contiguous(logits), logits)
 
         def loss(logits: Any) -> Any:
             flat = dense(p.either(p.reshape(logits, p.anything), logits))

@@ -68,7 +68,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _pretrained(AutoTokenizer, recipe)
+    return pretrained(AutoTokenizer, recipe.base_model)
 
 
 def load_model(recipe: Recipe) -> Any:
@@ -82,8 +82,8 @@ def load_model(recipe: Recipe) -> Any:
     options: dict[str, Any] = {"dtype": dtype_for_training(recipe.bf16)}
     if recipe.attn_implementation:
         options["attn_implementation"] = recipe.attn_implementation
-    model = _pretrained(AutoModelForCausalLM, recipe, **options)
-    _forget_gguf(model)
+    model = pretrained(AutoModelForCausalLM, recipe.base_model, **options)
+    forget_gguf(model)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
     if recipe.gradient_checkpointing:
@@ -146,8 +146,18 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     return sorted(linear | set(named))
 
 
-def _pretrained(factory: Any, recipe: Recipe, **options: Any) -> Any:
-    source = locate(recipe.base_model, [Path.cwd()])
+def pretrained(factory: Any, name: str, **options: Any) -> Any:
+    """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
+
+    Args:
+        factory: one of the Auto classes of transformers.
+        name: as a recipe's ``base_model``.
+        options: for ``from_pretrained``.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
+    source = locate(name, [Path.cwd()])
     if source.gguf_file:
         options |= _gguf(source, options)
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
@@ -156,7 +166,7 @@ def _pretrained(factory: Any, recipe: Recipe, **options: Any) -> Any:
             return factory.from_pretrained(source.name, **options)
     except (OSError, ValueError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"base_model: {recipe.base_model} cannot be loaded: {first}") from error
+        raise RecipeError(f"base_model: {name} cannot be loaded: {first}") from error
 
 
 def _gguf(source: Source, options: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _gguf(source: Source, options: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def _forget_gguf(model: Any) -> None:
+def forget_gguf(model: Any) -> None:
     """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
     kind = getattr(model, "quantization_method", None)
     if str(getattr(kind, "value", kind)) != "gguf":

@@ -160,6 +160,7 @@ SHIFTED: dict[str, Callable[[Tensor], Tensor]] = {
     "cut, copied, cast": lambda y: y[..., :-1, :].contiguous().float().view(-1, 50),
     "cut, flat, cast": lambda y: y[:, :-1, :].reshape(-1, 50).float(),
     "scaled, capped": lambda y: (torch.tanh(y * 0.5 / 9) * 9)[:, :-1].float().reshape(-1, 50),
+    "copied at once": lambda y: y.contiguous()[:, :-1].contiguous().view(-1, 50),
     "the first cut off": lambda y: y[:, 1:].contiguous().view(-1, 50),
 }
 

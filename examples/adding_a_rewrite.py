@@ -1,0 +1,149 @@
+"""A spelling, a rule and an op of one's own: the code of docs/adding-a-rewrite.md, which tests run.
+
+python examples/adding_a_rewrite.py
+"""
+
+# [imports]
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fusewright import explain, optimize
+from fusewright.graph import facts
+from fusewright.kernels.op import Cost, Op
+from fusewright.match.pattern import Builder, Pattern
+from fusewright.match.rule import Emit, Match, Rule
+from fusewright.passes import PIPELINE
+from fusewright.passes.glu import GLU
+
+# [end]
+
+
+# [spelling]
+class MyGLU(GLU):
+    """The gated units that are built in, and Dauphin's first one."""
+
+    def patterns(self, p: Builder, gate: Pattern, up: Pattern, both: Pattern) -> Iterable[Any]:
+        """One more activation."""
+        yield from super().patterns(p, gate, up, both)
+        yield "sigmoid", p.sigmoid(gate) * up
+
+
+with_my_glu = [MyGLU() if type(rule) is GLU else rule for rule in PIPELINE]
+# [end]
+
+
+# [rule]
+class QuickGELU(Rule):
+    """``x * sigmoid(1.702 * x)``, an approximation of GELU, is silu(1.702 x) / 1.702."""
+
+    name = op = "quick_gelu"
+
+    def patterns(self, p: Builder, x: Pattern, scale: Pattern) -> Iterable[Any]:
+        """Products match in either order."""
+        yield x * p.sigmoid(x * scale)
+
+    def check(self, m: Match) -> None:
+        """Decline with a reason."""
+        m.require(isinstance(m.scale, float), "the scale is not a constant", m.root)
+        m.require(facts.dtype(m.x) == facts.dtype(m.root), "returns another dtype", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """Add the new nodes; return the one whose value replaces the formula's."""
+        inner = ops.call(torch.mul, m.x, m.scale)
+        return ops.call(torch.div, ops.call(F.silu, inner), m.scale)
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """Point at what is left and looks alike."""
+        for node in graph.nodes:
+            if node.target is torch.sigmoid:
+                yield node, "a sigmoid that looks like a quick GELU"
+
+
+with_quick_gelu = [*PIPELINE, QuickGELU()]
+# [end]
+
+
+# [op]
+def reference(x: Tensor, scale: float) -> Tensor:
+    """Define the op: plain PyTorch, rounding included."""
+    return x * torch.sigmoid(x * scale)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """Keeps x alone; eager keeps x, the sigmoid, and what it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return reference(x, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors  # never written to: backward may run twice
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays fp64
+        gate = torch.sigmoid(wide * ctx.scale)
+        slope = gate * (1 + ctx.scale * wide * (1 - gate))
+        return (grad * slope).to(x.dtype), None
+
+
+def quick_gelu(x: Tensor, scale: float) -> Tensor:
+    """``x * sigmoid(scale * x)`` for x (...) of any floating-point dtype."""
+    return _QuickGELU.apply(x, scale)
+
+
+def cost(x: Tensor, scale: float) -> Cost:
+    """One read and one write; nothing is kept but x."""
+    return Cost(x.nbytes, x.nbytes, flops=4 * x.numel(), bytes_saved=x.nbytes)
+
+
+def unsupported(x: Tensor, scale: float) -> list[str]:
+    """Say why x cannot be taken; here, nothing but its dtype could be the reason."""
+    return [] if x.is_floating_point() else [f"x is {x.dtype}, not floating-point"]
+
+
+OP = Op("quick_gelu", reference, quick_gelu, cost, unsupported)
+
+
+class QuickGELUOp(QuickGELU):
+    """The same formula, and our op in its place."""
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One call."""
+        return ops.call(OP.call, m.x, m.scale)
+
+
+# [end]
+
+
+def models() -> tuple[nn.Module, nn.Module]:
+    """Two tiny models with formulas that are not built in: sigmoid gates, and quick GELUs."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4}
+    llama = LlamaConfig(**sizes, intermediate_size=48, num_hidden_layers=2, hidden_act="sigmoid")
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    gpt = GPT2Config(**sizes, **rates, **ends, n_layer=2, activation_function="quick_gelu")
+    return LlamaForCausalLM(llama).train(), GPT2LMHeadModel(gpt).train()
+
+
+def main() -> None:
+    """Show what each of the three does."""
+    gated, quick = models()
+    # [use]
+    print(explain(optimize(gated)))
+    print(explain(optimize(gated, passes=with_my_glu)))
+    print(explain(optimize(quick, passes=with_quick_gelu)))
+    print(explain(optimize(quick, passes=[*PIPELINE, QuickGELUOp()])))
+    # [end]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""``fusewright explain``: what ``optimize`` does to a model, without training it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.text import Text
+from torch import nn
+
+from ..errors import ModelError, RecipeError
+from ..listing import Listing, keep, listings, pick
+from ..pipeline import explain, optimize
+from ..report import Report
+from .model import device_for_training, dtype_for_training, forget_gguf, pretrained, quiet
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
+_ENOUGH = 2
+_MOST = 12
+"""Layers of a random model: two, or as many as it takes to have one of each kind."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for.
+
+    Attributes:
+        model: what a recipe's ``base_model`` may be, a folder with no more than a ``config.json``,
+            or the name of a model type of transformers.
+        layers: how deep the model shall be, or None: as deep as it is, or a few if random.
+        lora: put LoRA of rank 8 on all linears.
+        fp32: weights in float32, not in what training would choose.
+        trust_remote_code: run the code that comes with the model.
+    """
+
+    model: str
+    layers: int | None = None
+    lora: bool = False
+    fp32: bool = False
+    trust_remote_code: bool = False
+
+
+def run(
+    request: Request,
+    *,
+    graph: bool = False,
+    module: str | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Load the model, optimize it, run one tiny step, and print what was done.
+
+    Args:
+        request: which model, and how.
+        graph: print each kind of graph, before and after the rules.
+        module: print the graph of this module only.
+        as_json: print the report (and the graphs) as JSON and nothing else.
+        console: where to print; None for standard output.
+
+    Raises:
+        RecipeError: there is no such model, or it cannot be read.
+        ModelError: it cannot be built, does not fit into memory, or has no such module.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    with quiet():
+        model, note = load(request)
+        # compiling would only take time: the rules see the same graphs
+        optimize(model, codegen="eager")
+        if graph or module is not None:
+            keep(model)
+        report = explain(model)
+    shown = _chosen(model, module)
+    if as_json:
+        data = report.to_dict()
+        if shown:
+            data["listings"] = [vars(listing) for listing in shown]
+        print(json.dumps(data, indent=2))
+        return
+    console.print(Text(note))
+    console.print(Text(str(report)))
+    for listing in shown:
+        _print_listing(listing, report, console)
+
+
+def load(request: Request) -> tuple[Any, str]:
+    """The model to explain, in training mode, and a sentence on what it is.
+
+    Raises:
+        RecipeError: there is no such model, or it cannot be read.
+        ModelError: it cannot be built, or does not fit into memory.
+    """
+    folder = Path(request.model).expanduser()
+    if not folder.exists() and request.model in _model_types():
+        model, what = _random(request, _default_config(request.model))
+        what = f"the default configuration of {request.model}, {what}"
+    elif (folder / "config.json").is_file() and not any(_weights(folder)):
+        model, what = _random(request, _config(request))
+        what = f"{folder / 'config.json'}, {what}"
+    else:
+        model, what = _pretrained(request)
+    model = _with_lora(model) if request.lora else model
+    lora = ", LoRA of rank 8 on all linears" if request.lora else ""
+    weight = next(model.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return model.train(), f"{what}{lora}; {dtype} on {weight.device}"
+
+
+# --- a model with its own weights -----------------------------------------------------------------
+
+
+def _pretrained(request: Request) -> tuple[Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": _dtype(request)}
+    depth = ""
+    if request.layers is not None:
+        config = _config(request)
+        depth = f", {_shorten(config, request.layers)}"
+        options["config"] = config
+    model = _read(AutoModelForCausalLM, request, **options)
+    forget_gguf(model)
+    return model.to(device_for_training()), f"{request.model}, its own weights{depth}"
+
+
+def _config(request: Request) -> Any:
+    from transformers import AutoConfig
+
+    return _read(AutoConfig, request)
+
+
+def _read(factory: Any, request: Request, **options: Any) -> Any:
+    """Read with ``from_pretrained``; a name that is nothing gets the names that are near."""
+    # said in any case: where it is not, transformers asks on the terminal
+    options["trust_remote_code"] = request.trust_remote_code
+    try:
+        return pretrained(factory, request.model, **options)
+    except RecipeError as error:
+        said = str(error).removeprefix("base_model: ")
+        raise RecipeError(f"{said}{_hint(request.model, said)}") from error
+
+
+def _hint(name: str, said: str) -> str:
+    """What may have been meant by the name of a model that could not be loaded."""
+    if "custom code" in said:
+        return "; --trust-remote-code runs it"
+    near = difflib.get_close_matches(name, _model_types(), 3) if name.isidentifier() else []
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
+
+
+def _dtype(request: Request) -> torch.dtype:
+    return torch.float32 if request.fp32 else dtype_for_training("auto")
+
+
+# --- a random model of a configuration ------------------------------------------------------------
+
+
+def _model_types() -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    return list(CONFIG_MAPPING.keys())
+
+
+def _default_config(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[model_type]()
+    except Exception as error:  # some want arguments, some want packages
+        raise ModelError(f"{model_type} has no default configuration: {_first(error)}") from error
+
+
+def _random(request: Request, config: Any) -> tuple[Any, str]:
+    """A shallow model with random weights, and what to say of it."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    depth = _shorten(config, request.layers)
+    options = {"dtype": _dtype(request), "trust_remote_code": request.trust_remote_code}
+    try:
+        with torch.device("meta"):
+            planned = auto.from_config(config, **options)
+        _require_memory(request.model, planned)
+        model = auto.from_config(config, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # the model's own code, with a configuration that we changed
+        raise ModelError(f"{request.model} cannot be built, {depth}: {_first(error)}") from error
+    return model.to(device_for_training()), f"RANDOM weights, {depth}"
+
+
+def _require_memory(name: str, planned: nn.Module) -> None:
+    needed = sum(p.numel() * p.element_size() for p in planned.parameters())
+    free = psutil.virtual_memory().available
+    if 2 * needed > free:  # weights and gradients
+        raise ModelError(
+            f"{name} takes {2 * needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
+            "fewer --layers, or a folder with a config.json of smaller sizes"
+        )
+
+
+def _shorten(config: Any, layers: int | None) -> str:
+    """Limit the depth of ``config``, in place; returns what was done."""
+    decoder = config.get_text_config(decoder=True)
+    depth = getattr(decoder, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        if layers is not None:
+            raise ModelError("the configuration does not say how deep it is: leave --layers out")
+        return "all layers"
+    lists = {k: v for k, v in vars(decoder).items() if isinstance(v, list) and len(v) == depth}
+    wanted = min(layers or _one_of_each(list(lists.values())), depth)
+    decoder.num_hidden_layers = wanted
+    for name, values in lists.items():
+        setattr(decoder, name, values[:wanted])
+    return f"{wanted} of {depth} layers" if wanted < depth else f"all {depth} layers"
+
+
+def _one_of_each(lists: Sequence[list[Any]]) -> int:
+    """How many layers have one of each kind, by lists with one entry for each layer."""
+    depth = _ENOUGH
+    for values in lists:
+        if all(isinstance(v, str) for v in values):
+            depth = max(depth, *(values.index(v) + 1 for v in dict.fromkeys(values)))
+    return min(depth, _MOST)
+
+
+# --- adapters, output -----------------------------------------------------------------------------
+
+
+def _with_lora(model: nn.Module) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    except ValueError as error:  # layers that PEFT refuses to adapt
+        raise ModelError(f"LoRA cannot be put on all linears: {_first(error)}") from error
+
+
+def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
+    found = listings(model)
+    if module is None:
+        return found
+    one = pick(model, found, module)
+    if one is None:
+        paths = [path for listing in found for path in listing.modules]
+        near = difflib.get_close_matches(module, paths, 3, 0.4) or paths[:6]
+        names = ", ".join(path or '""' for path in near)
+        raise ModelError(f"no graph was captured of a module {module!r}; there is {names}")
+    return [one]
+
+
+def _print_listing(listing: Listing, report: Report, console: Console) -> None:
+    first, *others = (path or "the model" for path in listing.modules)
+    more = f" and {len(others)} more" if others else ""
+    console.rule(Text(f"{listing.kind}: {first}{more} ({listing.class_name})"), align="left")
+    root = listing.modules[0]
+    inside = [s for s in report.sites if s.module == root or s.module.startswith(f"{root}.")]
+    for site in dict.fromkeys((s.status, s.rule, s.module, s.reason) for s in inside if root):
+        console.print(Text("  " + ": ".join(part for part in site if part)))
+    for title, code in (("before the rules", listing.before), ("after", listing.after)):
+        console.rule(Text(title), align="left", characters="-")
+        if console.is_terminal:
+            console.print(Syntax(code.strip(), "python", background_color="default"))
+        else:
+            console.file.write(code.strip() + "\n")
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
