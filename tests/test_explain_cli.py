@@ -103,6 +103,7 @@ def test_the_graph_of_one_module_is_python(weightless: str) -> None:
     assert graph["modules"] == ["model.layers.1"]
     for code in (graph["before"], graph["after"]):
         assert isinstance(ast.parse(code).body[0], ast.ClassDef)
+        assert "mlp_gate_proj_weight" in code
     assert "silu" in graph["before"]
     assert "rsqrt" in graph["before"]
     assert "rms_norm_linear" in graph["after"]

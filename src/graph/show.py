@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import pathlib
+import re
 from typing import Any
 
 from torch import fx
@@ -69,7 +71,26 @@ def _show(value: Any, names: dict[fx.Node, str]) -> str:
 def source(module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:
     """The graph as runnable Python, with a line above it that says which one it is."""
     code = module.print_readable(print_output=False, include_stride=False)
-    return f"# graph {frame}, {kind} region, {stage}\n{code}\n"
+    return f"# graph {frame}, {kind} region, {stage}\n{_tidy(code)}\n"
+
+
+_ALIAS = re.compile(r"^ +(l_\w+) = (L_\w+)\n", re.MULTILINE)
+_RELEASE = re.compile(r"; ( \w+ =)+ None$", re.MULTILINE)
+
+
+def _tidy(code: str) -> str:
+    """Readable names for the inputs, and no lines that only rename or release."""
+    code = _RELEASE.sub("", code)
+    words = set(re.findall(r"\w+", code))
+    names: dict[str, str] = {}
+    for short, name in _ALIAS.findall(code):
+        plain = _input_name(name).replace(".", "_")
+        if not plain.isidentifier() or keyword.iskeyword(plain) or plain in words:
+            plain = short
+        words.add(plain)
+        names[short] = names[name] = plain
+    code = _ALIAS.sub("", code)
+    return re.sub(r"\b[lL]_\w+", lambda m: names.get(m[0], m[0]), code)
 
 
 def dump(folder: str, code: str, frame: int, kind: str, stage: str) -> None:
