@@ -24,12 +24,13 @@ from fusewright.passes.glu import GLU
 
 # [spelling]
 class MyGLU(GLU):
-    """The gated units that are built in, and Dauphin's first one."""
+    """The gated units that are built in, and one whose gelu is written out ("gelu_fast")."""
 
     def patterns(self, p: Builder, gate: Pattern, up: Pattern, both: Pattern) -> Iterable[Any]:
         """One more activation."""
         yield from super().patterns(p, gate, up, both)
-        yield "sigmoid", p.sigmoid(gate) * up
+        tanh = p.tanh(gate * 0.7978845608 * (1.0 + gate * 0.044715 * gate))
+        yield "gelu_tanh", 0.5 * gate * (1.0 + tanh) * up
 
 
 with_my_glu = [MyGLU() if type(rule) is GLU else rule for rule in PIPELINE]
@@ -122,12 +123,12 @@ class QuickGELUOp(QuickGELU):
 
 
 def models() -> tuple[nn.Module, nn.Module]:
-    """Two tiny models with formulas that are not built in: sigmoid gates, and quick GELUs."""
+    """Two tiny models with formulas that are not built in: fast, and quick GELUs."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4}
-    llama = LlamaConfig(**sizes, intermediate_size=48, num_hidden_layers=2, hidden_act="sigmoid")
+    llama = LlamaConfig(**sizes, intermediate_size=48, num_hidden_layers=2, hidden_act="gelu_fast")
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     gpt = GPT2Config(**sizes, **rates, **ends, n_layer=2, activation_function="quick_gelu")

@@ -17,7 +17,7 @@ from ..graph.edit import is_inplace, prune, switches_mode
 from ..report import Figures
 from .finding import Finding, missed
 from .matcher import Trace
-from .rule import Declined, Emit, Left, Match, Rule
+from .rule import Declined, Emit, Left, Match, NoMatch, Rule
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def _apply_rule(
                 verdict = verify(candidate) if verify else Verdict()
                 if verdict.reason:
                     raise Declined(verdict.reason)
+            except NoMatch:
+                continue
             except Declined as no:
                 status = "left" if isinstance(no, Left) else "refused"
                 refusal = refusal or _finding(rule, m, status, str(no))

@@ -27,6 +27,10 @@ class Left(Declined):
     """A check said that the formula is better left as it is; raised by ``Match.leave``."""
 
 
+class NoMatch(Declined):
+    """A check said that this is another formula; raised by ``Match.pass_over``."""
+
+
 class Match:
     """One match of a rule. Captures are attributes: ``m.x``, ``m.eps``.
 
@@ -69,6 +73,11 @@ class Match:
         """Leave the formula as it is when ``condition`` holds: no gap, only a remark."""
         if condition:
             raise Left(reason)
+
+    def pass_over(self, condition: bool) -> None:
+        """Take the match for none when ``condition`` holds: another formula, nothing to report."""
+        if condition:
+            raise NoMatch("another formula")
 
     def mapped(self, change: Callable[[Any], Any]) -> Match:
         """The same match over other nodes: every captured node replaced by ``change(node)``."""

@@ -6,6 +6,7 @@ Shazeer, "GLU Variants Improve Transformer", 2020.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import pi
 from typing import Any
 
 from torch import fx
@@ -23,10 +24,15 @@ class GLU(Rule):
 
     def patterns(self, p: Builder, gate: Pattern, up: Pattern, both: Pattern) -> Iterable[Any]:
         """One activation each; the packed form takes gate and up from one tensor."""
+
+        def written_out(g: Pattern) -> Any:
+            inner = (g + g**3 * p.var("cubic", _is(0.044715))) * p.var("root", _is((2 / pi) ** 0.5))
+            return g * 0.5 * (p.tanh(inner) + 1)
+
         activations: dict[str, Callable[[Pattern], Any]] = {
             "silu": lambda g: p.either(p.silu(g, p.anything), g * p.sigmoid(g)),
             "gelu": lambda g: p.gelu(g, "none"),
-            "gelu_tanh": lambda g: p.gelu(g, "tanh"),
+            "gelu_tanh": lambda g: p.either(p.gelu(g, "tanh"), written_out(g)),
             "relu2": lambda g: p.relu(g, p.anything) ** 2,
             "relu": lambda g: p.relu(g, p.anything),
             "sigmoid": lambda g: p.sigmoid(g),
@@ -40,7 +46,7 @@ class GLU(Rule):
         """Equal shapes and dtypes, no broadcasting."""
         if m.get("both") is not None:
             return
-        m.require(m.gate is not m.up, "an activation by itself, without a gate", m.root)
+        m.pass_over(_is_multiple(m.gate, m.up))  # an activation by itself, without a gate
         gate, up = facts.tensor(m.gate), facts.tensor(m.up)
         m.require(gate is not None and up is not None, "gate or up is not a tensor")
         if gate is not None and up is not None:
@@ -63,6 +69,21 @@ class GLU(Rule):
             left, right = (_projections(side) for side in canon.args)
             if left != right and {x for x, _ in left} & {x for x, _ in right}:
                 yield node, "a product of two projections of one input that looks like a gated unit"
+
+
+def _is(number: float) -> Callable[[Any], bool]:
+    """Whether a constant is ``number``, to the digits that are usually written."""
+    return lambda v: isinstance(v, float) and abs(v - number) < 1e-6
+
+
+def _is_multiple(a: Any, b: Any) -> bool:
+    """Whether ``a`` is ``b``, or ``b`` times a constant."""
+    canon = canonical(a)
+    if a is b:
+        return True
+    if canon is None or canon.name not in ("mul", "div") or b not in canon.args[:2]:
+        return False
+    return any(isinstance(v, (int, float)) for v in canon.args[:2])
 
 
 _LINEARS = ("linear", "lora_linear")

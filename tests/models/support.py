@@ -1,4 +1,4 @@
-"""The page ``docs/support.md``: written from the coverage run's rows, and read again by its test."""
+"""The page ``docs/support.md``: written from the coverage run's rows, read by its test."""
 
 from __future__ import annotations
 

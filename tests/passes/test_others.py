@@ -17,6 +17,9 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu by sigmoid": lambda g, u: g * torch.sigmoid(g) * u,
     "gelu": lambda g, u: F.gelu(g) * u,
     "gelu tanh": lambda g, u: F.gelu(g, approximate="tanh") * u,
+    "gelu written out": lambda g, u: (
+        0.5 * g * (1.0 + torch.tanh(0.7978845608 * (g + 0.044715 * torch.pow(g, 3.0)))) * u
+    ),
     "relu2": lambda g, u: F.relu(g).square() * u,
     "sigmoid": lambda g, u: torch.sigmoid(g) * u,
 }
