@@ -129,6 +129,23 @@ def _square(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Can
     return Canon("pow", (args[0], 2))
 
 
+def _var(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
+    """``x.var(-1, unbiased=False)``, ``torch.var(x, dim=-1, correction=0)`` and the like."""
+    name = "var_mean" if node.target is torch.var_mean else "variance"
+    if len(args) > 1 and isinstance(args[1], bool):  # x.var(unbiased), over everything
+        args = (args[0], None, *args[1:])
+    args = tuple(int(a) if i == 2 and isinstance(a, bool) else a for i, a in enumerate(args))
+    if "unbiased" in kwargs:
+        kwargs["correction"] = int(kwargs.pop("unbiased"))
+    bound = SPECS[name].bind(args, kwargs)
+    if bound is None:
+        return None
+    x, dim, correction, keepdim = bound
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    correction = 1 if correction is None else correction
+    return Canon(name, (x, _from_end(x, dim), correction, keepdim))
+
+
 def _reshape(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
     t = facts.tensor(node)
     return (
@@ -208,6 +225,7 @@ def _part(source: Any, index: Any) -> Canon | None:
 _SPECIAL: dict[Any, Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Canon | None]] = {
     **dict.fromkeys(("to", "type_as", "type", *CASTS), _cast),
     **dict.fromkeys(("square", torch.square), _square),
+    **dict.fromkeys(("var", torch.var, torch.var_mean), _var),
     **dict.fromkeys(
         ("view", "reshape", "reshape_as", "view_as", "flatten", torch.reshape, torch.flatten),
         _reshape,

@@ -57,7 +57,18 @@ _REDUCE = Spec(("x", "dim", "keepdim", "dtype"), (None, False, None), aliases=_X
 SPECS: dict[str, Spec] = {
     **{
         name: _UNARY
-        for name in ("neg", "rsqrt", "sqrt", "tanh", "sigmoid", "exp", "abs", "sin", "cos")
+        for name in (
+            "neg",
+            "rsqrt",
+            "sqrt",
+            "reciprocal",
+            "tanh",
+            "sigmoid",
+            "exp",
+            "abs",
+            "sin",
+            "cos",
+        )  # fmt: skip
     },
     "add": _BINARY,
     "sub": Spec(("x", "y", "alpha"), (1,), False, (*_X, ("other", "y"))),
@@ -66,6 +77,8 @@ SPECS: dict[str, Spec] = {
     "pow": Spec(("x", "y"), (), False, (*_X, ("exponent", "y"))),
     "mean": _REDUCE,
     "sum": _REDUCE,
+    "variance": Spec(("x", "dim", "correction", "keepdim"), (None, 1, False), aliases=_X),
+    "var_mean": Spec(("x", "dim", "correction", "keepdim"), (None, 1, False), aliases=_X),
     "relu": Spec(("x", "inplace"), (False,), aliases=_X),
     "silu": Spec(("x", "inplace"), (False,), aliases=_X),
     "gelu": Spec(("x", "approximate"), ("none",), aliases=_X),
@@ -86,6 +99,11 @@ SPECS: dict[str, Spec] = {
     "dropout": Spec(("x", "p", "training", "inplace"), (0.5, True, False), aliases=_X),
     "torch_rms_norm": Spec(
         ("x", "shape", "weight", "eps"), (None, None), aliases=(*_X, ("normalized_shape", "shape"))
+    ),
+    "torch_layer_norm": Spec(
+        ("x", "shape", "weight", "bias", "eps", "cudnn_enable"),
+        (None, None, 1e-5, True),
+        aliases=(*_X, ("normalized_shape", "shape")),
     ),
     "cross_entropy": Spec(
         (
@@ -121,7 +139,8 @@ FUNCTIONS: dict[Any, str] = {
     operator.truediv: "div", torch.div: "div", torch.divide: "div", torch.true_divide: "div",
     operator.neg: "neg", torch.neg: "neg", torch.negative: "neg",
     operator.pow: "pow", torch.pow: "pow",
-    torch.rsqrt: "rsqrt", torch.sqrt: "sqrt", torch.tanh: "tanh", F.tanh: "tanh",
+    torch.rsqrt: "rsqrt", torch.sqrt: "sqrt", torch.reciprocal: "reciprocal",
+    torch.tanh: "tanh", F.tanh: "tanh",
     torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", torch.exp: "exp", torch.abs: "abs",
     torch.sin: "sin", torch.cos: "cos",
     torch.mean: "mean", torch.sum: "sum", F.relu: "relu", torch.relu: "relu",
@@ -133,6 +152,7 @@ FUNCTIONS: dict[Any, str] = {
     torch.transpose: "transpose",
     torch.unsqueeze: "unsqueeze", F.dropout: "dropout",
     F.rms_norm: "torch_rms_norm", torch.rms_norm: "torch_rms_norm",
+    F.layer_norm: "torch_layer_norm", torch.layer_norm: "torch_layer_norm",
     F.cross_entropy: "cross_entropy", F.scaled_dot_product_attention: "sdpa",
 }  # fmt: skip
 
@@ -147,6 +167,7 @@ METHODS: dict[str, str] = {
         "pow",
         "rsqrt",
         "sqrt",
+        "reciprocal",
         "tanh",
         "sigmoid",
         "exp",

@@ -25,7 +25,7 @@ def reference(
     wide = x.to(work_dtype(x))
     n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
-        return n.to(x.dtype)
+        return (offset * n if offset else n).to(x.dtype)
     if rounding == "outer":
         return ((offset + weight.to(wide.dtype)) * n).to(x.dtype)
     return (offset + weight if offset else weight) * n.to(x.dtype)
@@ -61,7 +61,7 @@ def _forward(
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         n.mul_(rstd)
     if weight is None:
-        return n.to(x.dtype), rstd
+        return (n.mul_(offset) if offset else n).to(x.dtype), rstd
     if outer:
         return n.mul_(_scale(weight, offset, outer, work)).to(x.dtype), rstd
     y = n.to(x.dtype)
@@ -99,7 +99,9 @@ def _backward(
         scale = _scale(weight, offset, outer, work).to(work)
         g = g * scale if grad.dtype is work else g.mul_(scale)
         product = product.mul_(scale)
-    owned = weight is not None or grad.dtype is not work
+    elif offset:
+        g, product = g * offset, product.mul_(offset)
+    owned = weight is not None or offset or grad.dtype is not work
     mean = product.mean(-1, keepdim=True)
     if owned:
         d_x = g.addcmul_(n, mean, value=-1).mul_(rstd)
@@ -231,7 +233,7 @@ def rms_norm(
         x: (..., D), floating-point, any strides.
         weight: (D,), of any floating-point dtype, or None.
         eps: added to the mean square.
-        offset: added to the weight (1.0 in Gemma).
+        offset: added to the weight (1.0 in Gemma); without a weight, the factor unless 0.
         rounding: ``"inner"`` rounds n to x's dtype before the weight (Llama); ``"outer"`` applies
             the weight in fp32 and rounds the product (OLMo-2, Gemma).
 

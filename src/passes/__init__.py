@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..match.rule import Rule
 from .attention import Attention
 from .glu import GLU
+from .layer_norm import LayerNorm
 from .lora import LoRALinear
 from .loss import LinearCrossEntropy
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
@@ -12,6 +13,7 @@ from .rope import Rope, RopePair
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops
+    LayerNorm(),
     RMSNorm(),
     Rope(),
     GLU(),

@@ -11,6 +11,7 @@ from ..kernels import (
     add_rms_norm,
     attention,
     glu,
+    layer_norm,
     linear_cross_entropy,
     lora_linear,
     rms_norm,
@@ -22,6 +23,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm.rms_norm,
     "add_rms_norm": add_rms_norm.add_rms_norm,
     "rms_norm_linear": rms_norm_linear.rms_norm_linear,
+    "layer_norm": layer_norm.layer_norm,
     "rope": rope.rope,
     "glu": glu.glu,
     "glu_packed": glu.glu_packed,
@@ -35,6 +37,7 @@ _NORM = ("x", "weight", "eps", "offset", "rounding")
 
 register(TABLE["rms_norm"], "rms_norm", Spec(_NORM, (0.0, "inner")))
 register(TABLE["add_rms_norm"], "add_rms_norm", Spec(("x", "residual", *_NORM[1:]), (0.0, "inner")))
+register(TABLE["layer_norm"], "layer_norm", Spec(("x", "weight", "bias", "eps")))
 register(
     TABLE["rope"], "rope",
     Spec(("tensors", "cos", "sin", "rotary_dim", "layout", "inverse"), ("halves", False)),

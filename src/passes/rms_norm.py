@@ -15,6 +15,7 @@ from ..graph import facts
 from ..graph.canon import canonical
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
+from .roots import is_variance, over_root, square, under_root
 
 _CONSTANT = (int, float)
 
@@ -27,8 +28,9 @@ class RMSNorm(Rule):
     def patterns(self, p: Builder, x: Pattern, w: Pattern, eps: Pattern) -> Iterable[Any]:
         """Gemma rounds after ``1 + w``, OLMo-2 after ``w``, Llama before ``w``."""
         h = p.maybe_cast(x)
-        square = p.either(h**2, h * h)
-        n = h * p.rsqrt(p.mean(square, -1, keepdim=True) + eps)
+        rows = p.either(h, x)  # the root's alone may be wide (CPM-Ant)
+        squares = square(p, h)
+        n = over_root(p, rows, p.mean(squares, -1, keepdim=True) + eps)
         offset = p.maybe_cast(w) + 1
         yield "offset", p.maybe_cast(n * offset)
         yield "inner", w * p.cast(n)
@@ -36,6 +38,7 @@ class RMSNorm(Rule):
         yield "inner", w * n
         yield "bare", p.maybe_cast(n)
         yield "torch", p.torch_rms_norm(x, p.anything, w, eps)
+        yield "l2", p.maybe_cast(over_root(p, rows, p.sum(squares, -1, keepdim=True) + eps))
 
     def check(self, m: Match) -> None:
         """One weight per feature, a constant eps, nothing rounded more than we would."""
@@ -44,6 +47,8 @@ class RMSNorm(Rule):
         if m.get("w") is not None:
             m.require(facts.ndim(m.w) == 1, "the weight is not one vector per feature", m.w)
             m.require(facts.size(m.w, 0) == facts.size(m.x, -1), "the weight does not fit x", m.w)
+        if m.spelling == "l2":
+            m.require(facts.size(m.x, -1), "the number of features is not constant", m.x)
         if m.spelling == "torch":
             shape = canonical(m.root)
             dims = shape.args[1] if shape is not None else ()
@@ -60,16 +65,19 @@ class RMSNorm(Rule):
         if eps is None:  # torch's default: the epsilon of the input's dtype
             dtype = facts.dtype(m.x)
             eps = torch.finfo(dtype or torch.float32).eps
+        if m.spelling == "l2":  # the sum of squares is their mean, times the number of features
+            features = facts.size(m.x, -1) or 1
+            return ops.rms_norm(m.x, None, m.eps / features, features**-0.5, "outer")
         rounding = "inner" if m.spelling == "inner" else "outer"
         offset = 1.0 if m.spelling == "offset" else 0.0
         return ops.rms_norm(m.x, m.get("w"), float(eps), offset, rounding)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
-        """A reciprocal root of a mean that no spelling claimed."""
+        """A root of a mean of squares that no spelling claimed."""
         for node in graph.nodes:
-            canon = canonical(node)
-            if canon is not None and canon.name == "rsqrt":
-                yield node, "a reciprocal root that looks like a norm"
+            mean = under_root(node)
+            if mean is not None and not is_variance(mean):
+                yield node, "a root that looks like a norm's"
 
 
 class AddRMSNorm(Rule):
@@ -92,6 +100,7 @@ class AddRMSNorm(Rule):
         if a is not None and b is not None:
             m.require(a.shape == b.shape, "the add broadcasts", m.total)
             m.require(a.dtype == b.dtype, "the add mixes dtypes", m.total)
+        m.require(m.w is not None or not m.offset, "the norm has a factor of its own")
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, fx.Node]:
         """The normed sum, then the sum."""
@@ -114,6 +123,7 @@ class RMSNormLinear(Rule):
 
     def check(self, m: Match) -> None:
         """All linears in the norm's dtype."""
+        m.require(m.w is not None or not m.offset, "the norm has a factor of its own")
         kind = facts.dtype(m.root)
         for user in m.users:
             m.require(facts.ndim(user["weight"]) == 2, "a linear's weight is not a matrix")

@@ -53,6 +53,8 @@ def forward_kernel(
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / dim + eps)
     tl.store(rstd_ptr + row, rstd, mask=in_row)
     y = x * rstd[:, None]
+    if HAS_OFFSET and not HAS_WEIGHT:
+        y *= offset
     if not OUTER:  # the norm is rounded to the dtype that was normed, before the weight
         if HAS_RESIDUAL:
             y = y.to(sum_ptr.dtype.element_ty).to(tl.float32)
@@ -125,6 +127,8 @@ def backward_kernel(
                     if not OUTER:
                         w = w.to(weight_ptr.dtype.element_ty).to(tl.float32)
                 g *= w[None, :]
+            elif HAS_OFFSET:
+                g *= offset
             dx = rstd[:, None] * (g - n * (tl.sum(g * n, axis=1) / dim)[:, None])
             if HAS_EXTRA:
                 extra = tl.load(

@@ -47,7 +47,7 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _programs(device: torch.device) -> int:
+def programs_of(device: torch.device) -> int:
     """How many programs share the rows when dW is wanted: two for each multiprocessor."""
     if device.type != "cuda":
         return 4
@@ -146,7 +146,7 @@ def backward(
     rows, dim = x_rows.shape
     tile, block, warps = tile_of(dim)
     count = triton.cdiv(rows, tile)
-    tiles = triton.cdiv(count, _programs(x.device)) if need_weight else 1
+    tiles = triton.cdiv(count, programs_of(x.device)) if need_weight else 1
     programs = triton.cdiv(count, tiles)
     partial = rstd.new_empty((programs, dim) if need_weight else 0)
     backward_kernel[(programs,)](
@@ -186,6 +186,7 @@ AOT = (
     forward_case("D=4096 inner offset", 4096, _BF16, offset=True),
     forward_case("D=8192 fp16", 8192, ("fp16", "fp16", "fp16")),
     forward_case("D=16384 no weight", 16384, ("fp32", "fp32", "fp32"), weight=False),
+    forward_case("D=64 only a factor", 64, _BF16, weight=False, offset=True, outer=True),
     forward_case("D=32768", 32768, _BF16),
     backward_case("D=128", 128, _BF16[:2]),
     backward_case("D=507 fp32 weight", 507, ("bf16", "fp32")),
@@ -193,6 +194,7 @@ AOT = (
     backward_case("D=4096 frozen, inner offset", 4096, _BF16[:2], offset=True, need_weight=False),
     backward_case("D=8192 fp16, only dW", 8192, ("fp16", "fp16"), need_x=False),
     backward_case("D=16384", 16384, _BF16[:2]),
+    backward_case("D=64 factor", 64, _BF16[:2], weight=False, offset=True, need_weight=False),
     backward_case("D=32768 no weight", 32768, ("fp32", "fp32"), weight=False, need_weight=False),
 )
 """Every tile shape, each with another mix of the branches; one odd size."""
