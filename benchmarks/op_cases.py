@@ -68,6 +68,11 @@ def _rms_norm(m: Maker) -> Case:
     return Case((m.activation(m.sizes.hidden), weight, 1e-6), (weight,))
 
 
+def _layer_norm(m: Maker) -> Case:
+    weight, bias = m.weight(m.sizes.hidden), m.weight(m.sizes.hidden)
+    return Case((m.activation(m.sizes.hidden), weight, bias, 1e-5), (weight, bias))
+
+
 def _add_rms_norm(m: Maker) -> Case:
     x, residual = m.activation(m.sizes.hidden), m.activation(m.sizes.hidden)
     weight = m.weight(m.sizes.hidden)
@@ -121,6 +126,7 @@ def _attention(m: Maker) -> Case:
 
 CASES: dict[str, Callable[[Maker], Case]] = {
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "add_rms_norm": _add_rms_norm,
     "rms_norm_linear": _rms_norm_linear,
     "rope": _rope,

@@ -49,7 +49,9 @@ def size(node: Any, dim: int) -> int | None:
     t = tensor(node)
     if t is None or not -t.dim() <= dim < t.dim():
         return None
-    s = t.shape[dim]
+    s: Any = t.shape[dim]
+    if isinstance(s, torch.SymInt):  # one that met a constant is one, under its old type
+        s = s.node.maybe_as_int()
     return s if type(s) is int else None
 
 
@@ -104,6 +106,7 @@ def _clean(path: str) -> str:
     """
     text = re.sub(r"""^L\[(['"])\w+\1\](\[\d+\])?""", "", path)
     for old, new in (
+        (".forward.__self__", ""),
         ("._modules['", "."), ("_modules['", "."), ("']", ""), ("[", "."), ("]", ""), ("'", ""),
     ):  # fmt: skip
         text = text.replace(old, new)

@@ -55,21 +55,10 @@ _BINARY = Spec(("x", "y", "alpha"), (1,), True, (*_X, ("other", "y")))
 _REDUCE = Spec(("x", "dim", "keepdim", "dtype"), (None, False, None), aliases=_X)
 
 SPECS: dict[str, Spec] = {
-    **{
-        name: _UNARY
-        for name in (
-            "neg",
-            "rsqrt",
-            "sqrt",
-            "reciprocal",
-            "tanh",
-            "sigmoid",
-            "exp",
-            "abs",
-            "sin",
-            "cos",
-        )  # fmt: skip
-    },
+    **dict.fromkeys(
+        ("neg", "rsqrt", "sqrt", "reciprocal", "tanh", "sigmoid", "exp", "abs", "sin", "cos"),
+        _UNARY,
+    ),
     "add": _BINARY,
     "sub": Spec(("x", "y", "alpha"), (1,), False, (*_X, ("other", "y"))),
     "mul": Spec(("x", "y"), (), True, (*_X, ("other", "y"))),

@@ -110,7 +110,7 @@ def add_rms_norm(
         residual: like x, perhaps of another dtype.
         weight: (D,), of any floating-point dtype, or None.
         eps: added to the mean square.
-        offset: added to the weight (1.0 in Gemma).
+        offset: added to the weight (1.0 in Gemma); without one, the factor unless 0.
         rounding: as in ``rms_norm``.
 
     Returns:

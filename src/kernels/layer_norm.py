@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import layer_norm_native as native
 from .launch import has_triton, library_op, use_triton
 from .op import Cost, Op
 from .rms_norm import rstd_size, size, work_dtype
@@ -30,36 +31,16 @@ def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
 
 
 # ------------------------------------------------------------------------------------------- cpu
-def _is_native(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether PyTorch's own fused kernel does all of it: in eager mode on the CPU.
-
-    Its backward in C++ costs less than any of ours could. A tracer gets ``_forward``, so that
-    Inductor keeps the statistics in fp32: PyTorch's decomposition rounds them to x's dtype.
-    """
-    eager = type(x) is Tensor and not torch.compiler.is_compiling()
-    vector = weight is None or weight.ndim == 1
-    return eager and vector and x.device.type == "cpu" and x.is_contiguous()
-
-
-def _native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """PyTorch's kernel, differentiable. With fp32 weights it keeps fp32 statistics."""
-    work = work_dtype(x)
-    if weight is None and x.dtype is not work:
-        weight = torch.ones(x.shape[-1], dtype=work)
-    scale = None if weight is None else weight.to(work)
-    shift = None if bias is None else bias.to(work)
-    # F.layer_norm asks autocast first, which knows nothing of the model's own casts
-    y: Tensor = torch.native_layer_norm(x, x.shape[-1:], scale, shift, eps)[0]
-    return y
-
-
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if native.serves(x, weight, bias):
+        return native.forward(x, weight, bias, eps)
     wide = x.to(work_dtype(x))
-    var, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-    rstd = var.add_(eps).rsqrt_()
-    n = (wide - mean).mul_(rstd)
+    mean = wide.mean(-1, keepdim=True)
+    n = wide - mean
+    rstd = n.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    n.mul_(rstd)
     if weight is not None:
         n.mul_(weight)
     if bias is not None:
@@ -78,12 +59,17 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if native.serves(x, weight, bias):
+        needs = need_x, need_weight, need_bias
+        return native.backward(grad, x, weight, bias, mean, rstd, *needs)
+    d_weight = d_bias = None
+    if need_bias and bias is not None:
+        d_bias = _summed(grad, bias)
+    if not (need_x or need_weight):
+        return None, None, d_bias
     work = work_dtype(x)
     g = grad.to(work)
     n = (x.to(work) - mean).mul_(rstd)
-    d_weight = d_bias = None
-    if need_bias and bias is not None:
-        d_bias = _summed(g, bias)
     product = g * n
     if need_weight and weight is not None:
         d_weight = _summed(product, weight)
@@ -100,7 +86,7 @@ def _backward(
 def _summed(t: Tensor, parameter: Tensor) -> Tensor:
     """The sum of ``t`` (..., *parameter.shape) over all leading dimensions."""
     rows = t.unsqueeze(0).flatten(0, -1 - parameter.ndim)
-    return rows.sum(0).to(parameter.dtype)
+    return rows.sum(0, dtype=work_dtype(t)).to(parameter.dtype)
 
 
 # ---------------------------------------------------------------------------------------- triton
@@ -227,8 +213,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Returns:
         (..., D), in x's dtype.
     """
-    if _is_native(x, weight) and not use_triton(x, weight, bias):
-        return _native(x, weight, bias, eps)
+    if native.has_rule(x, weight, bias) and not use_triton(x, weight, bias):
+        return native.forward(x, weight, bias, eps)[0]
     # 2026-11-24: torch does not type Function.apply
     y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y

@@ -182,7 +182,7 @@ def rms_norm_linear(
         x: (..., D), floating-point, any strides.
         norm_weight: (D,), or None.
         eps: added to the mean square.
-        offset: added to the norm weight (1.0 in Gemma).
+        offset: added to the norm weight (1.0 in Gemma); without one, the factor unless 0.
         rounding: as in ``rms_norm``.
         weights: one (F_i, D) for each linear.
         biases: one (F_i,) or None for each linear.

@@ -48,7 +48,7 @@ class RMSNorm(Rule):
             m.require(facts.ndim(m.w) == 1, "the weight is not one vector per feature", m.w)
             m.require(facts.size(m.w, 0) == facts.size(m.x, -1), "the weight does not fit x", m.w)
         if m.spelling == "l2":
-            m.require(facts.size(m.x, -1), "the number of features is not constant", m.x)
+            m.require(bool(facts.size(m.x, -1)), "the number of features is not constant", m.x)
         if m.spelling == "torch":
             shape = canonical(m.root)
             dims = shape.args[1] if shape is not None else ()
@@ -100,7 +100,6 @@ class AddRMSNorm(Rule):
         if a is not None and b is not None:
             m.require(a.shape == b.shape, "the add broadcasts", m.total)
             m.require(a.dtype == b.dtype, "the add mixes dtypes", m.total)
-        m.require(m.w is not None or not m.offset, "the norm has a factor of its own")
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, fx.Node]:
         """The normed sum, then the sum."""
@@ -123,7 +122,6 @@ class RMSNormLinear(Rule):
 
     def check(self, m: Match) -> None:
         """All linears in the norm's dtype."""
-        m.require(m.w is not None or not m.offset, "the norm has a factor of its own")
         kind = facts.dtype(m.root)
         for user in m.users:
             m.require(facts.ndim(user["weight"]) == 2, "a linear's weight is not a matrix")

@@ -64,4 +64,6 @@ def is_variance(node: fx.Node) -> bool:
 def is_row(node: Any, ndim: int) -> bool:
     """Whether ``node`` may be a norm's weight: a tensor of fixed shape, of at most ``ndim``."""
     t = facts.tensor(node)
-    return t is not None and 1 <= t.dim() <= ndim and all(type(s) is int for s in t.shape)
+    if t is None or not 1 <= t.dim() <= ndim:
+        return False
+    return all(facts.size(node, d) is not None for d in range(t.dim()))

@@ -55,6 +55,15 @@ def _last(fn: Callable[..., Tensor], *inputs: Tensor) -> tuple[object, ...]:
             lambda x, y: torch.square(x),
         ],
         [
+            lambda x, y: x.var(-1, unbiased=False, keepdim=True),
+            lambda x, y: x.var(2, False, True),
+            lambda x, y: x.var(dim=(-1,), correction=0, keepdim=True),
+            lambda x, y: torch.var(x, dim=-1, unbiased=False, keepdim=True),
+            lambda x, y: torch.var(input=x, dim=[2], correction=0, keepdim=True),
+        ],
+        [lambda x, y: x.var(), lambda x, y: x.var(True), lambda x, y: torch.var(x, unbiased=True)],
+        [lambda x, y: x.reciprocal(), lambda x, y: torch.reciprocal(x)],
+        [
             lambda x, y: x.mean(-1, keepdim=True),
             lambda x, y: x.mean(2, True),
             lambda x, y: torch.mean(x, dim=(-1,), keepdim=True),

@@ -15,6 +15,7 @@ from fusewright.kernels import (
     add_rms_norm,
     attention,
     glu,
+    layer_norm,
     linear_cross_entropy,
     lora_linear,
     rms_norm,
@@ -83,6 +84,21 @@ def _norm(d: Draw, offset: float, rounding: str) -> Call:
     return Call(rms_norm.OP, lambda x, w: (x, w, 1e-6, offset, rounding), inputs)
 
 
+def _factor(d: Draw) -> Call:
+    return Call(rms_norm.OP, lambda x: (x, None, 1e-6, 0.125, "outer"), (d.rows(d.hidden),))
+
+
+def _layer_norm(d: Draw) -> Call:
+    inputs = (d.rows(d.hidden), d.weight(d.hidden), d.weight(d.hidden))
+    return Call(layer_norm.OP, lambda x, w, b: (x, w, b, 1e-5), inputs)
+
+
+def _layer_norm_heads(d: Draw) -> Call:
+    x = d.normal(d.batch, d.seq, 3, d.hidden).requires_grad_()
+    inputs = (x, d.weight(3 * d.hidden).detach().view(3, -1).requires_grad_(d.train))
+    return Call(layer_norm.OP, lambda x, w: (x, w, None, 1e-5), inputs)
+
+
 def _add_norm(d: Draw) -> Call:
     inputs = (d.rows(d.hidden), d.rows(d.hidden), d.weight(d.hidden))
     return Call(add_rms_norm.OP, lambda x, r, w: (x, r, w, 1e-6, 0.0, "inner"), inputs)
@@ -148,6 +164,9 @@ def _attention(d: Draw) -> Call:
 CALLS: dict[str, Callable[[Draw], Call]] = {
     "rms_norm-inner": lambda d: _norm(d, 0.0, "inner"),
     "rms_norm-outer-offset": lambda d: _norm(d, 1.0, "outer"),
+    "rms_norm-factor": _factor,
+    "layer_norm": _layer_norm,
+    "layer_norm-heads": _layer_norm_heads,
     "add_rms_norm": _add_norm,
     "rms_norm_linear": _norm_linear,
     "rope": lambda d: _rope(d, "halves"),

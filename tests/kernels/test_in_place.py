@@ -17,6 +17,8 @@ def _x(*shape: int) -> Tensor:
 
 CALLS: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
     "rms_norm": lambda: TABLE["rms_norm"](_x(2, 3, 16), _x(16), 1e-6),
+    "layer_norm": lambda: TABLE["layer_norm"](_x(2, 3, 16), _x(16), _x(16), 1e-6),
+    "layer_norm, by heads": lambda: TABLE["layer_norm"](_x(2, 3, 16), _x(3, 16), None, 1e-6),
     "add_rms_norm": lambda: TABLE["add_rms_norm"](_x(2, 3, 16), _x(2, 3, 16), _x(16), 1e-6)[1],
     "rms_norm_linear": lambda: TABLE["rms_norm_linear"](
         _x(2, 3, 16), _x(16), 1e-6, 0.0, "inner", [_x(8, 16), _x(4, 16)], [None, None]

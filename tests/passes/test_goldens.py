@@ -49,6 +49,16 @@ def norm_into_linears(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tenso
     return F.linear(n, a), F.linear(n, b)
 
 
+def layer_norms(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    var = (x - mean).pow(2).mean(-1, keepdim=True)
+    return F.layer_norm(x, (8,), w, b), w * ((x - mean) * torch.rsqrt(var + 1e-5))
+
+
+def l2_norm(x: Tensor) -> tuple[Tensor]:
+    return (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
@@ -66,6 +76,8 @@ CASES: list[tuple[Callable[..., Any], list[Tensor]]] = [
     (residual_norm_and_gated_mlp, [_leaf(2, 5, 8), _leaf(2, 5, 8), _leaf(8), _leaf(12, 8),
                                    _leaf(12, 8), _leaf(8, 12)]),
     (norm_into_linears, [_leaf(2, 5, 8), _leaf(8), _leaf(12, 8), _leaf(4, 8)]),
+    (layer_norms, [_leaf(2, 5, 8), _leaf(8), _leaf(8)]),
+    (l2_norm, [_leaf(2, 5, 8)]),
     (rotary, [_leaf(2, 4, 5, 8), _leaf(2, 2, 5, 8), torch.randn(2, 1, 5, 8),
               torch.randn(2, 1, 5, 8)]),
     (lora, [_leaf(2, 5, 24), _leaf(16, 24), _leaf(4, 24), _leaf(16, 4)]),

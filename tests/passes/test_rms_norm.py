@@ -18,6 +18,12 @@ def _normed(x: Tensor, eps: float = 1e-6) -> Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def _over(x: Tensor, root: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rows in fp32 over a root: ``root`` gives its reciprocal."""
+    h = x.float()
+    return h * root(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 SPELLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "llama": lambda x, w: w * _normed(x).to(x.dtype),
     "llama commuted": lambda x, w: _normed(x).to(x.dtype) * w,
@@ -30,6 +36,16 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         * (x.float() * torch.rsqrt(torch.mean(x.float() * x.float(), -1, keepdim=True) + 1e-5)).to(
             x.dtype
         )
+    ),
+    "gemma3n": lambda x, w: (_over(x, lambda v: torch.pow(v, -0.5)) * w.float()).type_as(x),
+    "one over a root": lambda x, w: w * _over(x, lambda v: 1.0 / torch.sqrt(v)).to(x.dtype),
+    "reciprocal": lambda x, w: w * _over(x, lambda v: v.sqrt().reciprocal()).to(x.dtype),
+    "over a root": lambda x, w: (
+        w * (x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype)
+    ),
+    "cpmant": lambda x, w: (
+        (x * torch.rsqrt(x.to(torch.float32).pow(2).mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+        * w
     ),
     "eps first": lambda x, w: (
         w
@@ -56,8 +72,37 @@ def test_without_weight() -> None:
     assert rewritten(rewrite(capture(lambda x: _normed(x).to(x.dtype), x))) == ["rms_norm"]
 
 
+BARE: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda x: x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6),
+    "l2 over a root": lambda x: x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6),
+    "l2 in fp32": lambda x: (
+        x.float() * torch.rsqrt(x.float().pow(2).sum(-1, keepdim=True) + 1e-6)
+    ).type_as(x),
+    "a rounded root": lambda x: (
+        x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BARE)
+def test_spellings_without_weight(name: str, dtype: torch.dtype) -> None:
+    graph = capture(BARE[name], torch.randn(2, 5, D, dtype=dtype, requires_grad=True))
+    assert rewritten(rewrite(graph)) == ["rms_norm"]
+    assert len([n for n in graph.graph.nodes if n.op.startswith("call")]) == 1
+
+
+def test_an_l2_norm_joins_its_neighbours() -> None:
+    def fn(x: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = x + r
+        return torch.nn.functional.linear(BARE["l2"](x), a), BARE["l2"](total), total
+
+    inputs = [torch.randn(*s, requires_grad=True) for s in ((2, 5, D), (2, 5, D), (16, D))]
+    found = rewritten(rewrite(capture(fn, *inputs)))
+    assert found == ["add_rms_norm", "rms_norm", "rms_norm", "rms_norm_linear"]
+
+
 NEAR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
-    "no mean": (lambda x, w: w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)), "sum"),
     "another power": (
         lambda x, w: w * (x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6)),
         "4",

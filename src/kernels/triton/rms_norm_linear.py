@@ -92,6 +92,8 @@ def matmul_kernel(
         acc = tl.dot(x, w, acc, input_precision="ieee")
     rstd = 1.0 / tl.sqrt(squares / dim + eps)
     acc *= rstd[:, None]
+    if HAS_OFFSET and not HAS_NORM_WEIGHT:
+        acc *= offset
     if HAS_BIAS:
         acc += tl.load(bias_ptr + feature, mask=in_feature, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + row[:, None] * features + feature[None, :]
@@ -252,6 +254,7 @@ def _case(
 
 AOT = (
     _case("16 rows, no weight", 16, weight=False),
+    _case("16 rows, a factor", 16, weight=False, offset=True),
     _case("64 rows, bias", 64, bias=True),
     _case("128 rows, offset", 128, offset=True),
     _case("128 rows, odd features", 128, divisible=("dim", "x_stride", "weight_stride")),

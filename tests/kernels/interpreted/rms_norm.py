@@ -40,6 +40,7 @@ def check_parity() -> None:
         w = torch.randn(123, requires_grad=w_needs)
         _parity(x, w, 0.0, "inner")
     _parity(torch.randn(9, 123, dtype=torch.bfloat16, requires_grad=True), None, 0.0, "inner")
+    _parity(torch.randn(9, 123, dtype=torch.float16, requires_grad=True), None, 0.25, "outer")
 
 
 def check_strides() -> None:

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from fusewright.kernels import launch
+from fusewright.kernels import layer_norm as op
+from fusewright.kernels.layer_norm import OP, layer_norm, reference
+from tests.kernels.test_rms_norm import assert_compiles, saved_bytes
+from tests.kernels.util import assert_parity
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+PARAMETERS = tuple(itertools.product((False, True), repeat=2))
+"""Whether there is a weight, and a bias."""
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _bind(
+    fn: Callable[..., Tensor], weight: bool = True, bias: bool = True
+) -> Callable[..., Tensor]:
+    def call(x: Tensor, *given: Tensor) -> Tensor:
+        w, b = (given[0] if weight else None), (given[-1] if bias else None)
+        return fn(x, w, b, EPS)
+
+    return call
+
+
+@pytest.mark.parametrize(("weight", "bias"), PARAMETERS)
+@pytest.mark.parametrize("heads", [(), (2,)], ids=["vector", "heads"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_gradcheck(weight: bool, bias: bool, heads: tuple[int, ...], contiguous: bool) -> None:
+    x = torch.randn(2, 3, 7, dtype=torch.float64).transpose(0, 1)
+    x = (x.contiguous() if contiguous else x).requires_grad_()
+    heads = heads if weight else ()
+    given = [torch.randn(*heads, 7, dtype=torch.float64, requires_grad=True)
+             for wanted in (weight, bias) if wanted]  # fmt: skip
+    fn = _bind(layer_norm, weight, bias)
+    assert torch.autograd.gradcheck(fn, (x, *given))
+    if given:
+        assert torch.autograd.gradcheck(fn, (x.detach(), *given))
+    torch.testing.assert_close(fn(x, *given), _bind(reference, weight, bias)(x, *given))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.sampled_from([(3, 123), (2, 5, 252), (1, 2, 3, 507), (507,), (33, 96)]),
+    x_dtype=st.sampled_from(DTYPES),
+    w_dtype=st.sampled_from(DTYPES),
+    parameters=st.sampled_from(PARAMETERS),
+    by_head=st.booleans(),
+    trained=st.sampled_from([(True, True), (True, False), (False, True)]),
+    seed=st.integers(0, 1000),
+)
+def test_parity(
+    shape: tuple[int, ...],
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    parameters: tuple[bool, bool],
+    by_head: bool,
+    trained: tuple[bool, bool],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    inputs = [torch.randn(shape, dtype=x_dtype, requires_grad=trained[0])]
+    rows = shape[-2:] if by_head and parameters[0] else shape[-1:]
+    inputs += [torch.randn(rows, dtype=w_dtype, requires_grad=trained[1]) for p in parameters if p]
+    assert_parity(_bind(layer_norm, *parameters), _bind(reference, *parameters), *inputs, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype: torch.dtype) -> None:
+    base, w = torch.randn(3, 5, 4, 96, dtype=dtype), torch.randn(96, dtype=dtype)[::2]
+    b = torch.randn(48, dtype=dtype, requires_grad=True)
+    for x in (
+        base[..., :48],
+        base[..., ::2],
+        base[..., 48:].transpose(1, 2),
+        torch.randn(48, 10, dtype=dtype).t(),
+        torch.randn(1, 48, dtype=dtype).expand(6, 48),
+    ):
+        inputs = x.requires_grad_(), w.requires_grad_(), b
+        assert_parity(_bind(layer_norm), _bind(reference), *inputs)
+        assert layer_norm(x, w, b, EPS).stride() == reference(x, w, b, EPS).stride()
+
+
+def test_a_wide_range_of_values() -> None:
+    x = (torch.randn(64, 576) + 3) * torch.logspace(-12, 4, 64).unsqueeze(1)
+    for dtype, by_head in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        rows = (64, 576) if by_head else (576,)
+        inputs = [torch.randn(rows, dtype=dtype, requires_grad=True) for _ in range(2)]
+        x = x.to(dtype).detach().requires_grad_()
+        assert_parity(_bind(layer_norm), _bind(reference), x, *inputs)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16)])
+def test_empty_batch(shape: tuple[int, ...]) -> None:
+    x = torch.randn(0, 3, 16, requires_grad=True)
+    w, b = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    y = layer_norm(x, w, b, EPS)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 3, 16)
+    assert torch.equal(w.grad, torch.zeros(shape))
+    assert torch.equal(b.grad, torch.zeros(shape))
+
+
+def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = op.backward
+    monkeypatch.setattr(op, "backward", lambda *args: asked.append(args[-3:]) or real(*args))
+    x, w, b = torch.randn(4, 3, 16), torch.randn(3, 16), torch.randn(3, 16)
+    layer_norm(x.requires_grad_(), w, b, EPS).sum().backward()
+    layer_norm(x.detach(), w.requires_grad_(), b, EPS).sum().backward()
+    layer_norm(x.detach(), w.detach(), b.requires_grad_(), EPS).sum().backward()
+    assert asked == [(True, False, False), (False, True, False), (False, False, True)]
+    with torch.no_grad():
+        y, mean, rstd = op.forward(x, w, b, EPS)
+    for need in asked:
+        grads = real(y, x, w, b, mean, rstd, *need)
+        assert tuple(g is not None for g in grads) == need
+
+
+def test_on_the_cpu_it_is_what_pytorch_computes() -> None:
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((4, 123), (123,), (123,)))
+    y = layer_norm(x, w, b, EPS)
+    eager = torch.nn.functional.layer_norm(x, (123,), w, b, EPS)
+    assert torch.equal(y, eager)
+    grads = (torch.autograd.grad(o, (x, w, b), torch.ones_like(o)) for o in (y, eager))
+    assert all(torch.equal(a, c) for a, c in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(123,), (4, 123)])
+def test_under_activation_checkpointing_and_autocast(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 4, 123, dtype=torch.bfloat16, requires_grad=True)
+    w, b = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    plain = _bind(layer_norm)
+    upstream = torch.randn(2, 4, 123, dtype=torch.bfloat16)
+    expected = torch.autograd.grad(plain(x, w, b), (x, w, b), upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = checkpoint(plain, x, w, b, use_reentrant=False)
+        ours = torch.autograd.grad(y, (x, w, b), upstream)
+    for a, c in zip(ours, expected, strict=True):
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("shape", [(252,), (5, 252)])
+def test_inductor(shape: tuple[int, ...]) -> None:
+    def bind(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, b: fn(x * 2, w, b, 1e-5) + fn(x, w, None, 1e-5) * x
+
+    x = torch.randn(3, 5, 252, dtype=torch.bfloat16, requires_grad=True)
+    w, b = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    assert_compiles(bind(layer_norm), bind(reference), x, w, b)
+
+
+def test_cuda_traces_to_the_opaque_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "has_triton", lambda: True)
+    with FakeTensorMode():
+        x = torch.empty(4, 6, 32, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+        w, b = torch.empty(4, 32, device="cuda"), torch.empty(4, 32, device="cuda")
+
+        def step(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+            y, mean, rstd = op.forward(x, w, b, EPS)
+            return y, *op.backward(y, x, w, b, mean, rstd, True, True, True)
+
+        traced = make_fx(step)(x, w, b)
+        y, dx, dw, db = step(x, w, b)
+    assert [n.target for n in traced.graph.nodes if n.target in (op._forward_op, op._backward_op)]
+    assert (y.dtype, y.stride()) == (torch.bfloat16, x.stride())
+    assert (dx.dtype, dx.stride()) == (torch.bfloat16, x.stride())
+    assert (dw.dtype, dw.shape) == (db.dtype, db.shape) == (torch.float32, (4, 32))
+
+
+@pytest.mark.parametrize("shape", [(64,), (7, 64)])
+def test_cost_is_what_happens(shape: tuple[int, ...]) -> None:
+    x = torch.randn(5, 7, 64, dtype=torch.bfloat16, requires_grad=True)
+    w, b = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    cost = OP.cost(x.to("meta"), w.to("meta"), b.to("meta"), EPS)
+    assert cost.bytes_saved == saved_bytes(lambda: layer_norm(x, w, b, EPS), [w, b])
+    assert cost.bytes_read == x.nbytes + w.nbytes + b.nbytes
+    assert cost.bytes_written == x.nbytes + 35 * 8
+    assert cost.flops > 0
+
+
+def test_reasons() -> None:
+    x, w = torch.randn(2, 4, 16), torch.randn(16)
+    assert OP.unsupported(x, w, w, EPS) == OP.unsupported(x.bfloat16(), None, None, EPS) == []
+    assert OP.unsupported(x, torch.randn(4, 16), None, EPS) == []
+    assert "not one per feature" in OP.unsupported(x, w[:8], None, EPS)[0]
+    assert "the bias is" in OP.unsupported(x, w, w[:8], EPS)[0]
+    assert "different shapes" in OP.unsupported(x, torch.randn(4, 16), w, EPS)[0]
+    assert "one vector" in OP.unsupported(x, None, torch.randn(4, 16), EPS)[0]
+    assert "not floating-point" in OP.unsupported(x.long(), w, None, EPS)[0]
+    assert "not floating-point" in OP.unsupported(x, w.long(), None, EPS)[0]
+    assert "no features" in OP.unsupported(torch.tensor(1.0), None, None, EPS)[0]
+    assert "is on meta" in OP.unsupported(x, w.to("meta"), None, EPS)[0]
+    with FakeTensorMode():
+        long = torch.empty(2, op.MAX_DIM + 1, device="cuda")
+        assert any("features" in r for r in OP.unsupported(long, None, None, EPS))
+        wide = torch.empty(2, 16, device="cuda", dtype=torch.float64)
+        assert any("fp64" in r for r in OP.unsupported(wide, None, None, EPS))
