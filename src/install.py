@@ -75,7 +75,7 @@ def _unbound(forward: Any) -> Any:
 
 def install(region: Region, session: Session) -> None:
     """Give ``region.module`` a captured forward."""
-    if region.backbone is None:
+    if not region.backbone:
         _put(
             region.module,
             session,
@@ -83,9 +83,10 @@ def install(region: Region, session: Session) -> None:
             functools.partial(block_forward, session, region.kind),
         )
         return
-    outside = next(n for n, c in region.module.named_children() if c is region.backbone)
+    outside = next(n for n, c in region.module.named_children() if c is region.backbone[0])
     _put(region.module, session, region.kind, functools.partial(head_forward, session, outside))
-    _put(region.backbone, session, "backbone", functools.partial(backbone_forward, session))
+    for module in region.backbone:
+        _put(module, session, "backbone", functools.partial(backbone_forward, session))
 
 
 def split(module: nn.Module, session: Session) -> None:

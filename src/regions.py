@@ -34,13 +34,14 @@ class Region:
         path: as in ``named_modules()``.
         module: the module.
         kind: ``"block"``, ``"norm"`` or ``"head"``.
-        backbone: for a head, the submodule that stays outside.
+        backbone: for a head, the submodule that stays outside; then those inside it that hold all
+            blocks, one of which the head may call in its place.
     """
 
     path: str
     module: nn.Module
     kind: str
-    backbone: nn.Module | None = None
+    backbone: tuple[nn.Module, ...] = ()
 
 
 def find(model: nn.Module) -> list[Region]:
@@ -103,7 +104,9 @@ def _is_norm(module: nn.Module) -> bool:
     if any(True for _ in module.children()):
         return False
     if not own:
-        return any("eps" in name and isinstance(v, float) for name, v in vars(module).items())
+        named = vars(module)
+        has_eps = any("eps" in name and isinstance(v, float) for name, v in named.items())
+        return has_eps or "normalized_shape" in named
     return all(p.dim() == 1 for p in own)
 
 
@@ -140,10 +143,20 @@ def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
         head = _output_embeddings(module)
         for child in holders:
             if head is not None and head not in set(child.modules()):
-                return Region(path, module, "head", child)
+                return Region(path, module, "head", _chain(child, blocks))
             if takes_labels(module):
-                inner = Region(path, module, "head", child)
+                inner = Region(path, module, "head", _chain(child, blocks))
     return inner
+
+
+def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
+    """``module``, and what is inside it around all the blocks."""
+    found = [module]
+    while inner := [c for c in found[-1].children() if _holds(c, blocks)]:
+        if isinstance(inner[0], nn.ModuleList) or inner[0] in blocks:
+            break
+        found.append(inner[0])
+    return tuple(found)
 
 
 def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:

@@ -48,6 +48,8 @@ class GLU(Rule):
             return
         m.pass_over(_is_multiple(m.gate, m.up))  # an activation by itself, without a gate
         gate, up = facts.tensor(m.gate), facts.tensor(m.up)
+        if m.spelling == "sigmoid":  # a weight for each row, or for each feature, is no gate
+            m.pass_over(gate is None or up is None or gate.shape != up.shape)
         m.require(gate is not None and up is not None, "gate or up is not a tensor")
         if gate is not None and up is not None:
             m.require(gate.shape == up.shape, "gate and up differ in shape", m.root)

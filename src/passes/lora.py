@@ -45,8 +45,10 @@ class LoRALinear(Rule):
         for name, matrix in (("the weight", weight), ("a", m.a), ("b", m.b)):
             m.require(facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
         rank = facts.size(m.a, 0)
-        wide = min(facts.size(weight, 0) or 0, facts.size(weight, 1) or 0)
-        m.require(rank is not None and rank <= wide, "the update is not of low rank", m.root)
+        # only what goes in counts: a gate of one feature may have a wider adapter
+        wide = facts.size(m.x, -1)
+        low = rank is not None and wide is not None and rank <= wide
+        m.require(low, "the update is not of low rank", m.root)
         x, result = facts.tensor(m.x), facts.tensor(m.root)
         if x is None or result is None:
             m.require(False, "x is not a tensor")
