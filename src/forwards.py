@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Session
+from .leaves import scanning, scans_whole
 from .regions import bypass_reason, hidden_hooks, hooks, leading_sizes, mark_dynamic
 
 _NOTHING = contextlib.nullcontext()
@@ -51,7 +52,8 @@ def block_forward(
         def as_it_was() -> Any:
             return plain(self, *args, **kwargs)
 
-        with hidden_hooks(idle) if idle else _NOTHING:
+        scans = scanning(self)
+        with hidden_hooks(idle) if idle else _NOTHING, scans_whole(scans) if scans else _NOTHING:
             return session.call(self, compiled, graph_args, graph_kwargs, as_it_was)
 
     return forward

@@ -18,6 +18,7 @@ from torch import fx
 
 from . import facts
 from .operations import CASTS, FUNCTIONS, METHODS, SPECS, Spec
+from .whole import CONVENTIONS, bind, is_leaf
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Canon:
 
 _OPS: dict[Any, tuple[str, Spec]] = {}
 
+SPECS.update({c.name: Spec(c.params) for c in CONVENTIONS})
+
 
 def register(function: Callable[..., Any], name: str, spec: Spec) -> None:
     """Give one of this package's ops (a graph node's target) its canonical name."""
@@ -52,6 +55,9 @@ def canonical(node: Any) -> Canon | None:
     if target in _OPS:
         name, spec = _OPS[target]
         return _made(name, spec.bind(args, kwargs))
+    if is_leaf(target):
+        leaf = bind(target, args, kwargs)
+        return None if leaf is None else Canon(*leaf)
     special = _SPECIAL.get(target)
     if special is not None:
         return special(node, args, kwargs)

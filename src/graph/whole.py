@@ -1,0 +1,161 @@
+"""Functions that are captured as one node: the scans of state-space models.
+
+In plain PyTorch a scan is a loop over time, which a tracer unrolls: hundreds of nodes for a few
+tokens, and another graph for each length. Such a function is known by its calling convention, the
+public one of the CUDA packages that it stands in for, and never by its name or its model. A *leaf*
+is called in its place while a block is captured: TorchDynamo puts it into the graph as one node,
+for any length. Outside of tracing, a leaf is the function itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_MARK = "__fusewright_whole__"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A way of calling a scan.
+
+    Attributes:
+        name: of the canonical operation.
+        params: the names of the arguments, in order; those of the first two are free. The last
+            stands for all further ones, as a tuple of pairs, as far as they say anything.
+        known_by: the names that a function with this convention must have.
+        time: the dimension of time in the first two arguments, B, C, z and the first output.
+        defaults: values of the arguments after the first five (and a chunk size).
+    """
+
+    name: str
+    params: tuple[str, ...]
+    known_by: frozenset[str]
+    time: int
+    defaults: Mapping[str, Any]
+
+
+SELECTIVE = Convention(
+    "scan_call",
+    ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "return_last_state",
+     "others"),
+    frozenset(("D", "z", "delta_bias", "delta_softplus")),
+    2,
+    {"D": None, "z": None, "delta_bias": None, "delta_softplus": False, "return_last_state": False},
+)  # fmt: skip
+"""u, delta, z (B, D, L); A (D, N); B, C (B, N, L): Gu & Dao, "Mamba", 2023."""
+
+CHUNKED = Convention(
+    "chunk_scan_call",
+    ("x", "dt", "A", "B", "C", "chunk_size", "D", "z", "dt_bias", "dt_softplus", "dt_limit",
+     "initial_states", "return_final_states", "others"),
+    frozenset(("chunk_size", "D", "dt_bias", "dt_softplus")),
+    1,
+    {"D": None, "z": None, "dt_bias": None, "dt_softplus": False,
+     "dt_limit": (0.0, float("inf")), "initial_states": None, "return_final_states": False},
+)  # fmt: skip
+"""x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N): Dao & Gu, "Transformers are SSMs"."""
+
+CONVENTIONS = (SELECTIVE, CHUNKED)
+
+
+@functools.cache
+def convention(function: Callable[..., Any]) -> Convention | None:
+    """The convention that ``function`` follows, or None."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # no signature
+        return None
+    if names[2:5] != ["A", "B", "C"]:
+        return None
+    return next((c for c in CONVENTIONS if c.known_by <= set(names)), None)
+
+
+@functools.cache
+def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The leaf of a function that has a convention.
+
+    The registration with TorchDynamo concerns this new object only.
+    """
+    kind = convention(function)
+    if kind is None:
+        raise TypeError(f"{function} is no scan")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, FakeTensor) for a in args):
+            return _outline(function, kind, args, kwargs)
+        return function(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = kind.name
+    setattr(call, _MARK, function)
+    made: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
+    return made
+
+
+def is_leaf(target: Any) -> bool:
+    """Whether a node's target is a leaf."""
+    return getattr(target, _MARK, None) is not None
+
+
+def bind(
+    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, tuple[Any, ...]] | None:
+    """The canonical name and arguments of a call of a leaf; None for any other target.
+
+    A further argument is left out where it is None or False, and where it only chooses among
+    implementations of the same thing (``use_...``).
+    """
+    function = getattr(target, _MARK, None)
+    kind = None if function is None else convention(function)
+    if kind is None:
+        return None
+    given = _given(function, args, kwargs)
+    first, second = list(given)[:2]
+    values = [given.pop(first), given.pop(second)]
+    values += [given.pop(name, kind.defaults.get(name)) for name in kind.params[2:-1]]
+    others = tuple(
+        (name, value) for name, value in given.items()
+        if value is not None and value is not False and not name.startswith("use_")
+    )  # fmt: skip
+    return kind.name, (*values, others)
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _given(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments by name, in the order of the signature, defaults included."""
+    signature = _signature(function)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name)
+    return given
+
+
+def _outline(
+    function: Callable[..., Any], kind: Convention, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What ``function`` would return for fake tensors, worked out from a single step of time."""
+    given = _given(function, args, kwargs)
+    names = list(given)
+    length = given[names[0]].shape[kind.time]
+    for name in (*names[:2], "B", "C", "z"):
+        if isinstance(given.get(name), Tensor):
+            given[name] = given[name].narrow(kind.time, 0, 1)
+    results = function(**given)
+    first, *rest = results if isinstance(results, tuple) else (results,)
+    shape = [length if d == kind.time else size for d, size in enumerate(first.shape)]
+    whole = first.expand(shape).clone(memory_format=torch.contiguous_format)
+    return (whole, *rest) if isinstance(results, tuple) else whole
