@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from .budget import errors, exceeded
 from .graph import facts
+from .graph.whole import is_leaf
 from .match.apply import Candidate, Verdict
 from .report import Figures
 
@@ -129,10 +131,25 @@ def _run(fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool]) 
     return Outcome(([o.detach() for o in outputs], list(grads)), sum(kept.values()))
 
 
+class _Wide(TorchFunctionMode):
+    """Makes casts to a floating-point dtype casts to fp64, in code that is no graph."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        wide = {k: _widen(v) for k, v in (kwargs or {}).items()}
+        return func(*(_widen(a) for a in args), **wide)
+
+
 class _Exact(fx.Interpreter):
     """Runs a graph in fp64 whatever dtypes its nodes ask for."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if is_leaf(n.target):
+            with _Wide():
+                return super().run_node(n)
         if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
             return self.fetch_args_kwargs_from_env(n)[0][0].double()
         return super().run_node(n)

@@ -10,6 +10,7 @@ from .lora import LoRALinear
 from .loss import LinearCrossEntropy
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
+from .scan import SelectiveScan
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops
@@ -20,6 +21,7 @@ PIPELINE: tuple[Rule, ...] = (
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),
+    SelectiveScan(),
     # fuse: ops and their neighbours become larger ops
     RopePair(),
     AddRMSNorm(),

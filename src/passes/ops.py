@@ -17,6 +17,7 @@ from ..kernels import (
     rms_norm,
     rms_norm_linear,
     rope,
+    selective_scan,
 )
 
 TABLE: dict[str, Callable[..., Any]] = {
@@ -30,6 +31,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear.lora_linear,
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
     "attention": attention.attention,
+    "selective_scan": selective_scan.selective_scan,
 }
 """Op name -> the function that a graph node calls."""
 
@@ -61,3 +63,11 @@ register(
         (-100, "mean", 0.0, None, 1.0),
     ),
 )  # fmt: skip
+register(
+    TABLE["selective_scan"],
+    "selective_scan",
+    Spec(
+        ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"),
+        (None, None, None, False),
+    ),
+)
