@@ -112,9 +112,9 @@ def _backward(
             dz[rows].transpose(1, 2).copy_(slope.mul_(outer).mul_(g.y))
         sums[0] = sums[0] + g.a
         if needs[5]:
-            sums[1] = sums[1] + (inner * p.x).sum((0, 1))
+            sums[1] = sums[1] + (inner * p.x).sum((0, 1), dtype=torch.float64)
         if needs[7]:
-            sums[2] = sums[2] + g.raw.sum((0, 1))
+            sums[2] = sums[2] + g.raw.sum((0, 1), dtype=torch.float64)
     for i, total in zip((2, 5, 7), sums, strict=True):
         if isinstance(total, Tensor):
             every[i].copy_(total.t())
@@ -127,7 +127,8 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, D, L), in memory (B, L, D) as the projection after it reads them; states."""
     (batch, channels, length), states = u.shape, a.shape[1]
-    chunks = -(-length // chunk_length(states, channels))
+    # never 1, for any length: that case would be a graph of its own
+    chunks = length // chunk_length(states, channels) + 2
     out = u.new_empty(batch, length, channels, dtype=output_dtype(u, d, z)).transpose(1, 2)
     wide = torch.promote_types(u.dtype, torch.float32)
     return out, u.new_empty(chunks, batch, states, channels, dtype=wide)

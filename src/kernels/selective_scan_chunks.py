@@ -151,7 +151,7 @@ def forward(p: Prepared, starts: Tensor) -> Tensor:
         p: the inputs.
         starts: (K, B, N, D), written: the states before each chunk.
     """
-    (_, length, channels), size = p.x.shape, chunk_length(*p.a.shape)
+    length, size = p.x.shape[1], chunk_length(*p.a.shape)
     spans = list(spans_of(length, size))
     y = torch.empty_like(p.x)
     starts[:1] = 0
@@ -188,7 +188,7 @@ def backward(
     """The gradients, from that of the outputs before the gate, (B, L, D)."""
     (batch, length, channels), size = p.x.shape, chunk_length(*p.a.shape)
     dx, ddt, y = (torch.empty_like(p.x) for _ in range(3))
-    da, db, dc = (torch.zeros_like(t) for t in (p.a, p.b, p.c))
+    da, db, dc = p.a.new_zeros(p.a.shape, dtype=torch.float64), *map(torch.empty_like, (p.b, p.c))
     buffers = _buffers(p, size, 3)
     after = torch.zeros_like(starts[0])
     for k, span in reversed(list(enumerate(spans_of(length, size)))):

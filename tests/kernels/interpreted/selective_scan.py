@@ -1,0 +1,40 @@
+"""The selective scan's Triton kernels under the interpreter."""
+
+from __future__ import annotations
+
+import torch
+
+from fusewright.kernels.selective_scan import OP, selective_scan
+from tests.kernels.test_selective_scan import bound, draw
+from tests.kernels.util import assert_parity
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def main() -> None:
+    checks = 0
+    # one chunk and a part, whole chunks, fewer steps than one chunk; odd channels and states
+    for dtype, size, given in (
+        (FP32, (2, 5, 4, 19), (True, True, True)),
+        (FP32, (1, 19, 3, 32), (False, True, False)),
+        (BF16, (2, 5, 4, 19), (True, True, True)),
+        (FP16, (1, 3, 2, 5), (True, False, True)),
+        (FP32, (1, 2, 1, 1), (False, False, False)),
+    ):
+        for softplus in (True, False):
+            inputs = draw(*size, dtype, *given)
+            assert_parity(
+                bound(selective_scan, inputs, softplus),
+                bound(OP.reference, inputs, softplus),
+                *(t for t in inputs if t is not None),
+            )
+            checks += 1
+    frozen = draw(1, 4, 2, 18, FP32)
+    for t in frozen[2:]:
+        t.requires_grad_(False)
+    assert_parity(bound(selective_scan, frozen, True), bound(OP.reference, frozen, True), *frozen)
+    print(f"{checks + 1} checks passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The selective scan against the loop over time: values, gradients, layouts, chunks, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusewright.kernels import selective_scan as module
+from fusewright.kernels import selective_scan_chunks as chunks
+from fusewright.kernels.selective_scan import OP, selective_scan
+
+from .util import assert_parity
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def draw(
+    batch: int, channels: int, states: int, length: int, dtype: torch.dtype,
+    skip: bool = True, gate: bool = True, bias: bool = True,
+) -> list[Any]:  # fmt: skip
+    """Inputs as model code has them: parameters in fp32, projections transposed and sliced."""
+    wide = FP64 if dtype is FP64 else FP32
+    both = torch.randn(batch, length, 2 * channels).to(dtype)
+    ssm = torch.randn(batch, length, 2 * states).to(dtype).split(states, -1)
+    inputs = [
+        torch.randn(batch, channels, length).to(dtype),
+        torch.rand(batch, length, channels).to(dtype).transpose(1, 2),
+        -0.5 - 4 * torch.rand(channels, states, dtype=wide),
+        *(t.transpose(1, 2) for t in ssm),
+        torch.randn(channels, dtype=wide) if skip else None,
+        both[..., channels:].transpose(1, 2) if gate else None,
+        torch.rand(channels, dtype=wide) if bias else None,  # a step is positive
+    ]
+    return [None if t is None else t.detach().requires_grad_() for t in inputs]
+
+
+def bound(fn: Callable[..., Any], inputs: Sequence[Any], softplus: bool) -> Callable[..., Any]:
+    """``fn`` as a function of those inputs that are there."""
+
+    def call(*given: Tensor) -> Any:
+        rest = iter(given)
+        return fn(*(None if t is None else next(rest) for t in inputs), softplus)
+
+    return call
+
+
+def _check(inputs: list[Any], softplus: bool = True) -> None:
+    assert_parity(
+        bound(selective_scan, inputs, softplus),
+        bound(OP.reference, inputs, softplus),
+        *(t for t in inputs if t is not None),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.tuples(*(st.integers(*n) for n in ((1, 3), (64, 80), (4, 9), (9, 23)))),
+    dtype=st.sampled_from((FP32, BF16, FP16)),
+    given=st.tuples(*(st.booleans() for _ in range(3))),
+    softplus=st.booleans(),
+)
+def test_parity(
+    size: tuple[int, ...], dtype: torch.dtype, given: tuple[bool, ...], softplus: bool
+) -> None:
+    torch.manual_seed(sum(size))
+    previous = chunks._SHORTEST, chunks._LONGEST
+    chunks._SHORTEST = chunks._LONGEST = 4  # many chunks in few steps
+    try:
+        _check(draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
+    finally:
+        chunks._SHORTEST, chunks._LONGEST = previous
+
+
+@pytest.mark.parametrize("length", [1, 127, 300])
+def test_parity_over_real_chunks(length: int) -> None:
+    torch.manual_seed(0)
+    _check(draw(2, 96, 16, length, FP32))
+
+
+def test_samples_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_BUFFER", 64)
+    assert chunks.samples_at_once(4, 80) == 1
+    _check(draw(3, 80, 4, 40, FP32))
+
+
+def test_frozen_inputs_get_no_gradient() -> None:
+    for trainable in range(8):
+        inputs = draw(2, 70, 5, 9, FP32)
+        for i, t in enumerate(inputs):
+            t.requires_grad_(i == trainable)
+        _check(inputs)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+def test_gradcheck(softplus: bool) -> None:
+    inputs = draw(2, 3, 2, 7, FP64)
+    assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, softplus), inputs)
+
+
+def test_steep_decays_do_not_overflow() -> None:
+    """Cumulated exponents of -1e5 have no finite quotient; states simply vanish."""
+    u, delta, a, b, c, *_ = draw(1, 3, 2, 200, FP32)
+    a = (a.detach() * 1e4).requires_grad_()
+    out = selective_scan(u, delta, a, b, c)
+    grads = torch.autograd.grad(out.square().sum(), (u, delta, a, b, c))
+    assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+
+
+def test_memory_between_forward_and_backward() -> None:
+    inputs = draw(1, 64, 16, 512, FP32)
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    kept = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal kept
+        kept += t.nbytes * (t.untyped_storage().data_ptr() not in own)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        selective_scan(*inputs, True)
+    assert kept * 50 < 64 * 16 * 512 * 4  # all states
+
+
+def test_what_cannot_be_taken_is_said() -> None:
+    inputs = [t.detach() for t in draw(2, 5, 3, 9, FP32)]
+    for i, wrong in ((2, inputs[2].to(torch.complex64)), (3, inputs[3][0]), (5, inputs[5][:2])):
+        given = [wrong if j == i else t for j, t in enumerate(inputs)]
+        assert OP.unsupported(*given)
+        with pytest.raises(ValueError, match="."):
+            selective_scan(*given)
+    assert OP.unsupported(*inputs) == []
+
+
+def test_library_ops_keep_their_contract() -> None:
+    u, delta, a, b, c, d, z, bias = (t.detach() for t in draw(2, 5, 3, 9, FP32))
+    ops = torch.ops.fusewright
+    forward = ops.selective_scan_forward.default
+    tests = ("test_schema", "test_faketensor")
+    args = (u, delta, a, b, c, d, z, bias, True)
+    torch.library.opcheck(forward, args, test_utils=tests)
+    out, starts = forward(*args)
+    for needs in ([True] * 8, [True, False] * 4):
+        given = (torch.randn_like(out), *args[:-1], starts, True, needs)
+        torch.library.opcheck(ops.selective_scan_backward.default, given, test_utils=tests)
+
+
+def test_cost_counts_what_is_kept() -> None:
+    inputs = [t.detach().to("meta") for t in draw(2, 64, 16, 256, BF16)]
+    cost = OP.cost(*inputs, True)
+    assert cost.bytes_saved < 2 * cost.bytes_read
+    assert cost.bytes_written > inputs[0].numel() * 4  # the gate is bf16, D is fp32
+    assert module.output_dtype(inputs[0], inputs[5], inputs[6]) is FP32
