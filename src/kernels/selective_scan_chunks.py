@@ -189,7 +189,7 @@ def backward(
     (batch, length, channels), size = p.x.shape, chunk_length(*p.a.shape)
     dx, ddt, y = (torch.empty_like(p.x) for _ in range(3))
     da, db, dc = p.a.new_zeros(p.a.shape, dtype=torch.float64), *map(torch.empty_like, (p.b, p.c))
-    buffers = _buffers(p, size, 3)
+    buffers = _buffers(p, size, 4)
     after = torch.zeros_like(starts[0])
     for k, span in reversed(list(enumerate(spans_of(length, size)))):
         chunk = _Chunk(p, span)
@@ -200,9 +200,8 @@ def backward(
         g = chunk.adjoints(decays, grad, after, buffers[2])
         rows = grad[:, span].transpose(0, 1).reshape(-1, channels, 1)
         dc[span] = torch.bmm(h.view(shape), rows).view(time, batch, -1)
-        db[span] = torch.bmm(g.view(shape), chunk.xdt.reshape(-1, channels, 1)).view(
-            time, batch, -1
-        )
+        # as eager does: over many channels, a product of matrices is much less accurate than a sum
+        db[span] = torch.mul(g, chunk.xdt, out=buffers[3][:time]).sum(3)
         gathered = chunk.read(p.b, g)
         torch.mul(gathered, p.dt[:, span], out=dx[:, span])
         # the gradient of the exponents: a * g * (the state before)

@@ -1,0 +1,167 @@
+"""State-space models: scans are captured whole, at any length, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from fusewright import explain, optimize, restore
+from fusewright.graph import whole
+from fusewright.leaves import scanning
+
+from .architectures import build, targets
+
+NAMES = ("mamba", "falcon_mamba", "jamba", "zamba", "mamba2", "bamba")
+LIMIT = 60.0
+"""Seconds for a first step at 512 tokens on a busy machine; unrolled, a scan takes minutes."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def _ids(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, 200, (batch, length), generator=generator)
+
+
+def _step(model: nn.Module, ids: Tensor, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **more).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def _assert_equal_steps(ours: nn.Module, eager: nn.Module, ids: Tensor, **more: Any) -> None:
+    loss, grads = _step(ours, ids, **more)
+    eager_loss, eager_grads = _step(eager, ids, **more)
+    torch.testing.assert_close(loss, eager_loss, rtol=1e-5, atol=1e-6)
+    assert grads.keys() == eager_grads.keys()
+    for name, g in grads.items():
+        scale = eager_grads[name].norm() + 1e-6
+        assert (g - eager_grads[name]).norm() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_equal_eager(name: str, lora: bool) -> None:
+    model = build(name)
+    if lora:
+        config = LoraConfig(r=4, target_modules=targets(model), lora_dropout=0.0)
+        model = get_peft_model(model, config)
+    eager = copy.deepcopy(model)
+    names = [n for n, _ in model.named_parameters()]
+    optimize(model, codegen="eager")
+    for length in (24, 37):
+        _assert_equal_steps(model, eager, _ids(2, length), use_cache=False)
+    # training with the default of use_cache
+    _assert_equal_steps(model, eager, _ids(2, 24))
+    report = explain(model)
+    assert report.by_rule().get("selective_scan", 0) > 0, str(report)
+    assert not [s for s in report.sites if s.rule == "selective_scan" and s.status != "rewritten"]
+    assert [n for n, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_capture_is_independent_of_the_length(name: str) -> None:
+    model = optimize(build(name), codegen="eager")
+    begun = time.perf_counter()
+    _step(model, _ids(1, 512), use_cache=False)
+    assert time.perf_counter() - begun < LIMIT
+    graphs = explain(model).graphs
+    for length in (300, 41):
+        _step(model, _ids(1, length), use_cache=False)
+    assert explain(model).graphs == graphs
+
+
+def _state(model: nn.Module) -> list[dict[str, Any]]:
+    return [dict(m.__dict__) for m in model.modules()]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
+    model = build(name)
+    before = _state(model)
+    modules = [m for m in model.modules() if scanning(m)]
+    assert modules
+    scans = {m for block in modules for m in scanning(block)}
+    code = {m: type(m).forward for m in scans}
+    optimize(model, codegen="eager")
+    _step(model, _ids(2, 24), use_cache=False)
+    assert all("forward" not in m.__dict__ and type(m).forward is code[m] for m in scans)
+    model.zero_grad(set_to_none=True)
+    restore(model)
+    assert [s.keys() for s in _state(model)] == [s.keys() for s in before]
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2"])
+def test_copies_pickles_and_generation(name: str) -> None:
+    model = build(name).eval()
+    ids = _ids(1, 9)
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    optimize(model, codegen="eager")
+    model.train()
+    _step(model, _ids(2, 24), use_cache=False)
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (model, copied, loaded):
+        generated = other.eval().generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(generated, plain)
+    eager = restore(copy.deepcopy(model))
+    _assert_equal_steps(copied.train(), eager.train(), _ids(2, 24), use_cache=False)
+
+
+def test_without_the_rule_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_DISABLE", "selective_scan")
+    model = build("mamba")
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="inductor")  # the blocks run node by node all the same
+    _assert_equal_steps(model, eager, _ids(2, 24), use_cache=False)
+    assert "selective_scan" not in explain(model).by_rule()
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_eager() -> None:
+    model = build("mamba").bfloat16()
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).float()
+    optimize(model, codegen="eager")
+    ids = _ids(2, 64)
+    (_, ours), (_, theirs), (_, truth) = (
+        _step(m, ids, use_cache=False) for m in (model, eager, exact)
+    )
+    total = [
+        sum((g[n].float() - t).norm() / (t.norm() + 1e-6) for n, t in truth.items())
+        for g in (ours, theirs)
+    ]
+    assert total[0] <= 1.2 * total[1]
+    assert explain(model).by_rule()["selective_scan"] == 2
+
+
+def test_only_the_convention_counts() -> None:
+    def scan(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None,
+             delta_bias: Any = None, delta_softplus: bool = False) -> None: ...  # fmt: skip
+
+    def chunked(x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: int, D: Any = None,
+                dt_bias: Any = None, dt_softplus: bool = False, **more: Any) -> None: ...  # fmt: skip
+
+    def other(x: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> None: ...
+
+    assert whole.convention(scan) is whole.SELECTIVE
+    assert whole.convention(chunked) is whole.CHUNKED
+    assert whole.convention(other) is None
+    assert whole.leaf(scan) is whole.leaf(scan)
+    with pytest.raises(TypeError):
+        whole.leaf(other)
