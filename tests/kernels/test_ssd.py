@@ -1,0 +1,133 @@
+"""Chunked state-space duality against the recurrence: values, gradients, groups, chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusewright.kernels import ssd as module
+from fusewright.kernels.ssd import OP, ssd
+
+from .util import assert_parity
+
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def draw(
+    size: Sequence[int], dtype: torch.dtype, skip: bool = True, bias: bool = True
+) -> list[Any]:
+    """Inputs of (batch, length, heads, groups, features, states), projections sliced."""
+    batch, length, heads, groups, features, states = size
+    wide = FP64 if dtype is FP64 else FP32
+    packed = torch.randn(batch, length, heads * features + 2 * groups * states).to(dtype)
+    x, b, c = packed.split([heads * features, groups * states, groups * states], -1)
+    inputs = [
+        x.view(batch, length, heads, features), torch.rand(batch, length, heads).to(dtype),
+        -0.2 - 2 * torch.rand(heads, dtype=wide),
+        b.view(batch, length, groups, states), c.view(batch, length, groups, states),
+        torch.randn(heads, dtype=wide) if skip else None,
+        torch.rand(heads, dtype=wide) if bias else None,
+    ]  # fmt: skip
+    return [None if t is None else t.detach().requires_grad_() for t in inputs]
+
+
+def bound(fn: Callable[..., Any], inputs: Sequence[Any], *options: Any) -> Callable[..., Any]:
+    """``fn`` as a function of those inputs that are there."""
+
+    def call(*given: Tensor) -> Any:
+        rest = iter(given)
+        return fn(*(None if t is None else next(rest) for t in inputs), *options)
+
+    return call
+
+
+def _check(inputs: list[Any], *options: Any) -> None:
+    assert_parity(
+        bound(ssd, inputs, *options),
+        bound(OP.reference, inputs, *options),
+        *(t for t in inputs if t is not None),
+    )
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(*(st.integers(*n) for n in ((1, 3), (9, 40), (1, 2), (1, 3), (5, 9), (4, 9)))),
+    dtype=st.sampled_from((FP32, BF16, FP16)),
+    given=st.tuples(st.booleans(), st.booleans()),
+    softplus=st.booleans(),
+)
+def test_parity(
+    size: tuple[int, ...], dtype: torch.dtype, given: tuple[bool, bool], softplus: bool
+) -> None:
+    torch.manual_seed(sum(size))
+    batch, length, each, groups, features, states = size
+    previous, module.CHUNK = module.CHUNK, 8
+    try:
+        shape = (batch, length, 8 * each * groups, groups, features, states)
+        _check(draw(shape, dtype, *given), softplus)
+    finally:
+        module.CHUNK = previous
+
+
+@pytest.mark.parametrize("length", [1, 64, 130])
+def test_parity_over_real_chunks(length: int) -> None:
+    torch.manual_seed(0)
+    _check(draw((2, length, 24, 2, 8, 16), FP32), True)
+
+
+def test_tiles_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TILE", 64 * 64 * 3)
+    torch.manual_seed(0)
+    _check(draw((2, 40, 32, 2, 8, 8), FP32), True)
+
+
+def test_steps_are_clamped() -> None:
+    torch.manual_seed(0)
+    _check(draw((2, 40, 32, 1, 8, 8), FP32), True, (0.7, 1.2))
+
+
+def test_frozen_inputs_get_no_gradient() -> None:
+    torch.manual_seed(1)
+    for trainable in range(7):
+        inputs = draw((2, 20, 32, 1, 4, 6), FP32)
+        for i, t in enumerate(inputs):
+            t.requires_grad_(i == trainable)
+        _check(inputs, True)
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    inputs = draw((1, 10, 2, 1, 2, 3), FP64)
+    assert torch.autograd.gradcheck(lambda *t: ssd(*t, True), inputs)
+
+
+def test_steep_decays_do_not_overflow() -> None:
+    inputs = draw((1, 100, 4, 2, 4, 4), FP32)
+    inputs[2] = (inputs[2].detach() * 1e4).requires_grad_()
+    out = ssd(*inputs, True)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+
+
+def test_what_cannot_be_taken_is_said() -> None:
+    inputs = [t.detach() for t in draw((1, 6, 4, 2, 4, 4), FP32)]
+    for i, wrong in ((0, inputs[0][0]), (3, inputs[3][:, :, :1].repeat(1, 1, 3, 1))):
+        given = [wrong if j == i else t for j, t in enumerate(inputs)]
+        with pytest.raises(ValueError, match="."):
+            ssd(*given)
+    assert OP.unsupported(*inputs) == []
+
+
+def test_library_ops_keep_their_contract() -> None:
+    inputs = [t.detach() for t in draw((2, 9, 4, 2, 4, 5), FP32)]
+    forward, tests = torch.ops.fusewright.ssd_forward.default, ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, (*inputs, True, 0.0, 9.0), test_utils=tests)
+    for needs in ([True] * 7, [True, False] * 3 + [True]):
+        given = (torch.randn_like(inputs[0]), *inputs, True, 0.0, 9.0, needs)
+        torch.library.opcheck(torch.ops.fusewright.ssd_backward.default, given, test_utils=tests)
