@@ -16,7 +16,9 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import codegen
+from .graph.facts import nested
 from .graph.show import dump, source
+from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .options import Environment, Options
@@ -234,8 +236,10 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         frame, grad = next(_frames), torch.is_grad_enabled()
         before = session.shown(module, frame, kind, "captured")
         findings = _rewrite(session, module)
-        # graphs without gradients serve evaluation: not worth a second compilation
-        choice = session.codegen[0] if kind == "block" and grad else "eager"
+        # graphs without gradients serve evaluation: not worth a second compilation; and a compiler
+        # would unroll what was captured whole and not rewritten
+        compiled = kind == "block" and grad and not _has_leaf(module)
+        choice = session.codegen[0] if compiled else "eager"
         after = session.shown(module, frame, kind, "rewritten")
         captured = Captured(findings, grad, frame, before, after)
         if choice == "inductor":
@@ -250,6 +254,10 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         return call
 
     return compile_graph
+
+
+def _has_leaf(module: fx.GraphModule) -> bool:
+    return any(is_leaf(n.target) for inner in nested(module) for n in inner.graph.nodes)
 
 
 def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:

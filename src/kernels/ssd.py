@@ -3,7 +3,8 @@
 Each head has one decay for all its features and states, so that a chunk of time is a masked matrix
 product, like attention:
 
-    h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]^T;      y[t] = C[t] h[t] + D x[t]
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]^T
+    y[t] = C[t] h[t] + D x[t]
 
 Model code computes all chunks of all heads at once, with B and C repeated for every head. Here a
 few heads of a sample are computed at a time, and backward computes everything again from the
@@ -39,7 +40,7 @@ def ssd_reference(
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:  # fmt: skip
-    """The recurrence itself, rounding as model code does; see ``ssd``."""
+    """The dual form, attention with decays, rounding as model code does; see ``ssd``."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -48,14 +49,14 @@ def ssd_reference(
     dt = dt.clamp(*dt_limit).to(wide)
     heads = x.shape[2] // B.shape[2]
     x, A = x.to(wide), A.to(wide)
-    B, C = (t.to(wide).repeat_interleave(heads, 2) for t in (B, C))
-    state = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    outputs = []
-    for t in range(x.shape[1]):
-        drive = (x[:, t] * dt[:, t, :, None])[..., None] * B[:, t, :, None]
-        state = state * torch.exp(A * dt[:, t])[..., None, None] + drive
-        outputs.append((state @ C[:, t, :, :, None])[..., 0])
-    y = torch.stack(outputs, 1)
+    B, C = (t.to(wide).repeat_interleave(heads, 2).transpose(1, 2) for t in (B, C))
+    exponents = (A * dt).transpose(1, 2)
+    # between[i, j] is the sum of the exponents after step j, up to step i
+    below = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    between = exponents[..., None].expand(*exponents.shape, x.shape[1])
+    between = between.masked_fill(~below.tril(-1), 0).cumsum(-2).masked_fill(~below, -torch.inf)
+    values = (x * dt[..., None]).transpose(1, 2)
+    y = ((C @ B.transpose(-1, -2) * between.exp()) @ values).transpose(1, 2)
     return y if D is None else y + x * D[:, None]
 
 

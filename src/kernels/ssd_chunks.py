@@ -52,7 +52,7 @@ class _Decays:
             (s.unsqueeze(-1) - s.unsqueeze(-2)).to(kind).masked_fill_(upper, -torch.inf).exp_()
         )
         last = s[..., -1:]
-        self.into = s.to(kind).exp_().unsqueeze(-1)
+        self.into = s.to(kind).exp().unsqueeze(-1)
         self.rest = (last - s).to(kind).exp_().unsqueeze(-1)
         self.whole = last.to(kind).exp().unsqueeze(-1)
 

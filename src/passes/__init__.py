@@ -10,7 +10,7 @@ from .lora import LoRALinear
 from .loss import LinearCrossEntropy
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
-from .scan import SelectiveScan
+from .scan import ChunkedScan, SelectiveScan
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops
@@ -22,6 +22,7 @@ PIPELINE: tuple[Rule, ...] = (
     LinearCrossEntropy(),
     Attention(),
     SelectiveScan(),
+    ChunkedScan(),
     # fuse: ops and their neighbours become larger ops
     RopePair(),
     AddRMSNorm(),

@@ -18,6 +18,7 @@ from ..kernels import (
     rms_norm_linear,
     rope,
     selective_scan,
+    ssd,
 )
 
 TABLE: dict[str, Callable[..., Any]] = {
@@ -32,6 +33,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
     "attention": attention.attention,
     "selective_scan": selective_scan.selective_scan,
+    "ssd": ssd.ssd,
 }
 """Op name -> the function that a graph node calls."""
 
@@ -69,5 +71,13 @@ register(
     Spec(
         ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus"),
         (None, None, None, False),
+    ),
+)
+register(
+    TABLE["ssd"],
+    "ssd",
+    Spec(
+        ("x", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus", "dt_limit"),
+        (None, None, False, (0.0, float("inf"))),
     ),
 )

@@ -155,7 +155,7 @@ def test_only_the_convention_counts() -> None:
              delta_bias: Any = None, delta_softplus: bool = False) -> None: ...  # fmt: skip
 
     def chunked(x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: int, D: Any = None,
-                dt_bias: Any = None, dt_softplus: bool = False, **more: Any) -> None: ...  # fmt: skip
+                dt_bias: Any = None, dt_softplus: bool = False) -> None: ...  # fmt: skip
 
     def other(x: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any) -> None: ...
 

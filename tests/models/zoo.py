@@ -120,12 +120,12 @@ FAMILIES: tuple[Family, ...] = (
         embd_pdrop=0.0,
         resid_pdrop=0.0,
     ),
-    # the gate of a Mamba block is silu(gate) * scan
+    # the gate of a Mamba block is part of the scan's call
     _family(
         "mamba",
         tf.MambaConfig,
         tf.MambaForCausalLM,
-        {"rms_norm": 3, "glu": 2, "linear_cross_entropy": 1},
+        {"rms_norm": 3, "selective_scan": 2, "linear_cross_entropy": 1},
         {"rms_norm_linear": 2},
         4,
         ["in_proj", "x_proj"],
