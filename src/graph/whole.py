@@ -113,7 +113,9 @@ def bind(
     implementations of the same thing (``use_...``).
     """
     function = getattr(target, _MARK, None)
-    kind = None if function is None else convention(function)
+    if function is None:
+        return None
+    kind = convention(function)
     if kind is None:
         return None
     given = _given(function, args, kwargs)

@@ -205,15 +205,16 @@ class _SelectiveScan(torch.autograd.Function):
         else:
             out, starts = ops.selective_scan_forward.default(*tensors, softplus)
         ctx.save_for_backward(*tensors, starts)
-        return out
+        result: Tensor = out
+        return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
-        run = torch.ops.fusewright.selective_scan_backward.default
-        run = _triton_backward if ctx.triton else run
+        plain: Any = torch.ops.fusewright.selective_scan_backward.default
+        run = _triton_backward if ctx.triton else plain
         found = iter(run(grad, *tensors, starts, ctx.softplus, needs))
         return *(next(found) if needed else None for needed in needs), None
 

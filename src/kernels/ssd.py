@@ -83,7 +83,8 @@ def _chunked(t: Tensor) -> Tensor:
     """(L, H, ..) -> (H, K, Q, ..), zero beyond the end."""
     length = t.shape[0]
     t = F.pad(t.movedim(0, -1), (0, -length % CHUNK))
-    return t.unflatten(-1, (-1, CHUNK)).movedim((-2, -1), (1, 2)).contiguous()
+    cut: Tensor = t.unflatten(-1, (-1, CHUNK))  # type: ignore[no-untyped-call]
+    return cut.movedim((-2, -1), (1, 2)).contiguous()
 
 
 def _joined(t: Tensor, length: int) -> Tensor:

@@ -21,6 +21,8 @@ from fusewright.kernels import (
     rms_norm,
     rms_norm_linear,
     rope,
+    selective_scan,
+    ssd,
 )
 from fusewright.kernels.op import Op
 
@@ -161,6 +163,37 @@ def _attention(d: Draw) -> Call:
     return Call(attention.OP, lambda q, k, v: (q, k, v, 48**-0.5, True), inputs)
 
 
+def _selective_scan(d: Draw) -> Call:
+    states = 16
+    both = d.rows(2 * states)
+    decays = -0.5 - 4 * d.normal(d.hidden, states, dtype=torch.float32).abs()
+    inputs = (
+        d.rows(d.hidden), d.rows(d.hidden), decays.requires_grad_(d.train), both,
+        d.weight(d.hidden, dtype=torch.float32), d.rows(d.hidden),
+        d.weight(d.hidden, dtype=torch.float32),
+    )  # fmt: skip
+
+    def bind(u: Any, t: Any, a: Any, both: Any, skip: Any, z: Any, bias: Any) -> tuple[Any, ...]:
+        b, c = both.transpose(1, 2).split(states, 1)
+        return (u.transpose(1, 2), t.transpose(1, 2), a, b, c, skip, z.transpose(1, 2), bias, True)
+
+    return Call(selective_scan.OP, bind, inputs)
+
+
+def _ssd(d: Draw) -> Call:
+    heads, features, states = 24, 16, 32
+    packed = d.rows(heads * features + 2 * states)
+    decays = (-0.5 - d.normal(heads, dtype=torch.float32).abs()).requires_grad_(d.train)
+    inputs = (packed, d.rows(heads), decays, d.weight(heads), d.weight(heads))
+
+    def bind(packed: Any, t: Any, a: Any, skip: Any, bias: Any) -> tuple[Any, ...]:
+        x, b, c = packed.split([heads * features, states, states], -1)
+        x = x.unflatten(-1, (heads, features))
+        return (x, t, a, b.unsqueeze(2), c.unsqueeze(2), skip, bias, True)
+
+    return Call(ssd.OP, bind, inputs)
+
+
 CALLS: dict[str, Callable[[Draw], Call]] = {
     "rms_norm-inner": lambda d: _norm(d, 0.0, "inner"),
     "rms_norm-outer-offset": lambda d: _norm(d, 1.0, "outer"),
@@ -181,6 +214,8 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "linear_cross_entropy": lambda d: _loss(d, 0.0, None),
     "linear_cross_entropy-smooth-softcap": lambda d: _loss(d, 0.1, 30.0),
     "attention": _attention,
+    "selective_scan": _selective_scan,
+    "ssd": _ssd,
 }
 
 

@@ -1,0 +1,106 @@
+"""Whole training steps of small state-space models, eager and fusewright, side by side.
+
+    python benchmarks/scan.py --model mamba --seq 1024 --steps 3 --json FILE
+
+Eager's loop over time takes seconds at such lengths, so ``train_step.py`` would take hours: here the
+two engines' steps alternate in one process, from equal weights and on equal data, and the medians
+of the steps after the first are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "state_size": 8},
+    "130m-2layers": {"hidden_size": 768, "num_hidden_layers": 2, "vocab_size": 512},
+}
+"""Published or tiny shapes, cut to two blocks; what is not named is the architecture's default."""
+
+MODELS = ("mamba", "falcon_mamba", "mamba2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 when the losses of both engines agree."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="mamba")
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--codegen", default="eager")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = compare(options)
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["loss_difference"] < 1e-3 else 1
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Alternate the steps of both engines; times in seconds, the first step apart."""
+    from fusewright import optimize
+
+    eager = build(options.model, options.size)
+    ours = optimize(copy.deepcopy(eager), codegen=options.codegen)
+    models = {"eager": eager, "fusewright": ours}
+    optimizers = {n: torch.optim.AdamW(m.parameters(), lr=1e-5) for n, m in models.items()}
+    seconds: dict[str, list[float]] = {n: [] for n in models}
+    losses: dict[str, list[float]] = {n: [] for n in models}
+    for _ in range(options.steps + 1):
+        ids = torch.randint(512, (options.batch, options.seq))
+        for name, model in models.items():
+            begun = time.perf_counter()
+            losses[name].append(step(model, optimizers[name], ids))
+            seconds[name].append(time.perf_counter() - begun)
+    median = {n: statistics.median(s[1:]) for n, s in seconds.items()}
+    pairs = zip(losses["eager"], losses["fusewright"], strict=True)
+    return vars(options) | {
+        "json": None,
+        "threads": torch.get_num_threads(),
+        "step_s": median,
+        "first_step_s": {n: s[0] for n, s in seconds.items()},
+        "ratio": median["eager"] / median["fusewright"],
+        "loss_difference": max(abs(a - b) / abs(a) for a, b in pairs),
+    }
+
+
+def build(name: str, size: str) -> nn.Module:
+    """A model with random weights, to train."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(SIZES[size])
+    if name == "mamba2":
+        width = 2 * sizes["hidden_size"]
+        head = 16 if size == "tiny" else 64
+        sizes |= {"num_heads": width // head, "head_dim": head, "n_groups": 1}
+    config = AutoConfig.for_model(name, **sizes)
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    """Forward, backward and optimizer on ``ids`` (batch, seq); the loss."""
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
