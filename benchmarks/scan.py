@@ -2,7 +2,7 @@
 
     python benchmarks/scan.py --model mamba --seq 1024 --steps 3 --json FILE
 
-Eager's loop over time takes seconds at such lengths, so ``train_step.py`` would take hours: here the
+Eager loops over time, seconds per step at such lengths, too slow for ``train_step.py``: here the
 two engines' steps alternate in one process, from equal weights and on equal data, and the medians
 of the steps after the first are compared.
 """
