@@ -124,6 +124,25 @@ def _attention(m: Maker) -> Case:
     return Case((q, k, v, m.sizes.head_dim**-0.5, True))
 
 
+def _selective_scan(m: Maker) -> Case:
+    channels, states = m.sizes.hidden, 16
+    wide = (m.activation(channels).detach().transpose(1, 2).requires_grad_() for _ in range(3))
+    narrow = (m.activation(states).detach().transpose(1, 2).requires_grad_() for _ in range(2))
+    u, delta, gate = wide
+    decays = (-0.5 - m.weight(channels, states).detach().float().abs()).requires_grad_()
+    skip, bias = m.weight(channels), m.weight(channels)
+    return Case((u, delta, decays, *narrow, skip, gate, bias, True), (decays, skip, bias))
+
+
+def _ssd(m: Maker) -> Case:
+    heads, features, states = m.sizes.heads, m.sizes.head_dim, 64
+    x, dt = m.activation(heads, features), m.activation(heads)
+    b, c = m.activation(1, states), m.activation(1, states)
+    decays = (-0.5 - m.weight(heads).detach().float().abs()).requires_grad_()
+    skip, bias = m.weight(heads), m.weight(heads)
+    return Case((x, dt, decays, b, c, skip, bias, True), (decays, skip, bias))
+
+
 CASES: dict[str, Callable[[Maker], Case]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
@@ -135,5 +154,7 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "lora_linear": _lora_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
+    "selective_scan": _selective_scan,
+    "ssd": _ssd,
 }
 """How to call each op, by the op's name."""
