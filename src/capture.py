@@ -66,7 +66,8 @@ class Session:
         runs: module -> the graphs that it has run.
         notes: module -> reasons why calls of it ran as they were.
         failed: module -> why it could not be captured; it runs as it was from then on.
-        split: called with a module that could not be captured: makes regions of its parts.
+        split: called with a module that could not be captured: makes regions of its parts, and
+            returns what undoes that.
         current: the module whose region is being called.
         head_active: whether the call at hand came through a captured head.
         preparation: what Inductor needs first, found in the background.
@@ -88,7 +89,7 @@ class Session:
     failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    split: Callable[[nn.Module, Session], None] = lambda module, session: None
+    split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
     current: nn.Module | None = None
     head_active: bool = False
     preparation: threading.Thread | None = None
@@ -144,7 +145,12 @@ class Session:
         finally:
             self.current = previous
             _config.specialize_float, _config.recompile_limit = settings
-        result = plain()  # an error of the model's own, a wrong argument, ends the call here
+        join = self.split(module, self)
+        try:
+            result = plain()
+        except BaseException:  # the model's own, of a wrong argument: nothing is said about capture
+            join()
+            raise
         self._failures[_structure(module)] = reason
         self._give_up(module, reason)
         return result
@@ -155,13 +161,13 @@ class Session:
         if reason is None and self._failures and module not in self.runs:
             reason = self._failures.get(_structure(module))
             if reason is not None:
+                self.split(module, self)
                 self._give_up(module, reason)
         return reason
 
     def _give_up(self, module: nn.Module, reason: str) -> None:
         self.failed[module] = reason
         self.note(module, reason)
-        self.split(module, self)
 
     def note(self, module: nn.Module, reason: str) -> None:
         """Remember why ``module`` ran as it was."""

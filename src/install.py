@@ -89,12 +89,23 @@ def install(region: Region, session: Session) -> None:
         _put(module, session, "backbone", functools.partial(backbone_forward, session))
 
 
-def split(module: nn.Module, session: Session) -> None:
-    """Make regions of the parts of a block that could not be captured."""
+def split(module: nn.Module, session: Session) -> Callable[[], None]:
+    """Make regions of the parts of a block that could not be captured.
+
+    Returns:
+        What undoes it.
+    """
     record = installed(module, wrapped=True)
-    if record is not None and record.kind == "block":
-        for part in parts(module):
-            install(part, session)
+    found = parts(module) if record is not None and record.kind == "block" else []
+    for part in found:
+        install(part, session)
+
+    def join() -> None:
+        for part in found:
+            for inner in part.module.modules():
+                uninstall(inner)
+
+    return join
 
 
 def uninstall(module: nn.Module) -> bool:
