@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -211,13 +211,16 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
 
 
 def _is_cache(value: Any) -> bool:
-    """A key/value or state cache, by what it can do; or any object that collects values."""
+    """A key/value or state cache, by what it can do; or any object that collects values.
+
+    A mapping is none: layers hand on keys and values to each other in one.
+    """
     if any(
         hasattr(value, name)
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
     ):
         return True
-    if isinstance(value, nn.Module) or type(value).__module__.split(".")[0] in _NO_CACHES:
+    if isinstance(value, (nn.Module, Mapping)) or type(value).__module__.split(".")[0] in _NO_CACHES:
         return False
     return any(isinstance(v, (dict, list)) for v in getattr(value, "__dict__", {}).values())
 
