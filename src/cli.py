@@ -73,7 +73,7 @@ def explain(
         str,
         typer.Argument(
             help="A Hugging Face id, a folder, a .gguf file, package:NAME; or a folder with only a "
-            "config.json, or a model type such as llama: then the weights are random."
+            "config.json, or a model type: then the weights are random."
         ),
     ],
     graph: Annotated[

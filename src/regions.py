@@ -59,10 +59,11 @@ def find(model: nn.Module) -> list[Region]:
     inside = tuple(f"{path}." for path in blocks)
     regions = []
     head = _head(model, list(blocks.values()))
+    in_head = set(head.module.modules()) - set(head.backbone[0].modules()) if head else set()
     for path, module in model.named_modules():
         if path in blocks:
             regions.append(Region(path, module, "block"))
-        elif not path.startswith(inside) and _is_norm(module):
+        elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
             regions.append(Region(path, module, "norm"))
     if head is not None:
         regions.append(head)

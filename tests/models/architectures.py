@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -72,8 +73,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
         text_only = type(decoder) in MODEL_FOR_CAUSAL_LM_MAPPING
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(decoder) if text_only else registered]
         config = shrink(decoder)
-    except ImportError as error:
-        raise CannotBuild(str(error).strip()) from error
+    except (ImportError, TypeError, StrictDataclassError) as error:
+        raise CannotBuild(" ".join(str(error).split())) from error
     with torch.device("meta"):
         parameters = sum(p.numel() for p in model_class(config).parameters())
     if parameters > MAX_PARAMETERS:

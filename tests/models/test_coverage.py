@@ -63,8 +63,9 @@ def _assert_nothing_fell(row: Row) -> None:
     assert not fallen, f"docs/support.md says more: {fallen}"
 
 
-def test_at_least_185_names_can_be_built() -> None:
-    assert len(NAMES) - len(architectures.IMPOSSIBLE) >= 185
+def test_nearly_all_names_can_be_built() -> None:
+    """185 of the 196 that transformers 5.24 has, and as many of a version with fewer names."""
+    assert (len(NAMES) - len(architectures.IMPOSSIBLE)) / len(NAMES) >= 185 / 196
 
 
 def test_no_source_names_an_architecture() -> None:
