@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EXCEEDS = "exceeds"
+"""The word in ``exceeded``'s sentence when the figures are the reason."""
+
 FACTOR = 1.5
 """How many times eager's own error a rewrite may have."""
 
@@ -75,5 +78,5 @@ def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
     mine, theirs, slack = errors(ours, oracle), errors(eager, oracle), unit(eager.dtype)
     for name, a, b in (("rms", mine.rms, theirs.rms), ("peak", mine.peak, theirs.peak)):
         if not a <= FACTOR * b + slack:
-            return f"{name} error {a:.2e} exceeds {FACTOR} x eager's {b:.2e} + {slack:.1e}"
+            return f"{name} error {a:.2e} {EXCEEDS} {FACTOR} x eager's {b:.2e} + {slack:.1e}"
     return None

@@ -221,7 +221,10 @@ def _is_cache(value: Any) -> bool:
         for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
     ):
         return True
-    if isinstance(value, (nn.Module, Mapping)) or type(value).__module__.split(".")[0] in _NO_CACHES:
+    if (
+        isinstance(value, (nn.Module, Mapping))
+        or type(value).__module__.split(".")[0] in _NO_CACHES
+    ):
         return False
     return any(isinstance(v, (dict, list)) for v in getattr(value, "__dict__", {}).values())
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from fusewright import optimize, verify
 from fusewright.budget import errors, exceeded
+from fusewright.match.apply import Verdict
+from fusewright.match.rule import Emit, Match
+from fusewright.passes.glu import GLU
 
+from .capturing import capture, rewrite, rewritten
 from .models.zoo import FAMILIES, build
 
 
@@ -38,3 +43,35 @@ def test_values_that_are_not_finite_count_by_where_they_are() -> None:
     assert exceeded(torch.ones(2), nan, nan) is not None
     assert exceeded(nan, nan, nan) is None
     assert exceeded(nan * 2, nan, nan) is not None
+
+
+def test_what_one_draw_finds_too_large_is_judged_by_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    check = verify._check
+
+    def unlucky(candidate: object, draws: list[list[object]]) -> object:
+        seen.append(len(draws))
+        verdict = check(candidate, draws)
+        return Verdict("output 0: peak error 2 exceeds 1") if len(draws) == 1 else verdict
+
+    monkeypatch.setattr(verify, "_check", unlucky)
+    gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
+    findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up))
+    assert seen == [1, 4]
+    assert rewritten(findings) == ["glu"]
+
+
+class Doubled(GLU):
+    """A rewrite that is wrong by little: within no budget, however often it is tried."""
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        return ops.call(torch.mul, super().rewrite(m, ops), 1 + 1e-5)
+
+
+def test_a_rewrite_that_is_worse_is_refused_by_several_draws() -> None:
+    gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
+    findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up), [Doubled()])
+    assert [f.status for f in findings] == ["refused"]
+    assert "exceeds" in findings[0].reason

@@ -64,9 +64,8 @@ def _written(
 
 def _members(t: Tensor, interleaved: bool) -> Tensor:
     """A view (..., 2, R/2) of ``t`` (..., R): first members, second members."""
-    if interleaved:
-        return t.unflatten(-1, (-1, 2)).transpose(-1, -2)
-    return t.unflatten(-1, (2, -1))
+    lead, half = t.shape[:-1], t.shape[-1] // 2
+    return t.view(*lead, half, 2).mT if interleaved else t.view(*lead, 2, half)
 
 
 def _joined(
