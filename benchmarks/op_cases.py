@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -143,6 +144,15 @@ def _ssd(m: Maker) -> Case:
     return Case((x, dt, decays, b, c, skip, bias, True), (decays, skip, bias))
 
 
+def _moe_experts(m: Maker) -> Case:
+    experts, active, inner = 8, 2, m.sizes.ffn // 2
+    x = m.activation(m.sizes.hidden).detach().flatten(0, 1).requires_grad_()
+    score = torch.rand(len(x), experts, device=m.device)
+    weights, index = score.topk(active)
+    up, down = m.weight(experts, inner, m.sizes.hidden), m.weight(experts, m.sizes.hidden, inner)
+    return Case((x, index, weights.requires_grad_(), up.mT, down.mT, F.silu), (up, down))
+
+
 CASES: dict[str, Callable[[Maker], Case]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
@@ -156,5 +166,6 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "attention": _attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
+    "moe_experts": _moe_experts,
 }
 """How to call each op, by the op's name."""

@@ -22,7 +22,7 @@ from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .options import Environment, Options
-from .passes.cleanup import remove_noops
+from .passes.cleanup import remove_noops, remove_writes
 from .passes.lazy import defer_logits
 from .passes.ops import TABLE
 from .verify import Verifier, quiet_randomness
@@ -267,6 +267,7 @@ def _has_leaf(module: fx.GraphModule) -> bool:
 
 
 def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
+    remove_writes(module)
     remove_noops(module)
     verify = None if session.options.verify == "off" else session.verifier
     with quiet_randomness():

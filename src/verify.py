@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .budget import EXCEEDS, errors, exceeded
 from .graph import facts
+from .graph.canon import canonical
 from .graph.whole import is_leaf
 from .match.apply import Candidate, Verdict
 from .report import Figures
@@ -182,11 +183,20 @@ class _Exact(fx.Interpreter):
                 return super().run_node(n)
         if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
             return self.fetch_args_kwargs_from_env(n)[0][0].double()
+        canon = canonical(n)
+        if canon is not None and canon.name == "grouped_mm":  # torch's takes no fp64
+            return _grouped_mm(*fx.node.map_arg(canon.args[:3], lambda a: self.env[a]))
         return super().run_node(n)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(_widen(a) for a in args), {k: _widen(v) for k, v in kwargs.items()}
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each group of rows of ``x`` (S, K) times its own matrix of ``weight`` (E, K, N)."""
+    groups = torch.tensor_split(x, ends[:-1].long().cpu())
+    return torch.cat([rows @ matrix for rows, matrix in zip(groups, weight, strict=True)])
 
 
 def _widen(x: Any) -> Any:

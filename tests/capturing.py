@@ -12,7 +12,7 @@ from fusewright.match.apply import Fuel, apply
 from fusewright.match.finding import Finding
 from fusewright.match.rule import Rule
 from fusewright.passes import PIPELINE
-from fusewright.passes.cleanup import remove_noops
+from fusewright.passes.cleanup import remove_noops, remove_writes
 from fusewright.passes.ops import TABLE
 from fusewright.verify import Verifier
 
@@ -35,6 +35,7 @@ def rewrite(
     module: fx.GraphModule, rules: Sequence[Rule] = PIPELINE, fuel: int | None = None
 ) -> list[Finding]:
     """Run the pipeline on a captured graph, verified."""
+    remove_writes(module)
     remove_noops(module)
     return apply(module, rules, TABLE, Verifier(), Fuel(fuel))
 

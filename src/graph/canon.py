@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from . import facts
-from .operations import CASTS, FUNCTIONS, METHODS, SPECS, Spec
+from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
 from .whole import CONVENTIONS, bind, is_leaf
 
 
@@ -63,6 +63,8 @@ def canonical(node: Any) -> Canon | None:
         return special(node, args, kwargs)
     table: dict[Any, str] = FUNCTIONS if node.op == "call_function" else METHODS
     found = table.get(target)
+    if found is None and isinstance(target, torch._ops.OpOverloadPacket):
+        found = LIBRARY_OPS.get(str(target))
     if found is None:
         return None
     canon = _made(found, SPECS[found].bind(args, kwargs))
@@ -92,6 +94,9 @@ def _tidy(node: fx.Node, canon: Canon) -> Canon:
         return Canon("transpose", (x, lo, hi))
     if canon.name == "matmul":
         return _as_linear(canon)
+    if canon.name == "cumsum":
+        x, dim, dtype = canon.args
+        return Canon("cumsum", (x, _from_end(x, dim), dtype))
     if canon.name == "unsqueeze":
         return Canon("unsqueeze", (canon.args[0], _from_end(node, canon.args[1])))
     return canon
@@ -167,11 +172,13 @@ def _expand(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Can
 
 
 def _getitem(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
-    """Indexing: a part of a chunk or split, or a slice of one dimension."""
+    """Indexing: a part of a chunk or split, rows by number, or a slice of one dimension."""
     source, index = args
     rank = facts.ndim(source)
     if rank is None:
         return _part(source, index) or Canon("item", (source, index))
+    if isinstance(index, fx.Node) and facts.dtype(index) in (torch.int64, torch.int32):
+        return Canon("index", (source, index))
     index = index if isinstance(index, tuple) else (index,)
     if any(not (i is None or i is Ellipsis or isinstance(i, slice)) for i in index):
         return None

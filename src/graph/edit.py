@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -40,6 +42,29 @@ def switches_mode(node: fx.Node) -> bool:
         or "set_grad_enabled" in name
         or name.endswith(("_increment_nesting", "_decrement_nesting", "_hooks_disable"))
     )
+
+
+def modes(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
+    """The mode in which each node runs: gradients on or off, and what was entered and not left.
+
+    Two nodes of a graph with equal modes run alike, whatever was switched between them. The graph
+    begins in the mode in which it is captured.
+    """
+    grad: Any = torch.is_grad_enabled()
+    entered: tuple[Any, ...] = ()
+    found = {}
+    for node in graph.nodes:
+        found[node] = (grad, *entered)
+        if not switches_mode(node):
+            continue
+        name = getattr(node.target, "__name__", "")
+        if "set_grad_enabled" in name:
+            grad = node.args[0]
+        elif name.startswith("_exit_") and entered and node.args[:1] == entered[-1:]:
+            entered = entered[:-1]
+        else:  # entered, or something that is not known to be undone
+            entered = (*entered, node)
+    return found
 
 
 def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:

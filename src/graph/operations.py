@@ -94,6 +94,18 @@ SPECS: dict[str, Spec] = {
         (None, None, 1e-5, True),
         aliases=(*_X, ("normalized_shape", "shape")),
     ),
+    "sort": Spec(("x", "dim", "descending", "stable"), (-1, False, None), aliases=_X),
+    "floordiv": Spec(("x", "y"), aliases=(*_X, ("other", "y"))),
+    "ge": Spec(("x", "y"), aliases=(*_X, ("other", "y"))),
+    "clamp": Spec(("x", "min", "max"), (None, None), aliases=_X),
+    "masked_fill": Spec(("x", "mask", "value"), aliases=_X),
+    "histc": Spec(("x", "bins", "min", "max"), (100, 0, 0), aliases=_X),
+    "cumsum": Spec(("x", "dim", "dtype"), (None,), aliases=_X),
+    "grouped_mm": Spec(
+        ("x", "weight", "offs", "bias", "out_dtype"),
+        (None, None, None),
+        aliases=(("input", "x"), ("mat_a", "x"), ("mat_b", "weight")),
+    ),
     "cross_entropy": Spec(
         (
             "x",
@@ -120,6 +132,7 @@ SPECS: dict[str, Spec] = {
     "reshape": Spec(("x", "shape")),
     "expand": Spec(("x", "shape")),
     "item": Spec(("x", "index")),
+    "index": Spec(("x", "rows")),
 }
 
 FUNCTIONS: dict[Any, str] = {
@@ -143,6 +156,9 @@ FUNCTIONS: dict[Any, str] = {
     F.rms_norm: "torch_rms_norm", torch.rms_norm: "torch_rms_norm",
     F.layer_norm: "torch_layer_norm", torch.layer_norm: "torch_layer_norm",
     F.cross_entropy: "cross_entropy", F.scaled_dot_product_attention: "sdpa",
+    torch.sort: "sort", operator.floordiv: "floordiv", torch.floor_divide: "floordiv",
+    operator.ge: "ge", torch.ge: "ge", torch.clamp: "clamp", torch.masked_fill: "masked_fill",
+    torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
 }  # fmt: skip
 
 METHODS: dict[str, str] = {
@@ -170,10 +186,22 @@ METHODS: dict[str, str] = {
         "transpose",
         "unsqueeze",
         "contiguous",
+        "ge",
+        "clamp",
+        "masked_fill",
+        "sort",
+        "histc",
+        "cumsum",
     )
 } | {"multiply": "mul", "divide": "div", "true_divide": "div", "__add__": "add", "__mul__": "mul"}
+
+LIBRARY_OPS = {"transformers.grouped_mm_fallback": "grouped_mm"}
+"""Operators of other libraries, by the name under ``torch.ops``."""
 
 CASTS = {
     "float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16,
     "double": torch.float64,
 }  # fmt: skip
+
+if hasattr(F, "grouped_mm"):
+    FUNCTIONS[F.grouped_mm] = "grouped_mm"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts, traffic
-from ..graph.edit import is_inplace, prune, switches_mode
+from ..graph.edit import is_inplace, modes, prune, switches_mode
 from ..report import Figures
 from .finding import Finding, missed
 from .matcher import Trace
@@ -185,6 +185,7 @@ def _candidate(
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
     _require_calm(graph, m, interior, inputs, order)
+    _require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
         (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
@@ -200,18 +201,13 @@ def _require_calm(
     inputs: tuple[fx.Node, ...],
     order: dict[fx.Node, int],
 ) -> None:
-    """Decline where the nodes of the formula cannot be computed all at one place among them."""
+    """Decline where something written between the nodes of the formula is read or replaced."""
     first, last = order[interior[0]], order[interior[-1]]
     touched = {*interior, *inputs}
     memory = {s for n in touched if (s := facts.storage(n)) is not None}
     for node in graph.nodes:
         if not first < order[node] <= last:
             continue
-        m.require(
-            not switches_mode(node),
-            f"{node.name} switches gradients or autocast between the nodes of the formula",
-            node,
-        )
         if is_inplace(node):
             written = {facts.storage(n) for n in (node, *node.all_input_nodes)}
             m.require(
@@ -223,6 +219,31 @@ def _require_calm(
             )
 
 
+def _require_one_mode(
+    graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
+) -> None:
+    """Decline where not all nodes of the formula run in the mode of the place of the new ones."""
+    switches = [n for n in graph.nodes if switches_mode(n)]
+    if not switches:
+        return
+    mode = modes(graph)
+    for node in interior:
+        m.require(
+            mode[node] == mode[place],
+            f"{switches[0].name} switches gradients or autocast between the nodes of the formula",
+            node,
+        )
+
+
+def _place(
+    outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...], order: Mapping[fx.Node, int]
+) -> fx.Node:
+    """The node before which a replacement stands: the first output, or what follows the inputs."""
+    start = min(outputs, key=order.__getitem__)
+    last = max(inputs, key=order.__getitem__, default=start)
+    return last.next if order[last] > order[start] else start
+
+
 def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
     """Put the replacement in at the first output, or after the last input if that is later.
 
@@ -232,12 +253,8 @@ def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]
         The nodes that went, and the names of those that came.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
-    start = min(c.outputs, key=order.__getitem__)
-    last = max(c.inputs, key=order.__getitem__, default=start)
-    if order[last] > order[start]:
-        start = last.next
     emit = c.emit(graph)
-    with graph.inserting_before(start):
+    with graph.inserting_before(_place(c.outputs, c.inputs, order)):
         results = _as_tuple(c.rule.rewrite(c.match, emit))
     if len(results) != len(c.outputs):
         raise RuntimeError(

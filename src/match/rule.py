@@ -130,6 +130,12 @@ class Emit:
             node.meta["example_value"] = before[index]
         return node
 
+    def copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """Add ``node`` once more, over other arguments; its example value is taken over."""
+        made = self._keep(self._graph.create_node(node.op, node.target, args, kwargs))
+        made.meta["example_value"] = facts.value(node)
+        return made
+
     def _keep(self, node: fx.Node) -> fx.Node:
         for used in node.all_input_nodes:
             if used.graph is not self._graph:

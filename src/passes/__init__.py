@@ -8,6 +8,7 @@ from .glu import GLU
 from .layer_norm import LayerNorm
 from .lora import LoRALinear
 from .loss import LinearCrossEntropy
+from .moe import MoEExperts
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
 from .scan import ChunkedScan, SelectiveScan
@@ -23,6 +24,7 @@ PIPELINE: tuple[Rule, ...] = (
     Attention(),
     SelectiveScan(),
     ChunkedScan(),
+    MoEExperts(),
     # fuse: ops and their neighbours become larger ops
     RopePair(),
     AddRMSNorm(),

@@ -14,6 +14,7 @@ from ..kernels import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    moe_experts,
     rms_norm,
     rms_norm_linear,
     rope,
@@ -34,6 +35,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
     "selective_scan": selective_scan.selective_scan,
     "ssd": ssd.ssd,
+    "moe_route": moe_experts.moe_route,
+    "moe_up": moe_experts.moe_up,
+    "moe_down": moe_experts.moe_down,
 }
 """Op name -> the function that a graph node calls."""
 
@@ -81,3 +85,4 @@ register(
         (None, None, False, (0.0, float("inf"))),
     ),
 )
+register(moe_experts.inverse_permutation, "inverse_permutation", Spec(("order",)))

@@ -225,8 +225,10 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _is_adapted(module: nn.Module) -> bool:
+    """An adapted linear; what adapts a bare parameter (stacked experts) calls none."""
     adapters = getattr(module, "lora_A", None)
-    return isinstance(adapters, nn.ModuleDict) and len(adapters) > 0
+    of_parameter = hasattr(module, "parameter_name")
+    return isinstance(adapters, nn.ModuleDict) and len(adapters) > 0 and not of_parameter
 
 
 def covered(

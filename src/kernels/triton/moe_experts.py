@@ -1,0 +1,261 @@
+"""Triton twin of ``kernels/moe_experts_ops.py``: matmuls by group, gathering rows as they load.
+
+Which rows an expert has is only known on the device. The rows are cut into blocks that belong to
+one expert each: at most ``ceil(S / BLOCK) + E`` of them, however the rows are spread, so that many
+programs are launched and a table (``_blocks``), made on the device, says what each has to do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import AotCase
+
+
+@triton.jit
+def _grouped_mm_kernel(
+    a, rows, weight, bias, out, block_expert, block_start, offsets,
+    inner, columns, a_stride, w_stride_e, w_stride_k, w_stride_n, bias_stride,
+    GATHER: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) tile of ``out[s] = a[rows[s]] · weight[e] + bias[e]``."""
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    block = pid // blocks_n
+    expert = tl.load(block_expert + block).to(tl.int64)
+    if expert >= EXPERTS:
+        return
+    place = tl.load(block_start + block).to(tl.int64) + tl.arange(0, BLOCK_M)
+    here = place < tl.load(offsets + expert)
+    row = tl.load(rows + place, mask=here, other=0).to(tl.int64) if GATHER else place
+    n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < columns
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_k = k < inner
+        left = tl.load(
+            a + row[:, None] * a_stride + k[None, :], mask=here[:, None] & in_k[None, :], other=0.0
+        )
+        right = tl.load(
+            weight + expert * w_stride_e + k[:, None] * w_stride_k + n[None, :] * w_stride_n,
+            mask=in_k[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    if BIAS:
+        b = tl.load(bias + expert * bias_stride + n, mask=in_n, other=0.0)
+        total += b.to(tl.float32)[None, :]
+    tl.store(
+        out + place[:, None] * columns + n[None, :],
+        total.to(out.dtype.element_ty),
+        mask=here[:, None] & in_n[None, :],
+    )
+
+
+@triton.jit
+def _grouped_outer_kernel(
+    a, rows, b, out, offsets,
+    inner, columns, a_stride, b_stride, o_stride_e, o_stride_k, o_stride_n,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_K, BLOCK_N) tile of an expert's ``sum of a[rows[s]]ᵀ b[s]``."""
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    expert = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    k = (pid // blocks_n) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k, in_n = k < inner, n < columns
+    first = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    for start in range(first, end, BLOCK_M):
+        place = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        here = place < end
+        row = tl.load(rows + place, mask=here, other=0).to(tl.int64) if GATHER else place
+        left = tl.load(
+            a + row[None, :] * a_stride + k[:, None], mask=here[None, :] & in_k[:, None], other=0.0
+        )
+        right = tl.load(
+            b + place[:, None] * b_stride + n[None, :],
+            mask=here[:, None] & in_n[None, :],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    tl.store(
+        out + expert * o_stride_e + k[:, None] * o_stride_k + n[None, :] * o_stride_n,
+        total.to(out.dtype.element_ty),
+        mask=in_k[:, None] & in_n[None, :],
+    )
+
+
+@triton.jit
+def _combine_kernel(
+    y, where, weights, out, columns, active, y_stride,
+    WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[t] = sum over k of weights[t, k] · y[where[t, k]]`` for some columns of one token."""
+    blocks = tl.cdiv(columns, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < columns
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in range(active):
+        pair = token * active + k
+        place = tl.load(where + pair).to(tl.int64)
+        value = tl.load(y + place * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTS:
+            value *= tl.load(weights + pair).to(tl.float32)
+        total += value
+    tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _config(dtype: torch.dtype, places: int, experts: int) -> dict[str, int]:
+    """Tiles by what an expert has on average; fp32 tiles are half as deep."""
+    block_m = 128 if places >= 96 * experts else 64 if places >= 48 * experts else 32
+    block_k = 32 if dtype is torch.float32 else 64
+    warps = 8 if block_m == 128 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": warps,
+            "num_stages": 3}  # fmt: skip
+
+
+_OUTER = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+
+
+def _precision(t: Tensor) -> str:
+    tf32 = t.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def _blocks(offsets: Tensor, places: int, size: int) -> tuple[Tensor, Tensor]:
+    """The expert of each block (E where there is no such block), and its first place."""
+    experts = offsets.shape[0]
+    ends = offsets.to(torch.int64)
+    begins = torch.cat((ends.new_zeros(1), ends[:-1]))
+    last = torch.cumsum((ends - begins + size - 1) // size, 0)
+    number = torch.arange(triton.cdiv(places, size) + experts, device=offsets.device)
+    expert = torch.searchsorted(last, number, right=True)
+    known = expert.clamp(max=experts - 1)
+    before = torch.where(known > 0, last[(known - 1).clamp(min=0)], 0)
+    return expert, begins[known] + (number - before) * size
+
+
+def grouped_mm(
+    a: Tensor, rows: Tensor | None, weight: Tensor, offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Launch ``_grouped_mm_kernel``; the arguments are those of ``moe_experts_ops.grouped_mm``."""
+    places = a.shape[0] if rows is None else rows.shape[0]
+    experts, inner, columns = weight.shape
+    out = a.new_zeros(places, columns)  # places may be no expert's, and no block's
+    if out.numel() == 0:
+        return out
+    a = a if a.stride(1) == 1 else a.contiguous()
+    config = _config(a.dtype, places, experts)
+    expert, start = _blocks(offsets, places, config["BLOCK_M"])
+    grid = (expert.shape[0] * triton.cdiv(columns, config["BLOCK_N"]),)
+    bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
+    _grouped_mm_kernel[grid](
+        a, expert if rows is None else rows, weight, a if bias is None else bias, out,
+        expert, start, offsets, inner, columns, a.stride(0), *weight.stride(),
+        0 if bias is None else bias.stride(0),
+        GATHER=rows is not None, BIAS=bias is not None, PRECISION=_precision(a), EXPERTS=experts,
+        **config,
+    )  # fmt: skip
+    return out
+
+
+def grouped_outer(
+    a: Tensor, rows: Tensor | None, b: Tensor, offsets: Tensor, like: Tensor
+) -> Tensor:
+    """Launch ``_grouped_outer_kernel``; arguments of ``moe_experts_ops.grouped_outer``."""
+    out = torch.empty_like(like)
+    experts, inner, columns = like.shape
+    if out.numel() == 0:
+        return out
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    tiles = triton.cdiv(inner, _OUTER["BLOCK_K"]) * triton.cdiv(columns, _OUTER["BLOCK_N"])
+    _grouped_outer_kernel[(tiles, experts)](
+        a, offsets if rows is None else rows, b, out, offsets, inner, columns,
+        a.stride(0), b.stride(0), *out.stride(),
+        GATHER=rows is not None, PRECISION=_precision(a), **_OUTER,
+    )  # fmt: skip
+    return out
+
+
+def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Tensor:
+    """Launch ``_combine_kernel``; the arguments are those of ``moe_experts_ops.combine``."""
+    tokens, columns = where.shape[0] // active, y.shape[1]
+    out = y.new_empty(tokens, columns)
+    if out.numel() == 0:
+        return out
+    y = y if y.stride(1) == 1 else y.contiguous()
+    where = where.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    block = min(1024, triton.next_power_of_2(columns))
+    _combine_kernel[(tokens * triton.cdiv(columns, block),)](
+        y, where, y if weights is None else weights, out, columns, active, y.stride(0),
+        WEIGHTS=weights is not None, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def _aot_mm(
+    dtype: str, places: int, gather: bool, bias: bool, precision: str, k_major: bool
+) -> AotCase:
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    config = _config(torch_dtype, places, 1)
+    signature = dict.fromkeys(("a", "weight", "bias", "out"), f"*{dtype}")
+    signature |= {"rows": "*i64", "block_expert": "*i64", "block_start": "*i64", "offsets": "*i32"}
+    strides = ("a_stride", "w_stride_e", "w_stride_k", "w_stride_n", "bias_stride")
+    signature |= dict.fromkeys(("inner", "columns", *strides), "i32")
+    # a stride of 1 is a constant to Triton, as it is in use
+    signature.pop("w_stride_k" if k_major else "w_stride_n")
+    constants = {k: v for k, v in config.items() if k.isupper()} | {
+        "GATHER": gather, "BIAS": bias, "PRECISION": precision, "EXPERTS": 64,
+        ("w_stride_k" if k_major else "w_stride_n"): 1,
+    }  # fmt: skip
+    wide = ("a_stride", "w_stride_e", "w_stride_n" if k_major else "w_stride_k", "inner", "columns")
+    return AotCase(
+        f"grouped_mm-{dtype}-{places}-{gather}-{bias}-{precision}-{k_major}",
+        _grouped_mm_kernel, signature, constants, config["num_warps"], config["num_stages"], wide,
+    )  # fmt: skip
+
+
+def _aot_outer(dtype: str, gather: bool, precision: str) -> AotCase:
+    signature = dict.fromkeys(("a", "b", "out"), f"*{dtype}") | {"rows": "*i64", "offsets": "*i32"}
+    integers = ("inner", "columns", "a_stride", "b_stride", "o_stride_e", "o_stride_k")
+    signature |= dict.fromkeys(integers, "i32")
+    constants = {k: v for k, v in _OUTER.items() if k.isupper()}
+    constants |= {"GATHER": gather, "PRECISION": precision, "o_stride_n": 1}
+    return AotCase(
+        f"grouped_outer-{dtype}-{gather}-{precision}", _grouped_outer_kernel, signature, constants,
+        _OUTER["num_warps"], _OUTER["num_stages"], integers,
+    )  # fmt: skip
+
+
+def _aot_combine(dtype: str, weights: str, scaled: bool) -> AotCase:
+    signature = {"y": f"*{dtype}", "out": f"*{dtype}", "weights": f"*{weights}", "where": "*i64"}
+    signature |= dict.fromkeys(("columns", "active", "y_stride"), "i32")
+    constants = {"WEIGHTS": scaled, "BLOCK": 1024}
+    name = f"combine-{dtype}-{weights}-{scaled}"
+    return AotCase(name, _combine_kernel, signature, constants, divisible=("columns", "y_stride"))
+
+
+AOT = (
+    *(_aot_mm("bf16", places, True, False, "ieee", True) for places in (32, 64, 128)),
+    _aot_mm("bf16", 128, False, True, "ieee", False),
+    _aot_mm("fp16", 64, False, False, "ieee", False),
+    _aot_mm("fp32", 128, True, False, "tf32", True),
+    _aot_mm("fp32", 32, False, False, "ieee", False),
+    _aot_outer("bf16", True, "ieee"),
+    _aot_outer("fp32", False, "ieee"),
+    _aot_outer("fp32", True, "tf32"),
+    _aot_combine("bf16", "fp32", True),
+    _aot_combine("bf16", "bf16", False),
+    _aot_combine("fp32", "fp32", True),
+)

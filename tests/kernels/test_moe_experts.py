@@ -1,0 +1,215 @@
+"""The routed experts: parity, gradients, uneven routings, layouts, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from fusewright.kernels import moe_experts_ops as ops
+from fusewright.kernels.glu import glu_packed
+from fusewright.kernels.moe_experts import OP, inverse_permutation, moe_experts, moe_route
+
+from .util import assert_parity
+
+ROUTINGS = ("spread", "some idle", "one expert")
+
+
+def _routing(kind: str, tokens: int, experts: int, active: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "one expert":  # a token may even name it twice
+        return torch.full((tokens, active), experts - 1)
+    used = experts if kind == "spread" else max(active, experts // 2)
+    rows = [torch.randperm(used, generator=generator)[:active] for _ in range(tokens)]
+    return torch.stack(rows) if rows else torch.zeros(0, active, dtype=torch.int64)
+
+
+def _randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _silu(packed: Tensor) -> Tensor:
+    gate, up = packed.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _calls(index: Tensor, turned: bool, gated: bool) -> list[Callable[..., Tensor]]:
+    """The op and its reference as functions of tensors alone; ``turned``: weights (E, out, in)."""
+
+    def call(op: Any, fast: bool) -> Callable[..., Tensor]:
+        act = (lambda u: glu_packed(u, "silu") if fast else _silu(u)) if gated else torch.tanh
+
+        def run(x: Tensor, w: Tensor, up: Tensor, down: Tensor, *biases: Tensor) -> Tensor:
+            pair = (up.mT, down.mT) if turned else (up, down)
+            result: Tensor = op(x, index, w, *pair, act, *biases)
+            return result
+
+        return run
+
+    return [call(moe_experts, True), call(OP.reference, False)]
+
+
+def _inputs(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    turned: bool,
+    gated: bool,
+    biased: bool,
+    needs: tuple[bool, ...],
+    seed: int,
+) -> list[Tensor]:
+    tokens, hidden, inner, experts, active = shape
+    wide = inner * (1 + gated)
+    up, down = (experts, hidden, wide), (experts, inner, hidden)
+    if turned:
+        up, down = (experts, wide, hidden), (experts, hidden, inner)
+    made = [
+        _randn(seed, tokens, hidden, dtype=dtype),
+        _randn(seed + 1, tokens, active, dtype=weights).abs(),
+        _randn(seed + 2, *up, dtype=dtype) / hidden**0.5,
+        _randn(seed + 3, *down, dtype=dtype) / inner**0.5,
+    ]
+    if biased:
+        made += [_randn(seed + 4, experts, wide, dtype=dtype)]
+        made += [_randn(seed + 5, experts, hidden, dtype=dtype)]
+    return [t.requires_grad_(need) for t, need in zip(made, (*needs, *needs[2:]), strict=False)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(((40, 32, 24, 6, 2), (64, 16, 33, 5, 3), (33, 48, 16, 9, 4),
+                           (48, 24, 40, 4, 1))),
+    dtypes=st.sampled_from(((torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                            (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))),
+    kind=st.sampled_from(ROUTINGS),
+    turned=st.booleans(),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    needs=st.sampled_from(((True,) * 4, (True, True, False, False), (False, True, True, False),
+                           (False, False, False, True), (True, False, False, False))),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_parity(
+    shape: tuple[int, int, int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    kind: str,
+    turned: bool,
+    gated: bool,
+    biased: bool,
+    needs: tuple[bool, ...],
+    seed: int,
+) -> None:
+    inputs = _inputs(shape, *dtypes, turned, gated, biased, needs, seed)
+    index = _routing(kind, shape[0], shape[3], shape[4], seed)
+    assert_parity(*_calls(index, turned, gated), *inputs, seed=seed)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradcheck(kind: str, biased: bool) -> None:
+    every = (True,) * 4
+    inputs = _inputs((5, 4, 3, 4, 2), torch.float64, torch.float64, True, True, biased, every, 0)
+    run, _ = _calls(_routing(kind, 5, 4, 2, 0), True, True)
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_no_tokens() -> None:
+    inputs = _inputs(
+        (0, 8, 6, 4, 2), torch.float32, torch.float32, True, True, True, (True,) * 4, 0
+    )
+    run, _ = _calls(_routing("spread", 0, 4, 2, 0), True, True)
+    out = run(*inputs)
+    assert out.shape == (0, 8)
+    out.sum().backward()
+    assert all(t.grad is not None and not t.grad.any() for t in inputs)
+
+
+def test_large_gradients_are_whole() -> None:
+    a, b, like = _randn(0, 40, 256).float(), _randn(1, 40, 512).float(), torch.empty(20, 512, 256)
+    assert like.nbytes >= ops._LARGE
+    ends = torch.arange(2, 42, 2, dtype=torch.int32)
+    for layout, turned in ((like.mT, True), (like.mT.contiguous(), False)):
+        ours = ops.grouped_outer(a, None, b, ends, layout)
+        assert ours.stride() == layout.stride()
+        assert ours.mT.is_contiguous() is turned
+        torch.testing.assert_close(ours, torch.bmm(a.view(20, 2, 256).mT, b.view(20, 2, 512)))
+
+
+def test_frozen_experts_keep_no_rows_for_their_gradients() -> None:
+    needs = (True, True, False, False)
+    inputs = _inputs((40, 32, 24, 6, 2), torch.float32, torch.float32, True, False, False, needs, 0)
+    run, _ = _calls(_routing("spread", 40, 6, 2, 0), True, False)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(*inputs)
+    rows = [t.shape for t in kept if t.is_floating_point() and t.dim() == 2]
+    assert rows.count((80, 24)) == 1  # tanh keeps its own result
+    assert (40, 32) not in rows
+    assert (80, 32) in rows  # for the gradient of the routing weights
+
+
+def test_a_trained_weight_gets_its_gradient_in_its_own_layout() -> None:
+    up = _randn(0, 6, 48, 32).float().requires_grad_()
+    x, index = _randn(1, 40, 32).float(), _routing("spread", 40, 6, 2, 0)
+    weights, down = _randn(2, 40, 2).float(), _randn(3, 6, 48, 32).float()
+    moe_experts(x, index, weights, up.mT, down, torch.tanh).sum().backward()
+    assert up.grad is not None
+    assert up.grad.is_contiguous()
+
+
+def test_routing() -> None:
+    order, where, offsets = moe_route(torch.tensor([2, 0, 2, 1, 0, 4]), 6)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5]
+    assert where.tolist() == [3, 0, 4, 2, 1, 5]
+    assert offsets.tolist() == [2, 3, 5, 5, 6, 6]
+    assert torch.equal(inverse_permutation(order), where)
+
+
+def test_pairs_without_an_expert_here_add_nothing() -> None:
+    shape, every = (24, 16, 12, 5, 2), (True,) * 4
+    inputs = _inputs(shape, torch.float32, torch.float32, True, True, True, every, 0)
+    index = _routing("spread", 24, 5, 2, 0)
+    absent = index == 4
+    ours, reference = _calls(index, True, True)[0], _calls(index.clone(), True, True)[1]
+    index[absent] = 7
+    x, w, *rest = inputs
+
+    def without(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        return reference(x, w.masked_fill(absent, 0), *rest)
+
+    assert_parity(ours, without, x, w, *rest)
+
+
+def test_inductor_calls_it() -> None:
+    index = _routing("some idle", 24, 6, 2, 0)
+
+    def fn(x: Tensor, w: Tensor, up: Tensor, down: Tensor, index: Tensor) -> Tensor:
+        return moe_experts(x.sin(), index, w, up.mT, down.mT, lambda u: glu_packed(u, "silu"))
+
+    def plain(x: Tensor, w: Tensor, up: Tensor, down: Tensor, index: Tensor) -> Tensor:
+        return OP.reference(x.sin(), index, w, up.mT, down.mT, _silu)
+
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+    inputs = _inputs(
+        (24, 32, 16, 6, 2), torch.bfloat16, torch.float32, True, True, False, (True,) * 4, 0
+    )
+    with functorch_config.patch(donated_buffer=False):
+        assert_parity(compiled, plain, *inputs, index)
+
+
+def test_cost_and_refusals() -> None:
+    x, index, w = torch.empty(8, 4), torch.zeros(8, 2, dtype=torch.int64), torch.empty(8, 2)
+    up, down = torch.empty(3, 4, 10), torch.empty(3, 5, 4)
+    assert OP.unsupported(x, index, w, up, down, _silu) == []
+    assert OP.unsupported(x.bfloat16(), index, w, up, down, _silu)
+    assert OP.unsupported(x[:, :3], index, w, up, down, _silu)
+    cost = OP.cost(x, index, w, up, down, _silu)
+    assert cost.flops == 2 * 16 * (40 + 20)
+    assert cost.bytes_written == x.nbytes
