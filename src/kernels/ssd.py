@@ -9,7 +9,7 @@ product, like attention:
 Model code computes all chunks of all heads at once, with B and C repeated for every head. Here a
 few heads of a sample are computed at a time, and backward computes everything again from the
 inputs, which are all that is kept. In low precision the arithmetic is in fp32, and so is the
-result, as in model code.
+result, as in model code. On a GPU, Triton kernels take all of that but fp64.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ssd_chunks
-from .launch import LIBRARY
+from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
+from .ssd_chunks import work_dtype as work_dtype
 
 CHUNK = 64
 """Steps of time in a chunk."""
@@ -60,23 +61,7 @@ def ssd_reference(
     return y if D is None else y + x * D[:, None]
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of arithmetic and result: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 # -- cpu -------------------------------------------------------------------------------------------
-
-
-def _steps(
-    dt: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float
-) -> tuple[Tensor, Tensor]:
-    """The steps (B, L, H), and their derivative by ``dt``."""
-    dt = dt.to(work_dtype(dt))
-    raw = dt if bias is None else dt + bias.to(dt.dtype)
-    step = F.softplus(raw) if softplus else raw
-    slope = torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else torch.ones_like(raw)
-    return step.clamp(low, high), slope * ((step >= low) & (step <= high))
 
 
 def _chunked(t: Tensor) -> Tensor:
@@ -121,7 +106,7 @@ def _forward(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None,
     softplus: bool, low: float, high: float,
 ) -> Tensor:  # fmt: skip
-    step, _ = _steps(dt, bias, softplus, low, high)
+    step, _ = ssd_chunks.steps(dt, bias, softplus, low, high)
     out = torch.empty(x.shape, dtype=step.dtype, device=x.device)
     for at in _tiles(x, b):
         y = ssd_chunks.forward(_tile(x, step, a, b, c, at))
@@ -134,7 +119,7 @@ def _backward(
     bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed of (x, dt, a, b, c, d, bias)."""
-    step, slope = _steps(dt, bias, softplus, low, high)
+    step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
     wide, length = step.dtype, x.shape[1]
     grad = grad.to(wide)
     dx = torch.empty(x.shape, dtype=wide, device=x.device)
@@ -186,6 +171,17 @@ for _name, _implementation, _outline in (
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fusewright::{_name}", _outline, lib=LIBRARY)
 
+# -- triton ----------------------------------------------------------------------------------------
+
+_triton_forward = library_op(
+    f"ssd_triton_forward({_INPUTS}) -> Tensor", "ssd:forward", _fake_forward
+)
+_triton_backward = library_op(
+    f"ssd_triton_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
+    "ssd:backward",
+    _fake_backward,
+)
+
 # -- autograd --------------------------------------------------------------------------------------
 
 
@@ -197,18 +193,19 @@ class _SSD(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
         ctx.options = softplus, low, high
-        out: Tensor = torch.ops.fusewright.ssd_forward.default(
-            x, dt, a, b, c, d, bias, softplus, low, high
-        )
+        ctx.triton = use_triton(x, dt, a, b, c, d, bias)
+        plain: Any = torch.ops.fusewright.ssd_forward.default
+        run = _triton_forward if ctx.triton else plain
+        out: Tensor = run(x, dt, a, b, c, d, bias, softplus, low, high)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
-        found = iter(
-            torch.ops.fusewright.ssd_backward.default(grad, *ctx.saved_tensors, *ctx.options, needs)
-        )
+        plain: Any = torch.ops.fusewright.ssd_backward.default
+        run = _triton_backward if ctx.triton else plain
+        found = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
         return *(next(found) if needed else None for needed in needs), None, None, None
 
 

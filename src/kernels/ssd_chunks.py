@@ -15,6 +15,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of arithmetic and result: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def steps(
+    dt: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """The steps (B, L, H), and their derivative by ``dt``."""
+    dt = dt.to(work_dtype(dt))
+    raw = dt if bias is None else dt + bias.to(dt.dtype)
+    step = F.softplus(raw) if softplus else raw
+    slope = torch.where(raw > 20, 1.0, torch.sigmoid(raw)) if softplus else torch.ones_like(raw)
+    return step.clamp(low, high), slope * ((step >= low) & (step <= high))
 
 
 @dataclass

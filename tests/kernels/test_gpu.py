@@ -194,6 +194,21 @@ def _ssd(d: Draw) -> Call:
     return Call(ssd.OP, bind, inputs)
 
 
+def _ssd_groups(d: Draw) -> Call:
+    """Sizes that fill no tile, heads in groups, no skip connection, steps between limits."""
+    heads, groups, features, states = 6, 2, 67, 35
+    packed = d.rows(heads * features + 2 * groups * states)
+    decays = (-0.5 - d.normal(heads, dtype=torch.float32).abs()).requires_grad_(d.train)
+
+    def bind(packed: Any, t: Any, a: Any) -> tuple[Any, ...]:
+        x, b, c = packed.split([heads * features, groups * states, groups * states], -1)
+        b, c = (s.unflatten(-1, (groups, states)) for s in (b, c))
+        x = x.unflatten(-1, (heads, features))
+        return (x, t, a, b, c, None, None, True, (0.01, 1.5))
+
+    return Call(ssd.OP, bind, (packed, d.rows(heads), decays))
+
+
 CALLS: dict[str, Callable[[Draw], Call]] = {
     "rms_norm-inner": lambda d: _norm(d, 0.0, "inner"),
     "rms_norm-outer-offset": lambda d: _norm(d, 1.0, "outer"),
@@ -216,6 +231,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "attention": _attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
+    "ssd-groups": _ssd_groups,
 }
 
 

@@ -1,0 +1,92 @@
+"""The Triton kernels of state-space duality under the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusewright.kernels.ssd import OP, ssd
+from tests.kernels.interpreted import run
+from tests.kernels.test_ssd import bound, draw
+from tests.kernels.util import assert_parity
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+def _check(inputs: list[Any], *options: Any) -> None:
+    assert_parity(
+        bound(ssd, inputs, *options),
+        bound(OP.reference, inputs, *options),
+        *(t for t in inputs if t is not None),
+    )
+
+
+def check_parity() -> None:
+    """Parts of a chunk and several; odd sizes, wider than a tile; heads that share B and C."""
+    torch.manual_seed(0)
+    for dtype, size, given in (
+        (FP32, (1, 131, 8, 2, 5, 19), (True, True)),
+        (FP16, (1, 70, 3, 1, 67, 35), (True, False)),
+        (FP32, (1, 64, 8, 2, 16, 33), (False, True)),
+        (FP16, (2, 9, 9, 1, 8, 16), (False, False)),
+        (FP32, (3, 3, 18, 2, 3, 5), (True, True)),
+    ):
+        for softplus in (True, False):
+            _check(draw(size, dtype, *given), softplus)
+
+
+def check_clamped_steps() -> None:
+    torch.manual_seed(2)
+    _check(draw((2, 70, 6, 2, 8, 8), FP32), True, (0.7, 1.2))
+
+
+def check_frozen_inputs() -> None:
+    torch.manual_seed(1)
+    for trainable in range(7):
+        inputs = draw((1, 70, 4, 1, 4, 6), FP32)
+        for i, t in enumerate(inputs):
+            t.requires_grad_(i == trainable)
+        _check(inputs, True)
+
+
+def check_layouts() -> None:
+    """Time last in memory, and an upstream gradient that is one number."""
+    torch.manual_seed(2)
+    inputs = [t.detach() for t in draw((2, 70, 4, 2, 5, 6), FP32)]
+    for i in (0, 1, 3, 4):
+        inputs[i] = inputs[i].transpose(1, -1).contiguous().transpose(1, -1)
+    inputs = [t.requires_grad_() for t in inputs]
+    _check(inputs, True)
+    ssd(*inputs, True).sum().backward()
+
+
+def check_steep_decays() -> None:
+    inputs = draw((1, 100, 4, 2, 4, 4), FP32)
+    inputs[2] = (inputs[2].detach() * 1e4).requires_grad_()
+    out = ssd(*inputs, True)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(bool(torch.isfinite(t).all()) for t in (out, *grads))
+
+
+def check_library_ops_keep_their_contract() -> None:
+    inputs = [t.detach() for t in draw((2, 9, 4, 2, 4, 5), FP16)]
+    tests = ("test_schema", "test_faketensor")
+    ops = torch.ops.fusewright
+    torch.library.opcheck(
+        ops.ssd_triton_forward.default, (*inputs, True, 0.0, 9.0), test_utils=tests
+    )
+    for needs in ([True] * 7, [True, False] * 3 + [True]):
+        given = (torch.randn(inputs[0].shape), *inputs, True, 0.0, 9.0, needs)
+        torch.library.opcheck(ops.ssd_triton_backward.default, given, test_utils=tests)
+
+
+if __name__ == "__main__":
+    run(
+        check_parity,
+        check_clamped_steps,
+        check_frozen_inputs,
+        check_layouts,
+        check_steep_decays,
+        check_library_ops_keep_their_contract,
+    )
