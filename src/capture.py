@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,10 @@ from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .options import Environment, Options
-from .passes.cleanup import remove_noops, remove_writes
+from .passes.cleanup import remove_noops
 from .passes.lazy import defer_logits
 from .passes.ops import TABLE
+from .passes.writes import remove_writes
 from .verify import Verifier, quiet_randomness
 
 
@@ -114,6 +116,7 @@ class Session:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         plain: Callable[[], Any],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``plain`` if capture fails.
 
@@ -128,6 +131,7 @@ class Session:
             args: for the graph.
             kwargs: for the graph.
             plain: the same call as it was, without arguments.
+            around: makes what surrounds the captured call, and only that.
         """
         if not self._called and self.codegen[0] == "inductor":
             self.preparation = codegen.prepare(module)
@@ -137,11 +141,13 @@ class Session:
         _config.specialize_float = True
         _config.recompile_limit = max(_LIMIT, settings[1])
         try:
-            return compiled()(module, *args, **kwargs)
+            with around():
+                return compiled()(module, *args, **kwargs)
         except Exception as error:
             if not _is_of_capture(error):
                 raise
             reason = f"could not be captured: {_first_line(error)}"
+            one_off = isinstance(error, FailOnRecompileLimitHit)
         finally:
             self.current = previous
             _config.specialize_float, _config.recompile_limit = settings
@@ -151,7 +157,8 @@ class Session:
         except BaseException:  # the model's own, of a wrong argument: nothing is said about capture
             join()
             raise
-        self._failures[_structure(module)] = reason
+        if not one_off:
+            self._failures[_structure(module)] = f"a block that is made alike {reason}"
         self._give_up(module, reason)
         return result
 
@@ -199,8 +206,14 @@ class Session:
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What tells two layers apart that run different code."""
-    return tuple((name, type(m)) for name, m in module.named_modules())
+    """What tells two layers apart that run different code: their parts, switches and kinds.
+
+    Numbers are left out: each layer has its own index.
+    """
+    return tuple(
+        (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
+        for name, m in module.named_modules()
+    )
 
 
 _LIMIT = 64

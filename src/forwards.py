@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bypass import bypass_reason, hidden_hooks, hooks
 from .capture import Session
 from .leaves import scanning, scans_whole
-from .regions import bypass_reason, hidden_hooks, hooks, leading_sizes, mark_dynamic
+from .regions import leading_sizes, mark_dynamic
 
 _NOTHING = contextlib.nullcontext()
 
@@ -52,9 +53,12 @@ def block_forward(
         def as_it_was() -> Any:
             return plain(self, *args, **kwargs)
 
-        scans = scanning(self)
-        with hidden_hooks(idle) if idle else _NOTHING, scans_whole(scans) if scans else _NOTHING:
-            return session.call(self, compiled, graph_args, graph_kwargs, as_it_was)
+        def around() -> Any:
+            scans = scanning(self)
+            return scans_whole(scans) if scans else _NOTHING
+
+        with hidden_hooks(idle) if idle else _NOTHING:
+            return session.call(self, compiled, graph_args, graph_kwargs, as_it_was, around)
 
     return forward
 
@@ -106,14 +110,17 @@ def head_forward(
         compiled: the captured form; one for each set of given arguments.
     """
     parameters: dict[str, inspect.Parameter] = {}
+    positional: list[str] = []
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
         if not parameters:
-            parameters.update(_parameters(forward, self._modules.get(outside)))
+            own = inspect.signature(forward).parameters
+            positional.extend([n for n, p in own.items() if p.kind in _POSITIONAL][1:])
+            parameters.update(_parameters(own, self._modules.get(outside)))
         if args:
-            named = dict(zip(list(parameters)[1:], args, strict=False))
+            named = dict(zip(positional, args, strict=False))
             if len(named) < len(args) or named.keys() & kwargs.keys():
                 return plain(self, *args, **kwargs)  # raises the TypeError that it always raised
             args, kwargs = (), {**named, **kwargs}
@@ -149,9 +156,14 @@ def head_forward(
     return forward
 
 
-def _parameters(forward: Callable[..., Any], backbone: Any) -> dict[str, inspect.Parameter]:
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _parameters(
+    head: Mapping[str, inspect.Parameter], backbone: Any
+) -> dict[str, inspect.Parameter]:
     """The parameters of a head, and of the backbone where the head passes on what it is given."""
-    own = dict(inspect.signature(forward).parameters)
+    own = dict(head)
     passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
     if passes_on and backbone is not None:
         own |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()

@@ -20,6 +20,7 @@ from torch import nn
 
 from .capture import Session, backend
 from .forwards import backbone_forward, block_forward, head_forward
+from .leaves import with_leaves
 from .regions import Region, parts
 
 _MARK = "__fusewright__"
@@ -149,11 +150,13 @@ def _put(
         return function(self, *args, **kwargs) if method else function(*args, **kwargs)
 
     def compiled(variant: Any = None) -> Callable[..., Any]:
+        source = (with_leaves(function) or function) if method else plain
+
         def build() -> Callable[..., Any]:
-            target = _own_code(function) if method else plain
+            target = _own_code(source) if method else plain
             return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
 
-        return session.compiled((function if method else plain, variant), kind, build)
+        return session.compiled((source, variant), kind, build)
 
     forward = make(plain, compiled)
     functools.update_wrapper(forward, function)

@@ -12,8 +12,9 @@ from fusewright.match.apply import Fuel, apply
 from fusewright.match.finding import Finding
 from fusewright.match.rule import Rule
 from fusewright.passes import PIPELINE
-from fusewright.passes.cleanup import remove_noops, remove_writes
+from fusewright.passes.cleanup import remove_noops
 from fusewright.passes.ops import TABLE
+from fusewright.passes.writes import remove_writes
 from fusewright.verify import Verifier
 
 

@@ -41,7 +41,12 @@ def ndim(node: Any) -> int | None:
 def storage(node: Any) -> int | None:
     """What tells memory apart: equal for a tensor and its views; None for what is no tensor."""
     t = tensor(node)
-    return None if t is None else int(t.untyped_storage()._cdata)
+    return None if t is None else memory(t)
+
+
+def memory(t: Tensor) -> int:
+    """What tells the memory of ``t`` from that of others: equal for its views."""
+    return int(t.untyped_storage()._cdata)
 
 
 def size(node: Any, dim: int) -> int | None:

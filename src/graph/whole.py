@@ -89,7 +89,7 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
         raise TypeError(f"{function} is no scan")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, FakeTensor) for a in args):
+        if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
             return _outline(function, kind, args, kwargs)
         return function(*args, **kwargs)
 

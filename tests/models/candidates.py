@@ -268,7 +268,6 @@ def _equal(path: str, site: str) -> bool:
 
 
 def _related(path: str, site: str) -> bool:
-    """One holds the other."""
-    return (
-        site == "" or path == "" or f"{path}.".startswith(f"{site}.") or site.startswith(f"{path}.")
-    )
+    """One holds the other; the whole model holds everything and says nothing."""
+    outer, inner = sorted((path, site), key=len)
+    return outer != "" and inner.startswith(f"{outer}.")

@@ -134,13 +134,17 @@ def _short(reason: str) -> str:
     return text if len(text) <= 110 else f"{text[:107]}..."
 
 
-def read(text: str) -> dict[tuple[str, bool], dict[str, int]]:
-    """The numbers of rewritten formulas and sites in the text of ``docs/support.md``."""
-    found: dict[tuple[str, bool], dict[str, int]] = {}
+def read(text: str) -> dict[tuple[str, bool], dict[str, tuple[int, int]]]:
+    """(rewritten, all) by column, for each row of the text of ``docs/support.md``."""
+    found: dict[tuple[str, bool], dict[str, tuple[int, int]]] = {}
     header = next(line for line in text.splitlines() if line.startswith("| architecture"))
     names = [cell.strip("`") for cell in header.split(" | ")[2:-1]]  # a rule may be newer
     for match in re.finditer(r"^\| `([\w-]+)` \| (plain|LoRA) \| (.*) \|$", text, re.MULTILINE):
         cells = match[3].split(" | ")[: len(names)]
-        counts = {n: int(c.split("/")[0]) for n, c in zip(names, cells, strict=True) if c.strip()}
+        counts = {}
+        for name, cell in zip(names, cells, strict=True):
+            if cell.strip():
+                done, _, there = cell.partition("/")
+                counts[name] = (int(done), int(there or done))
         found[match[1], match[2] == "LoRA"] = counts
     return found

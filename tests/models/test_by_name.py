@@ -89,7 +89,7 @@ MODELS: dict[str, Named] = {
             **_SHORT,
         ),
         ["in_proj", "x_proj"],
-        {"rms_norm": 2, "glu": 1, "lora_linear": 2, "linear_cross_entropy": 1},
+        {"rms_norm": 2, "selective_scan": 1, "lora_linear": 2, "linear_cross_entropy": 1},
     ),
 }  # fmt: skip
 

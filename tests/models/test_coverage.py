@@ -12,6 +12,7 @@ import re
 
 import pytest
 import torch
+import transformers
 
 from . import architectures
 from .coverage import Row, measure
@@ -19,6 +20,7 @@ from .support import SUPPORT, TITLES, read
 
 SAMPLE = 12
 NAMES = architectures.names()
+PAGE = SUPPORT.read_text()
 TOLERANCE = 1e-5
 """Relative, in fp32: a hundred units of rounding, for sums in another order."""
 
@@ -43,6 +45,8 @@ def _one_thread():
 def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
     row = measure(name, lora)
     if row.not_built:
+        known = name in architectures.IMPOSSIBLE or transformers.__version__ not in PAGE
+        assert known, f"it could be built once: {row.not_built}"
         pytest.skip(reason=row.not_built)  # why there is no such model
     assert not row.problem
     assert row.loss_error is not None
@@ -53,14 +57,28 @@ def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
 
 
 def _assert_nothing_fell(row: Row) -> None:
-    before = read(SUPPORT.read_text()).get((row.name, row.lora), {})
-    now = {TITLES[kind]: done for kind, (done, _) in row.candidates.items()} | row.rewritten
+    before = read(PAGE).get((row.name, row.lora))
+    if before is None:  # a name that only another version of transformers has
+        assert transformers.__version__ not in PAGE, "it is not in docs/support.md: write it anew"
+        return
+    now = {TITLES[kind]: counts for kind, counts in row.candidates.items() if counts[1]}
+    now |= {rule: (count, count) for rule, count in row.rewritten.items()}
     fallen = {
-        name: f"{now.get(name, 0)} instead of {count}"
-        for name, count in before.items()
-        if now.get(name, 0) < count
+        name: f"{now.get(name, (0, 0))} instead of {then}"
+        for name, then in before.items()
+        if now.get(name, (0, 0))[0] < then[0] or (name in TITLES.values() and now[name] != then)
     }
-    assert not fallen, f"docs/support.md says more: {fallen}"
+    # other versions write some models otherwise: what is there may differ, what is left may not
+    if transformers.__version__ not in PAGE:
+        fallen = {n: f for n, f in fallen.items() if n in TITLES.values() and _more_left(row, n)}
+    assert not fallen, f"docs/support.md says otherwise: {fallen}"
+
+
+def _more_left(row: Row, title: str) -> bool:
+    before = read(PAGE)[row.name, row.lora].get(title, (0, 0))
+    kind = next(k for k, t in TITLES.items() if t == title)
+    done, there = row.candidates.get(kind, (0, 0))
+    return there - done > before[1] - before[0]
 
 
 def test_nearly_all_names_can_be_built() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
 from fusewright.graph import whole
-from fusewright.leaves import scanning
+from fusewright.leaves import scanning, with_leaves
 
 from .architectures import build, targets
 
@@ -95,14 +95,16 @@ def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
     before = _state(model)
     modules = [m for m in model.modules() if scanning(m)]
     assert modules
-    scans = {m for block in modules for m in scanning(block)}
+    scans = {m for block in modules for m, _ in scanning(block)}
     code = {m: type(m).forward for m in scans}
     optimize(model, codegen="eager")
     _step(model, _ids(2, 24), use_cache=False)
     assert all("forward" not in m.__dict__ and type(m).forward is code[m] for m in scans)
     model.zero_grad(set_to_none=True)
     restore(model)
-    assert [s.keys() for s in _state(model)] == [s.keys() for s in before]
+    for now, then in zip(_state(model), before, strict=True):
+        assert now.keys() == then.keys()
+        assert all(now[name] is value for name, value in then.items())
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2"])
@@ -165,3 +167,50 @@ def test_only_the_convention_counts() -> None:
     assert whole.leaf(scan) is whole.leaf(scan)
     with pytest.raises(TypeError):
         whole.leaf(other)
+
+
+def test_a_block_with_a_scan_that_cannot_be_captured_is_split_and_restored() -> None:
+    model = build("mamba")
+    before = _state(model)
+    for block in model.backbone.layers:
+        block.register_module("norm", _LooksAtValues(block.norm))
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    _assert_equal_steps(model, eager, _ids(2, 24), use_cache=False)
+    # the mixers have become regions of their own, and their scans are still captured whole
+    assert explain(model).by_rule()["selective_scan"] == 2
+    restore(model)
+    assert not any(k in m.__dict__ for m in model.modules() for k in _PUT)
+    assert len(before) + 2 == len(_state(model))
+
+
+_PUT = ("forward", "_replicate_for_data_parallel")
+
+
+class _LooksAtValues(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * (2.0 if float(x.sum()) > 1e9 else 1.0)
+
+
+def test_a_global_that_changes_is_seen() -> None:
+    scope: dict[str, Any] = {"scan": _loop, "SCALE": 1.0}
+    exec("def forward(self, x):\n    return scan(x, x, None, None, None) * SCALE", scope)
+    first = with_leaves(scope["forward"])
+    assert with_leaves(scope["forward"]) is first
+    scope["SCALE"] = 2.0
+    again = with_leaves(scope["forward"])
+    assert again is not first
+    assert again.__globals__["SCALE"] == 2.0
+    exec("def counts(self, x):\n    global N\n    N = 1\n    return scan(x, x, 0, 0, 0)", scope)
+    assert with_leaves(scope["counts"]) is None  # in a copy the assignment would be lost
+
+
+def _loop(
+    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None,
+    delta_bias: Any = None, delta_softplus: bool = False,
+) -> Any:  # fmt: skip
+    return u

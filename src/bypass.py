@@ -1,0 +1,116 @@
+"""When a call of a region passes by: caches, inner outputs, tracing, hooks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
+    """Why this call of a region must run as it was, or None.
+
+    Args:
+        args: of the call.
+        kwargs: of the call.
+        hooked: the first submodule with a hook, as ``hooks`` says.
+    """
+    for value in (*args, *kwargs.values()):
+        if value is None or isinstance(value, (Tensor, int, float, str)):
+            continue
+        if _is_cache(value):
+            return "a cache was passed (generation; in training pass use_cache=False)"
+        if _collects(value):
+            return f"a {type(value).__name__} was passed, which may collect values as a cache does"
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        return "inner outputs (attentions or hidden states) were asked for"
+    if torch._C._get_tracing_state() is not None:
+        return "the model is being traced by torch.jit"
+    return f"a hook is registered on its submodule {hooked}" if hooked else None
+
+
+def _is_cache(value: Any) -> bool:
+    """A key/value or state cache, by what it can do."""
+    return any(
+        hasattr(value, name)
+        for name in ("get_seq_length", "update_conv_state", "update_ssm_state", "conv_states")
+    )
+
+
+def _collects(value: Any) -> bool:
+    """An object that may collect tensors: one with containers of nothing else, or empty ones.
+
+    A mapping is none: layers hand on keys and values to each other in one. Nor is a configuration.
+    """
+    known = isinstance(value, (nn.Module, Mapping)) or hasattr(value, "to_dict")
+    if known or type(value).__module__.split(".")[0] in _NO_CACHES:
+        return False
+    held = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, (dict, list))]
+    return bool(held) and all(_holds_tensors(v) for v in held)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_holds_tensors(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_holds_tensors(v) for v in value)
+    return value is None or isinstance(value, Tensor)
+
+
+_NO_CACHES = ("builtins", "torch")
+"""Whose objects hold containers without collecting anything in them: masks, for one."""
+
+
+def hooks(
+    module: nn.Module, outside: nn.Module | None = None
+) -> tuple[str | None, list[nn.Module]]:
+    """Look for hooks below ``module``, which a captured graph would not call.
+
+    Args:
+        module: a region; its own hooks run as ever.
+        outside: a submodule that is not captured.
+
+    Returns:
+        The name of the first submodule with a hook that does something, or None; and the
+        submodules that have nothing but idle ones.
+    """
+    idle: list[nn.Module] = []
+    stack = [(n, c) for n, c in module._modules.items() if c is not None and c is not outside]
+    while stack:
+        name, m = stack.pop()
+        if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return name, idle
+        if m._forward_hooks:
+            if not all(_is_idle(h) for h in m._forward_hooks.values()):
+                return name, idle
+            idle.append(m)
+        stack += [(f"{name}.{n}", c) for n, c in m._modules.items() if c is not None]
+    return None, idle
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves behind after a call for inner outputs.
+
+    They do nothing until the next such call, which is bypassed.
+    """
+    if getattr(hook, "__name__", "") != "output_capturing_hook":
+        return False
+    collector = hook.__globals__.get("_active_collector")
+    return collector is not None and not collector.get()
+
+
+@contextmanager
+def hidden_hooks(modules: list[nn.Module]) -> Iterator[None]:
+    """Take the forward hooks of ``modules`` off for one call."""
+    kept = [m._forward_hooks for m in modules]
+    for m in modules:
+        m._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for m, own in zip(modules, kept, strict=True):
+            m._forward_hooks = own

@@ -1,0 +1,172 @@
+"""Writes that become values: only where nothing can tell; and casts that are made once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fusewright.graph.edit import is_inplace
+from fusewright.passes.cleanup import remove_noops
+from fusewright.passes.writes import remove_writes
+
+from ..capturing import capture
+
+Fn = Callable[[Tensor, Tensor], Tensor]
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(6, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    return x.requires_grad_(), w.requires_grad_()
+
+
+def _results(run: Callable[..., object]) -> list[Tensor]:
+    x, w = _inputs()
+    given = run(x, w)
+    out = given[0] if isinstance(given, tuple) else given
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), (x, w))]
+
+
+def _writes(module: fx.GraphModule) -> int:
+    return sum(is_inplace(n) for n in module.graph.nodes)
+
+
+def _assert_exact(module: fx.GraphModule, before: fx.GraphModule) -> None:
+    names = [n.target for n in module.graph.nodes if n.op == "placeholder"]
+    first = next(n for n in module.graph.nodes if n.op == "placeholder")
+    swapped = first.meta["example_value"].shape[0] == 8
+    assert len(names) == 2
+
+    def call(graph: fx.GraphModule) -> Callable[..., object]:
+        return lambda x, w: graph(*((w, x) if swapped else (x, w)))
+
+    for ours, theirs in zip(_results(call(module)), _results(call(before)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _add(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y.add_(x)
+    return y * 2
+
+
+def _clamp(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y.clamp_(max=0.5)
+    return y * x
+
+
+def _fill(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y.masked_fill_(x > 0, 0.0)
+    return y * x
+
+
+def _invert(x: Tensor, w: Tensor) -> Tensor:
+    _, order = torch.sort(x[:, 0])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0])
+    return F.linear(x, w)[inverse]
+
+
+@pytest.mark.parametrize("fn", [_add, _clamp, _fill, _invert])
+def test_a_write_into_a_fresh_value_becomes_a_value(fn: Fn) -> None:
+    module = capture(fn, *_inputs())
+    before = copy.deepcopy(module)
+    assert _writes(module) == 1
+    assert remove_writes(module) == 1
+    assert _writes(module) == 0
+    _assert_exact(module, before)
+
+
+def _under_no_grad(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    with torch.no_grad():
+        y.clamp_(max=0.1)
+    return x + F.linear(y, w)
+
+
+def _chunk_before(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    a, b = y.chunk(2, -1)
+    y.add_(x)
+    return torch.cat((b, a), -1)
+
+
+def _unbind_before(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    rows = y.unbind(0)
+    y.add_(x)
+    return torch.stack(rows[::-1]) * x
+
+
+def _view_before(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    seen = y.view(-1)
+    y.add_(x)
+    return seen.view(6, 8) * x
+
+
+def _detached_before(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    seen = y.detach()
+    y.add_(x)
+    return y + seen
+
+
+def _into_a_view(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y[0].add_(x[0])
+    return y * x
+
+
+def _broadcast(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y.add_(x[0])
+    return y * x
+
+
+def _a_part(x: Tensor, w: Tensor) -> Tensor:
+    _, order = torch.sort(x[:, 0])
+    inverse = torch.zeros_like(order)
+    inverse[order] = torch.arange(order.shape[0]) + 0
+    return F.linear(x, w)[inverse]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [_under_no_grad, _chunk_before, _unbind_before, _view_before, _detached_before, _into_a_view,
+     _broadcast, _a_part],
+)  # fmt: skip
+def test_a_write_that_something_else_sees_stays(fn: Fn) -> None:
+    # PyTorch itself refuses a write below several views at once where gradients are recorded
+    with torch.set_grad_enabled(fn not in (_chunk_before, _unbind_before)):
+        module = capture(fn, *_inputs())
+    before = copy.deepcopy(module)
+    assert remove_writes(module) == 0
+    assert _writes(module) == _writes(before) > 0
+
+
+def test_a_cast_is_not_shared_with_another_mode() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        h = F.linear(x, w)
+        with torch.no_grad():
+            largest = h.double().abs().max()
+        return (h.double() / largest).float()
+
+    module = capture(fn, *_inputs())
+    before = copy.deepcopy(module)
+    remove_noops(module)
+    _assert_exact(module, before)
+
+
+def test_a_cast_that_is_made_twice_is_made_once() -> None:
+    module = capture(lambda x, w: x.double().sum() + x.double().max() + w.sum(), *_inputs())
+    before = copy.deepcopy(module)
+    assert remove_noops(module) == 1
+    _assert_exact(module, before)
