@@ -9,7 +9,7 @@ the budget (``budget.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,11 @@ def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
     differentiable = [
         bool((t := facts.tensor(n)) is not None and t.requires_grad) for n in c.inputs
     ]
-    theirs = _runs(original.forward, draws, differentiable)
-    ours = _runs(replacement.forward, draws, differentiable)
+    with ExitStack() as around:
+        for settings in c.autocast:
+            around.enter_context(torch.autocast(*settings))
+        theirs = _runs(original.forward, draws, differentiable)
+        ours = _runs(replacement.forward, draws, differentiable)
     wide = [[_double(x) for x in inputs] for inputs in draws]
     exact = _runs(_Exact(original).run, wide, differentiable)
     worst: list[float | None] = [None, None]
@@ -304,7 +307,7 @@ def _structure(c: Candidate) -> Any:
         order = tuple(sorted(range(t.dim()), key=lambda d: -_hint(t.stride(d))))
         signature.append(str((static, t.dtype, t.device, t.requires_grad, order)))
     outputs = tuple(index[n] for n in c.outputs)
-    return c.rule.name, c.match.spelling, body, tuple(signature), outputs
+    return c.rule.name, c.match.spelling, body, tuple(signature), outputs, str(c.autocast)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class Candidate:
         interior: the nodes it replaces, in graph order.
         outputs: the interior nodes whose values are used outside.
         table: op name -> function, for ``Emit``.
+        autocast: the arguments of each autocast that was entered in the graph around the formula.
     """
 
     rule: Rule
@@ -52,6 +53,7 @@ class Candidate:
     interior: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     table: Mapping[str, Callable[..., Any]]
+    autocast: tuple[tuple[Any, ...], ...] = ()
 
     def replacement(self) -> fx.Graph:
         """The rewrite alone, as a graph over placeholders for ``inputs``."""
@@ -185,13 +187,13 @@ def _candidate(
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
     _require_calm(graph, m, interior, inputs, order)
-    _require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
+    autocast = _require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
         (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
     )
     m.require(last_input < first_use, "an output is used before the last input exists")
-    return Candidate(rule, m, inputs, interior, m.outputs, table)
+    return Candidate(rule, m, inputs, interior, m.outputs, table, autocast)
 
 
 def _require_calm(
@@ -221,11 +223,15 @@ def _require_calm(
 
 def _require_one_mode(
     graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
-) -> None:
-    """Decline where not all nodes of the formula run in the mode of the place of the new ones."""
+) -> tuple[tuple[Any, ...], ...]:
+    """Decline where not all nodes of the formula run in the mode of the place of the new ones.
+
+    Returns:
+        The arguments of each autocast that is entered there.
+    """
     switches = [n for n in graph.nodes if switches_mode(n)]
     if not switches:
-        return
+        return ()
     mode = modes(graph)
     for node in interior:
         m.require(
@@ -233,6 +239,7 @@ def _require_one_mode(
             f"{switches[0].name} switches gradients or autocast between the nodes of the formula",
             node,
         )
+    return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
 
 
 def _place(

@@ -43,3 +43,18 @@ def test_a_mode_that_stays_stops_the_rewrite() -> None:
 
     findings = rewrite(capture(fn, *_inputs()))
     assert rewritten(findings) == []
+
+
+def test_a_formula_is_judged_in_the_autocast_that_it_runs_in() -> None:
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            linear = torch.nn.functional.linear
+            return linear(x, w) + linear(linear(x, a), b) * 2.0
+
+    shapes = ((5, 24), (16, 24), (4, 24), (16, 4))
+    inputs = [torch.randn(*s, requires_grad=True) for s in shapes]
+    with torch.autocast("cpu", torch.bfloat16):
+        findings = [f for f in rewrite(capture(fn, *inputs)) if f.status == "rewritten"]
+    assert [f.rule for f in findings] == ["lora_linear"]
+    assert findings[0].figures.error is not None
+    assert findings[0].figures.error < 1e-5  # that of fp32, not of bf16

@@ -173,7 +173,7 @@ def test_a_block_with_a_scan_that_cannot_be_captured_is_split_and_restored() -> 
     model = build("mamba")
     before = _state(model)
     for block in model.backbone.layers:
-        block.register_module("norm", _LooksAtValues(block.norm))
+        block.mixer = _LooksAtValues(block.mixer)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
     _assert_equal_steps(model, eager, _ids(2, 24), use_cache=False)
@@ -188,12 +188,12 @@ _PUT = ("forward", "_replicate_for_data_parallel")
 
 
 class _LooksAtValues(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.mixer = mixer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x) * (2.0 if float(x.sum()) > 1e9 else 1.0)
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        return self.mixer(x, **more) * (2.0 if float(x.sum()) > 1e9 else 1.0)
 
 
 def test_a_global_that_changes_is_seen() -> None:
