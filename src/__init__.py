@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import FusewrightError
+    from .errors import FusewrightError, OptimizeError
     from .pipeline import explain, optimize, restore
     from .report import Report, Site
 
 __version__ = "0.1.0"
-__all__ = ["FusewrightError", "Report", "Site", "explain", "optimize", "restore"]
+__all__ = [
+    "FusewrightError", "OptimizeError", "Report", "Site", "explain", "optimize", "restore",
+]  # fmt: skip
 
 _HOMES = {
     "optimize": "pipeline",
@@ -26,6 +28,7 @@ _HOMES = {
     "Report": "report",
     "Site": "report",
     "FusewrightError": "errors",
+    "OptimizeError": "errors",
 }
 
 

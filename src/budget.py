@@ -7,6 +7,7 @@ computation in fp64. The scheme is the one of Apple's cut-cross-entropy tests.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +39,28 @@ def errors(actual: Tensor, oracle: Tensor) -> Errors:
     Values that are not finite are left out where both have them (a mean over no labels is nan);
     where only one has them, the error is infinite.
     """
-    exact, ours = oracle.detach().to(torch.float64), actual.detach().to(torch.float64)
-    finite = torch.isfinite(exact)
-    if not torch.equal(torch.isfinite(ours), finite):
-        return Errors(float("inf"), float("inf"))
-    if not bool(finite.any()):
-        return Errors(0.0, 0.0)
-    exact, ours = exact[finite], ours[finite]
-    difference = ours - exact
-    norm, peak = exact.norm().item(), exact.abs().max().item()
-    return Errors(
-        difference.norm().item() / norm if norm else difference.norm().item(),
-        difference.abs().max().item() / peak if peak else difference.abs().max().item(),
-    )
+    size = peak = off = off_peak = 0.0
+    for exact, ours in zip(_pieces(oracle), _pieces(actual), strict=True):
+        finite = torch.isfinite(exact)
+        if not torch.equal(torch.isfinite(ours), finite):
+            return Errors(float("inf"), float("inf"))
+        if not bool(finite.all()):
+            exact, ours = exact[finite], ours[finite]
+        if not exact.numel():
+            continue
+        difference = ours - exact
+        size += exact.square().sum().item()
+        off += difference.square().sum().item()
+        peak = max(peak, exact.abs().max().item())
+        off_peak = max(off_peak, difference.abs().max().item())
+    norm, distance = size**0.5, off**0.5
+    return Errors(distance / norm if norm else distance, off_peak / peak if peak else off_peak)
+
+
+def _pieces(t: Tensor, elements: int = 1 << 20) -> Iterator[Tensor]:
+    """``t`` in fp64, a piece at a time: the gradient of a large weight is not copied whole."""
+    for piece in t.detach().reshape(-1).split(elements):
+        yield piece.to(torch.float64)
 
 
 def unit(dtype: torch.dtype) -> float:

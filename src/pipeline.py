@@ -60,13 +60,15 @@ def optimize(
         The same object.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or one of ``passes`` is no rule.
+        AttributeError: a rule's pattern asks for an operation that there is none of.
         ValueError: an option has no such value.
         NotImplementedError: ``memory`` asks for a mode that does not exist yet.
         OptimizeError: ``strict`` found a gap; the message lists all of them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    _require_rules(passes)
     options = Options(tuple(passes), codegen, memory, logits, verify, strict)
     environment = Environment.read()
     restore(model)
@@ -85,6 +87,14 @@ def optimize(
     if strict:
         _require_no_gaps(explain(model), session)
     return model
+
+
+def _require_rules(passes: Sequence[Rule]) -> None:
+    """Raise what is wrong with a rule now: inside a capture it would only end the capture."""
+    for rule in passes:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"passes holds {rule!r}, which is no instance of Rule")
+        rule.compiled()
 
 
 def restore(model: nn.Module) -> Any:

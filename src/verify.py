@@ -23,10 +23,7 @@ from .graph.canon import canonical
 from .graph.whole import is_leaf
 from .match.apply import Candidate, Verdict
 from .report import Figures
-
-_SIZES = (5, 7, 3, 2, 11)
-"""What the symbolic sizes of a graph become, in the order in which they are met."""
-
+from .sampling import Sizes, hint, is_static, sample, tokens
 
 _DRAWS = 4
 """Draws of inputs that judge together what a single one has found outside the budget."""
@@ -65,9 +62,9 @@ def _judge(candidate: Candidate) -> Verdict:
     text = ""
     for small in (True, False):
         try:
-            verdict = _check(candidate, [_sample(candidate, _Sizes(small))])
+            verdict = _check(candidate, [sample(candidate, Sizes(small))])
             if verdict.reason is not None and EXCEEDS in verdict.reason:
-                draws = [_sample(candidate, _Sizes(small), d) for d in range(_DRAWS)]
+                draws = [sample(candidate, Sizes(small), d) for d in range(_DRAWS)]
                 verdict = _check(candidate, draws)
             return verdict
         except Exception as error:  # what fails to run is refused, not fatal
@@ -81,13 +78,16 @@ def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
     differentiable = [
         bool((t := facts.tensor(n)) is not None and t.requires_grad) for n in c.inputs
     ]
+    fixed = {
+        tuple(t.shape) for n in c.inputs if (t := facts.tensor(n)) is not None and is_static(t)
+    }
     with ExitStack() as around:
         for settings in c.autocast:
             around.enter_context(torch.autocast(*settings))
-        theirs = _runs(original.forward, draws, differentiable)
-        ours = _runs(replacement.forward, draws, differentiable)
+        theirs = _runs(original.forward, draws, differentiable, fixed)
+        ours = _runs(replacement.forward, draws, differentiable, fixed)
     wide = [[_double(x) for x in inputs] for inputs in draws]
-    exact = _runs(_Exact(original).run, wide, differentiable)
+    exact = _runs(_Exact(original).run, wide, differentiable, fixed)
     worst: list[float | None] = [None, None]
     for kind, what in enumerate(("output", "gradient of input")):
         triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
@@ -102,8 +102,8 @@ def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
                 return Verdict(f"{place}: {problem}")
             if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
                 worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
-    tokens = sum(_tokens(inputs) for inputs in draws)
-    before, after = theirs.kept / tokens, ours.kept / tokens
+    rows = sum(tokens(inputs) for inputs in draws)
+    before, after = theirs.kept / rows, ours.kept / rows
     return Verdict(
         None,
         Figures(error=worst[0], grad_error=worst[1], saved_before=before, saved_after=after),
@@ -118,9 +118,12 @@ class Outcome:
     kept: int
 
 
-def _runs(fn: Callable[..., Any], draws: list[list[Any]], differentiable: list[bool]) -> Outcome:
+def _runs(
+    fn: Callable[..., Any], draws: list[list[Any]], differentiable: list[bool],
+    fixed: set[tuple[int, ...]],
+) -> Outcome:  # fmt: skip
     """The outcome for all draws: their results stacked, as one tensor each."""
-    made = [_run(fn, inputs, differentiable, seed) for seed, inputs in enumerate(draws)]
+    made = [_run(fn, inputs, differentiable, fixed, i) for i, inputs in enumerate(draws)]
     if len(made) == 1:
         return made[0]
     outputs, grads = (
@@ -134,9 +137,14 @@ def _runs(fn: Callable[..., Any], draws: list[list[Any]], differentiable: list[b
 
 
 def _run(
-    fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool], seed: int
-) -> Outcome:
-    """Outputs, gradients and bytes kept for backward of ``fn`` on copies of ``inputs``."""
+    fn: Callable[..., Any], inputs: list[Any], differentiable: list[bool],
+    fixed: set[tuple[int, ...]], seed: int,
+) -> Outcome:  # fmt: skip
+    """Outputs, gradients and bytes kept for backward of ``fn`` on copies of ``inputs``.
+
+    What has the shape of a weight (``fixed``) does not grow with the tokens and is not counted: the
+    loss makes the gradient of a trained head in forward.
+    """
     leaves = [
         x.detach().requires_grad_(d) if isinstance(x, Tensor) else x
         for x, d in zip(inputs, differentiable, strict=True)
@@ -147,7 +155,7 @@ def _run(
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and tuple(t.shape) not in fixed:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
@@ -210,84 +218,6 @@ def _double(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _sample(c: Candidate, sizes: _Sizes, draw: int = 0) -> list[Any]:
-    """Random inputs for the candidate: its dtypes, its layouts, its sizes as ``sizes`` says."""
-    inputs: list[Any] = []
-    for i, node in enumerate(c.inputs):
-        example = facts.value(node)
-        if isinstance(example, Tensor):
-            generator = torch.Generator().manual_seed(1000 * draw + i + 1)
-            shape = tuple(sizes.of(s) for s in example.shape)
-            special = c.rule.sample(c.match, node, generator, shape)
-            made = _random(example, shape, generator) if special is None else special
-            inputs.append(made.to(example.device))
-        else:
-            inputs.append(sizes.of(example))
-    return inputs
-
-
-def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if example.dtype is torch.bool:
-        return torch.rand(shape, generator=generator) < 0.7
-    if example.is_complex():
-        parts = torch.randn((*shape, 2), generator=generator, dtype=torch.float64)
-        return torch.view_as_complex(parts).to(example.dtype)
-    if not example.is_floating_point():
-        return torch.randint(0, 2, shape, generator=generator, dtype=example.dtype)
-    # the layout: the same order of strides, and the same broadcast dimensions
-    strides = [_hint(s) for s in example.stride()]
-    order = sorted(range(len(shape)), key=lambda d: -strides[d])
-    dense = [1 if strides[d] == 0 else shape[d] for d in order]
-    values = torch.randn(dense, generator=generator, dtype=torch.float32)
-    if len(shape) == 2 and all(type(s) is int for s in example.shape):
-        values /= shape[-1] ** 0.5  # a weight: keep the products near one
-    inverse = [order.index(d) for d in range(len(shape))]
-    return values.to(example.dtype).permute(inverse).expand(shape)
-
-
-def _hint(s: Any) -> int:
-    return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)
-
-
-class _Sizes:
-    """Gives each symbolic size of a graph one number: a small one, or the one it was met with."""
-
-    def __init__(self, small: bool) -> None:
-        self.small = small
-        self.chosen: dict[Any, int] = {}
-        self.by_hint: dict[Any, int] = {}
-
-    def of(self, s: Any) -> Any:
-        """The number for a SymInt (or an expression of them, or a tuple); constants stay."""
-        if isinstance(s, (tuple, list)):
-            return type(s)(self.of(item) for item in s)
-        if not isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return s
-        if not self.small:
-            return s.node.hint
-        env = s.node.shape_env
-        # torch 2.13 renamed the attribute
-        hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-        expression = env.simplify(s.node.expr)
-        for symbol in sorted(expression.free_symbols, key=str):
-            # what was met with one size is one size: rows of x and of the labels must agree
-            hint = hints.get(symbol, symbol)
-            if hint not in self.by_hint:
-                self.by_hint[hint] = _SIZES[len(self.by_hint) % len(_SIZES)]
-            self.chosen[symbol] = self.by_hint[hint]
-        value = expression.subs(self.chosen)
-        return int(value) if isinstance(s, torch.SymInt) else float(value)
-
-
-def _tokens(inputs: list[Any]) -> int:
-    """How many rows the sampled inputs had: the largest product of leading sizes."""
-    rows = 1
-    for t in inputs:
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 3:
-            rows = max(rows, t.shape[0] * (t.shape[1] if t.dim() == 3 else t.shape[-2]))
-    return rows
-
-
 def _structure(c: Candidate) -> Any:
     """What makes two candidates equal for verification."""
     index: dict[fx.Node, str] = {n: f"in{i}" for i, n in enumerate(c.inputs)}
@@ -304,7 +234,7 @@ def _structure(c: Candidate) -> Any:
             signature.append(str(type(facts.value(n))))
             continue
         static = tuple(s if type(s) is int else "s" for s in t.shape)
-        order = tuple(sorted(range(t.dim()), key=lambda d: -_hint(t.stride(d))))
+        order = tuple(sorted(range(t.dim()), key=lambda d: -hint(t.stride(d))))
         signature.append(str((static, t.dtype, t.device, t.requires_grad, order)))
     outputs = tuple(index[n] for n in c.outputs)
     return c.rule.name, c.match.spelling, body, tuple(signature), outputs, str(c.autocast)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 import fusewright
 from fusewright import explain, optimize, restore
 from fusewright.errors import OptimizeError
+from fusewright.match.pattern import Builder, Pattern
+from fusewright.match.rule import Match, Rule
+from fusewright.passes import PIPELINE
+from fusewright.passes.glu import GLU
 
 from .models.zoo import FAMILIES, build
 
@@ -272,3 +277,36 @@ def test_the_report_is_plain_data() -> None:
         data["sites"][0]
     )
     assert fusewright.Report is type(report)
+
+
+class Unspellable(Rule):
+    name = op = "unspellable"
+
+    def patterns(self, p: Builder, x: Pattern) -> Any:
+        yield p.no_such_operation(x)
+
+
+class Thoughtless(GLU):
+    name = "thoughtless"
+
+    def check(self, m: Match) -> None:
+        raise KeyError("a mistake")
+
+
+def test_a_mistake_in_a_rule_is_said_at_once() -> None:
+    model = build(LLAMA, lora=False)
+    with pytest.raises(TypeError, match="no instance of Rule"):
+        optimize(model, passes=[Unspellable])
+    with pytest.raises(AttributeError, match="no_such_operation"):
+        optimize(model, passes=[Unspellable()])
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_check_that_fails_costs_its_own_rewrite_only() -> None:
+    model = optimize(build(LLAMA, lora=False), passes=[Thoughtless(), *PIPELINE], codegen="eager")
+    _step(model)
+    report = explain(model)
+    assert report.by_rule()["glu"] == 2
+    assert {s.reason for s in report.sites if s.rule == "thoughtless"} == {
+        "the rule's check failed: KeyError: 'a mistake'"
+    }

@@ -173,7 +173,12 @@ def _apply_rule(
 def _candidate(
     graph: fx.Graph, rule: Rule, m: Match, table: Mapping[str, Callable[..., Any]]
 ) -> Candidate:
-    rule.check(m)
+    try:
+        rule.check(m)
+    except Declined:
+        raise
+    except Exception as error:  # of a rule of the user's, most likely: it must not end the capture
+        raise Declined(f"the rule's check failed: {type(error).__name__}: {error}") from error
     order = {n: i for i, n in enumerate(graph.nodes)}
     interior = tuple(sorted(m.nodes, key=order.__getitem__))
     inside, outputs = set(interior), set(m.outputs)

@@ -156,7 +156,9 @@ class Builder:
 
     def __getattr__(self, name: str) -> Callable[..., Call]:
         if name not in SPECS:
-            raise AttributeError(f"no canonical operation is named {name!r} (see graph/canon.py)")
+            raise AttributeError(
+                f"no canonical operation is named {name!r} (see graph/operations.py)"
+            )
         return lambda *args, **named: call(name, *args, **named)
 
     def cast(self, x: Any, dtype: torch.dtype | None = None) -> Call:
