@@ -37,8 +37,8 @@ def page(rows: Iterable[Row]) -> str:
         f"|---|---|{'---|' * (len(heads) + 1)}",
     ]
     lines += [_line(row) for row in built]
-    lines += ["", "## Not built", ""]
-    lines += dict.fromkeys(f"- `{r.name}`: {r.not_built}" for r in rows if r.not_built)
+    missing = dict.fromkeys(f"- `{r.name}`: {r.not_built}" for r in rows if r.not_built)
+    lines += ["", "## Not built", "", *missing] if missing else []
     return "\n".join(lines) + "\n"
 
 
