@@ -25,6 +25,9 @@ import fusewright
 from . import architectures
 from .candidates import Detector, covered
 
+TOLERANCE = 1e-5
+"""Relative, in fp32: a hundred units of rounding, for sums in another order."""
+
 
 @dataclass
 class Row:
@@ -37,6 +40,7 @@ class Row:
         problem: what went wrong with the optimized model, or empty.
         loss_error: relative difference of the loss from eager's.
         grad_error: relative difference of all gradients together from eager's.
+        exact_errors: where that is more than ``TOLERANCE``: our own and eager's distance from fp64.
         rewritten: rule -> sites.
         candidates: kind -> (rewritten, all that the independent detector saw).
         left: (kind, module path, number) of the candidates that were not rewritten.
@@ -51,6 +55,7 @@ class Row:
     problem: str = ""
     loss_error: float | None = None
     grad_error: float | None = None
+    exact_errors: tuple[float, float] | None = None
     rewritten: dict[str, int] = field(default_factory=dict)
     candidates: dict[str, tuple[int, int]] = field(default_factory=dict)
     left: list[tuple[str, str, int]] = field(default_factory=list)
@@ -85,6 +90,9 @@ def measure(name: str, lora: bool) -> Row:
     row.loss_error = float((our_loss - loss).abs() / loss.abs())
     if our_grads.keys() == grads.keys():
         row.grad_error = _difference(our_grads, grads)
+        if row.grad_error > TOLERANCE:
+            exact = _exact(eager, inputs)
+            row.exact_errors = _difference(our_grads, exact), _difference(grads, exact)
     else:
         row.problem = f"other parameters have gradients: {sorted(our_grads.keys() ^ grads.keys())}"
     row.rewritten = report.by_rule()
@@ -124,6 +132,19 @@ def _step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, T
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _exact(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradients in fp64."""
+    model = copy.deepcopy(model).double()
+    model.zero_grad()
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # torch's grouped matmul takes no fp64
+    wide = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    return _step(model, wide)[1]
 
 
 def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

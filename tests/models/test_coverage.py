@@ -14,15 +14,15 @@ import pytest
 import torch
 import transformers
 
+from fusewright.budget import FACTOR, unit
+
 from . import architectures
-from .coverage import Row, measure
+from .coverage import TOLERANCE, Row, measure
 from .support import SUPPORT, TITLES, read
 
 SAMPLE = 12
 NAMES = architectures.names()
 PAGE = SUPPORT.read_text()
-TOLERANCE = 1e-5
-"""Relative, in fp32: a hundred units of rounding, for sums in another order."""
 
 
 def _cases() -> list[object]:
@@ -52,7 +52,10 @@ def test_an_architecture_trains_as_in_eager(name: str, lora: bool) -> None:
     assert row.loss_error is not None
     assert row.loss_error <= TOLERANCE
     assert row.grad_error is not None
-    assert row.grad_error <= TOLERANCE
+    if row.grad_error > TOLERANCE:  # far from eager only where eager itself is far from the truth
+        assert row.exact_errors is not None
+        ours, eagers = row.exact_errors
+        assert ours <= FACTOR * eagers + unit(torch.float32)
     _assert_nothing_fell(row)
 
 
