@@ -20,7 +20,7 @@ from torch import nn
 
 from .capture import Session, backend
 from .forwards import backbone_forward, block_forward, head_forward
-from .leaves import with_leaves
+from .leaves import content, with_leaves
 from .regions import Region, parts
 
 _MARK = "__fusewright__"
@@ -198,7 +198,7 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(inner, types.FunctionType) and closure is not None:
         copied = _own_code(inner)
         closure = tuple(
-            types.CellType(copied) if _content(cell) is inner else cell for cell in closure
+            types.CellType(copied) if content(cell) is inner else cell for cell in closure
         )
     name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
     copy = types.FunctionType(
@@ -210,10 +210,3 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     if copied is not None:
         copy.__dict__["__wrapped__"] = copied
     return copy
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return None

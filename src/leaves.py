@@ -98,7 +98,7 @@ def _copy(function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
         return None
     outer |= {function}
     cells = function.__closure__ or ()
-    wrapped = [_copy(_content(cell), outer, read) for cell in cells]
+    wrapped = [_copy(content(cell), outer, read) for cell in cells]
     names, scope = _names(function.__code__), function.__globals__
     found = {n: f for n in names if (f := scope.get(n)) is not None and _scans(f)}
     if not found and not any(wrapped):
@@ -149,7 +149,8 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in inner))
 
 
-def _content(cell: types.CellType) -> Any:
+def content(cell: types.CellType) -> Any:
+    """What a closure's cell holds, or None."""
     try:
         return cell.cell_contents
     except ValueError:  # an empty cell

@@ -22,6 +22,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from fusewright.kernels.launch import interpreting
 
 
@@ -34,3 +37,19 @@ def run(*checks: Callable[[], None]) -> None:
         check()
         print(f"{check.__name__} {time.perf_counter() - start:.1f} s", flush=True)
     print(f"{len(checks)} checks passed")
+
+
+def assert_traced_whole(
+    norm: Callable[[Tensor, Tensor], Tensor], *ops: Callable[..., object]
+) -> None:
+    """Trace a step of ``norm(x, w)``: each of ``ops`` is one node, and the numbers are eager's."""
+
+    def step(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(norm(x, w).square().sum(), (x, w))
+
+    x, w = torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(step, tracing_mode="fake")(x, w)
+    targets = [n.target for n in traced.graph.nodes]
+    assert [targets.count(op) for op in ops] == [1] * len(ops)
+    for ours, eager in zip(traced(x, w), step(x, w), strict=True):
+        assert torch.equal(ours, eager)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fusewright.kernels import layer_norm as op
-from tests.kernels.interpreted import run
+from tests.kernels.interpreted import assert_traced_whole, run
 from tests.kernels.util import assert_parity
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,17 +100,9 @@ def check_the_ops_register_well() -> None:
 
 
 def check_tracing_keeps_the_ops_whole() -> None:
-    def step(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        y = op.layer_norm(x, w, None, 1e-5)
-        return torch.autograd.grad(y.square().sum(), (x, w))
-
-    x, w = torch.randn(5, 24, requires_grad=True), torch.randn(24, requires_grad=True)
-    traced = torch.fx.experimental.proxy_tensor.make_fx(step, tracing_mode="fake")(x, w)
-    targets = [n.target for n in traced.graph.nodes]
-    assert targets.count(op._forward_op) == 1
-    assert targets.count(op._backward_op) == 1
-    for ours, eager in zip(traced(x, w), step(x, w), strict=True):
-        assert torch.equal(ours, eager)
+    assert_traced_whole(
+        lambda x, w: op.layer_norm(x, w, None, 1e-5), op._forward_op, op._backward_op
+    )
 
 
 if __name__ == "__main__":
