@@ -25,7 +25,7 @@ from .match.apply import Candidate, Verdict
 from .report import Figures
 from .sampling import Sizes, hint, is_static, sample, tokens
 
-_DRAWS = 4
+DRAWS = 4
 """Draws of inputs that judge together what a single one has found outside the budget."""
 
 
@@ -64,7 +64,7 @@ def _judge(candidate: Candidate) -> Verdict:
         try:
             verdict = _check(candidate, [sample(candidate, Sizes(small))])
             if verdict.reason is not None and EXCEEDS in verdict.reason:
-                draws = [sample(candidate, Sizes(small), d) for d in range(_DRAWS)]
+                draws = [sample(candidate, Sizes(small), d) for d in range(DRAWS)]
                 verdict = _check(candidate, draws)
             return verdict
         except Exception as error:  # what fails to run is refused, not fatal

@@ -15,7 +15,7 @@ from fusewright.kernels import selective_scan as module
 from fusewright.kernels import selective_scan_chunks as chunks
 from fusewright.kernels.selective_scan import OP, selective_scan
 
-from .util import assert_parity
+from .util import assert_parity, assert_parity_of_draws
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -50,6 +50,16 @@ def bound(fn: Callable[..., Any], inputs: Sequence[Any], softplus: bool) -> Call
     return call
 
 
+def check(make: Callable[[], list[Any]], softplus: bool = True) -> None:
+    """Parity over draws of ``make``; the gradient of a skip has one number per channel."""
+    like = make()
+    assert_parity_of_draws(
+        bound(selective_scan, like, softplus),
+        bound(OP.reference, like, softplus),
+        lambda: [t for t in make() if t is not None],
+    )
+
+
 def _check(inputs: list[Any], softplus: bool = True) -> None:
     assert_parity(
         bound(selective_scan, inputs, softplus),
@@ -58,9 +68,9 @@ def _check(inputs: list[Any], softplus: bool = True) -> None:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(
-    size=st.tuples(*(st.integers(*n) for n in ((1, 3), (64, 80), (4, 9), (9, 23)))),
+    size=st.tuples(*(st.integers(*n) for n in ((1, 3), (3, 40), (2, 9), (1, 23)))),
     dtype=st.sampled_from((FP32, BF16, FP16)),
     given=st.tuples(*(st.booleans() for _ in range(3))),
     softplus=st.booleans(),
@@ -72,7 +82,7 @@ def test_parity(
     previous = chunks._SHORTEST, chunks._LONGEST
     chunks._SHORTEST = chunks._LONGEST = 4  # many chunks in few steps
     try:
-        _check(draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
+        check(lambda: draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
     finally:
         chunks._SHORTEST, chunks._LONGEST = previous
 
