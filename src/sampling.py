@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator)
         values /= shape[-1] ** 0.5  # a weight: keep the products near one
     inverse = [order.index(d) for d in range(len(shape))]
     return values.to(example.dtype).permute(inverse).expand(shape)
+
+
+def draws(inputs: Sequence[Any]) -> int:
+    """How many draws judge together what a single one of such ``inputs`` has found too large.
+
+    The fewer elements a result has, the more its largest error is a matter of luck; large ones
+    would only need the memory.
+    """
+    return 16 if sum(t.numel() for t in inputs if isinstance(t, Tensor)) <= 1 << 20 else 4
 
 
 def is_static(t: Tensor) -> bool:

@@ -23,11 +23,7 @@ from .graph.canon import canonical
 from .graph.whole import is_leaf
 from .match.apply import Candidate, Verdict
 from .report import Figures
-from .sampling import Sizes, hint, is_static, sample, tokens
-
-DRAWS = 4
-"""Draws of inputs that judge together what a single one has found outside the budget."""
-
+from .sampling import Sizes, draws, hint, is_static, sample, tokens
 
 _NOISE = 0.5
 """Relative error of the original above which its result is nothing but rounding."""
@@ -62,17 +58,18 @@ def _judge(candidate: Candidate) -> Verdict:
     text = ""
     for small in (True, False):
         try:
-            verdict = _check(candidate, [sample(candidate, Sizes(small))])
+            first = sample(candidate, Sizes(small))
+            verdict = _check(candidate, [first])
             if verdict.reason is not None and EXCEEDS in verdict.reason:
-                draws = [sample(candidate, Sizes(small), d) for d in range(DRAWS)]
-                verdict = _check(candidate, draws)
+                more = (sample(candidate, Sizes(small), d) for d in range(1, draws(first)))
+                verdict = _check(candidate, [first, *more])
             return verdict
         except Exception as error:  # what fails to run is refused, not fatal
             text = f"{type(error).__name__}: {error}"
     return Verdict(f"could not be run for verification: {text}")
 
 
-def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
+def _check(c: Candidate, given: list[list[Any]]) -> Verdict:
     original = fx.GraphModule({}, c.original())
     replacement = fx.GraphModule({}, c.replacement())
     differentiable = [
@@ -84,9 +81,9 @@ def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
     with ExitStack() as around:
         for settings in c.autocast:
             around.enter_context(torch.autocast(*settings))
-        theirs = _runs(original.forward, draws, differentiable, fixed)
-        ours = _runs(replacement.forward, draws, differentiable, fixed)
-    wide = [[_double(x) for x in inputs] for inputs in draws]
+        theirs = _runs(original.forward, given, differentiable, fixed)
+        ours = _runs(replacement.forward, given, differentiable, fixed)
+    wide = [[_double(x) for x in inputs] for inputs in given]
     exact = _runs(_Exact(original).run, wide, differentiable, fixed)
     worst: list[float | None] = [None, None]
     for kind, what in enumerate(("output", "gradient of input")):
@@ -102,7 +99,7 @@ def _check(c: Candidate, draws: list[list[Any]]) -> Verdict:
                 return Verdict(f"{place}: {problem}")
             if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
                 worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
-    rows = sum(tokens(inputs) for inputs in draws)
+    rows = sum(tokens(inputs) for inputs in given)
     before, after = theirs.kept / rows, ours.kept / rows
     return Verdict(
         None,

@@ -59,7 +59,7 @@ def test_what_one_draw_finds_too_large_is_judged_by_several(
     monkeypatch.setattr(verify, "_check", unlucky)
     gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
     findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up))
-    assert seen == [1, 4]
+    assert seen == [1, 16]
     assert rewritten(findings) == ["glu"]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusewright.budget import EXCEEDS, exceeded
-from fusewright.verify import DRAWS
+from fusewright.sampling import draws
 
 
 def _run(
@@ -63,13 +63,14 @@ def assert_parity_of_draws(ours: Fn, reference: Fn, draw: Callable[[], Sequence[
     first = draw()
     problem = _problem(ours, reference, [first], 0)
     if problem is not None and EXCEEDS in problem:
-        problem = _problem(ours, reference, [first, *(draw() for _ in range(DRAWS - 1))], 0)
+        more = (draw() for _ in range(1, draws(first)))
+        problem = _problem(ours, reference, [first, *more], 0)
     assert problem is None, problem
 
 
-def _problem(ours: Fn, reference: Fn, draws: Sequence[Sequence[Tensor]], seed: int) -> str | None:
+def _problem(ours: Fn, reference: Fn, given: Sequence[Sequence[Tensor]], seed: int) -> str | None:
     """What is outside the budget over all draws together, or None."""
-    made = [_compared(ours, reference, inputs, seed + i) for i, inputs in enumerate(draws)]
+    made = [_compared(ours, reference, inputs, seed + i) for i, inputs in enumerate(given)]
     for kind, results in zip(("output", "gradient"), zip(*made, strict=True), strict=True):
         for i, triples in enumerate(zip(*results, strict=True)):
             x, y, z = (torch.stack(t) for t in zip(*triples, strict=True))

@@ -7,20 +7,11 @@ from typing import Any
 
 import torch
 
-from fusewright.kernels.ssd import OP, ssd
+from fusewright.kernels.ssd import ssd
 from tests.kernels.interpreted import run
-from tests.kernels.test_ssd import bound, check, draw
-from tests.kernels.util import assert_parity
+from tests.kernels.test_ssd import check, draw
 
 FP16, FP32 = torch.float16, torch.float32
-
-
-def _check(inputs: list[Any], *options: Any) -> None:
-    assert_parity(
-        bound(ssd, inputs, *options),
-        bound(OP.reference, inputs, *options),
-        *(t for t in inputs if t is not None),
-    )
 
 
 def check_parity() -> None:
@@ -39,28 +30,35 @@ def check_parity() -> None:
 
 
 def check_clamped_steps() -> None:
-    torch.manual_seed(2)
-    _check(draw((2, 70, 6, 2, 8, 8), FP32), True, (0.7, 1.2))
+    torch.manual_seed(0)
+    check(lambda: draw((2, 70, 6, 2, 8, 8), FP32), True, (0.7, 1.2))
 
 
 def check_frozen_inputs() -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     for trainable in range(7):
-        inputs = draw((1, 70, 4, 1, 4, 6), FP32)
-        for i, t in enumerate(inputs):
-            t.requires_grad_(i == trainable)
-        _check(inputs, True)
+
+        def make(trainable: int = trainable) -> list[Any]:
+            inputs = draw((1, 70, 4, 1, 4, 6), FP32)
+            for i, t in enumerate(inputs):
+                t.requires_grad_(i == trainable)
+            return inputs
+
+        check(make, True)
 
 
 def check_layouts() -> None:
     """Time last in memory, and an upstream gradient that is one number."""
-    torch.manual_seed(2)
-    inputs = [t.detach() for t in draw((2, 70, 4, 2, 5, 6), FP32)]
-    for i in (0, 1, 3, 4):
-        inputs[i] = inputs[i].transpose(1, -1).contiguous().transpose(1, -1)
-    inputs = [t.requires_grad_() for t in inputs]
-    _check(inputs, True)
-    ssd(*inputs, True).sum().backward()
+    torch.manual_seed(0)
+
+    def make() -> list[Any]:
+        inputs = [t.detach() for t in draw((2, 70, 4, 2, 5, 6), FP32)]
+        for i in (0, 1, 3, 4):
+            inputs[i] = inputs[i].transpose(1, -1).contiguous().transpose(1, -1)
+        return [t.requires_grad_() for t in inputs]
+
+    check(make, True)
+    ssd(*make(), True).sum().backward()
 
 
 def check_steep_decays() -> None:
