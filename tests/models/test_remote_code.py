@@ -190,7 +190,7 @@ def test_a_cache_of_its_own_passes_by() -> None:
                 scores.append(model(token, memory=memory).scores[:, -1])
             steps.append(torch.stack(scores))
     torch.testing.assert_close(*steps)
-    assert any("a cache was passed" in b.reason for b in explain(ours).bypasses)
+    assert any("a Memory was passed" in b.reason for b in explain(ours).bypasses)
 
 
 def test_a_wrong_argument_is_the_callers_error_and_costs_nothing() -> None:
