@@ -214,8 +214,13 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
 
 
 def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
-    """The sum (E, N) of each expert's rows (S, N), at least in fp32."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    """The sum (E, N) of each expert's rows (S, N), at least in fp32.
+
+    On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in fp32 the
+    error would grow with the rows.
+    """
+    on_cpu = rows.device.type == "cpu"
+    wide = torch.float64 if on_cpu else torch.promote_types(rows.dtype, torch.float32)
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets, place, right=True)
     total = rows.new_zeros(offsets.shape[0] + 1, rows.shape[1], dtype=wide)

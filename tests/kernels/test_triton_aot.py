@@ -23,7 +23,10 @@ def test_there_are_kernels() -> None:
     assert MODULES
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(m, marks=pytest.mark.slow if m == "ssd" else ()) for m in MODULES],
+)
 def test_every_case_compiles_for_every_target(module: str) -> None:
     cases = importlib.import_module(f"{kernels.__name__}.{module}").AOT
     assert cases, f"{module}.AOT is empty"

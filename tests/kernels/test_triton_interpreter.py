@@ -13,7 +13,12 @@ from fusewright.kernels.launch import has_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
-OPS = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+LONG = ("selective_scan", "ssd")
+"""Loops over time: up to two minutes each in the interpreter."""
+OPS = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+]
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
