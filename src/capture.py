@@ -17,11 +17,14 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import codegen
+from .errors import OptimizeError
 from .graph.facts import nested
 from .graph.show import dump, source
 from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
+from .memory.plans import planned
+from .memory.planner import Planner
 from .options import Environment, Options
 from .passes.cleanup import remove_noops
 from .passes.lazy import defer_logits
@@ -65,6 +68,7 @@ class Session:
         codegen: ``(choice, reason)`` for the blocks.
         verifier: verdicts, shared by all graphs.
         fuel: rewrites left.
+        planner: says what each block keeps for backward.
         runs: module -> the graphs that it has run.
         notes: module -> reasons why calls of it ran as they were.
         failed: module -> why it could not be captured; it runs as it was from then on.
@@ -82,6 +86,7 @@ class Session:
     codegen: tuple[str, str]
     verifier: Verifier
     fuel: Fuel
+    planner: Planner
     runs: weakref.WeakKeyDictionary[nn.Module, list[Captured]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -104,7 +109,14 @@ class Session:
     def compiled(
         self, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """The compiled form of one function; modules that share the function share it."""
+        """The compiled form of one function; modules that share the function share it.
+
+        Those that keep different things for backward do not. The one that was made before there was
+        a plan belongs to the level that the plan gave it.
+        """
+        source, level = key
+        if kind == "block" and level == self.planner.first:
+            key = source, None
         if (key, kind) not in self._compiled:
             self._compiled[key, kind] = make()
         return self._compiled[key, kind]
@@ -144,6 +156,9 @@ class Session:
             with around():
                 return compiled()(module, *args, **kwargs)
         except Exception as error:
+            cause = getattr(error, "inner_exception", None)
+            if isinstance(cause, OptimizeError):  # no plan fits: said by the planner, to the user
+                raise cause from None
             if not _is_of_capture(error):
                 raise
             reason = f"could not be captured: {_first_line(error)}"
@@ -259,6 +274,8 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         # would unroll what was captured whole and not rewritten
         compiled = kind == "block" and grad and not _has_leaf(module)
         choice = session.codegen[0] if compiled else "eager"
+        if kind == "block" and grad and session.current is not None:
+            module = planned(session.planner, session.current, module, examples, choice)
         after = session.shown(module, frame, kind, "rewritten")
         captured = Captured(findings, grad, frame, before, after)
         if choice == "inductor":

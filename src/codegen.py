@@ -94,7 +94,43 @@ def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kept = {
         k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check", "debug")
     }
+    chosen = getattr(body, "meta", {}).get("_checkpoint_context_fn")  # what it keeps nevertheless
+    if chosen is not None:
+        kept["context_fn"] = chosen
     return checkpoint(body, *args, use_reentrant=False, **kept)
+
+
+def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
+    """Run the graph as Inductor would divide it into forward and backward, without compiling it.
+
+    What is kept between the two is then the same.
+    """
+    import torch._functorch.config as functorch_config
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def as_it_is(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return graph.forward
+
+    made: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not made:
+            # both directions at once: inside a compilation none can be put off to the backward call
+            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+                made.append(
+                    aot_module_simplified(
+                        module,
+                        list(args),
+                        fw_compiler=as_it_is,
+                        partition_fn=min_cut_rematerialization_partition,
+                        decompositions=select_decomp_table(),
+                    )
+                )
+        return made[0](*args)
+
+    return run
 
 
 def inductor(

@@ -21,7 +21,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def block_forward(
-    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[], Any]
+    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[Any], Any]
 ) -> Callable[..., Any]:
     """The forward of a decoder block, or of a norm outside the blocks: one graph.
 
@@ -29,7 +29,7 @@ def block_forward(
         session: whose it is.
         kind: ``"block"`` or ``"norm"``.
         plain: the forward as it was.
-        compiled: the captured form.
+        compiled: the captured form; one for each level of what is kept for backward.
     """
     inductor = kind == "block" and session.codegen[0] == "inductor"
 
@@ -50,6 +50,12 @@ def block_forward(
         if sizes is not None:
             mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
 
+        if kind == "block" and torch.is_grad_enabled():
+            session.planner.begin(self)
+
+        def variant() -> Callable[..., Any]:
+            return compiled(session.planner.level(self) if kind == "block" else None)
+
         def as_it_was() -> Any:
             return plain(self, *args, **kwargs)
 
@@ -58,7 +64,7 @@ def block_forward(
             return scans_whole(scans) if scans else _NOTHING
 
         with hidden_hooks(idle) if idle else _NOTHING:
-            return session.call(self, compiled, graph_args, graph_kwargs, as_it_was, around)
+            return session.call(self, variant, graph_args, graph_kwargs, as_it_was, around)
 
     return forward
 

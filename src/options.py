@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .memory_budget import Budget
+
 Codegen = Literal["auto", "eager", "inductor"]
 Logits = Literal["lazy", "always"]
 Verify = Literal["first", "always", "off"]
@@ -18,7 +20,7 @@ class Options:
     Attributes:
         passes: the rules, in order.
         codegen: what runs the nodes that no rule claimed.
-        memory: ``"speed"``; the planner's other modes are not built yet.
+        memory: ``"speed"``, ``"auto"``, ``"min"``, or a size such as ``"8GB"``.
         logits: ``"lazy"`` computes ``outputs.logits`` when it is read, ``"always"`` at once.
         verify: ``"first"`` checks each distinct rewrite once, ``"always"`` at every capture.
         strict: raise when a site is refused or missed.
@@ -37,13 +39,7 @@ class Options:
             if value not in get_args(allowed):
                 choices = ", ".join(repr(c) for c in get_args(allowed))
                 raise ValueError(f"{name}={value!r} is not one of {choices}")
-        if self.memory != "speed":
-            raise NotImplementedError(
-                f"memory={self.memory!r}: only 'speed' exists. The planner that understands "
-                "'auto', 'min' and '<N>GB' (what each fused op keeps for backward, and host "
-                "offload) is coming; until then combine memory='speed' with "
-                "model.gradient_checkpointing_enable()."
-            )
+        Budget.parse(self.memory)
 
 
 @dataclass(frozen=True)

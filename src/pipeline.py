@@ -9,6 +9,7 @@ rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before i
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +24,9 @@ from .errors import OptimizeError
 from .install import active, install, split, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
+from .memory.meter import Meter
+from .memory.planner import Planner
+from .memory_budget import Budget
 from .options import Codegen, Environment, Logits, Options, Verify
 from .passes import PIPELINE
 from .report import Bypass, Report, Site
@@ -49,7 +53,10 @@ def optimize(
         passes: the rewrite rules, in order; ``[*PIPELINE, MyRule()]`` adds one.
         codegen: what runs the nodes that no rule claimed: ``"eager"``, ``"inductor"`` (one
             compilation, shared by all blocks), or ``"auto"``.
-        memory: only ``"speed"`` for now.
+        memory: what blocks keep between forward and backward. ``"speed"``: all that their ops
+            keep; ``"min"``: their input, and everything else is computed again; a size such as
+            ``"8GB"``: as much as a training step may keep without the process (on a GPU: the
+            tensors on it) taking more than that; ``"auto"``: as much as the device has memory for.
         logits: ``"lazy"``: in a call with labels, ``outputs.logits`` is computed when it is read;
             ``"always"``: it is computed at once.
         verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
@@ -63,7 +70,6 @@ def optimize(
         TypeError: ``model`` is no module, or one of ``passes`` is no rule.
         AttributeError: a rule's pattern asks for an operation that there is none of.
         ValueError: an option has no such value.
-        NotImplementedError: ``memory`` asks for a mode that does not exist yet.
         OptimizeError: ``strict`` found a gap; the message lists all of them.
     """
     if not isinstance(model, nn.Module):
@@ -80,6 +86,7 @@ def optimize(
         _codegen.choose(codegen, blocks),
         Verifier(always=verify == "always"),
         Fuel(environment.fuel),
+        _planner(model, blocks, memory),
         split=split,
     )
     for region in found:
@@ -87,6 +94,11 @@ def optimize(
     if strict:
         _require_no_gaps(explain(model), session)
     return model
+
+
+def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str) -> Planner:
+    device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
+    return Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), Meter(device))
 
 
 def _require_rules(passes: Sequence[Rule]) -> None:
@@ -152,7 +164,8 @@ def explain(model: nn.Module) -> Report:
     regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)
     choice = f"{session.codegen[0]} ({session.codegen[1]})"
     speed = _bandwidth(model) if sites else None
-    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed)
+    kept = session.planner.describe()
+    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept)
 
 
 def _join(path: str, home: str) -> str:

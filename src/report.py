@@ -95,6 +95,7 @@ class Report:
         graphs: how many distinct graphs were captured.
         codegen: what runs the nodes that no rule claimed, with the reason for the choice.
         bandwidth: bytes per second that the model's device copies, or None when not measured.
+        memory: what the blocks keep for backward, and the predicted and measured peak.
     """
 
     sites: tuple[Site, ...]
@@ -103,6 +104,7 @@ class Report:
     graphs: int = 0
     codegen: str = ""
     bandwidth: float | None = None
+    memory: str = ""
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -143,6 +145,8 @@ class Report:
         ]
         lines += _table(self.sites)
         lines += self._gains()
+        if self.memory:
+            lines.append(f"  memory {self.memory}")
         gaps: dict[tuple[str, str, str], list[str]] = {}
         for s in self.gaps():
             gaps.setdefault((s.status, s.rule, s.reason), []).append(s.module)

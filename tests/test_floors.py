@@ -12,11 +12,11 @@ import pytest
 SRC = pathlib.Path(__file__).parent.parent / "src"
 
 FLOORS = {
-    "options": 0, "report": 0, "errors": 0, "budget": 0,
+    "options": 0, "report": 0, "errors": 0, "budget": 0, "memory_budget": 0,
     "lazy": 1, "graph": 1, "kernels": 1, "match": 1,
     "passes": 2,
     "regions": 3, "bypass": 3, "leaves": 3, "sampling": 3, "verify": 3,
-    "codegen": 3, "capture": 3, "forwards": 3,
+    "codegen": 3, "memory": 3, "capture": 3, "forwards": 3,
     "install": 3,
     "pipeline": 4, "listing": 4,
     "train": 5,
@@ -25,6 +25,8 @@ FLOORS = {
 """A module may import from lower floors; on one floor, only from what stands to its left below."""
 
 ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture"),
+                ("codegen", "memory"), ("sampling", "memory"), ("memory", "capture"),
+                ("memory_budget", "options"),
                 ("verify", "capture"), ("capture", "install"), ("regions", "install"),
                 ("capture", "forwards"), ("regions", "forwards"), ("leaves", "forwards"),
                 ("leaves", "install"), ("bypass", "forwards"), ("forwards", "install")]  # fmt: skip

@@ -1,0 +1,80 @@
+"""What each level would take of a captured block, and what else a plan must reckon with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import codegen
+from ..passes.memory import LEVELS, Level, keep
+from ..sampling import hint
+from .planner import Planner, Setting, Usages
+from .usage import predict
+
+_COMPILATION = 350 << 20
+"""Bytes that Inductor's modules and its work leave in the process, on the CPU; measured."""
+
+_SPARE = 0.9
+"""The part of the device's memory that ``"auto"`` plans with."""
+
+
+def usages(module: fx.GraphModule, examples: Sequence[Any], choice: str) -> Usages:
+    """Predict every level of a block's graph.
+
+    Args:
+        module: the rewritten graph; it is left as it is.
+        examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
+        choice: what will run it: ``"eager"`` or ``"inductor"``.
+    """
+    found: Usages = {}
+    for level in LEVELS:
+        graph = keep(copy.deepcopy(module), level)
+        found[level] = predict(_dry(graph, choice), examples, hint)
+    return found
+
+
+def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:
+    """What keeps for backward the tensors that ``choice`` will, without compiling anything."""
+    if choice == "eager":
+        return codegen.eager(graph)
+    return codegen.partitioned(graph)
+
+
+def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed: bool) -> Setting:
+    """What a plan is made for.
+
+    Args:
+        planner: has the budget, the meter and the parameters.
+        examples: the inputs of a block's graph.
+        choice: what runs the blocks.
+        checkpointed: whether the user has asked for checkpoints himself: then no block keeps all.
+    """
+    # a gradient and two states for each: AdamW, and what most others have
+    own = planner.trainable()
+    training = sum((2 + (p.grad is None)) * p.nbytes for p in own)
+    if choice == "inductor" and planner.meter.device.type == "cpu":
+        training += _COMPILATION
+    limit = planner.budget.bytes
+    if planner.budget.mode == "auto":
+        there = planner.meter.capacity()
+        limit = None if there is None else int(_SPARE * there)
+    fastest: Level = "products" if checkpointed else "all"
+    return Setting(planner.meter.used(), training, _head(examples), limit, fastest)
+
+
+def _head(examples: Sequence[Any]) -> int:
+    """What the head and its loss hold at one time: tiles of logits, and four hidden states.
+
+    Hidden states: after the final norm, their gradient, and both before it, in fp32.
+    """
+    sizes = [
+        e.nbytes if e.element_size() == 4 else e.nbytes * 4 // e.element_size()
+        for e in examples
+        if isinstance(e, Tensor) and not isinstance(e, nn.Parameter) and e.is_floating_point()
+    ]
+    tokens = [int(hint(s)) if isinstance(s, torch.SymInt) else int(s) for s in sizes]
+    return 2 * max(tokens, default=0) + (256 << 20)

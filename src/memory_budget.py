@@ -1,0 +1,48 @@
+"""What ``memory=`` may say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+GB = 10**9
+"""Bytes in a gigabyte, as people who buy memory count."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed ``memory=``.
+
+    Attributes:
+        text: as the user wrote it.
+        mode: ``"speed"`` keeps all, ``"min"`` as little as possible, ``"auto"`` fits into the
+            memory that the device has, ``"bytes"`` into ``bytes``.
+        bytes: the budget in bytes, in mode ``"bytes"``.
+    """
+
+    text: str
+    mode: Literal["speed", "auto", "min", "bytes"]
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``"speed"``, ``"auto"``, ``"min"`` or a size such as ``"8GB"`` or ``"7.5 GB"``.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        if text in ("speed", "auto", "min"):
+            return cls(text, text)  # type: ignore[arg-type]  # 2026-11-25: narrowed by the line above
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
+        if found is None or not float(found[1]):
+            raise ValueError(
+                f"memory={text!r} is not one of 'speed', 'auto', 'min' or a size as in '8GB' (the "
+                "whole of what the training process may use on its device)"
+            )
+        return cls(text, "bytes", int(float(found[1]) * GB))
+
+
+def gigabytes(size: int) -> str:
+    """``2.35 GB``."""
+    return f"{size / GB:.2f} GB"

@@ -1,0 +1,130 @@
+"""What a block keeps for backward: everything that its ops keep, the matrix products, or its input.
+
+A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training deep
+nets with sublinear memory cost", 2016), which computes again in backward what it did not keep. The
+graph says so in PyTorch's own terms, so that eager mode, AOTAutograd and Inductor all know it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ..graph import facts
+
+Level = Literal["all", "products", "input"]
+"""From the fastest to the leanest: what is kept of a block between forward and backward."""
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
+    """The graph that keeps for backward what ``level`` says.
+
+    A checkpoint that the model has around the whole block, as
+    ``gradient_checkpointing_enable`` puts it there, is replaced.
+
+    Args:
+        module: a block's graph; it becomes the body of the new one.
+        level: one of ``LEVELS``.
+
+    Returns:
+        ``module`` itself where nothing is to change.
+    """
+    if level == "all":
+        return module
+    unwrap(module)
+    if level == "products":
+        module.meta["_checkpoint_context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _keeps_products
+        )
+    graph, env = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = graph.placeholder(node.target, type_expr=node.type)
+            env[node].meta = dict(node.meta)
+    body = graph.get_attr("body")
+    result = graph.call_function(
+        CHECKPOINT, (body, *env.values()), {"use_reentrant": False, "preserve_rng_state": True}
+    )
+    outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
+    taken = [
+        graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))
+    ]
+    graph.output(tuple(taken))
+    return fx.GraphModule({"body": module}, graph)
+
+
+_PRODUCTS = {
+    "aten": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "_scaled_dot_product"),
+    "fusewright": (
+        "lora_", "attention_", "selective_scan", "ssd_", "moe_", "rms_norm_linear", "quant_"
+    ),
+}  # fmt: skip
+"""Operations, by the beginnings of their names, that cost far more to compute than to keep."""
+
+
+def _keeps_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what matrix products, attention and scans give; nothing else."""
+    return CheckpointPolicy.MUST_SAVE if is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def is_product(op: Any) -> bool:
+    """Whether an ATen operation, or one of ours, is a product of matrices or made of such."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:  # a higher-order operation
+        return False
+    namespace, name = schema.name.split("::")
+    return name.startswith(_PRODUCTS.get(namespace, ("\0",)))
+
+
+def unwrap(module: fx.GraphModule) -> bool:
+    """Put the body of each checkpoint in ``module``'s graph in its place.
+
+    Returns:
+        Whether there was one.
+    """
+    found = [n for n in module.graph.nodes if n.target is CHECKPOINT]
+    for node in found:
+        body = getattr(module, node.args[0].target)
+        unwrap(body)
+        env = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[1:],
+                       strict=True))  # fmt: skip
+        with module.graph.inserting_before(node):
+            results = _copy(body, module, env)
+        for user in list(node.users):  # each takes one of the outputs
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    if found:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return bool(found)
+
+
+def is_checkpointed(module: fx.GraphModule) -> bool:
+    """Whether there is a checkpoint in the graph, as the model had put it there."""
+    return any(n.target is CHECKPOINT for n in module.graph.nodes)
+
+
+def _copy(body: fx.GraphModule, into: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+    """Copy the nodes of ``body`` to where ``into`` is being written; returns its outputs."""
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: env[n])
+        copied = into.graph.node_copy(node, lambda n: env[n])
+        if node.op in ("get_attr", "call_module"):
+            copied.target = f"{into._get_name()}_{len(dict(into.named_children()))}_{node.target}"
+            setattr(into, copied.target, getattr(body, node.target))
+        env[node] = copied
+    raise ValueError("a graph without an output")
