@@ -18,10 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import OptimizeError
-from .flat_buffers import (
-    ALIGNMENT, BLOCK, Bucket, Run, State, blockwise_minimum, cut, join, loose_reasons, signature,
-    why_not,
-)  # fmt: skip
+from .flat_buffers import Bucket, Run, alignment, cut, join, loose_reasons, signature, why_not
 
 THRESHOLD = 2**18
 """Elements. Above it the arithmetic of a tensor takes longer than its share of the overhead, and a
@@ -242,10 +239,8 @@ class FlatOptimizer(Optimizer):
     def _build(self, ours: Collection[nn.Parameter] = ()) -> None:
         """Gather the parameters, and the state, which the wrapped optimizer holds."""
         groups = self.base.param_groups
-        minimum = blockwise_minimum(self.base)
-        everything = [p for group in groups for p in group["params"]]
         ours = [*ours, *(p for bucket in self._buckets for p in bucket.here())]
-        self._loose = loose_reasons(everything, self.threshold, minimum, ours)
+        self._loose = loose_reasons(self.base, self.threshold, ours)
         self._buckets = []
         self._groups: list[int] = []  # of each bucket
         for number, group in enumerate(groups):
@@ -253,12 +248,11 @@ class FlatOptimizer(Optimizer):
             for p in group["params"]:
                 if p not in self._loose:
                     alike[p.dtype, p.device].append(p)
-            for (dtype, device), params in alike.items():
+            for (dtype, _), params in alike.items():
                 if len(params) == 1:
                     self._loose[params[0]] = "the only one of its kind"
                     continue
-                align = BLOCK if minimum is not None else max(1, ALIGNMENT // dtype.itemsize)
-                self._buckets.append(Bucket(params, align, keep=device.type == "cpu"))
+                self._buckets.append(Bucket(params, alignment(self.base, dtype)))
                 self._groups.append(number)
         self._inner = object.__new__(type(self.base))
         vars(self._inner).update({k: v for k, v in vars(self.base).items() if k != "step"})
@@ -283,7 +277,7 @@ class FlatOptimizer(Optimizer):
                 if last < len(kinds) and kinds[last] == kinds[first]:
                     continue
                 run = Run(bucket, first, last)
-                found: list[State] = [states.get(p, {}) for p in bucket.params[first:last]]
+                found: list[Any] = [states.get(p, {}) for p in bucket.params[first:last]]
                 if found[0]:
                     self._inner.state[run.tensor] = join(run, found)
                 self._runs.append(run)
@@ -297,7 +291,7 @@ class FlatOptimizer(Optimizer):
             here = {id(b) for b, g in zip(self._buckets, self._groups, strict=True) if g == number}
             runs = [run.tensor for run in self._runs if id(run.bucket) in here]
             loose = [p for p in group["params"] if p in self._loose]
-            self._inner.param_groups[number]["params"] = runs + loose
+            self._inner.param_groups[number]["params"] = loose + runs
 
     def _states(self) -> defaultdict[Any, Any]:
         """The state of each parameter: views of the flat state, and a count of its own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +57,21 @@ def _why_not_bitsandbytes(optimizer: Any) -> str | None:
         return "it clips by the norm of each tensor"
     if options.optim_bits == 8 and not getattr(options, "block_wise", True):
         return "its 8-bit states have one scale for each whole tensor"
-    if optimizer.mng.index2config or optimizer.mng.module_weight_config_triple:
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    overrides = optimizer.mng.module_weight_config_triple
+    named = any(id(getattr(module, name)) in mine for module, name, _ in overrides)
+    if named or optimizer.mng.index2config:
         return "GlobalOptimManager has settings for single parameters"
     return None
 
 
-def blockwise_minimum(optimizer: torch.optim.Optimizer) -> int | None:
+def alignment(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> int:
+    """Elements: each parameter of ``dtype`` begins at a multiple of this."""
+    blockwise = _blockwise_minimum(optimizer) is not None
+    return BLOCK if blockwise else max(1, ALIGNMENT // dtype.itemsize)
+
+
+def _blockwise_minimum(optimizer: torch.optim.Optimizer) -> int | None:
     """Elements from which bitsandbytes keeps a tensor's state in 8 bits; None: it never does."""
     options = getattr(optimizer, "args", None)
     if getattr(options, "optim_bits", 32) != 8:
@@ -77,12 +86,14 @@ class Bucket:
         params: of one dtype and device. Their values move here; no copy stays behind.
         align: elements; each parameter begins at a multiple of it. What is between them is zero,
             and so is its gradient.
-        keep: whether the gradient's buffer outlives the step. A GPU's allocator gives it back at
+
+    Attributes:
+        keep: whether the gradient's buffer outlives the step. A GPU's allocator takes it back at
             no cost; on a CPU, fresh pages cost more than all the copies into them.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], align: int, keep: bool) -> None:
-        self.params, self.keep = list(params), keep
+    def __init__(self, params: Sequence[nn.Parameter], align: int) -> None:
+        self.params, self.keep = list(params), params[0].device.type == "cpu"
         self.starts: list[int] = []
         self.stops: list[int] = []  # with the padding
         size = 0
@@ -216,22 +227,19 @@ def join(run: Run, states: Sequence[State]) -> State:
 
 
 def loose_reasons(
-    params: Iterable[nn.Parameter],
-    threshold: int,
-    minimum: int | None,
-    ours: Collection[nn.Parameter] = (),
+    optimizer: torch.optim.Optimizer, threshold: int, ours: Collection[nn.Parameter] = ()
 ) -> dict[nn.Parameter, str]:
-    """Those of ``params`` that stay tensors of their own, with the reason.
+    """The parameters of ``optimizer`` that stay tensors of their own, with the reason.
 
     Args:
-        params: all parameters of the optimizer.
+        optimizer: the element-wise optimizer.
         threshold: the most elements of a small parameter.
-        minimum: the fewest elements that are gathered; see ``blockwise_minimum``.
         ours: those that lie in a buffer of ours already, where padding may be between them.
     """
     reasons: dict[nn.Parameter, str] = {}
     tenants: dict[int, list[nn.Parameter]] = defaultdict(list)
-    for p in params:
+    minimum = _blockwise_minimum(optimizer)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
         if type(p) is not nn.Parameter or type(p.data) is not Tensor or p.layout != torch.strided:
             reasons[p] = "distributed, quantized or sparse"
         elif not p.requires_grad:
