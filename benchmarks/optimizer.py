@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from shapes import MODELS
 
 from fusewright import flatten_optimizer
+from shapes import MODELS
 
 WAYS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
     "foreach": lambda p: torch.optim.AdamW(p, foreach=True),
