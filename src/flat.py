@@ -38,6 +38,8 @@ def flatten_optimizer(optimizer: Optimizer, threshold: int = THRESHOLD) -> Optim
         A ``FlatOptimizer``; or ``optimizer`` itself, with a warning that says why, where it is
         not an element-wise one (Adafactor, Muon, LAMB).
     """
+    if isinstance(optimizer, FlatOptimizer):
+        return optimizer
     try:
         return FlatOptimizer(optimizer, threshold)
     except OptimizeError as error:
@@ -201,6 +203,11 @@ class FlatOptimizer(Optimizer):
         vars(self._inner).update(given)
         try:
             self._inner.step()
+            # the writes went past the parameters; autograd must see that saved ones have changed
+            stepped = [
+                p for run in self._runs if run.tensor.grad is not None for p, _ in run.places()
+            ]
+            torch.autograd.graph.increment_version(stepped)
         finally:
             for name in given:
                 delattr(self._inner, name)

@@ -264,6 +264,17 @@ def test_release_gives_the_plain_optimizer_back() -> None:
     twins.compare()
 
 
+def test_a_backward_through_changed_parameters_is_an_error() -> None:
+    """As with the plain optimizer: the gradient would be one of neither weight."""
+    twins = Twins(OPTIMIZERS["sgd"])
+    for optimizer, params in zip((twins.flat, twins.plain), twins.sets, strict=True):
+        loss = sum((p * p).sum() for p in params)
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_hooks_run_once_with_the_optimizer_that_the_user_has() -> None:
     twins, seen = Twins(OPTIMIZERS["adamw"]), []
     twins.flat.register_step_pre_hook(lambda o, *_: seen.append(o))
@@ -338,6 +349,12 @@ def test_others_are_left_as_they_are_with_the_reason(kind: str) -> None:
         FlatOptimizer(plain)
     with pytest.warns(UserWarning, match="is left as it is: .* not known to work element by"):
         assert fusewright.flatten_optimizer(plain) is plain
+
+
+def test_flattening_twice_is_flattening_once() -> None:
+    flat = fusewright.flatten_optimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))]))
+    assert isinstance(flat, fusewright.FlatOptimizer)
+    assert fusewright.flatten_optimizer(flat) is flat
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdamW"])
