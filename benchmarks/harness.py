@@ -40,6 +40,7 @@ class Run:
         job: what it was asked to do.
         loaded: memory once the model was loaded, by kind, in MB.
         setting: how the resident peak was read, and the number of threads.
+        activation_mb: what a forward pass keeps for backward, in MB.
         steps: per step ``loss``, ``seconds`` and ``peak`` (memory since loading).
         error: why it stopped early, or None.
     """
@@ -48,6 +49,7 @@ class Run:
     loaded: dict[str, float] = field(default_factory=dict)
     setting: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    activation_mb: float | None = None
     error: str | None = None
 
     @property
@@ -104,11 +106,22 @@ class EngineProcess:
 
     def step(self) -> None:
         """Let the engine take one step, and wait for it."""
+        self._send("step")
+        self.run.steps.append(self._receive())
+        job, last = self.run.job, self.run.steps[-1]
+        number = f"step {len(self.run.steps)}/{job.steps}"
+        _say(f"{job.engine}: {number}, {last['seconds']:.2f} s, loss {last['loss']:.4f}")
+
+    def measure(self) -> None:
+        """Let the engine count what it keeps for backward, in a forward pass of its own."""
+        self._send("activations")
+        self.run.activation_mb = self._receive()["activation_mb"]
+
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_receive` raises, and says why it ended
-            self._process.stdin.write("step\n")
+            self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        self.run.steps.append(self._receive())
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -141,6 +154,8 @@ def run_interleaved(jobs: Sequence[Job]) -> list[Run]:
             turn = number % len(processes)  # nobody is always the one after the same neighbour
             for process in processes[turn:] + processes[:turn]:
                 _attempt(process, process.step)
+        for process in processes:
+            _attempt(process, process.measure)
     return [process.run for process in processes]
 
 
@@ -153,13 +168,6 @@ def _attempt(process: EngineProcess, action: Callable[[], None]) -> None:
     except EngineError as error:
         run.error = str(error)
         _say(f"{run.job.engine}: failed: {error}\n{error.details}")
-        return
-    if run.steps:
-        last = run.steps[-1]
-        _say(
-            f"{run.job.engine}: step {len(run.steps)}/{run.job.steps}, "
-            f"{last['seconds']:.2f} s, loss {last['loss']:.4f}"
-        )
 
 
 def _say(message: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES
+from engines import ENGINES, is_ours, known
 from environment import describe
 from harness import Run, run_interleaved
 from shapes import MODELS
@@ -65,6 +65,7 @@ def row(run: Run, warmup: int) -> dict[str, Any]:
             peak, loaded = last.get(kind), run.loaded.get(kind)
             figures |= {f"peak_{kind}": peak, f"loaded_{kind}": loaded}
             figures[growth] = peak - loaded if complete else None
+    figures["activation_mb"] = run.activation_mb
     return (
         figures
         | run.setting
@@ -80,7 +81,10 @@ def row(run: Run, warmup: int) -> dict[str, Any]:
             "seq": job.seq,
             "method": job.method,
             "adapter_dtype": job.adapter_dtype,
+            "lora_dropout": job.lora_dropout,
             "checkpointing": job.checkpointing,
+            "memory": (job.engine.partition(":")[2] or job.memory) if is_ours(job.engine) else None,
+            "flat": job.flat and is_ours(job.engine),
             "device": job.device,
         }
     )
@@ -110,16 +114,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as text, with ratios to the first row (eager, unless left out)."""
     on_gpu = rows[0]["device"] == "cuda"
     peak, growth = ("peak_gpu_mb", "growth_gpu_mb") if on_gpu else ("peak_rss_mb", "growth_mb")
-    head = f"{'engine':<12}{'tokens/s':>10}{'ratio':>8}{'first step':>12}"
-    lines = [head + f"{peak:>14}{'ratio':>8}{growth:>16}{'ratio':>8}{'loss':>10}"]
+    head = f"{'engine':<16}{'tokens/s':>10}{'ratio':>8}{'first step':>12}"
+    head += f"{peak:>14}{'ratio':>8}{growth:>16}{'ratio':>8}"
+    lines = [head + f"{'activation_mb':>16}{'ratio':>8}{'loss':>10}"]
     for entry in rows:
         if entry["error"]:
-            lines.append(f"{entry['engine']:<12}{entry['error']}")
+            lines.append(f"{entry['engine']:<16}{entry['error']}")
             continue
-        cells = f"{entry['engine']:<12}{entry['tokens_per_s']:>10.1f}"
+        cells = f"{entry['engine']:<16}{entry['tokens_per_s']:>10.1f}"
         cells += f"{_ratio('tokens_per_s', entry, rows[0])}{entry['first_step_s']:>10.1f} s"
         cells += f"{entry[peak]:>14.0f}{_ratio(peak, entry, rows[0])}"
         cells += f"{entry[growth]:>16.0f}{_ratio(growth, entry, rows[0])}"
+        cells += f"{entry['activation_mb']:>16.1f}{_ratio('activation_mb', entry, rows[0])}"
         lines.append(cells + f"{entry['loss']:>10.4f}")
     return "\n".join(lines)
 
@@ -141,30 +147,49 @@ def _job(options: argparse.Namespace, engine: str) -> Job:
         device=options.device,
         steps=options.warmup + options.steps,
         threads=options.threads,
+        memory=options.memory,
+        lora_dropout=options.lora_dropout,
+        flat=options.flat,
     )
 
 
 def engine_names(text: str) -> list[str]:
     """Parse ``--engines``."""
-    names = text.split(",")
-    for name in names:
-        if name not in ENGINES:
-            known = ", ".join(ENGINES)
-            raise argparse.ArgumentTypeError(f"unknown engine {name!r}; known: {known}")
-    return names
+    wanted = text.split(",")
+    for name in wanted:
+        if not known(name):
+            names = ", ".join(ENGINES)
+            raise argparse.ArgumentTypeError(
+                f"unknown engine {name!r}; known: {names}, fusewright:MEMORY"
+            )
+    return wanted
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is trained, shared with ``loss_curve.py``."""
     parser.add_argument("--model", default="smollm2", choices=["smollm2", *MODELS])
-    parser.add_argument("--method", default="lora", choices=["lora", "full"])
+    parser.add_argument("--method", default="lora", choices=["full", "lora", "qlora"])
     parser.add_argument(
         "--adapter-dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16"],
         help="auto is PEFT's default: fp32 adapters over half-precision weights",
     )
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help="default 0")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="gradient checkpointing in every engine"
+    )
+    parser.add_argument(
+        "--memory",
+        default="speed",
+        help="of the engine fusewright: speed, auto, min or <N>GB (default speed); "
+        "fusewright:MEMORY has its own",
+    )
+    parser.add_argument(
+        "--flat",
+        action="store_true",
+        help="fusewright's engines step small tensors as one, as its trainer does with adapters",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--json", type=Path, help="file for the figures")

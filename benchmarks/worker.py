@@ -1,7 +1,7 @@
 """One engine in its own process: loads, then takes one training step per line it is sent.
 
 Started by ``harness.py``, which speaks the protocol: the job as JSON on the command line, one
-``step`` line per step, one JSON line back for the load and for each step.
+``step`` line per step and one ``activations`` line at the end, one JSON line back for each.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> int:
 def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
     import torch
 
-    from engines import ENGINES
-    from workload import Job, build, step
+    from engines import prepare
+    from workload import Job, activation_bytes, build, step
 
     job = Job(**fields)
     if job.threads:
@@ -54,10 +54,13 @@ def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
             return
         start = time.perf_counter()
         if model is None:
-            model = ENGINES[job.engine](training.model)
+            model = prepare(training.model, job)
         loss = step(model, training.optimizer, ids)
         seconds = time.perf_counter() - start
         _send(replies, {"loss": loss, "seconds": seconds, "peak": memory.peak()})
+    if sys.stdin.readline() == "activations\n":
+        kept = activation_bytes(model, training.batches[-1])
+        _send(replies, {"activation_mb": kept / MB})
 
 
 class Memory:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activations import kept_for_backward
+from engines import is_ours
 from shapes import MODELS
 
 
@@ -20,17 +22,20 @@ class Job:
     """One engine's training run.
 
     Attributes:
-        engine: a name in ``engines.ENGINES``.
+        engine: a name in ``engines.ENGINES``, or ``fusewright:MEMORY``.
         model: ``"smollm2"`` or a name in ``shapes.MODELS``.
         dtype: the base weights' dtype, by torch's name.
         batch: sequences per step.
         seq: tokens per sequence.
-        method: ``"lora"`` (rank 16 on all linears, alpha 32) or ``"full"``.
+        method: ``"lora"`` (rank 16 on all linears, alpha 32), ``"qlora"`` or ``"full"``.
         adapter_dtype: ``"auto"`` is PEFT's default (fp32 over half-precision weights).
         checkpointing: whether gradient checkpointing is on.
         device: ``"cpu"`` or ``"cuda"``.
         steps: how many different batches the run needs, warm-up included.
         threads: CPU threads; 0 leaves PyTorch's default.
+        memory: of fusewright's engines: ``"speed"``, ``"auto"``, ``"min"`` or ``"<N>GB"``.
+        lora_dropout: probability of dropping an adapter's input.
+        flat: whether fusewright's engines step small tensors as one.
     """
 
     engine: str
@@ -44,6 +49,9 @@ class Job:
     device: str
     steps: int
     threads: int = 0
+    memory: str = "speed"
+    lora_dropout: float = 0.0
+    flat: bool = False
 
 
 @dataclass
@@ -72,14 +80,20 @@ def build(job: Job) -> Training:
         model = _random_llama(job.model, dtype, job.device)
         ids = torch.randint(MODELS[job.model].vocab, (job.batch * job.seq * job.steps,))
     model.config.use_cache = False  # as the Trainer sets it
-    if job.method == "lora":
-        model = _with_lora(model, job.adapter_dtype)
+    if job.method == "qlora":
+        model = _quantized(model)
+    if job.method != "full":
+        model = _with_lora(model, job.adapter_dtype, job.lora_dropout)
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(job.device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rate = 2e-4 if job.method == "lora" else 1e-5
-    optimizer = torch.optim.AdamW(trainable, lr=rate, fused=True)  # the Trainer's default
+    rate = 1e-5 if job.method == "full" else 2e-4
+    optimizer: Any = torch.optim.AdamW(trainable, lr=rate, fused=True)  # the Trainer's default
+    if job.flat and is_ours(job.engine):
+        from fusewright import flatten_optimizer
+
+        optimizer = flatten_optimizer(optimizer)
     batches = ids.view(job.steps, job.batch, job.seq).to(job.device)
     return Training(model, optimizer, list(batches))
 
@@ -94,6 +108,22 @@ def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
     if ids.is_cuda:
         torch.cuda.synchronize()
     return value
+
+
+def activation_bytes(model: Any, ids: Tensor) -> int:
+    """What one more forward pass on ``ids`` (batch, seq) keeps for backward; runs both."""
+    loss, kept = kept_for_backward(model, lambda: model(input_ids=ids, labels=ids).loss)
+    loss.backward()  # as in a step: what is kept must be what a working backward needs
+    return kept
+
+
+def _quantized(model: Any) -> Any:
+    """The base weights in 4 bits, for ``--method qlora``.
+
+    Raises:
+        NotImplementedError: always; this is the place for it.
+    """
+    raise NotImplementedError("--method qlora: the quantized base is not built yet")
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -117,10 +147,16 @@ def _random_llama(name: str, dtype: torch.dtype, device: str) -> Any:
         return AutoModelForCausalLM.from_config(MODELS[name].llama_config(), dtype=dtype)
 
 
-def _with_lora(model: Any, adapter_dtype: str) -> Any:
+def _with_lora(model: Any, adapter_dtype: str, dropout: float) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, config)
     if adapter_dtype != "auto":
         for name, parameter in model.named_parameters():

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import FusewrightError, OptimizeError
+    from .flat import FlatOptimizer, flatten_optimizer
     from .pipeline import explain, optimize, restore
     from .report import Report, Site
 
 __version__ = "0.1.0"
 __all__ = [
-    "FusewrightError", "OptimizeError", "Report", "Site", "explain", "optimize", "restore",
+    "FlatOptimizer", "FusewrightError", "OptimizeError", "Report", "Site", "explain",
+    "flatten_optimizer", "optimize", "restore",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,6 +31,8 @@ _HOMES = {
     "Site": "report",
     "FusewrightError": "errors",
     "OptimizeError": "errors",
+    "FlatOptimizer": "flat",
+    "flatten_optimizer": "flat",
 }
 
 

@@ -29,9 +29,10 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The objects that one run of three engines writes, the first of which cannot run here."""
+    """The objects that one run of several engines writes, the first of which cannot run here."""
     file = tmp_path_factory.mktemp("train_step") / "steps.json"
-    options = ("--engines", "liger,eager,fusewright", "--steps", "2", "--warmup", "1")
+    engines = "liger,eager,hf+gc,fusewright,fusewright:min"
+    options = ("--engines", engines, "--steps", "2", "--warmup", "1", "--flat")
     done = run("train_step.py", *TINY, *options, "--json", file)
     assert file.exists(), done.stdout + done.stderr
     assert done.returncode == 1
@@ -39,13 +40,20 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {row["engine"]: row for row in json.loads(file.read_text())}
 
 
-@pytest.mark.parametrize("engine", ["eager", "fusewright"])
+@pytest.mark.parametrize("engine", ["eager", "hf+gc", "fusewright"])
 def test_train_step_writes_the_promised_fields(
     rows: dict[str, dict[str, Any]], engine: str
 ) -> None:
     row = rows[engine]
     assert row["error"] is None
-    for field in ("tokens_per_s", "first_step_s", "peak_rss_mb", "loss", "growth_mb"):
+    for field in (
+        "tokens_per_s",
+        "first_step_s",
+        "peak_rss_mb",
+        "loss",
+        "growth_mb",
+        "activation_mb",
+    ):
         assert isinstance(row[field], float), field
         assert row[field] >= 0, field
     assert row["peak_rss_mb"] >= row["loaded_rss_mb"] > 0
@@ -63,10 +71,76 @@ def test_an_engine_that_cannot_run_does_not_stop_the_others(
     assert rows["liger"]["tokens_per_s"] is None
 
 
+def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+
+    from engines import EngineUnavailableError, unsloth
+
+    with pytest.raises(EngineUnavailableError, match=r"unsloth .* need a GPU"):
+        unsloth(torch.nn.Linear(2, 2), None)  # type: ignore[arg-type]
+
+
+def test_engines_of_ours_differ_by_memory(rows: dict[str, dict[str, Any]]) -> None:
+    assert rows["fusewright"]["memory"] == "speed"
+    assert rows["fusewright:min"]["memory"] == "min"
+    assert rows["eager"]["memory"] is None
+    assert rows["fusewright"]["flat"]
+    assert not rows["eager"]["flat"]
+
+
+def test_what_is_kept_for_backward_is_counted_once(
+    rows: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rows["hf+gc"]["activation_mb"] < rows["eager"]["activation_mb"] / 3
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from activations import kept_for_backward
+
+    layer = torch.nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8)
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        h = layer(x)  # keeps x
+        return (h * h.t().t()).exp()  # keeps h, twice, and its own output
+
+    for forward, kept in (
+        (lambda: body(x).sum(), 3),
+        (lambda: checkpoint(body, x, use_reentrant=False).sum(), 1),
+        (lambda: checkpoint(body, x.requires_grad_(), use_reentrant=True).sum(), 1),
+    ):
+        loss, size = kept_for_backward(layer, forward)
+        assert size == kept * x.nbytes
+        layer.weight.grad = None
+        loss.backward()
+        mine = layer.weight.grad.clone()
+        layer.weight.grad = None
+        body(x).sum().backward()
+        assert torch.equal(mine, layer.weight.grad)
+
+
+def test_trl_trains_the_same_loss(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    file = tmp_path / "steps.json"
+    done = run("train_step.py", *TINY, "--engines", "hf,trl", "--steps", "1", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, packed = json.loads(file.read_text())
+    assert packed["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+
+
+def test_optimizer_compares_four_ways() -> None:
+    done = run("optimizer.py", "--model", "tiny-llama", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" ms  (") == 4
+
+
 def test_an_unknown_engine_is_named_with_the_known_ones() -> None:
     done = run("train_step.py", "--engines", "eager,unslot")
     assert done.returncode == 2
-    assert "unknown engine 'unslot'; known: eager, compile, fusewright, liger" in done.stderr
+    assert "unknown engine 'unslot'; known: eager, hf, hf+gc, compile, trl, " in done.stderr
+    assert run("train_step.py", "--engines", "eager:min").returncode == 2
 
 
 @pytest.mark.parametrize(

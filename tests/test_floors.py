@@ -13,6 +13,7 @@ SRC = pathlib.Path(__file__).parent.parent / "src"
 
 FLOORS = {
     "options": 0, "report": 0, "errors": 0, "budget": 0, "memory_budget": 0,
+    "flat_buffers": 1, "flat": 1,
     "lazy": 1, "graph": 1, "kernels": 1, "match": 1,
     "passes": 2,
     "regions": 3, "bypass": 3, "leaves": 3, "sampling": 3, "verify": 3,
@@ -29,7 +30,8 @@ ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture
                 ("memory_budget", "options"),
                 ("verify", "capture"), ("capture", "install"), ("regions", "install"),
                 ("capture", "forwards"), ("regions", "forwards"), ("leaves", "forwards"),
-                ("leaves", "install"), ("bypass", "forwards"), ("forwards", "install")]  # fmt: skip
+                ("leaves", "install"), ("bypass", "forwards"), ("forwards", "install"),
+                ("flat_buffers", "flat")]  # fmt: skip
 
 
 def _imports(path: pathlib.Path) -> list[str]:

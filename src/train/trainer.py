@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..flat import FlatOptimizer
+from ..flat_buffers import why_not
 from .chat import IGNORED
 from .packing import Pack, collate, count
 from .recipe import Recipe
@@ -72,6 +74,15 @@ class _Trainer(Trainer):
 
     meter: Meter
     validation: list[dict[str, Tensor]]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's own; adapters are hundreds of small tensors, which are stepped as one."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # these move the parameters
+        if made and hasattr(self.model, "peft_config") and not sharded and not why_not(optimizer):
+            self.optimizer = FlatOptimizer(optimizer)
+        return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.meter.add(inputs.pop("tokens"), inputs.pop("trained"))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train import loop, train
+from fusewright.train.chat import Sample
 from fusewright.train.model import dtype_for_training, load_model
 from fusewright.train.recipe import Recipe
 
@@ -230,3 +231,39 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_dtypes() -> None:
     assert dtype_for_training(True) is torch.bfloat16
     assert dtype_for_training(False) is torch.float32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
+def test_adapters_are_stepped_as_one_and_resume_either_way(
+    recipe: dict[str, Any], tmp_path: Path, optimizer: str
+) -> None:
+    """A run that is cut in two ends where the whole one does, whichever optimizer saved it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer
+
+    from fusewright.flat import FlatOptimizer
+    from fusewright.train.signals import Interrupts
+    from fusewright.train.trainer import Meter, make_trainer
+    from tests.train.conftest import make_model
+
+    def trained(folder: str, resume: str | None, flat: bool) -> Any:
+        changes = {"optimizer": optimizer, "output_dir": str(tmp_path / folder), "save_steps": 2}
+        asked = Recipe(**{**recipe, **changes, "weight_decay": 0.1, "lr_scheduler": "linear"})
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
+        packs = [[Sample([1, 5 + i, 9, 2], [1, 5 + i, 9, 2])] for i in range(8)]
+        trainer = make_trainer(model, asked, packs, [], 0, Meter(), Interrupts(), QUIET)
+        if not flat:
+            trainer.create_optimizer = lambda model=None: Trainer.create_optimizer(trainer, model)
+        trainer.train(resume_from_checkpoint=resume)
+        inner = trainer.optimizer.optimizer
+        assert isinstance(inner, FlatOptimizer) == (flat and optimizer != "adafactor")
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, flat = trained("plain", None, False), trained("flat", None, True)
+    halves = [
+        trained("a", str(tmp_path / "plain" / "checkpoint-2"), True),
+        trained("b", str(tmp_path / "flat" / "checkpoint-2"), False),
+    ]
+    for run in (flat, *halves):
+        assert all(torch.equal(run[name], value) for name, value in plain.items())
