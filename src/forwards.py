@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .bypass import bypass_reason, hidden_hooks, hooks
 from .capture import Session
 from .leaves import scanning, scans_whole
+from .memory.retry import retrying
 from .regions import leading_sizes, mark_dynamic
 
 _NOTHING = contextlib.nullcontext()
@@ -147,17 +148,20 @@ def head_forward(
             mark_dynamic(kwargs.values(), (labels.shape[0], labels.shape[1]))
         # each set of arguments has its own graphs: a guard on one that is not there cannot fail
         given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
-        session.head_active = True
-        try:
-            with (
-                hidden_hooks(idle),
-                torch._dynamo.config.patch(ignore_logger_methods=_loggers()),
-            ):
-                return session.call(
-                    self, lambda: compiled(given), args, kwargs, lambda: plain(self, **kwargs)
-                )
-        finally:
-            session.head_active = False
+        def captured() -> Any:
+            session.head_active = True
+            try:
+                with (
+                    hidden_hooks(idle),
+                    torch._dynamo.config.patch(ignore_logger_methods=_loggers()),
+                ):
+                    return session.call(
+                        self, lambda: compiled(given), args, kwargs, lambda: plain(self, **kwargs)
+                    )
+            finally:
+                session.head_active = False
+
+        return retrying(session.planner, captured) if training else captured()
 
     return forward
 

@@ -101,6 +101,12 @@ def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str) -> Plan
     return Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), Meter(device))
 
 
+def planner_of(model: nn.Module) -> Planner | None:
+    """The planner of an optimized model, or None: for a trainer, to repeat a first step."""
+    found = (active(m) for m in model.modules())
+    return next((record.session.planner for record in found if record), None)
+
+
 def _require_rules(passes: Sequence[Rule]) -> None:
     """Raise what is wrong with a rule now: inside a capture it would only end the capture."""
     for rule in passes:

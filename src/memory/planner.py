@@ -228,9 +228,13 @@ class Planner:
             + ("planned again" if dict(self.levels) != before else "the plan stays")
         )
 
+    def may_retry(self) -> bool:
+        """Whether an out-of-memory error now would lead to a leaner plan: in the first step only."""
+        return self.budget.mode == "auto" and not self._ended
+
     def leaner(self) -> bool:
         """After an out-of-memory error: move every block one level down; False if none can be."""
-        if self.budget.mode != "auto" or not self.levels or self.measured is not None:
+        if not self.may_retry() or not self.levels:
             return False
         lowest = LEVELS[-1]
         if all(level == lowest for level in self.levels.values()):

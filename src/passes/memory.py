@@ -52,7 +52,9 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
             env[node].meta = dict(node.meta)
     body = graph.get_attr("body")
     result = graph.call_function(
-        CHECKPOINT, (body, *env.values()), {"use_reentrant": False, "preserve_rng_state": True}
+        CHECKPOINT,
+        (body, *env.values()),
+        {"use_reentrant": False, "preserve_rng_state": _draws_numbers(module)},
     )
     outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
     taken = [
@@ -61,6 +63,20 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
     graph.output(tuple(taken))
     return fx.GraphModule({"body": module}, graph)
 
+
+def _draws_numbers(module: fx.GraphModule) -> bool:
+    """Whether anything in the graph may be random: then a second run starts from the same state."""
+    return any(
+        any(word in str(n.target) for word in _RANDOM)
+        and (n.kwargs.get("dropout_p", 1) != 0)
+        and (n.kwargs.get("training", True) is not False)
+        for inner in facts.nested(module)
+        for n in inner.graph.nodes
+        if n.op in ("call_function", "call_method")
+    )
+
+
+_RANDOM = ("dropout", "rand", "bernoulli", "normal", "exponential", "multinomial", "scaled_dot")
 
 _PRODUCTS = {
     "aten": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "_scaled_dot_product"),

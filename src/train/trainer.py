@@ -28,6 +28,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..flat import FlatOptimizer
 from ..flat_buffers import why_not
+from ..memory.retry import retrying
+from ..pipeline import planner_of
 from .chat import IGNORED
 from .packing import Pack, collate, count
 from .recipe import Recipe
@@ -86,7 +88,9 @@ class _Trainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
-        return super().training_step(model, inputs, *args, **kwargs)
+        planner = planner_of(model)
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return step() if planner is None else retrying(planner, step, model.parameters())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_loss": validation_loss(self.model, self.validation)}

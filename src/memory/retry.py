@@ -1,0 +1,57 @@
+"""Running a step again with a leaner plan, when the first one found no memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .planner import Planner
+
+T = TypeVar("T")
+
+
+def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor] = ()) -> T:
+    """Call ``run``; after an out-of-memory error make the plan leaner and call it again.
+
+    Only in the first step, and only with ``memory="auto"``: the plan is a prediction then. Random
+    numbers are drawn again as the first time.
+
+    Args:
+        planner: of the model that ``run`` calls.
+        run: forward, or forward and backward.
+        parameters: those whose gradients ``run`` may have begun to add to.
+
+    Raises:
+        Exception: whatever ``run`` raises, if it is no such error or nothing can be made leaner.
+    """
+    if not planner.may_retry():
+        return run()
+    kept = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
+    device = planner.meter.device
+    on_gpu = device.type == "cuda"
+    numbers = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    while True:
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not planner.leaner():
+                raise
+        # here the error, and what its frames held, is gone
+        gc.collect()
+        torch.set_rng_state(numbers[0])
+        if numbers[1] is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(numbers[1], device)
+        for p, grad in kept:
+            p.grad = None if grad is None else grad.clone()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator found no memory: PyTorch's of a GPU or the CPU, or Python's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

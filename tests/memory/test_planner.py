@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusewright.errors import OptimizeError
+from fusewright.memory.planner import Planner, Setting, Usages, choose, peak
+from fusewright.memory.retry import is_out_of_memory, retrying
+from fusewright.memory.usage import Usage
+from fusewright.memory_budget import GB, Budget
+from fusewright.passes.memory import LEVELS, Level
+
+MB = 10**6
+
+
+def _usages(all_: int, products: int, lean: int, flops: int = 100) -> Usages:
+    """A block's bytes at each level; what is computed again is the rest, and two thirds of FLOPs."""
+    sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean}
+    work: dict[Level, int] = {"all": 3 * flops, "products": 3 * flops, "input": 4 * flops}
+    return {v: Usage(sizes[v], all_, all_ + 10, 0, work[v]) for v in LEVELS}
+
+
+def _setting(budget: int | None, **changes: Any) -> Setting:
+    return Setting(**({"base": 1000, "training": 100, "head": 50, "budget": budget} | changes))
+
+
+class _Meter:
+    device = torch.device("cpu")
+
+    def __init__(self, peak: int | None = None) -> None:
+        self._peak = peak
+
+    def start(self) -> None:
+        pass
+
+    def peak(self) -> int | None:
+        return self._peak
+
+    def used(self) -> int:
+        return 0
+
+
+def _planner(memory: str, blocks: list[nn.Module], measured: int | None = None) -> Planner:
+    meter: Any = _Meter(measured)
+    model = nn.ModuleList(blocks)
+    made = Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), meter)
+    made.__dict__["keeps_alive"] = model
+    return made
+
+
+def test_without_a_limit_everything_is_kept() -> None:
+    assert choose([_usages(100, 60, 10)] * 3, _setting(None)) == ["all"] * 3
+
+
+def test_what_costs_no_product_goes_first() -> None:
+    usages = [_usages(100, 60, 10)] * 4
+    everything = peak(["all"] * 4, usages, _setting(None))
+    chosen = choose(usages, _setting(everything - 60))
+    assert sorted(chosen) == ["all", "all", "products", "products"]
+    assert peak(chosen, usages, _setting(None)) <= everything - 60
+
+
+def test_the_block_that_saves_most_for_its_work_goes_first() -> None:
+    cheap, dear = _usages(100, 100, 10, flops=10), _usages(100, 100, 10, flops=1000)
+    full = peak(["all"] * 2, [dear, cheap], _setting(None))
+    assert choose([dear, cheap], _setting(full - 20)) == ["all", "input"]
+
+
+def test_a_plan_within_the_budget_is_within_the_budget() -> None:
+    usages = [_usages(100 + 7 * i, 60 + 3 * i, 10) for i in range(9)]
+    low, high = (peak([v] * 9, usages, _setting(None)) for v in ("input", "all"))
+    for budget in range(low, high + 50, 13):
+        assert peak(choose(usages, _setting(budget)), usages, _setting(budget)) <= budget
+
+
+def test_checkpoints_of_the_users_are_respected() -> None:
+    assert choose([_usages(100, 60, 10)] * 2, _setting(None, fastest="products")) == ["products"] * 2
+
+
+def test_too_small_a_budget_names_one_that_is_enough() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(4)]
+    usages = _usages(300 * MB, 200 * MB, 20 * MB)
+    setting = Setting(GB, 0, 0, int(0.5 * GB))
+    with pytest.raises(OptimizeError, match=r"memory='0\.5GB' is too small.*memory='(\d\.\d)GB'") as e:
+        _planner("0.5GB", blocks).plan(blocks[0], usages, setting)
+    enough = Budget.parse(str(e.value).rpartition("memory='")[2].split("'")[0])
+    assert enough.bytes is not None
+    again = _planner(enough.text, blocks)
+    again.plan(blocks[0], usages, Setting(GB, 0, 0, enough.bytes))
+    assert again.predicted is not None
+    assert again.predicted <= enough.bytes <= again.predicted + GB / 10
+
+
+@pytest.mark.parametrize(("measured", "again"), [(1100, False), (1900, True), (None, False)])
+def test_a_wrong_prediction_leads_to_one_new_plan(measured: int | None, again: bool) -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
+    usages = _usages(300 * MB, 200 * MB, 20 * MB)
+    planner = _planner("1.8GB", blocks, None if measured is None else measured * MB)
+    planner.begin(blocks[0])
+    planner.plan(blocks[0], usages, Setting(400 * MB, 0, 0, int(1.8 * GB)))
+    assert set(planner.levels.values()) == {"all"}
+    planner.begin(blocks[1])
+    assert planner.measured is None
+    planner.begin(blocks[0])
+    assert planner.measured == (None if measured is None else measured * MB)
+    assert ("all" not in planner.levels.values()) == again
+    assert ("planned again" in planner.describe()) == again
+    before = dict(planner.levels)
+    planner.begin(blocks[0])
+    assert dict(planner.levels) == before
+
+
+@pytest.mark.parametrize("text", ["", "fast", "8", "8MB", "GB", "0GB", "-1GB", "8GBs"])
+def test_a_memory_setting_that_means_nothing(text: str) -> None:
+    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size as in '8GB'"):
+        Budget.parse(text)
+
+
+def test_sizes() -> None:
+    assert Budget.parse("7.5 GB").bytes == 7_500_000_000
+    assert Budget.parse("auto").bytes is None
+
+
+def test_the_first_step_is_repeated_with_less() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
+    planner = _planner("auto", blocks)
+    planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None))
+    weight, seen, drawn = nn.Parameter(torch.zeros(2)), [], []
+    weight.grad = torch.ones(2)
+
+    def run() -> str:
+        seen.append(planner.levels[blocks[1]])
+        drawn.append(torch.rand(()).item())
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [1, 1]
+        weight.grad += 1
+        if len(seen) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert retrying(planner, run, [weight]) == "done"
+    assert seen == ["all", "products", "input"]
+    assert len(set(drawn)) == 1
+    assert weight.grad.tolist() == [2, 2]
+    assert "out of memory" in planner.describe()
+
+
+def test_other_errors_and_other_steps_are_not_repeated() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2)]
+    calls = []
+
+    def fails(error: Exception) -> None:
+        calls.append(error)
+        raise error
+
+    for memory, error in (("auto", RuntimeError("shapes")), ("speed", MemoryError())):
+        planner = _planner(memory, blocks)
+        planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None))
+        with pytest.raises(type(error)):
+            retrying(planner, lambda error=error: fails(error))
+    assert len(calls) == 2
+    assert not is_out_of_memory(RuntimeError("shapes"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))

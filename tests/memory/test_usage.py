@@ -1,0 +1,84 @@
+"""What is predicted is what is kept: bytes per token and layer, of whole models."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fusewright import optimize
+from fusewright.install import installed
+from fusewright.memory.planner import Planner
+from fusewright.passes.memory import LEVELS, Level
+
+FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
+BATCH, TIME = 3, 40
+
+
+def _model(family: str, layers: int) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, vocab_size=99,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+        pad_token_id=0, attn_implementation="eager" if family == "gemma2" else "sdpa",
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def _force(model: Any, level: Level) -> Planner:
+    """Let every block keep ``level``, whatever would fit."""
+    record = next(r for m in model.modules() if (r := installed(m)))
+    planner: Planner = record.session.planner
+    original = planner._decide
+
+    def decide() -> None:
+        original()
+        planner.levels.update({b: level for b in planner.blocks})
+
+    planner.__dict__["_decide"] = decide
+    return planner
+
+
+class _Held:
+    """What autograd keeps in place of a tensor: so that Python sees the tensor, as long as it is."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.tensor = t.detach()
+
+
+def _kept(model: Any, ids: Tensor) -> int:
+    """Bytes that a forward pass leaves behind until backward, whoever holds them."""
+    before = _alive()
+    with torch.autograd.graph.saved_tensors_hooks(_Held, lambda h: h.tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    now = _alive()
+    loss.backward()
+    return sum(size for storage, size in now.items() if storage not in before)
+
+
+def _alive() -> dict[int, int]:
+    """The storages of all tensors that Python knows, with their sizes."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_kept_per_token_and_layer(family: str, level: Level, codegen: str) -> None:
+    ids = torch.randint(1, 99, (BATCH, TIME))
+    kept, predicted = [], 0
+    for layers in (2, 4):
+        model = optimize(_model(family, layers), codegen=codegen, memory="100GB")
+        planner = _force(model, level)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        kept.append(_kept(model, ids))
+        assert set(planner.levels.values()) == {level}
+        predicted = sum(u[level].kept for u in planner._known.values()) / len(planner._known)
+    measured = (kept[1] - kept[0]) / 2
+    assert predicted == pytest.approx(measured, rel=0.05), (predicted / BATCH / TIME, measured)
