@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -100,6 +101,18 @@ def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(body, *args, use_reentrant=False, **kept)
 
 
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without PyTorch's advice about in-place operations in checkpoints: graphs have none left."""
+    logger = logging.getLogger("torch._higher_order_ops.wrap")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
     """Run the graph as Inductor would divide it into forward and backward, without compiling it.
 
@@ -118,7 +131,7 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not made:
             # both directions at once: inside a compilation none can be put off to the backward call
-            with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            with functorch_config.patch(force_non_lazy_backward_lowering=True), _no_advice():
                 made.append(
                     aot_module_simplified(
                         module,
@@ -152,7 +165,7 @@ def inductor(
         return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
-    with functorch_config.patch(donated_buffer=False):
+    with functorch_config.patch(donated_buffer=False), _no_advice():
         # eager's random numbers: a checkpointed block may run eager first and compiled again
         compiled = compile_fx(
             module,

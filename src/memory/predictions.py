@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from .. import codegen
+from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
 from ..passes.memory import LEVELS, Level, keep
 from ..sampling import hint
 from .planner import Planner, Setting, Usages
@@ -63,18 +64,24 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
         there = planner.meter.capacity()
         limit = None if there is None else int(_SPARE * there)
     fastest: Level = "products" if checkpointed else "all"
-    return Setting(planner.meter.used(), training, _head(examples), limit, fastest)
+    return Setting(planner.meter.used(), training, _head(planner, examples), limit, fastest)
 
 
-def _head(examples: Sequence[Any]) -> int:
-    """What the head and its loss hold at one time: tiles of logits, and four hidden states.
+def _head(planner: Planner, examples: Sequence[Any]) -> int:
+    """What the head and its loss hold at one time: a tile of logits, and four hidden states.
 
-    Hidden states: after the final norm, their gradient, and both before it, in fp32.
+    Hidden states: after the final norm, their gradient, and both before it, which may be in fp32.
     """
-    sizes = [
-        e.nbytes if e.element_size() == 4 else e.nbytes * 4 // e.element_size()
-        for e in examples
-        if isinstance(e, Tensor) and not isinstance(e, nn.Parameter) and e.is_floating_point()
-    ]
-    tokens = [int(hint(s)) if isinstance(s, torch.SymInt) else int(s) for s in sizes]
-    return 2 * max(tokens, default=0) + (256 << 20)
+    hidden = max(
+        (
+            prod(hint(s) for s in e.shape)
+            for e in examples
+            if isinstance(e, Tensor) and not isinstance(e, nn.Parameter) and e.is_floating_point()
+        ),
+        default=0,
+    )
+    model = planner.model()
+    matrices = (p.shape[0] for p in model.parameters() if p.dim() == 2) if model else ()
+    rows = hidden // 64  # no hidden state is narrower
+    tile = min(2 * TILE_BYTES, 4 * rows * max(matrices, default=0))
+    return tile + 12 * hidden

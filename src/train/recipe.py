@@ -64,6 +64,10 @@ class Recipe(_Model):
     gradient_checkpointing: bool = False
     """Keep only the inputs of each block for backward, and compute the rest again."""
 
+    memory: str = "auto"
+    """What blocks keep for backward: ``auto`` as much as the device has memory for, ``speed``
+    everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``."""
+
     # --- adapter ---------------------------------------------------------------------------------
 
     adapter: Literal["lora"] | None = None
