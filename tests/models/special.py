@@ -127,7 +127,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "logit_scale": 0.25,
         "layer_types": _SLIDING,
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
+            for kind in _SLIDING
         },
     },
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 500000.0}},
