@@ -27,6 +27,7 @@ FLOORS = {
 
 ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture"),
                 ("codegen", "memory"), ("sampling", "memory"), ("memory", "capture"),
+                ("memory", "forwards"),
                 ("memory_budget", "options"),
                 ("verify", "capture"), ("capture", "install"), ("regions", "install"),
                 ("capture", "forwards"), ("regions", "forwards"), ("leaves", "forwards"),

@@ -169,8 +169,8 @@ def test_bad_options_say_what_is_right() -> None:
     model = build(LLAMA, lora=False)
     with pytest.raises(ValueError, match="'eager', 'inductor'"):
         optimize(model, codegen="fast")
-    with pytest.raises(NotImplementedError, match="only 'speed' exists"):
-        optimize(model, memory="min")
+    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size as in '8GB'"):
+        optimize(model, memory="8MB")
 
 
 def test_a_cache_passes_by_and_says_so() -> None:

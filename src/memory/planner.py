@@ -84,7 +84,7 @@ def _best_step(
     best, found = 0.0, None
     for i, level in enumerate(levels):
         now = usages[i][level]
-        for leaner in allowed[allowed.index(level) + 1 :]:
+        for leaner in (v for v in allowed[allowed.index(level) + 1 :] if v in usages[i]):
             then = usages[i][leaner]
             ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
             if ratio > best:

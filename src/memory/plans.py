@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..passes.memory import is_checkpointed, keep
-from .planner import Planner
+from .planner import Planner, Setting, Usages, peak
 from .predictions import setting, usages
 
 
@@ -32,10 +32,30 @@ def planned(
         return graph  # a checkpoint around the block keeps no more than its input anyway
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and block in planner.blocks:
-        own = planner.usages(block) or usages(graph, examples, choice)
         made = setting(planner, examples, choice, is_checkpointed(graph))
-        level = planner.plan(block, own, made)
+        level = planner.plan(block, _usages(planner, block, graph, examples, choice, made), made)
     return keep(graph, level or "all")
+
+
+def _usages(
+    planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str,
+    made: Setting,
+) -> Usages:  # fmt: skip
+    """What the block takes: of every level, or of the fastest alone where memory is no question.
+
+    Dividing a graph as Inductor does takes seconds, running it on fake tensors does not.
+    """
+    known = planner.usages(block)
+    if known is None and planner.budget.mode == "auto" and made.fastest == "all":
+        rough = usages(graph, examples, "eager", ("all",))
+        rough_peak = peak(["all"] * len(planner.blocks), [rough] * len(planner.blocks), made)
+        if made.budget is None or _AMPLE * rough_peak <= made.budget:
+            return rough
+    return known or usages(graph, examples, choice)
+
+
+_AMPLE = 1.5
+"""How much more memory than a rough estimate of a step there must be to plan no closer."""
 
 
 def inside_checkpoint() -> bool:

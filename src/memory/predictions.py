@@ -16,23 +16,27 @@ from ..sampling import hint
 from .planner import Planner, Setting, Usages
 from .usage import predict
 
-_COMPILATION = 350 << 20
-"""Bytes that Inductor's modules and its work leave in the process, on the CPU; measured."""
+_COMPILATION = {"eager": 80 << 20, "inductor": 350 << 20}
+"""Bytes that capture, and Inductor's work, leave in a process that trains on the CPU; measured."""
 
 _SPARE = 0.9
 """The part of the device's memory that ``"auto"`` plans with."""
 
 
-def usages(module: fx.GraphModule, examples: Sequence[Any], choice: str) -> Usages:
-    """Predict every level of a block's graph.
+def usages(
+    module: fx.GraphModule, examples: Sequence[Any], choice: str,
+    levels: Sequence[Level] = LEVELS,
+) -> Usages:  # fmt: skip
+    """Predict what a block's graph takes at each level.
 
     Args:
         module: the rewritten graph; it is left as it is.
         examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
         choice: what will run it: ``"eager"`` or ``"inductor"``.
+        levels: the levels.
     """
     found: Usages = {}
-    for level in LEVELS:
+    for level in levels:
         graph = keep(copy.deepcopy(module), level)
         found[level] = predict(_dry(graph, choice), examples, hint)
     return found
@@ -57,8 +61,8 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     # a gradient and two states for each: AdamW, and what most others have
     own = planner.trainable()
     training = sum((2 + (p.grad is None)) * p.nbytes for p in own)
-    if choice == "inductor" and planner.meter.device.type == "cpu":
-        training += _COMPILATION
+    if planner.meter.device.type == "cpu":
+        training += _COMPILATION[choice]
     limit = planner.budget.bytes
     if planner.budget.mode == "auto":
         there = planner.meter.capacity()
