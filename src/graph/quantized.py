@@ -1,0 +1,98 @@
+"""Products with a quantized weight, as bitsandbytes' layers leave them in a captured graph.
+
+Where no gradient is asked for it is a call of one of its registered operators; elsewhere an
+autograd function that TorchDynamo has captured, whose forward consists of that call. Its state
+(scales, offset, codes) comes in as inputs of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import facts
+
+PARAMS = ("x", "bias", "packed", "absmax", "shape", "blocksize", "kind", "absmax_8bit",
+          "absmax_code", "absmax_offset")  # fmt: skip
+"""The canonical arguments; from ``packed`` on they are those of ``kernels.quantized.Quantized``."""
+
+_GEMM = ("A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit",
+         "absmax_code", "absmax_offset")  # fmt: skip
+_ASIDE = ("numel", "size", "dim", "view", "reshape")
+"""What else the forward of such a function calls: it computes nothing."""
+
+Found = tuple[tuple[Any, ...], tuple[fx.Node, ...]]
+"""The arguments, and the further nodes that belong to the operation."""
+
+
+def is_wrapped(node: Any) -> bool:
+    """Whether a node is a captured autograd function."""
+    target = getattr(node, "target", None)
+    return target is not None and target is torch.ops.higher_order.autograd_function_apply
+
+
+def product(node: fx.Node) -> Found | None:
+    """The arguments of a product with a quantized weight; None for any other node."""
+    if _name(node) == "bitsandbytes.gemm_4bit.default":
+        return _four_bits(node)
+    if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
+        return None
+    return _wrapped(node.args[0])
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _four_bits(node: fx.Node) -> Found | None:
+    given = dict(zip(_GEMM, node.args, strict=False)) | node.kwargs
+    shape = given.get("shapeB", ())
+    if not isinstance(shape, Iterable) or any(n not in _GEMM for n in given):
+        return None
+    packed, views = _behind_views(given["B"])
+    head = (given["A"], given.get("bias"), packed, given["absmax"], tuple(shape))
+    tail = (given["blocksize"], given["quant_type"])
+    return (*head, *tail, *(given.get(n) for n in _GEMM[-3:])), views
+
+
+def _behind_views(node: Any) -> tuple[Any, tuple[fx.Node, ...]]:
+    """What a weight was before bitsandbytes gave it its normal shape."""
+    views: tuple[fx.Node, ...] = ()
+    while isinstance(node, fx.Node) and node.target in ("view", "reshape"):
+        views, node = (*views, node), node.args[0]
+    return node, views
+
+
+def _wrapped(call: Any) -> Found | None:
+    """The product that is the whole forward of an autograd function."""
+    inner = facts.body(call.args[0])
+    if inner is None:
+        return None
+    output = next(reversed(inner.graph.nodes))
+    results = output.args[0][0]
+    found = product(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
+    if found is None or not all(_is_aside(n) for n in inner.graph.nodes if n is not results[0]):
+        return None
+    args, _ = found
+    outside = dict(zip(inner.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+    if any(isinstance(a, fx.Node) and a not in outside for a in args):
+        return None
+    own = tuple(a for a in call.args[:2] if isinstance(a, fx.Node))
+    args = tuple(outside[a] if isinstance(a, fx.Node) else a for a in args)
+    packed, views = _behind_views(args[2])
+    return (*args[:2], packed, *args[3:]), (call, *own, *views)
+
+
+def _is_aside(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    harmless: tuple[Callable[..., Any], ...] = (operator.eq, operator.getitem)
+    return (
+        node.target in harmless
+        or (node.op == "call_method" and node.target in _ASIDE)
+        or "set_grad_enabled" in getattr(node.target, "__name__", "")
+    )
