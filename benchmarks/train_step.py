@@ -157,7 +157,7 @@ def engine_names(text: str) -> list[str]:
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is trained, shared with ``loss_curve.py``."""
     parser.add_argument("--model", default="smollm2", choices=["smollm2", *MODELS])
-    parser.add_argument("--method", default="lora", choices=["lora", "full"])
+    parser.add_argument("--method", default="lora", choices=["lora", "qlora", "full"])
     parser.add_argument(
         "--adapter-dtype",
         default="auto",

@@ -25,7 +25,8 @@ class Job:
         dtype: the base weights' dtype, by torch's name.
         batch: sequences per step.
         seq: tokens per sequence.
-        method: ``"lora"`` (rank 16 on all linears, alpha 32) or ``"full"``.
+        method: ``"lora"`` (rank 16 on all linears, alpha 32), ``"qlora"`` (the same over NF4 with
+            quantized scales) or ``"full"``.
         adapter_dtype: ``"auto"`` is PEFT's default (fp32 over half-precision weights).
         checkpointing: whether gradient checkpointing is on.
         device: ``"cpu"`` or ``"cuda"``.
@@ -72,13 +73,15 @@ def build(job: Job) -> Training:
         model = _random_llama(job.model, dtype, job.device)
         ids = torch.randint(MODELS[job.model].vocab, (job.batch * job.seq * job.steps,))
     model.config.use_cache = False  # as the Trainer sets it
-    if job.method == "lora":
+    if job.method == "qlora":
+        quantize(model, dtype)
+    if job.method in ("lora", "qlora"):
         model = _with_lora(model, job.adapter_dtype)
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(job.device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rate = 2e-4 if job.method == "lora" else 1e-5
+    rate = 1e-5 if job.method == "full" else 2e-4
     optimizer = torch.optim.AdamW(trainable, lr=rate, fused=True)  # the Trainer's default
     batches = ids.view(job.steps, job.batch, job.seq).to(job.device)
     return Training(model, optimizer, list(batches))
@@ -115,6 +118,25 @@ def _random_llama(name: str, dtype: torch.dtype, device: str) -> Any:
 
     with torch.device(device):
         return AutoModelForCausalLM.from_config(MODELS[name].llama_config(), dtype=dtype)
+
+
+def quantize(model: Any, dtype: torch.dtype) -> None:
+    """Make every linear but the head NF4 with quantized scales, as ``load_in_4bit`` does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not torch.nn.Linear or name == "lm_head":
+                continue
+            options = {"compress_statistics": True, "quant_type": "nf4"}
+            made = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, dtype,
+                device="meta", **options,
+            )  # fmt: skip
+            made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **options)
+            made.bias = layer.bias
+            setattr(parent, name, made.to(layer.weight.device))
+    model.is_loaded_in_4bit = True  # PEFT asks for it
 
 
 def _with_lora(model: Any, adapter_dtype: str) -> Any:

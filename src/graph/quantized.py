@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from . import facts
@@ -39,6 +40,8 @@ def product(node: fx.Node) -> Found | None:
     """The arguments of a product with a quantized weight; None for any other node."""
     if _name(node) == "bitsandbytes.gemm_4bit.default":
         return _four_bits(node)
+    if node.target in (F.linear, torch._C._nn.linear):
+        return _eight_bits(node)
     if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
         return None
     return _wrapped(node.args[0])
@@ -59,6 +62,37 @@ def _four_bits(node: fx.Node) -> Found | None:
     return (*head, *tail, *(given.get(n) for n in _GEMM[-3:])), views
 
 
+def _eight_bits(node: fx.Node) -> Found | None:
+    """``linear(x, integers.to(dtype) * (absmax[:, None] / 127), bias)``."""
+    if len(node.args) != 3:
+        return None
+    x, weight, bias = node.args
+    rounded = _method(weight, "to")
+    scaled = _method(weight if rounded is None else rounded.args[0], "mul")
+    wide, factor = scaled.args if scaled is not None and len(scaled.args) == 2 else (None, None)
+    cast, per_row = _method(wide, "to"), _method(factor, "mul")
+    column = None if per_row is None else _method(per_row.args[0], "unsqueeze")
+    if cast is None or per_row is None or column is None or column.args[1:] not in ((1,), (-1,)):
+        return None
+    integers, own = cast.args[0], (rounded, scaled, cast, per_row, column)
+    if getattr(integers, "target", None) is torch._C._autograd._get_data_attr:
+        own, integers = (*own, integers), integers.args[0]
+    parts, dtype = facts.tensor(integers), facts.dtype(weight)
+    if parts is None or parts.dtype is not torch.int8 or parts.dim() != 2:
+        return None
+    if per_row.args[1] != 1.0 / 127.0 or dtype is not facts.dtype(wide):
+        return None
+    size, absmax = tuple(parts.shape), column.args[0]
+    nodes = tuple(n for n in own if n is not None)
+    return (x, bias, integers, absmax, size, size[1], "int8", None, None, None), nodes
+
+
+def _method(node: Any, name: str) -> fx.Node | None:
+    """``node`` where it is a call of this method."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
+    return node if is_call else None
+
+
 def _behind_views(node: Any) -> tuple[Any, tuple[fx.Node, ...]]:
     """What a weight was before bitsandbytes gave it its normal shape."""
     views: tuple[fx.Node, ...] = ()
@@ -75,9 +109,12 @@ def _wrapped(call: Any) -> Found | None:
     output = next(reversed(inner.graph.nodes))
     results = output.args[0][0]
     found = product(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
-    if found is None or not all(_is_aside(n) for n in inner.graph.nodes if n is not results[0]):
+    if found is None:
         return None
-    args, _ = found
+    args, chain = found
+    rest = (n for n in inner.graph.nodes if n is not results[0] and n not in chain)
+    if not all(map(_is_aside, rest)):
+        return None
     outside = dict(zip(inner.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
     if any(isinstance(a, fx.Node) and a not in outside for a in args):
         return None

@@ -159,6 +159,8 @@ def _apply_rule(
             )
             erased, made = _splice(graph, candidate)
             gone |= erased
+            # refused with one node more around it, the formula is no gap
+            findings = [f for f in findings if f.status == "rewritten" or not f.claimed & done.claimed]
             done.claimed |= made
             _absorb(rule, done, before, findings)
             findings.append(done)

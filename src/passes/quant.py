@@ -97,7 +97,7 @@ def sample_weight(
         dtype = facts.dtype(node) or torch.uint8
         size = (*shape[:-1], shape[-1] * dtype.itemsize)
         made = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        return made if dtype is torch.uint8 else (made & 0xBF).view(dtype)
+        return ((made & 0xBF) if dtype.is_floating_point else made).view(dtype)
     if node is w.absmax_8bit:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     if node is w.absmax or node is w.absmax_offset:
