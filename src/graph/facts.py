@@ -7,7 +7,7 @@ the only place that reads it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -70,16 +70,23 @@ def shape_text(node: Any) -> str:
     return f"{kind.replace('bf16', 'bf16')}[{', '.join(str(s) for s in t.shape)}]"
 
 
-def nested(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.GraphModule]:
     """``module`` and every graph inside it (checkpointed bodies and the like), outer first.
 
-    What has left the outer graph before the next one is asked for is not visited.
+    What has left the outer graph, or is in ``out``, before the next one is asked for is not visited.
     """
     yield module
     for node in list(module.graph.nodes):
         inner = body(node)
-        if inner is not None and not node._erased:
-            yield from nested(inner)
+        if inner is not None and not node._erased and inner not in out:
+            yield from nested(inner, out)
+
+
+def bodies(graph: fx.Graph, names: Container[str]) -> set[fx.GraphModule]:
+    """The graphs that the nodes of these names stand for or are called with."""
+    nodes = (n for n in graph.nodes if n.name in names)
+    found = (body(part) for n in nodes for part in (n, *n.all_input_nodes))
+    return {b for b in found if b is not None}
 
 
 def body(node: Any) -> fx.GraphModule | None:

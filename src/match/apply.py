@@ -111,7 +111,8 @@ def apply(
         One finding per formula: rewritten, refused, missed or left.
     """
     findings: list[Finding] = []
-    for inner in facts.nested(module):
+    settled: set[fx.GraphModule] = set()  # parts of formulas that were found outside of them
+    for inner in facts.nested(module, settled):
         own: list[Finding] = []
         for rule in rules:
             own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
@@ -119,6 +120,7 @@ def apply(
         inner.graph.lint()
         inner.recompile()
         findings += own
+        settled |= facts.bodies(inner.graph, {name for f in own for name in f.claimed})
     return findings
 
 

@@ -132,6 +132,8 @@ def _more_adapters(root: fx.Node) -> bool:
             continue
         for arg in canon.args[:2]:
             scaled = canonical(arg)
+            if scaled is not None and scaled.name == "cast":
+                scaled = canonical(scaled.args[0])
             is_product = arg is not root and scaled is not None and scaled.name == "mul"
             if is_product and scaled and any(_is_update(side) for side in scaled.args):
                 return True

@@ -72,12 +72,23 @@ class QuantLinear(Rule):
             calls = [node] if inner is None else list(inner.graph.nodes)
             names = [n for n in map(_library_op, calls) if n]
             if names:
-                yield node, f"a layer that calls {' and '.join(names)}"
+                yield node, f"a layer that calls {' and '.join(names)}{_remark(names)}"
+
+
+def _remark(names: list[str]) -> str:
+    """What is known of the operators that are not taken."""
+    if any("int8" in n for n in names):
+        return ", which quantizes the input too"
+    if any("gemv" in n for n in names):
+        return ": an evaluation has repacked the weight for this CPU, and its product has no gradient"
+    return ""
 
 
 def _library_op(node: fx.Node) -> str:
+    """The operator of bitsandbytes that a node calls, unless it only prepares another one."""
     name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
-    return name.removesuffix(".default") if name.startswith("bitsandbytes.") else ""
+    prepares = "_quant." in name or "blockwise" in name
+    return name.removesuffix(".default") if name.startswith("bitsandbytes.") and not prepares else ""
 
 
 def _weight(captures: Any) -> Quantized:
