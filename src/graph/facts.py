@@ -73,7 +73,7 @@ def shape_text(node: Any) -> str:
 def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.GraphModule]:
     """``module`` and every graph inside it (checkpointed bodies and the like), outer first.
 
-    What has left the outer graph, or is in ``out``, before the next one is asked for is not visited.
+    What has left the outer graph or come into ``out``, before its turn comes, is not visited.
     """
     yield module
     for node in list(module.graph.nodes):

@@ -159,7 +159,8 @@ FUNCTIONS: dict[Any, str] = {
     F.cross_entropy: "cross_entropy", F.scaled_dot_product_attention: "sdpa",
     torch.sort: "sort", operator.floordiv: "floordiv", torch.floor_divide: "floordiv",
     operator.ge: "ge", torch.ge: "ge", torch.clamp: "clamp", torch.masked_fill: "masked_fill",
-    torch.clone: "clone", torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
+    torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
+    torch.clone: "clone",
 }  # fmt: skip
 
 METHODS: dict[str, str] = {

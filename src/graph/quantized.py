@@ -67,6 +67,7 @@ def _eight_bits(node: fx.Node) -> Found | None:
     if len(node.args) != 3:
         return None
     x, weight, bias = node.args
+    cast: Any
     rounded = _method(weight, "to")
     scaled = _method(weight if rounded is None else rounded.args[0], "mul")
     wide, factor = scaled.args if scaled is not None and len(scaled.args) == 2 else (None, None)
@@ -74,8 +75,9 @@ def _eight_bits(node: fx.Node) -> Found | None:
     column = None if per_row is None else _method(per_row.args[0], "unsqueeze")
     if cast is None or per_row is None or column is None or column.args[1:] not in ((1,), (-1,)):
         return None
-    integers, own = cast.args[0], (rounded, scaled, cast, per_row, column)
-    if getattr(integers, "target", None) is torch._C._autograd._get_data_attr:
+    own: tuple[Any, ...] = (rounded, scaled, cast, per_row, column)
+    integers = cast.args[0]
+    if getattr(getattr(integers, "target", None), "__name__", "") == "_get_data_attr":
         own, integers = (*own, integers), integers.args[0]
     parts, dtype = facts.tensor(integers), facts.dtype(weight)
     if parts is None or parts.dtype is not torch.int8 or parts.dim() != 2:
@@ -106,8 +108,8 @@ def _wrapped(call: Any) -> Found | None:
     inner = facts.body(call.args[0])
     if inner is None:
         return None
-    output = next(reversed(inner.graph.nodes))
-    results = output.args[0][0]
+    returned: Any = next(reversed(inner.graph.nodes)).args[0]
+    results = returned[0]
     found = product(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
     if found is None:
         return None

@@ -23,7 +23,7 @@ from .quantized import VALUES, Quantized, dequantize, dequantize_reference
 
 
 def reference(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
-    """bitsandbytes' ``matmul_4bit``: the weight is rounded to x's dtype before it is used."""
+    """As ``bitsandbytes.matmul_4bit``: the weight is rounded to x's dtype before it is used."""
     return linear(x, dequantize_reference(Quantized(*weight), x.dtype), bias)
 
 

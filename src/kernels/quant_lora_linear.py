@@ -85,7 +85,7 @@ class _QuantLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
-        w_x, w_bias, w_a, w_b, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
+        w_x, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
         shape, dtype = ctx.like
         own_input = ctx.z_like is not None
         wide = dy.to(lora_b.dtype)

@@ -136,9 +136,7 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
     """
     if w.kind != "int8" and dtype is not torch.float64 and use_triton(w.absmax):
         rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
-        made: Tensor = _dequantize(
-            w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype
-        )
+        made: Tensor = _dequantize(w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype)
         return made
     theirs = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
     low = dtype in (torch.float32, torch.bfloat16, torch.float16)

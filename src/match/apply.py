@@ -15,7 +15,7 @@ from torch import fx
 from ..graph import facts, traffic
 from ..graph.edit import is_inplace, modes, prune, switches_mode
 from ..report import Figures
-from .finding import Finding, missed
+from .finding import Finding, missed, outside
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
 
@@ -161,8 +161,7 @@ def _apply_rule(
             )
             erased, made = _splice(graph, candidate)
             gone |= erased
-            # refused with one node more around it, the formula is no gap
-            findings = [f for f in findings if f.status == "rewritten" or not f.claimed & done.claimed]
+            findings = outside(findings, done)
             done.claimed |= made
             _absorb(rule, done, before, findings)
             findings.append(done)

@@ -80,15 +80,16 @@ def _remark(names: list[str]) -> str:
     if any("int8" in n for n in names):
         return ", which quantizes the input too"
     if any("gemv" in n for n in names):
-        return ": an evaluation has repacked the weight for this CPU, and its product has no gradient"
+        return ": an evaluation has repacked the weight, and its product has no gradient"
     return ""
 
 
 def _library_op(node: fx.Node) -> str:
     """The operator of bitsandbytes that a node calls, unless it only prepares another one."""
     name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
-    prepares = "_quant." in name or "blockwise" in name
-    return name.removesuffix(".default") if name.startswith("bitsandbytes.") and not prepares else ""
+    if not name.startswith("bitsandbytes.") or "_quant." in name or "blockwise" in name:
+        return ""
+    return name.removesuffix(".default")
 
 
 def _weight(captures: Any) -> Quantized:
@@ -103,7 +104,7 @@ def sample_weight(
     Storage in a floating-point dtype, as FSDP wants it, gets finite numbers: verification widens
     its inputs and must be able to narrow them again.
     """
-    w = Quantized(*weight)
+    w: Any = Quantized(*weight)
     if node is w.packed:
         dtype = facts.dtype(node) or torch.uint8
         size = (*shape[:-1], shape[-1] * dtype.itemsize)

@@ -91,7 +91,9 @@ def _inputs(shape, w: Quantized, dtype, adapter=None, own=None, lora_bias=False)
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(("kind", "blocksize", "nested"), [*KINDS, ("int8", 0, False)])
-@pytest.mark.parametrize(("rows", "size"), [((3, 17), (40, 128)), ((9,), (33, 70)), ((0, 2), (7, 64))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "size"), [((3, 17), (40, 128)), ((9,), (33, 70)), ((0, 2), (7, 64))]
+)
 def test_parity(rows, size, kind, blocksize, nested, dtype):
     torch.manual_seed(0)
     w = random_weight(size, kind, blocksize, nested)
@@ -105,7 +107,9 @@ def test_parity(rows, size, kind, blocksize, nested, dtype):
         )
 
 
-@pytest.mark.parametrize(("dtype", "adapter"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)], ids=str
+)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("wide", [False, True])

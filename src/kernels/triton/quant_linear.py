@@ -40,9 +40,7 @@ def dequantize_kernel(
     byte = start + tl.arange(0, BLOCK)
     mask = byte * 2 < size
     codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
-    scale = _scale(
-        absmax, absmax_8bit, code, offset, byte * 2 // BLOCKSIZE, mask, NESTED, OUTER
-    )
+    scale = _scale(absmax, absmax_8bit, code, offset, byte * 2 // BLOCKSIZE, mask, NESTED, OUTER)
     first = tl.load(values + (codes >> 4)) * scale
     second = tl.load(values + (codes & 15)) * scale
     at = start * 2 + tl.arange(0, 2 * BLOCK)
@@ -91,7 +89,7 @@ def few_kernel(
 _BYTES = 1024
 """Bytes per program when dequantizing: 16 KiB read and written, enough programs for any card."""
 _FEW = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-"""Narrow tiles: with few rows the programs come from the outputs, and the weight is what is read."""
+"""Narrow tiles: with few rows the programs come from the outputs; what is read is the weight."""
 
 
 def _state(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
 
 from fusewright.budget import exceeded
 from fusewright.kernels import quant_linear, quant_lora_linear
-from fusewright.kernels.quantized import Quantized, dequantize, dequantize_reference
+from fusewright.kernels.quantized import dequantize, dequantize_reference
 from fusewright.kernels.triton.quant_linear import few
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.util import assert_parity
@@ -72,16 +71,9 @@ def check_ops() -> int:
             x, bias,
         )  # fmt: skip
 
-        def with_adapter(op, w: Quantized = w):
-            def call(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-                made: Tensor = op(x, w, bias, a, b, 2.0)
-                return made
-
-            return call
-
         assert_parity(
-            with_adapter(quant_lora_linear.quant_lora_linear),
-            with_adapter(quant_lora_linear.reference),
+            lambda x, bias, a, b, w=w: quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: quant_lora_linear.reference(x, w, bias, a, b, 2.0),
             x, bias, a, b,
         )  # fmt: skip
         checks += 2
