@@ -68,8 +68,11 @@ def scales(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scale of each block of 4-bit values, (blocks,) in ``dtype``."""
     if w.absmax_8bit is None or w.absmax_code is None or w.absmax_offset is None:
         return w.absmax.to(dtype)
-    outer = w.absmax.to(dtype).repeat_interleave(NESTED)[: w.absmax_8bit.numel()]
-    return w.absmax_code.to(dtype)[w.absmax_8bit.int()] * outer + w.absmax_offset.to(dtype)
+    found = w.absmax_code.to(dtype).index_select(0, w.absmax_8bit.int())
+    whole, outer = found.numel() // NESTED, w.absmax.to(dtype)
+    found[: whole * NESTED].view(whole, NESTED).mul_(outer[:whole, None])
+    found[whole * NESTED :].mul_(outer[-1])
+    return found.add_(w.absmax_offset.to(dtype))
 
 
 def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
