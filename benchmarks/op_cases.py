@@ -112,6 +112,31 @@ def _lora_linear(m: Maker) -> Case:
     return Case((x, weight, None, lora_a, lora_b, 2.0), (weight, lora_a, lora_b))
 
 
+def _quantized(m: Maker) -> tuple[Any, ...]:
+    """An NF4 weight (ffn, hidden) with quantized scales: the fields of ``Quantized``."""
+    out, into, spread = m.sizes.ffn, m.sizes.hidden, m.sizes.hidden**-0.5
+    blocks = -(-out * into // 64)
+    codes, scales = (
+        torch.randint(256, s, dtype=torch.uint8, device=m.device)
+        for s in ((out * into // 2, 1), (blocks,))
+    )
+    outer = torch.full((-(-blocks // 256),), spread, device=m.device)
+    code, offset = torch.linspace(-1, 1, 256, device=m.device), outer[0] * 2
+    return (codes, outer, (out, into), 64, "nf4", scales, code, offset)
+
+
+def _quant_linear(m: Maker) -> Case:
+    weight = _quantized(m)
+    held = tuple(t for t in weight if isinstance(t, Tensor))
+    return Case((m.activation(m.sizes.hidden), weight), held)
+
+
+def _quant_lora_linear(m: Maker) -> Case:
+    case, adapter = _quant_linear(m), _lora_linear(m)
+    a, b = adapter.args[3:5]
+    return Case((*case.args, None, a, b, 2.0), (*case.parameters, a, b))
+
+
 def _linear_cross_entropy(m: Maker) -> Case:
     x = m.activation(m.sizes.hidden)
     weight = m.weight(m.sizes.vocab, m.sizes.hidden)
@@ -162,6 +187,8 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "glu": _glu,
     "glu_packed": _glu_packed,
     "lora_linear": _lora_linear,
+    "quant_linear": _quant_linear,
+    "quant_lora_linear": _quant_lora_linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
     "selective_scan": _selective_scan,

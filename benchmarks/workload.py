@@ -27,7 +27,8 @@ class Job:
         dtype: the base weights' dtype, by torch's name.
         batch: sequences per step.
         seq: tokens per sequence.
-        method: ``"lora"`` (rank 16 on all linears, alpha 32), ``"qlora"`` or ``"full"``.
+        method: ``"lora"`` (rank 16 on all linears, alpha 32), ``"qlora"`` (the same over NF4 with
+            quantized scales) or ``"full"``.
         adapter_dtype: ``"auto"`` is PEFT's default (fp32 over half-precision weights).
         checkpointing: whether gradient checkpointing is on.
         device: ``"cpu"`` or ``"cuda"``.
@@ -81,7 +82,7 @@ def build(job: Job) -> Training:
         ids = torch.randint(MODELS[job.model].vocab, (job.batch * job.seq * job.steps,))
     model.config.use_cache = False  # as the Trainer sets it
     if job.method == "qlora":
-        model = _quantized(model)
+        quantize(model, dtype)
     if job.method != "full":
         model = _with_lora(model, job.adapter_dtype, job.lora_dropout)
     if job.checkpointing:
@@ -117,15 +118,6 @@ def activation_bytes(model: Any, ids: Tensor) -> int:
     return kept
 
 
-def _quantized(model: Any) -> Any:
-    """The base weights in 4 bits, for ``--method qlora``.
-
-    Raises:
-        NotImplementedError: always; this is the place for it.
-    """
-    raise NotImplementedError("--method qlora: the quantized base is not built yet")
-
-
 def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, loaded as a recipe loads them."""
     from fusewright.train.model import load_model, load_tokenizer, quiet
@@ -145,6 +137,25 @@ def _random_llama(name: str, dtype: torch.dtype, device: str) -> Any:
 
     with torch.device(device):
         return AutoModelForCausalLM.from_config(MODELS[name].llama_config(), dtype=dtype)
+
+
+def quantize(model: Any, dtype: torch.dtype) -> None:
+    """Make every linear but the head NF4 with quantized scales, as ``load_in_4bit`` does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not torch.nn.Linear or name == "lm_head":
+                continue
+            options = {"compress_statistics": True, "quant_type": "nf4"}
+            made = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, dtype,
+                device="meta", **options,
+            )  # fmt: skip
+            made.weight = Params4bit(layer.weight.data, requires_grad=False, module=made, **options)
+            made.bias = layer.bias
+            setattr(parent, name, made.to(layer.weight.device))
+    model.is_loaded_in_4bit = True  # PEFT asks for it
 
 
 def _with_lora(model: Any, adapter_dtype: str, dropout: float) -> Any:

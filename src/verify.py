@@ -20,7 +20,10 @@ from torch.overrides import TorchFunctionMode
 from .budget import EXCEEDS, errors, exceeded
 from .graph import facts
 from .graph.canon import canonical
+from .graph.quantized import is_wrapped, product
 from .graph.whole import is_leaf
+from .kernels import quant_linear
+from .kernels.quantized import Quantized
 from .match.apply import Candidate, Verdict
 from .report import Figures
 from .sampling import Sizes, draws, hint, is_static, sample, tokens
@@ -70,7 +73,8 @@ def _judge(candidate: Candidate) -> Verdict:
 
 
 def _check(c: Candidate, given: list[list[Any]]) -> Verdict:
-    original = fx.GraphModule({}, c.original())
+    bodies: dict[str, Any] = {str(n.target): found for n in c.interior if (found := facts.body(n))}
+    original = fx.GraphModule(bodies, c.original())
     replacement = fx.GraphModule({}, c.replacement())
     differentiable = [
         bool((t := facts.tensor(n)) is not None and t.requires_grad) for n in c.inputs
@@ -84,7 +88,7 @@ def _check(c: Candidate, given: list[list[Any]]) -> Verdict:
         theirs = _runs(original.forward, given, differentiable, fixed)
         ours = _runs(replacement.forward, given, differentiable, fixed)
     wide = [[_double(x) for x in inputs] for inputs in given]
-    exact = _runs(_Exact(original).run, wide, differentiable, fixed)
+    exact = _runs(_Exact(original, garbage_collect_values=False).run, wide, differentiable, fixed)
     worst: list[float | None] = [None, None]
     for kind, what in enumerate(("output", "gradient of input")):
         triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
@@ -192,6 +196,13 @@ class _Exact(fx.Interpreter):
         if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
             return self.fetch_args_kwargs_from_env(n)[0][0].double()
         canon = canonical(n)
+        if canon is not None and canon.name == "quantized_linear":
+            x, bias, *weight = fx.node.map_arg(canon.args, lambda a: self.env[a])
+            # what is stored under a floating-point dtype must not be taken for numbers
+            weight[0] = weight[0].to(facts.dtype(canon.args[2]))
+            return quant_linear.reference(x, Quantized(*weight), bias)
+        if is_wrapped(n) and any(product(u) for u in n.users):
+            return None  # run at its user
         if canon is not None and canon.name == "grouped_mm":  # torch's takes no fp64
             return _grouped_mm(*fx.node.map_arg(canon.args[:3], lambda a: self.env[a]))
         return super().run_node(n)

@@ -18,6 +18,7 @@ from torch import fx
 
 from . import facts
 from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
+from .quantized import PARAMS, product
 from .whole import CONVENTIONS, bind, is_leaf
 
 
@@ -39,6 +40,7 @@ class Canon:
 _OPS: dict[Any, tuple[str, Spec]] = {}
 
 SPECS.update({c.name: Spec(c.params) for c in CONVENTIONS})
+SPECS["quantized_linear"] = Spec(PARAMS)
 
 
 def register(function: Callable[..., Any], name: str, spec: Spec) -> None:
@@ -58,6 +60,9 @@ def canonical(node: Any) -> Canon | None:
     if is_leaf(target):
         leaf = bind(target, args, kwargs)
         return None if leaf is None else Canon(*leaf)
+    quantized = product(node)
+    if quantized is not None:
+        return Canon("quantized_linear", *quantized)
     special = _SPECIAL.get(target)
     if special is not None:
         return special(node, args, kwargs)

@@ -7,6 +7,7 @@ the only place that reads it.
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -69,15 +70,31 @@ def shape_text(node: Any) -> str:
     return f"{kind.replace('bf16', 'bf16')}[{', '.join(str(s) for s in t.shape)}]"
 
 
-def nested(module: fx.GraphModule) -> list[fx.GraphModule]:
-    """``module`` and every graph inside it (checkpointed bodies and the like), outer first."""
-    found = [module]
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            inner = getattr(module, node.target, None) if "." not in node.target else None
-            if isinstance(inner, fx.GraphModule):
-                found.extend(nested(inner))
-    return found
+def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.GraphModule]:
+    """``module`` and every graph inside it (checkpointed bodies and the like), outer first.
+
+    What has left the outer graph or come into ``out``, before its turn comes, is not visited.
+    """
+    yield module
+    for node in list(module.graph.nodes):
+        inner = body(node)
+        if inner is not None and not node._erased and inner not in out:
+            yield from nested(inner, out)
+
+
+def bodies(graph: fx.Graph, names: Container[str]) -> set[fx.GraphModule]:
+    """The graphs that the nodes of these names stand for or are called with."""
+    nodes = (n for n in graph.nodes if n.name in names)
+    found = (body(part) for n in nodes for part in (n, *n.all_input_nodes))
+    return {b for b in found if b is not None}
+
+
+def body(node: Any) -> fx.GraphModule | None:
+    """The graph that a node stands for (of a checkpointed part, an autograd function), or None."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or "." in str(node.target):
+        return None
+    found = getattr(node.graph.owning_module, str(node.target), None)
+    return found if isinstance(found, fx.GraphModule) else None
 
 
 def home(node: fx.Node) -> str:
@@ -92,7 +109,7 @@ def home(node: fx.Node) -> str:
 
 def common_home(nodes: list[fx.Node]) -> str:
     """The innermost module path that holds all of ``nodes``."""
-    paths = [home(n).split(".") for n in nodes if n.op != "placeholder"]
+    paths = [home(n).split(".") for n in nodes if n.op not in ("placeholder", "get_attr")]
     if not paths:
         return ""
     shared = paths[0]

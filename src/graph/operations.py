@@ -85,6 +85,7 @@ SPECS: dict[str, Spec] = {
     "transpose": Spec(("x", "dim0", "dim1"), aliases=_X),
     "unsqueeze": Spec(("x", "dim"), aliases=_X),
     "contiguous": _UNARY,
+    "clone": Spec(("x", "memory_format"), (None,), aliases=_X),
     "dropout": Spec(("x", "p", "training", "inplace"), (0.5, True, False), aliases=_X),
     "torch_rms_norm": Spec(
         ("x", "shape", "weight", "eps"), (None, None), aliases=(*_X, ("normalized_shape", "shape"))
@@ -159,6 +160,7 @@ FUNCTIONS: dict[Any, str] = {
     torch.sort: "sort", operator.floordiv: "floordiv", torch.floor_divide: "floordiv",
     operator.ge: "ge", torch.ge: "ge", torch.clamp: "clamp", torch.masked_fill: "masked_fill",
     torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
+    torch.clone: "clone",
 }  # fmt: skip
 
 METHODS: dict[str, str] = {
@@ -186,6 +188,7 @@ METHODS: dict[str, str] = {
         "transpose",
         "unsqueeze",
         "contiguous",
+        "clone",
         "ge",
         "clamp",
         "masked_fill",

@@ -41,7 +41,7 @@ def reference(
 # ------------------------------------------------------------------------------------------- cpu
 
 
-def _sum_of_products(
+def sum_of_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
 ) -> Tensor:
     """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice."""
@@ -63,7 +63,7 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
     " -> Tensor"
 )
 LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "lora_sum_of_products", _sum_of_products, "CompositeExplicitAutograd"
+    "lora_sum_of_products", sum_of_products, "CompositeExplicitAutograd"
 )
 torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
 
@@ -74,7 +74,7 @@ def _adapted_product(
     """``x · weight + bias + left · right``, the second product in the accumulator of the first."""
     if use_triton(x, weight, left, right):
         base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        updated: Tensor = _rank_update(base, left, right)
+        updated: Tensor = rank_update(base, left, right)
         return updated
     result: Tensor = torch.ops.fusewright.lora_sum_of_products.default(x, weight, bias, left, right)
     return result
@@ -105,7 +105,7 @@ def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return base.new_empty(base.shape)
 
 
-_rank_update = library_op(
+rank_update = library_op(
     "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
     "lora_linear:rank_update",
     _rank_update_fake,
@@ -113,6 +113,23 @@ _rank_update = library_op(
 
 
 # -------------------------------------------------------------------------------------- autograd
+
+
+def factor_gradients(
+    wide: Tensor, t: Tensor | None, z: Tensor | None, h: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(dA, dB)`` from dY (N, out) in the adapter's dtype and ``t = scale·dY·B`` (N, r).
+
+    ``z`` (N, in) and ``h = scale·z·Aᵀ`` (N, r) are None where nobody wants dA, or dB.
+    """
+    da = db = None
+    if z is not None and t is not None:
+        da = torch.mm(z.to(t.dtype).t(), t).t()  # twice as fast as t.t() @ z on the CPU
+    if h is not None:
+        # which operand is transposed matters to the CPU libraries: measured for both dtypes
+        low = wide.dtype in (torch.bfloat16, torch.float16)
+        db = torch.mm(h.t(), wide).t() if low else torch.mm(wide.t(), h)
+    return da, db
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -158,7 +175,7 @@ class _LoraLinear(torch.autograd.Function):
         dy = grad
         # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
         wide = dy.to(lora_b.dtype) if w_a or w_b or w_x or w_z or w_lora_bias else dy
-        dx = dweight = dbias = da = db = dz = dlora_bias = t = None
+        dx = dweight = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
             t = torch.mm(wide, lora_b) * ctx.scale
         if w_x:
@@ -172,12 +189,7 @@ class _LoraLinear(torch.autograd.Function):
             dz = torch.mm(t.to(dtype), lora_a.to(dtype)).view(shape)
         if w_weight:
             dweight = torch.mm(dy.t(), rows)
-        if w_a and t is not None:
-            da = torch.mm(z.to(t.dtype).t(), t).t()  # twice as fast as t.t() @ z on the CPU
-        if w_b:
-            # which operand is transposed matters to the CPU libraries: measured for both dtypes
-            low = wide.dtype in (torch.bfloat16, torch.float16)
-            db = torch.mm(h.t(), wide).t() if low else torch.mm(wide.t(), h)
+        da, db = factor_gradients(wide, t, z, h)
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:

@@ -15,7 +15,7 @@ from torch import fx
 from ..graph import facts, traffic
 from ..graph.edit import is_inplace, modes, prune, switches_mode
 from ..report import Figures
-from .finding import Finding, missed
+from .finding import Finding, missed, outside
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
 
@@ -111,7 +111,8 @@ def apply(
         One finding per formula: rewritten, refused, missed or left.
     """
     findings: list[Finding] = []
-    for inner in facts.nested(module):
+    settled: set[fx.GraphModule] = set()  # parts of formulas that were found outside of them
+    for inner in facts.nested(module, settled):
         own: list[Finding] = []
         for rule in rules:
             own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
@@ -119,6 +120,7 @@ def apply(
         inner.graph.lint()
         inner.recompile()
         findings += own
+        settled |= facts.bodies(inner.graph, {name for f in own for name in f.claimed})
     return findings
 
 
@@ -159,6 +161,7 @@ def _apply_rule(
             )
             erased, made = _splice(graph, candidate)
             gone |= erased
+            findings = outside(findings, done)
             done.claimed |= made
             _absorb(rule, done, before, findings)
             findings.append(done)

@@ -61,6 +61,11 @@ def missed(graph: fx.Graph, rules: Sequence[Rule], own: list[Finding]) -> list[F
     return found
 
 
+def outside(findings: list[Finding], done: Finding) -> list[Finding]:
+    """Without the refusals of what ``done`` has rewritten, matched with a node more around it."""
+    return [f for f in findings if f.status == "rewritten" or not f.claimed & done.claimed]
+
+
 def _around(node: fx.Node, steps: int = 6) -> list[fx.Node]:
     """``node`` and what is computed from it within a few steps: the possible roots."""
     found, edge = [node], [node]

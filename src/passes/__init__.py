@@ -9,6 +9,7 @@ from .layer_norm import LayerNorm
 from .lora import LoRALinear
 from .loss import LinearCrossEntropy
 from .moe import MoEExperts
+from .quant import QuantLinear
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
 from .scan import ChunkedScan, SelectiveScan
@@ -19,6 +20,7 @@ PIPELINE: tuple[Rule, ...] = (
     RMSNorm(),
     Rope(),
     GLU(),
+    QuantLinear(),
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),

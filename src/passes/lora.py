@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
+from .quant import sample_weight
 
 
 class LoRALinear(Rule):
@@ -27,11 +29,16 @@ class LoRALinear(Rule):
     ) -> Iterable[Any]:  # fmt: skip
         """A dropped-out input stays a node of its own: random numbers are used as before.
 
+        So does the wider input of an adapter over a base that computes in fewer bits.
+
         GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
         """
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
         rows = p.addmm(bias, p.reshape(x, p.anything), columns)
-        base = p.either(p.linear(x, w, bias), p.reshape(rows, p.anything))
+        packed = p.maybe_cast(p.quant_linear(x, w, bias))  # which PEFT clones
+        base = p.either(
+            p.linear(x, w, bias), p.reshape(rows, p.anything), p.clone(packed, p.anything), packed
+        )
         plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
         dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
         for spelling, update in (("plain", plain), ("dropout", dropped)):
@@ -42,8 +49,10 @@ class LoRALinear(Rule):
         """One adapter, a constant scale, a result in x's dtype."""
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         weight = m.get("columns", m.get("w"))
+        packed = isinstance(weight, tuple)
         for name, matrix in (("the weight", weight), ("a", m.a), ("b", m.b)):
-            m.require(facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
+            known = packed and matrix is weight
+            m.require(known or facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
         rank = facts.size(m.a, 0)
         # only what goes in counts: a gate of one feature may have a wider adapter
         wide = facts.size(m.x, -1)
@@ -53,7 +62,9 @@ class LoRALinear(Rule):
         if x is None or result is None:
             m.require(False, "x is not a tensor")
             return
-        m.require(result.dtype == x.dtype, f"returns {result.dtype} from {x.dtype}", m.root)
+        same = result.dtype == x.dtype
+        wider = packed and torch.promote_types(result.dtype, x.dtype) is result.dtype
+        m.require(same or wider, f"returns {result.dtype} from {x.dtype}", m.root)
         x_lora = facts.tensor(m.get("x_lora"))
         if m.spelling == "dropout":
             m.require(
@@ -64,9 +75,22 @@ class LoRALinear(Rule):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
         weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
+        if isinstance(weight, tuple):
+            dtype = facts.dtype(m.root)
+            return ops.quant_lora_linear(
+                m.x, weight, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias,
+                None if dtype is facts.dtype(m.x) else dtype,
+            )  # fmt: skip
         return ops.lora_linear(
             m.x, weight, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias
         )
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Bytes and scales of a packed weight."""
+        weight = m.get("w")
+        return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A linear of another linear of low rank, scaled or not, that is added to something."""
@@ -108,6 +132,8 @@ def _more_adapters(root: fx.Node) -> bool:
             continue
         for arg in canon.args[:2]:
             scaled = canonical(arg)
+            if scaled is not None and scaled.name == "cast":
+                scaled = canonical(scaled.args[0])
             is_product = arg is not root and scaled is not None and scaled.name == "mul"
             if is_product and scaled and any(_is_update(side) for side in scaled.args):
                 return True

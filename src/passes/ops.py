@@ -15,6 +15,8 @@ from ..kernels import (
     linear_cross_entropy,
     lora_linear,
     moe_experts,
+    quant_linear,
+    quant_lora_linear,
     rms_norm,
     rms_norm_linear,
     rope,
@@ -31,6 +33,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "glu": glu.glu,
     "glu_packed": glu.glu_packed,
     "lora_linear": lora_linear.lora_linear,
+    "quant_linear": quant_linear.quant_linear,
+    "quant_lora_linear": quant_lora_linear.quant_lora_linear,
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
     "attention": attention.attention,
     "selective_scan": selective_scan.selective_scan,
@@ -58,6 +62,17 @@ register(
         (None, None),
     ),
 )
+register(TABLE["quant_linear"], "quant_linear", Spec(("x", "weight", "bias"), (None,)))
+register(
+    TABLE["quant_lora_linear"],
+    "quant_lora_linear",
+    Spec(
+        (
+            "x", "weight", "bias", "lora_a", "lora_b", "scale", "x_lora", "lora_bias", "dtype",
+        ),
+        (None, None, None),
+    ),
+)  # fmt: skip
 register(
     TABLE["linear_cross_entropy"],
     "linear_cross_entropy",

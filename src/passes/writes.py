@@ -18,8 +18,9 @@ from ..kernels.moe_experts import inverse_permutation
 def remove_writes(module: fx.GraphModule) -> int:
     """Turn some writes in place into values, exactly, so that patterns can see them.
 
-    ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort; and
-    ``y.add_(b)``, ``y.masked_fill_(mask, 0)``, ``y.clamp_(max=n)`` of a fresh y without views.
+    ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort;
+    ``y.add_(b)``, ``y.masked_fill_(mask, 0)``, ``y.clamp_(max=n)`` of a fresh y without views; and
+    what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
 
     Args:
         module: the captured graph; it and the graphs nested in it are changed in place.
@@ -30,7 +31,7 @@ def remove_writes(module: fx.GraphModule) -> int:
     gone = 0
     for inner in facts.nested(module):
         for node in list(inner.graph.nodes):
-            gone += _inverts(node) or _changes(node)
+            gone += _inverts(node) or _changes(node) or _scales(node) or _stays(node)
         inner.recompile()
     return gone
 
@@ -101,6 +102,50 @@ def _changes(node: fx.Node) -> bool:
         )
     graph.erase_node(node)
     prune(graph, [made])
+    return True
+
+
+def _scales(node: fx.Node) -> bool:
+    """Replace ``n.to(dtype).mul_(s)`` of integers n by ``n.to(dtype).mul(s).to(dtype)``.
+
+    Both multiply in the wider dtype of the two and round once.
+    """
+    y = node.args[0] if node.target == "mul_" and node.op == "call_method" else None
+    if not isinstance(y, fx.Node) or len(node.args) != 2 or set(y.users) != {node}:
+        return False
+    before, scale = facts.tensor(y), facts.tensor(node.args[1])
+    integers = facts.dtype(y.args[0]) if y.target == "to" and y.args else None
+    if before is None or scale is None or integers is None or integers.is_floating_point:
+        return False
+    if not (before.is_floating_point() and 0 < scale.dim() <= before.dim()):
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        product = graph.call_method("mul", node.args)
+        made = graph.call_method("to", (product, before.dtype))
+    product.meta.update({**node.meta, "example_value": before * scale})
+    made.meta.update(node.meta)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    graph.erase_node(node)
+    return True
+
+
+def _stays(node: fx.Node) -> bool:
+    """Remove ``w.set_(v)`` where w lies in the memory of v already, in the same way."""
+    if getattr(node.target, "__name__", "") != "set_" or len(node.args) != 2:
+        return False
+    w, v = (facts.tensor(a) for a in node.args)
+    if w is None or v is None or facts.memory(w) != facts.memory(v):
+        return False
+    same = w.shape == v.shape and w.stride() == v.stride() and w.dtype == v.dtype
+    counts = [u for u in node.users if "lower_version_count" in getattr(u.target, "__name__", "")]
+    if not same or w.storage_offset() != v.storage_offset() or len(counts) != len(node.users):
+        return False
+    for user in counts:
+        if user.users:
+            return False
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
     return True
 
 

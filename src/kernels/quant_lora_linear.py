@@ -1,0 +1,217 @@
+"""A LoRA adapter over a quantized linear layer (Dettmers et al., "QLoRA", 2023).
+
+``y = x·dequantize(W)ᵀ + b + scale·(z·Aᵀ)·Bᵀ``: the products of ``quant_linear`` with the adapter
+added in their accumulator, and the adapter's own part as in ``lora_linear``. Eager PEFT also
+clones the base layer's output, and casts input and update when the adapter is wider.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from . import quant_linear
+from .lora_linear import factor_gradients
+from .op import Cost, Op
+from .quant_linear import join, product, split
+from .quantized import Quantized
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """PEFT's layer, cast for cast: the base in x's dtype, the adapter in its own."""
+    result = quant_linear.reference(x, weight, bias)
+    result = result if dtype is None else result.to(torch.promote_types(dtype, x.dtype))
+    z = (x if x_lora is None else x_lora).to(lora_a.dtype)
+    adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
+    return (result + adapter).to(result.dtype)
+
+
+# -------------------------------------------------------------------------- cpu, triton, autograd
+
+
+class _QuantLoraLinear(torch.autograd.Function):
+    """One rule for every device; the products are ``quant_linear.product``'s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        x_lora: Tensor | None,
+        lora_bias: Tensor | None,
+        dtype: torch.dtype,
+        fixed: Any,
+        *tensors: Any,
+    ) -> Tensor:
+        """Run forward; keep z and ``z·Aᵀ`` only for the weight gradients that are wanted."""
+        rows = x.reshape(-1, x.shape[-1])
+        z = rows if x_lora is None else x_lora.reshape(-1, x_lora.shape[-1])
+        ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
+        if lora_bias is not None and dtype is x.dtype:
+            bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(dtype)
+        # the scale goes onto the narrow factor, where it costs nothing and serves dB too
+        h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
+        w = join(fixed, tensors)
+        y = product(rows, w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
+        if lora_bias is not None and dtype is not x.dtype:
+            y = y.add_(lora_bias * scale)
+        _, _, w_a, w_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(z if w_a else None, h if w_b else None, lora_a, lora_b, *tensors)
+        ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype)
+        ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
+        return y  # rows: a view made in here could not be written to in place by the model
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
+        z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
+        w_x, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
+        shape, dtype = ctx.like
+        own_input = ctx.z_like is not None
+        wide = dy.to(lora_b.dtype)
+        dx = dbias = dz = dlora_bias = t = None
+        if w_a or w_z or (w_x and not own_input):
+            t = torch.mm(wide, lora_b) * ctx.scale
+        if w_x:
+            left, right = (None, None) if own_input else (t, lora_a)
+            w, low = join(ctx.fixed, tuple(tensors)), dy.to(dtype)
+            dx = product(low, w, transposed=True, left=left, right=right).view(shape)
+        if w_z and t is not None:
+            z_shape, z_dtype = ctx.z_like
+            dz = torch.mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
+        da, db = factor_gradients(wide, t, z, h)
+        if w_bias:
+            dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
+        if w_lora_bias:
+            dlora_bias = wide.sum(0).mul_(ctx.scale).to(ctx.bias_dtypes[1])
+        return dx, dbias, da, db, None, dz, dlora_bias, None, None, *(None for _ in tensors)
+
+
+def quant_lora_linear(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``x·dequantize(W)ᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
+
+    W is frozen, and rounded to x's dtype. Gradients of the adapter are computed in its dtype.
+    Autocast casts the adapter's operands, as it does for linear layers, and leaves the base alone.
+    Backward may run more than once over a retained graph, but not be differentiated again.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), a ``Quantized`` or a tuple of its fields.
+        bias: (out,) in x's dtype, or None.
+        lora_a: (r, in).
+        lora_b: (out, r), in the dtype of ``lora_a``.
+        scale: what the adapter's output is multiplied by.
+        x_lora: (..., in), the adapter's own input (x before a cast, or after dropout), or None.
+        lora_bias: (out,), the bias of B, or None.
+        dtype: of the sum, at least as wide as x's; None is x's.
+
+    Returns:
+        (..., out), in ``dtype``.
+
+    Raises:
+        RuntimeError: the shapes do not fit, or x and ``bias`` differ in dtype.
+    """
+    w, device = Quantized(*weight), x.device.type
+    fixed, tensors = split(w)
+    adapter: list[Any] = [lora_a, lora_b, x_lora, lora_bias]
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        adapter = [t if t is None or t.dtype is torch.float64 else t.to(low) for t in adapter]
+        if x_lora is None and x.dtype is not low and x.dtype is not torch.float64:
+            adapter[2] = x.to(low)
+    out = torch.promote_types(dtype or x.dtype, x.dtype)
+    with torch.autocast(device, enabled=False):
+        rows: Tensor = _QuantLoraLinear.apply(  # type: ignore[no-untyped-call]
+            x, bias, *adapter[:2], scale, *adapter[2:], out, fixed, *tensors
+        )
+    return rows.view(*x.shape[:-1], w.shape[0])
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``quant_lora_linear``."""
+    base = quant_linear.cost(x, weight, bias)
+    z = x if x_lora is None else x_lora
+    rows, rank = x.numel() // x.shape[-1], lora_a.shape[0]
+    extra = [t for t in (lora_a, lora_b, x_lora, lora_bias) if t is not None]
+    width = torch.promote_types(dtype or x.dtype, x.dtype).itemsize
+    kept = z.nbytes if lora_a.requires_grad else 0
+    return Cost(
+        bytes_read=base.bytes_read + sum(t.nbytes for t in extra),
+        bytes_written=base.bytes_written // x.element_size() * width,
+        flops=base.flops + 2 * rows * (lora_a.numel() + lora_b.numel()),
+        bytes_saved=kept + lora_b.requires_grad * rows * rank * lora_a.element_size(),
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``quant_lora_linear``."""
+    reasons = quant_linear.unsupported(x, weight, bias)
+    w = Quantized(*weight)
+    if lora_a.dtype != lora_b.dtype:
+        reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
+    if lora_a.ndim != 2 or lora_b.ndim != 2:
+        reasons.append("A or B is not a matrix")
+    elif lora_a.shape != (lora_b.shape[1], w.shape[1]) or lora_b.shape[0] != w.shape[0]:
+        reasons.append(
+            f"the shapes do not chain: W {tuple(w.shape)}, A {tuple(lora_a.shape)}, "
+            f"B {tuple(lora_b.shape)}"
+        )
+    if dtype is not None and torch.promote_types(dtype, x.dtype) is not dtype:
+        reasons.append(f"the result would be {dtype}, narrower than the input's {x.dtype}")
+    return reasons
+
+
+OP = Op("quant_lora_linear", reference, quant_lora_linear, cost, unsupported)

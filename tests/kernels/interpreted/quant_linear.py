@@ -1,0 +1,89 @@
+"""The 4-bit kernels under the interpreter: against plain PyTorch, and inside both ops."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fusewright.budget import exceeded
+from fusewright.kernels import quant_linear, quant_lora_linear
+from fusewright.kernels.quantized import dequantize, dequantize_reference
+from fusewright.kernels.triton.quant_linear import few
+from tests.kernels.quantized_weights import random_weight
+from tests.kernels.util import assert_parity
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def check_dequantize() -> int:
+    """Bit for bit (but bf16): odd sizes, a last block that is cut off, more than one program."""
+    checks = 0
+    cases = itertools.product(
+        ((3, 7), (5, 64), (33, 70), (40, 192)), ("nf4", "fp4"), (64, 128), (False, True)
+    )
+    for shape, kind, blocksize, nested in cases:
+        w = random_weight(shape, kind, blocksize, nested)
+        for dtype in (F32, F16, BF16):
+            made, right = dequantize(w, dtype), dequantize_reference(w, dtype)
+            # the interpreter cuts bf16 off where a card rounds
+            slack = torch.finfo(BF16).eps if dtype is BF16 else 0.0
+            assert bool(((made - right).abs() <= slack * right.abs()).all()), (shape, kind, dtype)
+            checks += 1
+    stored = random_weight((8, 64), "nf4", 64, True)
+    as_half = stored._replace(packed=stored.packed.view(-1).view(F16).view(-1, 1))
+    assert torch.equal(dequantize(as_half, F32), dequantize_reference(stored, F32))
+    return checks + 1
+
+
+def check_few() -> int:
+    """The product for few rows: outputs and features beyond one tile, strides, biases."""
+    checks = 0
+    for (out, into), rows, dtype, nested in itertools.product(
+        ((9, 64), (70, 320)), (1, 5, 16), (F32, F16), (False, True)
+    ):
+        w, bias = random_weight((out, into), "nf4", 64, nested), torch.randn(out).to(dtype)
+        for x in (torch.randn(rows, into).to(dtype), torch.randn(into, rows).to(dtype).t()):
+            for b in (None, bias):
+                made = few(x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, b)
+                eager = quant_linear.reference(x, w, b)
+                exact = quant_linear.reference(x.double(), w, None if b is None else b.double())
+                problem = exceeded(made, eager, exact)
+                assert problem is None, (out, into, rows, dtype, problem)
+                checks += 1
+    return checks
+
+
+def check_ops() -> int:
+    """Forward and gradients through the ops, few rows and many, one dtype and two."""
+    checks = 0
+    for rows, shape, (dtype, adapter) in itertools.product(
+        (3, 40), ((24, 64), (31, 65)), ((F32, F32), (F16, F16), (F16, F32))
+    ):
+        w = random_weight(shape, "nf4", 64, True)
+        x = torch.randn(rows, shape[1]).to(dtype).requires_grad_()
+        bias = torch.randn(shape[0]).to(dtype).requires_grad_()
+        a = (torch.randn(4, shape[1]) / 8).to(adapter).requires_grad_()
+        b = torch.randn(shape[0], 4).to(adapter).requires_grad_()
+        assert_parity(
+            lambda x, bias, w=w: quant_linear.quant_linear(x, w, bias),
+            lambda x, bias, w=w: quant_linear.reference(x, w, bias),
+            x, bias,
+        )  # fmt: skip
+
+        assert_parity(
+            lambda x, bias, a, b, w=w: quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: quant_lora_linear.reference(x, w, bias, a, b, 2.0),
+            x, bias, a, b,
+        )  # fmt: skip
+        checks += 2
+    return checks
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"{check_dequantize() + check_few() + check_ops()} checks passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusewright.budget import exceeded
+from fusewright.kernels import quant_linear, quant_lora_linear
+from fusewright.kernels.quantized import Quantized, dequantize, dequantize_reference, scales
+
+from .quantized_weights import random_weight
+from .util import assert_parity
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+KINDS = [("nf4", 64, True), ("nf4", 128, False), ("fp4", 64, False), ("fp4", 32, True)]
+
+
+def _bitsandbytes(w: Tensor, kind: str, blocksize: int, nested: bool) -> tuple[Quantized, ...]:
+    """A weight as bitsandbytes quantizes it, and its own state."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    packed, state = bnb.functional.quantize_4bit(
+        w, blocksize=blocksize, quant_type=kind, compress_statistics=nested
+    )
+    size = (w.shape[0], w.shape[1])
+    if not nested:
+        return Quantized(packed, state.absmax, size, blocksize, kind), state
+    outer = (state.state2.absmax, size, blocksize, kind)
+    rest = (state.absmax, state.state2.code, state.offset)
+    return Quantized(packed, *outer, *rest), state
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("kind", "blocksize", "nested"), KINDS)
+@pytest.mark.parametrize("shape", [(24, 128), (33, 70), (5, 7), (16, 96)], ids=str)
+def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(shape, kind, blocksize, nested, dtype):
+    w, state = _bitsandbytes(torch.randn(shape).to(dtype), kind, blocksize, nested)
+    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.packed, state)
+    assert torch.equal(dequantize(w, dtype), theirs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("kind", "blocksize", "nested"), [*KINDS, ("nf4", 4096, True)])
+@pytest.mark.parametrize("shape", [(24, 128), (160, 1024), (5, 7)], ids=str)
+def test_plain_pytorch_gives_the_same_weight(shape, kind, blocksize, nested, dtype):
+    """Rows of whole blocks, or odd ones: for others bitsandbytes' CPU kernel errs (0.50)."""
+    w, state = _bitsandbytes(torch.randn(shape).to(dtype), kind, blocksize, nested)
+    theirs = pytest.importorskip("bitsandbytes").functional.dequantize_4bit(w.packed, state)
+    assert torch.equal(dequantize_reference(w, dtype), theirs)
+
+
+def test_the_reference_undoes_quantization_in_any_shape():
+    for shape in ((64, 96), (48, 32), (9, 70)):
+        w = torch.randn(shape)
+        packed, _ = _bitsandbytes(w, "nf4", 64, True)
+        assert (dequantize_reference(packed, F32) - w).norm() < 0.12 * w.norm()
+
+
+def test_storage_in_another_dtype_holds_the_same_bytes():
+    w = random_weight((8, 64), nested=True)
+    for dtype in (BF16, F32):
+        stored = w._replace(packed=w.packed.view(-1).view(dtype).view(-1, 1))
+        assert torch.equal(dequantize_reference(stored, F32), dequantize_reference(w, F32))
+    assert scales(w).shape == (8,)
+    assert w.nbytes() == 8 * 32 + 8 + 4 * (1 + 256 + 1)
+
+
+def _over(op: Callable[..., Tensor], w: Quantized, **kwargs: object) -> Callable[..., Tensor]:
+    """``op`` with the weight put in its place, and a scale after five operands."""
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        if len(rest) < 3:
+            return op(x, w, *rest)
+        return op(x, w, *rest[:3], 1.7, *rest[3:], **kwargs)
+
+    return call
+
+
+def _inputs(shape, w: Quantized, dtype, adapter=None, own=None, lora_bias=False) -> list[Tensor]:
+    """x, bias and, with an adapter, A, B, its own input and its bias."""
+    out, into = w.shape
+    made = [torch.randn(*shape, into).to(dtype), torch.randn(out).to(dtype)]
+    if adapter is not None:
+        made += [torch.randn(4, into) * into**-0.5, torch.randn(out, 4) * 0.3]
+        made[2:] = [t.to(adapter) for t in made[2:]]
+        made += [torch.randn(*shape, into).to(own)] if own else []
+        made += [torch.randn(out).to(adapter)] if lora_bias else []
+    return [t.requires_grad_() for t in made]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("kind", "blocksize", "nested"), [*KINDS, ("int8", 0, False)])
+@pytest.mark.parametrize(
+    ("rows", "size"), [((3, 17), (40, 128)), ((9,), (33, 70)), ((0, 2), (7, 64))]
+)
+def test_parity(rows, size, kind, blocksize, nested, dtype):
+    torch.manual_seed(0)
+    w = random_weight(size, kind, blocksize, nested)
+    x, bias = _inputs(rows, w, dtype)
+    if 0 in rows:
+        assert quant_linear.quant_linear(x, w, bias).shape == (*rows, size[0])
+        return
+    for inputs in ((x, bias), (x,)):
+        assert_parity(
+            _over(quant_linear.quant_linear, w), _over(quant_linear.reference, w), *inputs
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)], ids=str
+)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_parity_with_an_adapter(dtype, adapter, own, lora_bias, wide):
+    torch.manual_seed(0)
+    w = random_weight((31, 64), nested=True)
+    inputs = _inputs((2, 33), w, dtype, adapter, F32 if wide else adapter, lora_bias)
+    if not own:
+        del inputs[4]
+
+    def over(op):
+        def call(x, bias, a, b, *rest):
+            rest = list(rest)
+            z = rest.pop(0) if own else None
+            return op(x, w, bias, a, b, 2.0, z, *(rest or [None]), F32 if wide else None)
+
+        return call
+
+    assert_parity(
+        over(quant_lora_linear.quant_lora_linear), over(quant_lora_linear.reference), *inputs
+    )
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False), ("int8", False)])
+def test_gradcheck(kind, nested):
+    torch.manual_seed(0)
+    w = random_weight((5, 12), kind, 32, nested)
+    inputs = _inputs((2, 3), w, F64, F64, F64, True)
+    assert torch.autograd.gradcheck(_over(quant_linear.quant_linear, w), inputs[:2])
+    assert torch.autograd.gradcheck(_over(quant_lora_linear.quant_lora_linear, w), inputs)
+    assert torch.autograd.gradcheck(_over(quant_lora_linear.quant_lora_linear, w), inputs[:4])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("kind", "blocksize", "nested"), KINDS[:3])
+def test_like_the_layer_of_bitsandbytes(dtype, kind, blocksize, nested):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    w, state = _bitsandbytes(torch.randn(40, 128).to(dtype), kind, blocksize, nested)
+    x, bias = _inputs((2, 9), w, dtype)
+    upstream = torch.randn(2, 9, 40).to(dtype)
+    theirs = bnb.matmul_4bit(x, w.packed, bias=bias, quant_state=state)
+    mine = quant_linear.quant_linear(x, w, bias)
+    grads = [torch.autograd.grad(y, (x, bias), upstream) for y in (mine, theirs)]
+    wide = [t.detach().double().requires_grad_() for t in (x, bias)]
+    exact = quant_linear.reference(wide[0], w, wide[1])
+    grads.append(torch.autograd.grad(exact, wide, upstream.double()))
+    for triple in ((mine, theirs, exact), *zip(*grads, strict=True)):
+        assert exceeded(*triple) is None
+
+
+def test_nothing_of_the_size_of_the_weight_is_kept():
+    w = random_weight((96, 128), nested=True)
+    x, bias, a, b = _inputs((4, 8), w, BF16, F32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        quant_linear.quant_linear(x, w, bias)
+        quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0)
+    floats = [t for t in kept if t.is_floating_point()]
+    assert max(t.numel() for t in floats) == x.numel() < 96 * 128
+
+
+def test_only_wanted_gradients_are_computed(monkeypatch):
+    w = random_weight((12, 64))
+    x, bias, a, b = _inputs((6,), w, F32, F32)
+    calls: list[bool] = []
+    product = quant_linear.product
+    for module in (quant_linear, quant_lora_linear):
+        monkeypatch.setattr(
+            module, "product", lambda *args, **kw: calls.append(True) or product(*args, **kw)
+        )
+    x.requires_grad_(False)
+    out = quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0)
+    torch.autograd.grad(out, (a, b, bias), torch.ones_like(out))
+    assert len(calls) == 1  # no dX, no second copy of the weight
+
+
+def test_differentiating_backward_is_refused():
+    w = random_weight((12, 64))
+    x, bias = _inputs((6,), w, F32)
+    loss = quant_linear.quant_linear(x, w, bias).square().sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_strided_inputs_and_gradients():
+    w = random_weight((12, 64))
+    x = torch.randn(64, 6, 3).permute(2, 1, 0).requires_grad_()
+    mine, theirs = quant_linear.quant_linear(x, w), quant_linear.reference(x, w)
+    for make in (lambda y: y.sum(), lambda y: y.transpose(0, 1)[1].mean()):
+        grads = [torch.autograd.grad(make(y), x, retain_graph=True)[0] for y in (mine, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_casts_the_adapter_and_not_the_base():
+    w = random_weight((12, 64))
+    x, _, a, b = _inputs((6,), w, BF16, F32)
+    with torch.autocast("cpu", BF16):
+        assert quant_linear.quant_linear(x.float(), w).dtype is F32
+        mine = quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0)
+    exact = quant_lora_linear.reference(x.double(), w, None, a.double(), b.double(), 2.0)
+    with torch.autocast("cpu", BF16):
+        theirs = quant_lora_linear.reference(x, w, None, a, b, 2.0)
+    assert exceeded(mine, theirs, exact) is None
+    assert [g.dtype for g in torch.autograd.grad(mine.sum(), (a, b))] == [F32, F32]
+
+
+def test_inductor_traces_the_ops_and_keeps_no_copy():
+    w = random_weight((96, 64), nested=True)
+    x, _, a, b = _inputs((3, 5), w, BF16, F32)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
+    def compiled(x: Tensor) -> Tensor:
+        y = quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0)
+        return torch.sin(y)
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = compiled(x)
+    eager = torch.sin(quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0))
+    upstream = torch.randn_like(y)
+    assert not any(t.is_floating_point() and t.numel() == 96 * 64 for t in kept)
+    pairs = zip(
+        (y, *torch.autograd.grad(y, (x, a, b), upstream)),
+        (eager, *torch.autograd.grad(eager, (x, a, b), upstream)),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert (mine - theirs).norm() / theirs.norm() < torch.finfo(BF16).eps
+
+
+def test_reasons_and_cost():
+    w = random_weight((12, 64), nested=True)
+    x, bias, a, b = _inputs((6,), w, BF16, F32)
+    reasons = quant_linear.unsupported
+    assert reasons(x, w, bias) == []
+    assert "features" in reasons(x[:, :32], w)[0]
+    assert "the bias is" in reasons(x, w, bias.float())[0]
+    assert "too few" in reasons(x, w._replace(packed=w.packed[:5]))[0]
+    assert "of kind int3" in reasons(x, w._replace(kind="int3"))[0]
+    assert "not complete" in reasons(x, w._replace(absmax_offset=None))[0]
+    assert "several devices" in reasons(x.to("meta"), w)[0]
+    assert quant_lora_linear.unsupported(x, w, bias, a, b, 2.0) == []
+    assert "do not chain" in quant_lora_linear.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
+    assert "narrower" in quant_lora_linear.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]
+    cost = quant_lora_linear.cost(x, w, bias, a, b, 2.0)
+    assert cost.flops == 2 * 6 * (12 * 64 + 4 * 64 + 12 * 4)
+    assert cost.bytes_written == 6 * 12 * 2
+    assert cost.bytes_saved == 6 * 64 * 2 + 6 * 4 * 4
