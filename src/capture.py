@@ -23,8 +23,8 @@ from .graph.show import dump, source
 from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
-from .memory.plans import planned
 from .memory.planner import Planner
+from .memory.plans import planned
 from .options import Environment, Options
 from .passes.cleanup import remove_noops
 from .passes.lazy import defer_logits

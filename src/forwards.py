@@ -54,7 +54,7 @@ def block_forward(
         if kind == "block" and torch.is_grad_enabled():
             session.planner.begin(self)
 
-        def variant() -> Callable[..., Any]:
+        def variant() -> Any:
             return compiled(session.planner.level(self) if kind == "block" else None)
 
         def as_it_was() -> Any:
@@ -148,6 +148,7 @@ def head_forward(
             mark_dynamic(kwargs.values(), (labels.shape[0], labels.shape[1]))
         # each set of arguments has its own graphs: a guard on one that is not there cannot fail
         given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
+
         def captured() -> Any:
             session.head_active = True
             try:

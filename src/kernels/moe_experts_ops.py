@@ -216,8 +216,8 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
 def segment_sum(rows: Tensor, offsets: Tensor) -> Tensor:
     """The sum (E, N) of each expert's rows (S, N), at least in fp32.
 
-    On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in fp32 the
-    error would grow with the rows.
+    On the CPU ``index_add`` adds one row after the other, where a plain sum goes by pairs: in fp32
+    the error would grow with the rows.
     """
     on_cpu = rows.device.type == "cpu"
     wide = torch.float64 if on_cpu else torch.promote_types(rows.dtype, torch.float32)

@@ -43,8 +43,8 @@ class Meter:
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             return free + torch.cuda.memory_reserved(self.device)
-        free = _available()
-        return None if free is None else free + self.used()
+        available = _available()
+        return None if available is None else available + self.used()
 
 
 def _status(field: str) -> int | None:

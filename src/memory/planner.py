@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from ..errors import OptimizeError
-from ..passes.memory import LEVELS, Level
 from ..memory_budget import GB, Budget, gigabytes
+from ..passes.memory import LEVELS, Level
 from .meter import Meter
 from .usage import Usage
 
@@ -25,7 +25,7 @@ Usages = dict[Level, Usage]
 """What a block takes, at each level."""
 
 TOLERANCE = 0.1
-"""By how much of itself a measured peak may differ from the prediction before a new plan is made."""
+"""By how much of itself a measured peak may be off the prediction before a new plan is made."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,15 @@ class Planner:
             )
             return
         self.levels.clear()
-        s = self._setting
-        raise OptimizeError(
-            f"memory={self.budget.text!r} is too small for any plan: with everything computed again "
-            f"that can be, a training step of this batch needs {gigabytes(self.predicted)} "
-            f"({gigabytes(s.base)} in use before it, {gigabytes(s.training)} for gradients, optimizer "
-            f"and compilation). The smallest budget that fits is memory={_round_up(self.predicted)!r}; "
-            "or use fewer tokens per batch."
+        raise OptimizeError(self._too_small(self._setting, self.predicted))
+
+    def _too_small(self, s: Setting, needed: int) -> str:
+        return (
+            f"memory={self.budget.text!r} is too small for any plan: with everything computed "
+            f"again that can be, a training step of this batch needs {gigabytes(needed)} "
+            f"({gigabytes(s.base)} in use before it, {gigabytes(s.training)} for gradients, "
+            f"optimizer and compilation). The smallest budget that fits is "
+            f"memory={_round_up(needed)!r}; or use fewer tokens per batch."
         )
 
     def begin(self, module: nn.Module) -> None:
@@ -212,7 +214,8 @@ class Planner:
                 self._replan(self.measured)
 
     def _replan(self, measured: int) -> None:
-        assert self.predicted is not None and self._setting is not None
+        assert self.predicted is not None
+        assert self._setting is not None
         off = measured - self.predicted
         if abs(off) <= TOLERANCE * measured or self._setting.budget is None:
             return
@@ -224,12 +227,12 @@ class Planner:
         except OptimizeError:  # the step has just run: better over the budget than not at all
             self.levels.update({b: LEVELS[-1] for b in self.blocks})
         self.notes.append(
-            f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were predicted: "
-            + ("planned again" if dict(self.levels) != before else "the plan stays")
+            f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were "
+            + f"predicted: {'planned again' if dict(self.levels) != before else 'the plan stays'}"
         )
 
     def may_retry(self) -> bool:
-        """Whether an out-of-memory error now would lead to a leaner plan: in the first step only."""
+        """Whether an out-of-memory error now makes the plan leaner: in the first step only."""
         return self.budget.mode == "auto" and not self._ended
 
     def leaner(self) -> bool:
@@ -241,13 +244,12 @@ class Planner:
             return False
         for block, level in list(self.levels.items()):
             self.levels[block] = LEVELS[min(LEVELS.index(level) + 1, len(LEVELS) - 1)]
-        self.notes.append("out of memory in the first step: every block keeps less, step repeated")
+        self.notes.append("out of memory in the first step: every block keeps less")
         return True
 
     def describe(self) -> str:
         """One line for the report; empty while there is no plan."""
-        levels = dict(self.levels) or {b: self.level(b) for b in self.blocks}
-        counts = Counter(levels.values())
+        counts = Counter(self.levels.values() or [v for b in self.blocks if (v := self.level(b))])
         parts = [f"{counts[v]} blocks keep {_MEANING[v]}" for v in LEVELS if counts[v]]
         line = f"{self.budget.text}: {', '.join(parts) or 'nothing is planned yet'}"
         if self.predicted is not None:
@@ -261,5 +263,3 @@ _MEANING = {"all": "all that their ops keep", "products": "matrix products", "in
 
 def _round_up(size: int) -> str:
     return f"{-(-size * 10 // GB) / 10:.1f}GB"
-
-

@@ -52,13 +52,11 @@ class Living(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-25: torch is not typed here
         self.flops = self.bytes = self.most = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what is new in its result."""
         out = func(*args, **(kwargs or {}))
         self.flops += operations(func, args, kwargs or {}, out)
@@ -84,9 +82,7 @@ class Living(TorchDispatchMode):
         self.bytes -= size
 
 
-def predict(
-    run: Callable[..., Any], examples: Sequence[Any], size: Callable[[Any], Any]
-) -> Usage:
+def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[Any], Any]) -> Usage:
     """Predict what ``run`` takes in forward and backward.
 
     Args:

@@ -1,7 +1,7 @@
-"""What a block keeps for backward: everything that its ops keep, the matrix products, or its input.
+"""What a block keeps for backward: all that its ops keep, the matrix products, or its input.
 
-A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training deep
-nets with sublinear memory cost", 2016), which computes again in backward what it did not keep. The
+A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training
+deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep. The
 graph says so in PyTorch's own terms, so that eager mode, AOTAutograd and Inductor all know it.
 """
 
@@ -57,9 +57,7 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
         {"use_reentrant": False, "preserve_rng_state": _draws_numbers(module)},
     )
     outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
-    taken = [
-        graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))
-    ]
+    taken = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
     graph.output(tuple(taken))
     return fx.GraphModule({"body": module}, graph)
 
@@ -99,7 +97,7 @@ def is_product(op: Any) -> bool:
     if schema is None:  # a higher-order operation
         return False
     namespace, name = schema.name.split("::")
-    return name.startswith(_PRODUCTS.get(namespace, ("\0",)))
+    return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
 
 
 def unwrap(module: fx.GraphModule) -> bool:

@@ -162,9 +162,7 @@ class Run:
         if recipe.optimize:
             from ..pipeline import optimize
 
-            optimize(
-                model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict
-            )
+            optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
         if validation:
             self._say(f"validating on {self.result.data['validation_samples']} rows")
             with self._timed("validation before"):

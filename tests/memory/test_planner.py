@@ -18,7 +18,7 @@ MB = 10**6
 
 
 def _usages(all_: int, products: int, lean: int, flops: int = 100) -> Usages:
-    """A block's bytes at each level; what is computed again is the rest, and two thirds of FLOPs."""
+    """A block's bytes at each level; at the leanest, forward is computed again."""
     sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean}
     work: dict[Level, int] = {"all": 3 * flops, "products": 3 * flops, "input": 4 * flops}
     return {v: Usage(sizes[v], all_, all_ + 10, 0, work[v]) for v in LEVELS}
@@ -78,14 +78,18 @@ def test_a_plan_within_the_budget_is_within_the_budget() -> None:
 
 
 def test_checkpoints_of_the_users_are_respected() -> None:
-    assert choose([_usages(100, 60, 10)] * 2, _setting(None, fastest="products")) == ["products"] * 2
+    assert (
+        choose([_usages(100, 60, 10)] * 2, _setting(None, fastest="products")) == ["products"] * 2
+    )
 
 
 def test_too_small_a_budget_names_one_that_is_enough() -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(4)]
     usages = _usages(300 * MB, 200 * MB, 20 * MB)
     setting = Setting(GB, 0, 0, int(0.5 * GB))
-    with pytest.raises(OptimizeError, match=r"memory='0\.5GB' is too small.*memory='(\d\.\d)GB'") as e:
+    with pytest.raises(
+        OptimizeError, match=r"memory='0\.5GB' is too small.*memory='(\d\.\d)GB'"
+    ) as e:
         _planner("0.5GB", blocks).plan(blocks[0], usages, setting)
     enough = Budget.parse(str(e.value).rpartition("memory='")[2].split("'")[0])
     assert enough.bytes is not None

@@ -44,7 +44,7 @@ def _force(model: Any, level: Level) -> Planner:
 
 
 class _Held:
-    """What autograd keeps in place of a tensor: so that Python sees the tensor, as long as it is."""
+    """What autograd keeps in place of a tensor, so that Python sees the tensor as long as it is."""
 
     def __init__(self, t: Tensor) -> None:
         self.tensor = t.detach()
