@@ -59,7 +59,7 @@ class LoRALinear(Rule):
             m.require(
                 x_lora is not None and x_lora.shape == x.shape, "the adapter reads another input"
             )
-        m.require(not _more_adapters(m.root), "several adapters are active on one linear", m.root)
+        m.require(not _more_adapters(m.root), _SEVERAL, m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
@@ -71,8 +71,13 @@ class LoRALinear(Rule):
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A linear of another linear of low rank, scaled or not, that is added to something."""
         for node in graph.nodes:
-            if _is_update(node) and _is_added(node):
-                yield node, "a low-rank update of a projection"
+            total = _sum_of(node) if _is_update(node) else None
+            if total is not None:
+                more = _is_adapted(total)
+                yield node, _SEVERAL if more else "a low-rank update of a projection"
+
+
+_SEVERAL = "several adapters are active on one linear"
 
 
 def _is_update(node: Any) -> bool:
@@ -89,26 +94,37 @@ def _is_update(node: Any) -> bool:
     return rank is not None and rank * 2 <= min(into or 0, out or 0)
 
 
-def _is_added(node: fx.Node) -> bool:
-    """Whether ``node``, or a multiple of it, is one side of a sum."""
+def _sum_of(node: fx.Node) -> fx.Node | None:
+    """The sum of which ``node``, or a multiple of it, is one side."""
     for user in node.users:
         canon = canonical(user)
-        if canon is not None and canon.name in ("mul", "cast") and _is_added(user):
-            return True
-        if canon is not None and canon.name == "add":
-            return True
-    return False
+        if canon is None:
+            continue
+        found = _sum_of(user) if canon.name in ("mul", "cast") else None
+        found = user if canon.name == "add" else found
+        if found is not None:
+            return found
+    return None
 
 
 def _more_adapters(root: fx.Node) -> bool:
     """Whether the sum goes into another sum with a scaled low-rank update."""
-    for user in root.users:
-        canon = canonical(user)
-        if canon is None or canon.name != "add":
-            continue
-        for arg in canon.args[:2]:
-            scaled = canonical(arg)
-            is_product = arg is not root and scaled is not None and scaled.name == "mul"
-            if is_product and scaled and any(_is_update(side) for side in scaled.args):
-                return True
-    return False
+    sums = [u for u in root.users if (c := canonical(u)) is not None and c.name == "add"]
+    return any(_is_scaled_update(side) for s in sums for side in _sides(s) if side is not root)
+
+
+def _is_adapted(total: fx.Node) -> bool:
+    """Whether one side of the sum is itself a sum with a scaled low-rank update."""
+    inner = [side for side in _sides(total) if _sides(side)]
+    return any(_is_scaled_update(side) for s in inner for side in _sides(s))
+
+
+def _sides(node: Any) -> tuple[Any, ...]:
+    """Both sides of a sum; none of what is no sum."""
+    canon = canonical(node)
+    return canon.args[:2] if canon is not None and canon.name == "add" else ()
+
+
+def _is_scaled_update(node: Any) -> bool:
+    canon = canonical(node)
+    return canon is not None and canon.name == "mul" and any(_is_update(a) for a in canon.args)

@@ -89,9 +89,14 @@ def _assert_equal_steps(pair: Pair, batches: list[tuple[Tensor, ...]], **more: o
     ours, eager, unit_of = defaultdict(list), defaultdict(list), {}
     for draw, steps in enumerate(batches):
         with _other_weights(pair, draw):
-            loss, grads = _step(pair.ours, *steps, **more)
-            eager_loss, eager_grads = _step(pair.eager, *steps, **more)
-            exact_loss, exact_grads = _exact_step(pair.exact, *steps, **more)
+            (loss, grads), (eager_loss, eager_grads), (exact_loss, exact_grads) = (
+                _seeded(draw, step, model, *steps, **more)
+                for step, model in (
+                    (_step, pair.ours),
+                    (_step, pair.eager),
+                    (_exact_step, pair.exact),
+                )
+            )
         assert grads.keys() == eager_grads.keys()
         for name, mine, theirs, exact in (
             ("loss", loss, eager_loss, exact_loss),
@@ -104,6 +109,12 @@ def _assert_equal_steps(pair: Pair, batches: list[tuple[Tensor, ...]], **more: o
     for name in ours:
         mine, theirs = _rms(ours[name]), _rms(eager[name])
         assert mine <= FACTOR * theirs + unit_of[name], f"{name}: {mine:.2e}, eager {theirs:.2e}"
+
+
+def _seeded(seed: int, step: Any, *args: Any, **more: object) -> Any:
+    """``step`` with the random numbers of ``seed``: the same dropout for all three models."""
+    torch.manual_seed(seed)
+    return step(*args, **more)
 
 
 @contextmanager
