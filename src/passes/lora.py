@@ -20,6 +20,7 @@ class LoRALinear(Rule):
     """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A."""
 
     name = op = "lora_linear"
+    inner_may_stay = True  # the cast of x that the adapters of one input share
 
     def patterns(
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
@@ -39,7 +40,16 @@ class LoRALinear(Rule):
             yield spelling, p.maybe_cast(total)
 
     def check(self, m: Match) -> None:
-        """One adapter, a constant scale, a result in x's dtype."""
+        """One adapter, a constant scale, a result in x's dtype, nothing else used outside."""
+        for node in m.nodes:
+            strangers = [u for u in node.users if u not in m.nodes]
+            shared = node is m.root or not strangers or _is_cast_of(node, m.x)
+            m.require(
+                shared,
+                f"{node.name} inside the formula is also used by "
+                f"{strangers[0].name if strangers else ''}",
+                node,
+            )
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         weight = m.get("columns", m.get("w"))
         for name, matrix in (("the weight", weight), ("a", m.a), ("b", m.b)):
@@ -78,6 +88,11 @@ class LoRALinear(Rule):
 
 
 _SEVERAL = "several adapters are active on one linear"
+
+
+def _is_cast_of(node: fx.Node, x: Any) -> bool:
+    canon = canonical(node)
+    return canon is not None and canon.name == "cast" and canon.args[0] is x
 
 
 def _is_update(node: Any) -> bool:

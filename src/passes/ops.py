@@ -14,7 +14,9 @@ from ..kernels import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    mlp_block,
     moe_experts,
+    qkv_block,
     rms_norm,
     rms_norm_linear,
     rope,
@@ -31,6 +33,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "glu": glu.glu,
     "glu_packed": glu.glu_packed,
     "lora_linear": lora_linear.lora_linear,
+    "mlp_block": mlp_block.mlp_block,
+    "qkv_block": qkv_block.qkv_block,
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
     "attention": attention.attention,
     "selective_scan": selective_scan.selective_scan,
@@ -50,6 +54,8 @@ register(
     TABLE["rope"], "rope",
     Spec(("tensors", "cos", "sin", "rotary_dim", "layout", "inverse"), ("halves", False)),
 )  # fmt: skip
+register(TABLE["glu"], "glu", Spec(("gate", "up", "activation")))
+register(TABLE["glu_packed"], "glu_packed", Spec(("x", "activation", "gate_first"), (True,)))
 register(
     TABLE["lora_linear"],
     "lora_linear",
