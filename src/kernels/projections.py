@@ -154,9 +154,9 @@ def _joined(parts: Sequence[Any], dim: int) -> Tensor:
 
 
 def narrow(x: Tensor, layers: Sequence[Linear]) -> list[Tensor | None]:
-    """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: all of them as one matmul."""
+    """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
     found: list[Tensor | None] = [None] * len(layers)
-    for group in _by_dtype([layer.lora_a for layer in layers]):
+    for group in _together([layer.lora_a for layer in layers]):
         stacked = _joined([layers[i].lora_a for i in group], 0)
         product = torch.mm(x.to(stacked.dtype), stacked.t())
         widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
@@ -164,6 +164,19 @@ def narrow(x: Tensor, layers: Sequence[Linear]) -> list[Tensor | None]:
         for i, part in zip(group, product.split(widths, 1), strict=True):
             found[i] = part * layers[i].scale
     return found
+
+
+_SHORT = 256
+"""Features below which fp32 products stay apart: MKL sums a few short rows more exactly."""
+
+
+def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
+    """Which A's are one product: those of one dtype."""
+    apart = any(
+        a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT for a in matrices
+    )
+    groups = _by_dtype(matrices)
+    return [[i] for group in groups for i in group] if apart else groups
 
 
 def widen(x: Tensor, layer: Linear, h: Tensor | None) -> Tensor:
