@@ -137,6 +137,27 @@ def _quant_lora_linear(m: Maker) -> Case:
     return Case((*case.args, None, a, b, 2.0), (*case.parameters, a, b))
 
 
+def _adapted(m: Maker, *sizes: tuple[int, int]) -> Case:
+    """Linears of (out, in) with adapters, as the blocks take them."""
+    weights = [m.weight(*s) for s in sizes]
+    lora_as = [m.weight(m.shape.rank, inner, trained=True) for _, inner in sizes]
+    lora_bs = [m.weight(out, m.shape.rank, trained=True) for out, _ in sizes]
+    x, none = m.activation(m.sizes.hidden), [None] * len(sizes)
+    lists = (weights, none, lora_as, lora_bs, [2.0] * len(sizes), none)
+    return Case((x, *lists), (*weights, *lora_as, *lora_bs))
+
+
+def _mlp_block(m: Maker) -> Case:
+    hidden, ffn = m.sizes.hidden, m.sizes.ffn
+    case = _adapted(m, (ffn, hidden), (ffn, hidden), (hidden, ffn))
+    return Case((*case.args, "silu"), case.parameters)
+
+
+def _qkv_block(m: Maker) -> Case:
+    heads, dim = (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads), m.sizes.head_dim
+    return _adapted(m, *((n * dim, m.sizes.hidden) for n in heads))
+
+
 def _linear_cross_entropy(m: Maker) -> Case:
     x = m.activation(m.sizes.hidden)
     weight = m.weight(m.sizes.vocab, m.sizes.hidden)
@@ -189,6 +210,8 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "lora_linear": _lora_linear,
     "quant_linear": _quant_linear,
     "quant_lora_linear": _quant_lora_linear,
+    "mlp_block": _mlp_block,
+    "qkv_block": _qkv_block,
     "linear_cross_entropy": _linear_cross_entropy,
     "attention": _attention,
     "selective_scan": _selective_scan,

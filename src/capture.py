@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -250,8 +251,15 @@ _DYNAMO = os.path.dirname(torch._dynamo.__file__)
 
 
 def _first_line(error: Exception) -> str:
+    """What an error says first, and the two innermost places of the user's code it points to."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+    places = re.findall(r'File "([^"]+)", line (\d+)', str(error))[-2:]
+    where = " < ".join(
+        f"{'/'.join(path.replace(os.sep, '/').split('/')[-2:])}:{line}"
+        for path, line in places[::-1]
+    )
+    text = f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+    return f"{text} (at {where})" if where else text
 
 
 _frames = itertools.count(1)

@@ -166,9 +166,10 @@ def _run(
     if not wanted or not live:
         return Outcome(([o.detach() for o in outputs], [None] * len(wanted)), 0)
     generator = torch.Generator().manual_seed(seed + 1)
+    # drawn for every output: original and rewrite may differ in which of them have a gradient
+    drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     upstream = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
-        for o in live
+        u.to(o.device, o.dtype) for o, u in zip(outputs, drawn, strict=True) if o.requires_grad
     ]
     grads = torch.autograd.grad(live, wanted, upstream, allow_unused=True)
     return Outcome(([o.detach() for o in outputs], list(grads)), sum(kept.values()))

@@ -63,7 +63,7 @@ def weightless(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_configuration_without_weights(weightless: str) -> None:
     said = explained(weightless, "--fp32")
     assert "RANDOM weights, 2 of 9 layers; float32 on" in said
-    assert "fusewright: 14 rewrites in 4 regions" in said
+    assert "fusewright: 16 rewrites in 4 regions" in said
     assert "# graph" not in said
 
 

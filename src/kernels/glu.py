@@ -41,11 +41,11 @@ def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def glu_packed_reference(gate_up: Tensor, activation: str, gate_first: bool = True) -> Tensor:
     """``glu_reference`` of the two halves of the last dimension of ``gate_up``."""
-    gate, up = _halves(gate_up, gate_first)
+    gate, up = halves(gate_up, gate_first)
     return ACTIVATIONS[activation](gate) * up
 
 
-def _halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+def halves(packed: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
     """The gate and up views of a packed tensor (..., 2F)."""
     first, second = packed.chunk(2, -1)
     return (first, second) if gate_first else (second, first)
@@ -102,12 +102,12 @@ def _backward(
 
 def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
     """The gradient (..., 2F) of the packed tensor."""
-    gate, up = _halves(gate_up, gate_first)
+    gate, up = halves(gate_up, gate_first)
     if not _plain(grad):
-        halves = _backward(grad, gate, up, activation, True, True)
-        return torch.cat(halves if gate_first else halves[::-1], -1)
+        parts = _backward(grad, gate, up, activation, True, True)
+        return torch.cat(parts if gate_first else parts[::-1], -1)
     packed = torch.empty_like(gate_up)
-    grad_gate, grad_up = _halves(packed, gate_first)
+    grad_gate, grad_up = halves(packed, gate_first)
     torch.mul(grad, up, out=grad_gate)
     _gate_gradient_(grad_gate, gate, activation)
     torch.mul(grad, ACTIVATIONS[activation](gate), out=grad_up)
@@ -151,21 +151,57 @@ _triton_packed_backward = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up`` by the implementation for these tensors, without a gradient."""
+    out: Tensor = (_triton_forward if use_triton(gate, up) else _forward)(gate, up, activation)
+    return out
+
+
+def backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
+) -> list[Tensor]:
+    """The needed ones of (d gate, d up)."""
+    run = _triton_backward if use_triton(gate, up) else _backward
+    return list(run(grad, gate, up, activation, need_gate, need_up))
+
+
+def recomputed(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """``forward`` in a backward pass: the output, and what ``recomputed_backward_`` can use."""
+    if use_triton(gate, up):
+        return forward(gate, up, activation), None
+    act = ACTIVATIONS[activation](gate)
+    return act * up, act
+
+
+def recomputed_backward_(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, act: Tensor | None
+) -> list[Tensor]:
+    """(d gate, d up); ``grad`` and ``act`` must be the caller's own, and are written over."""
+    if act is None:
+        return backward(grad, gate, up, activation, True, True)
+    d_up = act.mul_(grad)
+    return [_gate_gradient_(grad.mul_(up), gate, activation), d_up]
+
+
+def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
+    """The gradient (..., 2F) of the packed tensor."""
+    run = _triton_packed_backward if use_triton(gate_up) else _packed_backward
+    packed: Tensor = run(grad, gate_up, activation, gate_first)
+    return packed
+
+
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        run = _triton_forward if use_triton(gate, up) else _forward
-        out: Tensor = run(gate, up, activation)
-        return out
+        return forward(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         need_gate, need_up, _ = ctx.needs_input_grad
-        run = _triton_backward if use_triton(gate, up) else _backward
-        grads = list(run(grad, gate, up, ctx.activation, need_gate, need_up))
+        grads = backward(grad, gate, up, ctx.activation, need_gate, need_up)
         grad_gate = grads.pop(0) if need_gate else None
         return grad_gate, grads.pop(0) if need_up else None, None
 
@@ -175,16 +211,12 @@ class _GluPacked(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.options = activation, gate_first
-        gate, up = _halves(gate_up, gate_first)
-        run = _triton_forward if use_triton(gate_up) else _forward
-        out: Tensor = run(gate, up, activation)
-        return out
+        return forward(*halves(gate_up, gate_first), activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
-        run = _triton_packed_backward if use_triton(gate_up) else _packed_backward
-        return run(grad, gate_up, *ctx.options), None, None
+        return packed_backward(grad, gate_up, *ctx.options), None, None
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -238,7 +270,7 @@ def glu_cost(gate: Tensor, up: Tensor, activation: str) -> Cost:
 
 def glu_packed_cost(gate_up: Tensor, activation: str, gate_first: bool = True) -> Cost:
     """As ``glu_cost`` of the two halves."""
-    return glu_cost(*_halves(gate_up, gate_first), activation)
+    return glu_cost(*halves(gate_up, gate_first), activation)
 
 
 # -- OP --------------------------------------------------------------------------------------------
@@ -264,7 +296,7 @@ def glu_packed_unsupported(gate_up: Tensor, activation: str, gate_first: bool = 
     """Why ``glu_packed`` cannot take this input; empty when it can."""
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         return [f"the last dimension of {tuple(gate_up.shape)} has no two halves"]
-    return glu_unsupported(*_halves(gate_up, gate_first), activation)
+    return glu_unsupported(*halves(gate_up, gate_first), activation)
 
 
 OP = Op("glu", glu_reference, glu, glu_cost, glu_unsupported)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
+from .projections import adapted_product, autocast, gradient_of_a, gradient_of_b
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -41,45 +41,6 @@ def reference(
 # ------------------------------------------------------------------------------------------- cpu
 
 
-def sum_of_products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
-) -> Tensor:
-    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice."""
-    base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-    # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
-    return base.addmm_(left.to(base.dtype), right.to(base.dtype).contiguous())
-
-
-def _sum_of_products_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-# Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
-# 2026-11-24: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
-    "lora_sum_of_products(Tensor x, Tensor weight, Tensor? bias, Tensor left, Tensor right)"
-    " -> Tensor"
-)
-LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "lora_sum_of_products", sum_of_products, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
-
-
-def _adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
-) -> Tensor:
-    """``x · weight + bias + left · right``, the second product in the accumulator of the first."""
-    if use_triton(x, weight, left, right):
-        base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-        updated: Tensor = rank_update(base, left, right)
-        return updated
-    result: Tensor = torch.ops.fusewright.lora_sum_of_products.default(x, weight, bias, left, right)
-    return result
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -95,41 +56,15 @@ def _forward(
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
     h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
-    return _adapted_product(x, weight.t(), bias, h, lora_b.t()), h
+    return adapted_product(x, weight.t(), bias, h, lora_b.t()), h
 
 
 # ---------------------------------------------------------------------------------------- triton
 
-
-def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return base.new_empty(base.shape)
-
-
-rank_update = library_op(
-    "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
-    "lora_linear:rank_update",
-    _rank_update_fake,
-)
+# The rank update, in ``projections.adapted_product``.
 
 
 # -------------------------------------------------------------------------------------- autograd
-
-
-def factor_gradients(
-    wide: Tensor, t: Tensor | None, z: Tensor | None, h: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """``(dA, dB)`` from dY (N, out) in the adapter's dtype and ``t = scale·dY·B`` (N, r).
-
-    ``z`` (N, in) and ``h = scale·z·Aᵀ`` (N, r) are None where nobody wants dA, or dB.
-    """
-    da = db = None
-    if z is not None and t is not None:
-        da = torch.mm(z.to(t.dtype).t(), t).t()  # twice as fast as t.t() @ z on the CPU
-    if h is not None:
-        # which operand is transposed matters to the CPU libraries: measured for both dtypes
-        low = wide.dtype in (torch.bfloat16, torch.float16)
-        db = torch.mm(h.t(), wide).t() if low else torch.mm(wide.t(), h)
-    return da, db
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -182,14 +117,17 @@ class _LoraLinear(torch.autograd.Function):
             if t is None or own_input:
                 dx = torch.mm(dy, weight)
             else:
-                dx = _adapted_product(dy, weight, None, t, lora_a)
+                dx = adapted_product(dy, weight, None, t, lora_a)
             dx = dx.view(ctx.x_shape)
         if w_z and t is not None:
             shape, dtype = ctx.z_like
             dz = torch.mm(t.to(dtype), lora_a.to(dtype)).view(shape)
         if w_weight:
             dweight = torch.mm(dy.t(), rows)
-        da, db = factor_gradients(wide, t, z, h)
+        if w_a and t is not None:
+            da = gradient_of_a(z, t)
+        if w_b:
+            db = gradient_of_b(h, wide)
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:
@@ -231,12 +169,8 @@ def lora_linear(
         RuntimeError: the shapes do not fit, or x and ``weight`` differ in dtype.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        args = [
-            t if t is None or t.dtype is torch.float64 else t.to(dtype)
-            for t in (x, weight, bias, lora_a, lora_b, x_lora, lora_bias)
-        ]
+    args = autocast(device, (x, weight, bias, lora_a, lora_b, x_lora, lora_bias))
+    if args is not None:
         with torch.autocast(device, enabled=False):
             return _apply(*args[:5], scale, *args[5:])
     return _apply(x, weight, bias, lora_a, lora_b, scale, x_lora, lora_bias)

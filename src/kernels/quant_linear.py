@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .launch import LIBRARY, library_op, use_triton
-from .lora_linear import rank_update, sum_of_products
 from .op import Cost, Op
+from .projections import accumulated, rank_update
 from .quantized import VALUES, Quantized, dequantize, dequantize_reference
 
 # ------------------------------------------------------------------------------------- reference
@@ -46,7 +46,7 @@ def _product(
         matrix = dequantize(w, x.dtype)
         matrix = matrix if transposed else matrix.t()
         if left is not None and right is not None and x.dtype is dtype and not triton:
-            return sum_of_products(x, matrix, bias, left, right)
+            return accumulated(bias, [x, left], [matrix, right])
         base = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
     base = base.to(dtype)
     if left is None or right is None:

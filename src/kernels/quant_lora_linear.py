@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import quant_linear
-from .lora_linear import factor_gradients
 from .op import Cost, Op
+from .projections import gradient_of_a, gradient_of_b
 from .quant_linear import join, product, split
 from .quantized import Quantized
 
@@ -99,7 +99,8 @@ class _QuantLoraLinear(torch.autograd.Function):
         if w_z and t is not None:
             z_shape, z_dtype = ctx.z_like
             dz = torch.mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
-        da, db = factor_gradients(wide, t, z, h)
+        da = gradient_of_a(z, t) if z is not None and t is not None else None
+        db = gradient_of_b(h, wide) if h is not None else None
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:

@@ -19,10 +19,13 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
-def _sum_of_products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
-) -> int:
-    return 2 * x.shape[0] * (weight.numel() + right.numel())
+def _sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> int:
+    return 2 * lefts[0].shape[0] * sum(r.numel() for r in rights)
+
+
+def _quantized(x: Tensor, *rest: Any) -> int:
+    out, into = rest[5:7]
+    return 2 * (x.numel() // x.shape[-1]) * out * into
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
@@ -36,6 +39,7 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) 
 
 _OURS: dict[str, Callable[..., int]] = {
     "fusewright::lora_sum_of_products": _sum_of_products,
+    "fusewright::quant_product": _quantized,
     "fusewright::attention_forward": _attention,
     "fusewright::attention_backward": _attention_backward,
 }

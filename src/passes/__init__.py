@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..match.rule import Rule
 from .attention import Attention
+from .blocks import MLPBlock, QKVBlock
 from .glu import GLU
 from .layer_norm import LayerNorm
 from .lora import LoRALinear
@@ -31,5 +32,7 @@ PIPELINE: tuple[Rule, ...] = (
     RopePair(),
     AddRMSNorm(),
     RMSNormLinear(),
+    MLPBlock(),
+    QKVBlock(),
 )
 """Every rule, in the order in which they run."""

@@ -22,6 +22,7 @@ class LoRALinear(Rule):
     """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A."""
 
     name = op = "lora_linear"
+    inner_may_stay = True  # the cast of x that the adapters of one input share
 
     def patterns(
         self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
@@ -46,7 +47,16 @@ class LoRALinear(Rule):
             yield spelling, p.maybe_cast(total)
 
     def check(self, m: Match) -> None:
-        """One adapter, a constant scale, a result in x's dtype."""
+        """One adapter, a constant scale, a result in x's dtype, nothing else used outside."""
+        for node in m.nodes:
+            strangers = [u for u in node.users if u not in m.nodes]
+            shared = node is m.root or not strangers or _is_cast_of(node, m.x)
+            m.require(
+                shared,
+                f"{node.name} inside the formula is also used by "
+                f"{strangers[0].name if strangers else ''}",
+                node,
+            )
         m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         weight = m.get("columns", m.get("w"))
         packed = isinstance(weight, tuple)
@@ -70,7 +80,7 @@ class LoRALinear(Rule):
             m.require(
                 x_lora is not None and x_lora.shape == x.shape, "the adapter reads another input"
             )
-        m.require(not _more_adapters(m.root), "several adapters are active on one linear", m.root)
+        m.require(not _more_adapters(m.root), _SEVERAL, m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
@@ -95,8 +105,18 @@ class LoRALinear(Rule):
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A linear of another linear of low rank, scaled or not, that is added to something."""
         for node in graph.nodes:
-            if _is_update(node) and _is_added(node):
-                yield node, "a low-rank update of a projection"
+            total = _sum_of(node) if _is_update(node) else None
+            if total is not None:
+                more = _is_adapted(total)
+                yield node, _SEVERAL if more else "a low-rank update of a projection"
+
+
+_SEVERAL = "several adapters are active on one linear"
+
+
+def _is_cast_of(node: fx.Node, x: Any) -> bool:
+    canon = canonical(node)
+    return canon is not None and canon.name == "cast" and canon.args[0] is x
 
 
 def _is_update(node: Any) -> bool:
@@ -113,28 +133,39 @@ def _is_update(node: Any) -> bool:
     return rank is not None and rank * 2 <= min(into or 0, out or 0)
 
 
-def _is_added(node: fx.Node) -> bool:
-    """Whether ``node``, or a multiple of it, is one side of a sum."""
+def _sum_of(node: fx.Node) -> fx.Node | None:
+    """The sum of which ``node``, or a multiple of it, is one side."""
     for user in node.users:
         canon = canonical(user)
-        if canon is not None and canon.name in ("mul", "cast") and _is_added(user):
-            return True
-        if canon is not None and canon.name == "add":
-            return True
-    return False
+        if canon is None:
+            continue
+        found = _sum_of(user) if canon.name in ("mul", "cast") else None
+        found = user if canon.name == "add" else found
+        if found is not None:
+            return found
+    return None
 
 
 def _more_adapters(root: fx.Node) -> bool:
     """Whether the sum goes into another sum with a scaled low-rank update."""
-    for user in root.users:
-        canon = canonical(user)
-        if canon is None or canon.name != "add":
-            continue
-        for arg in canon.args[:2]:
-            scaled = canonical(arg)
-            if scaled is not None and scaled.name == "cast":
-                scaled = canonical(scaled.args[0])
-            is_product = arg is not root and scaled is not None and scaled.name == "mul"
-            if is_product and scaled and any(_is_update(side) for side in scaled.args):
-                return True
-    return False
+    sums = [u for u in root.users if (c := canonical(u)) is not None and c.name == "add"]
+    return any(_is_scaled_update(side) for s in sums for side in _sides(s) if side is not root)
+
+
+def _is_adapted(total: fx.Node) -> bool:
+    """Whether one side of the sum is itself a sum with a scaled low-rank update."""
+    inner = [side for side in _sides(total) if _sides(side)]
+    return any(_is_scaled_update(side) for s in inner for side in _sides(s))
+
+
+def _sides(node: Any) -> tuple[Any, ...]:
+    """Both sides of a sum; none of what is no sum."""
+    canon = canonical(node)
+    return canon.args[:2] if canon is not None and canon.name == "add" else ()
+
+
+def _is_scaled_update(node: Any) -> bool:
+    canon = canonical(node)
+    if canon is not None and canon.name == "cast":
+        canon = canonical(canon.args[0])
+    return canon is not None and canon.name == "mul" and any(_is_update(a) for a in canon.args)

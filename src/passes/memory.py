@@ -1,8 +1,8 @@
 """What a block keeps for backward: all that its ops keep, the matrix products, or its input.
 
 A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training
-deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep. The
-graph says so in PyTorch's own terms, so that eager mode, AOTAutograd and Inductor all know it.
+deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep.
+The graph says so in PyTorch's own terms, so that eager mode, AOTAutograd and Inductor all know it.
 """
 
 from __future__ import annotations

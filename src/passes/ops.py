@@ -14,7 +14,9 @@ from ..kernels import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    mlp_block,
     moe_experts,
+    qkv_block,
     quant_linear,
     quant_lora_linear,
     rms_norm,
@@ -35,6 +37,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear.lora_linear,
     "quant_linear": quant_linear.quant_linear,
     "quant_lora_linear": quant_lora_linear.quant_lora_linear,
+    "mlp_block": mlp_block.mlp_block,
+    "qkv_block": qkv_block.qkv_block,
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
     "attention": attention.attention,
     "selective_scan": selective_scan.selective_scan,
@@ -54,6 +58,8 @@ register(
     TABLE["rope"], "rope",
     Spec(("tensors", "cos", "sin", "rotary_dim", "layout", "inverse"), ("halves", False)),
 )  # fmt: skip
+register(TABLE["glu"], "glu", Spec(("gate", "up", "activation")))
+register(TABLE["glu_packed"], "glu_packed", Spec(("x", "activation", "gate_first"), (True,)))
 register(
     TABLE["lora_linear"],
     "lora_linear",

@@ -18,6 +18,8 @@ from fusewright.kernels import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    mlp_block,
+    qkv_block,
     rms_norm,
     rms_norm_linear,
     rope,
@@ -145,6 +147,27 @@ def _lora(d: Draw, adapter: torch.dtype | None) -> Call:
     return Call(lora_linear.OP, lambda x, w, bias, a, b: (x, w, bias, a, b, 0.5), inputs)
 
 
+def _block(d: Draw, keep: str) -> Call:
+    sizes = ((129, d.hidden), (129, d.hidden), (d.hidden, 129))
+    linears = [(d.weight(*s), d.weight(16, s[1]), d.weight(s[0], 16)) for s in sizes]
+
+    def bind(x: Tensor, *t: Tensor) -> tuple[Any, ...]:
+        none = [None] * 3
+        return (x, t[::3], none, t[1::3], t[2::3], [0.5] * 3, none, "silu", "two", keep)
+
+    return Call(mlp_block.OP, bind, (d.rows(d.hidden), *(t for each in linears for t in each)))
+
+
+def _linears(d: Draw) -> Call:
+    linears = [(d.weight(n, d.hidden), d.weight(16, d.hidden), d.weight(n, 16)) for n in (129, 64)]
+
+    def bind(x: Tensor, *t: Tensor) -> tuple[Any, ...]:
+        none = [None] * 2
+        return (x, t[::3], none, t[1::3], t[2::3], [0.5] * 2, none)
+
+    return Call(qkv_block.OP, bind, (d.rows(d.hidden), *(t for each in linears for t in each)))
+
+
 def _loss(d: Draw, smoothing: float, softcap: float | None) -> Call:
     vocabulary = 1231
     labels = torch.randint(vocabulary, (d.batch, d.seq), generator=d.generator)
@@ -226,6 +249,9 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "glu_packed": _glu_packed,
     "lora_linear": lambda d: _lora(d, None),
     "lora_linear-fp32-adapter": lambda d: _lora(d, torch.float32),
+    "mlp_block": lambda d: _block(d, "gate_up"),
+    "mlp_block-input": lambda d: _block(d, "input"),
+    "qkv_block": _linears,
     "linear_cross_entropy": lambda d: _loss(d, 0.0, None),
     "linear_cross_entropy-smooth-softcap": lambda d: _loss(d, 0.1, 30.0),
     "attention": _attention,

@@ -55,7 +55,7 @@ MODELS: dict[str, Named] = {
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         {
             "rms_norm": 3, "add_rms_norm": 1, "rope": 1, "glu": 1, "lora_linear": 7,
-            "linear_cross_entropy": 1,
+            "mlp_block": 1, "qkv_block": 1, "linear_cross_entropy": 1,
         },
     ),
     "falcon-7b": Named(
@@ -74,7 +74,7 @@ MODELS: dict[str, Named] = {
             **_SHORT,
         ),
         ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-        {"rope": 1, "lora_linear": 4, "linear_cross_entropy": 1},
+        {"rope": 1, "lora_linear": 4, "qkv_block": 1, "linear_cross_entropy": 1},
     ),
     "mamba-130m": Named(
         tf.MambaForCausalLM,

@@ -32,7 +32,7 @@ COUNTS: dict[tuple[str, bool], dict[str, int]] = {
     ("weaver", True): LLAMA.lora,
     # both parts read one norm, so that none follows a residual add
     ("oddity", False): {**_ODD, "rms_norm_linear": 2},
-    ("oddity", True): {**_ODD, "lora_linear": 8},
+    ("oddity", True): {**_ODD, "lora_linear": 8, "mlp_block": 2},
 }
 TOLERANCE = 1e-5
 

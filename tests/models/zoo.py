@@ -39,7 +39,8 @@ class Family:
 
 
 _LLAMA = {
-    "rms_norm": 5, "rope": 2, "glu": 2, "add_rms_norm": 2, "linear_cross_entropy": 1,
+    "rms_norm": 5, "rope": 2, "glu": 2, "mlp_block": 2, "add_rms_norm": 2,
+    "linear_cross_entropy": 1,
 }  # fmt: skip
 # attention is left to PyTorch in fp32; test_precision.py counts it in bf16
 _FUSED = {"rms_norm_linear": 2}  # the input norms; those after the residual add are add_rms_norm
@@ -54,10 +55,13 @@ def _family(
     plain: dict[str, int],
     lora_linear: int,
     targets: str | list[str] = "all-linear",
+    joined: int = 2,
     **features: object,
 ) -> Family:
+    """``joined``: how many times adapted linears read one input beside each other."""
     settings = {**_SMALL, **features}
     lora = {**common, "lora_linear": lora_linear} if lora_linear else common
+    lora = {**lora, "qkv_block": joined} if joined else lora
     return Family(name, lambda: model(config(**settings)), {**common, **plain}, lora, targets)
 
 
@@ -85,7 +89,14 @@ FAMILIES: tuple[Family, ...] = (
         query_pre_attn_scalar=16,
     ),
     _family(
-        "phi3", tf.Phi3Config, tf.Phi3ForCausalLM, _LLAMA, _FUSED, 8, partial_rotary_factor=0.5
+        "phi3",
+        tf.Phi3Config,
+        tf.Phi3ForCausalLM,
+        _LLAMA,
+        _FUSED,
+        8,
+        joined=0,
+        partial_rotary_factor=0.5,
     ),
     # norms stand after the parts, so that none follows a residual add
     _family(
@@ -111,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
         {},
         6,
         ["c_attn", "c_proj"],
+        joined=0,
         n_embd=64,
         n_layer=2,
         n_head=4,
@@ -128,6 +140,7 @@ FAMILIES: tuple[Family, ...] = (
         {"rms_norm_linear": 2},
         4,
         ["in_proj", "x_proj"],
+        joined=0,
         state_size=4,
     ),
 )

@@ -1,0 +1,247 @@
+"""A gated MLP as one unit: gate and up, activation, down, each linear with LoRA or without.
+
+    h = act(gate(x)) * up(x);  y = down(h)
+
+What is kept for backward is chosen by ``keep``: ``"gate_up"`` keeps x, gate, up and the rank-wide
+products, and computes h again where its gradient needs it; ``"input"`` keeps x alone and computes
+everything again, forward and backward in tiles of tokens, so that nothing of the size of tokens
+times intermediate features ever exists. The gradient of x is one tensor into which gate, up and
+their adapters are accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import glu
+from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
+from .op import Cost, Op
+from .projections import autocast, flat, wanted
+from .qkv_block import projection
+from .qkv_block import unsupported as linears_unsupported
+
+KEEPS = ("gate_up", "input")
+"""What may be kept for backward."""
+
+LAYOUTS = ("two", "gate first", "up first")
+"""Gate and up from two linears, or as the halves of one's output."""
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+) -> Tensor:
+    """Define the op: the linears by themselves, the gated unit between them."""
+    *ins, down = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
+    outs = [projection(x, *arguments) for arguments in ins]
+    if layout == "two":
+        h = glu.glu_reference(outs[0], outs[1], activation)
+    else:
+        h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
+    return projection(h, *down)
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+# ``mlp_block_tiles``: matmuls of the libraries, in one piece or in tiles.
+
+# -- triton ----------------------------------------------------------------------------------------
+
+# The kernels of ``glu`` and ``lora_linear``, through their functions.
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+class _MLPBlock(torch.autograd.Function):
+    """One rule for both ways of keeping; what is computed again is bit for bit what it was."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: tuple[float, ...],
+        activation: str,
+        layout: str,
+        keep: str,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.options = x.shape, scales, activation, layout, keep
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        ctx.save_for_backward(*tensors)
+        if keep == "input":
+            if any(needed):
+                ctx.save_for_backward(rows, *tensors)
+            return tiled_forward(rows, list(tensors), list(scales), activation, layout)
+        mlp = Mlp.of(tensors, scales, activation, layout)
+        y, outs, hs = forward(rows, mlp)
+        if any(needed):
+            *ins, down = wanted(needed[1:])
+            for_x = any(need.weight or need.lora_a for need in ins)
+            for_hs = [need.lora_b for need in (*ins, down)]
+            kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
+            ctx.save_for_backward(rows if for_x else None, *outs, *kept, *tensors)
+        return y  # rows: a view made in here could not be written to in place by the model
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        shape, scales, activation, layout, keep = ctx.options
+        rows, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        if keep == "input":
+            found = iter(tiled_backward(
+                grad, rows, saved, list(scales), activation, layout, list(needed)
+            ))  # fmt: skip
+            dx, *grads = (next(found) if need else None for need in needed)
+        else:
+            count = len(scales)
+            outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
+            mlp = Mlp.of(saved[2 * count - 1 :], scales, activation, layout)
+            dx, grads = backward(grad, rows, outs, hs, mlp, needed[0], wanted(needed[1:]))
+        return dx if dx is None else dx.view(shape), None, None, None, None, *grads
+
+
+def mlp_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+) -> Tensor:
+    """``down(activation(gate(x)) * up(x))``; the lists have gate, up, down, or gate and up, down.
+
+    Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
+    operand is cast as autocast casts a linear layer's. Backward may run more than once over a
+    retained graph, but not be differentiated again.
+
+    Args:
+        x: (..., D).
+        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), in x's dtype; frozen or trainable.
+        biases: (out,) or None each.
+        lora_as: (r, in), or None for a linear without an adapter.
+        lora_bs: (out, r) in the dtype of A, or None.
+        scales: what each adapter's output is multiplied by.
+        lora_biases: (out,), the bias of B, or None each.
+        activation: one of ``glu.ACTIVATIONS``.
+        layout: ``"two"``: gate and up are two linears; ``"gate first"`` and ``"up first"``: they
+            are the halves of one linear's output.
+        keep: ``"gate_up"`` or ``"input"``, what is kept for backward.
+
+    Returns:
+        (..., D), in x's dtype.
+
+    Raises:
+        ValueError: an unknown activation, layout or ``keep``, or lists of different lengths.
+        RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
+    """
+    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    for given, choices in known:
+        if given not in choices:
+            raise ValueError(f"{given!r} is not one of {', '.join(choices)}")
+    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    options = (tuple(scales), activation, layout, keep)
+    device = x.device.type
+    cast = autocast(device, (x, *tensors))
+    if cast is None:
+        return _apply(options, x, *tensors)
+    with torch.autocast(device, enabled=False):
+        return _apply(options, *cast)
+
+
+def _apply(options: tuple[Any, ...], x: Any, *tensors: Tensor | None) -> Tensor:
+    rows: Tensor = _MLPBlock.apply(x, *options, *tensors)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def cost(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+) -> Cost:
+    """Bytes and FLOPs of one call, and what the choice of ``keep`` keeps."""
+    rows, wide = x.numel() // x.shape[-1], sum(w.shape[0] for w in weights[:-1])
+    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    given = [t for t in tensors if t is not None]
+    trained = any(t.requires_grad for t in (x, *given))
+    in_x = keep == "input" or any(
+        t is not None and t.requires_grad for t in (*weights[:-1], *lora_as[:-1])
+    )
+    narrow = sum(
+        a.shape[0] * a.element_size()
+        for a, b in zip(lora_as, lora_bs, strict=True)
+        if a is not None and b is not None and b.requires_grad
+    )
+    inner = (wide * x.element_size() + narrow) * (keep == "gate_up")
+    return Cost(
+        bytes_read=x.nbytes + sum(t.nbytes for t in given),
+        bytes_written=rows * weights[-1].shape[0] * x.element_size(),
+        flops=2 * rows * sum(t.numel() for t in given if t.ndim == 2),
+        bytes_saved=trained * rows * (in_x * x.shape[-1] * x.element_size() + inner),
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def unsupported(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``mlp_block``."""
+    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    reasons = [
+        f"{v!r} is not one of {', '.join(choices)}" for v, choices in known if v not in choices
+    ]
+    if len(weights) != (3 if layout == "two" else 2):
+        return [*reasons, f"{len(weights)} linears for the layout {layout!r}"]
+    lists = (weights, biases, lora_as, lora_bs, scales, lora_biases)
+    ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
+    h = x.new_empty(*x.shape[:-1], weights[-1].shape[1])
+    reasons += linears_unsupported(x, *ins)  # type: ignore[arg-type]
+    reasons += linears_unsupported(h, *down)  # type: ignore[arg-type]
+    factor = 1 if layout == "two" else 2
+    if any(w.shape[0] != factor * h.shape[-1] for w in weights[:-1]):
+        reasons.append(f"gate and up do not fit down: {[tuple(w.shape) for w in weights]}")
+    return reasons
+
+
+OP = Op("mlp_block", reference, mlp_block, cost, unsupported)

@@ -1,0 +1,218 @@
+"""The body of ``mlp_block``, on rows: in one piece, which is traced, or in tiles, which is opaque.
+
+The tiled forms are library ops: a tracer would unroll their loops, and would keep what they are
+there to forget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import glu, projections
+from .launch import LIBRARY
+from .projections import Grads, Linear, linears, narrow, wanted, widen
+
+TILE_BYTES = 6 << 20
+"""How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
+
+
+class Mlp(NamedTuple):
+    """The linears, and what stands between them.
+
+    Attributes:
+        ins: gate and up, or one for both.
+        down: the last one.
+        activation: of the gate.
+        layout: one of ``mlp_block.LAYOUTS``.
+    """
+
+    ins: list[Linear]
+    down: Linear
+    activation: str
+    layout: str
+
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Any], scales: Sequence[float], activation: str, layout: str
+    ) -> Mlp:
+        """From ``projections.flat``'s list."""
+        *ins, down = linears(tensors, scales)
+        return cls(ins, down, activation, layout)
+
+    def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both, as views of what the first linears give."""
+        if self.layout == "two":
+            return outs[0], outs[1]
+        return glu.halves(outs[0], self.layout == "gate first")
+
+
+# -- in one piece ----------------------------------------------------------------------------------
+
+
+def forward(x: Tensor, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The output (N, D) from x (N, D), what the first linears gave, the narrow products of all."""
+    hs = narrow(x, mlp.ins)
+    outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+    inner = glu.forward(*mlp.gate_and_up(outs), mlp.activation)
+    last = narrow(inner, [mlp.down])
+    return widen(inner, mlp.down, last[0]), outs, [*hs, *last]
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    outs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    mlp: Mlp,
+    need_x: bool,
+    needs: Sequence[Grads],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of x, and those of the linears' tensors, four each; None where not needed.
+
+    Args:
+        grad: (N, D).
+        x: (N, D), where a gradient of the first linears' weights or A's is wanted.
+        outs: what the first linears gave.
+        hs: the narrow products, where a B's gradient is wanted; the last is made if it is not
+            there.
+        mlp: the linears.
+        need_x: whether the gradient of x is wanted.
+        needs: what else is.
+    """
+    *in_needs, down_need = needs
+    need_ins = need_x or any(any(need) for need in in_needs)
+    last, inner, act = hs[-1], None, None
+    missing = down_need.lora_b and last is None
+    if down_need.weight or down_need.lora_a or missing:
+        inner, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        last = narrow(inner, [mlp.down])[0] if missing else last
+    back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
+    d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
+    del inner
+    if not need_ins:
+        return None, [*[None] * (4 * len(mlp.ins)), *d_down[0]]
+    d_outs = _through_the_gate(projections.gradient_of_input([mlp.down], back), outs, mlp, act)
+    dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs)
+    return dx, [g for d in (*d_ins, *d_down) for g in d]
+
+
+def _through_the_gate(
+    d_inner: Any, outs: Sequence[Tensor], mlp: Mlp, act: Tensor | None
+) -> list[Tensor]:
+    """The gradients of what the first linears gave; ``d_inner`` and ``act`` are used up."""
+    if mlp.layout != "two":
+        first = mlp.layout == "gate first"
+        return [glu.packed_backward(d_inner, outs[0], mlp.activation, first)]
+    gate, up = mlp.gate_and_up(outs)
+    return glu.recomputed_backward_(d_inner, gate, up, mlp.activation, act)
+
+
+# -- in tiles --------------------------------------------------------------------------------------
+
+
+def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
+    """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
+    wide = sum(layer.weight.shape[0] for layer in mlp.ins) * x.element_size()
+    most = max(64, TILE_BYTES // wide) if x.device.type == "cpu" else 4096
+    count = max(1, -(-x.shape[0] // most))
+    size = max(1, -(-x.shape[0] // count))
+    return [slice(i, i + size) for i in range(0, max(1, x.shape[0]), size)]
+
+
+def _tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
+) -> Tensor:
+    mlp = Mlp.of(tensors, scales, activation, layout)
+    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
+    for tile in _tiles(x, mlp):
+        out[tile] = forward(x[tile], mlp)[0]
+    return out
+
+
+def _tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
+    layout: str, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    mlp = Mlp.of(tensors, scales, activation, layout)
+    dx = x.new_empty(x.shape) if needed[0] else None
+    totals: list[Tensor | None] = [None] * len(tensors)
+    for tile in _tiles(x, mlp):
+        rows, hs = x[tile], narrow(x[tile], mlp.ins)
+        outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+        d_rows, found = backward(
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:])
+        )
+        if dx is not None and d_rows is not None:
+            dx[tile] = d_rows
+        for i, part in enumerate(found):
+            totals[i] = _added(totals[i], part)
+    finished = [
+        total.to(t.dtype).contiguous()
+        for total, t in zip(totals, tensors, strict=True)
+        if total is not None and t is not None
+    ]
+    return finished if dx is None else [dx, *finished]
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of the tiles' gradients, in fp32 or wider."""
+    if part is None:
+        return None
+    wide = torch.promote_types(part.dtype, torch.float32)
+    if total is None:  # the tile's own tensor, or a copy
+        return part.to(wide)
+    return total.add_(part)
+
+
+def _forward_fake(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
+) -> Tensor:
+    down: Any = tensors[-4]
+    return x.new_empty(x.shape[0], down.shape[0])
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
+    layout: str, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    given = zip((x, *tensors), needed, strict=True)
+    return [t.new_empty(t.shape) for t, need in given if need and t is not None]
+
+
+_SHARED = "Tensor?[] tensors, float[] scales, str activation, str layout"
+for _name, _schema, _implementation, _fake in (
+    ("mlp_block_forward", f"(Tensor x, {_SHARED}) -> Tensor", _tiled_forward, _forward_fake),
+    (
+        "mlp_block_backward",
+        f"(Tensor grad, Tensor x, {_SHARED}, bool[] needed) -> Tensor[]",
+        _tiled_backward,
+        _backward_fake,
+    ),
+):
+    # 2026-11-24: torch.library is not typed
+    LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusewright::{_name}", _fake, lib=LIBRARY)
+
+
+def tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
+) -> Tensor:
+    """The output (N, D) from x (N, D), a tile of tokens after the other."""
+    op = torch.ops.fusewright.mlp_block_forward.default
+    result: Tensor = op(x, tensors, scales, activation, layout)
+    return result
+
+
+def tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
+    layout: str, needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The needed gradients of x and ``tensors``, everything else computed again tile by tile."""
+    op = torch.ops.fusewright.mlp_block_backward.default
+    result: list[Tensor] = op(grad, x, tensors, scales, activation, layout, needed)
+    return result

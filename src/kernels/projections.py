@@ -1,0 +1,324 @@
+"""Linear layers on rows, with or without LoRA adapters: what the ops made of them share.
+
+Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
+matmul, and all that flows back to one input is added up in one buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .launch import LIBRARY, library_op, use_triton
+
+
+class Linear(NamedTuple):
+    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``.
+
+    Attributes:
+        weight: (out, in).
+        bias: (out,) or None, of any floating dtype.
+        lora_a: (r, in), or None where there is no adapter.
+        lora_b: (out, r), in the dtype of ``lora_a``, or None.
+        scale: of the adapter.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scale: float
+
+
+class Grads(NamedTuple):
+    """A value for each tensor of a ``Linear``: its gradient or None, or whether that is wanted."""
+
+    weight: Any
+    bias: Any
+    lora_a: Any
+    lora_b: Any
+
+
+def flat(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The tensors of several linears in a row, four each; the adapters' biases join the bases'."""
+    found: list[Tensor | None] = []
+    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
+    for weight, bias, lora_a, lora_b, scale, lora_bias in each:
+        if lora_bias is not None:
+            bias = lora_bias * scale if bias is None else bias + lora_bias * scale
+        found += [weight, bias, lora_a, lora_b]
+    return found
+
+
+def linears(tensors: Sequence[Any], scales: Sequence[float]) -> list[Linear]:
+    """The linears of ``flat``'s list."""
+    fours = (tensors[i : i + 4] for i in range(0, len(tensors), 4))
+    return [Linear(w, b, a, bb, s) for (w, b, a, bb), s in zip(fours, scales, strict=True)]
+
+
+def wanted(needed: Sequence[bool]) -> list[Grads]:
+    """The same for ``needs_input_grad``'s part."""
+    return [Grads(*needed[i : i + 4]) for i in range(0, len(needed), 4)]
+
+
+# -- products --------------------------------------------------------------------------------------
+
+
+def accumulated(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    """``bias + left₀ (N, K₀) · right₀ (K₀, M) + left₁ · right₁ + …`` in the first pair's dtype.
+
+    For use inside an opaque op; elsewhere it is ``sum_of_products``.
+    """
+    first, *others = zip(lefts, rights, strict=True)
+    total = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
+    for left, right in others:
+        # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
+        total.addmm_(left.to(total.dtype), right.to(total.dtype).contiguous())
+    return total
+
+
+def _sum_of_products_fake(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    return lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1])
+
+
+# Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
+# 2026-11-24: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights) -> Tensor"
+)
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products", accumulated, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
+
+
+def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+rank_update = library_op(
+    "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
+    "lora_linear:rank_update",
+    _rank_update_fake,
+)
+
+
+def sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
+    """``bias + Σ leftᵢ · rightᵢ``, each product in the accumulator of those before."""
+    op = torch.ops.fusewright.lora_sum_of_products.default
+    result: Tensor = op(bias, lefts, rights)
+    return result
+
+
+def adapted_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice."""
+    if use_triton(x, weight, left, right):
+        base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+        updated: Tensor = rank_update(base, left, right)
+        return updated
+    return sum_of_products(bias, [x, left], [weight, right])
+
+
+def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
+    """``tᵀ·z`` (r, in) for t = scale·dY·B: twice as fast this way round on the CPU."""
+    return torch.mm(z.to(t.dtype).t(), t).t()
+
+
+def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ; which way round was measured on the CPU."""
+    low = dy.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(h.t(), dy).t() if low else torch.mm(dy.t(), h)
+
+
+# -- several linears on one input ------------------------------------------------------------------
+
+
+def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
+    """Where there are tensors, grouped by their dtype."""
+    kinds = dict.fromkeys(t.dtype for t in given if t is not None)
+    return [[i for i, t in enumerate(given) if t is not None and t.dtype is k] for k in kinds]
+
+
+def _joined(parts: Sequence[Any], dim: int) -> Tensor:
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
+def narrow(x: Tensor, layers: Sequence[Linear]) -> list[Tensor | None]:
+    """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
+    found: list[Tensor | None] = [None] * len(layers)
+    for group in _together([layer.lora_a for layer in layers]):
+        stacked = _joined([layers[i].lora_a for i in group], 0)
+        product = torch.mm(x.to(stacked.dtype), stacked.t())
+        widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+        # the scale goes onto the narrow factor, where it costs nothing and serves dB too
+        for i, part in zip(group, product.split(widths, 1), strict=True):
+            found[i] = part * layers[i].scale
+    return found
+
+
+_SHORT = 256
+"""Features below which fp32 products stay apart: MKL sums a few short rows more exactly."""
+
+
+def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
+    """Which A's are one product: those of one dtype."""
+    apart = any(
+        a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT for a in matrices
+    )
+    groups = _by_dtype(matrices)
+    return [[i] for group in groups for i in group] if apart else groups
+
+
+def widen(x: Tensor, layer: Linear, h: Tensor | None) -> Tensor:
+    """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
+    bias = None if layer.bias is None else layer.bias.to(layer.weight.dtype)
+    if h is None or layer.lora_b is None:
+        return F.linear(x, layer.weight, bias)
+    return adapted_product(x, layer.weight.t(), bias, h, layer.lora_b.t())
+
+
+class Returned(NamedTuple):
+    """What flows back to several linears on one input, and what is made of it at once.
+
+    Attributes:
+        dys: (N, out) each; None where nothing flows.
+        ts: ``scale·dY·B`` (N, r) each, made once for the gradients of x and of A.
+        dbs: the gradients of the B's that are wanted.
+    """
+
+    dys: Sequence[Tensor | None]
+    ts: list[Tensor | None]
+    dbs: list[Tensor | None]
+
+
+def returned(
+    layers: Sequence[Linear],
+    hs: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[Grads],
+) -> Returned:
+    """Pass what flows back through the B's, as far as ``needs`` asks for it.
+
+    One after the other: with fp32 adapters over a narrower base each is cast, and the copy goes.
+    """
+    ts: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    for layer, h, dy, need in zip(layers, hs, dys, needs, strict=True):
+        t = db = None
+        if dy is not None and layer.lora_b is not None:
+            need_t, need_b = need_x or need.lora_a, need.lora_b and h is not None
+            wide = dy.to(layer.lora_b.dtype) if need_t or need_b else dy
+            t = torch.mm(wide, layer.lora_b) * layer.scale if need_t else None
+            db = gradient_of_b(h, wide) if h is not None and need_b else None
+        ts.append(t)
+        dbs.append(db)
+    return Returned(dys, ts, dbs)
+
+
+def backward(
+    x: Tensor | None,
+    layers: Sequence[Linear],
+    hs: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[Grads],
+) -> tuple[Tensor | None, list[Grads]]:
+    """The gradients of several linears on one input.
+
+    Args:
+        x: (N, in), needed for those of the weights and of the A's.
+        layers: the linears.
+        hs: their parts of ``narrow``, needed for those of the B's.
+        dys: (N, out) each, what flows back; None where nothing does.
+        need_x: whether that of x is wanted.
+        needs: what else is wanted.
+
+    Returns:
+        The gradient of x or None, and those of each linear.
+    """
+    back = returned(layers, hs, dys, need_x, needs)
+    found = gradients_of_parameters(x, layers, back, needs)
+    return gradient_of_input(layers, back) if need_x else None, found
+
+
+def gradient_of_input(layers: Sequence[Linear], back: Returned) -> Tensor | None:
+    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer, all adapters as one product."""
+    pairs = [
+        (dy, layer.weight) for dy, layer in zip(back.dys, layers, strict=True) if dy is not None
+    ]
+    if not pairs:
+        return None
+    updates = [
+        (_joined([back.ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
+        for group in _by_dtype(back.ts)
+    ]
+    fast = use_triton(*(t for pair in (*pairs, *updates) for t in pair))
+    total = [*pairs, *(() if fast else updates)]
+    lefts, rights = (list(side) for side in zip(*total, strict=True))
+    dx = sum_of_products(None, lefts, rights) if len(lefts) > 1 else torch.mm(lefts[0], rights[0])
+    for update in updates if fast else ():
+        dx = rank_update(dx, *update)
+    return dx
+
+
+def gradients_of_parameters(
+    x: Tensor | None,
+    layers: Sequence[Linear],
+    back: Returned,
+    needs: Sequence[Grads],
+) -> list[Grads]:
+    """Those of each linear that are wanted."""
+    das = _gradients_of_a(x, layers, back.ts, needs)
+    found = []
+    each = zip(layers, needs, back.dys, das, back.dbs, strict=True)
+    for layer, need, dy, da, db in each:
+        if dy is None:
+            found.append(Grads(None, None, None, None))
+            continue
+        dweight = torch.mm(dy.t(), x) if need.weight and x is not None else None
+        dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
+        found.append(Grads(dweight, dbias, da, db))
+    return found
+
+
+def _gradients_of_a(
+    x: Tensor | None,
+    layers: Sequence[Linear],
+    ts: Sequence[Tensor | None],
+    needs: Sequence[Grads],
+) -> list[Tensor | None]:
+    """The gradients of the A's, as one matmul over the rows."""
+    found: list[Tensor | None] = [None] * len(layers)
+    asked = [t if need.lora_a else None for t, need in zip(ts, needs, strict=True)]
+    for group in _by_dtype(asked):
+        if x is not None:
+            widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+            stacked = gradient_of_a(x, _joined([asked[i] for i in group], 1))
+            for i, part in zip(group, stacked.split(widths, 0), strict=True):
+                found[i] = part
+    return found
+
+
+# -- what the public functions share ---------------------------------------------------------------
+
+
+def autocast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """The operands as autocast casts a linear layer's; None where it is off."""
+    if not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,230 @@
+"""Several linears on one input, with or without LoRA adapters: the q, k and v of an attention.
+
+One by one, each casts the input for its A, and each sends back a gradient of the input's size that
+autograd adds up. Here the A's are one matmul, the input is cast once, and its gradient is one
+tensor into which every product is accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import lora_linear
+from .op import Cost, Op
+from .projections import autocast, backward, flat, linears, narrow, wanted, widen
+
+KEEPS = ("all", "input")
+"""What may be kept for backward: the input and the rank-wide products, or the input alone."""
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    keep: str = "all",
+) -> tuple[Tensor, ...]:
+    """Define the op: each linear by itself, PEFT's casts included."""
+    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
+    return tuple(projection(x, *arguments) for arguments in each)
+
+
+def projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: float,
+    lora_bias: Tensor | None,
+) -> Tensor:
+    """One linear, with its adapter if there is one."""
+    if lora_a is None or lora_b is None:
+        return F.linear(x, weight, bias)
+    return lora_linear.reference(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+# ``projections.narrow``, ``widen`` and ``backward``: matmuls of the libraries.
+
+# -- triton ----------------------------------------------------------------------------------------
+
+# The rank update of ``lora_linear``, through ``projections``.
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+class _QKVBlock(torch.autograd.Function):
+    """Keeps the input for the weight gradients that are wanted, and nothing of an output's size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scales: tuple[float, ...], keep: str, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        layers = linears(tensors, scales)
+        hs = narrow(rows, layers)
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:])
+        by_h = [need.lora_b for need in needs]
+        by_x = [need.weight or need.lora_a for need in needs]
+        recompute = keep == "input" and any(by_h)
+        ctx.save_for_backward(
+            rows if any(by_x) or recompute else None,
+            *(h if w and not recompute else None for h, w in zip(hs, by_h, strict=True)),
+            *tensors,
+        )
+        ctx.options = x.shape, scales, recompute
+        ctx.set_materialize_grads(False)
+        outs = tuple(widen(rows, layer, h) for layer, h in zip(layers, hs, strict=True))
+        if not need_x:
+            pairs = zip(outs, needs, strict=True)
+            ctx.mark_non_differentiable(*(out for out, need in pairs if not any(need)))
+        return outs  # rows: a view made in here could not be written to in place by the model
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        shape, scales, recompute = ctx.options
+        rows, *saved = ctx.saved_tensors
+        hs, layers = saved[: len(scales)], linears(saved[len(scales) :], scales)
+        if recompute:
+            hs = narrow(rows, layers)
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:])
+        dx, found = backward(rows, layers, hs, grads, need_x, needs)
+        return dx if dx is None else dx.view(shape), None, None, *(g for d in found for g in d)
+
+
+def qkv_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    keep: str = "all",
+) -> tuple[Tensor, ...]:
+    """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
+
+    Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
+    operand is cast as autocast casts a linear layer's. Backward may run more than once over a
+    retained graph, but not be differentiated again.
+
+    Args:
+        x: (..., in).
+        weights: (out_i, in) each, in x's dtype; frozen or trainable.
+        biases: (out_i,) or None each.
+        lora_as: (r_i, in), or None for a linear without an adapter.
+        lora_bs: (out_i, r_i) in the dtype of A, or None.
+        scales: what each adapter's output is multiplied by.
+        lora_biases: (out_i,), the bias of B, or None each.
+        keep: ``"all"`` keeps x and the rank-wide ``x·Aᵢᵀ`` for backward, ``"input"`` x alone.
+
+    Returns:
+        One (..., out_i) for each linear, in x's dtype.
+
+    Raises:
+        ValueError: an unknown ``keep``, or lists of different lengths.
+        RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
+    """
+    if keep not in KEEPS:
+        raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
+    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    device = x.device.type
+    cast = autocast(device, (x, *tensors))
+    if cast is None:
+        return _apply(keep, scales, x, *tensors)
+    with torch.autocast(device, enabled=False):
+        return _apply(keep, scales, *cast)
+
+
+def _apply(
+    keep: str, scales: Sequence[float], x: Any, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    outs = _QKVBlock.apply(x, tuple(scales), keep, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def cost(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    keep: str = "all",
+) -> Cost:
+    """Bytes and FLOPs of one call; x is counted as kept once."""
+    rows = x.numel() // x.shape[-1]
+    tensors = [
+        t for t in flat(weights, biases, lora_as, lora_bs, scales, lora_biases) if t is not None
+    ]
+    for_x = any(t is not None and t.requires_grad for t in (*weights, *lora_as))
+    for_h = [
+        a for a, b in zip(lora_as, lora_bs, strict=True)
+        if a is not None and b is not None and b.requires_grad
+    ]  # fmt: skip
+    recompute = keep == "input" and bool(for_h)
+    narrow_bytes = 0 if recompute else sum(rows * a.shape[0] * a.element_size() for a in for_h)
+    return Cost(
+        bytes_read=x.nbytes + sum(t.nbytes for t in tensors),
+        bytes_written=rows * sum(w.shape[0] for w in weights) * x.element_size(),
+        flops=2 * rows * sum(t.numel() for t in tensors if t.ndim == 2),
+        bytes_saved=x.nbytes * (for_x or recompute) + narrow_bytes,
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def unsupported(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    keep: str = "all",
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``qkv_block``."""
+    reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
+    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
+    for i, arguments in enumerate(each):
+        reasons += [f"linear {i}: {reason}" for reason in _unsupported(x, *arguments)]
+    return reasons
+
+
+def _unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scale: float,
+    lora_bias: Tensor | None,
+) -> list[str]:
+    if (lora_a is None) != (lora_b is None) or (lora_a is None and lora_bias is not None):
+        return ["a part of the adapter is missing"]
+    if lora_a is None or lora_b is None:  # judged as one with an adapter of rank 0
+        lora_a, lora_b = x.new_empty(0, x.shape[-1]), x.new_empty(weight.shape[0], 0)
+    return lora_linear.unsupported(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
+
+
+OP = Op("qkv_block", reference, qkv_block, cost, unsupported)

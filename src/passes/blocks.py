@@ -1,0 +1,119 @@
+"""Blocks of linears: the gated MLP as one unit, and the linears that read one input.
+
+They see the ops of the rules before them (``glu``, ``lora_linear``) and PyTorch's linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from ..match.matcher import Trace
+from ..match.pattern import Builder, Pattern
+from ..match.rule import Emit, Match, Rule
+
+_PARTS = ("weight", "bias", "a", "b", "scale", "lora_bias", "x_lora")
+"""What is captured of a linear; an adapter's parts are missing where it has none."""
+
+_DROPPED = "an adapter's input goes through dropout: each adapter has its own"
+
+
+class MLPBlock(Rule):
+    """``down(act(gate(x)) * up(x))``, each linear with an adapter or without."""
+
+    name = op = "mlp_block"
+
+    def patterns(
+        self, p: Builder, x: Pattern, activation: Pattern, gate_first: Pattern
+    ) -> Iterable[Any]:
+        """Gate and up from two linears, or from one."""
+        two = p.glu(_linear(p, x, "gate"), _linear(p, x, "up"), activation)
+        yield "two", _linear(p, two, "down")
+        packed = p.glu_packed(_linear(p, x, "gate"), activation, gate_first)
+        yield "packed", _linear(p, packed, "down")
+
+    def check(self, m: Match) -> None:
+        """One dtype, matrices, no dropout before an adapter, a gradient that is wanted."""
+        strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
+        m.leave(bool(strangers), "a value inside the MLP is also used outside it")
+        _check(m, m.x, [_captured(m, role) for role in _roles(m)])
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op. What it keeps is chosen later, by the keyword ``keep`` of its node."""
+        layout = "two" if m.spelling == "two" else ("gate" if m.gate_first else "up") + " first"
+        lists = _lists([_captured(m, role) for role in _roles(m)])
+        return ops.mlp_block(m.x, *lists, m.activation, layout, keep="gate_up")
+
+
+class QKVBlock(Rule):
+    """Several linears on one input, at least one of them with an adapter."""
+
+    name = op = "qkv_block"
+
+    def patterns(self, p: Builder, x: Pattern) -> Iterable[Any]:
+        """One of them; ``find`` adds the others."""
+        yield _linear(p, x, "one")
+
+    def find(self, node: fx.Node, trace: Trace) -> Iterator[Match]:
+        """All linears that read what ``node``, the last of them, reads."""
+        for m in super().find(node, trace):
+            if not isinstance(m.x, fx.Node):
+                continue
+            found = [own for user in m.x.users for own in super(QKVBlock, self).find(user, Trace())]
+            group = [own for own in found if own.x is m.x]
+            order = {n: i for i, n in enumerate(node.graph.nodes)}
+            group.sort(key=lambda own: order[own.root])
+            if len(group) < 2 or group[-1].root is not node:
+                continue
+            nodes = tuple(dict.fromkeys(n for own in group for n in own.nodes))
+            users = tuple(_captured(own, "one") for own in group)
+            yield Match(node, "", {"x": m.x}, nodes, tuple(g.root for g in group), users)
+
+    def check(self, m: Match) -> None:
+        """One dtype, matrices, no dropout before an adapter, and one adapter at least."""
+        m.pass_over(all(user["a"] is None for user in m.users))  # nothing is gained by it
+        _check(m, m.x, m.users)
+
+    def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
+        """One op with one output per linear."""
+        made = ops.qkv_block(m.x, *_lists(m.users), keep="all")
+        return tuple(ops.item(made, i) for i in range(len(m.users)))
+
+
+def _linear(p: Builder, x: Any, role: str) -> Pattern:
+    """A linear on x, with an adapter or without, whose parts are captured under its role."""
+    weight, bias, a, b, scale, lora_bias, x_lora = (p.var(f"{role}_{part}") for part in _PARTS)
+    return p.either(
+        p.linear(x, weight, bias), p.lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias)
+    )
+
+
+def _roles(m: Match) -> tuple[str, ...]:
+    return ("gate", "up", "down") if m.spelling == "two" else ("gate", "down")
+
+
+def _captured(m: Match, role: str) -> Mapping[str, Any]:
+    return {part: m.get(f"{role}_{part}") for part in _PARTS}
+
+
+def _lists(linears: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
+    """The arguments of the ops: one list for each part."""
+    parts = ("weight", "bias", "a", "b", "scale", "lora_bias")
+    return tuple(
+        [(1.0 if v[part] is None else v[part]) if part == "scale" else v[part] for v in linears]
+        for part in parts
+    )
+
+
+def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
+    """What both ops ask of their linears."""
+    m.leave(any(v["x_lora"] is not None for v in linears), _DROPPED)
+    kind = facts.dtype(x)
+    for v in linears:
+        m.require(facts.ndim(v["weight"]) == 2, "a linear's weight is not a matrix", m.root)
+        m.require(facts.dtype(v["weight"]) == kind, "a linear has another dtype", m.root)
+    needs = [facts.tensor(n) for v in (*linears, {"x": x}) for n in v.values()]
+    m.pass_over(not any(t is not None and t.requires_grad for t in needs))

@@ -1,0 +1,244 @@
+"""Several linears on one input: parity, gradients, layouts, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusewright.budget import exceeded
+from fusewright.kernels.qkv_block import KEEPS, OP, qkv_block, reference
+
+from .util import assert_parity_of_draws
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+Given = list[list[Tensor | None]]
+
+
+def make(
+    *size: int, dtype: torch.dtype, spread: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    values = torch.randn(*size, dtype=F64, generator=generator) * spread
+    return values.to(dtype).requires_grad_()
+
+
+def operands(
+    inner: int,
+    outs: list[int],
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    *,
+    ranks: list[int],
+    bias: bool = False,
+    lora_bias: bool = False,
+) -> Given:
+    """Weights, biases, A's, B's and their biases of linears; a rank of 0 means no adapter."""
+    lists: Given = [[], [], [], [], []]
+    for out, rank in zip(outs, ranks, strict=True):
+        lists[0].append(make(out, inner, dtype=dtype, spread=inner**-0.5))
+        lists[1].append(make(out, dtype=dtype) if bias else None)
+        lists[2].append(make(rank, inner, dtype=adapter, spread=inner**-0.5) if rank else None)
+        lists[3].append(make(out, rank, dtype=adapter, spread=0.3) if rank else None)
+        lists[4].append(make(out, dtype=adapter) if rank and lora_bias else None)
+    return lists
+
+
+def over(fn: Callable[..., object], lists: Given, scales: list[float]) -> Callable[..., object]:
+    """``fn`` as a function of x and of the tensors that are there."""
+    places = [(i, j) for i, v in enumerate(lists) for j, t in enumerate(v) if t is not None]
+
+    def call(x: Tensor, *given: Tensor) -> object:
+        full: Given = [[None] * len(v) for v in lists]
+        for (i, j), t in zip(places, given, strict=True):
+            full[i][j] = t
+        return fn(x, *full[:4], scales, full[4])
+
+    return call
+
+
+def present(lists: Given) -> list[Tensor]:
+    return [t for v in lists for t in v if t is not None]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(7, 16), (33, 65), (2, 5, 24), (3, 1, 2, 17)]),
+    outs=st.sampled_from([[8, 31], [12, 4, 4], [7, 7, 7, 9]]),
+    ranks=st.sampled_from([[3, 5, 3, 2], [4, 0, 4, 0], [0, 0, 0, 0], [2, 2, 2, 2]]),
+    dtypes=st.sampled_from([(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]),
+    bias=st.booleans(),
+    lora_bias=st.booleans(),
+    frozen=st.booleans(),
+    need_x=st.booleans(),
+    keep=st.sampled_from(KEEPS),
+)
+def test_parity(shape, outs, ranks, dtypes, bias, lora_bias, frozen, need_x, keep):
+    dtype, adapter = dtypes
+    ranks, scales = ranks[: len(outs)], [1.0, 2.0, 0.37, 4.0][: len(outs)]
+
+    def draw() -> list[Tensor]:
+        lists = operands(
+            shape[-1], outs, dtype, adapter, ranks=ranks, bias=bias, lora_bias=lora_bias
+        )
+        for t in lists[0] + lists[1] if frozen else ():
+            if t is not None:
+                t.requires_grad_(False)
+        draw.lists = lists
+        return [make(*shape, dtype=dtype).requires_grad_(need_x), *present(lists)]
+
+    torch.manual_seed(0)
+    draw()
+    ours = over(lambda *a: qkv_block(*a, keep=keep), draw.lists, scales)
+    assert_parity_of_draws(ours, over(reference, draw.lists, scales), draw)
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), [(BF16, BF16), (BF16, F32), (F32, F32)])
+def test_parity_at_a_real_size(dtype, adapter):
+    def draw() -> list[Tensor]:
+        draw.lists = operands(576, [576, 192, 192], dtype, adapter, ranks=[16, 16, 16])
+        return [make(2, 150, 576, dtype=dtype), *present(draw.lists)]
+
+    draw()
+    assert_parity_of_draws(
+        over(qkv_block, draw.lists, [2.0] * 3), over(reference, draw.lists, [2.0] * 3), draw
+    )
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("ranks", [[2, 3, 2], [2, 0, 1]])
+def test_gradcheck(keep, ranks):
+    lists = operands(5, [4, 3, 2], F64, F64, ranks=ranks, bias=True, lora_bias=True)
+    call = over(lambda *a: qkv_block(*a, keep=keep), lists, [0.7, 1.0, 2.0])
+    assert torch.autograd.gradcheck(call, [make(2, 3, 5, dtype=F64), *present(lists)])
+
+
+def test_an_output_that_nobody_uses():
+    lists = operands(6, [4, 3], F64, F64, ranks=[2, 2])
+    x = make(5, 6, dtype=F64)
+    results = []
+    for fn in (qkv_block, reference):
+        outs = over(fn, lists, [1.0, 2.0])(x, *present(lists))
+        grads = torch.autograd.grad(outs[1].sin().sum(), [x, *present(lists)], allow_unused=True)
+        results.append([g if g is not None else torch.zeros(()) for g in grads])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.expand_as(theirs) if not mine.ndim else mine, theirs)
+
+
+def test_non_contiguous_operands():
+    lists = operands(16, [12, 8], F32, F32, ranks=[4, 4])
+    lists[0][0] = torch.randn(16, 12).t().requires_grad_()
+    lists[2][0] = torch.randn(4, 32)[:, ::2].requires_grad_()
+    lists[3][1] = torch.randn(4, 8).t().requires_grad_()
+    x = torch.randn(10, 16, 6).permute(2, 0, 1).requires_grad_()
+    assert_parity_of_draws(
+        over(qkv_block, lists, [2.0, 2.0]),
+        over(reference, lists, [2.0, 2.0]),
+        lambda: [x, *present(lists)],
+    )
+
+
+def test_no_rows():
+    lists = operands(6, [4, 3], F32, F32, ranks=[2, 2])
+    outs = over(qkv_block, lists, [1.0, 2.0])(make(0, 6, dtype=F32), *present(lists))
+    assert [o.shape for o in outs] == [(0, 4), (0, 3)]
+    grads = torch.autograd.grad(sum(o.sum() for o in outs), present(lists))
+    assert all(not g.any() for g in grads)
+
+
+def test_the_input_is_kept_once_and_only_for_wanted_gradients():
+    lists = operands(32, [12, 4, 4], F32, F32, ranks=[4, 4, 4])
+    x = make(9, 32, dtype=F32)
+
+    def kept(keep: str) -> int:
+        found: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            over(lambda *a: qkv_block(*a, keep=keep), lists, [2.0] * 3)(x, *present(lists))
+        own = {t.data_ptr() for t in present(lists)}
+        return sum(size for pointer, size in found.items() if pointer not in own)
+
+    arguments = (x, *lists[:4], [2.0] * 3, lists[4])
+    assert kept("all") == x.nbytes + 3 * 9 * 4 * 4 == OP.cost(*arguments).bytes_saved
+    assert kept("input") == x.nbytes == OP.cost(*arguments, keep="input").bytes_saved
+    for t in lists[0] + lists[2]:
+        t.requires_grad_(False)
+    assert kept("all") == 3 * 9 * 4 * 4
+
+
+def test_outputs_without_a_gradient_have_none():
+    lists = operands(6, [4, 3], F32, F32, ranks=[2, 0])
+    lists[0][0].requires_grad_(False)
+    lists[0][1].requires_grad_(False)
+    x = torch.randn(5, 6)
+    first, second = over(qkv_block, lists, [1.0, 1.0])(x, *present(lists))
+    assert first.requires_grad
+    assert not second.requires_grad
+
+
+def test_differentiating_backward_is_refused():
+    lists = operands(6, [4, 3], F32, F32, ranks=[2, 2])
+    x = make(5, 6, dtype=F32)
+    outs = over(qkv_block, lists, [1.0, 1.0])(x, *present(lists))
+    (grad,) = torch.autograd.grad(sum(o.square().sum() for o in outs), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("adapter", [F32, BF16])
+def test_autocast_is_that_of_the_reference(adapter):
+    lists = operands(32, [24, 16], F32, adapter, ranks=[4, 4], bias=True)
+    x = make(9, 32, dtype=F32)
+    wanted = [x, *present(lists)]
+    with torch.autocast("cpu", BF16):
+        mine, theirs = (over(f, lists, [2.0, 1.0])(*wanted) for f in (qkv_block, reference))
+    exact_leaves = [t.detach().double().requires_grad_() for t in wanted]
+    exact = over(reference, lists, [2.0, 1.0])(*exact_leaves)
+    upstream = [torch.randn_like(o) for o in mine]
+    grads = [torch.autograd.grad(outs, wanted, upstream) for outs in (mine, theirs)]
+    truth = torch.autograd.grad(exact, exact_leaves, [u.double() for u in upstream])
+    for a, b, c in zip(mine, theirs, exact, strict=True):
+        assert exceeded(a, b, c) is None
+    for t, a, b, c in zip(wanted, *grads, truth, strict=True):
+        assert a.dtype is b.dtype is t.dtype
+        # autocast computes in bf16 and widens afterwards, so bf16's unit of rounding is the slack
+        assert exceeded(a.to(BF16), b.to(BF16), c) is None
+
+
+def test_inductor_with_a_dynamic_batch():
+    lists = operands(48, [40, 16], BF16, F32, ranks=[8, 8], bias=True)
+    eager = over(qkv_block, lists, [2.0, 2.0])
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
+    def compiled(*given: Tensor) -> object:
+        return eager(*given)
+
+    for rows in (3, 5):
+        leaves = [make(rows, 20, 48, dtype=BF16), *present(lists)]
+        results = []
+        for fn in (compiled, eager):
+            outs = fn(*leaves)
+            upstream = [torch.linspace(-1, 1, o.numel()).view_as(o).to(o.dtype) for o in outs]
+            results.append((*outs, *torch.autograd.grad(outs, leaves, upstream)))
+        for mine, theirs in zip(*results, strict=True):
+            assert mine.dtype is theirs.dtype
+            assert (mine - theirs).norm() / theirs.norm() < torch.finfo(BF16).eps
+
+
+def test_reasons():
+    lists = operands(16, [12, 8], BF16, F32, ranks=[4, 0])
+    x = make(6, 16, dtype=BF16)
+    assert OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4]) == []
+    lists[3][0] = None
+    assert "a part of the adapter" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[0]
+    lists[0][1] = lists[0][1].float()
+    assert "linear 1: the weight is" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[-1]
+    with pytest.raises(ValueError, match="keep"):
+        qkv_block(x, *lists[:4], [1.0, 1.0], lists[4], keep="nothing")
