@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .op import Cost, Op
-from .projections import adapted_product, autocast, gradient_of_a, gradient_of_b
+from .products import adapted_product, autocast, gradient_of_a, gradient_of_b
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -61,7 +61,7 @@ def _forward(
 
 # ---------------------------------------------------------------------------------------- triton
 
-# The rank update, in ``projections.adapted_product``.
+# The rank update, in ``products.adapted_product``.
 
 
 # -------------------------------------------------------------------------------------- autograd

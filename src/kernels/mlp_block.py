@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from . import glu
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 from .op import Cost, Op
-from .projections import autocast, flat, wanted
+from .products import autocast
+from .projections import flat, wanted
 from .qkv_block import projection
 from .qkv_block import unsupported as linears_unsupported
 

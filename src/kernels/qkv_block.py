@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from . import lora_linear
 from .op import Cost, Op
-from .projections import autocast, backward, flat, linears, narrow, wanted, widen
+from .products import autocast
+from .projections import backward, flat, linears, narrow, wanted, widen
 
 KEEPS = ("all", "input")
 """What may be kept for backward: the input and the rank-wide products, or the input alone."""

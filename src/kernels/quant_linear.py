@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
-from .projections import accumulated, rank_update
+from .products import accumulated, rank_update
 from .quantized import VALUES, Quantized, dequantize, dequantize_reference
 
 # ------------------------------------------------------------------------------------- reference

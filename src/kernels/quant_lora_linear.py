@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from . import quant_linear
 from .op import Cost, Op
-from .projections import gradient_of_a, gradient_of_b
+from .products import gradient_of_a, gradient_of_b
 from .quant_linear import join, product, split
 from .quantized import Quantized
 

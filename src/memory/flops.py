@@ -28,6 +28,14 @@ def _quantized(x: Tensor, *rest: Any) -> int:
     return 2 * (x.numel() // x.shape[-1]) * out * into
 
 
+def _mlp(x: Tensor, tensors: list[Tensor | None], *_: Any) -> int:
+    return 2 * x.shape[0] * sum(t.numel() for t in tensors if t is not None and t.dim() == 2)
+
+
+def _mlp_backward(grad: Tensor, x: Tensor, tensors: list[Tensor | None], *_: Any) -> int:
+    return 2 * _mlp(x, tensors)  # gate and up again, and what flows back through all three
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     return pairs * (q.shape[3] + v.shape[3])  # half of a multiply-add's two: causal
@@ -40,6 +48,8 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) 
 _OURS: dict[str, Callable[..., int]] = {
     "fusewright::lora_sum_of_products": _sum_of_products,
     "fusewright::quant_product": _quantized,
+    "fusewright::mlp_block_forward": _mlp,
+    "fusewright::mlp_block_backward": _mlp_backward,
     "fusewright::attention_forward": _attention,
     "fusewright::attention_backward": _attention_backward,
 }

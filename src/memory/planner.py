@@ -132,7 +132,7 @@ class Planner:
         A part of a block that could not be captured keeps what most blocks do.
         """
         if self.budget.mode in ("speed", "min"):
-            return "all" if self.budget.mode == "speed" else LEVELS[-1]
+            return "all" if self.budget.mode == "speed" else "input"
         known = self.levels.get(module)
         if known is not None or not self.levels:
             return known
@@ -258,7 +258,12 @@ class Planner:
         return "; ".join([line, *self.notes])
 
 
-_MEANING = {"all": "all that their ops keep", "products": "matrix products", "input": "their input"}
+_MEANING = {
+    "all": "all that their ops keep",
+    "products": "matrix products",
+    "input": "their input",
+    "tiles": "their input, MLPs in tiles",
+}
 
 
 def _round_up(size: int) -> str:
