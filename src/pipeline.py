@@ -29,6 +29,7 @@ from .memory.planner import Planner
 from .memory_budget import Budget
 from .options import Codegen, Environment, Logits, Options, Verify
 from .passes import PIPELINE
+from .passes.memory import Level
 from .report import Bypass, Report, Site
 from .verify import Verifier, quiet_randomness
 
@@ -53,8 +54,8 @@ def optimize(
         passes: the rewrite rules, in order; ``[*PIPELINE, MyRule()]`` adds one.
         codegen: what runs the nodes that no rule claimed: ``"eager"``, ``"inductor"`` (one
             compilation, shared by all blocks), or ``"auto"``.
-        memory: what blocks keep between forward and backward. ``"speed"``: all that their ops
-            keep; ``"min"``: their input, and everything else is computed again; a size such as
+        memory: what blocks keep between forward and backward. ``"speed"``: what makes the step
+            fastest; ``"min"``: their input, and everything else is computed again; a size such as
             ``"8GB"``: as much as a training step may keep without the process (on a GPU: the
             tensors on it) taking more than that; ``"auto"``: as much as the device has memory for.
         logits: ``"lazy"``: in a call with labels, ``outputs.logits`` is computed when it is read;
@@ -80,13 +81,14 @@ def optimize(
     restore(model)
     found = regions.find(model)
     blocks = [r.module for r in found if r.kind == "block"]
+    choice = _codegen.choose(codegen, blocks)
     session = Session(
         options,
         environment,
-        _codegen.choose(codegen, blocks),
+        choice,
         Verifier(always=verify == "always"),
         Fuel(environment.fuel),
-        _planner(model, blocks, memory),
+        _planner(model, blocks, memory, choice[0]),
         split=split,
     )
     for region in found:
@@ -96,9 +98,12 @@ def optimize(
     return model
 
 
-def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str) -> Planner:
+def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
     device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
-    return Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), Meter(device))
+    # compiled, the operations between two products are computed again in no time: measured
+    fastest: Level = "products" if choice == "inductor" else "all"
+    parts = weakref.ref(model), weakref.WeakSet(blocks), Meter(device)
+    return Planner(Budget.parse(memory), *parts, fastest)
 
 
 def planner_of(model: nn.Module) -> Planner | None:

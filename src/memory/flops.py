@@ -25,7 +25,7 @@ def _sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tens
 
 def _quantized(x: Tensor, *rest: Any) -> int:
     out, into = rest[5:7]
-    return 2 * (x.numel() // x.shape[-1]) * out * into
+    return 2 * (x.numel() // x.shape[-1]) * int(out) * int(into)
 
 
 def _mlp(x: Tensor, tensors: list[Tensor | None], *_: Any) -> int:

@@ -101,6 +101,7 @@ class Planner:
         model: the optimized model, as a weak reference.
         blocks: its blocks.
         meter: measures the memory in use.
+        fastest: the level at which a step takes the least time.
         levels: what each block keeps; empty until there is a plan.
         predicted: the peak that the plan was made for, in bytes.
         measured: the peak of the first step, in bytes; None if it is not known.
@@ -112,6 +113,7 @@ class Planner:
     model: weakref.ref[nn.Module]
     blocks: weakref.WeakSet[nn.Module]
     meter: Meter
+    fastest: Level = "all"
     levels: weakref.WeakKeyDictionary[nn.Module, Level] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -132,7 +134,7 @@ class Planner:
         A part of a block that could not be captured keeps what most blocks do.
         """
         if self.budget.mode in ("speed", "min"):
-            return "all" if self.budget.mode == "speed" else "input"
+            return self.fastest if self.budget.mode == "speed" else "input"
         known = self.levels.get(module)
         if known is not None or not self.levels:
             return known

@@ -28,8 +28,10 @@ def planned(
     Raises:
         OptimizeError: no plan fits into the user's budget.
     """
-    if inside_checkpoint() or planner.budget.mode == "speed":
+    if inside_checkpoint():
         return graph  # a checkpoint around the block keeps no more than its input anyway
+    if planner.budget.mode == "speed" and is_checkpointed(graph):
+        return graph
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and block in planner.blocks:
         made = setting(planner, examples, choice, is_checkpointed(graph))
@@ -46,9 +48,10 @@ def _usages(
     Dividing a graph as Inductor does takes seconds, running it on fake tensors does not.
     """
     known = planner.usages(block)
-    if known is None and planner.budget.mode == "auto" and made.fastest == "all":
-        rough = usages(graph, examples, "eager", ("all",))
-        rough_peak = peak(["all"] * len(planner.blocks), [rough] * len(planner.blocks), made)
+    if known is None and planner.budget.mode == "auto":
+        rough = usages(graph, examples, "eager", (made.fastest,))
+        blocks = len(planner.blocks)
+        rough_peak = peak([made.fastest] * blocks, [rough] * blocks, made)
         if made.budget is None or _AMPLE * rough_peak <= made.budget:
             return rough
     return known or usages(graph, examples, choice)

@@ -67,7 +67,7 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     if planner.budget.mode == "auto":
         there = planner.meter.capacity()
         limit = None if there is None else int(_SPARE * there)
-    fastest: Level = "products" if checkpointed else "all"
+    fastest: Level = "products" if checkpointed else planner.fastest
     return Setting(planner.meter.used(), training, _head(planner, examples), limit, fastest)
 
 
