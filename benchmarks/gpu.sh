@@ -74,7 +74,7 @@ fi
 
 if has pytest; then
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-    stage tests 200 "$python" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}"
+    stage tests 200 "$python" -m pytest -q -o addopts=--strict-markers -m gpu -p no:cacheprovider "${files[@]}"
 else
     echo "=== tests: skipped, pytest is not installed"
 fi

@@ -41,6 +41,7 @@ class Run:
         loaded: memory once the model was loaded, by kind, in MB.
         setting: how the resident peak was read, and the number of threads.
         activation_mb: what a forward pass keeps for backward, in MB.
+        plan: what our planner chose, predicted and measured.
         steps: per step ``loss``, ``seconds`` and ``peak`` (memory since loading).
         error: why it stopped early, or None.
     """
@@ -50,6 +51,7 @@ class Run:
     setting: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     activation_mb: float | None = None
+    plan: str | None = None
     error: str | None = None
 
     @property
@@ -115,7 +117,8 @@ class EngineProcess:
     def measure(self) -> None:
         """Let the engine count what it keeps for backward, in a forward pass of its own."""
         self._send("activations")
-        self.run.activation_mb = self._receive()["activation_mb"]
+        reply = self._receive()
+        self.run.activation_mb, self.run.plan = reply["activation_mb"], reply["plan"]
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -65,7 +65,7 @@ def row(run: Run, warmup: int) -> dict[str, Any]:
             peak, loaded = last.get(kind), run.loaded.get(kind)
             figures |= {f"peak_{kind}": peak, f"loaded_{kind}": loaded}
             figures[growth] = peak - loaded if complete else None
-    figures["activation_mb"] = run.activation_mb
+    figures |= {"activation_mb": run.activation_mb, "plan": run.plan}
     return (
         figures
         | run.setting
@@ -127,6 +127,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += f"{entry[growth]:>16.0f}{_ratio(growth, entry, rows[0])}"
         cells += f"{entry['activation_mb']:>16.1f}{_ratio('activation_mb', entry, rows[0])}"
         lines.append(cells + f"{entry['loss']:>10.4f}")
+    lines += [f"{entry['engine']}: {entry['plan']}" for entry in rows if entry["plan"]]
     return "\n".join(lines)
 
 

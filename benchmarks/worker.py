@@ -60,7 +60,18 @@ def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
         _send(replies, {"loss": loss, "seconds": seconds, "peak": memory.peak()})
     if sys.stdin.readline() == "activations\n":
         kept = activation_bytes(model, training.batches[-1])
-        _send(replies, {"activation_mb": kept / MB})
+        _send(replies, {"activation_mb": kept / MB, "plan": _plan(model, job)})
+
+
+def _plan(model: Any, job: Any) -> str | None:
+    """What our planner chose, predicted and measured."""
+    from engines import is_ours
+
+    if not is_ours(job.engine):
+        return None
+    from fusewright import explain
+
+    return explain(model).memory
 
 
 class Memory:
