@@ -110,7 +110,7 @@ class _LoraLinear(torch.autograd.Function):
         dy = grad
         # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
         wide = dy.to(lora_b.dtype) if w_a or w_b or w_x or w_z or w_lora_bias else dy
-        dx = dweight = dbias = dz = dlora_bias = t = None
+        dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
             t = torch.mm(wide, lora_b) * ctx.scale
         if w_x:

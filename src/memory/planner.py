@@ -251,7 +251,9 @@ class Planner:
 
     def describe(self) -> str:
         """One line for the report; empty while there is no plan."""
-        counts = Counter(self.levels.values() or [v for b in self.blocks if (v := self.level(b))])
+        counts = Counter(
+            list(self.levels.values()) or [v for b in self.blocks if (v := self.level(b))]
+        )
         parts = [f"{counts[v]} blocks keep {_MEANING[v]}" for v in LEVELS if counts[v]]
         line = f"{self.budget.text}: {', '.join(parts) or 'nothing is planned yet'}"
         if self.predicted is not None:

@@ -19,9 +19,9 @@ MB = 10**6
 
 def _usages(all_: int, products: int, lean: int, flops: int = 100) -> Usages:
     """A block's bytes at each level; at the leanest, forward is computed again."""
-    sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean}
-    work: dict[Level, int] = {"all": 3 * flops, "products": 3 * flops, "input": 4 * flops}
-    return {v: Usage(sizes[v], all_, all_ + 10, 0, work[v]) for v in LEVELS}
+    sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean, "tiles": lean}
+    work: dict[Level, int] = {"all": 3, "products": 3, "input": 4, "tiles": 5}
+    return {v: Usage(sizes[v], all_, all_ + 10, 0, work[v] * flops) for v in LEVELS}
 
 
 def _setting(budget: int | None, **changes: Any) -> Setting:

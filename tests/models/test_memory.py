@@ -17,6 +17,7 @@ from fusewright.install import installed
 from .zoo import FAMILIES, Family, build
 
 TOLERANCE = 1e-5
+CODEGENS = ("eager", pytest.param("inductor", marks=pytest.mark.slow))
 CHOSEN = [f for f in FAMILIES if f.name in ("llama", "qwen3", "gemma2", "phi3")]
 
 
@@ -48,7 +49,7 @@ def _levels(model: Any) -> set[str]:
     return {planner.level(b) for b in planner.blocks}
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", CHOSEN, ids=lambda f: f.name)
 def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
@@ -62,7 +63,7 @@ def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
     assert not [b for b in report.bypasses if "captured" in b.reason]
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("family", CHOSEN, ids=lambda f: f.name)
 def test_matrix_products(family: Family, codegen: Any) -> None:
     eager = build(family, lora=True)
@@ -77,7 +78,7 @@ def test_matrix_products(family: Family, codegen: Any) -> None:
     assert "2 blocks keep matrix products" in explain(ours).memory
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])  # not left out by default
 def test_different_blocks_keep_different_things(codegen: Any) -> None:
     eager = build(FAMILIES[0], lora=True)
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory="100GB")
@@ -94,7 +95,7 @@ def test_different_blocks_keep_different_things(codegen: Any) -> None:
     _assert_equal(restore(ours), eager)
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("memory", ["speed", "min", "100GB"])
 def test_with_gradient_checkpointing(memory: str, reentrant: bool, codegen: Any) -> None:
@@ -116,7 +117,7 @@ def test_dropout_is_computed_again_as_it_was(memory: str) -> None:
     _assert_equal(optimize(copy.deepcopy(eager), codegen="eager", memory=memory), eager)
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", CODEGENS)
 def test_a_second_backward(codegen: Any) -> None:
     model = optimize(build(FAMILIES[0], lora=True), codegen=codegen, memory="min")
     ids = _ids()
