@@ -26,6 +26,7 @@ from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .memory.planner import Planner
 from .memory.plans import planned
+from .memory.retry import is_out_of_memory
 from .options import Environment, Options
 from .passes.cleanup import remove_noops
 from .passes.lazy import defer_logits
@@ -158,7 +159,8 @@ class Session:
                 return compiled()(module, *args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
-            if isinstance(cause, OptimizeError):  # no plan fits: said by the planner, to the user
+            # no plan fits, or no memory to verify and compile: said to the user, or tried again
+            if cause is not None and (isinstance(cause, OptimizeError) or is_out_of_memory(cause)):
                 raise cause from None
             if not _is_of_capture(error):
                 raise

@@ -7,6 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .bypass import bypass_reason, hidden_hooks, hooks
 from .capture import Session
 from .leaves import scanning, scans_whole
+from .memory.plans import inside_checkpoint
 from .memory.retry import retrying
 from .regions import leading_sizes, mark_dynamic
 
@@ -51,11 +53,14 @@ def block_forward(
         if sizes is not None:
             mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
 
-        if kind == "block" and torch.is_grad_enabled():
-            session.planner.begin(self)
+        planned = kind == "block" and torch.is_grad_enabled()
+        outer = planned and inside_checkpoint()
+        if planned and not outer:
+            session.planner.begin(self, prod(sizes or ()))
 
         def variant() -> Any:
-            return compiled(session.planner.level(self) if kind == "block" else None)
+            # a block inside of somebody else's checkpoint has a graph of its own
+            return compiled("outer" if outer else session.planner.level(self) if planned else None)
 
         def as_it_was() -> Any:
             return plain(self, *args, **kwargs)

@@ -29,7 +29,7 @@ from .memory.planner import Planner
 from .memory_budget import Budget
 from .options import Codegen, Environment, Logits, Options, Verify
 from .passes import PIPELINE
-from .passes.memory import Level
+from .passes.memory import allowed
 from .report import Bypass, Report, Site
 from .verify import Verifier, quiet_randomness
 
@@ -100,10 +100,8 @@ def optimize(
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
     device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
-    # compiled, the operations between two products are computed again in no time: measured
-    fastest: Level = "products" if choice == "inductor" else "all"
     parts = weakref.ref(model), weakref.WeakSet(blocks), Meter(device)
-    return Planner(Budget.parse(memory), *parts, fastest)
+    return Planner(Budget.parse(memory), *parts, allowed(choice))
 
 
 def planner_of(model: nn.Module) -> Planner | None:

@@ -1,16 +1,15 @@
 """The planner: what each block keeps for backward, so that a training step fits into a budget.
 
-It knows what each level of ``passes.memory`` keeps and costs (``usage.predict``), and moves blocks
-to leaner levels, those first that save the most bytes per operation computed again, until the
-predicted peak fits. After the first step it compares its prediction with the measured peak, and
-plans once more if it was wrong by more than a tenth.
+It knows what each level of ``passes.memory`` keeps and costs, and moves blocks to leaner levels
+(``choice.py``) until the predicted peak fits. When the first step has ended, its prediction is
+compared with the measured peak; if it was wrong by more than a tenth, it plans once more. A batch
+with more tokens than any before gets a plan of its own.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -18,78 +17,11 @@ from torch import nn
 from ..errors import OptimizeError
 from ..memory_budget import GB, Budget, gigabytes
 from ..passes.memory import LEVELS, Level
+from .choice import Scaled, Setting, Usages, choose, peak
 from .meter import Meter
-from .usage import Usage
-
-Usages = dict[Level, Usage]
-"""What a block takes, at each level."""
 
 TOLERANCE = 0.1
 """By how much of itself a measured peak may be off the prediction before a new plan is made."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a plan is made for, besides the blocks.
-
-    Attributes:
-        base: bytes in use before the step.
-        training: bytes that come with the first step whatever the plan: gradients of trainable
-            parameters, two states of the optimizer for each, compilation.
-        head: the most bytes that the head and its loss need at one time.
-        budget: bytes that may be used; None is no limit.
-        fastest: the level that no block may exceed.
-    """
-
-    base: int
-    training: int
-    head: int
-    budget: int | None
-    fastest: Level = "all"
-
-
-def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) -> int:
-    """The predicted peak, in bytes, when block i keeps what ``levels[i]`` says.
-
-    Everything that is kept is held when the head runs and when the last block runs backward; what a
-    block needs beyond that exists in one block at a time.
-    """
-    used = [usages[i][level] for i, level in enumerate(levels)]
-    passing = max((max(u.forward, u.backward) - u.kept for u in used), default=0)
-    kept = sum(u.kept for u in used)
-    return setting.base + setting.training + kept + max(passing, setting.head)
-
-
-def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
-    """The level of each block: the least computed again that fits, or the leanest plan there is.
-
-    Args:
-        usages: of each block.
-        setting: the budget and what else is in memory.
-    """
-    allowed = LEVELS[LEVELS.index(setting.fastest) :]
-    levels: list[Level] = [allowed[0]] * len(usages)
-    while setting.budget is not None and peak(levels, usages, setting) > setting.budget:
-        step = _best_step(levels, usages, allowed)
-        if step is None:
-            break
-        levels[step[0]] = step[1]
-    return levels
-
-
-def _best_step(
-    levels: Sequence[Level], usages: Sequence[Usages], allowed: Sequence[Level]
-) -> tuple[int, Level] | None:
-    """The block to make leaner, and how lean: the most bytes saved per operation added."""
-    best, found = 0.0, None
-    for i, level in enumerate(levels):
-        now = usages[i][level]
-        for leaner in (v for v in allowed[allowed.index(level) + 1 :] if v in usages[i]):
-            then = usages[i][leaner]
-            ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
-            if ratio > best:
-                best, found = ratio, (i, leaner)
-    return found
 
 
 @dataclass(eq=False)
@@ -99,9 +31,9 @@ class Planner:
     Attributes:
         budget: the user's ``memory=``.
         model: the optimized model, as a weak reference.
-        blocks: its blocks.
+        blocks: its blocks, and those of its copies.
         meter: measures the memory in use.
-        fastest: the level at which a step takes the least time.
+        allowed: the levels of blocks that run as this session's do, the fastest first.
         levels: what each block keeps; empty until there is a plan.
         predicted: the peak that the plan was made for, in bytes.
         measured: the peak of the first step, in bytes; None if it is not known.
@@ -113,19 +45,21 @@ class Planner:
     model: weakref.ref[nn.Module]
     blocks: weakref.WeakSet[nn.Module]
     meter: Meter
-    fastest: Level = "all"
+    allowed: tuple[Level, ...]
     levels: weakref.WeakKeyDictionary[nn.Module, Level] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     predicted: int | None = None
     measured: int | None = None
+    first: Level | None = None
     notes: list[str] = field(default_factory=list)
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    first: Level | None = None
     _setting: Setting | None = None
+    _rows: int = 0
     _first: weakref.ref[nn.Module] | None = None
+    _stamp: tuple[int, ...] = ()
     _ended: bool = False
 
     def level(self, module: nn.Module) -> Level | None:
@@ -134,20 +68,21 @@ class Planner:
         A part of a block that could not be captured keeps what most blocks do.
         """
         if self.budget.mode in ("speed", "min"):
-            return self.fastest if self.budget.mode == "speed" else "input"
+            return self.allowed[0] if self.budget.mode == "speed" else "input"
         known = self.levels.get(module)
         if known is not None or not self.levels:
             return known
         return Counter(self.levels.values()).most_common(1)[0][0]
 
-    def usages(self, module: nn.Module) -> Usages | None:
-        """What ``module`` takes at each level, if it was predicted before."""
-        return self._known.get(module)
-
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters of the model, each once."""
         model = self.model()
         return [] if model is None else [p for p in model.parameters() if p.requires_grad]
+
+    def note(self, text: str) -> None:
+        """Remember a decision, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def plan(self, module: nn.Module, usages: Usages, setting: Setting) -> Level:
         """Make the plan from the first block whose usage is known; the others are taken as like it.
@@ -164,33 +99,33 @@ class Planner:
             OptimizeError: no plan fits into a budget given in bytes.
         """
         self._known[module] = usages
-        if module in self.levels:
-            return self.levels[module]
-        self._setting = setting
-        self._decide()
-        self.first = self.levels[module]
-        return self.first
+        if not self.levels:
+            self._setting = setting
+            self._decide(setting)
+            self.first = self.levels[module]
+        return self.level(module) or setting.allowed[0]
 
-    def _decide(self) -> None:
-        assert self._setting is not None
-        known = next(iter(self._known.values()))
+    def _decide(self, setting: Setting) -> None:
         blocks = list(self.blocks)
-        usages = [self._known.get(b, known) for b in blocks]
-        chosen = choose(usages, self._setting)
-        self.predicted = peak(chosen, usages, self._setting)
+        usages = [self._usages(b) for b in blocks]
+        chosen = choose(usages, setting)
+        needed = self.predicted = peak(chosen, usages, setting)
+        if setting.budget is not None and needed > setting.budget:
+            if self.budget.bytes is not None:
+                self.levels.clear()
+                raise OptimizeError(self._too_small(setting, needed))
+            self.note(
+                f"even the leanest plan may need {gigabytes(needed)}, more than the "
+                f"{gigabytes(setting.budget)} that there is"
+            )
         for block, level in zip(blocks, chosen, strict=True):
             self.levels[block] = level
-        limit = self._setting.budget
-        if limit is None or self.predicted <= limit:
-            return
-        if self.budget.bytes is None:
-            self.notes.append(
-                f"even the leanest plan may need {gigabytes(self.predicted)}, more than the "
-                f"{gigabytes(limit)} that there is"
-            )
-            return
-        self.levels.clear()
-        raise OptimizeError(self._too_small(self._setting, self.predicted))
+
+    def _usages(self, block: nn.Module) -> Usages:
+        """Of a block, or of one of its class that is known, or of any."""
+        known = self._known.get(block)
+        alike = (u for b, u in self._known.items() if type(b) is type(block))
+        return known or next(alike, None) or next(iter(self._known.values()))
 
     def _too_small(self, s: Setting, needed: int) -> str:
         return (
@@ -201,36 +136,58 @@ class Planner:
             f"memory={_round_up(needed)!r}; or use fewer tokens per batch."
         )
 
-    def begin(self, module: nn.Module) -> None:
+    def begin(self, module: nn.Module, rows: int) -> None:
         """Note that a training call of ``module`` begins.
 
-        The second call of the block that came first ends the first step: its peak is known then.
+        The first step has ended when the block that came first is called again and an optimizer has
+        changed a parameter since. Its peak is known then.
+
+        Args:
+            module: the block.
+            rows: how many tokens the batch has.
+
+        Raises:
+            OptimizeError: there are more tokens than before, and no plan fits into the budget.
         """
+        if rows > self._rows and self.levels and self._setting is not None:
+            self._grow(rows / max(self._rows, 1))
+        self._rows = max(rows, self._rows)
         if self._first is None:
             self._first = weakref.ref(module)
+            self._stamp = self._versions()
             self.meter.start()
-        elif not self._ended and self._first() is module:
+        elif not self._ended and self._first() is module and self._versions() != self._stamp:
             self._ended = True
             self.measured = self.meter.peak()
             if self.measured is not None and self.predicted is not None:
-                self._replan(self.measured)
+                self._replan(self.measured, self.predicted)
 
-    def _replan(self, measured: int) -> None:
-        assert self.predicted is not None
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.trainable())
+
+    def _grow(self, factor: float) -> None:
+        """Plan anew for a batch of ``factor`` times the tokens; its step counts as the first."""
         assert self._setting is not None
-        off = measured - self.predicted
-        if abs(off) <= TOLERANCE * measured or self._setting.budget is None:
+        for block, own in list(self._known.items()):
+            self._known[block] = Scaled(own, factor)
+        self._setting = replace(self._setting, head=int(self._setting.head * factor))
+        self._first, self._ended, self.measured = None, False, None
+        self._decide(self._setting)
+
+    def _replan(self, measured: int, predicted: int) -> None:
+        off = measured - predicted
+        if abs(off) <= TOLERANCE * measured or self._setting is None:
             return
-        before, predicted = dict(self.levels), self.predicted
-        s = self._setting
-        self._setting = replace(s, training=s.training + off)
+        before = dict(self.levels)
+        self._setting = replace(self._setting, training=self._setting.training + off)
         try:
-            self._decide()
+            self._decide(self._setting)
         except OptimizeError:  # the step has just run: better over the budget than not at all
-            self.levels.update({b: LEVELS[-1] for b in self.blocks})
-        self.notes.append(
+            self.levels.update({b: self.allowed[-1] for b in self.blocks})
+        again = "planned again" if dict(self.levels) != before else "the plan stays"
+        self.note(
             f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were "
-            + f"predicted: {'planned again' if dict(self.levels) != before else 'the plan stays'}"
+            f"predicted: {again}"
         )
 
     def may_retry(self) -> bool:
@@ -241,13 +198,17 @@ class Planner:
         """After an out-of-memory error: move every block one level down; False if none can be."""
         if not self.may_retry() or not self.levels:
             return False
-        lowest = LEVELS[-1]
-        if all(level == lowest for level in self.levels.values()):
+        moved = {b: self._below(v) for b, v in self.levels.items()}
+        if moved == dict(self.levels):
             return False
-        for block, level in list(self.levels.items()):
-            self.levels[block] = LEVELS[min(LEVELS.index(level) + 1, len(LEVELS) - 1)]
-        self.notes.append("out of memory in the first step: every block keeps less")
+        self.levels.update(moved)
+        self._first = None  # the step begins again
+        self.note("out of memory in the first step: every block keeps less")
         return True
+
+    def _below(self, level: Level) -> Level:
+        place = self.allowed.index(level) if level in self.allowed else -1
+        return self.allowed[min(place + 1, len(self.allowed) - 1)]
 
     def describe(self) -> str:
         """One line for the report; empty while there is no plan."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..passes.memory import is_checkpointed, keep
-from .planner import Planner, Setting, Usages, peak
-from .predictions import setting, usages
+from ..passes.memory import allowed, is_checkpointed, keep, why_not
+from .planner import Planner
+from .predictions import Predicted, setting
 
 
 def planned(
@@ -30,35 +30,25 @@ def planned(
     """
     if inside_checkpoint():
         return graph  # a checkpoint around the block keeps no more than its input anyway
-    if planner.budget.mode == "speed" and is_checkpointed(graph):
+    asked = is_checkpointed(graph)
+    if planner.budget.mode == "speed" and asked:
+        return graph
+    reason = why_not(graph)
+    if reason is not None:
+        planner.note(f"a block runs once, and keeps what it did: {reason}")
         return graph
     level = planner.level(block)
-    if planner.budget.mode in ("auto", "bytes") and block in planner.blocks:
-        made = setting(planner, examples, choice, is_checkpointed(graph))
-        level = planner.plan(block, _usages(planner, block, graph, examples, choice, made), made)
-    return keep(graph, level or "all")
+    if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
+        planner.blocks.add(block)  # one of a copy of the model is new
+        own = Predicted(graph, examples, choice)
+        level = planner.plan(block, own, setting(planner, examples, choice, asked))
+    level = level or "all"
+    return keep(graph, level if level in allowed(choice) else allowed(choice)[0])
 
 
-def _usages(
-    planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str,
-    made: Setting,
-) -> Usages:  # fmt: skip
-    """What the block takes: of every level, or of the fastest alone where memory is no question.
-
-    Dividing a graph as Inductor does takes seconds, running it on fake tensors does not.
-    """
-    known = planner.usages(block)
-    if known is None and planner.budget.mode == "auto":
-        rough = usages(graph, examples, "eager", (made.fastest,))
-        blocks = len(planner.blocks)
-        rough_peak = peak([made.fastest] * blocks, [rough] * blocks, made)
-        if made.budget is None or _AMPLE * rough_peak <= made.budget:
-            return rough
-    return known or usages(graph, examples, choice)
-
-
-_AMPLE = 1.5
-"""How much more memory than a rough estimate of a step there must be to plan no closer."""
+def _is_whole(planner: Planner, block: nn.Module) -> bool:
+    """Whether it is a block, and no part of one that could not be captured."""
+    return not any(block is not b and block in set(b.modules()) for b in planner.blocks)
 
 
 def inside_checkpoint() -> bool:

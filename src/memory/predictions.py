@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .. import codegen
 from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
-from ..passes.memory import LEVELS, Level, keep
+from ..passes.memory import Level, keep
 from ..sampling import hint
-from .planner import Planner, Setting, Usages
-from .usage import predict
+from .choice import Setting
+from .planner import Planner
+from .usage import Usage, predict
 
 _COMPILATION = {"eager": 80 << 20, "inductor": 350 << 20}
 """Bytes that capture, and Inductor's work, leave in a process that trains on the CPU; measured."""
@@ -23,23 +26,35 @@ _SPARE = 0.9
 """The part of the device's memory that ``"auto"`` plans with."""
 
 
-def usages(
-    module: fx.GraphModule, examples: Sequence[Any], choice: str,
-    levels: Sequence[Level] = LEVELS,
-) -> Usages:  # fmt: skip
-    """Predict what a block's graph takes at each level.
+class Predicted:
+    """What a block's graph takes at each level, predicted when it is first asked for.
 
     Args:
         module: the rewritten graph; it is left as it is.
         examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
         choice: what will run it: ``"eager"`` or ``"inductor"``.
-        levels: the levels.
     """
-    found: Usages = {}
-    for level in levels:
-        graph = keep(copy.deepcopy(module), level)
-        found[level] = predict(_dry(graph, choice), examples, hint)
-    return found
+
+    def __init__(self, module: fx.GraphModule, examples: Sequence[Any], choice: str) -> None:
+        self._graph, self._examples = copy.deepcopy(module), list(examples)
+        self._choice = choice
+        self._found: dict[Level, Usage | None] = {}
+
+    def get(self, level: Level, /) -> Usage | None:
+        """The usage at one level; None where an operation cannot run at it, or without contents."""
+        if level not in self._found:
+            try:
+                self._found[level] = self._predict(level)
+            except Exception:  # whatever PyTorch raises: the level is not taken then
+                self._found[level] = None
+        return self._found[level]
+
+    def _predict(self, level: Level) -> Usage:
+        graph = keep(copy.deepcopy(self._graph), level)
+        found = predict(_dry(graph, self._choice), self._examples, hint)
+        if self._choice == "eager" and level != "all":  # the state of the random numbers
+            found = replace(found, kept=found.kept + torch.get_rng_state().nbytes)
+        return found
 
 
 def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:
@@ -67,8 +82,10 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     if planner.budget.mode == "auto":
         there = planner.meter.capacity()
         limit = None if there is None else int(_SPARE * there)
-    fastest: Level = "products" if checkpointed else planner.fastest
-    return Setting(planner.meter.used(), training, _head(planner, examples), limit, fastest)
+    levels = planner.allowed
+    if checkpointed and levels[0] == "all":
+        levels = levels[1:]
+    return Setting(planner.meter.used(), training, _head(planner, examples), limit, levels)
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> int:

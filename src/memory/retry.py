@@ -17,7 +17,8 @@ T = TypeVar("T")
 def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor] = ()) -> T:
     """Call ``run``; after an out-of-memory error make the plan leaner and call it again.
 
-    Only in the first step, and only with ``memory="auto"``: the plan is a prediction then. Random
+    Only in the first step, in a process that trains alone (others would wait for the gradients of
+    the step that failed), and only with ``memory="auto"``: the plan is a prediction then. Random
     numbers are drawn again as the first time.
 
     Args:
@@ -28,7 +29,7 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     Raises:
         Exception: whatever ``run`` raises, if it is no such error or nothing can be made leaner.
     """
-    if not planner.may_retry():
+    if not planner.may_retry() or _one_of_many():
         return run()
     kept = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
     device = planner.meter.device
@@ -48,6 +49,10 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
             torch.cuda.set_rng_state(numbers[1], device)
         for p, grad in kept:
             p.grad = None if grad is None else grad.clone()
+
+
+def _one_of_many() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -86,14 +86,12 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
     """Predict what ``run`` takes in forward and backward.
 
     Args:
-        run: takes tensors like ``examples`` and returns a tuple with at least one tensor that has a
-            gradient.
+        run: takes tensors like ``examples`` and returns tensors.
         examples: inputs, fake or real; parameters are told by their class.
         size: gives a symbolic size its number.
 
     Raises:
-        RuntimeError: nothing in the result needs a gradient, or an operation cannot run without
-            contents.
+        Exception: whatever an operation raises that cannot run without contents.
     """
     # out of the tracing context of a compilation that goes on: it has fake tensors of its own
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
@@ -106,7 +104,8 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
             forward, kept = living.most, living.bytes
             living.most = 0
             wanted = [t for t in results if t.requires_grad]
-            torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
+            if wanted:
+                torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
             backward = living.most
     gradients = [
         t.grad.nbytes

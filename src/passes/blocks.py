@@ -37,9 +37,11 @@ class MLPBlock(Rule):
 
     def check(self, m: Match) -> None:
         """One dtype, matrices, no dropout before an adapter, a gradient that is wanted."""
+        linears = [_captured(m, role) for role in _roles(m)]
+        m.leave(any(v["x_lora"] is not None for v in linears), _DROPPED)
         strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
         m.leave(bool(strangers), "a value inside the MLP is also used outside it")
-        _check(m, m.x, [_captured(m, role) for role in _roles(m)])
+        _check(m, m.x, linears)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op. What it keeps is chosen later, by the keyword ``keep`` of its node."""

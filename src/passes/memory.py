@@ -16,12 +16,24 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
+from ..graph.edit import is_inplace
 from ..kernels.mlp_block import mlp_block
 
 Level = Literal["all", "products", "input", "tiles"]
 """From the fastest to the leanest: what is kept of a block between forward and backward."""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+def allowed(choice: str) -> tuple[Level, ...]:
+    """The levels of a graph that ``"eager"`` or ``"inductor"`` runs, the fastest first.
+
+    Compiled, what lies between two products is computed again in no time (measured), so that
+    keeping it is of no use. In eager mode it would take time, and PyTorch's selective checkpoints
+    neither allow a second backward nor see every write in place.
+    """
+    return ("products", "input", "tiles") if choice == "inductor" else ("all", "input", "tiles")
+
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -57,24 +69,12 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
     result = graph.call_function(
         CHECKPOINT,
         (body, *env.values()),
-        {"use_reentrant": False, "preserve_rng_state": _draws_numbers(module)},
+        {"use_reentrant": False, "preserve_rng_state": True},
     )
     outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
     taken = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
     graph.output(tuple(taken))
     return fx.GraphModule({"body": module}, graph)
-
-
-def _draws_numbers(module: fx.GraphModule) -> bool:
-    """Whether anything in the graph may be random: then a second run starts from the same state."""
-    return any(
-        any(word in str(n.target) for word in _RANDOM)
-        and (n.kwargs.get("dropout_p", 1) != 0)
-        and (n.kwargs.get("training", True) is not False)
-        for inner in facts.nested(module)
-        for n in inner.graph.nodes
-        if n.op in ("call_function", "call_method")
-    )
 
 
 def _in_tiles(module: fx.GraphModule) -> None:
@@ -85,8 +85,6 @@ def _in_tiles(module: fx.GraphModule) -> None:
                 node.kwargs = {**node.kwargs, "keep": "input"}
         inner.recompile()
 
-
-_RANDOM = ("dropout", "rand", "bernoulli", "normal", "exponential", "multinomial", "scaled_dot")
 
 _PRODUCTS = {
     "aten": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "_scaled_dot_product"),
@@ -134,6 +132,25 @@ def unwrap(module: fx.GraphModule) -> bool:
         module.graph.eliminate_dead_code()
         module.recompile()
     return bool(found)
+
+
+def why_not(module: fx.GraphModule) -> str | None:
+    """Why a graph must not run twice: it writes into what it was given; None if it does not."""
+    given = {
+        facts.storage(n)
+        for inner in facts.nested(module)
+        for n in inner.graph.nodes
+        if n.op in ("placeholder", "get_attr")
+    }
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if is_inplace(node) and facts.storage(_written(node)) in given - {None}:
+                return f"{node.name} writes into an input of the block, or into its buffers"
+    return None
+
+
+def _written(node: fx.Node) -> Any:
+    return node.kwargs.get("out", node.args[0] if node.args else None)
 
 
 def is_checkpointed(module: fx.GraphModule) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
-from fusewright.memory.planner import Planner, Setting, Usages, choose, peak
+from fusewright.memory.choice import Setting, choose, peak
+from fusewright.memory.planner import Planner
 from fusewright.memory.retry import is_out_of_memory, retrying
 from fusewright.memory.usage import Usage
 from fusewright.memory_budget import GB, Budget
@@ -17,7 +18,7 @@ from fusewright.passes.memory import LEVELS, Level
 MB = 10**6
 
 
-def _usages(all_: int, products: int, lean: int, flops: int = 100) -> Usages:
+def _usages(all_: int, products: int, lean: int, flops: int = 100) -> dict[Level, Usage]:
     """A block's bytes at each level; at the leanest, forward is computed again."""
     sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean, "tiles": lean}
     work: dict[Level, int] = {"all": 3, "products": 3, "input": 4, "tiles": 5}
@@ -25,7 +26,8 @@ def _usages(all_: int, products: int, lean: int, flops: int = 100) -> Usages:
 
 
 def _setting(budget: int | None, **changes: Any) -> Setting:
-    return Setting(**({"base": 1000, "training": 100, "head": 50, "budget": budget} | changes))
+    given = {"base": 1000, "training": 100, "head": 50, "budget": budget, "allowed": LEVELS}
+    return Setting(**(given | changes))
 
 
 class _Meter:
@@ -47,7 +49,7 @@ class _Meter:
 def _planner(memory: str, blocks: list[nn.Module], measured: int | None = None) -> Planner:
     meter: Any = _Meter(measured)
     model = nn.ModuleList(blocks)
-    made = Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), meter)
+    made = Planner(Budget.parse(memory), weakref.ref(model), weakref.WeakSet(blocks), meter, LEVELS)
     made.__dict__["keeps_alive"] = model
     return made
 
@@ -79,14 +81,14 @@ def test_a_plan_within_the_budget_is_within_the_budget() -> None:
 
 def test_checkpoints_of_the_users_are_respected() -> None:
     assert (
-        choose([_usages(100, 60, 10)] * 2, _setting(None, fastest="products")) == ["products"] * 2
+        choose([_usages(100, 60, 10)] * 2, _setting(None, allowed=LEVELS[1:])) == ["products"] * 2
     )
 
 
 def test_too_small_a_budget_names_one_that_is_enough() -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(4)]
     usages = _usages(300 * MB, 200 * MB, 20 * MB)
-    setting = Setting(GB, 0, 0, int(0.5 * GB))
+    setting = Setting(GB, 0, 0, int(0.5 * GB), LEVELS)
     with pytest.raises(
         OptimizeError, match=r"memory='0\.5GB' is too small.*memory='(\d\.\d)GB'"
     ) as e:
@@ -94,7 +96,7 @@ def test_too_small_a_budget_names_one_that_is_enough() -> None:
     enough = Budget.parse(str(e.value).rpartition("memory='")[2].split("'")[0])
     assert enough.bytes is not None
     again = _planner(enough.text, blocks)
-    again.plan(blocks[0], usages, Setting(GB, 0, 0, enough.bytes))
+    again.plan(blocks[0], usages, Setting(GB, 0, 0, enough.bytes, LEVELS))
     assert again.predicted is not None
     assert again.predicted <= enough.bytes <= again.predicted + GB / 10
 
@@ -104,18 +106,52 @@ def test_a_wrong_prediction_leads_to_one_new_plan(measured: int | None, again: b
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
     usages = _usages(300 * MB, 200 * MB, 20 * MB)
     planner = _planner("1.8GB", blocks, None if measured is None else measured * MB)
-    planner.begin(blocks[0])
-    planner.plan(blocks[0], usages, Setting(400 * MB, 0, 0, int(1.8 * GB)))
+    planner.begin(blocks[0], 64)
+    planner.plan(blocks[0], usages, Setting(400 * MB, 0, 0, int(1.8 * GB), LEVELS))
     assert set(planner.levels.values()) == {"all"}
-    planner.begin(blocks[1])
+    planner.begin(blocks[1], 64)
+    planner.begin(blocks[0], 64)  # one more batch of the same step, or the same block again
     assert planner.measured is None
-    planner.begin(blocks[0])
+    _optimizer_step(planner)
+    planner.begin(blocks[0], 64)
     assert planner.measured == (None if measured is None else measured * MB)
     assert ("all" not in planner.levels.values()) == again
     assert ("planned again" in planner.describe()) == again
     before = dict(planner.levels)
-    planner.begin(blocks[0])
+    _optimizer_step(planner)
+    planner.begin(blocks[0], 64)
     assert dict(planner.levels) == before
+
+
+def test_more_tokens_get_a_plan_of_their_own() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
+    planner = _planner("1.8GB", blocks)
+    planner.begin(blocks[0], 22)
+    planner.plan(
+        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), Setting(0, 0, 0, int(1.8 * GB), LEVELS)
+    )
+    small = planner.predicted
+    planner.begin(blocks[0], 20)
+    assert planner.predicted == small
+    assert set(planner.levels.values()) == {"all"}
+    planner.begin(blocks[0], 88)
+    assert planner.levels
+    assert "all" not in planner.levels.values()
+    with pytest.raises(OptimizeError, match="too small"):
+        planner.begin(blocks[0], 8800)
+
+
+def test_levels_that_cannot_run_are_not_chosen() -> None:
+    usages = _usages(100, 60, 10)
+    del usages["products"]
+    full = peak(["all"] * 2, [usages] * 2, _setting(None))
+    assert choose([usages] * 2, _setting(full - 1)) == ["input", "all"]
+
+
+def _optimizer_step(planner: Planner) -> None:
+    with torch.no_grad():
+        for p in planner.trainable():
+            p.add_(1)
 
 
 @pytest.mark.parametrize("text", ["", "fast", "8", "8MB", "GB", "0GB", "-1GB", "8GBs"])
@@ -132,11 +168,12 @@ def test_sizes() -> None:
 def test_the_first_step_is_repeated_with_less() -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
     planner = _planner("auto", blocks)
-    planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None))
+    planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None, LEVELS))
     weight, seen, drawn = nn.Parameter(torch.zeros(2)), [], []
     weight.grad = torch.ones(2)
 
     def run() -> str:
+        planner.begin(blocks[0], 1)
         seen.append(planner.levels[blocks[1]])
         drawn.append(torch.rand(()).item())
         assert weight.grad is not None
@@ -148,6 +185,7 @@ def test_the_first_step_is_repeated_with_less() -> None:
 
     assert retrying(planner, run, [weight]) == "done"
     assert seen == ["all", "products", "input"]
+    assert planner.measured is None
     assert len(set(drawn)) == 1
     assert weight.grad.tolist() == [2, 2]
     assert "out of memory" in planner.describe()
@@ -163,7 +201,7 @@ def test_other_errors_and_other_steps_are_not_repeated() -> None:
 
     for memory, error in (("auto", RuntimeError("shapes")), ("speed", MemoryError())):
         planner = _planner(memory, blocks)
-        planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None))
+        planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None, LEVELS))
         with pytest.raises(type(error)):
             retrying(planner, lambda error=error: fails(error))
     assert len(calls) == 2

@@ -1,0 +1,111 @@
+"""Choosing what each block keeps: the least computed again that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..passes.memory import Level
+from .usage import Usage
+
+
+class Usages(Protocol):
+    """What a block takes at each level; a mapping, or what predicts when it is asked."""
+
+    def get(self, level: Level, /) -> Usage | None:
+        """The usage at one level; None if it cannot run at it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is made for, besides the blocks.
+
+    Attributes:
+        base: bytes in use before the step.
+        training: bytes that come with the first step whatever the plan: gradients of trainable
+            parameters, two states of the optimizer for each, compilation.
+        head: the most bytes that the head and its loss need at one time.
+        budget: bytes that may be used; None is no limit.
+        allowed: the levels that a block may have, the fastest first.
+    """
+
+    base: int
+    training: int
+    head: int
+    budget: int | None
+    allowed: tuple[Level, ...]
+
+
+@dataclass
+class Scaled:
+    """Usages of a batch that has ``factor`` times the tokens of the one that was predicted."""
+
+    usages: Usages
+    factor: float
+
+    def get(self, level: Level, /) -> Usage | None:
+        """The usage at one level."""
+        found = self.usages.get(level)
+        if found is None:
+            return None
+        larger = {
+            name: int(getattr(found, name) * self.factor)
+            for name in ("kept", "forward", "backward", "flops")
+        }
+        return replace(found, **larger)
+
+
+def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) -> int:
+    """The predicted peak, in bytes, when block i keeps what ``levels[i]`` says.
+
+    Everything that is kept is held when the head runs and when the last block runs backward; what a
+    block needs beyond that exists in one block at a time.
+    """
+    pairs = zip(usages, levels, strict=True)
+    used = [found for own, level in pairs if (found := own.get(level)) is not None]
+    passing = max((_passing(u) - u.kept for u in used), default=0)
+    kept = sum(u.kept for u in used)
+    return setting.base + setting.training + kept + max(passing, setting.head)
+
+
+def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
+    """The level of each block: the least computed again that fits, or the leanest plan there is.
+
+    Args:
+        usages: of each block.
+        setting: the budget and what else is in memory.
+    """
+    levels: list[Level] = [setting.allowed[0]] * len(usages)
+    while setting.budget is not None and peak(levels, usages, setting) > setting.budget:
+        step = _best_step(levels, usages, setting.allowed)
+        if step is None:
+            break
+        levels[step[0]] = step[1]
+    return levels
+
+
+def _passing(usage: Usage) -> int:
+    return max(usage.forward, usage.backward)
+
+
+def _best_step(
+    levels: Sequence[Level], usages: Sequence[Usages], allowed: Sequence[Level]
+) -> tuple[int, Level] | None:
+    """The block to make leaner, and how lean: the most bytes saved per operation added.
+
+    When none keeps less any more, the next level is taken for what it needs in passing.
+    """
+    best, found, lower = 0.0, None, None
+    for i, level in enumerate(levels):
+        now = usages[i].get(level)
+        for leaner in allowed[allowed.index(level) + 1 :]:
+            then = usages[i].get(leaner)
+            if now is None or then is None:
+                continue
+            ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
+            if ratio > best:
+                best, found = ratio, (i, leaner)
+            elif lower is None and _passing(then) < _passing(now):
+                lower = i, leaner
+    return found or lower
