@@ -118,7 +118,8 @@ def unwrap(module: fx.GraphModule) -> bool:
     """
     found = [n for n in module.graph.nodes if n.target is CHECKPOINT]
     for node in found:
-        body = getattr(module, node.args[0].target)
+        holder = node.args[0]
+        body = getattr(module, holder.target)
         unwrap(body)
         env = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[1:],
                        strict=True))  # fmt: skip
@@ -128,8 +129,9 @@ def unwrap(module: fx.GraphModule) -> bool:
             user.replace_all_uses_with(results[user.args[1]])
             module.graph.erase_node(user)
         module.graph.erase_node(node)
+        if not holder.users:  # no general removal of dead code: writes have no users either
+            module.graph.erase_node(holder)
     if found:
-        module.graph.eliminate_dead_code()
         module.recompile()
     return bool(found)
 

@@ -193,7 +193,7 @@ class _Writing(_Noisy):
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(x)
         y.mul_(2)
-        return y * y
+        return torch.tanh(y)
 
 
 class _Counting(_Noisy):
