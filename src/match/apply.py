@@ -301,7 +301,7 @@ def _finding(rule: Rule, m: Match, status: str, reason: str) -> Finding:
         rule.name,
         rule.op,
         status,
-        facts.common_home(list(m.nodes)),
+        facts.common_home(m.own_nodes()),
         reason,
         node=m.root.name,
         claimed=frozenset(n.name for n in m.nodes),

@@ -64,6 +64,12 @@ class Match:
         """A capture that not every spelling has."""
         return self.captures.get(name, default)
 
+    def own_nodes(self) -> list[fx.Node]:
+        """The nodes without those that it shares with others, such as a cast in another module."""
+        inside = set(self.nodes)
+        own = [n for n in self.nodes if n in self.outputs or set(n.users) <= inside]
+        return own or list(self.nodes)
+
     def require(self, condition: bool | None, reason: str, at: Any = None) -> None:
         """Decline the match with ``reason`` unless ``condition`` holds."""
         if not condition:
