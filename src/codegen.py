@@ -150,6 +150,18 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
+def _donate_nothing() -> None:
+    """Say that backward may overwrite no saved tensor.
+
+    Without donation (see ``inductor``) the list is never made, and torch 2.13 takes a missing one
+    for one that is not empty when a graph is retained.
+    """
+    context = torch._guards.TracingContext.try_get()
+    known = None if context is None else context.fw_metadata
+    if known is not None and getattr(known, "bw_donated_idxs", ()) is None:
+        known.bw_donated_idxs = []
+
+
 def inductor(
     module: fx.GraphModule, examples: Sequence[Any], preparation: threading.Thread | None = None
 ) -> Callable[..., Any]:
@@ -166,6 +178,7 @@ def inductor(
     def prepared(*args: Any, **kwargs: Any) -> Any:
         if preparation is not None:
             preparation.join()
+        _donate_nothing()
         return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows

@@ -74,7 +74,10 @@ MODELS: dict[str, Named] = {
             **_SHORT,
         ),
         ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-        {"rope": 1, "lora_linear": 4, "qkv_block": 1, "linear_cross_entropy": 1},
+        {
+            "layer_norm": 2, "rope": 1, "lora_linear": 4, "qkv_block": 1,
+            "linear_cross_entropy": 1,
+        },
     ),
     "mamba-130m": Named(
         tf.MambaForCausalLM,
