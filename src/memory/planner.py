@@ -59,7 +59,7 @@ class Planner:
     _setting: Setting | None = None
     _rows: int = 0
     _first: weakref.ref[nn.Module] | None = None
-    _stamp: tuple[int, ...] = ()
+    _stamp: tuple[float, ...] = ()
     _ended: bool = False
 
     def level(self, module: nn.Module) -> Level | None:
@@ -154,16 +154,17 @@ class Planner:
         self._rows = max(rows, self._rows)
         if self._first is None:
             self._first = weakref.ref(module)
-            self._stamp = self._versions()
+            self._stamp = self._values()
             self.meter.start()
-        elif not self._ended and self._first() is module and self._versions() != self._stamp:
+        elif not self._ended and self._first() is module and self._values() != self._stamp:
             self._ended = True
             self.measured = self.meter.peak()
             if self.measured is not None and self.predicted is not None:
                 self._replan(self.measured, self.predicted)
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.trainable())
+    def _values(self) -> tuple[float, ...]:
+        """What shows whether an optimizer has stepped: fused ones leave no other mark."""
+        return tuple(p.detach().float().abs().sum().item() for p in self.trainable()[:16])
 
     def _grow(self, factor: float) -> None:
         """Plan anew for a batch of ``factor`` times the tokens; its step counts as the first."""
