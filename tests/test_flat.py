@@ -79,6 +79,7 @@ class Twins:
                 if torch.is_tensor(value):
                     assert mine.shape == value.shape
                     assert mine.dtype == value.dtype
+                    # sums of ten steps, each rounded as above: torch's default for fp32
                     torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-7)
                 else:
                     assert mine == value

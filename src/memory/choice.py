@@ -76,13 +76,18 @@ def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
         usages: of each block.
         setting: the budget and what else is in memory.
     """
-    levels: list[Level] = [setting.allowed[0]] * len(usages)
+    levels = [_fastest(own, setting.allowed) for own in usages]
     while setting.budget is not None and peak(levels, usages, setting) > setting.budget:
         step = _best_step(levels, usages, setting.allowed)
         if step is None:
             break
         levels[step[0]] = step[1]
     return levels
+
+
+def _fastest(usages: Usages, allowed: Sequence[Level]) -> Level:
+    """The fastest level whose usage is known; of a block of which nothing is known, the fastest."""
+    return next((v for v in allowed if usages.get(v) is not None), allowed[0])
 
 
 def _passing(usage: Usage) -> int:

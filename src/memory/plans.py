@@ -40,7 +40,7 @@ def planned(
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
         planner.blocks.add(block)  # one of a copy of the model is new
-        own = Predicted(graph, examples, choice)
+        own = Predicted(graph, examples, choice, planner.note)
         level = planner.plan(block, own, setting(planner, examples, choice, asked))
     level = level or "all"
     return keep(graph, level if level in allowed(choice) else allowed(choice)[0])

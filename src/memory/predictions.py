@@ -20,7 +20,8 @@ from .planner import Planner
 from .usage import Usage, predict
 
 _COMPILATION = {"eager": 80 << 20, "inductor": 350 << 20}
-"""Bytes that capture, and Inductor's work, leave in a process that trains on the CPU; measured."""
+"""Bytes that capture, and Inductor's work, leave in a process that trains on the CPU: estimates,
+with which predicted peaks of SmolLM2 are 2 to 6% above the measured ones."""
 
 _SPARE = 0.9
 """The part of the device's memory that ``"auto"`` plans with."""
@@ -33,11 +34,18 @@ class Predicted:
         module: the rewritten graph; it is left as it is.
         examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
         choice: what will run it: ``"eager"`` or ``"inductor"``.
+        note: told about a level that cannot be predicted, and why.
     """
 
-    def __init__(self, module: fx.GraphModule, examples: Sequence[Any], choice: str) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        examples: Sequence[Any],
+        choice: str,
+        note: Callable[[str], None],
+    ) -> None:
         self._graph, self._examples = copy.deepcopy(module), list(examples)
-        self._choice = choice
+        self._choice, self._note = choice, note
         self._found: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
@@ -45,8 +53,10 @@ class Predicted:
         if level not in self._found:
             try:
                 self._found[level] = self._predict(level)
-            except Exception:  # whatever PyTorch raises: the level is not taken then
+            except Exception as error:  # whatever PyTorch raises: the level is not taken then
                 self._found[level] = None
+                why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+                self._note(f"the memory of a block at {level!r} could not be predicted ({why})")
         return self._found[level]
 
     def _predict(self, level: Level) -> Usage:

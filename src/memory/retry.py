@@ -24,14 +24,15 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     Args:
         planner: of the model that ``run`` calls.
         run: forward, or forward and backward.
-        parameters: those whose gradients ``run`` may have begun to add to.
+        parameters: those whose gradients ``run`` makes; nothing is repeated if one has a gradient.
 
     Raises:
         Exception: whatever ``run`` raises, if it is no such error or nothing can be made leaner.
     """
-    if not planner.may_retry() or _one_of_many():
+    fresh = list(parameters)
+    # sums of earlier batches could be put back from copies only, which take memory themselves
+    if not planner.may_retry() or _one_of_many() or any(p.grad is not None for p in fresh):
         return run()
-    kept = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
     device = planner.meter.device
     on_gpu = device.type == "cuda"
     numbers = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
@@ -47,8 +48,8 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
         if numbers[1] is not None:
             torch.cuda.empty_cache()
             torch.cuda.set_rng_state(numbers[1], device)
-        for p, grad in kept:
-            p.grad = None if grad is None else grad.clone()
+        for p in fresh:
+            p.grad = None
 
 
 def _one_of_many() -> bool:
