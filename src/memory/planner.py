@@ -130,6 +130,18 @@ class Planner:
         for block, level in zip(blocks, chosen, strict=True):
             self.levels[block] = level
 
+    def outlook(self, factor: float) -> tuple[list[Usages], Setting] | None:
+        """What a plan for a batch of ``factor`` times the tokens would be made of.
+
+        Returns:
+            The usages of each block, and the setting, for ``choose`` and ``peak``; None while
+            nothing is planned.
+        """
+        if self._setting is None:
+            return None
+        usages: list[Usages] = [Scaled(self._usages(b), factor) for b in self.blocks]
+        return usages, replace(self._setting, head=int(self._setting.head * factor))
+
     def _usages(self, block: nn.Module) -> Usages:
         """Of a block, or of one of its class that is known, or of any."""
         known = self._known.get(block)
