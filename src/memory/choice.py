@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
 from ..passes.memory import Level
 from .usage import Usage
 
@@ -25,10 +26,11 @@ class Setting:
         base: bytes in use before the step.
         training: bytes that come with the first step whatever the plan: gradients of trainable
             parameters, two states of the optimizer for each, compilation.
-        head: the most bytes that the head and its loss need at one time.
+        head: the most bytes that the head and its loss need at one time, without logits.
         budget: bytes that may be used; None is no limit.
         allowed: the levels that a block may have, the fastest first.
         host: bytes that blocks may keep in the memory of the host.
+        logits: bytes of all logits; no more of them exist at one time than two tiles.
     """
 
     base: int
@@ -37,6 +39,11 @@ class Setting:
     budget: int | None
     allowed: tuple[Level, ...]
     host: int = 0
+    logits: int = 0
+
+    def scaled(self, factor: float) -> Setting:
+        """The same for a batch of ``factor`` times the tokens."""
+        return replace(self, head=int(self.head * factor), logits=int(self.logits * factor))
 
 
 @dataclass
@@ -68,7 +75,8 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) ->
     used = [found for own, level in pairs if (found := own.get(level)) is not None]
     passing = max((_passing(u) - u.kept for u in used), default=0)
     kept = sum(u.kept for u in used)
-    return setting.base + setting.training + kept + max(passing, setting.head)
+    head = setting.head + min(setting.logits, 2 * TILE_BYTES)
+    return setting.base + setting.training + kept + max(passing, head)
 
 
 def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:

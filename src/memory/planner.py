@@ -140,7 +140,7 @@ class Planner:
         if self._setting is None:
             return None
         usages: list[Usages] = [Scaled(self._usages(b), factor) for b in self.blocks]
-        return usages, replace(self._setting, head=int(self._setting.head * factor))
+        return usages, self._setting.scaled(factor)
 
     def _usages(self, block: nn.Module) -> Usages:
         """Of a block, or of one of its class that is known, or of any."""
@@ -194,7 +194,7 @@ class Planner:
         assert self._setting is not None
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
-        self._setting = replace(self._setting, head=int(self._setting.head * factor))
+        self._setting = self._setting.scaled(factor)
         self._first, self._ended, self.measured = None, False, None
         self._decide(self._setting)
 

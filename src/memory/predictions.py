@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import codegen
-from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
 from ..passes.memory import HOSTED, Level, keep
 from ..sampling import hint
 from .choice import Setting
@@ -127,13 +126,15 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     if checkpointed and levels[0] == "all":
         levels = levels[1:]
     host = int(_HOST * planner.meter.host())
-    return Setting(planner.meter.used(), training, _head(planner, examples), limit, levels, host)
+    base, (head, logits) = planner.meter.used(), _head(planner, examples)
+    return Setting(base, training, head, limit, levels, host, logits)
 
 
-def _head(planner: Planner, examples: Sequence[Any]) -> int:
-    """What the head and its loss hold at one time: a tile of logits, and four hidden states.
+def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:
+    """Bytes that the head and its loss hold at one time, and of all logits.
 
-    Hidden states: after the final norm, their gradient, and both before it, which may be in fp32.
+    Held are four hidden states: after the final norm, their gradient, and both before it, which may
+    be in fp32.
     """
     hidden = max(
         (
@@ -146,5 +147,4 @@ def _head(planner: Planner, examples: Sequence[Any]) -> int:
     model = planner.model()
     matrices = (p.shape[0] for p in model.parameters() if p.dim() == 2) if model else ()
     rows = hidden // 64  # no hidden state is narrower
-    tile = min(2 * TILE_BYTES, 4 * rows * max(matrices, default=0))
-    return tile + 12 * hidden
+    return 12 * hidden, 4 * rows * max(matrices, default=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
+from fusewright.kernels.linear_cross_entropy_tiles import TILE_BYTES
 from fusewright.memory.choice import Scaled, Setting, choose, on_host, peak
 from fusewright.memory.planner import Planner
 from fusewright.memory.predictions import Predicted
@@ -105,6 +107,14 @@ def test_inputs_move_to_the_host_where_nothing_else_fits() -> None:
         else:
             assert "offload" in chosen
             assert not {"all", "products"} & set(chosen)
+
+
+def test_logits_grow_no_further_than_their_tiles() -> None:
+    usages, nothing = [_usages(0, 0, 0)], _setting(None, head=7 * MB, base=0, training=0)
+    small = replace(nothing, logits=2 * TILE_BYTES // 10)
+    assert peak(["all"], usages, small) == 7 * MB + 2 * TILE_BYTES // 10
+    assert peak(["all"], usages, small.scaled(5)) == 35 * MB + TILE_BYTES // 10 * 10
+    assert peak(["all"], usages, small.scaled(50)) == 350 * MB + 2 * TILE_BYTES
 
 
 def test_the_host_has_a_limit_of_its_own() -> None:
