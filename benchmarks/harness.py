@@ -106,9 +106,9 @@ class EngineProcess:
         reply = self._receive()
         self.run.loaded, self.run.setting = reply["loaded"], reply["setting"]
 
-    def step(self) -> None:
-        """Let the engine take one step, and wait for it."""
-        self._send("step")
+    def step(self, tokens: int | None = None) -> None:
+        """Let the engine take one step, of the first ``tokens`` of a sequence, and wait for it."""
+        self._send("step" if tokens is None else f"step {tokens}")
         self.run.steps.append(self._receive())
         job, last = self.run.job, self.run.steps[-1]
         number = f"step {len(self.run.steps)}/{job.steps}"
