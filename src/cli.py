@@ -138,11 +138,9 @@ def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) ->
         if overwrite:
             overrides["overwrite_output_dir"] = True
         if dry_run:
-            from rich.console import Console
+            from .train.dryrun import console, show
 
-            from .train.dryrun import show
-
-            show(check(recipe, overrides), Console(highlight=False))
+            show(check(recipe, overrides), console())
             return 0
         checked = load_recipe(recipe, overrides)
 
