@@ -112,7 +112,9 @@ class ModelKeys(Keys):
     )
     """Take the tokenizer of the package ``mistral-common``. Unset: no."""
 
-    tokenizer_save_jinja_files: bool = True
+    tokenizer_save_jinja_files: bool = not_applicable(
+        "transformers keeps the template in a file of its own", True
+    )
     """Save the chat template as a file of its own; false: inside ``tokenizer_config.json``."""
 
     # --- numbers ---------------------------------------------------------------------------------
