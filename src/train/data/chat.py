@@ -26,6 +26,10 @@ Detail = Mapping[str, Any]
 """``begin_offset``, ``end_offset`` (both inside) and ``train``, in characters of a content."""
 
 
+Placed = tuple[int | None, Turn | None]
+"""A turn and its message; None for one that is trained whosever it is."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """One conversation.
@@ -88,6 +92,7 @@ class ChatEncoder:
         tokenizer: a fast tokenizer.
         source: the chat template; None for the tokenizer's own.
         rules: what is trained.
+        variables: what the template may read besides the messages and the special tokens.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer cannot tell where its tokens came
@@ -95,8 +100,9 @@ class ChatEncoder:
     """
 
     tokenizer: Any
-    source: str | None = None
+    source: Any = None
     rules: Rules = field(default_factory=Rules)
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         source = self.source or getattr(self.tokenizer, "chat_template", None)
@@ -110,7 +116,6 @@ class ChatEncoder:
                 "the tokenizer of base_model is not a fast one: its tokens cannot be traced to the "
                 "text"
             )
-        self.by_tools = isinstance(source, dict)
         texts = source if isinstance(source, dict) else {"default": source}
         if "default" not in texts:
             raise RecipeError(
@@ -121,7 +126,8 @@ class ChatEncoder:
         self.special = {i for i, token in added.items() if token.special}
         names = [str(added[i]) for i in self.special]
         self.templates = {
-            name: Template(text, self.tokenizer.special_tokens_map) for name, text in texts.items()
+            name: Template(text, {**self.tokenizer.special_tokens_map, **self.variables})
+            for name, text in texts.items()
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
         self.eos = self.tokenizer.eos_token_id
@@ -145,8 +151,8 @@ class ChatEncoder:
             for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
         ]
 
-    def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Turn | None]]]:
-        """The texts, and each message's turn, of conversations with the same tools."""
+    def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
+        """The texts and turns of conversations with the same tools."""
         tools = chats[0].tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template = self.templates[name]
@@ -156,22 +162,20 @@ class ChatEncoder:
         if self.rules.everything:
             return texts, [[] for _ in chats]
         if marks is not None and self.rules.roles == {"assistant"}:
-            return texts, [_assign(c, m) for c, m in zip(chats, marks, strict=True)]
+            return texts, [_assigned(c, m) for c, m in zip(chats, marks, strict=True)]
         find = self.turns[name].find
         pairs = zip(chats, texts, strict=True)
-        return texts, [find(c.messages, tools, text, c.where) for c, text in pairs]
+        return texts, [list(enumerate(find(c.messages, tools, text, c.where))) for c, text in pairs]
 
-    def _masked(
-        self, chat: Chat, text: str, turns: list[Turn | None], encoding: Any
-    ) -> Tokens:
+    def _masked(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
         ids: list[int] = encoding.ids
         if self.rules.everything:
             return Tokens(chat.where, ids, [(0, len(ids))])
         begins = self._begins(encoding)
         spans: list[Span] = []
         ends: set[int] = set()
-        for i, turn in enumerate(turns):
-            wanted = self._wanted(chat, i)
+        for i, turn in turns:
+            wanted = i is None or self._wanted(chat, i)
             if turn is None or not wanted:
                 continue
             first, behind = self._tokens(turn, text, ids, encoding.offsets, begins)
@@ -180,7 +184,7 @@ class ChatEncoder:
             if end is not None:
                 ends.add(ids[end])
             last = behind - 1 if ended else behind
-            if wanted is True:
+            if i is None or wanted is True:
                 spans.append((first, last))
             else:
                 spans += _detailed(chat, i, turn, wanted, begins[first:last], first, text)
@@ -192,9 +196,7 @@ class ChatEncoder:
     def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
         """Whether message ``i`` is trained, or which characters of it."""
         flag = chat.train[i] if chat.train is not None else None
-        if flag is None:
-            return i < len(chat.messages) and chat.messages[i]["role"] in self.rules.roles
-        return flag
+        return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
 
     def _policy(self, token: int) -> str:
         return self.rules.eos if token == self.eos else self.rules.eot
@@ -277,31 +279,18 @@ def post_processor(tokenizer: Any) -> str:
     return json.dumps(state.get("post_processor"), separators=(",", ":"))
 
 
-def _assign(chat: Chat, marks: list[Span]) -> list[Turn | None]:
-    """Give each of the assistant's messages the spans that the template marks."""
+def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:
+    """Give the spans that the template marks to the assistant's messages."""
     answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-    if chat.train is None or all(chat.train[i] in (None, True) for i in answers):
-        # whose is whose does not matter; entries behind the messages are trained
-        turns: list[Turn | None] = [None] * len(chat.messages)
-        free = iter(answers)
-        for mark in marks:
-            i = next(free, None)
-            if i is None:
-                raise DataError(
-                    f"{chat.where}: the chat template marks {len(marks)} answers, and the "
-                    f"conversation has {len(answers)}"
-                )
-            turns[i] = Turn(*mark, None)
-        return turns
+    flags = [chat.train[i] for i in answers] if chat.train is not None else []
+    if all(flag in (None, True) for flag in flags):  # whose is whose does not matter
+        return [(None, Turn(*mark, None)) for mark in marks]
     if len(marks) != len(answers):
         raise DataError(
             f"{chat.where}: the chat template marks {len(marks)} answers and the conversation has "
             f"{len(answers)}, so that the messages' own training flags cannot be followed"
         )
-    turns = [None] * len(chat.messages)
-    for i, mark in zip(answers, marks, strict=True):
-        turns[i] = Turn(*mark, None)
-    return turns
+    return [(i, Turn(*mark, mark)) for i, mark in zip(answers, marks, strict=True)]
 
 
 def _next_special(ids: list[int], start: int, special: set[int]) -> int | None:
@@ -340,9 +329,7 @@ def _detailed(
     shift = turn.content[0] - (len(content) - len(content.lstrip()))
     if text.startswith(content, turn.content[0]):
         shift = turn.content[0]
-    trained = [
-        (d["begin_offset"] + shift, d["end_offset"] + shift) for d in details if d["train"]
-    ]
+    trained = [(d["begin_offset"] + shift, d["end_offset"] + shift) for d in details if d["train"]]
     return [
         (first + k, first + k + 1)
         for k, begin in enumerate(begins)

@@ -1,150 +1,211 @@
-"""Reading the rows of a recipe's datasets. Every complaint has file and line."""
+"""The rows of one file, each with the place that it comes from, one after the other.
+
+JSON lines are read here and not by ``datasets``, because that makes one table of them: it needs the
+same fields in every row, fills in nulls, and knows no line numbers.
+"""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
-import random
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import lzma
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
-from ..errors import DataError
-from .recipe import Dataset
+from ...errors import DataError
 
-T = TypeVar("T")
+Row = tuple[str, Any]
+"""File and line, and what stands there."""
 
+Progress = Callable[[float], None]
+"""Is told the share of a file that has been read."""
 
-@dataclass(frozen=True)
-class Chat:
-    """One conversation.
-
-    Attributes:
-        where: file and line, for messages.
-        messages: ``{"role": ..., "content": ...}`` in order; at least one is the assistant's.
-    """
-
-    where: str
-    messages: list[dict[str, str]]
+_PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_BATCH = 1000
+"""Rows that are taken from a table at a time."""
 
 
-def read_chats(datasets: Sequence[Dataset]) -> list[Chat]:
-    """Read every row of ``datasets``, in order, building what has a builder and is not there yet.
-
-    Raises:
-        DataError: an unreadable file, a row that is not JSON or lacks a field, or no rows at all.
-    """
-    chats: list[Chat] = []
-    for dataset in datasets:
-        path = Path(dataset.path)
-        if dataset.builder:
-            _build(Path(dataset.builder), path)
-        before = len(chats)
-        chats += [_chat(row, where, dataset) for where, row in _rows(path)]
-        if len(chats) == before:
-            raise DataError(f"{path}: the dataset is empty")
-    return chats
-
-
-def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]:
-    """Shuffle ``items`` and hold some out.
+def read_file(
+    path: Path, kind: str | None = None, progress: Progress | None = None
+) -> Iterator[Row]:
+    """Read a file row by row; it is never in memory as a whole, unless it is one JSON list.
 
     Args:
-        items: anything.
-        size: a share below 1, or a number of items.
-        seed: of the shuffle.
-
-    Returns:
-        The items to train on, and those held out.
+        path: a file.
+        kind: one of ``KINDS``; None: by the end of its name.
+        progress: is called now and then.
 
     Raises:
-        DataError: nothing would be left to train on, or nothing would be held out.
+        DataError: it cannot be read, is of no known kind, or is damaged.
     """
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    count = round(len(shuffled) * size) if size < 1 else round(size)
-    if count >= len(shuffled) or (size > 0 and count == 0):
-        left = max(0, len(shuffled) - count)
+    reader = _READERS.get(kind or kind_of(path) or "")
+    if reader is None:
+        ends = ", ".join(f".{k}" for k in SUFFIXES)
         raise DataError(
-            f"val_set_size: {size:g} of {len(shuffled)} rows leaves {left} to train on and "
-            f"{len(shuffled) - left} to validate on"
+            f"{path}: what kind of file is this? Its name must end in one of {ends}, or the "
+            "dataset needs ds_type"
         )
-    return shuffled[count:], shuffled[:count]
-
-
-def _build(builder: Path, path: Path) -> None:
-    """Make ``path`` when it is missing or older than its builder.
-
-    The builder runs in a process of its own, so that what it imports does not stay here.
-    """
-    if path.exists() and path.stat().st_mtime >= builder.stat().st_mtime:
-        return
-    done = subprocess.run(
-        [sys.executable, str(builder), str(path)], capture_output=True, text=True, check=False
-    )
-    if done.returncode or not path.exists():
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise DataError(
-            f"{builder}: did not build {path} (exit code {done.returncode})"
-            + (f": {said[-1]}" if said else "")
-        )
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ``(where, row)``; blank lines of a JSONL file are passed over."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{path}: must be a list of rows")
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, start=1))
-        return
-    for i, line in enumerate(text.split("\n"), start=1):
+        yield from reader(path, progress or (lambda share: None))
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read: {_said(error)}") from None
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file by its name, or None."""
+    name = path.with_suffix("") if path.suffix in _PACKED else path
+    return SUFFIXES.get(name.suffix.removeprefix(".").lower())
+
+
+def _lines(path: Path, progress: Progress) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, counted from 1, without what ends them."""
+    size = max(1, path.stat().st_size)
+    opened = _PACKED.get(path.suffix, open)
+    with path.open("rb") as raw, opened(raw, "rb") if path.suffix in _PACKED else raw as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # only a line feed ends a line: JSON may hold other separators of Unicode
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: cannot be read: it is not UTF-8 (byte "
+                    f"{error.start + 1} of the line: {error.reason})"
+                ) from None
+            yield number, text.rstrip("\n").removesuffix("\r")
+            if number % _BATCH == 0:
+                progress(raw.tell() / size)
+
+
+def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
+    for number, line in _lines(path, progress):
         if not line.strip():
             continue
         try:
-            yield f"{path}, line {i}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {i}: not valid JSON: {error.msg} (column {error.colno})"
-            ) from None
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            said = getattr(error, "msg", "nested too deep")
+            column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(f"{path}, line {number}: not valid JSON: {said}{column}") from None
+        yield f"{path}, line {number}", row
 
 
-def _chat(row: Any, where: str, dataset: Dataset) -> Chat:
-    field = dataset.field_messages
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: must be an object with the field {field!r}, not {_kind(row)}")
-    if field not in row:
-        has = ", ".join(repr(k) for k in row) or "no fields"
-        raise DataError(f"{where}: the field {field!r} is missing (the row has {has})")
-    turns = row[field]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: the field {field!r} must be a list of messages")
-    names: dict[str, str] = {"role": "role", "content": "content"}
-    names.update({key: name for key, name in dataset.message_property_mappings.items()})
-    messages = []
-    for i, turn in enumerate(turns, start=1):
-        message = {}
-        for key, name in names.items():
-            value = turn.get(name) if isinstance(turn, dict) else None
-            if not isinstance(value, str):
-                raise DataError(f"{where}: message {i} needs the field {name!r}, with text in it")
-            message[key] = value
-        messages.append(message)
-    if all(m["role"] != "assistant" for m in messages):
-        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
-        raise DataError(f"{where}: no message has the role 'assistant' (only {roles})")
-    return Chat(where, messages)
+def _json(path: Path, progress: Progress) -> Iterator[Row]:
+    """One list of rows; or, under this name too, a row on every line."""
+    text = "\n".join(line for _, line in _lines(path, progress))
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("{") and error.msg == "Extra data":
+            yield from _json_lines(path, progress)
+            return
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must be a list of rows")
+    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, start=1))
 
 
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _text(path: Path, progress: Progress) -> Iterator[Row]:
+    """Every line is a row with the field ``text``; empty lines are passed over."""
+    for number, line in _lines(path, progress):
+        if line.strip():
+            yield f"{path}, line {number}", {"text": line}
+
+
+def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
+    """Rows of text under the names in the first line."""
+    from pyarrow import ArrowInvalid, csv, string
+
+    read = csv.ReadOptions(block_size=1 << 26)
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    try:
+        with csv.open_csv(path, read, parse) as head:
+            names = head.schema.names
+        if len(set(names)) < len(names) or "" in names:
+            raise DataError(f"{path}, line 1: must name the columns, each differently")
+        convert = csv.ConvertOptions(column_types=dict.fromkeys(names, string()))
+        with csv.open_csv(path, read, parse, convert) as batches:
+            yield from _numbered(path, batches, progress)
+    except ArrowInvalid as error:
+        if "Empty CSV" in str(error):
+            return
+        said = _said(error).removeprefix("CSV parse error: ")
+        raise DataError(f"{path}: not valid CSV: {said}") from None
+
+
+def _tsv(path: Path, progress: Progress) -> Iterator[Row]:
+    yield from _csv(path, progress, "\t")
+
+
+def _parquet(path: Path, progress: Progress) -> Iterator[Row]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            total = file.metadata.num_rows
+            yield from _numbered(path, file.iter_batches(_BATCH), progress, total)
+    except ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file, or a damaged one: {_said(error)}") from None
+
+
+def _arrow(path: Path, progress: Progress) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                reader = pa.ipc.open_file(source)
+                count = reader.num_record_batches
+                batches: Any = (reader.get_batch(i) for i in range(count))
+            except pa.ArrowInvalid:
+                source.seek(0)
+                batches = pa.ipc.open_stream(source)
+            yield from _numbered(path, batches, progress)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not an Arrow file, or a damaged one: {_said(error)}") from None
+
+
+def _numbered(
+    path: Path, batches: Any, progress: Progress, total: int | None = None
+) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for begin in range(0, batch.num_rows, _BATCH):
+            for row in batch.slice(begin, _BATCH).to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+            if total:
+                progress(number / total)
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_READERS: dict[str, Callable[[Path, Progress], Iterator[Row]]] = {
+    "jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet,
+    "arrow": _arrow, "text": _text,
+}  # fmt: skip
+
+KINDS = tuple(_READERS)
+"""The kinds of files."""
+
+SUFFIXES = {
+    "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "csv": "csv", "tsv": "tsv",
+    "parquet": "parquet", "arrow": "arrow", "txt": "text",
+}  # fmt: skip
+"""The kind of a file by the end of its name."""
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file for hashing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {_said(error)}") from None

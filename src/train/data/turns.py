@@ -162,9 +162,7 @@ class Turns:
             at = places[message] + len(probes[message])
         literals.append(text[at:])
         leads = [p - t[0] for p, t in zip(places, turns, strict=True)]
-        tails = [
-            t[1] - p - len(x) for p, t, x in zip(places, turns, probes, strict=True)
-        ]
+        tails = [t[1] - p - len(x) for p, t, x in zip(places, turns, probes, strict=True)]
         for k, message in enumerate(order):
             inside = 0 <= leads[message] <= len(literals[k])
             if not inside or not 0 <= tails[message] <= len(literals[k + 1]):
@@ -240,9 +238,7 @@ class Turns:
             self._prompt = os.path.commonprefix([before, text])[len(plain) :]
         return self._prompt
 
-    def _end(
-        self, messages: Messages, i: int, text: str, begin: int, through: str
-    ) -> int | None:
+    def _end(self, messages: Messages, i: int, text: str, begin: int, through: str) -> int | None:
         """The end of a turn that the template renders differently when it is the last one.
 
         What follows the content when the turn is the last, and what follows it here, share the end
