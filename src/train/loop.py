@@ -20,6 +20,7 @@ from .model import add_adapter, load_model, parameters, quiet
 from .recipe import Recipe
 from .report import RunResult
 from .signals import Interrupts, Stopped
+from .status import told
 from .tokenizer import load_tokenizer
 from .trainer import Meter, batches, make_trainer, validation_loss
 
@@ -59,6 +60,8 @@ class Run:
             Stopped: a signal came before the first step was done, or a second one came.
         """
         export.check_output(self.folder, self.recipe.overwrite_output_dir)
+        for line in told(self.recipe):
+            self._say(line)
         with Interrupts() as interrupts, quiet():
             with self._timed("data"):
                 tokenizer = load_tokenizer(self.recipe)
