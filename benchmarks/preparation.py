@@ -187,8 +187,8 @@ def _with_trl(file: Path, tokenizer: Any) -> tuple[Any, float, float]:
         output_dir=tempfile.mkdtemp(), assistant_only_loss=True, max_length=LENGTH,
         shuffle_dataset=False, report_to="none", use_cpu=True, bf16=False,
     )  # fmt: skip
-    first = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "a"},
-                                                      {"role": "assistant", "content": "b"}]}])  # fmt: skip
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first = datasets.Dataset.from_list([{"messages": chat}])
     trainer = SFTTrainer(model, config, train_dataset=first, processing_class=tokenizer)
     begun = time.perf_counter()
     rows = datasets.load_dataset("json", data_files=str(file), split="train")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .errors import FusewrightError
-
-if TYPE_CHECKING:
-    from .train.data import Prepared
-    from .train.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -54,13 +50,13 @@ def preprocess(
 def _preprocess(name: str, arguments: list[str], examples: int, limit: int | None) -> None:
     from rich.console import Console
 
-    from .cli import parse_overrides
+    from .train.overrides import parse_overrides
     from .train.yamlfile import load_recipe
 
     recipe = load_recipe(name, parse_overrides(arguments))
 
     from .train.data import prepare  # slow to import: only for a recipe that is right
-    from .train.data.preview import show
+    from .train.data.preview import first, show, summary
     from .train.model import quiet
     from .train.tokenizer import load_tokenizer
 
@@ -68,10 +64,6 @@ def _preprocess(name: str, arguments: list[str], examples: int, limit: int | Non
     with quiet():
         tokenizer = load_tokenizer(recipe)
         prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)
-    _summary(prepared, recipe, console, kept=limit is None)
-    if examples and not recipe.streams():
-        show(prepared.train[:examples], tokenizer, console)  # type: ignore[index]
-
-
-def _summary(prepared: Prepared, recipe: Recipe, console: object, kept: bool) -> None:
-    from rich.table import Table
+    summary(prepared, console)
+    if examples:
+        show(first(prepared, examples), tokenizer, console)

@@ -321,6 +321,4 @@ def _detailed(
     if not text.startswith(content, place):  # the template strips it
         place -= len(content) - len(content.lstrip())
     trained = [(d["begin_offset"] + place, d["end_offset"] + place) for d in details if d["train"]]
-    return [
-        (k, k + 1) for k, begin in begins.items() if any(a <= begin <= b for a, b in trained)
-    ]
+    return [(k, k + 1) for k, begin in begins.items() if any(a <= begin <= b for a, b in trained)]

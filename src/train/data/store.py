@@ -46,10 +46,6 @@ class Samples(Sequence[Sample]):
         path: the file.
         rows: which of its rows, in which order; None: all.
         lease: what keeps the file there, if it is a temporary one.
-
-    Attributes:
-        lengths: tokens of each sample; int32 (N,).
-        trained: trained tokens of each sample; int32 (N,).
     """
 
     def __init__(self, path: Path, rows: Array | None = None, lease: Lease | None = None) -> None:
@@ -76,10 +72,12 @@ class Samples(Sequence[Sample]):
 
     @property
     def lengths(self) -> Array:
+        """Tokens of each sample; int32 (N,)."""
         return self._lengths[self.rows]
 
     @property
     def trained(self) -> Array:
+        """Trained tokens of each sample; int32 (N,)."""
         return self._trained[self.rows]
 
     def select(self, places: Array | slice) -> Samples:

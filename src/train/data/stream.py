@@ -7,15 +7,15 @@ than that, and the batch that is being read, is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ...errors import DataError, RecipeError
-from ..recipe import Recipe
+from ...errors import DataError
+from ..recipe import Dataset, Recipe
 from . import sources
 from .files import Row
 from .packing import Pack, pack
@@ -90,7 +90,7 @@ class StreamedPacks(IterableDataset[Pack]):
         return rows if worker is None else islice(rows, worker.id, None, worker.num_workers)
 
 
-def stream(recipe: Recipe, make_work: Any) -> StreamedPacks:
+def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
     """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
 
     Args:
@@ -98,15 +98,8 @@ def stream(recipe: Recipe, make_work: Any) -> StreamedPacks:
         make_work: gives the work for a dataset.
 
     Raises:
-        RecipeError: a key that a stream needs is missing, or one is set that it cannot have.
         DataError: a dataset is not there, or its first row is not right.
     """
-    if recipe.max_steps is None:
-        raise RecipeError("max_steps: a stream has no end; say how many optimizer steps to make")
-    if recipe.val_set_size:
-        raise RecipeError(
-            "val_set_size: no rows can be held out of a stream; name other rows in test_datasets"
-        )
     named = recipe.pretraining_dataset or recipe.datasets
     key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"
     found = [sources.find(d, f"{key}.{i}", streaming=True) for i, d in enumerate(named)]
