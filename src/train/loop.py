@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..errors import DataError, RecipeError
+from ..errors import RecipeError
 from . import export, report
-from .chat import Sample, encode
-from .data import Chat, read_chats, split
-from .model import add_adapter, load_model, load_tokenizer, parameters, quiet
-from .packing import Pack, count, leaks, pack
+from .data import Packs, leaks, pack, prepare
+from .model import add_adapter, load_model, parameters, quiet
 from .recipe import Recipe
 from .report import RunResult
 from .signals import Interrupts, Stopped
 from .status import told
+from .tokenizer import load_tokenizer
 from .trainer import Meter, batches, make_trainer, validation_loss
 
 
@@ -65,11 +64,9 @@ class Run:
             self._say(line)
         with Interrupts() as interrupts, quiet():
             with self._timed("data"):
-                chats = read_chats(self.recipe.datasets)
-                parts = split(chats, self.recipe.val_set_size, self.recipe.seed)
-            with self._timed("load"):
                 tokenizer = load_tokenizer(self.recipe)
-                packs, validation = self._prepare(parts, tokenizer)
+                packs, validation = self._prepare(tokenizer)
+            with self._timed("load"):
                 model = self._model()
             self._before(model, tokenizer, validation)
             export.clear_output(self.folder)
@@ -85,23 +82,19 @@ class Run:
 
     # --- in the order of `run` -------------------------------------------------------------------
 
-    def _prepare(
-        self, parts: tuple[list[Chat], list[Chat]], tokenizer: Any
-    ) -> tuple[list[Pack], list[dict[str, torch.Tensor]]]:
-        """Tokens, packs and validation batches."""
-        recipe, data = self.recipe, self.result.data
-        data["rows"] = sum(map(len, parts))
-        data["too_long"] = data["nothing_to_train"] = 0
-        kept = [self._kept(part, encode(part, tokenizer, recipe.train_on_inputs)) for part in parts]
-        if not kept[0]:
-            raise DataError("no row is left to train on: all are too long or have nothing to train")
-        made = [
-            pack(s, recipe.sequence_len) if recipe.sample_packing else [[x] for x in s]
-            for s in kept
-        ]
-        for name, samples, packs in zip(("train", "validation"), kept, made, strict=True):
-            data[f"{name}_samples"], data[f"{name}_sequences"] = len(samples), len(packs)
-            data[f"{name}_tokens"], data[f"{name}_trained_tokens"] = count(packs)
+    def _prepare(self, tokenizer: Any) -> tuple[Packs, list[dict[str, torch.Tensor]]]:
+        """Packs and validation batches."""
+        recipe = self.recipe
+        prepared = prepare(recipe, tokenizer, self.console)
+        data = self.result.data = dict(prepared.counts)
+        made = []
+        held = prepared.validation.get("validation", ())
+        for name, samples in (("train", prepared.train), ("validation", held)):
+            groups = [[i] for i in range(len(samples))]
+            if recipe.sample_packing and len(samples):
+                groups = pack(samples.lengths, recipe.sequence_len)
+            made.append(Packs(samples, groups))
+            data[f"{name}_sequences"] = len(groups)
         self._say(
             f"data: {data['rows']:,} rows, of them {data['validation_samples']:,} for validation; "
             f"{data['train_sequences']:,} sequences, {data['train_tokens']:,} tokens, "
@@ -109,25 +102,6 @@ class Run:
             f"{data['nothing_to_train']} with nothing to train"
         )
         return made[0], batches(made[1], recipe, export.pad_token(tokenizer))
-
-    def _kept(self, chats: Sequence[Chat], samples: list[Sample]) -> list[Sample]:
-        """The samples that can be trained on, by the recipe's rule for long ones."""
-        limit, kept = self.recipe.sequence_len, []
-        for chat, sample in zip(chats, samples, strict=True):
-            if len(sample.input_ids) > limit:
-                if self.recipe.excess_length_strategy == "raise":
-                    raise DataError(
-                        f"{chat.where}: {len(sample.input_ids)} tokens, and sequence_len is {limit}"
-                    )
-                self.result.data["too_long"] += 1
-                if self.recipe.excess_length_strategy == "drop":
-                    continue
-                sample = Sample(sample.input_ids[:limit], sample.labels[:limit])
-            if sample.trained:
-                kept.append(sample)
-            else:
-                self.result.data["nothing_to_train"] += 1
-        return kept
 
     def _model(self) -> Any:
         """The model with its adapters, seeded and checked."""
@@ -176,7 +150,7 @@ class Run:
         self,
         model: Any,
         tokenizer: Any,
-        packs: list[Pack],
+        packs: Packs,
         validation: list[dict[str, torch.Tensor]],
         interrupts: Interrupts,
     ) -> None:
@@ -220,7 +194,7 @@ class Run:
         self,
         model: Any,
         tokenizer: Any,
-        packs: list[Pack],
+        packs: Packs,
         validation: list[dict[str, torch.Tensor]],
     ) -> None:
         """Validate, check the saved adapter, answer."""

@@ -60,17 +60,6 @@ def dtype_for_training(bf16: bool | str) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
-    """Load the tokenizer of ``base_model``.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    return pretrained(AutoTokenizer, recipe.base_model)
-
-
 def load_model(recipe: Recipe) -> Any:
     """Load ``base_model`` on the training device, without adapters and without a KV cache.
 

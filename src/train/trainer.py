@@ -30,8 +30,7 @@ from ..flat import FlatOptimizer
 from ..flat_buffers import why_not
 from ..memory.retry import retrying
 from ..pipeline import planner_of
-from .chat import IGNORED
-from .packing import Pack, collate, count
+from .data import IGNORED, Pack, collate, count
 from .recipe import Recipe
 from .signals import Interrupts
 
