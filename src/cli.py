@@ -139,7 +139,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _train(recipe: str, overwrite: bool, arguments: Sequence[str]) -> int:
-    """Train, and return the exit code: 2 for a bad recipe or dataset, 128 + n for a signal."""
+    """Train, and return the exit code: the result's, or 2 for a bad recipe or dataset."""
     try:
         from .train.yamlfile import load_recipe
 
@@ -159,10 +159,7 @@ def _train(recipe: str, overwrite: bool, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as stopped:
         print("fusewright: stopped; nothing was saved", file=sys.stderr)
         return 128 + int(getattr(stopped, "signal", 2))
-    if result.signal is not None:
-        return 128 + result.signal
-    broken = result.adapter_check is not None and not result.adapter_check["exact"]
-    return 1 if broken else 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ class Steps:
         if interval < 1:
             return max(1, math.ceil(self.total * interval))
         if interval != int(interval):
-            raise RecipeError(f"{key}: {interval:g} is neither a number of steps nor a share below 1")
+            raise RecipeError(
+                f"{key}: {interval:g} is neither a number of steps nor a share below 1"
+            )
         return int(interval)
 
     def times_per_epoch(self, times: int, key: str) -> int:
