@@ -25,6 +25,7 @@ from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import RunResult
 from .signals import Interrupts, Stopped
+from .status import told
 from .trainer import Context, FineTuner, make_trainer
 from .validation import Batches, validate
 from .watchdog import BadStep
@@ -96,6 +97,8 @@ class Run:
         self.start = resume.find(recipe)
         export.check_output(self.folder, recipe.overwrite_output_dir, self.start is not None)
         require_packages(recipe)
+        for line in told(recipe):
+            self._say(line)
         if self.start is not None:
             self.saved = resume.load(self.start, recipe)
             self.result.resumed_from = self.saved.step

@@ -17,8 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app, parse_overrides
+from fusewright.cli import app
 from fusewright.errors import RecipeError
+from fusewright.train.overrides import parse_overrides
 from fusewright.train.progress import Watch
 from fusewright.train.signals import Interrupts, Stopped
 

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from .base import Float, Int, Keys, key, not_applicable, not_yet
 
+_PREFERENCES = "only a preference method (key rl) reads it"
+
 
 class PromptFormat(Keys):
     """A ``type`` that is spelled out: which fields a row has, and the text that they make."""
@@ -29,6 +31,33 @@ class PromptFormat(Keys):
 
     field_output: str | None = None
     """The field with the answer. Unset: ``output``."""
+
+    field_prompt: str | None = not_applicable(_PREFERENCES)
+    """The field with the prompt of a preference. Unset: ``prompt``."""
+
+    field_chosen: str | None = not_applicable(_PREFERENCES)
+    """The field with the better answer. Unset: ``chosen``."""
+
+    field_rejected: str | None = not_applicable(_PREFERENCES)
+    """The field with the worse answer. Unset: ``rejected``."""
+
+    field_completion: str | None = not_applicable(_PREFERENCES)
+    """The field with a judged answer. Unset: ``completion``."""
+
+    field_label: str | bool | None = not_applicable(_PREFERENCES)
+    """The field with its judgement. Unset: ``label``."""
+
+    prompt_format: str | None = not_applicable(_PREFERENCES)
+    """The form of a prompt. Unset: as it is."""
+
+    chosen_format: str | None = not_applicable(_PREFERENCES)
+    """The form of the better answer. Unset: as it is."""
+
+    rejected_format: str | None = not_applicable(_PREFERENCES)
+    """The form of the worse answer. Unset: as it is."""
+
+    completion_format: str | None = not_applicable(_PREFERENCES)
+    """The form of a judged answer. Unset: as it is."""
 
     format: str | None = None
     """The prompt; ``{instruction}`` and ``{input}`` stand for the fields. Unset: these two as they
@@ -185,6 +214,15 @@ class Dataset(Keys):
 
     skip: Int = key(0, ge=0)
     """Rows to leave out at the beginning."""
+
+    step_separator: str | None = not_applicable(_PREFERENCES)
+    """What separates the steps of reasoning. Unset: a line break."""
+
+    max_completion_length: Int | None = not_applicable(_PREFERENCES)
+    """Longest answer, in tokens. Unset: none."""
+
+    train_on_last_step_only: bool | None = not_applicable(_PREFERENCES)
+    """Judge the last step only. Unset: all."""
 
     logprobs_field: str | None = not_yet("distillation; train on the answers only")
     """The field with a teacher's log probabilities. Unset: none."""
