@@ -17,12 +17,13 @@ from ..errors import DataError, RecipeError
 from . import export, report
 from .chat import Sample, encode
 from .data import Chat, read_chats, split
+from .meter import Meter, flops_per_token, mean_context, peak_flops
 from .model import add_adapter, load_model, load_tokenizer, parameters, quiet
 from .packing import Pack, count, leaks, pack
 from .recipe import Recipe
 from .report import RunResult
 from .signals import Interrupts, Stopped
-from .trainer import Meter, batches, make_trainer, validation_loss
+from .trainer import batches, make_trainer, validation_loss
 
 
 class Run:
@@ -178,7 +179,11 @@ class Run:
         interrupts: Interrupts,
     ) -> None:
         """The optimizer steps; saves what they made."""
-        meter, result = Meter(), self.result
+        result = self.result
+        context = mean_context([len(s.input_ids) for p in packs for s in p])
+        meter = Meter(
+            flops=flops_per_token(model, context), peak=peak_flops(model.device, model.dtype)
+        )
         trainer = make_trainer(
             model, self.recipe, packs, validation, export.pad_token(tokenizer),
             meter, interrupts, self.console,

@@ -4,71 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..flat import FlatOptimizer
 from ..flat_buffers import why_not
+from ..memory.meter import Meter as Memory
 from ..memory.retry import retrying
 from ..pipeline import planner_of
 from .chat import IGNORED
+from .meter import Meter
 from .packing import Pack, collate, count
+from .progress import Watch
 from .recipe import Recipe
 from .signals import Interrupts
-
-
-@dataclass
-class Meter:
-    """What the steps so far took.
-
-    Attributes:
-        seconds: of each step.
-        tokens: of each step, without padding.
-        trained: of each step, the tokens with a label.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
-
-    def add(self, tokens: int, trained: int) -> None:
-        """Count a batch of the step that is going on."""
-        if len(self.tokens) == len(self.seconds):
-            self.tokens.append(0)
-            self.trained.append(0)
-        self.tokens[-1] += tokens
-        self.trained[-1] += trained
-
-    def rate(self, counts: Sequence[int], last: int | None = None) -> float:
-        """``counts`` per second, over the ``last`` steps; all but the first, which compiles."""
-        pairs = list(zip(counts, self.seconds, strict=False))
-        pairs = pairs[1:] or pairs
-        pairs = pairs[-last:] if last else pairs
-        spent = sum(s for _, s in pairs)
-        return sum(n for n, _ in pairs) / spent if spent else 0.0
-
-    def median_step(self) -> float:
-        """Seconds of the median step, the first left out."""
-        return statistics.median(self.seconds[1:] or self.seconds or [0.0])
 
 
 class _Trainer(Trainer):
@@ -99,68 +55,6 @@ class _Trainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-
-class _Watch(TrainerCallback):
-    """Times the steps, shows them, and ends the loop when a signal came."""
-
-    def __init__(self, meter: Meter, interrupts: Interrupts, console: Console, total: int) -> None:
-        self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=2,
-            speed_estimate_period=600,  # seconds: a step may take many
-        )
-        self.task: TaskID | None = None
-        self.begun = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.console.is_terminal:
-            self.bar.start()
-            self.task = self.bar.add_task("training", total=self.total, loss="-", rate="-")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = time.perf_counter()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.meter.seconds.append(time.perf_counter() - self.begun)
-        if self.task is not None:
-            rate = f"{self.meter.rate(self.meter.tokens, last=10):,.0f}"
-            self.bar.update(self.task, completed=state.global_step, rate=rate)
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        step, every = state.global_step, max(1, self.total // 10)
-        if "eval_loss" in logs:
-            self.console.print(f"  step {step}: validation loss {logs['eval_loss']:.3f}")
-        if "loss" not in logs:
-            return
-        loss = f"{float(logs['loss']):.3f}"
-        if self.task is not None:
-            self.bar.update(self.task, loss=loss)
-        elif step == 1 or step % every == 0 or step == self.total:
-            rate = self.meter.rate(self.meter.tokens, last=10)
-            left = self.meter.median_step() * (self.total - step)
-            self.console.print(
-                f"  step {step}/{self.total}  loss {loss}  {rate:,.0f} tokens/s  ETA {left:.0f} s"
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
 
 
 @torch.no_grad()
@@ -208,6 +102,7 @@ def make_trainer(
 ) -> Trainer:
     """Set up the trainer; ``trainer.train()`` runs it."""
     total = steps_planned(recipe, len(packs))
+    memory = Memory(model.device)
     warmup = recipe.warmup_steps
     if warmup is None:
         warmup = round((recipe.warmup_ratio or 0.0) * total)
@@ -245,7 +140,7 @@ def make_trainer(
         train_dataset=packs,
         eval_dataset=packs[:1] if recipe.eval_steps else None,  # asked for; evaluate() is ours
         data_collator=functools.partial(_collate, recipe=recipe, pad_id=pad_id),
-        callbacks=[_Watch(meter, interrupts, console, total)],
+        callbacks=[Watch(meter, interrupts, console, total, lambda: memory.used() / 2**20)],
     )
     trainer.meter, trainer.validation = meter, validation
     trainer.remove_callback(PrinterCallback)
