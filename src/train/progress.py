@@ -14,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
+from .figures import Smooth, duration, memory
 from .meter import Meter
 from .signals import Interrupts
 
@@ -21,46 +22,6 @@ RECENT = 10
 """Steps that rates and the time left are taken over."""
 QUIET = 600.0
 """Seconds after which a log gets a line, however long a tenth of the steps may take."""
-
-
-def duration(seconds: float) -> str:
-    """A length of time in at most seven characters: ``48 s``, ``3:05``, ``2:03:04``, ``3d 04h``."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, hours = whole // 60, whole // 3600
-    if hours < 24:
-        clock = f"{minutes % 60:02}:{whole % 60:02}"
-        return f"{hours}:{clock}" if hours else clock.removeprefix("0")
-    return f"{hours // 24}d {hours % 24:02}h"
-
-
-def memory(mib: float) -> str:
-    """An amount of memory: ``870 MiB``, ``3.2 GiB``."""
-    return f"{mib:,.0f} MiB" if mib < 1000 else f"{mib / 1024:,.1f} GiB"
-
-
-class Smooth:
-    """A running mean in which a value's weight fades to a tenth within some twenty steps.
-
-    Values that are not numbers are left out, so that one of them does not hide all that follow.
-    """
-
-    def __init__(self, decay: float = 0.9) -> None:
-        self.decay, self.sum, self.weight = decay, 0.0, 0.0
-
-    def add(self, value: float) -> None:
-        """Take in the next value."""
-        if math.isfinite(value):
-            self.sum = self.decay * self.sum + value
-            self.weight = self.decay * self.weight + 1.0
-
-    @property
-    def value(self) -> float:
-        """The mean; NaN before the first value."""
-        return self.sum / self.weight if self.weight else math.nan
 
 
 class Figures:

@@ -32,6 +32,11 @@ class _Trainer(Trainer):
 
     meter: Meter
     validation: list[dict[str, Tensor]]
+    watch: Watch
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.watch:  # gives the terminal back, whatever happens
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; adapters are hundreds of small tensors, which are stepped as one."""
@@ -103,6 +108,7 @@ def make_trainer(
     """Set up the trainer; ``trainer.train()`` runs it."""
     total = steps_planned(recipe, len(packs))
     memory = Memory(model.device)
+    watch = Watch(meter, interrupts, console, total, lambda: memory.used() / 2**20)
     warmup = recipe.warmup_steps
     if warmup is None:
         warmup = round((recipe.warmup_ratio or 0.0) * total)
@@ -140,9 +146,9 @@ def make_trainer(
         train_dataset=packs,
         eval_dataset=packs[:1] if recipe.eval_steps else None,  # asked for; evaluate() is ours
         data_collator=functools.partial(_collate, recipe=recipe, pad_id=pad_id),
-        callbacks=[Watch(meter, interrupts, console, total, lambda: memory.used() / 2**20)],
+        callbacks=[watch],
     )
-    trainer.meter, trainer.validation = meter, validation
+    trainer.meter, trainer.validation, trainer.watch = meter, validation, watch
     trainer.remove_callback(PrinterCallback)
     return trainer
 

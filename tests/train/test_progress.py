@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fusewright.train.figures import Smooth, duration, memory, millions
 from fusewright.train.meter import Meter
-from fusewright.train.progress import Smooth, Watch, duration, memory
+from fusewright.train.progress import Watch
 from fusewright.train.signals import Interrupts
 
 
@@ -198,5 +199,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_memory() -> None:
+def test_amounts() -> None:
     assert (memory(870.4), memory(3300)) == ("870 MiB", "3.2 GiB")
+    assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")
