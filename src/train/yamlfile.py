@@ -246,8 +246,10 @@ def _nearest(loc: Loc) -> str:
 
 
 def _nearest_key(model: type[BaseModel], name: str) -> str | None:
-    near = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
-    return near[0] if near else None
+    """The key that was meant; of two that are about as near, the one that begins the same."""
+    near = difflib.get_close_matches(name, list(model.model_fields), n=5, cutoff=0.5)
+    start = name.partition("_")[0]
+    return next((n for n in near if n.partition("_")[0] == start), near[0] if near else None)
 
 
 def _listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:

@@ -83,7 +83,7 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         "line 3: lora_rank: is not a key of a recipe; did you mean lora_r?",
         "line 6: datasets.0.tpye: is not a key of a recipe; did you mean type?",
         "line 7: max_steps: must be a whole number, not 'sixty'",
-        "line 8: bf16: must be true or false or 'auto', not 'maybe'",
+        "line 8: bf16: must be true or false or 'auto' or 'full', not 'maybe'",
         "line 9: micro_batch_size: must be a number, not True",
         "line 10: lora_dropout: must be less than 1, not 1.5",
         "line 12: warmup_ratio: set this or warmup_steps, not both",
