@@ -131,10 +131,10 @@ def chart(
         _summary(series, show),
         tuple(s.name for s in series),
         tuple(Tick(place((x, 0))[0] / 10, f"{x:,.0f}") for x in xs if first <= x <= last),
-        tuple(Tick(place((first, y))[1] / 10, show(y)) for y in ys),
+        tuple(Tick(place((first, y))[1] / 10, _label(y)) for y in ys),
         tuple(line for i, s in enumerate(series) for line in _lines(i, s, place)),
         tuple(
-            (i, *map(_round, place(p)))
+            _mark(i, place(p))
             for i, s in enumerate(series)
             for p in s.points
             if math.isfinite(p[1]) and (s.dots or len(s.points) == 1)
@@ -146,12 +146,24 @@ def chart(
     )
 
 
+def _label(value: float) -> str:
+    """A tick's value, as short as it is exact."""
+    if value and abs(value) < 1e-2:
+        digits, _, power = f"{value:.6e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.12g}"
+
+
 def _ok(value: float) -> bool:
     return math.isfinite(value)
 
 
 def _round(value: float) -> float:
     return round(value, 1)
+
+
+def _mark(index: int, at: Point) -> tuple[int, float, float]:
+    return index, _round(at[0]), _round(at[1])
 
 
 def _axis(
@@ -228,7 +240,7 @@ def _strips(
     for step, left, right in zip(centres, edges[:-1], edges[1:], strict=True):
         told = [(i, s.name, known[i][step]) for i, s in enumerate(series) if step in known[i]]
         words = ", ".join(f"{name} {show(y) if _ok(y) else y}" for _, name, y in told)
-        marks = tuple((i, *map(_round, place((step, y)))) for i, _, y in told if _ok(y))
+        marks = tuple(_mark(i, place((step, y))) for i, _, y in told if _ok(y))
         yield Strip(_round(left), _round(right - left), f"step {step:,.0f}: {words}", marks)
 
 

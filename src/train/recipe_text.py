@@ -45,7 +45,9 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
             chosen[key] = [
                 _split(row, Dataset)[0] if isinstance(row, Mapping) else row for row in chosen[key]
             ]
-    return Folded(*(_yaml(part if paths else _short(part)) for part in (chosen, rest)), len(rest))
+    if not paths:
+        chosen, rest = _short(chosen), _short(rest)
+    return Folded(_yaml(chosen), _yaml(rest), len(rest))
 
 
 def _split(
