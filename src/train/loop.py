@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import export, report, resume
+from . import export, page, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
+from .meter import Meter, flops_per_token, mean_context, peak_flops
 from .model import fit_embeddings, load_model, load_tokenizer, quiet
 from .packages import require_packages, tracking
 from .packing import Pack, collate, leaks
@@ -77,7 +78,7 @@ class Run:
                 prepared = self._prepare(tokenizer)
             with self._timed("load"):
                 model = self._model(tokenizer)
-            context = self._context(tokenizer, prepared, interrupts)
+            context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             export.clear_output(self.folder, self._in_place())
             trainer = make_trainer(context, model, prepared.train, self.saved)
@@ -148,8 +149,14 @@ class Run:
         )
         return model
 
-    def _context(self, tokenizer: Any, prepared: Prepared, interrupts: Interrupts) -> Context:
+    def _context(
+        self, model: Any, tokenizer: Any, prepared: Prepared, interrupts: Interrupts
+    ) -> Context:
         recipe = self.recipe
+        context = mean_context([len(s.input_ids) for p in prepared.train for s in p])
+        meter = Meter(
+            flops=flops_per_token(model, context), peak=peak_flops(model.device, model.dtype)
+        )
         size = recipe.eval_batch_size or recipe.micro_batch_size
         length = recipe.eval_sequence_len or recipe.sequence_len
         make = functools.partial(
@@ -158,7 +165,7 @@ class Run:
         )  # fmt: skip
         sets = {name: Batches(packs, size, make) for name, packs in prepared.validation.items()}
         return Context(
-            recipe, tokenizer, self.console, interrupts,
+            recipe, tokenizer, self.console, interrupts, meter,
             validation=sets, data=prepared.fingerprint, carried=self._carried,
         )  # fmt: skip
 
@@ -226,8 +233,6 @@ class Run:
             with self._spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
-        finally:
-            trainer.watch.bar.stop()
 
     def _save(self, trainer: FineTuner) -> None:
         try:
@@ -286,6 +291,8 @@ class Run:
                 trainer.push_results()
         with self._spared("run.json"):
             result.write()
+        with self._spared("report page"):
+            page.write(result, self.folder)
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self._say(line)

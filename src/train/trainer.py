@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ..errors import RecipeError
+from ..memory.meter import Meter as Memory
 from ..memory.retry import retrying
 from ..pipeline import planner_of
 from . import checkpoint, export
@@ -81,6 +82,11 @@ class FineTuner(Trainer):
         self._after_step: tuple[Randomness, Tensor] | None = None
         self._midway = False
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; it gives the terminal back, whatever happens."""
+        with self.watch:
+            return super().train(*args, **kwargs)
+
     # --- what is stepped, and in which order -----------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -139,6 +145,9 @@ class FineTuner(Trainer):
             since = self.state.global_step - self._last_loss()
             logs["trained_tokens_per_s"] = meter.rate(meter.trained, last=max(1, since))
             logs["time"] = sum(meter.seconds)
+            share = meter.utilization(last=max(1, since))
+            if share is not None:
+                logs["mfu"] = share
             logs["rss_mb"] = rss_mb()
             if torch.cuda.is_available():
                 logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20
@@ -328,7 +337,11 @@ def make_trainer(
     total = steps(recipe, len(packs) if hasattr(packs, "__len__") else None)
     args = training_arguments(recipe, total)
     flow = _Flow(recipe, context.interrupts)
-    watch = Watch(context.meter, context.interrupts, context.console, total.total)
+    memory = Memory(model.device)
+    watch = Watch(
+        context.meter, context.interrupts, context.console, total.total,
+        lambda: memory.used() / 2**20,
+    )  # fmt: skip
     given = {
         "model": model,
         "args": args,
