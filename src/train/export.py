@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import RecipeError
 from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
@@ -151,7 +150,7 @@ class AdapterCheck:
 
 @torch.no_grad()
 def check_adapter(
-    model: Any, optimized: bool, folder: Path, batch: dict[str, Tensor]
+    model: Any, optimized: bool, folder: Path, batch: dict[str, Any]
 ) -> tuple[Any, AdapterCheck]:
     """Load the saved adapter as anybody would, and compare.
 
@@ -159,14 +158,18 @@ def check_adapter(
         model: the trained PEFT model; restored, and stripped of its adapters.
         optimized: whether it is optimized.
         folder: where the adapter is.
-        batch: a batch; its labels are not used.
+        batch: a batch, as the trainer takes them; only what the model reads is used.
 
     Returns:
         The plain base model with the adapter from ``folder``, and the comparison.
     """
     from peft import PeftModel
 
-    inputs = {k: v[:, :_PROBE].to(model.device) for k, v in batch.items() if k != "labels"}
+    inputs = {
+        k: v[:, :_PROBE].to(model.device)
+        for k, v in batch.items()
+        if k in ("input_ids", "position_ids", "attention_mask")
+    }
     model.eval()
     before = trained = model(**inputs).logits
     if optimized:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +14,20 @@ from ..errors import RecipeError
 from . import export, page, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
-from .meter import Meter, flops_per_token, mean_context, peak_flops
-from .model import fit_embeddings, load_model, load_tokenizer, quiet
+from .context import Context
+from .data import leaks, prepare
+from .diary import Diary
+from .meter import Meter, flops_per_token, peak_flops
+from .model import fit_embeddings, load_model, quiet
 from .packages import require_packages, tracking
-from .packing import Pack, collate, leaks
-from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .report import RunResult
+from .sequences import training_batch, training_sequences, typical_context, validation_batches
 from .signals import Interrupts, Stopped
 from .status import told
-from .trainer import Context, FineTuner, make_trainer
-from .validation import Batches, validate
+from .tokenizer import load_tokenizer
+from .trainer import FineTuner, make_trainer
+from .validation import validate
 from .watchdog import BadStep
 
 
@@ -53,6 +52,7 @@ class Run:
         self.recipe = recipe
         self.console = console
         self.folder = Path(recipe.output_dir)
+        self.sequences: Any = ()
         self.start: Path | None = None
         self.saved: resume.Saved | None = None
         self.result = RunResult(
@@ -62,6 +62,7 @@ class Run:
             machine=report.machine(),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+        self.diary = Diary(self.result, console)
 
     def run(self) -> RunResult:
         """Do all of it, in order.
@@ -73,18 +74,18 @@ class Run:
         """
         self._may_start()
         with Interrupts() as interrupts, quiet(), tracking(self.recipe):
-            with self._timed("data"):
+            with self.diary.timed("data"):
                 tokenizer = load_tokenizer(self.recipe)
                 prepared = self._prepare(tokenizer)
-            with self._timed("load"):
+            with self.diary.timed("load"):
                 model = self._model(tokenizer)
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             export.clear_output(self.folder, self._in_place())
-            trainer = make_trainer(context, model, prepared.train, self.saved)
+            trainer = make_trainer(context, model, self.sequences, self.saved)
             self._train(trainer, interrupts)
             try:
-                self._after(trainer.model, context, prepared)
+                self._after(trainer.model, context)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.status, self.result.signal = "interrupted", stopped.signal
             self._finish(trainer)
@@ -99,29 +100,29 @@ class Run:
         export.check_output(self.folder, recipe.overwrite_output_dir, self.start is not None)
         require_packages(recipe)
         for line in told(recipe):
-            self._say(line)
+            self.diary.say(line)
         if self.start is not None:
             self.saved = resume.load(self.start, recipe)
             self.result.resumed_from = self.saved.step
             for name, value in self.saved.carried.items():
                 setattr(self.result, name, value)
-            self._say(f"going on from {self.start}")
+            self.diary.say(f"going on from {self.start}")
 
     def _in_place(self) -> bool:
         """Whether the checkpoint to go on from is one of this folder's."""
         return self.start is not None and self.start.parent == self.folder
 
-    def _prepare(self, tokenizer: Any) -> Prepared:
-        prepared = prepare(self.recipe, tokenizer, self.console)
+    def _prepare(self, tokenizer: Any) -> Any:
+        """The rows as samples, and those as sequences to train on."""
+        recipe = self.recipe
+        prepared = prepare(recipe, tokenizer, self.console)
         if self.saved is not None and self.start is not None:
             resume.require_same_data(self.start, self.saved, prepared.fingerprint)
+        self.sequences = training_sequences(prepared, recipe)
         self.result.data = data = dict(prepared.counts)
-        self._say(
-            f"data: {data['rows']:,} rows, of them {data['validation_samples']:,} for validation; "
-            f"{data['train_sequences']:,} sequences, {data['train_tokens']:,} tokens, "
-            f"{data['train_trained_tokens']:,} trained; dropped {data['too_long']} too long, "
-            f"{data['nothing_to_train']} with nothing to train"
-        )
+        if not recipe.streams():
+            data["train_sequences"] = len(self.sequences)
+        self.diary.say(report.rows_told(data))
         return prepared
 
     def _model(self, tokenizer: Any) -> Any:
@@ -138,32 +139,28 @@ class Run:
         set_seed(recipe.seed)
         added = fit_embeddings(model, tokenizer, recipe)
         if added:
-            self._say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
+            self.diary.say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
         model = add_adapter(model, recipe)
         trained, total = parameters(model)
         self.result.parameters = {"trained": trained, "total": total}
         self.result.loaded_rss_mb = report.rss_mb()
-        self._say(
+        self.diary.say(
             f"model: {recipe.base_model}, {total / 1e6:,.1f}M parameters "
             f"({trained / 1e6:,.2f}M trained), {model.dtype} on {model.device}"
         )
         return model
 
     def _context(
-        self, model: Any, tokenizer: Any, prepared: Prepared, interrupts: Interrupts
+        self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
         recipe = self.recipe
-        context = mean_context([len(s.input_ids) for p in prepared.train for s in p])
         meter = Meter(
-            flops=flops_per_token(model, context), peak=peak_flops(model.device, model.dtype)
+            flops=flops_per_token(model, typical_context(prepared, recipe)),
+            peak=peak_flops(model.device, model.dtype),
         )
-        size = recipe.eval_batch_size or recipe.micro_batch_size
-        length = recipe.eval_sequence_len or recipe.sequence_len
-        make = functools.partial(
-            collate, pad_id=export.pad_token(tokenizer), packing=recipe.packs_validation(),
-            length=length,
-        )  # fmt: skip
-        sets = {name: Batches(packs, size, make) for name, packs in prepared.validation.items()}
+        sets = validation_batches(prepared, recipe, export.pad_token(tokenizer))
+        for name, batches in sets.items():
+            self.result.data[f"{name}_sequences"] = len(batches.packs)
         return Context(
             recipe, tokenizer, self.console, interrupts, meter,
             validation=sets, data=prepared.fingerprint, carried=self._carried,
@@ -178,8 +175,8 @@ class Run:
         """Answer and validate, unless the run that this one goes on has; and optimize."""
         recipe = self.recipe
         if recipe.sample_prompt and self.result.sample is None:
-            self._say(f"answering: {recipe.sample_prompt}")
-            with self._timed("answer before"):
+            self.diary.say(f"answering: {recipe.sample_prompt}")
+            with self.diary.timed("answer before"):
                 text = export.answer(
                     model, context.tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
                 )
@@ -189,16 +186,16 @@ class Run:
 
             optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
         if context.validation and self.result.val_loss_before is None:
-            self._say("validating")
-            with self._timed("validation before"):
+            self.diary.say("validating")
+            with self.diary.timed("validation before"):
                 self.result.val_loss_before = validate(model, context.validation)["eval_loss"]
-            self._say(f"validation loss before: {self.result.val_loss_before:.3f}")
+            self.diary.say(f"validation loss before: {self.result.val_loss_before:.3f}")
 
     def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """The optimizer steps; saves what they made."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
-        with self._timed("training"), interrupts.patiently():
+        with self.diary.timed("training"), interrupts.patiently():
             self._steps(trainer)
         result.steps = trainer.state.global_step
         if interrupts.signal is not None:
@@ -206,7 +203,7 @@ class Run:
                 raise Stopped(interrupts.signal)
             result.signal = interrupts.signal
         if result.steps:
-            with self._timed("saving"), interrupts.patiently():
+            with self.diary.timed("saving"), interrupts.patiently():
                 self._save(trainer)
         result.measure(trainer.context.meter, trainer.state.log_history)
         there = checkpoints(self.folder)
@@ -217,12 +214,12 @@ class Run:
         recipe, result = self.recipe, self.result
         if self.saved is not None and self.saved.step >= result.steps_planned:
             assert self.start is not None
-            self._say("all steps are done; saving the result")
+            self.diary.say("all steps are done; saving the result")
             trainer.take_up(self.start)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
         done = self.saved.step if self.saved else 0
-        self._say(f"training for {result.steps_planned - done} steps{first}")
+        self.diary.say(f"training for {result.steps_planned - done} steps{first}")
         try:
             trainer.train(resume_from_checkpoint=str(self.start) if self.start else None)
             result.status = trainer.ended()
@@ -230,7 +227,7 @@ class Run:
         except BadStep as bad:
             result.status, result.reason = "nan", str(bad)
             trainer.give_up(bad.step)
-            with self._spared("saving the batch"):
+            with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
 
@@ -241,38 +238,33 @@ class Run:
             self.result.status, self.result.reason = "disk full", str(error)
             self.result.problems.append({"part": "saving", "error": str(error)})
 
-    def _after(self, model: Any, context: Context, prepared: Prepared) -> None:
+    def _after(self, model: Any, context: Context) -> None:
         """Explain, validate, check the saved adapter, answer."""
         recipe, result = self.recipe, self.result
         if recipe.optimize:
-            with self._spared("explaining"):
+            with self.diary.spared("explaining"):
                 from ..pipeline import explain
 
                 found = explain(model)
                 result.optimize = found.to_dict()
-                self._say(str(found))
+                self.diary.say(str(found))
         if result.status != "finished":
             return
         if context.validation:
-            with self._spared("validation after"):
-                self._say("validating again")
+            with self.diary.spared("validation after"):
+                self.diary.say("validating again")
                 result.val_loss_after = validate(model, context.validation)["eval_loss"]
         if recipe.adapter:
-            with self._spared("adapter check"):
-                probe = self._probe(prepared.train, context.tokenizer)
+            with self.diary.spared("adapter check"):
+                one = [next(iter(self.sequences))]
+                probe = training_batch(one, recipe, export.pad_token(context.tokenizer))
                 model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
                 result.adapter_check = asdict(check)
         if result.sample:
-            with self._spared("answer after"):
+            with self.diary.spared("answer after"):
                 result.sample["after"] = export.answer(
                     model, context.tokenizer, result.sample["question"], recipe.sample_max_tokens
                 )
-
-    def _probe(self, packs: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-        """A batch of one training sequence."""
-        one: list[Pack] = [next(iter(packs))]
-        recipe = self.recipe
-        return collate(one, export.pad_token(tokenizer), recipe.packs(), recipe.sequence_len)
 
     def _finish(self, trainer: FineTuner) -> None:
         """The files and lines that sum it up."""
@@ -281,49 +273,24 @@ class Run:
             if loss is not None and not self._logged(step):
                 result.history.append({"step": step, "eval_loss": loss})
         result.history.sort(key=lambda entry: entry["step"])
-        with self._spared("plot"):
+        with self.diary.spared("plot"):
             export.plot(result.history, self.folder / "loss.png")
         result.peak_rss_mb = report.peak_rss_mb()
         if torch.cuda.is_available():
             result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
         if trainer.args.push_to_hub and result.steps:
-            with self._spared("push to the hub"):
+            with self.diary.spared("push to the hub"):
                 trainer.push_results()
-        with self._spared("run.json"):
+        with self.diary.spared("run.json"):
             result.write()
-        with self._spared("report page"):
+        with self.diary.spared("report page"):
             page.write(result, self.folder)
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
-            self._say(line)
-
-    # --- small help ------------------------------------------------------------------------------
+            self.diary.say(line)
 
     def _logged(self, step: int) -> bool:
         return any(e["step"] == step and "eval_loss" in e for e in self.result.history)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            before = self.result.seconds.get(part, 0.0)
-            self.result.seconds[part] = before + time.perf_counter() - begun
-
-    @contextlib.contextmanager
-    def _spared(self, part: str) -> Iterator[None]:
-        """After training: what fails is told and noted, and costs nothing else."""
-        try:
-            with self._timed(part):
-                yield
-        except Exception as error:  # a signal is none of these
-            why = f"{type(error).__name__}: {error}"
-            self.result.problems.append({"part": part, "error": why})
-            self._say(f"{part} failed, and the run goes on without it: {why}")
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

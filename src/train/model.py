@@ -1,4 +1,4 @@
-"""The model of a recipe: its weights and its tokenizer."""
+"""The model of a recipe: its weights and their numbers."""
 
 from __future__ import annotations
 
@@ -76,17 +76,6 @@ def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
         # a scaled loss needs gradients of float32: weights that are trained themselves stay so
         return torch.float16 if adapters else torch.float32
     return torch.float32
-
-
-def load_tokenizer(recipe: Recipe) -> Any:
-    """Load the tokenizer of ``base_model``.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    return pretrained(AutoTokenizer, recipe.base_model, trust_remote_code=recipe.trust_remote_code)
 
 
 def load_model(recipe: Recipe) -> Any:

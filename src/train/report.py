@@ -218,6 +218,26 @@ class RunResult:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
 
 
+def rows_told(data: dict[str, int]) -> str:
+    """A line on the rows of a run."""
+    if "rows" not in data:
+        return "data: a stream"
+    dropped = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "nothing_to_train": "with nothing to train",
+        "duplicates": "equal to others",
+    }
+    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    return (
+        f"data: {data['rows']:,} rows, of them {data.get('validation_samples', 0):,} for "
+        f"validation; {data.get('train_sequences', 0):,} sequences, "
+        f"{data.get('train_tokens', 0):,} tokens, "
+        f"{data.get('train_trained_tokens', 0):,} trained"
+        + (f"; {', '.join(left_out)}" if left_out else "")
+    )
+
+
 def versions() -> dict[str, str]:
     """The versions that matter for a run."""
     found = {"python": platform.python_version()}

@@ -147,7 +147,8 @@ def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
     if saved.data != fingerprint:
         raise RecipeError(
             f"{path} was trained on other rows: the datasets, their template or the split have "
-            "changed since; put them back, or begin a new run"
+            "changed since (or the version of tokenizers or transformers); put them back, or begin "
+            "a new run"
         )
 
 

@@ -3,62 +3,34 @@
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ..errors import RecipeError
 from ..memory.meter import Meter as Memory
 from ..memory.retry import retrying
 from ..pipeline import planner_of
-from . import checkpoint, export
+from . import checkpoint
 from .arguments import steps, training_arguments
-from .meter import Meter
+from .context import Context
+from .export import pad_token
+from .flow import Flow, watchers
 from .optimizer import make_optimizer
 from .order import Kind, Order
-from .packing import collate, count
 from .progress import Watch
 from .randomness import Randomness
-from .recipe import Recipe
 from .report import rss_mb
 from .resume import Saved
+from .saving import write_checkpoint
 from .schedule import own_schedule
-from .signals import Interrupts
-from .validation import Batch, validate
+from .sequences import training_batch
+from .validation import validate
 from .watchdog import Guard, LossWatchdog
-
-
-@dataclass
-class Context:
-    """What the trainer needs besides the model and the rows.
-
-    Attributes:
-        recipe: the recipe.
-        tokenizer: saved with every checkpoint.
-        console: where to print.
-        interrupts: whose signal ends the loop.
-        meter: counts the steps.
-        validation: batches by the name of their dataset.
-        data: the fingerprint of the prepared rows.
-        carried: says what else of the run a checkpoint has to keep.
-    """
-
-    recipe: Recipe
-    tokenizer: Any
-    console: Console
-    interrupts: Interrupts
-    meter: Meter = field(default_factory=Meter)
-    validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
-    data: str = ""
-    carried: Callable[[], dict[str, Any]] = dict
 
 
 class FineTuner(Trainer):
@@ -226,7 +198,7 @@ class FineTuner(Trainer):
         folder, step = self._folder, self.state.global_step
         try:
             with checkpoint.writing(folder, step) as part:
-                self._write(part)
+                write_checkpoint(self, part, self._saved(), self._unfinished())
         except checkpoint.Unwritable as error:
             self.unwritable = str(error)
             self.control.should_training_stop = True
@@ -239,28 +211,9 @@ class FineTuner(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(new))
 
-    def _write(self, part: Path) -> None:
-        state: Any = self.state
-        folder = self._folder
-        if state.best_global_step:
-            best = checkpoint.place(folder, state.best_global_step)
-            if best.exists() or state.best_global_step == state.global_step:
-                state.best_model_checkpoint = str(best)
-        export.save(self.model, self.context.tokenizer, part)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(part))
-            self._save_scaler(str(part))
-            if self._midway and self._after_step is not None:
-                with self._after_step[0].in_force():
-                    self._save_rng_state(str(part))
-            else:
-                self._save_rng_state(str(part))
-        self.store_flos()
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, (LossWatchdog, EarlyStoppingCallback, type(self.control))):
-                state.stateful_callbacks[type(callback).__name__] = callback.state()
-        state.save_to_json(str(part / "trainer_state.json"))
-        self._saved().write(part)
+    def _unfinished(self) -> Randomness | None:
+        """The random state before a step that was begun and not finished; else None."""
+        return self._after_step[0] if self._midway and self._after_step is not None else None
 
     def _saved(self) -> Saved:
         recipe, step = self.context.recipe, self.state.global_step
@@ -292,33 +245,6 @@ class FineTuner(Trainer):
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
 
 
-class _Flow(TrainerCallback):
-    """What happens between the steps."""
-
-    def __init__(self, recipe: Recipe, interrupts: Interrupts) -> None:
-        self.recipe, self.interrupts = recipe, interrupts
-        self.trainer: FineTuner
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.began()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupts.signal is not None:
-            control.should_training_stop = True
-            self.trainer.stopped_midway()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.stepped()
-        control.should_training_stop |= self.interrupts.signal is not None
-        control.should_save |= self.recipe.save_first_step and state.global_step == 1
-        if self.recipe.gc_steps and state.global_step % self.recipe.gc_steps == 0:
-            gc.collect()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ended() in ("interrupted", "watchdog"):
-            self.trainer.save_now()
-
-
 def make_trainer(
     context: Context, model: Any, packs: Any, resumed: Saved | None = None
 ) -> FineTuner:
@@ -336,7 +262,8 @@ def make_trainer(
     recipe = context.recipe
     total = steps(recipe, len(packs) if hasattr(packs, "__len__") else None)
     args = training_arguments(recipe, total)
-    flow = _Flow(recipe, context.interrupts)
+    pad_id = pad_token(context.tokenizer)
+    flow = Flow(recipe, context.interrupts)
     memory = Memory(model.device)
     watch = Watch(
         context.meter, context.interrupts, context.console, total.total,
@@ -348,8 +275,8 @@ def make_trainer(
         "train_dataset": packs,
         # asked for; evaluate() is ours
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
-        "data_collator": functools.partial(_collate, recipe=recipe, pad_id=_pad(context)),
-        "callbacks": [*_watchers(recipe), flow, watch],
+        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
+        "callbacks": [*watchers(recipe), flow, watch],
     }
     try:
         trainer = FineTuner(context, **given)
@@ -361,23 +288,3 @@ def make_trainer(
         context.meter.restore(resumed.meter)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _watchers(recipe: Recipe) -> list[TrainerCallback]:
-    found: list[TrainerCallback] = []
-    if recipe.loss_watchdog_threshold is not None:
-        patience = recipe.loss_watchdog_patience or 1
-        found.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
-    if recipe.early_stopping_patience is not None:
-        found.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-    return found
-
-
-def _pad(context: Context) -> int:
-    return export.pad_token(context.tokenizer)
-
-
-def _collate(packs: list[Any], recipe: Recipe, pad_id: int) -> dict[str, Any]:
-    tokens, trained = count(packs)
-    batch = collate(packs, pad_id, recipe.packs(), recipe.sequence_len)
-    return {**batch, "tokens": tokens, "trained": trained}

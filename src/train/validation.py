@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat import IGNORED
+from .data import IGNORED
 
 Batch = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train import loop, train
-from fusewright.train.chat import Sample
+from fusewright.train.data import Sample
 from fusewright.train.model import dtype_for_training, load_model
 from fusewright.train.recipe import Recipe
 
