@@ -55,19 +55,22 @@ class Chat:
         while True:
             try:
                 line = self._line()
+                if line is None or line.split()[:1] == ["/exit"]:
+                    return
+                self._react(line)
             except KeyboardInterrupt:  # nothing to stop: say how to leave
                 if not self.terminal:
                     raise
                 self._say("\n/exit or Ctrl-D ends.")
-                continue
-            if line is None or line.split()[:1] == ["/exit"]:
-                return
-            if not line:
-                continue
-            try:
-                self._command(line) if line.startswith("/") else self._answer(line)
-            except ModelError as error:
-                self._say(f"fusewright: {error}")
+
+    def _react(self, line: str) -> None:
+        try:
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._answer(line)
+        except ModelError as error:
+            self._say(f"fusewright: {error}")
 
     def _line(self) -> str | None:
         """The next line, or None at the end."""

@@ -83,7 +83,9 @@ def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path)
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"adapter": None, "bf16": True}, {"optimize": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"adapter": None, "bf16": True}, {"optimize": True, "codegen": "eager"}], ids=str
+)
 def test_other_runs(recipe: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
     result = train(recipe, console=QUIET, **changes)
     assert fusewright("eval", tmp_path / "out").exit_code == 0
