@@ -17,9 +17,10 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app, parse_overrides
+from fusewright.cli import app
 from fusewright.errors import RecipeError
 from fusewright.train import trainer
+from fusewright.train.overrides import parse_overrides
 from fusewright.train.signals import Interrupts, Stopped
 
 from .conftest import chat

@@ -11,7 +11,8 @@ from fusewright.errors import RecipeError
 from fusewright.train.export import check_output
 from fusewright.train.recipe import Dataset, Recipe
 from fusewright.train.source import Source, locate
-from fusewright.train.yamlfile import load_recipe, parse_value
+from fusewright.train.yamlfile import load_recipe
+from fusewright.train.yamltext import parse_value
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -83,7 +84,7 @@ def test_every_problem_is_listed_in_order_with_key_and_line(tmp_path: Path) -> N
         "line 3: lora_rank: is not a key of a recipe; did you mean lora_r?",
         "line 6: datasets.0.tpye: is not a key of a recipe; did you mean type?",
         "line 7: max_steps: must be a whole number, not 'sixty'",
-        "line 8: bf16: must be true or false or 'auto', not 'maybe'",
+        "line 8: bf16: must be true or false or 'auto' or 'full', not 'maybe'",
         "line 9: micro_batch_size: must be a number, not True",
         "line 10: lora_dropout: must be less than 1, not 1.5",
         "line 12: warmup_ratio: set this or warmup_steps, not both",

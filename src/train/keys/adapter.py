@@ -1,0 +1,178 @@
+"""The keys of adapters: LoRA and its kin, by PEFT; and which weights train without one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .base import Float, Int, Keys, key, not_applicable, not_yet
+
+
+class LoftQ(Keys):
+    """``peft.loftq_config``."""
+
+    loftq_bits: Int = key(4, gt=0)
+    """Bits of the quantization that the adapters make up for."""
+
+
+class PeftKeys(Keys):
+    """``peft``: what PEFT is told besides."""
+
+    loftq_config: LoftQ | None = not_yet("set peft_init_lora_weights: pissa, or leave it out")
+    """Begin the adapters at what quantization loses. Unset: no."""
+
+    backend: Literal["bnb", "torchao"] | None = key(
+        values={"torchao": ("not yet available", "use bnb (bitsandbytes)")}
+    )
+    """Who quantizes the base model: ``bnb``. Unset: the same."""
+
+    weight_dtype: str | None = not_yet("use load_in_4bit or load_in_8bit")
+    """Dtype of the quantized weights. Unset: see ``load_in_4bit``."""
+
+    group_size: Int | None = not_yet("use bnb_config_kwargs")
+    """Weights that share a scale. Unset: the method's own."""
+
+
+class AdapterKeys(Keys):
+    """Small trained weights beside frozen ones."""
+
+    adapter: Literal["lora", "qlora", "llama-adapter"] | None = key(
+        values={"llama-adapter": ("not yet available", "use lora")}
+    )
+    """``lora``, or ``qlora`` (the same on weights of 4 bits), or unset to train every weight."""
+
+    lora_model_dir: str | None = None
+    """A folder with an adapter to go on from. Unset: a new one."""
+
+    lora_r: Int = key(8, gt=0)
+    """Rank of the update."""
+
+    lora_alpha: Int = key(16, gt=0)
+    """Scale of the update, times ``lora_r``: it is multiplied by ``lora_alpha / lora_r``."""
+
+    lora_dropout: Float = key(0.0, ge=0, lt=1)
+    """Probability of dropping an input feature of the adapter."""
+
+    lora_target_linear: bool = False
+    """Adapt every linear layer except the output head."""
+
+    lora_target_modules: list[str] | str | None = None
+    """Names of the layers to adapt, e.g. ``[q_proj, v_proj]``; adds to ``lora_target_linear``. One
+    text is a regular expression for whole names, and ``all-linear`` is every linear layer. Unset:
+    see ``lora_target_linear``."""
+
+    lora_target_parameters: list[str] | str | None = None
+    """Names of bare parameters to adapt, e.g. the experts of a mixture. Unset: none."""
+
+    lora_exclude_modules: list[str] | str | None = None
+    """Names of layers that are not adapted, or a regular expression. Unset: none."""
+
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained as a whole and saved with the adapter, e.g. ``[embed_tokens,
+    lm_head]`` for new tokens. Unset: none."""
+
+    lora_fan_in_fan_out: bool | None = None
+    """The weights are stored as (in, out), like GPT-2's. Unset: seen from the layer's class."""
+
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+
+    peft_use_dora: bool = False
+    """Adapt a weight's length apart from its direction (DoRA)."""
+
+    peft_use_rslora: bool = False
+    """Scale by ``lora_alpha / sqrt(lora_r)`` (rsLoRA)."""
+
+    peft_layers_to_transform: list[Int] | None = None
+    """Indices of the blocks that are adapted. Unset: all."""
+
+    peft_layers_pattern: list[str] | str | None = None
+    """The name of the list of blocks, for ``peft_layers_to_transform``. Unset: PEFT finds it."""
+
+    peft_layer_replication: list[tuple[Int, Int]] | None = None
+    """Ranges of blocks to stack anew. Unset: as they are."""
+
+    peft_init_lora_weights: bool | str | None = None
+    """How adapters begin, as PEFT's ``init_lora_weights``, e.g. ``pissa``. Unset: the update is
+    zero."""
+
+    peft_trainable_token_indices: list[Int] | dict[str, list[Int]] | None = None
+    """Ids of tokens whose embeddings are trained. Unset: none."""
+
+    peft_autocast_adapter_dtype: bool = True
+    """Keep the adapters in float32 beside weights of 16 bits."""
+
+    peft_ensure_weight_tying: bool | None = None
+    """Keep adapters of tied weights tied. Unset: PEFT's default."""
+
+    peft: PeftKeys | None = None
+    """Further keys of PEFT. Unset: none."""
+
+    loraplus_lr_ratio: Float | None = key(gt=0)
+    """Learning rate of ``lora_B`` over that of ``lora_A`` (LoRA+). Unset: the same rate."""
+
+    loraplus_lr_embedding: Float = key(1e-6, gt=0)
+    """Learning rate of adapted embeddings, with ``loraplus_lr_ratio``."""
+
+    unfrozen_parameters: list[str] | None = None
+    """Regular expressions: without an adapter, only parameters whose names begin like one of them
+    are trained. Unset: all."""
+
+    lora_on_cpu: bool | None = not_applicable("adapters are made where the weights are")
+    """Load the adapter into the host's memory. Unset: no."""
+
+    qlora_sharded_model_loading: bool | None = not_yet("leave it out: one process loads the model")
+    """Load a quantized model shard by shard for FSDP. Unset: no."""
+
+    merge_lora: bool | None = not_applicable("merging is a command: fusewright merge RUN")
+    """Merge the adapter into the model. Unset: no."""
+
+    merge_method: Literal["legacy", "memory_efficient"] | None = not_applicable(
+        "fusewright merge RUN goes shard by shard"
+    )
+    """How the adapter is merged. Unset: shard by shard."""
+
+    # --- restarts --------------------------------------------------------------------------------
+
+    relora: bool | None = not_yet("use a larger lora_r")
+    """Merge the adapter and begin a new one during training (ReLoRA). Unset: no."""
+
+    relora_steps: Int | None = not_yet("use a larger lora_r")
+    """Steps between two restarts of ReLoRA. Unset: no restarts."""
+
+    relora_warmup_steps: Int | None = not_applicable("only relora reads it")
+    """Warm-up after a restart of ReLoRA, in steps. Unset: none."""
+
+    relora_anneal_steps: Int | None = not_applicable("only relora reads it")
+    """Steps of falling learning rate before a restart. Unset: none."""
+
+    relora_prune_ratio: Float | None = not_applicable("only relora reads it")
+    """Share of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
+
+    relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_applicable(
+        "only relora reads it"
+    )
+    """Which part of the optimizer's state a restart clears. Unset: ``magnitude``."""
+
+    relora_cpu_offload: bool | None = not_applicable("only relora reads it")
+    """Merge on the CPU at a restart. Unset: no."""
+
+    jagged_restart_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
+    """Steps between two restarts of the learning rate. Unset: none."""
+
+    jagged_restart_warmup_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
+    """Warm-up after such a restart, in steps. Unset: none."""
+
+    jagged_restart_anneal_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
+    """Steps of falling learning rate before such a restart. Unset: none."""
+
+    lisa_n_layers: Int | None = not_yet("use adapter: lora")
+    """Number of blocks that train at a time (LISA). Unset: all."""
+
+    lisa_step_interval: Int | None = not_applicable("only lisa_n_layers reads it")
+    """Steps until LISA draws other blocks. Unset: never."""
+
+    lisa_layers_attribute: str = not_applicable("only lisa_n_layers reads it", "model.layers")
+    """Where LISA finds the blocks."""
+
+    llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
+    """Added blocks that alone are trained. Unset: none."""

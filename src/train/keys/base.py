@@ -1,0 +1,103 @@
+"""What all groups of keys are made of: number types that take no booleans, and a key's status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
+"""What becomes of a key. A key that is none of these is unknown, and an error."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # Python, and so pydantic, takes True for 1
+        raise ValueError("not a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+
+
+class Keys(BaseModel):
+    """A group of keys. Attributes cannot be changed, and no other keys are taken."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+Reasons = Mapping[Any, tuple[Status, str]]
+"""Values whose status is not the key's own, each with the status and the reason."""
+
+
+def key(
+    default: Any = None,
+    *,
+    values: Reasons | None = None,
+    aliases: Sequence[str] = (),
+    **limits: Any,
+) -> Any:
+    """A key that is honoured. One without any of these arguments needs no ``key()``.
+
+    Args:
+        default: what it is when unset.
+        values: those of its values (or of the items of a list) that have another status.
+        aliases: older names of the same key.
+        limits: pydantic's, e.g. ``gt=0``.
+    """
+    return Field(default, json_schema_extra=_extra("honoured", "", values, aliases), **limits)
+
+
+def subsumed(by: str, default: Any = None) -> Any:
+    """A key whose effect one has anyway, ``by`` something else."""
+    return Field(default, json_schema_extra=_extra("subsumed", by))
+
+
+def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
+    """A key that cannot change the run here; ``why`` says the reason."""
+    return Field(default, json_schema_extra=_extra("not applicable", why, aliases=aliases))
+
+
+def not_yet(instead: str, default: Any = None, *, values: Reasons | None = None) -> Any:
+    """A key that would change the run and cannot yet; ``instead`` says what to do."""
+    return Field(default, json_schema_extra=_extra("not yet available", instead, values))
+
+
+def _extra(
+    status: Status, note: str, values: Reasons | None = None, aliases: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the JSON schema says about a key besides its type."""
+    extra: dict[str, Any] = {"status": status}
+    if note:
+        extra["note"] = note
+    if values:
+        extra["values"] = [{"value": v, "status": s, "note": n} for v, (s, n) in values.items()]
+    if aliases:
+        extra["aliases"] = list(aliases)
+    return extra
+
+
+def nested(annotation: Any) -> type[Keys] | None:
+    """The class of keys that a type holds, itself or in a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Keys):
+        return annotation
+    return next(filter(None, map(nested, get_args(annotation))), None)
+
+
+def aliases(model: type[Keys]) -> dict[str, str]:
+    """The older names of a class's keys, each with the name that it has now."""
+    return {
+        old: name
+        for name, field in model.model_fields.items()
+        for old in extra_of(field).get("aliases", ())
+    }
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """What was said about a key with the functions above."""
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}

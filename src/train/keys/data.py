@@ -1,0 +1,184 @@
+"""The keys of the data as a whole: which rows, how long, how they are put together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .dataset import Dataset, PretrainingDataset
+
+
+class DataKeys(Keys):
+    """The rows, and the sequences that are made of them."""
+
+    datasets: list[Dataset] = key([], min_length=1)
+    """The rows to train on, from one or several places. A relative path is looked for beside the
+    recipe, then in the current folder. Unset: see ``pretraining_dataset``."""
+
+    test_datasets: list[Dataset] = key([], min_length=1)
+    """The rows to validate on, each dataset by itself. Unset: see ``val_set_size``."""
+
+    pretraining_dataset: list[PretrainingDataset] = key([], min_length=1)
+    """Texts that are read as a stream while training goes on, and never kept as a whole. Needs
+    ``max_steps``. Unset: none."""
+
+    val_set_size: Float = key(0.0, ge=0)
+    """Rows held out for validation: a share below 1, or a number of rows. 0: none."""
+
+    streaming: bool = False
+    """Read ``datasets`` as a stream, too. Needs ``max_steps``."""
+
+    streaming_multipack_buffer_size: Int = key(
+        10_000, gt=0, aliases=["pretrain_multipack_buffer_size"]
+    )
+    """Rows of a stream that are packed together."""
+
+    pretrain_multipack_attn: bool = True
+    """Let each sample of a packed stream attend only to itself."""
+
+    pretraining_sample_concatenation: bool | None = subsumed("packing (key sample_packing)")
+    """Put the texts of a stream one after the other. Unset: yes."""
+
+    # --- preparation -----------------------------------------------------------------------------
+
+    dataset_prepared_path: str | None = None
+    """Folder of prepared rows, which later runs take from there. Unset: ``last_run_prepared``."""
+
+    dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"])
+    """Processes that prepare rows. Unset: as many as there are cores."""
+
+    dataset_keep_in_memory: bool = False
+    """Keep the prepared rows in memory, not on disk."""
+
+    dataset_exact_deduplication: bool = False
+    """Leave out rows that are equal to an earlier one."""
+
+    skip_prepare_dataset: bool = False
+    """The rows are prepared: they have ``input_ids`` and ``labels``."""
+
+    dataset_shard_num: Int | None = key(gt=0)
+    """Cut all rows together into so many parts and use one. Unset: use all."""
+
+    dataset_shard_idx: Int = key(0, ge=0)
+    """Which of the ``dataset_shard_num`` parts is used, from 0."""
+
+    num_dataset_shards_to_save: Int | None = not_applicable("the cache chooses its own parts")
+    """Files that the prepared rows are saved as. Unset: chosen by size."""
+
+    shuffle_merged_datasets: bool = True
+    """Mix the rows of several datasets."""
+
+    shuffle_before_merging_datasets: bool = False
+    """Shuffle each dataset before they are put together."""
+
+    push_dataset_to_hub: str | None = not_yet("upload the folder of dataset_prepared_path yourself")
+    """A dataset on the hub that the prepared rows are written to. Unset: none."""
+
+    is_preprocess: bool | None = not_applicable("preparing is a command: fusewright preprocess")
+    """Only prepare the rows. Unset: no."""
+
+    preprocess_iterable: bool | None = subsumed("batches of bounded size")
+    """Prepare the rows as a stream. Unset: no."""
+
+    # --- sequences -------------------------------------------------------------------------------
+
+    sequence_len: Int = key(512, gt=1)
+    """Longest row, and the size of a pack, in tokens."""
+
+    eval_sequence_len: Int | None = key(gt=1)
+    """The same for validation. Unset: ``sequence_len``."""
+
+    min_sample_len: Int | None = key(gt=0)
+    """Shortest row, in tokens; shorter ones are left out. Unset: 2."""
+
+    max_prompt_len: Int | None = not_applicable("only a preference method (key rl) reads it")
+    """Longest prompt of preference tuning, in tokens. Unset: 512."""
+
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    """What happens to a row of more than ``sequence_len`` tokens."""
+
+    sample_packing: bool = False
+    """Put several rows into one sequence; each attends only to itself, from position 0."""
+
+    eval_sample_packing: bool | None = None
+    """The same for validation. Unset: as ``sample_packing``."""
+
+    sample_packing_group_size: Int = key(100_000, gt=0)
+    """Rows that are packed together; more pack tighter."""
+
+    sample_packing_bin_size: Int = key(200, gt=0)
+    """Most rows in one sequence."""
+
+    sample_packing_sequentially: bool = False
+    """Pack rows in their order."""
+
+    sample_packing_mp_start_method: str | None = not_applicable("packing takes no other processes")
+    """How processes that pack are started. Unset: torch's default."""
+
+    pad_to_sequence_len: bool | None = None
+    """Fill every sequence up to ``sequence_len``. Unset: only where it makes the run faster."""
+
+    pad_to_multiple_of: Int | None = not_applicable("padding changes no result")
+    """Fill every batch up to a multiple of so many tokens. Unset: to its longest row."""
+
+    multipack_real_batches: bool | None = not_applicable("a batch is a tensor of whole sequences")
+    """Let a batch of packs be a batch. Unset: yes."""
+
+    batch_flattening: bool | Literal["auto"] | None = subsumed("packing (key sample_packing)")
+    """Put the rows of a batch into one sequence. Unset: no."""
+
+    curriculum_sampling: bool = False
+    """Take the rows in their order, unshuffled."""
+
+    group_by_length: bool = False
+    """Put rows of similar length into a batch, to save padding."""
+
+    train_on_inputs: bool = False
+    """Train every token, not only the assistant's."""
+
+    eot_tokens: list[str] | None = None
+    """Tokens that end a turn, where that is not the end-of-text token. Unset: that one."""
+
+    remove_unused_columns: bool | None = not_applicable("a batch has only what the model takes")
+    """Leave out columns that the model does not take. Unset: yes."""
+
+    fix_untrained_tokens: Int | list[Int] | None = not_yet(
+        "use lora_modules_to_save for new tokens"
+    )
+    """Ids of tokens whose embeddings are set to the mean. Unset: none."""
+
+    # --- loading ---------------------------------------------------------------------------------
+
+    dataloader_num_workers: Int = key(0, ge=0)
+    """Processes that make batches; 0: the trainer's own."""
+
+    dataloader_prefetch_factor: Int | None = key(gt=0)
+    """Batches that each such process makes ahead. Unset: torch's default."""
+
+    dataloader_pin_memory: bool | None = None
+    """Put batches into pinned memory, from where GPUs read faster. Unset: where there is a GPU."""
+
+    dataloader_drop_last: bool = False
+    """Leave out a last batch that is not full."""
+
+    # --- positions -------------------------------------------------------------------------------
+
+    use_pose: bool | None = not_yet("leave it out, and set sequence_len to the whole length")
+    """Train longer contexts by skipping positions (PoSE). Unset: no."""
+
+    pose_split_on_token_ids: list[Int] | None = not_applicable("only use_pose reads it")
+    """Ids of the tokens that PoSE may split at. Unset: any."""
+
+    pose_max_context_len: Int | None = not_applicable("only use_pose reads it")
+    """The context that PoSE trains for, in tokens. Unset: none."""
+
+    pose_num_chunks: Int | None = not_applicable("only use_pose reads it")
+    """Pieces that PoSE makes of a row. Unset: 2."""
+
+    rope_scaling: dict[str, Any] | None = not_yet(
+        "set it in overrides_of_model_config: {rope_scaling: ...}"
+    )
+    """Another scaling of rotary positions. Unset: the model's own."""
+
+    max_packed_sequence_len: Int | None = not_yet("use sequence_len and sample_packing: true")
+    """The old way to ask for packing. Unset: see ``sample_packing``."""

@@ -1,0 +1,182 @@
+"""The keys of what comes out: the folder, checkpoints, validation, and the hub."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from .base import Float, Int, Keys, key, not_applicable, not_yet
+
+
+def _no(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare no as false
+
+
+Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
+
+
+class OutputKeys(Keys):
+    """What is saved, validated and logged, and when."""
+
+    output_dir: str = "./model-out"
+    """Folder of the results, relative to the current folder."""
+
+    overwrite_output_dir: bool = False
+    """Replace the run that ``output_dir`` holds; otherwise that is an error."""
+
+    resume_from_checkpoint: str | bool | None = None
+    """A folder ``checkpoint-N`` to go on from; true: the last one in ``output_dir``. Unset: begin
+    anew."""
+
+    auto_resume_from_checkpoints: bool = False
+    """Go on from the last checkpoint in ``output_dir``, if there is one."""
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    save_strategy: Interval | None = None
+    """When checkpoints are made: ``no``, by ``steps``, after each ``epoch``, or when a validation
+    is the ``best``. Unset: ``steps`` if ``save_steps`` or ``saves_per_epoch`` is set, else
+    ``no``."""
+
+    save_steps: Int | Float | None = key(gt=0)
+    """Optimizer steps between two checkpoints; below 1: as a share of all steps. Unset: none, only
+    the result is saved."""
+
+    saves_per_epoch: Int | None = key(gt=0)
+    """Checkpoints per epoch. Unset: see ``save_steps``."""
+
+    save_total_limit: Int | None = key(gt=0)
+    """Checkpoints that are kept. Unset: all."""
+
+    save_only_model: bool = False
+    """Save no optimizer state; such a checkpoint cannot be resumed from."""
+
+    save_first_step: bool = False
+    """Make a checkpoint after the first step, to see that it works."""
+
+    save_safetensors: bool = key(
+        True, values={False: ("not applicable", "transformers writes only safetensors")}
+    )
+    """Save weights as safetensors."""
+
+    # --- validation ------------------------------------------------------------------------------
+
+    eval_strategy: Interval | None = key(aliases=["evaluation_strategy"])
+    """When validation is done: ``no``, by ``steps``, or after each ``epoch``. Unset: ``steps`` if
+    ``eval_steps`` or ``evals_per_epoch`` is set; before and after training anyway."""
+
+    eval_steps: Int | Float | None = key(gt=0)
+    """Optimizer steps between two validations; below 1: as a share of all steps. Unset: before the
+    first and after the last step."""
+
+    evals_per_epoch: Int | None = key(ge=0)
+    """Validations per epoch. Unset: see ``eval_steps``."""
+
+    eval_delay: Float | None = key(ge=0)
+    """Steps or epochs (as ``eval_strategy``) before the first validation. Unset: none."""
+
+    load_best_model_at_end: bool = False
+    """End with the weights of the best checkpoint."""
+
+    metric_for_best_model: str | None = None
+    """The figure that decides which checkpoint is the best. Unset: ``eval_loss``."""
+
+    greater_is_better: bool | None = None
+    """Whether more of it is better. Unset: not for losses."""
+
+    eval_table_size: Int | None = not_yet("use sample_prompt")
+    """Validation rows whose predictions are logged as a table. Unset: none."""
+
+    eval_max_new_tokens: Int | None = not_applicable(
+        "only eval_table_size reads it", aliases=["eval_table_max_new_tokens"]
+    )
+    """Longest prediction in that table, in tokens. Unset: 128."""
+
+    do_causal_lm_eval: bool | None = not_yet("use fusewright eval RUN afterwards")
+    """Compute ``eval_causal_lm_metrics``. Unset: no."""
+
+    eval_causal_lm_metrics: list[str] | None = not_applicable("only do_causal_lm_eval reads it")
+    """Metrics of generated text, e.g. ``[chrf, perplexity]``. Unset: none."""
+
+    do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
+    """Run a benchmark at validation. Unset: no."""
+
+    bench_dataset: str | None = not_applicable("only do_bench_eval reads it")
+    """Which benchmark. Unset: MMLU."""
+
+    bench_split: str | None = not_applicable("only do_bench_eval reads it")
+    """Which split of it. Unset: ``eval``."""
+
+    bench_source_max_len: Int | None = not_applicable("only do_bench_eval reads it")
+    """Longest question of the benchmark, in tokens. Unset: 2048."""
+
+    generate_samples: bool | None = not_yet("use sample_prompt")
+    """Write samples during training. Unset: no."""
+
+    num_generation_samples: Int | None = not_applicable("only generate_samples reads it")
+    """How many samples. Unset: 3."""
+
+    generation_max_new_tokens: Int | None = not_applicable("only generate_samples reads it")
+    """Longest sample, in tokens. Unset: 50."""
+
+    generation_temperature: Float | None = not_applicable("only generate_samples reads it")
+    """Temperature of the samples. Unset: 0.7."""
+
+    generation_top_p: Float | None = not_applicable("only generate_samples reads it")
+    """Share of the probability that the samples are drawn from. Unset: all."""
+
+    generation_top_k: Int | None = not_applicable("only generate_samples reads it")
+    """Number of tokens that the samples are drawn from. Unset: all."""
+
+    generation_do_sample: bool | None = not_applicable("only generate_samples reads it")
+    """Draw the samples' tokens by chance. Unset: yes."""
+
+    generation_prompt_ratio: Float | None = not_applicable("only generate_samples reads it")
+    """Share of a row that is the prompt of a sample. Unset: 0.5."""
+
+    # --- log -------------------------------------------------------------------------------------
+
+    logging_steps: Int | Float = key(1, gt=0)
+    """Optimizer steps between two entries of the loss curve; below 1: as a share of all steps."""
+
+    logging_first_step: bool = True
+    """Log the first step, too."""
+
+    log_on_each_node: bool = True
+    """Let every machine of a run log, not only the first."""
+
+    include_tokens_per_second: bool | None = not_applicable("tokens per second are always logged")
+    """Log tokens per second. Unset: yes."""
+
+    include_tkps: bool | None = not_applicable("tokens per second are always logged")
+    """The same, counted per device. Unset: yes."""
+
+    profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
+    """Steps that are profiled. Unset: none."""
+
+    profiler_steps_start: Int | None = not_applicable("only profiler_steps reads it")
+    """The first profiled step. Unset: 0."""
+
+    debug: bool | None = not_applicable("fusewright preprocess --debug shows tokens and labels")
+    """Print some prepared rows. Unset: no."""
+
+    # --- hub -------------------------------------------------------------------------------------
+
+    hub_model_id: str | None = None
+    """The model on the hub that the result is pushed to. Unset: it is not pushed."""
+
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None = None
+    """When it is pushed. Unset: ``every_save``."""
+
+    hub_revision: str | None = None
+    """The branch that is pushed to. Unset: the main branch."""
+
+    hub_private_repo: bool | None = None
+    """Make the model private when it is new. Unset: the account's default."""
+
+    hub_always_push: bool = False
+    """Push even while the push before is not done."""
+
+    hf_use_auth_token: bool | None = None
+    """Use the token of ``hf auth login`` for the hub. Unset: if there is one."""

@@ -1,0 +1,208 @@
+"""The keys of the optimizer steps: batches, optimizer, learning rate, and when to stop."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .base import Float, Int, Keys, Status, key, not_applicable, not_yet
+
+OPTIMIZERS = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
+    "adamw_torch_4bit", "adamw_torch_8bit", "adamw_anyprecision", "adamw_hf", "adamw_apex_fused",
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
+    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "adafactor", "adagrad", "sgd",
+    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+    "apollo_adamw", "apollo_adamw_layerwise",
+    "lomo", "adalomo", "grokadamw", "stable_adamw",
+    "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
+    "optimi_adamw", "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw",
+    "came_pytorch", "muon", "dion",
+]  # fmt: skip
+"""What transformers has, then Axolotl's own."""
+
+SCHEDULERS = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay", "greedy", "one_cycle", "rex",
+]  # fmt: skip
+"""What transformers has, then Axolotl's own."""
+
+_NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
+    name: ("not yet available", instead)
+    for name, instead in {
+        "adamw_hf": "gone from transformers: use adamw_torch",
+        "adamw_apex_fused": "gone from transformers: use adamw_torch_fused",
+        "optimi_adamw": "use adamw_torch_fused",
+        "ao_adamw_4bit": "use adamw_torch_4bit",
+        "ao_adamw_8bit": "use adamw_torch_8bit",
+        "ao_adamw_fp8": "use adamw_torch_8bit",
+        "adopt_adamw": "use adamw_torch_fused",
+        "came_pytorch": "use adafactor",
+        "muon": "use adamw_torch_fused",
+        "dion": "use adamw_torch_fused",
+    }.items()
+}
+
+
+class StepKeys(Keys):
+    """The optimizer steps."""
+
+    micro_batch_size: Int = key(1, gt=0)
+    """Sequences per forward pass (and per device)."""
+
+    gradient_accumulation_steps: Int = key(1, gt=0)
+    """Forward passes per optimizer step."""
+
+    batch_size: Int | None = key(gt=0)
+    """Sequences per optimizer step, the older way to say ``gradient_accumulation_steps``. Unset:
+    see there."""
+
+    eval_batch_size: Int | None = key(gt=0)
+    """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
+
+    auto_find_batch_size: bool = False
+    """Halve ``micro_batch_size`` and begin again when memory is short."""
+
+    num_epochs: Float = key(1.0, gt=0)
+    """Passes over the data, unless ``max_steps`` says otherwise."""
+
+    max_steps: Int | None = key(gt=0)
+    """Optimizer steps; wins over ``num_epochs``. Unset: see there."""
+
+    # --- optimizer -------------------------------------------------------------------------------
+
+    optimizer: OPTIMIZERS = key("adamw_torch_fused", values=_NO_OPTIMIZER)
+    """The optimizer, by its name in transformers."""
+
+    optim_args: str | dict[str, Any] | None = None
+    """Further arguments of the optimizer, as keys and values or as ``a=1,b=2``. Unset: none."""
+
+    optim_target_modules: list[str] | str | None = None
+    """Which modules GaLore and APOLLO reduce: names, a regular expression, or ``all_linear``.
+    Unset: needed by these only."""
+
+    weight_decay: Float = key(0.0, ge=0)
+    """Decoupled weight decay."""
+
+    adam_beta1: Float = key(0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+
+    adam_beta2: Float = key(0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+
+    adam_epsilon: Float = key(1e-8, gt=0)
+    """Added to the denominator of the update."""
+
+    adam_beta3: Float | None = not_yet("for came_pytorch: use adafactor")
+    """The third decay of CAME. Unset: its default."""
+
+    adam_epsilon2: Float | None = not_yet("for came_pytorch: use adafactor")
+    """The second epsilon of CAME. Unset: its default."""
+
+    max_grad_norm: Float = key(1.0, ge=0)
+    """Longest gradient of a step (L2 norm over all parameters); 0: unlimited."""
+
+    dion_lr: Float | None = not_applicable("only the optimizer dion reads it")
+    """Learning rate of matrices in Dion. Unset: ``learning_rate``."""
+
+    dion_momentum: Float | None = not_applicable("only the optimizer dion reads it")
+    """Momentum of Dion. Unset: 0.95."""
+
+    dion_rank_fraction: Float | None = not_applicable("only the optimizer dion reads it")
+    """Rank of Dion's update, as a share. Unset: 1."""
+
+    dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
+    """The rank is rounded to a multiple of this. Unset: 1."""
+
+    torchdistx_path: str | None = not_applicable("torchdistx is no longer made")
+    """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
+
+    # --- learning rate ---------------------------------------------------------------------------
+
+    learning_rate: Float = key(2e-4, gt=0)
+    """The highest learning rate."""
+
+    embedding_lr: Float | None = key(gt=0)
+    """Learning rate of the embeddings and the output head. Unset: the same."""
+
+    embedding_lr_scale: Float | None = key(gt=0)
+    """The same as a multiple of ``learning_rate``. Unset: 1."""
+
+    lr_groups: list[dict[str, Any]] | None = not_yet("use embedding_lr or loraplus_lr_ratio")
+    """Learning rates by group of modules. Unset: one for all."""
+
+    lr_scheduler: SCHEDULERS = key(
+        "cosine",
+        values={"rex": ("not yet available", "use cosine")},
+    )
+    """The course of the learning rate after the warm-up; ``one_cycle`` has its own warm-up."""
+
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Arguments of the scheduler, e.g. ``{num_cycles: 2}``. Unset: none."""
+
+    cosine_min_lr_ratio: Float | None = key(ge=0, le=1)
+    """Where ``cosine`` ends, as a share of ``learning_rate``. Unset: 0."""
+
+    cosine_constant_lr_ratio: Float | None = key(ge=0, le=1)
+    """The share of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset: 1."""
+
+    lr_quadratic_warmup: bool = False
+    """Let the rate of the warm-up grow quadratically."""
+
+    lr_div_factor: Float | None = key(gt=1)
+    """For ``one_cycle``: it begins at ``learning_rate`` over this. Unset: 25."""
+
+    warmup_steps: Int | None = key(ge=0)
+    """Optimizer steps of linear warm-up from 0. Unset: none, or ``warmup_ratio``."""
+
+    warmup_ratio: Float | None = key(ge=0, lt=1)
+    """The same as a share of all steps. Unset: none."""
+
+    # --- regularization and watching -------------------------------------------------------------
+
+    neftune_noise_alpha: Float | None = key(gt=0, aliases=["noisy_embedding_alpha"])
+    """Strength of the noise on the embeddings (NEFTune), e.g. 5. Unset: none."""
+
+    label_smoothing_factor: Float = key(0.0, ge=0, lt=1)
+    """Share of a token's weight that goes to all other tokens."""
+
+    early_stopping_patience: Int | None = key(gt=0)
+    """Validations without a better result until training stops. Unset: it does not."""
+
+    loss_watchdog_threshold: Float | None = key(gt=0)
+    """A loss above this is a sign of divergence. Unset: none is."""
+
+    loss_watchdog_patience: Int | None = key(gt=0)
+    """Steps above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
+
+    use_eaft: bool | None = not_yet("leave it out: trained tokens weigh the same")
+    """Weigh tokens by their entropy (EAFT). Unset: no."""
+
+    eaft_alpha: Float | None = not_applicable("only use_eaft reads it")
+    """Exponent of that weight. Unset: 1."""
+
+    eaft_k: Int | None = not_applicable("only use_eaft reads it")
+    """Logits that the entropy is estimated from. Unset: 20."""
+
+    trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
+    """A Python class that trains. Unset: fusewright's own."""
+
+    seed: Int = key(42, ge=0)
+    """Seed of the split, the order of the rows, the adapters and dropout."""
+
+    full_determinism: bool | None = not_yet("leave it out; runs on a CPU repeat bit by bit anyway")
+    """Take only algorithms that repeat bit by bit on a GPU. Unset: no."""
+
+    gc_steps: Int | None = key(ge=-1)
+    """Steps between two collections of Python's garbage; -1: at the end of each epoch. Unset or 0:
+    Python's own choice."""
+
+    torch_empty_cache_steps: Int | None = key(gt=0)
+    """Steps between two times that unused GPU memory is given back. Unset: never."""
+
+    accelerator_config: dict[str, Any] | None = None
+    """Arguments of accelerate's ``AcceleratorConfig``. Unset: its defaults."""
