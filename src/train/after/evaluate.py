@@ -23,6 +23,7 @@ from ..model import quiet
 from ..packing import count, pack
 from ..recipe import Recipe
 from ..trainer import batches, validation_loss
+from .oldrecipe import recipe_with, written
 from .runfolder import Run, load_run
 
 
@@ -106,7 +107,7 @@ def _own(run: Run) -> Recipe:
             f"{run.folder} has no run.json, so nothing says which rows it was validated on; name "
             "a dataset: --data FILE"
         )
-    recipe = _checked(run, run.recipe)
+    recipe = recipe_with(run, {})
     if not recipe.val_set_size:
         raise ModelError(
             f"{run.folder}: the run held out no rows (val_set_size: 0); name others: --data FILE"
@@ -116,22 +117,12 @@ def _own(run: Run) -> Recipe:
 
 def _with_files(run: Run, files: Sequence[Path]) -> Recipe:
     """The same recipe, with ``files`` in place of its datasets."""
-    described = {**(run.recipe.get("datasets") or [{}])[0], "builder": None}
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file}: there is no such file")
+    described = {**(written(run.recipe).get("datasets") or [{}])[0], "builder": None}
     datasets = [{**described, "path": str(file.resolve())} for file in files]
-    return _checked(run, {"base_model": run.base_model, **run.recipe, "datasets": datasets})
-
-
-def _checked(run: Run, values: dict[str, Any]) -> Recipe:
-    from pydantic import ValidationError
-
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ModelError(
-            f"{run.folder / 'run.json'} was written by another version: its recipe's {key} is not "
-            "what this one knows"
-        ) from None
+    return recipe_with(run, {"datasets": datasets})
 
 
 def _samples(recipe: Recipe, tokenizer: Any, named: bool) -> dict[str, tuple[list[Sample], int]]:

@@ -9,7 +9,8 @@ from torch import nn
 
 from ...errors import ModelError
 from ..model import load_model
-from .runfolder import Run, first_line, recipe_for, with_adapter
+from .oldrecipe import recipe_for
+from .runfolder import Run, first_line, with_adapter
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
           "is_loaded_in_8bit")  # fmt: skip
@@ -32,8 +33,7 @@ def merged_in_memory(run: Run, dtype: torch.dtype | None, dequantize: bool) -> A
     """
     recipe = recipe_for(run, dtype)
     if not dequantize:  # the full weights, although training saw quantized ones
-        off = {k: False for k in ("load_in_4bit", "load_in_8bit") if hasattr(recipe, k)}
-        recipe = recipe.model_copy(update=off)
+        recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     model = load_model(recipe)
     if dequantize:
         _dequantize(model)

@@ -13,8 +13,6 @@ from ..source import locate
 if TYPE_CHECKING:
     import torch
 
-    from ..recipe import Recipe
-
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODELS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -86,30 +84,6 @@ def open_run(
     return replace(run, tokenizer=_tokenizer(run))
 
 
-def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
-    """The recipe that loads ``run`` again, without what only training needs.
-
-    Args:
-        run: from ``open_run``.
-        dtype: of the base's weights (bfloat16 or float32); None: as they were trained.
-
-    Returns:
-        A recipe whose ``base_model`` is the run's. It is not checked, and says nothing about data.
-    """
-    from ..recipe import Recipe
-
-    keys: dict[str, Any] = {k: v for k, v in run.recipe.items() if k in Recipe.model_fields}
-    keys |= {"base_model": run.base_model, "gradient_checkpointing": False, "datasets": []}
-    if not run.adapter:  # what was done to the base is in its files
-        keys |= {k: False for k in ("load_in_4bit", "load_in_8bit") if k in Recipe.model_fields}
-        if not run.recipe:
-            stored = _json(run.folder / "config.json")
-            keys["bf16"] = (stored.get("dtype") or stored.get("torch_dtype")) != "float32"
-    if dtype is not None:
-        keys["bf16"] = str(dtype) == "torch.bfloat16"
-    return Recipe.model_construct(**keys)
-
-
 def load_tokenizer(run: Run) -> Any:
     """Load the tokenizer of ``run``, with its chat template.
 
@@ -152,6 +126,7 @@ def load_run(
         RecipeError: the base cannot be loaded.
     """
     from ..model import device_for_training, load_model
+    from .oldrecipe import recipe_for
 
     run = run if isinstance(run, Run) else open_run(run)
     tokenizer = load_tokenizer(run)
@@ -190,6 +165,12 @@ def grow(model: Any, weights: dict[str, Any]) -> None:
         found = weights.get(f"base_model.model.{own}")
         if found is not None and found.shape[0] != embeddings.weight.shape[0]:
             model.resize_token_embeddings(found.shape[0], mean_resizing=False)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name of the dtype that the model in ``folder`` says it is stored in."""
+    config = _json(folder / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def first_line(error: BaseException) -> str:
