@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from rich.table import Table
 
 from ...errors import DataError, ModelError
 from .. import report
-from ..chat import Sample, encode
-from ..data import read_chats, split
+from ..data import Samples, prepare
 from ..export import pad_token
 from ..model import quiet
-from ..packing import count, pack
 from ..recipe import Recipe
-from ..trainer import batches, validation_loss
+from ..sequences import validation_batches
+from ..validation import Batches, validation_loss
 from .oldrecipe import recipe_with, written
 from .runfolder import Run, load_run
 
@@ -34,9 +33,8 @@ class Figures:
     Attributes:
         loss: mean over the tokens that have a label, in nats.
         perplexity: its exponential.
-        samples: rows that were used.
-        left_out: rows that were too long or had nothing to train.
-        tokens: tokens of those that were used.
+        samples: rows that were used, or pieces of texts.
+        tokens: tokens of those.
         trained_tokens: those of them that have a label.
         seconds: of the computation.
     """
@@ -44,7 +42,6 @@ class Figures:
     loss: float
     perplexity: float
     samples: int
-    left_out: int
     tokens: int
     trained_tokens: int
     seconds: float
@@ -79,18 +76,23 @@ def evaluate(
     """
     console = console or Console(highlight=False, soft_wrap=True)
     recorded = None if files else run.facts.get("val_loss_after")
+    recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
-        recipe = _with_files(run, files) if files else _own(run)
         model, tokenizer = load_run(run)
-        samples = _samples(recipe, tokenizer, bool(files))
-        if recipe.optimize:
+        found: dict[str, Figures] = {}
+        if any(recipe.optimize for recipe in recipes.values()):
             from ...pipeline import optimize
 
             optimize(model, codegen="eager")  # a compilation would take longer than it saves
-        found = {
-            name: _measure(model, recipe, kept, left_out, pad_token(tokenizer))
-            for name, (kept, left_out) in samples.items()
-        }
+        for name, recipe in recipes.items():
+            prepared = prepare(recipe, tokenizer, None if as_json else console)
+            if name:  # a file is used as a whole
+                prepared = replace(prepared, validation={name: prepared.train})
+            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+            found |= {
+                part: _measure(model, batches, prepared.validation[part])
+                for part, batches in sets.items()
+            }
     path = _write(run, found, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
@@ -108,59 +110,57 @@ def _own(run: Run) -> Recipe:
             "a dataset: --data FILE"
         )
     recipe = recipe_with(run, {})
-    if not recipe.val_set_size:
+    if not recipe.validates():
         raise ModelError(
             f"{run.folder}: the run held out no rows (val_set_size: 0); name others: --data FILE"
         )
     return recipe
 
 
-def _with_files(run: Run, files: Sequence[Path]) -> Recipe:
-    """The same recipe, with ``files`` in place of its datasets."""
-    for file in files:
-        if not file.exists():
-            raise DataError(f"{file}: there is no such file")
-    described = {**(written(run.recipe).get("datasets") or [{}])[0], "builder": None}
-    datasets = [{**described, "path": str(file.resolve())} for file in files]
-    return recipe_with(run, {"datasets": datasets})
-
-
-def _samples(recipe: Recipe, tokenizer: Any, named: bool) -> dict[str, tuple[list[Sample], int]]:
-    """Samples to measure, and how many rows are left out, by dataset.
-
-    ``named``: whole files, each by its name; otherwise what the recipe holds out.
-    """
-    parts = (
-        {Path(d.path).name: read_chats([d]) for d in recipe.datasets}
-        if named
-        else {"validation": split(read_chats(recipe.datasets), recipe.val_set_size, recipe.seed)[1]}
+def _reading(run: Run, file: Path) -> Recipe:
+    """The same recipe, with ``file`` in place of its datasets."""
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file")
+    described = (written(run.recipe).get("datasets") or [{"type": "chat_template"}])[0]
+    for key in _OF_ONE_PLACE:
+        described.pop(key, None)
+    limit = run.recipe.get("eval_sequence_len") or run.recipe.get("sequence_len")
+    return recipe_with(
+        run,
+        {
+            **dict.fromkeys(_OF_ALL),
+            "datasets": [{**described, "path": str(file.resolve())}],
+            "sequence_len": limit,
+        },
     )
-    found = {}
-    for name, chats in parts.items():
-        samples = encode(chats, tokenizer, recipe.train_on_inputs)
-        short = [s for s in samples if s.trained and len(s.input_ids) <= recipe.sequence_len]
-        if not short:
-            raise DataError(f"{name}: no row is left: all are too long or have nothing to train")
-        found[name] = (short, len(samples) - len(short))
-    return found
 
 
-def _measure(
-    model: Any, recipe: Recipe, samples: list[Sample], left_out: int, pad_id: int
-) -> Figures:
+_OF_ONE_PLACE = ("builder", "data_files", "split", "name", "revision", "weight", "shards",
+                 "shards_idx", "preprocess_shards", "ds_type")  # fmt: skip
+"""Keys of a dataset that say where its rows are, not how to read them."""
+
+_OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
+           "dataset_shard_num", "dataset_exact_deduplication")  # fmt: skip
+"""Keys that choose among the rows of all datasets."""
+
+
+def _measure(model: Any, batches: Batches, samples: Samples) -> Figures:
     begun = time.perf_counter()
-    packs = pack(samples, recipe.sequence_len) if recipe.sample_packing else [[s] for s in samples]
-    loss = validation_loss(model, batches(packs, recipe, pad_id))
-    tokens, trained = count(packs)
+    loss = validation_loss(model, batches)
     return Figures(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64
         samples=len(samples),
-        left_out=left_out,
-        tokens=tokens,
-        trained_tokens=trained,
+        tokens=int(samples.lengths.sum()),
+        trained_tokens=int(samples.trained.sum()),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _whole(found: dict[str, Figures]) -> float:
+    """The loss per trained token of all datasets together."""
+    tokens = sum(of.trained_tokens for of in found.values())
+    return sum(of.loss * of.trained_tokens for of in found.values()) / tokens
 
 
 def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
@@ -169,6 +169,7 @@ def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
     content = {
         "run": str(run.folder),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "loss": _whole(found),
         "results": {name: asdict(figures) for name, figures in found.items()},
         "recorded_val_loss": recorded,
         "versions": report.versions(),
@@ -185,12 +186,14 @@ def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
 
 def _print(found: dict[str, Figures], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("dataset")
-    for name in ("loss", "perplexity", "rows", "left out", "tokens", "trained"):
+    table.add_column("dataset", overflow="fold")
+    for name in ("loss", "perplexity", "samples", "tokens", "trained"):
         table.add_column(name, justify="right")
     for name, of in found.items():
-        counts = (of.samples, of.left_out, of.tokens, of.trained_tokens)
+        counts = (of.samples, of.tokens, of.trained_tokens)
         table.add_row(name, f"{of.loss:.4f}", f"{of.perplexity:.3f}", *(f"{n:,}" for n in counts))
     console.print(table)
+    if len(found) > 1:
+        console.print(f"all together: {_whole(found):.4f}", markup=False)
     if recorded is not None:
         console.print(f"at the end of its training the run had {recorded:.4f}", markup=False)

@@ -31,13 +31,14 @@ def merged_in_memory(run: Run, dtype: torch.dtype | None, dequantize: bool) -> A
     Raises:
         ModelError: PEFT cannot merge this kind of adapter, or into this kind of base.
     """
-    recipe = recipe_for(run, dtype)
+    loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
+    recipe = recipe_for(run, loaded)
     if not dequantize:  # the full weights, although training saw quantized ones
         recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     model = load_model(recipe)
     if dequantize:
         _dequantize(model)
-    model = with_adapter(model, run.folder)
+    model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
     _untie(model)
     try:
         merged = model.merge_and_unload()

@@ -21,6 +21,7 @@ from ..model import dtype_for_training, pretrained, quiet
 from .adapted import Adapted, UnmergeableError
 from .basefiles import BaseFiles, base_files
 from .inmemory import merged_in_memory
+from .oldrecipe import recipe_with
 from .runfolder import Run, first_line, load_tokenizer
 from .shards import Shape, new_folder, write_shards
 
@@ -177,7 +178,10 @@ def _files(run: Run, config: Any, request: Request) -> BaseFiles:
 
 def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
     if asked is None:
-        return dtype_for_training(run.recipe.get("bf16", "auto")) if run.recipe else None
+        if not run.recipe:
+            return None
+        asked = recipe_with(run, {}).precision()
+        return dtype_for_training("auto") if asked == "auto" else _DTYPES[asked]
     if asked not in _DTYPES:
         raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")
     return _DTYPES[asked]

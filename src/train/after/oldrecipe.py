@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from ...errors import ModelError, RecipeError
+from ...errors import ModelError
 from ..keys.base import Keys, nested
 from ..recipe import Recipe
-from ..yamlfile import load_recipe
 from .runfolder import Run, stored_dtype
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
 
     Args:
         run: from ``open_run``.
-        dtype: of the base's weights (bfloat16, float16, float32); None: as they were trained.
+        dtype: of the base's weights (bfloat16, float32); None: as they were trained, or float32 for
+            those in float16 where this machine cannot compute in it.
 
     Returns:
         A recipe whose ``base_model`` is the run's, and that says nothing about data.
@@ -48,10 +49,26 @@ def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
     asked = None if dtype is None else str(dtype).removeprefix("torch.")
     if not run.adapter and not run.recipe:
         asked = asked or stored_dtype(run.folder)
+    if asked is None and _validated(run, keys).precision() == "float16" and not _has_gpu():
+        asked = "float32"
     if asked is not None:
         for name in _PRECISION:
             keys.pop(name, None)
-        keys |= {"bf16": asked == "bfloat16", "fp16": asked == "float16"}
+        keys["bf16"] = asked == "bfloat16"
+    return _validated(run, keys)
+
+
+def recipe_with(run: Run, changes: Mapping[str, Any]) -> Recipe:
+    """The whole recipe of ``run``, with some keys changed; None is unset.
+
+    Raises:
+        ModelError: ``run.json`` has keys that this version does not know.
+    """
+    keys = {"base_model": run.base_model, **written(run.recipe), **changes}
+    return _validated(run, {k: v for k, v in keys.items() if v is not None})
+
+
+def _validated(run: Run, keys: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(keys)
     except ValidationError as error:
@@ -62,17 +79,10 @@ def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
         ) from None
 
 
-def recipe_with(run: Run, changes: Mapping[str, Any]) -> Recipe:
-    """The whole recipe of ``run`` with some keys changed, checked like a new one.
+def _has_gpu() -> bool:
+    import torch
 
-    Raises:
-        RecipeError: it has mistakes, or its datasets are not there.
-    """
-    keys = {"base_model": run.base_model, **written(run.recipe), **changes}
-    try:
-        return load_recipe({k: v for k, v in keys.items() if v is not None})
-    except RecipeError as error:
-        raise RecipeError(f"{run.folder}: {error}") from None
+    return torch.cuda.is_available()
 
 
 def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, Any]:
@@ -85,8 +95,7 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
     kept = {}
     for name, value in values.items():
         field = model.model_fields.get(name)
-        optional = field is not None and not field.is_required()
-        if value is None or (optional and value == to_jsonable_python(field.default)):
+        if value is None or (field and not field.is_required() and value == _default(field)):
             continue
         inner = nested(field.annotation) if field else None
         if inner and isinstance(value, list):
@@ -95,3 +104,7 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
             value = written(value, inner)
         kept[name] = value
     return kept
+
+
+def _default(field: FieldInfo) -> Any:
+    return to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))

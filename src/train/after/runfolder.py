@@ -28,7 +28,7 @@ class Run:
         folder: where it is.
         adapter: whether it holds an adapter; otherwise it holds a whole model.
         base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
-        tokenizer: the same for the tokenizer.
+        tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
         recipe: every key of the recipe, from ``run.json``; empty where there is none.
         facts: the rest of ``run.json``.
     """
@@ -36,7 +36,7 @@ class Run:
     folder: Path
     adapter: bool
     base_model: str
-    tokenizer: str
+    tokenizer: Path | None
     recipe: dict[str, Any]
     facts: dict[str, Any]
 
@@ -69,19 +69,18 @@ def open_run(
     recipe = facts.pop("recipe", None) or {}
     if trust_remote_code:
         recipe["trust_remote_code"] = True
-    run = Run(folder, True, "", "", recipe, facts)
+    own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
+    run = Run(folder, True, "", next(own, None), recipe, facts)
     if (folder / "adapter_config.json").is_file():
         _require(folder, _ADAPTERS, "adapter_config.json")
         base = base_model or _base(folder, recipe)
-        run = replace(run, base_model=_located(base, folder))
-    elif any((folder / name).is_file() for name in _MODELS):
+        return replace(run, base_model=_located(base, folder))
+    if any((folder / name).is_file() for name in _MODELS):
         _require(folder, ("config.json",), "a model")
         if base_model:
             raise ModelError(f"{folder} holds a whole model, which has no base: no --base_model")
-        run = replace(run, adapter=False, base_model=str(folder))
-    else:
-        raise ModelError(_nothing(folder))
-    return replace(run, tokenizer=_tokenizer(run))
+        return replace(run, adapter=False, base_model=str(folder))
+    raise ModelError(_nothing(folder))
 
 
 def load_tokenizer(run: Run) -> Any:
@@ -92,14 +91,14 @@ def load_tokenizer(run: Run) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from ..model import pretrained
+    from .. import tokenizer
+    from .oldrecipe import recipe_for
 
-    options = {"trust_remote_code": run.trust_remote_code}
-    if run.tokenizer == run.base_model:
-        return pretrained(AutoTokenizer, run.base_model, **options)
+    if run.tokenizer is None:
+        return tokenizer.load_tokenizer(recipe_for(run))
     auto: Any = AutoTokenizer
-    try:  # the run's own folder need not hold a model
-        return auto.from_pretrained(run.tokenizer, **options)
+    try:
+        return auto.from_pretrained(run.tokenizer, trust_remote_code=run.trust_remote_code)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"{run.tokenizer}: the tokenizer cannot be loaded: {first_line(error)}"
@@ -130,14 +129,20 @@ def load_run(
 
     run = run if isinstance(run, Run) else open_run(run)
     tokenizer = load_tokenizer(run)
-    model = load_model(recipe_for(run, dtype))
+    recipe = recipe_for(run, dtype)
+    model = load_model(recipe)
     if run.adapter:
-        model = with_adapter(model, run.folder)
+        model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
     return model.to(device or device_for_training()).eval(), tokenizer
 
 
-def with_adapter(model: Any, folder: Path) -> Any:
+def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
     """Put the adapter in ``folder`` on its base ``model``.
+
+    Args:
+        model: the base; its vocabulary grows with the adapter's.
+        folder: of the adapter.
+        autocast: keep adapters of 16 bits in float32, as PEFT does.
 
     Raises:
         ModelError: it does not fit, or cannot be read.
@@ -147,7 +152,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
     try:
         grow(model, load_peft_weights(str(folder), device="cpu"))
-        return PeftModel.from_pretrained(model, folder)
+        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=autocast)
     except Exception as error:  # PEFT raises whatever it meets
         raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
 
@@ -221,12 +226,6 @@ def _located(base: str, folder: Path) -> str:
         ) from None
     special = base.startswith("package:") or found.gguf_file
     return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())
-
-
-def _tokenizer(run: Run) -> str:
-    """The folder of the run that has a tokenizer, or the base."""
-    has = (f for f in _own_folders(run.folder) if (f / "tokenizer_config.json").is_file())
-    return str(next(has, run.base_model))
 
 
 def _require(folder: Path, names: tuple[str, ...], other: str) -> None:

@@ -17,7 +17,7 @@ from .conftest import make_adapter, refused
 
 def test_a_run_says_everything(trained: Path, base: Path) -> None:
     run = open_run(trained)
-    assert (run.adapter, run.base_model, run.tokenizer) == (True, str(base), str(trained))
+    assert (run.adapter, run.base_model, run.tokenizer) == (True, str(base), trained)
     assert run.recipe["lora_r"] == 4
     assert run.facts["steps"] == 4
 
@@ -36,7 +36,7 @@ def test_plain_folders(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path)
     run = open_run(adapter)
     assert (run.adapter, run.recipe) == (True, {})
-    assert run.base_model == run.tokenizer == str(tmp_path / "base")
+    assert (run.base_model, run.tokenizer) == (str(tmp_path / "base"), None)
     assert load_run(run)[0].get_base_model().dtype is torch.bfloat16
     assert load_run(run, dtype=torch.float32)[0].get_base_model().dtype is torch.float32
     whole = open_run(tmp_path / "base")
