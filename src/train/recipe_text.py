@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from .recipe import Dataset, Recipe
+from .recipe import GROUPS, Dataset, Recipe
 
 _SECRET = re.compile(r"api_key|auth_token|hub_token|password|secret")
 _ROWS = ("datasets", "test_datasets")
@@ -39,7 +39,9 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
         recipe: keys and values; keys that this version does not know count as chosen.
         paths: write paths in full; False: only their last part, for what will be published.
     """
-    chosen, rest = _split(_hidden(recipe), Recipe)
+    order = [name for group in GROUPS for name in group.model_fields if name in recipe]
+    sorted_ = {name: recipe[name] for name in [*order, *recipe]}  # keys we do not know come last
+    chosen, rest = _split(_hidden(sorted_), Recipe)
     for key in _ROWS:
         if isinstance(chosen.get(key), list):
             chosen[key] = [
@@ -94,4 +96,6 @@ def _short(value: Any) -> Any:
 def _yaml(values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=88)
+    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
+    text: str = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True, width=88)
+    return text
