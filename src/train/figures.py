@@ -9,7 +9,7 @@ _CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe
 
 
 def printable(text: str) -> str:
-    r"""The text with ``\ufffd`` for what no file of text may hold (an untrained model's answer may).
+    r"""The text with ``\ufffd`` for what no text file may hold, but a model's answer can.
 
     Those are control characters other than tabs and line breaks, and halves of characters.
     """

@@ -113,7 +113,7 @@ def _template() -> Template:
 
 def _breakable(name: str) -> Markup:
     """Let a long name break after its underscores."""
-    return Markup("_<wbr>").join(escape(part) for part in str(name).split("_"))
+    return Markup("_<wbr>").join(escape(part) for part in printable(str(name)).split("_"))
 
 
 def compose(facts: Facts) -> Page:
