@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
-from .errors import FusewrightError, RecipeError
+from .errors import FusewrightError
 
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
 _MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -54,7 +54,8 @@ def fusewright(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4",
+    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4 "
+    "--load_in_4bit --no-sample_packing --datasets.0.path rows.jsonl",
 )
 def train(
     context: typer.Context,
@@ -62,9 +63,21 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, and say what becomes of each key."),
+    ] = False,
 ) -> None:
     """Train a model as a recipe says."""
-    raise typer.Exit(_train(recipe, overwrite, context.args))
+    raise typer.Exit(_train(recipe, overwrite, dry_run, context.args))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes: every key, its type, default, meaning and status."""
+    from .train.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -115,37 +128,20 @@ def main() -> None:
     app()
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read ``--key value`` and ``--key=value``; values are read as YAML.
-
-    Raises:
-        RecipeError: a word that belongs to no key, or a key without a value.
-    """
-    from .train.yamlfile import parse_value
-
-    overrides: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise RecipeError(f"what is {word!r} for? Write --key value to set a key of the recipe")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise RecipeError(f"{word} needs a value")
-            value = rest.pop(0)
-        overrides[key.replace("-", "_")] = parse_value(value)
-    return overrides
-
-
-def _train(recipe: str, overwrite: bool, arguments: Sequence[str]) -> int:
+def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) -> int:
     """Train, and return the exit code: 2 for a bad recipe or dataset, 128 + n for a signal."""
     try:
-        from .train.yamlfile import load_recipe
+        from .train.overrides import parse_overrides
+        from .train.yamlfile import check, load_recipe
 
         overrides = parse_overrides(arguments)
         if overwrite:
             overrides["overwrite_output_dir"] = True
+        if dry_run:
+            from .train.dryrun import console, show
+
+            show(check(recipe, overrides), console())
+            return 0
         checked = load_recipe(recipe, overrides)
 
         # imported below us; complains about a kernel that nobody asked for

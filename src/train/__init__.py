@@ -1,9 +1,9 @@
 """The fine-tuning engine: a recipe in, a trained adapter out.
 
-In processing order: ``yamlfile`` and ``recipe`` (the keys) → ``source`` (where the model is) →
-``data`` (rows) → ``model`` (weights, LoRA) → ``chat`` (tokens and labels) → ``packing`` (batches) →
-``trainer`` (the optimizer steps) → ``export`` (files, and the check of them) → ``report``;
-``loop`` calls them one after the other.
+In processing order: ``yamlfile`` reads and checks a ``recipe``, whose keys and their status are in
+``keys/`` → ``source`` (where the model is) → ``data`` (rows) → ``model`` (weights, LoRA) → ``chat``
+(tokens and labels) → ``packing`` (batches) → ``trainer`` (the optimizer steps) → ``export`` (files,
+and the check of them) → ``report``; ``loop`` calls them one after the other.
 """
 
 from __future__ import annotations

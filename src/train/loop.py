@@ -23,6 +23,7 @@ from .packing import Pack, count, leaks, pack
 from .recipe import Recipe
 from .report import RunResult
 from .signals import Interrupts, Stopped
+from .status import told
 from .trainer import batches, make_trainer, validation_loss
 
 
@@ -61,6 +62,8 @@ class Run:
             Stopped: a signal came before the first step was done, or a second one came.
         """
         export.check_output(self.folder, self.recipe.overwrite_output_dir)
+        for line in told(self.recipe):
+            self._say(line)
         with Interrupts() as interrupts, quiet():
             with self._timed("data"):
                 chats = read_chats(self.recipe.datasets)

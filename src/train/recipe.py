@@ -1,4 +1,4 @@
-"""What a recipe may say, as one class, and which keys do not go together.
+"""What a recipe may say, as one class.
 
 The keys are in ``keys/``, by subject, in Axolotl's vocabulary. A key that is not there is an error
 (with the nearest name), never dropped. ``null`` means unset.
@@ -6,7 +6,6 @@ The keys are in ``keys/``, by subject, in Axolotl's vocabulary. A key that is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from .keys.adapter import AdapterKeys
@@ -22,7 +21,7 @@ from .keys.scale import ScaleKeys
 from .keys.steps import StepKeys
 from .keys.tracking import TrackingKeys
 
-__all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe", "conflicts"]
+__all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
     ModelKeys, AdapterKeys, DataKeys, StepKeys, OutputKeys, TrackingKeys, OurKeys,
@@ -41,10 +40,12 @@ class Recipe(
         """The attention to ask transformers for; None: the model's own choice."""
         if self.attn_implementation is not None:
             return self.attn_implementation
-        for name in ("sdp", "eager", "flex"):
-            if getattr(self, f"{name}_attention"):
-                return {"sdp": "sdpa", "eager": "eager", "flex": "flex_attention"}[name]
-        return None
+        asked = {
+            "sdpa": self.sdp_attention,
+            "eager": self.eager_attention,
+            "flex_attention": self.flex_attention,
+        }
+        return next((name for name, wanted in asked.items() if wanted), None)
 
     def precision(self) -> Literal["auto", "bfloat16", "float16", "float32"]:
         """The dtype of weights and computation; ``auto``: bfloat16 where the device has it."""
@@ -111,20 +112,3 @@ class Recipe(
 def _either(said: bool | None, implied: Any) -> bool:
     """What a switch says, or else what other keys imply."""
     return bool(implied) if said is None else said
-
-
-def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield ``(key, problem)`` for keys that are each fine but do not go together.
-
-    Args:
-        values: the recipe as written, unset keys left out. It may have other problems.
-    """
-    targets = values.get("lora_target_linear") or values.get("lora_target_modules")
-    if values.get("adapter") == "lora" and not targets:
-        yield "adapter", "lora needs lora_target_linear: true, or a list lora_target_modules"
-    if "warmup_steps" in values and "warmup_ratio" in values:
-        yield "warmup_ratio", "set this or warmup_steps, not both"
-    if "eval_steps" in values and not (values.get("val_set_size") or values.get("test_datasets")):
-        yield "eval_steps", "needs val_set_size: there are no rows to validate on"
-    if "datasets" not in values and not values.get("pretraining_dataset"):
-        yield "datasets", "is missing"

@@ -11,7 +11,8 @@ from fusewright.errors import RecipeError
 from fusewright.train.export import check_output
 from fusewright.train.recipe import Dataset, Recipe
 from fusewright.train.source import Source, locate
-from fusewright.train.yamlfile import load_recipe, parse_value
+from fusewright.train.yamlfile import load_recipe
+from fusewright.train.yamltext import parse_value
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

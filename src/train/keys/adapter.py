@@ -139,39 +139,39 @@ class AdapterKeys(Keys):
     relora_steps: Int | None = not_yet("use a larger lora_r")
     """Steps between two restarts of ReLoRA. Unset: no restarts."""
 
-    relora_warmup_steps: Int | None = not_yet("use a larger lora_r")
+    relora_warmup_steps: Int | None = not_applicable("only relora reads it")
     """Warm-up after a restart of ReLoRA, in steps. Unset: none."""
 
-    relora_anneal_steps: Int | None = not_yet("use a larger lora_r")
+    relora_anneal_steps: Int | None = not_applicable("only relora reads it")
     """Steps of falling learning rate before a restart. Unset: none."""
 
-    relora_prune_ratio: Float | None = not_yet("use a larger lora_r")
+    relora_prune_ratio: Float | None = not_applicable("only relora reads it")
     """Share of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
 
-    relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_yet(
-        "use a larger lora_r"
+    relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_applicable(
+        "only relora reads it"
     )
     """Which part of the optimizer's state a restart clears. Unset: ``magnitude``."""
 
-    relora_cpu_offload: bool | None = not_yet("use a larger lora_r")
+    relora_cpu_offload: bool | None = not_applicable("only relora reads it")
     """Merge on the CPU at a restart. Unset: no."""
 
     jagged_restart_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
     """Steps between two restarts of the learning rate. Unset: none."""
 
-    jagged_restart_warmup_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
+    jagged_restart_warmup_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
     """Warm-up after such a restart, in steps. Unset: none."""
 
-    jagged_restart_anneal_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
+    jagged_restart_anneal_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
     """Steps of falling learning rate before such a restart. Unset: none."""
 
     lisa_n_layers: Int | None = not_yet("use adapter: lora")
     """Number of blocks that train at a time (LISA). Unset: all."""
 
-    lisa_step_interval: Int | None = not_yet("use adapter: lora")
+    lisa_step_interval: Int | None = not_applicable("only lisa_n_layers reads it")
     """Steps until LISA draws other blocks. Unset: never."""
 
-    lisa_layers_attribute: str | None = not_yet("use adapter: lora", "model.layers")
+    lisa_layers_attribute: str = not_applicable("only lisa_n_layers reads it", "model.layers")
     """Where LISA finds the blocks."""
 
     llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")

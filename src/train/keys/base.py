@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
 """What becomes of a key. A key that is none of these is unknown, and an error."""
@@ -18,7 +19,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
 class Keys(BaseModel):
@@ -29,46 +30,74 @@ class Keys(BaseModel):
     )
 
 
+Reasons = Mapping[Any, tuple[Status, str]]
+"""Values whose status is not the key's own, each with the status and the reason."""
+
+
 def key(
     default: Any = None,
     *,
-    values: Mapping[Any, tuple[Status, str]] | None = None,
+    values: Reasons | None = None,
     aliases: Sequence[str] = (),
-    **constraints: Any,
+    **limits: Any,
 ) -> Any:
     """A key that is honoured. One without any of these arguments needs no ``key()``.
 
     Args:
         default: what it is when unset.
-        values: the values that have another status than the key, each with the reason.
+        values: those of its values (or of the items of a list) that have another status.
         aliases: older names of the same key.
-        constraints: pydantic's, e.g. ``gt=0``.
+        limits: pydantic's, e.g. ``gt=0``.
     """
-    extra: dict[str, Any] = {}
-    if values:
-        extra["values"] = {value: {"status": s, "note": n} for value, (s, n) in values.items()}
-    if aliases:
-        extra["aliases"] = list(aliases)
-    return Field(default, json_schema_extra=extra, **constraints)
+    return Field(default, json_schema_extra=_extra("honoured", "", values, aliases), **limits)
 
 
-def subsumed(by: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
+def subsumed(by: str, default: Any = None) -> Any:
     """A key whose effect one has anyway, ``by`` something else."""
-    return _marked("subsumed", by, default, aliases)
+    return Field(default, json_schema_extra=_extra("subsumed", by))
 
 
 def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
     """A key that cannot change the run here; ``why`` says the reason."""
-    return _marked("not applicable", why, default, aliases)
+    return Field(default, json_schema_extra=_extra("not applicable", why, aliases=aliases))
 
 
-def not_yet(instead: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
+def not_yet(instead: str, default: Any = None, *, values: Reasons | None = None) -> Any:
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
-    return _marked("not yet available", instead, default, aliases)
+    return Field(default, json_schema_extra=_extra("not yet available", instead, values))
 
 
-def _marked(status: Status, note: str, default: Any, aliases: Sequence[str]) -> Any:
-    extra: dict[str, Any] = {"status": status, "note": note}
+def _extra(
+    status: Status, note: str, values: Reasons | None = None, aliases: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the JSON schema says about a key besides its type."""
+    extra: dict[str, Any] = {"status": status}
+    if note:
+        extra["note"] = note
+    if values:
+        extra["values"] = [{"value": v, "status": s, "note": n} for v, (s, n) in values.items()]
     if aliases:
         extra["aliases"] = list(aliases)
-    return Field(default, json_schema_extra=extra)
+    return extra
+
+
+def nested(annotation: Any) -> type[Keys] | None:
+    """The class of keys that a type holds, itself or in a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Keys):
+        return annotation
+    return next(filter(None, map(nested, get_args(annotation))), None)
+
+
+def aliases(model: type[Keys]) -> dict[str, str]:
+    """The older names of a class's keys, each with the name that it has now."""
+    return {
+        old: name
+        for name, field in model.model_fields.items()
+        for old in extra_of(field).get("aliases", ())
+    }
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """What was said about a key with the functions above."""
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}

@@ -91,7 +91,7 @@ class DataKeys(Keys):
     min_sample_len: Int | None = key(gt=0)
     """Shortest row, in tokens; shorter ones are left out. Unset: 2."""
 
-    max_prompt_len: Int | None = not_yet("preference tuning")
+    max_prompt_len: Int | None = not_applicable("only a preference method (key rl) reads it")
     """Longest prompt of preference tuning, in tokens. Unset: 512."""
 
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
@@ -117,6 +117,9 @@ class DataKeys(Keys):
 
     pad_to_sequence_len: bool | None = None
     """Fill every sequence up to ``sequence_len``. Unset: only where it makes the run faster."""
+
+    pad_to_multiple_of: Int | None = not_applicable("padding changes no result")
+    """Fill every batch up to a multiple of so many tokens. Unset: to its longest row."""
 
     multipack_real_batches: bool | None = not_applicable("a batch is a tensor of whole sequences")
     """Let a batch of packs be a batch. Unset: yes."""
@@ -163,13 +166,13 @@ class DataKeys(Keys):
     use_pose: bool | None = not_yet("leave it out, and set sequence_len to the whole length")
     """Train longer contexts by skipping positions (PoSE). Unset: no."""
 
-    pose_split_on_token_ids: list[Int] | None = not_yet("PoSE")
+    pose_split_on_token_ids: list[Int] | None = not_applicable("only use_pose reads it")
     """Ids of the tokens that PoSE may split at. Unset: any."""
 
-    pose_max_context_len: Int | None = not_yet("PoSE")
+    pose_max_context_len: Int | None = not_applicable("only use_pose reads it")
     """The context that PoSE trains for, in tokens. Unset: none."""
 
-    pose_num_chunks: Int | None = not_yet("PoSE")
+    pose_num_chunks: Int | None = not_applicable("only use_pose reads it")
     """Pieces that PoSE makes of a row. Unset: 2."""
 
     rope_scaling: dict[str, Any] | None = not_yet(

@@ -8,6 +8,20 @@ from pydantic import Field
 
 from .base import Float, Int, Keys, key, not_applicable, not_yet
 
+TYPES = (
+    "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
+    "alpaca", "alpaca:instruct", "alpaca:chat", "alpaca:chatml", "alpaca_instruct",
+    "alpaca_instruct.load_no_prompt", "alpaca_chat", "alpaca_chat.load_qa",
+    "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
+    "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
+    "alpaca_w_system.load_open_orca_chatml",
+    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml",
+    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml",
+)  # fmt: skip
+"""The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
+
+_PREFERENCES = "only a preference method (key rl) reads it"
+
 
 class PromptFormat(Keys):
     """A ``type`` that is spelled out: which fields a row has, and the text that they make."""
@@ -29,6 +43,33 @@ class PromptFormat(Keys):
 
     field_output: str | None = None
     """The field with the answer. Unset: ``output``."""
+
+    field_prompt: str | None = not_applicable(_PREFERENCES)
+    """The field with the prompt of a preference. Unset: ``prompt``."""
+
+    field_chosen: str | None = not_applicable(_PREFERENCES)
+    """The field with the better answer. Unset: ``chosen``."""
+
+    field_rejected: str | None = not_applicable(_PREFERENCES)
+    """The field with the worse answer. Unset: ``rejected``."""
+
+    field_completion: str | None = not_applicable(_PREFERENCES)
+    """The field with a judged answer. Unset: ``completion``."""
+
+    field_label: str | bool | None = not_applicable(_PREFERENCES)
+    """The field with its judgement. Unset: ``label``."""
+
+    prompt_format: str | None = not_applicable(_PREFERENCES)
+    """The form of a prompt. Unset: as it is."""
+
+    chosen_format: str | None = not_applicable(_PREFERENCES)
+    """The form of the better answer. Unset: as it is."""
+
+    rejected_format: str | None = not_applicable(_PREFERENCES)
+    """The form of the worse answer. Unset: as it is."""
+
+    completion_format: str | None = not_applicable(_PREFERENCES)
+    """The form of a judged answer. Unset: as it is."""
 
     format: str | None = None
     """The prompt; ``{instruction}`` and ``{input}`` stand for the fields. Unset: these two as they
@@ -185,6 +226,15 @@ class Dataset(Keys):
 
     skip: Int = key(0, ge=0)
     """Rows to leave out at the beginning."""
+
+    step_separator: str | None = not_applicable(_PREFERENCES)
+    """What separates the steps of reasoning. Unset: a line break."""
+
+    max_completion_length: Int | None = not_applicable(_PREFERENCES)
+    """Longest answer, in tokens. Unset: none."""
+
+    train_on_last_step_only: bool | None = not_applicable(_PREFERENCES)
+    """Judge the last step only. Unset: all."""
 
     logprobs_field: str | None = not_yet("distillation; train on the answers only")
     """The field with a teacher's log probabilities. Unset: none."""

@@ -84,6 +84,12 @@ class MethodKeys(Keys):
     kto_undesirable_weight: Float | None = not_applicable(_ONLY)
     """Weight of unwanted answers in KTO. Unset: 1."""
 
+    dpo_use_liger_kernel: bool | None = not_applicable(_ONLY)
+    """Liger's loss for DPO. Unset: no."""
+
+    ebft: dict[str, Any] | None = not_applicable(_ONLY)
+    """Settings of energy-based tuning. Unset: none."""
+
     qat: dict[str, Any] | None = not_yet("use adapter: qlora")
     """Training that is aware of a later quantization. Unset: no."""
 
@@ -98,6 +104,9 @@ class MethodKeys(Keys):
 
     kd_ce_alpha: Float | None = not_applicable("only distillation reads it")
     """Weight of the labels beside the teacher. Unset: 1."""
+
+    kd_top_k_before_softmax: bool | None = not_applicable("only distillation reads it")
+    """Cut the logits before the softmax. Unset: no."""
 
     kd_alpha: Float | None = not_applicable("only distillation reads it")
     """Weight of the teacher. Unset: 1."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
 
 _OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
@@ -133,9 +133,9 @@ class ModelKeys(Keys):
     float32: bool = False
     """Weights and computation in float32."""
 
-    tf32: bool | Literal["auto"] | None = None
-    """TensorFloat-32 for float32 matrix products on GPUs of Ampere or later. Unset or ``auto``:
-    torch's default. Without effect on a CPU."""
+    tf32: bool | Literal["auto"] = "auto"
+    """TensorFloat-32 for float32 matrix products on GPUs of Ampere or later. ``auto``: torch's
+    default. Without effect on a CPU."""
 
     fp8: bool | None = not_yet("set bf16: true")
     """Matrix products in 8-bit floating point. Unset: no."""
@@ -152,6 +152,18 @@ class ModelKeys(Keys):
 
     gptq: bool | None = not_yet("use a base model that is not quantized, with adapter: qlora")
     """The base model is quantized by GPTQ. Unset: no."""
+
+    gptq_groupsize: Int | None = not_applicable("only gptq reads it")
+    """Weights of a GPTQ model that share a scale. Unset: the model's own."""
+
+    gptq_model_v1: bool | None = not_applicable("only gptq reads it")
+    """The GPTQ model is in the old format. Unset: no."""
+
+    fp8_enable_fsdp_float8_all_gather: bool | None = not_applicable("only fp8 with FSDP reads it")
+    """Send 8-bit weights between devices. Unset: no."""
+
+    reinit_weights: bool | None = not_yet("save a model with random weights, and name its folder")
+    """Begin with random weights. Unset: no."""
 
     model_quantization_config: str | None = not_yet("use load_in_4bit or load_in_8bit")
     """Another quantization of transformers, e.g. ``Mxfp4Config``. Unset: none."""
@@ -190,6 +202,29 @@ class ModelKeys(Keys):
 
     s2_attention: bool | None = not_yet("leave it out, and lower sequence_len if memory is short")
     """Shifted sparse attention (LongLoRA). Unset: no."""
+
+    sage_attention: bool | None = not_yet("use sdp_attention: true")
+    """Attention with quantized products (SageAttention). Unset: no."""
+
+    gemma4_hybrid_attn_impl: bool | None = subsumed("torch's scaled dot-product attention")
+    """Two kinds of attention in one model. Unset: no."""
+
+    experts_implementation: str | None = not_yet(
+        "set it in overrides_of_model_kwargs: {experts_implementation: ...}"
+    )
+    """The experts of transformers, e.g. ``grouped_mm``. Unset: the model's own choice."""
+
+    quantize_moe_experts: bool = not_yet("leave it out: linear layers are quantized", False)
+    """Quantize bare weights of experts, too."""
+
+    scaling_softmax: bool | None = not_yet("leave it out")
+    """Scale the scores by the logarithm of the length (SSMax). Unset: no."""
+
+    scaling_softmax_factor: Float | None = not_applicable("only scaling_softmax reads it")
+    """The factor of that scale. Unset: 0.43."""
+
+    scaling_softmax_bias: Float | None = not_applicable("only scaling_softmax reads it")
+    """The bias of that scale. Unset: 0."""
 
     # --- memory and place ------------------------------------------------------------------------
 

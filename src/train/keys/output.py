@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from .base import Float, Int, Keys, key, not_applicable, not_yet
 
-Interval = Literal["no", "steps", "epoch", "best"]
+
+def _no(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare no as false
+
+
+Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 
 
 class OutputKeys(Keys):
@@ -81,38 +88,52 @@ class OutputKeys(Keys):
     eval_table_size: Int | None = not_yet("use sample_prompt")
     """Validation rows whose predictions are logged as a table. Unset: none."""
 
-    eval_max_new_tokens: Int | None = not_yet("use sample_max_tokens")
+    eval_max_new_tokens: Int | None = not_applicable(
+        "only eval_table_size reads it", aliases=["eval_table_max_new_tokens"]
+    )
     """Longest prediction in that table, in tokens. Unset: 128."""
 
     do_causal_lm_eval: bool | None = not_yet("use fusewright eval RUN afterwards")
     """Compute ``eval_causal_lm_metrics``. Unset: no."""
 
-    eval_causal_lm_metrics: list[str] | None = not_yet("use fusewright eval RUN afterwards")
+    eval_causal_lm_metrics: list[str] | None = not_applicable("only do_causal_lm_eval reads it")
     """Metrics of generated text, e.g. ``[chrf, perplexity]``. Unset: none."""
 
     do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
     """Run a benchmark at validation. Unset: no."""
 
-    bench_dataset: str | None = not_yet("use a benchmark harness on the saved model")
+    bench_dataset: str | None = not_applicable("only do_bench_eval reads it")
     """Which benchmark. Unset: MMLU."""
 
-    bench_split: str | None = not_yet("use a benchmark harness on the saved model")
+    bench_split: str | None = not_applicable("only do_bench_eval reads it")
     """Which split of it. Unset: ``eval``."""
 
-    bench_source_max_len: Int | None = not_yet("use a benchmark harness on the saved model")
+    bench_source_max_len: Int | None = not_applicable("only do_bench_eval reads it")
     """Longest question of the benchmark, in tokens. Unset: 2048."""
 
     generate_samples: bool | None = not_yet("use sample_prompt")
     """Write samples during training. Unset: no."""
 
-    num_generation_samples: Int | None = not_yet("use sample_prompt")
+    num_generation_samples: Int | None = not_applicable("only generate_samples reads it")
     """How many samples. Unset: 3."""
 
-    generation_max_new_tokens: Int | None = not_yet("use sample_max_tokens")
+    generation_max_new_tokens: Int | None = not_applicable("only generate_samples reads it")
     """Longest sample, in tokens. Unset: 50."""
 
-    generation_temperature: Float | None = not_yet("sample_prompt is answered greedily")
+    generation_temperature: Float | None = not_applicable("only generate_samples reads it")
     """Temperature of the samples. Unset: 0.7."""
+
+    generation_top_p: Float | None = not_applicable("only generate_samples reads it")
+    """Share of the probability that the samples are drawn from. Unset: all."""
+
+    generation_top_k: Int | None = not_applicable("only generate_samples reads it")
+    """Number of tokens that the samples are drawn from. Unset: all."""
+
+    generation_do_sample: bool | None = not_applicable("only generate_samples reads it")
+    """Draw the samples' tokens by chance. Unset: yes."""
+
+    generation_prompt_ratio: Float | None = not_applicable("only generate_samples reads it")
+    """Share of a row that is the prompt of a sample. Unset: 0.5."""
 
     # --- log -------------------------------------------------------------------------------------
 
@@ -134,7 +155,7 @@ class OutputKeys(Keys):
     profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
     """Steps that are profiled. Unset: none."""
 
-    profiler_steps_start: Int | None = not_yet("run the step under torch.profiler yourself")
+    profiler_steps_start: Int | None = not_applicable("only profiler_steps reads it")
     """The first profiled step. Unset: 0."""
 
     debug: bool | None = not_applicable("fusewright preprocess --debug shows tokens and labels")

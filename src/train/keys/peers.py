@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Keys, not_applicable, not_yet, subsumed
+from .base import Float, Int, Keys, not_applicable, not_yet, subsumed
 
 _RULE = "fusewright's rewrite {} (key optimize)"
 _CE = _RULE.format("linear_cross_entropy")
@@ -12,6 +12,14 @@ _NORM = _RULE.format("rms_norm")
 _LORA = _RULE.format("lora_linear")
 _CODEGEN = "code generation for each block (key codegen)"
 _LABEL = "the model is read as a graph, whatever it derives from"
+
+
+KERNEL_PLUGINS = (
+    "axolotl.integrations.liger.LigerPlugin",
+    "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+    "axolotl.integrations.kernels.KernelsPlugin",
+)
+"""The plugins that change no result."""
 
 
 class PeerKeys(Keys):
@@ -52,7 +60,7 @@ class PeerKeys(Keys):
     chunked_cross_entropy: bool | None = subsumed(_CE)
     """Cross entropy in chunks. Unset: no."""
 
-    chunked_cross_entropy_num_chunks: int | None = not_applicable("tiles are chosen by size")
+    chunked_cross_entropy_num_chunks: Int | None = not_applicable("tiles are chosen by size")
     """How many chunks. Unset: 8."""
 
     lora_mlp_kernel: bool | None = subsumed(_LORA)
@@ -112,9 +120,35 @@ class PeerKeys(Keys):
     llama4_linearized_experts: bool | None = subsumed("adapters on experts: lora_target_parameters")
     """Experts of Llama 4 as single layers. Unset: no."""
 
-    plugins: list[str] | None = subsumed("the compiler: integrations of kernels need no plugin")
-    """Python classes that extend Axolotl. Integrations of kernels are subsumed, and others are not
-    loaded. Unset: none."""
+    tiled_mlp: bool | None = subsumed("the memory planner, and smaller tiles of long sequences")
+    """The MLP in pieces of the sequence. Unset: no."""
+
+    tiled_mlp_num_shards: Int | None = not_applicable("pieces are chosen by size")
+    """How many pieces. Unset: by size."""
+
+    tiled_mlp_use_original_mlp: bool | None = not_applicable("the model keeps its own MLP")
+    """Leave the model's own MLP in the pieces. Unset: yes."""
+
+    plugins: list[str] | None = not_yet(
+        "plugins are not loaded: remove it",
+        values={
+            name: ("subsumed", "fusewright's rewrites (key optimize)") for name in KERNEL_PLUGINS
+        },
+    )
+    """Python classes that extend Axolotl. Those that only bring kernels are subsumed. Unset:
+    none."""
+
+    spectrum_top_fraction: Float | None = not_yet("use unfrozen_parameters")
+    """Share of the layers that are trained, by signal and noise. Unset: all."""
+
+    spectrum_model_name: str | None = not_applicable("only spectrum_top_fraction reads it")
+    """The model that the layers are chosen for. Unset: ``base_model``."""
+
+    lm_eval_tasks: list[str] | None = not_yet("use a benchmark harness on the saved model")
+    """Benchmarks to run at the end. Unset: none."""
+
+    lm_eval_batch_size: Int | None = not_applicable("only lm_eval_tasks reads it")
+    """Batch size of these benchmarks. Unset: 8."""
 
     is_llama_derived_model: bool | None = not_applicable(_LABEL)
     """The model is built like Llama. Unset: seen by itself."""
@@ -128,26 +162,29 @@ class PeerKeys(Keys):
     is_qwen_derived_model: bool | None = not_applicable(_LABEL)
     """The model is built like Qwen. Unset: seen by itself."""
 
+    freeze_mm_modules: bool | None = not_applicable("only the language model is loaded")
+    """Do not train the parts for images and sound. Unset: train them."""
+
     is_multimodal: bool | None = not_yet("train the language model by itself")
     """The model takes images, too. Unset: no."""
 
     processor_type: str | None = not_yet("train the language model by itself")
     """The class of transformers that prepares images. Unset: none."""
 
-    image_size: int | list[int] | None = not_yet("train the language model by itself")
+    image_size: Int | list[Int] | None = not_applicable("only is_multimodal reads it")
     """The size that images are brought to, in pixels. Unset: as they are."""
 
-    image_resize_algorithm: str | None = not_yet("train the language model by itself")
+    image_resize_algorithm: str | None = not_applicable("only is_multimodal reads it")
     """How images are resized. Unset: bilinear."""
 
     axolotl_config_path: Any = not_applicable("Axolotl's own note")
     """The path of an Axolotl recipe. Unset: none."""
 
-    total_num_tokens: int | None = not_applicable("counted when the rows are prepared")
+    total_num_tokens: Int | None = not_applicable("counted when the rows are prepared")
     """Tokens of the rows, as counted before. Unset: counted."""
 
-    total_supervised_tokens: int | None = not_applicable("counted when the rows are prepared")
+    total_supervised_tokens: Int | None = not_applicable("counted when the rows are prepared")
     """Trained tokens of the rows, as counted before. Unset: counted."""
 
-    sample_packing_eff_est: float | None = not_applicable("sequences are packed before training")
+    sample_packing_eff_est: Float | None = not_applicable("sequences are packed before training")
     """Estimate of how full packs are. Unset: known exactly."""

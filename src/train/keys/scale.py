@@ -19,40 +19,40 @@ class ScaleKeys(Keys):
     fsdp_config: dict[str, Any] | None = not_yet(_ONE)
     """Settings of FSDP. Unset: none."""
 
-    fsdp_version: Int | None = not_yet(_ONE)
+    fsdp_version: Int | None = not_applicable("only fsdp_config reads it")
     """Which FSDP: 1 or 2. Unset: 1."""
 
-    fsdp_final_state_dict_type: str | None = not_yet(_ONE)
+    fsdp_final_state_dict_type: str | None = not_applicable("only fsdp_config reads it")
     """How FSDP saves the result. Unset: as a whole."""
 
     deepspeed: str | dict[str, Any] | None = not_yet(_ONE)
     """The configuration of DeepSpeed, or its file. Unset: none."""
 
-    deepcompile: bool | None = not_yet(_ONE)
+    deepcompile: bool | None = not_applicable("only deepspeed reads it")
     """Let DeepSpeed compile the model. Unset: no."""
 
-    tensor_parallel_size: Int | None = not_yet(_ONE)
-    """Devices that share each layer. Unset: 1."""
+    tensor_parallel_size: Int = not_yet(_ONE, 1)
+    """Devices that share each layer."""
 
-    context_parallel_size: Int | None = not_yet(_ONE)
-    """Devices that share each sequence. Unset: 1."""
+    context_parallel_size: Int = not_yet(_ONE, 1)
+    """Devices that share each sequence."""
 
-    sequence_parallel_degree: Int | None = not_yet(_ONE)
-    """The same by its old name. Unset: 1."""
+    sequence_parallel_degree: Int = not_yet(_ONE, 1)
+    """The same by its old name."""
 
-    dp_shard_size: Int | None = not_yet(_ONE)
-    """Devices that share the weights. Unset: 1."""
+    dp_shard_size: Int = not_yet(_ONE, 1)
+    """Devices that share the weights."""
 
-    dp_replicate_size: Int | None = not_yet(_ONE)
-    """Copies of the weights. Unset: 1."""
+    dp_replicate_size: Int = not_yet(_ONE, 1)
+    """Copies of the weights."""
 
-    expert_parallel_size: Int | None = not_yet(_ONE)
-    """Devices that share the experts. Unset: 1."""
+    expert_parallel_size: Int = not_yet(_ONE, 1)
+    """Devices that share the experts."""
 
-    heads_k_stride: Int | None = not_yet(_ONE)
+    heads_k_stride: Int | None = not_applicable("only context_parallel_size reads it")
     """Heads per exchange of ring attention. Unset: 1."""
 
-    ring_attn_func: str | None = not_yet(_ONE)
+    ring_attn_func: str | None = not_applicable("only context_parallel_size reads it")
     """Which ring attention. Unset: by ``sample_packing``."""
 
     ddp: bool | None = not_applicable(_LAUNCHER)
@@ -79,10 +79,10 @@ class ScaleKeys(Keys):
     use_ray: bool = not_yet("run fusewright train on the machine itself", False)
     """Run by Ray."""
 
-    ray_run_name: str | None = not_yet("run fusewright train on the machine itself")
+    ray_run_name: str | None = not_applicable("Ray is not used")
     """Name of the run in Ray. Unset: none."""
 
-    ray_num_workers: Int = not_yet("run fusewright train on the machine itself", 1)
+    ray_num_workers: Int = not_applicable("Ray is not used", 1)
     """Processes that Ray starts."""
 
     resources_per_worker: dict[str, Any] | None = not_applicable("Ray is not used")

@@ -106,6 +106,18 @@ class StepKeys(Keys):
     max_grad_norm: Float = key(1.0, ge=0)
     """Longest gradient of a step (L2 norm over all parameters); 0: unlimited."""
 
+    dion_lr: Float | None = not_applicable("only the optimizer dion reads it")
+    """Learning rate of matrices in Dion. Unset: ``learning_rate``."""
+
+    dion_momentum: Float | None = not_applicable("only the optimizer dion reads it")
+    """Momentum of Dion. Unset: 0.95."""
+
+    dion_rank_fraction: Float | None = not_applicable("only the optimizer dion reads it")
+    """Rank of Dion's update, as a share. Unset: 1."""
+
+    dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
+    """The rank is rounded to a multiple of this. Unset: 1."""
+
     torchdistx_path: str | None = not_applicable("torchdistx is no longer made")
     """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
 
@@ -135,7 +147,7 @@ class StepKeys(Keys):
     cosine_min_lr_ratio: Float | None = key(ge=0, le=1)
     """Where ``cosine`` ends, as a share of ``learning_rate``. Unset: 0."""
 
-    cosine_constant_lr_ratio: Float | None = key(gt=0, le=1)
+    cosine_constant_lr_ratio: Float | None = key(ge=0, le=1)
     """The share of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset: 1."""
 
     lr_quadratic_warmup: bool = False
@@ -165,7 +177,19 @@ class StepKeys(Keys):
     """A loss above this is a sign of divergence. Unset: none is."""
 
     loss_watchdog_patience: Int | None = key(gt=0)
-    """Steps above ``loss_watchdog_threshold`` until training stops. Unset: 1."""
+    """Steps above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
+
+    use_eaft: bool | None = not_yet("leave it out: trained tokens weigh the same")
+    """Weigh tokens by their entropy (EAFT). Unset: no."""
+
+    eaft_alpha: Float | None = not_applicable("only use_eaft reads it")
+    """Exponent of that weight. Unset: 1."""
+
+    eaft_k: Int | None = not_applicable("only use_eaft reads it")
+    """Logits that the entropy is estimated from. Unset: 20."""
+
+    trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
+    """A Python class that trains. Unset: fusewright's own."""
 
     seed: Int = key(42, ge=0)
     """Seed of the split, the order of the rows, the adapters and dropout."""
@@ -173,8 +197,9 @@ class StepKeys(Keys):
     full_determinism: bool | None = not_yet("leave it out; runs on a CPU repeat bit by bit anyway")
     """Take only algorithms that repeat bit by bit on a GPU. Unset: no."""
 
-    gc_steps: Int | None = key(ge=1)
-    """Steps between two collections of Python's garbage. Unset: Python's own choice."""
+    gc_steps: Int | None = key(ge=-1)
+    """Steps between two collections of Python's garbage; -1: at the end of each epoch. Unset or 0:
+    Python's own choice."""
 
     torch_empty_cache_steps: Int | None = key(gt=0)
     """Steps between two times that unused GPU memory is given back. Unset: never."""

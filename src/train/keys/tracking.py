@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Keys, not_yet
+from .base import Float, Int, Keys, not_applicable
+
+_NOT_SERVED = "figures are not served while training; use one of the trackers above"
+_CHAT = "chatting is a command: fusewright chat RUN"
 
 
 class TrackingKeys(Keys):
@@ -88,29 +91,29 @@ class TrackingKeys(Keys):
     trackio_space_id: str | None = None
     """The space on the hub that shows the log. Unset: only here."""
 
-    use_otel_metrics: bool | None = not_yet("use one of the trackers above")
+    use_otel_metrics: bool | None = not_applicable(_NOT_SERVED)
     """Serve the figures as OpenTelemetry metrics. Unset: no."""
 
-    otel_metrics_host: str | None = not_yet("use one of the trackers above")
+    otel_metrics_host: str | None = not_applicable(_NOT_SERVED)
     """The address that serves them. Unset: ``localhost``."""
 
-    otel_metrics_port: int | None = not_yet("use one of the trackers above")
+    otel_metrics_port: Int | None = not_applicable(_NOT_SERVED)
     """The port that serves them. Unset: 8000."""
 
-    gradio_title: str | None = not_yet("use fusewright chat RUN")
+    gradio_title: str | None = not_applicable(_CHAT)
     """Title of a chat in the browser. Unset: none."""
 
-    gradio_share: bool | None = not_yet("use fusewright chat RUN")
+    gradio_share: bool | None = not_applicable(_CHAT)
     """Share that chat. Unset: no."""
 
-    gradio_server_name: str | None = not_yet("use fusewright chat RUN")
+    gradio_server_name: str | None = not_applicable(_CHAT)
     """The address of that chat. Unset: this machine."""
 
-    gradio_server_port: int | None = not_yet("use fusewright chat RUN")
+    gradio_server_port: Int | None = not_applicable(_CHAT)
     """The port of that chat. Unset: free choice."""
 
-    gradio_max_new_tokens: int | None = not_yet("use fusewright chat RUN")
+    gradio_max_new_tokens: Int | None = not_applicable(_CHAT)
     """Longest answer in that chat, in tokens. Unset: none."""
 
-    gradio_temperature: float | None = not_yet("use fusewright chat RUN")
+    gradio_temperature: Float | None = not_applicable(_CHAT)
     """Temperature of that chat. Unset: none."""

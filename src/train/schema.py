@@ -1,0 +1,47 @@
+"""The keys of a recipe as a JSON schema, for editors and for the documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema
+
+from .keys.base import aliases
+from .recipe import Recipe
+
+
+class _Schema(GenerateJsonSchema):
+    """Pydantic's schema without titles."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False  # a title would only repeat the key
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe (draft 2020-12).
+
+    Every key has its ``description``, its ``default`` if it has one, and its ``status``:
+    ``honoured``, ``subsumed``, ``not applicable`` or ``not yet available``, with a ``note`` for all
+    but the first, and ``values`` that have another status than the key. Older names are
+    ``deprecated`` keys.
+    """
+    schema = Recipe.model_json_schema(schema_generator=_Schema)
+    for model in (schema, *schema["$defs"].values()):
+        for name, key in model["properties"].items():
+            model["properties"][name] = (
+                _nullable(key) if name not in model.get("required", ()) else key
+            )
+            model["properties"][name].setdefault("status", "honoured")
+    for old, new in aliases(Recipe).items():
+        schema["properties"][old] = {"$ref": f"#/properties/{new}", "deprecated": True}
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+
+
+def _nullable(key: dict[str, Any]) -> dict[str, Any]:
+    """The same key, which may be null, too: that is how a recipe says that it is unset."""
+    null = {"type": "null"}
+    if "anyOf" in key:
+        return key if null in key["anyOf"] else {**key, "anyOf": [*key["anyOf"], null]}
+    about = ("description", "default", "status", "note", "values", "aliases")
+    kind = {k: v for k, v in key.items() if k not in about}
+    return {"anyOf": [kind, null], **{k: v for k, v in key.items() if k in about}}
