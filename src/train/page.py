@@ -27,7 +27,7 @@ NAME = "report.html"
 _CONTENTS = (
     ("curves", "Curves", "charts"), ("sample", "Answers", "sample"), ("use", "Use it", "usage"),
     ("data", "Data and model", "data"), ("optimize", "Rewrites", "optimize"),
-    ("resources", "Memory and time", "resources"), ("keys", "Unused keys", "warnings"),
+    ("resources", "Memory and time", "resources"), ("keys", "Worth knowing", "warnings"),
     ("recipe", "Recipe", "recipe"), ("machine", "Versions", "machine"),
 )  # fmt: skip
 

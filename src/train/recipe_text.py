@@ -9,9 +9,10 @@ from pathlib import PurePath
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from .recipe import GROUPS, Dataset, Recipe
+from .status import entries
 
 _SECRET = re.compile(r"api_key|auth_token|hub_token|password|secret")
 _ROWS = ("datasets", "test_datasets")
@@ -50,6 +51,20 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
     if not paths:
         chosen, rest = _short(chosen), _short(rest)
     return Folded(_yaml(chosen), _yaml(rest), len(rest))
+
+
+def without_effect(recipe: Mapping[str, Any]) -> list[str]:
+    """The chosen keys that are subsumed or do not apply, a line each; none for an odd recipe."""
+    chosen, _ = _split({k: v for k, v in recipe.items() if k in Recipe.model_fields}, Recipe)
+    try:
+        checked = Recipe.model_validate(chosen)
+    except ValidationError:  # another version's
+        return []
+    return [
+        f"{entry.key}: {entry.status}: {entry.note}"
+        for entry in entries(checked.model_dump(exclude_unset=True))
+        if entry.asks and entry.status in ("subsumed", "not applicable")
+    ]
 
 
 def _split(

@@ -218,6 +218,13 @@ def test_what_else_a_run_can_tell(run: dict[str, Any], changes: dict[str, Any], 
     assert words in parsed({**run, **changes}).text
 
 
+def test_keys_without_effect_are_told(run: dict[str, Any]) -> None:
+    assert "subsumed" not in parsed(run).text
+    recipe = {**run["recipe"], "liger_rope": True}
+    assert "liger_rope: subsumed: " in parsed({**run, "recipe": recipe}).text
+    assert "subsumed" not in parsed({**run, "recipe": {**recipe, "datasets": "odd"}}).text
+
+
 def test_secrets_are_not_shown(run: dict[str, Any]) -> None:
     recipe = {**run["recipe"], "comet_api_key": "sesame", "special_tokens": {"pad_token": "<pad>"}}
     text = parsed({**run, "recipe": recipe}).text
