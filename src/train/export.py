@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import RecipeError
 
 _RESULTS = (
-    "run.json", "loss.png", "adapter_model.safetensors", "adapter_config.json", "model.safetensors",
-    "model.safetensors.index.json", "README.md",
+    "run.json", "loss.png", "report.html", "adapter_model.safetensors", "adapter_config.json",
+    "model.safetensors", "model.safetensors.index.json", "README.md",
 )  # fmt: skip
 
 

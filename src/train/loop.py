@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from ..errors import DataError, RecipeError
-from . import export, report
+from . import card, export, page, report
 from .chat import Sample, encode
 from .data import Chat, read_chats, split
 from .meter import Meter, flops_per_token, mean_context, peak_flops
@@ -258,6 +258,8 @@ class Run:
         if torch.cuda.is_available():
             result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
         result.write()
+        page.write(result, self.folder)
+        card.write(result, self.folder)
         result.print(self.console)
         if result.status == "interrupted":
             kind = "adapter" if self.recipe.adapter else "model"
