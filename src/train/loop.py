@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import export, page, report, resume
+from . import card, export, page, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
@@ -285,6 +285,8 @@ class Run:
             result.write()
         with self.diary.spared("report page"):
             page.write(result, self.folder)
+        with self.diary.spared("model card"):
+            card.write(result, self.folder)
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)
