@@ -128,7 +128,7 @@ class Conversation:
         name = turn.get(field)
         if not isinstance(name, str):
             raise DataError(f"{where}: message {i} needs the field {field!r}, with text in it")
-        role = self.roles.get(name)
+        role: str | None = self.roles.get(name)
         if role is None:
             if f"'{name}'" in self.template or f'"{name}"' in self.template:
                 return name
