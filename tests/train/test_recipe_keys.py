@@ -198,17 +198,19 @@ NOT_READ_YET = frozenset(
 
 
 def _read_names() -> set[str]:
-    """Attributes and strings in the engine, outside the keys and what only talks about them."""
+    """The attributes of recipes and datasets that the engine reads, outside the keys."""
     found: set[str] = set()
-    talk = ("docs.py", "conflicts.py", "dryrun.py", "schema.py", "status.py")
+    owners = {"recipe", "dataset", "form"}
     for path in (ROOT / "src" / "train").rglob("*.py"):
-        if "keys" in path.parts or path.name in talk:
+        if "keys" in path.parts:
             continue
+        mine = owners | ({"self"} if path.name == "recipe.py" else set())
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                found.add(node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
+                owner = node.value
+                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
+                if name in mine:
+                    found.add(node.attr)
     return found
 
 
