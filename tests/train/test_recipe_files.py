@@ -120,7 +120,7 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
     all ten take minutes; all else is as the recipe has it.
     """
     dataset = check(path).recipe.datasets[0]
-    rows = [row(dataset.type, i) for i in range(200)]
+    rows = [row(dataset.type, i) for i in range(60)]
     if dataset.field_messages != "messages":
         human, text = (dataset.message_property_mappings[k] for k in ("role", "content"))
         rows = [{dataset.field_messages: [{human: m["role"], text: m["content"]}
