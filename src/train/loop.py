@@ -226,7 +226,7 @@ class Run:
             result.reason = trainer.unwritable
         except BadStep as bad:
             result.status, result.reason = "nan", str(bad)
-            trainer.give_up(bad.step)
+            trainer.give_up()
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
