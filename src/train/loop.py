@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import export, page, report, resume
+from . import card, export, page, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
@@ -278,13 +278,16 @@ class Run:
         result.peak_rss_mb = report.peak_rss_mb()
         if torch.cuda.is_available():
             result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
+        with self.diary.spared("report page"):
+            page.write(result, self.folder)
+        with self.diary.spared("model card"):
+            card.write(result, self.folder)
+        with self.diary.spared("run.json"):
+            result.write()
         if trainer.args.push_to_hub and result.steps:
             with self.diary.spared("push to the hub"):
                 trainer.push_results()
-        with self.diary.spared("run.json"):
-            result.write()
-        with self.diary.spared("report page"):
-            page.write(result, self.folder)
+            result.write()  # with what that came to
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)
