@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import card, export, page, report, resume
+from . import export, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
@@ -268,6 +268,8 @@ class Run:
 
     def _finish(self, trainer: FineTuner) -> None:
         """The files and lines that sum it up."""
+        from . import card, page  # not before the first step, which waits for every import
+
         result = self.result
         for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
             if loss is not None and not self._logged(step):
