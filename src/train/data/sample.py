@@ -25,3 +25,20 @@ class Sample:
     def trained(self) -> int:
         """How many tokens are trained."""
         return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row as tokens.
+
+    Attributes:
+        where: file and line.
+        ids: the tokens.
+        spans: what is trained, as (first, behind the last), in order.
+        ends: the special tokens that end the trained turns, trained or not.
+    """
+
+    where: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    ends: frozenset[int] = frozenset()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RecipeError
-from .chat import Tokens, tokenize
+from .chat import tokenize
+from .sample import Tokens
 
 
 @dataclass(frozen=True)

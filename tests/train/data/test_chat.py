@@ -8,8 +8,10 @@ import pytest
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import IGNORED, Sample
-from fusewright.train.data.chat import Chat, ChatEncoder, Rules
+from fusewright.train.data.chat import ChatEncoder
 from fusewright.train.data.limits import Limits, keep
+from fusewright.train.data.mask import Rules
+from fusewright.train.data.template import Chat
 
 from ..conftest import CHATML, make_tokenizer
 
