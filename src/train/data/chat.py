@@ -18,10 +18,11 @@ from itertools import groupby
 from typing import Any
 
 from ...errors import DataError, RecipeError
+from .analysis import Turn
 from .mask import Masker, Placed, Rules
 from .sample import Tokens
 from .template import Chat, Span, Template
-from .turns import Turn, Turns
+from .turns import Turns
 
 
 @dataclass

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, RecipeError
+from .analysis import Turn
 from .sample import Tokens
 from .template import Chat, Detail, Span
-from .turns import Turn
 
 Placed = tuple[int | None, Turn | None]
 """A turn and its message; None for one that is trained whosever it is."""
