@@ -63,6 +63,7 @@ class Analysis:
         self.template = template
         self.special = sorted((s for s in special if s), key=len, reverse=True)
         self._known: _Habits | None = None
+        self._last: tuple[str, list[int | None] | None] = ("", None)
 
     def turns(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
         """The turn of every message; None for one that leaves no trace.
@@ -143,7 +144,9 @@ class Analysis:
         ``begin`` is where it begins, if that is known. ``through`` is how it looks as the last one:
         the token that ends it there may end it here, too.
         """
-        marks = self._marks(messages, tools, text)
+        if self._last[0] != text:  # the same for all answers of a conversation
+            self._last = (text, self._marks(messages, tools, text))
+        marks = self._last[1]
         if marks is None or marks[i] is None:
             return None
         inside = marks[i] or 0

@@ -43,7 +43,7 @@ class Conversation:
     ) -> None:
         self.dataset, self.template, self.default_system = dataset, template, default_system
         mapping = dataset.roles or ROLES
-        self.roles = {role: role for role in (*ROLES, *mapping)}
+        self.roles: dict[str, str] = {role: role for role in (*ROLES, *mapping)}
         self.roles |= {name: role for role, names in mapping.items() for name in names}
         self.mappings = dict(dataset.message_property_mappings)
         for key, name in (
@@ -125,7 +125,7 @@ class Conversation:
         return message
 
     def _role(self, turn: Mapping[str, Any], i: int, where: str, field: str) -> str:
-        name: object = turn.get(field)
+        name = turn.get(field)
         if not isinstance(name, str):
             raise DataError(f"{where}: message {i} needs the field {field!r}, with text in it")
         if name not in self.roles:
