@@ -147,9 +147,9 @@ class Analysis:
         if self._last[0] != text:  # the same for all answers of a conversation
             self._last = (text, self._marks(messages, tools, text))
         marks = self._last[1]
-        if marks is None or marks[i] is None:
+        inside = begin if marks is None or marks[i] is None else marks[i]
+        if marks is None or inside is None:
             return None
-        inside = marks[i] or 0
         before = max((m for m in marks[:i] if m is not None), default=0)
         if begin is None:
             for prompt in self._habits().prompts:

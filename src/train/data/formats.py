@@ -16,7 +16,7 @@ from .conversation import Conversation
 from .mask import Rules
 from .prompts import PROMPTS, named, spelled_out
 from .rows import fields_of, kind, need, need_text
-from .sample import IGNORED, Tokens
+from .sample import IGNORED, Tokens, joined
 from .segments import SegmentEncoder, Segments
 from .template import Chat
 
@@ -118,7 +118,8 @@ class Tokenized:
                 f"{where}: label {odd + 1} must be its token, {ids[odd]}, or {IGNORED}, not "
                 f"{labels[odd]}"
             )
-        return Tokens(where, ids, [(i, i + 1) for i, x in enumerate(labels) if x != IGNORED])
+        spans = ((i, i + 1) for i, label in enumerate(labels) if label != IGNORED)
+        return Tokens(where, ids, joined(spans))
 
 
 class Encoder:

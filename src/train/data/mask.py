@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import DataError, RecipeError
 from .analysis import Turn
-from .sample import Tokens
+from .sample import Tokens, joined
 from .template import Chat, Detail, Span
 
 Placed = tuple[int | None, Turn | None]
@@ -93,7 +93,7 @@ class Masker:
             if ended and self._policy(ids[last]) in ("turn", "all"):
                 spans.append((last, behind))
         spans += self._loose_ends(ids)
-        return Tokens(chat.where, ids, _joined(spans), frozenset(ends))
+        return Tokens(chat.where, ids, joined(spans), frozenset(ends))
 
     def only_answers(self, chat: Chat) -> bool:
         """Whether nobody but the assistant is trained in a conversation."""
@@ -172,19 +172,6 @@ def _one_token(tokenizer: Any, token: str) -> int:
 
 def _next_special(ids: list[int], start: int, special: set[int]) -> int | None:
     return next((i for i in range(start, len(ids)) if ids[i] in special), None)
-
-
-def _joined(spans: list[Span]) -> list[Span]:
-    """Spans in order, overlapping and touching ones as one, empty ones left out."""
-    joined: list[Span] = []
-    for begin, end in sorted(spans):
-        if begin >= end:
-            continue
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((begin, end))
-    return joined
 
 
 def _detailed(
