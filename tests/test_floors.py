@@ -32,7 +32,8 @@ ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture
                 ("verify", "capture"), ("capture", "install"), ("regions", "install"),
                 ("capture", "forwards"), ("regions", "forwards"), ("leaves", "forwards"),
                 ("leaves", "install"), ("bypass", "forwards"), ("forwards", "install"),
-                ("flat_buffers", "flat"), ("cli_data", "cli"), ("cli_after", "cli")]  # fmt: skip
+                ("flat_buffers", "flat"),
+                ("cli_data", "cli"), ("cli_after", "cli")]  # fmt: skip
 
 
 def _imports(path: pathlib.Path) -> list[str]:
