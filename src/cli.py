@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) -> int:
-    """Train, and return the exit code: 2 for a bad recipe or dataset, 128 + n for a signal."""
+    """Train, and return the exit code: the result's, or 2 for a bad recipe or dataset."""
     try:
         from .train.overrides import parse_overrides
         from .train.yamlfile import check, load_recipe
@@ -155,10 +155,7 @@ def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) ->
     except KeyboardInterrupt as stopped:
         print("fusewright: stopped; nothing was saved", file=sys.stderr)
         return 128 + int(getattr(stopped, "signal", 2))
-    if result.signal is not None:
-        return 128 + result.signal
-    broken = result.adapter_check is not None and not result.adapter_check["exact"]
-    return 1 if broken else 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

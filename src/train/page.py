@@ -8,6 +8,7 @@ dark and on paper. Every entry of the run may be missing: a run that ended early
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def render(facts: Facts) -> str:
 @functools.cache
 def _template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "markup"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,
@@ -197,6 +198,9 @@ def _speed(facts: Facts) -> Headline | None:
     more = [f"{whole:,.0f} tokens/s in all"] if whole else []
     if step:
         more.append(f"a step takes {_seconds(step)}")
+    shares = [share for _, share in facts.history("mfu")[1:] if share > 0]
+    if shares:
+        more.append(f"MFU about {statistics.median(shares):.1%}")
     return Headline("Trained tokens per second", f"{rate:,.0f}", ", ".join(more))
 
 

@@ -42,10 +42,12 @@ class DataKeys(Keys):
     # --- preparation -----------------------------------------------------------------------------
 
     dataset_prepared_path: str | None = None
-    """Folder of prepared rows, which later runs take from there. Unset: ``last_run_prepared``."""
+    """Folder of prepared rows, which later runs take from there. Unset: ``last_run_prepared`` for
+    ``fusewright preprocess``, and for a run if it is there; otherwise nothing is kept."""
 
     dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"])
-    """Processes that prepare rows. Unset: as many as there are cores."""
+    """Processes that prepare rows. Unset: this one, in which the tokenizer uses all cores; more are
+    worth their start for some 100,000 rows."""
 
     dataset_keep_in_memory: bool = False
     """Keep the prepared rows in memory, not on disk."""

@@ -172,10 +172,11 @@ class Dataset(Keys):
     roles_to_train: list[str] = Field(default_factory=lambda: ["assistant"])
     """Whose messages are trained."""
 
-    train_on_eos: Literal["all", "turn", "last"] = "turn"
-    """Which ends of turns are trained: ``all``, those of trained turns, or only the ``last``."""
+    train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
+    """Which ends of turns are trained: ``all``, those of trained turns, only the ``last``, or
+    ``none``."""
 
-    train_on_eot: Literal["all", "turn", "last"] | None = None
+    train_on_eot: Literal["all", "turn", "last", "none"] | None = None
     """The same for ``eot_tokens``. Unset: as ``train_on_eos``."""
 
     eot_tokens: list[str] | None = None

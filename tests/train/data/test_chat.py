@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.chat import IGNORED, Sample, encode
-from fusewright.train.data import Chat
+from fusewright.train.data import IGNORED, Sample
+from fusewright.train.data.chat import Chat, ChatEncoder, Rules
+from fusewright.train.data.limits import Limits, keep
 
-from .conftest import CHATML, make_tokenizer
+from ..conftest import CHATML, make_tokenizer
 
 HEADER = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
 PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -55,8 +56,9 @@ def trained(sample: Sample, tokenizer: Any) -> list[str]:
 
 def one(template: str, messages: list[dict[str, str]], **options: Any) -> tuple[Sample, Any]:
     tokenizer = make_tokenizer(template)
-    (sample,) = encode([Chat("file, line 1", messages)], tokenizer, **options)
-    return sample, tokenizer
+    encoder = ChatEncoder(tokenizer, rules=Rules(**options))
+    part = keep(encoder.encode([Chat("file, line 1", messages)]), Limits(10_000))
+    return Sample(part.ids.tolist(), part.labels.tolist()), tokenizer
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, MARKED_WITHOUT_END, LLAMA3])
@@ -95,7 +97,7 @@ def test_an_empty_answer_is_only_its_end() -> None:
 
 
 def test_train_on_inputs_trains_all_but_the_first_token() -> None:
-    sample, _ = one(CHATML, CONVERSATION, train_on_inputs=True)
+    sample, _ = one(CHATML, CONVERSATION, everything=True)
     assert sample.labels == [IGNORED, *sample.input_ids[1:]]
 
 
@@ -119,4 +121,4 @@ def test_a_template_that_raises_is_quoted() -> None:
 
 def test_a_tokenizer_without_a_template() -> None:
     with pytest.raises(RecipeError, match="no chat template"):
-        encode([Chat("f", CONVERSATION)], make_tokenizer(None))
+        ChatEncoder(make_tokenizer(None))

@@ -1,0 +1,21 @@
+"""Rows, from a recipe's datasets to the tensors of a batch.
+
+In processing order: ``sources`` and ``files`` (where rows are, and reading them) → ``formats``,
+with ``conversation``, ``prompts`` and ``segments`` (what a row means) → ``template``, ``turns`` and
+``chat`` (text, tokens and exact masks) → ``limits`` (what is kept) → ``pool`` (in batches, in
+processes) → ``store`` (on disk) → ``split`` → ``packing`` (sequences and batches); ``prepare`` calls
+them one after the other. ``stream`` does the same for rows that are never in one place, and
+``preview`` shows what came of them.
+"""
+
+from __future__ import annotations
+
+from .packing import Pack, Packs, collate, count, leaks, pack
+from .prepare import Prepared, prepare
+from .sample import IGNORED, Sample
+from .store import Samples
+
+__all__ = [
+    "IGNORED", "Pack", "Packs", "Prepared", "Sample", "Samples", "collate", "count", "leaks",
+    "pack", "prepare",
+]  # fmt: skip

@@ -1,0 +1,273 @@
+"""From a recipe to prepared rows: found, read, tokenized, masked, cut, stored, split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import DataError
+from ..recipe import Dataset, Recipe
+from . import sources
+from .duplicates import Duplicates
+from .formats import Encoder
+from .limits import Limits
+from .pool import Work, parts
+from .progress import Progress
+from .sources import Source
+from .split import order
+from .store import FORMAT, Cache, Lease, Samples, Writer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .stream import StreamedPacks
+
+DEFAULT_CACHE = "last_run_prepared"
+"""Where rows are kept when the recipe does not say, if this folder is there: `preprocess` makes it.
+Without it they are kept only as long as this process runs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains and validates on.
+
+    Attributes:
+        train: the samples, in the order of the recipe, or a stream of packs.
+        validation: samples by name: ``validation`` for ``val_set_size``, ``test_1`` and so on for
+            ``test_datasets``.
+        counts: ``rows`` that were read, ``too_long`` (also those that were ``truncated``),
+            ``too_short``, ``nothing_to_train``, ``duplicates``; and ``_samples``, ``_tokens`` and
+            ``_trained_tokens`` of ``train`` and of ``validation`` (all of it).
+        fingerprint: a hash of everything that the samples depend on.
+    """
+
+    train: Samples | StreamedPacks
+    validation: dict[str, Samples] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def prepare(
+    recipe: Recipe, tokenizer: Any, console: Console | None = None, keep: bool = False
+) -> Prepared:
+    """Prepare the rows of a recipe, or take them from the cache.
+
+    Args:
+        recipe: checked, with absolute paths.
+        tokenizer: a fast tokenizer, set up as the recipe says.
+        console: where to show progress, if it is a terminal; None: nowhere.
+        keep: store the rows for later runs even if the recipe names no folder for that.
+
+    Raises:
+        RecipeError: a dataset cannot be read as the recipe says, or the tokenizer lacks something.
+        DataError: a file or row is not right, or no row is left; the message has file and line.
+    """
+    if recipe.streams():
+        from .stream import stream
+
+        return stream(recipe, tokenizer)
+    found = {
+        key: [sources.find(d, f"{key}.{i}") for i, d in enumerate(datasets)]
+        for key, datasets in (
+            ("datasets", recipe.datasets),
+            ("test_datasets", recipe.test_datasets),
+        )
+    }
+    work = {key: [_work(s.dataset, recipe, tokenizer, key) for s in f] for key, f in found.items()}
+    every = [*found["datasets"], *found["test_datasets"]]
+    fingerprint = _fingerprint(
+        recipe, tokenizer, every, [*work["datasets"], *work["test_datasets"]]
+    )
+    root, temporary = _root(recipe, keep)
+    try:
+        cache = Cache(root, fingerprint)
+        about = cache.load()
+        if about is None:
+            about = _store(cache, recipe, tokenizer, found, work, console)
+    except BaseException:
+        if temporary:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+    lease = Lease(root) if temporary else None
+    return _split(cache.folder, about, recipe, fingerprint, lease)
+
+
+def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str) -> Work:
+    longest = recipe.sequence_len
+    if key == "test_datasets":
+        longest = recipe.eval_sequence_len or longest
+    encoder = Encoder(dataset, recipe, tokenizer)
+    limits = Limits(
+        longest, recipe.min_sample_len or 2, recipe.excess_length_strategy, encoder.watched
+    )
+    return Work(encoder, limits)
+
+
+def _root(recipe: Recipe, keep: bool) -> tuple[Path, bool]:
+    """The folder of caches, and whether it goes with this process."""
+    named = recipe.dataset_prepared_path or (
+        DEFAULT_CACHE if keep or Path(DEFAULT_CACHE).is_dir() else None
+    )
+    if named:
+        return Path(named).expanduser().resolve(), False
+    return Path(tempfile.mkdtemp(prefix="fusewright-data-")), True
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+
+def _fingerprint(
+    recipe: Recipe, tokenizer: Any, found: Sequence[Source], work: Sequence[Work]
+) -> str:
+    import tokenizers
+    import transformers
+
+    about = {
+        "format": FORMAT,
+        "versions": [tokenizers.__version__, transformers.__version__],
+        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer),
+        "special": tokenizer.special_tokens_map,
+        "duplicates": recipe.dataset_exact_deduplication,
+        "datasets": [
+            {
+                "content": source.digest(),
+                "keys": source.dataset.model_dump(
+                    mode="json", exclude={"path", "builder", "weight", "revision", "name"}
+                ),
+                "encoder": one.encoder.settings,
+                "limits": [one.limits.longest, one.limits.shortest, one.limits.excess],
+            }
+            for source, one in zip(found, work, strict=True)
+        ],
+    }
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _store(
+    cache: Cache,
+    recipe: Recipe,
+    tokenizer: Any,
+    found: dict[str, list[Source]],
+    work: dict[str, list[Work]],
+    console: Console | None,
+) -> dict[str, Any]:
+    """Prepare everything and put it into the cache."""
+    made = cache.begin()
+    try:
+        counts: Counter[str] = Counter()
+        sizes: list[int] = []
+        files = ["train.arrow"]
+        with Progress(console) as progress:
+            duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
+            with Writer(made / "train.arrow") as writer:
+                for source, one in zip(found["datasets"], work["datasets"], strict=True):
+                    before = writer.count
+                    counts += _write(source, one, writer, recipe, tokenizer, progress, duplicates)
+                    sizes.append(writer.count - before)
+            for i, (source, one) in enumerate(
+                zip(found["test_datasets"], work["test_datasets"], strict=True), start=1
+            ):
+                files.append(f"test_{i}.arrow")
+                with Writer(made / files[-1]) as writer:
+                    _write(source, one, writer, recipe, tokenizer, progress, None)
+        about = {"counts": dict(counts), "sizes": sizes}
+        cache.finish(made, files, about)
+        return {**about, "files": dict.fromkeys(files)}
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _write(
+    source: Source,
+    work: Work,
+    writer: Writer,
+    recipe: Recipe,
+    tokenizer: Any,
+    progress: Progress,
+    duplicates: Duplicates | None,
+) -> Counter[str]:
+    """Prepare one dataset.
+
+    Raises:
+        DataError: it is empty, nothing of it is left, or no end of a turn is ever trained.
+    """
+    counts: Counter[str] = Counter()
+    ends: set[int] = set()
+    trained: set[int] = set()
+    before = writer.count
+    path = source.dataset.path
+    rows = source.rows(progress.dataset(path))
+    for part in parts(work, rows, recipe.dataset_processes or 1):
+        counts += part.counts
+        ends |= part.ends
+        trained |= part.trained
+        if duplicates is not None:
+            part = duplicates.without(part)
+            counts["duplicates"] += part.counts["duplicates"]
+        writer.add(part.ids, part.labels, part.lengths)
+    if not counts["rows"]:
+        raise DataError(f"{path}: the dataset is empty")
+    if writer.count == before:
+        raise DataError(f"{path}: {_nothing_left(counts, work.limits)}")
+    work.encoder.check_ends(path, ends, trained)
+    return counts
+
+
+def _nothing_left(counts: Counter[str], limits: Limits) -> str:
+    reasons = [
+        f"{counts[key]:,} {words}"
+        for key, words in (
+            ("too_long", f"are longer than {limits.longest} tokens (sequence_len)"),
+            ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)"),
+            ("nothing_to_train", "have nothing to train"),
+            ("duplicates", "are equal to an earlier one"),
+        )
+        if counts[key]
+    ]
+    return f"no row is left to train on: of {counts['rows']:,}, {', '.join(reasons)}"
+
+
+# --- what the run gets -----------------------------------------------------------------------------
+
+
+def _split(
+    folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
+) -> Prepared:
+    samples = Samples(folder / "train.arrow", lease=lease)
+    rows, held = order(about["sizes"], recipe)
+    counts = Counter(about["counts"])
+    train, validation = samples.select(rows), {}
+    if len(held):
+        part = samples.select(held)
+        limit = recipe.eval_sequence_len
+        if limit is not None and (part.lengths > limit).any():
+            short = np.flatnonzero(part.lengths <= limit)
+            counts["validation_too_long"] = len(part) - len(short)
+            part = part.select(short)
+            if not len(part):
+                raise DataError(
+                    f"eval_sequence_len: all {len(held)} rows that were held out are longer than "
+                    f"{limit} tokens"
+                )
+        validation["validation"] = part
+    for name in about["files"]:
+        if name != "train.arrow":
+            validation[Path(name).stem] = Samples(folder / name, lease=lease)
+    for key in ("rows", "too_long", "truncated", "too_short", "nothing_to_train"):
+        counts[key] += 0
+    for name, several in (("train", [train]), ("validation", list(validation.values()))):
+        counts[f"{name}_samples"] = sum(map(len, several))
+        counts[f"{name}_tokens"] = sum(int(s.lengths.sum(dtype=np.int64)) for s in several)
+        counts[f"{name}_trained_tokens"] = sum(int(s.trained.sum(dtype=np.int64)) for s in several)
+    return Prepared(train, validation, dict(counts), fingerprint)

@@ -1,0 +1,217 @@
+"""Prepared rows on disk: written once, in any size, and read through the file cache."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from .sample import IGNORED, Sample
+
+Array = np.ndarray[Any, Any]
+
+FORMAT = 1
+"""Goes up when the same rows would be prepared differently."""
+
+_LIST = pa.list_(pa.int32())
+_SCHEMA = pa.schema([("input_ids", _LIST), ("labels", _LIST), ("trained", pa.int32())])
+
+
+class Lease:
+    """Keeps a temporary folder; it is removed when nobody holds this any more.
+
+    Args:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weakref.finalize(self, shutil.rmtree, folder, True)
+
+
+class Samples(Sequence[Sample]):
+    """Samples in an Arrow file, which is mapped, not read.
+
+    Args:
+        path: the file.
+        rows: which of its rows, in which order; None: all.
+        lease: what keeps the file there, if it is a temporary one.
+
+    Attributes:
+        lengths: tokens of each sample; int32 (N,).
+        trained: trained tokens of each sample; int32 (N,).
+    """
+
+    def __init__(self, path: Path, rows: Array | None = None, lease: Lease | None = None) -> None:
+        self.path, self.lease = path, lease
+        self._open()
+        self.rows = np.arange(self._total) if rows is None else rows
+
+    def _open(self) -> None:
+        with pa.memory_map(str(self.path)) as source:
+            file = pa.ipc.open_file(source)
+            batches = [file.get_batch(i) for i in range(file.num_record_batches)]
+        self._parts = [
+            tuple((c.offsets.to_numpy(), c.values.to_numpy()) for c in batch.columns[:2])
+            for batch in batches
+        ]
+        counts = [batch.num_rows for batch in batches]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._total = int(self._starts[-1])
+        empty = np.empty(0, np.int32)
+        lengths = [np.diff(part[0][0]) for part in self._parts]
+        self._lengths = np.concatenate([empty, *lengths]).astype(np.int32)
+        trained = [batch.columns[2].to_numpy() for batch in batches]
+        self._trained = np.concatenate([empty, *trained]).astype(np.int32)
+
+    @property
+    def lengths(self) -> Array:
+        return self._lengths[self.rows]
+
+    @property
+    def trained(self) -> Array:
+        return self._trained[self.rows]
+
+    def select(self, places: Array | slice) -> Samples:
+        """Some of these samples, in the given order."""
+        some = copy.copy(self)  # of the same mapping
+        some.rows = self.rows[places]
+        return some
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return self.select(index)
+        row = int(self.rows[index])
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        place = row - int(self._starts[part])
+        columns = [
+            values[offsets[place] : offsets[place + 1]].tolist()
+            for offsets, values in self._parts[part]
+        ]
+        return Sample(*columns)
+
+    def __copy__(self) -> Samples:
+        some = object.__new__(type(self))
+        some.__dict__.update(self.__dict__)
+        return some
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "rows": self.rows, "lease": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+class Writer:
+    """Writes samples into an Arrow file, as they come.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+
+    def add(self, ids: Array, labels: Array, lengths: Array) -> None:
+        """Write samples.
+
+        Args:
+            ids: the tokens of all, one after the other; int32 (T,).
+            labels: the same for labels; int32 (T,).
+            lengths: of each sample; int (N,), summing up to T.
+        """
+        if not len(lengths):
+            return
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        trained = np.add.reduceat(labels != IGNORED, offsets[:-1]).astype(np.int32)
+        columns = [
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)) for flat in (ids, labels)
+        ]
+        self._writer.write_batch(pa.record_batch([*columns, pa.array(trained)], schema=_SCHEMA))
+        self.count += len(lengths)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+        self._file.close()
+
+
+class Cache:
+    """A folder of prepared rows, whose name is the hash of everything that they depend on.
+
+    It is made under another name and then renamed, so that it is there as a whole or not at all.
+
+    Args:
+        root: where such folders are.
+        fingerprint: the hash.
+    """
+
+    def __init__(self, root: Path, fingerprint: str) -> None:
+        self.root, self.folder = root, root / fingerprint
+
+    def load(self) -> dict[str, Any] | None:
+        """What was stored with the rows; None if they are not there, or damaged."""
+        try:
+            about: dict[str, Any] = json.loads((self.folder / "about.json").read_text("utf-8"))
+            for name, (size, check) in about["files"].items():
+                path = self.folder / name
+                if path.stat().st_size != size or _checksum(path) != check:
+                    return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return about
+
+    def begin(self) -> Path:
+        """A new folder to write the rows into."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".making-", dir=self.root))
+
+    def finish(self, made: Path, files: Iterable[str], about: Mapping[str, Any]) -> None:
+        """Put a folder that ``begin`` made into its place."""
+        sums = {n: ((made / n).stat().st_size, _checksum(made / n)) for n in files}
+        text = json.dumps({**about, "format": FORMAT, "files": sums}, indent=1)
+        (made / "about.json").write_text(text, encoding="utf-8")
+        if self.folder.exists():  # a damaged one
+            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            os.replace(made, self.folder)
+        except OSError:  # another process was faster
+            if self.load() is None:
+                raise
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total
