@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
-from fusewright.report import Report
+from fusewright.report import Report, Site
 from fusewright.train import page
 from fusewright.train.page_chart import MOST, STRIPS, Series, chart
 from fusewright.train.page_facts import Facts
+from fusewright.train.page_sections import numbers
 
 HOSTILE = (
     "</title></style><script>alert('1')</script><img src=x onerror=\"alert(2)\">&amp; ü 好 \x00"
@@ -89,7 +90,7 @@ def test_a_whole_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> N
         assert words in found.text
     assert '<th scope="row">lora_<wbr>linear</th>' in path.read_text(encoding="utf-8")
     charts = [a for a in found.named("svg") if a.get("role") == "img"]
-    assert len(charts) >= 3  # loss, learning rate, gradient norm; more where more is logged
+    assert len(charts) == 5  # loss, learning rate, gradient norm, tokens per second, memory
     for curve in charts:  # each has a title and a description, by id
         ids = {a.get("id") for tag, a in found.tags if tag in ("title", "desc")}
         assert set(str(curve["aria-labelledby"]).split()) <= ids
@@ -229,6 +230,19 @@ def test_what_else_a_run_can_tell(run: dict[str, Any], changes: dict[str, Any], 
     assert words in parsed({**run, **changes}).text
 
 
+def test_columns_of_the_rules_are_there_when_they_tell_something(run: dict[str, Any]) -> None:
+    def head(sites: tuple[Site, ...]) -> str:
+        found = parsed({**run, "optimize": Report(sites=sites).to_dict()}).text
+        return found[found.index("Rules, how often") :][:200]
+
+    done = Site(module="a", rule="glu", op="glu", status="rewritten")
+    missed = Site(module="b", rule="glu", op="glu", status="missed", reason="no spelling")
+    assert "(never refused or missed)" in head((done,))
+    assert "rule rewritten error gradient error" in head((done,))
+    assert "(never refused)" in head((done, missed))
+    assert "rule rewritten missed error gradient error" in head((done, missed))
+
+
 def test_keys_without_effect_are_told(run: dict[str, Any]) -> None:
     assert "subsumed" not in parsed(run).text
     recipe = {**run["recipe"], "liger_rope": True}
@@ -251,6 +265,19 @@ def test_a_path_that_holds_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no keys and values"):
         page.write(tmp_path, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_numbers_of_a_long_run_keep_every_validation() -> None:
+    loss = [(float(i), 1.0 / i) for i in range(1, 2001)]
+    checks = [(float(i), 0.5) for i in range(37, 2001, 190)]
+    table = numbers([("loss", loss), ("validation", checks)])
+    assert table is not None
+    assert len(table.rows) <= 60 + len(checks)
+    shown = {row[0]: row for row in table.rows}
+    assert all(shown[f"{step:,.0f}"][2] == "0.5" for step, _ in checks)
+    assert {"1", "2,000"} <= set(shown)
+    assert "of 2,000 steps" in table.caption
+    assert numbers([("loss", [])]) is None
 
 
 # --- curves --------------------------------------------------------------------------------------
