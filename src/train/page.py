@@ -8,6 +8,7 @@ dark and on paper. Every entry of the run may be missing: a run that ended early
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -178,6 +179,11 @@ def _headline(facts: Facts) -> list[Headline]:
 
 
 def _loss(facts: Facts) -> Headline | None:
+    checks = [point for point in facts.history("eval_loss") if math.isfinite(point[1])]
+    if facts.number("val_loss_after") is None and len(checks) > 1:  # stopped between two
+        (_, before), (step, after) = checks[0], checks[-1]
+        more = f"{after - before:+.3f} at step {step:,.0f}".replace("-", "−")
+        return Headline("Validation loss", f"{before:.3f} → {after:.3f}", more)
     for name, first, last in (
         ("Validation loss", "val_loss_before", "val_loss_after"),
         ("Training loss", "loss_first", "loss_last"),

@@ -69,7 +69,9 @@ def ending(facts: Facts) -> Ending:
     kind = "adapter" if facts.recipe.get("adapter") else "model"
     steps, planned = facts.number("steps"), facts.number("steps_planned")
     said = []
-    if steps is not None and planned:
+    if steps is not None and planned and steps >= planned:
+        said.append(f"All steps were done; what comes after them was cut short{_by_signal(facts)}.")
+    elif steps is not None and planned:
         said.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
     if facts.text("reason"):
         said.append(facts.text("reason").rstrip(".") + ".")
@@ -201,7 +203,8 @@ def times(facts: Facts) -> list[tuple[str, str, str]]:
     known = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
     parts = {k: v for k, v in known.items() if v is not None and math.isfinite(v) and v >= 0}
     total = sum(parts.values())
-    return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in parts.items()]
+    long = {k: v for k, v in parts.items() if v >= 0.5} or parts  # not the many that take no time
+    return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in long.items()]
 
 
 def use(facts: Facts) -> Rows:
