@@ -19,6 +19,8 @@ if _MISSING:
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
+from . import cli_after, cli_data  # noqa: E402  # 2026-11-25: as above
+
 
 class Adapter(StrEnum):
     """What ``--adapter`` may be, as in a recipe."""
@@ -121,6 +123,10 @@ def explain(
     except FusewrightError as error:
         print(f"fusewright: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+
+
+cli_data.register(app)
+cli_after.register(app)
 
 
 def main() -> None:

@@ -199,7 +199,7 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
     assert checkpoints(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("broken", ["plot", "check_adapter", "answer", "page.write"])
+@pytest.mark.parametrize("broken", ["plot", "check_adapter", "answer", "page.write", "card.write"])
 def test_what_fails_after_training_costs_nothing(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -208,8 +208,8 @@ def test_what_fails_after_training_costs_nothing(
             return "before"
         raise OSError(errno.EIO, "the printer is on fire")
 
-    module = "page" if "." in broken else "export"
-    monkeypatch.setattr(f"fusewright.train.{module}.{broken.split('.')[-1]}", fail)
+    where = broken if "." in broken else f"export.{broken}"
+    monkeypatch.setattr(f"fusewright.train.{where}", fail)
     out = io.StringIO()
     run = Run(
         Recipe.model_validate({**recipe, "sample_prompt": "What is 3?"}),
@@ -220,6 +220,5 @@ def test_what_fails_after_training_costs_nothing(
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert "the printer is on fire" in out.getvalue()
     assert [p["error"] for p in result.problems] == ["OSError: [Errno 5] the printer is on fire"]
-    if broken != "page.write":  # which comes after it
-        kept = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
-        assert kept["problems"] == result.problems
+    kept = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert kept["problems"] == result.problems
