@@ -181,19 +181,22 @@ def _headline(facts: Facts) -> list[Headline]:
 def _loss(facts: Facts) -> Headline | None:
     checks = [point for point in facts.history("eval_loss") if math.isfinite(point[1])]
     if facts.number("val_loss_after") is None and len(checks) > 1:  # stopped between two
-        (_, before), (step, after) = checks[0], checks[-1]
-        more = f"{after - before:+.3f} at step {step:,.0f}".replace("-", "−")
-        return Headline("Validation loss", f"{before:.3f} → {after:.3f}", more)
+        (_, begun), (step, at) = checks[0], checks[-1]
+        return _fall("Validation loss", begun, at, f"at step {step:,.0f}")
     for name, first, last in (
         ("Validation loss", "val_loss_before", "val_loss_after"),
         ("Training loss", "loss_first", "loss_last"),
     ):
         before, after = facts.number(first), facts.number(last)
         if before is not None and after is not None:
-            more = f"{after - before:+.3f} per trained token"
-            return Headline(name, f"{before:.3f} → {after:.3f}", more.replace("-", "−"))
+            return _fall(name, before, after, "per trained token")
     only = facts.number("val_loss_before")
     return None if only is None else Headline("Validation loss before", f"{only:.3f}", "")
+
+
+def _fall(name: str, before: float, after: float, where: str) -> Headline:
+    change = f"{after - before:+.3f}".replace("-", "−")
+    return Headline(name, f"{before:.3f} → {after:.3f}", f"{change} {where}")
 
 
 def _speed(facts: Facts) -> Headline | None:
