@@ -102,7 +102,7 @@ def render(facts: Facts) -> str:
 @functools.cache
 def _template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "markup"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,
@@ -110,7 +110,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html.j2")
+    return environment.get_template("page.html.j2")
 
 
 def _breakable(name: str) -> Markup:
