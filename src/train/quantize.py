@@ -79,6 +79,7 @@ def stay_trainable(model: nn.Module) -> None:
     Args:
         model: with the layers of bitsandbytes, before its first use.
     """
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
