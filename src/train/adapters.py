@@ -91,10 +91,11 @@ def _listed(names: list[str] | str | None) -> list[str] | None:
 
 def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     named = recipe.lora_target_modules
+    every = recipe.lora_target_linear
     if named in ("all-linear", ["all-linear"]):
-        return "all-linear"
+        named, every = None, True
     if isinstance(named, str):
-        if recipe.lora_target_linear:
+        if every:
             raise RecipeError(
                 "lora_target_modules: a regular expression names all layers by itself; set "
                 "lora_target_linear to false"
@@ -104,9 +105,9 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
         return named
     _require_present(model, named, "lora_target_modules")
     named = list(named or [])
-    if not recipe.lora_target_linear:
+    if not every:
         return named
-    if not named:
+    if not named and recipe.peft_layers_to_transform is None:  # which PEFT wants names for
         return "all-linear"
     from transformers.pytorch_utils import Conv1D
 

@@ -110,7 +110,7 @@ def test_arguments(tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"save_steps": 2.5}, "save_steps: 2.5 is no number of steps"),
+        ({"save_steps": 2.5}, "save_steps: 2.5 is neither a number of steps nor a share"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end: needs validation"),
         ({"save_strategy": "best"}, "save_strategy: needs validation"),
         ({"early_stopping_patience": 1}, "early_stopping_patience: needs validation"),
@@ -158,7 +158,8 @@ def test_a_cosine_with_a_floor(tmp_path: Path) -> None:
 def test_one_cycle(tmp_path: Path) -> None:
     found = rates(asked(tmp_path, lr_scheduler="one_cycle", lr_div_factor=10), 0, 10)
     assert found[0] == pytest.approx(0.1)
-    assert max(found) == pytest.approx(1.0)
+    assert 0.95 < max(found) <= 1.0  # its top is between two steps
+    assert found.index(max(found)) == 3
     assert found[-1] < 0.1
 
 
@@ -278,9 +279,9 @@ def test_trackers_are_told_by_the_environment_and_only_meanwhile(
 
 
 def test_the_best_checkpoint_and_stopping_early(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """A learning rate that ruins the model: the first validation is the best one."""
+    """A learning rate at which the loss soon only trembles."""
     result = train(
-        recipe, console=QUIET, learning_rate=5.0, max_steps=40, eval_steps=1, save_steps=1,
+        recipe, console=QUIET, learning_rate=0.3, max_steps=40, eval_steps=1, save_steps=1,
         save_total_limit=1, load_best_model_at_end=True, early_stopping_patience=3,
     )  # fmt: skip
     losses = {e["step"]: e["eval_loss"] for e in result.history if "eval_loss" in e and e["step"]}

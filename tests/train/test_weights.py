@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model import load_model
-from fusewright.train.quantize import quantize
+from fusewright.train.quantize import keep_format, quantize
 from fusewright.train.recipe import Recipe
 
 from .conftest import make_model
@@ -62,6 +62,8 @@ def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None
     )
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     quantize(ours, config, torch.device("cpu"))
+    for model in (loaded, ours):
+        keep_format(model)
     kinds = [(name, type(m)) for name, m in loaded.named_modules()]
     assert [(name, type(m)) for name, m in ours.named_modules()] == kinds
     assert any("Linear" in kind.__name__ and "bit" in kind.__name__ for _, kind in kinds)
@@ -103,7 +105,7 @@ def test_bad_settings_of_bitsandbytes(recipe: dict[str, Any]) -> None:
     ("keys", "kept"),
     [
         ({"peft_use_dora": True}, {"use_dora": True}),
-        ({"peft_use_rslora": True}, {"use_rslora": True}),
+        ({"peft_use_rslora": True, "learning_rate": 2e-3}, {"use_rslora": True}),
         ({"lora_bias": "lora_only"}, {"bias": "lora_only"}),
         ({"peft_init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
         ({"peft_layers_to_transform": [1]}, {"layers_to_transform": [1]}),
