@@ -66,9 +66,14 @@ class Run:
 
 
 class EngineProcess:
-    """A running ``worker.py``; a context manager, so that none outlives the benchmark."""
+    """A running worker; a context manager, so that none outlives the benchmark.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: what it shall do, as the worker's command line has it.
+        worker: its program.
+    """
+
+    def __init__(self, job: Any, worker: Path = WORKER) -> None:
         self.run = Run(job)
         self._cache = tempfile.TemporaryDirectory(
             prefix="fusewright-bench-", ignore_cleanup_errors=True
@@ -78,7 +83,7 @@ class EngineProcess:
             "TRITON_CACHE_DIR": f"{self._cache.name}/triton",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(dataclasses.asdict(job))],
+            [sys.executable, str(worker), json.dumps(dataclasses.asdict(job))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -106,18 +111,21 @@ class EngineProcess:
         reply = self._receive()
         self.run.loaded, self.run.setting = reply["loaded"], reply["setting"]
 
-    def step(self) -> None:
-        """Let the engine take one step, and wait for it."""
-        self._send("step")
-        self.run.steps.append(self._receive())
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line, and wait for the reply."""
+        self._send(line)
+        return self._receive()
+
+    def step(self, tokens: int | None = None) -> None:
+        """Let the engine take one step, of the first ``tokens`` of a sequence, and wait for it."""
+        self.run.steps.append(self.ask("step" if tokens is None else f"step {tokens}"))
         job, last = self.run.job, self.run.steps[-1]
         number = f"step {len(self.run.steps)}/{job.steps}"
-        _say(f"{job.engine}: {number}, {last['seconds']:.2f} s, loss {last['loss']:.4f}")
+        say(f"{job.engine}: {number}, {last['seconds']:.2f} s, loss {last['loss']:.4f}")
 
     def measure(self) -> None:
         """Let the engine count what it keeps for backward, in a forward pass of its own."""
-        self._send("activations")
-        reply = self._receive()
+        reply = self.ask("activations")
         self.run.activation_mb, self.run.plan = reply["activation_mb"], reply["plan"]
 
     def _send(self, line: str) -> None:
@@ -149,20 +157,20 @@ def run_interleaved(jobs: Sequence[Job]) -> list[Run]:
     with contextlib.ExitStack() as stack:
         processes: list[EngineProcess] = []
         for job in jobs:
-            _say(f"{job.engine}: loading {job.model}")
+            say(f"{job.engine}: loading {job.model}")
             process = stack.enter_context(EngineProcess(job))
             processes.append(process)
-            _attempt(process, process.load)
+            attempt(process, process.load)
         for number in range(jobs[0].steps):
             turn = number % len(processes)  # nobody is always the one after the same neighbour
             for process in processes[turn:] + processes[:turn]:
-                _attempt(process, process.step)
+                attempt(process, process.step)
         for process in processes:
-            _attempt(process, process.measure)
+            attempt(process, process.measure)
     return [process.run for process in processes]
 
 
-def _attempt(process: EngineProcess, action: Callable[[], None]) -> None:
+def attempt(process: EngineProcess, action: Callable[[], None]) -> None:
     run = process.run
     if run.error is not None:
         return
@@ -170,8 +178,8 @@ def _attempt(process: EngineProcess, action: Callable[[], None]) -> None:
         action()
     except EngineError as error:
         run.error = str(error)
-        _say(f"{run.job.engine}: failed: {error}\n{error.details}")
+        say(f"{run.job.engine}: failed: {error}\n{error.details}")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

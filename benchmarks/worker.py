@@ -1,7 +1,8 @@
 """One engine in its own process: loads, then takes one training step per line it is sent.
 
 Started by ``harness.py``, which speaks the protocol: the job as JSON on the command line, one
-``step`` line per step and one ``activations`` line at the end, one JSON line back for each.
+``step`` line per step and one ``activations`` line at the end, one JSON line back for each. A
+``step N`` takes the first N tokens of each sequence only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> int:
     except Exception as error:
         kind = type(error).__name__
         details = "" if kind == "EngineUnavailableError" else traceback.format_exc()
-        _send(replies, {"error": f"{kind}: {error}", "traceback": details})
+        send(replies, {"error": f"{kind}: {error}", "traceback": details})
         return 1
     return 0
 
@@ -47,20 +48,23 @@ def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
     training = build(job)
     memory = Memory(job.device)
     setting = {"peak_rss_from": memory.source, "threads": torch.get_num_threads()}
-    _send(replies, {"loaded": memory.loaded, "setting": setting})
+    send(replies, {"loaded": memory.loaded, "setting": setting})
     model = None
     for ids in training.batches:
-        if sys.stdin.readline() != "step\n":
+        command, _, tokens = sys.stdin.readline().strip().partition(" ")
+        if command != "step":
             return
+        if tokens:
+            ids = ids[:, : int(tokens)]
         start = time.perf_counter()
         if model is None:
             model = prepare(training.model, job)
         loss = step(model, training.optimizer, ids)
         seconds = time.perf_counter() - start
-        _send(replies, {"loss": loss, "seconds": seconds, "peak": memory.peak()})
+        send(replies, {"loss": loss, "seconds": seconds, "peak": memory.peak()})
     if sys.stdin.readline() == "activations\n":
         kept = activation_bytes(model, training.batches[-1])
-        _send(replies, {"activation_mb": kept / MB, "plan": _plan(model, job)})
+        send(replies, {"activation_mb": kept / MB, "plan": _plan(model, job)})
 
 
 def _plan(model: Any, job: Any) -> str | None:
@@ -119,7 +123,7 @@ def _status_kb(field: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _send(replies: IO[str], message: dict[str, Any]) -> None:
+def send(replies: IO[str], message: dict[str, Any]) -> None:
     replies.write(json.dumps(message) + "\n")
     replies.flush()
 

@@ -19,7 +19,7 @@ if _MISSING:
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
-from . import cli_data  # noqa: E402  # 2026-11-25: as above
+from . import cli_after, cli_data  # noqa: E402  # 2026-11-25: as above
 
 
 class Adapter(StrEnum):
@@ -126,6 +126,7 @@ def explain(
 
 
 cli_data.register(app)
+cli_after.register(app)
 
 
 def main() -> None:
@@ -134,7 +135,7 @@ def main() -> None:
 
 
 def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) -> int:
-    """Train, and return the exit code: 2 for a bad recipe or dataset, 128 + n for a signal."""
+    """Train, and return the exit code: the result's, or 2 for a bad recipe or dataset."""
     try:
         from .train.overrides import parse_overrides
         from .train.yamlfile import check, load_recipe
@@ -160,10 +161,7 @@ def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) ->
     except KeyboardInterrupt as stopped:
         print("fusewright: stopped; nothing was saved", file=sys.stderr)
         return 128 + int(getattr(stopped, "signal", 2))
-    if result.signal is not None:
-        return 128 + result.signal
-    broken = result.adapter_check is not None and not result.adapter_check["exact"]
-    return 1 if broken else 0
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Status = Literal["rewritten", "refused", "missed"]
@@ -118,6 +118,18 @@ class Report:
         """The whole report as plain, JSON-ready data."""
         return {**asdict(self), "by_rule": self.by_rule()}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read what ``to_dict`` made, also with fewer or more entries than this version's."""
+        sites = tuple(
+            Site(**{**_NO_SITE, **_known(Site, entry)}) for entry in data.get("sites") or ()
+        )
+        bypasses = tuple(
+            Bypass(str(b.get("module", "")), str(b.get("reason", "")))
+            for b in data.get("bypasses") or ()
+        )
+        return cls(**{**_known(cls, data), "sites": sites, "bypasses": bypasses})
+
     def seconds_saved(self) -> float | None:
         """Estimate the time saved per token in a training step, in seconds.
 
@@ -138,50 +150,77 @@ class Report:
         """The sites that were refused or missed."""
         return tuple(s for s in self.sites if s.status != "rewritten")
 
-    def __str__(self) -> str:
-        lines = [
-            f"fusewright: {sum(self.by_rule().values())} rewrites in {self.regions} regions "
+    def headline(self) -> str:
+        """How much was rewritten, in a line."""
+        return (
+            f"{sum(self.by_rule().values())} rewrites in {self.regions} regions "
             f"({self.graphs} graphs)" + (f", codegen {self.codegen}" if self.codegen else "")
+        )
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The rules with their counts and largest errors, as text; the first row is the head.
+
+        Empty when no formula was recognised.
+        """
+        return _table(self.sites)
+
+    def remarks(self) -> list[tuple[str, str, str]]:
+        """What does not run as a rewrite: ``(status, rule, where and why)``, equal reasons joined.
+
+        The status of a bypass is ``"runs as it was"``, and its rule is empty.
+        """
+        grouped: dict[tuple[str, str, str], list[str]] = {}
+        for s in self.gaps():
+            grouped.setdefault((s.status, s.rule, s.reason), []).append(s.module)
+        for b in self.bypasses:
+            grouped.setdefault(("runs as it was", "", b.reason), []).append(b.module)
+        return [
+            (status, rule, f"{_places(modules)}: {reason}")
+            for (status, rule, reason), modules in grouped.items()
         ]
-        lines += _table(self.sites)
-        lines += self._gains()
+
+    def __str__(self) -> str:
+        lines = [f"fusewright: {self.headline()}", *_aligned(self.table())]
+        lines += [f"  {line}" for line in self.gains()]
         if self.memory:
             lines.append(f"  memory {self.memory}")
-        gaps: dict[tuple[str, str, str], list[str]] = {}
-        for s in self.gaps():
-            gaps.setdefault((s.status, s.rule, s.reason), []).append(s.module)
-        for (status, rule, reason), modules in gaps.items():
-            lines.append(f"  {status}: {rule} in {_places(modules)}: {reason}")
-        passed: dict[str, list[str]] = {}
-        for b in self.bypasses:
-            passed.setdefault(b.reason, []).append(b.module)
-        for reason, modules in passed.items():
-            lines.append(f"  runs as it was: {_places(modules)}: {reason}")
+        for status, rule, text in self.remarks():
+            lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)
 
-    def _gains(self) -> list[str]:
+    def gains(self) -> list[str]:
+        """What the rewrites spare in memory, traffic and time, a line each."""
         lines = []
         before, after = self._sums("saved_before", "saved_after")
         if before:
             kept = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"  kept for backward by these formulas: {kept}")
+            lines.append(f"kept for backward by these formulas: {kept}")
         before, after = self._sums("moved_before", "moved_after")
         if before:
             moved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"  read and written by their forward: {moved}")
+            lines.append(f"read and written by their forward: {moved}")
         seconds = self.seconds_saved()
         if before and seconds is not None and self.bandwidth is not None:
             lines.append(
-                f"  estimated time saved: {seconds * 1e6:.0f} us per token of a training step "
+                f"estimated time saved: {seconds * 1e6:.0f} us per token of a training step "
                 f"(memory at {self.bandwidth / 1e9:.0f} GB/s, backward as twice forward)"
             )
         return lines
 
 
-def _table(sites: tuple[Site, ...]) -> list[str]:
+_NO_SITE = {"module": "", "rule": "", "op": "", "status": "missed"}
+
+
+def _known(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``data`` that ``kind`` has, as far as they are set."""
+    names = {f.name for f in fields(kind)}
+    return {k: v for k, v in data.items() if k in names and v is not None}
+
+
+def _table(sites: tuple[Site, ...]) -> list[tuple[str, ...]]:
     rules = dict.fromkeys(s.rule for s in sites)
     if not rules:
-        return ["  no formula was recognised"]
+        return []
     rows: list[tuple[str, ...]] = [
         ("rule", "rewritten", "refused", "missed", "error", "gradient error")
     ]
@@ -198,6 +237,12 @@ def _table(sites: tuple[Site, ...]) -> list[str]:
                 *("-" if e is None else f"{e:.1e}" for e in (worst, grad)),
             )
         )
+    return rows
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return ["  no formula was recognised"]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return [
         "  "

@@ -194,3 +194,47 @@ def test_every_op_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     from ops import find_ops
 
     assert set(find_ops()) == set(CASES)
+
+
+def test_the_longest_sequence_of_each_budget(tmp_path: Path) -> None:
+    file = tmp_path / "longest.json"
+    few = ("--model", "tiny-llama", "--dtype", "float32", "--step", "32", "--most", "64")
+    done = run("longest.py", *few, "--budgets", "0.1GB,100GB", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["engine"], row["budget_gb"]): row for row in json.loads(file.read_text())}
+    engines = ("fusewright:speed", "fusewright:min", "fusewright:budget", "eager", "hf+gc")
+    assert set(rows) == {(e, b) for e in engines for b in (0.1, 100)}
+    for engine in engines:
+        assert rows[engine, 0.1]["longest"] == 0
+        assert rows[engine, 100]["longest"] == 64
+        assert rows[engine, 100]["capped"]
+    assert 100 < rows["eager", 100]["peak_mb"] < 5000
+    assert 100 < rows["fusewright:min", 100]["predicted_mb"] < 5000
+    assert "| eager | none | at least 64 (" in done.stdout
+    assert "| fusewright:min | none | at least 64 (predicted) |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("per_token", "longest", "first"), [(1.0, 2048, None), (1.2, 1536, 2048), (99.0, 0, 2048)]
+)
+def test_a_prediction_that_was_too_long_is_shortened_and_told(
+    monkeypatch: pytest.MonkeyPatch, per_token: float, longest: int, first: int | None
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import longest as program
+    from workload import Job
+
+    steps: list[tuple[str, int]] = []
+
+    def peaks(job: Any, lengths: list[int], enough: int) -> tuple[float, list[float]]:
+        steps.append((job.engine, job.seq))
+        return 0.0, [per_token * length for length in lengths]
+
+    monkeypatch.setattr(program, "_peaks", peaks)
+    job = Job("fusewright", "smollm2", "bfloat16", 1, 64, "lora", "auto", False, "cpu", 1)
+    found = program.Longest("fusewright:budget", 2048 << 20, tokens=2048, predicted=1.0)
+    found = program.verified(job, found, 256)
+    assert (found.tokens, found.first) == (longest, first)
+    assert steps[0] == ("fusewright:2.14748GB", 2048)
+    assert len(steps) <= program.TRIES
+    assert (found.peak is not None) == (longest > 0)

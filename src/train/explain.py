@@ -160,7 +160,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _dtype(request: Request) -> torch.dtype:
-    return torch.float32 if request.fp32 else dtype_for_training("auto")
+    return dtype_for_training("float32" if request.fp32 else "auto")
 
 
 # --- a random model of a configuration ------------------------------------------------------------

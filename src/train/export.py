@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import RecipeError
+from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
 
 _RESULTS = (
-    "run.json", "loss.png", "adapter_model.safetensors", "adapter_config.json", "model.safetensors",
-    "model.safetensors.index.json", "README.md",
+    "run.json", "loss.png", "report.html", "adapter_model.safetensors", "adapter_config.json",
+    "model.safetensors", "model.safetensors.index.json", "README.md",
 )  # fmt: skip
 
+
+_PART = ".results.part"
+"""Where the results are written, before they are moved to their places."""
 
 _PROBE = 64
 """Tokens that the saved adapter is tried on."""
@@ -28,12 +32,18 @@ _PROBE = 64
 def _results(folder: Path) -> Iterator[Path]:
     """The files and folders of an earlier run."""
     yield from (folder / name for name in _RESULTS if (folder / name).exists())
-    yield from sorted(folder.glob("checkpoint-*"))
-    yield from sorted(folder.glob("model-*-of-*.safetensors"))
+    yield from checkpoints(folder)
+    for pattern in ("model-*-of-*.safetensors", "nan-batch-*"):
+        yield from sorted(folder.glob(pattern))
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     """See that results may go into ``folder``; changes nothing.
+
+    Args:
+        folder: the run's.
+        overwrite: an earlier run may be replaced.
+        resumed: the run goes on from a checkpoint; one that has not finished may be in the folder.
 
     Raises:
         RecipeError: it is a file, or holds a run that is not to be overwritten.
@@ -42,11 +52,18 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise RecipeError(f"output_dir: {folder} is not a folder")
     _require_writable(folder)
     found = next(_results(folder), None)
-    if found is not None and not overwrite:
+    if found is not None and not overwrite and not (resumed and not _finished(folder)):
         raise RecipeError(
             f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
             "say --overwrite (overwrite_output_dir: true)"
         )
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "run.json").read_text())["status"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _require_writable(folder: Path) -> None:
@@ -65,14 +82,46 @@ def _require_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def clear_output(folder: Path) -> None:
-    """Make ``folder``, and remove the results of an earlier run from it (nothing else)."""
+def clear_output(folder: Path, resumed: bool = False) -> None:
+    """Make ``folder``, and remove what an earlier run left in it (nothing else).
+
+    Args:
+        folder: the run's.
+        resumed: it goes on from a checkpoint there; only what a killed process left half done goes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in list(_results(folder)):
+    clean(folder)
+    shutil.rmtree(folder / _PART, ignore_errors=True)
+    for path in [] if resumed else list(_results(folder)):
         if path.is_dir():
-            shutil.rmtree(path)
+            discard(path)
         else:
             path.unlink()
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """As ``save``, but every file is there whole or as it was before.
+
+    Raises:
+        Unwritable: the disk is full, or cannot be written to.
+    """
+    part = folder / _PART
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save(model, tokenizer, part)
+        for path in sorted(part.iterdir()):
+            target = folder / path.name
+            if path.is_dir():  # of chat templates
+                shutil.rmtree(target, ignore_errors=True)
+            path.replace(target)
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason is None:
+            raise
+        raise Unwritable(reason) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -101,7 +150,7 @@ class AdapterCheck:
 
 @torch.no_grad()
 def check_adapter(
-    model: Any, optimized: bool, folder: Path, batch: dict[str, Tensor]
+    model: Any, optimized: bool, folder: Path, batch: dict[str, Any]
 ) -> tuple[Any, AdapterCheck]:
     """Load the saved adapter as anybody would, and compare.
 
@@ -109,14 +158,18 @@ def check_adapter(
         model: the trained PEFT model; restored, and stripped of its adapters.
         optimized: whether it is optimized.
         folder: where the adapter is.
-        batch: a batch; its labels are not used.
+        batch: a batch, as the trainer takes them; only what the model reads is used.
 
     Returns:
         The plain base model with the adapter from ``folder``, and the comparison.
     """
     from peft import PeftModel
 
-    inputs = {k: v[:, :_PROBE].to(model.device) for k, v in batch.items() if k != "labels"}
+    inputs = {
+        k: v[:, :_PROBE].to(model.device)
+        for k, v in batch.items()
+        if k in ("input_ids", "position_ids", "attention_mask")
+    }
     model.eval()
     before = trained = model(**inputs).logits
     if optimized:

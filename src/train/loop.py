@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,24 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import export, report
-from .data import Packs, leaks, pack, prepare
-from .model import add_adapter, load_model, parameters, quiet
+from . import export, report, resume
+from .adapters import add_adapter, parameters
+from .checkpoint import Unwritable, checkpoints
+from .context import Context
+from .data import leaks, prepare
+from .diary import Diary
+from .meter import Meter, flops_per_token, peak_flops
+from .model import fit_embeddings, load_model, quiet
+from .packages import require_packages, tracking
 from .recipe import Recipe
 from .report import RunResult
+from .sequences import training_batch, training_sequences, typical_context, validation_batches
 from .signals import Interrupts, Stopped
 from .status import told
 from .tokenizer import load_tokenizer
-from .trainer import Meter, batches, make_trainer, validation_loss
+from .trainer import FineTuner, make_trainer
+from .validation import validate
+from .watchdog import BadStep
 
 
 class Run:
@@ -32,7 +38,10 @@ class Run:
     - validation before and after, and one question answered before and after;
     - the model is optimized in place, trained by transformers' Trainer, and restored;
     - the saved adapter is loaded again by plain PEFT and compared;
-    - Ctrl-C, SIGTERM or SIGHUP end it after a whole step, with a usable adapter.
+    - it goes on from a checkpoint, bit by bit as if it had not been stopped;
+    - Ctrl-C, SIGTERM or SIGHUP, a full disk, a loss that is no number: each ends it in order, with
+      the weights of the last whole step and a checkpoint to go on from;
+    - once something was trained, nothing that fails afterwards can lose it.
 
     Args:
         recipe: checked, with absolute paths.
@@ -43,6 +52,9 @@ class Run:
         self.recipe = recipe
         self.console = console
         self.folder = Path(recipe.output_dir)
+        self.sequences: Any = ()
+        self.start: Path | None = None
+        self.saved: resume.Saved | None = None
         self.result = RunResult(
             output_dir=self.folder,
             recipe=recipe.model_dump(mode="json"),
@@ -50,6 +62,7 @@ class Run:
             machine=report.machine(),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+        self.diary = Diary(self.result, console)
 
     def run(self) -> RunResult:
         """Do all of it, in order.
@@ -59,197 +72,230 @@ class Run:
             DataError: a dataset cannot be used.
             Stopped: a signal came before the first step was done, or a second one came.
         """
-        export.check_output(self.folder, self.recipe.overwrite_output_dir)
-        for line in told(self.recipe):
-            self._say(line)
-        with Interrupts() as interrupts, quiet():
-            with self._timed("data"):
+        self._may_start()
+        with Interrupts() as interrupts, quiet(), tracking(self.recipe):
+            with self.diary.timed("data"):
                 tokenizer = load_tokenizer(self.recipe)
-                packs, validation = self._prepare(tokenizer)
-            with self._timed("load"):
-                model = self._model()
-            self._before(model, tokenizer, validation)
-            export.clear_output(self.folder)
-            self._train(model, tokenizer, packs, validation, interrupts)
+                prepared = self._prepare(tokenizer)
+            with self.diary.timed("load"):
+                model = self._model(tokenizer)
+            context = self._context(model, tokenizer, prepared, interrupts)
+            self._before(model, context)
+            export.clear_output(self.folder, self._in_place())
+            trainer = make_trainer(context, model, self.sequences, self.saved)
+            self._train(trainer, interrupts)
             try:
-                self._explain(model)
-                if self.result.status == "finished":
-                    self._after(model, tokenizer, packs, validation)
+                self._after(trainer.model, context)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.status, self.result.signal = "interrupted", stopped.signal
-            self._finish()
+            self._finish(trainer)
         return self.result
 
     # --- in the order of `run` -------------------------------------------------------------------
 
-    def _prepare(self, tokenizer: Any) -> tuple[Packs, list[dict[str, torch.Tensor]]]:
-        """Packs and validation batches."""
+    def _may_start(self) -> None:
+        """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
+        recipe = self.recipe
+        self.start = resume.find(recipe)
+        export.check_output(self.folder, recipe.overwrite_output_dir, self.start is not None)
+        require_packages(recipe)
+        for line in told(recipe):
+            self.diary.say(line)
+        if self.start is not None:
+            self.saved = resume.load(self.start, recipe)
+            self.result.resumed_from = self.saved.step
+            for name, value in self.saved.carried.items():
+                setattr(self.result, name, value)
+            self.diary.say(f"going on from {self.start}")
+
+    def _in_place(self) -> bool:
+        """Whether the checkpoint to go on from is one of this folder's."""
+        return self.start is not None and self.start.parent == self.folder
+
+    def _prepare(self, tokenizer: Any) -> Any:
+        """The rows as samples, and those as sequences to train on."""
         recipe = self.recipe
         prepared = prepare(recipe, tokenizer, self.console)
-        data = self.result.data = dict(prepared.counts)
-        made = []
-        held = prepared.validation.get("validation", ())
-        for name, samples in (("train", prepared.train), ("validation", held)):
-            groups = [[i] for i in range(len(samples))]
-            if recipe.sample_packing and len(samples):
-                groups = pack(samples.lengths, recipe.sequence_len)
-            made.append(Packs(samples, groups))
-            data[f"{name}_sequences"] = len(groups)
-        self._say(
-            f"data: {data['rows']:,} rows, of them {data['validation_samples']:,} for validation; "
-            f"{data['train_sequences']:,} sequences, {data['train_tokens']:,} tokens, "
-            f"{data['train_trained_tokens']:,} trained; dropped {data['too_long']} too long, "
-            f"{data['nothing_to_train']} with nothing to train"
-        )
-        return made[0], batches(made[1], recipe, export.pad_token(tokenizer))
+        if self.saved is not None and self.start is not None:
+            resume.require_same_data(self.start, self.saved, prepared.fingerprint)
+        self.sequences = training_sequences(prepared, recipe)
+        self.result.data = data = dict(prepared.counts)
+        if not recipe.streams():
+            data["train_sequences"] = len(self.sequences)
+        self.diary.say(report.rows_told(data))
+        return prepared
 
-    def _model(self) -> Any:
+    def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
         from transformers import set_seed
 
-        model = load_model(self.recipe)
-        if self.recipe.sample_packing and leaks(model, model.config.vocab_size, model.device):
+        recipe = self.recipe
+        model = load_model(recipe)
+        if recipe.packs() and leaks(model, model.config.vocab_size, model.device):
             raise RecipeError(
                 f"sample_packing: {type(model).__name__} lets the samples of a pack see each "
                 "other; set it to false"
             )
-        set_seed(self.recipe.seed)
-        model = add_adapter(model, self.recipe)
+        set_seed(recipe.seed)
+        added = fit_embeddings(model, tokenizer, recipe)
+        if added:
+            self.diary.say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
+        model = add_adapter(model, recipe)
         trained, total = parameters(model)
         self.result.parameters = {"trained": trained, "total": total}
         self.result.loaded_rss_mb = report.rss_mb()
-        self._say(
-            f"model: {self.recipe.base_model}, {total / 1e6:,.1f}M parameters "
+        self.diary.say(
+            f"model: {recipe.base_model}, {total / 1e6:,.1f}M parameters "
             f"({trained / 1e6:,.2f}M trained), {model.dtype} on {model.device}"
         )
         return model
 
-    def _before(
-        self, model: Any, tokenizer: Any, validation: list[dict[str, torch.Tensor]]
-    ) -> None:
-        """Answer and validate, and optimize."""
+    def _context(
+        self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
+    ) -> Context:
         recipe = self.recipe
-        if recipe.sample_prompt:
-            self._say(f"answering: {recipe.sample_prompt}")
-            with self._timed("answer before"):
+        meter = Meter(
+            flops=flops_per_token(model, typical_context(prepared, recipe)),
+            peak=peak_flops(model.device, model.dtype),
+        )
+        sets = validation_batches(prepared, recipe, export.pad_token(tokenizer))
+        for name, batches in sets.items():
+            self.result.data[f"{name}_sequences"] = len(batches.packs)
+        return Context(
+            recipe, tokenizer, self.console, interrupts, meter,
+            validation=sets, data=prepared.fingerprint, carried=self._carried,
+        )  # fmt: skip
+
+    def _carried(self) -> dict[str, Any]:
+        """The figures that a run which goes on from here cannot find out again."""
+        names = ("val_loss_before", "sample", "started", "seconds")
+        return {name: getattr(self.result, name) for name in names}
+
+    def _before(self, model: Any, context: Context) -> None:
+        """Answer and validate, unless the run that this one goes on has; and optimize."""
+        recipe = self.recipe
+        if recipe.sample_prompt and self.result.sample is None:
+            self.diary.say(f"answering: {recipe.sample_prompt}")
+            with self.diary.timed("answer before"):
                 text = export.answer(
-                    model, tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
+                    model, context.tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
                 )
             self.result.sample = {"question": recipe.sample_prompt, "before": text}
         if recipe.optimize:
             from ..pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
-        if validation:
-            self._say(f"validating on {self.result.data['validation_samples']} rows")
-            with self._timed("validation before"):
-                self.result.val_loss_before = validation_loss(model, validation)
-            self._say(f"validation loss before: {self.result.val_loss_before:.3f}")
+        if context.validation and self.result.val_loss_before is None:
+            self.diary.say("validating")
+            with self.diary.timed("validation before"):
+                self.result.val_loss_before = validate(model, context.validation)["eval_loss"]
+            self.diary.say(f"validation loss before: {self.result.val_loss_before:.3f}")
 
-    def _train(
-        self,
-        model: Any,
-        tokenizer: Any,
-        packs: Packs,
-        validation: list[dict[str, torch.Tensor]],
-        interrupts: Interrupts,
-    ) -> None:
+    def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """The optimizer steps; saves what they made."""
-        meter, result = Meter(), self.result
-        trainer = make_trainer(
-            model, self.recipe, packs, validation, export.pad_token(tokenizer),
-            meter, interrupts, self.console,
-        )  # fmt: skip
+        result = self.result
         result.steps_planned = trainer.args.max_steps
-        first = "; the first one compiles, which can take a minute" if self.recipe.optimize else ""
-        self._say(f"training for {result.steps_planned} steps{first}")
-        with self._timed("training"), interrupts.patiently():
-            trainer.train()
+        with self.diary.timed("training"), interrupts.patiently():
+            self._steps(trainer)
         result.steps = trainer.state.global_step
         if interrupts.signal is not None:
             if not result.steps:
                 raise Stopped(interrupts.signal)
-            result.status, result.signal = "interrupted", interrupts.signal
-        with self._timed("saving"), interrupts.patiently():
-            export.save(model, tokenizer, self.folder)
-        result.tokens, result.trained_tokens = sum(meter.tokens), sum(meter.trained)
-        result.tokens_per_s = meter.rate(meter.tokens)
-        result.trained_tokens_per_s = meter.rate(meter.trained)
-        result.first_step_s, result.median_step_s = meter.seconds[0], meter.median_step()
-        result.history = [e for e in trainer.state.log_history if "loss" in e or "eval_loss" in e]
-        losses = [e["loss"] for e in result.history if "loss" in e]
-        if losses:
-            result.loss_first, result.loss_last = losses[0], losses[-1]
+            result.signal = interrupts.signal
+        if result.steps:
+            with self.diary.timed("saving"), interrupts.patiently():
+                self._save(trainer)
+        result.measure(trainer.context.meter, trainer.state.log_history)
+        there = checkpoints(self.folder)
+        result.checkpoint = str(there[-1]) if there else None
 
-    def _explain(self, model: Any) -> None:
-        """Report what was rewritten in the graphs that trained."""
-        if self.recipe.optimize:
-            from ..pipeline import explain
-
-            found = explain(model)
-            self.result.optimize = found.to_dict()
-            self._say(str(found))
-
-    def _after(
-        self,
-        model: Any,
-        tokenizer: Any,
-        packs: Packs,
-        validation: list[dict[str, torch.Tensor]],
-    ) -> None:
-        """Validate, check the saved adapter, answer."""
+    def _steps(self, trainer: FineTuner) -> None:
+        """Train until the last step, or until something ends it."""
         recipe, result = self.recipe, self.result
-        if validation:
-            self._say("validating again")
-            with self._timed("validation after"):
-                result.val_loss_after = validation_loss(model, validation)
-        if recipe.adapter:
-            with self._timed("adapter check"):
-                probe = batches(packs[:1], recipe, export.pad_token(tokenizer))[0]
-                model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
-            result.adapter_check = asdict(check)
-        if result.sample:
-            with self._timed("answer after"):
-                text = export.answer(
-                    model, tokenizer, result.sample["question"], recipe.sample_max_tokens
-                )
-            result.sample["after"] = text
+        if self.saved is not None and self.saved.step >= result.steps_planned:
+            assert self.start is not None
+            self.diary.say("all steps are done; saving the result")
+            trainer.take_up(self.start)
+            return
+        first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
+        done = self.saved.step if self.saved else 0
+        self.diary.say(f"training for {result.steps_planned - done} steps{first}")
+        try:
+            trainer.train(resume_from_checkpoint=str(self.start) if self.start else None)
+            result.status = trainer.ended()
+            result.reason = trainer.unwritable
+        except BadStep as bad:
+            result.status, result.reason = "nan", str(bad)
+            trainer.give_up()
+            with self.diary.spared("saving the batch"):
+                text = bad.save(self.folder, trainer.context.tokenizer)
+                result.reason += f"; its rows are in {text}"
 
-    def _finish(self) -> None:
+    def _save(self, trainer: FineTuner) -> None:
+        try:
+            export.save_whole(trainer.model, trainer.context.tokenizer, self.folder)
+        except Unwritable as error:
+            self.result.status, self.result.reason = "disk full", str(error)
+            self.result.problems.append({"part": "saving", "error": str(error)})
+
+    def _after(self, model: Any, context: Context) -> None:
+        """Explain, validate, check the saved adapter, answer."""
+        recipe, result = self.recipe, self.result
+        if recipe.optimize:
+            with self.diary.spared("explaining"):
+                from ..pipeline import explain
+
+                found = explain(model)
+                result.optimize = found.to_dict()
+                self.diary.say(str(found))
+        if result.status != "finished":
+            return
+        if context.validation:
+            with self.diary.spared("validation after"):
+                self.diary.say("validating again")
+                result.val_loss_after = validate(model, context.validation)["eval_loss"]
+        if recipe.adapter:
+            with self.diary.spared("adapter check"):
+                one = [next(iter(self.sequences))]
+                probe = training_batch(one, recipe, export.pad_token(context.tokenizer))
+                model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
+                result.adapter_check = asdict(check)
+        if result.sample:
+            with self.diary.spared("answer after"):
+                result.sample["after"] = export.answer(
+                    model, context.tokenizer, result.sample["question"], recipe.sample_max_tokens
+                )
+
+    def _finish(self, trainer: FineTuner) -> None:
         """The files and lines that sum it up."""
+        from . import card, page  # not before the first step, which waits for every import
+
         result = self.result
         for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
             if loss is not None and not self._logged(step):
                 result.history.append({"step": step, "eval_loss": loss})
         result.history.sort(key=lambda entry: entry["step"])
-        export.plot(result.history, self.folder / "loss.png")
+        with self.diary.spared("plot"):
+            export.plot(result.history, self.folder / "loss.png")
         result.peak_rss_mb = report.peak_rss_mb()
         if torch.cuda.is_available():
             result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
-        result.write()
+        with self.diary.spared("report page"):
+            page.write(result, self.folder)
+        with self.diary.spared("model card"):
+            card.write(result, self.folder)
+        with self.diary.spared("run.json"):
+            result.write()
+        if trainer.args.push_to_hub and result.steps:
+            with self.diary.spared("push to the hub"):
+                trainer.push_results()
+            result.write()  # with what that came to
         result.print(self.console)
-        if result.status == "interrupted":
-            kind = "adapter" if self.recipe.adapter else "model"
-            self._say(
-                f"\nStopped at step {result.steps} of {result.steps_planned}; the {kind} of that "
-                f"step is in {self.folder}"
-            )
-
-    # --- small help ------------------------------------------------------------------------------
+        for line in result.ending(self.recipe.adapter is not None):
+            self.diary.say(line)
 
     def _logged(self, step: int) -> bool:
         return any(e["step"] == step and "eval_loss" in e for e in self.result.history)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.result.seconds[part] = time.perf_counter() - begun
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

@@ -1,4 +1,4 @@
-"""The model of a recipe: its weights, its tokenizer, its adapters."""
+"""The model of a recipe: its weights and their numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import RecipeError
+from .quantize import keep_format, quantization, quantize
 from .recipe import Recipe
 from .source import Source, locate
 
@@ -53,86 +53,134 @@ def device_for_training() -> torch.device:
     )
 
 
-def dtype_for_training(bf16: bool | str) -> torch.dtype:
-    """The dtype of the weights, from the recipe's ``bf16``."""
-    if bf16 == "auto":
-        bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if bf16 else torch.float32
+def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
+    """The dtype of the weights.
+
+    Args:
+        precision: as ``Recipe.precision()`` says.
+        adapters: only adapters are trained, which keep a dtype of their own.
+
+    Raises:
+        RecipeError: the device cannot compute in it.
+    """
+    gpu = torch.cuda.is_available()
+    if precision == "auto":
+        return torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float32
+    if precision == "bfloat16":
+        if gpu and not torch.cuda.is_bf16_supported():
+            raise RecipeError("bf16: this GPU has no bfloat16; set bf16: auto, or fp16: true")
+        return torch.bfloat16
+    if precision == "float16":
+        if not gpu:
+            raise RecipeError("fp16: needs a GPU; set bf16: auto, which this machine can do")
+        # a scaled loss needs gradients of float32: weights that are trained themselves stay so
+        return torch.float16 if adapters else torch.float32
+    return torch.float32
 
 
 def load_model(recipe: Recipe) -> Any:
     """Load ``base_model`` on the training device, without adapters and without a KV cache.
 
     Raises:
-        RecipeError: there is none, or it cannot be read.
+        RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
     """
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": dtype_for_training(recipe.bf16)}
-    if recipe.attn_implementation:
-        options["attn_implementation"] = recipe.attn_implementation
-    model = pretrained(AutoModelForCausalLM, recipe.base_model, **options)
+    device = device_for_training()
+    dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
+    config = quantization(recipe, dtype)
+    options: dict[str, Any] = {"dtype": dtype, **_hub(recipe)}
+    if recipe.attention():
+        options["attn_implementation"] = recipe.attention()
+    dense = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
+    if config is not None and not dense:
+        options |= {"quantization_config": config, "device_map": {"": device}}
+    if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
+        options["config"] = _config(recipe)
+    model = pretrained(
+        _class(recipe.model_type, "AutoModelForCausalLM", "model_type"),
+        recipe.base_model,
+        **{**options, **(recipe.overrides_of_model_kwargs or {})},
+    )
     forget_gguf(model)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
-    if recipe.gradient_checkpointing:
-        _checkpoint(model)
-    return model.to(device_for_training())
+    if recipe.checkpointing():
+        _checkpoint(model, recipe.gradient_checkpointing_kwargs)
+    if config is None:
+        return model.to(device)
+    if dense:
+        quantize(model, config, device)
+    keep_format(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(device) if dense else model
 
 
-def _checkpoint(model: Any) -> None:
+def _hub(recipe: Recipe) -> dict[str, Any]:
+    """What decides which files of a model on the hub are read, and run."""
+    found: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    if recipe.revision_of_model:
+        found["revision"] = recipe.revision_of_model
+    return found
+
+
+def _class(name: str | None, default: str, key: str) -> Any:
+    """A class of transformers by its name."""
+    import transformers
+
+    found = getattr(transformers, name or default, None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise RecipeError(f"{key}: transformers has no class {name} that loads a model")
+    return found
+
+
+def _config(recipe: Recipe) -> Any:
+    """The configuration of the model, with the values that the recipe overrides."""
+    found = pretrained(
+        _class(recipe.cls_model_config, "AutoConfig", "cls_model_config"),
+        recipe.base_model_config or recipe.base_model,
+        **_hub(recipe),
+    )
+    for name, value in (recipe.overrides_of_model_config or {}).items():
+        if not hasattr(found, name):
+            raise RecipeError(
+                f"overrides_of_model_config: {type(found).__name__} has no value named {name}"
+            )
+        setattr(found, name, value)
+    return found
+
+
+def _checkpoint(model: Any, options: dict[str, Any] | None) -> None:
     """Checkpoint each block, by the name that this transformers has for it."""
+    options = {"use_reentrant": False, **(options or {})}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def add_adapter(model: nn.Module, recipe: Recipe) -> Any:
-    """Wrap ``model`` with the adapters that the recipe asks for, if any.
+def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
+    """Give every token of the tokenizer a row in the embeddings.
+
+    Returns:
+        How many rows were added.
 
     Raises:
-        RecipeError: ``lora_target_modules`` names layers that the model does not have.
+        RecipeError: an adapter would leave the new rows untrained, and not save them.
     """
-    if recipe.adapter is None:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=_targets(model, recipe),
-    )
-    return get_peft_model(model, config)  # adapters in fp32 beside bf16 weights: PEFT's default
-
-
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def _targets(model: Any, recipe: Recipe) -> list[str] | str:
-    named = recipe.lora_target_modules or []
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    unknown = [name for name in named if name.rpartition(".")[2] not in present]
-    if unknown:
-        raise RecipeError(f"lora_target_modules: the model has no layer {', '.join(unknown)}")
-    if not recipe.lora_target_linear:
-        return named
-    if not named:
-        return "all-linear"
-    head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    return sorted(linear | set(named))
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    wanted = len(tokenizer)
+    if recipe.resize_token_embeddings_to_32x:
+        wanted = -(-wanted // 32) * 32
+    if wanted == rows or (wanted < rows and not recipe.shrink_embeddings):
+        return 0
+    if recipe.adapter and not recipe.lora_modules_to_save:
+        raise RecipeError(
+            f"the vocabulary has {wanted} tokens and the model {rows} embeddings; with an adapter, "
+            "the new ones are trained and saved only with "
+            "lora_modules_to_save: [embed_tokens, lm_head]"
+        )
+    model.resize_token_embeddings(wanted, mean_resizing=recipe.mean_resizing_embeddings)
+    return wanted - rows
 
 
 def pretrained(factory: Any, name: str, **options: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .meter import Meter
+
 
 @dataclass
 class RunResult:
@@ -25,8 +28,14 @@ class RunResult:
 
     Attributes:
         output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
-        status: ``"interrupted"`` after a signal; the adapter is the one of the last whole step.
+        status: how it ended. ``"interrupted"``: by a signal; ``"nan"``: a loss or a gradient was
+            no number; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint could
+            not be written. The weights are those of the last whole step that could be saved.
         signal: the number of that signal.
+        reason: what ended it, in words, where that was not the last step.
+        checkpoint: the last one, which a run can go on from, or None.
+        resumed_from: the step of the checkpoint that it went on from, or None.
+        problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
         recipe: every key with the value that was used.
         data: how many rows, samples, sequences and tokens there were, and what was left out.
         parameters: how many are trained, and how many there are.
@@ -49,7 +58,9 @@ class RunResult:
         adapter_check: ``exact`` and ``optimized_difference``, see ``export.AdapterCheck``.
         optimize: the optimize report as data, or None when ``optimize: false``.
         seconds: of each part of the run.
-        history: the logged entries: step, loss, learning rate, gradient norm, validation loss.
+        history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
+            ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
+            of training until then); or ``eval_loss`` (and ``eval_NAME_loss`` of several datasets).
         versions: of Python and the libraries.
         machine: processor, cores, GPU.
         started: date and time, UTC.
@@ -57,8 +68,12 @@ class RunResult:
 
     output_dir: Path
     recipe: dict[str, Any]
-    status: Literal["finished", "interrupted"] = "finished"
+    status: Literal["finished", "interrupted", "nan", "watchdog", "disk full"] = "finished"
     signal: int | None = None
+    reason: str | None = None
+    checkpoint: str | None = None
+    resumed_from: int | None = None
+    problems: list[dict[str, str]] = field(default_factory=list)
     data: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     steps: int = 0
@@ -84,6 +99,64 @@ class RunResult:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     started: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with.
+
+        0: finished. 128 + n: stopped by signal n. 1: it ended early by itself, or the saved adapter
+        is not what was trained.
+        """
+        if self.signal is not None:
+            return 128 + self.signal
+        broken = self.adapter_check is not None and not self.adapter_check["exact"]
+        return int(broken or self.status != "finished")
+
+    def measure(self, meter: Meter, log: Sequence[dict[str, Any]]) -> None:
+        """Take the figures of training.
+
+        Args:
+            meter: what the steps took.
+            log: the trainer's log.
+        """
+        self.tokens, self.trained_tokens = sum(meter.tokens), sum(meter.trained)
+        self.tokens_per_s = meter.rate(meter.tokens)
+        self.trained_tokens_per_s = meter.rate(meter.trained)
+        if meter.seconds:
+            self.first_step_s, self.median_step_s = meter.seconds[0], meter.median_step()
+        self.history = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        if losses:
+            self.loss_first, self.loss_last = losses[0], losses[-1]
+
+    def ending(self, adapter: bool) -> Iterator[str]:
+        """What to say at the end of a run that did not finish.
+
+        Args:
+            adapter: the run trained one.
+        """
+        if self.status == "finished":
+            return
+        yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._kept(adapter)
+        yield {
+            "nan": f"A number was lost: {self.reason}. No weight was changed by that step",
+            "watchdog": "The loss stayed above loss_watchdog_threshold",
+            "disk full": f"The last checkpoint could not be written: {self.reason}",
+            "interrupted": f"Stopped by signal {self.signal}",
+        }[self.status] + "."
+        if self.checkpoint:
+            yield (
+                f"{self.checkpoint} is whole: the same recipe goes on from there with "
+                "resume_from_checkpoint: true"
+            )
+
+    def _kept(self, adapter: bool) -> str:
+        kind = "adapter" if adapter else "model"
+        if not self.steps:
+            return "nothing was trained"
+        if any(problem["part"] == "saving" for problem in self.problems):
+            return f"the {kind} of that step could not be saved"
+        return f"the {kind} of that step is in {self.output_dir}"
 
     def write(self) -> None:
         """Write ``run.json``, whole or not at all."""
@@ -143,6 +216,26 @@ class RunResult:
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
+
+
+def rows_told(data: dict[str, int]) -> str:
+    """A line on the rows of a run."""
+    if "rows" not in data:
+        return "data: a stream"
+    dropped = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "nothing_to_train": "with nothing to train",
+        "duplicates": "equal to others",
+    }
+    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    return (
+        f"data: {data['rows']:,} rows, of them {data.get('validation_samples', 0):,} for "
+        f"validation; {data.get('train_sequences', 0):,} sequences, "
+        f"{data.get('train_tokens', 0):,} tokens, "
+        f"{data.get('train_trained_tokens', 0):,} trained"
+        + (f"; {', '.join(left_out)}" if left_out else "")
+    )
 
 
 def versions() -> dict[str, str]:

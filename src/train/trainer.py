@@ -1,257 +1,289 @@
-"""The optimizer steps: transformers' Trainer with our batches, our validation and our progress."""
+"""The optimizer steps: transformers' Trainer with our batches, our order and our checkpoints."""
 
 from __future__ import annotations
 
 import functools
-import math
-import statistics
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from ..flat import FlatOptimizer
-from ..flat_buffers import why_not
+from ..errors import RecipeError
+from ..memory.meter import Meter as Memory
 from ..memory.retry import retrying
 from ..pipeline import planner_of
-from .data import IGNORED, Pack, collate, count
-from .recipe import Recipe
-from .signals import Interrupts
+from . import checkpoint
+from .arguments import steps, training_arguments
+from .context import Context
+from .export import pad_token
+from .flow import Flow, watchers
+from .optimizer import make_optimizer
+from .order import Kind, Order
+from .progress import Watch
+from .randomness import Randomness
+from .report import rss_mb
+from .resume import Saved
+from .saving import write_checkpoint
+from .schedule import own_schedule
+from .sequences import training_batch
+from .validation import validate
+from .watchdog import Guard, LossWatchdog
 
 
-@dataclass
-class Meter:
-    """What the steps so far took.
+class FineTuner(Trainer):
+    """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     Attributes:
-        seconds: of each step.
-        tokens: of each step, without padding.
-        trained: of each step, the tokens with a label.
+        watch: shows the progress.
+        unwritable: why a checkpoint could not be written, which ended the run; or None.
+        saved_at: the step of the last checkpoint.
     """
 
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
+    watch: Watch
 
-    def add(self, tokens: int, trained: int) -> None:
-        """Count a batch of the step that is going on."""
-        if len(self.tokens) == len(self.seconds):
-            self.tokens.append(0)
-            self.trained.append(0)
-        self.tokens[-1] += tokens
-        self.trained[-1] += trained
+    def __init__(self, context: Context, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.context, self.guard = context, Guard()
+        self._folder = Path(context.recipe.output_dir)
+        self.unwritable: str | None = None
+        self.saved_at: int | None = None
+        self._resumed: Saved | None = None
+        self._after_step: tuple[Randomness, Tensor] | None = None
+        self._midway = False
 
-    def rate(self, counts: Sequence[int], last: int | None = None) -> float:
-        """``counts`` per second, over the ``last`` steps; all but the first, which compiles."""
-        pairs = list(zip(counts, self.seconds, strict=False))
-        pairs = pairs[1:] or pairs
-        pairs = pairs[-last:] if last else pairs
-        spent = sum(s for _, s in pairs)
-        return sum(n for n, _ in pairs) / spent if spent else 0.0
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; it gives the terminal back, whatever happens."""
+        with self.watch:
+            return super().train(*args, **kwargs)
 
-    def median_step(self) -> float:
-        """Seconds of the median step, the first left out."""
-        return statistics.median(self.seconds[1:] or self.seconds or [0.0])
-
-
-class _Trainer(Trainer):
-    """``Trainer`` that counts its tokens and validates by token, not by batch."""
-
-    meter: Meter
-    validation: list[dict[str, Tensor]]
+    # --- what is stepped, and in which order -----------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's own; adapters are hundreds of small tensors, which are stepped as one."""
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # these move the parameters
-        if made and hasattr(self.model, "peft_config") and not sharded and not why_not(optimizer):
-            self.optimizer = FlatOptimizer(optimizer)
+        """The optimizer of the recipe; adapters are hundreds of small tensors, stepped as one."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self, model or self.model, self.context.recipe)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule, where transformers has no name for it; else Trainer's own."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            stepped: Any = optimizer or self.optimizer
+            made: Any = own_schedule(self.context.recipe, stepped, warmup, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = made, made is not None
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        recipe = self.context.recipe
+        packs: Any = train_dataset or self.train_dataset
+        kind: Kind = "by length" if recipe.group_by_length else "shuffled"
+        kind = "in order" if recipe.curriculum_sampling else kind
+        lengths = [0] * len(packs)
+        if kind == "by length":
+            lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
+        return Order(lengths, self.args.seed, kind, self._train_batch_size)
+
+    # --- a step ----------------------------------------------------------------------------------
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
+        """Forward and backward of one batch."""
+        self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
         planner = planner_of(model)
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        return step() if planner is None else retrying(planner, step, model.parameters())
+        loss = step() if planner is None else retrying(planner, step, model.parameters())
+        self.guard.add(self.state.global_step + 1, inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        own: Any = super()._get_grad_norm
+        norm = own(model, grad_norm)
+        if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
+            return norm
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.guard.judge(norm, optimizer, self._logs(self.state.global_step + 1))
+
+    def _logs(self, step: int) -> bool:
+        first = self.args.logging_first_step and step == 1
+        return first or step % self.state.logging_steps == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last entry took."""
+        if "loss" in logs:
+            self.guard.look()
+            meter = self.context.meter
+            since = self.state.global_step - self._last_loss()
+            logs["trained_tokens_per_s"] = meter.rate(meter.trained, last=max(1, since))
+            logs["time"] = sum(meter.seconds)
+            share = meter.utilization(last=max(1, since))
+            if share is not None:
+                logs["mfu"] = share
+            logs["rss_mb"] = rss_mb()
+            if torch.cuda.is_available():
+                logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20
+        super().log(logs, start_time)
+
+    def _last_loss(self) -> int:
+        """The step of the last entry that has a loss."""
+        entries = reversed(self.state.log_history)
+        return next((int(e["step"]) for e in entries if "loss" in e), 0)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": validation_loss(self.model, self.validation)}
+        """The loss per trained token of the validation rows."""
+        metrics = validate(self.model, self.context.validation)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
+    # --- checkpoints -----------------------------------------------------------------------------
 
-class _Watch(TrainerCallback):
-    """Times the steps, shows them, and ends the loop when a signal came."""
+    def resume(self, saved: Saved | None) -> None:
+        """Say what the checkpoint kept that ``train`` is about to go on from."""
+        self._resumed = saved
 
-    def __init__(self, meter: Meter, interrupts: Interrupts, console: Console, total: int) -> None:
-        self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=2,
-            speed_estimate_period=600,  # seconds: a step may take many
-        )
-        self.task: TaskID | None = None
-        self.begun = 0.0
+    def began(self) -> None:
+        """Take up the loss that was summed up when the checkpoint was written."""
+        if self._resumed is not None:
+            # the state of a checkpoint brings its own intervals along
+            state: Any = self.state
+            state.compute_steps(self.args, state.max_steps)
+            self.saved_at = self._resumed.step
+            self._tr_loss += self._resumed.pending_loss
+            self._globalstep_last_logged = self._resumed.last_logged
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.console.is_terminal:
-            self.bar.start()
-            self.task = self.bar.add_task("training", total=self.total, loss="-", rate="-")
+    def stepped(self) -> None:
+        """Note what a checkpoint would need, if the next step is not finished."""
+        self._after_step = Randomness.now(), self._tr_loss.clone()
+        self._midway = False
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = time.perf_counter()
+    def stepping(self) -> None:
+        """Note that a step begins, which may not be finished."""
+        self._midway = True
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
+    def save_now(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one, or was no step."""
+        if self.state.global_step not in (0, self.saved_at) and self.unwritable is None:
+            self._save_checkpoint(self.model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.meter.seconds.append(time.perf_counter() - self.begun)
-        if self.task is not None:
-            rate = f"{self.meter.rate(self.meter.tokens, last=10):,.0f}"
-            self.bar.update(self.task, completed=state.global_step, rate=rate)
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
+    def give_up(self) -> None:
+        """End a loop that ``BadStep`` has left: write a checkpoint of what was before it."""
+        self.save_now()
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        step, every = state.global_step, max(1, self.total // 10)
-        if "eval_loss" in logs:
-            self.console.print(f"  step {step}: validation loss {logs['eval_loss']:.3f}")
-        if "loss" not in logs:
+    def push_results(self) -> None:
+        """Upload the run's folder, checkpoints left out, to the hub."""
+        from huggingface_hub import upload_folder
+
+        upload_folder(
+            repo_id=str(self.hub_model_id), folder_path=str(self.args.output_dir),
+            revision=self.args.hub_revision, token=self.args.hub_token,
+            ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
+        )  # fmt: skip
+
+    def take_up(self, folder: Path) -> None:
+        """Load a checkpoint of the last step, after which nothing is left to train."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.saved_at = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write the checkpoint, or end the run because the disk is full."""
+        folder, step = self._folder, self.state.global_step
+        try:
+            with checkpoint.writing(folder, step) as part:
+                write_checkpoint(self, part, self._saved(), self._unfinished())
+        except checkpoint.Unwritable as error:
+            self.unwritable = str(error)
+            self.control.should_training_stop = True
             return
-        loss = f"{float(logs['loss']):.3f}"
-        if self.task is not None:
-            self.bar.update(self.task, loss=loss)
-        elif step == 1 or step % every == 0 or step == self.total:
-            rate = self.meter.rate(self.meter.tokens, last=10)
-            left = self.meter.median_step() * (self.total - step)
-            self.console.print(
-                f"  step {step}/{self.total}  loss {loss}  {rate:,.0f} tokens/s  ETA {left:.0f} s"
-            )
+        self.saved_at = step
+        new = checkpoint.place(folder, step)
+        best = self.state.best_model_checkpoint
+        kept = {new, Path(best)} if best else {new}
+        checkpoint.rotate(folder, self.context.recipe.save_total_limit, kept)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(new))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
+    def _unfinished(self) -> Randomness | None:
+        """The random state before a step that was begun and not finished; else None."""
+        return self._after_step[0] if self._midway and self._after_step is not None else None
 
+    def _saved(self) -> Saved:
+        recipe, step = self.context.recipe, self.state.global_step
+        pending = self._tr_loss
+        if self._midway and self._after_step is not None:
+            pending = self._after_step[1]
+        logged = self._globalstep_last_logged == step
+        return Saved(
+            recipe=recipe.model_dump(mode="json"),
+            data=self.context.data,
+            step=step,
+            meter=self.context.meter.whole(),
+            pending_loss=0.0 if logged else float(pending),
+            last_logged=self._globalstep_last_logged,
+            carried=self.context.carried(),
+        )
 
-@torch.no_grad()
-def validation_loss(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Mean loss of a trained token over all of ``batches``; the model's mode is kept."""
-    training = model.training
-    model.eval()
-    total, tokens = 0.0, 0
-    try:
-        for batch in batches:
-            here = {k: v.to(model.device) for k, v in batch.items()}
-            number = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**here).loss) * number
-            tokens += number
-    finally:
-        model.train(training)
-    return total / tokens if tokens else float("nan")
+    def _load_best_model(self) -> None:
+        if self.ended() == "finished":  # else the last step's weights are what was asked for
+            super()._load_best_model()
 
-
-def batches(packs: Sequence[Pack], recipe: Recipe, pad_id: int) -> list[dict[str, Tensor]]:
-    """Validation batches, in order."""
-    size = recipe.micro_batch_size
-    groups = [packs[i : i + size] for i in range(0, len(packs), size)]
-    return [collate(g, pad_id, recipe.sample_packing, recipe.sequence_len) for g in groups]
-
-
-def steps_planned(recipe: Recipe, packs: int) -> int:
-    """How many optimizer steps the recipe makes of ``packs`` sequences."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    micro = math.ceil(packs / recipe.micro_batch_size)
-    per_epoch = math.ceil(micro / recipe.gradient_accumulation_steps)
-    return math.ceil(per_epoch * recipe.num_epochs)
+    def ended(self) -> Literal["finished", "interrupted", "watchdog", "disk full"]:
+        """Why the loop ended."""
+        if self.unwritable is not None:
+            return "disk full"
+        if self.context.interrupts.signal is not None:
+            return "interrupted"
+        dogs = [c for c in self.callback_handler.callbacks if isinstance(c, LossWatchdog)]
+        return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
 
 
 def make_trainer(
-    model: Any,
-    recipe: Recipe,
-    packs: list[Pack],
-    validation: list[dict[str, Tensor]],
-    pad_id: int,
-    meter: Meter,
-    interrupts: Interrupts,
-    console: Console,
-) -> Trainer:
-    """Set up the trainer; ``trainer.train()`` runs it."""
-    total = steps_planned(recipe, len(packs))
-    warmup = recipe.warmup_steps
-    if warmup is None:
-        warmup = round((recipe.warmup_ratio or 0.0) * total)
-    args = TrainingArguments(
-        output_dir=str(Path(recipe.output_dir)),
-        per_device_train_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        max_steps=total,
-        optim=recipe.optimizer,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=warmup,
-        weight_decay=recipe.weight_decay,
-        adam_beta1=recipe.adam_beta1,
-        adam_beta2=recipe.adam_beta2,
-        adam_epsilon=recipe.adam_epsilon,
-        max_grad_norm=recipe.max_grad_norm,
-        seed=recipe.seed,
-        logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
-        eval_strategy="steps" if recipe.eval_steps else "no",
-        eval_steps=recipe.eval_steps,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        save_total_limit=recipe.save_total_limit,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = _Trainer(
-        model=model,
-        args=args,
-        train_dataset=packs,
-        eval_dataset=packs[:1] if recipe.eval_steps else None,  # asked for; evaluate() is ours
-        data_collator=functools.partial(_collate, recipe=recipe, pad_id=pad_id),
-        callbacks=[_Watch(meter, interrupts, console, total)],
-    )
-    trainer.meter, trainer.validation = meter, validation
+    context: Context, model: Any, packs: Any, resumed: Saved | None = None
+) -> FineTuner:
+    """Set up the trainer; ``trainer.train()`` runs it.
+
+    Args:
+        context: the recipe and what goes with it.
+        model: with its adapters.
+        packs: the sequences to train on; a stream of them has no length.
+        resumed: what the checkpoint kept that the run goes on from.
+
+    Raises:
+        RecipeError: keys that do not go together, or a hub that cannot be reached.
+    """
+    recipe = context.recipe
+    total = steps(recipe, len(packs) if hasattr(packs, "__len__") else None)
+    args = training_arguments(recipe, total)
+    pad_id = pad_token(context.tokenizer)
+    flow = Flow(recipe, context.interrupts)
+    memory = Memory(model.device)
+    watch = Watch(
+        context.meter, context.interrupts, context.console, total.total,
+        lambda: memory.used() / 2**20,
+    )  # fmt: skip
+    given = {
+        "model": model,
+        "args": args,
+        "train_dataset": packs,
+        # asked for; evaluate() is ours
+        "eval_dataset": [None] if args.eval_strategy != "no" else None,
+        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
+        "callbacks": [*watchers(recipe), flow, watch],
+    }
+    try:
+        trainer = FineTuner(context, **given)
+    except (ValueError, OSError, ImportError) as error:
+        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    flow.trainer, trainer.watch = trainer, watch
+    trainer.resume(resumed)
+    if resumed is not None:
+        context.meter.restore(resumed.meter)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _collate(packs: list[Pack], recipe: Recipe, pad_id: int) -> dict[str, Any]:
-    tokens, trained = count(packs)
-    batch = collate(packs, pad_id, recipe.sample_packing, recipe.sequence_len)
-    return {**batch, "tokens": tokens, "trained": trained}

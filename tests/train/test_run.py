@@ -229,8 +229,8 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_dtypes() -> None:
-    assert dtype_for_training(True) is torch.bfloat16
-    assert dtype_for_training(False) is torch.float32
+    assert dtype_for_training("bfloat16") is torch.bfloat16
+    assert dtype_for_training("float32") is torch.float32
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
@@ -243,8 +243,8 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
 
     from fusewright.flat import FlatOptimizer
     from fusewright.train.signals import Interrupts
-    from fusewright.train.trainer import Meter, make_trainer
-    from tests.train.conftest import make_model
+    from fusewright.train.trainer import Context, make_trainer
+    from tests.train.conftest import make_model, make_tokenizer
 
     def trained(folder: str, resume: str | None, flat: bool) -> Any:
         changes = {"optimizer": optimizer, "output_dir": str(tmp_path / folder), "save_steps": 2}
@@ -252,7 +252,8 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
         torch.manual_seed(0)
         model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
         packs = [[Sample([1, 5 + i, 9, 2], [1, 5 + i, 9, 2])] for i in range(8)]
-        trainer = make_trainer(model, asked, packs, [], 0, Meter(), Interrupts(), QUIET)
+        context = Context(asked, make_tokenizer(), QUIET, Interrupts())
+        trainer = make_trainer(context, model, packs)
         if not flat:
             trainer.create_optimizer = lambda model=None: Trainer.create_optimizer(trainer, model)
         trainer.train(resume_from_checkpoint=resume)

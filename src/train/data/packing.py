@@ -106,7 +106,7 @@ class Packs(Sequence[Pack]):
 
 
 def collate(
-    packs: Sequence[Sequence[Sample]], pad_id: int, packing: bool, length: int
+    packs: Sequence[Sequence[Sample]], pad_id: int, packing: bool, length: int, full: bool = False
 ) -> dict[str, Tensor]:
     """Make one batch.
 
@@ -115,6 +115,7 @@ def collate(
         pad_id: the token that fills up; it is never trained.
         packing: pass positions (and no mask); otherwise pass a mask, and each pack has one sample.
         length: the longest sequence there may be.
+        full: fill every sequence up to ``length``.
 
     Returns:
         ``input_ids`` and ``labels`` (B, T), and ``position_ids`` (B, T) or ``attention_mask``
@@ -123,7 +124,7 @@ def collate(
     import torch
 
     longest = max(sum(len(s.input_ids) for s in p) for p in packs)
-    width = max(longest, min(length, -(-longest // GRANULE) * GRANULE))
+    width = max(longest, length if full else min(length, -(-longest // GRANULE) * GRANULE))
     ids, labels, positions, mask = [], [], [], []
     for samples in packs:
         tokens = [t for s in samples for t in s.input_ids]

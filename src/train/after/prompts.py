@@ -1,0 +1,87 @@
+"""The prompts of ``fusewright generate``, from the command line, a pipe or a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from ...errors import DataError, RecipeError
+
+Message = dict[str, str]
+"""``role`` and ``content``."""
+
+_KEYS = ("role", "content")
+
+
+def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
+    """Read a file of prompts.
+
+    Args:
+        path: ``.jsonl``, each line a text, ``{"prompt": ...}`` or ``{"messages": [...]}``; any
+            other file: each line is a prompt. Blank lines are passed over.
+        system: a system text for those that have none.
+
+    Raises:
+        DataError: it cannot be read, or a line is none of these; the message has file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    found = [
+        _messages(line, path, number) if path.suffix == ".jsonl" else [_user(line)]
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise DataError(f"{path}: there is no prompt in it")
+    return [with_system(messages, system) for messages in found]
+
+
+def read_prompt(prompt: str | None, stdin: TextIO) -> str:
+    """The prompt of the command line, or of ``stdin`` when it is ``-`` or left out of a pipe.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if prompt == "-" or (prompt is None and not stdin.isatty()):
+        prompt = stdin.read().strip()
+    if not prompt:
+        raise RecipeError("there is no prompt: write one, or - to read it from standard input")
+    return prompt
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """``messages`` with a system text before them, unless they have one."""
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _messages(line: str, path: Path, number: int) -> list[Message]:
+    where = f"{path}, line {number}"
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+    if isinstance(row, dict):
+        row = row.get("prompt", row.get("messages"))
+    if isinstance(row, str):
+        return [_user(row)]
+    turns = row if isinstance(row, list) else []
+    right = (isinstance(t, dict) and all(isinstance(t.get(k), str) for k in _KEYS) for t in turns)
+    if not turns or not all(right):
+        raise DataError(
+            f'{where}: must be a text, {{"prompt": "..."}} or {{"messages": [{{"role": "user", '
+            '"content": "..."}]}'
+        )
+    if turns[-1]["role"] == "assistant":  # a row of training data: what it asks is answered anew
+        turns = turns[:-1]
+    if not turns:
+        raise DataError(f"{where}: there is nothing to answer, only an answer")
+    return [{key: turn[key] for key in _KEYS} for turn in turns]

@@ -1,0 +1,70 @@
+"""Figures and text as people read them: times, amounts of memory, smoothed curves."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with ``\ufffd`` for what no text file may hold, but a model's answer can.
+
+    Those are control characters other than tabs and line breaks, and halves of characters.
+    """
+    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def duration(seconds: float) -> str:
+    """A length of time in at most eight characters: ``48 s``, ``3:05``, ``12:03:04``, ``3d 04h``.
+
+    ``-`` for what is not a number or below zero.
+    """
+    if not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    if hours < 24:
+        clock = f"{minutes % 60:02}:{whole % 60:02}"
+        return f"{hours}:{clock}" if hours else clock.removeprefix("0")
+    return f"{hours // 24}d {hours % 24:02}h"
+
+
+def memory(mib: float) -> str:
+    """An amount of memory: ``870 MiB``, ``3.2 GiB``."""
+    return f"{mib:,.0f} MiB" if mib < 1000 else f"{mib / 1024:,.1f} GiB"
+
+
+def millions(count: float) -> str:
+    """A large number: ``870``, ``4.88M``, ``139M``, ``7.24B``."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:,.0f}"
+
+
+class Smooth:
+    """A running mean in which a value's weight fades to a tenth within some twenty steps.
+
+    Values that are not numbers are left out, so that one of them does not hide all that follow.
+
+    Args:
+        decay: how much of a value's weight is left after one more value.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay, self.sum, self.weight = decay, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        """Take in the next value."""
+        if math.isfinite(value):
+            self.sum = self.decay * self.sum + value
+            self.weight = self.decay * self.weight + 1.0
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN before the first value."""
+        return self.sum / self.weight if self.weight else math.nan

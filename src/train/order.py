@@ -1,0 +1,59 @@
+"""The order in which the sequences of an epoch are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch.utils.data import Sampler
+
+Kind = Literal["shuffled", "in order", "by length"]
+
+_SPAN = 50
+"""Batches that are sorted among themselves: the order stays random, the padding short."""
+
+
+class Order(Sampler[int]):
+    """Indices of sequences, in an order that only the seed and the number of the epoch decide.
+
+    It draws nothing from the global random state: a run that goes on from a checkpoint sees the
+    same order as one that was never stopped.
+
+    Args:
+        lengths: tokens of each sequence.
+        seed: of the run.
+        kind: ``shuffled``; ``in order``; or ``by length``: shuffled, but batches of like lengths.
+        batch: sequences in a batch.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, kind: Kind, batch: int) -> None:
+        self.lengths, self.seed, self.kind, self.batch, self.epoch = lengths, seed, kind, batch, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        number = len(self.lengths)
+        if self.kind == "in order":
+            return iter(range(number))
+        order = torch.randperm(number, generator=generator).tolist()
+        if self.kind == "shuffled":
+            return iter(order)
+        batches = []
+        for start in range(0, number, _SPAN * self.batch):
+            alike = sorted(order[start : start + _SPAN * self.batch], key=self._longest_first)
+            batches += [alike[i : i + self.batch] for i in range(0, len(alike), self.batch)]
+        # the longest first, so that it shows at once whether there is memory for it
+        first, rest = batches[:1], batches[1:]
+        last = [rest.pop()] if rest else []  # which may not be full, and would shift the others
+        shuffled = [rest[j] for j in torch.randperm(len(rest), generator=generator).tolist()]
+        return iter([i for batch in [*first, *shuffled, *last] for i in batch])
+
+    def _longest_first(self, index: int) -> int:
+        return -self.lengths[index]

@@ -1,0 +1,47 @@
+"""The state of all random number generators that a training step may draw from."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """A moment's state: Python's, NumPy's, PyTorch's on the CPU and on the GPU."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    gpu: Tensor | None
+
+    @classmethod
+    def now(cls) -> Randomness:
+        """The state at this moment."""
+        gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu)
+
+    def restore(self) -> None:
+        """Make this the state again."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Make this the state while the block runs."""
+        current = Randomness.now()
+        self.restore()
+        try:
+            yield
+        finally:
+            current.restore()

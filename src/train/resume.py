@@ -1,0 +1,156 @@
+"""Going on from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from . import checkpoint
+from .recipe import Recipe
+
+_FILE = "fusewright.json"
+_FORMAT = 1
+
+_MAY_DIFFER = frozenset({
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+    "optimize", "codegen", "memory", "strict", "sample_prompt", "sample_max_tokens",
+    "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
+    "low_cpu_mem_usage", "device_map", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
+    "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "torch_empty_cache_steps",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+})  # fmt: skip
+_MAY_DIFFER_TOO = (
+    "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio", "use_", "hf_",
+)  # fmt: skip
+"""Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
+compared by their content."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint keeps besides what the Trainer does.
+
+    Attributes:
+        recipe: every key of the run that made it.
+        data: the fingerprint of its prepared rows.
+        step: how many optimizer steps were done.
+        meter: what ``Meter`` has counted.
+        pending_loss: the loss that is summed up and not logged yet.
+        last_logged: the step at which it was logged last.
+        carried: figures of the run from before it trained.
+    """
+
+    recipe: dict[str, Any]
+    data: str
+    step: int
+    meter: dict[str, list[Any]]
+    pending_loss: float
+    last_logged: int
+    carried: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
+        (folder / _FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """Read it from a checkpoint.
+
+        Raises:
+            RecipeError: the checkpoint is none of ours, or lacks files.
+        """
+        try:
+            content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(
+                f"{folder} cannot be resumed from: it has no {_FILE}, so this version did not "
+                "write it; for its weights alone set lora_model_dir (or base_model)"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{folder} cannot be resumed from: {_FILE}: {error}") from None
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise RecipeError(f"{folder} cannot be resumed from: another version wrote its {_FILE}")
+        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+            if not (folder / name).exists():
+                raise RecipeError(
+                    f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
+                    "leaves that out)"
+                )
+        return cls(**content)
+
+
+def find(recipe: Recipe) -> Path | None:
+    """The checkpoint that the recipe wants to go on from; None: it begins anew.
+
+    Raises:
+        RecipeError: it names one that is not there.
+    """
+    folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    if recipe.overwrite_output_dir and not isinstance(wanted, str):
+        return None
+    if isinstance(wanted, str):
+        return _named(Path(wanted).expanduser(), folder)
+    if not (wanted or recipe.auto_resume_from_checkpoints):
+        return None
+    there = checkpoint.checkpoints(folder)
+    if there:
+        return there[-1]
+    if wanted:
+        raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+    return None
+
+
+def _named(path: Path, folder: Path) -> Path:
+    """The checkpoint ``path``, or the last one in it, if it is a run's folder."""
+    candidates = [path.resolve(), folder / path]
+    for candidate in candidates:
+        if checkpoint.step_of(candidate) is not None and candidate.is_dir():
+            return candidate
+        inside = checkpoint.checkpoints(candidate) if candidate.is_dir() else []
+        if inside:
+            return inside[-1]
+    raise RecipeError(f"resume_from_checkpoint: there is no checkpoint {path}")
+
+
+def load(path: Path, recipe: Recipe) -> Saved:
+    """Read a checkpoint's own file, and see that its run was the same as this one.
+
+    Raises:
+        RecipeError: it cannot be resumed from, or other keys decided what it trained.
+    """
+    saved = Saved.read(path)
+    now = recipe.model_dump(mode="json")
+    differing = [
+        f"{key} was {json.dumps(saved.recipe.get(key))} and is {json.dumps(now.get(key))}"
+        for key in sorted(set(saved.recipe) | set(now))
+        if saved.recipe.get(key) != now.get(key) and not _may_differ(key)
+    ]
+    if differing:
+        raise RecipeError(
+            f"{path} was made by another recipe:\n  " + "\n  ".join(differing) + "\nSet them back; "
+            "or begin a new run from its weights, with lora_model_dir (or base_model)"
+        )
+    return saved
+
+
+def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
+    """See that a checkpoint's run had the rows that this one has.
+
+    Raises:
+        RecipeError: it had others.
+    """
+    if saved.data != fingerprint:
+        raise RecipeError(
+            f"{path} was trained on other rows: the datasets, their template or the split have "
+            "changed since (or the version of tokenizers or transformers); put them back, or begin "
+            "a new run"
+        )
+
+
+def _may_differ(key: str) -> bool:
+    return key in _MAY_DIFFER or key.startswith(_MAY_DIFFER_TOO)

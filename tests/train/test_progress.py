@@ -1,0 +1,207 @@
+"""The display of a training's progress, in terminals of several widths and in a log."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fusewright.train.figures import Smooth, duration, memory, millions
+from fusewright.train.meter import Meter
+from fusewright.train.progress import Watch
+from fusewright.train.signals import Interrupts
+
+
+class Screen:
+    """A terminal (or a log) that a watch writes to, and the trainer's side of the talk."""
+
+    def __init__(self, width: int, terminal: bool, total: int = 20, every: int = 1) -> None:
+        self.out = io.StringIO()
+        console = Console(file=self.out, width=width, force_terminal=terminal, color_system=None)
+        self.meter = Meter(flops=2e6, peak=1e9)
+        self.interrupts = Interrupts()
+        self.watch = Watch(self.meter, self.interrupts, console, total, used=lambda: 3300.0)
+        self.every = every
+        self.state = SimpleNamespace(global_step=0, epoch=0.0)
+        self.control = SimpleNamespace(should_training_stop=False, should_log=False)
+
+    def tell(self, event: str, **more: Any) -> None:
+        getattr(self.watch, event)(None, self.state, self.control, **more)
+
+    def step(self, loss: float = 1.5) -> None:
+        self.tell("on_step_begin")
+        self.meter.add(120, 90)
+        self.state.global_step += 1
+        self.state.epoch += 0.1
+        self.control.should_log = self.state.global_step % self.every == 0
+        self.tell("on_step_end")
+        self.meter.seconds[-1] = 0.5
+        if self.control.should_log:
+            self.tell("on_log", logs={"loss": loss, "learning_rate": 2e-4, "grad_norm": 1.0})
+
+    def frame(self) -> list[str]:
+        """What the bar looks like now."""
+        assert self.watch.bar is not None
+        self.out.truncate(self.out.seek(0))
+        self.watch.console.print(self.watch.bar.get_renderable())
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.out.getvalue()).replace("\r", "")
+        return [line.rstrip() for line in text.split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize("width", [30, 50, 80, 100, 140])
+def test_the_bar_fits_the_terminal(width: int) -> None:
+    screen = Screen(width, terminal=True)
+    with screen.watch:
+        screen.tell("on_train_begin")
+        for loss in (2.0, 1.0, 1.5):
+            screen.step(loss)
+        bar, figures = screen.frame()[:2]
+    assert len(bar) <= width
+    assert len(figures) <= width
+    assert "3/20" in bar
+    assert "loss 1.48" in figures  # (0.81 x 2.0 + 0.9 x 1.0 + 1.5) / 2.71 = 1.483
+    shown = {
+        30: [],
+        50: ["trained tokens/s", "3.2 GiB"],
+        80: ["last 1.500", "lr 2.0e-04", "trained tokens/s", "3.2 GiB"],
+        100: ["last 1.500", "lr 2.0e-04", "MFU ", "epoch 0.30"],
+        140: ["last 1.500", "lr 2.0e-04", "MFU ", "epoch 0.30"],
+    }[width]
+    assert [words for words in shown if words not in figures] == []
+    if width >= 80:
+        assert " left" in bar
+
+
+def test_the_figures_are_right() -> None:
+    screen = Screen(140, terminal=True)
+    with screen.watch:
+        screen.tell("on_train_begin")
+        screen.step()
+        screen.step()
+        screen.tell("on_log", logs={"loss": 1.5})
+        figures = screen.frame()[1]
+    # 90 trained tokens in half a second; 240 tokens/s x 2e6 operations of 1e9
+    assert "180 trained tokens/s" in figures
+    assert "MFU 48%" in figures
+
+
+def test_what_others_say_stands_above_the_bar() -> None:
+    screen = Screen(100, terminal=True)
+    with screen.watch:
+        screen.tell("on_train_begin")
+        screen.step()
+        print("mind the gap", file=sys.stderr)  # as the warnings module does
+        print("from somewhere else")
+        screen.tell("on_log", logs={"eval_loss": 1.25})
+        screen.tell("on_log", logs={"eval_loss": 1.0})
+        screen.tell("on_log", logs={"eval_test_1_loss": 0.5})
+        screen.tell("on_save")
+        text = screen.out.getvalue()
+    for words in (
+        "mind the gap",
+        "from somewhere else",
+        "step 1: validation loss 1.250\n",
+        "step 1: validation loss 1.000 (-0.250)\n",
+        "step 1: validation loss of test_1 0.500\n",
+        "step 1: saved checkpoint-1\n",
+    ):
+        assert words in text
+
+
+def test_the_terminal_is_given_back_after_an_error() -> None:
+    def fail() -> None:
+        with screen.watch:
+            screen.tell("on_train_begin")
+            assert sys.stdout is not before
+            raise RuntimeError
+
+    screen, before = Screen(100, terminal=True), sys.stdout
+    with pytest.raises(RuntimeError):
+        fail()
+    assert sys.stdout is before
+    assert screen.out.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(100, terminal=True)
+    with screen.interrupts, screen.watch:
+        screen.tell("on_train_begin")
+        screen.step()
+        assert not screen.control.should_training_stop
+        with screen.interrupts.patiently():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert Interrupts.STOPPING in screen.frame()  # at once, not when the step has ended
+        screen.tell("on_substep_end")
+        assert screen.control.should_training_stop
+    assert not screen.interrupts.shown
+    assert capfd.readouterr().err == ""  # nothing was written over the display
+
+
+def lines(screen: Screen, steps: int) -> list[str]:
+    with screen.watch:
+        screen.tell("on_train_begin")
+        for _ in range(steps):
+            screen.step()
+    return screen.out.getvalue().splitlines()
+
+
+def test_a_log_gets_the_first_line_and_every_tenth() -> None:
+    said = lines(Screen(80, terminal=False, total=30), 30)
+    assert [int(re.findall(r"step (\d+)/30", line)[0]) for line in said] == [1, *range(3, 31, 3)]
+    assert all("\x1b" not in line for line in said)
+    for words in ("loss 1.500", "lr 2.0e-04", "180 trained tokens/s", "3.2 GiB", "ETA 0 s"):
+        assert words in said[-1]
+
+
+def test_a_log_gets_its_lines_when_losses_are_logged_at_other_steps() -> None:
+    said = lines(Screen(80, terminal=False, total=20, every=7), 20)
+    steps = [int(re.findall(r"step (\d+)/20", line)[0]) for line in said]
+    assert steps == [1, *range(2, 21, 2)]
+    assert "loss" not in said[0]  # none was logged yet
+    assert "loss 1.500" in said[-1]
+
+
+def test_a_quiet_console_stays_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(Meter(), Interrupts(), Console(quiet=True, force_terminal=True), 3)
+    state, control = SimpleNamespace(global_step=1, epoch=0.1), SimpleNamespace(should_log=True)
+    control.should_training_stop = False
+    with watch:
+        watch.on_train_begin(None, state, control)
+        watch.on_step_begin(None, state, control)
+        watch.on_step_end(None, state, control)
+        watch.on_log(None, state, control, logs={"loss": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
+    smooth = Smooth()
+    for value in (2.0, float("nan"), float("inf"), 2.0):
+        smooth.add(value)
+    assert smooth.value == pytest.approx(2.0)
+    screen = Screen(140, terminal=True)
+    with screen.watch:
+        screen.tell("on_train_begin")
+        screen.step(2.0)
+        screen.step(float("nan"))
+        assert "loss 2.000 · last nan" in screen.frame()[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (3605, "1:00:05"), (200000, "2d 07h"),
+     (float("nan"), "-"), (float("inf"), "-")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_amounts() -> None:
+    assert (memory(870.4), memory(3300)) == ("870 MiB", "3.2 GiB")
+    assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")

@@ -1,0 +1,230 @@
+"""A run that was stopped goes on bit by bit as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fusewright.errors import RecipeError
+from fusewright.train import checkpoint, train
+from fusewright.train.progress import Watch
+from fusewright.train.report import RunResult
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def long(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Twelve steps: nearly two epochs, with dropout, momentum, a schedule and sparse logging."""
+    return {
+        **recipe,
+        "max_steps": 12,
+        "lora_dropout": 0.2,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "micro_batch_size": 1,
+        "weight_decay": 0.1,
+        "logging_steps": 3,
+        "eval_steps": 4,
+    }
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, event: str) -> None:
+    """Send SIGTERM once ``step`` steps are done, at the given event of the trainer."""
+
+    def then(watch: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(watch, args, state, control, **kwargs)
+
+    original = getattr(Watch, event)
+    monkeypatch.setattr(Watch, event, then)
+
+
+def same(a: Path, b: Path) -> None:
+    name = "adapter_model.safetensors"
+    if not (a / name).exists():
+        name = "model.safetensors"
+    one, other = load_file(a / name), load_file(b / name)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert any(bool(t.any()) for key, t in one.items() if "lora_B" in key or "lora" not in key)
+
+
+def curves(result: RunResult) -> list[dict[str, float]]:
+    """The history without what depends on the clock and the machine."""
+    clock = {"trained_tokens_per_s", "time", "rss_mb", "cuda_mb", "mfu"}
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in result.history]
+
+
+@pytest.mark.parametrize(
+    ("step", "event"),
+    [
+        (5, "on_substep_end"),  # in the middle of a step, which is not finished
+        (7, "on_step_end"),
+        (8, "on_step_begin"),
+    ],
+)
+def test_a_signal_and_going_on(
+    long: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, event: str
+) -> None:
+    whole = train(long, console=QUIET, output_dir=str(tmp_path / "whole"))
+    assert whole.status == "finished"
+    with monkeypatch.context() as patched:
+        stop_at(patched, step, event)
+        stopped = train(long, console=QUIET)
+    assert (stopped.status, stopped.exit_code) == ("interrupted", 143)
+    assert stopped.steps == step
+    assert stopped.checkpoint == str(tmp_path / "out" / f"checkpoint-{stopped.steps}")
+    assert stopped.val_loss_after is None
+    with pytest.raises(RecipeError, match="already holds a run"):
+        train(long, console=QUIET)
+    resumed = train(long, console=QUIET, resume_from_checkpoint=True)
+    assert (resumed.status, resumed.resumed_from) == ("finished", stopped.steps)
+    same(tmp_path / "whole", tmp_path / "out")
+    assert curves(resumed) == curves(whole)
+    assert [e["step"] for e in resumed.history if "loss" in e] == [1, 3, 6, 9, 12]
+    for name in ("val_loss_before", "val_loss_after", "tokens", "trained_tokens", "loss_first"):
+        assert getattr(resumed, name) == getattr(whole, name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimize": True, "codegen": "eager"},
+        {"adapter": None, "lora_target_linear": False, "neftune_noise_alpha": 5},
+        {"optimizer": "adamw_bnb_8bit"},
+        {"lr_scheduler": "one_cycle", "warmup_steps": None},
+        {"lr_scheduler": "reduce_lr_on_plateau", "warmup_steps": None},
+        {"group_by_length": True, "sample_packing": False},
+        {"loraplus_lr_ratio": 16, "cosine_min_lr_ratio": 0.1},
+    ],
+    ids=lambda changes: "-".join(map(str, changes)),
+)
+def test_whatever_has_state_goes_on(
+    long: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """From a checkpoint in the middle of the first epoch, and from one of the second."""
+    if "adapter" in changes:
+        long = {k: v for k, v in long.items() if not k.startswith("lora")}
+    asked = {**long, **changes, "max_steps": 12, "val_set_size": 8}
+    train(asked, console=QUIET, output_dir=str(tmp_path / "whole"), save_steps=5)
+    for step in (5, 10):
+        start = tmp_path / "whole" / f"checkpoint-{step}"
+        folder = str(tmp_path / str(step))
+        train(asked, console=QUIET, output_dir=folder, resume_from_checkpoint=str(start))
+        same(tmp_path / "whole", tmp_path / str(step))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_go_on(long: dict[str, Any], tmp_path: Path) -> None:
+    asked = {**long, "optimize": True, "codegen": "inductor", "max_steps": 6}
+    train(asked, console=QUIET, output_dir=str(tmp_path / "whole"), save_steps=3)
+    start = str(tmp_path / "whole" / "checkpoint-3")
+    train(asked, console=QUIET, resume_from_checkpoint=start)
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    asked = {**recipe, "auto_resume_from_checkpoints": True, "save_steps": 2}
+    train(asked, console=QUIET)  # nothing to go on from: it begins
+    with pytest.raises(RecipeError, match="already holds a run"):
+        train(asked, console=QUIET)  # it has finished
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    # killed after the last checkpoint, while the results were written
+    (folder / "run.json").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:100])
+    (folder / ".checkpoint-4.part").mkdir()
+    (folder / ".checkpoint-2.old").mkdir()
+    again = train(asked, console=QUIET)
+    assert (again.status, again.steps, again.resumed_from) == ("finished", 4, 4)
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights
+    assert [e["step"] for e in again.history if "loss" in e] == [1, 2, 3, 4]
+    assert not list(folder.glob(".*"))
+    # overwriting begins anew
+    assert train(asked, console=QUIET, overwrite=True).resumed_from is None
+
+
+def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no checkpoint in"):
+        train(recipe, console=QUIET, resume_from_checkpoint=True)
+    with pytest.raises(RecipeError, match=r"there is no checkpoint .*nowhere"):
+        train(recipe, console=QUIET, resume_from_checkpoint=str(tmp_path / "nowhere"))
+    done = tmp_path / "done"
+    train(recipe, console=QUIET, output_dir=str(done), save_steps=2)
+    start = str(done / "checkpoint-2")
+    with pytest.raises(RecipeError, match=r"another recipe:\n  learning_rate was 0.01 and is 0.5"):
+        train(recipe, console=QUIET, resume_from_checkpoint=start, learning_rate=0.5)
+    text = rows.read_text(encoding="utf-8")
+    rows.write_text(text.replace("What is 3?", "What is 33?"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="was trained on other rows"):
+        train(recipe, console=QUIET, resume_from_checkpoint=start)
+    rows.write_text(text, encoding="utf-8")
+    (done / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(RecipeError, match=r"checkpoint-4 cannot be .* it has no optimizer\.pt"):
+        train(recipe, console=QUIET, resume_from_checkpoint=str(done))
+    (done / "checkpoint-2" / "fusewright.json").unlink()
+    with pytest.raises(RecipeError, match=r"it has no fusewright\.json"):
+        train(recipe, console=QUIET, resume_from_checkpoint=start)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_there_whole_or_not(tmp_path: Path) -> None:
+    with checkpoint.writing(tmp_path, 3) as part:
+        (part / "a").write_text("new")
+        assert checkpoint.checkpoints(tmp_path) == []
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-3"]
+
+    def fails(error: BaseException) -> None:
+        with checkpoint.writing(tmp_path, 3) as part:
+            (part / "a").write_text("newer")
+            raise error
+
+    with pytest.raises(checkpoint.Unwritable, match="the disk is full"):
+        fails(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        fails(KeyboardInterrupt())
+    with pytest.raises(ZeroDivisionError):
+        fails(ZeroDivisionError())
+    assert (tmp_path / "checkpoint-3" / "a").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3"]
+    with checkpoint.writing(tmp_path, 3) as part:  # another one of the same step takes its place
+        (part / "a").write_text("newest")
+    assert (tmp_path / "checkpoint-3" / "a").read_text() == "newest"
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-x")  # none of ours
+    best, new = tmp_path / "checkpoint-1", tmp_path / "checkpoint-20"
+    checkpoint.rotate(tmp_path, None, {best, new})
+    assert len(checkpoint.checkpoints(tmp_path)) == 4
+    checkpoint.rotate(tmp_path, 3, {best, new})
+    assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == [1, 10, 20]
+    checkpoint.rotate(tmp_path, 1, {best, new})
+    assert [checkpoint.step_of(p) for p in checkpoint.checkpoints(tmp_path)] == [1, 20]
+    assert (tmp_path / "checkpoint-x").exists()
+
+
+def test_the_state_of_a_run_is_written_as_it_is(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, console=QUIET, save_steps=2, save_total_limit=1)
+    folder = tmp_path / "out" / "checkpoint-4"
+    kept = json.loads((folder / "fusewright.json").read_text())
+    assert kept["step"] == 4
+    assert len(kept["meter"]["seconds"]) == 4
+    assert kept["recipe"]["lora_r"] == 4
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert not (tmp_path / "out" / "checkpoint-2").exists()
