@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
+from .chat_templates import find_template
 from .recipe import Recipe
-from .templates import find_template
 
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<unk>")
 """Tokens that vocabularies have for padding, or that no text contains."""

@@ -152,6 +152,8 @@ class Analysis:
             return None
         before = max((m for m in marks[:i] if m is not None), default=0)
         if begin is None:
+            begin = self._behind(messages, i, tools, text, marks)
+        if begin is None:
             for prompt in self._habits().prompts:
                 at = text.find(prompt, before, inside)
                 if at >= 0:
@@ -165,6 +167,17 @@ class Analysis:
         if begin is None or found is None:
             return None
         return begin, found[0] + len(found[1])
+
+    def _behind(
+        self, messages: Messages, i: int, tools: Any, text: str, marks: list[int | None]
+    ) -> int | None:
+        """Behind what a generation prompt writes after the message before, if the text has it."""
+        mark = marks[i - 1] if i else None
+        if mark is None:
+            return None
+        asked = [*messages[: i - 1], _with_mark(messages[i - 1], "\ue010\ue011")]
+        tail = self.template.render(asked, tools, prompt=True).rpartition("\ue010\ue011")[2]
+        return mark + len(tail) if tail and text.startswith(tail, mark) else None
 
     def _marks(self, messages: Messages, tools: Any, text: str) -> list[int | None] | None:
         """A place inside each message's turn; None if marks change what the template does."""

@@ -8,9 +8,9 @@ from datetime import date
 from typing import Any, Protocol
 
 from ...errors import DataError, RecipeError
+from ..chat_templates import find_template
 from ..keys.dataset import TYPES
 from ..recipe import Dataset, PromptFormat, Recipe
-from ..templates import find_template
 from .chat import ChatEncoder
 from .conversation import Conversation
 from .mask import Rules

@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         "rows.csv: not valid CSV: Row #3: Expected 2 columns, got 1: c",
     ),
     "CSV without a header": (
-        text("what?,that\n", "rows.csv", type="prompt_completion"), "rows.csv: the dataset is empty",
+        text("what?,that\n", "rows.csv", type="prompt_completion"), "the dataset is empty",
     ),
     "CSV with another header": (
         text("a,b\nwhat?,that\n", "rows.csv", type="prompt_completion"),
@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "an end that is no token": (recipe(eot_tokens=["<|nope|>"]), "eot_tokens: '<|nope|>' is 8 tok"),
     "an end that is never trained": (
-        recipe(eot_tokens=["<|pad|>"]), "no row trains '<|pad|>', the token that should end answers",
+        recipe(eot_tokens=["<|pad|>"]), "no row trains '<|pad|>', the token that should end",
     ),
     # --- tokenizers and templates ---
     "no template": (base(_no_template), "has no chat template; name one with chat_template, for"),

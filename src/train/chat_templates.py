@@ -19,6 +19,7 @@ _ALTERNATE = (
 _SYSTEM_APART = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
     "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+    "{% set asked = namespace(first=0, last=(turns | length - 1) // 2 * 2) %}"
 )
 
 
@@ -27,7 +28,8 @@ def _mistral(begin: str, end: str, answer: str, place: str) -> str:
     return (
         f"{_SYSTEM_APART}{{{{ bos_token }}}}{{% for message in turns %}}{_ALTERNATE}"
         f"{{% if message['role'] == 'user' %}}{{{{ '{begin}' }}}}"
-        f"{{% if loop.{place} and system is defined %}}{{{{ system + '\\n\\n' }}}}{{% endif %}}"
+        f"{{% if loop.index0 == asked.{place} and system is defined %}}"
+        "{{ system + '\\n\\n' }}{% endif %}"
         f"{{{{ message['content'] + '{end}' }}}}"
         f"{{% elif message['role'] == 'assistant' %}}"
         f"{{{{ '{answer}' + message['content'] + eos_token }}}}"

@@ -1,0 +1,140 @@
+"""Packed rows train as single rows do: the same losses and gradients, within the error budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from fusewright import optimize
+from fusewright.budget import exceeded
+from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, leaks, pack
+from tests.models.zoo import FAMILIES, build
+
+ARCHITECTURES = ("llama", "qwen3", "gemma2")
+"""Plain; with normed queries; with softcaps, and a window that is shorter than the samples."""
+
+LENGTH = 64
+SIZES = (17, 30, 5, 41, 2, 23, 9, 58, 12, 33)
+
+
+def sample(length: int, seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 211, (length,), generator=generator).tolist()
+    prompt = max(1, length // 3)
+    return Sample(ids, [IGNORED] * prompt + ids[prompt:])
+
+
+SAMPLES = [sample(n, n) for n in SIZES]
+PACKED = list(Packs(SAMPLES, pack(SIZES, LENGTH)))
+SINGLE = [[s] for s in SAMPLES]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> Any:
+    family = next(f for f in FAMILIES if f.name == request.param)
+    made: Any = build(family, lora=False)
+    made.config.use_cache = False
+    return made
+
+
+@pytest.fixture(params=["eager", "optimized"])
+def prepared(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    if request.param == "eager":
+        return lambda model: model
+    return lambda model: optimize(model, codegen="eager")
+
+
+def losses(model: Any, packs: Sequence[Pack], packing: bool) -> list[Tensor]:
+    """The loss of each of ``SAMPLES``, each pack being run once for every sample in it."""
+    found: dict[int, Tensor] = {}
+    for one in packs:
+        for chosen in one:
+            only = [
+                s if s is chosen else Sample(s.input_ids, [IGNORED] * len(s.labels)) for s in one
+            ]
+            batch = collate([only], 0, packing, LENGTH)
+            found[id(chosen)] = model(**batch).loss
+    return [found[id(s)] for s in SAMPLES]
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def measured(model: Any, packs: Sequence[Pack], packing: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every sample's loss, and the gradients of their mean by token."""
+    each = losses(model, packs, packing)
+    weights = [s.trained for s in SAMPLES]
+    total: Any = sum(x * w for x, w in zip(each, weights, strict=True)) / sum(weights)
+    total.backward()
+    return torch.stack(each).detach(), gradients(model)
+
+
+def test_losses_and_gradients_of_packed_samples(model: Any, prepared: Callable[[Any], Any]) -> None:
+    assert max(map(len, PACKED)) > 2
+    oracle_losses, oracle = measured(copy.deepcopy(model).double(), SINGLE, packing=False)
+    single_losses, single = measured(copy.deepcopy(model), SINGLE, packing=False)
+    changed = prepared(model)
+    assert not leaks(changed, 211, torch.device("cpu"))
+    packed_losses, packed = measured(changed, PACKED, packing=True)
+    assert (said := exceeded(packed_losses, single_losses, oracle_losses)) is None, said
+    assert packed.keys() == single.keys()
+    for name, grad in packed.items():
+        assert (said := exceeded(grad, single[name], oracle[name])) is None, f"{name}: {said}"
+
+
+def test_a_batch_of_packs_is_the_mean_of_its_samples(
+    model: Any, prepared: Callable[[Any], Any]
+) -> None:
+    """As it is trained: all packs in one batch, and all labels at once."""
+
+    def run(model: Any, packs: Sequence[Pack], packing: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model(**collate(packs, 0, packing, LENGTH)).loss
+        loss.backward()
+        return loss.detach(), gradients(model)
+
+    oracle_loss, oracle = run(copy.deepcopy(model).double(), SINGLE, False)
+    single_loss, single = run(copy.deepcopy(model), SINGLE, False)
+    packed_loss, packed = run(prepared(model), PACKED, True)
+    assert (said := exceeded(packed_loss, single_loss, oracle_loss)) is None, said
+    for name, grad in packed.items():
+        assert (said := exceeded(grad, single[name], oracle[name])) is None, f"{name}: {said}"
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_eight_batches_of_one_are_one_of_eight(
+    model: Any, prepared: Callable[[Any], Any], packing: bool, tmp_path: Path
+) -> None:
+    """What one step of SGD with a rate of 1 takes off the weights is the gradient."""
+    several = PACKED * 2 if packing else SINGLE
+    packs = several[:8]
+    assert len(packs) == 8
+    assert len({sum(s.trained for s in p) for p in packs}) > 3  # a mean of means would differ
+
+    def step(model: Any, micro: int) -> dict[str, Tensor]:
+        args = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=micro, max_steps=1,
+            gradient_accumulation_steps=8 // micro, optim="sgd", learning_rate=1.0,
+            lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", report_to="none",
+            disable_tqdm=True, remove_unused_columns=False, use_cpu=True, label_names=["labels"],
+        )  # fmt: skip
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        collator = partial(collate, pad_id=0, packing=packing, length=LENGTH)
+        Trainer(model, args, train_dataset=packs, data_collator=collator).train()
+        return {n: before[n] - p.detach() for n, p in model.named_parameters()}
+
+    oracle = step(copy.deepcopy(model).double(), 8)
+    whole = step(copy.deepcopy(model), 8)
+    parts = step(prepared(model), 1)
+    for name, grad in parts.items():
+        assert (said := exceeded(grad, whole[name], oracle[name])) is None, f"{name}: {said}"
