@@ -116,9 +116,9 @@ class EngineProcess:
         self._send(line)
         return self._receive()
 
-    def step(self) -> None:
-        """Let the engine take one step, and wait for it."""
-        self.run.steps.append(self.ask("step"))
+    def step(self, tokens: int | None = None) -> None:
+        """Let the engine take one step, of the first ``tokens`` of a sequence, and wait for it."""
+        self.run.steps.append(self.ask("step" if tokens is None else f"step {tokens}"))
         job, last = self.run.job, self.run.steps[-1]
         number = f"step {len(self.run.steps)}/{job.steps}"
         say(f"{job.engine}: {number}, {last['seconds']:.2f} s, loss {last['loss']:.4f}")

@@ -1,7 +1,8 @@
 """One engine in its own process: loads, then takes one training step per line it is sent.
 
 Started by ``harness.py``, which speaks the protocol: the job as JSON on the command line, one
-``step`` line per step and one ``activations`` line at the end, one JSON line back for each.
+``step`` line per step and one ``activations`` line at the end, one JSON line back for each. A
+``step N`` takes the first N tokens of each sequence only.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
     send(replies, {"loaded": memory.loaded, "setting": setting})
     model = None
     for ids in training.batches:
-        if sys.stdin.readline() != "step\n":
+        command, _, tokens = sys.stdin.readline().strip().partition(" ")
+        if command != "step":
             return
+        if tokens:
+            ids = ids[:, : int(tokens)]
         start = time.perf_counter()
         if model is None:
             model = prepare(training.model, job)

@@ -25,7 +25,7 @@ from .graph.whole import is_leaf
 from .match.apply import Fuel, apply
 from .match.finding import Finding
 from .memory.planner import Planner
-from .memory.plans import planned
+from .memory.plans import offloaded, planned
 from .memory.retry import is_out_of_memory
 from .options import Environment, Options
 from .passes.cleanup import remove_noops
@@ -292,6 +292,7 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
             run = codegen.inductor(module, examples, session.preparation)
         else:
             run = codegen.eager(module)
+        run = offloaded(session.planner, module, run)
 
         def call(*args: Any) -> Any:
             session.record(captured)

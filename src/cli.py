@@ -19,7 +19,7 @@ if _MISSING:
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
-from . import cli_after  # noqa: E402  # 2026-11-25: as above
+from . import cli_after, cli_data  # noqa: E402  # 2026-11-25: as above
 
 
 class Adapter(StrEnum):
@@ -125,6 +125,7 @@ def explain(
         raise typer.Exit(2) from error
 
 
+cli_data.register(app)
 cli_after.register(app)
 
 

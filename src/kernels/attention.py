@@ -289,14 +289,24 @@ def attention_unsupported(
     reasons = _impossible(q, k, v, causal, mask, window)
     if q.dtype in (torch.float32, torch.float16):
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
-    if q.dtype is torch.bfloat16 and not _multiplies_bfloat16():
-        reasons.append("this CPU has no bfloat16 instructions")
+    if q.dtype is torch.bfloat16 and (why := _why_not_bfloat16()):
+        reasons.append(why)
     return reasons
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _why_not_bfloat16() -> str:
+    """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not.
+
+    With AMX, PyTorch's kernel multiplies in tiles itself: measured on two cores over eleven shapes
+    (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the median, forward
+    and backward together.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return "PyTorch's CPU kernel uses this CPU's AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return ""
+    return "this CPU has no bfloat16 instructions"
 
 
 OP = Op("attention", attention_reference, attention, attention_cost, attention_unsupported)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
 from ..passes.memory import Level
 from .usage import Usage
 
@@ -25,9 +26,11 @@ class Setting:
         base: bytes in use before the step.
         training: bytes that come with the first step whatever the plan: gradients of trainable
             parameters, two states of the optimizer for each, compilation.
-        head: the most bytes that the head and its loss need at one time.
+        head: the most bytes that the head and its loss need at one time, without logits.
         budget: bytes that may be used; None is no limit.
         allowed: the levels that a block may have, the fastest first.
+        host: bytes that blocks may keep in the memory of the host.
+        logits: bytes of all logits; no more of them exist at one time than two tiles.
     """
 
     base: int
@@ -35,6 +38,12 @@ class Setting:
     head: int
     budget: int | None
     allowed: tuple[Level, ...]
+    host: int = 0
+    logits: int = 0
+
+    def scaled(self, factor: float) -> Setting:
+        """The same for a batch of ``factor`` times the tokens."""
+        return replace(self, head=int(self.head * factor), logits=int(self.logits * factor))
 
 
 @dataclass
@@ -51,7 +60,7 @@ class Scaled:
             return None
         larger = {
             name: int(getattr(found, name) * self.factor)
-            for name in ("kept", "forward", "backward", "flops")
+            for name in ("kept", "forward", "backward", "flops", "host")
         }
         return replace(found, **larger)
 
@@ -66,7 +75,14 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) ->
     used = [found for own, level in pairs if (found := own.get(level)) is not None]
     passing = max((_passing(u) - u.kept for u in used), default=0)
     kept = sum(u.kept for u in used)
-    return setting.base + setting.training + kept + max(passing, setting.head)
+    head = setting.head + min(setting.logits, 2 * TILE_BYTES)
+    return setting.base + setting.training + kept + max(passing, head)
+
+
+def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:
+    """The bytes that are kept in the memory of the host when block i is at ``levels[i]``."""
+    found = (own.get(level) for own, level in zip(usages, levels, strict=True))
+    return sum(u.host for u in found if u is not None)
 
 
 def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
@@ -78,7 +94,7 @@ def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
     """
     levels = [_fastest(own, setting.allowed) for own in usages]
     while setting.budget is not None and peak(levels, usages, setting) > setting.budget:
-        step = _best_step(levels, usages, setting.allowed)
+        step = _best_step(levels, usages, setting)
         if step is None:
             break
         levels[step[0]] = step[1]
@@ -95,22 +111,25 @@ def _passing(usage: Usage) -> int:
 
 
 def _best_step(
-    levels: Sequence[Level], usages: Sequence[Usages], allowed: Sequence[Level]
+    levels: Sequence[Level], usages: Sequence[Usages], setting: Setting
 ) -> tuple[int, Level] | None:
     """The block to make leaner, and how lean: the most bytes saved per operation added.
 
-    When none keeps less any more, the next level is taken for what it needs in passing.
+    Inputs move to the host when nothing computed again saves bytes any more. When none keeps less,
+    the next level is taken for what it needs in passing.
     """
-    best, found, lower = 0.0, None, None
+    best, found, lower = (False, 0.0), None, None
+    room = setting.host - on_host(levels, usages)
     for i, level in enumerate(levels):
         now = usages[i].get(level)
-        for leaner in allowed[allowed.index(level) + 1 :]:
+        for leaner in setting.allowed[setting.allowed.index(level) + 1 :]:
             then = usages[i].get(leaner)
-            if now is None or then is None:
+            if now is None or then is None or then.host - now.host > max(room, 0):
                 continue
             ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
-            if ratio > best:
-                best, found = ratio, (i, leaner)
+            rank = then.host <= now.host, ratio
+            if ratio > 0 and rank > best:
+                best, found = rank, (i, leaner)
             elif lower is None and _passing(then) < _passing(now):
                 lower = i, leaner
     return found or lower

@@ -46,6 +46,10 @@ class Meter:
         available = _available()
         return None if available is None else available + self.used()
 
+    def host(self) -> int:
+        """Bytes of the host's memory that are free for use; 0 where that is not known."""
+        return _available() or 0
+
 
 def _status(field: str) -> int | None:
     """A field of ``/proc/self/status``, in bytes."""

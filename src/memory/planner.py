@@ -17,8 +17,9 @@ from torch import nn
 from ..errors import OptimizeError
 from ..memory_budget import GB, Budget, gigabytes
 from ..passes.memory import LEVELS, Level
-from .choice import Scaled, Setting, Usages, choose, peak
+from .choice import Scaled, Setting, Usages, choose, on_host, peak
 from .meter import Meter
+from .offload import Offload
 
 TOLERANCE = 0.1
 """By how much of itself a measured peak may be off the prediction before a new plan is made."""
@@ -37,6 +38,8 @@ class Planner:
         levels: what each block keeps; empty until there is a plan.
         predicted: the peak that the plan was made for, in bytes.
         measured: the peak of the first step, in bytes; None if it is not known.
+        host: the bytes of the host's memory that the plan takes.
+        offload: runs the blocks whose input the plan keeps there.
         first: the level of the block that the plan was made at.
         notes: what was decided, and why, for the report.
     """
@@ -51,6 +54,8 @@ class Planner:
     )
     predicted: int | None = None
     measured: int | None = None
+    host: int = 0
+    offload: Offload = field(default_factory=Offload)
     first: Level | None = None
     notes: list[str] = field(default_factory=list)
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
@@ -61,6 +66,9 @@ class Planner:
     _first: weakref.ref[nn.Module] | None = None
     _stamp: tuple[float, ...] = ()
     _ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.offload.note = self.note
 
     def level(self, module: nn.Module) -> Level | None:
         """What ``module`` keeps; None while nothing is planned.
@@ -118,8 +126,21 @@ class Planner:
                 f"even the leanest plan may need {gigabytes(needed)}, more than the "
                 f"{gigabytes(setting.budget)} that there is"
             )
+        self.host = on_host(chosen, usages)
         for block, level in zip(blocks, chosen, strict=True):
             self.levels[block] = level
+
+    def outlook(self, factor: float) -> tuple[list[Usages], Setting] | None:
+        """What a plan for a batch of ``factor`` times the tokens would be made of.
+
+        Returns:
+            The usages of each block, and the setting, for ``choose`` and ``peak``; None while
+            nothing is planned.
+        """
+        if self._setting is None:
+            return None
+        usages: list[Usages] = [Scaled(self._usages(b), factor) for b in self.blocks]
+        return usages, self._setting.scaled(factor)
 
     def _usages(self, block: nn.Module) -> Usages:
         """Of a block, or of one of its class that is known, or of any."""
@@ -173,7 +194,7 @@ class Planner:
         assert self._setting is not None
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
-        self._setting = replace(self._setting, head=int(self._setting.head * factor))
+        self._setting = self._setting.scaled(factor)
         self._first, self._ended, self.measured = None, False, None
         self._decide(self._setting)
 
@@ -220,6 +241,8 @@ class Planner:
         )
         parts = [f"{counts[v]} blocks keep {_MEANING[v]}" for v in LEVELS if counts[v]]
         line = f"{self.budget.text}: {', '.join(parts) or 'nothing is planned yet'}"
+        if self.host:
+            line += f" ({gigabytes(self.host)})"
         if self.predicted is not None:
             line += f"; predicted peak {gigabytes(self.predicted)}"
             line += f", measured {gigabytes(self.measured)}" if self.measured is not None else ""
@@ -231,6 +254,8 @@ _MEANING = {
     "products": "matrix products",
     "input": "their input",
     "tiles": "their input, MLPs in tiles",
+    "offload": "their input in host memory",
+    "offload_tiles": "their input in host memory, MLPs in tiles",
 }
 
 

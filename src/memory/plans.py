@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..passes.memory import allowed, is_checkpointed, keep, why_not
+from ..passes.memory import HOSTED, allowed, is_checkpointed, keep, why_not
 from .planner import Planner
 from .predictions import Predicted, setting
 
@@ -40,10 +40,30 @@ def planned(
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
         planner.blocks.add(block)  # one of a copy of the model is new
-        own = Predicted(graph, examples, choice, planner.note)
+        own = Predicted(graph, examples, choice, planner.note, planner.offload.least)
         level = planner.plan(block, own, setting(planner, examples, choice, asked))
     level = level or "all"
-    return keep(graph, level if level in allowed(choice) else allowed(choice)[0])
+    can = allowed(choice, host=True)
+    made = keep(graph, level if level in can else can[0])
+    made.meta[_LEAVES] = level in HOSTED
+    return made
+
+
+_LEAVES = "fusewright_leaves"
+"""In the ``meta`` of a graph: whether the block's input goes to the host."""
+
+
+def offloaded(
+    planner: Planner, graph: fx.GraphModule, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What runs a planned graph, and keeps its input where the plan says.
+
+    Args:
+        planner: of the session.
+        graph: what ``planned`` returned; any other graph's input stays on the device.
+        run: what runs it.
+    """
+    return planner.offload.around(run) if graph.meta.get(_LEAVES) else run
 
 
 def _is_whole(planner: Planner, block: nn.Module) -> bool:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import codegen
-from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
-from ..passes.memory import Level, keep
+from ..passes.memory import HOSTED, Level, keep
 from ..sampling import hint
 from .choice import Setting
+from .offload import LEAST, carried
 from .planner import Planner
 from .usage import Usage, predict
 
@@ -26,6 +26,13 @@ with which predicted peaks of SmolLM2 are 2 to 6% above the measured ones."""
 _SPARE = 0.9
 """The part of the device's memory that ``"auto"`` plans with."""
 
+_HOST = 0.5
+"""The part of the host's free memory that block inputs may take: pinned, nobody else can use it."""
+
+_OPERATIONS_PER_BYTE = 5000
+"""What a byte copied to the host or back costs, in operations: a link of 20 GB/s (PCIe 4 x16), and
+100 TFLOP/s of the device meanwhile. Assumed: it ranks blocks; copies run beside the work."""
+
 
 class Predicted:
     """What a block's graph takes at each level, predicted when it is first asked for.
@@ -35,6 +42,7 @@ class Predicted:
         examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
         choice: what will run it: ``"eager"`` or ``"inductor"``.
         note: told about a level that cannot be predicted, and why.
+        least: bytes below which a block's input stays on the device.
     """
 
     def __init__(
@@ -43,13 +51,16 @@ class Predicted:
         examples: Sequence[Any],
         choice: str,
         note: Callable[[str], None],
+        least: int = LEAST,
     ) -> None:
         self._graph, self._examples = copy.deepcopy(module), list(examples)
-        self._choice, self._note = choice, note
+        self._choice, self._note, self._least = choice, note, least
         self._found: dict[Level, Usage | None] = {}
 
     def get(self, level: Level, /) -> Usage | None:
         """The usage at one level; None where an operation cannot run at it, or without contents."""
+        if level in HOSTED and level not in self._found:
+            self._found[level] = self._on_host(HOSTED[level])
         if level not in self._found:
             try:
                 self._found[level] = self._predict(level)
@@ -58,6 +69,25 @@ class Predicted:
                 why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
                 self._note(f"the memory of a block at {level!r} could not be predicted ({why})")
         return self._found[level]
+
+    def _on_host(self, level: Level) -> Usage | None:
+        """The usage at ``level`` if the block's input is on the host; None if it has to stay."""
+        found = self.get(level)
+        moved = [self._examples[i] for i in carried(self._examples, self._least)]
+        sizes = [prod(hint(s) for s in t.shape) * t.itemsize for t in moved]
+        if found is None or not moved:
+            return None
+        # what leaves is counted at the block whose output it is: all blocks are taken as alike. Two
+        # are there in passing: the one in use, and the one that leaves or comes meanwhile
+        size = sum(sizes)
+        return replace(
+            found,
+            kept=max(found.kept - size, 0),
+            forward=found.forward + 2 * size,
+            backward=found.backward + 2 * size,
+            flops=found.flops + 2 * size * _OPERATIONS_PER_BYTE,
+            host=sum(1 << (s - 1).bit_length() for s in sizes),  # as PyTorch pins memory
+        )
 
     def _predict(self, level: Level) -> Usage:
         graph = keep(copy.deepcopy(self._graph), level)
@@ -95,13 +125,16 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     levels = planner.allowed
     if checkpointed and levels[0] == "all":
         levels = levels[1:]
-    return Setting(planner.meter.used(), training, _head(planner, examples), limit, levels)
+    host = int(_HOST * planner.meter.host())
+    base, (head, logits) = planner.meter.used(), _head(planner, examples)
+    return Setting(base, training, head, limit, levels, host, logits)
 
 
-def _head(planner: Planner, examples: Sequence[Any]) -> int:
-    """What the head and its loss hold at one time: a tile of logits, and four hidden states.
+def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:
+    """Bytes that the head and its loss hold at one time, and of all logits.
 
-    Hidden states: after the final norm, their gradient, and both before it, which may be in fp32.
+    Held are four hidden states: after the final norm, their gradient, and both before it, which may
+    be in fp32.
     """
     hidden = max(
         (
@@ -114,5 +147,4 @@ def _head(planner: Planner, examples: Sequence[Any]) -> int:
     model = planner.model()
     matrices = (p.shape[0] for p in model.parameters() if p.dim() == 2) if model else ()
     rows = hidden // 64  # no hidden state is narrower
-    tile = min(2 * TILE_BYTES, 4 * rows * max(matrices, default=0))
-    return tile + 12 * hidden
+    return 12 * hidden, 4 * rows * max(matrices, default=0)

@@ -30,7 +30,8 @@ class Usage:
         forward: the most bytes held at one time in forward, what it keeps included.
         backward: likewise in backward, the gradients of parameters included.
         gradients: bytes of the parameters' gradients.
-        flops: floating-point operations of both directions.
+        flops: floating-point operations of both directions, and what copies cost, in such.
+        host: bytes held in the memory of the host between forward and backward.
     """
 
     kept: int
@@ -38,6 +39,7 @@ class Usage:
     backward: int
     gradients: int
     flops: int
+    host: int = 0
 
 
 class Living(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What a block keeps for backward: all that its ops keep, the matrix products, or its input.
+"""What a block keeps for backward: all that its ops keep, matrix products, its input, or nothing.
 
 A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training
 deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep.
@@ -19,20 +19,31 @@ from ..graph import facts
 from ..graph.edit import is_inplace
 from ..kernels.mlp_block import mlp_block
 
-Level = Literal["all", "products", "input", "tiles"]
-"""From the fastest to the leanest: what is kept of a block between forward and backward."""
+Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
+"""From the fastest to the leanest: what is kept of a block between forward and backward.
+
+The last two are ``input`` and ``tiles`` with the input in the memory of the host.
+"""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 
+HOSTED: dict[Level, Level] = {"offload": "input", "offload_tiles": "tiles"}
+"""The levels that keep nothing on the device, and whose graphs they run."""
 
-def allowed(choice: str) -> tuple[Level, ...]:
+
+def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
     """The levels of a graph that ``"eager"`` or ``"inductor"`` runs, the fastest first.
+
+    Args:
+        choice: what runs the graph.
+        host: whether inputs may go to a host: not from a device that is the host.
 
     Compiled, what lies between two products is computed again in no time (measured), so that
     keeping it is of no use. In eager mode it would take time, and PyTorch's selective checkpoints
     neither allow a second backward nor see every write in place.
     """
-    return ("products", "input", "tiles") if choice == "inductor" else ("all", "input", "tiles")
+    first: Level = "products" if choice == "inductor" else "all"
+    return (first, "input", "tiles", *(HOSTED if host else ()))
 
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -53,6 +64,7 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
     """
     if level == "all":
         return module
+    level = HOSTED.get(level, level)
     unwrap(module)
     if level == "tiles":
         _in_tiles(module)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .keys.dataset import TYPES
 from .problems import Loc
 
 Values = Mapping[str, Any]
@@ -127,7 +129,8 @@ def _rows(values: Values) -> Iterator[Problem]:
             yield (streamed,), "needs max_steps: a stream has no known end"
         if size:
             yield ("val_set_size",), f"cannot be cut from a stream ({streamed}): use test_datasets"
-    for name in ("datasets", "test_datasets"):
+    names = () if values.get("rl") else ("datasets", "test_datasets", "pretraining_dataset")
+    for name in names:  # preferences have types of their own
         listed = values.get(name)
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
             if isinstance(dataset, Mapping):
@@ -136,6 +139,11 @@ def _rows(values: Values) -> Iterator[Problem]:
 
 def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:
     yield from _template(values, loc)
+    kind = values.get("type")
+    if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
+        near = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(TYPES)}"
+        yield (*loc, "type"), f"{kind!r} is not a type of rows{hint}"
     shards, index = values.get("shards"), values.get("shards_idx", 0)
     if isinstance(shards, int) and isinstance(index, int) and index >= shards:
         yield (*loc, "shards_idx"), f"must be less than shards, which is {shards}"
@@ -158,6 +166,10 @@ def _steps(values: Values) -> Iterator[Problem]:
 
 
 def _output(values: Values) -> Iterator[Problem]:
+    for key in ("save_steps", "eval_steps", "logging_steps"):
+        every = values.get(key)
+        if isinstance(every, float) and every > 1 and every != int(every):
+            yield (key,), f"must be a share below 1 or a number of steps, not {every}"
     yield from _either(values, "saves_per_epoch", "save_steps")
     yield from _either(values, "evals_per_epoch", "eval_steps")
     for verb in ("save", "eval"):

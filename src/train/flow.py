@@ -21,8 +21,8 @@ class Steered(Protocol):
     def stepped(self) -> None:
         """A step is whole."""
 
-    def stopped_midway(self) -> None:
-        """A step was begun and will not be finished."""
+    def stepping(self) -> None:
+        """A step begins."""
 
     def ended(self) -> str:
         """Why the loop ends."""
@@ -47,11 +47,13 @@ class Flow(TrainerCallback):
         """Take up what a checkpoint kept."""
         self.trainer.began()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that a step begins."""
+        self.trainer.stepping()
+
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the loop within a step when a signal came."""
-        if self.interrupts.signal is not None:
-            control.should_training_stop = True
-            self.trainer.stopped_midway()
+        control.should_training_stop |= self.interrupts.signal is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that a step is whole; end the loop when a signal came."""

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ..errors import RecipeError
-from . import export, page, report, resume
+from . import export, report, resume
 from .adapters import add_adapter, parameters
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
@@ -226,7 +226,7 @@ class Run:
             result.reason = trainer.unwritable
         except BadStep as bad:
             result.status, result.reason = "nan", str(bad)
-            trainer.give_up(bad.step)
+            trainer.give_up()
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
@@ -268,6 +268,8 @@ class Run:
 
     def _finish(self, trainer: FineTuner) -> None:
         """The files and lines that sum it up."""
+        from . import card, page  # not before the first step, which waits for every import
+
         result = self.result
         for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
             if loss is not None and not self._logged(step):
@@ -278,13 +280,16 @@ class Run:
         result.peak_rss_mb = report.peak_rss_mb()
         if torch.cuda.is_available():
             result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
+        with self.diary.spared("report page"):
+            page.write(result, self.folder)
+        with self.diary.spared("model card"):
+            card.write(result, self.folder)
+        with self.diary.spared("run.json"):
+            result.write()
         if trainer.args.push_to_hub and result.steps:
             with self.diary.spared("push to the hub"):
                 trainer.push_results()
-        with self.diary.spared("run.json"):
-            result.write()
-        with self.diary.spared("report page"):
-            page.write(result, self.folder)
+            result.write()  # with what that came to
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)

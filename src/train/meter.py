@@ -69,7 +69,7 @@ class Meter:
 
     def utilization(self, last: int | None = None) -> float | None:
         """The share of the device's peak that was used, from 0 to 1; None where not known."""
-        if not self.flops or not self.peak:
+        if not self.flops or not self.peak or not self.seconds:
             return None
         return self.rate(self.tokens, last) * self.flops / self.peak
 

@@ -7,16 +7,17 @@ dark and on paper. Every entry of the run may be missing: a run that ended early
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from . import page_sections as sections
-from .figures import duration, memory
+from .figures import duration, memory, printable
 from .page_chart import Chart, Series, chart
 from .page_facts import Facts
 from .recipe_text import Folded, folded
@@ -26,7 +27,7 @@ NAME = "report.html"
 _CONTENTS = (
     ("curves", "Curves", "charts"), ("sample", "Answers", "sample"), ("use", "Use it", "usage"),
     ("data", "Data and model", "data"), ("optimize", "Rewrites", "optimize"),
-    ("resources", "Memory and time", "resources"), ("keys", "Unused keys", "warnings"),
+    ("resources", "Memory and time", "resources"), ("keys", "Worth knowing", "warnings"),
     ("recipe", "Recipe", "recipe"), ("machine", "Versions", "machine"),
 )  # fmt: skip
 
@@ -93,20 +94,26 @@ def write(result: Any, folder: str | Path) -> Path:
 
 def render(facts: Facts) -> str:
     """The page as HTML."""
+    return _template().render(p=compose(facts))
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html.j2").render(p=compose(facts))
+    return environment.get_template("report.html.j2")
 
 
 def _breakable(name: str) -> Markup:
     """Let a long name break after its underscores."""
-    return Markup("_<wbr>").join(escape(part) for part in str(name).split("_"))
+    return Markup("_<wbr>").join(escape(part) for part in printable(str(name)).split("_"))
 
 
 def compose(facts: Facts) -> Page:
@@ -177,7 +184,7 @@ def _loss(facts: Facts) -> Headline | None:
         before, after = facts.number(first), facts.number(last)
         if before is not None and after is not None:
             more = f"{after - before:+.3f} per trained token"
-            return Headline(name, f"{before:.3f} → {after:.3f}", more)
+            return Headline(name, f"{before:.3f} → {after:.3f}", more.replace("-", "−"))
     only = facts.number("val_loss_before")
     return None if only is None else Headline("Validation loss before", f"{only:.3f}", "")
 

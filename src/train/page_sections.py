@@ -12,6 +12,7 @@ from ..report import Report
 from . import usage
 from .figures import duration, memory, millions
 from .page_facts import Facts, number
+from .recipe_text import without_effect
 
 Rows = list[tuple[str, str]]
 
@@ -106,8 +107,8 @@ def problems(facts: Facts) -> list[str]:
 
 
 def warnings(facts: Facts) -> list[str]:
-    """Keys of the recipe that were subsumed or do not apply."""
-    said = []
+    """Keys of the recipe that were subsumed or do not apply, and what the run warned of."""
+    said = without_effect(facts.recipe)
     for entry in facts.rows("warnings"):
         if isinstance(entry, Mapping):
             parts = (str(entry.get(k) or "") for k in ("key", "status", "note"))

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .keys.base import Keys, aliases, nested
+from .keys.base import Keys, aliases, extra_of, nested
 from .recipe import Recipe
 
 Loc = tuple[str | int, ...]
@@ -67,7 +67,7 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
         expected = str(detail.get("ctx", {}).get("expected", ""))
         names = re.findall(r"'([^']*)'", expected)
         if len(names) > _FEW:
-            near = next(iter(difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)), None)
+            near = _nearest_value(loc, str(value), names)
             return (
                 f"must be one of {len(names)} names (fusewright schema lists them), "
                 f"not {value!r}{_meant(near)}"
@@ -75,6 +75,16 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
         word = expected or _WANTED.get(detail["type"].split("_")[0])
         wanted.append(word or detail["msg"].removeprefix("Input should be "))
     return f"must be {' or '.join(dict.fromkeys(wanted))}, not {value!r}"
+
+
+def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
+    """The name that was meant, of those that can be had."""
+    field = model_at(loc[:-1]).model_fields[str(loc[-1])]
+    odd = {special["value"]: special["status"] for special in extra_of(field).get("values", ())}
+    usable = [name for name in names if odd.get(name) != "not yet available"]
+    longer = [name for name in usable if name.startswith(value)]  # the first is the plainest
+    near = longer or difflib.get_close_matches(value, usable, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 def _meant(near: str | None) -> str:

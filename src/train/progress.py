@@ -9,7 +9,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
 from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
@@ -30,20 +38,20 @@ class Figures:
     Attributes:
         fields: ``(importance, text)`` from left to right; the least important ones are left out
             first.
-        notice: a line below, or empty.
+        interrupts: when a signal came, a line below tells what happens now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupts: Interrupts) -> None:
         self.fields: list[tuple[int, str]] = []
-        self.notice = ""
+        self.interrupts = interrupts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = list(self.fields)
         while len(shown) > 1 and len(self._joined(shown)) > options.max_width:
             shown.remove(max(shown, key=lambda f: f[0]))
         yield Text(self._joined(shown), no_wrap=True, overflow="ellipsis")
-        if self.notice:
-            yield Text(self.notice, style="bold yellow")
+        if self.interrupts.signal is not None:
+            yield Text(Interrupts.STOPPING, style="bold yellow")
 
     @staticmethod
     def _joined(fields: list[tuple[int, str]]) -> str:
@@ -59,6 +67,17 @@ class _Bar(Progress):
         if self.tasks:
             yield self.make_tasks_table(self.tasks)
             yield self.figures
+
+
+class _Clock(ProgressColumn):
+    """Time since training began, and time left; it ticks between the steps, too."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__(table_column=Column(no_wrap=True, justify="right"))
+        self.text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self.text())
 
 
 class Watch(TrainerCallback):
@@ -90,7 +109,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
         self.used = used
-        self.figures = Figures()
+        self.figures = Figures(interrupts)
         self.smooth = Smooth()
         self.last = math.nan
         self.rate: float | None = None
@@ -100,6 +119,7 @@ class Watch(TrainerCallback):
         self.task: TaskID | None = None
         self.begun = self.started = self.said = 0.0
         self.due = False
+        self.step = 0
 
     # --- the terminal ----------------------------------------------------------------------------
 
@@ -119,6 +139,7 @@ class Watch(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+            self.interrupts.shown = False
 
     def say(self, text: str) -> None:
         """Print a line; in a terminal, above the bar."""
@@ -129,26 +150,27 @@ class Watch(TrainerCallback):
             TextColumn("training"),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[time]}", table_column=Column(no_wrap=True, justify="right")),
+            _Clock(self._time),
             console=self.console,
             refresh_per_second=2,
             expand=True,
         )
         self.bar.figures = self.figures
-        self.task = self.bar.add_task("training", total=self.total, completed=done, time="")
+        self.task = self.bar.add_task("training", total=self.total, completed=done)
         self.bar.start()
+        self.interrupts.shown = True
 
     def _show(self, state: Any) -> None:
         """Bring the display up to date."""
         if self.bar is None or self.task is None:
             return
         self.figures.fields = self._fields(state)
-        if self.interrupts.signal is not None:
-            self.figures.notice = "stopping after this step and saving"
-        time_ = duration(time.perf_counter() - self.started)
-        if self.meter.seconds:
-            time_ += f", {duration(self._left(state.global_step))} left"
-        self.bar.update(self.task, completed=state.global_step, time=time_)
+        self.step = state.global_step
+        self.bar.update(self.task, completed=self.step)
+
+    def _time(self) -> str:
+        gone = duration(time.perf_counter() - self.started)
+        return f"{gone}, {duration(self._left(self.step))} left" if self.meter.seconds else gone
 
     def _fields(self, state: Any) -> list[tuple[int, str]]:
         """What is known by now, from left to right, each with its importance (0: the highest)."""
@@ -166,7 +188,7 @@ class Watch(TrainerCallback):
             fields.append((1, f"{trained:,.0f} trained tokens/s"))
         share = self.meter.utilization(last=RECENT)
         if share is not None:
-            fields.append((5, f"MFU {share:.0%}"))
+            fields.append((5, f"MFU {share:.0%}" if share >= 0.1 else f"MFU {share:.1%}"))
         if self.mib is not None:
             fields.append((2, memory(self.mib)))
         if state.epoch is not None and self.meter.seconds:

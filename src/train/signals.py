@@ -33,10 +33,18 @@ class Interrupts:
 
     Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one
     only sets ``signal``, for the training loop to see between two steps; a second one raises.
+
+    Attributes:
+        signal: the one that came, or None.
+        shown: somebody has a live display and tells of the signal there, where a line written from
+            here would be lost.
     """
+
+    STOPPING = "Stopping after this step and saving; once more to quit without saving."
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.shown = False
         self._patient = False
         self._before: dict[int, Any] = {}
 
@@ -69,5 +77,6 @@ class Interrupts:
             self.signal = number
             raise Stopped(number)
         self.signal = number
-        # not through a file object: this may interrupt one of its own writes
-        os.write(2, b"\nStopping after this step and saving; once more to quit without saving.\n")
+        if not self.shown:
+            # not through a file object: this may interrupt one of its own writes
+            os.write(2, f"\n{self.STOPPING}\n".encode())

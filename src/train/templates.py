@@ -1,7 +1,7 @@
 """Chat templates by name, for tokenizers that bring none, or that a recipe gives another one.
 
 They write what the models of that name were trained on. They have no generation marks, because
-other programs that read a saved template do not know them; masks are found without (``data.turns``).
+other programs that read a saved template do not know them; masks come without (``data.turns``).
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def _named(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)};"
     raise RecipeError(
-        f"chat_template: there is no template {name!r} here; {hint} Leave chat_template out to take "
-        "the tokenizer's own, or write it out in chat_template_jinja"
+        f"chat_template: there is no template {name!r} here; {hint} Leave chat_template out to "
+        "take the tokenizer's own, or write it out in chat_template_jinja"
     )
 
 

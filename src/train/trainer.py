@@ -160,8 +160,8 @@ class FineTuner(Trainer):
         self._after_step = Randomness.now(), self._tr_loss.clone()
         self._midway = False
 
-    def stopped_midway(self) -> None:
-        """Note that a step was begun and will not be finished."""
+    def stepping(self) -> None:
+        """Note that a step begins, which may not be finished."""
         self._midway = True
 
     def save_now(self) -> None:
@@ -169,9 +169,8 @@ class FineTuner(Trainer):
         if self.state.global_step not in (0, self.saved_at) and self.unwritable is None:
             self._save_checkpoint(self.model)
 
-    def give_up(self, step: int) -> None:
-        """End a loop that ``BadStep`` has left: write a checkpoint of what was before ``step``."""
-        self._midway = step > self.state.global_step
+    def give_up(self) -> None:
+        """End a loop that ``BadStep`` has left: write a checkpoint of what was before it."""
         self.save_now()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 

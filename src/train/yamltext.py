@@ -51,7 +51,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
         values = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
         raise RecipeError(_not_yaml(path, error)) from None
-    except (RecursionError, ValueError) as error:  # an alias of itself; a date that is none
+    except RecursionError:
+        raise RecipeError(f"{path}: not valid YAML: a value contains itself") from None
+    except ValueError as error:  # a date that is none
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     finally:
         if loader is not None:

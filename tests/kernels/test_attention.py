@@ -13,6 +13,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusewright.kernels import attention as op
 from fusewright.kernels import attention_tiles
 from fusewright.kernels.attention import OP, attention
 
@@ -298,6 +299,22 @@ def test_refusals() -> None:
             attention(*args)
     for dtype in (F32, torch.float16):
         assert OP.unsupported(*(t.to(dtype) for t in (q, k, v)), None, True)
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "reason"),
+    [(True, False, ""), (True, True, "AMX"), (False, False, "no bfloat16")],
+)
+def test_which_cpus_gain_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(op, "_why_not_bfloat16", op._why_not_bfloat16.__wrapped__)
+    q, k, v = (t.detach() for t in _qkv(1, 2, 1, 4, 4, 8, 8, B16))
+    reasons = OP.unsupported(q, k, v, None, True)
+    assert len(reasons) == bool(reason)
+    assert all(reason in why for why in reasons)
 
 
 def test_cost_counts_visible_scores() -> None:

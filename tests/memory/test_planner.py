@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,15 +9,19 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
-from fusewright.memory.choice import Setting, choose, peak
+from fusewright.kernels.linear_cross_entropy_tiles import TILE_BYTES
+from fusewright.memory.choice import Scaled, Setting, choose, on_host, peak
 from fusewright.memory.planner import Planner
 from fusewright.memory.predictions import Predicted
 from fusewright.memory.retry import is_out_of_memory, retrying
 from fusewright.memory.usage import Usage
 from fusewright.memory_budget import GB, Budget
-from fusewright.passes.memory import LEVELS, Level
+from fusewright.passes.memory import HOSTED, Level
+from fusewright.passes.memory import LEVELS as EVERY_LEVEL
 
 MB = 10**6
+LEVELS = tuple(v for v in EVERY_LEVEL if v not in HOSTED)
+"""Those of a device that is its own host."""
 
 
 def _usages(all_: int, products: int, lean: int, flops: int = 100) -> dict[Level, Usage]:
@@ -24,6 +29,16 @@ def _usages(all_: int, products: int, lean: int, flops: int = 100) -> dict[Level
     sizes: dict[Level, int] = {"all": all_, "products": products, "input": lean, "tiles": lean}
     work: dict[Level, int] = {"all": 3, "products": 3, "input": 4, "tiles": 5}
     return {v: Usage(sizes[v], all_, all_ + 10, 0, work[v] * flops) for v in LEVELS}
+
+
+def _with_host(usages: dict[Level, Usage]) -> dict[Level, Usage]:
+    """The same, and what copying the input away gives: two of it in passing, none kept."""
+    for level, graph in HOSTED.items():
+        u, size = usages[graph], usages[graph].kept
+        usages[level] = Usage(
+            0, u.forward + 2 * size, u.backward + 2 * size, 0, u.flops + 1, host=size
+        )
+    return usages
 
 
 def _setting(budget: int | None, **changes: Any) -> Setting:
@@ -78,6 +93,39 @@ def test_a_plan_within_the_budget_is_within_the_budget() -> None:
     low, high = (peak([v] * 9, usages, _setting(None)) for v in ("input", "all"))
     for budget in range(low, high + 50, 13):
         assert peak(choose(usages, _setting(budget)), usages, _setting(budget)) <= budget
+
+
+def test_inputs_move_to_the_host_where_nothing_else_fits() -> None:
+    usages = [_with_host(_usages(100, 60, 10)) for _ in range(9)]
+    setting = _setting(None, allowed=EVERY_LEVEL, host=1000)
+    for budget in range(peak(["offload"] * 9, usages, setting), 2200, 7):
+        limited = _setting(budget, allowed=EVERY_LEVEL, host=1000)
+        chosen = choose(usages, limited)
+        assert peak(chosen, usages, limited) <= budget
+        if peak(["input"] * 9, usages, limited) <= budget:
+            assert not HOSTED.keys() & set(chosen)
+        else:
+            assert "offload" in chosen
+            assert not {"all", "products"} & set(chosen)
+
+
+def test_logits_grow_no_further_than_their_tiles() -> None:
+    usages, nothing = [_usages(0, 0, 0)], _setting(None, head=7 * MB, base=0, training=0)
+    small = replace(nothing, logits=2 * TILE_BYTES // 10)
+    assert peak(["all"], usages, small) == 7 * MB + 2 * TILE_BYTES // 10
+    assert peak(["all"], usages, small.scaled(5)) == 35 * MB + TILE_BYTES // 10 * 10
+    assert peak(["all"], usages, small.scaled(50)) == 350 * MB + 2 * TILE_BYTES
+
+
+def test_the_host_has_a_limit_of_its_own() -> None:
+    usages = [_with_host(_usages(100, 60, 10)) for _ in range(9)]
+    for host, moved in ((0, 0), (9, 0), (10, 1), (35, 3), (90, 9), (900, 9)):
+        chosen = choose(usages, _setting(0, allowed=EVERY_LEVEL, host=host))
+        assert sum(v in HOSTED for v in chosen) == moved
+        assert on_host(chosen, usages) == 10 * moved
+    more = Scaled(usages[0], 2).get("offload")
+    assert more is not None
+    assert more.host == 20
 
 
 def test_checkpoints_of_the_users_are_respected() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fusewright import optimize
 from fusewright.install import installed
 from fusewright.memory.planner import Planner
+from fusewright.memory.predictions import Predicted
 from fusewright.passes.memory import Level, allowed
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
@@ -59,6 +60,44 @@ def _alive() -> dict[int, int]:
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("level", ["input", "tiles"])
+def test_what_is_kept_grows_with_the_hidden_state_alone(level: Level) -> None:
+    kept = {}
+    for layers in (2, 4):
+        model = optimize(_model("llama", layers), codegen="eager", memory="100GB")
+        _force(model, level)
+        for time in (20, 40, 60):
+            ids = torch.randint(1, 99, (BATCH, time))
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            kept[layers, time] = _kept(model, ids)
+    of_a_block = {t: (kept[4, t] - kept[2, t]) / 2 for t in (20, 40, 60)}
+    hidden_state = 64 * torch.float32.itemsize
+    assert of_a_block[40] - of_a_block[20] == 20 * BATCH * hidden_state
+    assert of_a_block[60] - of_a_block[40] == 20 * BATCH * hidden_state
+    # the rest is the state of the random numbers
+    assert of_a_block[20] - 20 * BATCH * hidden_state <= torch.get_rng_state().nbytes
+
+
+@pytest.mark.parametrize(("level", "below"), [("offload", "input"), ("offload_tiles", "tiles")])
+def test_on_the_host_a_block_keeps_nothing_on_the_device(level: Level, below: Level) -> None:
+    ids = torch.randint(1, 99, (BATCH, TIME))
+    size = ids.numel() * 64 * torch.float32.itemsize
+    model = optimize(_model("llama", 2), codegen="eager", memory="100GB")
+    planner = _force(model, level)
+    planner.offload.least = size
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    (known,) = planner._known.values()
+    there, here = known.get(level), known.get(below)
+    assert there is not None
+    assert here is not None
+    assert there.kept == here.kept - size <= torch.get_rng_state().nbytes
+    assert there.host == 1 << (size - 1).bit_length()
+    assert planner.host == 2 * there.host
+    planner.offload.least = size + 1  # what is smaller stays
+    again = Predicted(known._graph, known._examples, "eager", planner.note, size + 1)  # type: ignore[attr-defined]  # 2026-11-25: a Predicted
+    assert again.get(level) is None
 
 
 def _cases() -> list[Any]:

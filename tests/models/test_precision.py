@@ -13,7 +13,7 @@ from fusewright.budget import FACTOR, errors, unit
 from .test_models import Pair, _exact_step, _ids, _rms, _step
 from .zoo import FAMILIES, build
 
-BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])

@@ -94,3 +94,31 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
         "lr_scheduler": "constant",
         "output_dir": str(tmp_path / "out"),
     }
+
+
+@pytest.fixture(scope="session")
+def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run, to read from."""
+    from rich.console import Console
+
+    from fusewright.train import train
+
+    folder = tmp_path_factory.mktemp("run")
+    rows = folder / "rows.jsonl"
+    lines = [chat(f"What is {i}?", f"It is the number {i}, " * (1 + i % 3)) for i in range(40)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    recipe = {
+        "base_model": str(base), "bf16": False, "adapter": "lora", "lora_r": 4,
+        "lora_target_linear": True, "datasets": [{"path": str(rows), "type": "chat_template"}],
+        "val_set_size": 8, "sequence_len": 128, "sample_packing": True, "micro_batch_size": 2,
+        "max_steps": 6, "eval_steps": 2, "learning_rate": 1e-2, "codegen": "eager",
+        "sample_prompt": "What is 3?", "sample_max_tokens": 8, "output_dir": str(folder / "out"),
+    }  # fmt: skip
+    return train(recipe, console=Console(quiet=True)).output_dir
+
+
+@pytest.fixture
+def run(run_folder: Path) -> dict[str, Any]:
+    """What ``run.json`` of that run holds."""
+    found: dict[str, Any] = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    return found

@@ -15,19 +15,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from fusewright.cli import app
 from fusewright.errors import RecipeError
 from fusewright.train import progress
 from fusewright.train.overrides import parse_overrides
 from fusewright.train.signals import Interrupts, Stopped
 
+from .commands import fusewright, refused
 from .conftest import chat
-
-
-def fusewright(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture
@@ -35,22 +30,6 @@ def file(recipe: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def refused(tmp_path: Path, *arguments: str) -> str:
-    """The message of a run that must be refused: exit code 2, nothing printed, nothing changed."""
-    before = snapshot(tmp_path)
-    result = fusewright("train", *arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("fusewright: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.output
-    assert snapshot(tmp_path) == before
-    return result.stderr.removeprefix("fusewright: ").strip()
 
 
 def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import sys
@@ -51,7 +52,7 @@ class Screen:
         self.out.truncate(self.out.seek(0))
         self.watch.console.print(self.watch.bar.get_renderable())
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.out.getvalue()).replace("\r", "")
-        return [line.rstrip() for line in text.split("\n") if line.strip()][:2]
+        return [line.rstrip() for line in text.split("\n") if line.strip()]
 
 
 @pytest.mark.parametrize("width", [30, 50, 80, 100, 140])
@@ -61,7 +62,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
         screen.tell("on_train_begin")
         for loss in (2.0, 1.0, 1.5):
             screen.step(loss)
-        bar, figures = screen.frame()
+        bar, figures = screen.frame()[:2]
     assert len(bar) <= width
     assert len(figures) <= width
     assert "3/20" in bar
@@ -128,17 +129,19 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
     assert screen.out.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_a_signal_is_told_and_ends_the_loop() -> None:
+def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
-    with screen.watch:
+    with screen.interrupts, screen.watch:
         screen.tell("on_train_begin")
         screen.step()
         assert not screen.control.should_training_stop
-        screen.interrupts.signal = signal.SIGINT
+        with screen.interrupts.patiently():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert Interrupts.STOPPING in screen.frame()  # at once, not when the step has ended
         screen.tell("on_substep_end")
         assert screen.control.should_training_stop
-        screen.step()
-        assert screen.watch.figures.notice == "stopping after this step and saving"
+    assert not screen.interrupts.shown
+    assert capfd.readouterr().err == ""  # nothing was written over the display
 
 
 def lines(screen: Screen, steps: int) -> list[str]:

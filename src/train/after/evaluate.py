@@ -87,7 +87,8 @@ def evaluate(
         for name, recipe in recipes.items():
             prepared = prepare(recipe, tokenizer, None if as_json else console)
             if name:  # a file is used as a whole
-                prepared = replace(prepared, validation={name: prepared.train})
+                whole: Any = prepared.train
+                prepared = replace(prepared, validation={name: whole})
             sets = validation_batches(prepared, recipe, pad_token(tokenizer))
             found |= {
                 part: _measure(model, batches, prepared.validation[part])

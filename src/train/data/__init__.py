@@ -3,8 +3,8 @@
 In processing order: ``sources`` and ``files`` (where rows are, and reading them) → ``formats``,
 with ``conversation``, ``prompts`` and ``segments`` (what a row means) → ``template``, ``turns`` and
 ``chat`` (text, tokens and exact masks) → ``limits`` (what is kept) → ``pool`` (in batches, in
-processes) → ``store`` (on disk) → ``split`` → ``packing`` (sequences and batches); ``prepare`` calls
-them one after the other. ``stream`` does the same for rows that are never in one place, and
+processes) → ``store`` (on disk) → ``split`` → ``packing`` (sequences and batches); ``prepare``
+calls them one after the other. ``stream`` does the same for rows that are never in one place, and
 ``preview`` shows what came of them.
 """
 

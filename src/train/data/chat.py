@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -171,14 +171,14 @@ class ChatEncoder:
         ids: list[int] = encoding.ids
         if self.rules.everything:
             return Tokens(chat.where, ids, [(0, len(ids))])
-        begins = self._begins(encoding)
+        begin_of = self._begins(encoding)
         spans: list[Span] = []
         ends: set[int] = set()
         for i, turn in turns:
             wanted = i is None or self._wanted(chat, i)
             if turn is None or not wanted:
                 continue
-            first, behind = self._tokens(turn, text, ids, encoding.offsets, begins)
+            first, behind = self._tokens(turn, text, ids, encoding, begin_of)
             ended = behind > first and ids[behind - 1] in self.special
             end = behind - 1 if ended else _next_special(ids, behind, self.special)
             if end is not None:
@@ -187,7 +187,8 @@ class ChatEncoder:
             if i is None or wanted is True:
                 spans.append((first, last))
             else:
-                spans += _detailed(chat, i, turn, wanted, begins[first:last], first, text)
+                begins = {k: begin_of(k) for k in range(first, last)}
+                spans += _detailed(chat, i, turn, wanted, begins, text)
             if ended and self._policy(ids[last]) in ("turn", "all"):
                 spans.append((last, behind))
         spans += self._loose_ends(ids)
@@ -212,34 +213,31 @@ class ChatEncoder:
             places = [i for i, t in enumerate(ids) if t in tokens]
             yield from ((i, i + 1) for i in (places if policy == "all" else places[-1:]))
 
-    def _begins(self, encoding: Any) -> list[int]:
-        """Where each token begins, in characters.
+    def _begins(self, encoding: Any) -> Callable[[int], int]:
+        """Says where a token begins, in characters; one by one, for few are asked for.
 
         Some tokenizers leave spaces out of the offsets; they belong to the token behind them.
         """
-        offsets = encoding.offsets
+        chars = encoding.token_to_chars
         if not self.trims:
-            return [begin for begin, _ in offsets]
-        begins, before = [], 0
-        for begin, end in offsets:
-            begins.append(min(begin, before))
-            before = max(before, end)
-        return begins
+            return lambda i: int(chars(i)[0])
+        return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
 
     def _tokens(
-        self, turn: Turn, text: str, ids: list[int], offsets: list[Span], begins: list[int]
+        self, turn: Turn, text: str, ids: list[int], encoding: Any, begin_of: Callable[[int], int]
     ) -> Span:
         """The tokens of a turn, with the token that ends it and without what follows that.
 
         A token that begins before the turn is not part of it, even if it reaches into it.
         """
-        first, behind = bisect_left(begins, turn.begin), bisect_left(begins, turn.end)
+        every = range(len(ids))
+        first = bisect_left(every, turn.begin, key=begin_of)
+        behind = bisect_left(every, turn.end, lo=first, key=begin_of)
         if first >= behind:
             return first, first
         end = behind - 1
         while end > first and ids[end] not in self.special:
-            begin, stop = begins[end], offsets[end][1]
-            if text[begin:stop].strip():
+            if text[begin_of(end) : encoding.token_to_chars(end)[1]].strip():
                 break
             end -= 1
         if ids[end] in self.special:  # the line break after the end of the turn is nobody's
@@ -311,13 +309,7 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _detailed(
-    chat: Chat,
-    i: int,
-    turn: Turn,
-    details: list[Detail],
-    begins: list[int],
-    first: int,
-    text: str,
+    chat: Chat, i: int, turn: Turn, details: list[Detail], begins: Mapping[int, int], text: str
 ) -> list[Span]:
     """The tokens of a content that begin in a trained range of its characters."""
     if turn.content is None:
@@ -325,13 +317,8 @@ def _detailed(
             f"{chat.where}: message {i + 1} says which characters are trained, but its content "
             "cannot be found in what the chat template makes of it"
         )
-    content = chat.messages[i]["content"]
-    shift = turn.content[0] - (len(content) - len(content.lstrip()))
-    if text.startswith(content, turn.content[0]):
-        shift = turn.content[0]
-    trained = [(d["begin_offset"] + shift, d["end_offset"] + shift) for d in details if d["train"]]
-    return [
-        (first + k, first + k + 1)
-        for k, begin in enumerate(begins)
-        if any(a <= begin <= b for a, b in trained)
-    ]
+    content, place = chat.messages[i]["content"], turn.content[0]
+    if not text.startswith(content, place):  # the template strips it
+        place -= len(content) - len(content.lstrip())
+    trained = [(d["begin_offset"] + place, d["end_offset"] + place) for d in details if d["train"]]
+    return [(k, k + 1) for k, begin in begins.items() if any(a <= begin <= b for a, b in trained)]

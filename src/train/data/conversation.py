@@ -83,10 +83,10 @@ class Conversation:
         return Chat(where, messages, self._tools(row, where), train if flagged else None)
 
     def _field(self, row: Mapping[str, Any]) -> str:
-        field = self.dataset.field_messages or "messages"
+        field: str = self.dataset.field_messages or "messages"
         if field in row or field != "messages":
             return field
-        return next((name for name in _LISTS if name in row), field)
+        return next((name for name in _LISTS if name in row), "messages")
 
     def _pair(self, first: Any) -> tuple[str, str]:
         """The names of a message's role and content."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ...errors import DataError
 
@@ -199,13 +200,14 @@ SUFFIXES = {
 """The kind of a file by the end of its name."""
 
 
-def open_binary(path: Path) -> IO[bytes]:
-    """Open a file for hashing.
+def hash_file(path: Path) -> bytes:
+    """The SHA-256 of a file.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return path.open("rb")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {_said(error)}") from None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any, Protocol
 
 from ...errors import DataError, RecipeError
+from ..keys.dataset import TYPES
 from ..recipe import Dataset, PromptFormat, Recipe
 from ..templates import find_template
 from .chat import Chat, ChatEncoder, Rules, Tokens
 from .conversation import Conversation
 from .prompts import PROMPTS, named, spelled_out
 from .rows import fields_of, kind, need, need_text
+from .sample import IGNORED
 from .segments import SegmentEncoder, Segments
 
 Row = tuple[str, Any]
@@ -24,7 +25,7 @@ Row = tuple[str, Any]
 class Format(Protocol):
     """Reads rows of one type."""
 
-    def read(self, row: Any, where: str) -> Chat | Segments:
+    def read(self, row: Any, where: str) -> Chat | Segments | Tokens:
         """The content of a row; raises a DataError that has ``where`` in it."""
         ...
 
@@ -97,6 +98,27 @@ class PromptCompletion:
         return replace(chat, train=[False] * asked + list(own[asked:]))
 
 
+class Tokenized:
+    """Tokens and labels that somebody has prepared."""
+
+    def read(self, row: Any, where: str) -> Tokens:
+        """The tokens of a row."""
+        row = fields_of(row, where, "input_ids")
+        ids, labels = need(row, "input_ids", where), need(row, "labels", where)
+        if not _numbers(ids) or not _numbers(labels) or len(ids) != len(labels):
+            raise DataError(
+                f"{where}: the fields 'input_ids' and 'labels' must be lists of as many numbers"
+            )
+        pairs = enumerate(zip(ids, labels, strict=True))
+        odd = next((i for i, (token, label) in pairs if label not in (token, IGNORED)), None)
+        if odd is not None:
+            raise DataError(
+                f"{where}: label {odd + 1} must be its token, {ids[odd]}, or {IGNORED}, not "
+                f"{labels[odd]}"
+            )
+        return Tokens(where, ids, [(i, i + 1) for i, x in enumerate(labels) if x != IGNORED])
+
+
 class Encoder:
     """Turns the rows of one dataset into tokens.
 
@@ -150,6 +172,8 @@ class Encoder:
         read = [self.format.read(row, where) for where, row in rows]
         chats = [r for r in read if isinstance(r, Chat)]
         texts = [r for r in read if isinstance(r, Segments)]
+        if not chats and not texts:
+            return [r for r in read if isinstance(r, Tokens)]
         if chats and self.chats is None:
             raise RecipeError("the tokenizer of base_model has no chat template")
         if not texts and self.chats is not None:
@@ -200,11 +224,14 @@ def _format(dataset: Dataset, recipe: Recipe, template: Any) -> Format:
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
         return spelled_out(kind_)
-    if kind_ in PROMPTS or kind_.removesuffix(".load") in PROMPTS:
-        return named(kind_ if kind_ in PROMPTS else kind_.removesuffix(".load"), dataset)
+    if recipe.skip_prepare_dataset:
+        return Tokenized()
+    name = kind_.removesuffix(".load").removesuffix(".default")
+    if name in PROMPTS:
+        return named(name, dataset)
     text = template if isinstance(template, str) else str(template or "")
     conversation = Conversation(dataset, text, recipe.default_system_message)
-    match kind_.removesuffix(".load").removesuffix(".default"):
+    match name:
         case "chat_template" | "sharegpt":
             return conversation
         case "completion":
@@ -215,11 +242,11 @@ def _format(dataset: Dataset, recipe: Recipe, template: Any) -> Format:
             return InputOutput()
         case "prompt_completion":
             return PromptCompletion(dataset, conversation)
-    known = ["chat_template", "completion", "input_output", "pretrain", "prompt_completion"]
-    known += ["sharegpt", *PROMPTS]
-    near = difflib.get_close_matches(kind_, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    raise RecipeError(f"datasets: type: {kind_!r} is not a type of rows{hint}")
+    raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int for x in value)
 
 
 def _rules(dataset: Dataset, recipe: Recipe, everything: bool) -> Rules:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,11 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, tokenizer: Any, console: Console | None = None, keep: bool = False
+    recipe: Recipe,
+    tokenizer: Any,
+    console: Console | None = None,
+    keep: bool = False,
+    limit: int | None = None,
 ) -> Prepared:
     """Prepare the rows of a recipe, or take them from the cache.
 
@@ -66,33 +70,48 @@ def prepare(
         tokenizer: a fast tokenizer, set up as the recipe says.
         console: where to show progress, if it is a terminal; None: nowhere.
         keep: store the rows for later runs even if the recipe names no folder for that.
+        limit: take only so many rows of each dataset; None: all.
 
     Raises:
         RecipeError: a dataset cannot be read as the recipe says, or the tokenizer lacks something.
         DataError: a file or row is not right, or no row is left; the message has file and line.
     """
-    if recipe.streams():
-        from .stream import stream
-
-        return stream(recipe, tokenizer)
+    streams = recipe.streams() and limit is None
+    keys = ("test_datasets",) if streams else ("datasets", "test_datasets")
     found = {
-        key: [sources.find(d, f"{key}.{i}") for i, d in enumerate(datasets)]
-        for key, datasets in (
-            ("datasets", recipe.datasets),
-            ("test_datasets", recipe.test_datasets),
-        )
+        key: [sources.find(d, f"{key}.{i}", limit) for i, d in enumerate(getattr(recipe, key))]
+        for key in keys
     }
     work = {key: [_work(s.dataset, recipe, tokenizer, key) for s in f] for key, f in found.items()}
-    every = [*found["datasets"], *found["test_datasets"]]
-    fingerprint = _fingerprint(
-        recipe, tokenizer, every, [*work["datasets"], *work["test_datasets"]]
-    )
+    ready = _load(recipe, tokenizer, found, work, console, keep) if any(found.values()) else None
+    if not streams:
+        assert ready is not None  # a recipe has datasets, or it streams
+        return ready
+    from .stream import stream
+
+    train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets"))
+    if ready is None:
+        return Prepared(train)
+    return replace(ready, train=train)
+
+
+def _load(
+    recipe: Recipe,
+    tokenizer: Any,
+    found: dict[str, list[Source]],
+    work: dict[str, list[Work]],
+    console: Console | None,
+    keep: bool,
+) -> Prepared:
+    """Take the rows from the cache, after putting them there if need be."""
+    every = [pair for key in found for pair in _pairs(found, work, key)]
+    fingerprint = _fingerprint(recipe, tokenizer, every)
     root, temporary = _root(recipe, keep)
     try:
         cache = Cache(root, fingerprint)
         about = cache.load()
         if about is None:
-            about = _store(cache, recipe, tokenizer, found, work, console)
+            about = _store(cache, recipe, found, work, console)
     except BaseException:
         if temporary:
             shutil.rmtree(root, ignore_errors=True)
@@ -122,12 +141,10 @@ def _root(recipe: Recipe, keep: bool) -> tuple[Path, bool]:
     return Path(tempfile.mkdtemp(prefix="fusewright-data-")), True
 
 
-# --- the cache -------------------------------------------------------------------------------------
+# --- the cache -----------------------------------------------------------------------------------
 
 
-def _fingerprint(
-    recipe: Recipe, tokenizer: Any, found: Sequence[Source], work: Sequence[Work]
-) -> str:
+def _fingerprint(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[Source, Work]]) -> str:
     import tokenizers
     import transformers
 
@@ -143,10 +160,11 @@ def _fingerprint(
                 "keys": source.dataset.model_dump(
                     mode="json", exclude={"path", "builder", "weight", "revision", "name"}
                 ),
+                "limit": source.limit,
                 "encoder": one.encoder.settings,
                 "limits": [one.limits.longest, one.limits.shortest, one.limits.excess],
             }
-            for source, one in zip(found, work, strict=True)
+            for source, one in every
         ],
     }
     text = json.dumps(about, sort_keys=True, default=str)
@@ -156,7 +174,6 @@ def _fingerprint(
 def _store(
     cache: Cache,
     recipe: Recipe,
-    tokenizer: Any,
     found: dict[str, list[Source]],
     work: dict[str, list[Work]],
     console: Console | None,
@@ -170,16 +187,14 @@ def _store(
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
             with Writer(made / "train.arrow") as writer:
-                for source, one in zip(found["datasets"], work["datasets"], strict=True):
+                for source, one in _pairs(found, work, "datasets"):
                     before = writer.count
-                    counts += _write(source, one, writer, recipe, tokenizer, progress, duplicates)
+                    counts += _write(source, one, writer, recipe, progress, duplicates)
                     sizes.append(writer.count - before)
-            for i, (source, one) in enumerate(
-                zip(found["test_datasets"], work["test_datasets"], strict=True), start=1
-            ):
+            for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
                 with Writer(made / files[-1]) as writer:
-                    _write(source, one, writer, recipe, tokenizer, progress, None)
+                    _write(source, one, writer, recipe, progress, None)
         about = {"counts": dict(counts), "sizes": sizes}
         cache.finish(made, files, about)
         return {**about, "files": dict.fromkeys(files)}
@@ -188,12 +203,17 @@ def _store(
         raise
 
 
+def _pairs(
+    found: dict[str, list[Source]], work: dict[str, list[Work]], key: str
+) -> list[tuple[Source, Work]]:
+    return list(zip(found.get(key, ()), work.get(key, ()), strict=True))
+
+
 def _write(
     source: Source,
     work: Work,
     writer: Writer,
     recipe: Recipe,
-    tokenizer: Any,
     progress: Progress,
     duplicates: Duplicates | None,
 ) -> Counter[str]:
@@ -238,7 +258,7 @@ def _nothing_left(counts: Counter[str], limits: Limits) -> str:
     return f"no row is left to train on: of {counts['rows']:,}, {', '.join(reasons)}"
 
 
-# --- what the run gets -----------------------------------------------------------------------------
+# --- what the run gets ---------------------------------------------------------------------------
 
 
 def _split(
@@ -246,7 +266,7 @@ def _split(
 ) -> Prepared:
     samples = Samples(folder / "train.arrow", lease=lease)
     rows, held = order(about["sizes"], recipe)
-    counts = Counter(about["counts"])
+    counts: Counter[str] = Counter(about["counts"])
     train, validation = samples.select(rows), {}
     if len(held):
         part = samples.select(held)

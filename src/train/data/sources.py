@@ -7,14 +7,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
 from ..recipe import Dataset
-from .files import Progress, Row, kind_of, open_binary, read_file
+from .files import Progress, Row, hash_file, kind_of, read_file
 
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
 
@@ -26,12 +27,14 @@ class Source:
     Attributes:
         dataset: what the recipe says of it.
         files: the files that hold its rows, in order.
-        table: a table of the ``datasets`` library that holds them instead.
+        table: a table, or a stream, of the ``datasets`` library that holds them instead.
+        limit: how many rows are taken at most, or None.
     """
 
     dataset: Dataset
     files: tuple[Path, ...] = ()
     table: Any = None
+    limit: int | None = None
 
     def rows(self, progress: Progress | None = None) -> Iterator[Row]:
         """Yield the rows that the recipe wants, in order.
@@ -45,24 +48,20 @@ class Source:
             rows = islice(rows, self.dataset.skip, None)
         if self.dataset.shards:
             rows = islice(rows, self.dataset.shards_idx, None, self.dataset.shards)
-        yield from rows
+        yield from islice(rows, self.limit)
 
     def digest(self) -> str:
         """A hash of the content."""
         if self.table is not None:
             return str(self.table._fingerprint)
-        total = hashlib.sha256()
-        for path in self.files:
-            with open_binary(path) as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        return hashlib.sha256(b"".join(hash_file(path) for path in self.files)).hexdigest()
 
     def _every(self, progress: Progress) -> Iterator[Row]:
         if self.table is not None:
             name = f"{self.dataset.path}, row"
-            total = max(1, len(self.table))
+            total = len(self.table) if hasattr(self.table, "__len__") else 0
             for i, row in enumerate(self.table, start=1):
-                if i % 1000 == 0:
+                if total and i % 1000 == 0:
                     progress(i / total)
                 yield f"{name} {i}", row
             return
@@ -70,8 +69,7 @@ class Source:
         for done, path in enumerate(self.files):
             # `ds_type: json` is said of JSON lines, too
             kind = None if ds_type == "json" and kind_of(path) in ("json", "jsonl") else ds_type
-            begun = done / len(self.files)
-            yield from read_file(path, kind, lambda s, b=begun: progress(b + s / len(self.files)))
+            yield from read_file(path, kind, partial(_forward, progress, done, len(self.files)))
 
     def _sliced(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The part of the split that is asked for; ends are counted only where they must be."""
@@ -87,12 +85,16 @@ class Source:
         yield from kept[_place(begin, len(kept)) : _place(end, len(kept))]
 
 
-def find(dataset: Dataset, key: str = "datasets") -> Source:
+def find(
+    dataset: Dataset, key: str = "datasets", limit: int | None = None, streaming: bool = False
+) -> Source:
     """Find a dataset, building it if it has a builder and is not there yet.
 
     Args:
         dataset: with an absolute path, or the name of a dataset on the hub.
         key: where in the recipe it is, for messages.
+        limit: how many rows to take at most.
+        streaming: do not download a dataset of the hub as a whole.
 
     Raises:
         DataError: it is not there, or its builder fails.
@@ -106,7 +108,7 @@ def find(dataset: Dataset, key: str = "datasets") -> Source:
             f"{key}: split: {dataset.split!r} is no split; write train, train[:100] or train[:10%]"
         )
     if path.is_dir():
-        return _in_folder(dataset, path, split["name"])
+        return replace(_in_folder(dataset, path, split["name"]), limit=limit)
     if path.exists() or path.is_absolute() or dataset.ds_type:
         if not path.exists():
             raise DataError(f"{path}: there is no such file")
@@ -114,8 +116,12 @@ def find(dataset: Dataset, key: str = "datasets") -> Source:
             raise DataError(
                 f"{path}: split: a file has only the split 'train', not {split['name']!r}"
             )
-        return Source(dataset, (path,))
-    return Source(dataset, table=_on_hub(dataset, split["name"]))
+        return Source(dataset, (path,), limit=limit)
+    return Source(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
+
+
+def _forward(progress: Progress, done: int, files: int, share: float) -> None:
+    progress((done + share) / files)
 
 
 def _place(at: str | None, total: int) -> int | None:
@@ -188,14 +194,14 @@ def _saved(path: Path, split: str) -> Any:
     return table[split]
 
 
-def _on_hub(dataset: Dataset, split: str) -> Any:
+def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
     from datasets import load_dataset
 
     files = dataset.data_files
     try:
         return load_dataset(
             dataset.path, dataset.name, split=split, revision=dataset.revision,
-            data_files=[files] if isinstance(files, str) else files,
+            data_files=[files] if isinstance(files, str) else files, streaming=streaming,
         )  # fmt: skip
     except Exception as error:
         # no network, no such dataset, no permission, a bad split: each is a class of its own

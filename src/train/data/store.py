@@ -46,10 +46,6 @@ class Samples(Sequence[Sample]):
         path: the file.
         rows: which of its rows, in which order; None: all.
         lease: what keeps the file there, if it is a temporary one.
-
-    Attributes:
-        lengths: tokens of each sample; int32 (N,).
-        trained: trained tokens of each sample; int32 (N,).
     """
 
     def __init__(self, path: Path, rows: Array | None = None, lease: Lease | None = None) -> None:
@@ -76,10 +72,12 @@ class Samples(Sequence[Sample]):
 
     @property
     def lengths(self) -> Array:
+        """Tokens of each sample; int32 (N,)."""
         return self._lengths[self.rows]
 
     @property
     def trained(self) -> Array:
+        """Trained tokens of each sample; int32 (N,)."""
         return self._trained[self.rows]
 
     def select(self, places: Array | slice) -> Samples:
@@ -145,10 +143,12 @@ class Writer:
             return
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         trained = np.add.reduceat(labels != IGNORED, offsets[:-1]).astype(np.int32)
+        lists = pa.py_buffer(offsets)
         columns = [
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)) for flat in (ids, labels)
+            pa.ListArray.from_buffers(_LIST, len(lengths), [None, lists], children=[_int32(flat)])
+            for flat in (ids, labels)
         ]
-        self._writer.write_batch(pa.record_batch([*columns, pa.array(trained)], schema=_SCHEMA))
+        self._writer.write_batch(pa.record_batch([*columns, _int32(trained)], schema=_SCHEMA))
         self.count += len(lengths)
 
     def __enter__(self) -> Writer:
@@ -162,6 +162,11 @@ class Writer:
     ) -> None:
         self._writer.close()
         self._file.close()
+
+
+def _int32(values: Array) -> Any:
+    # not pa.array(), which imports pandas to see whether it has got something of that
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 class Cache:

@@ -12,7 +12,6 @@ analysed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,7 +234,7 @@ class Turns:
                 return ""
             if not (before.startswith(plain) and text.startswith(plain)):
                 return ""
-            self._prompt = os.path.commonprefix([before, text])[len(plain) :]
+            self._prompt = before[len(plain) : _shared(before, text)]
         return self._prompt
 
     def _end(self, messages: Messages, i: int, text: str, begin: int, through: str) -> int | None:
@@ -252,7 +251,7 @@ class Turns:
             place = text.find(content, begin)
             while place >= 0:  # a short answer may also stand in the template's own words
                 behind = place + len(content)
-                shared = len(os.path.commonprefix([tail, text[behind:]]))
+                shared = _shared(tail, text[behind : behind + len(tail)])
                 end = behind + shared if shared else self._through_special(text, behind)
                 if end > behind:
                     return end
@@ -281,3 +280,9 @@ class Turns:
             f"{where}: the chat template changes earlier turns, so the answer in message {i + 1} "
             "cannot be told apart; mark it with {% generation %} in the template"
         )
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts have in common at the beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

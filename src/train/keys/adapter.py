@@ -104,7 +104,7 @@ class AdapterKeys(Keys):
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""
 
-    peft: PeftKeys | None = None
+    peft: PeftKeys | None = not_applicable("what it holds has a status of its own")
     """Further keys of PEFT. Unset: none."""
 
     loraplus_lr_ratio: Float | None = key(gt=0)

@@ -33,7 +33,9 @@ class DataKeys(Keys):
     )
     """Rows of a stream that are packed together."""
 
-    pretrain_multipack_attn: bool = True
+    pretrain_multipack_attn: bool = not_applicable(
+        "the samples of a pack never see each other", True
+    )
     """Let each sample of a packed stream attend only to itself."""
 
     pretraining_sample_concatenation: bool | None = subsumed("packing (key sample_packing)")
@@ -49,7 +51,9 @@ class DataKeys(Keys):
     """Processes that prepare rows. Unset: this one, in which the tokenizer uses all cores; more are
     worth their start for some 100,000 rows."""
 
-    dataset_keep_in_memory: bool = False
+    dataset_keep_in_memory: bool = not_applicable(
+        "prepared rows are mapped from disk, as far as they are read", False
+    )
     """Keep the prepared rows in memory, not on disk."""
 
     dataset_exact_deduplication: bool = False

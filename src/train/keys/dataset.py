@@ -8,6 +8,18 @@ from pydantic import Field
 
 from .base import Float, Int, Keys, key, not_applicable, not_yet
 
+TYPES = (
+    "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
+    "alpaca", "alpaca:instruct", "alpaca:chat", "alpaca:chatml", "alpaca_instruct",
+    "alpaca_instruct.load_no_prompt", "alpaca_chat", "alpaca_chat.load_qa",
+    "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
+    "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
+    "alpaca_w_system.load_open_orca_chatml",
+    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml",
+    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml",
+)  # fmt: skip
+"""The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
+
 _PREFERENCES = "only a preference method (key rl) reads it"
 
 

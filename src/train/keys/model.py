@@ -112,7 +112,9 @@ class ModelKeys(Keys):
     )
     """Take the tokenizer of the package ``mistral-common``. Unset: no."""
 
-    tokenizer_save_jinja_files: bool = True
+    tokenizer_save_jinja_files: bool = not_applicable(
+        "transformers keeps the template in a file of its own", True
+    )
     """Save the chat template as a file of its own; false: inside ``tokenizer_config.json``."""
 
     # --- numbers ---------------------------------------------------------------------------------
@@ -255,15 +257,12 @@ class ModelKeys(Keys):
     device: Any = not_applicable("the trainer takes the GPU if there is one, else the CPU")
     """The device of the model. Unset: chosen by the machine."""
 
-    device_map: Any = key(
-        values={
-            "balanced": ("not yet available", "a model on several devices; use adapter: qlora"),
-            "balanced_low_0": ("not yet available", "a model on several devices"),
-            "sequential": ("not yet available", "a model on several devices"),
-        }
+    device_map: Any = not_yet(
+        "leave it out: the model is on one device; adapter: qlora needs the least memory",
+        values={"auto": ("not applicable", "the whole model is on the device that trains")},
     )
-    """Which layers are on which device, as in transformers. Unset or ``auto``: all on the device
-    that trains."""
+    """Which layers are on which device, as in transformers. Unset: all on the device that
+    trains."""
 
     max_memory: dict[int | Literal["cpu", "disk"], int | str] | None = not_yet(
         "use memory: 8GB for the whole budget of the process"

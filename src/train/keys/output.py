@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet
+from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
 
 
 def _no(value: Any) -> Any:
@@ -55,9 +55,7 @@ class OutputKeys(Keys):
     save_first_step: bool = False
     """Make a checkpoint after the first step, to see that it works."""
 
-    save_safetensors: bool = key(
-        True, values={False: ("not applicable", "transformers writes only safetensors")}
-    )
+    save_safetensors: bool = not_applicable("transformers writes only safetensors", True)
     """Save weights as safetensors."""
 
     # --- validation ------------------------------------------------------------------------------
@@ -178,5 +176,5 @@ class OutputKeys(Keys):
     hub_always_push: bool = False
     """Push even while the push before is not done."""
 
-    hf_use_auth_token: bool | None = None
-    """Use the token of ``hf auth login`` for the hub. Unset: if there is one."""
+    hf_use_auth_token: bool | None = subsumed("the token of hf auth login, which is always used")
+    """Send the token of one's account to the hub. Unset: if there is one."""

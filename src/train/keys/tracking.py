@@ -73,7 +73,9 @@ class TrackingKeys(Keys):
     comet_online: bool | None = None
     """False keeps the log here. Unset: online."""
 
-    comet_experiment_config: dict[str, Any] | None = None
+    comet_experiment_config: dict[str, Any] | None = not_applicable(
+        "only Comet's own configuration file is read"
+    )
     """Further settings of the experiment. Unset: none."""
 
     use_tensorboard: bool = False

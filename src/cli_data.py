@@ -1,0 +1,69 @@
+"""``fusewright preprocess``: prepare the rows of a recipe before a run, and look at them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .errors import FusewrightError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        epilog="Any key of the recipe can be set here too: --sequence_len 2048",
+    )(preprocess)
+
+
+def preprocess(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show samples token by token: trained ones green, with ▸."),
+    ] = False,
+    debug_num_examples: Annotated[
+        int,
+        typer.Option(
+            "--debug_num_examples", "--debug-num-examples", min=1, help="How many samples."
+        ),
+    ] = 5,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only the first rows of each dataset, and keep nothing."),
+    ] = None,
+) -> None:
+    """Read, tokenize and mask the rows of a recipe, and keep them for its runs."""
+    try:
+        _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit)
+    except FusewrightError as error:
+        print(f"fusewright: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        print("fusewright: stopped; nothing was kept", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _preprocess(name: str, arguments: list[str], examples: int, limit: int | None) -> None:
+    from rich.console import Console
+
+    from .train.overrides import parse_overrides
+    from .train.yamlfile import load_recipe
+
+    recipe = load_recipe(name, parse_overrides(arguments))
+
+    from .train.data import prepare  # slow to import: only for a recipe that is right
+    from .train.data.preview import first, show, summary
+    from .train.model import quiet
+    from .train.tokenizer import load_tokenizer
+
+    console = Console()
+    with quiet():
+        tokenizer = load_tokenizer(recipe)
+        prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)
+    summary(prepared, console)
+    if examples:
+        show(first(prepared, examples), tokenizer, console)

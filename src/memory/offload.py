@@ -1,0 +1,218 @@
+"""What a block keeps, in the memory of the host: it leaves in forward and is fetched in backward.
+
+A block at one of the levels ``HOSTED`` keeps its input alone. That input is copied to the host
+beside the block's own work, and leaves the device when the next block begins. In backward each
+block has the one before it fetched while it computes. The device waits for copies by events; the
+host waits for none. A place in memory is let go only after what still copies from it or into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sampling import hint
+from .transport import Transfer, Transport, transport_of
+
+LEAST = 1 << 20
+"""Bytes below which a tensor stays: the copy would cost more than the place is worth."""
+
+
+class Kept:
+    """One tensor that autograd keeps: on the device, on its way, or on the host.
+
+    Args:
+        tensor: what is kept, detached.
+        going: its copy to the host, under way.
+        transport: what copies it.
+        before: what the block before keeps, to be fetched when this is used.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        going: Transfer,
+        transport: Transport,
+        before: Sequence[weakref.ref[Kept]],
+    ) -> None:
+        self._layout, self._version, self._device = _layout(tensor), tensor._version, tensor.device
+        self._here: Tensor | None = tensor
+        self._going = going
+        self._coming: Transfer | None = None
+        self._transport, self._before = transport, before
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether ``t``, which has the same storage, is what was kept, as it was."""
+        return _layout(t) == self._layout and t._version == self._version
+
+    def leave(self) -> None:
+        """Let go of the device's memory; what reuses it comes after the copy.
+
+        A write in between may have come before the copy had read, as ``get`` says then.
+        """
+        if self._here is not None and self._here._version == self._version:
+            self._transport.wait(self._going, self._device)
+            self._here = None
+
+    def fetch(self) -> None:
+        """Begin to bring it back, if it has left."""
+        if self._here is None and self._coming is None:
+            self._coming = self._transport.back(self._going.result, self._device)
+
+    def get(self) -> Tensor:
+        """The tensor on the device; the block before begins to be fetched.
+
+        Raises:
+            RuntimeError: something wrote into it while it was still there, as autograd would say.
+        """
+        if self._here is not None and self._here._version != self._version:
+            raise RuntimeError(
+                "the input of a block, needed for gradient computation, has been modified by an "
+                "inplace operation after the block had run: write to a copy of it"
+            )
+        result = self._here
+        if result is None:
+            self.fetch()
+            assert self._coming is not None
+            self._transport.wait(self._coming, self._device)
+            result, self._coming = self._coming.result, None
+        for reference in self._before:
+            earlier = reference()
+            if earlier is not None:
+                with contextlib.suppress(RuntimeError):  # no room yet: fetched when it is used
+                    earlier.fetch()
+        return result
+
+    def __del__(self) -> None:
+        # dropped without a backward pass: copies may still run
+        for transfer in (self._going if self._here is not None else None, self._coming):
+            if transfer is not None:
+                self._transport.wait(transfer, self._device)
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.storage_offset(), t.dtype
+
+
+class Offload:
+    """Runs blocks so that their inputs are kept on the host.
+
+    Args:
+        note: told once, if it cannot be done.
+        transport: what copies; by default what the device needs.
+        least: bytes below which a tensor stays.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[str], None] = lambda text: None,
+        transport: Transport | None = None,
+        least: int = LEAST,
+    ) -> None:
+        self.note, self.transport, self.least = note, transport, least
+        self._last: list[weakref.ref[Kept]] = []
+        self._known: weakref.WeakKeyDictionary[Any, weakref.ref[Kept]] = weakref.WeakKeyDictionary()
+        self._failed = False
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, a block's graph, keeping on the host what ``carried`` says of its arguments."""
+
+        def call(*args: Any) -> Any:
+            if self._failed or not _will_save(args):
+                return run(*args)
+            with self._keeping([args[i] for i in carried(args, self.least)]):
+                return run(*args)
+
+        return call
+
+    @contextlib.contextmanager
+    def _keeping(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        for reference in self._last:
+            previous = reference()
+            if previous is not None:
+                previous.leave()
+        kept = self._begin(tensors)
+        self._last = [weakref.ref(k) for k in kept.values()]
+
+        def pack(t: Tensor) -> Tensor | Kept:
+            found = kept.get(t.untyped_storage()._cdata)
+            return found if found is not None and found.holds(t) else t
+
+        def unpack(held: Tensor | Kept) -> Tensor:
+            return held.get() if isinstance(held, Kept) else held
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def _begin(self, tensors: Sequence[Tensor]) -> dict[int, Kept]:
+        """Begin to copy ``tensors``, by the addresses of their storages; each only once."""
+        found = {}
+        try:
+            for t in tensors:
+                storage = t.untyped_storage()
+                reference = self._known.get(storage)
+                known = None if reference is None else reference()
+                if known is None or not known.holds(t):
+                    known = self._send(t.detach())  # shares the count of writes
+                    self._known[storage] = weakref.ref(known)
+                found[storage._cdata] = known
+        except RuntimeError as error:  # the host has no memory that can be pinned
+            self._failed = True
+            why = str(error).strip().partition("\n")[0]
+            self.note(f"block inputs stay on the device: the host cannot take them ({why})")
+        return found
+
+    def _send(self, t: Tensor) -> Kept:
+        self.transport = self.transport or transport_of(t.device)
+        return Kept(t, self.transport.out(t), self.transport, tuple(self._last))
+
+
+def _will_save(args: Sequence[Any]) -> bool:
+    """Whether autograd is going to save tensors, and nobody else has a say in how."""
+    hooks: Any = torch._C._autograd  # some of its functions have no types
+    allowed = hooks._saved_tensors_hooks_is_enabled()
+    if not allowed or hooks._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def carried(args: Sequence[Any], least: int) -> list[int]:
+    """Which arguments of a block's graph are what flows from block to block.
+
+    These are the largest floating-point tensors of three dimensions that are no parameters: hidden
+    states. Rotary angles, masks and quantized weights, which blocks share or own, are not.
+
+    Args:
+        args: tensors or Dynamo's examples of them, and sizes.
+        least: bytes that one must have.
+
+    Returns:
+        Their places; empty if they are too small, or have gaps or overlaps in memory.
+    """
+    sizes = {
+        i: [hint(s) for s in a.shape]
+        for i, a in enumerate(args)
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter)
+        and a.dim() == 3 and a.is_floating_point()
+    }  # fmt: skip
+    largest = max((prod(s) * args[i].itemsize for i, s in sizes.items()), default=0)
+    if largest < least:
+        return []
+    return [i for i, s in sizes.items() if prod(s) * args[i].itemsize == largest and _dense(
+        s, [hint(d) for d in args[i].stride()])]  # fmt: skip
+
+
+def _dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether each place in memory, from the first to the last, belongs to one element."""
+    expected = 1
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

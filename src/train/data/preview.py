@@ -1,0 +1,77 @@
+"""Prepared samples to look at: every token, and whether it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .sample import IGNORED, Sample
+from .store import Samples
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from .prepare import Prepared
+
+MARK = "▸"
+"""Stands before a trained token, so that it can be told without colour."""
+
+
+def summary(prepared: Prepared, console: Console) -> None:
+    """Print how many rows there were, what became of them, and where they are kept."""
+    from rich.table import Table
+
+    table = Table("", "number", box=None)
+    table.columns[1].justify = "right"
+    for name, number in prepared.counts.items():
+        table.add_row(name.replace("_", " "), f"{number:,}")
+    console.print(table)
+    if isinstance(prepared.train, Samples):
+        place = "kept nowhere" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
+        console.print(place, soft_wrap=True, highlight=False)
+    else:
+        console.print("a stream: its rows are prepared while training goes on")
+
+
+def first(prepared: Prepared, number: int) -> list[Sample]:
+    """The first samples to train on."""
+    if isinstance(prepared.train, Samples):
+        return list(prepared.train[:number])
+    packs = islice(prepared.train, number)
+    return [sample for pack in packs for sample in pack][:number]
+
+
+def show(samples: Iterable[Sample], tokenizer: Any, console: Console) -> None:
+    """Print samples, token by token.
+
+    Args:
+        samples: which.
+        tokenizer: whose tokens they are.
+        console: where to.
+    """
+    from rich.text import Text
+
+    legend = Text.assemble((f"{MARK}trained", "bold green"), "/id  ", ("not trained", "dim"), "/id")
+    console.print(legend)
+    for number, sample in enumerate(samples, start=1):
+        head = f"\nsample {number}: {len(sample.input_ids)} tokens, {sample.trained} trained"
+        console.print(head, highlight=False)
+        console.print(shown(sample, tokenizer), soft_wrap=True)
+
+
+def shown(sample: Sample, tokenizer: Any) -> Text:
+    """One sample: each token's text and id, trained ones green and marked."""
+    from rich.text import Text
+
+    text = Text()
+    for token, label in zip(sample.input_ids, sample.labels, strict=True):
+        trained = label != IGNORED
+        piece = tokenizer.decode([token])
+        style = "bold green" if trained else "dim"
+        text.append((MARK if trained else "") + piece.replace("\n", "⏎"), style)
+        text.append(f"/{token} ", "cyan" if trained else "dim")
+        if "\n" in piece:
+            text.append("\n")
+    return text

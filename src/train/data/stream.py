@@ -1,0 +1,112 @@
+"""Packs of rows that are read while training goes on: for data that is larger than memory or disk.
+
+Rows are read in batches, from all datasets in turn, and from the beginning again when they end.
+``streaming_multipack_buffer_size`` samples are collected, shuffled, packed and handed out; no more
+than that, and the batch that is being read, is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...errors import DataError
+from ..recipe import Dataset, Recipe
+from . import sources
+from .files import Row
+from .packing import Pack, pack
+from .pool import Work, batches
+from .sample import Sample
+from .sources import Source
+
+Array = np.ndarray[Any, Any]
+
+
+class StreamedPacks(IterableDataset[Pack]):
+    """An endless stream of packs, the same for the same seed.
+
+    Args:
+        found: the datasets.
+        work: how the rows of each become samples.
+        recipe: length and size of packs, buffer, seed.
+    """
+
+    def __init__(self, found: Sequence[Source], work: Sequence[Work], recipe: Recipe) -> None:
+        self.found, self.work, self.recipe = found, work, recipe
+
+    def __iter__(self) -> Iterator[Pack]:
+        size = self.recipe.streaming_multipack_buffer_size
+        draw = np.random.default_rng(self.recipe.seed)
+        samples = self._samples()
+        while buffer := list(islice(samples, size)):
+            if self.recipe.shuffle_merged_datasets:
+                buffer = [buffer[i] for i in draw.permutation(len(buffer))]
+            for group in self._groups(buffer, draw):
+                yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+
+    def _groups(
+        self, buffer: Sequence[tuple[Array, Array]], draw: np.random.Generator
+    ) -> Iterable[Sequence[int]]:
+        """Packs of the buffer's samples, in any order: best fit would put the long ones first."""
+        if not self.recipe.packs():
+            return ([i] for i in range(len(buffer)))
+        lengths = np.array([len(ids) for ids, _ in buffer])
+        groups = pack(lengths, self.recipe.sequence_len, self.recipe.sample_packing_bin_size)
+        return (groups[i] for i in draw.permutation(len(groups)))
+
+    def _samples(self) -> Iterator[tuple[Array, Array]]:
+        """Tokens and labels of one sample after the other, for ever."""
+        while True:
+            kept = 0
+            readers = [
+                (work, batches(self._own(source.rows())))
+                for source, work in zip(self.found, self.work, strict=True)
+            ]
+            while readers:
+                for reader in list(readers):
+                    work, rows = reader
+                    batch = next(rows, None)
+                    if batch is None:
+                        readers.remove(reader)
+                        continue
+                    part = work.part(batch)
+                    cuts = np.cumsum(part.lengths)[:-1]
+                    kept += len(part.lengths)
+                    if len(part.lengths):
+                        yield from zip(
+                            np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
+                        )
+            if not kept:
+                paths = ", ".join(source.dataset.path for source in self.found)
+                raise DataError(f"{paths}: no row of the stream can be trained on")
+
+    def _own(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows of this process, where a data loader has several."""
+        worker = get_worker_info()
+        return rows if worker is None else islice(rows, worker.id, None, worker.num_workers)
+
+
+def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
+    """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
+
+    Args:
+        recipe: with ``streaming`` or ``pretraining_dataset``.
+        make_work: gives the work for a dataset.
+
+    Raises:
+        DataError: a dataset is not there, or its first row is not right.
+    """
+    named = recipe.pretraining_dataset or recipe.datasets
+    key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"
+    found = [sources.find(d, f"{key}.{i}", streaming=True) for i, d in enumerate(named)]
+    work = [make_work(source.dataset) for source in found]
+    for source, one in zip(found, work, strict=True):  # what is wrong shall be said now
+        first = list(islice(source.rows(), 1))
+        if not first:
+            raise DataError(f"{source.dataset.path}: the dataset is empty")
+        one.part(first)
+    return StreamedPacks(found, work, recipe)

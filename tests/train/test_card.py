@@ -1,0 +1,134 @@
+"""The model card: what it says, and whose cards it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from fusewright.train import card
+from fusewright.train.page_facts import Facts
+
+MINE = "---\nlicense: mit\n---\n\n# My model\n\nIt is mine.\n"
+
+
+def rendered(run: dict[str, Any]) -> str:
+    return card.render(Facts.of(run), picture=True)
+
+
+def front(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n", 2)[1])
+    return found
+
+
+def test_the_card_of_a_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
+    path = card.write(run_folder, tmp_path)
+    assert path == tmp_path / "README.md"
+    text = path.read_text(encoding="utf-8")
+    loaded = ModelCard.load(path)  # the hub's own reader
+    assert loaded.data.library_name == "peft"
+    assert loaded.data.pipeline_tag == "text-generation"
+    assert {"fusewright", "lora"} <= set(loaded.data.tags)
+    for words in (
+        "LoRA rank 4 adapter for",
+        f"{run['val_loss_before']:.3f} before, {run['val_loss_after']:.3f} after",
+        "fusewright generate . ",
+        "AutoPeftModelForCausalLM",
+        "What is 3?",
+        "lora_r: 4",
+        f"torch {run['versions']['torch'].replace('_', chr(92) + '_')}",
+    ):
+        assert words in text, words
+    assert "loss.png" not in text  # there is none beside it
+    assert "](loss.png)" in rendered(run)
+
+
+def test_it_tells_no_folders_of_this_machine(run: dict[str, Any], run_folder: Path) -> None:
+    text = rendered(run)
+    assert str(run_folder.parent) not in text
+    assert run["recipe"]["base_model"] not in text
+    assert "`rows.jsonl`" in text
+
+
+def test_ids_of_the_hub_are_linked(run: dict[str, Any]) -> None:
+    recipe = {**run["recipe"], "base_model": "some-lab/Model-1.5B"}
+    recipe["datasets"] = [{"path": "some-lab/chats"}, {"path": "/data/mine.jsonl"}]
+    text = rendered({**run, "recipe": recipe})
+    entries = front(text)
+    assert entries["base_model"] == "some-lab/Model-1.5B"
+    assert entries["datasets"] == ["some-lab/chats"]
+    assert "base_model:adapter:some-lab/Model-1.5B" in entries["tags"]
+    assert "[some-lab/chats](https://huggingface.co/datasets/some-lab/chats)" in text
+    assert "/data/" not in text
+
+
+def test_the_license_is_that_of_the_base_model(run: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**run["recipe"], "base_model": str(tmp_path)}
+    assert "license" not in front(rendered({**run, "recipe": recipe}))
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    assert front(rendered({**run, "recipe": recipe}))["license"] == "apache-2.0"
+    for broken in ("no front matter", "---\n- a\n---\n", "---\n{\n---\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert "license" not in front(rendered({**run, "recipe": recipe}))
+
+
+def test_full_training_and_runs_that_ended_early(run: dict[str, Any]) -> None:
+    full = {**run, "recipe": {**run["recipe"], "adapter": None}, "adapter_check": None}
+    assert front(rendered(full))["library_name"] == "transformers"
+    assert "from transformers import AutoModelForCausalLM" in rendered(full)
+    text = rendered({**run, "status": "interrupted", "signal": 2, "steps": 3})
+    assert "> **Stopped early.** It ended after step 3 of 6, on SIGINT." in text
+    assert "finished" not in text
+    packed = {**run, "recipe": {**run["recipe"], "base_model": "package:some_package"}}
+    assert "AutoPeftModelForCausalLM" not in rendered(packed)
+    for key in run:
+        for odd in (None, "text"):
+            assert front(rendered({**run, key: odd}))["tags"]
+
+
+def test_answers_cannot_become_markup(run: dict[str, Any]) -> None:
+    answer = "```\n</details><script>alert(1)</script>\n````\n# Heading"
+    text = rendered({**run, "sample": {"question": "Q", "before": answer, "after": answer}})
+    assert f"`````text\n{answer}\n`````" in text  # a fence longer than any inside
+    odd = rendered({**run, "sample": {"question": "Q", "after": "a\x00b\rc\ud800"}})
+    assert "a\ufffdb\ufffdc\ufffd" in odd
+    bad = rendered({**run, "versions": {"a": "<script>|*b*"}})
+    assert r"\<script\>\|\*b\*" in bad
+
+
+@pytest.mark.parametrize("text", [MINE, "", "# Notes\n[More Information Needed]\n"])
+def test_a_card_of_ones_own_is_left_alone(run: dict[str, Any], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    assert card.write(run, tmp_path) is None
+    assert path.read_text() == text
+
+
+def test_what_nobody_wrote_is_replaced(
+    run: dict[str, Any], run_folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(run["recipe"]["base_model"])
+    PeftModel.from_pretrained(base, run_folder).save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    assert "Model Card for Model ID" in path.read_text()  # PEFT's form
+    assert card.write(run, tmp_path) == path
+    assert card.is_generated(path)
+    assert card.write(run, tmp_path) == path  # our own, as it was
+    path.write_text(path.read_text().replace("## Data", "## The data that I cleaned"))
+    assert not card.is_generated(path)
+    assert card.write(run, tmp_path) is None
+
+
+def test_a_filled_form_is_ones_own(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    form = ModelCard.from_template(ModelCard("---\nlibrary_name: peft\n---\n").data)
+    form.save(path)
+    assert card.is_generated(path)
+    path.write_text(path.read_text().replace("# Model Card for Model ID", "# My model"))
+    assert not card.is_generated(path)

@@ -1,0 +1,317 @@
+"""The report page: whole runs, runs that ended early, hostile answers; without a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusewright.errors import DataError
+from fusewright.report import Report
+from fusewright.train import page
+from fusewright.train.page_chart import MOST, STRIPS, Series, chart
+from fusewright.train.page_facts import Facts
+
+HOSTILE = (
+    "</title></style><script>alert('1')</script><img src=x onerror=\"alert(2)\">&amp; ü 好 \x00"
+)
+VOID = {"meta", "link", "br", "img", "wbr", "input", "hr"}
+
+
+class Parsed(HTMLParser):
+    """Reads a page, and objects to tags that are not closed in their order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"nothing to close for {tag}"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def parsed(run: Any) -> Parsed:
+    return Parsed(page.render(Facts.of(run)))
+
+
+def test_a_whole_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
+    assert (run_folder / "report.html").read_text(encoding="utf-8") == page.render(Facts.of(run))
+    path = page.write(run_folder, tmp_path)
+    assert path == tmp_path / "report.html"
+    assert list(tmp_path.iterdir()) == [path]
+    found = Parsed(path.read_text(encoding="utf-8"))
+    before, after = run["val_loss_before"], run["val_loss_after"]
+    for words in (
+        f"{before:.3f} → {after:.3f}",
+        "finished",
+        "LoRA rank 4",
+        "What is 3?",
+        run["sample"]["after"].split()[0] if run["sample"]["after"].split() else "empty",
+        "plain PEFT gives the same logits",
+        "max_steps: 6",
+        "more keys at their defaults",
+        "fusewright generate",
+        "AutoPeftModelForCausalLM",
+        run["versions"]["torch"],
+    ):
+        assert words in found.text
+    assert '<th scope="row">lora_<wbr>linear</th>' in path.read_text(encoding="utf-8")
+    charts = [a for a in found.named("svg") if a.get("role") == "img"]
+    assert len(charts) >= 3  # loss, learning rate, gradient norm; more where more is logged
+    for curve in charts:  # each has a title and a description, by id
+        ids = {a.get("id") for tag, a in found.tags if tag in ("title", "desc")}
+        assert set(str(curve["aria-labelledby"]).split()) <= ids
+
+
+def test_the_same_page_from_every_form_of_a_run(run: dict[str, Any], run_folder: Path) -> None:
+    pages = [page.render(Facts.of(r)) for r in (run, run_folder, run_folder / "run.json")]
+    assert pages[0] == pages[1] == pages[2]
+
+
+def test_a_page_can_be_made_without_torch() -> None:
+    code = "import sys; from fusewright.train import page, card; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_it_is_accessible_in_structure(run: dict[str, Any]) -> None:
+    found = parsed(run)
+    assert found.named("html") == [{"lang": "en"}]
+    for landmark in ("header", "nav", "main", "footer"):
+        assert len(found.named(landmark)) == 1
+    assert len(found.named("h1")) == 1
+    ids = [a["id"] for _, a in found.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for anchor in found.named("a"):
+        assert str(anchor["href"]).removeprefix("#") in ids
+    for section in found.named("section"):
+        assert section["aria-labelledby"] in ids
+    assert all(cell.get("scope") in ("col", "row") for cell in found.named("th"))
+
+
+def test_it_needs_nothing_else(run: dict[str, Any]) -> None:
+    text = page.render(Facts.of(run))
+    found = Parsed(text)
+    assert found.named("script") == []
+    assert found.named("img") == []
+    for tag, attrs in found.tags:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            value = str(attrs.get(name) or "")
+            assert value.startswith(("#", "data:")) or not value, (tag, name, value)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a for a in found.named("meta") if a.get("http-equiv"))
+    assert "default-src 'none'" in str(policy["content"])
+
+
+def replaced(value: Any, text: str) -> Any:
+    """``value`` with every piece of text in it, keys too, made ``text``."""
+    if isinstance(value, dict):
+        return {(k if k in KEPT else f"{k}{text}"): replaced(v, text) for k, v in value.items()}
+    if isinstance(value, list):
+        return [replaced(v, text) for v in value]
+    return text if isinstance(value, str) else value
+
+
+KEPT = {
+    "recipe", "base_model", "adapter", "datasets", "path", "sample", "question", "before", "after",
+    "status", "reason", "problems", "part", "error", "warnings", "key", "note", "optimize",
+    "sites", "bypasses", "module", "rule", "op", "codegen", "memory", "data", "seconds", "history",
+    "step", "loss", "eval_loss", "versions", "machine", "started", "output_dir", "steps",
+    "steps_planned", "checkpoint", "learning_rate", "grad_norm", "epoch",
+}  # fmt: skip
+"""Keys that must stay, for what is below them to be shown."""
+
+
+def test_nothing_that_is_shown_can_become_markup(run: dict[str, Any]) -> None:
+    bad = replaced(run, HOSTILE)
+    bad |= {
+        "reason": HOSTILE, "checkpoint": HOSTILE, "problems": [{"part": HOSTILE, "error": HOSTILE}],
+        "warnings": [HOSTILE, {"key": HOSTILE, "status": HOSTILE, "note": HOSTILE}],
+    }  # fmt: skip
+    bad["optimize"]["bypasses"] = [{"module": HOSTILE, "reason": HOSTILE}]
+    plain, found = parsed(run), parsed(bad)
+    assert found.named("script") == []
+    assert found.named("img") == []
+    assert not [a for _, attrs in found.tags for a in attrs if a.startswith("on")]
+    assert len(found.named("style")) == 1
+    assert len(found.named("figure")) == len(plain.named("figure"))
+    assert found.text.count("<script>alert('1')</script>") > 50  # it is all there, as text
+    assert "ü 好" in found.text
+
+
+def without(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The run with each entry missing, null, and of a wrong kind; and with none at all."""
+    for key in run:
+        yield {k: v for k, v in run.items() if k != key}
+        for wrong in (None, "text", ["a"], {"a": None}, math.nan):
+            yield {**run, key: wrong}
+    yield {}
+
+
+def test_every_entry_may_be_missing_or_odd(run: dict[str, Any]) -> None:
+    for odd in without(run):
+        assert parsed(odd).named("main")
+
+
+def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
+    lost = json.loads(json.dumps(run))
+    del lost["val_loss_after"], lost["adapter_check"], lost["sample"]["after"]
+    lost["history"] = [e for e in lost["history"] if e["step"] <= 3]
+    lost["history"].append({"step": 4, "loss": "nan", "grad_norm": "inf", "learning_rate": 0.01})
+    lost |= {"status": "nan", "steps": 3, "loss_last": "nan", "reason": "the loss of step 4 is nan"}
+    lost["checkpoint"] = "/runs/a/checkpoint-2"
+    found = parsed(lost)
+    for words in (
+        "stopped: not a number",
+        "the loss of step 4 is nan.",
+        "after step 3 of 6",
+        "The adapter of the last whole step is saved",
+        "To go on from /runs/a/checkpoint-2",
+        "Not asked: the run ended early.",
+    ):
+        assert words in found.text
+    assert any("lost" in str(a.get("class")) for a in found.named("path"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "interrupted", "signal": 15, "steps": 2}, "after step 2 of 6, on SIGTERM."),
+        ({"status": "watchdog"}, "stopped by the loss watchdog"),
+        ({"status": "disk full", "reason": "no space left"}, "the disk is full"),
+        ({"status": "something new"}, "something new"),
+        ({"adapter_check": {"exact": False}}, "The saved adapter is broken"),
+        ({"problems": [{"part": "plot", "error": "no font"}]}, "plot failed: no font"),
+        ({"warnings": ["liger_rope: subsumed"]}, "liger_rope: subsumed"),
+        ({"resumed_from": 3}, "resumed at step 3"),
+        ({"peak_cuda_mb": 2048.0}, "Peak GPU memory 2.0 GiB"),
+        ({"optimize": Report(sites=()).to_dict()}, "No formula was recognised."),
+    ],
+)
+def test_what_else_a_run_can_tell(run: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    assert words not in parsed(run).text
+    assert words in parsed({**run, **changes}).text
+
+
+def test_keys_without_effect_are_told(run: dict[str, Any]) -> None:
+    assert "subsumed" not in parsed(run).text
+    recipe = {**run["recipe"], "liger_rope": True}
+    assert "liger_rope: subsumed: " in parsed({**run, "recipe": recipe}).text
+    assert "subsumed" not in parsed({**run, "recipe": {**recipe, "datasets": "odd"}}).text
+
+
+def test_secrets_are_not_shown(run: dict[str, Any]) -> None:
+    recipe = {**run["recipe"], "comet_api_key": "sesame", "special_tokens": {"pad_token": "<pad>"}}
+    text = parsed({**run, "recipe": recipe}).text
+    assert "sesame" not in text
+    assert "comet_api_key: (hidden)" in text
+    assert "pad_token: <pad>" in text
+
+
+def test_a_path_that_holds_no_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not the record of a run"):
+        page.write(tmp_path, tmp_path)
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(DataError, match="holds no keys and values"):
+        page.write(tmp_path, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+def three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def test_a_chart_is_to_scale() -> None:
+    made = chart("x", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)], dots=True)], three)
+    assert made is not None
+    assert made.lines[0].path == "M0 1000L500 500L1000 0"
+    assert made.dots == ((0, 0.0, 1000.0), (0, 500.0, 500.0), (0, 1000.0, 0.0))
+    assert [(t.at, t.label) for t in made.y] == [
+        (100.0, "0"), (50.0, "5"), (0.0, "10"),
+    ]  # fmt: skip
+    assert [t.label for t in made.x] == ["0", "20", "40", "60", "80", "100"]
+    assert made.summary == "a: 0.000 at step 0, 10.000 at step 100; between 0.000 and 10.000."
+    assert [s.text for s in made.strips][1] == "step 50: a 5.000"
+    assert sum(s.width for s in made.strips) == pytest.approx(1000)
+
+
+def test_a_line_breaks_where_a_value_is_lost() -> None:
+    points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 1.0), (5, math.inf)]
+    made = chart("x", [Series("a", points)], three)
+    assert made is not None
+    assert made.lines[0].path.count("M") == 2
+    assert made.lost == (500.0, 1000.0)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_extremes() -> None:
+    points = [(i, math.sin(i / 50) + (9.0 if i == 7777 else 0.0)) for i in range(20_000)]
+    made = chart("x", [Series("a", points, smoothed=True)], three)
+    assert made is not None
+    faint, mean = made.lines
+    assert faint.faint
+    assert not mean.faint
+    assert len(re.findall(r"[ML]", faint.path)) <= 1.5 * MOST
+    top = min(float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", faint.path))
+    highest, lowest = 10.0, made.y[0].at  # the axis ends at a round value above the peak
+    assert top < 100 * (lowest - highest)
+    assert len(made.strips) <= STRIPS
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[(3, 1.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-9), (2, 3e-9)], [(1, -2.0), (2, -2.0)],
+     [(1, 1e30), (9, -1e30)], [(10**9, 1.0), (10**9 + 1, 2.0)]],
+)  # fmt: skip
+def test_odd_curves_stay_inside_the_plot(points: list[tuple[float, float]]) -> None:
+    for from_zero in (True, False):
+        made = chart("x", [Series("a", points, dots=True)], three, from_zero)
+        assert made is not None
+        assert len(made.y) >= 2
+        for _, x, y in made.dots:
+            assert 0 <= x <= 1000
+            assert 0 <= y <= 1000
+        labels = [t.label for t in made.y]
+        assert len(set(labels)) == len(labels)
+
+
+def test_no_chart_without_a_number() -> None:
+    assert chart("x", [Series("a", []), Series("b", [(1, math.nan)])], three) is None
