@@ -81,8 +81,9 @@ class Run:
                 model = self._model(tokenizer)
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
-            export.clear_output(self.folder, self._in_place())
             trainer = make_trainer(context, model, self.sequences, self.saved)
+            # not before the last thing that may be refused: this is what cannot be undone
+            export.clear_output(self.folder, self._in_place())
             self._train(trainer, interrupts)
             try:
                 self._after(trainer.model, context)
@@ -97,7 +98,7 @@ class Run:
         """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
         recipe = self.recipe
         self.start = resume.find(recipe)
-        export.check_output(self.folder, recipe.overwrite_output_dir, self.start is not None)
+        export.check_output(self.folder, recipe.overwrite_output_dir, self._in_place())
         require_packages(recipe)
         for line in told(recipe):
             self.diary.say(line)
