@@ -13,6 +13,7 @@ from rich.console import Console
 from ..errors import RecipeError
 from . import export, report, resume
 from .adapters import add_adapter, parameters
+from .arguments import arguments_for
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
 from .data import leaks, prepare
@@ -82,8 +83,9 @@ class Run:
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             trainer = make_trainer(context, model, self.sequences, self.saved)
+            in_place = self.start is not None and self.start.parent == self.folder
             # not before the last thing that may be refused: this is what cannot be undone
-            export.clear_output(self.folder, self._in_place())
+            export.clear_output(self.folder, in_place)
             self._train(trainer, interrupts)
             try:
                 self._after(trainer.model, context)
@@ -109,10 +111,6 @@ class Run:
                 setattr(self.result, name, value)
             self.diary.say(f"going on from {self.start}")
 
-    def _in_place(self) -> bool:
-        """Whether the checkpoint to go on from is one of this folder's."""
-        return self.start is not None and self.start.parent == self.folder
-
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""
         recipe = self.recipe
@@ -120,6 +118,7 @@ class Run:
         if self.saved is not None and self.start is not None:
             resume.require_same_data(self.start, self.saved, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
+        arguments_for(recipe, self.sequences)  # says now what does not go together
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
@@ -132,7 +131,8 @@ class Run:
 
         recipe = self.recipe
         model = load_model(recipe)
-        if recipe.packs() and leaks(model, model.config.vocab_size, model.device):
+        packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
+        if packs and leaks(model, model.config.vocab_size, model.device):
             raise RecipeError(
                 f"sample_packing: {type(model).__name__} lets the samples of a pack see each "
                 "other; set it to false"
@@ -272,8 +272,9 @@ class Run:
         from . import card, page  # not before the first step, which waits for every import
 
         result = self.result
+        logged = {entry["step"] for entry in result.history if "eval_loss" in entry}
         for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
-            if loss is not None and not self._logged(step):
+            if loss is not None and step not in logged:
                 result.history.append({"step": step, "eval_loss": loss})
         result.history.sort(key=lambda entry: entry["step"])
         with self.diary.spared("plot"):
@@ -294,9 +295,6 @@ class Run:
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)
-
-    def _logged(self, step: int) -> bool:
-        return any(e["step"] == step and "eval_loss" in e for e in self.result.history)
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

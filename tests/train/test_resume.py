@@ -159,6 +159,8 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
 def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no checkpoint in"):
         train(recipe, console=QUIET, resume_from_checkpoint=True)
+    with pytest.raises(RecipeError, match="set only one"):
+        train(recipe, console=QUIET, overwrite=True, resume_from_checkpoint=True)
     with pytest.raises(RecipeError, match=r"there is no checkpoint .*nowhere"):
         train(recipe, console=QUIET, resume_from_checkpoint=str(tmp_path / "nowhere"))
     done = tmp_path / "done"
