@@ -65,21 +65,24 @@ def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
                 continue
             made = _four(layer, config) if config.load_in_4bit else _eight(layer, config)
             made.bias = layer.bias
-            setattr(parent, name, made.to(device).train(layer.training))
+            setattr(parent, name, made.to(device))
     bits = 4 if config.load_in_4bit else 8
     model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
 
 
-def keep_format(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU.
+def stay_trainable(model: nn.Module) -> None:
+    """Let weights of 4 bits keep the layout that gradients go through.
 
-    The first time that a layer is called outside of training, it would change its weights to a
-    form for inference, whose scales are rounded to bfloat16: a validation before training would
-    alter the weights that are trained on.
+    On CPUs with AVX-512 bf16, bitsandbytes lays them out anew at the first evaluation, for a kernel
+    that has no backward and says nothing: a later training step would have no gradients below.
+
+    Args:
+        model: with the layers of bitsandbytes, before its first use.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _four(layer: nn.Linear, config: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model import load_model
-from fusewright.train.quantize import keep_format, quantize
+from fusewright.train.quantize import quantize, stay_trainable
 from fusewright.train.recipe import Recipe
 
 from .conftest import make_model
@@ -63,7 +63,7 @@ def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None
     ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     quantize(ours, config, torch.device("cpu"))
     for model in (loaded, ours):
-        keep_format(model)
+        stay_trainable(model)
     kinds = [(name, type(m)) for name, m in loaded.named_modules()]
     assert [(name, type(m)) for name, m in ours.named_modules()] == kinds
     assert any("Linear" in kind.__name__ and "bit" in kind.__name__ for _, kind in kinds)

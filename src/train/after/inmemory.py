@@ -46,6 +46,8 @@ def merged_in_memory(run: Run, dtype: torch.dtype | None, dequantize: bool) -> A
         kind = type(model.base_model).__name__
         raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
     merged.config.use_cache = True  # load_model has switched it off
+    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
+        del merged._weight_conversions
     return merged if dtype is None or _quantized(merged) else merged.to(dtype)
 
 

@@ -79,13 +79,18 @@ def write_shards(
             f"the model takes {total / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} left"
         )
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: tensor(name).to(plan[name][1]).contiguous() for name in names}
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors has an error of its own
-            raise ModelError(f"{folder / file} cannot be written: {first_line(error)}") from error
+        _write(folder / file, {name: plan[name][1] for name in names}, tensor)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return total
+
+
+def _write(file: Path, dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:
+    """Make the tensors of one file and write it; they are gone before those of the next come."""
+    tensors = {name: tensor(name).to(dtype).contiguous() for name, dtype in dtypes.items()}
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except Exception as error:  # safetensors has an error of its own
+        raise ModelError(f"{file} cannot be written: {first_line(error)}") from error
