@@ -266,9 +266,9 @@ def _split(
     folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
 ) -> Prepared:
     samples = Samples(folder / "train.arrow", lease=lease)
-    rows, held = (
-        order(about["sizes"], recipe) if about["sizes"] else (samples.rows, samples.rows[:0])
-    )
+    rows, held = samples.rows, samples.rows[:0]
+    if about["sizes"]:
+        rows, held = order(about["sizes"], recipe)
     counts: Counter[str] = Counter(about["counts"])
     train, validation = samples.select(rows), {}
     if len(held):
