@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from . import export, report, resume
 from .adapters import add_adapter, parameters
 from .arguments import arguments_for
@@ -55,6 +55,7 @@ class Run:
         self.folder = Path(recipe.output_dir)
         self.sequences: Any = ()
         self.start: Path | None = None
+        self.in_place = False  # whether that is a checkpoint of this run's folder
         self.saved: resume.Saved | None = None
         self.result = RunResult(
             output_dir=self.folder,
@@ -83,9 +84,8 @@ class Run:
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             trainer = make_trainer(context, model, self.sequences, self.saved)
-            in_place = self.start is not None and self.start.parent == self.folder
             # not before the last thing that may be refused: this is what cannot be undone
-            export.clear_output(self.folder, in_place)
+            export.clear_output(self.folder, self.in_place)
             self._train(trainer, interrupts)
             try:
                 self._after(trainer.model, context)
@@ -100,7 +100,8 @@ class Run:
         """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
         recipe = self.recipe
         self.start = resume.find(recipe)
-        export.check_output(self.folder, recipe.overwrite_output_dir, self._in_place())
+        self.in_place = self.start is not None and self.start.parent == self.folder
+        export.check_output(self.folder, recipe.overwrite_output_dir, self.in_place)
         require_packages(recipe)
         for line in told(recipe):
             self.diary.say(line)
@@ -231,6 +232,9 @@ class Run:
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
+        except DataError:  # a row of a stream, which nobody had read before
+            trainer.save_now()
+            raise
 
     def _save(self, trainer: FineTuner) -> None:
         try:
@@ -291,7 +295,8 @@ class Run:
         if trainer.args.push_to_hub and result.steps:
             with self.diary.spared("push to the hub"):
                 trainer.push_results()
-            result.write()  # with what that came to
+            with self.diary.spared("run.json"):
+                result.write()  # with what that came to
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)
