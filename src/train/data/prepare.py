@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +15,14 @@ from ...errors import DataError, RecipeError
 from ..recipe import Dataset, Recipe
 from . import sources
 from .duplicates import Duplicates
+from .fingerprint import fingerprint_of
 from .formats import Encoder
 from .limits import Limits
 from .pool import Work, parts
 from .progress import Progress
 from .sources import Source
 from .split import order
-from .store import FORMAT, Cache, Lease, Samples, Writer
+from .store import Cache, Lease, Samples, Writer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +103,7 @@ def _load(
 ) -> Prepared:
     """Take the rows from the cache, after putting them there if need be."""
     every = [pair for key in found for pair in _pairs(found, work, key)]
-    fingerprint = _fingerprint(recipe, tokenizer, every)
+    fingerprint = fingerprint_of(recipe, tokenizer, every)
     root, temporary = _root(recipe, keep)
     try:
         cache = Cache(root, fingerprint)
@@ -147,33 +145,6 @@ def _root(recipe: Recipe, keep: bool) -> tuple[Path, bool]:
 
 
 # --- the cache -----------------------------------------------------------------------------------
-
-
-def _fingerprint(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[Source, Work]]) -> str:
-    import tokenizers
-    import transformers
-
-    about = {
-        "format": FORMAT,
-        "versions": [tokenizers.__version__, transformers.__version__],
-        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer),
-        "special": tokenizer.special_tokens_map,
-        "duplicates": recipe.dataset_exact_deduplication,
-        "datasets": [
-            {
-                "content": source.digest(),
-                "keys": source.dataset.model_dump(
-                    mode="json", exclude={"path", "builder", "weight", "revision", "name"}
-                ),
-                "limit": source.limit,
-                "encoder": one.encoder.settings,
-                "limits": [one.limits.longest, one.limits.shortest, one.limits.excess],
-            }
-            for source, one in every
-        ],
-    }
-    text = json.dumps(about, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _store(
