@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
+from . import card
 from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
 
 _RESULTS = (
     "run.json", "loss.png", "report.html", "adapter_model.safetensors", "adapter_config.json",
-    "model.safetensors", "model.safetensors.index.json", "README.md",
+    "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 
 
@@ -32,6 +33,8 @@ _PROBE = 64
 def _results(folder: Path) -> Iterator[Path]:
     """The files and folders of an earlier run."""
     yield from (folder / name for name in _RESULTS if (folder / name).exists())
+    if (folder / card.NAME).exists() and card.is_generated(folder / card.NAME):
+        yield folder / card.NAME
     yield from checkpoints(folder)
     for pattern in ("model-*-of-*.safetensors", "nan-batch-*"):
         yield from sorted(folder.glob(pattern))
@@ -112,6 +115,8 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
         save(model, tokenizer, part)
         for path in sorted(part.iterdir()):
             target = folder / path.name
+            if path.name == card.NAME and target.exists() and not card.is_generated(target):
+                continue  # a person's own; PEFT always writes its form
             if path.is_dir():  # of chat templates
                 shutil.rmtree(target, ignore_errors=True)
             path.replace(target)

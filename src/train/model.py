@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
-from .quantize import quantization, quantize
+from .quantize import quantization, quantize, stay_trainable
 from .recipe import Recipe
 from .source import Source, locate
 
@@ -109,6 +109,7 @@ def load_model(recipe: Recipe) -> Any:
         return model.to(device)
     if dense:
         quantize(model, config, device)
+    stay_trainable(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.to(device) if dense else model

@@ -8,6 +8,8 @@ dark and on paper. Every entry of the run may be missing: a run that ended early
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +102,7 @@ def render(facts: Facts) -> str:
 @functools.cache
 def _template() -> Template:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: printable(value) if type(value) is str else value,
@@ -108,7 +110,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("report.html.j2")
+    return environment.get_template("page.html.j2")
 
 
 def _breakable(name: str) -> Markup:
@@ -177,16 +179,24 @@ def _headline(facts: Facts) -> list[Headline]:
 
 
 def _loss(facts: Facts) -> Headline | None:
+    checks = [point for point in facts.history("eval_loss") if math.isfinite(point[1])]
+    if facts.number("val_loss_after") is None and len(checks) > 1:  # stopped between two
+        (_, begun), (step, at) = checks[0], checks[-1]
+        return _fall("Validation loss", begun, at, f"at step {step:,.0f}")
     for name, first, last in (
         ("Validation loss", "val_loss_before", "val_loss_after"),
         ("Training loss", "loss_first", "loss_last"),
     ):
         before, after = facts.number(first), facts.number(last)
         if before is not None and after is not None:
-            more = f"{after - before:+.3f} per trained token"
-            return Headline(name, f"{before:.3f} → {after:.3f}", more.replace("-", "−"))
+            return _fall(name, before, after, "per trained token")
     only = facts.number("val_loss_before")
     return None if only is None else Headline("Validation loss before", f"{only:.3f}", "")
+
+
+def _fall(name: str, before: float, after: float, where: str) -> Headline:
+    change = f"{after - before:+.3f}".replace("-", "−")
+    return Headline(name, f"{before:.3f} → {after:.3f}", f"{change} {where}")
 
 
 def _speed(facts: Facts) -> Headline | None:
@@ -197,6 +207,9 @@ def _speed(facts: Facts) -> Headline | None:
     more = [f"{whole:,.0f} tokens/s in all"] if whole else []
     if step:
         more.append(f"a step takes {_seconds(step)}")
+    shares = [share for _, share in facts.history("mfu")[1:] if share > 0]
+    if shares:
+        more.append(f"MFU about {statistics.median(shares):.1%}")
     return Headline("Trained tokens per second", f"{rate:,.0f}", ", ".join(more))
 
 

@@ -27,8 +27,9 @@ _TONES = {
     "nan": ("bad", "stopped: not a number"),
     "disk full": ("bad", "stopped: the disk is full"),
 }
+_GAPS = ("refused", "missed")
 MOST_ROWS = 60
-"""Rows of the table of numbers."""
+"""Rows of the table of numbers, apart from those of validations."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def ending(facts: Facts) -> Ending:
     kind = "adapter" if facts.recipe.get("adapter") else "model"
     steps, planned = facts.number("steps"), facts.number("steps_planned")
     said = []
-    if steps is not None and planned:
+    if steps is not None and planned and steps >= planned:
+        said.append(f"All steps were done; what comes after them was cut short{_by_signal(facts)}.")
+    elif steps is not None and planned:
         said.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
     if facts.text("reason"):
         said.append(facts.text("reason").rstrip(".") + ".")
@@ -169,8 +172,12 @@ def rewrites(facts: Facts) -> Rewrites | None:
         return None
     report = Report.from_dict(entries)
     head, *rows = report.table() or [()]
-    caption = "Rules, how often each was applied, and its largest error against float64"
-    table = Table(caption, tuple(head), [tuple(r) for r in rows]) if rows else None
+    idle = [n for i, n in enumerate(head) if n in _GAPS and all(r[i] == "0" for r in rows)]
+    kept = [i for i, name in enumerate(head) if name not in idle]  # a phone has room for four
+    never = f" (never {' or '.join(idle)})" if idle else ""
+    caption = f"Rules, how often each was applied{never}, and its largest error against float64"
+    cells = [tuple(row[i] for i in kept) for row in (head, *rows)]
+    table = Table(caption, cells[0], cells[1:]) if rows else None
     return Rewrites(report.headline(), table, report.remarks(), report.gains())
 
 
@@ -196,7 +203,8 @@ def times(facts: Facts) -> list[tuple[str, str, str]]:
     known = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
     parts = {k: v for k, v in known.items() if v is not None and math.isfinite(v) and v >= 0}
     total = sum(parts.values())
-    return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in parts.items()]
+    long = {k: v for k, v in parts.items() if v >= 0.5} or parts  # not the many that take no time
+    return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in long.items()]
 
 
 def use(facts: Facts) -> Rows:
@@ -217,15 +225,16 @@ def machine(facts: Facts) -> Rows:
 
 
 def numbers(columns: Sequence[tuple[str, list[tuple[float, float]]]]) -> Table | None:
-    """The curves as a table of at most ``MOST_ROWS`` steps, evenly chosen."""
+    """The curves as a table, of some ``MOST_ROWS`` steps where there are more."""
     values: list[dict[float, float]] = [dict(points) for _, points in columns]
     steps = sorted({step for points in values for step in points})
     if not steps:
         return None
     chosen = steps
-    if len(steps) > MOST_ROWS:
+    if len(steps) > MOST_ROWS:  # evenly, and the few steps at which something else was logged
         stride = (len(steps) - 1) / (MOST_ROWS - 1)
-        chosen = [steps[round(i * stride)] for i in range(MOST_ROWS)]
+        rare = {s for points in values if len(points) < MOST_ROWS / 2 for s in points}
+        chosen = sorted(rare | {steps[round(i * stride)] for i in range(MOST_ROWS)})
     rows = [(f"{s:,.0f}", *(_figure(points.get(s)) for points in values)) for s in chosen]
     caption = "Logged figures" + (f", {len(chosen)} of {len(steps):,} steps" * (chosen != steps))
     return Table(caption, ("step", *(name for name, _ in columns)), rows)

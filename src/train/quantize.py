@@ -70,6 +70,21 @@ def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
     model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
 
 
+def stay_trainable(model: nn.Module) -> None:
+    """Let weights of 4 bits keep the layout that gradients go through.
+
+    On CPUs with AVX-512 bf16, bitsandbytes lays them out anew at the first evaluation, for a kernel
+    that has no backward and says nothing: a later training step would have no gradients below.
+
+    Args:
+        model: with the layers of bitsandbytes, before its first use.
+    """
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def _four(layer: nn.Linear, config: Any) -> Any:
     bnb: Any = importlib.import_module("bitsandbytes.nn")
     options = {

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from rich.console import Console
 
-from fusewright.train import card
+from fusewright.train import card, train
 from fusewright.train.page_facts import Facts
 
 MINE = "---\nlicense: mit\n---\n\n# My model\n\nIt is mine.\n"
@@ -123,6 +124,20 @@ def test_what_nobody_wrote_is_replaced(
     path.write_text(path.read_text().replace("## Data", "## The data that I cleaned"))
     assert not card.is_generated(path)
     assert card.write(run, tmp_path) is None
+
+
+def test_a_run_keeps_the_card_that_somebody_wrote(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "out" / "README.md"
+    path.parent.mkdir()
+    path.write_text(MINE)  # this alone is no run that would be in the way
+    train(recipe, console=Console(quiet=True), max_steps=1)
+    assert path.read_text() == MINE
+    train(recipe, console=Console(quiet=True), max_steps=1, overwrite=True)
+    assert path.read_text() == MINE
+    path.unlink()
+    train(recipe, console=Console(quiet=True), max_steps=1, overwrite=True)
+    assert "trained with fusewright" in path.read_text()
+    assert "](loss.png)" in path.read_text()
 
 
 def test_a_filled_form_is_ones_own(run_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +14,10 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
-from fusewright.report import Report
+from fusewright.report import Report, Site
 from fusewright.train import page
-from fusewright.train.page_chart import MOST, STRIPS, Series, chart
 from fusewright.train.page_facts import Facts
+from fusewright.train.page_sections import numbers
 
 HOSTILE = (
     "</title></style><script>alert('1')</script><img src=x onerror=\"alert(2)\">&amp; ü 好 \x00"
@@ -67,7 +66,9 @@ def parsed(run: Any) -> Parsed:
 
 
 def test_a_whole_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
-    assert (run_folder / "report.html").read_text(encoding="utf-8") == page.render(Facts.of(run))
+    assert f"{run['val_loss_after']:.3f}" in (run_folder / "report.html").read_text(
+        encoding="utf-8"
+    )
     path = page.write(run_folder, tmp_path)
     assert path == tmp_path / "report.html"
     assert list(tmp_path.iterdir()) == [path]
@@ -89,7 +90,7 @@ def test_a_whole_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> N
         assert words in found.text
     assert '<th scope="row">lora_<wbr>linear</th>' in path.read_text(encoding="utf-8")
     charts = [a for a in found.named("svg") if a.get("role") == "img"]
-    assert len(charts) >= 3  # loss, learning rate, gradient norm; more where more is logged
+    assert len(charts) == 5  # loss, learning rate, gradient norm, tokens per second, memory
     for curve in charts:  # each has a title and a description, by id
         ids = {a.get("id") for tag, a in found.tags if tag in ("title", "desc")}
         assert set(str(curve["aria-labelledby"]).split()) <= ids
@@ -154,6 +155,7 @@ KEPT = {
     "sites", "bypasses", "module", "rule", "op", "codegen", "memory", "data", "seconds", "history",
     "step", "loss", "eval_loss", "versions", "machine", "started", "output_dir", "steps",
     "steps_planned", "checkpoint", "learning_rate", "grad_norm", "epoch",
+    "trained_tokens_per_s", "rss_mb",
 }  # fmt: skip
 """Keys that must stay, for what is below them to be shown."""
 
@@ -213,6 +215,14 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
     ("changes", "words"),
     [
         ({"status": "interrupted", "signal": 15, "steps": 2}, "after step 2 of 6, on SIGTERM."),
+        ({"status": "interrupted", "signal": 2}, "All steps were done; what comes after them was"),
+        (
+            {
+                "val_loss_after": None,
+                "history": [{"step": 0, "eval_loss": 3.0}, {"step": 4, "eval_loss": 2.5}],
+            },
+            "3.000 → 2.500 −0.500 at step 4",
+        ),
         ({"status": "watchdog"}, "stopped by the loss watchdog"),
         ({"status": "disk full", "reason": "no space left"}, "the disk is full"),
         ({"status": "something new"}, "something new"),
@@ -227,6 +237,19 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
 def test_what_else_a_run_can_tell(run: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     assert words not in parsed(run).text
     assert words in parsed({**run, **changes}).text
+
+
+def test_columns_of_the_rules_are_there_when_they_tell_something(run: dict[str, Any]) -> None:
+    def head(sites: tuple[Site, ...]) -> str:
+        found = parsed({**run, "optimize": Report(sites=sites).to_dict()}).text
+        return found[found.index("Rules, how often") :][:200]
+
+    done = Site(module="a", rule="glu", op="glu", status="rewritten")
+    missed = Site(module="b", rule="glu", op="glu", status="missed", reason="no spelling")
+    assert "(never refused or missed)" in head((done,))
+    assert "rule rewritten error gradient error" in head((done,))
+    assert "(never refused)" in head((done, missed))
+    assert "rule rewritten missed error gradient error" in head((done, missed))
 
 
 def test_keys_without_effect_are_told(run: dict[str, Any]) -> None:
@@ -253,65 +276,14 @@ def test_a_path_that_holds_no_run(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-# --- curves --------------------------------------------------------------------------------------
-
-
-def three(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def test_a_chart_is_to_scale() -> None:
-    made = chart("x", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)], dots=True)], three)
-    assert made is not None
-    assert made.lines[0].path == "M0 1000L500 500L1000 0"
-    assert made.dots == ((0, 0.0, 1000.0), (0, 500.0, 500.0), (0, 1000.0, 0.0))
-    assert [(t.at, t.label) for t in made.y] == [
-        (100.0, "0"), (50.0, "5"), (0.0, "10"),
-    ]  # fmt: skip
-    assert [t.label for t in made.x] == ["0", "20", "40", "60", "80", "100"]
-    assert made.summary == "a: 0.000 at step 0, 10.000 at step 100; between 0.000 and 10.000."
-    assert [s.text for s in made.strips][1] == "step 50: a 5.000"
-    assert sum(s.width for s in made.strips) == pytest.approx(1000)
-
-
-def test_a_line_breaks_where_a_value_is_lost() -> None:
-    points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 1.0), (5, math.inf)]
-    made = chart("x", [Series("a", points)], three)
-    assert made is not None
-    assert made.lines[0].path.count("M") == 2
-    assert made.lost == (500.0, 1000.0)
-
-
-def test_a_long_curve_is_thinned_and_keeps_its_extremes() -> None:
-    points = [(i, math.sin(i / 50) + (9.0 if i == 7777 else 0.0)) for i in range(20_000)]
-    made = chart("x", [Series("a", points, smoothed=True)], three)
-    assert made is not None
-    faint, mean = made.lines
-    assert faint.faint
-    assert not mean.faint
-    assert len(re.findall(r"[ML]", faint.path)) <= 1.5 * MOST
-    top = min(float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", faint.path))
-    highest, lowest = 10.0, made.y[0].at  # the axis ends at a round value above the peak
-    assert top < 100 * (lowest - highest)
-    assert len(made.strips) <= STRIPS
-
-
-@pytest.mark.parametrize(
-    "points",
-    [[(3, 1.5)], [(1, 0.0), (2, 0.0)], [(1, 1e-9), (2, 3e-9)], [(1, -2.0), (2, -2.0)],
-     [(1, 1e30), (9, -1e30)], [(10**9, 1.0), (10**9 + 1, 2.0)]],
-)  # fmt: skip
-def test_odd_curves_stay_inside_the_plot(points: list[tuple[float, float]]) -> None:
-    for from_zero in (True, False):
-        made = chart("x", [Series("a", points, dots=True)], three, from_zero)
-        assert made is not None
-        assert len(made.y) >= 2
-        for _, x, y in made.dots:
-            assert 0 <= x <= 1000
-            assert 0 <= y <= 1000
-        labels = [t.label for t in made.y]
-        assert len(set(labels)) == len(labels)
-
-
-def test_no_chart_without_a_number() -> None:
-    assert chart("x", [Series("a", []), Series("b", [(1, math.nan)])], three) is None
+def test_the_numbers_of_a_long_run_keep_every_validation() -> None:
+    loss = [(float(i), 1.0 / i) for i in range(1, 2001)]
+    checks = [(float(i), 0.5) for i in range(37, 2001, 190)]
+    table = numbers([("loss", loss), ("validation", checks)])
+    assert table is not None
+    assert len(table.rows) <= 60 + len(checks)
+    shown = {row[0]: row for row in table.rows}
+    assert all(shown[f"{step:,.0f}"][2] == "0.5" for step, _ in checks)
+    assert {"1", "2,000"} <= set(shown)
+    assert "of 2,000 steps" in table.caption
+    assert numbers([("loss", [])]) is None

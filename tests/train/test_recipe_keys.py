@@ -10,10 +10,11 @@ import pytest
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from fusewright.train.data.prompts import PROMPTS
 from fusewright.train.docs import page
 from fusewright.train.keys.adapter import PeftKeys
 from fusewright.train.keys.base import Keys, aliases, extra_of
-from fusewright.train.keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
 from fusewright.train.keys.model import SpecialTokens
 from fusewright.train.keys.output import OutputKeys
 from fusewright.train.keys.steps import OPTIMIZERS, SCHEDULERS
@@ -55,148 +56,6 @@ def test_the_vocabulary_is_whole() -> None:
         assert new in taken
 
 
-NOT_READ_YET = frozenset(
-    [
-        "accelerator_config",
-        "added_tokens_overrides",
-        "auto_find_batch_size",
-        "auto_resume_from_checkpoints",
-        "bnb_config_kwargs",
-        "chat_template_kwargs",
-        "cls_model_config",
-        "comet_api_key",
-        "comet_experiment_key",
-        "comet_mode",
-        "comet_online",
-        "comet_workspace",
-        "cosine_constant_lr_ratio",
-        "cosine_min_lr_ratio",
-        "curriculum_sampling",
-        "dataloader_drop_last",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "dataset_exact_deduplication",
-        "dataset_keep_in_memory",
-        "dataset_processes",
-        "dataset_shard_idx",
-        "dataset_shard_num",
-        "default_system_message",
-        "device_map",
-        "drop_system_message",
-        "ds_type",
-        "early_stopping_patience",
-        "embedding_lr",
-        "embedding_lr_scale",
-        "eot_tokens",
-        "eval_batch_size",
-        "eval_delay",
-        "eval_sequence_len",
-        "field",
-        "field_human",
-        "field_input",
-        "field_instruction",
-        "field_model",
-        "field_output",
-        "field_system",
-        "field_thinking",
-        "field_tools",
-        "gc_steps",
-        "gradient_checkpointing_kwargs",
-        "greater_is_better",
-        "group_by_length",
-        "hf_mlflow_log_artifacts",
-        "hub_always_push",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_revision",
-        "hub_strategy",
-        "input_format",
-        "label_smoothing_factor",
-        "load_best_model_at_end",
-        "load_in_4bit",
-        "load_in_8bit",
-        "log_on_each_node",
-        "logging_first_step",
-        "lora_bias",
-        "lora_exclude_modules",
-        "lora_fan_in_fan_out",
-        "lora_modules_to_save",
-        "lora_target_parameters",
-        "loraplus_lr_embedding",
-        "loraplus_lr_ratio",
-        "loss_watchdog_patience",
-        "loss_watchdog_threshold",
-        "lr_div_factor",
-        "lr_quadratic_warmup",
-        "lr_scheduler_kwargs",
-        "mean_resizing_embeddings",
-        "message_field_content",
-        "message_field_role",
-        "message_field_training",
-        "message_field_training_detail",
-        "metric_for_best_model",
-        "min_sample_len",
-        "mlflow_run_name",
-        "model_type",
-        "neftune_noise_alpha",
-        "optim_args",
-        "optim_target_modules",
-        "overrides_of_model_config",
-        "overrides_of_model_kwargs",
-        "pad_to_sequence_len",
-        "peft_autocast_adapter_dtype",
-        "peft_ensure_weight_tying",
-        "peft_init_lora_weights",
-        "peft_layer_replication",
-        "peft_layers_pattern",
-        "peft_layers_to_transform",
-        "peft_trainable_token_indices",
-        "peft_use_dora",
-        "peft_use_rslora",
-        "pretrain_multipack_attn",
-        "resize_token_embeddings_to_32x",
-        "revision",
-        "revision_of_model",
-        "roles",
-        "roles_to_train",
-        "sample_packing_bin_size",
-        "sample_packing_group_size",
-        "sample_packing_sequentially",
-        "save_first_step",
-        "save_only_model",
-        "shards",
-        "shards_idx",
-        "shrink_embeddings",
-        "shuffle_before_merging_datasets",
-        "shuffle_merged_datasets",
-        "skip",
-        "skip_prepare_dataset",
-        "special_tokens",
-        "split_thinking",
-        "streaming_multipack_buffer_size",
-        "template_thinking_key",
-        "tf32",
-        "tokenizer_legacy",
-        "tokenizer_type",
-        "tokenizer_use_fast",
-        "torch_empty_cache_steps",
-        "trackio_run_name",
-        "trackio_space_id",
-        "train_on_eos",
-        "train_on_eot",
-        "unfrozen_parameters",
-        "wandb_entity",
-        "wandb_log_model",
-        "wandb_name",
-        "wandb_run_id",
-        "wandb_watch",
-        "weight",
-    ]
-)
-"""Keys whose readers are not merged yet; empty once they are."""
-
-
 def _read_names() -> set[str]:
     """The attributes of recipes and datasets that the engine reads, outside the keys."""
     found: set[str] = set()
@@ -222,7 +81,7 @@ def test_honoured_keys_are_read() -> None:
             for name, field in model.model_fields.items()
             if extra_of(field).get("status", "honoured") == "honoured"
         }
-        assert honoured - read - NOT_READ_YET == set()
+        assert honoured - read == set()
 
 
 def test_names_are_those_of_transformers() -> None:
@@ -230,6 +89,11 @@ def test_names_are_those_of_transformers() -> None:
     assert {s.value for s in SchedulerType} <= set(get_args(SCHEDULERS))
     strategies = get_args(get_args(OutputKeys.model_fields["hub_strategy"].annotation)[0])
     assert {h.value for h in HubStrategy} <= set(strategies)
+
+
+def test_types_of_rows_are_those_that_can_be_read() -> None:
+    others = {"chat_template", "sharegpt", "completion", "pretrain", "input_output"}
+    assert set(TYPES) == set(PROMPTS) | others | {"prompt_completion"}
 
 
 def test_the_schema_says_all_about_each_key() -> None:

@@ -12,76 +12,17 @@ told by the template's own ``{% generation %}`` marks (``template``) or found (`
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from ...errors import DataError, RecipeError
-from .template import Messages, Span, Template
-from .turns import Turn, Turns
-
-Detail = Mapping[str, Any]
-"""``begin_offset``, ``end_offset`` (both inside) and ``train``, in characters of a content."""
-
-
-Placed = tuple[int | None, Turn | None]
-"""A turn and its message; None for one that is trained whosever it is."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """One conversation.
-
-    Attributes:
-        where: file and line, for messages.
-        messages: ``{"role": ..., "content": ...}`` in order.
-        tools: the functions that the assistant may call, as JSON schemas, or None.
-        train: by message: whether it is trained, which of its characters are, or None: as its role.
-    """
-
-    where: str
-    messages: Messages
-    tools: Any = None
-    train: Sequence[bool | list[Detail] | None] | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A row as tokens.
-
-    Attributes:
-        where: file and line.
-        ids: the tokens.
-        spans: what is trained, as (first, behind the last), in order.
-        ends: the special tokens that end the trained turns, trained or not.
-    """
-
-    where: str
-    ids: list[int]
-    spans: list[Span]
-    ends: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is trained in a conversation.
-
-    Attributes:
-        roles: the roles whose turns are trained.
-        eos: which of the tokenizer's ends of sequence: those of trained ``turn``s, ``all``, only
-            the ``last`` of a conversation, or ``none``.
-        eot: the same for other tokens that end a turn.
-        eot_tokens: the tokens that end a turn, besides those that the template puts there.
-        everything: train every token.
-    """
-
-    roles: frozenset[str] = frozenset({"assistant"})
-    eos: str = "turn"
-    eot: str = "turn"
-    eot_tokens: tuple[str, ...] = ()
-    everything: bool = False
+from .analysis import Turn
+from .mask import Masker, Placed, Rules
+from .sample import Tokens
+from .template import Chat, Span, Template
+from .turns import Turns
 
 
 @dataclass
@@ -123,16 +64,13 @@ class ChatEncoder:
                 "chat_template"
             )
         added = self.tokenizer.added_tokens_decoder
-        self.special = {i for i, token in added.items() if token.special}
-        names = [str(added[i]) for i in self.special]
+        names = [str(token) for token in added.values() if token.special]
         self.templates = {
             name: Template(text, {**self.tokenizer.special_tokens_map, **self.variables})
             for name, text in texts.items()
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
-        self.eos = self.tokenizer.eos_token_id
-        self.eot = {one_token(self.tokenizer, t, "eot_tokens") for t in self.rules.eot_tokens}
-        self.trims = '"trim_offsets":true' in post_processor(self.tokenizer)
+        self.masker = Masker(self.tokenizer, self.rules)
 
     def encode(self, chats: Sequence[Chat]) -> list[Tokens]:
         """Encode conversations.
@@ -147,7 +85,7 @@ class ChatEncoder:
             turns += found
         encodings = tokenize(self.tokenizer, texts)
         return [
-            self._masked(chat, text, places, encoding)
+            self.masker.mask(chat, text, places, encoding)
             for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
         ]
 
@@ -161,90 +99,14 @@ class ChatEncoder:
         )
         if self.rules.everything:
             return texts, [[] for _ in chats]
-        if marks is not None and self.rules.roles == {"assistant"}:
-            return texts, [_assigned(c, m) for c, m in zip(chats, marks, strict=True)]
         find = self.turns[name].find
-        pairs = zip(chats, texts, strict=True)
-        return texts, [list(enumerate(find(c.messages, tools, text, c.where))) for c, text in pairs]
-
-    def _masked(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
-        ids: list[int] = encoding.ids
-        if self.rules.everything:
-            return Tokens(chat.where, ids, [(0, len(ids))])
-        begin_of = self._begins(encoding)
-        spans: list[Span] = []
-        ends: set[int] = set()
-        for i, turn in turns:
-            wanted = i is None or self._wanted(chat, i)
-            if turn is None or not wanted:
-                continue
-            first, behind = self._tokens(turn, text, ids, encoding, begin_of)
-            ended = behind > first and ids[behind - 1] in self.special
-            end = behind - 1 if ended else _next_special(ids, behind, self.special)
-            if end is not None:
-                ends.add(ids[end])
-            last = behind - 1 if ended else behind
-            if i is None or wanted is True:
-                spans.append((first, last))
+        turns: list[list[Placed]] = []
+        for i, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            if marks is not None and self.masker.only_answers(chat):
+                turns.append(_assigned(chat, marks[i]))
             else:
-                begins = {k: begin_of(k) for k in range(first, last)}
-                spans += _detailed(chat, i, turn, wanted, begins, text)
-            if ended and self._policy(ids[last]) in ("turn", "all"):
-                spans.append((last, behind))
-        spans += self._loose_ends(ids)
-        return Tokens(chat.where, ids, _joined(spans), frozenset(ends))
-
-    def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
-        """Whether message ``i`` is trained, or which characters of it."""
-        flag = chat.train[i] if chat.train is not None else None
-        return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
-
-    def _policy(self, token: int) -> str:
-        return self.rules.eos if token == self.eos else self.rules.eot
-
-    def _loose_ends(self, ids: list[int]) -> Iterable[Span]:
-        """The ends of turns that are trained whoever's turn it is."""
-        for policy, tokens in (
-            (self.rules.eos, {self.eos}),
-            (self.rules.eot, self.eot - {self.eos}),
-        ):
-            if policy not in ("all", "last"):
-                continue
-            places = [i for i, t in enumerate(ids) if t in tokens]
-            yield from ((i, i + 1) for i in (places if policy == "all" else places[-1:]))
-
-    def _begins(self, encoding: Any) -> Callable[[int], int]:
-        """Says where a token begins, in characters; one by one, for few are asked for.
-
-        Some tokenizers leave spaces out of the offsets; they belong to the token behind them.
-        """
-        chars = encoding.token_to_chars
-        if not self.trims:
-            return lambda i: int(chars(i)[0])
-        return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
-
-    def _tokens(
-        self, turn: Turn, text: str, ids: list[int], encoding: Any, begin_of: Callable[[int], int]
-    ) -> Span:
-        """The tokens of a turn, with the token that ends it and without what follows that.
-
-        A token that begins before the turn is not part of it, even if it reaches into it.
-        """
-        every = range(len(ids))
-        first = bisect_left(every, turn.begin, key=begin_of)
-        behind = bisect_left(every, turn.end, lo=first, key=begin_of)
-        if first >= behind:
-            return first, first
-        end = behind - 1
-        while end > first and ids[end] not in self.special:
-            if text[begin_of(end) : encoding.token_to_chars(end)[1]].strip():
-                break
-            end -= 1
-        if ids[end] in self.special:  # the line break after the end of the turn is nobody's
-            return first, end + 1
-        if behind < len(ids) and ids[behind] in self.special:  # marks that leave the end out
-            behind += 1
-        return first, behind
+                turns.append(list(enumerate(find(chat.messages, tools, text, chat.where))))
+        return texts, turns
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
@@ -254,27 +116,6 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     encodings: list[Any] = batch.encodings
     return encodings
-
-
-def one_token(tokenizer: Any, token: str, key: str) -> int:
-    """The id of a token that the recipe names.
-
-    Raises:
-        RecipeError: the tokenizer has no such token.
-    """
-    ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise RecipeError(
-            f"{key}: {token!r} is {len(ids)} tokens for this tokenizer, not one; add it with "
-            f"tokens: [{token!r}], or name another"
-        )
-    return ids[0]
-
-
-def post_processor(tokenizer: Any) -> str:
-    """What the tokenizer does after tokenizing, as JSON without spaces."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(state.get("post_processor"), separators=(",", ":"))
 
 
 def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:
@@ -289,36 +130,3 @@ def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:
             f"{len(answers)}, so that the messages' own training flags cannot be followed"
         )
     return [(i, Turn(*mark, mark)) for i, mark in zip(answers, marks, strict=True)]
-
-
-def _next_special(ids: list[int], start: int, special: set[int]) -> int | None:
-    return next((i for i in range(start, len(ids)) if ids[i] in special), None)
-
-
-def _joined(spans: list[Span]) -> list[Span]:
-    """Spans in order, overlapping and touching ones as one, empty ones left out."""
-    joined: list[Span] = []
-    for begin, end in sorted(spans):
-        if begin >= end:
-            continue
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def _detailed(
-    chat: Chat, i: int, turn: Turn, details: list[Detail], begins: Mapping[int, int], text: str
-) -> list[Span]:
-    """The tokens of a content that begin in a trained range of its characters."""
-    if turn.content is None:
-        raise DataError(
-            f"{chat.where}: message {i + 1} says which characters are trained, but its content "
-            "cannot be found in what the chat template makes of it"
-        )
-    content, place = chat.messages[i]["content"], turn.content[0]
-    if not text.startswith(content, place):  # the template strips it
-        place -= len(content) - len(content.lstrip())
-    trained = [(d["begin_offset"] + place, d["end_offset"] + place) for d in details if d["train"]]
-    return [(k, k + 1) for k, begin in begins.items() if any(a <= begin <= b for a, b in trained)]

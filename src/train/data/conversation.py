@@ -8,8 +8,8 @@ from typing import Any
 
 from ...errors import DataError
 from ..recipe import Dataset
-from .chat import Chat, Detail
 from .rows import fields_of, kind, need
+from .template import Chat, Detail
 
 ROLES = {
     "user": ("human", "user"),
@@ -43,7 +43,7 @@ class Conversation:
     ) -> None:
         self.dataset, self.template, self.default_system = dataset, template, default_system
         mapping = dataset.roles or ROLES
-        self.roles = {role: role for role in (*ROLES, *mapping)}
+        self.roles: dict[str, str] = {role: role for role in (*ROLES, *mapping)}
         self.roles |= {name: role for role, names in mapping.items() for name in names}
         self.mappings = dict(dataset.message_property_mappings)
         for key, name in (
@@ -128,8 +128,7 @@ class Conversation:
         name = turn.get(field)
         if not isinstance(name, str):
             raise DataError(f"{where}: message {i} needs the field {field!r}, with text in it")
-        role = self.roles.get(name)
-        if role is None:
+        if name not in self.roles:
             if f"'{name}'" in self.template or f'"{name}"' in self.template:
                 return name
             known = ", ".join(self.roles)
@@ -137,7 +136,7 @@ class Conversation:
                 f"{where}: message {i} has the role {name!r}, which is none of {known}; map it "
                 f"with roles: {{assistant: [{name}]}}, or whichever role it is"
             )
-        return role
+        return self.roles[name]
 
     def _training(self, turn: Any, i: int, where: str) -> bool | list[Detail] | None:
         """Whether the message itself says that it is trained."""

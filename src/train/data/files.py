@@ -118,7 +118,7 @@ def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
     """Rows of text under the names in the first line."""
     from pyarrow import ArrowInvalid, csv, string
 
-    read = csv.ReadOptions(block_size=1 << 26)
+    read = csv.ReadOptions(use_threads=False, block_size=1 << 26)  # else errors have no row
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     try:
         with csv.open_csv(path, read, parse) as head:

@@ -11,12 +11,14 @@ from ...errors import DataError, RecipeError
 from ..keys.dataset import TYPES
 from ..recipe import Dataset, PromptFormat, Recipe
 from ..templates import find_template
-from .chat import Chat, ChatEncoder, Rules, Tokens
+from .chat import ChatEncoder
 from .conversation import Conversation
+from .mask import Rules
 from .prompts import PROMPTS, named, spelled_out
 from .rows import fields_of, kind, need, need_text
-from .sample import IGNORED
+from .sample import IGNORED, Tokens, joined
 from .segments import SegmentEncoder, Segments
+from .template import Chat
 
 Row = tuple[str, Any]
 """File and line, and what stands there."""
@@ -116,7 +118,8 @@ class Tokenized:
                 f"{where}: label {odd + 1} must be its token, {ids[odd]}, or {IGNORED}, not "
                 f"{labels[odd]}"
             )
-        return Tokens(where, ids, [(i, i + 1) for i, x in enumerate(labels) if x != IGNORED])
+        spans = ((i, i + 1) for i, label in enumerate(labels) if label != IGNORED)
+        return Tokens(where, ids, joined(spans))
 
 
 class Encoder:
@@ -151,7 +154,7 @@ class Encoder:
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, recipe.sequence_len)
-        self.watched = frozenset(self.chats.eot if self.chats else ())
+        self.watched = frozenset(self.chats.masker.eot if self.chats else ())
         self.tokenizer = tokenizer
         self.settings = {
             "template": source,
@@ -211,9 +214,9 @@ class Encoder:
             if policies[token] == "none":
                 continue
             text = self.tokenizer.convert_ids_to_tokens(token)
-            where = "ends trained turns" if token in ends else "should end turns"
+            where = "that stands behind answers" if token in ends else "that should end answers"
             raise DataError(
-                f"{path}: no row trains {text!r}, which {where}, so that the model would never "
+                f"{path}: no row trains {text!r}, the token {where}, so that the model would never "
                 "learn to stop: let the chat template write it right behind the answer (and in its "
                 "generation marks, if it has any), name the token that ends turns in eot_tokens, "
                 "or set train_on_eos: none for this dataset"

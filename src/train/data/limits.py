@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from .chat import Tokens
-from .sample import IGNORED
+from .sample import IGNORED, Tokens
 
 Array = np.ndarray[Any, Any]
 

@@ -195,11 +195,13 @@ def _store(
                 files.append(f"test_{i}.arrow")
                 with Writer(made / files[-1]) as writer:
                     _write(source, one, writer, recipe, progress, None)
+        if sizes:
+            order(sizes, recipe)  # rows that cannot be split are not worth keeping
         about = {"counts": dict(counts), "sizes": sizes}
         cache.finish(made, files, about)
         return {**about, "files": dict.fromkeys(files)}
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        cache.abandon(made)
         raise
 
 
@@ -238,7 +240,7 @@ def _write(
         writer.add(part.ids, part.labels, part.lengths)
     if not counts["rows"]:
         raise DataError(f"{path}: the dataset is empty")
-    if writer.count == before:
+    if writer.count == before and not counts["duplicates"]:
         raise DataError(f"{path}: {_nothing_left(counts, work.limits)}")
     work.encoder.check_ends(path, ends, trained)
     return counts
@@ -251,7 +253,6 @@ def _nothing_left(counts: Counter[str], limits: Limits) -> str:
             ("too_long", f"are longer than {limits.longest} tokens (sequence_len)"),
             ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)"),
             ("nothing_to_train", "have nothing to train"),
-            ("duplicates", "are equal to an earlier one"),
         )
         if counts[key]
     ]
@@ -265,7 +266,9 @@ def _split(
     folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
 ) -> Prepared:
     samples = Samples(folder / "train.arrow", lease=lease)
-    rows, held = order(about["sizes"], recipe)
+    rows, held = (
+        order(about["sizes"], recipe) if about["sizes"] else (samples.rows, samples.rows[:0])
+    )
     counts: Counter[str] = Counter(about["counts"])
     train, validation = samples.select(rows), {}
     if len(held):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 IGNORED = -100
@@ -25,3 +26,33 @@ class Sample:
     def trained(self) -> int:
         """How many tokens are trained."""
         return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row as tokens.
+
+    Attributes:
+        where: file and line.
+        ids: the tokens.
+        spans: what is trained, as (first, behind the last), in order.
+        ends: the special tokens that end the trained turns, trained or not.
+    """
+
+    where: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    ends: frozenset[int] = frozenset()
+
+
+def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order, overlapping and touching ones as one, empty ones left out."""
+    whole: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if begin >= end:
+            continue
+        if whole and begin <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
+        else:
+            whole.append((begin, end))
+    return whole

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RecipeError
-from .chat import Tokens, tokenize
+from .chat import tokenize
+from .sample import Tokens, joined
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class SegmentEncoder:
             ends = frozenset({self.eos})
         if self.everything:
             spans = [(0, len(ids))]
-        return Tokens(row.where, ids, spans, ends)
+        return Tokens(row.where, ids, joined(spans), ends)
 
 
 def _bos(tokenizer: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -198,6 +199,12 @@ class Cache:
         """A new folder to write the rows into."""
         self.root.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=".making-", dir=self.root))
+
+    def abandon(self, made: Path) -> None:
+        """Remove a folder that ``begin`` made."""
+        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.root.rmdir()  # if there is nothing else in it
 
     def finish(self, made: Path, files: Iterable[str], about: Mapping[str, Any]) -> None:
         """Put a folder that ``begin`` made into its place."""

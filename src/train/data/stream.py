@@ -41,12 +41,17 @@ class StreamedPacks(IterableDataset[Pack]):
     def __iter__(self) -> Iterator[Pack]:
         size = self.recipe.streaming_multipack_buffer_size
         draw = np.random.default_rng(self.recipe.seed)
-        samples = self._samples()
-        while buffer := list(islice(samples, size)):
-            if self.recipe.shuffle_merged_datasets:
-                buffer = [buffer[i] for i in draw.permutation(len(buffer))]
-            for group in self._groups(buffer, draw):
-                yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+        while True:
+            samples, kept = self._samples(), 0
+            while buffer := list(islice(samples, size)):
+                kept += len(buffer)
+                if self.recipe.shuffle_merged_datasets:
+                    buffer = [buffer[i] for i in draw.permutation(len(buffer))]
+                for group in self._groups(buffer, draw):
+                    yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+            if not kept:
+                paths = ", ".join(source.dataset.path for source in self.found)
+                raise DataError(f"{paths}: no row of the stream can be trained on")
 
     def _groups(
         self, buffer: Sequence[tuple[Array, Array]], draw: np.random.Generator
@@ -59,30 +64,24 @@ class StreamedPacks(IterableDataset[Pack]):
         return (groups[i] for i in draw.permutation(len(groups)))
 
     def _samples(self) -> Iterator[tuple[Array, Array]]:
-        """Tokens and labels of one sample after the other, for ever."""
-        while True:
-            kept = 0
-            readers = [
-                (work, batches(self._own(source.rows())))
-                for source, work in zip(self.found, self.work, strict=True)
-            ]
-            while readers:
-                for reader in list(readers):
-                    work, rows = reader
-                    batch = next(rows, None)
-                    if batch is None:
-                        readers.remove(reader)
-                        continue
-                    part = work.part(batch)
+        """Tokens and labels of one sample after the other, each once."""
+        readers = [
+            (work, batches(self._own(source.rows())))
+            for source, work in zip(self.found, self.work, strict=True)
+        ]
+        while readers:
+            for reader in list(readers):
+                work, rows = reader
+                batch = next(rows, None)
+                if batch is None:
+                    readers.remove(reader)
+                    continue
+                part = work.part(batch)
+                if len(part.lengths):
                     cuts = np.cumsum(part.lengths)[:-1]
-                    kept += len(part.lengths)
-                    if len(part.lengths):
-                        yield from zip(
-                            np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
-                        )
-            if not kept:
-                paths = ", ".join(source.dataset.path for source in self.found)
-                raise DataError(f"{paths}: no row of the stream can be trained on")
+                    yield from zip(
+                        np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
+                    )
 
     def _own(self, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows of this process, where a data loader has several."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, RecipeError
@@ -14,9 +15,29 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 """Begin and end of a piece of text, in characters."""
 
+Detail = Mapping[str, Any]
+"""``begin_offset``, ``end_offset`` (both inside) and ``train``, in characters of a content."""
+
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (TypeError, ValueError, LookupError, AttributeError)
 """What a template raises that trips over a message, besides Jinja's own errors."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation.
+
+    Attributes:
+        where: file and line, for messages.
+        messages: ``{"role": ..., "content": ...}`` in order.
+        tools: the functions that the assistant may call, as JSON schemas, or None.
+        train: by message: whether it is trained, which of its characters are, or None: as its role.
+    """
+
+    where: str
+    messages: Messages
+    tools: Any = None
+    train: Sequence[bool | list[Detail] | None] | None = None
 
 
 class Template:

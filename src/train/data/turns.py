@@ -1,12 +1,10 @@
 """Where in a rendered conversation each turn stands, for templates without generation marks.
 
-The turn of the assistant is what it has to write: what ``messages[:i+1]`` has and ``messages[:i]``
-with the generation prompt has not. Rendering that for every message of every row would be quadratic
-in the number of turns. So each sequence of roles is analysed once, with placeholders as contents:
-that gives the literal text between the contents, and where turns begin and end in it. A row is then
-rendered once. Literals and contents joined must give exactly that rendering, which proves the
-places; where they do not (tool calls, contents that the template changes), the row itself is
-analysed.
+To render every part of every conversation would be quadratic in the number of turns. So each
+sequence of roles is analysed once (``analysis``), with placeholders as contents: that gives the
+literal text between the contents, and where turns begin and end in it. A row is then rendered
+once. Literals and contents joined must give exactly that rendering, which proves the places; where
+they do not (tool calls, contents that the template changes), the row itself is analysed.
 """
 
 from __future__ import annotations
@@ -17,26 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
-from .template import Messages, Span, Template
+from .analysis import Analysis, Turn
+from .template import Messages, Template
 
 _MOST = 4096
 """Sequences of roles that are remembered."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The place of one message in the rendered text, in characters.
-
-    Attributes:
-        begin: where its author takes over: for the assistant behind the generation prompt, for
-            others where the content begins.
-        end: where the next turn's header begins, or the text ends.
-        content: the content alone, or None when it cannot be told.
-    """
-
-    begin: int
-    end: int
-    content: Span | None
 
 
 @dataclass(frozen=True)
@@ -83,10 +66,9 @@ class Turns:
 
     def __init__(self, template: Template, special: Sequence[str]) -> None:
         self.template = template
-        self.special = sorted((s for s in special if s), key=len, reverse=True)
+        self.analysis = Analysis(template, special)
         self._skeletons: dict[tuple[Any, ...], _Skeleton | None] = {}
         self._trim = (False, False)
-        self._prompt: str | None = None
 
     def find(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
         """The turn of every message.
@@ -112,7 +94,7 @@ class Turns:
             found = skeleton and self._match(skeleton, messages, text)
             if found:
                 return list(found)
-        return self._analyse(messages, tools, text, where)
+        return self.analysis.turns(messages, tools, text, where)
 
     def _match(self, skeleton: _Skeleton, messages: Messages, text: str) -> list[Turn] | None:
         """Try the contents as they are and stripped, the way that fitted last first."""
@@ -147,10 +129,10 @@ class Turns:
                 return None
             places = [text.index(p) for p in probes]
             turns = [
-                self._assistant(messages, i, tools, text, "")
+                self.analysis.answer(messages, i, tools, text, "")
                 if role == "assistant"
-                else self._other(messages, i, tools, text)
-                for i, role in enumerate(roles)
+                else (place, self.analysis.through_special(text, place + len(probes[i])))
+                for i, (role, place) in enumerate(zip(roles, places, strict=True))
             ]
         except DataError:
             return None
@@ -167,122 +149,3 @@ class Turns:
             if not inside or not 0 <= tails[message] <= len(literals[k + 1]):
                 return None
         return _Skeleton(order, literals, leads, tails)
-
-    # --- a conversation itself -------------------------------------------------------------------
-
-    def _analyse(self, messages: Messages, tools: Any, text: str, where: str) -> list[Turn | None]:
-        turns: list[Turn | None] = []
-        at = 0
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            stripped = content.strip() if isinstance(content, str) else ""
-            if message["role"] == "assistant":
-                begin, end = self._assistant(messages, i, tools, text, where)
-                place = text.find(stripped, begin, end) if stripped else -1
-                span = (place, place + len(stripped)) if place >= 0 else None
-                turns.append(Turn(begin, end, span))
-                at = end
-                continue
-            place = text.find(stripped, at) if stripped else -1
-            if place < 0:
-                turns.append(None)
-                continue
-            at = place + len(stripped)
-            turns.append(Turn(place, self._through_special(text, at), (place, at)))
-        return turns
-
-    def _assistant(
-        self, messages: Messages, i: int, tools: Any, text: str, where: str
-    ) -> tuple[int, int]:
-        """Where the turn of the assistant's message ``i`` begins and ends in ``text``."""
-        begin = self._begin(messages, i, tools, text, where)
-        if i + 1 == len(messages):
-            return begin, len(text)
-        through = self.template.render(messages[: i + 1], tools, where=where)
-        if text.startswith(through) and len(through) >= begin:
-            return begin, len(through)
-        end = self._end(messages, i, text, begin, through)
-        if end is None:
-            raise self._hidden(i, where)
-        return begin, end
-
-    def _begin(self, messages: Messages, i: int, tools: Any, text: str, where: str) -> int:
-        """Behind the generation prompt, or behind the part of it that the text shares."""
-        if i == 0:
-            prompt = self._shared_prompt()
-            at = text.find(prompt) if prompt else -1
-            return at + len(prompt) if at >= 0 else 0
-        before = self.template.render(messages[:i], tools, prompt=True, where=where)
-        if text.startswith(before):
-            return len(before)
-        plain = self.template.render(messages[:i], tools, where=where)
-        shared = plain + self._shared_prompt()
-        if before.startswith(plain) and text.startswith(shared):
-            return len(shared)
-        raise self._hidden(i, where)
-
-    def _shared_prompt(self) -> str:
-        """What the generation prompt and the header of a rendered answer have in common."""
-        if self._prompt is None:
-            ask = [{"role": "user", "content": "\ue000"}]
-            answer = {"role": "assistant", "content": "\ue001"}
-            try:
-                plain = self.template.render(ask)
-                before = self.template.render(ask, prompt=True)
-                text = self.template.render([*ask, answer])
-            except DataError:
-                return ""
-            if not (before.startswith(plain) and text.startswith(plain)):
-                return ""
-            self._prompt = before[len(plain) : _shared(before, text)]
-        return self._prompt
-
-    def _end(self, messages: Messages, i: int, text: str, begin: int, through: str) -> int | None:
-        """The end of a turn that the template renders differently when it is the last one.
-
-        What follows the content when the turn is the last, and what follows it here, share the end
-        of the turn; a turn without content ends with the special token that ends it there.
-        """
-        content = messages[i].get("content")
-        content = content.strip() if isinstance(content, str) else ""
-        last = through.rfind(content) if content else -1
-        if last >= 0:
-            tail = through[last + len(content) :]
-            place = text.find(content, begin)
-            while place >= 0:  # a short answer may also stand in the template's own words
-                behind = place + len(content)
-                shared = _shared(tail, text[behind : behind + len(tail)])
-                end = behind + shared if shared else self._through_special(text, behind)
-                if end > behind:
-                    return end
-                place = text.find(content, place + 1)
-            return None
-        stop = max(self.special, key=lambda s: through.rfind(s), default="")
-        at = text.find(stop, begin) if stop and stop in through else -1
-        following = [m.get("content") for m in messages[i + 1 :]]
-        if at < 0 or any(isinstance(c, str) and c and c in text[begin:at] for c in following):
-            return None
-        return at + len(stop)
-
-    def _other(self, messages: Messages, i: int, tools: Any, text: str) -> tuple[int, int]:
-        """The content of somebody else, with the token that ends the turn."""
-        place = text.index(messages[i]["content"])
-        behind = place + len(messages[i]["content"])
-        return place, self._through_special(text, behind)
-
-    def _through_special(self, text: str, at: int) -> int:
-        """Behind the special token at ``at``, or ``at`` when there is none."""
-        found = next((s for s in self.special if text.startswith(s, at)), "")
-        return at + len(found)
-
-    def _hidden(self, i: int, where: str) -> DataError:
-        return DataError(
-            f"{where}: the chat template changes earlier turns, so the answer in message {i + 1} "
-            "cannot be told apart; mark it with {% generation %} in the template"
-        )
-
-
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at the beginning."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

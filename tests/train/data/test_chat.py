@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import IGNORED, Sample
-from fusewright.train.data.chat import Chat, ChatEncoder, Rules
+from fusewright.train.data.chat import ChatEncoder
 from fusewright.train.data.limits import Limits, keep
+from fusewright.train.data.mask import Rules
+from fusewright.train.data.template import Chat, Template
 
 from ..conftest import CHATML, make_tokenizer
+from .templates import THINKER, tokenizer_for
 
 HEADER = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
 PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -122,3 +128,174 @@ def test_a_template_that_raises_is_quoted() -> None:
 def test_a_tokenizer_without_a_template() -> None:
     with pytest.raises(RecipeError, match="no chat template"):
         ChatEncoder(make_tokenizer(None))
+
+
+# --- what is trained -----------------------------------------------------------------------------
+
+
+TURNS = [
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "Yo."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "So."},
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize(
+    ("rules", "runs"),
+    [
+        ({}, ["Yo.<|im_end|>", "So.<|im_end|>"]),
+        ({"eos": "none"}, ["Yo.", "So."]),
+        ({"eos": "last"}, ["Yo.", "So.<|im_end|>"]),
+        ({"eos": "all"}, ["<|im_end|>", "Yo.<|im_end|>", "<|im_end|>", "So.<|im_end|>"]),
+        ({"roles": {"user"}}, ["Hi?<|im_end|>", "Why?<|im_end|>"]),
+        (
+            {"roles": {"user", "assistant"}},
+            ["Hi?<|im_end|>", "Yo.<|im_end|>", "Why?<|im_end|>", "So.<|im_end|>"],
+        ),
+        ({"roles": {"user"}, "eos": "none"}, ["Hi?", "Why?"]),
+    ],
+)
+def test_roles_and_ends(template: str, rules: dict[str, Any], runs: list[str]) -> None:
+    roles = frozenset(rules.get("roles", {"assistant"}))
+    sample, tokenizer = one(template, TURNS, **{**rules, "roles": roles})
+    assert trained(sample, tokenizer) == runs
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize(
+    ("flags", "runs"),
+    [
+        ([None, False, None, None], ["So.<|im_end|>"]),
+        ([None, None, True, False], ["Yo.<|im_end|>", "Why?<|im_end|>"]),
+        (
+            [None, [{"begin_offset": 0, "end_offset": 1, "train": True}], None, False],
+            ["Yo", "<|im_end|>"],
+        ),
+        (
+            [
+                None,
+                [
+                    {"begin_offset": 0, "end_offset": 0, "train": False},
+                    {"begin_offset": 1, "end_offset": 2, "train": True},
+                ],
+                None,
+                None,
+            ],
+            ["o.<|im_end|>", "So.<|im_end|>"],
+        ),
+    ],
+)
+def test_messages_say_themselves_what_is_trained(
+    template: str, flags: list[Any], runs: list[str]
+) -> None:
+    tokenizer = make_tokenizer(template)
+    part = keep(ChatEncoder(tokenizer).encode([Chat("f", TURNS, train=flags)]), Limits(1000))
+    sample = Sample(part.ids.tolist(), part.labels.tolist())
+    assert trained(sample, tokenizer) == runs
+
+
+def test_another_end_of_turn_has_its_own_rule() -> None:
+    other = CHATML.replace("<|im_end|>", "<|eot|>")
+    tokenizer = make_tokenizer(other)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    for rule, runs in (("turn", ["Yo.<|eot|>", "So.<|eot|>"]), ("last", ["Yo.", "So.<|eot|>"])):
+        rules = Rules(eot=rule, eot_tokens=("<|eot|>",))
+        part = keep(ChatEncoder(tokenizer, rules=rules).encode([Chat("f", TURNS)]), Limits(1000))
+        assert trained(Sample(part.ids.tolist(), part.labels.tolist()), tokenizer) == runs
+    with pytest.raises(RecipeError, match=r"eot_tokens: '<\|no\|>' is 6 tokens"):
+        ChatEncoder(tokenizer, rules=Rules(eot_tokens=("<|no|>",)))
+
+
+def test_spaces_that_offsets_leave_out_belong_to_the_token() -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    for trims in (False, True):
+        tokenizer = make_tokenizer(template)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+        chats = [Chat("f", TURNS)]
+        part = keep(ChatEncoder(tokenizer).encode(chats), Limits(1000))
+        sample = Sample(part.ids.tolist(), part.labels.tolist())
+        assert trained(sample, tokenizer) == ["Yo.<|im_end|>", "So.<|im_end|>"]
+
+
+# --- how it is found -----------------------------------------------------------------------------
+
+
+def test_a_conversation_is_rendered_once_after_the_first_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[int] = []
+    render = Template._render
+
+    def counting(self: Template, conversations: Any, *args: Any, **options: Any) -> Any:
+        counted.append(len(conversations))
+        return render(self, conversations, *args, **options)
+
+    encoder = ChatEncoder(make_tokenizer(CHATML))
+    encoder.encode([Chat("f", TURNS)])
+    monkeypatch.setattr(Template, "_render", counting)
+    encoder.encode([Chat("f", TURNS)] * 20)
+    assert counted == [20]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), st.text(max_size=12)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([MARKED, LLAMA3]),
+)
+@settings(deadline=None, max_examples=150)
+def test_found_and_marked_turns_are_the_same(turns: list[tuple[str, str]], template: str) -> None:
+    """Marks in a template, and the same template without them, give the same masks."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    if template is not MARKED:
+        marked = template.replace(
+            "m['content'] | trim + '<|im_end|>' }}",
+            "'' }}{% if m['role'] == 'assistant' %}{% generation %}"
+            "{{ m['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+            "{% else %}{{ m['content'] | trim + '<|im_end|>' }}{% endif %}",
+        )
+        plain = template
+    else:
+        marked, plain = MARKED, CHATML
+    (a,), (b,) = (
+        ChatEncoder(make_tokenizer(t)).encode([Chat("f", messages)]) for t in (marked, plain)
+    )
+    assert (a.ids, a.spans) == (b.ids, b.spans)
+    tokenizer = make_tokenizer(marked)
+    whole = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert whole["input_ids"] == a.ids
+    # transformers also counts a token that begins in the header and reaches into the answer
+    mine = [any(x <= i < y for x, y in a.spans) for i in range(len(a.ids))]
+    pairs = list(zip(mine, map(bool, whole["assistant_masks"]), strict=True))
+    assert all(theirs for own, theirs in pairs if own)
+    double = tokenizer.convert_tokens_to_ids("ĊĊ")
+    assert all(own or a.ids[i] == double for i, (own, theirs) in enumerate(pairs) if theirs)
+
+
+def test_thoughts_that_a_template_drops_and_calls_are_no_obstacle() -> None:
+    tokenizer = tokenizer_for(THINKER, "", None, "<|im_end|>")
+    call = {"function": {"name": "f", "arguments": {"q": "<|im_start|>"}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nt", "tool_calls": [call]},
+        {"role": "tool", "content": "<|im_end|>"},
+        {"role": "assistant", "content": "k"},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "k"},
+    ]
+    (tokens,) = ChatEncoder(tokenizer).encode([Chat("f", messages)])
+    assert [tokenizer.decode(tokens.ids[a:b]) for a, b in tokens.spans] == [
+        't\n<tool_call>\n{"name": "f", "arguments": {"q": "<|im_start|>"}}\n</tool_call><|im_end|>',
+        "k<|im_end|>",
+        "<|im_end|>",
+    ]

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from fusewright.errors import DataError
-from fusewright.train.data import read_chats, split
+from fusewright.train.data import sources
+from fusewright.train.data.conversation import Conversation
+from fusewright.train.data.split import split
+from fusewright.train.data.template import Chat
 from fusewright.train.recipe import Dataset
 
-from .conftest import chat
+from ..conftest import chat
 
 GOOD = json.dumps(chat("q", "a"))
+
+
+def read(dataset: Dataset) -> list[Chat]:
+    rows = list(sources.find(dataset).rows())
+    return [Conversation(dataset).read(row, where) for where, row in rows]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", ": the dataset is empty"),
-        ("\n \n", ": the dataset is empty"),
         (f"{GOOD}\n{{oops\n", ", line 2: not valid JSON: Expecting property name"),
         (f"{GOOD}\n\n[]\n", ", line 3: must be an object with the field 'messages', not a list"),
         (
@@ -43,15 +55,15 @@ def test_a_bad_row_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        read_chats([Dataset(path=str(path))])
+        read(Dataset(path=str(path)))
     assert str(caught.value).startswith(f"{path}{said}")
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_chats([Dataset(path=str(path))])
+    with pytest.raises(DataError, match="line 1: cannot be read: it is not UTF-8"):
+        read(Dataset(path=str(path)))
 
 
 def test_json_lists_other_names_and_several_files(tmp_path: Path) -> None:
@@ -59,23 +71,93 @@ def test_json_lists_other_names_and_several_files(tmp_path: Path) -> None:
     first.write_text(json.dumps([{"turns": [{"from": "assistant", "value": "x\u2028y"}]}]))
     second.write_text(f"{GOOD}\r\n\n{GOOD}", encoding="utf-8")
     names = {"role": "from", "content": "value"}
-    chats = read_chats(
-        [
-            Dataset(path=str(first), field_messages="turns", message_property_mappings=names),
-            Dataset(path=str(second)),
-        ]
-    )
+    one = Dataset(path=str(first), field_messages="turns", message_property_mappings=names)
+    chats = read(one) + read(Dataset(path=str(second)))
     assert [c.where.removeprefix(str(tmp_path)) for c in chats] == [
         "/a.json, row 1", "/b.jsonl, line 1", "/b.jsonl, line 3",
     ]  # fmt: skip
     assert chats[0].messages == [{"role": "assistant", "content": "x\u2028y"}]
 
 
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"a": 'x, "y"', "b": "1"}, {"a": "zwei\nZeilen", "b": "é 😀"}]
+    table = pa.Table.from_pylist(rows)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["a", "b"])
+        writer.writeheader()
+        writer.writerows(rows)
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=1)
+    for name, new in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, new(sink, table.schema) as out:
+            out.write_table(table)
+    for name in ("rows.jsonl.gz", "rows.csv", "rows.parquet", "file.arrow", "stream.arrow"):
+        source = sources.find(Dataset(path=str(tmp_path / name)))
+        places, found = zip(*source.rows(), strict=True)
+        assert list(found) == rows, name
+        word = "line" if "jsonl" in name else "row"
+        assert places == tuple(f"{tmp_path / name}, {word} {i}" for i in (1, 2))
+
+
+def test_lines_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text("one\n\ntwo\u2028\r\n", encoding="utf-8")
+    assert list(sources.find(Dataset(path=str(path))).rows()) == [
+        (f"{path}, line 1", {"text": "one"}),
+        (f"{path}, line 3", {"text": "two\u2028"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        ({"split": "train[:3]"}, [0, 1, 2]),
+        ({"split": "train[7:]"}, [7, 8, 9]),
+        ({"split": "train[-2:]"}, [8, 9]),
+        ({"split": "train[20%:50%]"}, [2, 3, 4]),
+        ({"skip": 8}, [8, 9]),
+        ({"shards": 4, "shards_idx": 1}, [1, 5, 9]),
+        ({"split": "train[:6]", "skip": 1, "shards": 2}, [1, 3, 5]),
+    ],
+)
+def test_parts_of_a_dataset(tmp_path: Path, keys: dict[str, Any], taken: list[int]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{i}\n" for i in range(10)))
+    source = sources.find(Dataset(path=str(path), **keys))
+    assert [row for _, row in source.rows()] == taken
+
+
+def test_a_folder_is_read_by_split_and_one_that_datasets_saved_too(tmp_path: Path) -> None:
+    plain, saved = tmp_path / "plain", tmp_path / "saved"
+    plain.mkdir()
+    for name, text in (("train-1", "a"), ("train-2", "b"), ("test-1", "c")):
+        (plain / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+
+    def texts(path: Path, **keys: Any) -> list[str]:
+        rows = sources.find(Dataset(path=str(path), **keys)).rows()
+        return [row["text"] for _, row in rows]
+
+    assert texts(plain) == ["a", "b"]
+    assert texts(plain, split="test") == ["c"]
+    assert texts(plain, data_files=["test-*.jsonl", "train-1.jsonl"]) == ["c", "a"]
+    with pytest.raises(DataError, match="there is no split 'dev', only"):
+        texts(plain, split="dev")
+    with pytest.raises(DataError, match=r"data_files: there is no x\.jsonl in this folder"):
+        texts(plain, data_files="x.jsonl")
+    both = {n: datasets.Dataset.from_list([{"text": n}]) for n in ("train", "test")}
+    datasets.DatasetDict(both).save_to_disk(saved)
+    assert texts(saved) == ["train"]
+    assert texts(saved, split="test") == ["test"]
+    with pytest.raises(DataError, match="no split 'dev', only train, test"):
+        texts(saved, split="dev")
+
+
 def test_a_json_file_that_is_no_list(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"a": 1}')
     with pytest.raises(DataError, match="must be a list of rows"):
-        read_chats([Dataset(path=str(path))])
+        read(Dataset(path=str(path)))
 
 
 def test_a_builder_runs_once_in_its_own_process(tmp_path: Path) -> None:
@@ -86,17 +168,17 @@ def test_a_builder_runs_once_in_its_own_process(tmp_path: Path) -> None:
         f"p.write_text({GOOD!r})\n"
     )
     dataset = Dataset(path=str(path), builder=str(builder))
-    assert read_chats([dataset]) == read_chats([dataset])  # a second mkdir would fail
+    assert read(dataset) == read(dataset)  # a second mkdir would fail
     os.utime(builder, (path.stat().st_mtime + 9,) * 2)
     with pytest.raises(DataError, match="FileExistsError"):  # a newer builder does run again
-        read_chats([dataset])
+        read(dataset)
 
 
 def test_a_builder_that_fails_is_named(tmp_path: Path) -> None:
     builder = tmp_path / "make.py"
     builder.write_text("raise SystemExit('no disk')")
     with pytest.raises(DataError, match=r"make\.py: did not build .* \(exit code 1\): no disk"):
-        read_chats([Dataset(path=str(tmp_path / "rows.jsonl"), builder=str(builder))])
+        read(Dataset(path=str(tmp_path / "rows.jsonl"), builder=str(builder)))
 
 
 def test_split_is_a_repeatable_partition() -> None:
@@ -116,12 +198,12 @@ def test_a_split_that_leaves_nothing(size: float) -> None:
 
 
 def test_the_docstring_builder_writes_the_same_real_chats_every_time(tmp_path: Path) -> None:
-    builder = Path(__file__).resolve().parents[2] / "examples" / "docstrings.py"
+    builder = Path(__file__).resolve().parents[3] / "examples" / "docstrings.py"
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path in paths:
         subprocess.run([sys.executable, str(builder), str(path)], check=True, capture_output=True)
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    chats = read_chats([Dataset(path=str(paths[0]))])
+    chats = read(Dataset(path=str(paths[0])))
     assert len(chats) > 2000
     answers = {c.messages[0]["content"]: c.messages[1]["content"] for c in chats}
     answer = answers["What does `json.dumps` do?"]

@@ -1,0 +1,303 @@
+"""The whole way from files to samples: counts, limits, order, the cache, processes, a stream."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from fusewright.errors import DataError
+from fusewright.train.data import Prepared, Sample, Samples, prepare
+from fusewright.train.data.pool import Work
+from fusewright.train.data.sources import Source
+from fusewright.train.data.stream import StreamedPacks
+from fusewright.train.recipe import Recipe
+
+from ..conftest import chat, make_tokenizer
+
+Make = Callable[..., Prepared]
+
+
+def write(path: Path, count: int, word: str = "row") -> Path:
+    lines = [chat(f"{word} {i}?", f"{word} {i}, " * (1 + i % 3)) for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Prepares the rows of a recipe with the given keys; by default, 40 of them."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", 40)
+
+    def prepared(**keys: Any) -> Prepared:
+        keys = {"datasets": [{"path": str(tmp_path / "rows.jsonl")}], "sequence_len": 128, **keys}
+        return prepare(Recipe(base_model="x", **keys), make_tokenizer())
+
+    return prepared
+
+
+def questions(samples: Any) -> list[str]:
+    """What the user asks in each sample."""
+    tokenizer = make_tokenizer()
+    return [tokenizer.decode(s.input_ids).split("\n")[1].split("?")[0] for s in samples]
+
+
+def test_samples_and_counts(make: Make) -> None:
+    prepared = make(val_set_size=8)
+    assert isinstance(prepared.train, Samples)
+    (held,) = prepared.validation.values()
+    assert len(prepared.train) == 32
+    assert sorted(questions(prepared.train) + questions(held)) == sorted(
+        f"row {i}" for i in range(40)
+    )
+    assert prepared.train.lengths.tolist() == [len(s.input_ids) for s in prepared.train]
+    assert prepared.train.trained.tolist() == [s.trained for s in prepared.train]
+    assert prepared.train.lengths.dtype == np.int32
+    counts = prepared.counts
+    assert counts["rows"] == 40
+    assert counts["train_tokens"] == sum(len(s.input_ids) for s in prepared.train)
+    assert counts["validation_trained_tokens"] == sum(s.trained for s in held)
+    assert list(prepared.train[3:5]) == [prepared.train[3], prepared.train[4]]
+    assert list(pickle.loads(pickle.dumps(prepared.train))) == list(prepared.train)
+
+
+def test_long_short_and_empty_rows(make: Make, tmp_path: Path) -> None:
+    rows = [chat("q", "a" * n) for n in (1, 50, 60, 90)] + [chat("q" * 90, "a")]
+    path = tmp_path / "lengths.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"datasets": [{"path": str(path)}], "sequence_len": 90}
+    dropped = make(**keys)
+    assert dropped.counts["too_long"] == 2
+    assert len(dropped.train) == 3  # type: ignore[arg-type]
+    cut = make(**keys, excess_length_strategy="truncate")
+    # of the row with the long question nothing but the question is left
+    assert [cut.counts[k] for k in ("too_long", "truncated", "nothing_to_train")] == [2, 1, 1]
+    assert max(cut.train.lengths) == 90  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=r"lengths\.jsonl, line 4: 112 tokens, and sequence_len"):
+        make(**keys, excess_length_strategy="raise")
+    assert make(**keys, min_sample_len=40).counts["too_short"] == 1
+    with pytest.raises(DataError, match=r"of 5, 5 are longer than 8 tokens \(sequence_len\)"):
+        make(**{**keys, "sequence_len": 8})
+
+
+def test_the_order_is_the_recipes(make: Make, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.jsonl", 10, "other")
+    two = [{"path": str(tmp_path / "rows.jsonl"), "split": "train[:10]"}, {"path": str(other)}]
+    ordered = [f"row {i}" for i in range(10)] + [f"other {i}" for i in range(10)]
+    assert questions(make(datasets=two, shuffle_merged_datasets=False).train) == ordered
+    mixed = questions(make(datasets=two).train)
+    assert mixed != ordered
+    assert sorted(mixed) == sorted(ordered)
+    assert mixed == questions(make(datasets=two).train)
+    assert mixed != questions(make(datasets=two, seed=1).train)
+    apart = questions(
+        make(
+            datasets=two, shuffle_merged_datasets=False, shuffle_before_merging_datasets=True
+        ).train
+    )
+    assert {q.split()[0] for q in apart[:10]} == {"row"}
+    assert apart != ordered
+
+
+def test_weights_repeat_and_leave_out_but_never_mix_the_sides(make: Make, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.jsonl", 10, "other")
+    two = [
+        {"path": str(tmp_path / "rows.jsonl"), "weight": 0.5},
+        {"path": str(other), "weight": 2.5},
+    ]
+    prepared = make(datasets=two, val_set_size=10)
+    asked, held = questions(prepared.train), questions(prepared.validation["validation"])
+    assert not set(asked) & set(held)
+    rows = 40 - sum(q.startswith("row") for q in held)
+    others = 10 - sum(q.startswith("other") for q in held)
+    assert sum(q.startswith("row") for q in asked) == round(rows / 2)
+    assert sum(q.startswith("other") for q in asked) == 2 * others + round(others / 2)
+
+
+def test_parts_duplicates_and_other_validation_rows(make: Make, tmp_path: Path) -> None:
+    shard = make(dataset_shard_num=4, dataset_shard_idx=1)
+    assert len(shard.train) == 10  # type: ignore[arg-type]
+    path = tmp_path / "rows.jsonl"
+    twice = [{"path": str(path)}, {"path": str(path)}]
+    unique = make(datasets=twice, dataset_exact_deduplication=True)
+    assert (len(unique.train), unique.counts["duplicates"]) == (40, 40)  # type: ignore[arg-type]
+    held = make(test_datasets=[{"path": str(write(tmp_path / "t.jsonl", 5, "test"))}])
+    assert questions(held.validation["test_1"]) == [f"test {i}" for i in range(5)]
+    assert len(held.train) == 40  # type: ignore[arg-type]
+    shorter = make(val_set_size=20, eval_sequence_len=40)
+    assert max(shorter.validation["validation"].lengths) <= 40
+    assert shorter.counts["validation_too_long"] > 0
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def test_the_cache_is_used_until_something_changes(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked: list[int] = []
+    part = Work.part
+
+    def counting(self: Work, rows: list[Any]) -> Any:
+        worked.append(len(rows))
+        return part(self, rows)
+
+    monkeypatch.setattr(Work, "part", counting)
+    keys = {"dataset_prepared_path": str(tmp_path / "prepared")}
+    first = make(**keys)
+    assert len(worked) == 1
+    second = make(**keys, val_set_size=4, seed=3)  # cut and shuffled afterwards
+    assert len(worked) == 1
+    assert first.fingerprint == second.fingerprint
+    changes: list[dict[str, Any]] = [
+        {"sequence_len": 127}, {"train_on_inputs": True}, {"min_sample_len": 5},
+        {"datasets": [{"path": str(tmp_path / "rows.jsonl"), "train_on_eos": "last"}]},
+        {"chat_template": "llama3"},
+    ]  # fmt: skip
+    for number, change in enumerate(changes, start=2):
+        if "chat_template" in change:
+            change |= {"eot_tokens": [], "datasets": [
+                {"path": str(tmp_path / "rows.jsonl"), "train_on_eos": "none"}]}  # fmt: skip
+        assert make(**keys, **change).fingerprint != first.fingerprint
+        assert len(worked) == number
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = make(**keys, datasets=[{"path": str(tmp_path / "moved.jsonl")}])
+    assert moved.fingerprint == first.fingerprint  # the content counts, not its place
+    with (tmp_path / "moved.jsonl").open("a") as file:
+        file.write(json.dumps(chat("one", "more")) + "\n")
+    more = make(**keys, datasets=[{"path": str(tmp_path / "moved.jsonl")}])
+    assert len(more.train) == 41  # type: ignore[arg-type]
+    assert not list((tmp_path / "prepared").glob(".making-*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "about", "gone"])
+def test_a_damaged_cache_is_made_anew(make: Make, tmp_path: Path, damage: str) -> None:
+    keys = {"dataset_prepared_path": str(tmp_path / "prepared")}
+    first = make(**keys)
+    expected = list(first.train)  # type: ignore[arg-type]
+    folder = tmp_path / "prepared" / first.fingerprint
+    data, about = folder / "train.arrow", folder / "about.json"
+    if damage == "cut":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(bytes(content))
+    elif damage == "about":
+        about.write_text("{")
+    else:
+        data.unlink()
+    assert list(make(**keys).train) == expected  # type: ignore[arg-type]
+    assert list((tmp_path / "prepared").iterdir()) == [folder]
+
+
+def test_without_a_folder_nothing_is_left(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(tmp_path.iterdir())
+    prepared = make()
+    assert isinstance(prepared.train, Samples)
+    path = prepared.train.path
+    some = prepared.train[:3]
+    del prepared
+    gc.collect()
+    assert path.exists()  # some are still used
+    assert len(some[2].input_ids) > 3
+    del some
+    gc.collect()
+    assert not path.parent.parent.exists()
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(DataError):
+        make(datasets=[{"path": str(tmp_path / "broken.jsonl")}])
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "broken.jsonl"}
+
+
+def test_processes_change_nothing_but_the_time(make: Make, tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", 1500)
+    one, two = make(), make(dataset_processes=2)
+    assert list(one.train) == list(two.train)  # type: ignore[arg-type]
+    assert one.counts == two.counts
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    lines[1200] = '{"messages": []}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1201: the field 'messages' must be"):
+        make(dataset_processes=2)
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def test_a_stream_packs_mixes_and_begins_again(make: Make, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.jsonl", 10, "other")
+    keys: dict[str, Any] = {
+        "datasets": [{"path": str(tmp_path / "rows.jsonl")}, {"path": str(other)}],
+        "streaming": True, "max_steps": 5, "sample_packing": True,
+        "streaming_multipack_buffer_size": 50,
+    }  # fmt: skip
+    prepared = make(**keys, test_datasets=[{"path": str(other)}])
+    assert len(prepared.validation["test_1"]) == 10
+    stream = prepared.train
+    assert isinstance(stream, StreamedPacks)
+    seen: list[Sample] = []
+    for pack in stream:
+        assert sum(len(s.input_ids) for s in pack) <= 128
+        seen += pack
+        if len(seen) >= 100:
+            break
+    asked = questions(seen)
+    everything = [f"row {i}" for i in range(40)] + [f"other {i}" for i in range(10)]
+    assert sorted(asked[:50]) == sorted(asked[50:]) == sorted(everything)
+    assert asked[:50] != asked[50:]
+    again = [s for pack in islice(iter(stream), 10) for s in pack]
+    assert again == seen[: len(again)]
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    spread = [q for pack in islice(loader, 12) for q in questions(pack)]
+    assert len(set(spread)) == len(spread)  # no row comes from both processes
+    assert make(**{**keys, "sample_packing": False}).train is not None
+
+
+def test_a_stream_holds_no_more_than_its_buffer(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million rows could not be read before the first pack: rows are counted as they come."""
+    read = 0
+
+    def endless(self: Source, progress: Any = None) -> Iterator[tuple[str, Any]]:
+        nonlocal read
+        for i in range(10_000_000):
+            read += 1
+            yield f"line {i}", chat("q", "a" * (i % 50))
+
+    monkeypatch.setattr(Source, "rows", endless)
+    stream = make(
+        streaming=True, max_steps=1, sample_packing=True, streaming_multipack_buffer_size=300
+    ).train
+    used = 0
+    for pack in islice(iter(stream), 400):
+        used += len(pack)
+        assert read - used <= 300 + 2 * 512 + 1  # the buffer, and a batch that is being read
+
+
+def test_texts_for_pretraining(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"This is line {i}.\n" for i in range(20)))
+    stream = make(
+        pretraining_dataset=[{"path": str(path)}], max_steps=2, sample_packing=True,
+        streaming_multipack_buffer_size=20,
+    ).train  # fmt: skip
+    tokenizer = make_tokenizer()
+    packs = list(islice(iter(stream), 3))
+    texts = [tokenizer.decode(s.input_ids) for pack in packs for s in pack]
+    assert all(t.startswith("This is line ") and t.endswith(".<|im_end|>") for t in texts)
+    path.write_text("\n")
+    with pytest.raises(DataError, match="the dataset is empty"):
+        make(pretraining_dataset=[{"path": str(path)}], max_steps=2)
