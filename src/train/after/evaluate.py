@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -87,8 +87,8 @@ def evaluate(
         for name, recipe in recipes.items():
             prepared = prepare(recipe, tokenizer, None if as_json else console)
             if name:  # a file is used as a whole
-                whole: Any = prepared.train
-                prepared = replace(prepared, validation={name: whole})
+                samples = cast("Samples", prepared.train)
+                prepared = replace(prepared, validation={name: samples})
             sets = validation_batches(prepared, recipe, pad_token(tokenizer))
             found |= {
                 part: _measure(model, batches, prepared.validation[part])
