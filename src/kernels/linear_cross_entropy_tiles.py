@@ -27,7 +27,7 @@ FEW_ROWS = 16
 """With fewer rows than about 12, MKL's fp32 matmul sums in one long chain: ten times the error."""
 
 FEW_CLASSES = 4096
-"""Classes that are multiplied at once with few rows: on one thread, 8192 in a chain are too many."""
+"""Classes that are multiplied at once with few rows: on one thread 8,192 are too long a chain."""
 
 CHUNK_CLASSES = 8192
 """Classes that are multiplied at once where the sum over all must be better than the matmul's."""

@@ -205,9 +205,3 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be written to"):
         check_output(tmp_path / "file" / "run", overwrite=False)
-
-
-def test_a_readme_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(RecipeError, match=r"already holds a run \(README.md\)"):
-        check_output(tmp_path, overwrite=False)

@@ -159,9 +159,9 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
 def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no checkpoint in"):
         train(recipe, console=QUIET, resume_from_checkpoint=True)
-    with pytest.raises(RecipeError, match="set only one"):
+    with pytest.raises(RecipeError, match="not both"):
         train(recipe, console=QUIET, overwrite=True, resume_from_checkpoint=True)
-    with pytest.raises(RecipeError, match=r"there is no checkpoint .*nowhere"):
+    with pytest.raises(RecipeError, match=r"resume_from_checkpoint: there is no .*nowhere"):
         train(recipe, console=QUIET, resume_from_checkpoint=str(tmp_path / "nowhere"))
     done = tmp_path / "done"
     train(recipe, console=QUIET, output_dir=str(done), save_steps=2)
