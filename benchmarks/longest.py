@@ -61,12 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when every engine ran and no verified prediction was too large."""
     options = _parse(arguments)
     job = _job(options, "fusewright")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory goes with it
-        found = pool.apply(outlook, (job, options.budgets, options.step, options.most))
-    if options.verify:
-        found = [verified(job, f, options.step) for f in found]
+    found: list[Longest] = []
+    failed = False
     for peer in PEERS:
-        found += climbed(_job(options, peer), options.budgets, options.step)
+        try:
+            found += climbed(_job(options, peer), options.budgets, options.step)
+        except EngineError as error:
+            failed = _tell(peer, error)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its memory goes with it
+        ours = pool.apply(outlook, (job, options.budgets, options.step, options.most))
+    for one in ours:
+        try:
+            found.append(verified(job, one, options.step) if options.verify else one)
+        except EngineError as error:
+            failed = _tell(f"{one.engine} at {one.budget / GB:g} GB", error)
     if options.json:
         rows = [describe() | _row(f, options) for f in found]
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
@@ -74,7 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [f for f in found if f.first is not None]
     for f in wrong:
         print(f"{f.engine} at {f.budget / GB:g} GB: {f.first:,} tokens were predicted to fit")
-    return 1 if wrong else 0
+    return 1 if wrong or failed else 0
+
+
+def _tell(engine: str, error: EngineError) -> bool:
+    print(f"{engine}: failed, and is left out: {error}\n{error.details}", file=sys.stderr)
+    return True
 
 
 def outlook(job: Job, budgets: Sequence[int], step: int, most: int) -> list[Longest]:
@@ -151,7 +164,10 @@ def climbed(job: Job, budgets: Sequence[int], step: int) -> list[Longest]:
 def _peaks(job: Job, lengths: Sequence[int], enough: int) -> tuple[float, list[float]]:
     """Memory when loaded, and the peaks of steps of those lengths until one needs ``enough``.
 
-    In MB. Fewer peaks than that where the engine fails, which is printed.
+    In MB. Fewer peaks than that where fusewright says that no plan fits.
+
+    Raises:
+        EngineError: the engine failed in another way; that says nothing about what fits.
     """
     kind = "gpu_mb" if job.device == "cuda" else "rss_mb"
     peaks: list[float] = []
@@ -165,6 +181,8 @@ def _peaks(job: Job, lengths: Sequence[int], enough: int) -> tuple[float, list[f
                 if peaks[-1] * MB > enough:
                     break
         except EngineError as error:
+            if not str(error).startswith("OptimizeError"):
+                raise
             print(f"{job.engine}: {lengths[len(peaks)]} tokens: {error}", file=sys.stderr)
     return process.run.loaded.get(kind, 0.0), peaks
 
@@ -174,7 +192,8 @@ def table(found: Sequence[Longest], budgets: Sequence[int]) -> str:
     head = " | ".join(f"{b / GB:g} GB" for b in budgets)
     lines = [f"| longest sequence | {head} |", "|---" * (len(budgets) + 1) + "|"]
     for engine in dict.fromkeys(f.engine for f in found):
-        cells = [_cell(f) for b in budgets for f in found if (f.engine, f.budget) == (engine, b)]
+        own = {f.budget: f for f in found if f.engine == engine}
+        cells = [_cell(own[b]) if b in own else "failed" for b in budgets]
         lines.append(f"| {engine} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -238,3 +238,26 @@ def test_a_prediction_that_was_too_long_is_shortened_and_told(
     assert steps[0] == ("fusewright:2.14748GB", 2048)
     assert len(steps) <= program.TRIES
     assert (found.peak is not None) == (longest > 0)
+
+
+def test_an_engine_that_fails_says_nothing_about_what_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import longest as program
+    from harness import EngineError, EngineProcess, Run
+    from workload import Job
+
+    said = ["the process ended with status -9", "OptimizeError: memory='1GB' is too small"]
+
+    def fail(self: Any) -> None:
+        raise EngineError(said.pop(0))
+
+    monkeypatch.setattr(EngineProcess, "__init__", lambda self, job: setattr(self, "run", Run(job)))
+    monkeypatch.setattr(EngineProcess, "__exit__", lambda self, *_: None)
+    monkeypatch.setattr(EngineProcess, "load", fail)
+    job = Job("fusewright", "smollm2", "bfloat16", 1, 64, "lora", "auto", False, "cpu", 1)
+    with pytest.raises(EngineError, match="status -9"):
+        program._peaks(job, [64], 1)
+    assert program._peaks(job, [64], 1) == (0.0, [])
+    assert "too small" in capsys.readouterr().err
