@@ -129,6 +129,11 @@ def _rows(values: Values) -> Iterator[Problem]:
             yield (streamed,), "needs max_steps: a stream has no known end"
         if size:
             yield ("val_set_size",), f"cannot be cut from a stream ({streamed}): use test_datasets"
+    parts, part = values.get("dataset_shard_num"), values.get("dataset_shard_idx", 0)
+    if isinstance(parts, int) and isinstance(part, int) and part >= parts:
+        yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"
+    if part and parts is None:
+        yield ("dataset_shard_idx",), "needs dataset_shard_num"
     names = () if values.get("rl") else ("datasets", "test_datasets", "pretraining_dataset")
     for name in names:  # preferences have types of their own
         listed = values.get(name)

@@ -94,7 +94,7 @@ def load_model(recipe: Recipe) -> Any:
     if config is not None and not dense:
         options |= {"quantization_config": config, "device_map": {"": device}}
     if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
-        options["config"] = _config(recipe)
+        options["config"] = load_config(recipe)
     model = pretrained(
         _class(recipe.model_type, "AutoModelForCausalLM", "model_type"),
         recipe.base_model,
@@ -133,8 +133,12 @@ def _class(name: str | None, default: str, key: str) -> Any:
     return found
 
 
-def _config(recipe: Recipe) -> Any:
-    """The configuration of the model, with the values that the recipe overrides."""
+def load_config(recipe: Recipe) -> Any:
+    """The configuration of the model, with the values that the recipe overrides.
+
+    Raises:
+        RecipeError: it cannot be read, or has no such values.
+    """
     found = pretrained(
         _class(recipe.cls_model_config, "AutoConfig", "cls_model_config"),
         recipe.base_model_config or recipe.base_model,

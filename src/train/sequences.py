@@ -51,7 +51,7 @@ def typical_context(prepared: Any, recipe: Recipe) -> float:
 def _sequences(samples: Samples, recipe: Recipe, packing: bool, length: int) -> Packs:
     if not packing:
         groups = [[i] for i in range(len(samples))]
-    elif recipe.sample_packing_sequentially:
+    elif recipe.sample_packing_sequentially or recipe.curriculum_sampling:
         groups = _in_order(samples.lengths.tolist(), length, recipe.sample_packing_bin_size)
     else:
         groups = pack(

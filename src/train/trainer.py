@@ -20,7 +20,7 @@ from . import checkpoint
 from .arguments import arguments_for
 from .context import Context
 from .export import pad_token
-from .flow import Flow, watchers
+from .flow import Flow, as_asked, watchers
 from .optimizer import make_optimizer
 from .order import Kind, Order
 from .progress import Watch
@@ -148,6 +148,7 @@ class FineTuner(Trainer):
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state
             state.compute_steps(self.args, state.max_steps)
+            as_asked(self.callback_handler.callbacks, self.context.recipe)
             self.saved_at = self._resumed.step
             self._tr_loss += self._resumed.pending_loss
             self._globalstep_last_logged = self._resumed.last_logged

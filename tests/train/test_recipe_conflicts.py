@@ -103,6 +103,12 @@ TOGETHER = [
         "--overwrite",
     ),
     good(
+        "part of all rows",
+        "dataset_shard_num: 2\ndataset_shard_idx: 2\n",
+        "5: dataset_shard_idx: must be less than dataset_shard_num",
+    ),
+    good("which part", "dataset_shard_idx: 1\n", "dataset_shard_idx: needs dataset_shard_num"),
+    good(
         "type of rows",
         "    type: alpacca\n",
         "4: datasets.0.type: 'alpacca' is not a type of rows; did",

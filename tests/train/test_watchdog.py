@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ from safetensors.torch import load_file
 
 from fusewright.train import train
 from fusewright.train.checkpoint import checkpoints
+from fusewright.train.flow import Flow, watchers
 from fusewright.train.loop import Run
 from fusewright.train.recipe import Recipe
-from fusewright.train.watchdog import BadStep, Guard
+from fusewright.train.signals import Interrupts
+from fusewright.train.watchdog import BadStep, Guard, LossWatchdog
 
 from .conftest import chat, make_model, make_tokenizer
 
@@ -134,6 +138,38 @@ def test_the_loss_watchdog(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     calm = train(recipe, console=QUIET, overwrite=True, loss_watchdog_threshold=100.0, max_steps=2)
     assert calm.status == "finished"
+
+
+def test_the_watchdog_without_a_patience_of_its_own_waits_for_three(tmp_path: Path) -> None:
+    (dog,) = watchers(Recipe(base_model="x", loss_watchdog_threshold=5.0))
+    assert isinstance(dog, LossWatchdog)
+    assert dog.patience == 3
+
+
+def test_going_on_with_other_limits(recipe: dict[str, Any], tmp_path: Path) -> None:
+    watched = {**recipe, "max_steps": 6, "save_steps": 1, "loss_watchdog_patience": 1}
+    first = train({**watched, "loss_watchdog_threshold": 0.01}, console=QUIET)
+    assert (first.status, first.steps) == ("watchdog", 1)
+    changed = {**watched, "loss_watchdog_threshold": 100.0, "resume_from_checkpoint": True}
+    assert train(changed, console=QUIET).status == "finished"
+
+
+@pytest.mark.parametrize(("every", "steps", "epochs"), [(2, [2, 4], 0), (-1, [], 1), (0, [], 0)])
+def test_when_garbage_is_collected(
+    monkeypatch: pytest.MonkeyPatch, every: int, steps: list[int], epochs: int
+) -> None:
+    collected: list[int] = []
+    state = SimpleNamespace(global_step=0)
+    monkeypatch.setattr("gc.collect", lambda: collected.append(state.global_step))
+    flow = Flow(Recipe(base_model="x", gc_steps=every), Interrupts())
+    flow.trainer = MagicMock()
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    for step in range(1, 5):
+        state.global_step = step
+        flow.on_step_end(None, state, control)
+    assert collected == steps
+    flow.on_epoch_end(None, state, control)
+    assert collected[len(steps) :] == [4] * epochs
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -122,7 +122,8 @@ def _reading(run: Run, file: Path) -> Recipe:
     """The same recipe, with ``file`` in place of its datasets."""
     if not file.exists():
         raise DataError(f"{file}: there is no such file")
-    described = (written(run.recipe).get("datasets") or [{"type": "chat_template"}])[0]
+    keys = written(run.recipe)
+    described = (keys.get("datasets") or [_streamed(keys)])[0]
     for key in _OF_ONE_PLACE:
         described.pop(key, None)
     limit = run.recipe.get("eval_sequence_len") or run.recipe.get("sequence_len")
@@ -136,12 +137,21 @@ def _reading(run: Run, file: Path) -> Recipe:
     )
 
 
+def _streamed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """How rows are read in a run without ``datasets``, as an entry of these."""
+    if not keys.get("pretraining_dataset"):
+        return {"type": "chat_template"}
+    found = {"type": "pretrain", **keys["pretraining_dataset"][0]}
+    column = found.pop("text_column", None)
+    return {**found, "field": column} if column else found
+
+
 _OF_ONE_PLACE = ("builder", "data_files", "split", "name", "revision", "weight", "shards",
-                 "shards_idx", "preprocess_shards", "ds_type")  # fmt: skip
+                 "shards_idx", "preprocess_shards", "ds_type", "skip")  # fmt: skip
 """Keys of a dataset that say where its rows are, not how to read them."""
 
 _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
-           "dataset_shard_num", "dataset_exact_deduplication")  # fmt: skip
+           "dataset_shard_num", "dataset_shard_idx", "dataset_exact_deduplication")  # fmt: skip
 """Keys that choose among the rows of all datasets."""
 
 

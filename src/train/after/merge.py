@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ...errors import ModelError, RecipeError
-from ..model import dtype_for_training, pretrained, quiet
+from ..model import dtype_for_training, load_config, pretrained, quiet
 from .adapted import Adapted, UnmergeableError
 from .basefiles import BaseFiles, base_files
 from .inmemory import merged_in_memory
-from .oldrecipe import recipe_with
+from .oldrecipe import recipe_for, recipe_with
 from .runfolder import Run, first_line, load_tokenizer
 from .shards import Shape, new_folder, write_shards
 
@@ -188,9 +188,8 @@ def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
 
 
 def _config(run: Run) -> Any:
-    from transformers import AutoConfig
-
-    return pretrained(AutoConfig, run.base_model, trust_remote_code=run.trust_remote_code)
+    """The base's configuration as the run had it, with what its recipe overrides."""
+    return load_config(recipe_for(run))
 
 
 def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder: Path) -> None:

@@ -129,12 +129,15 @@ class Encoder:
         dataset: how its rows are read.
         recipe: what holds for all datasets.
         tokenizer: a fast tokenizer; it can be pickled together with this.
+        longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(
+        self, dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int | None = None
+    ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
@@ -153,7 +156,7 @@ class Encoder:
             )  # fmt: skip
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
-        self.segments = SegmentEncoder(tokenizer, everything, recipe.sequence_len)
+        self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
         self.tokenizer = tokenizer
         self.settings = {
@@ -162,6 +165,7 @@ class Encoder:
             "system": recipe.default_system_message,
             "eot_tokens": recipe.eot_tokens,
             "everything": everything,
+            "prepared": recipe.skip_prepare_dataset,
             "day": str(date.today()) if "strftime_now" in str(source) else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""

@@ -127,7 +127,7 @@ def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str) -> Work:
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
-    encoder = Encoder(dataset, recipe, tokenizer)
+    encoder = Encoder(dataset, recipe, tokenizer, longest)
     limits = Limits(
         longest, recipe.min_sample_len or 2, recipe.excess_length_strategy, encoder.watched
     )

@@ -57,17 +57,18 @@ def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
     """
     kept, held = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
     rest = np.array(kept, np.int64)
-    if not recipe.shuffle_merged_datasets and not recipe.shuffle_before_merging_datasets:
+    mixed = recipe.shuffle_merged_datasets and not recipe.curriculum_sampling
+    if not mixed and (recipe.curriculum_sampling or not recipe.shuffle_before_merging_datasets):
         rest.sort()
     weights = [dataset.weight or 1.0 for dataset in recipe.datasets]
     ends = np.cumsum(sizes)
-    if any(w != 1.0 for w in weights) or not recipe.shuffle_merged_datasets:
+    if any(w != 1.0 for w in weights) or not mixed:
         owners = np.searchsorted(ends, rest, side="right")
         weighed = [
             _weighed(rest[owners == i], w) for i, w in zip(range(len(sizes)), weights, strict=True)
         ]
         rest = np.concatenate(weighed)
-        if recipe.shuffle_merged_datasets:
+        if mixed:
             rest = np.random.default_rng(recipe.seed).permutation(rest)
     if recipe.dataset_shard_num:
         rest = rest[recipe.dataset_shard_idx :: recipe.dataset_shard_num]

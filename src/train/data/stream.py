@@ -45,7 +45,7 @@ class StreamedPacks(IterableDataset[Pack]):
             samples, kept = self._samples(), 0
             while buffer := list(islice(samples, size)):
                 kept += len(buffer)
-                if self.recipe.shuffle_merged_datasets:
+                if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
                     buffer = [buffer[i] for i in draw.permutation(len(buffer))]
                 for group in self._groups(buffer, draw):
                     yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]

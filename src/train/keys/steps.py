@@ -177,7 +177,7 @@ class StepKeys(Keys):
     """A loss above this is a sign of divergence. Unset: none is."""
 
     loss_watchdog_patience: Int | None = key(gt=0)
-    """Steps above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
+    """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
     use_eaft: bool | None = not_yet("leave it out: trained tokens weigh the same")
     """Weigh tokens by their entropy (EAFT). Unset: no."""

@@ -12,6 +12,9 @@ import torch
 from rich.console import Console
 
 from fusewright.train import train
+from fusewright.train.after.evaluate import _reading
+from fusewright.train.after.runfolder import Run
+from fusewright.train.recipe import Recipe
 
 from ..conftest import chat
 from .conftest import fusewright, refused
@@ -126,3 +129,17 @@ def test_a_recipe_that_this_version_does_not_know(trained: Path, tmp_path: Path)
     run["recipe"] |= {"val_set_size": 8, "lora_rr": 3}
     (folder / "run.json").write_text(json.dumps(run))
     assert "another version: its recipe's lora_rr" in refused("generate", folder, "hello")
+
+
+def test_other_rows_are_read_as_those_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("{}\n")
+
+    def first(**keys: Any) -> Any:
+        recipe = {"base_model": "x", "max_steps": 1, **keys}
+        run = Run(tmp_path, True, "x", None, Recipe(**recipe).model_dump(mode="json"), {})
+        return _reading(run, tmp_path / "other.jsonl").datasets[0]
+
+    assert first(datasets=[{"path": "a", "skip": 5}]).skip == 0
+    streamed = first(pretraining_dataset=[{"path": "a", "text_column": "body"}])
+    assert (streamed.type, streamed.field) == ("pretrain", "body")
+    assert first(pretraining_dataset=[{"path": "a"}]).type == "pretrain"

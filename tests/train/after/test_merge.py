@@ -252,3 +252,13 @@ def test_what_was_left_half_written_is_not_used(tmp_path: Path) -> None:
     folder = merged(adapter)
     assert set(tensors(folder)) == set(make_model().state_dict())
     assert not half.exists()
+
+
+def test_the_configuration_is_that_of_the_run(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path)
+    changed = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
+    recipe = {"base_model": str(tmp_path / "base"), "adapter": "lora", "bf16": False}
+    facts = {"recipe": {**recipe, "overrides_of_model_config": changed}}
+    (adapter / "run.json").write_text(json.dumps(facts))
+    model = AutoModelForCausalLM.from_pretrained(merged(adapter))
+    assert model.config.rope_parameters["rope_theta"] == 777.0

@@ -20,6 +20,7 @@ from fusewright.train.data.pool import Work
 from fusewright.train.data.sources import Source
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.recipe import Recipe
+from fusewright.train.sequences import training_sequences
 
 from ..conftest import chat, make_tokenizer
 
@@ -307,3 +308,21 @@ def test_a_cache_that_cannot_be_written_is_named(make: Make, tmp_path: Path) -> 
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(RecipeError, match=r"dataset_prepared_path: .*file/rows"):
         make(dataset_prepared_path=str(tmp_path / "file" / "rows"))
+
+
+def test_a_curriculum_keeps_the_order(make: Make) -> None:
+    prepared = make(val_set_size=8, curriculum_sampling=True, sample_packing=True)
+    asked = questions(prepared.train)
+    assert asked == sorted(asked, key=lambda q: int(q.split()[1]))
+    recipe = Recipe(base_model="x", sequence_len=128, curriculum_sampling=True, sample_packing=True)
+    packs = training_sequences(prepared, recipe)
+    assert questions([sample for pack in packs for sample in pack]) == asked
+    stream = make(streaming=True, max_steps=1, curriculum_sampling=True).train
+    assert questions([s for p in islice(stream, 40) for s in p]) == [f"row {i}" for i in range(40)]
+
+
+def test_texts_to_validate_on_are_cut_to_their_own_length(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 60}) + "\n")
+    tests = [{"path": str(tmp_path / "long.jsonl"), "type": "completion"}]
+    prepared = make(test_datasets=tests, eval_sequence_len=50)
+    assert [len(s.input_ids) for s in prepared.validation["test_1"]][:6] == [50] * 6
