@@ -138,7 +138,7 @@ def _pinned(recipe: Recipe) -> bool:
 def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
     warmup = recipe.warmup_steps
     if warmup is None:
-        warmup = round((recipe.warmup_ratio or 0.0) * count.total)
+        warmup = math.ceil((recipe.warmup_ratio or 0.0) * count.total)  # as transformers does
     scheduler, options = recipe.lr_scheduler, dict(recipe.lr_scheduler_kwargs or {})
     if scheduler == "one_cycle":  # made by ``schedule``
         scheduler, options = "constant", {}

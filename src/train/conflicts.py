@@ -51,13 +51,40 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         idle.append((("group_by_length",), "sample_packing leaves no padding to save"))
     if values.get("max_steps") is not None:
         idle.append((("num_epochs",), "max_steps wins"))
-    if str(values.get("lr_scheduler") or "cosine") != "cosine":
-        keys = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio")
-        idle.append((keys, "only lr_scheduler: cosine reads it"))
+    idle += _rates_without_effect(values)
+    if values.get("adapter") is not None and values.get("lora_model_dir") is not None:
+        idle.append((_OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"))
+    if values.get("streaming") or values.get("pretraining_dataset"):
+        idle.append((_OF_ALL_ROWS, "rows are streamed, so nothing knows all of them"))
     if values.get("loss_watchdog_threshold") is None:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     for keys, reason in idle:
         yield from ((key, reason) for key in keys if key in values)
+
+
+_OF_NEW_ADAPTERS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
+    "lora_modules_to_save", "lora_fan_in_fan_out", "lora_exclude_modules", "peft_use_dora",
+    "peft_use_rslora", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
+)  # fmt: skip
+_OF_ALL_ROWS = ("group_by_length", "sample_packing_sequentially", "sample_packing_group_size")
+
+
+def _rates_without_effect(values: Values) -> Iterator[tuple[Sequence[str], str]]:
+    """Keys of learning rates that another key leaves without a reader."""
+    scheduler = str(values.get("lr_scheduler") or "cosine")
+    ours = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")
+    if scheduler != "cosine":
+        yield ours, "only lr_scheduler: cosine reads it"
+    elif any(values.get(k) for k in ours):
+        yield ("lr_scheduler_kwargs",), "the cosine keys say what the schedule is"
+    if scheduler != "one_cycle":
+        yield ("lr_div_factor",), "only lr_scheduler: one_cycle reads it"
+    if values.get("loraplus_lr_ratio") is None:
+        yield ("loraplus_lr_embedding",), "only loraplus_lr_ratio reads it"
+    else:
+        keys = ("embedding_lr", "embedding_lr_scale")
+        yield keys, "loraplus_lr_ratio sets all rates: use loraplus_lr_embedding"
 
 
 def _model(values: Values) -> Iterator[Problem]:
@@ -129,6 +156,9 @@ def _rows(values: Values) -> Iterator[Problem]:
             yield (streamed,), "needs max_steps: a stream has no known end"
         if size:
             yield ("val_set_size",), f"cannot be cut from a stream ({streamed}): use test_datasets"
+        for key in ("dataset_exact_deduplication", "dataset_shard_num"):
+            if values.get(key):
+                yield (key,), f"needs all rows at once, which a stream ({streamed}) never has"
     parts, part = values.get("dataset_shard_num"), values.get("dataset_shard_idx", 0)
     if isinstance(parts, int) and isinstance(part, int) and part >= parts:
         yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"

@@ -89,6 +89,7 @@ def test_steps_that_cannot_be_counted(tmp_path: Path) -> None:
         ),
         ({"logging_steps": 0.1}, {"logging_steps": 4}),
         ({"warmup_ratio": 0.1}, {"warmup_steps": 4}),
+        ({"warmup_ratio": 0.03}, {"warmup_steps": 2}),  # 1.2: as transformers rounds it
         ({"optim_args": {"a": 1, "b": 0.5}}, {"optim_args": "a=1,b=0.5"}),
         ({"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 2}},
          {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}}),

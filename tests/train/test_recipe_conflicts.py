@@ -10,6 +10,16 @@ from .mistakes import Case, check, good
 
 TOGETHER = [
     good(
+        "duplicates of a stream",
+        "streaming: true\nmax_steps: 2\ndataset_exact_deduplication: true\n",
+        "line 6: dataset_exact_deduplication: needs all rows at once",
+    ),
+    good(
+        "a part of a stream",
+        "streaming: true\nmax_steps: 2\ndataset_shard_num: 2\n",
+        "line 6: dataset_shard_num: needs all rows at once",
+    ),
+    good(
         "no targets",
         "adapter: lora\n",
         "4: adapter: lora needs lora_target_linear: true, or a list",

@@ -75,6 +75,34 @@ def test_the_same_key_counts_with_what_it_needs() -> None:
     assert watched["loss_watchdog_patience"][0] == "honoured"
 
 
+@pytest.mark.parametrize(
+    ("keys", "idle", "reader"),
+    [
+        (
+            {"adapter": "lora", "lora_model_dir": "a/b", "lora_target_linear": True},
+            {"lora_r": 4}, {"lora_model_dir": None},
+        ),
+        ({"streaming": True, "max_steps": 3}, {"group_by_length": True}, {"streaming": None}),
+        ({"lr_scheduler": "linear"}, {"lr_quadratic_warmup": True}, {"lr_scheduler": "cosine"}),
+        ({}, {"lr_div_factor": 5}, {"lr_scheduler": "one_cycle"}),
+        ({"cosine_min_lr_ratio": 0.1}, {"lr_scheduler_kwargs": {"num_cycles": 1}},
+         {"cosine_min_lr_ratio": None}),
+        ({"loraplus_lr_ratio": 4, "adapter": "lora", "lora_target_linear": True},
+         {"embedding_lr": 1e-4}, {"loraplus_lr_ratio": None}),
+        ({"adapter": "lora", "lora_target_linear": True},
+         {"loraplus_lr_embedding": 1e-4}, {"loraplus_lr_ratio": 4}),
+    ],
+)  # fmt: skip
+def test_a_key_that_another_leaves_without_a_reader_says_so(
+    keys: dict[str, Any], idle: dict[str, Any], reader: dict[str, Any]
+) -> None:
+    (key,) = idle
+    said, note = status(**keys, **idle)[key]
+    assert said == "not applicable"
+    assert note
+    assert status(**{**keys, **idle, **reader})[key][0] == "honoured"
+
+
 def test_only_what_changes_the_run_is_refused() -> None:
     keys = {"rl": "dpo", "liger_rope": True, "fsdp": None, "reward_model": False}
     checked = check({**BASE, **keys})
