@@ -75,8 +75,8 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
+def small_recipe(base: Path, rows: Path, output: Path) -> dict[str, Any]:
+    """Four steps of LoRA on the tiny model."""
     return {
         "base_model": str(base),
         "bf16": False,
@@ -92,8 +92,13 @@ def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
         "max_steps": 4,
         "learning_rate": 1e-2,
         "lr_scheduler": "constant",
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(output),
     }
+
+
+@pytest.fixture
+def recipe(base: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
+    return small_recipe(base, rows, tmp_path / "out")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from fusewright.cli import app
 from fusewright.train import train
 
-from ..conftest import chat, make_model, make_tokenizer
+from ..conftest import chat, make_model, make_tokenizer, small_recipe
 
 
 @pytest.fixture(scope="session")
@@ -25,24 +25,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = folder / "rows.jsonl"
     lines = [chat(f"What is {i}?", f"It is the number {i}.") for i in range(40)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    recipe = {
-        "base_model": str(base),
-        "bf16": False,
-        "optimize": False,
-        "adapter": "lora",
-        "lora_r": 4,
-        "lora_target_linear": True,
-        "datasets": [{"path": str(rows)}],
-        "val_set_size": 8,
-        "sequence_len": 128,
-        "sample_packing": True,
-        "micro_batch_size": 2,
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler": "constant",
-        "output_dir": str(folder / "out"),
-    }
+    recipe = {**small_recipe(base, rows, folder / "out"), "save_steps": 2}
     train(recipe, console=Console(quiet=True))
     return folder / "out"
 
