@@ -179,13 +179,16 @@ class Terminal:
         """What was printed until ``pattern``, which is taken out of what was seen.
 
         ``poke`` is typed again and again: Python misses a Ctrl-C in the instant between its prompt
-        and its waiting for a key.
+        and its waiting for a key, and a terminal forgets what was typed before a Ctrl-C that comes
+        late.
         """
         end = time.monotonic() + seconds
+        poked = 0.0
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
-            if poke:
+            if poke and time.monotonic() > poked + 2:
                 self.type(poke)
+                poked = time.monotonic()
             if select.select([self.master], [], [], 0.5)[0]:
                 try:
                     self.seen += os.read(self.master, 4096).decode(errors="replace")
@@ -209,11 +212,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
     assert "Ctrl-C stops an answer" in terminal.wait_for("> ")
     terminal.type("What is 3?\n")
     terminal.wait_for(r"What is 3\?\r\n.")  # echo, and the answer begins
-    terminal.type("\x03")
-    terminal.wait_for(r"\[stopped\]\r\n> ")
+    terminal.wait_for(r"\[stopped\]\r\n> ", poke="\x03")
     terminal.wait_for(r"/exit or Ctrl-D ends\.\r\n> ", poke="\x03")  # there is nothing to stop
-    terminal.type("/reset\n")
-    terminal.wait_for(r"\[forgotten\]\r\n> ")
+    terminal.wait_for(r"\[forgotten\]\r\n> ", poke="/reset\n")
     terminal.type("/exit\n")
     assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.seen
