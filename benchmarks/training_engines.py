@@ -65,14 +65,14 @@ def fusewright(job: TrainingJob, turns: Any) -> None:
     from fusewright.train.loop import Run
     from fusewright.train.yamlfile import load_recipe
 
-    class Run_(Run):
+    class InTurn(Run):
         """The run, taking its steps in turn."""
 
         def _train(self, trainer: Any, interrupts: Any) -> None:
             trainer.add_callback(turns)
             super()._train(trainer, interrupts)
 
-    Run_(load_recipe(recipe(job)), Console(quiet=True)).run()
+    InTurn(load_recipe(recipe(job)), Console(quiet=True)).run()
 
 
 def recipe(job: TrainingJob) -> dict[str, Any]:

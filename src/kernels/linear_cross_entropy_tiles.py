@@ -26,6 +26,9 @@ STRIP_ELEMENTS = 1 << 18
 FEW_ROWS = 16
 """With fewer rows than about 12, MKL's fp32 matmul sums in one long chain: ten times the error."""
 
+FEW_CLASSES = 4096
+"""Classes that are multiplied at once with few rows: on one thread 8,192 are too long a chain."""
+
 CHUNK_CLASSES = 8192
 """Classes that are multiplied at once where the sum over all must be better than the matmul's."""
 
@@ -167,7 +170,7 @@ def _back(dlogits: Tensor, weight: Tensor) -> Tensor:
     if rows >= FEW_ROWS or dlogits.dtype is not torch.float32:
         return torch.mm(dlogits, weight)
     padded = pad(dlogits, (0, 0, 0, FEW_ROWS - rows))
-    parts = zip(padded.split(CHUNK_CLASSES, 1), weight.split(CHUNK_CLASSES), strict=True)
+    parts = zip(padded.split(FEW_CLASSES, 1), weight.split(FEW_CLASSES), strict=True)
     return torch.stack([torch.mm(d, w) for d, w in parts]).sum(0)[:rows]
 
 

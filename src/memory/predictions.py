@@ -136,15 +136,13 @@ def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:
     Held are four hidden states: after the final norm, their gradient, and both before it, which may
     be in fp32.
     """
-    hidden = max(
-        (
-            prod(hint(s) for s in e.shape)
-            for e in examples
-            if isinstance(e, Tensor) and not isinstance(e, nn.Parameter) and e.is_floating_point()
-        ),
-        default=0,
+    shapes = (
+        [hint(s) for s in e.shape]
+        for e in examples
+        if isinstance(e, Tensor) and not isinstance(e, nn.Parameter) and e.is_floating_point()
     )
+    largest = max(shapes, key=prod, default=[0, 0])
     model = planner.model()
     matrices = (p.shape[0] for p in model.parameters() if p.dim() == 2) if model else ()
-    rows = hidden // 64  # no hidden state is narrower
-    return 12 * hidden, 4 * rows * max(matrices, default=0)
+    # logits and their gradient, in fp32, of the largest matrix that could be the vocabulary's
+    return 12 * prod(largest), 8 * prod(largest[:-1]) * max(matrices, default=0)

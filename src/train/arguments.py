@@ -123,6 +123,13 @@ def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
 
 
+def arguments_for(recipe: Recipe, sequences: Any) -> TrainingArguments:
+    """The same for the sequences at hand; a stream of them has no length."""
+    return training_arguments(
+        recipe, steps(recipe, len(sequences) if hasattr(sequences, "__len__") else None)
+    )
+
+
 def _pinned(recipe: Recipe) -> bool:
     wished = recipe.dataloader_pin_memory
     return torch.cuda.is_available() if wished is None else wished

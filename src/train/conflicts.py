@@ -192,7 +192,8 @@ def _output(values: Values) -> Iterator[Problem]:
     resumes = [
         k for k in ("resume_from_checkpoint", "auto_resume_from_checkpoints") if values.get(k)
     ]
-    if resumes and values.get("overwrite_output_dir"):
+    # auto_resume_from_checkpoints may stand in a recipe for good: overwriting begins anew
+    if values.get("resume_from_checkpoint") is True and values.get("overwrite_output_dir"):
         yield (resumes[0],), "set this or overwrite_output_dir (--overwrite), not both"
     if resumes and values.get("save_only_model"):
         yield (

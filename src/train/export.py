@@ -46,7 +46,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     Args:
         folder: the run's.
         overwrite: an earlier run may be replaced.
-        resumed: the run goes on from a checkpoint; one that has not finished may be in the folder.
+        resumed: the run goes on from a checkpoint there, and may have left more than that.
 
     Raises:
         RecipeError: it is a file, or holds a run that is not to be overwritten.

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from . import export, report, resume
 from .adapters import add_adapter, parameters
+from .arguments import arguments_for
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
 from .data import leaks, prepare
@@ -54,6 +55,7 @@ class Run:
         self.folder = Path(recipe.output_dir)
         self.sequences: Any = ()
         self.start: Path | None = None
+        self.in_place = False  # whether that is a checkpoint of this run's folder
         self.saved: resume.Saved | None = None
         self.result = RunResult(
             output_dir=self.folder,
@@ -81,8 +83,9 @@ class Run:
                 model = self._model(tokenizer)
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
-            export.clear_output(self.folder, self._in_place())
             trainer = make_trainer(context, model, self.sequences, self.saved)
+            # not before the last thing that may be refused: this is what cannot be undone
+            export.clear_output(self.folder, self.in_place)
             self._train(trainer, interrupts)
             try:
                 self._after(trainer.model, context)
@@ -97,7 +100,8 @@ class Run:
         """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
         recipe = self.recipe
         self.start = resume.find(recipe)
-        export.check_output(self.folder, recipe.overwrite_output_dir, self.start is not None)
+        self.in_place = self.start is not None and self.start.parent == self.folder
+        export.check_output(self.folder, recipe.overwrite_output_dir, self.in_place)
         require_packages(recipe)
         for line in told(recipe):
             self.diary.say(line)
@@ -108,10 +112,6 @@ class Run:
                 setattr(self.result, name, value)
             self.diary.say(f"going on from {self.start}")
 
-    def _in_place(self) -> bool:
-        """Whether the checkpoint to go on from is one of this folder's."""
-        return self.start is not None and self.start.parent == self.folder
-
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""
         recipe = self.recipe
@@ -119,6 +119,7 @@ class Run:
         if self.saved is not None and self.start is not None:
             resume.require_same_data(self.start, self.saved, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
+        arguments_for(recipe, self.sequences)  # says now what does not go together
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
@@ -131,7 +132,8 @@ class Run:
 
         recipe = self.recipe
         model = load_model(recipe)
-        if recipe.packs() and leaks(model, model.config.vocab_size, model.device):
+        packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
+        if packs and leaks(model, model.config.vocab_size, model.device):
             raise RecipeError(
                 f"sample_packing: {type(model).__name__} lets the samples of a pack see each "
                 "other; set it to false"
@@ -230,6 +232,9 @@ class Run:
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
+        except DataError:  # a row of a stream, which nobody had read before
+            trainer.save_now()
+            raise
 
     def _save(self, trainer: FineTuner) -> None:
         try:
@@ -271,8 +276,9 @@ class Run:
         from . import card, page  # not before the first step, which waits for every import
 
         result = self.result
+        logged = {entry["step"] for entry in result.history if "eval_loss" in entry}
         for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
-            if loss is not None and not self._logged(step):
+            if loss is not None and step not in logged:
                 result.history.append({"step": step, "eval_loss": loss})
         result.history.sort(key=lambda entry: entry["step"])
         with self.diary.spared("plot"):
@@ -289,13 +295,11 @@ class Run:
         if trainer.args.push_to_hub and result.steps:
             with self.diary.spared("push to the hub"):
                 trainer.push_results()
-            result.write()  # with what that came to
+            with self.diary.spared("run.json"):
+                result.write()  # with what that came to
         result.print(self.console)
         for line in result.ending(self.recipe.adapter is not None):
             self.diary.say(line)
-
-    def _logged(self, step: int) -> bool:
-        return any(e["step"] == step and "eval_loss" in e for e in self.result.history)
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

@@ -39,6 +39,9 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     for name in ("output_dir", "dataset_prepared_path"):
         if (path := getattr(recipe, name)) is not None:
             update[name] = str(Path(path).expanduser().resolve())
+    for name in ("base_model", "lora_model_dir"):
+        if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
+            problems.append((("output_dir",), f"is the folder of {name}: choose another one"))
     if isinstance(recipe.resume_from_checkpoint, str):
         checkpoint = find_file(recipe.resume_from_checkpoint, [Path.cwd(), folder])
         if checkpoint is None:

@@ -46,8 +46,9 @@ class Figures:
         self.interrupts = interrupts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width - 2  # for the ^C that a terminal echoes: it must not wrap
         shown = list(self.fields)
-        while len(shown) > 1 and len(self._joined(shown)) > options.max_width:
+        while len(shown) > 1 and len(self._joined(shown)) > room:
             shown.remove(max(shown, key=lambda f: f[0]))
         yield Text(self._joined(shown), no_wrap=True, overflow="ellipsis")
         if self.interrupts.signal is not None:

@@ -65,7 +65,7 @@ def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
                 continue
             made = _four(layer, config) if config.load_in_4bit else _eight(layer, config)
             made.bias = layer.bias
-            setattr(parent, name, made.to(device))
+            setattr(parent, name, made.to(device).train(layer.training))
     bits = 4 if config.load_in_4bit else 8
     model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
 

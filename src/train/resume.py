@@ -91,11 +91,14 @@ def find(recipe: Recipe) -> Path | None:
         RecipeError: it names one that is not there.
     """
     folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    if recipe.overwrite_output_dir and not isinstance(wanted, str):
-        return None
+    if wanted is True and recipe.overwrite_output_dir:
+        raise RecipeError(
+            "resume_from_checkpoint: true goes on with the run in output_dir, and "
+            "overwrite_output_dir replaces it; set only one"
+        )
     if isinstance(wanted, str):
         return _named(Path(wanted).expanduser(), folder)
-    if not (wanted or recipe.auto_resume_from_checkpoints):
+    if not (wanted or recipe.auto_resume_from_checkpoints) or recipe.overwrite_output_dir:
         return None
     there = checkpoint.checkpoints(folder)
     if there:

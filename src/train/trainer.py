@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from ..memory.meter import Meter as Memory
 from ..memory.retry import retrying
 from ..pipeline import planner_of
 from . import checkpoint
-from .arguments import steps, training_arguments
+from .arguments import arguments_for
 from .context import Context
 from .export import pad_token
 from .flow import Flow, watchers
@@ -44,13 +45,13 @@ class FineTuner(Trainer):
 
     watch: Watch
 
-    def __init__(self, context: Context, **kwargs: Any) -> None:
+    def __init__(self, context: Context, resumed: Saved | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.context, self.guard = context, Guard()
         self._folder = Path(context.recipe.output_dir)
         self.unwritable: str | None = None
         self.saved_at: int | None = None
-        self._resumed: Saved | None = None
+        self._resumed = resumed
         self._after_step: tuple[Randomness, Tensor] | None = None
         self._midway = False
 
@@ -141,10 +142,6 @@ class FineTuner(Trainer):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def resume(self, saved: Saved | None) -> None:
-        """Say what the checkpoint kept that ``train`` is about to go on from."""
-        self._resumed = saved
-
     def began(self) -> None:
         """Take up the loss that was summed up when the checkpoint was written."""
         if self._resumed is not None:
@@ -208,7 +205,17 @@ class FineTuner(Trainer):
         kept = {new, Path(best)} if best else {new}
         checkpoint.rotate(folder, self.context.recipe.save_total_limit, kept)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(new))
+            self._pushed(lambda: self._push_from_checkpoint(str(new)))
+
+    def _finish_current_push(self) -> None:
+        self._pushed(super()._finish_current_push)
+
+    def _pushed(self, push: Callable[[], Any]) -> None:
+        """Push to the hub; a failure is told, and costs the run nothing."""
+        try:
+            push()
+        except Exception as error:
+            self.watch.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
 
     def _unfinished(self) -> Randomness | None:
         """The random state before a step that was begun and not finished; else None."""
@@ -259,13 +266,12 @@ def make_trainer(
         RecipeError: keys that do not go together, or a hub that cannot be reached.
     """
     recipe = context.recipe
-    total = steps(recipe, len(packs) if hasattr(packs, "__len__") else None)
-    args = training_arguments(recipe, total)
+    args = arguments_for(recipe, packs)
     pad_id = pad_token(context.tokenizer)
     flow = Flow(recipe, context.interrupts)
     memory = Memory(model.device)
     watch = Watch(
-        context.meter, context.interrupts, context.console, total.total,
+        context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip
     given = {
@@ -278,11 +284,12 @@ def make_trainer(
         "callbacks": [*watchers(recipe), flow, watch],
     }
     try:
-        trainer = FineTuner(context, **given)
-    except (ValueError, OSError, ImportError) as error:
+        trainer = FineTuner(context, resumed, **given)
+    except Exception as error:  # of the hub there are many kinds
+        if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
+            raise
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
     flow.trainer, trainer.watch = trainer, watch
-    trainer.resume(resumed)
     if resumed is not None:
         context.meter.restore(resumed.meter)
     trainer.remove_callback(PrinterCallback)

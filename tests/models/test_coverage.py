@@ -91,9 +91,15 @@ def test_nearly_all_names_can_be_built() -> None:
 
 def test_no_source_names_an_architecture() -> None:
     source = pathlib.Path(__file__).parents[2] / "src"
-    types = set(NAMES) - {"codegen", "git"}  # words of ours
+    types = set(NAMES) - {"codegen", "git", "ctrl"}  # words of ours
+    # what users write: keys and templates have names, and the page of keys has an example
+    words_of_recipes = {
+        source / "train" / name for name in ("keys", "chat_templates.py", "docs.py")
+    }
     found = []
     for path in source.rglob("*.py"):
+        if words_of_recipes & {path, *path.parents}:
+            continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):  # docstrings may name the model that a formula is known from
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -139,7 +139,8 @@ def _unfused(report: Report) -> list[str]:
 def test_setting(name: str) -> None:
     setting = SETTINGS[name]
     pair = _pair(setting, "eager")
-    _assert_equal_steps(pair, _batches(2, 13))
+    # adapters' gradients are small matrices: more draws, for their error varies more
+    _assert_equal_steps(pair, _batches(2, 13, draws=18))
     report = explain(pair.ours)
     counts = report.by_rule()
     assert counts.get("lora_linear", 0) == setting.linears, str(report)

@@ -142,10 +142,11 @@ def _rms(values: list[float]) -> float:
 
 
 def _batches(
-    batch: int, length: int, seed: int = 0, accumulate: int = 1
+    batch: int, length: int, seed: int = 0, accumulate: int = 1, draws: int = 6
 ) -> list[tuple[Tensor, ...]]:
     return [
-        tuple(_ids(batch, length, seed + 10 * i + j) for j in range(accumulate)) for i in range(6)
+        tuple(_ids(batch, length, seed + 10 * i + j) for j in range(accumulate))
+        for i in range(draws)
     ]
 
 

@@ -64,7 +64,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
             screen.step(loss)
         bar, figures = screen.frame()[:2]
     assert len(bar) <= width
-    assert len(figures) <= width
+    assert len(figures) <= width - 2  # a ^C has room behind it
     assert "3/20" in bar
     assert "loss 1.48" in figures  # (0.81 x 2.0 + 0.9 x 1.0 + 1.5) / 2.71 = 1.483
     shown = {

@@ -128,6 +128,15 @@ def test_one_problem_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     assert said in problems(write(tmp_path, text))[0]
 
 
+@pytest.mark.parametrize("key", ["base_model", "lora_model_dir"])
+def test_a_model_is_not_trained_into_its_own_folder(tmp_path: Path, key: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    other = "" if key == "base_model" else "base_model: a/b\n"
+    text = f"{other}{key}: model\noutput_dir: {tmp_path}/model\ndatasets: [{{path: rows.jsonl}}]\n"
+    assert f"output_dir: is the folder of {key}" in problems(write(tmp_path, text))[0]
+
+
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml") == [f"{tmp_path / 'no.yaml'}: there is no such file"]
     (tmp_path / "bad.yaml").write_bytes(b"a: \xff\xfe")
@@ -196,9 +205,3 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be written to"):
         check_output(tmp_path / "file" / "run", overwrite=False)
-
-
-def test_a_readme_that_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(RecipeError, match=r"already holds a run \(README.md\)"):
-        check_output(tmp_path, overwrite=False)

@@ -98,8 +98,8 @@ TOGETHER = [
     ),
     good(
         "again",
-        "auto_resume_from_checkpoints: true\n",
-        "resume_from_checkpoints: set this or overwrite",
+        "resume_from_checkpoint: true\n",
+        "resume_from_checkpoint: set this or overwrite",
         "--overwrite",
     ),
     good(

@@ -159,7 +159,9 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
 def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no checkpoint in"):
         train(recipe, console=QUIET, resume_from_checkpoint=True)
-    with pytest.raises(RecipeError, match=r"there is no checkpoint .*nowhere"):
+    with pytest.raises(RecipeError, match="not both"):
+        train(recipe, console=QUIET, overwrite=True, resume_from_checkpoint=True)
+    with pytest.raises(RecipeError, match=r"resume_from_checkpoint: there is no .*nowhere"):
         train(recipe, console=QUIET, resume_from_checkpoint=str(tmp_path / "nowhere"))
     done = tmp_path / "done"
     train(recipe, console=QUIET, output_dir=str(done), save_steps=2)
@@ -228,3 +230,30 @@ def test_the_state_of_a_run_is_written_as_it_is(recipe: dict[str, Any], tmp_path
     names = {p.name for p in folder.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
     assert not (tmp_path / "out" / "checkpoint-2").exists()
+
+
+def test_going_on_elsewhere_spares_another_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    stopped = {**recipe, "save_steps": 2, "output_dir": str(tmp_path / "first")}
+    train(stopped, console=QUIET)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "first", other)
+    (other / "run.json").unlink()  # as a killed run leaves its folder
+    there = sorted(p.name for p in other.iterdir())
+    start = str(tmp_path / "first" / "checkpoint-2")
+    changed = {**recipe, "output_dir": str(other), "resume_from_checkpoint": start}
+    with pytest.raises(RecipeError, match="already holds a run"):
+        train(changed, console=QUIET)
+    assert sorted(p.name for p in other.iterdir()) == there
+
+
+def test_a_run_is_not_replaced_by_one_that_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    train(recipe, console=QUIET)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(RecipeError, match="do not fill a batch"):
+        train(
+            {**recipe, "micro_batch_size": 500, "dataloader_drop_last": True},
+            overwrite=True, console=QUIET,
+        )  # fmt: skip
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before

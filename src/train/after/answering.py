@@ -151,8 +151,11 @@ class Writer:
         asked = self.sampling
         choice: dict[str, Any] = {"do_sample": bool(asked.temperature)}
         if asked.temperature:
-            choice |= {"temperature": asked.temperature, "top_p": asked.top_p or 1.0}
-            choice["top_k"] = asked.top_k or 0
+            choice |= {
+                "temperature": asked.temperature,
+                "top_p": 1.0 if asked.top_p is None else asked.top_p,
+                "top_k": asked.top_k or 0,  # 0: all
+            }
         make: Any = GenerationConfig
         config = make(
             max_new_tokens=longest,

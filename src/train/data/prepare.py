@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, RecipeError
 from ..recipe import Dataset, Recipe
 from . import sources
 from .duplicates import Duplicates
@@ -110,9 +110,14 @@ def _load(
         about = cache.load()
         if about is None:
             about = _store(cache, recipe, found, work, console)
-    except BaseException:
+    except BaseException as error:
         if temporary:
             shutil.rmtree(root, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise RecipeError(
+                f"dataset_prepared_path: the rows cannot be kept in {root}: {reason}"
+            ) from error
         raise
     lease = Lease(root) if temporary else None
     return _split(cache.folder, about, recipe, fingerprint, lease)

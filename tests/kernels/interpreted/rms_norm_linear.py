@@ -23,29 +23,37 @@ def check_the_fused_kernel() -> None:
             ((2, 25, 252), 0.25, "outer"),
             ((150, 96), 1.0, "inner"),
         ):
-            x = torch.randn(shape, dtype=dtype)
-            g = torch.randn(shape[-1], dtype=dtype)
-            weights = [torch.randn(n, shape[-1], dtype=dtype) / 16 for n in (130, 70)]
-            biases = [torch.randn(130, dtype=dtype), None]
-
-            formula = 1e-5, offset, rounding
-            for given in (g, None):
-                *ours, rstd = launch_fused(
-                    x, given, 1e-5, offset, rounding == "outer", weights, biases
-                )
-                eager = op.reference(x, given, *formula, weights, biases)
-                exact = op.reference(
-                    x.double(),
-                    None if given is None else given.double(),
-                    *formula,
-                    [w.double() for w in weights],
-                    [None if b is None else b.double() for b in biases],
-                )
-                for a, b, c in zip(ours, eager, exact, strict=True):
-                    problem = exceeded(a, b, c)
+            for weighted in (True, False):
+                formula = 1e-5, offset, rounding
+                # the largest error of few elements is a matter of luck: as in verify.py
+                made = [_compared(shape, dtype, formula, weighted)]
+                if any(exceeded(*triple) for triple in made[0]):
+                    made += [_compared(shape, dtype, formula, weighted) for _ in range(15)]
+                for results in zip(*made, strict=True):
+                    ours, eager, exact = (torch.stack(t) for t in zip(*results, strict=True))
+                    problem = exceeded(ours, eager, exact)
                     assert problem is None, problem
-                mean = x.double().square().mean(-1, keepdim=True)
-                torch.testing.assert_close(rstd, (mean + 1e-5).rsqrt().float())
+
+
+def _compared(shape, dtype, formula, weighted):
+    """(ours, eager's, exact) of each output."""
+    x = torch.randn(shape, dtype=dtype)
+    g = torch.randn(shape[-1], dtype=dtype) if weighted else None
+    weights = [torch.randn(n, shape[-1], dtype=dtype) / 16 for n in (130, 70)]
+    biases = [torch.randn(130, dtype=dtype), None]
+    eps, offset, rounding = formula
+    *ours, rstd = launch_fused(x, g, eps, offset, rounding == "outer", weights, biases)
+    eager = op.reference(x, g, *formula, weights, biases)
+    exact = op.reference(
+        x.double(),
+        None if g is None else g.double(),
+        *formula,
+        [w.double() for w in weights],
+        [None if b is None else b.double() for b in biases],
+    )
+    mean = x.double().square().mean(-1, keepdim=True)
+    torch.testing.assert_close(rstd, (mean + eps).rsqrt().float())
+    return list(zip(ours, eager, exact, strict=True))
 
 
 def check_parity() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,15 @@ def test_a_model_without_its_configuration(tmp_path: Path) -> None:
 
 def test_no_base_for_a_whole_model(base: Path) -> None:
     assert "has no base: no --base_model" in refused("eval", base, "--base_model", base)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["nowhere"]], ids=str)
+@pytest.mark.parametrize("command", ["eval", "generate", "chat", "merge"])
+def test_what_needs_no_model_loads_none(command: str, arguments: list[str]) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from fusewright.cli import app; "
+        f"print(CliRunner().invoke(app, {[command, *arguments]}).exit_code, "
+        "[m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{0 if arguments == ['--help'] else 2} []\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from fusewright.errors import DataError
+from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import Prepared, Sample, Samples, prepare
 from fusewright.train.data.pool import Work
 from fusewright.train.data.sources import Source
@@ -301,3 +301,9 @@ def test_texts_for_pretraining(make: Make, tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(DataError, match="the dataset is empty"):
         make(pretraining_dataset=[{"path": str(path)}], max_steps=2)
+
+
+def test_a_cache_that_cannot_be_written_is_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(RecipeError, match=r"dataset_prepared_path: .*file/rows"):
+        make(dataset_prepared_path=str(tmp_path / "file" / "rows"))
