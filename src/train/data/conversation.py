@@ -52,6 +52,8 @@ class Conversation:
         ):
             if name:
                 self.mappings.setdefault(key, name)
+        self._plain = not dataset.split_thinking
+        self._flags = (dataset.message_field_training, dataset.message_field_training_detail)
         self.thinking = dataset.template_thinking_key or "reasoning_content"
 
     def read(self, row: Any, where: str) -> Chat:
@@ -77,7 +79,9 @@ class Conversation:
         """Make a conversation of a row's messages."""
         pair = self._pair(turns[0])
         messages = [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
-        train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
+        train: list[bool | list[Detail] | None] = [None] * len(messages)
+        if any(self._flags):
+            train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
         self._system(messages, train, row, where)
         flagged = any(flag is not None for flag in train)
         return Chat(where, messages, self._tools(row, where), train if flagged else None)
@@ -102,11 +106,13 @@ class Conversation:
                 f"{where}: message {i} needs the field {pair[0]!r}, with text in it; it is "
                 f"{kind(turn)}"
             )
+        content = turn.get(pair[1])
+        if self._plain and len(turn) == 2 and isinstance(content, str):  # nearly all are so
+            return {"role": self._role(turn, i, where, pair[0]), "content": content}
         used = {*pair, *self.mappings.values()}
-        own = (self.dataset.message_field_training, self.dataset.message_field_training_detail)
         message: dict[str, Any] = {"role": self._role(turn, i, where, pair[0])}
-        rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(own)}
-        content = _text(turn.get(pair[1]), f"{where}: message {i}", pair[1])
+        rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(self._flags)}
+        content = _text(content, f"{where}: message {i}", pair[1])
         if content is None and not (rest.get("tool_calls") or rest.get("function_call")):
             raise DataError(f"{where}: message {i} needs the field {pair[1]!r}, with text in it")
         if content is not None:
@@ -140,9 +146,8 @@ class Conversation:
 
     def _training(self, turn: Any, i: int, where: str) -> bool | list[Detail] | None:
         """Whether the message itself says that it is trained."""
-        flag, detail = self.dataset.message_field_training, None
-        if self.dataset.message_field_training_detail:
-            detail = turn.get(self.dataset.message_field_training_detail)
+        flag, name = self._flags
+        detail = turn.get(name) if name else None
         value = turn.get(flag) if flag else None
         if value is not None and not (isinstance(value, bool) or value in (0, 1)):
             raise DataError(
@@ -152,7 +157,6 @@ class Conversation:
             return False
         if detail is None:
             return None if value is None else True
-        name = self.dataset.message_field_training_detail
         good = isinstance(detail, list) and all(
             isinstance(d, dict)
             and isinstance(d.get("begin_offset"), int)

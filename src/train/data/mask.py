@@ -55,6 +55,7 @@ class Masker:
         self.eos = tokenizer.eos_token_id
         self.eot = {_one_token(tokenizer, token) for token in rules.eot_tokens}
         after = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor")
+        self.loose = {rules.eos, rules.eot} & {"all", "last"}
         self.trims = '"trim_offsets": true' in json.dumps(after)
 
     def mask(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
@@ -92,7 +93,8 @@ class Masker:
                 spans += _detailed(chat, i, turn, wanted, begins, text)
             if ended and self._policy(ids[last]) in ("turn", "all"):
                 spans.append((last, behind))
-        spans += self._loose_ends(ids)
+        if self.loose:
+            spans += self._loose_ends(ids)
         return Tokens(chat.where, ids, joined(spans), frozenset(ends))
 
     def only_answers(self, chat: Chat) -> bool:
@@ -131,6 +133,13 @@ class Masker:
             return lambda i: int(chars(i)[0])
         return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
 
+    def _first(self, at: int, count: int, encoding: Any, begin_of: Callable[[int], int]) -> int:
+        """The first token that begins at this character, or later."""
+        token = None if self.trims else encoding.char_to_token(at)
+        if token is None:  # a character that belongs to no token, or perhaps to another one
+            return bisect_left(range(count), at, key=begin_of)
+        return int(token) if begin_of(token) >= at else int(token) + 1
+
     def _tokens(
         self, turn: Turn, text: str, ids: list[int], encoding: Any, begin_of: Callable[[int], int]
     ) -> Span:
@@ -138,9 +147,10 @@ class Masker:
 
         A token that begins before the turn is not part of it, even if it reaches into it.
         """
-        every = range(len(ids))
-        first = bisect_left(every, turn.begin, key=begin_of)
-        behind = bisect_left(every, turn.end, lo=first, key=begin_of)
+        first = self._first(turn.begin, len(ids), encoding, begin_of)
+        behind = len(ids)
+        if turn.end < len(text):
+            behind = self._first(turn.end, len(ids), encoding, begin_of)
         if first >= behind:
             return first, first
         end = behind - 1
