@@ -56,6 +56,8 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         idle.append((_OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"))
     if values.get("streaming") or values.get("pretraining_dataset"):
         idle.append((_OF_ALL_ROWS, "rows are streamed, so nothing knows all of them"))
+        if not values.get("test_datasets"):
+            idle.append((("dataset_prepared_path",), "rows are streamed, so none are kept"))
     if values.get("loss_watchdog_threshold") is None:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     for keys, reason in idle:
@@ -159,6 +161,8 @@ def _rows(values: Values) -> Iterator[Problem]:
         for key in ("dataset_exact_deduplication", "dataset_shard_num"):
             if values.get(key):
                 yield (key,), f"needs all rows at once, which a stream ({streamed}) never has"
+        for loc in _weights(values):
+            yield loc, f"needs all rows at once, which a stream ({streamed}) never has"
     parts, part = values.get("dataset_shard_num"), values.get("dataset_shard_idx", 0)
     if isinstance(parts, int) and isinstance(part, int) and part >= parts:
         yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"
@@ -170,6 +174,15 @@ def _rows(values: Values) -> Iterator[Problem]:
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
             if isinstance(dataset, Mapping):
                 yield from _dataset(dataset, (name, i))
+
+
+def _weights(values: Values) -> Iterator[Loc]:
+    """The places of weights of datasets to train on that ask for something."""
+    for name in ("datasets", "pretraining_dataset"):
+        listed = values.get(name)
+        for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
+            if isinstance(dataset, Mapping) and dataset.get("weight", 1) != 1:
+                yield (name, i, "weight")
 
 
 def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:

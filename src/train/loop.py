@@ -207,6 +207,9 @@ class Run:
         if result.steps:
             with self.diary.timed("saving"), interrupts.patiently():
                 self._save(trainer)
+        if self.recipe.streams() and not self.recipe.dataloader_num_workers:
+            result.data.update(self.sequences.counts)  # else other processes have counted
+            self.diary.say(report.rows_told(result.data))
         result.measure(trainer.context.meter, trainer.state.log_history)
         there = checkpoints(self.folder)
         result.checkpoint = str(there[-1]) if there else None

@@ -229,6 +229,8 @@ def rows_told(data: dict[str, int]) -> str:
         "duplicates": "equal to others",
     }
     left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    if "train_sequences" not in data:
+        return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
     return (
         f"data: {data['rows']:,} rows, of them {data.get('validation_samples', 0):,} for "
         f"validation; {data.get('train_sequences', 0):,} sequences, "

@@ -15,6 +15,11 @@ TOGETHER = [
         "line 6: dataset_exact_deduplication: needs all rows at once",
     ),
     good(
+        "a dataset of a stream that counts twice",
+        "streaming: true\nmax_steps: 2\npretraining_dataset: [{path: a, weight: 2}]\n",
+        "weight: needs all rows at once, which a stream (",
+    ),
+    good(
         "a part of a stream",
         "streaming: true\nmax_steps: 2\ndataset_shard_num: 2\n",
         "line 6: dataset_shard_num: needs all rows at once",

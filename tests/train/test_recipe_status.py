@@ -83,6 +83,7 @@ def test_the_same_key_counts_with_what_it_needs() -> None:
             {"lora_r": 4}, {"lora_model_dir": None},
         ),
         ({"streaming": True, "max_steps": 3}, {"group_by_length": True}, {"streaming": None}),
+        ({"streaming": True, "max_steps": 3}, {"dataset_prepared_path": "p"}, {"streaming": None}),
         ({"lr_scheduler": "linear"}, {"lr_quadratic_warmup": True}, {"lr_scheduler": "cosine"}),
         ({}, {"lr_div_factor": 5}, {"lr_scheduler": "one_cycle"}),
         ({"cosine_min_lr_ratio": 0.1}, {"lr_scheduler_kwargs": {"num_cycles": 1}},

@@ -7,6 +7,7 @@ than that, and the batch that is being read, is ever in memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from ...errors import DataError
 from ..recipe import Dataset, Recipe
 from . import sources
 from .files import Row
+from .limits import Part
 from .packing import Pack, pack
 from .pool import Work, batches
 from .sample import Sample
@@ -33,10 +35,15 @@ class StreamedPacks(IterableDataset[Pack]):
         found: the datasets.
         work: how the rows of each become samples.
         recipe: length and size of packs, buffer, seed.
+
+    Attributes:
+        counts: of the rows that this process read so far, as ``Prepared.counts`` has them; a row
+            that is read again counts again.
     """
 
     def __init__(self, found: Sequence[Source], work: Sequence[Work], recipe: Recipe) -> None:
         self.found, self.work, self.recipe = found, work, recipe
+        self.counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Pack]:
         size = self.recipe.streaming_multipack_buffer_size
@@ -66,17 +73,16 @@ class StreamedPacks(IterableDataset[Pack]):
     def _samples(self) -> Iterator[tuple[Array, Array]]:
         """Tokens and labels of one sample after the other, each once."""
         readers = [
-            (work, batches(self._own(source.rows())))
+            _Reader(source, work, batches(self._own(source.rows())))
             for source, work in zip(self.found, self.work, strict=True)
         ]
         while readers:
             for reader in list(readers):
-                work, rows = reader
-                batch = next(rows, None)
-                if batch is None:
+                part = reader.part(enough=self.recipe.streaming_multipack_buffer_size)
+                if part is None:
                     readers.remove(reader)
                     continue
-                part = work.part(batch)
+                self.counts += part.counts
                 if len(part.lengths):
                     cuts = np.cumsum(part.lengths)[:-1]
                     yield from zip(
@@ -87,6 +93,45 @@ class StreamedPacks(IterableDataset[Pack]):
         """The rows of this process, where a data loader has several."""
         worker = get_worker_info()
         return rows if worker is None else islice(rows, worker.id, None, worker.num_workers)
+
+
+class _Reader:
+    """One dataset, from its beginning to its end."""
+
+    def __init__(self, source: Source, work: Work, rows: Iterator[list[Row]]) -> None:
+        self.source, self.work, self.rows = source, work, rows
+        self.read = self.kept = 0
+        self.ends: set[int] = set()
+        self.trained: set[int] = set()
+        self.checked = False
+
+    def part(self, enough: int) -> Part | None:
+        """The next samples, or None at the end.
+
+        Args:
+            enough: after so many rows their ends are judged; a stream may never end.
+
+        Raises:
+            DataError: a row is not right, or no end of a turn is ever trained.
+        """
+        batch = next(self.rows, None)
+        if batch is None:
+            self._check()
+            return None
+        part = self.work.part(batch)
+        if not self.checked:
+            self.read += len(batch)
+            self.kept += len(part.lengths)
+            self.ends |= part.ends
+            self.trained |= part.trained
+            if self.read >= enough:
+                self._check()
+        return part
+
+    def _check(self) -> None:
+        if self.kept and not self.checked:
+            self.work.encoder.check_ends(self.source.dataset.path, self.ends, self.trained)
+            self.checked = True
 
 
 def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:

@@ -288,6 +288,31 @@ def test_a_stream_holds_no_more_than_its_buffer(
         assert read - used <= 300 + 2 * 512 + 1  # the buffer, and a batch that is being read
 
 
+def test_a_stream_counts_what_it_leaves_out(make: Make, tmp_path: Path) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(chat("long", "word " * 500)) + "\n")
+    stream = make(streaming=True, max_steps=1, streaming_multipack_buffer_size=50).train
+    assert isinstance(stream, StreamedPacks)
+    packs = iter(stream)
+    for _ in range(40):
+        next(packs)
+    assert stream.counts == {"rows": 41, "too_long": 1}
+    next(packs)  # from the beginning again
+    assert stream.counts == {"rows": 82, "too_long": 2}
+
+
+@pytest.mark.parametrize("buffer", [10, 100])  # at the end of the rows, or before
+def test_a_stream_whose_answers_have_no_end(make: Make, tmp_path: Path, buffer: int) -> None:
+    write(tmp_path / "rows.jsonl", 60)
+    stream = make(
+        streaming=True, max_steps=1, streaming_multipack_buffer_size=buffer,
+        chat_template="jinja", chat_template_jinja="{% for m in messages %}{{ m['role'] + ': ' + "
+        "m['content'] + '\n' }}{% endfor %}",
+    ).train  # fmt: skip
+    with pytest.raises(DataError, match=r"rows\.jsonl: no row trains .*learn to stop"):
+        next(iter(stream))
+
+
 def test_texts_for_pretraining(make: Make, tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("".join(f"This is line {i}.\n" for i in range(20)))
