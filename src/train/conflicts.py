@@ -38,10 +38,16 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
     validates = values.get("val_set_size") or values.get("test_datasets")
     idle: list[tuple[Sequence[str], str]] = []
     keys: Sequence[str]
+    longest, length = (values.get(k) for k in ("eval_sequence_len", "sequence_len"))
     if not validates:
         keys = ("evals_per_epoch", "eval_batch_size", "eval_sample_packing", "eval_sequence_len",
                 "early_stopping_patience", "load_best_model_at_end")  # fmt: skip
         idle.append((keys, "there are no rows to validate on: val_set_size is 0"))
+    elif values.get("val_set_size") and longest and longest > (length or longest):
+        keys = ("eval_sequence_len",)
+        idle.append((keys, "rows that val_set_size holds out are no longer than sequence_len"))
+    if not str(values.get("optimizer")).startswith(("galore", "apollo")):
+        idle.append((("optim_target_modules",), "only the galore and apollo optimizers read it"))
     if values.get("adapter") is None:
         keys = [k for k in values if k.startswith(("lora_", "peft_", "loraplus_"))]
         idle.append((keys, "adapter is unset: every weight is trained"))

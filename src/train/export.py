@@ -18,7 +18,8 @@ from . import card
 from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
 
 _RESULTS = (
-    "run.json", "loss.png", "report.html", "eval.json", "adapter_model.safetensors", "adapter_config.json",
+    "run.json", "loss.png", "report.html", "eval.json",
+    "adapter_model.safetensors", "adapter_config.json",
     "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 

@@ -91,7 +91,8 @@ class Run:
                 self._after(trainer.model, context)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.status, self.result.signal = "interrupted", stopped.signal
-            self._finish(trainer)
+            with interrupts.patiently():
+                self._finish(trainer)
         return self.result
 
     # --- in the order of `run` -------------------------------------------------------------------
