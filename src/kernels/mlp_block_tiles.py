@@ -151,11 +151,17 @@ def _tiled_backward(
         for i, part in enumerate(found):
             totals[i] = _added(totals[i], part)
     finished = [
-        total.to(t.dtype).contiguous()
+        _of_its_own(total.to(t.dtype))
         for total, t in zip(totals, tensors, strict=True)
         if total is not None and t is not None
     ]
     return finished if dx is None else [dx, *finished]
+
+
+def _of_its_own(t: Tensor) -> Tensor:
+    """A contiguous tensor that shares its memory with no other: results of an op may not."""
+    alone = t.untyped_storage().nbytes() == t.nbytes
+    return t.contiguous() if alone else t.clone(memory_format=torch.contiguous_format)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:

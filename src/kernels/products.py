@@ -68,14 +68,27 @@ def adapted_product(
 
 
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
-    """``tᵀ·z`` (r, in) for t = scale·dY·B: twice as fast this way round on the CPU."""
-    return torch.mm(z.to(t.dtype).t(), t).t()
+    """``tᵀ·z`` (r, in) for t = scale·dY·B."""
+    z = z.to(t.dtype)
+    return torch.mm(t.t(), z) if _narrow_first(z) else torch.mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
-    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ; which way round was measured on the CPU."""
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
     low = dy.dtype in (torch.bfloat16, torch.float16)
-    return torch.mm(h.t(), dy).t() if low else torch.mm(dy.t(), h)
+    return torch.mm(h.t(), dy).t() if low or _narrow_first(dy) else torch.mm(dy.t(), h)
+
+
+_AMX = torch.cpu._is_amx_tile_supported()
+
+
+def _narrow_first(t: Tensor) -> bool:
+    """Which way round a narrow matrix is multiplied with a wide one: measured on the CPU.
+
+    The narrow one first takes two to three times less time in fp32, and 1.0 to 1.7 times less in
+    bf16, on Intel with AMX (256 to 4,096 rows, ranks 8 to 64), and twice the time on AMD.
+    """
+    return t.device.type == "cpu" and _AMX
 
 
 def autocast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:

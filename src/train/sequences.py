@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .data import Packs, Samples, collate, count, pack
+from .data import IGNORED, Packs, Samples, collate, count, pack
 from .meter import mean_context
 from .recipe import Recipe
 from .validation import Batches
@@ -34,10 +34,18 @@ def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, 
 
 
 def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[str, Any]:
-    """A batch of sequences, with the numbers of its ``tokens`` and of the ``trained`` ones."""
+    """A batch of sequences, with the numbers of its ``tokens`` and of the ``trained`` ones.
+
+    A sequence that is left alone is there twice, the second time with nothing to train: graphs are
+    compiled for any number of rows but for one, so the last step would wait for a compiler.
+    """
     tokens, trained = count(packs)
+    alone = recipe.optimize and len(packs) == 1 < recipe.micro_batch_size
     full = bool(recipe.pad_to_sequence_len)
-    batch = collate(packs, pad_id, recipe.packs(), recipe.sequence_len, full)
+    rows = [*packs, *packs] if alone else packs
+    batch = collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
+    if alone:
+        batch["labels"][1] = IGNORED
     return {**batch, "tokens": tokens, "trained": trained}
 
 

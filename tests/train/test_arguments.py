@@ -196,6 +196,27 @@ def test_filling_up_to_the_whole_length(tmp_path: Path) -> None:
     assert (full["tokens"], full["trained"]) == (3, 2)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_sequence_that_is_left_alone_is_no_batch_of_one(tmp_path: Path, packing: bool) -> None:
+    packs = [[Sample([1, 5, 9, 2], [-100, 5, 9, 2])]]
+    keys: dict[str, Any] = {"sample_packing": packing, "micro_batch_size": 2}
+    alone = training_batch(packs, asked(tmp_path, **keys, optimize=False), 0)
+    twice = training_batch(packs, asked(tmp_path, **keys), 0)
+    assert (len(alone["input_ids"]), len(twice["input_ids"])) == (1, 2)
+    assert (twice.pop("tokens"), twice.pop("trained")) == (4, 3)
+    assert (alone.pop("tokens"), alone.pop("trained")) == (4, 3)
+    found = []
+    for batch in (alone, twice):
+        model = make_model().double()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    two = training_batch(packs * 2, asked(tmp_path, **keys), 0)
+    assert (two["labels"][0] == two["labels"][1]).all()
+
+
 # --- optimizers -----------------------------------------------------------------------------------
 
 
