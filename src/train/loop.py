@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from ..errors import DataError, RecipeError
+from ..flat import FlatOptimizer
 from . import export, report, resume
 from .adapters import add_adapter, parameters
 from .arguments import arguments_for
@@ -201,6 +202,9 @@ class Run:
         with self.diary.timed("training"), interrupts.patiently():
             self._steps(trainer)
         result.steps = trainer.state.global_step
+        stepped = getattr(trainer.optimizer, "optimizer", None)  # what accelerate has wrapped
+        if isinstance(stepped, FlatOptimizer):
+            self.diary.say(f"optimizer: {stepped.summary()}")
         if interrupts.signal is not None:
             if not result.steps:
                 raise Stopped(interrupts.signal)

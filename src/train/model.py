@@ -177,14 +177,21 @@ def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
         wanted = -(-wanted // 32) * 32
     if wanted == rows or (wanted < rows and not recipe.shrink_embeddings):
         return 0
-    if recipe.adapter and not recipe.lora_modules_to_save:
+    names = _vocabulary(model)
+    if recipe.adapter and not {*names} <= {*(recipe.lora_modules_to_save or ())}:
         raise RecipeError(
             f"the vocabulary has {wanted} tokens and the model {rows} embeddings; with an adapter, "
-            "the new ones are trained and saved only with "
-            "lora_modules_to_save: [embed_tokens, lm_head]"
+            f"the new ones are trained and saved only with lora_modules_to_save: "
+            f"[{', '.join(names)}]"
         )
     model.resize_token_embeddings(wanted, mean_resizing=recipe.mean_resizing_embeddings)
     return wanted - rows
+
+
+def _vocabulary(model: Any) -> list[str]:
+    """The names, in their parents, of the modules with a row for each token."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is b for b in both)]
 
 
 def pretrained(factory: Any, name: str, **options: Any) -> Any:

@@ -178,6 +178,8 @@ def test_new_tokens_get_embeddings(recipe: dict[str, Any], tmp_path: Path) -> No
     keys = {**recipe, "tokens": ["<think>", "</think>"], "resize_token_embeddings_to_32x": True}
     with pytest.raises(RecipeError, match=r"lora_modules_to_save: \[embed_tokens, lm_head\]"):
         train(keys, console=QUIET)
+    with pytest.raises(RecipeError, match=r"lora_modules_to_save: \[embed_tokens, lm_head\]"):
+        train(keys, console=QUIET, lora_modules_to_save=["lm_head"])
     result = train(keys, console=QUIET, lora_modules_to_save=["embed_tokens", "lm_head"])
     assert result.adapter_check is not None
     assert result.adapter_check["exact"]

@@ -51,10 +51,11 @@ class Source:
         yield from islice(rows, self.limit)
 
     def digest(self) -> str:
-        """A hash of the content."""
+        """A hash of the content, and of what the files say that it is."""
         if self.table is not None:
             return str(self.table._fingerprint)
-        return hashlib.sha256(b"".join(hash_file(path) for path in self.files)).hexdigest()
+        parts = (hash_file(path) + path.suffix.lower().encode() for path in self.files)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def _every(self, progress: Progress) -> Iterator[Row]:
         if self.table is not None:
