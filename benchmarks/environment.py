@@ -35,7 +35,7 @@ def _versions() -> dict[str, str | None]:
     """Python's and the libraries'; fusewright's is this checkout's, installed or not."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     found = {"python": platform.python_version(), "fusewright": project["version"]}
-    names = ("torch", "transformers", "peft", "triton", "liger-kernel")
+    names = ("torch", "transformers", "peft", "triton", "trl", "liger-kernel")
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)

@@ -43,7 +43,10 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         keys = ("evals_per_epoch", "eval_batch_size", "eval_sample_packing", "eval_sequence_len",
                 "early_stopping_patience", "load_best_model_at_end")  # fmt: skip
         idle.append((keys, "there are no rows to validate on: val_set_size is 0"))
-    elif values.get("val_set_size") and longest and longest > (length or longest):
+    elif (
+        values.get("val_set_size") and longest and longest > (length or longest)
+        and not _first_set(values, "eval_sample_packing", "sample_packing")
+    ):  # fmt: skip
         keys = ("eval_sequence_len",)
         idle.append((keys, "rows that val_set_size holds out are no longer than sequence_len"))
     if not str(values.get("optimizer")).startswith(("galore", "apollo")):
@@ -68,6 +71,11 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     for keys, reason in idle:
         yield from ((key, reason) for key in keys if key in values)
+
+
+def _first_set(values: Values, *keys: str) -> Any:
+    """The value of the first of the keys that has one."""
+    return next((values[k] for k in keys if values.get(k) is not None), None)
 
 
 _OF_NEW_ADAPTERS = (

@@ -92,8 +92,9 @@ class Run:
                 self._after(trainer.model, context)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.status, self.result.signal = "interrupted", stopped.signal
-            with interrupts.patiently():
-                self._finish(trainer)
+            with interrupts.patiently(interrupts.WRITING):
+                self._finish()
+            self._publish(trainer, interrupts)
         return self.result
 
     # --- in the order of `run` -------------------------------------------------------------------
@@ -279,8 +280,8 @@ class Run:
                     model, context.tokenizer, result.sample["question"], recipe.sample_max_tokens
                 )
 
-    def _finish(self, trainer: FineTuner) -> None:
-        """The files and lines that sum it up."""
+    def _finish(self) -> None:
+        """The files that sum it up."""
         from . import card, page  # not before the first step, which waits for every import
 
         result = self.result
@@ -300,8 +301,14 @@ class Run:
             card.write(result, self.folder)
         with self.diary.spared("run.json"):
             result.write()
+
+    def _publish(self, trainer: FineTuner, interrupts: Interrupts) -> None:
+        """Upload what is there, if that is wanted; the lines that sum it up."""
+        result = self.result
         if trainer.args.push_to_hub and result.steps:
             with self.diary.spared("push to the hub"):
+                if interrupts.signal is not None and result.signal is None:
+                    raise RuntimeError("a signal came while the last files were written")
                 trainer.push_results()
             with self.diary.spared("run.json"):
                 result.write()  # with what that came to

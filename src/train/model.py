@@ -177,12 +177,12 @@ def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
         wanted = -(-wanted // 32) * 32
     if wanted == rows or (wanted < rows and not recipe.shrink_embeddings):
         return 0
-    names = _vocabulary(model)
-    if recipe.adapter and not {*names} <= {*(recipe.lora_modules_to_save or ())}:
+    names, saved = _vocabulary(model), tuple(recipe.lora_modules_to_save or ())
+    if recipe.adapter and not all(name.endswith(saved) for name in names):  # as PEFT finds them
         raise RecipeError(
             f"the vocabulary has {wanted} tokens and the model {rows} embeddings; with an adapter, "
             f"the new ones are trained and saved only with lora_modules_to_save: "
-            f"[{', '.join(names)}]"
+            f"[{', '.join(name.rpartition('.')[2] for name in names)}]"
         )
     model.resize_token_embeddings(wanted, mean_resizing=recipe.mean_resizing_embeddings)
     return wanted - rows
@@ -191,7 +191,7 @@ def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
 def _vocabulary(model: Any) -> list[str]:
     """The names, in their parents, of the modules with a row for each token."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is b for b in both)]
+    return [name for name, m in model.named_modules() if any(m is b for b in both)]
 
 
 def pretrained(factory: Any, name: str, **options: Any) -> Any:

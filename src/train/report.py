@@ -220,8 +220,9 @@ class RunResult:
 
 def rows_told(data: dict[str, int]) -> str:
     """A line on the rows of a run."""
-    if "rows" not in data:
-        return "data: a stream"
+    if not data.get("rows"):
+        held = data.get("validation_samples", 0)
+        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
     dropped = {
         "too_long": "too long",
         "too_short": "too short",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .data import IGNORED, Packs, Samples, collate, count, pack
@@ -24,8 +24,11 @@ def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, 
     packing = recipe.packs_validation()
     size = recipe.eval_batch_size or recipe.micro_batch_size
 
-    def make(packs: list[Any]) -> dict[str, Any]:
+    def collated(packs: Sequence[Any]) -> dict[str, Any]:
         return collate(packs, pad_id, packing, length)
+
+    def make(packs: list[Any]) -> dict[str, Any]:
+        return _in_company(packs, size, collated) if recipe.optimize else collated(packs)
 
     return {
         name: Batches(_sequences(samples, recipe, packing, length), size, make)
@@ -40,13 +43,26 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     compiled for any number of rows but for one, so the last step would wait for a compiler.
     """
     tokens, trained = count(packs)
-    alone = recipe.optimize and len(packs) == 1 < recipe.micro_batch_size
     full = bool(recipe.pad_to_sequence_len)
-    rows = [*packs, *packs] if alone else packs
-    batch = collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
-    if alone:
-        batch["labels"][1] = IGNORED
+    # with ``auto_find_batch_size`` one row may be all that fits
+    usual = 1 if recipe.auto_find_batch_size else recipe.micro_batch_size
+
+    def make(rows: Sequence[Any]) -> dict[str, Any]:
+        return collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
+
+    batch = _in_company(packs, usual, make) if recipe.optimize else make(packs)
     return {**batch, "tokens": tokens, "trained": trained}
+
+
+def _in_company(
+    packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch of ``packs``; a single one, where batches have more, with a copy without labels."""
+    if len(packs) != 1 or usual == 1:
+        return make(packs)
+    batch = make([*packs, *packs])
+    batch["labels"][1] = IGNORED
+    return batch
 
 
 def typical_context(prepared: Any, recipe: Recipe) -> float:

@@ -41,11 +41,12 @@ class Interrupts:
     """
 
     STOPPING = "Stopping after this step and saving; once more to quit without saving."
+    WRITING = "Writing the last files; once more to quit without them."
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.shown = False
-        self._patient = False
+        self._patient = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -64,13 +65,13 @@ class Interrupts:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def patiently(self) -> Iterator[None]:
-        """Let the first signal wait for the end of a step."""
-        self._patient = True
+    def patiently(self, saying: str = STOPPING) -> Iterator[None]:
+        """Let the first signal wait for the end of a step, or of what ``saying`` tells."""
+        self._patient = saying
         try:
             yield
         finally:
-            self._patient = False
+            self._patient = ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._patient or self.signal is not None:
@@ -79,4 +80,4 @@ class Interrupts:
         self.signal = number
         if not self.shown:
             # not through a file object: this may interrupt one of its own writes
-            os.write(2, f"\n{self.STOPPING}\n".encode())
+            os.write(2, f"\n{self._patient}\n".encode())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.budget import exceeded
+from fusewright.kernels import products
 from fusewright.kernels.lora_linear import OP, lora_linear, reference
 
 from .util import assert_parity
@@ -132,6 +133,17 @@ def test_fp32_adapters_get_fp32_accurate_gradients():
     for got, want in zip(mine, truth, strict=True):
         assert got.dtype is F32
         assert (got - want).norm() / want.norm() < 1e-6
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_either_order_of_a_narrow_and_a_wide_factor(dtype, amx, monkeypatch):
+    monkeypatch.setattr(products, "_AMX", amx)
+    narrow, wide = torch.randn(33, 4).to(dtype), torch.randn(33, 20).to(dtype)
+    truth = narrow.double().t() @ wide.double()
+    found = products.gradient_of_a(wide, narrow), products.gradient_of_b(narrow, wide).t()
+    for mine in found:
+        assert exceeded(mine, narrow.t() @ wide, truth) is None
 
 
 def test_base_in_fp32_under_a_bf16_adapter():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.budget import exceeded
-from fusewright.kernels import mlp_block_tiles
+from fusewright.kernels import mlp_block_tiles, products
 from fusewright.kernels.glu import ACTIVATIONS, glu, glu_packed
 from fusewright.kernels.lora_linear import lora_linear
 from fusewright.kernels.mlp_block import KEEPS, LAYOUTS, OP, mlp_block, reference
@@ -344,7 +344,9 @@ def test_inductor_with_a_dynamic_batch(keep, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_tiled_ops_keep_the_rules_of_the_library(layout):
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_tiled_ops_keep_the_rules_of_the_library(layout, amx, monkeypatch):
+    monkeypatch.setattr(products, "_AMX", amx)
     lists = mlp(6, 5, F32, F32, layout=layout, bias=True)
     tensors = [
         None if t is None else t.detach() for four in zip(*lists[:4], strict=True) for t in four

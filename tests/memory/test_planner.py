@@ -95,6 +95,14 @@ def test_a_plan_within_the_budget_is_within_the_budget() -> None:
         assert peak(choose(usages, _setting(budget)), usages, _setting(budget)) <= budget
 
 
+def test_what_the_allocator_holds_grows_with_what_is_kept() -> None:
+    usages, setting = [_usages(100, 60, 10)] * 4, _setting(None)
+    loose = replace(setting, slack=0.5)
+    for level, kept in (("all", 400), ("input", 40)):
+        levels: list[Level] = [level] * 4  # type: ignore[list-item]
+        assert peak(levels, usages, loose) - peak(levels, usages, setting) == kept // 2
+
+
 def test_inputs_move_to_the_host_where_nothing_else_fits() -> None:
     usages = [_with_host(_usages(100, 60, 10)) for _ in range(9)]
     setting = _setting(None, allowed=EVERY_LEVEL, host=1000)

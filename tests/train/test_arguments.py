@@ -203,6 +203,7 @@ def test_a_sequence_that_is_left_alone_is_no_batch_of_one(tmp_path: Path, packin
     alone = training_batch(packs, asked(tmp_path, **keys, optimize=False), 0)
     twice = training_batch(packs, asked(tmp_path, **keys), 0)
     assert (len(alone["input_ids"]), len(twice["input_ids"])) == (1, 2)
+    assert (twice["labels"][1] == -100).all()  # or its tokens would count twice
     assert (twice.pop("tokens"), twice.pop("trained")) == (4, 3)
     assert (alone.pop("tokens"), alone.pop("trained")) == (4, 3)
     found = []
@@ -213,6 +214,8 @@ def test_a_sequence_that_is_left_alone_is_no_batch_of_one(tmp_path: Path, packin
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+    found_size = training_batch(packs, asked(tmp_path, **keys, auto_find_batch_size=True), 0)
+    assert len(found_size["input_ids"]) == 1  # perhaps no more fits
     two = training_batch(packs * 2, asked(tmp_path, **keys), 0)
     assert (two["labels"][0] == two["labels"][1]).all()
 

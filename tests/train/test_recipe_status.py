@@ -85,6 +85,8 @@ def test_the_same_key_counts_with_what_it_needs() -> None:
         ({"streaming": True, "max_steps": 3}, {"group_by_length": True}, {"streaming": None}),
         ({"streaming": True, "max_steps": 3}, {"dataset_prepared_path": "p"}, {"streaming": None}),
         ({"sequence_len": 64, "val_set_size": 2}, {"eval_sequence_len": 65}, {"sequence_len": 65}),
+        ({"sequence_len": 64, "val_set_size": 2, "sample_packing": True,
+          "eval_sample_packing": False}, {"eval_sequence_len": 65}, {"eval_sample_packing": None}),
         ({}, {"optim_target_modules": ["q"]}, {"optimizer": "galore_adamw"}),
         ({"lr_scheduler": "linear"}, {"lr_quadratic_warmup": True}, {"lr_scheduler": "cosine"}),
         ({}, {"lr_div_factor": 5}, {"lr_scheduler": "one_cycle"}),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,24 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.sample["before"]
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     assert (tmp_path / "plain" / "model.safetensors").stat().st_size > 2e8
+
+
+def test_a_signal_waits_for_the_last_files(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.train import page
+
+    write = page.write
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    monkeypatch.setattr(page, "write", signalled)
+    result = train({**recipe, "max_steps": 1}, console=QUIET)
+    assert result.status == "finished"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_dtypes() -> None:

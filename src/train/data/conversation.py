@@ -52,7 +52,8 @@ class Conversation:
         ):
             if name:
                 self.mappings.setdefault(key, name)
-        self._plain = not dataset.split_thinking
+        fields = list(self.mappings.values())
+        self._plain = not dataset.split_thinking and len({*fields}) == len(fields)
         self._flags = (dataset.message_field_training, dataset.message_field_training_detail)
         self.thinking = dataset.template_thinking_key or "reasoning_content"
 

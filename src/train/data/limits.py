@@ -96,7 +96,7 @@ def _laid_out(
         for first, behind in row.spans:
             first, behind = begin + max(first, 1), begin + min(behind, length)
             labels[first:behind] = ids[first:behind]
-        ends |= row.ends
+        ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}
     return Part(ids, labels, lengths, counts, ends, trained)

@@ -18,10 +18,7 @@ from .limits import Limits, Part, keep
 
 _ROWS = 512
 _CHARACTERS = 1 << 22
-"""A batch ends after so many rows, or about so much text."""
-
-_SAMPLED = 8
-"""The text of one in so many rows is counted."""
+"""A batch ends after so many rows, or so much text."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,10 @@ class Work:
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Rows in lists of bounded size."""
     batch: list[Row] = []
-    size = weight = 0
+    size = 0
     for row in rows:
-        if len(batch) % _SAMPLED == 0:  # rows of one file are of a kind; to weigh all takes time
-            weight = _characters(row[1])
         batch.append(row)
-        size += weight
+        size += _characters(row[1])
         if len(batch) >= _ROWS or size >= _CHARACTERS:
             yield batch
             batch, size = [], 0

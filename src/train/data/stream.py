@@ -76,9 +76,10 @@ class StreamedPacks(IterableDataset[Pack]):
             _Reader(source, work, batches(self._own(source.rows())))
             for source, work in zip(self.found, self.work, strict=True)
         ]
+        enough = -(-self.recipe.streaming_multipack_buffer_size // len(readers))
         while readers:
             for reader in list(readers):
-                part = reader.part(enough=self.recipe.streaming_multipack_buffer_size)
+                part = reader.part(enough)
                 if part is None:
                     readers.remove(reader)
                     continue
@@ -103,35 +104,31 @@ class _Reader:
         self.read = self.kept = 0
         self.ends: set[int] = set()
         self.trained: set[int] = set()
-        self.checked = False
 
     def part(self, enough: int) -> Part | None:
         """The next samples, or None at the end.
 
         Args:
-            enough: after so many rows their ends are judged; a stream may never end.
+            enough: after so many rows the model must have begun to learn where turns end, for a
+                stream may have no end, where all that is wrong is known.
 
         Raises:
             DataError: a row is not right, or no end of a turn is ever trained.
         """
         batch = next(self.rows, None)
+        encoder, path = self.work.encoder, self.source.dataset.path
         if batch is None:
-            self._check()
+            if self.kept and (get_worker_info() is None or not self.trained):  # it has a share only
+                encoder.check_ends(path, self.ends, self.trained)
             return None
         part = self.work.part(batch)
-        if not self.checked:
-            self.read += len(batch)
-            self.kept += len(part.lengths)
-            self.ends |= part.ends
-            self.trained |= part.trained
-            if self.read >= enough:
-                self._check()
+        before, self.read = self.read, self.read + len(batch)
+        self.kept += len(part.lengths)
+        self.ends |= part.ends
+        self.trained |= part.trained
+        if before < enough <= self.read and self.kept and not self.trained:
+            encoder.check_ends(path, self.ends, self.trained)
         return part
-
-    def _check(self) -> None:
-        if self.kept and not self.checked:
-            self.work.encoder.check_ends(self.source.dataset.path, self.ends, self.trained)
-            self.checked = True
 
 
 def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:

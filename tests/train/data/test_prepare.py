@@ -20,6 +20,7 @@ from fusewright.train.data.pool import Work
 from fusewright.train.data.sources import Source
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.recipe import Recipe
+from fusewright.train.report import rows_told
 from fusewright.train.sequences import training_sequences
 
 from ..conftest import chat, make_tokenizer
@@ -299,6 +300,11 @@ def test_a_stream_counts_what_it_leaves_out(make: Make, tmp_path: Path) -> None:
     assert stream.counts == {"rows": 41, "too_long": 1}
     next(packs)  # from the beginning again
     assert stream.counts == {"rows": 82, "too_long": 2}
+    tests = [{"path": str(write(tmp_path / "other.jsonl", 3))}]
+    counts = make(streaming=True, max_steps=1, test_datasets=tests).counts
+    assert rows_told(counts) == "data: a stream; 3 rows for validation"
+    told = rows_told({**counts, **stream.counts})
+    assert told == "data: 82 rows of the stream were read, 2 too long"
 
 
 @pytest.mark.parametrize("buffer", [10, 100])  # at the end of the rows, or before
@@ -311,6 +317,26 @@ def test_a_stream_whose_answers_have_no_end(make: Make, tmp_path: Path, buffer: 
     ).train  # fmt: skip
     with pytest.raises(DataError, match=r"rows\.jsonl: no row trains .*learn to stop"):
         next(iter(stream))
+
+
+def test_an_end_that_is_rare_in_a_stream(make: Make, tmp_path: Path) -> None:
+    """The tool's turn ends otherwise, and comes late: the first buffer does not have it."""
+    rows = [chat(f"row {i}?", "yes") for i in range(600)]
+    rows[-1]["messages"].append({"role": "tool", "content": "never"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    keys: dict[str, Any] = {
+        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "roles_to_train": ["assistant", "tool"]}],
+        "chat_template": "jinja", "eot_tokens": ["<|im_end|>", "<|pad|>"],
+        "chat_template_jinja": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
+        "m['content'] + ('<|pad|>' if m['role'] == 'tool' else '<|im_end|>') }}{% endfor %}",
+    }  # fmt: skip
+    assert len(make(**keys).train) == 600  # type: ignore[arg-type]
+    stream = make(**keys, streaming=True, max_steps=1, streaming_multipack_buffer_size=100).train
+    assert len(list(islice(stream, 700))) == 700
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
+    stream = make(**keys, streaming=True, max_steps=1, streaming_multipack_buffer_size=100).train
+    with pytest.raises(DataError, match=r"no row trains '<\|pad\|>'"):  # at the end it is known
+        list(islice(stream, 700))
 
 
 def test_texts_for_pretraining(make: Make, tmp_path: Path) -> None:
