@@ -24,8 +24,8 @@ _COMPILATION = {"eager": 80 << 20, "inductor": 200 << 20}
 
 _SLACK = 0.15
 """On the CPU, bytes that malloc holds and cannot use again, for each byte that blocks keep. With
-both, seven plans of SmolLM2 (64 to 4,096 tokens, 25 to 1,300 MB kept) are predicted within 3% below
-and 7% above the first step's peak, and within 7% of later steps', whose memory is in more pieces."""
+both, the first step's peak of seven plans of SmolLM2 (64 to 4,096 tokens, 25 to 1,300 MB kept) is
+predicted to within 3% below and 7% above; later steps, with memory in more pieces, to within 7%."""
 
 _SPARE = 0.9
 """The part of the device's memory that ``"auto"`` plans with."""

@@ -325,7 +325,9 @@ def test_an_end_that_is_rare_in_a_stream(make: Make, tmp_path: Path) -> None:
     rows[-1]["messages"].append({"role": "tool", "content": "never"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     keys: dict[str, Any] = {
-        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "roles_to_train": ["assistant", "tool"]}],
+        "datasets": [
+            {"path": str(tmp_path / "rows.jsonl"), "roles_to_train": ["assistant", "tool"]}
+        ],
         "chat_template": "jinja", "eot_tokens": ["<|im_end|>", "<|pad|>"],
         "chat_template_jinja": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
         "m['content'] + ('<|pad|>' if m['role'] == 'tool' else '<|im_end|>') }}{% endfor %}",
