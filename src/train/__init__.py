@@ -5,9 +5,9 @@ In processing order: ``yamlfile`` reads and checks a ``recipe``, whose keys and 
 labels) → ``sequences`` (packs and batches) → ``source``, ``model``, ``quantize`` (weights) →
 ``adapters`` (what of them is trained) → ``arguments``, ``optimizer``, ``schedule``, ``order`` (what
 the trainer is told) → ``trainer`` (the optimizer steps), with ``flow``, ``watchdog``,
-``validation``, ``saving`` and ``progress`` → ``export`` (files, and the check of them) →
-``report``, ``page``, ``card``. ``loop`` calls them one after the other; ``after/`` is what is done
-with a run.
+``validation``, ``saving`` and ``progress`` → ``export``, ``ending`` (files, and the check of them)
+→ ``report``, ``page``, ``card``. ``loop`` calls them one after the other; ``after/`` is what is
+done with a run.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..errors import DataError, RecipeError
 from ..flat import FlatOptimizer
-from . import export, report, resume
+from . import ending, export, report, resume
 from .adapters import add_adapter, parameters
 from .arguments import arguments_for
 from .checkpoint import Unwritable, checkpoints
@@ -93,8 +92,11 @@ class Run:
             except Stopped as stopped:  # what was trained has been saved
                 self.result.status, self.result.signal = "interrupted", stopped.signal
             with interrupts.patiently(interrupts.WRITING):
-                self._finish()
-            self._publish(trainer, interrupts)
+                ending.write(self.result, self.diary)
+            ending.publish(trainer, self.result, self.diary, interrupts)
+            self.result.print(self.console)
+            for line in self.result.ending(self.recipe.adapter is not None):
+                self.diary.say(line)
         return self.result
 
     # --- in the order of `run` -------------------------------------------------------------------
@@ -279,42 +281,6 @@ class Run:
                 result.sample["after"] = export.answer(
                     model, context.tokenizer, result.sample["question"], recipe.sample_max_tokens
                 )
-
-    def _finish(self) -> None:
-        """The files that sum it up."""
-        from . import card, page  # not before the first step, which waits for every import
-
-        result = self.result
-        logged = {entry["step"] for entry in result.history if "eval_loss" in entry}
-        for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
-            if loss is not None and step not in logged:
-                result.history.append({"step": step, "eval_loss": loss})
-        result.history.sort(key=lambda entry: entry["step"])
-        with self.diary.spared("plot"):
-            export.plot(result.history, self.folder / "loss.png")
-        result.peak_rss_mb = report.peak_rss_mb()
-        if torch.cuda.is_available():
-            result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
-        with self.diary.spared("report page"):
-            page.write(result, self.folder)
-        with self.diary.spared("model card"):
-            card.write(result, self.folder)
-        with self.diary.spared("run.json"):
-            result.write()
-
-    def _publish(self, trainer: FineTuner, interrupts: Interrupts) -> None:
-        """Upload what is there, if that is wanted; the lines that sum it up."""
-        result = self.result
-        if trainer.args.push_to_hub and result.steps:
-            with self.diary.spared("push to the hub"):
-                if interrupts.signal is not None and result.signal is None:
-                    raise RuntimeError("a signal came while the last files were written")
-                trainer.push_results()
-            with self.diary.spared("run.json"):
-                result.write()  # with what that came to
-        result.print(self.console)
-        for line in result.ending(self.recipe.adapter is not None):
-            self.diary.say(line)
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
