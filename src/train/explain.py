@@ -20,7 +20,8 @@ from ..errors import ModelError, RecipeError
 from ..listing import Listing, keep, listings, pick
 from ..pipeline import explain, optimize
 from ..report import Report
-from .model import device_for_training, dtype_for_training, forget_gguf, pretrained, quiet
+from .model import forget_gguf, pretrained, quiet
+from .precision import device_for_training, dtype_for_training
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2

@@ -21,6 +21,7 @@ from .diary import Diary
 from .meter import Meter, flops_per_token, peak_flops
 from .model import fit_embeddings, load_model, quiet
 from .packages import require_packages, tracking
+from .precision import slow
 from .recipe import Recipe
 from .report import RunResult
 from .sequences import training_batch, training_sequences, typical_context, validation_batches
@@ -108,8 +109,9 @@ class Run:
         self.in_place = self.start is not None and self.start.parent == self.folder
         export.check_output(self.folder, recipe.overwrite_output_dir, self.in_place)
         require_packages(recipe)
-        for line in told(recipe):
-            self.diary.say(line)
+        for line in (*told(recipe), slow(recipe.precision())):
+            if line is not None:
+                self.diary.say(line)
         if self.start is not None:
             self.saved = resume.load(self.start, recipe)
             self.result.resumed_from = self.saved.step
@@ -150,6 +152,7 @@ class Run:
         model = add_adapter(model, recipe)
         trained, total = parameters(model)
         self.result.parameters = {"trained": trained, "total": total}
+        self.result.dtype = str(model.dtype).removeprefix("torch.")
         self.result.loaded_rss_mb = report.rss_mb()
         self.diary.say(
             f"model: {recipe.base_model}, {total / 1e6:,.1f}M parameters "

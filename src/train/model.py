@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import RecipeError
+from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 from .recipe import Recipe
 from .source import Source, locate
@@ -42,40 +41,6 @@ def quiet() -> Iterator[None]:
             hf.enable_progress_bar()
         for logger, old in zip(others, levels, strict=True):
             logger.setLevel(old)
-
-
-def device_for_training() -> torch.device:
-    """The device that the trainer will use."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else (torch.device("cpu"))
-    )
-
-
-def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
-    """The dtype of the weights.
-
-    Args:
-        precision: as ``Recipe.precision()`` says.
-        adapters: only adapters are trained, which keep a dtype of their own.
-
-    Raises:
-        RecipeError: the device cannot compute in it.
-    """
-    gpu = torch.cuda.is_available()
-    if precision == "auto":
-        return torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float32
-    if precision == "bfloat16":
-        if gpu and not torch.cuda.is_bf16_supported():
-            raise RecipeError("bf16: this GPU has no bfloat16; set bf16: auto, or fp16: true")
-        return torch.bfloat16
-    if precision == "float16":
-        if not gpu:
-            raise RecipeError("fp16: needs a GPU; set bf16: auto, which this machine can do")
-        # a scaled loss needs gradients of float32: weights that are trained themselves stay so
-        return torch.float16 if adapters else torch.float32
-    return torch.float32
 
 
 def load_model(recipe: Recipe) -> Any:

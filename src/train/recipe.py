@@ -48,7 +48,7 @@ class Recipe(
         return next((name for name, wanted in asked.items() if wanted), None)
 
     def precision(self) -> Literal["auto", "bfloat16", "float16", "float32"]:
-        """The dtype of weights and computation; ``auto``: bfloat16 where the device has it."""
+        """The dtype of weights and computation; ``auto``: see ``has_bfloat16``."""
         if self.fp16 or self.float16:
             return "float16"
         if self.float32 or (self.bf16 is False and not self.bfloat16):

@@ -39,6 +39,7 @@ class RunResult:
         recipe: every key with the value that was used.
         data: how many rows, samples, sequences and tokens there were, and what was left out.
         parameters: how many are trained, and how many there are.
+        dtype: of the model's weights.
         steps: optimizer steps done.
         steps_planned: optimizer steps the recipe asks for.
         tokens: tokens that went through training, padding not counted.
@@ -76,6 +77,7 @@ class RunResult:
     problems: list[dict[str, str]] = field(default_factory=list)
     data: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    dtype: str | None = None
     steps: int = 0
     steps_planned: int = 0
     tokens: int = 0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusewright.errors import DataError, RecipeError
 from fusewright.train import loop, train
 from fusewright.train.data import Sample
-from fusewright.train.model import dtype_for_training, load_model
+from fusewright.train.model import load_model
 from fusewright.train.recipe import Recipe
 
 QUIET = Console(quiet=True)
@@ -246,11 +246,6 @@ def test_a_signal_waits_for_the_last_files(
     assert result.status == "finished"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
     assert (tmp_path / "out" / "report.html").exists()
-
-
-def test_dtypes() -> None:
-    assert dtype_for_training("bfloat16") is torch.bfloat16
-    assert dtype_for_training("float32") is torch.float32
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])

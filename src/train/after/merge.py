@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ...errors import ModelError, RecipeError
-from ..model import dtype_for_training, load_config, pretrained, quiet
+from ..model import load_config, pretrained, quiet
+from ..precision import dtype_for_training
 from .adapted import Adapted, UnmergeableError
 from .basefiles import BaseFiles, base_files
 from .inmemory import merged_in_memory
@@ -181,6 +182,7 @@ def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
         if not run.recipe:
             return None
         asked = recipe_with(run, {}).precision()
+        asked = run.facts.get("dtype", asked) if asked == "auto" else asked
         return dtype_for_training("auto") if asked == "auto" else _DTYPES[asked]
     if asked not in _DTYPES:
         raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")

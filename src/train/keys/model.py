@@ -121,7 +121,7 @@ class ModelKeys(Keys):
 
     bf16: bool | Literal["auto", "full"] = "auto"
     """Weights and computation in bfloat16 (adapters stay in float32); false: see ``fp16``, else
-    float32. ``auto``: bfloat16, except on a GPU that cannot."""
+    float32. ``auto``: bfloat16 where the GPU or CPU has instructions for it, else float32."""
 
     bfloat16: bool = False
     """The same as ``bf16: true``."""
