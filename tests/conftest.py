@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
@@ -20,6 +21,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take what the last file left out of the garbage collector's sight.
+
+    Trainer and accelerate collect several times a run, and look at a million objects of imported
+    modules each time.
+    """
+    if item.path != _last_file.get("path"):
+        _last_file["path"] = item.path
+        gc.collect()
+        gc.freeze()
+
+
+_last_file: dict[str, object] = {}
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

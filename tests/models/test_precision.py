@@ -13,6 +13,10 @@ from fusewright.budget import FACTOR, errors, unit
 from .test_models import Pair, _exact_step, _ids, _rms, _step
 from .zoo import FAMILIES, build
 
+DRAWS = 12
+"""Inputs that a budget is judged by: over four, one unlucky input decides (ratios to eager's error
+from 0.8 to 1.5 on one model), over twelve it does not (1.05 and 1.07)."""
+
 BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
@@ -27,7 +31,7 @@ def test_bfloat16_with_fp32_adapters(name: str) -> None:
     pair = Pair(family, True, optimize(model, codegen="eager"), eager, exact)
     mine: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
-    for seed in range(4):
+    for seed in range(DRAWS):
         ids = _ids(2, 13, seed)
         _, grads = _step(pair.ours, ids)
         _, eager_grads = _step(pair.eager, ids)

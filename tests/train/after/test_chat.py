@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -170,6 +171,7 @@ class Terminal:
         import termios
 
         os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored where tests run in background
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     def type(self, text: str) -> None:
