@@ -121,6 +121,7 @@ def test_what_is_kept_for_backward_is_counted_once(
         assert torch.equal(mine, layer.weight.grad)
 
 
+@pytest.mark.slow
 def test_trl_trains_the_same_loss(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     file = tmp_path / "steps.json"
@@ -196,6 +197,7 @@ def test_every_op_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(find_ops()) == set(CASES)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_of_each_budget(tmp_path: Path) -> None:
     file = tmp_path / "longest.json"
     few = ("--model", "tiny-llama", "--dtype", "float32", "--step", "32", "--most", "64")

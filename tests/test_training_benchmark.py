@@ -34,6 +34,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return {row["engine"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_all_engines_train_the_same_tokens(training: dict[str, dict[str, Any]]) -> None:
     assert set(training) == {"stock", "trl", "fusewright"}
     wanted = training["stock"]["rows_trained_tokens"]

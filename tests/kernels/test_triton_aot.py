@@ -12,6 +12,8 @@ from fusewright.kernels import triton as kernels
 from fusewright.kernels.launch import has_triton, interpreting
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name[0] != "_")
+QUICK = ("glu", "linear_cross_entropy", "rms_norm", "rope")
+"""The others take a quarter of a minute or more each."""
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
@@ -25,7 +27,7 @@ def test_there_are_kernels() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [pytest.param(m, marks=pytest.mark.slow if m == "ssd" else ()) for m in MODULES],
+    [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MODULES],
 )
 def test_every_case_compiles_for_every_target(module: str) -> None:
     cases = importlib.import_module(f"{kernels.__name__}.{module}").AOT

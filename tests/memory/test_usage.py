@@ -16,7 +16,8 @@ from fusewright.memory.planner import Planner
 from fusewright.memory.predictions import Predicted
 from fusewright.passes.memory import Level, allowed
 
-FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
+OTHERS = ("qwen3", "gemma2", "phi3")
+FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 BATCH, TIME = 3, 40
 
 
@@ -62,7 +63,7 @@ def _alive() -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-@pytest.mark.parametrize("level", ["input", "tiles"])
+@pytest.mark.parametrize("level", [pytest.param("input", marks=pytest.mark.slow), "tiles"])
 def test_what_is_kept_grows_with_the_hidden_state_alone(level: Level) -> None:
     kept = {}
     for layers in (2, 4):

@@ -153,6 +153,7 @@ def test_setting(name: str) -> None:
     assert not others, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter bias and dropout", "some projections", "bf16 base"])
 def test_setting_under_inductor(name: str) -> None:
     pair = _pair(SETTINGS[name], "inductor")

@@ -17,6 +17,7 @@ from .zoo import Family
 
 NAMES = ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss")
 SITES = {"mixtral": 2, "qwen3_moe": 2, "deepseek_v3": 1, "olmoe": 2, "gpt_oss": 2}
+QUICK = ("mixtral", "gpt_oss")
 ADAPTERS = ("plain", "attention", "experts")
 
 
@@ -54,7 +55,9 @@ def _pair(
 
 
 @pytest.mark.parametrize("where", ADAPTERS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES]
+)
 def test_loss_and_gradients_equal_eager(name: str, where: str) -> None:
     pair = _pair(name, where)
     _assert_equal_steps(pair, _batches(2, 13))
@@ -79,7 +82,7 @@ def test_the_auxiliary_loss_is_untouched(name: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_bf16(codegen: str) -> None:
     pair = _pair("qwen3_moe", "plain", torch.bfloat16, codegen)
     _assert_equal_steps(pair, _batches(2, 13))

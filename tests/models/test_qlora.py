@@ -64,7 +64,7 @@ def _assert_alike(model: Any, rule_counts: int, tolerance: float, **options: Any
     return explain(model)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("name", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-5), (BF16, 5e-3)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_losses_are_those_of_eager(name, dtype, tolerance, kind):
@@ -86,7 +86,7 @@ def test_a_model_that_was_prepared_for_kbit_training(autocast, checkpointing):
     assert model.get_base_model().model.norm.weight.dtype is F32
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_no_copy_of_full_precision_is_left(codegen):
     """Neither kept for backward nor alive between forward and backward."""
     model = optimize(_adapted(_model("Llama")), codegen=codegen)

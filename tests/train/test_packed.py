@@ -18,7 +18,7 @@ from fusewright.budget import FACTOR, errors, unit
 from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, leaks, pack
 from tests.models.zoo import FAMILIES, build
 
-ARCHITECTURES = ("llama", "qwen3", "gemma2")
+ARCHITECTURES = ("llama", pytest.param("qwen3", marks=pytest.mark.slow), "gemma2")
 """Plain; with normed queries; with softcaps, and a window that is shorter than the samples."""
 
 LENGTH = 64

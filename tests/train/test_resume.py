@@ -101,13 +101,18 @@ def test_a_signal_and_going_on(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimize": True, "codegen": "eager"},
         {"adapter": None, "lora_target_linear": False, "neftune_noise_alpha": 5},
-        {"optimizer": "adamw_bnb_8bit"},
-        {"lr_scheduler": "one_cycle", "warmup_steps": None},
         {"lr_scheduler": "reduce_lr_on_plateau", "warmup_steps": None},
-        {"group_by_length": True, "sample_packing": False},
-        {"loraplus_lr_ratio": 16, "cosine_min_lr_ratio": 0.1},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"optimize": True, "codegen": "eager"},
+                {"optimizer": "adamw_bnb_8bit"},
+                {"lr_scheduler": "one_cycle", "warmup_steps": None},
+                {"group_by_length": True, "sample_packing": False},
+                {"loraplus_lr_ratio": 16, "cosine_min_lr_ratio": 0.1},
+            )
+        ),
     ],
     ids=lambda changes: "-".join(map(str, changes)),
 )
