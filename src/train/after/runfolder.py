@@ -124,7 +124,8 @@ def load_run(
         ModelError: there is nothing usable, or the adapter does not fit its base.
         RecipeError: the base cannot be loaded.
     """
-    from ..model import device_for_training, load_model
+    from ..model import load_model
+    from ..precision import device_for_training
     from .oldrecipe import recipe_for
 
     run = run if isinstance(run, Run) else open_run(run)
