@@ -110,7 +110,12 @@ def explain(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            "--trust_remote_code",
+            help="Run the code that comes with the model.",
+        ),  # fmt: skip
     ] = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
