@@ -115,7 +115,7 @@ def explain(
             "--trust-remote-code",
             "--trust_remote_code",
             help="Run the code that comes with the model.",
-        ),  # fmt: skip
+        ),
     ] = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
