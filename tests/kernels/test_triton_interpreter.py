@@ -30,7 +30,7 @@ def test_kernels_under_the_interpreter(op: str) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     output = f"{result.stdout}\n{result.stderr}"
     assert result.returncode == 0, output
