@@ -22,7 +22,7 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
