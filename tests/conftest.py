@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Take what the last file left out of the garbage collector's sight.
 
-    Trainer and accelerate collect several times a run, and look at a million objects of imported
-    modules each time.
+    Trainer and accelerate collect several times a run, and look at every object of every imported
+    module each time.
     """
     if item.path != _last_file.get("path"):
         _last_file["path"] = item.path

@@ -13,7 +13,7 @@ from fusewright.kernels.launch import has_triton, interpreting
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name[0] != "_")
 QUICK = ("glu", "linear_cross_entropy", "rms_norm", "rope")
-"""The others take a quarter of a minute or more each."""
+"""What the default run compiles; all of them take minutes."""
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),

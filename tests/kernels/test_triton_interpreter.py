@@ -14,7 +14,7 @@ from fusewright.kernels.launch import has_triton
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
 LONG = ("linear_cross_entropy", "mlp_block", "rope", "selective_scan", "ssd")
-"""Up to two minutes each in the interpreter."""
+"""The longest in the interpreter: twenty seconds to minutes each."""
 OPS = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
     for name in sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))

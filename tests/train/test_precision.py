@@ -45,9 +45,12 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(
         has_bfloat16.cache_clear()
 
 
-def test_a_cpu_of_another_kind_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@ON_CPU
+@pytest.mark.parametrize("has", [False, True])
+def test_a_cpu_of_another_kind_is_asked(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.setattr(precision.platform, "machine", lambda: "aarch64")
-    assert has_bfloat16.__wrapped__() in (True, False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    assert has_bfloat16.__wrapped__() is has
 
 
 @pytest.mark.usefixtures("no_bfloat16")

@@ -182,7 +182,7 @@ def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
         if not run.recipe:
             return None
         asked = recipe_with(run, {}).precision()
-        asked = run.facts.get("dtype", asked) if asked == "auto" else asked
+        asked = (run.facts.get("dtype") or asked) if asked == "auto" else asked
         return dtype_for_training("auto") if asked == "auto" else _DTYPES[asked]
     if asked not in _DTYPES:
         raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")
