@@ -135,6 +135,28 @@ def test_no_tokens() -> None:
     assert all(t.grad is not None and not t.grad.any() for t in inputs)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("counts", [(17, 0, 30, 1, 25), (40, 3, 0, 0, 19), (0, 0, 21, 0, 0)])
+@pytest.mark.parametrize("nowhere", [0, 5])
+def test_rows_computed_beyond_an_expert_are_not_seen(
+    counts: tuple[int, ...], nowhere: int, biased: bool
+) -> None:
+    total = sum(counts)
+    a, weight = _randn(0, total + nowhere, 24).bfloat16(), _randn(1, 5, 24, 16).bfloat16()
+    bias = _randn(2, 5, 16).bfloat16() if biased else None
+    a[:1] = torch.inf  # what its own expert makes of it, and nobody else
+    ends = torch.tensor(counts).cumsum(0).int()
+    ours = ops.grouped_mm(a, None, weight, ends, bias)
+    expert = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    theirs = torch.einsum("sk,skn->sn", a[:total].double(), weight.double()[expert])
+    theirs = theirs if bias is None else theirs + bias.double()[expert]
+    assert ours.shape == (total + nowhere, 16)
+    assert not ours[total:].any()
+    torch.testing.assert_close(ours[1:total], theirs[1:].bfloat16(), rtol=2**-7, atol=2**-7)
+    assert not ours[0].isfinite().any()
+    assert ours[1:].isfinite().all()
+
+
 def test_large_gradients_are_whole() -> None:
     a, b, like = _randn(0, 40, 256).float(), _randn(1, 40, 512).float(), torch.empty(20, 512, 256)
     assert like.nbytes >= ops._LARGE
