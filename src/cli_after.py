@@ -40,7 +40,9 @@ TopK = Annotated[
     int | None, typer.Option("--top_k", min=1, help="Draw from this many of the likeliest.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
-System = Annotated[str | None, typer.Option(help="A system text.")]
+System = Annotated[
+    str | None, typer.Option(help="A system text. Default: the run's default_system_message.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -97,10 +99,13 @@ def generate(
         from .train.after.runfolder import open_run
 
         opened = open_run(run, base_model, trust_remote_code)
-        from .train.after.prompts import read_prompt, read_prompts, with_system
+        from .train.after.prompts import read_prompt, read_prompts
+        from .train.asking import Asking, with_system
 
         if file is not None and prompt is not None:
             raise RecipeError("a prompt and --file: say one of them")
+        if system is None:
+            system = Asking.of(opened.recipe).system
         if file is not None:
             asked = read_prompts(file, system)
         else:

@@ -66,6 +66,7 @@ class Planner:
     _first: weakref.ref[nn.Module] | None = None
     _stamp: tuple[float, ...] = ()
     _ended: bool = False
+    _stepped: bool = False
 
     def __post_init__(self) -> None:
         self.offload.note = self.note
@@ -195,8 +196,15 @@ class Planner:
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
         self._setting = self._setting.scaled(factor)
+        self._stepped |= self._ended
         self._first, self._ended, self.measured = None, False, None
-        self._decide(self._setting)
+        try:
+            self._decide(self._setting)
+        except OptimizeError as error:
+            if not self._stepped:
+                raise
+            # the run has got somewhere: better over the budget than not at all
+            self._keep_least(f"a larger batch than before: {error}")
 
     def _replan(self, measured: int, predicted: int) -> None:
         off = measured - predicted
@@ -207,12 +215,17 @@ class Planner:
         try:
             self._decide(self._setting)
         except OptimizeError:  # the step has just run: better over the budget than not at all
-            self.levels.update({b: self.allowed[-1] for b in self.blocks})
+            self._keep_least()
         again = "planned again" if dict(self.levels) != before else "the plan stays"
         self.note(
             f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were "
             f"predicted: {again}"
         )
+
+    def _keep_least(self, why: str = "") -> None:
+        self.levels.update({b: self.allowed[-1] for b in self.blocks})
+        if why:
+            self.note(why)
 
     def may_retry(self) -> bool:
         """Whether an out-of-memory error now makes the plan leaner: in the first step only."""

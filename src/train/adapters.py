@@ -46,7 +46,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         return get_peft_model(
             model, config, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
         raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
 
 

@@ -112,7 +112,6 @@ def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
             # a stream is read by whoever trains on it
             accelerator_config={"dispatch_batches": False, **(recipe.accelerator_config or {})},
             torch_empty_cache_steps=recipe.torch_empty_cache_steps,
-            auto_find_batch_size=recipe.auto_find_batch_size,
             restore_callback_states_from_checkpoint=True,
             remove_unused_columns=False,
             label_names=["labels"],

@@ -161,6 +161,12 @@ def _adapter(values: Values) -> Iterator[Problem]:
 def _rows(values: Values) -> Iterator[Problem]:
     if "datasets" not in values and "pretraining_dataset" not in values:
         yield ("datasets",), "is missing"
+    if values.get("datasets") and values.get("pretraining_dataset"):
+        yield (
+            ("pretraining_dataset",),
+            "set this or datasets, not both: only one of them is trained on; to read datasets as "
+            "a stream, set streaming: true",
+        )
     size = values.get("val_set_size")
     if isinstance(size, float) and size > 1 and size != int(size):
         yield ("val_set_size",), f"must be a share below 1 or a number of rows, not {size}"

@@ -15,7 +15,9 @@ import torch
 
 from ..errors import RecipeError
 from . import card
+from .asking import Asking
 from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
+from .recipe import Recipe
 
 _RESULTS = (
     "run.json", "loss.png", "report.html", "eval.json",
@@ -136,8 +138,19 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         # "auto" would ask the hub whether the vocabulary grew
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
-        model.save_pretrained(folder)
+        with _with_cache(model):
+            model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _with_cache(model: Any) -> Iterator[None]:
+    """Let the configuration ask for a cache, as generation wants; training has switched it off."""
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = False
 
 
 @dataclass(frozen=True)
@@ -154,15 +167,30 @@ class AdapterCheck:
     optimized_difference: float
 
 
+_LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin LoRA's weights (``init_lora_weights``) that leave the base weights alone."""
+
+
+def uncheckable(model: Any) -> str | None:
+    """Why the saved adapter of ``model`` cannot be tried on the base that is in memory, or None."""
+    for config in model.peft_config.values():
+        begun = getattr(config, "init_lora_weights", None)
+        if begun not in _LEAVE_BASE:
+            return f"{begun} has changed the base weights in memory"
+        if getattr(config, "layer_replication", None):
+            return "the base model has replicated layers"
+    return None
+
+
 @torch.no_grad()
 def check_adapter(
-    model: Any, optimized: bool, folder: Path, batch: dict[str, Any]
+    model: Any, recipe: Recipe, folder: Path, batch: dict[str, Any]
 ) -> tuple[Any, AdapterCheck]:
     """Load the saved adapter as anybody would, and compare.
 
     Args:
         model: the trained PEFT model; restored, and stripped of its adapters.
-        optimized: whether it is optimized.
+        recipe: says whether it is optimized, and in which dtype adapters are loaded.
         folder: where the adapter is.
         batch: a batch, as the trainer takes them; only what the model reads is used.
 
@@ -178,29 +206,34 @@ def check_adapter(
     }
     model.eval()
     before = trained = model(**inputs).logits
-    if optimized:
+    if recipe.optimize:
         from ..pipeline import restore
 
         restore(model)
         trained = model(**inputs).logits
-    plain = PeftModel.from_pretrained(model.unload(), folder).eval()
+    plain = PeftModel.from_pretrained(
+        model.unload(), folder, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
+    ).eval()
     saved = plain(**inputs).logits
     difference = (before.float() - saved.float()).abs().max() / saved.float().abs().max()
     return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, question: str, max_tokens: int) -> str:
-    """Let the model answer a question, greedily; its mode is kept."""
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True,
-    ).to(model.device)  # fmt: skip
+def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
+    """Let the model answer a question, greedily and asked as in training; its mode is kept."""
+    asking = Asking.of(recipe.model_dump(mode="json"))
+    options = {
+        **asking.variables, "add_generation_prompt": True, "return_tensors": "pt",
+        "return_dict": True,
+    }  # fmt: skip
+    asked = asking.question(question)
+    inputs = tokenizer.apply_chat_template(asked, **options).to(model.device)
     training = model.training
     model.eval()
     try:
         out = model.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=False, use_cache=True,
+            **inputs, max_new_tokens=recipe.sample_max_tokens, do_sample=False, use_cache=True,
             pad_token_id=pad_token(tokenizer),
         )  # fmt: skip
     finally:

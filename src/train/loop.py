@@ -24,6 +24,7 @@ from .packages import require_packages, tracking
 from .precision import slow
 from .recipe import Recipe
 from .report import RunResult
+from .schedule import try_schedule
 from .sequences import training_batch, training_sequences, typical_context, validation_batches
 from .signals import Interrupts, Stopped
 from .status import told
@@ -57,6 +58,7 @@ class Run:
         self.sequences: Any = ()
         self.start: Path | None = None
         self.in_place = False  # whether that is a checkpoint of this run's folder
+        self._cleared = False  # whether the folder is this run's alone
         self.saved: resume.Saved | None = None
         self.result = RunResult(
             output_dir=self.folder,
@@ -85,8 +87,7 @@ class Run:
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             trainer = make_trainer(context, model, self.sequences, self.saved)
-            # not before the last thing that may be refused: this is what cannot be undone
-            export.clear_output(self.folder, self.in_place)
+            trainer.first_step = self._clear
             self._train(trainer, interrupts)
             try:
                 self._after(trainer.model, context)
@@ -122,11 +123,12 @@ class Run:
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""
         recipe = self.recipe
-        prepared = prepare(recipe, tokenizer, self.console)
+        prepared = prepare(recipe, tokenizer, self.console, day=self.result.started[:10])
         if self.saved is not None and self.start is not None:
             resume.require_same_data(self.start, self.saved, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
-        arguments_for(recipe, self.sequences)  # says now what does not go together
+        # says now what does not go together
+        try_schedule(recipe, arguments_for(recipe, self.sequences))
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
@@ -187,9 +189,7 @@ class Run:
         if recipe.sample_prompt and self.result.sample is None:
             self.diary.say(f"answering: {recipe.sample_prompt}")
             with self.diary.timed("answer before"):
-                text = export.answer(
-                    model, context.tokenizer, recipe.sample_prompt, recipe.sample_max_tokens
-                )
+                text = export.answer(model, context.tokenizer, recipe.sample_prompt, recipe)
             self.result.sample = {"question": recipe.sample_prompt, "before": text}
         if recipe.optimize:
             from ..pipeline import optimize
@@ -200,6 +200,16 @@ class Run:
             with self.diary.timed("validation before"):
                 self.result.val_loss_before = validate(model, context.validation)["eval_loss"]
             self.diary.say(f"validation loss before: {self.result.val_loss_before:.3f}")
+
+    def _clear(self) -> None:
+        """Remove what an earlier run left, once there is a step to show for it.
+
+        This cannot be undone, and until a step is whole much can be refused: a budget that is too
+        small for any plan, say.
+        """
+        if not self._cleared:
+            self._cleared = True
+            export.clear_output(self.folder, self.in_place)
 
     def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """The optimizer steps; saves what they made."""
@@ -215,9 +225,14 @@ class Run:
             if not result.steps:
                 raise Stopped(interrupts.signal)
             result.signal = interrupts.signal
+        self._clear()
         if result.steps:
             with self.diary.timed("saving"), interrupts.patiently():
                 self._save(trainer)
+            if interrupts.signal is not None and result.signal is None:
+                result.signal = interrupts.signal  # what is left to do is left undone
+                if result.status == "finished":
+                    result.status = "interrupted"
         if self.recipe.streams() and not self.recipe.dataloader_num_workers:
             result.data.update(self.sequences.counts)  # else other processes have counted
             self.diary.say(report.rows_told(result.data))
@@ -242,6 +257,7 @@ class Run:
             result.reason = trainer.unwritable
         except BadStep as bad:
             result.status, result.reason = "nan", str(bad)
+            self._clear()
             trainer.give_up()
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
@@ -273,16 +289,19 @@ class Run:
             with self.diary.spared("validation after"):
                 self.diary.say("validating again")
                 result.val_loss_after = validate(model, context.validation)["eval_loss"]
-        if recipe.adapter:
+        unchecked = export.uncheckable(model) if recipe.adapter else None
+        if unchecked is not None:
+            self.diary.say(f"adapter check: left out, for {unchecked}")
+        elif recipe.adapter:
             with self.diary.spared("adapter check"):
                 one = [next(iter(self.sequences))]
                 probe = training_batch(one, recipe, export.pad_token(context.tokenizer))
-                model, check = export.check_adapter(model, recipe.optimize, self.folder, probe)
+                model, check = export.check_adapter(model, recipe, self.folder, probe)
                 result.adapter_check = asdict(check)
         if result.sample:
             with self.diary.spared("answer after"):
                 result.sample["after"] = export.answer(
-                    model, context.tokenizer, result.sample["question"], recipe.sample_max_tokens
+                    model, context.tokenizer, result.sample["question"], recipe
                 )
 
 

@@ -42,12 +42,12 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     for name in ("base_model", "lora_model_dir"):
         if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
             problems.append((("output_dir",), f"is the folder of {name}: choose another one"))
-    if isinstance(recipe.resume_from_checkpoint, str):
-        checkpoint = find_file(recipe.resume_from_checkpoint, [Path.cwd(), folder])
+    if isinstance(wanted := recipe.resume_from_checkpoint, str):
+        places = [Path.cwd(), folder, Path(update["output_dir"])]
+        checkpoint = find_file(wanted, places)
         if checkpoint is None:
-            problems.append(
-                (("resume_from_checkpoint",), _nowhere(recipe.resume_from_checkpoint, folders))
-            )
+            places = list(dict.fromkeys(places))
+            problems.append((("resume_from_checkpoint",), _nowhere(wanted, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -11,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .hidden import hide
 from .recipe import GROUPS, Dataset, Recipe
 from .status import entries
 
-_SECRET = re.compile(r"api_key|auth_token|hub_token|password|secret")
 _ROWS = ("datasets", "test_datasets")
 
 
@@ -42,7 +41,7 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
     """
     order = [name for group in GROUPS for name in group.model_fields if name in recipe]
     sorted_ = {name: recipe[name] for name in [*order, *recipe]}  # keys we do not know come last
-    chosen, rest = _split(_hidden(sorted_), Recipe)
+    chosen, rest = _split(hide(sorted_), Recipe)
     for key in _ROWS:
         if isinstance(chosen.get(key), list):
             chosen[key] = [
@@ -87,14 +86,6 @@ def _same(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         default = list(default)
     return bool(value == default and isinstance(value, bool) == isinstance(default, bool))
-
-
-def _hidden(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without its secrets."""
-    return {
-        key: "(hidden)" if isinstance(value, str) and _SECRET.search(str(key)) else value
-        for key, value in recipe.items()
-    }
 
 
 def _short(value: Any) -> Any:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .hidden import hide
 from .meter import Meter
 
 
@@ -36,7 +37,7 @@ class RunResult:
         checkpoint: the last one, which a run can go on from, or None.
         resumed_from: the step of the checkpoint that it went on from, or None.
         problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
-        recipe: every key with the value that was used.
+        recipe: every key with the value that was used; secrets are hidden.
         data: how many rows, samples, sequences and tokens there were, and what was left out.
         parameters: how many are trained, and how many there are.
         dtype: of the model's weights.
@@ -101,6 +102,10 @@ class RunResult:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     started: str = ""
+
+    def __post_init__(self) -> None:
+        # here, and not where it is written: page and card are made of it as well
+        self.recipe = hide(self.recipe)
 
     @property
     def exit_code(self) -> int:

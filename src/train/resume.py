@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from . import checkpoint
+from .hidden import hide
 from .recipe import Recipe
 
 _FILE = "fusewright.json"
@@ -28,6 +29,8 @@ _MAY_DIFFER_TOO = (
 )  # fmt: skip
 """Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
 compared by their content."""
+_OF_A_STREAM = ("dataloader_num_workers",)
+"""Keys that do change it where rows are streamed: each worker reads a share of them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Saved:
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
+        content = {**asdict(self), "recipe": hide(self.recipe)}
+        text = json.dumps({"format": _FORMAT, **content}, indent=1)
         (folder / _FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -97,7 +101,7 @@ def find(recipe: Recipe) -> Path | None:
             "overwrite_output_dir replaces it; set only one"
         )
     if isinstance(wanted, str):
-        return _named(Path(wanted).expanduser(), folder)
+        return _named(Path(wanted))
     if not (wanted or recipe.auto_resume_from_checkpoints) or recipe.overwrite_output_dir:
         return None
     there = checkpoint.checkpoints(folder)
@@ -108,15 +112,13 @@ def find(recipe: Recipe) -> Path | None:
     return None
 
 
-def _named(path: Path, folder: Path) -> Path:
+def _named(path: Path) -> Path:
     """The checkpoint ``path``, or the last one in it, if it is a run's folder."""
-    candidates = [path.resolve(), folder / path]
-    for candidate in candidates:
-        if checkpoint.step_of(candidate) is not None and candidate.is_dir():
-            return candidate
-        inside = checkpoint.checkpoints(candidate) if candidate.is_dir() else []
-        if inside:
-            return inside[-1]
+    if checkpoint.step_of(path) is not None and path.is_dir():
+        return path
+    inside = checkpoint.checkpoints(path) if path.is_dir() else []
+    if inside:
+        return inside[-1]
     raise RecipeError(f"resume_from_checkpoint: there is no checkpoint {path}")
 
 
@@ -127,11 +129,12 @@ def load(path: Path, recipe: Recipe) -> Saved:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
     """
     saved = Saved.read(path)
-    now = recipe.model_dump(mode="json")
+    # without secrets, which may change, and which the message must not tell
+    then, now = hide(saved.recipe), hide(recipe.model_dump(mode="json"))
     differing = [
-        f"{key} was {json.dumps(saved.recipe.get(key))} and is {json.dumps(now.get(key))}"
-        for key in sorted(set(saved.recipe) | set(now))
-        if saved.recipe.get(key) != now.get(key) and not _may_differ(key)
+        f"{key} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))}"
+        for key in sorted(set(then) | set(now))
+        if then.get(key) != now.get(key) and not _may_differ(key, recipe.streams())
     ]
     if differing:
         raise RecipeError(
@@ -155,5 +158,7 @@ def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
         )
 
 
-def _may_differ(key: str) -> bool:
+def _may_differ(key: str, streams: bool) -> bool:
+    if streams and key in _OF_A_STREAM:
+        return False
     return key in _MAY_DIFFER or key.startswith(_MAY_DIFFER_TOO)

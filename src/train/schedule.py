@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import math
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from transformers import TrainingArguments, get_scheduler
 
+from ..errors import RecipeError
 from .recipe import Recipe
+
+
+def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
+    """Make the schedule for nothing: some need arguments that only they know of.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    warmup, total = args.get_warmup_steps(args.max_steps), args.max_steps
+    try:
+        if own_schedule(recipe, optimizer, warmup, total) is None:
+            get_scheduler(
+                args.lr_scheduler_type, optimizer, warmup, total,
+                scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"lr_scheduler: {recipe.lr_scheduler} cannot be made with lr_scheduler_kwargs "
+            f"{recipe.lr_scheduler_kwargs or {}}: {error}"
+        ) from error
 
 
 def own_schedule(

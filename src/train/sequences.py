@@ -44,13 +44,11 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     """
     tokens, trained = count(packs)
     full = bool(recipe.pad_to_sequence_len)
-    # with ``auto_find_batch_size`` one row may be all that fits
-    usual = 1 if recipe.auto_find_batch_size else recipe.micro_batch_size
 
     def make(rows: Sequence[Any]) -> dict[str, Any]:
         return collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
 
-    batch = _in_company(packs, usual, make) if recipe.optimize else make(packs)
+    batch = _in_company(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
     return {**batch, "tokens": tokens, "trained": trained}
 
 

@@ -41,14 +41,17 @@ class FineTuner(Trainer):
         watch: shows the progress.
         unwritable: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
+        first_step: called when a step is whole; at the first one the run takes its folder.
     """
 
     watch: Watch
+    first_step: Callable[[], None]
 
     def __init__(self, context: Context, resumed: Saved | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.context, self.guard = context, Guard()
         self._folder = Path(context.recipe.output_dir)
+        self.first_step = lambda: None
         self.unwritable: str | None = None
         self.saved_at: int | None = None
         self._resumed = resumed
@@ -155,6 +158,7 @@ class FineTuner(Trainer):
 
     def stepped(self) -> None:
         """Note what a checkpoint would need, if the next step is not finished."""
+        self.first_step()
         self._after_step = Randomness.now(), self._tr_loss.clone()
         self._midway = False
 

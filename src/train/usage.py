@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import keyword
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .asking import Asking
 
 
 def commands(folder: str) -> str:
@@ -55,14 +58,25 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str:
         if package == "peft"
         else f"from {package} import {name}, AutoTokenizer"
     )
+    asking = Asking.of(recipe)
+    asked = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""{imports}
 
 folder = {json.dumps(folder, ensure_ascii=False)}
 model = {name}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Your question"}}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    {asked},
+    add_generation_prompt=True, return_tensors="pt", return_dict=True,{_more(asking.variables)}
 )
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def _more(variables: Mapping[str, Any]) -> str:
+    """Further arguments of a call, on a line of their own; empty when there are none."""
+    if not variables:
+        return ""
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in variables):
+        return "\n    " + " ".join(f"{name}={value!r}," for name, value in variables.items())
+    return f"\n    **{dict(variables)!r},"

@@ -198,6 +198,22 @@ def test_more_tokens_get_a_plan_of_their_own() -> None:
         planner.begin(blocks[0], 8800)
 
 
+def test_a_batch_too_large_for_the_budget_ends_no_run_that_has_begun() -> None:
+    blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
+    planner = _planner("1.8GB", blocks)
+    planner.begin(blocks[0], 22)
+    planner.plan(
+        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), Setting(0, 0, 0, int(1.8 * GB), LEVELS)
+    )
+    _optimizer_step(planner)
+    planner.begin(blocks[0], 22)
+    planner.begin(blocks[0], 8800)
+    assert set(planner.levels.values()) == {LEVELS[-1]}
+    assert "a larger batch than before: memory='1.8GB' is too small" in planner.describe()
+    planner.begin(blocks[0], 88000)  # and no second one either
+    assert set(planner.levels.values()) == {LEVELS[-1]}
+
+
 def test_levels_that_cannot_run_are_not_chosen() -> None:
     usages = _usages(100, 60, 10)
     del usages["products"]

@@ -214,8 +214,6 @@ def test_a_sequence_that_is_left_alone_is_no_batch_of_one(tmp_path: Path, packin
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
-    found_size = training_batch(packs, asked(tmp_path, **keys, auto_find_batch_size=True), 0)
-    assert len(found_size["input_ids"]) == 1  # perhaps no more fits
     two = training_batch(packs * 2, asked(tmp_path, **keys), 0)
     assert (two["labels"][0] == two["labels"][1]).all()
 

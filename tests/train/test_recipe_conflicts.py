@@ -14,10 +14,15 @@ TOGETHER = [
         "streaming: true\nmax_steps: 2\ndataset_exact_deduplication: true\n",
         "line 6: dataset_exact_deduplication: needs all rows at once",
     ),
-    good(
+    Case(
         "a dataset of a stream that counts twice",
-        "streaming: true\nmax_steps: 2\npretraining_dataset: [{path: a, weight: 2}]\n",
+        "base_model: a/b\nmax_steps: 2\npretraining_dataset: [{path: a, weight: 2}]\n",
         "weight: needs all rows at once, which a stream (",
+    ),
+    good(
+        "two places of rows to train on",
+        "max_steps: 2\npretraining_dataset: [{path: a}]\n",
+        "line 5: pretraining_dataset: set this or datasets, not both: only one of them is trained",
     ),
     good(
         "a part of a stream",

@@ -36,6 +36,8 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("reward_model", False, "honoured"),
         ("reward_model", True, "not yet available"),
         ("deepspeed", "zero2.json", "not yet available"),
+        ("auto_find_batch_size", False, "honoured"),
+        ("auto_find_batch_size", True, "not yet available"),
         ("liger_rope", True, "subsumed"),
         ("flash_attention", True, "subsumed"),
         ("save_safetensors", False, "not applicable"),
@@ -114,6 +116,14 @@ def test_only_what_changes_the_run_is_refused() -> None:
     assert [loc for loc, _ in refusals(checked.values)] == [("rl",)]
     with pytest.raises(RecipeError, match="rl: dpo is not yet available"):
         load_recipe({**BASE, **keys})
+
+
+def test_a_batch_size_that_is_not_found_says_what_to_do_instead() -> None:
+    assert load_recipe({**BASE, "auto_find_batch_size": False}).auto_find_batch_size is False
+    with pytest.raises(RecipeError, match="auto_find_batch_size: true is not yet") as refused:
+        load_recipe({**BASE, "auto_find_batch_size": True})
+    assert "memory: auto" in str(refused.value)
+    assert "gradient_accumulation_steps" in str(refused.value)
 
 
 def test_training_says_what_was_not_asked_for() -> None:

@@ -15,9 +15,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fusewright.errors import RecipeError
-from fusewright.train import checkpoint, train
+from fusewright.train import checkpoint, resume, train
 from fusewright.train.progress import Watch
 from fusewright.train.report import RunResult
+from fusewright.train.yamlfile import load_recipe
 
 QUIET = Console(quiet=True)
 
@@ -185,6 +186,41 @@ def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Pa
     with pytest.raises(RecipeError, match=r"it has no fusewright\.json"):
         train(recipe, console=QUIET, resume_from_checkpoint=start)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_found_by_its_name(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {**recipe, "resume_from_checkpoint": "checkpoint-2"}
+    out = tmp_path / "out"
+    with pytest.raises(RecipeError, match=f"there is no checkpoint-2 in {tmp_path} or {out}$"):
+        load_recipe(asked)
+    (out / "checkpoint-2").mkdir(parents=True)
+    assert resume.find(load_recipe(asked)) == out / "checkpoint-2"
+    (tmp_path / "checkpoint-2").mkdir()  # the current folder comes first
+    assert resume.find(load_recipe(asked)) == tmp_path / "checkpoint-2"
+    assert resume.find(load_recipe({**asked, "resume_from_checkpoint": "out"})) == (
+        out / "checkpoint-2"
+    )
+
+
+def test_a_stream_needs_as_many_workers(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Each worker reads a share of the rows, so that another number would repeat or skip some."""
+    streamed = {**recipe, "val_set_size": 0, "streaming": True}
+    for asked, refused in ((recipe, False), (streamed, True)):
+        folder = tmp_path / str(refused)
+        folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+            (folder / name).touch()
+        keys = load_recipe(asked).model_dump(mode="json")
+        resume.Saved(keys, "", 2, {}, 0.0, 2, {}).write(folder)
+        other = load_recipe({**asked, "dataloader_num_workers": 2})
+        if not refused:
+            assert resume.load(folder, other).step == 2
+            continue
+        with pytest.raises(RecipeError, match="dataloader_num_workers was 0 and is 2"):
+            resume.load(folder, other)
 
 
 def test_a_checkpoint_is_there_whole_or_not(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusewright.errors import DataError, RecipeError
-from fusewright.train import loop, train
+from fusewright.errors import DataError, OptimizeError, RecipeError
+from fusewright.train import export, loop, train
 from fusewright.train.data import Sample
 from fusewright.train.model import load_model
 from fusewright.train.recipe import Recipe
@@ -140,6 +140,7 @@ def test_full_training_in_bf16_by_epochs(recipe: dict[str, Any], tmp_path: Path)
     assert result.steps == 2 * batches
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype is torch.bfloat16
+    assert model.config.use_cache
     assert result.adapter_check is None
 
 
@@ -180,6 +181,82 @@ def test_targets_by_name(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the model has no layer qq_proj"):
         train(recipe, console=QUIET, overwrite=True, lora_target_modules=["q_proj", "qq_proj"])
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 4  # still there
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"memory": "0.01GB", "optimize": True}, OptimizeError, "too small for any plan"),
+        ({"optimizer": "galore_adamw"}, RecipeError, "galore"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, RecipeError, "lr_scheduler: cosine_with_min_lr"),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"fast": 1}},
+            RecipeError,
+            "lr_scheduler: cosine .*fast",
+        ),
+        (
+            {"lr_scheduler": "one_cycle", "lr_scheduler_kwargs": {"fast": 1}},
+            RecipeError,
+            "lr_scheduler: one_cycle .*fast",
+        ),
+    ],
+)
+def test_a_run_that_is_refused_late_costs_the_earlier_one_nothing(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
+) -> None:
+    recipe |= {"max_steps": 2, "save_steps": 2}
+    train(recipe, console=QUIET)
+    there = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(error, match=words):
+        train(recipe, console=QUIET, overwrite=True, **changes)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == there
+    assert any(p.parent.name == "checkpoint-2" for p in there)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"peft_init_lora_weights": "pissa"}, "pissa has changed the base weights"),
+        (
+            {"peft_layer_replication": [[0, 2], [1, 2]]},
+            "the base model in memory has replicated layers",
+        ),
+        ({"bf16": True, "peft_autocast_adapter_dtype": False}, None),
+    ],
+)
+def test_the_adapter_check_knows_what_it_can_check(
+    recipe: dict[str, Any], changes: dict[str, Any], left_out: str | None
+) -> None:
+    out = io.StringIO()
+    result = train(recipe, console=Console(file=out, width=200), max_steps=2, **changes)
+    assert (result.status, result.exit_code) == ("finished", 0)
+    if left_out is None:
+        assert result.adapter_check is not None
+        assert result.adapter_check["exact"]
+    else:
+        assert result.adapter_check is None
+        assert f"adapter check: left out, for {left_out}" in " ".join(out.getvalue().split())
+
+
+def test_a_signal_while_the_result_is_saved_ends_the_run(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = export.save_whole
+
+    def interrupted(*args: Any) -> None:
+        save(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("fusewright.train.export.save_whole", interrupted)
+    result = train(recipe, console=QUIET, max_steps=2)
+    assert (result.status, result.signal) == ("interrupted", signal.SIGINT)
+    assert result.exit_code == 128 + signal.SIGINT
+    assert result.val_loss_after is None
+    assert result.steps == 2
 
 
 def test_a_model_that_leaks_is_refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from ...errors import ModelError, RecipeError
+from ..asking import Message
 from ..export import pad_token
-from .prompts import Message
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,20 @@ class Writer:
         model: in evaluation mode, plain or with an adapter.
         tokenizer: its tokenizer. Without a chat template prompts are continued as they are.
         sampling: how tokens are chosen.
+        variables: what the chat template reads besides the messages.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.variables = dict(variables or {})
         self.chats = bool(getattr(tokenizer, "chat_template", None))
-        self.stops = _stops(model, tokenizer)
+        self.stops = self._stops()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that the model goes on from.
@@ -83,7 +91,7 @@ class Writer:
             ModelError: the chat template refuses the conversation, or it leaves no room to answer.
         """
         if self.chats:
-            ids = self.tokenizer(render(self.tokenizer, messages), add_special_tokens=False)
+            ids = self.tokenizer(self._render(messages), add_special_tokens=False)
         else:
             ids = self.tokenizer("\n".join(m["content"] for m in messages))
         found: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
@@ -182,6 +190,42 @@ class Writer:
         count = len(ids) if end is None else end + 1
         return Answer(text.strip(), count, "length" if end is None else "stop")
 
+    def _render(self, messages: Sequence[Message], prompt: bool = True) -> str:
+        """The text of a conversation, with the header of the next answer if ``prompt``.
+
+        Raises:
+            ModelError: the chat template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        options = {**self.variables, "tokenize": False, "add_generation_prompt": prompt}
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), **options)
+        except TemplateError as error:
+            raise ModelError(f"the chat template refuses this conversation: {error}") from None
+        return text
+
+    def _stops(self) -> list[int]:
+        """The tokens that end an answer: those of model and tokenizer, and the template's own."""
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        found = [*found, self.tokenizer.eos_token_id, self._end_of_turn()]
+        return list(dict.fromkeys(token for token in found if token is not None))
+
+    def _end_of_turn(self) -> int | None:
+        """The first special token that the chat template writes after an answer, or None."""
+        if not self.chats:
+            return None
+        probe = "zebra"
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]
+        try:
+            _, found, after = self._render(turns, prompt=False).rpartition(probe)
+        except ModelError:  # it says so again, with the conversation that it refuses
+            return None
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+        return next((token for token in ids if token in special), None)
+
 
 class _Asked(StoppingCriteria):
     """Ends the answer when somebody asks for it."""
@@ -191,46 +235,6 @@ class _Asked(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
-
-
-def render(tokenizer: Any, messages: Sequence[Message], prompt: bool = True) -> str:
-    """The text of a conversation, with the header of the next answer if ``prompt``.
-
-    Raises:
-        ModelError: the chat template refuses the conversation.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
-        )
-    except TemplateError as error:
-        raise ModelError(f"the chat template refuses this conversation: {error}") from None
-    return text
-
-
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: those of model and tokenizer, and the template's own."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    found = [*found, tokenizer.eos_token_id, _end_of_turn(tokenizer)]
-    return list(dict.fromkeys(token for token in found if token is not None))
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The first special token that the chat template writes after an answer, if there is one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    probe = "zebra"
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]
-    try:
-        _, found, after = render(tokenizer, turns, prompt=False).rpartition(probe)
-    except ModelError:  # it says so again, with the conversation that it refuses
-        return None
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    return next((token for token in ids if token in special), None)
 
 
 def _positions(model: Any) -> int | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TextIO
 
 from ...errors import ModelError
+from ..asking import Asking, Message, with_system
 from ..model import quiet
 from .answering import Sampling, Writer, printable
-from .prompts import Message, with_system
 from .runfolder import Run, load_run
 
 HELP = """\
@@ -165,11 +165,13 @@ def chat(run: Run, sampling: Sampling, system: str | None = None) -> None:
     Args:
         run: from ``open_run``.
         sampling: how tokens are chosen.
-        system: the system text, or None.
+        system: the system text; None: the one that the run was trained with, if any; empty: none.
 
     Raises:
         ModelError: the run cannot be loaded.
         RecipeError: the base of the run cannot be loaded.
     """
+    trained = Asking.of(run.recipe)
     with quiet():
-        Chat(Writer(*load_run(run), sampling), system).run()
+        writer = Writer(*load_run(run), sampling, trained.variables)
+        Chat(writer, trained.system if system is None else system).run()

@@ -85,7 +85,7 @@ def evaluate(
 
             optimize(model, codegen="eager")  # a compilation would take longer than it saves
         for name, recipe in recipes.items():
-            prepared = prepare(recipe, tokenizer, None if as_json else console)
+            prepared = prepare(recipe, tokenizer, None if as_json else console, day=_day(run))
             if name:  # a file is used as a whole
                 samples = cast("Samples", prepared.train)
                 prepared = replace(prepared, validation={name: samples})
@@ -101,6 +101,12 @@ def evaluate(
         _print(found, recorded, console)
         console.print(f"written to {path}", markup=False)
     return path
+
+
+def _day(run: Run) -> str | None:
+    """The date that templates wrote in training; None if that is not known."""
+    started = run.facts.get("started")
+    return started[:10] if isinstance(started, str) else None
 
 
 def _own(run: Run) -> Recipe:

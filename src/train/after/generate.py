@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
+from ..asking import Asking, Message
 from ..model import quiet
 from .answering import Answer, Sampling, Writer, printable
-from .prompts import Message
 from .runfolder import Run, load_run
 
 
@@ -40,7 +40,7 @@ def generate(
     """
     out = out or sys.stdout
     with quiet():
-        writer = Writer(*load_run(run), sampling)
+        writer = Writer(*load_run(run), sampling, Asking.of(run.recipe).variables)
         prompts = [writer.prompt(messages) for messages in conversations]
         if len(prompts) == 1 and not as_json:
             _stream(writer, prompts[0], out)

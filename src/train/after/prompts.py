@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...errors import DataError, RecipeError
-
-Message = dict[str, str]
-"""``role`` and ``content``."""
+from ..asking import Message, with_system
 
 _KEYS = ("role", "content")
 
@@ -50,13 +48,6 @@ def read_prompt(prompt: str | None, stdin: TextIO) -> str:
     if not prompt:
         raise RecipeError("there is no prompt: write one, or - to read it from standard input")
     return prompt
-
-
-def with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """``messages`` with a system text before them, unless they have one."""
-    if not system or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _user(text: str) -> Message:

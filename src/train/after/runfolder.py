@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ModelError, RecipeError
+from ..hidden import without_hidden
 from ..source import locate
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Run:
         adapter: whether it holds an adapter; otherwise it holds a whole model.
         base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
         tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
-        recipe: every key of the recipe, from ``run.json``; empty where there is none.
+        recipe: every key of the recipe, from ``run.json``, but secrets, which it does not have;
+            empty where there is none.
         facts: the rest of ``run.json``.
     """
 
@@ -66,7 +68,7 @@ def open_run(
         raise ModelError(f"{path} {what}; name the output_dir of a training run")
     folder = folder.resolve()
     facts = _json(_own_folders(folder)[-1] / "run.json")
-    recipe = facts.pop("recipe", None) or {}
+    recipe = without_hidden(facts.pop("recipe", None) or {})
     if trust_remote_code:
         recipe["trust_remote_code"] = True
     own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())

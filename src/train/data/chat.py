@@ -34,6 +34,7 @@ class ChatEncoder:
         source: the chat template; None for the tokenizer's own.
         rules: what is trained.
         variables: what the template may read besides the messages and the special tokens.
+        day: the date that the template writes where it asks for it; None: today's.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer cannot tell where its tokens came
@@ -44,6 +45,7 @@ class ChatEncoder:
     source: Any = None
     rules: Rules = field(default_factory=Rules)
     variables: Mapping[str, Any] = field(default_factory=dict)
+    day: str | None = None
 
     def __post_init__(self) -> None:
         source = self.source or getattr(self.tokenizer, "chat_template", None)
@@ -66,7 +68,7 @@ class ChatEncoder:
         added = self.tokenizer.added_tokens_decoder
         names = [str(token) for token in added.values() if token.special]
         self.templates = {
-            name: Template(text, {**self.tokenizer.special_tokens_map, **self.variables})
+            name: Template(text, {**self.tokenizer.special_tokens_map, **self.variables}, self.day)
             for name, text in texts.items()
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}

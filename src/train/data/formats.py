@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from typing import Any, Protocol
 
 from ...errors import DataError, RecipeError
@@ -13,6 +12,7 @@ from ..keys.dataset import TYPES
 from ..recipe import Dataset, PromptFormat, Recipe
 from .chat import ChatEncoder
 from .conversation import Conversation
+from .day import asks_for_day, today
 from .mask import Rules
 from .prompts import PROMPTS, named, spelled_out
 from .rows import fields_of, kind, need, need_text
@@ -130,13 +130,19 @@ class Encoder:
         recipe: what holds for all datasets.
         tokenizer: a fast tokenizer; it can be pickled together with this.
         longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
+        day: the date that a chat template writes where it asks for it; None: today's.
 
     Raises:
         RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
     """
 
     def __init__(
-        self, dataset: Dataset, recipe: Recipe, tokenizer: Any, longest: int | None = None
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        tokenizer: Any,
+        longest: int | None = None,
+        day: str | None = None,
     ) -> None:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
@@ -149,10 +155,11 @@ class Encoder:
         )
         self.format = _format(dataset, recipe, source)
         self.chats: ChatEncoder | None = None
+        day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
             self.chats = ChatEncoder(
                 tokenizer, source, _rules(dataset, recipe, everything),
-                recipe.chat_template_kwargs or {},
+                recipe.chat_template_kwargs or {}, day,
             )  # fmt: skip
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
@@ -166,9 +173,13 @@ class Encoder:
             "eot_tokens": recipe.eot_tokens,
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
-            "day": str(date.today()) if "strftime_now" in str(source) else None,
+            "day": day if self._asks_for_day() else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
+
+    def _asks_for_day(self) -> bool:
+        templates = self.chats.templates.values() if self.chats else ()
+        return any(asks_for_day(template.source) for template in templates)
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows.

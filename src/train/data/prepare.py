@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import DataError, RecipeError
 from ..recipe import Dataset, Recipe
 from . import sources
+from .day import today
 from .duplicates import Duplicates
 from .fingerprint import fingerprint_of
 from .formats import Encoder
@@ -60,6 +61,7 @@ def prepare(
     console: Console | None = None,
     keep: bool = False,
     limit: int | None = None,
+    day: str | None = None,
 ) -> Prepared:
     """Prepare the rows of a recipe, or take them from the cache.
 
@@ -69,6 +71,7 @@ def prepare(
         console: where to show progress, if it is a terminal; None: nowhere.
         keep: store the rows for later runs even if the recipe names no folder for that.
         limit: take only so many rows of each dataset; None: all.
+        day: the date that chat templates write where they ask for it; None: today's.
 
     Raises:
         RecipeError: a dataset cannot be read as the recipe says, or the tokenizer lacks something.
@@ -80,14 +83,17 @@ def prepare(
         key: [sources.find(d, f"{key}.{i}", limit) for i, d in enumerate(getattr(recipe, key))]
         for key in keys
     }
-    work = {key: [_work(s.dataset, recipe, tokenizer, key) for s in f] for key, f in found.items()}
+    day = day or today()
+    work = {
+        key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in found.items()
+    }
     ready = _load(recipe, tokenizer, found, work, console, keep) if any(found.values()) else None
     if not streams:
         assert ready is not None  # a recipe has datasets, or it streams
         return ready
     from .stream import stream
 
-    train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets"))
+    train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets", day))
     if ready is None:
         return Prepared(train)
     return replace(ready, train=train)
@@ -123,11 +129,11 @@ def _load(
     return _split(cache.folder, about, recipe, fingerprint, lease)
 
 
-def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str) -> Work:
+def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) -> Work:
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
-    encoder = Encoder(dataset, recipe, tokenizer, longest)
+    encoder = Encoder(dataset, recipe, tokenizer, longest, day)
     limits = Limits(
         longest, recipe.min_sample_len or 2, recipe.excess_length_strategy, encoder.watched
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,8 +131,16 @@ for _name in ("alpaca", "gpteacher", "oasst"):
         PROMPTS[f"{_name}:{_style}"] = replace(PROMPTS[_name], style=STYLES[_style])
 
 
+_PROMPT = ("instruction", "input")
+"""What may be filled into the prompt of a row."""
+
+
 def named(name: str, dataset: Dataset) -> Prompt:
-    """The prompt of a type; the dataset's own field names win."""
+    """The prompt of a type; the dataset's own field names and prompt win.
+
+    Raises:
+        RecipeError: ``input_format`` names something that a row does not have.
+    """
     prompt = PROMPTS[name]
     own = {
         "instruction": dataset.field_instruction or dataset.field_human,
@@ -142,8 +150,9 @@ def named(name: str, dataset: Dataset) -> Prompt:
     }
     fields = replace(prompt.fields, **{k: v for k, v in own.items() if v})
     style = prompt.style
-    if dataset.input_format:
-        style = replace(style, turn=dataset.input_format)
+    if form := dataset.input_format:
+        _require_fillable("input_format", form, _PROMPT)
+        style = replace(style, turn=form, bare=form)
     return replace(prompt, fields=fields, style=style)
 
 
@@ -156,19 +165,9 @@ def spelled_out(form: PromptFormat) -> Prompt:
     turn = form.format if form.format is not None else "{instruction} {input}"
     bare = form.no_input_format if form.no_input_format is not None else turn
     style = Style(form.system_format or "{system}", turn, bare)
-    for name, text, known in (
-        ("system_format", style.system, ("system",)),
-        ("format", turn, ("instruction", "input")),
-        ("no_input_format", bare, ("instruction", "input")),
-    ):
-        try:
-            text.format(**dict.fromkeys(known, ""))
-        except (KeyError, IndexError, ValueError) as error:
-            shown = " and ".join(f"{{{k}}}" for k in known)
-            raise RecipeError(
-                f"datasets: type.{name}: only {shown} can be filled in, not {error}; write other "
-                "braces twice"
-            ) from None
+    _require_fillable("type.system_format", style.system, ("system",))
+    _require_fillable("type.format", turn, _PROMPT)
+    _require_fillable("type.no_input_format", bare, _PROMPT)
     fields = Fields(
         form.field_instruction or "instruction",
         form.field_input or "input",
@@ -176,6 +175,22 @@ def spelled_out(form: PromptFormat) -> Prompt:
         form.field_system or "system",
     )
     return Prompt(fields, style, (form.system_prompt or "",) * 2)
+
+
+def _require_fillable(key: str, text: str, known: Sequence[str]) -> None:
+    """See that a format asks only for the fields that there are.
+
+    Raises:
+        RecipeError: it does not, or its braces do not match.
+    """
+    try:
+        _filled(text, dict.fromkeys(known, ""))
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        shown = " and ".join(f"{{{k}}}" for k in known)
+        raise RecipeError(
+            f"datasets: {key}: only {shown} can be filled in, and {text!r} has something else "
+            f"({error}); write other braces twice"
+        ) from None
 
 
 def _filled(form: str, values: Mapping[str, str]) -> str:

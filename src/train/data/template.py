@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, RecipeError
+from .day import with_day
 
 Messages = list[dict[str, Any]]
 """A conversation: ``role``, ``content`` and whatever else the template reads."""
@@ -46,10 +47,12 @@ class Template:
     Args:
         source: the Jinja text.
         variables: what it may read besides the messages, e.g. ``bos_token``.
+        day: the date that it writes where it asks for it; None: today's.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, Any], day: str | None = None) -> None:
         self.source = source
+        self.text = source if day is None else with_day(source, day)
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
@@ -103,13 +106,14 @@ class Template:
             texts, spans = render(
                 conversations=conversations,
                 tools=tools,
-                chat_template=self.source,
+                chat_template=self.text,
                 **options,
                 **self.variables,
             )
         except TemplateSyntaxError as error:
+            line = error.lineno - self.text.count("\n") + self.source.count("\n")
             raise RecipeError(
-                f"chat_template: line {error.lineno} of it is not valid Jinja: {error.message}"
+                f"chat_template: line {line} of it is not valid Jinja: {error.message}"
             ) from None
         except (TemplateError, *_REFUSALS) as error:
             said = str(error) or type(error).__name__

@@ -17,7 +17,7 @@ class LoftQ(Keys):
 class PeftKeys(Keys):
     """``peft``: what PEFT is told besides."""
 
-    loftq_config: LoftQ | None = not_yet("set peft_init_lora_weights: pissa, or leave it out")
+    loftq_config: LoftQ | None = not_yet("leave it out")
     """Begin the adapters at what quantization loses. Unset: no."""
 
     backend: Literal["bnb", "torchao"] | None = key(

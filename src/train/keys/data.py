@@ -19,8 +19,8 @@ class DataKeys(Keys):
     """The rows to validate on, each dataset by itself. Unset: see ``val_set_size``."""
 
     pretraining_dataset: list[PretrainingDataset] = key([], min_length=1)
-    """Texts that are read as a stream while training goes on, and never kept as a whole. Needs
-    ``max_steps``. Unset: none."""
+    """Texts that are read as a stream while training goes on, and never kept as a whole; in place
+    of ``datasets``. Needs ``max_steps``. Unset: none."""
 
     val_set_size: Float = key(0.0, ge=0)
     """Rows held out for validation: a share below 1, or a number of rows. 0: none."""

@@ -212,8 +212,10 @@ class Dataset(Keys):
     """The field with the answer. Unset: the type's own."""
 
     input_format: str | None = None
-    """The prompt of an instruction; ``{instruction}`` and ``{input}`` stand for the fields. Unset:
-    the type's own."""
+    """For ``alpaca`` and its variants: the prompt; ``{instruction}`` and ``{input}`` stand for the
+    fields, other braces are written twice. It holds for rows without input too, where ``{input}``
+    is empty; for another prompt there, spell ``type`` out, with ``format`` and ``no_input_format``.
+    Unset: the type's own two prompts."""
 
     input_transform: str | None = not_yet("change the rows with a builder")
     """A function that changes a row. Unset: none."""

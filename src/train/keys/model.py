@@ -101,11 +101,12 @@ class ModelKeys(Keys):
     ``chat_template``."""
 
     chat_template_kwargs: dict[str, Any] | None = None
-    """Variables for the template, e.g. ``{enable_thinking: false}``. Unset: none."""
+    """Variables for the template, e.g. ``{enable_thinking: false}``, in training and when the model
+    is asked. Unset: none."""
 
     default_system_message: str | None = None
-    """The system message of chats that have none, for templates that use one. Unset: the
-    template's own."""
+    """The system message of chats (and of questions to the trained model) that have none, for
+    templates that use one. Unset: the template's own."""
 
     tokenizer_use_mistral_common: bool | None = not_yet(
         "leave it out: the tokenizer of transformers is used"

@@ -26,8 +26,8 @@ class OutputKeys(Keys):
     """Replace the run that ``output_dir`` holds; otherwise that is an error."""
 
     resume_from_checkpoint: str | bool | None = None
-    """A folder ``checkpoint-N`` to go on from; true: the last one in ``output_dir``. Unset: begin
-    anew."""
+    """A folder ``checkpoint-N`` to go on from, in the current folder, beside the recipe or in
+    ``output_dir``; true: the last one in ``output_dir``. Unset: begin anew."""
 
     auto_resume_from_checkpoints: bool = False
     """Go on from the last checkpoint in ``output_dir``, if there is one."""

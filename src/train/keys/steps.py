@@ -64,8 +64,12 @@ class StepKeys(Keys):
     eval_batch_size: Int | None = key(gt=0)
     """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
 
-    auto_find_batch_size: bool = False
-    """Halve ``micro_batch_size`` and begin again when memory is short."""
+    auto_find_batch_size: bool = not_yet(
+        "memory: auto plans for the memory that there is; or set a smaller micro_batch_size with "
+        "more gradient_accumulation_steps, which is the same training",
+        False,
+    )
+    """Take a smaller ``micro_batch_size`` and begin again when memory is short."""
 
     num_epochs: Float = key(1.0, gt=0)
     """Passes over the data, unless ``max_steps`` says otherwise."""

@@ -84,6 +84,19 @@ def test_alpaca_with_an_input_and_other_names() -> None:
     assert answer == ("3" + END, True)
 
 
+def test_a_prompt_of_ones_own() -> None:
+    form = "Q: {instruction}\nC: {input}\n{{A}}: "
+    for given, row in (
+        ("1 2", INSTRUCTION),
+        ("", {**INSTRUCTION, "input": ""}),
+        ("", {"instruction": "Add.", "output": "3"}),
+    ):
+        (pieces,) = encoded("alpaca_instruct.load_no_prompt", row, input_format=form)
+        assert pieces == [(f"Q: Add.\nC: {given}\n{{A}}: ", False), ("3" + END, True)]
+    (pieces,) = encoded("alpaca", {**INSTRUCTION, "input": ""}, input_format=form)
+    assert pieces[0][0] == f"{HEAD}Q: Add.\nC: \n{{A}}: "
+
+
 def test_training_on_inputs() -> None:
     ((piece,),) = encoded("alpaca", INSTRUCTION, train_on_inputs=True)
     assert piece[1]
@@ -173,6 +186,16 @@ def test_every_type_that_a_recipe_may_name_is_one_here() -> None:
         Encoder(wrong, Recipe(base_model="x", datasets=[wrong]), tokenizer)
 
 
-def test_a_format_with_unknown_names() -> None:
-    with pytest.raises(RecipeError, match=r"type\.format: only \{instruction\} and \{input\} can"):
-        encoded(PromptFormat(format="{frage}"), INSTRUCTION)
+@pytest.mark.parametrize(
+    "form", ["{frage}", "{0}", "{", "a}", "{instruction.a}", "{instruction[a]}", "{input!z}"]
+)
+def test_a_format_with_unknown_names(form: str) -> None:
+    for key, type_, keys in (
+        ("type.format", PromptFormat(format=form), {}),
+        ("type.no_input_format", PromptFormat(no_input_format=form), {}),
+        ("input_format", "alpaca", {"input_format": form}),
+    ):
+        with pytest.raises(RecipeError) as raised:
+            encoded(type_, INSTRUCTION, **keys)
+        said = f"datasets: {key}: only {{instruction}} and {{input}} can be filled in, and {form!r}"
+        assert str(raised.value).startswith(said)

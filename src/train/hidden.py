@@ -1,0 +1,57 @@
+"""Secrets of a recipe, kept out of what a run leaves behind: its folder may be published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "(hidden)"
+"""What stands in place of a secret."""
+
+_SECRET = re.compile(
+    r"(?:api|access|private)[_-]?key|passw(?:or)?d|passphrase|secret|credential|authorization"
+    r"|token$",
+    re.IGNORECASE,
+)
+_OF_A_VOCABULARY = re.compile(
+    r"(?:bos|eos|pad|unk|sep|cls|mask|eot|eom|[be]o[iav]|image|audio|video)_token$", re.IGNORECASE
+)
+"""Names that end in ``token`` and mean a piece of text."""
+
+_ACCOUNT = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/\s@]+(@\S+)$", re.IGNORECASE)
+"""An address with a user and a password (or a token) in it."""
+
+
+def hide(value: Any, secret: bool = False) -> Any:
+    """A recipe, or a part of one, as plain data without its secrets.
+
+    Only text is hidden: ``hf_use_auth_token: true`` tells nothing.
+
+    Args:
+        value: keys and values, at any depth; not changed.
+        secret: what it is the value of is a secret.
+    """
+    if isinstance(value, Mapping):
+        return {key: hide(inner, secret or _is_secret(str(key))) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide(inner, secret) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if secret and value else _ACCOUNT.sub(rf"\1{HIDDEN}\2", value)
+
+
+def without_hidden(value: Any) -> Any:
+    """A recipe as a run has left it, without the keys that ``hide`` has emptied.
+
+    What reads them falls back on the environment then, such as the token of ``hf auth login``.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_hidden(inner) for key, inner in value.items() if inner != HIDDEN}
+    if isinstance(value, list):
+        return [without_hidden(inner) for inner in value if inner != HIDDEN]
+    return value
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_SECRET.search(name)) and not _OF_A_VOCABULARY.search(name)
