@@ -223,7 +223,7 @@ def test_a_run_that_is_refused_late_costs_the_earlier_one_nothing(
         ({"peft_init_lora_weights": "pissa"}, "pissa has changed the base weights"),
         (
             {"peft_layer_replication": [[0, 2], [1, 2]]},
-            "the base model in memory has replicated layers",
+            "the base model has replicated layers",
         ),
         ({"bf16": True, "peft_autocast_adapter_dtype": False}, None),
     ],
