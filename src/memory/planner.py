@@ -42,6 +42,7 @@ class Planner:
         offload: runs the blocks whose input the plan keeps there.
         first: the level of the block that the plan was made at.
         notes: what was decided, and why, for the report.
+        stepped: an optimizer step has been made; no plan is too large from then on.
     """
 
     budget: Budget
@@ -58,6 +59,7 @@ class Planner:
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None
     notes: list[str] = field(default_factory=list)
+    stepped: bool = False
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -66,7 +68,6 @@ class Planner:
     _first: weakref.ref[nn.Module] | None = None
     _stamp: tuple[float, ...] = ()
     _ended: bool = False
-    _stepped: bool = False
 
     def __post_init__(self) -> None:
         self.offload.note = self.note
@@ -120,9 +121,10 @@ class Planner:
         chosen = choose(usages, setting)
         needed = self.predicted = peak(chosen, usages, setting)
         if setting.budget is not None and needed > setting.budget:
-            if self.budget.bytes is not None:
+            if self.budget.bytes is not None and not self.stepped:
                 self.levels.clear()
                 raise OptimizeError(self._too_small(setting, needed))
+            # a run that has got somewhere: better over the budget than not at all
             self.note(
                 f"even the leanest plan may need {gigabytes(needed)}, more than the "
                 f"{gigabytes(setting.budget)} that there is"
@@ -179,7 +181,7 @@ class Planner:
             self._stamp = self._values()
             self.meter.start()
         elif not self._ended and self._first() is module and self._values() != self._stamp:
-            self._ended = True
+            self._ended = self.stepped = True
             self.measured = self.meter.peak()
             if self.measured is not None and self.predicted is not None:
                 self._replan(self.measured, self.predicted)
@@ -196,15 +198,9 @@ class Planner:
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
         self._setting = self._setting.scaled(factor)
-        self._stepped |= self._ended
+        self.stepped |= bool(self._stamp) and self._values() != self._stamp
         self._first, self._ended, self.measured = None, False, None
-        try:
-            self._decide(self._setting)
-        except OptimizeError as error:
-            if not self._stepped:
-                raise
-            # the run has got somewhere: better over the budget than not at all
-            self._keep_least(f"a larger batch than before: {error}")
+        self._decide(self._setting)
 
     def _replan(self, measured: int, predicted: int) -> None:
         off = measured - predicted
@@ -212,20 +208,12 @@ class Planner:
             return
         before = dict(self.levels)
         self._setting = replace(self._setting, training=self._setting.training + off)
-        try:
-            self._decide(self._setting)
-        except OptimizeError:  # the step has just run: better over the budget than not at all
-            self._keep_least()
+        self._decide(self._setting)
         again = "planned again" if dict(self.levels) != before else "the plan stays"
         self.note(
             f"the first step took {gigabytes(measured)} where {gigabytes(predicted)} were "
             f"predicted: {again}"
         )
-
-    def _keep_least(self, why: str = "") -> None:
-        self.levels.update({b: self.allowed[-1] for b in self.blocks})
-        if why:
-            self.note(why)
 
     def may_retry(self) -> bool:
         """Whether an out-of-memory error now makes the plan leaner: in the first step only."""

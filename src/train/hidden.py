@@ -19,7 +19,10 @@ _OF_A_VOCABULARY = re.compile(
 )
 """Names that end in ``token`` and mean a piece of text."""
 
-_ACCOUNT = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/\s@]+(@\S+)$", re.IGNORECASE)
+_OPEN = frozenset({"chat_template_kwargs", "special_tokens"})
+"""Keys with pieces of text under any name: ``user_token``, say."""
+
+_ACCOUNT = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/\s]+(@[^/@\s]*(?:/\S*)?)$", re.IGNORECASE)
 """An address with a user and a password (or a token) in it."""
 
 
@@ -33,7 +36,10 @@ def hide(value: Any, secret: bool = False) -> Any:
         secret: what it is the value of is a secret.
     """
     if isinstance(value, Mapping):
-        return {key: hide(inner, secret or _is_secret(str(key))) for key, inner in value.items()}
+        return {
+            key: inner if key in _OPEN else hide(inner, secret or _is_secret(str(key)))
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [hide(inner, secret) for inner in value]
     if not isinstance(value, str):

@@ -205,7 +205,7 @@ class Run:
         """Remove what an earlier run left, once there is a step to show for it.
 
         This cannot be undone, and until a step is whole much can be refused: a budget that is too
-        small for any plan, say.
+        small for any plan, say. A first step without numbers leaves its batch and a report.
         """
         if not self._cleared:
             self._cleared = True

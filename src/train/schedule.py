@@ -19,6 +19,8 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
     Raises:
         RecipeError: it cannot be made.
     """
+    if any(isinstance(v, list) for v in (recipe.lr_scheduler_kwargs or {}).values()):
+        return  # one for each group of parameters, which are not known yet
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
     warmup, total = args.get_warmup_steps(args.max_steps), args.max_steps
     try:

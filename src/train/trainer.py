@@ -159,6 +159,10 @@ class FineTuner(Trainer):
     def stepped(self) -> None:
         """Note what a checkpoint would need, if the next step is not finished."""
         self.first_step()
+        model: Any = self.model
+        planner = planner_of(model)
+        if planner is not None:
+            planner.stepped = True
         self._after_step = Randomness.now(), self._tr_loss.clone()
         self._midway = False
 

@@ -48,7 +48,7 @@ def test_a_secret_at_any_depth(name: str) -> None:
     "recipe",
     [
         {"special_tokens": {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}},
-        {"chat_template_kwargs": {"image_token": "<img>", "eot_token": "<|eot|>"}},
+        {"chat_template_kwargs": {"user_token": "<|user|>", "eot_token": "<|eot|>"}},
         {"tokenizer_config": "a/b", "tokenizer_type": "LlamaTokenizer", "tokens": ["<x>"]},
         {"eot_tokens": ["<|im_end|>"], "added_tokens_overrides": {"5": "<y>"}},
         {"sample_max_tokens": 64, "hf_use_auth_token": True, "total_num_tokens": None},
@@ -61,8 +61,10 @@ def test_what_is_no_secret_stays(recipe: dict[str, Any]) -> None:
     assert hide(recipe) == recipe
 
 
-def test_an_address_keeps_all_but_the_account() -> None:
-    assert hide({"uri": "https://me:pw@host:80/a"}) == {"uri": f"https://{HIDDEN}@host:80/a"}
+@pytest.mark.parametrize("account", ["me:pw", "me:p@ss", "@", "token"])
+@pytest.mark.parametrize("rest", ["host:80/a", "host", "host/a@b", "host/a?to=me@home"])
+def test_an_address_keeps_all_but_the_account(account: str, rest: str) -> None:
+    assert hide({"uri": f"https://{account}@{rest}"}) == {"uri": f"https://{HIDDEN}@{rest}"}
 
 
 def test_reading_back_leaves_out_what_was_hidden() -> None:

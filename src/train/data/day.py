@@ -1,7 +1,7 @@
 """The day that chat templates write, where they ask for it with ``strftime_now``.
 
-A run has one day, that on which it began: rows that are prepared after midnight, streamed for days
-or prepared again by a resumed run have the same date in them.
+The rows of a run have one day, that on which it began: those that are prepared after midnight,
+streamed for days or prepared again by a resumed run have the same date in them.
 """
 
 from __future__ import annotations
