@@ -82,7 +82,7 @@ def finished(folder: Path) -> bool:
     [
         (3, 60, 1, 2),
         pytest.param(20, 400, 1, 2, marks=pytest.mark.slow),
-        pytest.param(20, 400, 2, 1, marks=pytest.mark.slow),
+        pytest.param(8, 160, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_kills_at_random_moments(
