@@ -79,7 +79,13 @@ class _Scratch:
 
 
 class _Scores:
-    """Computes the probabilities of tiles, in the dtype of the inputs."""
+    """Computes the probabilities of tiles, in the dtype of the inputs.
+
+    Attributes:
+        exact: those of the last tile before they were rounded.
+    """
+
+    exact: Tensor
 
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
         self.wide = torch.promote_types(q.dtype, torch.float32)
@@ -100,6 +106,7 @@ class _Scores:
         _aten._softmax.out(scores, -1, False, out=scores)
         if tile.dead is not None:
             rows.masked_fill_(tile.dead, 0)
+        self.exact = scores
         return self.rounded(*scores.shape).copy_(scores) if self.rounds else scores
 
 
@@ -127,7 +134,7 @@ def _backward(
         queries = _fold(q, groups)
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
-    scratch = _Scratch(q.dtype)
+    scratch, wide = _Scratch(q.dtype), _Scratch(scores.wide)
     for tile in tiles(q, k, causal, mask, window):
         above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
         p, do = scores.probabilities(tile), grads[above]
@@ -136,7 +143,16 @@ def _backward(
         if not (need_q or need_k):
             continue
         ds = torch.bmm(do, values[below].transpose(1, 2), out=scratch(*p.shape))
-        _aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+        if scores.rounds:
+            # rounded probabilities do not add up to one: the row's sum would be off, and where
+            # one probability is nearly one, dS is a small difference from it
+            exact, grad_scores = scores.exact, wide(*p.shape).copy_(ds)
+            _aten._softmax_backward_data.out(
+                grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
+            )
+            ds.copy_(grad_scores)
+        else:
+            _aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         if need_q:
             torch.baddbmm(dq[above], ds, keys[below], beta=0, alpha=scale, out=dq[above])
         if need_k:
