@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention_tiles import Tile, tiles
+from .attention_tiles import Scratch, Tile, fold, tiles, unfold
 from .launch import LIBRARY
 from .op import Cost, Op
 
@@ -48,36 +48,6 @@ def attention_reference(
 # -- cpu -------------------------------------------------------------------------------------------
 
 
-def _fold(t: Tensor, groups: int) -> Tensor:
-    """(B, H, T, D) to (B * groups, T * heads, D): the heads of a position are adjacent rows."""
-    batch, heads, time, dim = t.shape
-    t = t.reshape(batch, groups, heads // groups, time, dim).transpose(2, 3)
-    return t.reshape(batch * groups, -1, dim)
-
-
-def _unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
-    """The inverse of ``_fold``: B, H, T and dtype of ``like``, in the memory order (B, T, H, D).
-
-    That is the order of projections, which come before and after.
-    """
-    batch, heads, time, _ = like.shape
-    t = t.view(batch, groups, time, heads // groups, -1).permute(0, 2, 1, 3, 4)
-    return torch.empty(t.shape, dtype=like.dtype).copy_(t).flatten(2, 3).transpose(1, 2)
-
-
-class _Scratch:
-    """Memory that all tiles of a call use in turn."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(0, dtype=dtype)
-
-    def __call__(self, *shape: int) -> Tensor:
-        size = shape[0] * shape[1] * shape[2]
-        if self._flat.numel() < size:
-            self._flat = self._flat.new_empty(size)
-        return self._flat[:size].view(shape)
-
-
 class _Scores:
     """Computes the probabilities of tiles, in the dtype of the inputs.
 
@@ -90,10 +60,10 @@ class _Scores:
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.rounds = self.wide is not q.dtype
-        self.q = _fold(q, k.shape[1]).to(self.wide) * scale
+        self.q = fold(q, k.shape[1]).to(self.wide) * scale
         self.k = k.flatten(0, 1).to(self.wide)
         self.heads = q.shape[1] // k.shape[1]
-        self.scores, self.rounded = _Scratch(self.wide), _Scratch(q.dtype)
+        self.scores, self.rounded = Scratch(self.wide), Scratch(q.dtype)
 
     def probabilities(self, tile: Tile) -> Tensor:
         """(pairs, rows, keys); valid until the next call."""
@@ -119,7 +89,7 @@ def _forward(
     for tile in tiles(q, k, causal, mask, window):
         p = scores.probabilities(tile)
         torch.bmm(p, values[tile.pairs, tile.keys], out=out[tile.pairs, tile.rows])
-    return _unfold(out, q, k.shape[1])
+    return unfold(out, q, k.shape[1])
 
 
 def _backward(
@@ -129,12 +99,12 @@ def _backward(
     """The needed ones of (dq, dk, dv). Sums over tiles (dk, dv) are in fp32 or wider."""
     need_q, need_k, need_v = needs
     groups, scores = k.shape[1], _Scores(q, k, scale)
-    grads, queries, keys, values = _fold(grad, groups), scores.q, k.flatten(0, 1), v.flatten(0, 1)
+    grads, queries, keys, values = fold(grad, groups), scores.q, k.flatten(0, 1), v.flatten(0, 1)
     if scores.rounds:
-        queries = _fold(q, groups)
+        queries = fold(q, groups)
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
-    scratch, wide = _Scratch(q.dtype), _Scratch(scores.wide)
+    scratch, wide = Scratch(q.dtype), Scratch(scores.wide)
     for tile in tiles(q, k, causal, mask, window):
         above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
         p, do = scores.probabilities(tile), grads[above]
@@ -160,7 +130,7 @@ def _backward(
     if scores.rounds:
         dk.mul_(scale)  # else the queries were scaled
     every = ((need_q, dq, q), (need_k, dk, k), (need_v, dv, v))
-    return [_unfold(d, like, groups) for needed, d, like in every if needed]
+    return [unfold(d, like, groups) for needed, d, like in every if needed]
 
 
 def _fake_like(like: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The tiles of attention: which positions meet which keys, and what is hidden inside a tile."""
+"""The tiles of attention: which positions meet which keys, and what is hidden inside a tile.
+
+The query heads of a group are rows of one matrix.
+"""
 
 from __future__ import annotations
 
@@ -99,3 +102,34 @@ def _masked(part: Tensor, groups: int) -> tuple[int, int, Tensor | None, Tensor 
         bias = bias.view(groups, -1, *bias.shape[1:]).transpose(1, 2)
     dead = None if alive else (bias == -torch.inf).all(-1, keepdim=True)
     return low, high, bias, dead if dead is not None and bool(dead.any()) else None
+
+
+def fold(t: Tensor, groups: int) -> Tensor:
+    """(B, H, T, D) to (B * groups, T * heads, D): the heads of a position are adjacent rows."""
+    batch, heads, time, dim = t.shape
+    t = t.reshape(batch, groups, heads // groups, time, dim).transpose(2, 3)
+    return t.reshape(batch * groups, -1, dim)
+
+
+def unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
+    """The inverse of ``fold``: B, H, T and dtype of ``like``, in the memory order (B, T, H, D).
+
+    That is the order of projections, which come before and after.
+    """
+    batch, heads, time, _ = like.shape
+    t = t.view(batch, groups, time, heads // groups, -1).permute(0, 2, 1, 3, 4)
+    return torch.empty(t.shape, dtype=like.dtype).copy_(t).flatten(2, 3).transpose(1, 2)
+
+
+class Scratch:
+    """Memory that all tiles of a call use in turn."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._flat = torch.empty(0, dtype=dtype)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A matrix of three dimensions, valid until the next call."""
+        size = shape[0] * shape[1] * shape[2]
+        if self._flat.numel() < size:
+            self._flat = self._flat.new_empty(size)
+        return self._flat[:size].view(shape)
