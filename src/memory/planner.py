@@ -171,7 +171,8 @@ class Planner:
             rows: how many tokens the batch has.
 
         Raises:
-            OptimizeError: there are more tokens than before, and no plan fits into the budget.
+            OptimizeError: there are more tokens than before, no plan fits into the budget, and no
+                step has been made.
         """
         if rows > self._rows and self.levels and self._setting is not None:
             self._grow(rows / max(self._rows, 1))

@@ -41,7 +41,7 @@ class FineTuner(Trainer):
         watch: shows the progress.
         unwritable: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
-        first_step: called when a step is whole; at the first one the run takes its folder.
+        first_step: called when the first step is whole; the run then takes its folder.
     """
 
     watch: Watch
@@ -158,13 +158,17 @@ class FineTuner(Trainer):
 
     def stepped(self) -> None:
         """Note what a checkpoint would need, if the next step is not finished."""
+        if self._after_step is None:
+            self._first_stepped()
+        self._after_step = Randomness.now(), self._tr_loss.clone()
+        self._midway = False
+
+    def _first_stepped(self) -> None:
         self.first_step()
         model: Any = self.model
         planner = planner_of(model)
         if planner is not None:
             planner.stepped = True
-        self._after_step = Randomness.now(), self._tr_loss.clone()
-        self._midway = False
 
     def stepping(self) -> None:
         """Note that a step begins, which may not be finished."""
