@@ -109,6 +109,7 @@ def test_kills_at_random_moments(
         files.append(tmp_path / f"{name}.yaml")
         asked["output_dir"] = str(tmp_path / name)
         files[-1].write_text(yaml.safe_dump(asked), encoding="utf-8")
+    asked_at = time.perf_counter()
     whole = Process(files[0])
     whole.begun.wait()
     started = time.perf_counter()
@@ -122,7 +123,7 @@ def test_kills_at_random_moments(
             process.begun.wait()
             time.sleep(moments.uniform(0, 2 * length / kills))
         else:  # also before it trains
-            time.sleep(moments.uniform(0, 10))
+            time.sleep(moments.uniform(0, started - asked_at))
         code = process.end(kill=True)
         if code == 0 or finished(folder):  # it was faster: nothing is left to kill
             break
