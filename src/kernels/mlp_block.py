@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import glu
+from .linears import Constants, Weight, cast_as_autocast, flat, linears, wanted
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 from .op import Cost, Op
-from .products import autocast
-from .projections import flat, wanted
 from .qkv_block import projection
 from .qkv_block import unsupported as linears_unsupported
 
@@ -37,7 +36,7 @@ LAYOUTS = ("two", "gate first", "up first")
 
 def reference(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -75,24 +74,24 @@ class _MLPBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        scales: tuple[float, ...],
+        constants: tuple[Any, ...],
         activation: str,
         layout: str,
         keep: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.options = x.shape, scales, activation, layout, keep
+        rows, constants = x.reshape(-1, x.shape[-1]), Constants(*constants)
+        ctx.options = x.shape, tuple(constants), activation, layout, keep
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         ctx.save_for_backward(*tensors)
         if keep == "input":
             if any(needed):
                 ctx.save_for_backward(rows, *tensors)
-            return tiled_forward(rows, list(tensors), list(scales), activation, layout)
-        mlp = Mlp.of(tensors, scales, activation, layout)
+            return tiled_forward(rows, list(tensors), constants, activation, layout)
+        mlp = Mlp.of(tensors, constants, activation, layout)
         y, outs, hs = forward(rows, mlp)
         if any(needed):
-            *ins, down = wanted(needed[1:])
+            *ins, down = wanted(needed[1:], len(hs))
             for_x = any(need.weight or need.lora_a for need in ins)
             for_hs = [need.lora_b for need in (*ins, down)]
             kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
@@ -102,25 +101,27 @@ class _MLPBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        shape, scales, activation, layout, keep = ctx.options
+        shape, constants, activation, layout, keep = ctx.options
         rows, *saved = ctx.saved_tensors
+        constants, count = Constants(*constants), len(constants[0])
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         if keep == "input":
             found = iter(tiled_backward(
-                grad, rows, saved, list(scales), activation, layout, list(needed)
+                grad, rows, saved, constants, activation, layout, list(needed)
             ))  # fmt: skip
             dx, *grads = (next(found) if need else None for need in needed)
         else:
-            count = len(scales)
             outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
-            mlp = Mlp.of(saved[2 * count - 1 :], scales, activation, layout)
-            dx, grads = backward(grad, rows, outs, hs, mlp, needed[0], wanted(needed[1:]))
+            mlp = Mlp.of(saved[2 * count - 1 :], constants, activation, layout)
+            needs = wanted(needed[1:], count)
+            dx, grads = backward(grad, rows, outs, hs, mlp, needed[0], needs)
+            grads += [None] * (len(needed) - 1 - len(grads))  # of quantized weights
         return dx if dx is None else dx.view(shape), None, None, None, None, *grads
 
 
 def mlp_block(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -133,12 +134,14 @@ def mlp_block(
     """``down(activation(gate(x)) * up(x))``; the lists have gate, up, down, or gate and up, down.
 
     Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
-    operand is cast as autocast casts a linear layer's. Backward may run more than once over a
+    operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
+    as in ``quant_lora_linear``). Backward may run more than once over a
     retained graph, but not be differentiated again.
 
     Args:
         x: (..., D).
-        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), in x's dtype; frozen or trainable.
+        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), in x's dtype, frozen or trainable; or
+            each a frozen ``Quantized``, or a tuple of its fields.
         biases: (out,) or None each.
         lora_as: (r, in), or None for a linear without an adapter.
         lora_bs: (out, r) in the dtype of A, or None.
@@ -160,13 +163,12 @@ def mlp_block(
     for given, choices in known:
         if given not in choices:
             raise ValueError(f"{given!r} is not one of {', '.join(choices)}")
-    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
-    options = (tuple(scales), activation, layout, keep)
-    device = x.device.type
-    cast = autocast(device, (x, *tensors))
+    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    options = (tuple(constants), activation, layout, keep)
+    cast = cast_as_autocast(x, tensors, constants)
     if cast is None:
         return _apply(options, x, *tensors)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return _apply(options, *cast)
 
 
@@ -180,7 +182,7 @@ def _apply(options: tuple[Any, ...], x: Any, *tensors: Tensor | None) -> Tensor:
 
 def cost(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -191,12 +193,13 @@ def cost(
     keep: str = "gate_up",
 ) -> Cost:
     """Bytes and FLOPs of one call, and what the choice of ``keep`` keeps."""
-    rows, wide = x.numel() // x.shape[-1], sum(w.shape[0] for w in weights[:-1])
-    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    *ins, down = linears(tensors, constants)
+    rows, wide = x.numel() // x.shape[-1], sum(layer.weight.shape[0] for layer in ins)
     given = [t for t in tensors if t is not None]
     trained = any(t.requires_grad for t in (x, *given))
     in_x = keep == "input" or any(
-        t is not None and t.requires_grad for t in (*weights[:-1], *lora_as[:-1])
+        isinstance(t, Tensor) and t.requires_grad for t in (*weights[:-1], *lora_as[:-1])
     )
     narrow = sum(
         a.shape[0] * a.element_size()
@@ -206,8 +209,8 @@ def cost(
     inner = (wide * x.element_size() + narrow) * (keep == "gate_up")
     return Cost(
         bytes_read=x.nbytes + sum(t.nbytes for t in given),
-        bytes_written=rows * weights[-1].shape[0] * x.element_size(),
-        flops=2 * rows * sum(t.numel() for t in given if t.ndim == 2),
+        bytes_written=rows * down.weight.shape[0] * x.element_size(),
+        flops=2 * rows * sum(layer.numel() for layer in (*ins, down)),
         bytes_saved=trained * rows * (in_x * x.shape[-1] * x.element_size() + inner),
     )
 
@@ -217,7 +220,7 @@ def cost(
 
 def unsupported(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -236,12 +239,15 @@ def unsupported(
         return [*reasons, f"{len(weights)} linears for the layout {layout!r}"]
     lists = (weights, biases, lora_as, lora_bs, scales, lora_biases)
     ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
-    h = x.new_empty(*x.shape[:-1], weights[-1].shape[1])
+    shapes = [tuple(w.shape if isinstance(w, Tensor) else w[2]) for w in weights]
+    h = x.new_empty(*x.shape[:-1], shapes[-1][1])
     reasons += linears_unsupported(x, *ins)  # type: ignore[arg-type]
     reasons += linears_unsupported(h, *down)  # type: ignore[arg-type]
+    if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
+        reasons.append("some of the weights are quantized, some are not")
     factor = 1 if layout == "two" else 2
-    if any(w.shape[0] != factor * h.shape[-1] for w in weights[:-1]):
-        reasons.append(f"gate and up do not fit down: {[tuple(w.shape) for w in weights]}")
+    if any(out != factor * h.shape[-1] for out, _ in shapes[:-1]):
+        reasons.append(f"gate and up do not fit down: {shapes}")
     return reasons
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import glu, projections
 from .launch import LIBRARY
-from .projections import Grads, Linear, linears, narrow, wanted, widen
+from .linears import Constants, Grads, Linear, linears, wanted
+from .projections import narrow, widen
 
 TILE_BYTES = 6 << 20
 """How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
@@ -36,11 +37,9 @@ class Mlp(NamedTuple):
     layout: str
 
     @classmethod
-    def of(
-        cls, tensors: Sequence[Any], scales: Sequence[float], activation: str, layout: str
-    ) -> Mlp:
+    def of(cls, tensors: Sequence[Any], constants: Constants, activation: str, layout: str) -> Mlp:
         """From ``projections.flat``'s list."""
-        *ins, down = linears(tensors, scales)
+        *ins, down = linears(tensors, constants)
         return cls(ins, down, activation, layout)
 
     def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -124,9 +123,10 @@ def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
 
 
 def _tiled_forward(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
-) -> Tensor:
-    mlp = Mlp.of(tensors, scales, activation, layout)
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str,
+) -> Tensor:  # fmt: skip
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
     out = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
     for tile in _tiles(x, mlp):
         out[tile] = forward(x[tile], mlp)[0]
@@ -134,17 +134,17 @@ def _tiled_forward(
 
 
 def _tiled_backward(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
-    layout: str, needed: list[bool],
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    mlp = Mlp.of(tensors, scales, activation, layout)
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
     dx = x.new_empty(x.shape) if needed[0] else None
     totals: list[Tensor | None] = [None] * len(tensors)
     for tile in _tiles(x, mlp):
         rows, hs = x[tile], narrow(x[tile], mlp.ins)
         outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
         d_rows, found = backward(
-            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:])
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales))
         )
         if dx is not None and d_rows is not None:
             dx[tile] = d_rows
@@ -175,21 +175,22 @@ def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 def _forward_fake(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
-) -> Tensor:
-    down: Any = tensors[-4]
-    return x.new_empty(x.shape[0], down.shape[0])
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str,
+) -> Tensor:  # fmt: skip
+    *_, down = linears(tensors, _constants(scales, sizes, kinds))
+    return x.new_empty(x.shape[0], down.weight.shape[0])
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
-    layout: str, needed: list[bool],
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     given = zip((x, *tensors), needed, strict=True)
     return [t.new_empty(t.shape) for t, need in given if need and t is not None]
 
 
-_SHARED = "Tensor?[] tensors, float[] scales, str activation, str layout"
+_SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
 for _name, _schema, _implementation, _fake in (
     ("mlp_block_forward", f"(Tensor x, {_SHARED}) -> Tensor", _tiled_forward, _forward_fake),
     (
@@ -205,20 +206,24 @@ for _name, _schema, _implementation, _fake in (
     torch.library.register_fake(f"fusewright::{_name}", _fake, lib=LIBRARY)
 
 
+def _constants(scales: list[float], sizes: list[int], kinds: list[str]) -> Constants:
+    return Constants(tuple(scales), tuple(sizes), tuple(kinds))
+
+
 def tiled_forward(
-    x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str, layout: str
+    x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str, layout: str
 ) -> Tensor:
     """The output (N, D) from x (N, D), a tile of tokens after the other."""
     op = torch.ops.fusewright.mlp_block_forward.default
-    result: Tensor = op(x, tensors, scales, activation, layout)
+    result: Tensor = op(x, tensors, *map(list, constants), activation, layout)
     return result
 
 
 def tiled_backward(
-    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], activation: str,
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
     layout: str, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients of x and ``tensors``, everything else computed again tile by tile."""
     op = torch.ops.fusewright.mlp_block_backward.default
-    result: list[Tensor] = op(grad, x, tensors, scales, activation, layout, needed)
+    result: list[Tensor] = op(grad, x, tensors, *map(list, constants), activation, layout, needed)
     return result

@@ -14,64 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import use_triton
+from .linears import Grads, Linear
 from .products import adapted_product, gradient_of_a, gradient_of_b, rank_update, sum_of_products
-
-
-class Linear(NamedTuple):
-    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``.
-
-    Attributes:
-        weight: (out, in).
-        bias: (out,) or None, of any floating dtype.
-        lora_a: (r, in), or None where there is no adapter.
-        lora_b: (out, r), in the dtype of ``lora_a``, or None.
-        scale: of the adapter.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scale: float
-
-
-class Grads(NamedTuple):
-    """A value for each tensor of a ``Linear``: its gradient or None, or whether that is wanted."""
-
-    weight: Any
-    bias: Any
-    lora_a: Any
-    lora_b: Any
-
-
-def flat(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The tensors of several linears in a row, four each; the adapters' biases join the bases'."""
-    found: list[Tensor | None] = []
-    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    for weight, bias, lora_a, lora_b, scale, lora_bias in each:
-        if lora_bias is not None:
-            bias = lora_bias * scale if bias is None else bias + lora_bias * scale
-        found += [weight, bias, lora_a, lora_b]
-    return found
-
-
-def linears(tensors: Sequence[Any], scales: Sequence[float]) -> list[Linear]:
-    """The linears of ``flat``'s list."""
-    fours = (tensors[i : i + 4] for i in range(0, len(tensors), 4))
-    return [Linear(w, b, a, bb, s) for (w, b, a, bb), s in zip(fours, scales, strict=True)]
-
-
-def wanted(needed: Sequence[bool]) -> list[Grads]:
-    """The same for ``needs_input_grad``'s part."""
-    return [Grads(*needed[i : i + 4]) for i in range(0, len(needed), 4)]
-
+from .quant_linear import product, sum_of_quantized
+from .quantized import Quantized
 
 # -- several linears on one input ------------------------------------------------------------------
 
@@ -114,7 +60,10 @@ def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
 
 def widen(x: Tensor, layer: Linear, h: Tensor | None) -> Tensor:
     """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
-    bias = None if layer.bias is None else layer.bias.to(layer.weight.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if isinstance(layer.weight, Quantized):
+        right = None if h is None or layer.lora_b is None else layer.lora_b.t()
+        return product(x, layer.weight, bias=bias, left=h, right=right)
     if h is None or layer.lora_b is None:
         return F.linear(x, layer.weight, bias)
     return adapted_product(x, layer.weight.t(), bias, h, layer.lora_b.t())
@@ -187,7 +136,7 @@ def backward(
 
 def gradient_of_input(layers: Sequence[Linear], back: Returned) -> Tensor | None:
     """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer, all adapters as one product."""
-    pairs = [
+    pairs: list[tuple[Tensor, Any]] = [
         (dy, layer.weight) for dy, layer in zip(back.dys, layers, strict=True) if dy is not None
     ]
     if not pairs:
@@ -196,6 +145,8 @@ def gradient_of_input(layers: Sequence[Linear], back: Returned) -> Tensor | None
         (_joined([back.ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
         for group in _by_dtype(back.ts)
     ]
+    if isinstance(pairs[0][1], Quantized):
+        return sum_of_quantized(pairs, updates)
     fast = use_triton(*(t for pair in (*pairs, *updates) for t in pair))
     total = [*pairs, *(() if fast else updates)]
     lefts, rights = (list(side) for side in zip(*total, strict=True))

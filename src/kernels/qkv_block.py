@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import lora_linear
+from . import lora_linear, quant_linear, quant_lora_linear
+from .linears import Constants, Weight, cast_as_autocast, flat, linears, wanted
 from .op import Cost, Op
-from .products import autocast
-from .projections import backward, flat, linears, narrow, wanted, widen
+from .projections import backward, narrow, widen
 
 KEEPS = ("all", "input")
 """What may be kept for backward: the input and the rank-wide products, or the input alone."""
@@ -28,7 +28,7 @@ KEEPS = ("all", "input")
 
 def reference(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -43,7 +43,7 @@ def reference(
 
 def projection(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -51,9 +51,12 @@ def projection(
     lora_bias: Tensor | None,
 ) -> Tensor:
     """One linear, with its adapter if there is one."""
-    if lora_a is None or lora_b is None:
-        return F.linear(x, weight, bias)
-    return lora_linear.reference(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
+    adapter = (lora_a, lora_b, scale, None, lora_bias)
+    packed, adapted = not isinstance(weight, Tensor), lora_a is not None
+    base = quant_linear.reference if packed else F.linear
+    both = quant_lora_linear.reference if packed else lora_linear.reference
+    result: Tensor = both(x, weight, bias, *adapter) if adapted else base(x, weight, bias)  # type: ignore[arg-type]
+    return result
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -72,12 +75,12 @@ class _QKVBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], keep: str, *tensors: Tensor | None
+        ctx: Any, x: Tensor, constants: tuple[Any, ...], keep: str, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        layers = linears(tensors, scales)
+        layers = linears(tensors, Constants(*constants))
         hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:])
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:], len(layers))
         by_h = [need.lora_b for need in needs]
         by_x = [need.weight or need.lora_a for need in needs]
         recompute = keep == "input" and any(by_h)
@@ -86,7 +89,7 @@ class _QKVBlock(torch.autograd.Function):
             *(h if w and not recompute else None for h, w in zip(hs, by_h, strict=True)),
             *tensors,
         )
-        ctx.options = x.shape, scales, recompute
+        ctx.options = x.shape, constants, recompute
         ctx.set_materialize_grads(False)
         outs = tuple(widen(rows, layer, h) for layer, h in zip(layers, hs, strict=True))
         if not need_x:
@@ -97,19 +100,22 @@ class _QKVBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        shape, scales, recompute = ctx.options
+        shape, constants, recompute = ctx.options
         rows, *saved = ctx.saved_tensors
-        hs, layers = saved[: len(scales)], linears(saved[len(scales) :], scales)
+        count = len(constants[0])
+        hs, layers = saved[:count], linears(saved[count:], Constants(*constants))
         if recompute:
             hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:])
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:], count)
         dx, found = backward(rows, layers, hs, grads, need_x, needs)
-        return dx if dx is None else dx.view(shape), None, None, *(g for d in found for g in d)
+        rest = [None] * (len(saved) - 5 * count)  # the other halves of quantized weights
+        dx = dx if dx is None else dx.view(shape)
+        return dx, None, None, *(g for d in found for g in d), *rest
 
 
 def qkv_block(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -120,12 +126,14 @@ def qkv_block(
     """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
 
     Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
-    operand is cast as autocast casts a linear layer's. Backward may run more than once over a
+    operand is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone,
+    as in ``quant_lora_linear``). Backward may run more than once over a
     retained graph, but not be differentiated again.
 
     Args:
         x: (..., in).
-        weights: (out_i, in) each, in x's dtype; frozen or trainable.
+        weights: (out_i, in) each, in x's dtype, frozen or trainable; or each a frozen
+            ``Quantized``, or a tuple of its fields.
         biases: (out_i,) or None each.
         lora_as: (r_i, in), or None for a linear without an adapter.
         lora_bs: (out_i, r_i) in the dtype of A, or None.
@@ -142,19 +150,16 @@ def qkv_block(
     """
     if keep not in KEEPS:
         raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
-    tensors = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
-    device = x.device.type
-    cast = autocast(device, (x, *tensors))
+    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    cast = cast_as_autocast(x, tensors, constants)
     if cast is None:
-        return _apply(keep, scales, x, *tensors)
-    with torch.autocast(device, enabled=False):
-        return _apply(keep, scales, *cast)
+        return _apply(keep, constants, x, *tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        return _apply(keep, constants, *cast)
 
 
-def _apply(
-    keep: str, scales: Sequence[float], x: Any, *tensors: Tensor | None
-) -> tuple[Tensor, ...]:
-    outs = _QKVBlock.apply(x, tuple(scales), keep, *tensors)  # type: ignore[no-untyped-call]
+def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    outs = _QKVBlock.apply(x, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
@@ -163,7 +168,7 @@ def _apply(
 
 def cost(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -173,10 +178,10 @@ def cost(
 ) -> Cost:
     """Bytes and FLOPs of one call; x is counted as kept once."""
     rows = x.numel() // x.shape[-1]
-    tensors = [
-        t for t in flat(weights, biases, lora_as, lora_bs, scales, lora_biases) if t is not None
-    ]
-    for_x = any(t is not None and t.requires_grad for t in (*weights, *lora_as))
+    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    layers = linears(tensors, constants)
+    trained = [t for t in (*weights, *lora_as) if isinstance(t, Tensor)]
+    for_x = any(t.requires_grad for t in trained)
     for_h = [
         a for a, b in zip(lora_as, lora_bs, strict=True)
         if a is not None and b is not None and b.requires_grad
@@ -184,9 +189,9 @@ def cost(
     recompute = keep == "input" and bool(for_h)
     narrow_bytes = 0 if recompute else sum(rows * a.shape[0] * a.element_size() for a in for_h)
     return Cost(
-        bytes_read=x.nbytes + sum(t.nbytes for t in tensors),
-        bytes_written=rows * sum(w.shape[0] for w in weights) * x.element_size(),
-        flops=2 * rows * sum(t.numel() for t in tensors if t.ndim == 2),
+        bytes_read=x.nbytes + sum(t.nbytes for t in tensors if t is not None),
+        bytes_written=rows * sum(layer.weight.shape[0] for layer in layers) * x.element_size(),
+        flops=2 * rows * sum(layer.numel() for layer in layers),
         bytes_saved=x.nbytes * (for_x or recompute) + narrow_bytes,
     )
 
@@ -196,7 +201,7 @@ def cost(
 
 def unsupported(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     lora_as: Sequence[Tensor | None],
     lora_bs: Sequence[Tensor | None],
@@ -206,6 +211,8 @@ def unsupported(
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``qkv_block``."""
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
+    if len({isinstance(w, Tensor) for w in weights}) > 1:
+        reasons.append("some of the weights are quantized, some are not")
     each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
     for i, arguments in enumerate(each):
         reasons += [f"linear {i}: {reason}" for reason in _unsupported(x, *arguments)]
@@ -214,7 +221,7 @@ def unsupported(
 
 def _unsupported(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -223,9 +230,13 @@ def _unsupported(
 ) -> list[str]:
     if (lora_a is None) != (lora_b is None) or (lora_a is None and lora_bias is not None):
         return ["a part of the adapter is missing"]
+    plain = isinstance(weight, Tensor)
+    out = weight.shape[0] if isinstance(weight, Tensor) else weight[2][0]
     if lora_a is None or lora_b is None:  # judged as one with an adapter of rank 0
-        lora_a, lora_b = x.new_empty(0, x.shape[-1]), x.new_empty(weight.shape[0], 0)
-    return lora_linear.unsupported(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
+        lora_a, lora_b = x.new_empty(0, x.shape[-1]), x.new_empty(out, 0)
+    judge: Any = lora_linear.unsupported if plain else quant_lora_linear.unsupported
+    found: list[str] = judge(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
+    return found
 
 
 OP = Op("qkv_block", reference, qkv_block, cost, unsupported)

@@ -7,7 +7,8 @@ The same op adds the low-rank product of an adapter (``quant_lora_linear.py``).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,6 +102,61 @@ def product(
         x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, transposed, bias, left, right,
         dtype or x.dtype,
     )  # fmt: skip
+    return result
+
+
+def _sum(
+    xs: list[Tensor], weights: list[Tensor | None], sizes: list[int], kinds: list[str],
+    lefts: list[Tensor], rights: list[Tensor],
+) -> Tensor:  # fmt: skip
+    total: Any = None
+    for i, (x, kind) in enumerate(zip(xs, kinds, strict=True)):
+        out, into, blocksize = sizes[3 * i : 3 * i + 3]
+        own = weights[5 * i : 5 * i + 5]
+        matrix = dequantize(join(((out, into), blocksize, kind), tuple(own)), x.dtype)
+        total = torch.mm(x, matrix) if total is None else total.addmm_(x, matrix)
+        del matrix  # before the next one is made
+    for left, right in zip(lefts, rights, strict=True):
+        if use_triton(total, left, right):
+            total = rank_update(total, left, right)
+        else:
+            total.addmm_(left.to(total.dtype), right.to(total.dtype).contiguous())
+    return cast(Tensor, total)
+
+
+def _sum_fake(
+    xs: list[Tensor], weights: list[Tensor | None], sizes: list[int], kinds: list[str],
+    lefts: list[Tensor], rights: list[Tensor],
+) -> Tensor:  # fmt: skip
+    return xs[0].new_empty(xs[0].shape[0], sizes[1])
+
+
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "quant_sum_of_products(Tensor[] xs, Tensor?[] weights, int[] sizes, str[] kinds,"
+    " Tensor[] lefts, Tensor[] rights) -> Tensor"
+)
+LIBRARY.impl("quant_sum_of_products", _sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusewright::quant_sum_of_products", _sum_fake, lib=LIBRARY)
+
+
+def sum_of_quantized(
+    pairs: Sequence[tuple[Tensor, Quantized]], updates: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """``Σ xᵢ·Wᵢ + Σ leftⱼ·rightⱼ`` (N, in) in x's dtype, each added to those before; no autograd.
+
+    Args:
+        pairs: xᵢ (N, outᵢ) and the weight (outᵢ, in); one at least.
+        updates: (N, r) and (r, in) each.
+    """
+    halves = [split(w) for _, w in pairs]
+    result: Tensor = torch.ops.fusewright.quant_sum_of_products.default(
+        [x for x, _ in pairs],
+        [t for _, tensors in halves for t in tensors],
+        [n for (shape, blocksize, _), _ in halves for n in (*shape, blocksize)],
+        [kind for (_, _, kind), _ in halves],
+        [left for left, _ in updates],
+        [right for _, right in updates],
+    )
     return result
 
 

@@ -28,12 +28,26 @@ def _quantized(x: Tensor, *rest: Any) -> int:
     return 2 * (x.numel() // x.shape[-1]) * int(out) * int(into)
 
 
-def _mlp(x: Tensor, tensors: list[Tensor | None], *_: Any) -> int:
-    return 2 * x.shape[0] * sum(t.numel() for t in tensors if t is not None and t.dim() == 2)
+def _sum_of_quantized(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
+    updates = sum(int(right.numel()) for right in rest[-1])
+    return 2 * xs[0].shape[0] * (_elements(sizes) + updates)
 
 
-def _mlp_backward(grad: Tensor, x: Tensor, tensors: list[Tensor | None], *_: Any) -> int:
-    return 2 * _mlp(x, tensors)  # gate and up again, and what flows back through all three
+def _elements(sizes: list[int]) -> int:
+    """Those of quantized matrices: (out, in, blocksize) each."""
+    return sum(out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True))
+
+
+def _mlp(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
+) -> int:
+    own = tensors[: 4 * len(scales)]
+    plain = [t for i, t in enumerate(own) if t is not None and not (sizes and i % 4 == 0)]
+    return 2 * x.shape[0] * (_elements(sizes) + sum(t.numel() for t in plain if t.dim() == 2))
+
+
+def _mlp_backward(grad: Tensor, *rest: Any) -> int:
+    return 2 * _mlp(*rest)  # gate and up again, and what flows back through all three
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
@@ -48,6 +62,7 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) 
 _OURS: dict[str, Callable[..., int]] = {
     "fusewright::lora_sum_of_products": _sum_of_products,
     "fusewright::quant_product": _quantized,
+    "fusewright::quant_sum_of_products": _sum_of_quantized,
     "fusewright::mlp_block_forward": _mlp,
     "fusewright::mlp_block_backward": _mlp_backward,
     "fusewright::attention_forward": _attention,

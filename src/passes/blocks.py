@@ -1,6 +1,7 @@
 """Blocks of linears: the gated MLP as one unit, and the linears that read one input.
 
-They see the ops of the rules before them (``glu``, ``lora_linear``) and PyTorch's linears.
+They see the ops of the rules before them (``glu``, ``lora_linear``, ``quant_lora_linear``) and
+PyTorch's linears.
 """
 
 from __future__ import annotations
@@ -8,20 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..graph import facts
 from ..match.matcher import Trace
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
+from .quant import sample_weight
 
-_PARTS = ("weight", "bias", "a", "b", "scale", "lora_bias", "x_lora")
+_PARTS = ("weight", "bias", "a", "b", "scale", "lora_bias", "x_lora", "wider")
 """What is captured of a linear; an adapter's parts are missing where it has none."""
 
-_DROPPED = "an adapter's input goes through dropout: each adapter has its own"
+_OWN_INPUT = (
+    "an adapter has an input of its own: after dropout, or before a cast to the base's dtype"
+)
+_MIXED = "some of the linears are quantized, some are not"
 
 
-class MLPBlock(Rule):
+class _OfLinears(Rule):
+    """What both have in common: weights that may be quantized."""
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Bytes and scales of a packed weight."""
+        everything = [m.captures, *m.users]
+        weights = [v for c in everything for v in c.values() if isinstance(v, tuple)]
+        made = (sample_weight(w, node, generator, shape) for w in weights)
+        return next((t for t in made if t is not None), None)
+
+
+class MLPBlock(_OfLinears):
     """``down(act(gate(x)) * up(x))``, each linear with an adapter or without."""
 
     name = op = "mlp_block"
@@ -38,7 +57,7 @@ class MLPBlock(Rule):
     def check(self, m: Match) -> None:
         """One dtype, matrices, no dropout before an adapter, a gradient that is wanted."""
         linears = [_captured(m, role) for role in _roles(m)]
-        m.leave(any(v["x_lora"] is not None for v in linears), _DROPPED)
+        m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
         strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
         m.leave(bool(strangers), "a value inside the MLP is also used outside it")
         _check(m, m.x, linears)
@@ -50,7 +69,7 @@ class MLPBlock(Rule):
         return ops.mlp_block(m.x, *lists, m.activation, layout, keep="gate_up")
 
 
-class QKVBlock(Rule):
+class QKVBlock(_OfLinears):
     """Several linears on one input, at least one of them with an adapter."""
 
     name = op = "qkv_block"
@@ -65,7 +84,7 @@ class QKVBlock(Rule):
             if not isinstance(m.x, fx.Node):
                 continue
             found = [own for user in m.x.users for own in super(QKVBlock, self).find(user, Trace())]
-            group = [own for own in found if own.x is m.x]
+            group = [o for o in found if o.x is m.x and _is_packed(o) == _is_packed(m)]
             order = {n: i for i, n in enumerate(node.graph.nodes)}
             group.sort(key=lambda own: order[own.root])
             if len(group) < 2 or group[-1].root is not node:
@@ -87,10 +106,19 @@ class QKVBlock(Rule):
 
 def _linear(p: Builder, x: Any, role: str) -> Pattern:
     """A linear on x, with an adapter or without, whose parts are captured under its role."""
-    weight, bias, a, b, scale, lora_bias, x_lora = (p.var(f"{role}_{part}") for part in _PARTS)
-    return p.either(
-        p.linear(x, weight, bias), p.lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias)
+    weight, bias, a, b, scale, lora_bias, x_lora, wider = (
+        p.var(f"{role}_{part}") for part in _PARTS
     )
+    return p.either(
+        p.linear(x, weight, bias),
+        p.lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias),
+        p.quant_linear(x, weight, bias),
+        p.quant_lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias, wider),
+    )
+
+
+def _is_packed(m: Match) -> bool:
+    return isinstance(m.one_weight, tuple)
 
 
 def _roles(m: Match) -> tuple[str, ...]:
@@ -112,9 +140,12 @@ def _lists(linears: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
 
 def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
     """What both ops ask of their linears."""
-    m.leave(any(v["x_lora"] is not None for v in linears), _DROPPED)
+    m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
+    m.leave(any(v["wider"] is not None for v in linears), "an adapter widens the result")
+    packed = [isinstance(v["weight"], tuple) for v in linears]
+    m.leave(any(packed) and not all(packed), _MIXED)
     kind = facts.dtype(x)
-    for v in linears:
+    for v in () if all(packed) else linears:
         m.require(facts.ndim(v["weight"]) == 2, "a linear's weight is not a matrix", m.root)
         m.require(facts.dtype(v["weight"]) == kind, "a linear has another dtype", m.root)
     needs = [facts.tensor(n) for v in (*linears, {"x": x}) for n in v.values()]

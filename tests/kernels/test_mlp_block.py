@@ -275,7 +275,7 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
         t.requires_grad_(False)
     tensors = [t for four in zip(*lists[:4], strict=True) for t in four]
     x, grad = torch.randn(rows, 8), torch.randn(rows, 8)
-    options = (tensors, [1.0] * 3, "silu", "two")
+    options = (tensors, [1.0] * 3, [], [], "silu", "two")
     with torch.no_grad(), _Largest() as seen:
         mlp_block_tiles._tiled_forward(x, *options)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
@@ -353,7 +353,7 @@ def test_the_tiled_ops_keep_the_rules_of_the_library(layout, amx, monkeypatch):
     ]
     x, scales = torch.randn(7, 6), [1.0] * len(lists[0])
     ops = torch.ops.fusewright
-    arguments = (x, tensors, scales, "silu", layout)
+    arguments = (x, tensors, scales, [], [], "silu", layout)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.mlp_block_forward.default, arguments, test_utils=utils)
     needed = [True, *(t is not None for t in tensors)]

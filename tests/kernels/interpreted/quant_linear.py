@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from fusewright.budget import exceeded
-from fusewright.kernels import quant_linear, quant_lora_linear
+from fusewright.kernels import mlp_block, qkv_block, quant_linear, quant_lora_linear
 from fusewright.kernels.quantized import dequantize, dequantize_reference
 from fusewright.kernels.triton.quant_linear import few
 from tests.kernels.quantized_weights import random_weight
@@ -80,9 +80,40 @@ def check_ops() -> int:
     return checks
 
 
+def check_blocks() -> int:
+    """Two linears on one input, and a gated MLP, in both ways of keeping."""
+    checks = 0
+    for (dtype, adapter), (way, keep) in itertools.product(
+        ((F32, F32), (F16, F16)), (("all", "gate_up"), ("input", "input"))
+    ):
+        *ins, down = (random_weight((64, 64), "nf4", 64, True) for _ in range(3))
+        x = torch.randn(40, 64).to(dtype).requires_grad_()
+        t = [torch.randn(4, 64) / 8 for _ in range(3)] + [torch.randn(64, 4) for _ in range(3)]
+        t = [one.to(adapter).requires_grad_() for one in t]
+
+        def linears(op, x, *t, weights=tuple(ins), **more):
+            count = len(t) // 2
+            none = [None] * count
+            return op(x, weights, none, t[:count], t[count:], [2.0] * count, none, **more)
+
+        assert_parity(
+            lambda x, *t, keep=way: linears(qkv_block.qkv_block, x, *t, keep=keep),
+            lambda x, *t: linears(qkv_block.reference, x, *t),
+            x, *t[:2], *t[3:5],
+        )  # fmt: skip
+        mlp = {"weights": [*ins, down], "activation": "silu"}
+        assert_parity(
+            lambda x, *t, m=mlp, keep=keep: linears(mlp_block.mlp_block, x, *t, **m, keep=keep),
+            lambda x, *t, m=mlp: linears(mlp_block.reference, x, *t, **m),
+            x, *t,
+        )  # fmt: skip
+        checks += 2
+    return checks
+
+
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{check_dequantize() + check_few() + check_ops()} checks passed")
+    print(f"{check_dequantize() + check_few() + check_ops() + check_blocks()} checks passed")
 
 
 if __name__ == "__main__":
