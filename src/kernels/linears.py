@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .products import autocast
-from .quantized import Quantized
+from .quantized import Quantized, dequantize
 
 Weight = Tensor | Sequence[Any]
 """A matrix, or the fields of a ``Quantized``."""
@@ -34,6 +35,11 @@ class Linear(NamedTuple):
     lora_a: Tensor | None
     lora_b: Tensor | None
     scale: float
+
+    def unpacked(self, dtype: torch.dtype) -> Linear:
+        """The same with a plain weight; ``dtype`` is that of a quantized one's copy."""
+        w = self.weight
+        return self._replace(weight=dequantize(w, dtype)) if isinstance(w, Quantized) else self
 
     def numel(self) -> int:
         """The elements of its matrices."""

@@ -38,9 +38,14 @@ class Mlp(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Any], constants: Constants, activation: str, layout: str) -> Mlp:
-        """From ``projections.flat``'s list."""
+        """From ``linears.flat``'s list."""
         *ins, down = linears(tensors, constants)
         return cls(ins, down, activation, layout)
+
+    def unpacked(self, dtype: torch.dtype) -> Mlp:
+        """The same with plain weights, so that quantized ones are not unpacked for each tile."""
+        ins = [layer.unpacked(dtype) for layer in self.ins]
+        return self._replace(ins=ins, down=self.down.unpacked(dtype))
 
     def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Both, as views of what the first linears give."""
@@ -128,7 +133,9 @@ def _tiled_forward(
 ) -> Tensor:  # fmt: skip
     mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
     out = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
-    for tile in _tiles(x, mlp):
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked(x.dtype) if len(tiles) > 1 else mlp
+    for tile in tiles:
         out[tile] = forward(x[tile], mlp)[0]
     return out
 
@@ -137,7 +144,7 @@ def _tiled_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
     kinds: list[str], activation: str, layout: str, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout).unpacked(x.dtype)
     dx = x.new_empty(x.shape) if needed[0] else None
     totals: list[Tensor | None] = [None] * len(tensors)
     for tile in _tiles(x, mlp):

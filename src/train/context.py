@@ -37,3 +37,7 @@ class Context:
     validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
     data: str = ""
     carried: Callable[[], dict[str, Any]] = dict
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .hidden import hide, without_hidden
 from .keys.base import extra_of
+from .packages import missing_packages
 from .problems import line_of
 from .recipe import GROUPS, Recipe
 from .status import Entry, entries, refusals
@@ -44,7 +46,9 @@ def show(checked: Checked, console: Console) -> None:
     if refused := refusals(checked.values):
         keys = ", ".join(".".join(map(str, loc)) for loc, _ in refused)
         console.print(f"[red]fusewright train would refuse this recipe:[/] {escape(keys)}")
-    console.print("\n# the recipe with its defaults; keys without a value are left out")
+    for missing in missing_packages(checked.recipe):
+        console.print(f"[red]fusewright train would not start:[/] {escape(missing)}")
+    console.print("\n# the recipe with its defaults, without secrets and keys without a value")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
 
 
@@ -63,7 +67,8 @@ def _table(checked: Checked, found: Sequence[Entry], wide: bool) -> Table:
     if wide:
         table.add_column("note", overflow="fold")
     for entry in found:
-        value = "" if entry.value is None else escape(_flow(entry.value))
+        key = str(entry.loc[-1])
+        value = "" if entry.value is None else escape(_flow(hide({key: entry.value})[key]))
         colour = _COLOURS[entry.status]
         row = [escape(entry.key), _line(entry, checked), f"[{colour}]{entry.status}[/]"]
         note = f"[{colour}]{escape(entry.note)}[/]"
@@ -80,7 +85,7 @@ def _number(line: str) -> float:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Every key that has a value and an effect, and every key that was written."""
+    """Every key that has a value and an effect, and every key that was written; no secrets."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     shown: dict[str, Any] = {}
     for group in GROUPS:
@@ -89,7 +94,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
             written = name in recipe.model_fields_set
             if values.get(name) not in (None, [], {}) and (acts or written):
                 shown[name] = _short(values[name], getattr(recipe, name))
-    return shown
+    return dict(without_hidden(hide(shown)))
 
 
 def resolved_yaml(recipe: Recipe) -> str:

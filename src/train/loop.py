@@ -191,6 +191,7 @@ class Run:
             with self.diary.timed("answer before"):
                 text = export.answer(model, context.tokenizer, recipe.sample_prompt, recipe)
             self.result.sample = {"question": recipe.sample_prompt, "before": text}
+            self.diary.say(f"answer before training: {text}")
         if recipe.optimize:
             from ..pipeline import optimize
 
@@ -198,7 +199,8 @@ class Run:
         if context.validation and self.result.val_loss_before is None:
             self.diary.say("validating")
             with self.diary.timed("validation before"):
-                self.result.val_loss_before = validate(model, context.validation)["eval_loss"]
+                validated = validate(model, context.validation, self.diary.say)
+                self.result.val_loss_before = validated["eval_loss"]
             self.diary.say(f"validation loss before: {self.result.val_loss_before:.3f}")
 
     def _clear(self) -> None:
@@ -288,7 +290,8 @@ class Run:
         if context.validation:
             with self.diary.spared("validation after"):
                 self.diary.say("validating again")
-                result.val_loss_after = validate(model, context.validation)["eval_loss"]
+                validated = validate(model, context.validation, self.diary.say)
+                result.val_loss_after = validated["eval_loss"]
         unchecked = export.uncheckable(model) if recipe.adapter else None
         if unchecked is not None:
             self.diary.say(f"adapter check: left out, for {unchecked}")

@@ -46,6 +46,12 @@ def require_packages(recipe: Recipe) -> None:
     Raises:
         RecipeError: something is missing; the message says how to install it.
     """
+    if missing := missing_packages(recipe):
+        raise RecipeError("\n".join(missing))
+
+
+def missing_packages(recipe: Recipe) -> list[str]:
+    """What the recipe names and cannot be imported: a sentence each; imports nothing."""
     missing = []
     wanted = [
         (_KEYS[name], name, _TRACKERS[name]) for name in recipe.reporters() if name in _TRACKERS
@@ -64,8 +70,7 @@ def require_packages(recipe: Recipe) -> None:
                 f"{key}: {value} needs the package {package}, which is not installed: "
                 f"pip install {package}"
             )
-    if missing:
-        raise RecipeError("\n".join(missing))
+    return missing
 
 
 _KEYS = {

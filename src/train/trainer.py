@@ -136,7 +136,7 @@ class FineTuner(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss per trained token of the validation rows."""
-        metrics = validate(self.model, self.context.validation)
+        metrics = validate(self.model, self.context.validation, self.context.say)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,13 +38,26 @@ class Batches:
             yield self.collate([self.packs[i] for i in range(start, stop)])
 
 
-def validate(model: Any, sets: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
+QUIET = 30.0
+"""Seconds after which a validation says how far it is."""
+
+
+def validate(
+    model: Any, sets: Mapping[str, Iterable[Batch]], say: Callable[[str], None] | None = None
+) -> dict[str, float]:
     """The loss per trained token of every dataset, and of all together.
+
+    Args:
+        model: its mode is kept.
+        sets: the batches of each dataset.
+        say: is told how far it is, where it takes long.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
     """
-    sums = {name: _sum(model, batches) for name, batches in sets.items()}
+    total = sum(operator.length_hint(batches) for batches in sets.values())
+    beat = _told(total, say) if say is not None else None
+    sums = {name: _sum(model, batches, beat) for name, batches in sets.items()}
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     found = {"eval_loss": _mean(total, tokens)}
     if len(sums) > 1:
@@ -55,8 +70,24 @@ def validation_loss(model: Any, batches: Iterable[Batch]) -> float:
     return _mean(*_sum(model, batches))
 
 
+def _told(total: int, say: Callable[[str], None]) -> Callable[[], None]:
+    """To be called after each batch: says how many there were, now and then."""
+    done, last = 0, time.perf_counter()
+
+    def beat() -> None:
+        nonlocal done, last
+        done += 1
+        if time.perf_counter() - last >= QUIET and done < total:
+            last = time.perf_counter()
+            say(f"  validated {done} of {total} batches")
+
+    return beat
+
+
 @torch.no_grad()
-def _sum(model: Any, batches: Iterable[Batch]) -> tuple[float, int]:
+def _sum(
+    model: Any, batches: Iterable[Batch], beat: Callable[[], None] | None = None
+) -> tuple[float, int]:
     """The losses of all trained tokens, added up, and their number."""
     training = model.training
     model.eval()
@@ -68,6 +99,8 @@ def _sum(model: Any, batches: Iterable[Batch]) -> tuple[float, int]:
             if number:
                 total += float(model(**here).loss) * number
             tokens += number
+            if beat is not None:
+                beat()
     finally:
         model.train(training)
     return total, tokens

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fusewright.train.figures import Smooth, duration, memory, millions
@@ -205,3 +206,31 @@ def test_durations(seconds: float, text: str) -> None:
 def test_amounts() -> None:
     assert (memory(870.4), memory(3300)) == ("870 MiB", "3.2 GiB")
     assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")
+
+
+@pytest.mark.parametrize(("quiet", "lines"), [(0.0, 4), (3600.0, 0)])
+def test_a_long_validation_says_how_far_it_is(
+    quiet: float, lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.train import validation
+
+    class Model:
+        training, device = True, "cpu"
+
+        def train(self, mode: bool = True) -> None:
+            self.training = mode
+
+        def eval(self) -> None:
+            self.train(False)
+
+        def __call__(self, **batch: torch.Tensor) -> Any:
+            assert not self.training
+            return SimpleNamespace(loss=torch.tensor(float(batch["labels"][0, 0])))
+
+    monkeypatch.setattr(validation, "QUIET", quiet)
+    rows = [{"labels": torch.full((1, 3), n)} for n in range(5)]
+    model, said = Model(), []
+    found = validation.validate(model, {"one": rows[:3], "two": rows[3:]}, said.append)
+    assert found == {"eval_loss": 2.0, "eval_one_loss": 1.0, "eval_two_loss": 3.5}
+    assert said == [f"  validated {n} of 5 batches" for n in range(1, 1 + lines)]
+    assert model.training

@@ -203,6 +203,27 @@ def test_a_narrow_terminal_has_the_notes_below_the_values(
     assert max(map(len, table.splitlines())) <= 80
 
 
+def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.train import packages
+
+    find = packages.importlib.util.find_spec
+    monkeypatch.setattr(
+        packages.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
+    )
+    qlora = ("--load_in_4bit", "--adapter", "qlora", "--lora_target_linear")
+    given = ("--comet_api_key", "s3cr3t", *qlora)
+    result = fusewright("train", str(file), "--dry-run", *given)
+    assert result.exit_code == 0
+    assert "s3cr3t" not in result.output
+    assert "comet_api_key" in result.stdout.partition("# the recipe")[0]
+    assert "comet_api_key" not in result.stdout.partition("# the recipe")[2]
+    assert "would not start: load_in_4bit: true needs the package bitsandbytes" in result.stdout
+
+
 def test_a_dry_run_lists_mistakes_as_training_does(file: Path) -> None:
     result = fusewright("train", str(file), "--dry-run", "--lora_rank", "4")
     assert result.exit_code == 2
