@@ -87,7 +87,11 @@ def _check(c: Candidate, given: list[list[Any]]) -> Verdict:
             around.enter_context(torch.autocast(*settings))
         theirs = _runs(original.forward, given, differentiable, fixed)
         ours = _runs(replacement.forward, given, differentiable, fixed)
-    wide = [[_double(x) for x in inputs] for inputs in given]
+    stored = _stored(c)
+    wide = [
+        [x if n in stored else _double(x) for n, x in zip(c.inputs, inputs, strict=True)]
+        for inputs in given
+    ]
     exact = _runs(_Exact(original, garbage_collect_values=False).run, wide, differentiable, fixed)
     worst: list[float | None] = [None, None]
     for kind, what in enumerate(("output", "gradient of input")):
@@ -199,8 +203,6 @@ class _Exact(fx.Interpreter):
         canon = canonical(n)
         if canon is not None and canon.name == "quantized_linear":
             x, bias, *weight = fx.node.map_arg(canon.args, lambda a: self.env[a])
-            # what is stored under a floating-point dtype must not be taken for numbers
-            weight[0] = weight[0].to(facts.dtype(canon.args[2]))
             return quant_linear.reference(x, Quantized(*weight), bias)
         if is_wrapped(n) and any(product(u) for u in n.users):
             return None  # run at its user
@@ -217,6 +219,17 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each group of rows of ``x`` (S, K) times its own matrix of ``weight`` (E, K, N)."""
     groups = torch.tensor_split(x, ends[:-1].long().cpu())
     return torch.cat([rows @ matrix for rows, matrix in zip(groups, weight, strict=True)])
+
+
+def _stored(c: Candidate) -> set[Any]:
+    """The inputs that hold packed weights: bytes, whatever dtype they are stored under."""
+    fields = len(Quantized._fields)
+    held = {a[0] for n in c.interior for a in n.args if isinstance(a, tuple) and len(a) == fields}
+    for n in c.interior:
+        canon = canonical(n)
+        if canon is not None and canon.name == "quantized_linear":
+            held.add(canon.args[2])
+    return held
 
 
 def _widen(x: Any) -> Any:

@@ -86,6 +86,8 @@ def flat(
     """
     found: list[Tensor | None] = []
     packed = [Quantized(*w) for w in weights if not isinstance(w, Tensor)]
+    if packed and len(packed) < len(weights):
+        raise ValueError("some of the weights are quantized, some are not")
     firsts = [w if isinstance(w, Tensor) else w[0] for w in weights]
     each = zip(firsts, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
     for first, bias, lora_a, lora_b, scale, lora_bias in each:

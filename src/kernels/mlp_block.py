@@ -156,7 +156,8 @@ def mlp_block(
         (..., D), in x's dtype.
 
     Raises:
-        ValueError: an unknown activation, layout or ``keep``, or lists of different lengths.
+        ValueError: an unknown activation, layout or ``keep``, lists of different lengths, or some
+            weights quantized and some not.
         RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
     """
     known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
@@ -246,7 +247,7 @@ def unsupported(
     if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
         reasons.append("some of the weights are quantized, some are not")
     factor = 1 if layout == "two" else 2
-    if any(out != factor * h.shape[-1] for out, _ in shapes[:-1]):
+    if any(shape[0] != factor * h.shape[-1] for shape in shapes[:-1]):
         reasons.append(f"gate and up do not fit down: {shapes}")
     return reasons
 

@@ -144,10 +144,12 @@ def _tiled_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
     kinds: list[str], activation: str, layout: str, needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout).unpacked(x.dtype)
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked(x.dtype) if len(tiles) > 1 else mlp
     dx = x.new_empty(x.shape) if needed[0] else None
     totals: list[Tensor | None] = [None] * len(tensors)
-    for tile in _tiles(x, mlp):
+    for tile in tiles:
         rows, hs = x[tile], narrow(x[tile], mlp.ins)
         outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
         d_rows, found = backward(

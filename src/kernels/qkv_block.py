@@ -145,7 +145,8 @@ def qkv_block(
         One (..., out_i) for each linear, in x's dtype.
 
     Raises:
-        ValueError: an unknown ``keep``, or lists of different lengths.
+        ValueError: an unknown ``keep``, lists of different lengths, or some weights quantized and
+            some not.
         RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
     """
     if keep not in KEEPS:

@@ -1,8 +1,9 @@
 """A linear layer whose frozen weight is quantized: ``y = x·dequantize(W)ᵀ + b``.
 
 Its only copy of full precision lives while a product runs, in forward and again in backward, one
-layer at a time. The product is one opaque op, so that no compiler finds the copy worth keeping.
-The same op adds the low-rank product of an adapter (``quant_lora_linear.py``).
+layer at a time (``mlp_block`` in tiles: all of its layers, while the op runs). The product is one
+opaque op, so that no compiler finds the copy worth keeping. The same op adds the low-rank product
+of an adapter (``quant_lora_linear.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Floating-point operations: PyTorch's formulas, and those of our opaque ops."""
+"""What is not seen of operations from outside: their FLOPs, and what opaque ones hold meanwhile."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,21 @@ def operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
+def held(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes that a call of one of our ops holds while it runs: weights that it has unpacked."""
+    schema = getattr(func, "_schema", None)
+    found = _UNPACKED.get(schema.name) if schema is not None else None
+    return 0 if found is None else found(*args)
+
+
 def _sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> int:
     return 2 * lefts[0].shape[0] * sum(r.numel() for r in rights)
 
 
 def _quantized(x: Tensor, *rest: Any) -> int:
-    out, into = rest[5:7]
-    return 2 * (x.numel() // x.shape[-1]) * int(out) * int(into)
+    (out, into), right = rest[5:7], rest[-2]
+    update = 0 if right is None else int(right.numel())
+    return 2 * (x.numel() // x.shape[-1]) * (int(out) * int(into) + update)
 
 
 def _sum_of_quantized(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
@@ -67,4 +76,17 @@ _OURS: dict[str, Callable[..., int]] = {
     "fusewright::mlp_block_backward": _mlp_backward,
     "fusewright::attention_forward": _attention,
     "fusewright::attention_backward": _attention_backward,
+}
+
+_UNPACKED: dict[str, Callable[..., int]] = {
+    "fusewright::quant_product": lambda x, *rest: x.element_size() * rest[5] * rest[6],
+    "fusewright::quant_sum_of_products": lambda xs, weights, sizes, *_: (
+        xs[0].element_size() * max(map(math.prod, zip(sizes[::3], sizes[1::3], strict=True)))
+    ),
+    "fusewright::mlp_block_forward": lambda x, tensors, scales, sizes, *_: (
+        x.element_size() * _elements(sizes)
+    ),
+    "fusewright::mlp_block_backward": lambda grad, x, tensors, scales, sizes, *_: (
+        x.element_size() * _elements(sizes)
+    ),
 }

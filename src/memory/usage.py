@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .flops import operations
+from .flops import held, operations
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Living(TorchDispatchMode):
         for t in tree_iter(out):
             if isinstance(t, Tensor):
                 self._count(t.untyped_storage())
-        self.most = max(self.most, self.bytes)
+        self.most = max(self.most, self.bytes + held(func, args))
         return out
 
     def exclude(self, tensors: Sequence[Any]) -> None:

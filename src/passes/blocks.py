@@ -55,9 +55,10 @@ class MLPBlock(_OfLinears):
         yield "packed", _linear(p, packed, "down")
 
     def check(self, m: Match) -> None:
-        """One dtype, matrices, no dropout before an adapter, a gradient that is wanted."""
+        """One dtype, matrices, no adapter with an input of its own, a gradient that is wanted."""
         linears = [_captured(m, role) for role in _roles(m)]
-        m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
+        packed = [isinstance(v["weight"], tuple) for v in linears]
+        m.leave(any(packed) and not all(packed), _MIXED)
         strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
         m.leave(bool(strangers), "a value inside the MLP is also used outside it")
         _check(m, m.x, linears)
@@ -94,7 +95,7 @@ class QKVBlock(_OfLinears):
             yield Match(node, "", {"x": m.x}, nodes, tuple(g.root for g in group), users)
 
     def check(self, m: Match) -> None:
-        """One dtype, matrices, no dropout before an adapter, and one adapter at least."""
+        """One dtype, matrices, no adapter with an input of its own, and one adapter at least."""
         m.pass_over(all(user["a"] is None for user in m.users))  # nothing is gained by it
         _check(m, m.x, m.users)
 
@@ -142,10 +143,10 @@ def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
     """What both ops ask of their linears."""
     m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
     m.leave(any(v["wider"] is not None for v in linears), "an adapter widens the result")
-    packed = [isinstance(v["weight"], tuple) for v in linears]
-    m.leave(any(packed) and not all(packed), _MIXED)
     kind = facts.dtype(x)
-    for v in () if all(packed) else linears:
+    for v in linears:
+        if isinstance(v["weight"], tuple):
+            continue  # judged as it was taken: quant.py
         m.require(facts.ndim(v["weight"]) == 2, "a linear's weight is not a matrix", m.root)
         m.require(facts.dtype(v["weight"]) == kind, "a linear has another dtype", m.root)
     needs = [facts.tensor(n) for v in (*linears, {"x": x}) for n in v.values()]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .figures import say
 from .meter import Meter
 from .recipe import Recipe
 from .signals import Interrupts
@@ -40,4 +41,4 @@ class Context:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)

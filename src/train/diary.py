@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from .figures import say
 from .report import RunResult
 
 
@@ -24,7 +25,7 @@ class Diary:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -37,7 +37,8 @@ def show(checked: Checked, console: Console) -> None:
 
     Args:
         checked: what was read.
-        console: where to print. What is printed below the table is itself a recipe.
+        console: where to print. What is printed below the table is itself a recipe, but for its
+            secrets.
     """
     found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
     console.print(_table(checked, found, console.width >= _WIDE))
@@ -98,7 +99,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The same as YAML, which is a recipe that does the same."""
+    """The same as YAML, which is a recipe that does the same where it needs no secrets."""
     return yaml.safe_dump(
         resolved(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False, width=96
     )

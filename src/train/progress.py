@@ -22,7 +22,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
-from .figures import Smooth, duration, memory
+from .figures import Smooth, duration, memory, say
 from .meter import Meter
 from .signals import Interrupts
 
@@ -144,7 +144,7 @@ class Watch(TrainerCallback):
 
     def say(self, text: str) -> None:
         """Print a line; in a terminal, above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _open(self, done: int) -> None:
         self.bar = _Bar(

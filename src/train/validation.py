@@ -55,8 +55,8 @@ def validate(
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
     """
-    total = sum(operator.length_hint(batches) for batches in sets.values())
-    beat = _told(total, say) if say is not None else None
+    count = sum(operator.length_hint(batches) for batches in sets.values())
+    beat = _told(count, say) if say is not None else None
     sums = {name: _sum(model, batches, beat) for name, batches in sets.items()}
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     found = {"eval_loss": _mean(total, tokens)}

@@ -17,6 +17,7 @@ from fusewright.kernels import linears, mlp_block, mlp_block_tiles, qkv_block, q
 from fusewright.kernels.glu import glu, glu_packed
 from fusewright.kernels.quant_lora_linear import quant_lora_linear
 from fusewright.kernels.quantized import Quantized
+from fusewright.memory.usage import Living
 
 from .quantized_weights import random_weight
 from .test_mlp_block import _Largest
@@ -239,6 +240,24 @@ def test_what_is_kept_is_what_the_cost_says():
     assert cost.bytes_saved == x.nbytes
 
 
+def test_operations_and_unpacked_weights_are_counted():
+    x = torch.randn(9, 64).to(BF16)
+    joined = _linears([(48, 64), (16, 64)], BF16, F32)
+    mlp = _linears(_mlp_sizes(64, 96, "two"), BF16, F32)
+    calls = [
+        (qkv_block, joined, (), 48 * 64),
+        (mlp_block, mlp, ("silu", "two", "gate_up"), 96 * 64),
+        (mlp_block, mlp, ("silu", "two", "input"), 3 * 96 * 64),
+    ]
+    for module, lists, options, unpacked in calls:
+        op = module.OP
+        with torch.no_grad(), Living() as living:
+            op.call(x, *lists[:4], SCALES[: len(lists[0])], lists[4], *options)
+        cost = op.cost(x, *lists[:4], SCALES[: len(lists[0])], lists[4], *options)
+        assert living.flops == cost.flops
+        assert living.most >= BF16.itemsize * unpacked
+
+
 def test_autocast_casts_the_adapters_alone():
     lists = _linears([(48, 64), (16, 64)], F32, F32, bias=True)
     leaves = [make(9, 64, dtype=F32), *_trained(lists)]
@@ -286,6 +305,7 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
             upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(BF16).to(y.dtype)
             results.append((y, *torch.autograd.grad(y, inputs, upstream)))
         sizes = {w.shape[0] * w.shape[1] for w in (*joined[0], *mlp[0])}
+        assert kept
         assert not [t for t in kept if t.is_floating_point() and t.numel() in sizes]
         for mine, theirs, truth in zip(*results, strict=True):
             # compiled code does not round between two operations: each is held to the truth
@@ -325,10 +345,17 @@ def test_reasons():
     assert "features" in qkv_block.OP.unsupported(x[:, :32], *arguments)[0]
     lists[0][1] = make(16, 64, dtype=BF16)
     assert "some are not" in qkv_block.OP.unsupported(x, *arguments)[0]
+    with pytest.raises(ValueError, match="some are not"):
+        qkv_block.qkv_block(x, *arguments)
     mlp = _linears(_mlp_sizes(64, 96, "two"), BF16, F32)
     options = (*mlp[:4], SCALES, mlp[4], "silu")
     assert mlp_block.OP.unsupported(x, *options) == []
     mlp[0][2] = make(64, 96, dtype=BF16)
     assert "some are not" in mlp_block.OP.unsupported(x, *options)[-1]
+    with pytest.raises(ValueError, match="some are not"):
+        mlp_block.mlp_block(x, *options)
+    mlp[0][0], gate = make(3, 96, 64, dtype=BF16), mlp[0][0]
+    assert any("do not fit down" in r for r in mlp_block.OP.unsupported(x, *options))
+    mlp[0][0] = gate
     mlp[0][2] = random_weight((64, 90))
     assert any("do not fit down" in r for r in mlp_block.OP.unsupported(x, *options))

@@ -84,7 +84,7 @@ def check_blocks() -> int:
     """Two linears on one input, and a gated MLP, in both ways of keeping."""
     checks = 0
     for (dtype, adapter), (way, keep) in itertools.product(
-        ((F32, F32), (F16, F16)), (("all", "gate_up"), ("input", "input"))
+        ((F32, F32), (F16, F16), (F16, F32)), (("all", "gate_up"), ("input", "input"))
     ):
         *ins, down = (random_weight((64, 64), "nf4", 64, True) for _ in range(3))
         x = torch.randn(40, 64).to(dtype).requires_grad_()
