@@ -78,12 +78,12 @@ def _one(x: Tensor, w: Quantized, bias, a, b, scale: float, lora_bias) -> Tensor
     return quant_lora_linear(x, w, bias, a, b, scale, None, lora_bias)
 
 
-def _separate(x: Tensor, *lists: Any) -> tuple[Tensor, ...]:
+def separate(x: Tensor, *lists: Any) -> tuple[Tensor, ...]:
     """The ops that ``qkv_block`` replaces."""
     return tuple(_one(x, *each) for each in zip(*lists, strict=True))
 
 
-def _separate_mlp(x: Tensor, *given: Any) -> Tensor:
+def separate_mlp(x: Tensor, *given: Any) -> Tensor:
     """The ops that ``mlp_block`` replaces."""
     *lists, activation, layout = given
     *ins, down = zip(*lists, strict=True)
@@ -116,7 +116,7 @@ def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, ne
     There gradients are in fp32 and made of bf16 values: the largest error is that of a few of them.
     """
     dtype, adapter = dtypes
-    definition = qkv_block.reference if dtype is adapter else _separate
+    definition = qkv_block.reference if dtype is adapter else separate
 
     def draw() -> list[Tensor]:
         sizes = [(out, shape[-1]) for out in outs]
@@ -147,7 +147,7 @@ def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, ne
 )
 def test_parity_of_mlps(shape, wide, ranks, dtypes, kind, bias, lora_bias, need_x, layout, keep):
     dtype, adapter = dtypes
-    definition = mlp_block.reference if dtype is adapter else _separate_mlp
+    definition = mlp_block.reference if dtype is adapter else separate_mlp
 
     def draw() -> list[Tensor]:
         sizes = _mlp_sizes(shape[-1], wide, layout)
@@ -262,9 +262,9 @@ def test_autocast_casts_the_adapters_alone():
     lists = _linears([(48, 64), (16, 64)], F32, F32, bias=True)
     leaves = [make(9, 64, dtype=F32), *_trained(lists)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    truth = _over(_separate, lists)(*exact)
+    truth = _over(separate, lists)(*exact)
     with torch.autocast("cpu", BF16):
-        mine, theirs = (_over(f, lists)(*leaves) for f in (qkv_block.qkv_block, _separate))
+        mine, theirs = (_over(f, lists)(*leaves) for f in (qkv_block.qkv_block, separate))
     upstream = [torch.randn_like(o) for o in mine]
     grads = [torch.autograd.grad(outs, leaves, upstream) for outs in (mine, theirs)]
     right = torch.autograd.grad(truth, exact, [u.double() for u in upstream])

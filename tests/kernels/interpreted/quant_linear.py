@@ -11,6 +11,7 @@ from fusewright.kernels import mlp_block, qkv_block, quant_linear, quant_lora_li
 from fusewright.kernels.quantized import dequantize, dequantize_reference
 from fusewright.kernels.triton.quant_linear import few
 from tests.kernels.quantized_weights import random_weight
+from tests.kernels.test_quantized_blocks import separate, separate_mlp
 from tests.kernels.util import assert_parity
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -80,31 +81,41 @@ def check_ops() -> int:
     return checks
 
 
+def _over(op, weights, *options):
+    """``op`` as a function of x, the A's and the B's."""
+
+    def call(x, *t):
+        count = len(t) // 2
+        none = [None] * count
+        lists = (weights[:count], none, t[:count], t[count:], [2.0] * count, none)
+        return op(x, *lists, *options)
+
+    return call
+
+
 def check_blocks() -> int:
-    """Two linears on one input, and a gated MLP, in both ways of keeping."""
+    """Two linears on one input, and a gated MLP, in both ways of keeping.
+
+    Where adapters are wider than the base, against the single ops, as in the tests on the CPU.
+    """
     checks = 0
     for (dtype, adapter), (way, keep) in itertools.product(
         ((F32, F32), (F16, F16), (F16, F32)), (("all", "gate_up"), ("input", "input"))
     ):
-        *ins, down = (random_weight((64, 64), "nf4", 64, True) for _ in range(3))
+        weights = [random_weight((64, 64), "nf4", 64, True) for _ in range(3)]
         x = torch.randn(40, 64).to(dtype).requires_grad_()
         t = [torch.randn(4, 64) / 8 for _ in range(3)] + [torch.randn(64, 4) for _ in range(3)]
         t = [one.to(adapter).requires_grad_() for one in t]
 
-        def linears(op, x, *t, weights=tuple(ins), **more):
-            count = len(t) // 2
-            none = [None] * count
-            return op(x, weights, none, t[:count], t[count:], [2.0] * count, none, **more)
-
+        single = dtype is not adapter
         assert_parity(
-            lambda x, *t, keep=way: linears(qkv_block.qkv_block, x, *t, keep=keep),
-            lambda x, *t: linears(qkv_block.reference, x, *t),
+            _over(qkv_block.qkv_block, weights, way),
+            _over(separate if single else qkv_block.reference, weights),
             x, *t[:2], *t[3:5],
         )  # fmt: skip
-        mlp = {"weights": [*ins, down], "activation": "silu"}
         assert_parity(
-            lambda x, *t, m=mlp, keep=keep: linears(mlp_block.mlp_block, x, *t, **m, keep=keep),
-            lambda x, *t, m=mlp: linears(mlp_block.reference, x, *t, **m),
+            _over(mlp_block.mlp_block, weights, "silu", "two", keep),
+            _over(separate_mlp if single else mlp_block.reference, weights, "silu", "two"),
             x, *t,
         )  # fmt: skip
         checks += 2
