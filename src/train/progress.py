@@ -166,12 +166,11 @@ class Watch(TrainerCallback):
         if self.bar is None or self.task is None:
             return
         self.figures.fields = self._fields(state)
-        self.step = state.global_step
         self.bar.update(self.task, completed=self.step)
 
     def _time(self) -> str:
         gone = duration(time.perf_counter() - self.started)
-        return f"{gone}, {duration(self._left(self.step))} left" if self.meter.seconds else gone
+        return f"{gone}, {duration(self._left(self.step))} left" if self._is_timed() else gone
 
     def _fields(self, state: Any) -> list[tuple[int, str]]:
         """What is known by now, from left to right, each with its importance (0: the highest)."""
@@ -184,10 +183,10 @@ class Watch(TrainerCallback):
             fields.append((4, f"last {self.last:.3f}"))
         if self.rate is not None:
             fields.append((3, f"lr {self.rate:.1e}"))
-        if self.meter.seconds:
+        if self._is_timed():
             trained = self.meter.rate(self.meter.trained, last=RECENT)
             fields.append((1, f"{trained:,.0f} trained tokens/s"))
-        share = self.meter.utilization(last=RECENT)
+        share = self.meter.utilization(last=RECENT) if self._is_timed() else None
         if share is not None:
             fields.append((5, f"MFU {share:.0%}" if share >= 0.1 else f"MFU {share:.1%}"))
         if self.mib is not None:
@@ -196,6 +195,10 @@ class Watch(TrainerCallback):
             fields.append((6, f"epoch {state.epoch:.2f}"))
         return fields
 
+    def _is_timed(self) -> bool:
+        """Whether a step was made that tells of others: not the first one, which compiles."""
+        return len(self.meter.seconds) > 1 or self.step >= self.total
+
     def _left(self, step: int) -> float:
         return self.meter.median_step(last=RECENT) * max(0, self.total - step)
 
@@ -203,14 +206,15 @@ class Watch(TrainerCallback):
         """A line of text, where there is no terminal."""
         self.due, self.said = False, time.perf_counter()
         fields = "  ".join(text for _, text in self._fields(state))
-        left = duration(self._left(state.global_step))
-        self.say(f"  step {state.global_step}/{self.total}  {fields}  ETA {left}")
+        eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
+        self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
 
     # --- what the trainer calls ------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the display."""
         self.started = self.said = time.perf_counter()
+        self.step = state.global_step
         if self.console.is_terminal and not self.console.quiet:
             self._open(state.global_step)
             self._show(state)
@@ -229,8 +233,9 @@ class Watch(TrainerCallback):
         self.meter.seconds.append(time.perf_counter() - self.begun)
         if self.used is not None:
             self.mib = self.used()
-        self._show(state)
         step, every = state.global_step, max(1, self.total // 10)
+        self.step = step
+        self._show(state)
         late = time.perf_counter() - self.said > QUIET
         self.due = self.bar is None and (step in (1, self.total) or step % every == 0 or late)
         if self.due and not control.should_log:  # else the line waits for this step's loss

@@ -208,6 +208,22 @@ def test_amounts() -> None:
     assert (millions(870), millions(4884480), millions(7.24e9)) == ("870", "4.88M", "7.24B")
 
 
+def test_rates_and_the_time_left_leave_the_first_step_out() -> None:
+    log, bar = Screen(100, terminal=False, total=20), Screen(100, terminal=True)
+    for screen in (log, bar):
+        screen.tell("on_train_begin")
+        screen.step()
+    assert "step 1/20" in log.out.getvalue()
+    for text in (log.out.getvalue(), " ".join(bar.frame())):
+        assert not [w for w in ("ETA", "left", "tokens/s", "MFU") if w in text]
+    for screen in (log, bar):
+        screen.step()
+    assert "trained tokens/s" in log.out.getvalue()
+    assert "ETA" in log.out.getvalue()
+    assert " left" in " ".join(bar.frame())
+    bar.watch.close()
+
+
 @pytest.mark.parametrize(("quiet", "lines"), [(0.0, 4), (3600.0, 0)])
 def test_a_long_validation_says_how_far_it_is(
     quiet: float, lines: int, monkeypatch: pytest.MonkeyPatch
