@@ -224,7 +224,8 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _stored(c: Candidate) -> set[Any]:
     """The inputs that hold packed weights: bytes, whatever dtype they are stored under."""
     fields = len(Quantized._fields)
-    held = {a[0] for n in c.interior for a in n.args if isinstance(a, tuple) and len(a) == fields}
+    tuples = [a for n in c.interior for a in n.args if isinstance(a, tuple) and len(a) == fields]
+    held = {a[0] for a in tuples if isinstance(a[0], fx.Node)}
     for n in c.interior:
         canon = canonical(n)
         if canon is not None and canon.name == "quantized_linear":

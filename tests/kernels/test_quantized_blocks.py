@@ -59,6 +59,18 @@ def _trained(lists: Lists) -> list[Tensor]:
     return [t for v in lists[1:] for t in v if t is not None]
 
 
+def _drawn(
+    shape: tuple[int, ...], dtype: torch.dtype, need_x: bool, made: Callable[[], Lists]
+) -> tuple[Lists, Callable[[], list[Tensor]]]:
+    """Linears whose weights stay, and what makes x and other tensors beside the weights."""
+    torch.manual_seed(0)
+
+    def draw() -> list[Tensor]:
+        return [make(*shape, dtype=dtype).requires_grad_(need_x), *_trained(made())]
+
+    return made(), draw
+
+
 def _over(fn: Callable[..., Any], lists: Lists, *options: str) -> Callable[..., Any]:
     """``fn`` as a function of x and of the tensors beside the weights."""
     places = [(i, j) for i, v in enumerate(lists) for j, t in enumerate(v) if i and t is not None]
@@ -118,16 +130,11 @@ def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, ne
     dtype, adapter = dtypes
     definition = qkv_block.reference if dtype is adapter else separate
 
-    def draw() -> list[Tensor]:
-        sizes = [(out, shape[-1]) for out in outs]
-        draw.lists = _linears(
-            sizes, dtype, adapter, kind, ranks=ranks, bias=bias, lora_bias=lora_bias
-        )
-        return [make(*shape, dtype=dtype).requires_grad_(need_x), *_trained(draw.lists)]
-
-    torch.manual_seed(0)
-    draw()
-    lists = draw.lists  # the weights stay; each draw makes other tensors beside them
+    made = functools.partial(
+        _linears, [(out, shape[-1]) for out in outs], dtype, adapter, kind,
+        ranks=ranks, bias=bias, lora_bias=lora_bias,
+    )  # fmt: skip
+    lists, draw = _drawn(shape, dtype, need_x, made)
     ours = _over(lambda *a: qkv_block.qkv_block(*a, keep=keep), lists)
     assert_parity_of_draws(ours, _over(definition, lists), draw)
 
@@ -149,16 +156,11 @@ def test_parity_of_mlps(shape, wide, ranks, dtypes, kind, bias, lora_bias, need_
     dtype, adapter = dtypes
     definition = mlp_block.reference if dtype is adapter else separate_mlp
 
-    def draw() -> list[Tensor]:
-        sizes = _mlp_sizes(shape[-1], wide, layout)
-        draw.lists = _linears(
-            sizes, dtype, adapter, kind, ranks=ranks, bias=bias, lora_bias=lora_bias
-        )
-        return [make(*shape, dtype=dtype).requires_grad_(need_x), *_trained(draw.lists)]
-
-    torch.manual_seed(0)
-    draw()
-    lists = draw.lists
+    made = functools.partial(
+        _linears, _mlp_sizes(shape[-1], wide, layout), dtype, adapter, kind,
+        ranks=ranks, bias=bias, lora_bias=lora_bias,
+    )  # fmt: skip
+    lists, draw = _drawn(shape, dtype, need_x, made)
     ours = _over(mlp_block.mlp_block, lists, "silu", layout, keep)
     assert_parity_of_draws(ours, _over(definition, lists, "silu", layout), draw)
 
