@@ -9,7 +9,7 @@ import sys
 from enum import StrEnum
 from typing import Annotated
 
-from .errors import FusewrightError
+from .errors import RecipeError
 
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
 _MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -19,7 +19,7 @@ if _MISSING:
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
-from . import cli_after, cli_data  # noqa: E402  # 2026-11-25: as above
+from . import cli_after, cli_data, cli_group  # noqa: E402  # 2026-11-25: as above
 
 
 class Adapter(StrEnum):
@@ -30,8 +30,9 @@ class Adapter(StrEnum):
 
 app = typer.Typer(
     name="fusewright",
+    cls=cli_group.Commands,
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 
@@ -46,12 +47,16 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def fusewright(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command(
@@ -67,7 +72,9 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the recipe, and say what becomes of each key."),
+        typer.Option(
+            "--dry-run", "--dry_run", help="Check the recipe, and say what becomes of each key."
+        ),
     ] = False,
 ) -> None:
     """Train a model as a recipe says."""
@@ -123,11 +130,7 @@ def explain(
 
     lora = lora or adapter is Adapter.lora
     request = Request(model, layers, lora, fp32, trust_remote_code)
-    try:
-        run(request, graph=graph, module=module, as_json=as_json)
-    except FusewrightError as error:
-        print(f"fusewright: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
+    run(request, graph=graph, module=module, as_json=as_json)
 
 
 cli_data.register(app)
@@ -140,33 +143,27 @@ def main() -> None:
 
 
 def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) -> int:
-    """Train, and return the exit code: the result's, or 2 for a bad recipe or dataset."""
-    try:
-        from .train.overrides import parse_overrides
-        from .train.yamlfile import check, load_recipe
+    """Train, and return the exit code of the result."""
+    if recipe.startswith("--"):
+        raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
+    from .train.overrides import parse_overrides
+    from .train.yamlfile import check, load_recipe
 
-        overrides = parse_overrides(arguments)
-        if overwrite:
-            overrides["overwrite_output_dir"] = True
-        if dry_run:
-            from .train.dryrun import console, show
+    overrides = parse_overrides(arguments)
+    if overwrite:
+        overrides["overwrite_output_dir"] = True
+    if dry_run:
+        from .train.dryrun import console, show
 
-            show(check(recipe, overrides), console())
-            return 0
-        checked = load_recipe(recipe, overrides)
+        show(check(recipe, overrides), console())
+        return 0
+    checked = load_recipe(recipe, overrides)
 
-        # imported below us; complains about a kernel that nobody asked for
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        from .train.loop import run  # slow to import: only for a recipe that is right
+    # imported below us; complains about a kernel that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from .train.loop import run  # slow to import: only for a recipe that is right
 
-        result = run(checked)
-    except FusewrightError as error:
-        print(f"fusewright: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print("fusewright: stopped; nothing was saved", file=sys.stderr)
-        return 128 + int(getattr(stopped, "signal", 2))
-    return result.exit_code
+    return run(checked).exit_code
 
 
 if __name__ == "__main__":

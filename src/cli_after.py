@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .errors import FusewrightError, RecipeError
+from .errors import RecipeError
 
 RunFolder = Annotated[
     str,
@@ -63,13 +60,12 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Compute the loss of a run on its validation rows, or on other ones."""
-    with _reported():
-        from .train.after.runfolder import open_run
+    from .train.after.runfolder import open_run
 
-        opened = open_run(run, base_model, trust_remote_code)
-        from .train.after import evaluate as command  # slow to import
+    opened = open_run(run, base_model, trust_remote_code)
+    from .train.after import evaluate as command  # slow to import
 
-        command.evaluate(opened, data or [], as_json=as_json)
+    command.evaluate(opened, data or [], as_json=as_json)
 
 
 def generate(
@@ -95,27 +91,26 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a prompt, or a file of them."""
-    with _reported():
-        from .train.after.runfolder import open_run
+    from .train.after.runfolder import open_run
 
-        opened = open_run(run, base_model, trust_remote_code)
-        from .train.after.prompts import read_prompt, read_prompts
-        from .train.asking import Asking, with_system
+    opened = open_run(run, base_model, trust_remote_code)
+    from .train.after.prompts import read_prompt, read_prompts
+    from .train.asking import Asking, with_system
 
-        if file is not None and prompt is not None:
-            raise RecipeError("a prompt and --file: say one of them")
-        if system is None:
-            system = Asking.of(opened.recipe).system
-        if file is not None:
-            asked = read_prompts(file, system)
-        else:
-            text = read_prompt(prompt, sys.stdin)
-            asked = [with_system([{"role": "user", "content": text}], system)]
-        from .train.after import generate as command  # slow to import
-        from .train.after.answering import Sampling
+    if file is not None and prompt is not None:
+        raise RecipeError("a prompt and --file: say one of them")
+    if system is None:
+        system = Asking.of(opened.recipe).system
+    if file is not None:
+        asked = read_prompts(file, system)
+    else:
+        text = read_prompt(prompt, sys.stdin)
+        asked = [with_system([{"role": "user", "content": text}], system)]
+    from .train.after import generate as command  # slow to import
+    from .train.after.answering import Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-        command.generate(opened, asked, sampling, batch_size=batch_size, as_json=as_json)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.generate(opened, asked, sampling, batch_size=batch_size, as_json=as_json)
 
 
 def chat(
@@ -130,15 +125,14 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
-    with _reported():
-        from .train.after.runfolder import open_run
+    from .train.after.runfolder import open_run
 
-        opened = open_run(run, base_model, trust_remote_code)
-        from .train.after import chat as command  # slow to import
-        from .train.after.answering import Sampling
+    opened = open_run(run, base_model, trust_remote_code)
+    from .train.after import chat as command  # slow to import
+    from .train.after.answering import Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-        command.chat(opened, sampling, system)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.chat(opened, sampling, system)
 
 
 def merge(
@@ -164,27 +158,10 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write adapter and base as one model, which plain transformers loads."""
-    with _reported():
-        from .train.after.runfolder import open_run
+    from .train.after.runfolder import open_run
 
-        opened = open_run(run, base_model, trust_remote_code)
-        from .train.after import merge as command  # slow to import
+    opened = open_run(run, base_model, trust_remote_code)
+    from .train.after import merge as command  # slow to import
 
-        asked = command.Request(output, dtype, max_shard_size, dequantize)
-        command.merge(opened, asked)
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Turn our errors into one line and exit code 2, Ctrl-C into 130, a closed pipe into an end."""
-    try:
-        yield
-    except FusewrightError as error:
-        print(f"fusewright: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        print("fusewright: stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it flushes
-        raise typer.Exit(141) from None
+    asked = command.Request(output, dtype, max_shard_size, dequantize)
+    command.merge(opened, asked)

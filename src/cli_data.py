@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
-
-from .errors import FusewrightError
 
 
 def register(app: typer.Typer) -> None:
@@ -37,14 +34,7 @@ def preprocess(
     ] = None,
 ) -> None:
     """Read, tokenize and mask the rows of a recipe, and keep them for its runs."""
-    try:
-        _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit)
-    except FusewrightError as error:
-        print(f"fusewright: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        print("fusewright: stopped; nothing was kept", file=sys.stderr)
-        raise typer.Exit(130) from None
+    _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit)
 
 
 def _preprocess(name: str, arguments: list[str], examples: int, limit: int | None) -> None:

@@ -50,11 +50,13 @@ class Environment:
         dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph before and after, as Python.
         fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
         disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
+        traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
     """
 
     dump: str | None
     fuel: int | None
     disable: frozenset[str]
+    traceback: bool = False
 
     @classmethod
     def read(cls) -> Environment:
@@ -71,4 +73,5 @@ class Environment:
             dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
             fuel=int(fuel) if fuel else None,
             disable=frozenset(n.strip() for n in names if n.strip()),
+            traceback=os.environ.get("FUSEWRIGHT_TRACEBACK", "0") not in ("", "0"),
         )

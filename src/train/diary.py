@@ -33,6 +33,9 @@ class Diary:
         begun = time.perf_counter()
         try:
             yield
+        except Exception as error:
+            error.add_note(f"at {part}")  # for the last line, if nobody foresaw it
+            raise
         finally:
             before = self.result.seconds.get(part, 0.0)
             self.result.seconds[part] = before + time.perf_counter() - begun

@@ -77,7 +77,8 @@ def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) 
     if as_json:
         entry = asdict(answer)
         row = {"messages": messages, "answer": entry.pop("text"), **entry}
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        plain = not (getattr(out, "encoding", None) or "utf-8").lower().startswith("utf")
+        out.write(json.dumps(row, ensure_ascii=plain) + "\n")
     else:
         text = f"> {messages[-1]['content']}\n{answer.text}\n\n"
         out.write(printable(text) if out.isatty() else text)
