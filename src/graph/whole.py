@@ -13,11 +13,14 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .overlooked import overlooks
 
 _MARK = "__fusewright_whole__"
 
@@ -33,6 +36,8 @@ class Convention:
         known_by: the names that a function with this convention must have.
         time: the dimension of time in the first two arguments, B, C, z and the first output.
         defaults: values of the arguments after the first five (and a chunk size).
+        sizes: of the first five, in a small example.
+        constants: what else has no default.
     """
 
     name: str
@@ -40,6 +45,8 @@ class Convention:
     known_by: frozenset[str]
     time: int
     defaults: Mapping[str, Any]
+    sizes: tuple[tuple[int, ...], ...]
+    constants: Mapping[str, Any]
 
 
 SELECTIVE = Convention(
@@ -49,6 +56,8 @@ SELECTIVE = Convention(
     frozenset(("D", "z", "delta_bias", "delta_softplus")),
     2,
     {"D": None, "z": None, "delta_bias": None, "delta_softplus": False, "return_last_state": False},
+    ((1, 2, 3), (1, 2, 3), (2, 2), (1, 2, 3), (1, 2, 3)),
+    {},
 )  # fmt: skip
 """u, delta, z (B, D, L); A (D, N); B, C (B, N, L): Gu & Dao, "Mamba", 2023."""
 
@@ -60,6 +69,8 @@ CHUNKED = Convention(
     1,
     {"D": None, "z": None, "dt_bias": None, "dt_softplus": False,
      "dt_limit": (0.0, float("inf")), "initial_states": None, "return_final_states": False},
+    ((1, 3, 1, 2), (1, 3, 1), (1,), (1, 3, 1, 2), (1, 3, 1, 2)),
+    {"chunk_size": 2},
 )  # fmt: skip
 """x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N): Dao & Gu, "Transformers are SSMs"."""
 
@@ -109,8 +120,8 @@ def bind(
 ) -> tuple[str, tuple[Any, ...]] | None:
     """The canonical name and arguments of a call of a leaf; None for any other target.
 
-    A further argument is left out where it is None or False, and where it only chooses among
-    implementations of the same thing (``use_...``).
+    A further argument is left out where it is None or False, where it only chooses among
+    implementations of the same thing (``use_...``), and where the function does not look at it.
     """
     function = getattr(target, _MARK, None)
     if function is None:
@@ -125,6 +136,7 @@ def bind(
     others = tuple(
         (name, value) for name, value in given.items()
         if value is not None and value is not False and not name.startswith("use_")
+        and not _is_overlooked(function, name)
     )  # fmt: skip
     return kind.name, (*values, others)
 
@@ -144,6 +156,20 @@ def _given(
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= given.pop(name)
     return given
+
+
+@functools.cache
+def _is_overlooked(function: Callable[..., Any], name: str) -> bool:
+    """Whether a scan takes a keyword among any others, and never looks at its value."""
+    kind, names = convention(function), list(_signature(function).parameters)
+    if kind is None or name in names:
+        return False
+    tensors = {
+        # steps that are positive and decays that are negative: all numbers stay finite
+        n: torch.linspace(0.1, -0.9 if n == "A" else 0.9, prod(size), device="cpu").view(size)
+        for n, size in zip(names, kind.sizes, strict=False)
+    }
+    return overlooks(function, {**tensors, **kind.constants}, name)
 
 
 def _outline(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import multiprocessing
 import os
 import time
@@ -73,7 +74,7 @@ def measure(name: str, lora: bool) -> Row:
     except architectures.CannotBuild as reason:
         row.not_built = str(reason)
         return row
-    inputs = architectures.step_inputs(model)
+    inputs = architectures.step_inputs(model) | _of_the_trainer(model)
     model = _adapted(model) if lora else model
     if lora and not _may_need_input_gradients(model, inputs):
         model = _adapted(architectures.build(name), input_gradients=False)
@@ -105,6 +106,19 @@ def measure(name: str, lora: bool) -> Row:
     row.passed = sorted({b.reason for b in report.bypasses if not b.reason.startswith("attention")})
     row.seconds = time.perf_counter() - begun
     return row
+
+
+def _of_the_trainer(model: nn.Module) -> dict[str, Any]:
+    """What ``transformers.Trainer`` passes beside a batch to a model that takes any keyword.
+
+    Such a model hands it down to its parts, where a rule may stumble over it.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if not getattr(model, "accepts_loss_kwargs", takes_any):
+        return {}
+    items = architectures.BATCH * (architectures.LENGTH - 1)
+    return {"num_items_in_batch": torch.tensor(items)}
 
 
 def _may_need_input_gradients(model: Any, inputs: dict[str, Any]) -> bool:

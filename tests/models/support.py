@@ -49,8 +49,8 @@ def _introduction(rows: Sequence[Row], built: Sequence[Row]) -> list[str]:
         "",
         "Every causal language model that transformers registers, as a tiny model with random",
         f"weights, {_adapters(rows)}: one training step of eager and one of the",
-        "optimized model, in fp32 on a CPU. Written by `python -m tests.models.coverage`; a test",
-        "fails when a number falls.",
+        "optimized model, in fp32 on a CPU, called as `transformers.Trainer` calls it. Written by",
+        "`python -m tests.models.coverage`; a test fails when a number falls.",
         "",
         f"torch {torch.__version__}, transformers {transformers.__version__}: "
         f"{len({r.name for r in built})} of {len({r.name for r in rows})} names built,",

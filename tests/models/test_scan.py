@@ -73,6 +73,20 @@ def test_steps_equal_eager(name: str, lora: bool) -> None:
     assert [n for n, _ in model.named_parameters()] == names
 
 
+@pytest.mark.parametrize("name", ["bamba", "granitemoehybrid", "falcon_h1", "zamba2"])
+def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
+    """They reach the scans: the number of items, of which no scan knows anything."""
+    model = build(name)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    for length, count in ((24, 46), (37, 11)):
+        items = torch.tensor(count)
+        _assert_equal_steps(model, eager, _ids(2, length), num_items_in_batch=items)
+    sites = [s for s in explain(model).sites if s.rule == "selective_scan"]
+    assert sites
+    assert all(s.status == "rewritten" for s in sites), str(explain(model))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_is_independent_of_the_length(name: str) -> None:
     model = optimize(build(name), codegen="eager")

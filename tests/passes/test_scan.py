@@ -52,6 +52,27 @@ def chunked(
     return (y, None) if return_final_states else y
 
 
+_WAYS: dict[str, Any] = {
+    "attribute": lambda v: v.real,
+    "number": lambda v: 1.0 + v,
+    "truth": lambda v: 2.0 if v else 1.0,
+    "class": lambda v: 2.0 if isinstance(v, Tensor) else 1.0,
+    "equality": lambda v: 2.0 if v == 0 else 1.0,
+    "text": lambda v: 2.0 if str(v) == "0" else 1.0,
+    "hash": lambda v: {0: 2.0}.get(v, 1.0),
+    "swallowed error": lambda v: _caught(lambda: v.real),
+    "presence": lambda v: 2.0,
+}
+"""Ways of looking at a keyword's value; or at it being there at all."""
+
+
+def _caught(look: Any) -> float:
+    try:
+        return 1.0 + 0.0 * look()
+    except Exception:
+        return 1.0
+
+
 def _inputs(channels: int = 48) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = ((2, channels, 9), (2, channels, 9), (channels, 6), (2, 6, 9), (2, 6, 9))
@@ -96,7 +117,6 @@ def test_the_chunked_call_becomes_its_op() -> None:
     [
         ({"return_last_state": True}, "last state"),
         ({"seq_idx": 3}, "seq_idx"),
-        ({"cu_seqlens": 3}, "cu_seqlens"),
     ],
     ids=str,
 )
@@ -115,13 +135,41 @@ def test_what_the_op_does_not_do_is_refused(given: dict[str, Any], reason: str) 
     torch.testing.assert_close(graph(*(ts := _inputs()))[0], scan(*ts, delta_softplus=True))
 
 
+@pytest.mark.parametrize("way", _WAYS)
+def test_a_keyword_that_a_scan_looks_at_is_refused(way: str) -> None:
+    def noting(
+        u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any = None, z: Any = None,
+        delta_bias: Any = None, delta_softplus: bool = False, **more: Any,
+    ) -> Any:  # fmt: skip
+        factor = _WAYS[way](more["note"]) if more.get("note") is not None else 1.0
+        return factor * scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+    call = leaf(noting)
+    graph = capture(lambda *t: call(*t, delta_softplus=True, note=3), *_inputs())
+    findings = [f for f in rewrite(graph) if f.rule == "selective_scan"]
+    assert [(f.status, f.reason) for f in findings] == [("refused", "the call also passes note")]
+
+
+@pytest.mark.parametrize(("made", "inputs"), [(scan, "_inputs"), (chunked, "_chunked_inputs")])
+def test_a_keyword_that_nobody_looks_at_says_nothing(made: Any, inputs: str) -> None:
+    call, given = leaf(made), globals()[inputs]()
+    size = (4,) if made is chunked else ()
+
+    def fn(*t: Tensor) -> Any:
+        *own, items = t
+        return call(*own, *size, num_items_in_batch=items, position_embeddings=(t[0], t[1]))
+
+    graph = capture(fn, *given, torch.tensor(46))
+    assert rewritten(rewrite(graph)) == ["selective_scan"]
+    torch.testing.assert_close(graph(*given, torch.tensor(46))[0], made(*given, *size))
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
         ({"return_final_states": True}, "last state"),
         ({"initial_states": 1}, "given state"),
         ({"z": 1}, "gate"),
-        ({"seq_idx": 1}, "seq_idx"),
     ],
     ids=str,
 )
