@@ -153,15 +153,17 @@ def test_a_keyword_that_a_scan_looks_at_is_refused(way: str) -> None:
 @pytest.mark.parametrize(("made", "inputs"), [(scan, "_inputs"), (chunked, "_chunked_inputs")])
 def test_a_keyword_that_nobody_looks_at_says_nothing(made: Any, inputs: str) -> None:
     call, given = leaf(made), globals()[inputs]()
-    size = (4,) if made is chunked else ()
+    size, softplus = ((4,), "dt_softplus") if made is chunked else ((), "delta_softplus")
 
     def fn(*t: Tensor) -> Any:
         *own, items = t
-        return call(*own, *size, num_items_in_batch=items, position_embeddings=(t[0], t[1]))
+        more = {"num_items_in_batch": items, "position_embeddings": (t[0], t[1]), softplus: True}
+        return call(*own, *size, **more)
 
     graph = capture(fn, *given, torch.tensor(46))
     assert rewritten(rewrite(graph)) == ["selective_scan"]
-    torch.testing.assert_close(graph(*given, torch.tensor(46))[0], made(*given, *size))
+    expected = made(*given, *size, **{softplus: True})
+    torch.testing.assert_close(graph(*given, torch.tensor(46))[0], expected)
 
 
 @pytest.mark.parametrize(
