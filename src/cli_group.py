@@ -29,13 +29,13 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class Commands(TyperGroup):
     """The commands of ``fusewright``; no exception of theirs gets past this."""
 
-    def make_context(self, info_name: str | None, args: list[str], *more: Any, **named: Any) -> Any:
+    def make_context(self, *given: Any, **named: Any) -> Any:
         """Read the words before the command's name."""
         _take_any_encoding()
         with _ended():
-            return super().make_context(info_name, args, *more, **named)
+            return super().make_context(*given, **named)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with _ended(ctx):
             return super().invoke(ctx)
@@ -43,6 +43,7 @@ class Commands(TyperGroup):
 
 def _take_any_encoding() -> None:
     """Let text that the terminal's encoding lacks appear as escapes, not as an error."""
+    stream: Any
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="backslashreplace")

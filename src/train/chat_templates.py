@@ -113,17 +113,25 @@ def find_template(name: str | None, jinja: str | None, tokenizer: Any) -> Any:
     return _named(name)
 
 
-def _named(name: str) -> str:
-    found = TEMPLATES.get(ALIASES.get(name, name))
-    if found is not None:
-        return found
+def unknown_template(name: str) -> str | None:
+    """What is wrong with a value of ``chat_template``, or None."""
+    name = name.removeprefix(_FALLBACK)
     known = sorted([*TEMPLATES, *ALIASES])
+    if name in known or name in ("tokenizer_default", "jinja"):
+        return None
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)};"
-    raise RecipeError(
-        f"chat_template: there is no template {name!r} here; {hint} Leave chat_template out to "
-        "take the tokenizer's own, or write it out in chat_template_jinja"
+    return (
+        f"there is no template {name!r} here; {hint} Leave chat_template out to take the "
+        "tokenizer's own, or write it out in chat_template_jinja"
     )
+
+
+def _named(name: str) -> str:
+    found = TEMPLATES.get(ALIASES.get(name, name))
+    if found is None:
+        raise RecipeError(f"chat_template: {unknown_template(name)}")
+    return found
 
 
 def _jinja(text: str) -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .chat_templates import unknown_template
 from .keys.dataset import TYPES
 from .problems import Loc
 
@@ -125,8 +126,11 @@ def _model(values: Values) -> Iterator[Problem]:
 
 
 def _template(values: Values, loc: Loc) -> Iterator[Problem]:
-    if values.get("chat_template") == "jinja" and not values.get("chat_template_jinja"):
+    name = values.get("chat_template")
+    if name == "jinja" and not values.get("chat_template_jinja"):
         yield (*loc, "chat_template"), "jinja needs chat_template_jinja: the template or its file"
+    elif isinstance(name, str) and (said := unknown_template(name)) is not None:
+        yield (*loc, "chat_template"), said
 
 
 def _adapter(values: Values) -> Iterator[Problem]:

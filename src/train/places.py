@@ -50,7 +50,7 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
             problems.append((("resume_from_checkpoint",), _nowhere(wanted, places)))
         update["resume_from_checkpoint"] = str(checkpoint)
     if (template := recipe.chat_template_jinja) is not None:
-        update["chat_template_jinja"] = _template(template, folders)
+        update["chat_template_jinja"] = _template(template, folders, (), problems)
     return recipe.model_copy(update=update), problems
 
 
@@ -102,15 +102,19 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
         files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
         update["data_files"] = [str(find_file(file, folders) or file) for file in files]
     if dataset.chat_template_jinja is not None:
-        update["chat_template_jinja"] = _template(dataset.chat_template_jinja, folders)
+        template = dataset.chat_template_jinja
+        update["chat_template_jinja"] = _template(template, folders, loc, problems)
     return dataset.model_copy(update=update)
 
 
-def _template(text: str, folders: list[Path]) -> str:
+def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
     """The absolute path of a template's file, or the template itself."""
     if "{" in text or "\n" in text:
         return text
-    return str(find_file(text, folders) or text)
+    found = find_file(text, folders)
+    if found is None:
+        problems.append(((*loc, "chat_template_jinja"), _nowhere(text, folders)))
+    return str(found or text)
 
 
 def _nowhere(path: str, folders: list[Path]) -> str:

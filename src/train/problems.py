@@ -104,7 +104,11 @@ def model_at(loc: Loc) -> type[Keys]:
 def nearest_key(model: type[Keys], name: str) -> str | None:
     """The key that was meant; of two that are about as near, the one that begins the same."""
     names = [*model.model_fields, *aliases(model)]
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.75)
+    if not near:  # words left out: steps, for max_steps
+        words = set(name.split("_"))
+        near = [n for n in names if words <= set(n.split("_"))]
+        near = difflib.get_close_matches(name, near, n=5, cutoff=0.5)
     start = name.partition("_")[0]
     return next((n for n in near if n.partition("_")[0] == start), near[0] if near else None)
 

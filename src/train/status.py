@@ -58,10 +58,14 @@ def entries(values: Mapping[str, Any]) -> list[Entry]:
 
 
 def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
-    """What training must refuse, because the run would not be what was asked for."""
+    """What training must refuse, because the run would not be what was asked for.
+
+    Args:
+        values: a recipe as written; it may have other problems.
+    """
     return [
         (entry.loc, f"{_short(entry.value)} is not yet available: {entry.note}")
-        for entry in entries(values)
+        for entry in _walk(Recipe, values, ())
         if entry.status == "not yet available"
     ]
 
@@ -83,7 +87,9 @@ def told(recipe: Recipe) -> list[str]:
 
 def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[Entry]:
     for name, value in values.items():
-        here, field = (*loc, name), model.model_fields[name]
+        here, field = (*loc, name), model.model_fields.get(name)
+        if field is None:  # of a recipe that has been refused
+            continue
         inner = nested(field.annotation)
         groups = list(_groups(value)) if inner else []
         for place, group in groups:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
+from .characters import odd_characters
 from .conflicts import conflicts
 from .keys.base import aliases
 from .places import with_paths
@@ -75,6 +76,8 @@ def check(
     problems = _rename(values, where)
     problems += _override(values, overrides or {}, where)
     given = _without_nulls(values)
+    odd = list(odd_characters(given))
+    problems += odd
     recipe = None
     try:
         recipe = Recipe.model_validate(given)
@@ -86,10 +89,11 @@ def check(
         misspelt = any(str(key) in problem or key == loc[0] for key in meant)
         if not misspelt and loc not in known:
             problems.append((loc, problem))
-    if recipe is not None:
+    if recipe is not None and not odd:  # no path has such characters
         recipe, missing = with_paths(recipe, folder)
         problems += missing
     if problems or recipe is None:
+        problems += [found for found in refusals(values) if found[0] not in known]
         raise RecipeError(listed(name, problems, where))
     return Checked(name, recipe, values, where)
 

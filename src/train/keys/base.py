@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
 """What becomes of a key. A key that is none of these is unknown, and an error."""
@@ -15,7 +16,12 @@ Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):  # Python, and so pydantic, takes True for 1
         raise ValueError("not a number")
+    if isinstance(value, int) and abs(value) > _MOST:  # of a tensor's and a file's numbers
+        raise PydanticCustomError("size", "a number that 64 bits can hold")
     return value
+
+
+_MOST = 2**63 - 1
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]

@@ -142,6 +142,12 @@ class Dataset(Keys):
     field_thinking: str = "reasoning_content"
     """The field of a message that holds the reasoning before the answer."""
 
+    field_chosen: str | None = not_applicable(_PREFERENCES)
+    """The field of a row that holds the better answer. Unset: ``chosen``."""
+
+    field_rejected: str | None = not_applicable(_PREFERENCES)
+    """The field of a row that holds the worse answer. Unset: ``rejected``."""
+
     template_thinking_key: str | None = None
     """The name that the template has for the reasoning. Unset: ``field_thinking``."""
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from ...memory_budget import Budget
 from .base import Int, Keys, key
+
+
+def _budget(value: Any) -> Any:
+    try:
+        return Budget.parse(value).text
+    except ValueError:
+        wanted = "auto, speed, min, or the whole of what the process may use, such as 8GB"
+        raise PydanticCustomError("budget", wanted) from None
 
 
 class OurKeys(Keys):
@@ -16,7 +28,7 @@ class OurKeys(Keys):
     codegen: Literal["auto", "eager", "inductor"] = "auto"
     """What runs the operations that no rewrite claims."""
 
-    memory: str = "auto"
+    memory: Annotated[str, BeforeValidator(_budget)] = "auto"
     """What blocks keep for backward: ``auto`` as much as the device has memory for, ``speed``
     everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``."""
 

@@ -195,7 +195,7 @@ class StepKeys(Keys):
     trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
     """A Python class that trains. Unset: fusewright's own."""
 
-    seed: Int = key(42, ge=0)
+    seed: Int = key(42, ge=0, lt=2**32)
     """Seed of the split, the order of the rows, the adapters and dropout."""
 
     full_determinism: bool | None = not_yet("leave it out; runs on a CPU repeat bit by bit anyway")
