@@ -84,7 +84,6 @@ class _QuickGELU(torch.autograd.Function):
         return reference(x, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors  # never written to: backward may run twice
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays fp64

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rms_norm as norm
 from .launch import library_op, use_triton
 from .op import Cost, Op
+from .second import differentiable, gradients
 
 
 # ------------------------------------------------------------------------------------- reference
@@ -53,6 +53,25 @@ _forward_op = library_op(
 
 
 # -------------------------------------------------------------------------------------- autograd
+def _again(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
+    total, weight, _ = ctx.saved_tensors
+    need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+    formula = ctx.eps, ctx.offset, norm.ROUNDINGS[ctx.outer]
+    d_total, d_weight = gradients(
+        lambda total, weight: norm.reference(total, weight, *formula),
+        (total, weight),
+        (need_x or need_residual, need_weight),
+        (grad,),
+    )
+    if grad_total is not None:
+        d_total = grad_total if d_total is None else d_total + grad_total
+    d_x, d_residual = (
+        d_total.to(dtype) if needed and d_total is not None else None
+        for needed, dtype in zip((need_x, need_residual), ctx.dtypes, strict=True)
+    )
+    return d_x, d_residual, d_weight, None, None, None
+
+
 class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one rstd per row; the norm's backward adds the sum's own gradient."""
 
@@ -70,13 +89,13 @@ class _AddRMSNorm(torch.autograd.Function):
         run = _forward_op if fast else _forward
         total, y, rstd = run(x, residual, weight, eps, offset, outer)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.offset, ctx.outer = offset, outer
+        ctx.eps, ctx.offset, ctx.outer = eps, offset, outer
         ctx.dtypes = x.dtype, residual.dtype
         ctx.set_materialize_grads(False)
         return total, y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(
         ctx: Any, grad_total: Tensor | None, grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:

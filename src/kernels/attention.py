@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_tiles import Scratch, Tile, fold, tiles, unfold
 from .launch import LIBRARY
 from .op import Cost, Op
+from .second import differentiable, gradients
 
 _aten = torch.ops.aten
 
@@ -159,6 +161,17 @@ torch.library.register_fake("fusewright::attention_backward", _fake_backward, li
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *qkv, mask = ctx.saved_tensors
+    scale, causal, window = ctx.options
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
+            return attention_reference(q, k, v, scale, causal, mask, window)
+
+    return gradients(formula, qkv, ctx.needs_input_grad, (grad,))
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -173,6 +186,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         scale, causal, window = ctx.options

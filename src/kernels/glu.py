@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .launch import library_op, use_triton
 from .op import Cost, Op
+from .second import differentiable, gradients
 
 _aten = torch.ops.aten
 
@@ -190,18 +191,26 @@ def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: 
     return packed
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    run: Any = glu_reference if len(tensors) == 2 else glu_packed_reference
+    needed = ctx.needs_input_grad
+    return gradients(lambda *given: run(*given, *ctx.options), tensors, needed, (grad,))
+
+
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.options = (activation,)
         return forward(gate, up, activation)
 
     @staticmethod
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         need_gate, need_up, _ = ctx.needs_input_grad
-        grads = backward(grad, gate, up, ctx.activation, need_gate, need_up)
+        grads = backward(grad, gate, up, *ctx.options, need_gate, need_up)
         grad_gate = grads.pop(0) if need_gate else None
         return grad_gate, grads.pop(0) if need_up else None, None
 
@@ -214,6 +223,7 @@ class _GluPacked(torch.autograd.Function):
         return forward(*halves(gate_up, gate_first), activation)
 
     @staticmethod
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         return packed_backward(grad, gate_up, *ctx.options), None, None

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import layer_norm_native as native
 from .launch import has_triton, library_op, use_triton
 from .op import Cost, Op
 from .rms_norm import rstd_size, size, work_dtype
+from .second import differentiable, gradients
 
 MAX_DIM = 32768
 """Longest row that the Triton kernels take (one program holds whole rows)."""
@@ -181,6 +181,16 @@ def backward(
     return d_x, d_weight, d_bias
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, *_ = ctx.saved_tensors
+    return gradients(
+        lambda *tensors: reference(*tensors, ctx.eps),
+        (x, weight, bias),
+        ctx.needs_input_grad,
+        (grad,),
+    )
+
+
 class _LayerNorm(torch.autograd.Function):
     """Saves x and two numbers per row."""
 
@@ -190,10 +200,11 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, rstd = forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
 from .launch import LIBRARY, use_triton
 from .linear_cross_entropy_tiles import compute
 from .op import Cost, Op
+from .second import differentiable, gradients
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -110,6 +110,15 @@ _forward = torch.ops.fusewright.linear_cross_entropy_forward.default
 # -------------------------------------------------------------------------------------- autograd
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, labels = ctx.saved_tensors[4:]
+
+    def formula(*tensors: Any) -> Tensor:
+        return reference(*tensors, labels, *ctx.settings, ctx.logit_scale)
+
+    return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients of the *sum* are found by forward; backward multiplies them, out of place."""
 
@@ -140,17 +149,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             [recording and needed for needed in ctx.needs_input_grad[:3]],
         )
         mean = reduction == "mean"
-        ctx.save_for_backward(dx, dweight, dbias, count if mean else None)
+        # x and labels for a second derivative alone
+        found = (dx, dweight, dbias, count if mean else None)
+        ctx.save_for_backward(*found, x, weight, bias, labels)
+        ctx.settings = ignore_index, reduction, label_smoothing, softcap or None
         ctx.shape, ctx.logit_scale = x.shape, logit_scale
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         result: Tensor = total / count if mean else total
         return result
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what forward found: no matmul, no host synchronisation, nothing overwritten."""
-        dx, dweight, dbias, count = ctx.saved_tensors
+        dx, dweight, dbias, count = ctx.saved_tensors[:4]
         factor = grad * ctx.logit_scale
         if count is not None:
             factor = factor / count.clamp(min=1)  # no labels: nan as loss, zero as gradient
@@ -188,7 +200,7 @@ def linear_cross_entropy(
     Logits, scale and softcap are rounded to x's dtype where the model rounds them, so the loss is
     eager's; the softmax and everything after run in fp32. Without gradients (no_grad, or none
     required) only the loss is computed. Gradients of the head are summed over the tiles in fp32.
-    Backward may run more than once over a retained graph, but not be differentiated again. Under
+    Backward may run more than once over a retained graph. Under
     autocast the operands are cast first, as autocast casts a linear layer's. ``torch.compile``
     sees one opaque op.
 

@@ -115,6 +115,16 @@ def linears(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
     return [Linear(w, bias, a, b, scale) for w, (_, bias, a, b), scale in each]
 
 
+def lists(
+    tensors: Sequence[Any], constants: Constants, dtype: torch.dtype
+) -> tuple[list[Any], ...]:
+    """What ``flat`` was given; the adapters' biases stay in the bases', which are in ``dtype``."""
+    layers = linears(tensors, constants)
+    biases = [layer.bias if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    weights, _, lora_as, lora_bs, scales = (list(part) for part in zip(*layers, strict=True))
+    return weights, biases, lora_as, lora_bs, scales, [None] * len(layers)
+
+
 def cast_as_autocast(
     x: Tensor, tensors: Sequence[Tensor | None], constants: Constants
 ) -> list[Tensor | None] | None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .op import Cost, Op
 from .products import adapted_product, autocast, gradient_of_a, gradient_of_b
+from .second import absent, differentiable, gradients, require_kept
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -67,6 +67,27 @@ def _forward(
 # -------------------------------------------------------------------------------------- autograd
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, z, _, weight, lora_a, lora_b = ctx.saved_tensors
+    needed, own_input = ctx.needs_input_grad, ctx.z_like is not None
+    x = z if x is None and not own_input else x
+    kept = (z if own_input else x) is not None
+    require_kept(kept or not needed[4], "lora_linear", "B is trained and A is not")
+    x = absent(ctx.x_shape, weight) if x is None else x
+    z = absent(ctx.z_like[0], weight, ctx.z_like[1]) if own_input and z is None else z
+    bias, lora_bias = (
+        None if dtype is None else absent(weight.shape[:1], weight, dtype)
+        for dtype in ctx.bias_dtypes
+    )
+
+    def formula(x: Any, weight: Any, bias: Any, a: Any, b: Any, s: Any, z: Any, lb: Any) -> Tensor:
+        z = z if own_input else None
+        return reference(x, weight, bias, a, b, ctx.scale, z, lb).reshape(grad.shape)
+
+    inputs = x, weight, bias, lora_a, lora_b, None, z, lora_bias
+    return gradients(formula, inputs, needed, (grad,))
+
+
 class _LoraLinear(torch.autograd.Function):
     """One rule for every device: library matmuls, the adapter added to the base's outputs."""
 
@@ -88,8 +109,8 @@ class _LoraLinear(torch.autograd.Function):
         y, h = _forward(rows, weight, bias, lora_a, lora_b, scale, z, lora_bias)
         _, w_weight, _, w_a, w_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            rows if w_weight else None,
-            z if w_a else None,
+            x if w_weight else None,
+            (x if x_lora is None else x_lora) if w_a else None,
             h if w_b else None,
             weight,
             lora_a,
@@ -101,10 +122,10 @@ class _LoraLinear(torch.autograd.Function):
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
-        rows, z, h, weight, lora_a, lora_b = ctx.saved_tensors
+        x, z, h, weight, lora_a, lora_b = ctx.saved_tensors
         w_x, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias = ctx.needs_input_grad
         own_input = ctx.z_like is not None
         dy = grad
@@ -123,9 +144,9 @@ class _LoraLinear(torch.autograd.Function):
             shape, dtype = ctx.z_like
             dz = torch.mm(t.to(dtype), lora_a.to(dtype)).view(shape)
         if w_weight:
-            dweight = torch.mm(dy.t(), rows)
+            dweight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1]))
         if w_a and t is not None:
-            da = gradient_of_a(z, t)
+            da = gradient_of_a(z.reshape(-1, z.shape[-1]), t)
         if w_b:
             db = gradient_of_b(h, wide)
         if w_bias:
@@ -150,7 +171,7 @@ def lora_linear(
     Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
     gradients are then computed in that dtype, while the products that end in the base's dtype
     run in it. Under autocast every operand is cast first, as autocast casts a linear layer's.
-    Backward may run more than once over a retained graph, but not be differentiated again.
+    Backward may run more than once over a retained graph.
 
     Args:
         x: (..., in).

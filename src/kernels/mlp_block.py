@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import glu
-from .linears import Constants, Weight, cast_as_autocast, flat, linears, wanted
+from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 from .op import Cost, Op
 from .qkv_block import projection
 from .qkv_block import unsupported as linears_unsupported
+from .second import differentiable, gradients, require_kept
 
 KEEPS = ("gate_up", "input")
 """What may be kept for backward."""
@@ -67,6 +67,22 @@ def reference(
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _, constants, activation, layout, keep = ctx.options
+    x, *saved = ctx.saved_tensors
+    constants, count = Constants(*constants), len(constants[0])
+    require_kept(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
+
+    def formula(x: Tensor, *tensors: Any) -> Tensor:
+        y = reference(x, *lists(tensors, constants, x.dtype), activation, layout)
+        return y.reshape(grad.shape)
+
+    inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+    dx, *rest = gradients(formula, inputs, needed, (grad,))
+    return dx, None, None, None, None, *rest
+
+
 class _MLPBlock(torch.autograd.Function):
     """One rule for both ways of keeping; what is computed again is bit for bit what it was."""
 
@@ -86,7 +102,7 @@ class _MLPBlock(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if keep == "input":
             if any(needed):
-                ctx.save_for_backward(rows, *tensors)
+                ctx.save_for_backward(x, *tensors)
             return tiled_forward(rows, list(tensors), constants, activation, layout)
         mlp = Mlp.of(tensors, constants, activation, layout)
         y, outs, hs = forward(rows, mlp)
@@ -95,14 +111,15 @@ class _MLPBlock(torch.autograd.Function):
             for_x = any(need.weight or need.lora_a for need in ins)
             for_hs = [need.lora_b for need in (*ins, down)]
             kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
-            ctx.save_for_backward(rows if for_x else None, *outs, *kept, *tensors)
+            ctx.save_for_backward(x if for_x else None, *outs, *kept, *tensors)
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         shape, constants, activation, layout, keep = ctx.options
-        rows, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        rows = x if x is None else x.reshape(-1, x.shape[-1])
         constants, count = Constants(*constants), len(constants[0])
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         if keep == "input":
@@ -136,7 +153,7 @@ def mlp_block(
     Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
     operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
     as in ``quant_lora_linear``). Backward may run more than once over a
-    retained graph, but not be differentiated again.
+    retained graph.
 
     Args:
         x: (..., D).

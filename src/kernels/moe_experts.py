@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .moe_experts_again import down_again, up_again
 from .moe_experts_ops import combine, grouped_mm, grouped_outer, segment_sum
 from .op import Cost, Op
+from .second import differentiable
 
 # -- reference -------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class _Up(torch.autograd.Function):
         return grouped_mm(x, tokens, weight, offsets, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(up_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, where, offsets, order = ctx.saved_tensors
         w_x, w_weight, w_bias, *_ = ctx.needs_input_grad
@@ -130,16 +131,16 @@ class _Down(torch.autograd.Function):
         w_weights, w_weight = ctx.needs_input_grad[1:3]
         y = grouped_mm(h, None, weight, offsets, bias)
         ctx.save_for_backward(
-            h if w_weight else None, y if w_weights else None, weights, weight, order, offsets,
-            where,
+            h if w_weight else None, y if w_weights else None, weights, weight, bias, order,
+            offsets, where,
         )  # fmt: skip
         ctx.active, ctx.bias = active, None if bias is None else bias.dtype
         return combine(y, where, weights, active)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(down_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, y, weights, weight, order, offsets, where = ctx.saved_tensors
+        h, y, weights, weight, _, order, offsets, where = ctx.saved_tensors
         w_h, w_weights, w_weight, w_bias, *_ = ctx.needs_input_grad
         dh = dweights = dweight = dbias = None
         rows = grad.index_select(0, order // ctx.active)
@@ -221,7 +222,7 @@ def moe_experts(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """Send each token through its experts. Backward may run twice, but not be differentiated.
+    """Send each token through its experts. Backward may run more than once.
 
     Args:
         x: (T, H).

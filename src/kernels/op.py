@@ -10,7 +10,8 @@ An op file has one fixed order, so that a reader who knows one knows them all:
    ``kernels/triton/``, which alone imports Triton.
 4. **autograd**: one ``torch.autograd.Function`` for all implementations. It computes only the
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
-   returns an input.
+   returns an input. Its backward is decorated with what takes its place where it is differentiated
+   itself (``second.py``).
 5. **cost**: bytes and FLOPs, for the planner.
 6. **OP**: the record.
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import lora_linear, quant_linear, quant_lora_linear
-from .linears import Constants, Weight, cast_as_autocast, flat, linears, wanted
+from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .op import Cost, Op
 from .projections import backward, narrow, widen
+from .second import absent, differentiable, gradients, require_kept
 
 KEEPS = ("all", "input")
 """What may be kept for backward: the input and the rank-wide products, or the input alone."""
@@ -70,6 +70,26 @@ def projection(
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    shape, constants, _ = ctx.options
+    x, *saved = ctx.saved_tensors
+    constants, count = Constants(*constants), len(constants[0])
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]
+    if all(g is None for g in grads):
+        return (None,) * len(ctx.needs_input_grad)
+    for_b = any(need.lora_b for need in wanted(needed[1:], count))
+    require_kept(x is not None or not for_b, "qkv_block", "B is trained and A is not")
+    like = next(g for g in grads if g is not None)
+
+    def formula(x: Tensor, *tensors: Any) -> list[Tensor]:
+        outs = reference(x, *lists(tensors, constants, x.dtype))
+        return [out.reshape(-1, out.shape[-1]) for out in outs]
+
+    inputs = absent(shape, like) if x is None else x, *saved[count:]
+    dx, *rest = gradients(formula, inputs, needed, grads)
+    return dx, None, None, *rest
+
+
 class _QKVBlock(torch.autograd.Function):
     """Keeps the input for the weight gradients that are wanted, and nothing of an output's size."""
 
@@ -85,7 +105,7 @@ class _QKVBlock(torch.autograd.Function):
         by_x = [need.weight or need.lora_a for need in needs]
         recompute = keep == "input" and any(by_h)
         ctx.save_for_backward(
-            rows if any(by_x) or recompute else None,
+            x if any(by_x) or recompute else None,
             *(h if w and not recompute else None for h, w in zip(hs, by_h, strict=True)),
             *tensors,
         )
@@ -98,10 +118,11 @@ class _QKVBlock(torch.autograd.Function):
         return outs  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         shape, constants, recompute = ctx.options
-        rows, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        rows = x if x is None else x.reshape(-1, x.shape[-1])
         count = len(constants[0])
         hs, layers = saved[:count], linears(saved[count:], Constants(*constants))
         if recompute:
@@ -128,7 +149,7 @@ def qkv_block(
     Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
     operand is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone,
     as in ``quant_lora_linear``). Backward may run more than once over a
-    retained graph, but not be differentiated again.
+    retained graph.
 
     Args:
         x: (..., in).

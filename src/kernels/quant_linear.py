@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
 from .products import accumulated, rank_update
 from .quantized import VALUES, Quantized, dequantize, dequantize_reference
+from .second import absent, differentiable, gradients
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -191,6 +191,16 @@ _few = library_op(
 # -------------------------------------------------------------------------------------- autograd
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    w = join(ctx.fixed, ctx.saved_tensors)
+    bias = None if ctx.bias_dtype is None else absent(w.shape[:1], grad)
+
+    def formula(x: Tensor, bias: Tensor | None) -> Tensor:
+        return reference(x, w, bias).reshape(grad.shape)
+
+    return gradients(formula, (absent(ctx.shape, grad), bias), ctx.needs_input_grad, (grad,))
+
+
 class _QuantLinear(torch.autograd.Function):
     """Keeps nothing but the packed weight, which is there anyway."""
 
@@ -203,16 +213,16 @@ class _QuantLinear(torch.autograd.Function):
         return product(x.reshape(-1, x.shape[-1]), join(fixed, tensors), bias=bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Dequantize once more for dX."""
         dx = dbias = None
+        tensors = ctx.saved_tensors  # once: a checkpoint does not give them a second time
         if ctx.needs_input_grad[0]:
-            w = join(ctx.fixed, ctx.saved_tensors)
-            dx = product(grad, w, transposed=True).view(ctx.shape)
+            dx = product(grad, join(ctx.fixed, tensors), transposed=True).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             dbias = grad.sum(0, dtype=ctx.bias_dtype)
-        return dx, dbias, None, *(None for _ in ctx.saved_tensors)
+        return dx, dbias, None, *(None for _ in tensors)
 
 
 def split(w: Quantized) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
@@ -229,7 +239,7 @@ def quant_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Te
     """Compute ``x·dequantize(W)ᵀ + bias`` with a frozen W.
 
     W is rounded to x's dtype; autocast does not change that. Backward may run more than once over
-    a retained graph, but not be differentiated again.
+    a retained graph.
 
     Args:
         x: (..., in), of any floating-point dtype.

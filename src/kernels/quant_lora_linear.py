@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import quant_linear
@@ -19,6 +18,7 @@ from .op import Cost, Op
 from .products import gradient_of_a, gradient_of_b
 from .quant_linear import join, product, split
 from .quantized import Quantized
+from .second import absent, differentiable, gradients, require_kept
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -43,6 +43,27 @@ def reference(
 
 
 # -------------------------------------------------------------------------- cpu, triton, autograd
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
+    kept = z is not None or h is None
+    require_kept(kept, "quant_lora_linear", "B is trained and A is not")
+    own_input, (shape, dtype) = ctx.z_like is not None, ctx.like
+    w = join(ctx.fixed, tuple(tensors))
+    x = z if z is not None and not own_input else absent(shape, grad, dtype)
+    z = absent(ctx.z_like[0], grad, ctx.z_like[1]) if own_input and z is None else z
+    bias, lora_bias = (
+        None if kind is None else absent(w.shape[:1], grad, kind) for kind in ctx.bias_dtypes
+    )
+
+    def formula(x: Any, bias: Any, a: Any, b: Any, _: Any, z: Any, lora_bias: Any) -> Tensor:
+        z = z if own_input else None
+        y = reference(x, w, bias, a, b, ctx.scale, z, lora_bias, grad.dtype)
+        return y.reshape(grad.shape)
+
+    inputs = x, bias, lora_a, lora_b, None, z, lora_bias
+    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
 
 
 class _QuantLoraLinear(torch.autograd.Function):
@@ -75,13 +96,14 @@ class _QuantLoraLinear(torch.autograd.Function):
         if lora_bias is not None and dtype is not x.dtype:
             y = y.add_(lora_bias * scale)
         _, _, w_a, w_b, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(z if w_a else None, h if w_b else None, lora_a, lora_b, *tensors)
+        own = x if x_lora is None else x_lora
+        ctx.save_for_backward(own if w_a else None, h if w_b else None, lora_a, lora_b, *tensors)
         ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype)
         ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
@@ -99,7 +121,9 @@ class _QuantLoraLinear(torch.autograd.Function):
         if w_z and t is not None:
             z_shape, z_dtype = ctx.z_like
             dz = torch.mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
-        da = gradient_of_a(z, t) if z is not None and t is not None else None
+        da = None
+        if z is not None and t is not None:
+            da = gradient_of_a(z.reshape(-1, z.shape[-1]), t)
         db = gradient_of_b(h, wide) if h is not None else None
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
@@ -123,7 +147,7 @@ def quant_lora_linear(
 
     W is frozen, and rounded to x's dtype. Gradients of the adapter are computed in its dtype.
     Autocast casts the adapter's operands, as it does for linear layers, and leaves the base alone.
-    Backward may run more than once over a retained graph, but not be differentiated again.
+    Backward may run more than once over a retained graph.
 
     Args:
         x: (..., in).

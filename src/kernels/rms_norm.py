@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .launch import has_triton, library_op, use_triton
 from .op import Cost, Op
+from .second import differentiable, gradients
 
 MAX_DIM = 32768
 """Longest row that the Triton kernels take (one program holds whole rows)."""
@@ -201,6 +201,14 @@ def backward(
     return _backward(grad, x, weight, rstd, extra, offset, outer, need_x, need_weight)
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, _ = ctx.saved_tensors
+    formula = ctx.eps, ctx.offset, ROUNDINGS[ctx.outer]
+    return gradients(
+        lambda x, weight: reference(x, weight, *formula), (x, weight), ctx.needs_input_grad, (grad,)
+    )
+
+
 class _RMSNorm(torch.autograd.Function):
     """Saves x and one rstd per row."""
 
@@ -210,11 +218,11 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         y, rstd = forward(x, weight, eps, offset, outer)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset, ctx.outer = offset, outer
+        ctx.eps, ctx.offset, ctx.outer = eps, offset, outer
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]

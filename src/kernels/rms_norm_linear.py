@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rms_norm as norm
 from .launch import library_op, use_triton
 from .op import Cost, Op
+from .second import absent, differentiable, gradients
 
 
 # ------------------------------------------------------------------------------------- reference
@@ -112,6 +112,25 @@ _forward_op = library_op(
 
 
 # -------------------------------------------------------------------------------------- autograd
+def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    x, norm_weight, _, *weights = ctx.saved_tensors
+    eps, offset, outer = ctx.formula
+    needed, count = ctx.needs_input_grad, len(weights)
+
+    def formula(x: Tensor, norm_weight: Tensor | None, *tensors: Any) -> list[Tensor]:
+        y = norm.reference(x, norm_weight, eps, offset, norm.ROUNDINGS[outer])
+        pairs = zip(tensors[:count], tensors[count:], strict=True)
+        return [F.linear(y.to(w.dtype), w, b) for w, b in pairs]
+
+    biases = (
+        absent(w.shape[:1], w) if need else None
+        for w, need in zip(weights, needed[6 + count :], strict=True)
+    )
+    inputs = x, norm_weight, *weights, *biases
+    d_x, d_norm, *rest = gradients(formula, inputs, (*needed[:2], *needed[6:]), grads)
+    return d_x, d_norm, None, None, None, None, *rest
+
+
 class _RMSNormLinear(torch.autograd.Function):
     """Saves x, one rstd per row and the parameters."""
 
@@ -138,7 +157,7 @@ class _RMSNormLinear(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, *out_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, norm_weight, rstd, *weights = ctx.saved_tensors
         eps, offset, outer = ctx.formula

@@ -26,6 +26,7 @@ from torch import Tensor
 from .launch import library_op, use_triton
 from .op import Cost, Op
 from .rope_rotation import pairs, rotate
+from .second import absent, differentiable, gradients
 
 LAYOUTS = ("halves", "pairs", "pairs_to_halves")
 
@@ -97,6 +98,22 @@ def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    cos, sin = ctx.saved_tensors
+    rotary_dim, layout = ctx.options
+    # of a rotation, only the shape of what it rotates matters
+    given = [None if g is None else absent(g.shape, g, ctx.dtype) for g in grads]
+
+    def formula(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [
+            None if t is None else rope_reference([t], cos, sin, rotary_dim, layout)[0]
+            for t in tensors
+        ]
+
+    found = gradients(formula, given, ctx.needs_input_grad[4:], grads)
+    return None, None, None, None, *found
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,6 +129,7 @@ class _Rope(torch.autograd.Function):
         return tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
 
     @staticmethod
+    @differentiable(_again)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         needed = [

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
+from .second import differentiable, gradients
 from .selective_scan_chunks import (
     backward,
     chunk_length,
@@ -190,6 +190,13 @@ _triton_backward = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def formula(*tensors: Any) -> Tensor:
+        return scan_reference(*tensors, ctx.softplus)
+
+    return gradients(formula, ctx.saved_tensors[:8], ctx.needs_input_grad, (grad,))
+
+
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -209,7 +216,7 @@ class _SelectiveScan(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ssd_chunks
 from .launch import LIBRARY, library_op, use_triton
 from .op import Cost, Op
+from .second import differentiable, gradients
 from .ssd_chunks import work_dtype as work_dtype
 
 CHUNK = 64
@@ -185,6 +185,15 @@ _triton_backward = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    softplus, low, high = ctx.options
+
+    def formula(*tensors: Any) -> Tensor:
+        return ssd_reference(*tensors, softplus, (low, high))
+
+    return gradients(formula, ctx.saved_tensors, ctx.needs_input_grad, (grad,))
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,7 +209,7 @@ class _SSD(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
         plain: Any = torch.ops.fusewright.ssd_backward.default

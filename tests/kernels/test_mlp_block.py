@@ -284,16 +284,6 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-def test_differentiating_backward_is_refused(keep):
-    lists = mlp(6, 5, F32, F32)
-    x = make(5, 6, dtype=F32)
-    y = over(mlp_block, lists, "silu", "two", keep)(x, *present(lists))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("keep", KEEPS)
 def test_autocast_is_that_of_the_reference(keep):
     lists = mlp(32, 48, F32, F32, bias=True)
     wanted = [make(9, 32, dtype=F32), *present(lists)]

@@ -183,15 +183,6 @@ def test_outputs_without_a_gradient_have_none():
     assert not second.requires_grad
 
 
-def test_differentiating_backward_is_refused():
-    lists = operands(6, [4, 3], F32, F32, ranks=[2, 2])
-    x = make(5, 6, dtype=F32)
-    outs = over(qkv_block, lists, [1.0, 1.0])(x, *present(lists))
-    (grad,) = torch.autograd.grad(sum(o.square().sum() for o in outs), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("adapter", [F32, BF16])
 def test_autocast_is_that_of_the_reference(adapter):
     lists = operands(32, [24, 16], F32, adapter, ranks=[4, 4], bias=True)

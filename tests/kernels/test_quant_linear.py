@@ -186,15 +186,6 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     assert len(calls) == 1  # no dX, no second copy of the weight
 
 
-def test_differentiating_backward_is_refused():
-    w = random_weight((12, 64))
-    x, bias = _inputs((6,), w, F32)
-    loss = quant_linear.quant_linear(x, w, bias).square().sum()
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_strided_inputs_and_gradients():
     w = random_weight((12, 64))
     x = torch.randn(64, 6, 3).permute(2, 1, 0).requires_grad_()
