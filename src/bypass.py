@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,30 +65,47 @@ _NO_CACHES = ("builtins", "torch")
 """Whose objects hold containers without collecting anything in them: masks, for one."""
 
 
-def hooks(
-    module: nn.Module, outside: nn.Module | None = None
-) -> tuple[str | None, list[nn.Module]]:
+def below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[nn.Module]:
+    """The submodules of ``module``, each once, without what lies ``outside``.
+
+    Args:
+        module: a region.
+        outside: the path, name by name, to a submodule that is not captured with it.
+    """
+    return (m for _, m in _named_below(module, outside))
+
+
+def _named_below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[nn.Module] = {module}
+    stack = [(name, (name,), m) for name, m in module._modules.items()]
+    while stack:
+        name, path, m = stack.pop()
+        if m is None or m in seen or path == tuple(outside):
+            continue
+        seen.add(m)
+        yield name, m
+        stack += [(f"{name}.{n}", (*path, n), c) for n, c in m._modules.items()]
+
+
+def hooks(module: nn.Module, outside: Sequence[str] = ()) -> tuple[str | None, list[nn.Module]]:
     """Look for hooks below ``module``, which a captured graph would not call.
 
     Args:
         module: a region; its own hooks run as ever.
-        outside: a submodule that is not captured.
+        outside: the path, name by name, to a submodule that is not captured with it.
 
     Returns:
         The name of the first submodule with a hook that does something, or None; and the
         submodules that have nothing but idle ones.
     """
     idle: list[nn.Module] = []
-    stack = [(n, c) for n, c in module._modules.items() if c is not None and c is not outside]
-    while stack:
-        name, m = stack.pop()
+    for name, m in _named_below(module, outside):
         if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return name, idle
         if m._forward_hooks:
             if not all(_is_idle(h) for h in m._forward_hooks.values()):
                 return name, idle
             idle.append(m)
-        stack += [(f"{name}.{n}", c) for n, c in m._modules.items() if c is not None]
     return None, idle
 
 

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bypass import bypass_reason, hidden_hooks, hooks
-from .capture import Session
+from .bypass import bypass_reason, hidden_hooks
 from .leaves import scanning, scans_whole
 from .memory.plans import inside_checkpoint
 from .memory.retry import retrying
 from .regions import leading_sizes, mark_dynamic
+from .session import Session
+from .watch import of_all_modules
 
 _NOTHING = contextlib.nullcontext()
 
 
 def block_forward(
-    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[[Any], Any]
+    session: Session, kind: str, plain: Callable[..., Any], compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The forward of a decoder block, or of a norm outside the blocks: one graph.
 
@@ -39,8 +40,9 @@ def block_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _stands_aside(session, self):
             return plain(self, *args, **kwargs)
-        hooked, idle = hooks(self)
-        reason = session.failure(self) or bypass_reason(args, kwargs, hooked)
+        watch = session.watches.of(self)
+        hooked, idle = watch.hooked(self)
+        reason = session.failure(self) or of_all_modules() or bypass_reason(args, kwargs, hooked)
         if reason is None and kind == "norm" and not torch.is_grad_enabled():
             reason = "evaluation: a lone norm is not worth a graph of its own"
         if reason is not None:
@@ -60,13 +62,14 @@ def block_forward(
 
         def variant() -> Any:
             # a block inside of somebody else's checkpoint has a graph of its own
-            return compiled("outer" if outer else session.planner.level(self) if planned else None)
+            level = "outer" if outer else session.planner.level(self) if planned else None
+            return compiled(self, level, watch.code)
 
         def as_it_was() -> Any:
             return plain(self, *args, **kwargs)
 
         def around() -> Any:
-            scans = scanning(self)
+            scans = scanning(self) if watch.scans else None
             return scans_whole(scans) if scans else _NOTHING
 
         with hidden_hooks(idle) if idle else _NOTHING:
@@ -111,7 +114,7 @@ def head_forward(
     session: Session,
     outside: str,
     plain: Callable[..., Any],
-    compiled: Callable[[Any], Callable[..., Any]],
+    compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The forward of a causal LM: head, shift and loss in one graph, in calls with labels.
 
@@ -141,8 +144,9 @@ def head_forward(
             kwargs["use_cache"] = False
         if kwargs.get("labels") is None:
             return plain(self, *args, **kwargs)
-        hooked, idle = hooks(self, outside=self._modules.get(outside))
-        reason = session.failed.get(self)
+        watch = session.watches.of(self, (outside,))
+        hooked, idle = watch.hooked(self)
+        reason = session.failed.get(self) or of_all_modules()
         if reason is None and hooked:
             reason = f"a hook is registered on its submodule {hooked}"
         if reason is not None:
@@ -154,6 +158,9 @@ def head_forward(
         # each set of arguments has its own graphs: a guard on one that is not there cannot fail
         given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
 
+        def variant() -> Any:
+            return compiled(self, given, watch.code)
+
         def captured() -> Any:
             session.head_active = True
             try:
@@ -162,7 +169,11 @@ def head_forward(
                     torch._dynamo.config.patch(ignore_logger_methods=_loggers()),
                 ):
                     return session.call(
-                        self, lambda: compiled(given), args, kwargs, lambda: plain(self, **kwargs)
+                        self,
+                        lambda: compiled(self, given, watch.code),
+                        args,
+                        kwargs,
+                        lambda: plain(self, **kwargs),
                     )
             finally:
                 session.head_active = False

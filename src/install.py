@@ -11,17 +11,18 @@ from __future__ import annotations
 import functools
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture import Session, backend
+from .capture import backend
 from .forwards import backbone_forward, block_forward, head_forward
 from .leaves import content, with_leaves
 from .regions import Region, parts
+from .session import Session
 
 _MARK = "__fusewright__"
 _REPLICATE = "_replicate_for_data_parallel"
@@ -142,24 +143,26 @@ def _put(
     make: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
 ) -> None:
     previous = module.__dict__.get("forward")
-    function: Any = type(module).forward if previous is None else _unbound(previous)
+    own: Any = None if previous is None else _unbound(previous)
     # a module that was unpickled carries its class's forward as its own
     method = previous is None or isinstance(previous, types.MethodType)
 
     def plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = type(self).forward if own is None else own  # the class may have another by now
         return function(self, *args, **kwargs) if method else function(*args, **kwargs)
 
-    def compiled(variant: Any = None) -> Callable[..., Any]:
+    def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
+        function: Any = type(self).forward if own is None else own
         source = (with_leaves(function) or function) if method else plain
 
         def build() -> Callable[..., Any]:
             target = _own_code(source) if method else plain
             return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
 
-        return session.compiled((source, variant), kind, build)
+        return session.compiled((source, code, variant), kind, build)
 
     forward = make(plain, compiled)
-    functools.update_wrapper(forward, function)
+    functools.update_wrapper(forward, type(module).forward if own is None else own)
     forward.__name__ = "forward"  # pickle stores a method by this name
     setattr(forward, _MARK, Installed(session, kind, previous))
     session.retired.discard(module)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .capture import representative
 from .install import active
+from .session import representative
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from . import codegen as _codegen
 from . import regions
-from .capture import Session, representative
 from .errors import OptimizeError
 from .install import active, install, split, uninstall
 from .match.apply import Fuel
@@ -31,6 +30,7 @@ from .options import Codegen, Environment, Logits, Options, Verify
 from .passes import PIPELINE
 from .passes.memory import allowed
 from .report import Bypass, Report, Site
+from .session import Session, representative
 from .verify import Verifier, quiet_randomness
 
 
