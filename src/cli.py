@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from .errors import RecipeError
 
@@ -20,6 +20,10 @@ if _MISSING:
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
 from . import cli_after, cli_data, cli_group  # noqa: E402  # 2026-11-25: as above
+from .cli_switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
+
+if TYPE_CHECKING:
+    from .train.consent import Consent
 
 
 class Adapter(StrEnum):
@@ -76,9 +80,14 @@ def train(
             "--dry-run", "--dry_run", help="Check the recipe, and say what becomes of each key."
         ),
     ] = False,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
 ) -> None:
     """Train a model as a recipe says."""
-    raise typer.Exit(_train(recipe, overwrite, dry_run, context.args))
+    from .train.consent import Consent
+
+    consent = Consent(trust_remote_code, allow_builders)
+    raise typer.Exit(_train(recipe, overwrite, dry_run, context.args, consent))
 
 
 @app.command()
@@ -116,14 +125,7 @@ def explain(
         bool, typer.Option("--fp32", help="Weights in float32; else in what training would take.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            "--trust_remote_code",
-            help="Run the code that comes with the model.",
-        ),
-    ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
     from .train.explain import Request, run  # slow to import
@@ -142,7 +144,9 @@ def main() -> None:
     app()
 
 
-def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) -> int:
+def _train(
+    recipe: str, overwrite: bool, dry_run: bool, arguments: list[str], consent: Consent
+) -> int:
     """Train, and return the exit code of the result."""
     if recipe.startswith("--"):
         raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
@@ -155,9 +159,9 @@ def _train(recipe: str, overwrite: bool, dry_run: bool, arguments: list[str]) ->
     if dry_run:
         from .train.dryrun import console, show
 
-        show(check(recipe, overrides), console())
+        show(check(recipe, overrides, consent), console())
         return 0
-    checked = load_recipe(recipe, overrides)
+    checked = load_recipe(recipe, overrides, consent)
 
     # imported below us; complains about a kernel that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_switches import Builders, Trust
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from .train.after.runfolder import Run
 
 RunFolder = Annotated[
     str,
@@ -20,9 +24,6 @@ RunFolder = Annotated[
 Base = Annotated[
     str | None,
     typer.Option("--base_model", help="The adapter's base, where the folder's word is outdated."),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust_remote_code", help="Run the code that comes with the model.")
 ]
 Tokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[
@@ -58,11 +59,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
 ) -> None:
     """Compute the loss of a run on its validation rows, or on other ones."""
-    from .train.after.runfolder import open_run
-
-    opened = open_run(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, trust_remote_code, allow_builders)
     from .train.after import evaluate as command  # slow to import
 
     command.evaluate(opened, data or [], as_json=as_json)
@@ -91,9 +91,7 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a prompt, or a file of them."""
-    from .train.after.runfolder import open_run
-
-    opened = open_run(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, trust_remote_code)
     from .train.after.prompts import read_prompt, read_prompts
     from .train.asking import Asking, with_system
 
@@ -125,9 +123,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
-    from .train.after.runfolder import open_run
-
-    opened = open_run(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, trust_remote_code)
     from .train.after import chat as command  # slow to import
     from .train.after.answering import Sampling
 
@@ -158,10 +154,17 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write adapter and base as one model, which plain transformers loads."""
-    from .train.after.runfolder import open_run
-
-    opened = open_run(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, trust_remote_code)
     from .train.after import merge as command  # slow to import
 
     asked = command.Request(output, dtype, max_shard_size, dequantize)
     command.merge(opened, asked)
+
+
+def _opened(
+    folder: str, base_model: str | None, trust_remote_code: bool, allow_builders: bool = False
+) -> Run:
+    from .train.after.runfolder import open_run
+    from .train.consent import Consent
+
+    return open_run(folder, base_model, Consent(trust_remote_code, allow_builders))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .cli_switches import Builders, Trust
+
+if TYPE_CHECKING:
+    from .train.consent import Consent
 
 
 def register(app: typer.Typer) -> None:
@@ -32,18 +37,25 @@ def preprocess(
         int | None,
         typer.Option(min=1, help="Only the first rows of each dataset, and keep nothing."),
     ] = None,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
 ) -> None:
     """Read, tokenize and mask the rows of a recipe, and keep them for its runs."""
-    _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit)
+    from .train.consent import Consent
+
+    consent = Consent(trust_remote_code, allow_builders)
+    _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit, consent)
 
 
-def _preprocess(name: str, arguments: list[str], examples: int, limit: int | None) -> None:
+def _preprocess(
+    name: str, arguments: list[str], examples: int, limit: int | None, consent: Consent
+) -> None:
     from rich.console import Console
 
     from .train.overrides import parse_overrides
     from .train.yamlfile import load_recipe
 
-    recipe = load_recipe(name, parse_overrides(arguments))
+    recipe = load_recipe(name, parse_overrides(arguments), consent)
 
     from .train.data import prepare  # slow to import: only for a recipe that is right
     from .train.data.preview import first, show, summary

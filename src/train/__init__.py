@@ -28,6 +28,8 @@ def train(
     recipe: str | Path | Mapping[str, Any],
     *,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
+    allow_builders: bool = False,
     console: Console | None = None,
     **overrides: Any,
 ) -> RunResult:
@@ -36,6 +38,9 @@ def train(
     Args:
         recipe: a YAML file, or its content as a mapping.
         overwrite: replace the run that ``output_dir`` already holds.
+        trust_remote_code: run the Python code that comes with the model. What the recipe says of
+            that is not enough, because it may be anybody's.
+        allow_builders: run the Python files that datasets name as ``builder``.
         console: where to print; None for standard output. ``Console(quiet=True)`` prints nothing.
         overrides: recipe keys that win over the file, e.g. ``max_steps=5``.
 
@@ -48,11 +53,12 @@ def train(
         DataError: a dataset cannot be used; the message has file and line.
         KeyboardInterrupt: stopped before the first step, or a second time; nothing was saved.
     """
+    from .consent import Consent
     from .yamlfile import load_recipe
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
-    checked = load_recipe(recipe, overrides)
+    checked = load_recipe(recipe, overrides, Consent(trust_remote_code, allow_builders))
 
     from .loop import run  # slow to import: only for a recipe that is right
 

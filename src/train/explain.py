@@ -150,8 +150,6 @@ def _read(factory: Any, request: Request, **options: Any) -> Any:
 
 def _hint(name: str, said: str) -> str:
     """What may have been meant by the name of a model that could not be loaded."""
-    if "custom code" in said:
-        return "; --trust-remote-code runs it"
     near = difflib.get_close_matches(name, _model_types(), 3) if name.isidentifier() else []
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

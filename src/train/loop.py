@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from rich.console import Console
@@ -62,7 +63,7 @@ class Run:
         self.saved: resume.Saved | None = None
         self.result = RunResult(
             output_dir=self.folder,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.recorded(),
             versions=report.versions(),
             machine=report.machine(),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -264,6 +265,10 @@ class Run:
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
+        except UnpicklingError as error:
+            if self.start is None:
+                raise
+            raise RecipeError(resume.unreadable(self.start)) from error
         except DataError:  # a row of a stream, which nobody had read before
             trainer.save_now()
             raise

@@ -8,9 +8,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from ..errors import RecipeError
+from .consent import code_refused, require_consent
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 from .recipe import Recipe
@@ -49,6 +51,7 @@ def load_model(recipe: Recipe) -> Any:
     Raises:
         RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
     """
+    require_consent(recipe)
     device = device_for_training()
     dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
     config = quantization(recipe, dtype)
@@ -61,7 +64,7 @@ def load_model(recipe: Recipe) -> Any:
     if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
         options["config"] = load_config(recipe)
     model = pretrained(
-        _class(recipe.model_type, "AutoModelForCausalLM", "model_type"),
+        class_by_name(recipe.model_type, "AutoModelForCausalLM", "PreTrainedModel", "model_type"),
         recipe.base_model,
         **{**options, **(recipe.overrides_of_model_kwargs or {})},
     )
@@ -82,19 +85,36 @@ def load_model(recipe: Recipe) -> Any:
 
 def _hub(recipe: Recipe) -> dict[str, Any]:
     """What decides which files of a model on the hub are read, and run."""
-    found: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    found: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if recipe.revision_of_model:
         found["revision"] = recipe.revision_of_model
     return found
 
 
-def _class(name: str | None, default: str, key: str) -> Any:
-    """A class of transformers by its name."""
+def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
+    """A class of transformers by its name, of no other kind than is asked for.
+
+    Args:
+        name: the recipe's, or None.
+        default: the Auto class, which is taken then.
+        base: what any other has to be derived from.
+        key: the recipe's, for the message.
+
+    Raises:
+        RecipeError: there is no such class.
+    """
     import transformers
 
-    found = getattr(transformers, name or default, None)
-    if found is None or not hasattr(found, "from_pretrained"):
-        raise RecipeError(f"{key}: transformers has no class {name} that loads a model")
+    if name in (None, default):
+        return getattr(transformers, default)
+    found, kind = getattr(transformers, str(name), None), getattr(transformers, base)
+    auto = default.startswith("AutoModel") and str(name).startswith("AutoModel")
+    if not (auto and hasattr(found, "from_pretrained")) and not (
+        isinstance(found, type) and issubclass(found, kind)
+    ):
+        raise RecipeError(
+            f"{key}: transformers has no class {name} for this; leave it out, or use {default}"
+        )
     return found
 
 
@@ -104,8 +124,11 @@ def load_config(recipe: Recipe) -> Any:
     Raises:
         RecipeError: it cannot be read, or has no such values.
     """
+    require_consent(recipe)
     found = pretrained(
-        _class(recipe.cls_model_config, "AutoConfig", "cls_model_config"),
+        class_by_name(
+            recipe.cls_model_config, "AutoConfig", "PreTrainedConfig", "cls_model_config"
+        ),
         recipe.base_model_config or recipe.base_model,
         **_hub(recipe),
     )
@@ -177,8 +200,16 @@ def pretrained(factory: Any, name: str, **options: Any) -> Any:
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
             return factory.from_pretrained(source.name, **options)
+    except UnpicklingError as error:  # its text recommends what should not be done
+        raise RecipeError(
+            f"base_model: {name} has its weights in pickles, with more in them than tensors, which "
+            "may be foreign code; take a copy of the model in safetensors"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        refused = code_refused(error)
+        if refused is not None:
+            raise RecipeError(f"base_model: {name} {refused}") from error
         raise RecipeError(f"base_model: {name} cannot be loaded: {first}") from error
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
+from .consent import must_build, needs_consent, refused_builder
 from .keys.dataset import Dataset
+from .ownrows import is_own, why_none
 from .problems import Loc
 from .recipe import Recipe
 from .source import find_file, locate
@@ -35,6 +37,8 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     for name in ("datasets", "test_datasets", "pretraining_dataset"):
         if found := getattr(recipe, name):
             update[name] = [_dataset(d, folders, (name, i), problems) for i, d in enumerate(found)]
+            if not recipe.consent.allow_builders:
+                problems += _unallowed(update[name], name)
     update |= _models(recipe, folders, problems)
     for name in ("output_dir", "dataset_prepared_path"):
         if (path := getattr(recipe, name)) is not None:
@@ -51,7 +55,17 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
         update["resume_from_checkpoint"] = str(checkpoint)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
+    problems += needs_consent(recipe)
     return recipe.model_copy(update=update), problems
+
+
+def _unallowed(datasets: list[Dataset], key: str) -> Problems:
+    """The builders that would have to run."""
+    return [
+        ((key, i, "builder"), refused_builder(d.builder, d.path))
+        for i, d in enumerate(datasets)
+        if d.builder and Path(d.builder).exists() and must_build(d.builder, d.path)
+    ]
 
 
 def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
@@ -79,6 +93,10 @@ def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> 
     """The dataset with absolute paths. A path that nothing on disk has may be an id of the hub."""
     update: dict[str, Any] = {}
     path, builder = dataset.path, dataset.builder
+    if is_own(path):
+        if (problem := why_none(path)) is not None:
+            problems.append(((*loc, "path"), problem))
+        return dataset
     found = find_file(path, folders)
     if builder is not None:
         made_by = find_file(builder, folders)

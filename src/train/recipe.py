@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import PrivateAttr
+
+from .consent import Consent
 from .keys.adapter import AdapterKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
@@ -35,6 +38,24 @@ class Recipe(
     PeerKeys, ScaleKeys, MethodKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
+
+    _consent: Consent = PrivateAttr(default=Consent())
+
+    @property
+    def consent(self) -> Consent:
+        """What the caller has allowed. It is no key: nothing that is read can set it."""
+        return self._consent
+
+    def allowed(self, consent: Consent) -> Recipe:
+        """The same recipe, with the caller's word."""
+        copy = self.model_copy()
+        copy._consent = consent
+        return copy
+
+    def recorded(self) -> dict[str, Any]:
+        """Every key as a run's files keep it: ``trust_remote_code`` says what was in force."""
+        kept = self.model_dump(mode="json")
+        return {**kept, "trust_remote_code": self.consent.trust_remote_code}
 
     def attention(self) -> str | None:
         """The attention to ask transformers for; None: the model's own choice."""

@@ -130,7 +130,7 @@ def load(path: Path, recipe: Recipe) -> Saved:
     """
     saved = Saved.read(path)
     # without secrets, which may change, and which the message must not tell
-    then, now = hide(saved.recipe), hide(recipe.model_dump(mode="json"))
+    then, now = hide(saved.recipe), hide(recipe.recorded())
     differing = [
         f"{key} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))}"
         for key in sorted(set(then) | set(now))
@@ -142,6 +142,23 @@ def load(path: Path, recipe: Recipe) -> Saved:
             "or begin a new run from its weights, with lora_model_dir (or base_model)"
         )
     return saved
+
+
+def unreadable(path: Path) -> str:
+    """What to say of a checkpoint with a pickle that holds more than tensors and numbers.
+
+    Only such are read: anything else in a pickle may be code, and would be run.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    for file in sorted(path.glob("*.pt*")):
+        try:
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # of many kinds, by what the file is
+            return f"{path} cannot be resumed from: {file.name} is damaged, or holds foreign code"
+    return f"{path} cannot be resumed from: one of its files is damaged, or holds foreign code"
 
 
 def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .conflicts import without_effect
+from .consent import CODE_SWITCH
 from .keys.base import Keys, Status, extra_of, nested
 from .problems import Loc
 from .recipe import Recipe
@@ -82,6 +83,11 @@ def told(recipe: Recipe) -> list[str]:
         keys = [entry.key for entry in found if entry.status == status]
         if keys:
             said.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
+    if recipe.trust_remote_code and not recipe.consent.trust_remote_code:
+        said.append(
+            f"trust_remote_code: not obeyed without your own word, {CODE_SWITCH}: transformers' "
+            "own classes are used"
+        )
     return said
 
 

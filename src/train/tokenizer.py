@@ -22,19 +22,21 @@ def load_tokenizer(recipe: Recipe) -> Any:
     Raises:
         RecipeError: there is none, it cannot be read, or cannot be given what the recipe asks.
     """
-    from .model import pretrained  # slow to import
+    from .model import class_by_name, pretrained  # slow to import
 
     name = recipe.tokenizer_config or recipe.base_model
-    options: dict[str, Any] = {}
-    if recipe.trust_remote_code:
-        options["trust_remote_code"] = True
+    # said in any case: where it is not, transformers asks on the terminal
+    options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if not recipe.tokenizer_use_fast:
         options["use_fast"] = False
     if recipe.tokenizer_legacy is not None:
         options["legacy"] = recipe.tokenizer_legacy
     if recipe.revision_of_model and name == recipe.base_model and not Path(name).exists():
         options["revision"] = recipe.revision_of_model
-    tokenizer = pretrained(_factory(recipe), name, **options)
+    factory = class_by_name(
+        recipe.tokenizer_type, "AutoTokenizer", "PreTrainedTokenizerBase", "tokenizer_type"
+    )
+    tokenizer = pretrained(factory, name, **options)
     _override(tokenizer, recipe)
     _add(tokenizer, recipe)
     _choose_pad(tokenizer)
@@ -42,19 +44,6 @@ def load_tokenizer(recipe: Recipe) -> Any:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
-
-
-def _factory(recipe: Recipe) -> Any:
-    import transformers
-
-    kind = recipe.tokenizer_type or "AutoTokenizer"
-    factory = getattr(transformers, kind, None)
-    if factory is None or not hasattr(factory, "from_pretrained"):
-        raise RecipeError(
-            f"tokenizer_type: transformers has no tokenizer {kind!r}; leave it out, or use "
-            "AutoTokenizer"
-        )
-    return factory
 
 
 def _override(tokenizer: Any, recipe: Recipe) -> None:

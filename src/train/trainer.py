@@ -241,7 +241,7 @@ class FineTuner(Trainer):
             pending = self._after_step[1]
         logged = self._globalstep_last_logged == step
         return Saved(
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.recorded(),
             data=self.context.data,
             step=step,
             meter=self.context.meter.whole(),

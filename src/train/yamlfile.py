@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ..errors import RecipeError
 from .characters import odd_characters
 from .conflicts import conflicts
+from .consent import Consent
 from .keys.base import aliases
 from .places import with_paths
 from .problems import Loc, explained, listed, nearest_key
@@ -39,26 +40,31 @@ class Checked:
 
 
 def load_recipe(
-    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    consent: Consent | None = None,
 ) -> Recipe:
     """Read and check a recipe that is to be run, and make its paths absolute.
 
     Args:
         source: a YAML file, or its content as a mapping.
         overrides: keys that win over the file; a dotted key (``datasets.0.path``) goes inside.
+        consent: what the caller allows; None: nothing. No key can say that.
 
     Raises:
         RecipeError: lists every problem, with its key and line; also keys that ask for what is not
-            yet available.
+            yet available, or that would run foreign code without the caller's word.
     """
-    checked = check(source, overrides)
+    checked = check(source, overrides, consent)
     if problems := refusals(checked.values):
         raise RecipeError(listed(checked.name, problems, checked.where))
     return checked.recipe
 
 
 def check(
-    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    consent: Consent | None = None,
 ) -> Checked:
     """Read and check a recipe, but take keys that are not yet available.
 
@@ -90,7 +96,7 @@ def check(
         if not misspelt and loc not in known:
             problems.append((loc, problem))
     if recipe is not None and not odd:  # no path has such characters
-        recipe, missing = with_paths(recipe, folder)
+        recipe, missing = with_paths(recipe.allowed(consent or Consent()), folder)
         problems += missing
     if problems or recipe is None:
         problems += [found for found in refusals(values) if found[0] not in known]

@@ -171,8 +171,9 @@ def test_every_key_explains_itself() -> None:
 
 def test_the_quickstart_is_a_valid_recipe() -> None:
     recipe = load_recipe(EXAMPLES / "quickstart.yaml", {"base_model": "some/model"})
-    assert recipe.datasets[0].builder == str(EXAMPLES / "docstrings.py")
-    assert recipe.datasets[0].path == str(EXAMPLES / "data" / "docstrings.jsonl")
+    assert recipe.datasets[0].path == "fusewright:docstrings"
+    with pytest.raises(RecipeError, match="there is fusewright:docstrings$"):
+        load_recipe(EXAMPLES / "quickstart.yaml", {"datasets.0.path": "fusewright:docstring"})
 
 
 def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

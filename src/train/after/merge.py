@@ -76,7 +76,7 @@ def merge(run: Run, request: Request | None = None, console: Console | None = No
         config = _config(run)
         try:
             files = _files(run, config, request)
-            adapted = Adapted(config, run.folder, run.trust_remote_code)
+            adapted = Adapted(config, run.folder, run.consent.trust_remote_code)
             layers = Layers(adapted, files, dtype)
             console.print(f"merging into {run.base_model}, file by file", markup=False)
             write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
@@ -214,6 +214,6 @@ def _write_generation_config(run: Run, folder: Path) -> None:
 def _copy_code(run: Run, folder: Path) -> None:
     """The code of the base that its configuration names, from a local folder."""
     source = Path(run.base_model)
-    if run.trust_remote_code and source.is_dir():
+    if run.consent.trust_remote_code and source.is_dir():
         for path in source.glob("*.py"):
             shutil.copy(path, folder)

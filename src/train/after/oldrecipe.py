@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -10,8 +11,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from ...errors import ModelError
+from ..consent import CODE_SWITCH, why_not_run
 from ..keys.base import Keys, nested
 from ..recipe import Recipe
+from ..source import locate
 from .runfolder import Run, stored_dtype
 
 if TYPE_CHECKING:
@@ -40,8 +43,10 @@ def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
         A recipe whose ``base_model`` is the run's, and that says nothing about data.
 
     Raises:
-        ModelError: ``run.json`` has keys that this version does not know.
+        ModelError: ``run.json`` has keys that this version does not know; or the run was trained
+            with code that comes with its base, and the caller does not allow that.
     """
+    _require_same_code(run)
     keys = written(run.recipe)
     for name in (*_DATA, *(() if run.adapter else _DONE)):
         keys.pop(name, None)
@@ -69,14 +74,36 @@ def recipe_with(run: Run, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _validated(run: Run, keys: Mapping[str, Any]) -> Recipe:
+    """The recipe, with the word of who calls: what the folder says allows nothing."""
     try:
-        return Recipe.model_validate(keys)
+        return Recipe.model_validate(keys).allowed(run.consent)
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise ModelError(
             f"{run.folder}: run.json was written by another version: its recipe's {key} is not "
             "what this one knows"
         ) from None
+
+
+def _require_same_code(run: Run) -> None:
+    """See that a model that was trained with its own code is not loaded as another one.
+
+    Transformers may have a class of its own for it, which it takes where the code is not trusted.
+    """
+    if not run.recipe.get("trust_remote_code") or run.consent.trust_remote_code:
+        return
+    from transformers import PreTrainedConfig
+
+    source = locate(run.base_model, [Path.cwd()])
+    if source.gguf_file is not None:
+        return
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source.name)
+    except (OSError, ValueError):  # said with more words where the model is loaded
+        return
+    if "auto_map" in config:
+        what = f"{run.folder}: its run was trained with the code that comes with {run.base_model}"
+        raise ModelError(why_not_run(what, CODE_SWITCH))
 
 
 def _has_gpu() -> bool:

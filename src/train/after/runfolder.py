@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ModelError, RecipeError
+from ..consent import Consent, code_refused
 from ..hidden import without_hidden
 from ..source import locate
 
@@ -33,6 +34,8 @@ class Run:
         recipe: every key of the recipe, from ``run.json``, but secrets, which it does not have;
             empty where there is none.
         facts: the rest of ``run.json``.
+        consent: what the caller allows. The folder may come from anybody, so that what its recipe
+            was allowed counts for nothing.
     """
 
     folder: Path
@@ -41,15 +44,11 @@ class Run:
     tokenizer: Path | None
     recipe: dict[str, Any]
     facts: dict[str, Any]
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether the run was allowed to execute the code that comes with its model."""
-        return bool(self.recipe.get("trust_remote_code"))
+    consent: Consent = field(default_factory=Consent)
 
 
 def open_run(
-    path: str | Path, base_model: str | None = None, trust_remote_code: bool = False
+    path: str | Path, base_model: str | None = None, consent: Consent | None = None
 ) -> Run:
     """Find out what ``path`` holds. Nothing is loaded.
 
@@ -57,7 +56,7 @@ def open_run(
         path: an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
             a whole model.
         base_model: where the adapter's base is; None: where the folder says.
-        trust_remote_code: as if the recipe had said so.
+        consent: what the caller allows; None: nothing.
 
     Raises:
         ModelError: there is nothing usable; the message says what was looked for, and where.
@@ -69,10 +68,8 @@ def open_run(
     folder = folder.resolve()
     facts = _json(_own_folders(folder)[-1] / "run.json")
     recipe = without_hidden(facts.pop("recipe", None) or {})
-    if trust_remote_code:
-        recipe["trust_remote_code"] = True
     own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
-    run = Run(folder, True, "", next(own, None), recipe, facts)
+    run = Run(folder, True, "", next(own, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
         _require(folder, _ADAPTERS, "adapter_config.json")
         base = base_model or _base(folder, recipe)
@@ -100,11 +97,11 @@ def load_tokenizer(run: Run) -> Any:
         return tokenizer.load_tokenizer(recipe_for(run))
     auto: Any = AutoTokenizer
     try:
-        return auto.from_pretrained(run.tokenizer, trust_remote_code=run.trust_remote_code)
+        may_run = run.consent.trust_remote_code
+        return auto.from_pretrained(run.tokenizer, trust_remote_code=may_run)
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{run.tokenizer}: the tokenizer cannot be loaded: {first_line(error)}"
-        ) from error
+        said = code_refused(error) or f"cannot be loaded: {first_line(error)}"
+        raise RecipeError(f"{run.tokenizer}: the tokenizer {said}") from error
 
 
 def load_run(

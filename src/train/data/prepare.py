@@ -80,7 +80,10 @@ def prepare(
     streams = recipe.streams() and limit is None
     keys = ("test_datasets",) if streams else ("datasets", "test_datasets")
     found = {
-        key: [sources.find(d, f"{key}.{i}", limit) for i, d in enumerate(getattr(recipe, key))]
+        key: [
+            sources.find(d, f"{key}.{i}", limit, allow_builders=recipe.consent.allow_builders)
+            for i, d in enumerate(getattr(recipe, key))
+        ]
         for key in keys
     }
     day = day or today()

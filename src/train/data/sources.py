@@ -1,4 +1,4 @@
-"""Where the rows of a dataset come from: a builder, a file, a folder, or the hub."""
+"""Where the rows of a dataset come from: the package, a builder, a file, a folder, or the hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ..consent import must_build, refused_builder
+from ..ownrows import OwnRows, is_own
 from ..recipe import Dataset
 from .files import Progress, Row, hash_file, kind_of, read_file
+
+_READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
+"""Names under which ``datasets`` reads pickles, or imports what a file names, in some version."""
 
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
 
@@ -87,36 +92,45 @@ class Source:
 
 
 def find(
-    dataset: Dataset, key: str = "datasets", limit: int | None = None, streaming: bool = False
+    dataset: Dataset,
+    key: str = "datasets",
+    limit: int | None = None,
+    streaming: bool = False,
+    allow_builders: bool = False,
 ) -> Source:
-    """Find a dataset, building it if it has a builder and is not there yet.
+    """Find a dataset, building it if it has a builder, may be built, and is not there yet.
 
     Args:
         dataset: with an absolute path, or the name of a dataset on the hub.
         key: where in the recipe it is, for messages.
         limit: how many rows to take at most.
         streaming: do not download a dataset of the hub as a whole.
+        allow_builders: the caller's own word that a builder may be run.
 
     Raises:
-        DataError: it is not there, or its builder fails.
+        DataError: it is not there, or its builder fails or is not allowed.
     """
-    path = Path(dataset.path)
-    if dataset.builder:
+    path, own = Path(dataset.path), is_own(dataset.path)
+    if dataset.builder and not own and must_build(dataset.builder, path):
+        if not allow_builders:
+            raise DataError(f"{key}: builder: {refused_builder(dataset.builder, path)}")
         _build(Path(dataset.builder), path)
     split = _SPLIT.fullmatch(dataset.split or "train")
     if split is None:
         raise DataError(
             f"{key}: split: {dataset.split!r} is no split; write train, train[:100] or train[:10%]"
         )
-    if path.is_dir():
+    if path.is_dir() and not own:
         return replace(_in_folder(dataset, path, split["name"]), limit=limit)
-    if path.exists() or path.is_absolute() or dataset.ds_type:
-        if not path.exists():
+    if own or path.exists() or path.is_absolute() or dataset.ds_type:
+        if not own and not path.exists():
             raise DataError(f"{path}: there is no such file")
         if split["name"] != "train":
             raise DataError(
                 f"{path}: split: a file has only the split 'train', not {split['name']!r}"
             )
+        if own:
+            return Source(dataset, table=OwnRows(dataset.path), limit=limit)
         return Source(dataset, (path,), limit=limit)
     return Source(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
 
@@ -132,12 +146,7 @@ def _place(at: str | None, total: int) -> int | None:
 
 
 def _build(builder: Path, path: Path) -> None:
-    """Make ``path`` when it is missing or older than its builder.
-
-    The builder runs in a process of its own, so that what it imports does not stay here.
-    """
-    if path.exists() and path.stat().st_mtime >= builder.stat().st_mtime:
-        return
+    """Run a builder, in a process of its own, so that what it imports does not stay here."""
     done = subprocess.run(
         [sys.executable, str(builder), str(path)], capture_output=True, text=True, check=False
     )
@@ -198,6 +207,11 @@ def _saved(path: Path, split: str) -> Any:
 def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
     from datasets import load_dataset
 
+    if dataset.path in _READERS_OF_CODE:
+        raise DataError(
+            f"{dataset.path}: this is no dataset but a reader of the datasets library, and what it "
+            "reads can run code; convert the file to .jsonl or .parquet"
+        )
     files = dataset.data_files
     try:
         return load_dataset(

@@ -143,7 +143,11 @@ def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPack
     """
     named = recipe.pretraining_dataset or recipe.datasets
     key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"
-    found = [sources.find(d, f"{key}.{i}", streaming=True) for i, d in enumerate(named)]
+    may_build = recipe.consent.allow_builders
+    found = [
+        sources.find(d, f"{key}.{i}", streaming=True, allow_builders=may_build)
+        for i, d in enumerate(named)
+    ]
     work = [make_work(source.dataset) for source in found]
     for source, one in zip(found, work, strict=True):  # what is wrong shall be said now
         first = list(islice(source.rows(), 1))

@@ -84,11 +84,13 @@ class Dataset(Keys):
 
     path: str
     """A ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow`` or ``.txt`` file, a folder of
-    such files or one that ``datasets`` has saved, or the id of a dataset on the hub."""
+    such files or one that ``datasets`` has saved, the id of a dataset on the hub, or
+    ``fusewright:docstrings``: chats about the docstrings of Python's library, made on the spot."""
 
     builder: str | None = None
     """A Python file that makes ``path`` when that is missing or older than this file: it is run as
-    ``python BUILDER PATH`` and must write ``path``. Unset: a missing file is an error."""
+    ``python BUILDER PATH`` and must write ``path``, and needs ``--allow-builders`` on the command
+    line. Unset: a missing file is an error."""
 
     type: str | PromptFormat = "chat_template"
     """How a row is read: ``chat_template`` renders its messages; ``alpaca`` and its variants,

@@ -50,7 +50,8 @@ class ModelKeys(Keys):
     ``AutoConfig``."""
 
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model and its tokenizer."""
+    """The model or its tokenizer needs Python code that comes with it. It is run only with
+    ``--trust-remote-code`` on the command line; otherwise transformers' own classes are used."""
 
     overrides_of_model_config: dict[str, Any] | None = key(aliases=["model_config"])
     """Values of the model's configuration that are set before it is built, e.g.

@@ -6,8 +6,6 @@ import csv
 import gzip
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ GOOD = json.dumps(chat("q", "a"))
 
 
 def read(dataset: Dataset) -> list[Chat]:
-    rows = list(sources.find(dataset).rows())
+    rows = list(sources.find(dataset, allow_builders=True).rows())
     return [Conversation(dataset).read(row, where) for where, row in rows]
 
 
@@ -197,13 +195,21 @@ def test_a_split_that_leaves_nothing(size: float) -> None:
         split(range(100), size, seed=0)
 
 
-def test_the_docstring_builder_writes_the_same_real_chats_every_time(tmp_path: Path) -> None:
-    builder = Path(__file__).resolve().parents[3] / "examples" / "docstrings.py"
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path in paths:
-        subprocess.run([sys.executable, str(builder), str(path)], check=True, capture_output=True)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    chats = read(Dataset(path=str(paths[0])))
+def test_the_packages_own_rows_are_the_same_real_chats_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # neither the current folder nor PYTHONPATH can put another module in the way
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = Dataset(path="fusewright:docstrings")
+    found = [sources.find(own) for _ in range(2)]
+    assert found[0].digest() == found[1].digest()
+    some = sources.find(own.model_copy(update={"split": "train[:7]"}))
+    assert len(list(some.rows())) == 7
+    with pytest.raises(DataError, match="has only the split 'train'"):
+        sources.find(own.model_copy(update={"split": "test"}))
+    chats = read(own)
     assert len(chats) > 2000
     answers = {c.messages[0]["content"]: c.messages[1]["content"] for c in chats}
     answer = answers["What does `json.dumps` do?"]

@@ -6,11 +6,10 @@ becomes one line of JSON, the answer laid out as ``help()`` prints it::
     {"messages": [{"role": "user", "content": "What does `json.dumps` do?"},
                   {"role": "assistant", "content": "Help on function dumps in json:\n..."}]}
 
-It is real text, it is on every machine that has Python, and the order is always the same. The
-recipe ``quickstart.yaml`` names this file as ``builder``, so ``fusewright train`` runs it when the
-data is not there yet. By hand::
+It is real text, it is on every machine that has Python, and the order is always the same. Recipes
+have it as ``path: fusewright:docstrings`` (see ``train/ownrows.py``). By hand::
 
-    python examples/docstrings.py examples/data/docstrings.jsonl
+    python src/train/data/docstrings.py rows.jsonl
 """
 
 from __future__ import annotations

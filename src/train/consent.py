@@ -1,0 +1,110 @@
+"""Foreign code: what would run it, and the caller's own word for that.
+
+A recipe, a run's folder and a dataset may come from anybody, and what they bring is data: their
+``trust_remote_code: true`` or ``builder`` runs nothing by itself. Only the caller can allow that,
+on the command line (or as an argument of ``train``), and what is not allowed is refused by the name
+of the switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+CODE_SWITCH = "--trust-remote-code"
+BUILDER_SWITCH = "--allow-builders"
+
+
+@dataclass(frozen=True)
+class Consent:
+    """What the caller allows, in person.
+
+    Attributes:
+        trust_remote_code: run the Python code that comes with the model and its tokenizer.
+        allow_builders: run the Python files that datasets name as ``builder``.
+    """
+
+    trust_remote_code: bool = False
+    allow_builders: bool = False
+
+
+def why_not_run(what: str, switch: str) -> str:
+    """The refusal to run foreign code, with the switch that allows it."""
+    return f"{what}; it is run only on your own word: say {switch} if you trust it"
+
+
+def code_refused(error: BaseException) -> str | None:
+    """What to say when transformers has refused to run code that comes with a model; else None."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return why_not_run("needs Python code that comes with it", CODE_SWITCH)
+
+
+def must_build(builder: str | Path, path: str | Path) -> bool:
+    """Whether ``path``, which ``builder`` makes, is missing or older than that."""
+    made, maker = Path(path), Path(builder)
+    return not made.exists() or made.stat().st_mtime < maker.stat().st_mtime
+
+
+def refused_builder(builder: str | Path, path: str | Path) -> str:
+    """The refusal to run a builder."""
+    return why_not_run(f"{path} would be made by running {builder}", BUILDER_SWITCH)
+
+
+def needs_consent(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The keys of a recipe by which it would run foreign code without the caller's word.
+
+    ``trust_remote_code`` itself is none of them: without the word it is not obeyed, and most models
+    that it is written for have long been part of transformers.
+
+    Yields:
+        The place of each, and the refusal.
+    """
+    if recipe.consent.trust_remote_code:
+        return
+    for where, options in (
+        ("overrides_of_model_kwargs", recipe.overrides_of_model_kwargs),
+        ("overrides_of_model_config", recipe.overrides_of_model_config),
+    ):
+        for name, value in (options or {}).items():
+            what = _runs(name, value)
+            if what:
+                yield (where, name), why_not_run(what, CODE_SWITCH)
+    if _is_kernel(recipe.attn_implementation):
+        what = f"{recipe.attn_implementation} is code on the hub"
+        yield ("attn_implementation",), why_not_run(what, CODE_SWITCH)
+
+
+def require_consent(recipe: Recipe) -> None:
+    """See that nothing in ``recipe`` needs a word that the caller has not given.
+
+    Raises:
+        RecipeError: something does.
+    """
+    for place, problem in needs_consent(recipe):
+        raise RecipeError(f"{'.'.join(map(str, place))}: {problem}")
+
+
+def _runs(name: str, value: Any) -> str | None:
+    """What an argument of ``from_pretrained``, or a value of a configuration, would run."""
+    if name == "weights_only" and not value:
+        return "weights in pickles can bring any code along"
+    if name in ("trust_remote_code", "allow_all_kernels") and value:
+        return "this runs code that comes with the model"
+    if name.lstrip("_").startswith("attn_implementation"):
+        values = value.values() if isinstance(value, Mapping) else [value]
+        if any(map(_is_kernel, values)):
+            return "an attention with a / in its name is code on the hub"
+    return None
+
+
+def _is_kernel(name: Any) -> bool:
+    """Whether an attention is a kernel on the hub, ``owner/name``."""
+    return isinstance(name, str) and "/" in name
