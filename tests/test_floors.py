@@ -38,7 +38,8 @@ ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture
                 ("forwards", "install"),
                 ("flat_buffers", "flat"),
                 ("cli_switches", "cli_data"), ("cli_switches", "cli_after"),
-                ("cli_switches", "cli"), ("cli_group", "cli"), ("cli_data", "cli"), ("cli_after", "cli")]  # fmt: skip
+                ("cli_switches", "cli"), ("cli_group", "cli"), ("cli_data", "cli"),
+                ("cli_after", "cli")]  # fmt: skip
 
 
 def _imports(path: pathlib.Path) -> list[str]:

@@ -59,6 +59,23 @@ Any key can be set there, and wins over the file. Values are read as YAML, dots 
     fusewright train recipe.yaml --learning_rate 1e-4 --lora_r=32 --datasets.0.path other.jsonl
     fusewright train recipe.yaml --load_in_4bit --no-sample_packing
 
+## Recipes and models of strangers
+
+A recipe, a dataset, a checkpoint and the folder of a run are data: nothing that they bring is
+executed, whatever they say. What would be, you allow in person, on the command line:
+
+- `--trust-remote-code`: the Python code that comes with a model or its tokenizer, pickled weights
+  with more in them than tensors, attention kernels from the hub. All commands that load a model
+  have it.
+- `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
+  `eval`).
+
+Without the switch the command ends and names it. `trust_remote_code: true` in a recipe is no more
+than a wish: a model that transformers has a class for is loaded with that. From Python, say
+`train(recipe, trust_remote_code=True)`; a mapping that is passed as the recipe is no word either.
+Other pickles (of a checkpoint, say) are read as tensors and numbers only, YAML makes no objects,
+and chat templates run in Jinja's sandbox.
+
 ## What becomes of a key
 
     fusewright train recipe.yaml --dry-run

@@ -150,11 +150,12 @@ def unreadable(path: Path) -> str:
     Only such are read: anything else in a pickle may be code, and would be run.
     """
     import torch
-    from transformers.trainer_pt_utils import safe_globals
+    from transformers import trainer_pt_utils
 
+    numpy: Any = trainer_pt_utils.safe_globals  # what the random state is kept in
     for file in sorted(path.glob("*.pt*")):
         try:
-            with safe_globals():
+            with numpy():
                 torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # of many kinds, by what the file is
             return f"{path} cannot be resumed from: {file.name} is damaged, or holds foreign code"

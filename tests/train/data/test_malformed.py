@@ -261,7 +261,7 @@ def test_malformed(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(keys), encoding="utf-8")
     before = snapshot(tmp_path)
-    result = fusewright("preprocess", str(path))
+    result = fusewright("preprocess", str(path), "--allow-builders")
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert result.stderr.startswith("fusewright: ")
