@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from ..graph import facts
+from ..graph.edit import is_inplace
 from .matcher import State, Trace, match
 from .pattern import Builder, FanOut, Pattern, Var
 
@@ -119,6 +121,29 @@ class Emit:
         if before is not None and not any(isinstance(a, fx.Node) for a in args):
             node.meta["example_value"] = getattr(before, name)(*args)
         return node
+
+    def computed(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """Add a call of any function of tensors; its example value is worked out at once.
+
+        It stands as early as its arguments allow, so that it can be an input of a larger formula.
+        """
+        place = self._earliest(args)
+        with nullcontext() if place is None else self._graph.inserting_before(place):
+            node = self.call(function, *args)
+        node.meta["example_value"] = function(*fx.node.map_arg(args, facts.value))
+        return node
+
+    def _earliest(self, args: Any) -> fx.Node | None:
+        """What follows ``args`` and the graph's inputs; None in a graph that writes in place."""
+        used: set[fx.Node] = set()
+        fx.node.map_arg(args, used.add)
+        place = None
+        for node in self._graph.nodes:
+            if is_inplace(node):
+                return None
+            if node in used or node.op == "placeholder":
+                place = node.next
+        return place
 
     def cast(self, x: fx.Node, dtype: Any) -> fx.Node:
         """A change of dtype."""

@@ -15,11 +15,16 @@ from ..graph import facts
 from ..graph.canon import canonical
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
+from .adapters import MOST, adapters, joined, with_more
+from .adapters import check as check_adapters
 from .quant import sample_weight
 
 
 class LoRALinear(Rule):
-    """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A."""
+    """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A.
+
+    Where several adapters are active, they are joined: ``adapters.py``.
+    """
 
     name = op = "lora_linear"
     inner_may_stay = True  # the cast of x that the adapters of one input share
@@ -45,9 +50,11 @@ class LoRALinear(Rule):
         for spelling, update in (("plain", plain), ("dropout", dropped)):
             total = base + p.maybe_cast(update * scale)
             yield spelling, p.maybe_cast(total)
+            for more in range(1, MOST):
+                yield spelling, p.maybe_cast(with_more(p, total, x, more))
 
     def check(self, m: Match) -> None:
-        """One adapter, a constant scale, a result in x's dtype, nothing else used outside."""
+        """Constant scales, a result in x's dtype, nothing else used outside."""
         for node in m.nodes:
             strangers = [u for u in node.users if u not in m.nodes]
             shared = node is m.root or not strangers or _is_cast_of(node, m.x)
@@ -57,17 +64,10 @@ class LoRALinear(Rule):
                 f"{strangers[0].name if strangers else ''}",
                 node,
             )
-        m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
         weight = m.get("columns", m.get("w"))
         packed = isinstance(weight, tuple)
-        for name, matrix in (("the weight", weight), ("a", m.a), ("b", m.b)):
-            known = packed and matrix is weight
-            m.require(known or facts.ndim(matrix) == 2, f"{name} is not a matrix", m.root)
-        rank = facts.size(m.a, 0)
-        # only what goes in counts: a gate of one feature may have a wider adapter
-        wide = facts.size(m.x, -1)
-        low = rank is not None and wide is not None and rank <= wide
-        m.require(low, "the update is not of low rank", m.root)
+        m.require(packed or facts.ndim(weight) == 2, "the weight is not a matrix", m.root)
+        check_adapters(m, adapters(m))
         x, result = facts.tensor(m.x), facts.tensor(m.root)
         if x is None or result is None:
             m.require(False, "x is not a tensor")
@@ -85,15 +85,14 @@ class LoRALinear(Rule):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
         weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
+        one = joined(adapters(m), ops)
         if isinstance(weight, tuple):
             dtype = facts.dtype(m.root)
             return ops.quant_lora_linear(
-                m.x, weight, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias,
+                m.x, weight, m.bias, one.a, one.b, one.scale, one.x, one.bias,
                 None if dtype is facts.dtype(m.x) else dtype,
             )  # fmt: skip
-        return ops.lora_linear(
-            m.x, weight, m.bias, m.a, m.b, float(m.scale), m.get("x_lora"), m.lora_bias
-        )
+        return ops.lora_linear(m.x, weight, m.bias, one.a, one.b, one.scale, one.x, one.bias)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]

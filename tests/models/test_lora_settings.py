@@ -54,7 +54,17 @@ def _second(model: nn.Module, active: list[str], **options: object) -> None:
             nn.init.normal_(parameter, std=0.1)
 
 
-SEVERAL = "several adapters are active on one linear"
+def _third(model: nn.Module) -> None:
+    """Two more, with biases and other scales; the second is frozen."""
+    _second(model, ["default", "second"], lora_bias=True, lora_alpha=3)
+    model.add_adapter("third", LoraConfig(r=3, use_rslora=True, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "second", "third"])
+    for name, parameter in model.named_parameters():
+        if ".second" in name:
+            parameter.requires_grad_(False)
+        if "lora_B.third" in name or "lora_B.second.bias" in name:
+            nn.init.normal_(parameter, std=0.1)
+
 
 SETTINGS: dict[str, Setting] = {
     "dropout": Setting(options={"lora_dropout": 0.3}),
@@ -85,11 +95,24 @@ SETTINGS: dict[str, Setting] = {
         linears=8,
     ),
     "two adapters, the second active": Setting(prepare=lambda m: _second(m, ["second"])),
-    "two active": Setting(
-        linears=0, reason=SEVERAL, prepare=lambda m: _second(m, ["default", "second"])
+    "two active": Setting(prepare=lambda m: _second(m, ["default", "second"])),
+    "two active, one scale": Setting(
+        prepare=lambda m: _second(m, ["default", "second"], lora_alpha=4)
+    ),
+    "two active over transposed weights": Setting(
+        "gpt2", linears=6,
+        prepare=lambda m: _second(
+            m, ["default", "second"], target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+        ),
+    ),
+    "three active": Setting(prepare=_third),
+    "three active, bf16 base": Setting(prepare=_third, dtype=torch.bfloat16),
+    "two active, all in bf16": Setting(
+        dtype=torch.bfloat16,
+        prepare=lambda m: (_second(m, ["default", "second"], lora_alpha=3), m.bfloat16()),
     ),
     "two active on some, with dropout": Setting(
-        options={"lora_dropout": 0.3}, linears=10, reason=SEVERAL,
+        options={"lora_dropout": 0.3}, linears=10, reason="dropout of their own",
         prepare=lambda m: _second(
             m, ["default", "second"], target_modules=["q_proj", "v_proj"], lora_dropout=0.3
         ),
@@ -144,6 +167,9 @@ def test_setting(name: str) -> None:
     report = explain(pair.ours)
     counts = report.by_rule()
     assert counts.get("lora_linear", 0) == setting.linears, str(report)
+    blocks = setting.linears == 14 and not (setting.options or {}).get("lora_dropout")
+    assert bool(counts.get("qkv_block")) >= blocks, str(report)
+    assert bool(counts.get("mlp_block")) >= blocks, str(report)
     gated = setting.fused and setting.family not in ("falcon", "gpt2")
     assert counts.get("glu", 0) == 2 * gated, str(report)
     reasons = _unfused(report)

@@ -122,15 +122,48 @@ def test_fp32_adapters_over_a_bf16_base() -> None:
     assert rewritten(rewrite(capture(fn, x, w, a, b))) == ["lora_linear"]
 
 
-def test_two_adapters_fall_back_with_the_reason() -> None:
+def _several(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
+    """Adapters of several scales, one after the other."""
+    total = F.linear(x, w)
+    for i in range(0, len(pairs), 2):
+        total = total + F.linear(F.linear(x, pairs[i]), pairs[i + 1]) * (0.5 + i)
+    return total
+
+
+@pytest.mark.parametrize("ranks", [(4, 1), (4, 1, 3), (2, 1, 2, 2, 3, 2, 1, 2)], ids=len)
+def test_adapters_on_one_linear_are_joined(ranks: tuple[int, ...]) -> None:
+    x, w, *_ = _lora_inputs(torch.float64)
+    shapes = [s for r in ranks for s in ((r, 24), (16, r))]
+    pairs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    pairs[1].requires_grad_(False)
+    graph = capture(_several, x, w, *pairs)
+    assert rewritten(rewrite(graph)) == ["lora_linear"]
+    expected = _several(x, w, *pairs)
+    torch.testing.assert_close(graph(x, w, *pairs)[0], expected)
+
+
+def test_joined_adapters_stand_before_their_block() -> None:
+    """So that the linears on one input become one op."""
+    x, w, *_ = _lora_inputs()
+    pairs = [t for _ in range(4) for t in _lora_inputs()[2:]]
+
+    def fn(x: Tensor, w: Tensor, *t: Tensor) -> Tensor:
+        return torch.tanh(_several(x, w, *t[:4])) + _several(x, w, *t[4:])
+
+    found = rewritten(rewrite(capture(fn, x, w, *pairs)))
+    assert found == ["lora_linear", "lora_linear", "qkv_block"]
+
+
+def test_adapters_of_several_dtypes_fall_back() -> None:
     x, w, a, b = _lora_inputs()
+    c, d = a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16)
 
-    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _lora(x, w, a, b) + F.linear(F.linear(x, a), b) * 0.5
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return _lora(x, w, a, b) + F.linear(F.linear(x.to(c.dtype), c), d) * 0.5
 
-    findings = rewrite(capture(fn, x, w, a, b))
+    findings = rewrite(capture(fn, x, w, a, b, c, d))
     assert rewritten(findings) == []
-    assert any("several adapters" in f.reason for f in findings if f.status == "refused")
+    assert any("several dtypes" in f.reason for f in findings if f.status == "refused")
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

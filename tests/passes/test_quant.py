@@ -181,7 +181,7 @@ def test_adapters_on_some_layers_only():
     assert not report.gaps()
 
 
-def test_two_active_adapters_are_refused_and_the_base_is_taken():
+def test_two_active_adapters_are_joined():
     from peft import LoraConfig
 
     model = _with_lora(_llama(), target_modules=["q_proj"])
@@ -190,8 +190,8 @@ def test_two_active_adapters_are_refused_and_the_base_is_taken():
     model.base_model.set_adapter(["default", "other"])
     report = explain(optimize(model))
     assert report.by_rule()["quant_linear"] == 3 * 7
-    assert "lora_linear" not in report.by_rule()
-    assert any("several adapters" in s.reason for s in report.gaps())
+    assert report.by_rule()["lora_linear"] == 3
+    assert not report.gaps()
 
 
 def test_weights_states_and_checkpoints_stay_what_they_were():
