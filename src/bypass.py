@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 
 def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
@@ -19,6 +21,9 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
         kwargs: of the call.
         hooked: the first submodule with a hook, as ``hooks`` says.
     """
+    reason = transformed(args, kwargs)
+    if reason is not None:
+        return reason
     for value in (*args, *kwargs.values()):
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
@@ -31,6 +36,32 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
     if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
     return f"a hook is registered on its submodule {hooked}" if hooked else None
+
+
+def transformed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call is no ordinary one: a transform runs the model, or its tensors have no values.
+
+    Neither can be captured, and neither says anything about the calls to come.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func runs the model (grad, vmap, jacrev, ...)"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation runs the model (jvp)"
+    if torch._C._len_torch_dispatch_stack() and any(
+        torch._C._get_dispatch_mode(key) is not None for key in _TRACERS
+    ):
+        return "the model is being traced, or runs on fake tensors"
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
+            return "the tensors have no values (meta or fake ones)"
+    return None
+
+
+_TRACERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def _is_cache(value: Any) -> bool:

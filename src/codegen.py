@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from .graph import facts
@@ -190,4 +190,38 @@ def inductor(
             inner_compile=prepared,
             config_patches={"fallback_random": True},
         )
-    return cast("Callable[..., Any]", compiled)
+    return _explaining(cast("Callable[..., Any]", compiled))
+
+
+def _explaining(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what goes wrong when its backward pass is differentiated say what to do instead."""
+
+    def run(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)} - {None}:
+            node.register_hook(_explained)
+        return outputs
+
+    return run
+
+
+def _explained(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled():
+        return None
+    return tuple(g if g is None else _CompiledOnce.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]
+
+
+class _CompiledOnce(torch.autograd.Function):
+    """The identity, of a gradient that compiled code has made."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the backward pass of a compiled block cannot be differentiated. For gradients of "
+            "gradients (create_graph=True), use fusewright.optimize(model, codegen='eager'), or "
+            "call fusewright.restore(model) first."
+        )

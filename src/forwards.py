@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bypass import bypass_reason, hidden_hooks
+from .bypass import bypass_reason, hidden_hooks, transformed
 from .leaves import scanning, scans_whole
 from .memory.plans import inside_checkpoint
 from .memory.retry import retrying
@@ -146,7 +146,7 @@ def head_forward(
             return plain(self, *args, **kwargs)
         watch = session.watches.of(self, (outside,))
         hooked, idle = watch.hooked(self)
-        reason = session.failed.get(self) or of_all_modules()
+        reason = session.failed.get(self) or transformed((), kwargs) or of_all_modules()
         if reason is None and hooked:
             reason = f"a hook is registered on its submodule {hooked}"
         if reason is not None:

@@ -76,6 +76,8 @@ def compute(
     vocabulary, hidden = weight.shape
     kept = (labels != ignore_index).nonzero().squeeze(1)
     some = kept.numel() < labels.numel()
+    if labels.device.type == "cpu":
+        _require_classes(labels.index_select(0, kept), vocabulary)
     losses = torch.empty(kept.numel(), dtype=wide, device=x.device)
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
@@ -104,6 +106,13 @@ def compute(
     count = losses.new_full((), kept.numel())
     narrow = wide if x.dtype is torch.float16 else x.dtype
     return losses.sum(), count, dx, dweight.to(narrow), dbias
+
+
+def _require_classes(targets: Tensor, vocabulary: int) -> None:
+    """Raise what PyTorch's cross entropy raises for the first label that is no class."""
+    wrong = (targets < 0).logical_or_(targets >= vocabulary)
+    if bool(wrong.any()):
+        raise IndexError(f"Target {int(targets[wrong][0])} is out of bounds.")
 
 
 def _tiles(rows: int, row_bytes: int) -> list[tuple[int, int]]:

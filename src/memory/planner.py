@@ -12,7 +12,8 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..memory_budget import GB, Budget, gigabytes
@@ -189,7 +190,8 @@ class Planner:
 
     def _values(self) -> tuple[float, ...]:
         """What shows whether an optimizer has stepped: fused ones leave no other mark."""
-        some = (p.detach().reshape(-1) for p in self.trainable()[:16])
+        local = (_local(p) for p in self.trainable()[:16])
+        some = (p.reshape(-1) for p in local if p is not None)
         # a few numbers of each: a copy of a large matrix would be memory of its own
         return tuple(p[:: p.numel() // 64 + 1].float().abs().sum().item() for p in some)
 
@@ -249,6 +251,16 @@ class Planner:
             line += f"; predicted peak {gigabytes(self.predicted)}"
             line += f", measured {gigabytes(self.measured)}" if self.measured is not None else ""
         return "; ".join([line, *self.notes])
+
+
+def _local(p: Tensor) -> Tensor | None:
+    """What this process has of a parameter; None where it has no values at all.
+
+    The numbers of a sharded parameter are this process's own: no collective runs for them.
+    """
+    own = p.detach()
+    own = getattr(own, "_local_tensor", own)
+    return None if own.is_meta or isinstance(own, FakeTensor) else own
 
 
 _MEANING = {
