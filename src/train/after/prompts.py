@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TextIO
 
 from ...errors import DataError, RecipeError
 from ..asking import Message, with_system
+from ..characters import odd_character
+from ..jsontext import BadJsonError, parse_json
 
 _KEYS = ("role", "content")
 
@@ -25,8 +26,12 @@ def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: cannot be read: byte {error.start + 1} is not UTF-8; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     found = [
         _messages(line, path, number) if path.suffix == ".jsonl" else [_user(line)]
         for number, line in enumerate(lines, start=1)
@@ -44,9 +49,14 @@ def read_prompt(prompt: str | None, stdin: TextIO) -> str:
         RecipeError: there is none.
     """
     if prompt == "-" or (prompt is None and not stdin.isatty()):
-        prompt = stdin.read().strip()
+        try:
+            prompt = stdin.read().strip()
+        except UnicodeDecodeError:
+            raise RecipeError("standard input is not UTF-8: save the prompt as UTF-8") from None
     if not prompt:
         raise RecipeError("there is no prompt: write one, or - to read it from standard input")
+    if (said := odd_character(prompt)) is not None:
+        raise RecipeError(f"the prompt {said}: write it as UTF-8")
     return prompt
 
 
@@ -57,9 +67,10 @@ def _user(text: str) -> Message:
 def _messages(line: str, path: Path, number: int) -> list[Message]:
     where = f"{path}, line {number}"
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+        row: Any = parse_json(line)
+    except BadJsonError as error:
+        column = f" (column {error.column})" if error.column else ""
+        raise DataError(f"{where}: {error}{column}") from None
     if isinstance(row, dict):
         row = row.get("prompt", row.get("messages"))
     if isinstance(row, str):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import DataError
+from ..jsontext import BadJsonError, parse_json
 from ..recipe import Dataset
 from .rows import fields_of, kind, need
 from .template import Chat, Detail
@@ -261,9 +261,9 @@ def _calls(calls: Any, place: str) -> list[Any]:
 
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not valid JSON: {error.msg}") from None
+        return parse_json(text)
+    except BadJsonError as error:
+        raise DataError(f"{place} is {error}") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ..jsontext import BadJsonError, parse_json
 
 Row = tuple[str, Any]
 """File and line, and what stands there."""
@@ -50,8 +51,11 @@ def read_file(
         )
     try:
         yield from reader(path, progress or (lambda share: None))
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read: {_said(error)}") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        said = "what is packed in it is damaged, or not whole: copy it again"
+        if isinstance(error, OSError) and error.errno is not None:
+            said = _said(error)
+        raise DataError(f"{path}: cannot be read: {said}") from None
 
 
 def kind_of(path: Path) -> str | None:
@@ -84,11 +88,10 @@ def _json_lines(path: Path, progress: Progress) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            said = getattr(error, "msg", "nested too deep")
-            column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-            raise DataError(f"{path}, line {number}: not valid JSON: {said}{column}") from None
+            row = parse_json(line)
+        except BadJsonError as error:
+            column = f" (column {error.column})" if error.column else ""
+            raise DataError(f"{path}, line {number}: {error}{column}") from None
         yield f"{path}, line {number}", row
 
 
@@ -96,12 +99,13 @@ def _json(path: Path, progress: Progress) -> Iterator[Row]:
     """One list of rows; or, under this name too, a row on every line."""
     text = "\n".join(line for _, line in _lines(path, progress))
     try:
-        rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("{") and error.msg == "Extra data":
+        rows = parse_json(text) if text.strip() else []
+    except BadJsonError as error:
+        if text.lstrip().startswith("{") and error.begun:
             yield from _json_lines(path, progress)
             return
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        at = f", line {error.line}" if error.line else ""
+        raise DataError(f"{path}{at}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a list of rows")
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, start=1))
@@ -174,7 +178,15 @@ def _numbered(
     number = 0
     for batch in batches:
         for begin in range(0, batch.num_rows, _BATCH):
-            for row in batch.slice(begin, _BATCH).to_pylist():
+            try:
+                rows = batch.slice(begin, _BATCH).to_pylist()
+            except UnicodeDecodeError:
+                most = min(batch.num_rows - begin, _BATCH)
+                raise DataError(
+                    f"{path}: a text in the rows {number + 1} to {number + most} is not UTF-8: "
+                    "write the table again from text that is"
+                ) from None
+            for row in rows:
                 number += 1
                 yield f"{path}, row {number}", row
             if total:

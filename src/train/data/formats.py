@@ -101,7 +101,14 @@ class PromptCompletion:
 
 
 class Tokenized:
-    """Tokens and labels that somebody has prepared."""
+    """Tokens and labels that somebody has prepared.
+
+    Args:
+        size: of the tokenizer's vocabulary.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
 
     def read(self, row: Any, where: str) -> Tokens:
         """The tokens of a row."""
@@ -110,6 +117,12 @@ class Tokenized:
         if not _numbers(ids) or not _numbers(labels) or len(ids) != len(labels):
             raise DataError(
                 f"{where}: the fields 'input_ids' and 'labels' must be lists of as many numbers"
+            )
+        odd = next((i for i, token in enumerate(ids) if not 0 <= token < self.size), None)
+        if odd is not None:
+            raise DataError(
+                f"{where}: token {odd + 1} is {ids[odd]}, and the tokenizer has those from 0 to "
+                f"{self.size - 1}: prepare the rows with the tokenizer of base_model"
             )
         pairs = enumerate(zip(ids, labels, strict=True))
         odd = next((i for i, (token, label) in pairs if label not in (token, IGNORED)), None)
@@ -153,7 +166,7 @@ class Encoder:
             or (None if dataset.chat_template else recipe.chat_template_jinja),
             tokenizer,
         )
-        self.format = _format(dataset, recipe, source)
+        self.format = _format(dataset, recipe, source, len(tokenizer))
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
@@ -238,12 +251,12 @@ class Encoder:
             )
 
 
-def _format(dataset: Dataset, recipe: Recipe, template: Any) -> Format:
+def _format(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
         return spelled_out(kind_)
     if recipe.skip_prepare_dataset:
-        return Tokenized()
+        return Tokenized(size)
     name = kind_.removesuffix(".load").removesuffix(".default")
     if name in PROMPTS:
         return named(name, dataset)

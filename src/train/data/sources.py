@@ -125,6 +125,8 @@ def find(
     if own or path.exists() or path.is_absolute() or dataset.ds_type:
         if not own and not path.exists():
             raise DataError(f"{path}: there is no such file")
+        if not path.is_file():
+            raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
         if split["name"] != "train":
             raise DataError(
                 f"{path}: split: a file has only the split 'train', not {split['name']!r}"

@@ -1,0 +1,53 @@
+"""JSON as rows, prompts and tools come in it, with one way to say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from .characters import odd_characters
+
+_ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+"""What a character that no text has is written as; most texts have none of these."""
+
+
+class BadJsonError(ValueError):
+    """A text that is not JSON, or has what no text has; the message says what.
+
+    Attributes:
+        line: where, if that is known; counted from 1.
+        column: the same.
+        begun: some value was whole before it.
+    """
+
+    def __init__(
+        self, said: str, line: int | None = None, column: int | None = None, begun: bool = False
+    ) -> None:
+        super().__init__(said)
+        self.line, self.column, self.begun = line, column, begun
+
+
+def parse_json(text: str) -> Any:
+    """The value that ``text`` is.
+
+    Raises:
+        BadJsonError: it is none, it is nested too deep, or has characters that no text has.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadJsonError(
+            f"not valid JSON: {error.msg}", error.lineno, error.colno, error.msg == "Extra data"
+        ) from None
+    except RecursionError:
+        raise BadJsonError("not valid JSON: nested too deep") from None
+    except ValueError:  # Python reads no integers of more than some thousand digits
+        raise BadJsonError("not valid JSON: a number has too many digits") from None
+    if _ESCAPED.search(text):
+        for at, said in odd_characters(value):
+            place = ".".join(map(str, at))
+            raise BadJsonError(
+                f"{place + ' ' if place else ''}{said}; write the whole character, or leave it out"
+            )
+    return value
