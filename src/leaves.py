@@ -1,9 +1,9 @@
-"""Letting TorchDynamo see a leaf (``graph/whole.py``) where a module's forward calls a scan.
+"""Letting TorchDynamo see other functions than those that a module's forward calls.
 
-While a block is captured, and for that call only, each submodule whose forward calls a function
-that is to be captured whole runs a copy of this forward. The copy has globals of its own, in which
-leaves stand for such functions. Classes, modules and globals stay what they are, and nothing is
-left to restore.
+A leaf (``graph/whole.py``) stands for a scan, and what can be followed (``graph/own_weight.py``)
+for a look-up that cannot. While a block is captured, and for that call only, each submodule whose
+forward calls such a function runs a copy of this forward. The copy has globals of its own, in which
+the stand-ins are. Classes, modules and globals stay what they are, and nothing is left to restore.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from .graph.own_weight import asks_for_place, stand_in
 from .graph.whole import convention, leaf
 
 Scans = list[tuple[nn.Module, Callable[..., Any]]]
@@ -100,14 +101,14 @@ def _copy(function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
     cells = function.__closure__ or ()
     wrapped = [_copy(content(cell), outer, read) for cell in cells]
     names, scope = _names(function.__code__), function.__globals__
-    found = {n: f for n in names if (f := scope.get(n)) is not None and _scans(f)}
+    found = {n: made for n in names if (made := _in_place_of(scope.get(n))) is not None}
     if not found and not any(wrapped):
         return None
     if found:
         if _sets_globals(function.__code__):  # in a copy they would be lost
             return None
         read += [(scope, name, scope.get(name)) for name in names]
-        scope = {**scope, **{name: leaf(f) for name, f in found.items()}}
+        scope = {**scope, **found}
         # by this name Dynamo would look up the globals in the real module
         scope.pop("__name__", None)
     closure = tuple(
@@ -132,8 +133,11 @@ def _sets_globals(code: types.CodeType) -> bool:
     return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
 
 
-def _scans(value: Any) -> bool:
-    return isinstance(value, Callable) and not isinstance(value, type) and _known(value)  # type: ignore[arg-type]
+def _in_place_of(value: Any) -> Any:
+    """What is called in place of a global function while a block is captured, or None."""
+    if not callable(value) or isinstance(value, type):
+        return None
+    return leaf(value) if _known(value) else stand_in(value) if asks_for_place(value) else None
 
 
 def _known(function: Any) -> bool:

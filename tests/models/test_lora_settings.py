@@ -42,7 +42,6 @@ class Setting:
     reason: str = ""
     prepare: Callable[[nn.Module], object] = lambda model: None
     dtype: torch.dtype = torch.float32
-    fused: bool = True
 
 
 def _second(model: nn.Module, active: list[str], **options: object) -> None:
@@ -73,7 +72,7 @@ SETTINGS: dict[str, Setting] = {
     "adapter bias": Setting(options={"lora_bias": True}),
     "adapter bias and dropout": Setting(options={"lora_bias": True, "lora_dropout": 0.3}),
     "rsLoRA": Setting(options={"use_rslora": True}),
-    "DoRA": Setting(options={"use_dora": True}, linears=0, reason="lora/dora.py", fused=False),
+    "DoRA": Setting(options={"use_dora": True}, linears=0, reason="a low-rank update"),
     "some projections": Setting(
         options={"target_modules": ["q_proj", "v_proj", "up_proj"]}, linears=6
     ),
@@ -170,7 +169,7 @@ def test_setting(name: str) -> None:
     blocks = setting.linears == 14 and not (setting.options or {}).get("lora_dropout")
     assert bool(counts.get("qkv_block")) >= blocks, str(report)
     assert bool(counts.get("mlp_block")) >= blocks, str(report)
-    gated = setting.fused and setting.family not in ("falcon", "gpt2")
+    gated = setting.family not in ("falcon", "gpt2")
     assert counts.get("glu", 0) == 2 * gated, str(report)
     reasons = _unfused(report)
     assert bool(reasons) == bool(setting.reason), str(report)
