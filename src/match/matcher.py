@@ -86,6 +86,9 @@ def match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[
     if id(pattern) in state.seen and not isinstance(pattern, (Literal, Anything)):
         if same(state.seen[id(pattern)], value):
             yield state
+        else:
+            before = _text(state.seen[id(pattern)])
+            trace.note(state, value, f"{_text(value)} where {before} was seen before")
         return
     for found in _match(pattern, value, state, trace):
         yield found.with_seen(pattern, value)
