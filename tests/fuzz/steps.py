@@ -1,0 +1,114 @@
+"""What is done with a random model: steps, and changes between them."""
+
+from __future__ import annotations
+
+import random
+
+_CHANGES = {
+    "m.train(not m.training)": 2,
+    "m.eval()": 1,
+    "list(m.parameters())[{n} % len(list(m.parameters()))].requires_grad_(False)": 2,
+    "[p.requires_grad_(i % 3 > 0) for i, p in enumerate(m.parameters())]": 1,
+    "m.requires_grad_(False); list(m.parameters())[{n} % len(list(m.parameters()))].requires_grad_(True)": 1,
+    "[setattr(b, 'scale', 1.5) for b in m.modules() if hasattr(b, 'scale')]": 1,
+    "m.to(torch.float32)": 0.5,
+    "block(m, {n}).register_forward_hook(lambda mod, i, o: LOG.append('block'))": 1,
+    "leaf(m, {n}).register_forward_hook(lambda mod, i, o: LOG.append('leaf'))": 1,
+    "leaf(m, {n}).register_forward_hook(lambda mod, i, o: o * 0.5)": 1,
+    "leaf(m, {n}).register_full_backward_hook(lambda mod, gi, go: LOG.append('backward'))": 0.7,
+    "block(m, {n}).register_forward_pre_hook(lambda mod, a: LOG.append('pre'))": 0.7,
+    "list(m.parameters())[{n} % len(list(m.parameters()))].register_hook(lambda g: LOG.append('grad'))": 0.5,
+    "[p.data.mul_(0.5) for p in m.parameters()]": 1,
+    "adapt(m, {linears})": 3,
+    "leaf(m, {n}).forward = (lambda mod: lambda x: type(mod).forward(mod, x) * 2)(leaf(m, {n}))": 0.5,
+}
+
+
+def change(rng: random.Random, i: int, linears: list[str]) -> str:
+    text = rng.choices(list(_CHANGES), list(_CHANGES.values()))[0]
+    names = rng.sample(linears, min(len(linears), rng.choice([1, 3, 5])))
+    settings = rng.choice(
+        ["", "", ", lora_dropout=0.2", ", use_rslora=True", ", use_dora=True", ", bias='lora_only'"]
+    )
+    text = text.replace("{n}", str(rng.randrange(50))).replace("{linears}", f"{sorted(names)!r}")
+    return f"""
+def change{i}(m):
+    def block(m, n):
+        stack = m if hasattr(m, "layers") else m.model
+        return stack.layers[n % len(stack.layers)]
+    def leaf(m, n):
+        found = [c for c in block(m, n).modules() if isinstance(c, nn.Linear)] or [m.norm]
+        return found[n % len(found)]
+    def adapt(m, names):
+        from peft import LoraConfig, inject_adapter_in_model
+        if not names:
+            return
+        inject_adapter_in_model(LoraConfig(r=3, target_modules=names{settings}), m)
+        g = torch.Generator().manual_seed({i})
+        for name, p in m.named_parameters():
+            if "lora_B" in name:
+                p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    {text}
+"""
+
+
+def step(rng: random.Random, i: int, kind: str) -> str:
+    batch, length = rng.choice([1, 2, 3]), rng.choice([5, 7, 12])
+    mode = rng.choices(
+        [
+            "contextlib.nullcontext()",
+            "torch.autocast('cpu', torch.bfloat16)",
+            "torch.no_grad()",
+            "torch.inference_mode()",
+        ],
+        [14, 2, 2, 0.5],
+    )[0]
+    if kind == "stack":
+        given = rng.choice(["x.to(dtype).requires_grad_()", "x.to(dtype)"])
+        use = rng.choice(
+            [
+                "loss = out.float().pow(2).mean()",
+                "loss = (out * torch.linspace(-1, 1, out.shape[-1]).to(out.dtype)).sum()",
+            ]
+        )
+        run = f"given = {given}\n        out = m(given * 1)\n        {use}\n        results.update(out=out, loss=loss)"
+    else:
+        use = rng.choices(
+            [
+                "loss = parts[0]",
+                "loss = parts[0] + 0.01 * parts[1].float().pow(2).mean()",
+                "loss = parts[1].float().log_softmax(-1).mean() * -1",
+                "loss = parts[0] + 0.1 * checkpoint(torch.tanh, parts[1], use_reentrant=False).float().mean()",
+            ],
+            [8, 2, 1, 1],
+        )[0]
+        read = rng.choice(
+            [
+                "results['logits'] = parts[1]",
+                "results['top'] = parts[1].detach().float().sum(-1)",
+                "pass",
+            ]
+        )
+        run = (
+            f"out = m(ids, labels=labels)\n"
+            f"        parts = tuple(out.values()) if isinstance(out, dict) else out\n"
+            f"        {use}\n        results.update(loss=loss, count=len(parts))\n        {read}"
+        )
+        if rng.random() < 0.1:
+            run = "z = m(ids)\n        loss = F.cross_entropy(z.float().flatten(0, 1), ids.flatten())\n        results.update(loss=loss, logits=z)"
+    again = "results['loss'].backward()"
+    if rng.random() < 0.1:
+        again = "results['loss'].backward(retain_graph=True)\n        results['loss'].backward()"
+    return f"""
+def step{i}(m, n):
+    ids, labels, x = rows(n, {batch}, {length})
+    dtype = next(m.parameters()).dtype
+    results, given = {{}}, None
+    with {mode}:
+        {run}
+    if results["loss"].requires_grad:
+        {again}
+    if given is not None:
+        results["input_grad"] = given.grad
+    return results
+"""

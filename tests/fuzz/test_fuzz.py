@@ -1,0 +1,91 @@
+"""Random decoder-like models, optimized, do what they do in eager mode.
+
+``python -m tests.fuzz FIRST COUNT`` tries more of them, and prints a script for what fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from torch import nn
+
+from fusewright.passes import PIPELINE
+from fusewright.passes.glu import GLU
+
+from .compare import check, exact, load, script
+from .program import generate
+
+_EACH = 12
+
+
+def _assert_right(seed: int, codegen: str = "eager") -> None:
+    program = generate(seed)
+    program = dataclasses.replace(program, options={**program.options, "codegen": codegen})
+    failure = check(program)
+    if failure is not None:
+        print(script(program))
+    assert failure is None, f"seed {seed}: {failure}"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_models_do_what_eager_does(seed: int) -> None:
+    _assert_right(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 1000 + 8 * _EACH, _EACH))
+def test_more_random_models_do_what_eager_does(first: int) -> None:
+    for seed in range(first, first + _EACH):
+        _assert_right(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2000, 2004))
+def test_random_models_do_through_inductor_what_eager_does(seed: int) -> None:
+    _assert_right(seed, "inductor")
+
+
+def test_a_seed_gives_the_same_program_each_time() -> None:
+    assert generate(11) == generate(11)
+    assert generate(11).source != generate(12).source
+
+
+def test_the_fp64_form_has_no_other_dtype() -> None:
+    for seed in range(20):
+        text = exact(generate(seed).source)
+        assert "float32" not in text
+        assert "bfloat16" not in text
+        model = load(text)["build"]()
+        assert {str(p.dtype) for p in model.parameters()} == {"torch.float64"}
+
+
+def test_a_wrong_rewrite_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With verification off and gate and up swapped, some programs must fail."""
+
+    def swapped(self: GLU, m: object, ops: object) -> object:
+        return ops.glu(m.up, m.gate, m.spelling)  # type: ignore[attr-defined]
+
+    assert any(isinstance(rule, GLU) for rule in PIPELINE)
+    monkeypatch.setattr(GLU, "rewrite", swapped)
+    kinds = set()
+    for seed in range(30):
+        program = generate(seed)
+        options = {**program.options, "verify": "off"}
+        failure = check(dataclasses.replace(program, options=options))
+        kinds.add(failure.kind if failure else None)
+        if "wrong value" in kinds:
+            break
+    assert "wrong value" in kinds
+
+
+def test_an_optimization_that_forgets_hooks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: nn.Module, **options: object) -> nn.Module:
+        for m in model.modules():
+            m._forward_hooks.clear()
+            m.register_forward_hook = lambda hook: None  # type: ignore[method-assign, assignment]
+        return model
+
+    monkeypatch.setattr("tests.fuzz.compare.optimize", forgetful)
+    found = {f.kind for seed in range(80) if (f := check(generate(seed))) is not None}
+    assert found & {"state", "wrong value"}
