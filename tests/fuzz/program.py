@@ -50,6 +50,24 @@ def rows(n, batch, length):
     labels = ids.clone()
     labels[0, : length // 2] = -100
     return ids, labels, torch.randn(batch, length, {DIM}, generator=g)
+
+def block(m, n):
+    stack = m if hasattr(m, "layers") else m.model
+    return stack.layers[n % len(stack.layers)]
+
+def leaf(m, n):
+    found = [c for c in block(m, n).modules() if isinstance(c, nn.Linear)] or [m.norm]
+    return found[n % len(found)]
+
+def adapt(m, names, settings):
+    from peft import LoraConfig, inject_adapter_in_model
+    if not names:
+        return
+    inject_adapter_in_model(LoraConfig(target_modules=names, **settings), m)
+    g = torch.Generator().manual_seed(len(names))
+    for name, p in m.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
 """
 
 

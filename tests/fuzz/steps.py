@@ -19,7 +19,7 @@ _CHANGES = {
     "block(m, {n}).register_forward_pre_hook(lambda mod, a: LOG.append('pre'))": 0.7,
     "list(m.parameters())[{n} % len(list(m.parameters()))].register_hook(lambda g: LOG.append('grad'))": 0.5,
     "[p.data.mul_(0.5) for p in m.parameters()]": 1,
-    "adapt(m, {linears})": 3,
+    "adapt(m, {linears}, {settings})": 3,
     "leaf(m, {n}).forward = (lambda mod: lambda x: type(mod).forward(mod, x) * 2)(leaf(m, {n}))": 0.5,
 }
 
@@ -31,25 +31,8 @@ def change(rng: random.Random, i: int, linears: list[str]) -> str:
         ["", "", ", lora_dropout=0.2", ", use_rslora=True", ", use_dora=True", ", bias='lora_only'"]
     )
     text = text.replace("{n}", str(rng.randrange(50))).replace("{linears}", f"{sorted(names)!r}")
-    return f"""
-def change{i}(m):
-    def block(m, n):
-        stack = m if hasattr(m, "layers") else m.model
-        return stack.layers[n % len(stack.layers)]
-    def leaf(m, n):
-        found = [c for c in block(m, n).modules() if isinstance(c, nn.Linear)] or [m.norm]
-        return found[n % len(found)]
-    def adapt(m, names):
-        from peft import LoraConfig, inject_adapter_in_model
-        if not names:
-            return
-        inject_adapter_in_model(LoraConfig(r=3, target_modules=names{settings}), m)
-        g = torch.Generator().manual_seed({i})
-        for name, p in m.named_parameters():
-            if "lora_B" in name:
-                p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    {text}
-"""
+    text = text.replace("{settings}", f"dict(r=3{settings})")
+    return f"\ndef change{i}(m):\n    {text}\n"
 
 
 def step(rng: random.Random, i: int, kind: str) -> str:
