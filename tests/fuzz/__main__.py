@@ -9,8 +9,7 @@ import time
 
 import torch
 
-from .compare import check, script
-from .program import generate
+from .compare import check, draw, script
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     found: collections.Counter[str] = collections.Counter()
     start = time.time()
     for seed in range(args.first, args.first + args.count):
-        program = generate(seed)
+        program = draw(seed)
         options = {**program.options, "codegen": args.codegen}
         if args.memory:
             options["memory"] = args.memory

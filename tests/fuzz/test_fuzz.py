@@ -13,14 +13,14 @@ from torch import nn
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 
-from .compare import check, exact, load, script
+from .compare import check, draw, exact, load, script
 from .program import generate
 
 _EACH = 12
 
 
 def _assert_right(seed: int, codegen: str = "eager") -> None:
-    program = generate(seed)
+    program = draw(seed)
     program = dataclasses.replace(program, options={**program.options, "codegen": codegen})
     failure = check(program)
     if failure is not None:
@@ -70,7 +70,7 @@ def test_a_wrong_rewrite_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GLU, "rewrite", swapped)
     kinds = set()
     for seed in range(30):
-        program = generate(seed)
+        program = draw(seed)
         options = {**program.options, "verify": "off"}
         failure = check(dataclasses.replace(program, options=options))
         kinds.add(failure.kind if failure else None)
@@ -87,5 +87,5 @@ def test_an_optimization_that_forgets_hooks_is_found(monkeypatch: pytest.MonkeyP
         return model
 
     monkeypatch.setattr("tests.fuzz.compare.optimize", forgetful)
-    found = {f.kind for seed in range(80) if (f := check(generate(seed))) is not None}
+    found = {f.kind for seed in range(80) if (f := check(draw(seed))) is not None}
     assert found & {"state", "wrong value"}
