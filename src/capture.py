@@ -16,6 +16,7 @@ from .match.apply import apply
 from .match.finding import Finding
 from .memory.plans import offloaded, planned
 from .passes.cleanup import remove_noops
+from .passes.kept import copy_what_is_written
 from .passes.lazy import defer_logits
 from .passes.ops import TABLE
 from .passes.writes import remove_writes
@@ -73,5 +74,6 @@ def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
         findings = apply(module, session.rules, TABLE, verify, session.fuel)
     if session.options.logits == "lazy":
         defer_logits(module)
+    copy_what_is_written(module)
     module.recompile()
     return findings

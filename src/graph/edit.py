@@ -1,4 +1,4 @@
-"""Changing graphs: what writes in place, what switches a mode, and removing what is dead."""
+"""Changing graphs: what switches a mode, and removing what is dead."""
 
 from __future__ import annotations
 
@@ -8,28 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-
-def is_inplace(node: fx.Node) -> bool:
-    """Whether a node writes into one of its arguments."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        return True
-    name = getattr(node.target, "__name__", "")
-    module = getattr(node.target, "__module__", "") or ""
-    if module == "_operator":
-        return name in ("setitem", "delitem") or (
-            name.startswith("i")
-            and name[1:]
-            in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul", "and", "or", "xor")
-        )
-    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+from .effects import has_effect
 
 
 def switches_mode(node: fx.Node) -> bool:
@@ -71,7 +50,7 @@ def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Erase those of ``nodes`` that nobody uses any more, and what only they used.
 
     Other dead nodes stay: in a captured graph a node without users may switch a mode (autocast,
-    gradients, vmap) and is not dead at all.
+    gradients, vmap) and is not dead at all. Nor is what writes or draws random numbers.
 
     Args:
         graph: changed in place.
@@ -84,7 +63,9 @@ def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     queue = list(nodes)
     while queue:
         node = queue.pop(0)
-        if node in gone or node.users or node.op in ("placeholder", "output") or is_inplace(node):
+        if node in gone or node.users or node.op in ("placeholder", "output"):
+            continue
+        if has_effect(node) or switches_mode(node):
             continue
         queue += [n for n in node.all_input_nodes if n.op in ("call_function", "call_method")]
         graph.erase_node(node)

@@ -45,6 +45,19 @@ def storage(node: Any) -> int | None:
     return None if t is None else memory(t)
 
 
+def memories(node: Any) -> set[int]:
+    """The memory of every tensor among a node's values: of one that has several, too."""
+    return set(_memories(value(node)))
+
+
+def _memories(found: Any) -> Iterator[int]:
+    if isinstance(found, (tuple, list)):
+        for part in found:
+            yield from _memories(part)
+    elif isinstance(found, Tensor):
+        yield memory(found)
+
+
 def memory(t: Tensor) -> int:
     """What tells the memory of ``t`` from that of others: equal for its views."""
     return int(t.untyped_storage()._cdata)

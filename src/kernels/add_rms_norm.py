@@ -191,4 +191,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("add_rms_norm", reference, add_rms_norm, cost, unsupported)
+OP = Op("add_rms_norm", reference, add_rms_norm, cost, unsupported, kept_outputs=(0,))

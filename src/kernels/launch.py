@@ -5,6 +5,7 @@ Nothing here imports Triton before a tensor asks for it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -49,12 +50,20 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return given[0].is_cuda or interpreting()
 
 
+def own(t: Tensor) -> Tensor:
+    """``t``, but no view of another tensor: a model may write into what an op returns.
+
+    Autograd refuses that for a view that was made where it was not watching.
+    """
+    return t.new_empty(0).set_(t) if t._is_view() else t  # type: ignore[call-overload]
+
+
 def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
 
     Args:
         schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
-            Outputs must be fresh tensors and no input may be mutated.
+            Outputs must be in fresh memory and no input may be mutated.
         launcher: ``"module:function"`` in ``kernels/triton/``; imported at the first real call.
         fake: same signature; returns outputs of the right shape, dtype and strides
             (``torch.empty`` and friends), for tracing.
@@ -68,10 +77,10 @@ def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable
     def implementation(*args: Any) -> Any:
         module = importlib.import_module(f".triton.{module_name}", __package__)
         tensor = next(a for a in args if isinstance(a, Tensor))
-        if not tensor.is_cuda:
-            return getattr(module, function_name)(*args)
-        with torch.cuda.device(tensor.device):
-            return getattr(module, function_name)(*args)
+        on_gpu = tensor.is_cuda
+        with torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext():
+            made = getattr(module, function_name)(*args)
+        return own(made) if isinstance(made, Tensor) else type(made)(own(t) for t in made)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

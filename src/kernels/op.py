@@ -57,6 +57,8 @@ class Op:
         unsupported: same signature as ``call`` -> the reasons, one sentence each, why the fast
             implementation for these tensors' device cannot take them. Empty when it can. An input
             that even ``call`` refuses is never passed to it: the rewrite is not made.
+        kept_outputs: places of the outputs that it keeps for backward itself: nothing may write
+            into them. Any input may be kept.
     """
 
     name: str
@@ -64,3 +66,4 @@ class Op:
     call: Callable[..., Any]
     cost: Callable[..., Cost]
     unsupported: Callable[..., list[str]]
+    kept_outputs: tuple[int, ...] = ()

@@ -49,9 +49,18 @@ def _forward(
 ) -> list[Tensor]:
     y, rstd = norm.forward(x, norm_weight, eps, offset, outer)
     outs = [
-        F.linear(y.to(w.dtype) if cast else y, w, b) for w, b in zip(weights, biases, strict=True)
+        _linear(y.to(w.dtype) if cast else y, w, b) for w, b in zip(weights, biases, strict=True)
     ]
     return [*outs, rstd]
+
+
+def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, whose result with a bias is a view: the model could not write into that."""
+    if bias is None or y.dim() == 2:
+        return F.linear(y, weight, bias)
+    rows = F.linear(y.reshape(-1, y.shape[-1]), weight, bias)
+    out: Tensor = torch.ops.aten._unsafe_view(rows, [*y.shape[:-1], weight.shape[0]])
+    return out
 
 
 def _input_gradient(

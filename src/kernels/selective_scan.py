@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import LIBRARY, library_op, use_triton
+from .launch import LIBRARY, library_op, own, use_triton
 from .op import Cost, Op
 from .second import differentiable, gradients
 from .selective_scan_chunks import (
@@ -80,7 +80,7 @@ def _forward(
         p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
         y = forward(p, starts[:, rows])
         out[rows].transpose(1, 2).copy_(y if p.z is None else y.mul_(F.silu(p.z)))
-    return out, starts
+    return own(out), starts
 
 
 def _groups(u: Tensor, a: Tensor) -> list[slice]:

@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts, traffic
-from ..graph.edit import is_inplace, modes, prune, switches_mode
+from ..graph.edit import modes, prune, switches_mode
+from ..graph.effects import draws, writes
 from ..report import Figures
 from .finding import Finding, missed, outside
 from .matcher import Trace
@@ -211,20 +212,24 @@ def _require_calm(
     inputs: tuple[fx.Node, ...],
     order: dict[fx.Node, int],
 ) -> None:
-    """Decline where something written between the nodes of the formula is read or replaced."""
+    """Decline what has effects, or reads or makes what is written before its last node.
+
+    A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
+    """
     first, last = order[interior[0]], order[interior[-1]]
-    touched = {*interior, *inputs}
-    memory = {s for n in touched if (s := facts.storage(n)) is not None}
+    inside = set(interior)
+    touched = dict.fromkeys((*inputs, *interior))
     for node in graph.nodes:
-        if not first < order[node] <= last:
+        if not first <= order[node] <= last:
             continue
-        if is_inplace(node):
-            written = {facts.storage(n) for n in (node, *node.all_input_nodes)}
+        m.require(not (node in inside and draws(node)), f"{node.name} draws random numbers", node)
+        for target in writes(node):
+            memory = facts.memories(target)
+            hit = next((n for n in touched if n is target or memory & facts.memories(n)), None)
+            where = "in the formula" if node in inside else "between the nodes of the formula"
             m.require(
-                node not in touched
-                and not touched & set(node.all_input_nodes)
-                and not memory & written,
-                f"{node.name} writes in place between the nodes of the formula",
+                hit is None and node not in inside,
+                f"{target.name} is written to by {node.name}, {where}",
                 node,
             )
 

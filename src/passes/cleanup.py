@@ -6,7 +6,8 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..graph.edit import is_inplace, modes, prune
+from ..graph.edit import modes, prune
+from ..graph.effects import has_effect, writes
 
 
 def remove_noops(module: fx.GraphModule) -> int:
@@ -14,7 +15,7 @@ def remove_noops(module: fx.GraphModule) -> int:
 
     All are exact: casts to a tensor's own dtype and such dropouts return their very input in eager
     PyTorch, and a cast made twice in one mode (gradients, autocast) gives the same numbers twice.
-    A graph that writes in place is left alone.
+    Two casts remain two tensors where a write could tell: in the graph, or by whoever gets one.
 
     Args:
         module: the captured graph; it and the graphs nested in it are changed in place.
@@ -24,28 +25,45 @@ def remove_noops(module: fx.GraphModule) -> int:
     """
     gone = 0
     for inner in facts.nested(module):
-        if any(is_inplace(n) for n in inner.graph.nodes):
-            continue
         gone += len(prune(inner.graph, [n for n in reversed(inner.graph.nodes) if _is_dead(n)]))
-        casts: dict[object, fx.Node] = {}
-        mode = modes(inner.graph)
         for node in list(inner.graph.nodes):
-            canon = canonical(node)
-            same = node.args[0] if _is_noop(node) else None
-            if same is None and canon is not None and canon.name == "cast":
-                same = casts.setdefault((canon.args, mode[node]), node)
-            if isinstance(same, fx.Node) and same is not node:
-                node.replace_all_uses_with(same)
+            if _is_noop(node):
+                node.replace_all_uses_with(node.args[0])
                 inner.graph.erase_node(node)
                 gone += 1
+        gone += _merge_casts(inner.graph)
         inner.recompile()
+    return gone
+
+
+def _merge_casts(graph: fx.Graph) -> int:
+    """Make equal casts of one value once; returns how many went."""
+    mode, gone = modes(graph), 0
+    targets = [t for n in graph.nodes for t in writes(n)]
+    if not all(facts.memories(t) for t in targets):
+        return 0
+    written = {m for t in targets for m in facts.memories(t)}
+    output = next(reversed(graph.nodes))
+    leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
+    casts: dict[object, fx.Node] = {}
+    for node in list(graph.nodes):
+        canon = canonical(node)
+        if canon is None or canon.name != "cast":
+            continue
+        if facts.memories(canon.args[0]) & written or facts.memories(node) & (written | leaving):
+            continue
+        first = casts.setdefault((canon.args, mode[node]), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            gone += 1
     return gone
 
 
 def _is_dead(node: fx.Node) -> bool:
     """Whether a node has no users and only computes (mode switches have no users either)."""
     asks_size = node.op == "call_method" and node.target in ("size", "dim", "numel", "stride")
-    return not node.users and (asks_size or canonical(node) is not None)
+    return not node.users and (asks_size or canonical(node) is not None) and not has_effect(node)
 
 
 def _is_noop(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import canonical
 from ..graph.edit import prune
+from ..graph.effects import writes
 from ..lazy import LazyLogits
 
 _CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
@@ -33,10 +34,13 @@ def defer_logits(module: fx.GraphModule) -> int:
         c.args[1] for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"
     }
     output = next(reversed(graph.nodes))
+    written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
     made = 0
     for node in dict.fromkeys(output.all_input_nodes):
         chain = _logits_chain(node, heads)
         if not chain or any(u is not output and u not in chain for n in chain for u in n.users):
+            continue
+        if any(facts.memories(n) & written for c in chain for n in (c, *c.all_input_nodes)):
             continue
         _defer(module, node, chain, made)
         prune(graph, reversed(chain))

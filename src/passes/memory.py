@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
-from ..graph.edit import is_inplace
+from ..graph.effects import is_opaque, writes
 from ..kernels.mlp_block import mlp_block
 
 Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
@@ -151,20 +151,21 @@ def unwrap(module: fx.GraphModule) -> bool:
 def why_not(module: fx.GraphModule) -> str | None:
     """Why a graph must not run twice: it writes into what it was given; None if it does not."""
     given = {
-        facts.storage(n)
+        memory
         for inner in facts.nested(module)
         for n in inner.graph.nodes
         if n.op in ("placeholder", "get_attr")
+        for memory in facts.memories(n)
     }
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
-            if is_inplace(node) and facts.storage(_written(node)) in given - {None}:
-                return f"{node.name} writes into an input of the block, or into its buffers"
+            if is_opaque(node):
+                return f"it is not known what {node.name} does beside giving its value"
+            for target in writes(node):
+                memory = facts.memories(target)
+                if memory & given or not memory:
+                    return f"{node.name} writes into an input of the block, or into its buffers"
     return None
-
-
-def _written(node: fx.Node) -> Any:
-    return node.kwargs.get("out", node.args[0] if node.args else None)
 
 
 def is_checkpointed(module: fx.GraphModule) -> bool:

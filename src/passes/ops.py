@@ -49,6 +49,9 @@ TABLE: dict[str, Callable[..., Any]] = {
 }
 """Op name -> the function that a graph node calls."""
 
+KEPT_OUTPUTS: dict[Any, tuple[int, ...]] = {op.call: op.kept_outputs for op in (add_rms_norm.OP,)}
+"""The function of an op -> the places of the outputs that it keeps for backward."""
+
 _NORM = ("x", "weight", "eps", "offset", "rounding")
 
 register(TABLE["rms_norm"], "rms_norm", Spec(_NORM, (0.0, "inner")))

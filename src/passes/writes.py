@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
 from ..graph.edit import modes, prune
+from ..graph.effects import is_opaque, writes
 from ..kernels.moe_experts import inverse_permutation
 
 
@@ -19,8 +20,8 @@ def remove_writes(module: fx.GraphModule) -> int:
     """Turn some writes in place into values, exactly, so that patterns can see them.
 
     ``inverse = empty_like(order); inverse[order] = arange(n)`` with the order of a sort;
-    ``y.add_(b)``, ``y.masked_fill_(mask, 0)``, ``y.clamp_(max=n)`` of a fresh y without views; and
-    what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
+    ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y without views;
+    and what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
 
     Args:
         module: the captured graph; it and the graphs nested in it are changed in place.
@@ -70,39 +71,79 @@ def _inverts(node: fx.Node) -> bool:
     return True
 
 
-_FRESH = ("grouped_mm", "linear", "matmul", "index")
-_WRITES = ("add_", "masked_fill_", "clamp_")
-
-
 def _changes(node: fx.Node) -> bool:
-    """Replace ``y.add_(b)`` and the like by ``y.add(b)``, for a fresh y that has no other name."""
-    if node.op != "call_method" or node.target not in _WRITES or not node.args:
+    """Replace ``y.add_(b)``, ``y += b``, ``relu(y, True)`` ... by a value that later nodes use.
+
+    Only for a fresh y that has no other name, and where the value has y's dtype and layout.
+    """
+    y = node.args[0] if node.args else None
+    if not isinstance(y, fx.Node) or writes(node) != (y,) or not _is_fresh(y):
         return False
-    y, graph = node.args[0], node.graph
-    before = facts.tensor(y)
-    if not isinstance(y, fx.Node) or before is None or not _is_fresh(y):
-        return False
-    for operand in node.all_input_nodes[1:]:
-        t = facts.tensor(operand)
-        if t is None or t.dtype not in (before.dtype, torch.bool):
-            return False
-        if node.target == "add_" and str(t.shape) != str(before.shape):
-            return False
-    mode = modes(graph)  # a write keeps y's history under no_grad, and a new value would have none
-    order = {n: i for i, n in enumerate(graph.nodes)}
+    mode = modes(node.graph)  # a write keeps y's history under no_grad; a new value would have none
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
     if mode[node] != mode[y] or _has_alias(y, node, order):
         return False
-    earlier = {n for n in y.users if order[n] < order[node]}
-    with graph.inserting_before(node):
-        made = graph.call_method(str(node.target)[:-1], node.args, node.kwargs)
-    made.meta.update(node.meta)
+    made = _as_value(node)
+    before, after = facts.tensor(y), None if made is None else facts.tensor(made)
+    if made is None or before is None or after is None or not _is_alike(before, after):
+        if made is not None:
+            node.graph.erase_node(made)
+        return False
+    earlier = {n for n in y.users if order.get(n, -1) < order[node]}
     for old in (node, y):
         old.replace_all_uses_with(
             made, delete_user_cb=lambda user: user not in (made, node, *earlier)
         )
-    graph.erase_node(node)
-    prune(graph, [made])
+    node.graph.erase_node(node)
+    prune(node.graph, [made])
     return True
+
+
+_OPERATORS = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.ipow: operator.pow,
+}  # fmt: skip
+_METHODS = (
+    "add", "sub", "mul", "div", "pow", "neg", "rsqrt", "sqrt", "reciprocal", "tanh", "sigmoid",
+    "exp", "abs", "sin", "cos", "relu", "masked_fill", "clamp",
+)  # fmt: skip
+_FUNCTIONS = (F.relu, F.silu)
+"""Functions that change each element by itself, and draw no random numbers: what they write is,
+bit for bit, what they would return."""
+
+
+def _as_value(node: fx.Node) -> fx.Node | None:
+    """The same operation as one that returns a value, put before ``node``; None of others."""
+    target, args, kwargs = node.target, node.args, dict(node.kwargs)
+    op = node.op
+    if node.op == "call_method" and str(target).removesuffix("_") in _METHODS:
+        target = str(target).removesuffix("_")
+    elif target in _OPERATORS:
+        target = _OPERATORS[target]
+    elif target in _FUNCTIONS:
+        args, kwargs = args[:1], {}
+    else:
+        return None
+    with node.graph.inserting_before(node):
+        made = node.graph.create_node(op, target, args, kwargs)
+    made.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+    made.meta["example_value"] = _value_of(made)
+    return made
+
+
+def _value_of(node: fx.Node) -> Any:
+    """What ``node`` gives for the example values of its arguments; None where it cannot run."""
+    args, kwargs = (fx.node.map_arg(a, facts.value) for a in (node.args, node.kwargs))
+    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    try:
+        return call(*(args[1:] if node.op == "call_method" else args), **kwargs)
+    except Exception:  # whatever an operator says of what it does not take
+        return None
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    same = a.dtype == b.dtype and str(a.shape) == str(b.shape)
+    return same and str(a.stride()) == str(b.stride())
 
 
 def _scales(node: fx.Node) -> bool:
@@ -149,37 +190,38 @@ def _stays(node: fx.Node) -> bool:
     return True
 
 
-def _sort_of(y: fx.Node) -> fx.Node | None:
-    """The sort that ``y`` is a result of, or None."""
-    item = canonical(y)
-    source = canonical(item.args[0]) if item is not None and item.name == "item" else None
-    return item.args[0] if item and source is not None and source.name == "sort" else None
-
-
 def _is_fresh(y: fx.Node) -> bool:
-    """Whether ``y`` is a new tensor: a product, a gathering, a result of a sort."""
-    made_by = canonical(y)
-    return made_by is not None and (made_by.name in _FRESH or _sort_of(y) is not None)
+    """Whether ``y`` is memory of its own: of an operation that is known, and no view of its inputs.
+
+    A part of several values is, if they do not share their memory.
+    """
+    own, holder = facts.storage(y), y
+    if y.target is operator.getitem and isinstance(y.args[0], fx.Node):
+        source = facts.value(y.args[0])
+        if isinstance(source, (tuple, list)):
+            holder = y.args[0]
+            if sum(facts.memory(t) == own for t in source if isinstance(t, Tensor)) != 1:
+                return False
+    if own is None or holder.op not in ("call_function", "call_method") or is_opaque(holder):
+        return False
+    if isinstance(holder.target, torch._ops.HigherOrderOperator):
+        return False
+    inputs = holder.all_input_nodes
+    if any(facts.value(n) is None for n in inputs):
+        return False
+    return all(own not in facts.memories(n) for n in inputs)
 
 
 def _has_alias(y: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether a node before ``last`` may hold the memory of ``y``, alone or among other values."""
-    own, holder = facts.storage(y), _sort_of(y)
+    own = facts.storage(y)
+    holder = y.args[0] if y.target is operator.getitem else None
     for node in y.graph.nodes:
         if order[node] >= order[last]:
             break
         if node is y or node is holder:
             continue
-        value = facts.value(node)
-        if (value is None and y in node.all_input_nodes) or own in _memories(value):
+        unknown = facts.value(node) is None and y in node.all_input_nodes
+        if unknown or own in facts.memories(node):
             return True
     return False
-
-
-def _memories(value: Any) -> Iterator[Any]:
-    """The memory of every tensor in ``value``."""
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _memories(part)
-    elif isinstance(value, Tensor):
-        yield facts.memory(value)

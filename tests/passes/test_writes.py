@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fusewright.graph.edit import is_inplace
+from fusewright.graph.effects import draws, writes
 from fusewright.passes.cleanup import remove_noops
 from fusewright.passes.writes import remove_writes
 
@@ -33,7 +33,7 @@ def _results(run: Callable[..., object]) -> list[Tensor]:
 
 
 def _writes(module: fx.GraphModule) -> int:
-    return sum(is_inplace(n) for n in module.graph.nodes)
+    return sum(bool(writes(n)) for n in module.graph.nodes)
 
 
 def _assert_exact(module: fx.GraphModule, before: fx.GraphModule) -> None:
@@ -74,7 +74,33 @@ def _invert(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w)[inverse]
 
 
-@pytest.mark.parametrize("fn", [_add, _clamp, _fill, _invert])
+def _broadcast(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+    y.add_(x[0])
+    return y * x
+
+
+def _operator(x: Tensor, w: Tensor) -> Tensor:
+    y = x + F.linear(x, w)
+    y *= x
+    return y
+
+
+def _activation(x: Tensor, w: Tensor) -> Tensor:
+    g = F.linear(x, w)
+    h = F.silu(g, inplace=True)
+    return h * 2 + g
+
+
+def _positional(x: Tensor, w: Tensor) -> Tensor:
+    g = F.linear(x, w)
+    return F.relu(g, True) * x + g
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [_add, _clamp, _fill, _invert, _broadcast, _operator, _activation, _positional],
+)
 def test_a_write_into_a_fresh_value_becomes_a_value(fn: Fn) -> None:
     module = capture(fn, *_inputs())
     before = copy.deepcopy(module)
@@ -125,10 +151,26 @@ def _into_a_view(x: Tensor, w: Tensor) -> Tensor:
     return y * x
 
 
-def _broadcast(x: Tensor, w: Tensor) -> Tensor:
+def _of_the_caller(x: Tensor, w: Tensor) -> Tensor:
+    y = x.float()  # x itself
+    y += 1
+    return F.linear(y, w)
+
+
+def _random(x: Tensor, w: Tensor) -> Tensor:
     y = F.linear(x, w)
-    y.add_(x[0])
+    F.dropout(y, 0.5, True, True)
     return y * x
+
+
+def _in_a_checkpoint(x: Tensor, w: Tensor) -> Tensor:
+    y = F.linear(x, w)
+
+    def body(t: Tensor) -> Tensor:
+        return t.add_(x)
+
+    z = torch.utils.checkpoint.checkpoint(body, y, use_reentrant=False)
+    return y * z
 
 
 def _a_part(x: Tensor, w: Tensor) -> Tensor:
@@ -141,11 +183,11 @@ def _a_part(x: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "fn",
     [_under_no_grad, _chunk_before, _unbind_before, _view_before, _detached_before, _into_a_view,
-     _broadcast, _a_part],
+     _of_the_caller, _random, _in_a_checkpoint, _a_part],
 )  # fmt: skip
 def test_a_write_that_something_else_sees_stays(fn: Fn) -> None:
     # PyTorch itself refuses a write below several views at once where gradients are recorded
-    with torch.set_grad_enabled(fn not in (_chunk_before, _unbind_before)):
+    with torch.set_grad_enabled(fn not in (_chunk_before, _unbind_before, _of_the_caller)):
         module = capture(fn, *_inputs())
     before = copy.deepcopy(module)
     assert remove_writes(module) == 0
@@ -170,3 +212,30 @@ def test_a_cast_that_is_made_twice_is_made_once() -> None:
     before = copy.deepcopy(module)
     assert remove_noops(module) == 1
     _assert_exact(module, before)
+
+
+Made = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+TWICE: dict[str, Made] = {
+    "both are returned": lambda x, w: (x.double(), x.double() + w.sum()),
+    "a view is returned": lambda x, w: (x.double()[0], x.double() + w.sum()),
+    "one is written to": lambda x, w: (x.double().mul_(2) * 1, x.double() + w.sum()),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_two_casts_that_a_write_would_tell_apart_stay_two(name: str) -> None:
+    module = capture(TWICE[name], *_inputs())
+    assert remove_noops(module) == 0
+
+
+@pytest.mark.parametrize("draw", [lambda x: F.dropout(x, 0.5), torch.rand_like])
+def test_an_unused_draw_of_random_numbers_stays(draw: Callable[[Tensor], Tensor]) -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        draw(F.linear(x, w))
+        x.neg()  # this may go
+        return F.linear(x, w) * 2
+
+    module = capture(fn, *_inputs())
+    assert remove_noops(module) == 1
+    assert any(draws(n) for n in module.graph.nodes)

@@ -1,0 +1,152 @@
+"""What writes, and what draws random numbers: by schema and arguments, however it is spelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusewright.graph.effects import draws, has_effect, writes
+
+from ..capturing import capture
+
+Fn = Callable[[Tensor, Tensor], Any]
+
+_NORM = nn.BatchNorm1d(8)
+_SHAPED = nn.SiLU(inplace=True)
+
+
+@torch.library.custom_op("effects_test::scale_", mutates_args=("x",))
+def _scale(x: Tensor, factor: float) -> None:
+    x.mul_(factor)
+
+
+@_scale.register_fake
+def _(x: Tensor, factor: float) -> None: ...
+
+
+def _set(x: Tensor, y: Tensor) -> Tensor:
+    x[0] = y[0]
+    return x
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
+def _custom(x: Tensor, y: Tensor) -> Tensor:
+    _scale(x, 2.0)
+    return x
+
+
+def _checkpointed(x: Tensor, y: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(lambda t: t.add_(y), x, use_reentrant=False)
+
+
+WRITES: dict[str, Fn] = {
+    "positional": lambda x, y: F.relu(x, True),
+    "keyword": lambda x, y: F.silu(x, inplace=True),
+    "module": lambda x, y: _SHAPED(x),
+    "method": lambda x, y: x.mul_(y),
+    "function": lambda x, y: torch.relu_(x),
+    "out": lambda x, y: torch.add(y, y, out=x),
+    "operator": _add,
+    "item": _set,
+    "random": lambda x, y: x.bernoulli_(0.5),
+    "dropout": lambda x, y: F.dropout(x, 0.5, True, True),
+    "init": lambda x, y: nn.init.zeros_(x),
+    "operator of a library": _custom,
+    "checkpoint": _checkpointed,
+    "embedding": lambda x, y: F.embedding(torch.arange(2), x, None, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_is_seen(name: str) -> None:
+    with torch.no_grad():
+        module = capture(WRITES[name], torch.randn(4, 8), torch.randn(4, 8))
+    first = {n for n in module.graph.nodes if n.op == "placeholder" and n.target == "L_x_"}
+    assert {w for n in module.graph.nodes for w in writes(n)} == first
+
+
+READS: dict[str, Fn] = {
+    "not in place": lambda x, y: F.relu(x, False) + F.silu(x, inplace=False),
+    "sort": lambda x, y: torch.sort(x)[0] + x.sort()[0],
+    "statistics at rest": lambda x, y: F.batch_norm(x, y[0], y[1]),
+    "statistics given as such": lambda x, y: F.batch_norm(x, y[0], y[1], training=False),
+    "no statistics": lambda x, y: F.batch_norm(x, None, None, training=True),
+    "embedding": lambda x, y: F.embedding(torch.arange(2), x),
+    "numbers": lambda x, y: x * _count(x),
+}
+
+
+def _count(x: Tensor) -> int:
+    n = x.shape[0]
+    n += 1
+    return n
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_only_reads_writes_nothing(name: str) -> None:
+    module = capture(READS[name], torch.randn(4, 8), torch.rand(4, 8))
+    assert not any(has_effect(n) for n in module.graph.nodes)
+
+
+STATISTICS: dict[str, Fn] = {
+    "positional": lambda x, y: F.batch_norm(x, y[0], y[1], None, None, True),
+    "keyword": lambda x, y: F.batch_norm(x, y[0], y[1], training=True),
+    "instance": lambda x, y: F.instance_norm(x[None], y[0], y[1]),
+    "operator": lambda x, y: torch.batch_norm(
+        x, None, None, y[0], y[1], True, 0.1, 1e-5, False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_running_statistics_are_written(name: str) -> None:
+    shape = (4, 4) if name == "instance" else (4, 8)
+    module = capture(STATISTICS[name], torch.randn(shape), torch.rand(2, shape[-1]))
+    written = [n for node in module.graph.nodes for n in writes(node)]
+    assert len(written) == 2
+
+
+DRAWS: dict[str, Fn] = {
+    "dropout": lambda x, y: F.dropout(x),
+    "dropout of features": lambda x, y: F.dropout1d(x, 0.1, True),
+    "rand": lambda x, y: torch.rand_like(x) + torch.randn(4, 8),
+    "method": lambda x, y: x.clone().normal_(),
+    "attention": lambda x, y: F.scaled_dot_product_attention(x, x, x, None, 0.1),
+    "rrelu": lambda x, y: F.rrelu(x, training=True),
+    "gumbel": lambda x, y: F.gumbel_softmax(x),
+    "sample": lambda x, y: torch.multinomial(y, 2),
+    "checkpoint": lambda x, y: torch.utils.checkpoint.checkpoint(
+        F.dropout, x, use_reentrant=False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_seen(name: str) -> None:
+    module = capture(DRAWS[name], torch.randn(4, 8), torch.rand(4, 8))
+    assert any(draws(n) for n in module.graph.nodes)
+
+
+STEADY: dict[str, Fn] = {
+    "evaluation": lambda x, y: F.dropout(x, 0.5, False),
+    "evaluation by keyword": lambda x, y: F.dropout(x, training=False),
+    "no share": lambda x, y: F.dropout(x, 0.0) + F.dropout1d(x, p=0.0),
+    "attention": lambda x, y: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "rrelu": lambda x, y: F.rrelu(x),
+    "arithmetic": lambda x, y: torch.einsum("ab,cb->ac", x, y).softmax(-1) + x.std(),
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_what_draws_nothing_is_no_draw(name: str) -> None:
+    module = capture(STEADY[name], torch.randn(4, 8), torch.rand(4, 8))
+    assert not any(has_effect(n) for n in module.graph.nodes)
