@@ -18,6 +18,7 @@ from .memory.plans import offloaded, planned
 from .passes.cleanup import remove_noops
 from .passes.kept import copy_what_is_written
 from .passes.lazy import defer_logits
+from .passes.memory import writes_with_history
 from .passes.ops import TABLE
 from .passes.writes import remove_writes
 from .session import Captured, Session
@@ -42,6 +43,7 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         # graphs without gradients serve evaluation: not worth a second compilation; and a compiler
         # would unroll what was captured whole and not rewritten
         compiled = kind == "block" and grad and not _has_leaf(module)
+        compiled = compiled and not writes_with_history(module)
         choice = session.codegen[0] if compiled else "eager"
         if kind == "block" and grad and session.current is not None:
             module = planned(session.planner, session.current, module, examples, choice)

@@ -164,7 +164,8 @@ def test_a_step_is_eagers(name: str, dtype: torch.dtype, codegen: str) -> None:
     if dtype is torch.float32 and "residual" in name:
         pytest.skip("eager's backward refuses it in fp32, where the norm's own copy is x itself")
     body, rules = BODIES[name]
-    eager, ours = _pair(body, dtype, bias=True, codegen=codegen)
+    # a bias before a batch norm has a gradient of nothing but rounding
+    eager, ours = _pair(body, dtype, bias=name != "statistics", codegen=codegen)
     _assert_equal(eager, ours, dtype)
     assert set(rules) <= {s.rule for s in explain(ours).sites if s.status == "rewritten"}
 

@@ -7,11 +7,9 @@ keyword's name alone says nothing (``F.relu(g, True)`` writes), and neither does
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +17,17 @@ from torch import Tensor, fx
 
 from . import facts
 from .canon import canonical
+from .signatures import (
+    Parameter,
+    bound,
+    defaults,
+    is_builtin,
+    is_torch,
+    module_of,
+    name_of,
+    overloads,
+    packet,
+)
 from .whole import is_leaf
 
 
@@ -46,7 +55,7 @@ def draws(node: fx.Node) -> bool:
         return any(draws(n) for body in _bodies(node) for n in body.graph.nodes)
     if not _may_draw(node.op, node.target):
         return False
-    given = _bound(node)
+    given = bound(node)
     return not given or any(_is_active(node, each) for each in given)
 
 
@@ -58,7 +67,7 @@ def is_opaque(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return not _bodies(node)
-    ours = _module(node.target).partition(".")[0] == _OURS
+    ours = module_of(node.target).partition(".")[0] == __name__.partition(".")[0]
     return not ours and not is_builtin(node.target) and canonical(node) is None
 
 
@@ -67,36 +76,12 @@ def has_effect(node: fx.Node) -> bool:
     return is_opaque(node) or bool(writes(node)) or draws(node)
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """One argument of a signature.
-
-    Attributes:
-        name: its name.
-        keyword: it is given by its name only.
-        written: the operator writes into it.
-        listed: it is a list.
-    """
-
-    name: str
-    keyword: bool
-    written: bool = False
-    listed: bool = False
-
-    def takes(self, value: Any) -> bool:
-        """Whether ``value`` may be given: no tensor in the place of a list."""
-        return not self.listed or facts.tensor(value) is None
-
-
-_Signature = tuple[_Parameter, ...]
-
-
 def _written(node: fx.Node) -> Iterator[Any]:
     """The arguments of a known function that it writes into; nodes, or lists of them."""
     if _named_as_write(node):
         yield from node.args[:1] or list(node.kwargs.values())[:1]
     yield node.kwargs.get("out")
-    for given in _bound(node):
+    for given in bound(node):
         yield from (value for p, value in given.items() if p.written)
         by_name = {p.name: value for p, value in given.items()}
         if by_name.get("inplace", False) is not False:
@@ -104,7 +89,7 @@ def _written(node: fx.Node) -> Iterator[Any]:
         if by_name.get("max_norm") is not None:  # an embedding shortens the rows that it reads
             yield by_name.get("weight")
         # operators that keep statistics do not say so in their schema
-        by_default = {**_defaults(node.target), **by_name}
+        by_default = {**defaults(node.target), **by_name}
         flags = (by_default.get(flag, True) for flag in ("training", "use_input_stats"))
         if all(flag is not False for flag in flags):
             yield from (v for name, v in by_name.items() if name.startswith("running_"))
@@ -128,94 +113,10 @@ def _named_as_write(node: fx.Node) -> bool:
     """
     if node.op == "call_function" and node.target in _OPERATORS:
         return True
-    name = _name(node.target)
+    name = name_of(node.target)
     ends = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-    is_torch = node.op == "call_method" or _module(node.target).partition(".")[0] == "torch"
+    is_torch = node.op == "call_method" or module_of(node.target).partition(".")[0] == "torch"
     return (ends and is_torch) or (node.op == "call_method" and name in _DUNDERS)
-
-
-def _bound(node: fx.Node) -> list[dict[_Parameter, Any]]:
-    """The arguments in their places, for each signature that they fit."""
-    found = (
-        _bind(signature, node.args, node.kwargs) for signature in _signatures(node.op, node.target)
-    )
-    return [given for given in found if given is not None]
-
-
-def _bind(
-    signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[_Parameter, Any] | None:
-    places = [p for p in signature if not p.keyword]
-    by_name = {p.name: p for p in signature}
-    if len(args) > len(places):
-        return None
-    given = dict(zip(places, args, strict=False))
-    for name, value in kwargs.items():
-        parameter = by_name.get(name) or by_name.get(_OTHER_NAMES.get(name, ""))
-        if parameter is None or parameter in given:
-            return None
-        given[parameter] = value
-    return given if all(p.takes(value) for p, value in given.items()) else None
-
-
-_OTHER_NAMES = {"input": "self", "axis": "dim"}
-"""Names of arguments in Python, and in the schema."""
-
-
-@functools.cache
-def _signatures(op: str, target: Any) -> tuple[_Signature, ...]:
-    """What the operator, or the function of PyTorch in Python, takes; one for each overload."""
-    schemas = _schemas(op, target)
-    if schemas:
-        return tuple(
-            tuple(
-                _Parameter(a.name, a.kwarg_only, _is_written(a), "List" in str(a.type))
-                for a in schema.arguments
-            )
-            for schema in schemas
-        )
-    if not isinstance(target, types.FunctionType):
-        return ()
-    kinds = inspect.Parameter
-    return (
-        tuple(
-            _Parameter(p.name, p.kind is kinds.KEYWORD_ONLY)
-            for p in inspect.signature(target).parameters.values()
-            if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
-        ),
-    )
-
-
-def _is_written(argument: Any) -> bool:
-    info = argument.alias_info
-    return info is not None and info.is_write and "Tensor" in str(argument.type)
-
-
-def _schemas(op: str, target: Any) -> tuple[Any, ...]:
-    return tuple(overload._schema for overload in _overloads(op, target))
-
-
-_COMPILED = (types.BuiltinFunctionType, types.MethodDescriptorType)
-
-
-@functools.cache
-def _overloads(op: str, target: Any) -> tuple[Any, ...]:
-    """The operators that a node with this target may end in."""
-    if isinstance(target, torch._ops.OpOverload):
-        return (target,)
-    if not isinstance(target, torch._ops.OpOverloadPacket):
-        if op == "call_function" and not isinstance(target, _COMPILED):
-            return ()
-        found = _packet(_name(target)) if op == "call_method" or _is_torch(target) else None
-        if found is None:
-            return ()
-        target = found
-    return tuple(getattr(target, name) for name in target.overloads())
-
-
-def _packet(name: str) -> Any:
-    found = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
 
 
 @functools.cache
@@ -224,15 +125,15 @@ def _may_draw(op: str, target: Any) -> bool:
 
     Of one in Python, the names in its code say which operators it may call.
     """
-    overloads = _overloads(op, target)
-    if overloads:
-        return any(_is_seeded(o) for o in overloads)
-    if _module(target) == "torch.random":
+    operators = overloads(op, target)
+    if operators:
+        return any(_is_seeded(o) for o in operators)
+    if module_of(target) == "torch.random":
         return True
     code = getattr(target, "__code__", None)
-    if code is None or not _is_torch(target):
+    if code is None or not is_torch(target):
         return False
-    packets = (_packet(name) for name in _code_names(code))
+    packets = (packet(name) for name in _code_names(code))
     return any(_is_seeded(getattr(p, o)) for p in packets if p is not None for o in p.overloads())
 
 
@@ -245,37 +146,25 @@ def _is_seeded(overload: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in overload.tags
 
 
-def _is_active(node: fx.Node, given: Mapping[_Parameter, Any]) -> bool:
+def _is_active(node: fx.Node, given: Mapping[Parameter, Any]) -> bool:
     """Whether a function that may draw does so: no dropout does in evaluation, or of nothing."""
     by_name = {p.name: value for p, value in given.items()}
     if any(by_name.get(flag) is False for flag in ("train", "training")):
         return False
-    defaults = _defaults(node.target)
-    share = "p" if "dropout" in _name(node.target) else "dropout_p"
+    default = defaults(node.target)
+    share = "p" if "dropout" in name_of(node.target) else "dropout_p"
     for name in (share, "dropout"):
-        if name in by_name or name in defaults:
-            return by_name.get(name, defaults.get(name)) != 0
-    if "training" in defaults and "training" not in by_name:
-        return defaults["training"] is not False
+        if name in by_name or name in default:
+            return by_name.get(name, default.get(name)) != 0
+    if "training" in default and "training" not in by_name:
+        return default["training"] is not False
     return True
-
-
-@functools.cache
-def _defaults(target: Any) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
-    if isinstance(target, types.FunctionType):
-        for p in inspect.signature(target).parameters.values():
-            found[p.name] = p.default
-    else:
-        for schema in _schemas("call_function", target):
-            found |= {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}
 
 
 def _written_within(node: fx.Node) -> list[fx.Node]:
     """Which inputs of a node the graphs that it runs write into."""
     bodies = _bodies(node)
-    if _name(node.target) == "autograd_function_apply":
+    if name_of(node.target) == "autograd_function_apply":
         bodies = bodies[:1]  # the other one is its backward, which has inputs of its own
     memory = set()
     for body in bodies:
@@ -288,33 +177,6 @@ def _written_within(node: fx.Node) -> list[fx.Node]:
 
 def _bodies(node: fx.Node) -> list[fx.GraphModule]:
     return [body for n in node.all_input_nodes if (body := facts.body(n)) is not None]
-
-
-_PYTHON = ("_operator", "operator", "builtins", "math")
-_OURS = __name__.partition(".")[0]
-
-
-def is_builtin(target: Any) -> bool:
-    """Whether a function is PyTorch's or Python's own, or an operator registered with PyTorch."""
-    return _is_torch(target) or _module(target).partition(".")[0] in _PYTHON
-
-
-def _is_torch(target: Any) -> bool:
-    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or (
-        _module(target).partition(".")[0] == "torch"
-    )
-
-
-def _module(target: Any) -> str:
-    """Where a function comes from; methods of PyTorch's classes bear it in what they belong to."""
-    module = getattr(target, "__module__", None)
-    if module is None:
-        module = getattr(getattr(target, "__objclass__", None), "__module__", None)
-    return str(module or getattr(type(target), "__module__", ""))
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
 
 
 def _nodes(values: Iterable[Any]) -> Iterator[fx.Node]:

@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts, traffic
-from ..graph.edit import modes, prune, switches_mode
-from ..graph.effects import draws, writes
+from ..graph.edit import prune
 from ..report import Figures
+from .conditions import require_calm, require_one_mode, require_own_memory
 from .finding import Finding, missed, outside
 from .matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
@@ -195,64 +195,15 @@ def _candidate(
             node,
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
-    _require_calm(graph, m, interior, inputs, order)
-    autocast = _require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
+    require_calm(graph, m, interior, inputs, order)
+    require_own_memory(m, inputs, m.outputs)
+    autocast = require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
     last_input = max((order[i] for i in inputs), default=-1)
     first_use = min(
         (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
     )
     m.require(last_input < first_use, "an output is used before the last input exists")
     return Candidate(rule, m, inputs, interior, m.outputs, table, autocast)
-
-
-def _require_calm(
-    graph: fx.Graph,
-    m: Match,
-    interior: tuple[fx.Node, ...],
-    inputs: tuple[fx.Node, ...],
-    order: dict[fx.Node, int],
-) -> None:
-    """Decline what has effects, or reads or makes what is written before its last node.
-
-    A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
-    """
-    first, last = order[interior[0]], order[interior[-1]]
-    inside = set(interior)
-    touched = dict.fromkeys((*inputs, *interior))
-    for node in graph.nodes:
-        if not first <= order[node] <= last:
-            continue
-        m.require(not (node in inside and draws(node)), f"{node.name} draws random numbers", node)
-        for target in writes(node):
-            memory = facts.memories(target)
-            hit = next((n for n in touched if n is target or memory & facts.memories(n)), None)
-            where = "in the formula" if node in inside else "between the nodes of the formula"
-            m.require(
-                hit is None and node not in inside,
-                f"{target.name} is written to by {node.name}, {where}",
-                node,
-            )
-
-
-def _require_one_mode(
-    graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
-) -> tuple[tuple[Any, ...], ...]:
-    """Decline where not all nodes of the formula run in the mode of the place of the new ones.
-
-    Returns:
-        The arguments of each autocast that is entered there.
-    """
-    switches = [n for n in graph.nodes if switches_mode(n)]
-    if not switches:
-        return ()
-    mode = modes(graph)
-    for node in interior:
-        m.require(
-            mode[node] == mode[place],
-            f"{switches[0].name} switches gradients or autocast between the nodes of the formula",
-            node,
-        )
-    return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
 
 
 def _place(

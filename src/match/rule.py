@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
-from ..graph.edit import is_inplace
+from ..graph.effects import writes
 from .matcher import State, Trace, match
 from .pattern import Builder, FanOut, Pattern, Var
 
@@ -139,7 +139,7 @@ class Emit:
         fx.node.map_arg(args, used.add)
         place = None
         for node in self._graph.nodes:
-            if is_inplace(node):
+            if writes(node):
                 return None
             if node in used or node.op == "placeholder":
                 place = node.next

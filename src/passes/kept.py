@@ -7,6 +7,7 @@ the result. There, model code may write into the norm's input or the gate at onc
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.edit import modes
-from ..graph.effects import is_builtin, writes
+from ..graph.effects import writes
+from ..graph.signatures import is_builtin
 from .ops import KEPT_OUTPUTS
 
 
@@ -76,7 +78,7 @@ def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
     for source in found:
         with node.graph.inserting_after(source):
             copy = _copied(source)
-        source.replace_all_uses_with(copy, delete_user_cb=lambda user, own=copy: user is not own)
+        source.replace_all_uses_with(copy, delete_user_cb=functools.partial(operator.is_not, copy))
     return len(found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -150,6 +151,29 @@ def unwrap(module: fx.GraphModule) -> bool:
 
 def why_not(module: fx.GraphModule) -> str | None:
     """Why a graph must not run twice: it writes into what it was given; None if it does not."""
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if is_opaque(node):
+                return f"it is not known what {node.name} does beside giving its value"
+    node = next((node for node, _ in _writes_into_inputs(module)), None)
+    return (
+        None
+        if node is None
+        else f"{node.name} writes into an input of the block, or into its buffers"
+    )
+
+
+def writes_with_history(module: fx.GraphModule) -> bool:
+    """Whether a graph writes into an input that has a gradient.
+
+    Compiled, that would fail in backward: AOTAutograd keeps the input that it then writes into.
+    """
+    return any((t := facts.tensor(n)) is None or t.requires_grad
+               for _, n in _writes_into_inputs(module))  # fmt: skip
+
+
+def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(node, what it writes into) of all writes that outlive the graph, or may do so."""
     given = {
         memory
         for inner in facts.nested(module)
@@ -159,13 +183,10 @@ def why_not(module: fx.GraphModule) -> str | None:
     }
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
-            if is_opaque(node):
-                return f"it is not known what {node.name} does beside giving its value"
             for target in writes(node):
                 memory = facts.memories(target)
                 if memory & given or not memory:
-                    return f"{node.name} writes into an input of the block, or into its buffers"
-    return None
+                    yield node, target
 
 
 def is_checkpointed(module: fx.GraphModule) -> bool:

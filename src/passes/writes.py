@@ -133,10 +133,13 @@ def _as_value(node: fx.Node) -> fx.Node | None:
 
 def _value_of(node: fx.Node) -> Any:
     """What ``node`` gives for the example values of its arguments; None where it cannot run."""
-    args, kwargs = (fx.node.map_arg(a, facts.value) for a in (node.args, node.kwargs))
-    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    args: Any = fx.node.map_arg(node.args, facts.value)
+    kwargs: Any = fx.node.map_arg(node.kwargs, facts.value)
+    call: Any = node.target
+    if node.op == "call_method":
+        call, args = getattr(args[0], str(node.target)), args[1:]
     try:
-        return call(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        return call(*args, **kwargs)
     except Exception:  # whatever an operator says of what it does not take
         return None
 

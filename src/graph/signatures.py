@@ -1,0 +1,165 @@
+"""What the function that a node calls takes, by its schema: each argument in its place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import facts
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a signature.
+
+    Attributes:
+        name: its name.
+        keyword: it is given by its name only.
+        written: the operator writes into it.
+        listed: it is a list.
+    """
+
+    name: str
+    keyword: bool
+    written: bool = False
+    listed: bool = False
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` may be given: no tensor in the place of a list."""
+        return not self.listed or facts.tensor(value) is None
+
+
+_Signature = tuple[Parameter, ...]
+
+
+def bound(node: fx.Node) -> list[dict[Parameter, Any]]:
+    """The arguments in their places, for each signature that they fit."""
+    found = (
+        _bind(signature, node.args, node.kwargs) for signature in _signatures(node.op, node.target)
+    )
+    return [given for given in found if given is not None]
+
+
+def _bind(
+    signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Parameter, Any] | None:
+    places = [p for p in signature if not p.keyword]
+    by_name = {p.name: p for p in signature}
+    if len(args) > len(places):
+        return None
+    given = dict(zip(places, args, strict=False))
+    for name, value in kwargs.items():
+        parameter = by_name.get(name) or by_name.get(_OTHER_NAMES.get(name, ""))
+        if parameter is None or parameter in given:
+            return None
+        given[parameter] = value
+    return given if all(p.takes(value) for p, value in given.items()) else None
+
+
+_OTHER_NAMES = {"input": "self", "axis": "dim"}
+"""Names of arguments in Python, and in the schema."""
+
+
+@functools.cache
+def _signatures(op: str, target: Any) -> tuple[_Signature, ...]:
+    """What the operator, or the function of PyTorch in Python, takes; one for each overload."""
+    schemas = _schemas(op, target)
+    if schemas:
+        return tuple(
+            tuple(
+                Parameter(a.name, a.kwarg_only, _is_written(a), "List" in str(a.type))
+                for a in schema.arguments
+            )
+            for schema in schemas
+        )
+    if not isinstance(target, types.FunctionType):
+        return ()
+    kinds = inspect.Parameter
+    return (
+        tuple(
+            Parameter(p.name, p.kind is kinds.KEYWORD_ONLY)
+            for p in inspect.signature(target).parameters.values()
+            if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+        ),
+    )
+
+
+def _is_written(argument: Any) -> bool:
+    info = argument.alias_info
+    return info is not None and info.is_write and "Tensor" in str(argument.type)
+
+
+def _schemas(op: str, target: Any) -> tuple[Any, ...]:
+    return tuple(overload._schema for overload in overloads(op, target))
+
+
+_COMPILED = (types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
+@functools.cache
+def overloads(op: str, target: Any) -> tuple[Any, ...]:
+    """The operators that a node with this target may end in."""
+    if isinstance(target, torch._ops.OpOverload):
+        return (target,)
+    if not isinstance(target, torch._ops.OpOverloadPacket):
+        if op == "call_function" and not isinstance(target, _COMPILED):
+            return ()
+        found = packet(name_of(target)) if op == "call_method" or is_torch(target) else None
+        if found is None:
+            return ()
+        target = found
+    return tuple(getattr(target, name) for name in target.overloads())
+
+
+def packet(name: str) -> Any:
+    """All overloads of PyTorch's operator of this name, or None."""
+    found = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
+
+
+@functools.cache
+def defaults(target: Any) -> Mapping[str, Any]:
+    """The values of arguments that are left out, by name."""
+    found: dict[str, Any] = {}
+    if isinstance(target, types.FunctionType):
+        for p in inspect.signature(target).parameters.values():
+            found[p.name] = p.default
+    else:
+        for schema in _schemas("call_function", target):
+            found |= {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}
+
+
+_PYTHON = ("_operator", "operator", "builtins", "math")
+
+
+def is_builtin(target: Any) -> bool:
+    """Whether a function is PyTorch's or Python's own, or an operator registered with PyTorch."""
+    return is_torch(target) or module_of(target).partition(".")[0] in _PYTHON
+
+
+def is_torch(target: Any) -> bool:
+    """Whether a function is PyTorch's own, or an operator that is registered with it."""
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or (
+        module_of(target).partition(".")[0] == "torch"
+    )
+
+
+def module_of(target: Any) -> str:
+    """Where a function comes from; methods of PyTorch's classes bear it in what they belong to."""
+    module = getattr(target, "__module__", None)
+    if module is None:
+        module = getattr(getattr(target, "__objclass__", None), "__module__", None)
+    return str(module or getattr(type(target), "__module__", ""))
+
+
+def name_of(target: Any) -> str:
+    """The bare name of a function or a method."""
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))

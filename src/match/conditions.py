@@ -1,0 +1,78 @@
+"""What the engine asks of every match, whatever its rule: no effects, one mode, no lost alias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from ..graph.edit import modes, switches_mode
+from ..graph.effects import draws, writes
+from .rule import Match
+
+
+def require_calm(
+    graph: fx.Graph,
+    m: Match,
+    interior: tuple[fx.Node, ...],
+    inputs: tuple[fx.Node, ...],
+    order: dict[fx.Node, int],
+) -> None:
+    """Decline what has effects, or reads or makes what is written before its last node.
+
+    A rewrite makes values: it would drop a write or a draw of random numbers, or make it twice.
+    """
+    first, last = order[interior[0]], order[interior[-1]]
+    inside = set(interior)
+    touched = dict.fromkeys((*inputs, *interior))
+    for node in graph.nodes:
+        if not first <= order[node] <= last:
+            continue
+        m.require(not (node in inside and draws(node)), f"{node.name} draws random numbers", node)
+        for target in writes(node):
+            memory = facts.memories(target)
+            hit = next((n for n in touched if n is target or memory & facts.memories(n)), None)
+            where = "in the formula" if node in inside else "between the nodes of the formula"
+            m.require(
+                hit is None and node not in inside,
+                f"{target.name} is written to by {node.name}, {where}",
+                node,
+            )
+
+
+def require_one_mode(
+    graph: fx.Graph, m: Match, interior: tuple[fx.Node, ...], place: fx.Node
+) -> tuple[tuple[Any, ...], ...]:
+    """Decline where not all nodes of the formula run in the mode of the place of the new ones.
+
+    Returns:
+        The arguments of each autocast that is entered there.
+    """
+    switches = [n for n in graph.nodes if switches_mode(n)]
+    if not switches:
+        return ()
+    mode = modes(graph)
+    for node in interior:
+        m.require(
+            mode[node] == mode[place],
+            f"{switches[0].name} switches gradients or autocast between the nodes of the formula",
+            node,
+        )
+    return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
+
+
+def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> None:
+    """Decline where an output lies in the memory of an input, or of another output.
+
+    Of a rewrite, each is memory of its own: who writes into one would not reach the other.
+    """
+    known = {memory: n for n in inputs for memory in facts.memories(n)}
+    for node in outputs:
+        shared = next((known[s] for s in facts.memories(node) if s in known), None)
+        m.require(
+            shared is None,
+            f"{node.name} lies in the memory of {shared.name if shared else ''}",
+            node,
+        )
+        known |= dict.fromkeys(facts.memories(node), node)
