@@ -76,6 +76,12 @@ def canonical(node: Any) -> Canon | None:
     return _tidy(node, canon) if canon else None
 
 
+def is_cast_of(node: Any, x: Any) -> bool:
+    """Whether ``node`` is ``x`` in another dtype."""
+    canon = canonical(node)
+    return canon is not None and canon.name == "cast" and canon.args[0] is x
+
+
 def _made(name: str, args: tuple[Any, ...] | None) -> Canon | None:
     return None if args is None else Canon(name, args)
 

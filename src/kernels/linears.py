@@ -28,6 +28,8 @@ class Linear(NamedTuple):
         lora_a: (r, in), or None where there is no adapter.
         lora_b: (out, r), in the dtype of ``lora_a``, or None.
         scale: of the adapter.
+        compute: the dtype in which x·Wᵀ runs: that of a plain weight.
+        dtype: of the result, at least as wide.
     """
 
     weight: Tensor | Quantized
@@ -35,11 +37,13 @@ class Linear(NamedTuple):
     lora_a: Tensor | None
     lora_b: Tensor | None
     scale: float
+    compute: torch.dtype
+    dtype: torch.dtype
 
-    def unpacked(self, dtype: torch.dtype) -> Linear:
-        """The same with a plain weight; ``dtype`` is that of a quantized one's copy."""
-        w = self.weight
-        return self._replace(weight=dequantize(w, dtype)) if isinstance(w, Quantized) else self
+    def unpacked(self) -> Linear:
+        """The same with a plain weight."""
+        w, kind = self.weight, self.compute
+        return self._replace(weight=dequantize(w, kind)) if isinstance(w, Quantized) else self
 
     def numel(self) -> int:
         """The elements of its matrices."""
@@ -64,11 +68,15 @@ class Constants(NamedTuple):
         scales: of the adapters.
         sizes: (out, in, blocksize) of each quantized weight, one after the other; else empty.
         kinds: of each quantized weight; else empty.
+        compute: the dtype in which products with quantized weights run; None is that of plain ones.
+        dtype: of the results; None is that of the products.
     """
 
     scales: tuple[float, ...]
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
+    compute: torch.dtype | None = None
+    dtype: torch.dtype | None = None
 
 
 def flat(
@@ -78,11 +86,23 @@ def flat(
     lora_bs: Sequence[Tensor | None],
     scales: Sequence[float],
     lora_biases: Sequence[Tensor | None],
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor | None], Constants]:
     """The tensors of several linears in a row, and the rest.
 
     Four of each linear; the adapters' biases join the bases'. Then four more of each quantized
     weight, whose first one is among those before.
+
+    Args:
+        weights: of the linears, and so on.
+        biases: (out,) each, or None.
+        lora_as: (r, in) each, or None.
+        lora_bs: (out, r) each, or None.
+        scales: of the adapters.
+        lora_biases: (out,) each, or None.
+        compute: in which products with quantized weights run.
+        dtype: of the results; None is that of the products.
     """
     found: list[Tensor | None] = []
     packed = [Quantized(*w) for w in weights if not isinstance(w, Tensor)]
@@ -97,12 +117,13 @@ def flat(
     for w in packed:
         found += [w.absmax, *w[5:]]
     sizes = (n for w in packed for n in (*w.shape, w.blocksize))
-    return found, Constants(tuple(scales), tuple(sizes), tuple(w.kind for w in packed))
+    kinds = tuple(w.kind for w in packed)
+    return found, Constants(tuple(scales), tuple(sizes), kinds, compute if packed else None, dtype)
 
 
 def linears(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
     """The linears of ``flat``'s list."""
-    scales, sizes, kinds = constants
+    scales, sizes, kinds, compute, dtype = constants
     end = 4 * len(scales)
     fours = [tensors[i : i + 4] for i in range(0, end, 4)]
     weights = [four[0] for four in fours]
@@ -112,35 +133,36 @@ def linears(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
             out, into, blocksize = sizes[3 * i : 3 * i + 3]
             weights[i] = Quantized(weights[i], absmax, (out, into), blocksize, kind, *rest)
     each = zip(weights, fours, scales, strict=True)
-    return [Linear(w, bias, a, b, scale) for w, (_, bias, a, b), scale in each]
+    lows = [compute or w.dtype for w in weights]  # quantized weights come with ``compute``
+    return [
+        Linear(w, bias, a, b, scale, low, dtype or low)
+        for (w, (_, bias, a, b), scale), low in zip(each, lows, strict=True)
+    ]
 
 
-def lists(
-    tensors: Sequence[Any], constants: Constants, dtype: torch.dtype
-) -> tuple[list[Any], ...]:
-    """What ``flat`` was given; the adapters' biases stay in the bases', which are in ``dtype``."""
+def lists(tensors: Sequence[Any], constants: Constants) -> tuple[list[Any], ...]:
+    """What ``flat`` was given; the adapters' biases stay in the bases'."""
     layers = linears(tensors, constants)
-    biases = [layer.bias if layer.bias is None else layer.bias.to(dtype) for layer in layers]
-    weights, _, lora_as, lora_bs, scales = (list(part) for part in zip(*layers, strict=True))
+    biases = [None if v.bias is None else v.bias.to(v.compute) for v in layers]
+    weights, _, lora_as, lora_bs, scales, *_ = (list(part) for part in zip(*layers, strict=True))
     return weights, biases, lora_as, lora_bs, scales, [None] * len(layers)
 
 
 def cast_as_autocast(
-    x: Tensor, tensors: Sequence[Tensor | None], constants: Constants
+    device: str, tensors: Sequence[Tensor | None], constants: Constants
 ) -> list[Tensor | None] | None:
-    """``flat``'s list, after x, as autocast casts a linear layer's operands; None where it is off.
+    """``flat``'s list as autocast casts a linear layer's operands; None where it is off.
 
-    Over quantized weights the adapters alone are cast: x's dtype is the one that weights are
-    rounded to.
+    Over quantized weights the adapters alone are cast.
     """
     if not constants.kinds:
-        return autocast(x.device.type, (x, *tensors))
+        return autocast(device, tensors)
     adapters = [t if i % 4 > 1 else None for i, t in enumerate(tensors)]
-    cast = autocast(x.device.type, adapters[: 4 * len(constants.scales)])
+    cast = autocast(device, adapters[: 4 * len(constants.scales)])
     if cast is None:
         return None
     own = [t if c is None else c for t, c in zip(tensors, cast, strict=False)]
-    return [x, *own, *tensors[len(own) :]]
+    return [*own, *tensors[len(own) :]]
 
 
 def wanted(needed: Sequence[bool], count: int) -> list[Grads]:

@@ -21,6 +21,8 @@ from . import glu
 from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 from .op import Cost, Op
+from .products import Rows
+from .projections import narrow_copy_for
 from .qkv_block import projection
 from .qkv_block import unsupported as linears_unsupported
 from .second import differentiable, gradients, require_kept
@@ -45,15 +47,17 @@ def reference(
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
     *ins, down = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    outs = [projection(x, *arguments) for arguments in ins]
+    outs = [projection(x, *arguments, compute, dtype) for arguments in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
     else:
         h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
-    return projection(h, *down)
+    return projection(h, *down, compute, dtype)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -68,19 +72,20 @@ def reference(
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    _, constants, activation, layout, keep = ctx.options
+    _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
     require_kept(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
 
     def formula(x: Tensor, *tensors: Any) -> Tensor:
-        y = reference(x, *lists(tensors, constants, x.dtype), activation, layout)
+        kinds = constants.compute, constants.dtype
+        y = reference(x, *lists(tensors, constants), activation, layout, keep, *kinds)
         return y.reshape(grad.shape)
 
     inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])
-    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
     dx, *rest = gradients(formula, inputs, needed, (grad,))
-    return dx, None, None, None, None, *rest
+    return dx if dx is None else dx.to(dtype), None, None, None, None, None, *rest
 
 
 class _MLPBlock(torch.autograd.Function):
@@ -90,50 +95,54 @@ class _MLPBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        copy: Tensor | None,
         constants: tuple[Any, ...],
         activation: str,
         layout: str,
         keep: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        rows, constants = x.reshape(-1, x.shape[-1]), Constants(*constants)
-        ctx.options = x.shape, tuple(constants), activation, layout, keep
-        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
+        read = x if copy is None else copy
+        rows, constants = read.reshape(-1, x.shape[-1]), Constants(*constants)
+        ctx.options = x.shape, x.dtype, tuple(constants), activation, layout, keep
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
         ctx.save_for_backward(*tensors)
         if keep == "input":
             if any(needed):
-                ctx.save_for_backward(x, *tensors)
+                ctx.save_for_backward(read, *tensors)
             return tiled_forward(rows, list(tensors), constants, activation, layout)
         mlp = Mlp.of(tensors, constants, activation, layout)
-        y, outs, hs = forward(rows, mlp)
+        y, outs, hs = forward(Rows(rows), mlp)
         if any(needed):
             *ins, down = wanted(needed[1:], len(hs))
             for_x = any(need.weight or need.lora_a for need in ins)
             for_hs = [need.lora_b for need in (*ins, down)]
             kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
-            ctx.save_for_backward(x if for_x else None, *outs, *kept, *tensors)
+            ctx.save_for_backward(read if for_x else None, *outs, *kept, *tensors)
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        shape, constants, activation, layout, keep = ctx.options
+        shape, dtype, constants, activation, layout, keep = ctx.options
         x, *saved = ctx.saved_tensors
         rows = x if x is None else x.reshape(-1, x.shape[-1])
         constants, count = Constants(*constants), len(constants[0])
-        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
         if keep == "input":
             found = iter(tiled_backward(
-                grad, rows, saved, constants, activation, layout, list(needed)
+                grad, rows, saved, constants, activation, layout, list(needed), dtype
             ))  # fmt: skip
             dx, *grads = (next(found) if need else None for need in needed)
         else:
             outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
             mlp = Mlp.of(saved[2 * count - 1 :], constants, activation, layout)
             needs = wanted(needed[1:], count)
-            dx, grads = backward(grad, rows, outs, hs, mlp, needed[0], needs)
+            read = None if rows is None else Rows(rows)
+            dx, grads = backward(grad, read, outs, hs, mlp, needed[0], needs, dtype)
             grads += [None] * (len(needed) - 1 - len(grads))  # of quantized weights
-        return dx if dx is None else dx.view(shape), None, None, None, None, *grads
+        return dx if dx is None else dx.view(shape), None, None, None, None, None, *grads
 
 
 def mlp_block(
@@ -147,17 +156,19 @@ def mlp_block(
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``down(activation(gate(x)) * up(x))``; the lists have gate, up, down, or gate and up, down.
 
-    Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
+    x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
     operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
-    as in ``quant_lora_linear``). Backward may run more than once over a
-    retained graph.
+    as in ``quant_lora_linear``). What comes back to x is added up in x's dtype. Backward may run
+    more than once over a retained graph.
 
     Args:
         x: (..., D).
-        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), in x's dtype, frozen or trainable; or
+        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), of one dtype, frozen or trainable; or
             each a frozen ``Quantized``, or a tuple of its fields.
         biases: (out,) or None each.
         lora_as: (r, in), or None for a linear without an adapter.
@@ -168,30 +179,37 @@ def mlp_block(
         layout: ``"two"``: gate and up are two linears; ``"gate first"`` and ``"up first"``: they
             are the halves of one linear's output.
         keep: ``"gate_up"`` or ``"input"``, what is kept for backward.
+        compute: in which products with quantized weights run; None is x's dtype. Others run in the
+            weight's.
+        dtype: of each linear's result, at least as wide; None is that of the products.
 
     Returns:
-        (..., D), in x's dtype.
+        (..., D), in ``dtype``.
 
     Raises:
         ValueError: an unknown activation, layout or ``keep``, lists of different lengths, or some
             weights quantized and some not.
-        RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
+        RuntimeError: the shapes do not fit.
     """
     known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
     for given, choices in known:
         if given not in choices:
             raise ValueError(f"{given!r} is not one of {', '.join(choices)}")
-    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
-    options = (tuple(constants), activation, layout, keep)
-    cast = cast_as_autocast(x, tensors, constants)
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
+    options, device = (tuple(constants), activation, layout, keep), x.device.type
+    cast = cast_as_autocast(device, tensors, constants)
     if cast is None:
         return _apply(options, x, *tensors)
-    with torch.autocast(x.device.type, enabled=False):
-        return _apply(options, *cast)
+    with torch.autocast(device, enabled=False):
+        return _apply(options, x, *cast)
 
 
-def _apply(options: tuple[Any, ...], x: Any, *tensors: Tensor | None) -> Tensor:
-    rows: Tensor = _MLPBlock.apply(x, *options, *tensors)  # type: ignore[no-untyped-call]
+def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
+    *ins, _ = linears(tensors, Constants(*options[0]))
+    copy = narrow_copy_for(ins, x)
+    rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
     return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
@@ -209,9 +227,13 @@ def cost(
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Cost:
     """Bytes and FLOPs of one call, and what the choice of ``keep`` keeps."""
-    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
     *ins, down = linears(tensors, constants)
     rows, wide = x.numel() // x.shape[-1], sum(layer.weight.shape[0] for layer in ins)
     given = [t for t in tensors if t is not None]
@@ -224,10 +246,10 @@ def cost(
         for a, b in zip(lora_as, lora_bs, strict=True)
         if a is not None and b is not None and b.requires_grad
     )
-    inner = (wide * x.element_size() + narrow) * (keep == "gate_up")
+    inner = (wide * ins[0].dtype.itemsize + narrow) * (keep == "gate_up")
     return Cost(
         bytes_read=x.nbytes + sum(t.nbytes for t in given),
-        bytes_written=rows * down.weight.shape[0] * x.element_size(),
+        bytes_written=rows * down.weight.shape[0] * down.dtype.itemsize,
         flops=2 * rows * sum(layer.numel() for layer in (*ins, down)),
         bytes_saved=trained * rows * (in_x * x.shape[-1] * x.element_size() + inner),
     )
@@ -247,6 +269,8 @@ def unsupported(
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``mlp_block``."""
     known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
@@ -259,8 +283,9 @@ def unsupported(
     ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
     shapes = [tuple(w.shape if isinstance(w, Tensor) else w[2]) for w in weights]
     h = x.new_empty(*x.shape[:-1], shapes[-1][1])
-    reasons += linears_unsupported(x, *ins)  # type: ignore[arg-type]
-    reasons += linears_unsupported(h, *down)  # type: ignore[arg-type]
+    kinds = (compute, dtype)
+    reasons += linears_unsupported(x, *ins, "all", *kinds)  # type: ignore[arg-type]
+    reasons += linears_unsupported(h, *down, "all", *kinds)  # type: ignore[arg-type]
     if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
         reasons.append("some of the weights are quantized, some are not")
     factor = 1 if layout == "two" else 2

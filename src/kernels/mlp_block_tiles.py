@@ -15,7 +15,10 @@ from torch import Tensor
 from . import glu, projections
 from .launch import LIBRARY
 from .linears import Constants, Grads, Linear, linears, wanted
+from .products import Rows
 from .projections import narrow, widen
+
+Kind = torch.dtype | None
 
 TILE_BYTES = 6 << 20
 """How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
@@ -42,10 +45,9 @@ class Mlp(NamedTuple):
         *ins, down = linears(tensors, constants)
         return cls(ins, down, activation, layout)
 
-    def unpacked(self, dtype: torch.dtype) -> Mlp:
+    def unpacked(self) -> Mlp:
         """The same with plain weights, so that quantized ones are not unpacked for each tile."""
-        ins = [layer.unpacked(dtype) for layer in self.ins]
-        return self._replace(ins=ins, down=self.down.unpacked(dtype))
+        return self._replace(ins=[v.unpacked() for v in self.ins], down=self.down.unpacked())
 
     def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Both, as views of what the first linears give."""
@@ -57,23 +59,24 @@ class Mlp(NamedTuple):
 # -- in one piece ----------------------------------------------------------------------------------
 
 
-def forward(x: Tensor, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The output (N, D) from x (N, D), what the first linears gave, the narrow products of all."""
     hs = narrow(x, mlp.ins)
     outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
-    inner = glu.forward(*mlp.gate_and_up(outs), mlp.activation)
+    inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
     last = narrow(inner, [mlp.down])
     return widen(inner, mlp.down, last[0]), outs, [*hs, *last]
 
 
 def backward(
     grad: Tensor,
-    x: Tensor | None,
+    x: Rows | None,
     outs: Sequence[Tensor],
     hs: Sequence[Tensor | None],
     mlp: Mlp,
     need_x: bool,
     needs: Sequence[Grads],
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of x, and those of the linears' tensors, four each; None where not needed.
 
@@ -86,21 +89,25 @@ def backward(
         mlp: the linears.
         need_x: whether the gradient of x is wanted.
         needs: what else is.
+        dtype: of the gradient of x.
     """
     *in_needs, down_need = needs
     need_ins = need_x or any(any(need) for need in in_needs)
     last, inner, act = hs[-1], None, None
     missing = down_need.lora_b and last is None
     if down_need.weight or down_need.lora_a or missing:
-        inner, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        inner = Rows(h)
+        del h
         last = narrow(inner, [mlp.down])[0] if missing else last
     back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
     d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
     del inner
     if not need_ins:
         return None, [*[None] * (4 * len(mlp.ins)), *d_down[0]]
-    d_outs = _through_the_gate(projections.gradient_of_input([mlp.down], back), outs, mlp, act)
-    dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs)
+    d_inner = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
+    d_outs = _through_the_gate(d_inner, outs, mlp, act)
+    dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs, dtype)
     return dx, [g for d in (*d_ins, *d_down) for g in d]
 
 
@@ -120,7 +127,7 @@ def _through_the_gate(
 
 def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
     """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
-    wide = sum(layer.weight.shape[0] for layer in mlp.ins) * x.element_size()
+    wide = sum(layer.weight.shape[0] * layer.dtype.itemsize for layer in mlp.ins)
     most = max(64, TILE_BYTES // wide) if x.device.type == "cpu" else 4096
     count = max(1, -(-x.shape[0] // most))
     size = max(1, -(-x.shape[0] // count))
@@ -129,32 +136,36 @@ def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
 
 def _tiled_forward(
     x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str,
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
 ) -> Tensor:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
-    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
+    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0], dtype=mlp.down.dtype)
     tiles = _tiles(x, mlp)
-    mlp = mlp.unpacked(x.dtype) if len(tiles) > 1 else mlp
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
     for tile in tiles:
-        out[tile] = forward(x[tile], mlp)[0]
+        out[tile] = forward(Rows(x[tile]), mlp)[0]
     return out
 
 
 def _tiled_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, needed: list[bool],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
 ) -> list[Tensor]:  # fmt: skip
-    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds), activation, layout)
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
     tiles = _tiles(x, mlp)
-    mlp = mlp.unpacked(x.dtype) if len(tiles) > 1 else mlp
-    dx = x.new_empty(x.shape) if needed[0] else None
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    wide = wide or x.dtype
+    dx = x.new_empty(x.shape, dtype=wide) if needed[0] else None
     totals: list[Tensor | None] = [None] * len(tensors)
     for tile in tiles:
-        rows, hs = x[tile], narrow(x[tile], mlp.ins)
+        rows = Rows(x[tile])
+        hs = narrow(rows, mlp.ins)
         outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
         d_rows, found = backward(
-            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales))
-        )
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
+            wide,
+        )  # fmt: skip
         if dx is not None and d_rows is not None:
             dx[tile] = d_rows
         for i, part in enumerate(found):
@@ -185,26 +196,35 @@ def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _forward_fake(
     x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str,
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
 ) -> Tensor:  # fmt: skip
-    *_, down = linears(tensors, _constants(scales, sizes, kinds))
-    return x.new_empty(x.shape[0], down.weight.shape[0])
+    *_, down = linears(tensors, _constants(scales, sizes, kinds, compute, dtype))
+    return x.new_empty(x.shape[0], down.weight.shape[0], dtype=down.dtype)
 
 
 def _backward_fake(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
-    kinds: list[str], activation: str, layout: str, needed: list[bool],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
 ) -> list[Tensor]:  # fmt: skip
-    given = zip((x, *tensors), needed, strict=True)
-    return [t.new_empty(t.shape) for t, need in given if need and t is not None]
+    dx = [x.new_empty(x.shape, dtype=wide or x.dtype)] if needed[0] else []
+    given = zip(tensors, needed[1:], strict=True)
+    return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
 
 
 _SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
+_KINDS = "ScalarType? compute=None, ScalarType? dtype=None"
 for _name, _schema, _implementation, _fake in (
-    ("mlp_block_forward", f"(Tensor x, {_SHARED}) -> Tensor", _tiled_forward, _forward_fake),
+    (
+        "mlp_block_forward",
+        f"(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
+        _tiled_forward,
+        _forward_fake,
+    ),
     (
         "mlp_block_backward",
-        f"(Tensor grad, Tensor x, {_SHARED}, bool[] needed) -> Tensor[]",
+        f"(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, ScalarType? wide=None)"
+        " -> Tensor[]",
         _tiled_backward,
         _backward_fake,
     ),
@@ -215,8 +235,10 @@ for _name, _schema, _implementation, _fake in (
     torch.library.register_fake(f"fusewright::{_name}", _fake, lib=LIBRARY)
 
 
-def _constants(scales: list[float], sizes: list[int], kinds: list[str]) -> Constants:
-    return Constants(tuple(scales), tuple(sizes), tuple(kinds))
+def _constants(
+    scales: list[float], sizes: list[int], kinds: list[str], compute: Kind, dtype: Kind
+) -> Constants:
+    return Constants(tuple(scales), tuple(sizes), tuple(kinds), compute, dtype)
 
 
 def tiled_forward(
@@ -224,15 +246,22 @@ def tiled_forward(
 ) -> Tensor:
     """The output (N, D) from x (N, D), a tile of tokens after the other."""
     op = torch.ops.fusewright.mlp_block_forward.default
-    result: Tensor = op(x, tensors, *map(list, constants), activation, layout)
+    *lists, compute, dtype = constants
+    result: Tensor = op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
     return result
 
 
 def tiled_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
-    layout: str, needed: list[bool],
+    layout: str, needed: list[bool], wide: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The needed gradients of x and ``tensors``, everything else computed again tile by tile."""
+    """The needed gradients of x, in ``wide``, and of ``tensors``.
+
+    Everything else is computed again tile by tile.
+    """
     op = torch.ops.fusewright.mlp_block_backward.default
-    result: list[Tensor] = op(grad, x, tensors, *map(list, constants), activation, layout, needed)
+    *lists, compute, dtype = constants
+    result: list[Tensor] = op(
+        grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
+    )
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,27 +10,47 @@ from torch import Tensor
 from .launch import LIBRARY, library_op, use_triton
 
 
-def accumulated(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """``bias + left₀ (N, K₀) · right₀ (K₀, M) + left₁ · right₁ + …`` in the first pair's dtype.
+def accumulated(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """``bias + left₀ (N, K₀) · right₀ (K₀, M) + left₁ · right₁ + …`` in ``dtype``.
 
     For use inside an opaque op; elsewhere it is ``sum_of_products``.
     """
     first, *others = zip(lefts, rights, strict=True)
     total = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
-    for left, right in others:
-        # addmm wants one dtype; a transposed right operand costs it a quarter of its speed
-        total.addmm_(left.to(total.dtype), right.to(total.dtype).contiguous())
+    return plus_products(total, others, dtype)
+
+
+def plus_products(
+    total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's own, and is used up.
+
+    Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
+    autograd adds up what comes back through casts: rounding the sums too would lose more.
+    """
+    wider, total = total.dtype is not dtype, total.to(dtype)
+    for left, right in pairs:
+        right = right.contiguous()  # a transposed one costs a quarter of the speed
+        if wider and left.dtype is not dtype:
+            total.add_(torch.mm(left, right))
+        else:  # addmm wants one dtype
+            total.addmm_(left.to(dtype), right.to(dtype))
     return total
 
 
-def _sum_of_products_fake(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    return lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1])
+def _sum_of_products_fake(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1], dtype=dtype)
 
 
 # Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
 # 2026-11-24: torch.library is not typed
 LIBRARY.define(  # type: ignore[no-untyped-call]
-    "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights) -> Tensor"
+    "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights, ScalarType dtype)"
+    " -> Tensor"
 )
 LIBRARY.impl(  # type: ignore[no-untyped-call]
     "lora_sum_of_products", accumulated, "CompositeExplicitAutograd"
@@ -49,22 +69,65 @@ rank_update = library_op(
 )
 
 
-def sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> Tensor:
-    """``bias + Σ leftᵢ · rightᵢ``, each product in the accumulator of those before."""
+def sum_of_products(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """``bias + Σ leftᵢ · rightᵢ``, each product in the accumulator of those before.
+
+    Args:
+        bias: (M,), or None.
+        lefts: (N, Kᵢ) each.
+        rights: (Kᵢ, M) each.
+        dtype: of the sum; the first pair's unless it is to be wider.
+    """
     op = torch.ops.fusewright.lora_sum_of_products.default
-    result: Tensor = op(bias, lefts, rights)
+    result: Tensor = op(bias, lefts, rights, dtype or lefts[0].dtype)
     return result
 
 
 def adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice."""
-    if use_triton(x, weight, left, right):
+    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice.
+
+    ``dtype`` is that of the sum: x's, unless it is to be wider.
+    """
+    if use_triton(x, weight, left, right) and dtype in (None, x.dtype):
         base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
         updated: Tensor = rank_update(base, left, right)
         return updated
-    return sum_of_products(bias, [x, left], [weight, right])
+    return sum_of_products(bias, [x, left], [weight, right], dtype)
+
+
+class Rows:
+    """Rows (N, features), and their copies in other dtypes, each made once."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._copies = {rows.dtype: rows}
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The rows in ``dtype``."""
+        if dtype not in self._copies:
+            self._copies[dtype] = self.rows.to(dtype)
+        return self._copies[dtype]
+
+
+def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
+    """``x`` in the only dtype in which an op reads it, where that is narrower; else None.
+
+    The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
+    is kept for backward. It is made outside the function, so that what is kept has a history for
+    whoever differentiates the backward pass.
+    """
+    read = set(dtypes)
+    alone = read.pop() if len(read) == 1 else x.dtype
+    return x.to(alone) if alone.itemsize < x.element_size() else None
 
 
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:

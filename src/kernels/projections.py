@@ -1,7 +1,8 @@
 """Linear layers on rows, with or without LoRA adapters: what the ops made of them share.
 
 Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
-matmul, and all that flows back to one input is added up in one buffer.
+matmul, and all that flows back to one input is added up in one buffer, in the input's dtype, which
+may be wider than the products'.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from torch.nn import functional as F
 
 from .launch import use_triton
 from .linears import Grads, Linear
-from .products import adapted_product, gradient_of_a, gradient_of_b, rank_update, sum_of_products
-from .quant_linear import product, sum_of_quantized
+from .products import (
+    Rows,
+    adapted_product,
+    gradient_of_a,
+    gradient_of_b,
+    narrow_copy,
+    rank_update,
+    sum_of_products,
+)
+from .quant_products import product, sum_of_quantized
 from .quantized import Quantized
 
 # -- several linears on one input ------------------------------------------------------------------
@@ -32,7 +41,7 @@ def _joined(parts: Sequence[Any], dim: int) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
-def narrow(x: Tensor, layers: Sequence[Linear]) -> list[Tensor | None]:
+def narrow(x: Rows, layers: Sequence[Linear]) -> list[Tensor | None]:
     """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
     found: list[Tensor | None] = [None] * len(layers)
     for group in _together([layer.lora_a for layer in layers]):
@@ -58,22 +67,29 @@ def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
     return [[i] for group in groups for i in group] if apart else groups
 
 
-def widen(x: Tensor, layer: Linear, h: Tensor | None) -> Tensor:
+def narrow_copy_for(layers: Sequence[Linear], x: Tensor) -> Tensor | None:
+    """``products.narrow_copy`` for several linears."""
+    adapters = (layer.lora_a.dtype for layer in layers if layer.lora_a is not None)
+    return narrow_copy(x, (*(layer.compute for layer in layers), *adapters))
+
+
+def widen(x: Rows, layer: Linear, h: Tensor | None) -> Tensor:
     """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    low, dtype = x.to(layer.compute), layer.dtype
+    bias = None if layer.bias is None else layer.bias.to(low.dtype)
     if isinstance(layer.weight, Quantized):
         right = None if h is None or layer.lora_b is None else layer.lora_b.t()
-        return product(x, layer.weight, bias=bias, left=h, right=right)
+        return product(low, layer.weight, bias=bias, left=h, right=right, dtype=dtype)
     if h is None or layer.lora_b is None:
-        return F.linear(x, layer.weight, bias)
-    return adapted_product(x, layer.weight.t(), bias, h, layer.lora_b.t())
+        return F.linear(low, layer.weight, bias).to(dtype)
+    return adapted_product(low, layer.weight.t(), bias, h, layer.lora_b.t(), dtype)
 
 
 class Returned(NamedTuple):
     """What flows back to several linears on one input, and what is made of it at once.
 
     Attributes:
-        dys: (N, out) each; None where nothing flows.
+        dys: (N, out) each, in the dtype of its product; None where nothing flows.
         ts: ``scale·dY·B`` (N, r) each, made once for the gradients of x and of A.
         dbs: the gradients of the B's that are wanted.
     """
@@ -96,25 +112,31 @@ def returned(
     """
     ts: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
+    lows: list[Tensor | None] = []
     for layer, h, dy, need in zip(layers, hs, dys, needs, strict=True):
-        t = db = None
-        if dy is not None and layer.lora_b is not None:
+        t = db = low = None
+        if dy is not None:
+            low = dy.to(layer.compute)
             need_t, need_b = need_x or need.lora_a, need.lora_b and h is not None
-            wide = dy.to(layer.lora_b.dtype) if need_t or need_b else dy
-            t = torch.mm(wide, layer.lora_b) * layer.scale if need_t else None
-            db = gradient_of_b(h, wide) if h is not None and need_b else None
+            if layer.lora_b is not None and (need_t or need_b):
+                kind = layer.lora_b.dtype
+                wide = low if kind is layer.compute else dy.to(kind)
+                t = torch.mm(wide, layer.lora_b) * layer.scale if need_t else None
+                db = gradient_of_b(h, wide) if h is not None and need_b else None
         ts.append(t)
         dbs.append(db)
-    return Returned(dys, ts, dbs)
+        lows.append(low)
+    return Returned(lows, ts, dbs)
 
 
 def backward(
-    x: Tensor | None,
+    x: Rows | None,
     layers: Sequence[Linear],
     hs: Sequence[Tensor | None],
     dys: Sequence[Tensor | None],
     need_x: bool,
     needs: Sequence[Grads],
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Grads]]:
     """The gradients of several linears on one input.
 
@@ -125,17 +147,20 @@ def backward(
         dys: (N, out) each, what flows back; None where nothing does.
         need_x: whether that of x is wanted.
         needs: what else is wanted.
+        dtype: of the gradient of x.
 
     Returns:
         The gradient of x or None, and those of each linear.
     """
     back = returned(layers, hs, dys, need_x, needs)
     found = gradients_of_parameters(x, layers, back, needs)
-    return gradient_of_input(layers, back) if need_x else None, found
+    return gradient_of_input(layers, back, dtype) if need_x else None, found
 
 
-def gradient_of_input(layers: Sequence[Linear], back: Returned) -> Tensor | None:
-    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer, all adapters as one product."""
+def gradient_of_input(
+    layers: Sequence[Linear], back: Returned, dtype: torch.dtype
+) -> Tensor | None:
+    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer of ``dtype``, all adapters as one product."""
     pairs: list[tuple[Tensor, Any]] = [
         (dy, layer.weight) for dy, layer in zip(back.dys, layers, strict=True) if dy is not None
     ]
@@ -146,18 +171,22 @@ def gradient_of_input(layers: Sequence[Linear], back: Returned) -> Tensor | None
         for group in _by_dtype(back.ts)
     ]
     if isinstance(pairs[0][1], Quantized):
-        return sum_of_quantized(pairs, updates)
+        return sum_of_quantized(pairs, updates, dtype)
     fast = use_triton(*(t for pair in (*pairs, *updates) for t in pair))
+    fast = fast and pairs[0][0].dtype is dtype
     total = [*pairs, *(() if fast else updates)]
     lefts, rights = (list(side) for side in zip(*total, strict=True))
-    dx = sum_of_products(None, lefts, rights) if len(lefts) > 1 else torch.mm(lefts[0], rights[0])
+    if len(lefts) > 1:
+        dx = sum_of_products(None, lefts, rights, dtype)
+    else:
+        dx = torch.mm(lefts[0], rights[0]).to(dtype)
     for update in updates if fast else ():
         dx = rank_update(dx, *update)
     return dx
 
 
 def gradients_of_parameters(
-    x: Tensor | None,
+    x: Rows | None,
     layers: Sequence[Linear],
     back: Returned,
     needs: Sequence[Grads],
@@ -170,14 +199,14 @@ def gradients_of_parameters(
         if dy is None:
             found.append(Grads(None, None, None, None))
             continue
-        dweight = torch.mm(dy.t(), x) if need.weight and x is not None else None
+        dweight = torch.mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
         dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
         found.append(Grads(dweight, dbias, da, db))
     return found
 
 
 def _gradients_of_a(
-    x: Tensor | None,
+    x: Rows | None,
     layers: Sequence[Linear],
     ts: Sequence[Tensor | None],
     needs: Sequence[Grads],
@@ -188,7 +217,8 @@ def _gradients_of_a(
     for group in _by_dtype(asked):
         if x is not None:
             widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
-            stacked = gradient_of_a(x, _joined([asked[i] for i in group], 1))
+            joined = _joined([asked[i] for i in group], 1)
+            stacked = gradient_of_a(x.to(joined.dtype), joined)
             for i, part in zip(group, stacked.split(widths, 0), strict=True):
                 found[i] = part
     return found

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from . import lora_linear, quant_linear, quant_lora_linear
 from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .op import Cost, Op
-from .projections import backward, narrow, widen
+from .products import Rows
+from .projections import backward, narrow, narrow_copy_for, widen
+from .quantized import Quantized
 from .second import absent, differentiable, gradients, require_kept
 
 KEEPS = ("all", "input")
@@ -35,10 +37,12 @@ def reference(
     scales: Sequence[float],
     lora_biases: Sequence[Tensor | None],
     keep: str = "all",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Define the op: each linear by itself, PEFT's casts included."""
     each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    return tuple(projection(x, *arguments) for arguments in each)
+    return tuple(projection(x, *arguments, compute, dtype) for arguments in each)
 
 
 def projection(
@@ -49,14 +53,20 @@ def projection(
     lora_b: Tensor | None,
     scale: float,
     lora_bias: Tensor | None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One linear, with its adapter if there is one."""
-    adapter = (lora_a, lora_b, scale, None, lora_bias)
-    packed, adapted = not isinstance(weight, Tensor), lora_a is not None
-    base = quant_linear.reference if packed else F.linear
-    both = quant_lora_linear.reference if packed else lora_linear.reference
-    result: Tensor = both(x, weight, bias, *adapter) if adapted else base(x, weight, bias)  # type: ignore[arg-type]
-    return result
+    if isinstance(weight, Tensor) and (lora_a is None or lora_b is None):
+        out = F.linear(x.to(weight.dtype), weight, bias)
+        return out if dtype is None else out.to(dtype)
+    if isinstance(weight, Tensor):
+        return lora_linear.reference(x, weight, bias, lora_a, lora_b, scale, None, lora_bias, dtype)
+    if lora_a is None or lora_b is None:
+        return quant_linear.reference(x, Quantized(*weight), bias, compute, dtype)
+    return quant_lora_linear.reference(
+        x, Quantized(*weight), bias, lora_a, lora_b, scale, None, lora_bias, dtype, compute
+    )
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -71,10 +81,10 @@ def projection(
 
 
 def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    shape, constants, _ = ctx.options
+    shape, dtype, read, constants, _ = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
-    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
     if all(g is None for g in grads):
         return (None,) * len(ctx.needs_input_grad)
     for_b = any(need.lora_b for need in wanted(needed[1:], count))
@@ -82,12 +92,12 @@ def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     like = next(g for g in grads if g is not None)
 
     def formula(x: Tensor, *tensors: Any) -> list[Tensor]:
-        outs = reference(x, *lists(tensors, constants, x.dtype))
+        outs = reference(x, *lists(tensors, constants), "all", constants.compute, constants.dtype)
         return [out.reshape(-1, out.shape[-1]) for out in outs]
 
-    inputs = absent(shape, like) if x is None else x, *saved[count:]
+    inputs = absent(shape, like, read) if x is None else x, *saved[count:]
     dx, *rest = gradients(formula, inputs, needed, grads)
-    return dx, None, None, *rest
+    return dx if dx is None else dx.to(dtype), None, None, None, *rest
 
 
 class _QKVBlock(torch.autograd.Function):
@@ -95,21 +105,28 @@ class _QKVBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, constants: tuple[Any, ...], keep: str, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        copy: Tensor | None,
+        constants: tuple[Any, ...],
+        keep: str,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
+        """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
+        read = x if copy is None else copy
+        rows = Rows(read.reshape(-1, x.shape[-1]))
         layers = linears(tensors, Constants(*constants))
         hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:], len(layers))
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[4:], len(layers))
         by_h = [need.lora_b for need in needs]
         by_x = [need.weight or need.lora_a for need in needs]
         recompute = keep == "input" and any(by_h)
         ctx.save_for_backward(
-            x if any(by_x) or recompute else None,
+            read if any(by_x) or recompute else None,
             *(h if w and not recompute else None for h, w in zip(hs, by_h, strict=True)),
             *tensors,
         )
-        ctx.options = x.shape, constants, recompute
+        ctx.options = x.shape, x.dtype, read.dtype, constants, recompute
         ctx.set_materialize_grads(False)
         outs = tuple(widen(rows, layer, h) for layer, h in zip(layers, hs, strict=True))
         if not need_x:
@@ -120,18 +137,18 @@ class _QKVBlock(torch.autograd.Function):
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        shape, constants, recompute = ctx.options
-        x, *saved = ctx.saved_tensors
-        rows = x if x is None else x.reshape(-1, x.shape[-1])
+        shape, dtype, _, constants, recompute = ctx.options
+        read, *saved = ctx.saved_tensors
+        rows = None if read is None else Rows(read.reshape(-1, read.shape[-1]))
         count = len(constants[0])
         hs, layers = saved[:count], linears(saved[count:], Constants(*constants))
-        if recompute:
+        if recompute and rows is not None:
             hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[3:], count)
-        dx, found = backward(rows, layers, hs, grads, need_x, needs)
+        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[4:], count)
+        dx, found = backward(rows, layers, hs, grads, need_x, needs, dtype)
         rest = [None] * (len(saved) - 5 * count)  # the other halves of quantized weights
         dx = dx if dx is None else dx.view(shape)
-        return dx, None, None, *(g for d in found for g in d), *rest
+        return dx, None, None, None, *(g for d in found for g in d), *rest
 
 
 def qkv_block(
@@ -143,45 +160,54 @@ def qkv_block(
     scales: Sequence[float],
     lora_biases: Sequence[Tensor | None],
     keep: str = "all",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
 
-    Adapters may have another dtype than the base, as in ``lora_linear``; under autocast every
+    x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
     operand is cast as autocast casts a linear layer's (over quantized weights, the adapter's alone,
-    as in ``quant_lora_linear``). Backward may run more than once over a
-    retained graph.
+    as in ``quant_lora_linear``). What comes back to x is added up in x's dtype. Backward may run
+    more than once over a retained graph.
 
     Args:
         x: (..., in).
-        weights: (out_i, in) each, in x's dtype, frozen or trainable; or each a frozen
-            ``Quantized``, or a tuple of its fields.
+        weights: (out_i, in) each, frozen or trainable; or each a frozen ``Quantized``, or a tuple
+            of its fields.
         biases: (out_i,) or None each.
         lora_as: (r_i, in), or None for a linear without an adapter.
         lora_bs: (out_i, r_i) in the dtype of A, or None.
         scales: what each adapter's output is multiplied by.
         lora_biases: (out_i,), the bias of B, or None each.
         keep: ``"all"`` keeps x and the rank-wide ``x·Aᵢᵀ`` for backward, ``"input"`` x alone.
+        compute: in which products with quantized weights run; None is x's dtype. Others run in the
+            weight's.
+        dtype: of the results, at least as wide; None is that of the products.
 
     Returns:
-        One (..., out_i) for each linear, in x's dtype.
+        One (..., out_i) for each linear, in ``dtype``.
 
     Raises:
         ValueError: an unknown ``keep``, lists of different lengths, or some weights quantized and
             some not.
-        RuntimeError: the shapes do not fit, or x and a weight differ in dtype.
+        RuntimeError: the shapes do not fit.
     """
     if keep not in KEEPS:
         raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
-    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
-    cast = cast_as_autocast(x, tensors, constants)
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
+    device = x.device.type
+    cast = cast_as_autocast(device, tensors, constants)
     if cast is None:
         return _apply(keep, constants, x, *tensors)
-    with torch.autocast(x.device.type, enabled=False):
-        return _apply(keep, constants, *cast)
+    with torch.autocast(device, enabled=False):
+        return _apply(keep, constants, x, *cast)
 
 
 def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    outs = _QKVBlock.apply(x, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
+    copy = narrow_copy_for(linears(tensors, constants), x)
+    outs = _QKVBlock.apply(x, copy, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
@@ -197,10 +223,14 @@ def cost(
     scales: Sequence[float],
     lora_biases: Sequence[Tensor | None],
     keep: str = "all",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Cost:
     """Bytes and FLOPs of one call; x is counted as kept once."""
     rows = x.numel() // x.shape[-1]
-    tensors, constants = flat(weights, biases, lora_as, lora_bs, scales, lora_biases)
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
     layers = linears(tensors, constants)
     trained = [t for t in (*weights, *lora_as) if isinstance(t, Tensor)]
     for_x = any(t.requires_grad for t in trained)
@@ -212,7 +242,7 @@ def cost(
     narrow_bytes = 0 if recompute else sum(rows * a.shape[0] * a.element_size() for a in for_h)
     return Cost(
         bytes_read=x.nbytes + sum(t.nbytes for t in tensors if t is not None),
-        bytes_written=rows * sum(layer.weight.shape[0] for layer in layers) * x.element_size(),
+        bytes_written=rows * sum(v.weight.shape[0] * v.dtype.itemsize for v in layers),
         flops=2 * rows * sum(layer.numel() for layer in layers),
         bytes_saved=x.nbytes * (for_x or recompute) + narrow_bytes,
     )
@@ -230,6 +260,8 @@ def unsupported(
     scales: Sequence[float],
     lora_biases: Sequence[Tensor | None],
     keep: str = "all",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``qkv_block``."""
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
@@ -237,7 +269,8 @@ def unsupported(
         reasons.append("some of the weights are quantized, some are not")
     each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
     for i, arguments in enumerate(each):
-        reasons += [f"linear {i}: {reason}" for reason in _unsupported(x, *arguments)]
+        found = _unsupported(x, *arguments, compute, dtype)
+        reasons += [f"linear {i}: {reason}" for reason in found]
     return reasons
 
 
@@ -249,16 +282,18 @@ def _unsupported(
     lora_b: Tensor | None,
     scale: float,
     lora_bias: Tensor | None,
+    compute: torch.dtype | None,
+    dtype: torch.dtype | None,
 ) -> list[str]:
     if (lora_a is None) != (lora_b is None) or (lora_a is None and lora_bias is not None):
         return ["a part of the adapter is missing"]
-    plain = isinstance(weight, Tensor)
     out = weight.shape[0] if isinstance(weight, Tensor) else weight[2][0]
     if lora_a is None or lora_b is None:  # judged as one with an adapter of rank 0
         lora_a, lora_b = x.new_empty(0, x.shape[-1]), x.new_empty(out, 0)
-    judge: Any = lora_linear.unsupported if plain else quant_lora_linear.unsupported
-    found: list[str] = judge(x, weight, bias, lora_a, lora_b, scale, None, lora_bias)
-    return found
+    adapter = (lora_a, lora_b, scale, None, lora_bias, dtype)
+    if isinstance(weight, Tensor):
+        return lora_linear.unsupported(x, weight, bias, *adapter)
+    return quant_lora_linear.unsupported(x, Quantized(*weight), bias, *adapter, compute)
 
 
 OP = Op("qkv_block", reference, qkv_block, cost, unsupported)

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 
 from . import quant_linear
 from .op import Cost, Op
-from .products import gradient_of_a, gradient_of_b
-from .quant_linear import join, product, split
+from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy
+from .quant_products import join, product, split
 from .quantized import Quantized
 from .second import absent, differentiable, gradients, require_kept
 
@@ -33,10 +33,10 @@ def reference(
     x_lora: Tensor | None = None,
     lora_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
-    """PEFT's layer, cast for cast: the base in x's dtype, the adapter in its own."""
-    result = quant_linear.reference(x, weight, bias)
-    result = result if dtype is None else result.to(torch.promote_types(dtype, x.dtype))
+    """PEFT's layer, cast for cast: the base in ``compute``, the adapter in its own dtype."""
+    result = quant_linear.reference(x, weight, bias, compute, dtype)
     z = (x if x_lora is None else x_lora).to(lora_a.dtype)
     adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
     return (result + adapter).to(result.dtype)
@@ -49,9 +49,9 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
     kept = z is not None or h is None
     require_kept(kept, "quant_lora_linear", "B is trained and A is not")
-    own_input, (shape, dtype) = ctx.z_like is not None, ctx.like
+    own_input, (shape, dtype, read, compute) = ctx.z_like is not None, ctx.like
     w = join(ctx.fixed, tuple(tensors))
-    x = z if z is not None and not own_input else absent(shape, grad, dtype)
+    x = z if z is not None and not own_input else absent(shape, grad, read)
     z = absent(ctx.z_like[0], grad, ctx.z_like[1]) if own_input and z is None else z
     bias, lora_bias = (
         None if kind is None else absent(w.shape[:1], grad, kind) for kind in ctx.bias_dtypes
@@ -59,20 +59,22 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     def formula(x: Any, bias: Any, a: Any, b: Any, _: Any, z: Any, lora_bias: Any) -> Tensor:
         z = z if own_input else None
-        y = reference(x, w, bias, a, b, ctx.scale, z, lora_bias, grad.dtype)
+        y = reference(x, w, bias, a, b, ctx.scale, z, lora_bias, grad.dtype, compute)
         return y.reshape(grad.shape)
 
-    inputs = x, bias, lora_a, lora_b, None, z, lora_bias
-    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
+    inputs, needed = (x, bias, lora_a, lora_b, None, z, lora_bias), ctx.needs_input_grad
+    dx, *rest = gradients(formula, inputs, (needed[0], *needed[2:]), (grad,))
+    return dx if dx is None else dx.to(dtype), None, *rest
 
 
 class _QuantLoraLinear(torch.autograd.Function):
-    """One rule for every device; the products are ``quant_linear.product``'s."""
+    """One rule for every device; the products are ``quant_products.product``'s."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        copy: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -80,25 +82,30 @@ class _QuantLoraLinear(torch.autograd.Function):
         x_lora: Tensor | None,
         lora_bias: Tensor | None,
         dtype: torch.dtype,
+        compute: torch.dtype,
         fixed: Any,
         *tensors: Any,
     ) -> Tensor:
-        """Run forward; keep z and ``z·Aᵀ`` only for the weight gradients that are wanted."""
-        rows = x.reshape(-1, x.shape[-1])
-        z = rows if x_lora is None else x_lora.reshape(-1, x_lora.shape[-1])
+        """Run forward; keep z and ``z·Aᵀ`` only for the weight gradients that are wanted.
+
+        ``copy`` of x stands for it where there is one: ``products.narrow_copy``.
+        """
+        read = x if copy is None else copy
+        rows = Rows(read.reshape(-1, x.shape[-1]))
+        z = rows if x_lora is None else Rows(x_lora.reshape(-1, x_lora.shape[-1]))
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
-        if lora_bias is not None and dtype is x.dtype:
+        if lora_bias is not None and dtype is compute:
             bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(dtype)
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
         w = join(fixed, tensors)
-        y = product(rows, w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
-        if lora_bias is not None and dtype is not x.dtype:
+        y = product(rows.to(compute), w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
+        if lora_bias is not None and dtype is not compute:
             y = y.add_(lora_bias * scale)
-        _, _, w_a, w_b, *_ = ctx.needs_input_grad
-        own = x if x_lora is None else x_lora
+        _, _, _, w_a, w_b, *_ = ctx.needs_input_grad
+        own = read if x_lora is None else x_lora
         ctx.save_for_backward(own if w_a else None, h if w_b else None, lora_a, lora_b, *tensors)
-        ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype)
+        ctx.scale, ctx.fixed, ctx.like = scale, fixed, (x.shape, x.dtype, read.dtype, compute)
         ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
         return y  # rows: a view made in here could not be written to in place by the model
 
@@ -107,8 +114,8 @@ class _QuantLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
-        w_x, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
-        shape, dtype = ctx.like
+        w_x, _, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
+        shape, dtype, _, compute = ctx.like
         own_input = ctx.z_like is not None
         wide = dy.to(lora_b.dtype)
         dx = dbias = dz = dlora_bias = t = None
@@ -116,20 +123,20 @@ class _QuantLoraLinear(torch.autograd.Function):
             t = torch.mm(wide, lora_b) * ctx.scale
         if w_x:
             left, right = (None, None) if own_input else (t, lora_a)
-            w, low = join(ctx.fixed, tuple(tensors)), dy.to(dtype)
-            dx = product(low, w, transposed=True, left=left, right=right).view(shape)
+            w, low = join(ctx.fixed, tuple(tensors)), dy.to(compute)
+            dx = product(low, w, transposed=True, left=left, right=right, dtype=dtype).view(shape)
         if w_z and t is not None:
             z_shape, z_dtype = ctx.z_like
             dz = torch.mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
-        da = None
-        if z is not None and t is not None:
-            da = gradient_of_a(z.reshape(-1, z.shape[-1]), t)
+        rows = None if z is None else z.reshape(-1, z.shape[-1])
+        da = gradient_of_a(rows, t) if rows is not None and t is not None else None
         db = gradient_of_b(h, wide) if h is not None else None
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:
             dlora_bias = wide.sum(0).mul_(ctx.scale).to(ctx.bias_dtypes[1])
-        return dx, dbias, da, db, None, dz, dlora_bias, None, None, *(None for _ in tensors)
+        rest = [None] * (3 + len(tensors))
+        return dx, None, dbias, da, db, None, dz, dlora_bias, *rest
 
 
 def quant_lora_linear(
@@ -142,42 +149,41 @@ def quant_lora_linear(
     x_lora: Tensor | None = None,
     lora_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """Compute ``x·dequantize(W)ᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
 
-    W is frozen, and rounded to x's dtype. Gradients of the adapter are computed in its dtype.
+    W is frozen; it and x are rounded to ``compute`` for the base's product. Gradients of the
+    adapter are computed in its dtype.
     Autocast casts the adapter's operands, as it does for linear layers, and leaves the base alone.
     Backward may run more than once over a retained graph.
 
     Args:
         x: (..., in).
         weight: (out, in), a ``Quantized`` or a tuple of its fields.
-        bias: (out,) in x's dtype, or None.
+        bias: (out,) in ``compute``, or None.
         lora_a: (r, in).
         lora_b: (out, r), in the dtype of ``lora_a``.
         scale: what the adapter's output is multiplied by.
-        x_lora: (..., in), the adapter's own input (x before a cast, or after dropout), or None.
+        x_lora: (..., in), the adapter's own input (x after dropout), or None.
         lora_bias: (out,), the bias of B, or None.
-        dtype: of the sum, at least as wide as x's; None is x's.
+        dtype: of the sum, at least as wide as ``compute``; None is ``compute``.
+        compute: in which the base's product runs; None is x's dtype.
 
     Returns:
         (..., out), in ``dtype``.
 
     Raises:
-        RuntimeError: the shapes do not fit, or x and ``bias`` differ in dtype.
+        RuntimeError: the shapes do not fit, or ``bias`` has another dtype.
     """
-    w, device = Quantized(*weight), x.device.type
+    w, device, low = Quantized(*weight), x.device.type, compute or x.dtype
     fixed, tensors = split(w)
     adapter: list[Any] = [lora_a, lora_b, x_lora, lora_bias]
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        adapter = [t if t is None or t.dtype is torch.float64 else t.to(low) for t in adapter]
-        if x_lora is None and x.dtype is not low and x.dtype is not torch.float64:
-            adapter[2] = x.to(low)
-    out = torch.promote_types(dtype or x.dtype, x.dtype)
+    adapter = autocast(device, adapter) or adapter
     with torch.autocast(device, enabled=False):
+        copy = narrow_copy(x, (low, *(() if x_lora is not None else (adapter[0].dtype,))))
         rows: Tensor = _QuantLoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, bias, *adapter[:2], scale, *adapter[2:], out, fixed, *tensors
+            x, copy, bias, *adapter[:2], scale, *adapter[2:], dtype or low, low, fixed, *tensors
         )
     return rows.view(*x.shape[:-1], w.shape[0])
 
@@ -195,17 +201,17 @@ def cost(
     x_lora: Tensor | None = None,
     lora_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
 ) -> Cost:
     """Bytes and FLOPs of one call; the arguments are those of ``quant_lora_linear``."""
-    base = quant_linear.cost(x, weight, bias)
+    base = quant_linear.cost(x, weight, bias, compute, dtype)
     z = x if x_lora is None else x_lora
     rows, rank = x.numel() // x.shape[-1], lora_a.shape[0]
     extra = [t for t in (lora_a, lora_b, x_lora, lora_bias) if t is not None]
-    width = torch.promote_types(dtype or x.dtype, x.dtype).itemsize
     kept = z.nbytes if lora_a.requires_grad else 0
     return Cost(
         bytes_read=base.bytes_read + sum(t.nbytes for t in extra),
-        bytes_written=base.bytes_written // x.element_size() * width,
+        bytes_written=base.bytes_written,
         flops=base.flops + 2 * rows * (lora_a.numel() + lora_b.numel()),
         bytes_saved=kept + lora_b.requires_grad * rows * rank * lora_a.element_size(),
     )
@@ -221,9 +227,10 @@ def unsupported(
     x_lora: Tensor | None = None,
     lora_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``quant_lora_linear``."""
-    reasons = quant_linear.unsupported(x, weight, bias)
+    reasons = quant_linear.unsupported(x, weight, bias, compute, dtype)
     w = Quantized(*weight)
     if lora_a.dtype != lora_b.dtype:
         reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
@@ -234,8 +241,6 @@ def unsupported(
             f"the shapes do not chain: W {tuple(w.shape)}, A {tuple(lora_a.shape)}, "
             f"B {tuple(lora_b.shape)}"
         )
-    if dtype is not None and torch.promote_types(dtype, x.dtype) is not dtype:
-        reasons.append(f"the result would be {dtype}, narrower than the input's {x.dtype}")
     return reasons
 
 

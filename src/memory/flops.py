@@ -27,7 +27,9 @@ def held(func: Any, args: tuple[Any, ...]) -> int:
     return 0 if found is None else found(*args)
 
 
-def _sum_of_products(bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor]) -> int:
+def _sum_of_products(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], *_: Any
+) -> int:
     return 2 * lefts[0].shape[0] * sum(r.numel() for r in rights)
 
 
@@ -38,7 +40,7 @@ def _quantized(x: Tensor, *rest: Any) -> int:
 
 
 def _sum_of_quantized(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
-    updates = sum(int(right.numel()) for right in rest[-1])
+    updates = sum(int(right.numel()) for right in rest[-2])
     return 2 * xs[0].shape[0] * (_elements(sizes) + updates)
 
 

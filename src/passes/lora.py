@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
-from ..graph.canon import canonical
+from ..graph.canon import canonical, is_cast_of
 from ..match.pattern import Builder, Pattern
 from ..match.rule import Emit, Match, Rule
 from .adapters import MOST, adapters, joined, with_more
@@ -35,15 +35,18 @@ class LoRALinear(Rule):
     ) -> Iterable[Any]:  # fmt: skip
         """A dropped-out input stays a node of its own: random numbers are used as before.
 
-        So does the wider input of an adapter over a base that computes in fewer bits.
-
         GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
         """
         columns = p.var("columns", lambda v: isinstance(v, fx.Node))
-        rows = p.addmm(bias, p.reshape(x, p.anything), columns)
-        packed = p.maybe_cast(p.quant_linear(x, w, bias))  # which PEFT clones
+        read = p.maybe_cast(x)
+        rows = p.capture("product", p.addmm(bias, p.reshape(read, p.anything), columns))
+        # bitsandbytes' layers cast by themselves, and PEFT clones what they return
+        packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
         base = p.either(
-            p.linear(x, w, bias), p.reshape(rows, p.anything), p.clone(packed, p.anything), packed
+            p.capture("product", p.linear(read, w, bias)),
+            p.reshape(rows, p.anything),
+            p.clone(p.maybe_cast(packed), p.anything),
+            p.maybe_cast(packed),
         )
         plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
         dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
@@ -54,10 +57,10 @@ class LoRALinear(Rule):
                 yield spelling, p.maybe_cast(with_more(p, total, x, more))
 
     def check(self, m: Match) -> None:
-        """Constant scales, a result in x's dtype, nothing else used outside."""
+        """Constant scales, a result in the product's dtype or a wider one."""
         for node in m.nodes:
             strangers = [u for u in node.users if u not in m.nodes]
-            shared = node is m.root or not strangers or _is_cast_of(node, m.x)
+            shared = node is m.root or not strangers or is_cast_of(node, m.x)
             m.require(
                 shared,
                 f"{node.name} inside the formula is also used by "
@@ -72,9 +75,9 @@ class LoRALinear(Rule):
         if x is None or result is None:
             m.require(False, "x is not a tensor")
             return
-        same = result.dtype == x.dtype
-        wider = packed and torch.promote_types(result.dtype, x.dtype) is result.dtype
-        m.require(same or wider, f"returns {result.dtype} from {x.dtype}", m.root)
+        product = facts.dtype(m.product) or x.dtype
+        wide = torch.promote_types(result.dtype, product) is result.dtype
+        m.require(wide, f"returns {result.dtype} from a product in {product}", m.root)
         x_lora = facts.tensor(m.get("x_lora"))
         if m.spelling == "dropout":
             m.require(
@@ -86,13 +89,12 @@ class LoRALinear(Rule):
         """One op; bias, dropout input and adapter bias are passed where they exist."""
         weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
         one = joined(adapters(m), ops)
+        adapter = (one.a, one.b, one.scale, one.x, one.bias)
+        low = m.get("compute") or facts.dtype(m.x if isinstance(weight, tuple) else m.product)
+        dtype = None if facts.dtype(m.root) is low else facts.dtype(m.root)
         if isinstance(weight, tuple):
-            dtype = facts.dtype(m.root)
-            return ops.quant_lora_linear(
-                m.x, weight, m.bias, one.a, one.b, one.scale, one.x, one.bias,
-                None if dtype is facts.dtype(m.x) else dtype,
-            )  # fmt: skip
-        return ops.lora_linear(m.x, weight, m.bias, one.a, one.b, one.scale, one.x, one.bias)
+            return ops.quant_lora_linear(m.x, weight, m.bias, *adapter, dtype, m.compute)
+        return ops.lora_linear(m.x, weight, m.bias, *adapter, dtype)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
@@ -111,11 +113,6 @@ class LoRALinear(Rule):
 
 
 _SEVERAL = "several adapters are active on one linear"
-
-
-def _is_cast_of(node: fx.Node, x: Any) -> bool:
-    canon = canonical(node)
-    return canon is not None and canon.name == "cast" and canon.args[0] is x
 
 
 def _is_update(node: Any) -> bool:

@@ -67,19 +67,24 @@ register(
     TABLE["lora_linear"],
     "lora_linear",
     Spec(
-        ("x", "weight", "bias", "lora_a", "lora_b", "scale", "x_lora", "lora_bias"),
-        (None, None),
+        ("x", "weight", "bias", "lora_a", "lora_b", "scale", "x_lora", "lora_bias", "dtype"),
+        (None, None, None),
     ),
 )
-register(TABLE["quant_linear"], "quant_linear", Spec(("x", "weight", "bias"), (None,)))
+register(
+    TABLE["quant_linear"],
+    "quant_linear",
+    Spec(("x", "weight", "bias", "compute", "dtype"), (None, None, None)),
+)
 register(
     TABLE["quant_lora_linear"],
     "quant_lora_linear",
     Spec(
         (
             "x", "weight", "bias", "lora_a", "lora_b", "scale", "x_lora", "lora_bias", "dtype",
+            "compute",
         ),
-        (None, None, None),
+        (None, None, None, None),
     ),
 )  # fmt: skip
 register(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
+from ..graph.canon import is_cast_of
 from ..graph.quantized import PARAMS, is_wrapped
 from ..kernels import quant_linear
 from ..kernels.quantized import Quantized
@@ -23,20 +24,26 @@ class QuantLinear(Rule):
     """bitsandbytes' product of an input with a packed weight."""
 
     name = op = "quant_linear"
+    inner_may_stay = True  # the cast of x that the products of one input share
 
     def patterns(
         self, p: Builder, x: Pattern, bias: Pattern, packed: Pattern, absmax: Pattern,
         shape: Pattern, blocksize: Pattern, kind: Pattern, absmax_8bit: Pattern,
         absmax_code: Pattern, absmax_offset: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """One node, by itself or inside an autograd function: ``graph/quantized.py``."""
-        yield p.quantized_linear(
-            x, bias, packed, absmax, shape, blocksize, kind, absmax_8bit, absmax_code,
-            absmax_offset,
-        )  # fmt: skip
+        """One node, by itself or inside an autograd function: ``graph/quantized.py``.
+
+        Where the layer computes in another dtype than its input's, it casts there and back.
+        """
+        weight = (packed, absmax, shape, blocksize, kind, absmax_8bit, absmax_code, absmax_offset)
+        yield "cast", p.cast(p.capture("product", p.quantized_linear(p.cast(x), bias, *weight)))
+        yield "plain", p.capture("product", p.quantized_linear(x, bias, *weight))
 
     def check(self, m: Match) -> None:
         """Constant sizes, a frozen weight, operands that the op takes."""
+        for node in m.nodes:
+            alone = node is m.root or set(node.users) <= set(m.nodes) or is_cast_of(node, m.x)
+            m.require(alone, f"{node.name} inside the formula is also used outside it", node)
         constants = (*m.shape, m.blocksize)
         m.require(all(type(n) is int for n in constants), "a size is not a constant", m.root)
         names = ("x", "bias", *PARAMS[2:])
@@ -47,9 +54,10 @@ class QuantLinear(Rule):
             not any(isinstance(t, Tensor) and t.requires_grad for t in w),
             "the packed weight or its scales are trained", m.root,
         )  # fmt: skip
-        reasons = quant_linear.OP.unsupported(values["x"], w, values["bias"])
+        kind, dtype = facts.dtype(m.product), facts.dtype(m.root)
+        reasons = quant_linear.OP.unsupported(values["x"], w, values["bias"], kind, dtype)
         m.require(not reasons, "; ".join(reasons), m.root)
-        device, kind = values["x"].device.type, values["x"].dtype
+        device = values["x"].device.type
         m.require(
             not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is kind,
             f"computes in {kind} under autocast to another dtype", m.root,
@@ -57,7 +65,8 @@ class QuantLinear(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; the weight is one argument of several fields."""
-        return ops.quant_linear(m.x, tuple(_weight(m.captures)), m.bias)
+        kinds = (facts.dtype(m.product), facts.dtype(m.root)) if m.spelling == "cast" else ()
+        return ops.quant_linear(m.x, tuple(_weight(m.captures)), m.bias, *kinds)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]

@@ -229,7 +229,7 @@ def test_reasons():
     assert OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4]) == []
     lists[3][0] = None
     assert "a part of the adapter" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[0]
-    lists[0][1] = lists[0][1].float()
-    assert "linear 1: the weight is" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[-1]
+    lists[0][1] = lists[0][1].detach().to(torch.uint8)
+    assert "linear 1: an operand is not" in OP.unsupported(x, *lists[:4], [1.0, 1.0], lists[4])[-1]
     with pytest.raises(ValueError, match="keep"):
         qkv_block(x, *lists[:4], [1.0, 1.0], lists[4], keep="nothing")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusewright.budget import exceeded
-from fusewright.kernels import quant_linear, quant_lora_linear
+from fusewright.kernels import quant_linear, quant_lora_linear, quant_products
 from fusewright.kernels.quantized import Quantized, dequantize, dequantize_reference, scales
 
 from .quantized_weights import random_weight
@@ -175,7 +175,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     w = random_weight((12, 64))
     x, bias, a, b = _inputs((6,), w, F32, F32)
     calls: list[bool] = []
-    product = quant_linear.product
+    product = quant_products.product
     for module in (quant_linear, quant_lora_linear):
         monkeypatch.setattr(
             module, "product", lambda *args, **kw: calls.append(True) or product(*args, **kw)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusewright.budget import exceeded
-from fusewright.kernels import linears, mlp_block, mlp_block_tiles, qkv_block, quant_linear
+from fusewright.kernels import (
+    linears,
+    mlp_block,
+    mlp_block_tiles,
+    qkv_block,
+    quant_linear,
+    quant_products,
+)
 from fusewright.kernels.glu import glu, glu_packed
 from fusewright.kernels.quant_lora_linear import quant_lora_linear
 from fusewright.kernels.quantized import Quantized
@@ -203,11 +210,11 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     tensors, constants = linears.flat(*lists[:4], SCALES, lists[4])
-    options = (*map(list, constants), "gelu", "two")
+    options = (*map(list, constants[:3]), "gelu", "two")
     with torch.no_grad(), _Largest() as seen:
-        mlp_block_tiles._tiled_forward(leaves[0], tensors, *options)
+        mlp_block_tiles._tiled_forward(leaves[0], tensors, *options, F64)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
-        mlp_block_tiles._tiled_backward(upstream, leaves[0], tensors, *options, needed)
+        mlp_block_tiles._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
     assert seen.elements < rows * wide // 4
 
 
@@ -314,28 +321,32 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
             assert exceeded(mine, theirs, truth) is None
 
 
+@pytest.mark.parametrize("compute", [F32, BF16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ops_keep_the_rules_of_the_library(kind):
+def test_the_ops_keep_the_rules_of_the_library(kind, compute):
     utils, ops = ("test_schema", "test_faketensor"), torch.ops.fusewright
     lists = _linears(_mlp_sizes(8, 6, "two"), F32, F32, kind, bias=True)
     tensors, constants = linears.flat(*lists[:4], SCALES, lists[4])
     tensors = [None if t is None else t.detach() for t in tensors]
-    x, options = torch.randn(7, 8), (*map(list, constants), "silu", "two")
-    torch.library.opcheck(ops.mlp_block_forward.default, (x, tensors, *options), test_utils=utils)
+    x, options = torch.randn(7, 8), (*map(list, constants[:3]), "silu", "two")
+    kinds = (compute, F32)
+    given = (x, tensors, *options, *kinds)
+    torch.library.opcheck(ops.mlp_block_forward.default, given, test_utils=utils)
     needed = [True, *(t is not None and i < 12 and i % 4 > 0 for i, t in enumerate(tensors))]
     torch.library.opcheck(
         ops.mlp_block_backward.default,
-        (torch.randn(7, 8), x, tensors, *options, needed),
+        (torch.randn(7, 8), x, tensors, *options, needed, *kinds),
         test_utils=utils,
     )
-    fields = [quant_linear.split(w) for w in lists[0][:2]]
+    fields = [quant_products.split(w) for w in lists[0][:2]]
     arguments = (
-        [torch.randn(7, 6), torch.randn(7, 6)],
+        [torch.randn(7, 6, dtype=compute), torch.randn(7, 6, dtype=compute)],
         [t for _, part in fields for t in part],
         [n for (shape, blocksize, _), _ in fields for n in (*shape, blocksize)],
         [kind[0]] * 2,
         [torch.randn(7, 3)],
         [torch.randn(3, 8)],
+        F32,
     )
     torch.library.opcheck(ops.quant_sum_of_products.default, arguments, test_utils=utils)
 

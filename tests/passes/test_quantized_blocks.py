@@ -96,12 +96,14 @@ def test_a_plain_linear_beside_quantized_ones_stays_by_itself() -> None:
     assert "some are not" in _of(findings, "mlp_block")[0].reason
 
 
-def test_adapters_that_read_x_before_its_cast_stay_by_themselves() -> None:
-    for module in (_Three(), _Mlp()):
-        counts, findings = _found(module, F32)
-        assert counts["lora_linear"] == 3
-        assert counts["qkv_block"] == counts["mlp_block"] == 0
-        assert any("input of its own" in f.reason for f in _of(findings, "qkv_block"))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_that_read_x_before_its_cast_are_joined_with_it(autocast: bool) -> None:
+    """As over norms in fp32: the layers cast to what they compute in, and back."""
+    for module, block in ((_Three(), "qkv_block"), (_Mlp(), "mlp_block")):
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            counts, _ = _found(module, F32)
+        assert counts["quant_linear"] == counts["lora_linear"] == 3
+        assert counts[block] == 1
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, BF16, F32], ids=str)
