@@ -18,7 +18,7 @@ from .memory.plans import offloaded, planned
 from .passes.cleanup import remove_noops
 from .passes.kept import copy_what_is_written
 from .passes.lazy import defer_logits
-from .passes.memory import writes_with_history
+from .passes.memory import require_gradients, writes_with_history
 from .passes.ops import TABLE
 from .passes.writes import remove_writes
 from .session import Captured, Session
@@ -69,6 +69,7 @@ def _has_leaf(module: fx.GraphModule) -> bool:
 
 
 def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
+    require_gradients(module)
     remove_writes(module)
     remove_noops(module)
     verify = None if session.options.verify == "off" else session.verifier

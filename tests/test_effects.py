@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
 from fusewright.budget import exceeded
@@ -218,3 +219,24 @@ def test_the_report_says_what_is_written_to_and_where() -> None:
     sites = [s for s in explain(ours).sites if s.rule == "glu"]
     assert {s.status for s in sites} == {"refused"}
     assert all("is written to by" in s.reason for s in sites)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_checkpoint_inside_a_block_gives_the_gradients_of_its_kind(
+    frozen: bool, reentrant: bool
+) -> None:
+    def body(block: Any, x: Tensor) -> Tensor:
+        x = x.detach() if frozen else x
+        inner = checkpoint(lambda t: block.d(t), x, use_reentrant=reentrant)
+        return x + block.u(_norm(block, x)) + inner
+
+    eager, ours = _pair(body)
+    with torch.no_grad():  # no reason to give up
+        ours(_x())
+    for model in (eager, ours):
+        model(_x().requires_grad_()).sum().backward()
+    given = [[p.grad is None for p in m.parameters()] for m in (eager, ours)]
+    assert given[0] == given[1]
+    notes = [b.reason for b in explain(ours).bypasses]
+    assert any("reentrant" in n for n in notes) is (frozen and reentrant)

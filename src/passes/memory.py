@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
@@ -121,6 +121,31 @@ def is_product(op: Any) -> bool:
         return False
     namespace, name = schema.name.split("::")
     return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
+
+
+def require_gradients(module: fx.GraphModule) -> None:
+    """Refuse a graph whose reentrant checkpoint gives its parameters no gradient.
+
+    Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
+    not tell arguments from what its function closes over, and always gives the gradients. Where an
+    argument has one, too, both are the same.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if node.target is not CHECKPOINT or node.kwargs.get("use_reentrant") is False:
+                continue
+            needs = [t for n in node.args[1:] if (t := facts.tensor(n)) is not None
+                     and t.requires_grad]  # fmt: skip
+            if needs and all(isinstance(t, nn.Parameter) for t in needs):
+                raise NotImplementedError(
+                    "a reentrant checkpoint of inputs without a gradient: it gives its parameters "
+                    "none (use_reentrant=False does)"
+                )
 
 
 def unwrap(module: fx.GraphModule) -> bool:
