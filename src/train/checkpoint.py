@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_REMAINS = re.compile(r"\.checkpoint-\d+\.(part|old)")
+REMAINS = re.compile(r"\.checkpoint-\d+\.(part|old)")
 """Folders that a killed process was writing or removing."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,7 +106,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
 def clean(folder: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in folder.glob(".checkpoint-*"):
-        if _REMAINS.fullmatch(path.name):
+        if REMAINS.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 

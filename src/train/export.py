@@ -16,31 +16,13 @@ import torch
 from ..errors import RecipeError
 from . import card
 from .asking import Asking
-from .checkpoint import Unwritable, checkpoints, clean, discard, why_unwritable
+from .checkpoint import Unwritable, clean, discard, why_unwritable
+from .folders import why_not_ours_to_write
+from .ownfolder import PART, few, link_in, results, strangers
 from .recipe import Recipe
-
-_RESULTS = (
-    "run.json", "loss.png", "report.html", "eval.json",
-    "adapter_model.safetensors", "adapter_config.json",
-    "model.safetensors", "model.safetensors.index.json",
-)  # fmt: skip
-
-
-_PART = ".results.part"
-"""Where the results are written, before they are moved to their places."""
 
 _PROBE = 64
 """Tokens that the saved adapter is tried on."""
-
-
-def _results(folder: Path) -> Iterator[Path]:
-    """The files and folders of an earlier run."""
-    yield from (folder / name for name in _RESULTS if (folder / name).exists())
-    if (folder / card.NAME).exists() and card.is_generated(folder / card.NAME):
-        yield folder / card.NAME
-    yield from checkpoints(folder)
-    for pattern in ("model-*-of-*.safetensors", "nan-batch-*"):
-        yield from sorted(folder.glob(pattern))
 
 
 def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
@@ -52,12 +34,12 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
         resumed: the run goes on from a checkpoint there, and may have left more than that.
 
     Raises:
-        RecipeError: it is a file, or holds a run that is not to be overwritten.
+        RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
+            is not to be overwritten.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output_dir: {folder} is not a folder")
+    require_own(folder)
     _require_writable(folder)
-    found = next(_results(folder), None)
+    found = next(results(folder), None)
     if found is not None and not overwrite and not (resumed and not _finished(folder)):
         raise RecipeError(
             f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
@@ -65,11 +47,30 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
         )
 
 
-def _finished(folder: Path) -> bool:
+def require_own(folder: Path) -> None:
+    """See that ``folder`` is not there, empty, or a run's.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    problem = why_not_ours_to_write(folder)
+    if problem is not None:
+        raise RecipeError(f"output_dir: {problem}")
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir: {folder} is not a folder")
     try:
-        return bool(json.loads((folder / "run.json").read_text())["status"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        others, link = strangers(folder), link_in(folder)
+    except OSError as error:
+        raise RecipeError(f"output_dir: {folder} cannot be read: {error.strerror}") from None
+    if others:
+        raise RecipeError(
+            f"output_dir: {folder} holds {few(others)}, which no run has written; choose a new "
+            f"folder, {folder / 'run'} for example"
+        )
+    if link is not None:
+        raise RecipeError(
+            f"output_dir: {link} is a link, so that the run would write elsewhere; remove it"
+        )
 
 
 def _require_writable(folder: Path) -> None:
@@ -88,6 +89,13 @@ def _require_writable(folder: Path) -> None:
                 path.rmdir()
 
 
+def _finished(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "run.json").read_text())["status"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def clear_output(folder: Path, resumed: bool = False) -> None:
     """Make ``folder``, and remove what an earlier run left in it (nothing else).
 
@@ -97,8 +105,8 @@ def clear_output(folder: Path, resumed: bool = False) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    shutil.rmtree(folder / _PART, ignore_errors=True)
-    for path in [] if resumed else list(_results(folder)):
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    for path in [] if resumed else list(results(folder)):
         if path.is_dir():
             discard(path)
         else:
@@ -111,7 +119,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         Unwritable: the disk is full, or cannot be written to.
     """
-    part = folder / _PART
+    part = folder / PART
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

@@ -19,6 +19,7 @@ from .checkpoint import Unwritable, checkpoints
 from .context import Context
 from .data import leaks, prepare
 from .diary import Diary
+from .lock import held
 from .meter import Meter, flops_per_token, peak_flops
 from .model import fit_embeddings, load_model, quiet
 from .packages import require_packages, tracking
@@ -78,6 +79,11 @@ class Run:
             DataError: a dataset cannot be used.
             Stopped: a signal came before the first step was done, or a second one came.
         """
+        export.require_own(self.folder)
+        with held(self.folder, self.diary.say):
+            return self._run()
+
+    def _run(self) -> RunResult:
         self._may_start()
         with Interrupts() as interrupts, quiet(), tracking(self.recipe):
             with self.diary.timed("data"):

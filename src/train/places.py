@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import RecipeError
 from .consent import must_build, needs_consent, refused_builder
+from .folders import why_not_ours_to_write
 from .keys.dataset import Dataset
 from .ownrows import is_own, why_none
 from .problems import Loc
@@ -43,6 +44,8 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     for name in ("output_dir", "dataset_prepared_path"):
         if (path := getattr(recipe, name)) is not None:
             update[name] = str(Path(path).expanduser().resolve())
+            if (problem := why_not_ours_to_write(Path(update[name]))) is not None:
+                problems.append(((name,), problem))
     for name in ("base_model", "lora_model_dir"):
         if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
             problems.append((("output_dir",), f"is the folder of {name}: choose another one"))

@@ -19,6 +19,7 @@ from .. import report
 from ..data import Samples, prepare
 from ..export import pad_token
 from ..model import quiet
+from ..ownfolder import link_in
 from ..recipe import Recipe
 from ..sequences import validation_batches
 from ..validation import Batches, validation_loss
@@ -192,6 +193,9 @@ def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
         "versions": report.versions(),
         "machine": report.machine(),
     }
+    link = link_in(run.folder)
+    if link is not None:
+        raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
     unfinished = path.with_suffix(".json.part")
     try:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

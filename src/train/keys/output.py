@@ -20,7 +20,8 @@ class OutputKeys(Keys):
     """What is saved, validated and logged, and when."""
 
     output_dir: str = "./model-out"
-    """Folder of the results, relative to the current folder."""
+    """Folder of the results, relative to the current folder: a new one, an empty one, or that of an
+    earlier run."""
 
     overwrite_output_dir: bool = False
     """Replace the run that ``output_dir`` holds; otherwise that is an error."""

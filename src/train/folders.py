@@ -1,0 +1,45 @@
+"""Folders that nothing may be written into, whatever a recipe says: those of the system."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+_SYSTEM = tuple(
+    Path(name)
+    for name in (
+        "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run",
+        "/sbin", "/sys", "/usr", "/var", "/System", "/Library", "/private/etc", "/private/var",
+    )
+)  # fmt: skip
+_FREE = tuple(
+    Path(name)
+    for name in (
+        "/dev/shm", "/run/media", "/run/user", "/usr/src", "/var/tmp", "/private/var/tmp",
+        "/private/var/folders",
+    )
+)  # fmt: skip
+"""Folders in those of the system that are for everybody."""
+
+
+def why_not_ours_to_write(folder: Path) -> str | None:
+    """Why no run may write into ``folder``, wherever it is run from; None: it may.
+
+    Args:
+        folder: absolute, with links resolved.
+    """
+    home = Path.home().resolve()
+    if folder == Path(folder.anchor) or folder == home or folder in home.parents:
+        return f"{folder} is not a folder for one run; choose a new one in it"
+    for place in map(Path, {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}):
+        if folder.is_relative_to(place.resolve()):
+            return f"{folder} is in {place}, where Python's modules are; choose another folder"
+    if any(map(folder.is_relative_to, _FREE)) or _in_a_home(folder, home):
+        return None
+    system = next((place for place in _SYSTEM if folder.is_relative_to(place)), None)
+    return None if system is None else f"{folder} is in {system}, a folder of the system"
+
+
+def _in_a_home(folder: Path, home: Path) -> bool:
+    """Whether it is in the home of this account, which may be below ``/var``; ``/`` is none."""
+    return folder.is_relative_to(home) and home != Path(home.anchor) and home not in _SYSTEM
