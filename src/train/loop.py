@@ -18,6 +18,7 @@ from .arguments import arguments_for
 from .checkpoint import Unwritable, checkpoints
 from .context import Context
 from .data import leaks, prepare
+from .data.limits import warnings
 from .diary import Diary
 from .lock import held
 from .meter import Meter, flops_per_token, peak_flops
@@ -139,7 +140,8 @@ class Run:
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
-        self.diary.say(report.rows_told(data))
+        for line in (report.rows_told(data), *warnings(data)):
+            self.diary.say(line)
         return prepared
 
     def _model(self, tokenizer: Any) -> Any:

@@ -12,13 +12,15 @@ told by the template's own ``{% generation %}`` marks (``template``) or found (`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from ...errors import DataError, RecipeError
 from .analysis import Turn
+from .features import THOUGHTS, Features
 from .mask import Masker, Placed, Rules
 from .sample import Tokens
 from .template import Chat, Span, Template
@@ -35,6 +37,7 @@ class ChatEncoder:
         rules: what is trained.
         variables: what the template may read besides the messages and the special tokens.
         day: the date that the template writes where it asks for it; None: today's.
+        thinking: the key of the assistant's thoughts.
 
     Raises:
         RecipeError: there is no chat template, the tokenizer cannot tell where its tokens came
@@ -46,6 +49,7 @@ class ChatEncoder:
     rules: Rules = field(default_factory=Rules)
     variables: Mapping[str, Any] = field(default_factory=dict)
     day: str | None = None
+    thinking: str = THOUGHTS[0]
 
     def __post_init__(self) -> None:
         source = self.source or getattr(self.tokenizer, "chat_template", None)
@@ -72,13 +76,16 @@ class ChatEncoder:
             for name, text in texts.items()
         }
         self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
+        self.features = {name: Features(t, self.thinking) for name, t in self.templates.items()}
+        self.special = one_of(names)
         self.masker = Masker(self.tokenizer, self.rules)
 
     def encode(self, chats: Sequence[Chat]) -> list[Tokens]:
         """Encode conversations.
 
         Raises:
-            DataError: the template refuses a conversation, or hides where an answer begins.
+            DataError: the template refuses a conversation, leaves a part of it out, or hides where
+                an answer begins.
         """
         texts, turns = [], []
         for _, group in groupby(chats, lambda chat: json.dumps(chat.tools)):
@@ -87,15 +94,25 @@ class ChatEncoder:
             turns += found
         encodings = tokenize(self.tokenizer, texts)
         return [
-            self.masker.mask(chat, text, places, encoding)
+            self._flagged(chat, self.masker.mask(chat, text, places, encoding))
             for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
         ]
+
+    def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
+        """The tokens, with a note if others than the assistant write special ones."""
+        if self.special is None:
+            return tokens
+        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
+        found = any(isinstance(text, str) and self.special.search(text) for text in others)
+        return replace(tokens, specials=True) if found else tokens
 
     def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
         """The texts and turns of conversations with the same tools."""
         tools = chats[0].tools
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         template = self.templates[name]
+        for chat in chats:
+            self.features[name].require(chat)
         texts, marks = template.render_all(
             [c.messages for c in chats], tools, [c.where for c in chats]
         )
@@ -109,6 +126,11 @@ class ChatEncoder:
             else:
                 turns.append(list(enumerate(find(chat.messages, tools, text, chat.where))))
         return texts, turns
+
+
+def one_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """What finds one of ``tokens`` in a text; None: there are none."""
+    return re.compile("|".join(map(re.escape, filter(None, tokens)))) if any(tokens) else None
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:

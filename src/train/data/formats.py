@@ -13,6 +13,7 @@ from ..recipe import Dataset, PromptFormat, Recipe
 from .chat import ChatEncoder
 from .conversation import Conversation
 from .day import asks_for_day, today
+from .features import THOUGHTS
 from .mask import Rules
 from .prompts import PROMPTS, named, spelled_out
 from .rows import fields_of, kind, need, need_text
@@ -173,6 +174,7 @@ class Encoder:
             self.chats = ChatEncoder(
                 tokenizer, source, _rules(dataset, recipe, everything),
                 recipe.chat_template_kwargs or {}, day,
+                dataset.template_thinking_key or THOUGHTS[0],
             )  # fmt: skip
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Part:
         labels: their labels; int32 (T,).
         lengths: tokens of each; int32 (N,).
         counts: ``rows``, ``too_long`` (also those that were ``truncated``), ``too_short``,
-            ``nothing_to_train``.
+            ``nothing_to_train``, ``special_tokens_in_text``.
         ends: tokens that end a trained turn of these rows.
         trained: tokens of these, and of those that are watched, that are trained at least once.
     """
@@ -54,6 +54,18 @@ class Part:
     trained: set[int] = field(default_factory=set)
 
 
+def warnings(counts: Mapping[str, int]) -> list[str]:
+    """What to say of rows that are trained, though something is odd about them."""
+    number = counts.get("special_tokens_in_text", 0)
+    if not number:
+        return []
+    rows = "1 row has" if number == 1 else f"{number:,} rows have"
+    return [
+        f"warning: {rows} special tokens of the tokenizer in the words of users, tools or prompts, "
+        "where they can end a turn or begin one; preprocess --debug shows them"
+    ]
+
+
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
     """Make samples of rows.
 
@@ -63,6 +75,7 @@ def keep(rows: Sequence[Tokens], limits: Limits) -> Part:
     counts: Counter[str] = Counter()
     kept: list[tuple[Tokens, int]] = []
     for row in rows:
+        counts["special_tokens_in_text"] += row.specials
         length = len(row.ids)
         if length > limits.longest:
             counts["too_long"] += 1

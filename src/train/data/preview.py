@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from .limits import warnings
 from .sample import IGNORED, Sample
 from .store import Samples
 
@@ -28,6 +29,8 @@ def summary(prepared: Prepared, console: Console) -> None:
     for name, number in prepared.counts.items():
         table.add_row(name.replace("_", " "), f"{number:,}")
     console.print(table)
+    for line in warnings(prepared.counts):
+        console.print(line, soft_wrap=True, highlight=False)
     if isinstance(prepared.train, Samples):
         place = "kept nowhere" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
         console.print(place, soft_wrap=True, highlight=False)

@@ -37,12 +37,14 @@ class Tokens:
         ids: the tokens.
         spans: what is trained, as (first, behind the last), in order.
         ends: the special tokens that end the trained turns, trained or not.
+        specials: whether the text of a user, a tool or a prompt has special tokens in it.
     """
 
     where: str
     ids: list[int]
     spans: list[tuple[int, int]]
     ends: frozenset[int] = frozenset()
+    specials: bool = False
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RecipeError
-from .chat import tokenize
+from .chat import one_of, tokenize
 from .sample import Tokens, joined
 
 
@@ -47,6 +47,8 @@ class SegmentEncoder:
         self.tokenizer, self.everything, self.longest = tokenizer, everything, longest
         self.bos = _bos(tokenizer)
         self.eos = tokenizer.eos_token_id
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self.special = one_of([str(token) for token in added if token.special])
 
     def encode(self, rows: Sequence[Segments]) -> list[Tokens]:
         """Encode rows; a divided one becomes several samples.
@@ -84,7 +86,13 @@ class SegmentEncoder:
             ends = frozenset({self.eos})
         if self.everything:
             spans = [(0, len(ids))]
-        return Tokens(row.where, ids, joined(spans), ends)
+        return Tokens(row.where, ids, joined(spans), ends, self._has_special(row))
+
+    def _has_special(self, row: Segments) -> bool:
+        """Whether a prompt has special tokens in it; rows of texts alone bring their own."""
+        if self.special is None or row.divide or not (row.bos or row.eos):
+            return False
+        return any(not trained and self.special.search(text) for text, trained in row.parts)
 
 
 def _bos(tokenizer: Any) -> list[int]:

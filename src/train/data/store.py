@@ -22,7 +22,7 @@ from .sample import IGNORED, Sample
 
 Array = np.ndarray[Any, Any]
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when the same rows would be prepared differently."""
 
 _LIST = pa.list_(pa.int32())

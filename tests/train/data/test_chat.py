@@ -116,7 +116,7 @@ def test_an_assistant_that_begins() -> None:
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     forgetful = CHATML.replace("m['content'] +", "(m['content'] if loop.last else '...') +")
     with pytest.raises(DataError, match=r"file, line 1: .* mark it with \{% generation %\}"):
-        one(forgetful, CONVERSATION)
+        one(forgetful, CONVERSATION[1:])
 
 
 def test_a_template_that_raises_is_quoted() -> None:
