@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     print(table(rows))
-    disagreement = compare_losses(runs, DRIFT[options.dtype])
-    print(disagreement or f"losses agree within {DRIFT[options.dtype]:g} (relative)")
+    drift = DRIFT[options.autocast or options.dtype]
+    disagreement = compare_losses(runs, drift)
+    print(disagreement or f"losses agree within {drift:g} (relative)")
     return 1 if disagreement or any(run.error for run in runs) else 0
 
 
@@ -85,6 +86,7 @@ def row(run: Run, warmup: int) -> dict[str, Any]:
             "checkpointing": job.checkpointing,
             "memory": (job.engine.partition(":")[2] or job.memory) if is_ours(job.engine) else None,
             "flat": job.flat and is_ours(job.engine),
+            "autocast": job.autocast,
             "device": job.device,
         }
     )
@@ -151,6 +153,7 @@ def _job(options: argparse.Namespace, engine: str) -> Job:
         memory=options.memory,
         lora_dropout=options.lora_dropout,
         flat=options.flat,
+        autocast=options.autocast,
     )
 
 
@@ -200,6 +203,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_workload_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=list(DRIFT))
+    parser.add_argument(
+        "--autocast",
+        choices=["bfloat16", "float16"],
+        help="lower forward to it, in every engine; with --dtype float32, what trainers call bf16",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--engines", type=engine_names, default="eager,compile,fusewright")

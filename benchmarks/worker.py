@@ -59,11 +59,11 @@ def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
         start = time.perf_counter()
         if model is None:
             model = prepare(training.model, job)
-        loss = step(model, training.optimizer, ids)
+        loss = step(model, training.optimizer, ids, job.autocast)
         seconds = time.perf_counter() - start
         send(replies, {"loss": loss, "seconds": seconds, "peak": memory.peak()})
     if sys.stdin.readline() == "activations\n":
-        kept = activation_bytes(model, training.batches[-1])
+        kept = activation_bytes(model, training.batches[-1], job.autocast)
         send(replies, {"activation_mb": kept / MB, "plan": _plan(model, job)})
 
 

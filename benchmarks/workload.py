@@ -37,6 +37,8 @@ class Job:
         memory: of fusewright's engines: ``"speed"``, ``"auto"``, ``"min"`` or ``"<N>GB"``.
         lora_dropout: probability of dropping an adapter's input.
         flat: whether fusewright's engines step small tensors as one.
+        autocast: the dtype, by torch's name, to which autocast lowers forward; None is off. What
+            trainers call bf16: the weights stay in ``dtype``.
     """
 
     engine: str
@@ -53,6 +55,7 @@ class Job:
     memory: str = "speed"
     lora_dropout: float = 0.0
     flat: bool = False
+    autocast: str | None = None
 
 
 @dataclass
@@ -99,9 +102,19 @@ def build(job: Job) -> Training:
     return Training(model, optimizer, list(batches))
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+def forward(model: Any, ids: Tensor, autocast: str | None) -> Tensor:
+    """The loss on ``ids`` (batch, seq), in autocast to that dtype if there is one."""
+    dtype = getattr(torch, autocast or "bfloat16")
+    with torch.autocast(ids.device.type, dtype, enabled=autocast is not None):
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def step(
+    model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, autocast: str | None = None
+) -> float:
     """One full training step on ``ids`` (batch, seq); returns the loss, all work finished."""
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = forward(model, ids, autocast)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -111,9 +124,9 @@ def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
     return value
 
 
-def activation_bytes(model: Any, ids: Tensor) -> int:
+def activation_bytes(model: Any, ids: Tensor, autocast: str | None = None) -> int:
     """What one more forward pass on ``ids`` (batch, seq) keeps for backward; runs both."""
-    loss, kept = kept_for_backward(model, lambda: model(input_ids=ids, labels=ids).loss)
+    loss, kept = kept_for_backward(model, lambda: forward(model, ids, autocast))
     loss.backward()  # as in a step: what is kept must be what a working backward needs
     return kept
 

@@ -147,7 +147,14 @@ class Emit:
 
     def cast(self, x: fx.Node, dtype: Any) -> fx.Node:
         """A change of dtype."""
-        return self._keep(self._graph.call_method("to", (x, dtype)))
+        return self.method("to", x, dtype)
+
+    def as_dtype(self, x: Any, dtype: Any) -> Any:
+        """``x`` itself where it is of ``dtype`` or no floating-point tensor, else a cast of it."""
+        t = facts.tensor(x)
+        if t is None or dtype is None or not t.is_floating_point() or t.dtype is dtype:
+            return x
+        return self.cast(x, dtype)
 
     def item(self, x: fx.Node, index: int) -> fx.Node:
         """One of the values of a call that returns several."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..graph import facts
 from ..kernels import attention as op
@@ -32,14 +33,22 @@ class Attention(Rule):
 
     def check(self, m: Match) -> None:
         """Whatever the op itself says that it cannot take, or not faster than PyTorch."""
-        tensors = [facts.tensor(t) for t in (m.q, m.k, m.v)]
+        given = [facts.tensor(t) for t in (m.q, m.k, m.v, m.mask)]
+        kind = facts.dtype(m.root)
+        *tensors, mask = (_as(t, kind) for t in given)
         m.require(all(t is not None and t.dim() == 4 for t in tensors), "not 4-dimensional", m.q)
         m.require(isinstance(m.causal, bool), "is_causal is not a constant", m.root)
         m.require(m.scale is None or isinstance(m.scale, (int, float)), "scale is not a constant")
-        reasons = op.OP.unsupported(*tensors, m.scale, m.causal, facts.tensor(m.mask))
+        reasons = op.OP.unsupported(*tensors, m.scale, m.causal, mask)
         m.leave(bool(reasons), "; ".join(reasons))
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
-        """One op over the heads as they were projected."""
-        scale = None if m.scale is None else float(m.scale)
-        return ops.attention(m.q, m.k, m.v, scale, m.causal, m.mask)
+        """One op over the heads as they were projected, cast as autocast casts them."""
+        scale, kind = None if m.scale is None else float(m.scale), facts.dtype(m.root)
+        q, k, v, mask = (ops.as_dtype(n, kind) for n in (m.q, m.k, m.v, m.mask))
+        return ops.attention(q, k, v, scale, m.causal, mask)
+
+
+def _as(t: Tensor | None, kind: torch.dtype | None) -> Tensor | None:
+    """As autocast casts an operand: attention returns what it computes in."""
+    return t if t is None or kind is None or not t.is_floating_point() else t.to(kind)

@@ -37,7 +37,11 @@ def remove_noops(module: fx.GraphModule) -> int:
 
 
 def _merge_casts(graph: fx.Graph) -> int:
-    """Make equal casts of one value once; returns how many went."""
+    """Make equal casts of one value once; returns how many went.
+
+    Not those to fewer bits whose gradients are wanted: these are added up behind the casts, with
+    more bits.
+    """
     mode, gone = modes(graph), 0
     targets = [t for n in graph.nodes for t in writes(n)]
     if not all(facts.memories(t) for t in targets):
@@ -49,6 +53,11 @@ def _merge_casts(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         canon = canonical(node)
         if canon is None or canon.name != "cast":
+            continue
+        before, after = facts.tensor(canon.args[0]), facts.tensor(node)
+        if before is None or after is None:
+            continue
+        if after.requires_grad and after.element_size() < before.element_size():
             continue
         if facts.memories(canon.args[0]) & written or facts.memories(node) & (written | leaving):
             continue

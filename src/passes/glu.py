@@ -43,7 +43,7 @@ class GLU(Rule):
             yield name, act(gate) * up
 
     def check(self, m: Match) -> None:
-        """Equal shapes and dtypes, no broadcasting."""
+        """Equal shapes, no broadcasting."""
         if m.get("both") is not None:
             return
         m.pass_over(_is_multiple(m.gate, m.up))  # an activation by itself, without a gate
@@ -53,14 +53,14 @@ class GLU(Rule):
         m.require(gate is not None and up is not None, "gate or up is not a tensor")
         if gate is not None and up is not None:
             m.require(gate.shape == up.shape, "gate and up differ in shape", m.root)
-            m.require(gate.dtype == up.dtype, "gate and up differ in dtype", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op, on two tensors or on the packed one."""
         activation = m.spelling.split(" ")[0]
         if m.get("both") is not None:
             return ops.glu_packed(m.both, activation, not m.spelling.endswith("last"))
-        return ops.glu(m.gate, m.up, activation)
+        gate, up = (ops.as_dtype(n, facts.dtype(m.root)) for n in (m.gate, m.up))
+        return ops.glu(gate, up, activation)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A product whose sides come from two projections of one input, or two parts of one."""

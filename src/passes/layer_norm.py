@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..graph import facts
@@ -59,15 +60,19 @@ class LayerNorm(Rule):
             m.require(fits, "a parameter does not fit x", node)
         if w is not None and b is not None:
             m.require(w.shape == b.shape, "weight and bias have different shapes", m.b)
-        out, kind = facts.dtype(m.root), facts.dtype(m.x)
-        m.require(out == kind, f"returns {out}, the op would return {kind}", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
-        """One op. PyTorch's is contiguous whatever x is, and later views count on that."""
+        """One op. PyTorch's is contiguous whatever x is, and later views count on that.
+
+        Where the formula returns more bits than it got, or fewer, there is a cast before or after.
+        """
         x, given = m.x, facts.tensor(m.x)
         if m.spelling == "torch" and given is not None and not given.is_contiguous():
             x = ops.method("contiguous", x)
-        return ops.layer_norm(x, m.get("w"), m.get("b"), float(m.eps))
+        own, out = facts.dtype(m.x), facts.dtype(m.root)
+        wide = torch.promote_types(own, out) if own and out else own
+        made = ops.layer_norm(ops.as_dtype(x, wide), m.get("w"), m.get("b"), float(m.eps))
+        return made if wide is out else ops.cast(made, out)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """PyTorch's own that is left, and a root of a variance that no spelling claimed."""

@@ -43,7 +43,7 @@ class LoRALinear(Rule):
         # bitsandbytes' layers cast by themselves, and PEFT clones what they return
         packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
         base = p.either(
-            p.capture("product", p.linear(read, w, bias)),
+            p.maybe_cast(p.capture("product", p.linear(read, w, bias))),
             p.reshape(rows, p.anything),
             p.clone(p.maybe_cast(packed), p.anything),
             p.maybe_cast(packed),

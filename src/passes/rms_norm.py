@@ -53,24 +53,27 @@ class RMSNorm(Rule):
             shape = canonical(m.root)
             dims = shape.args[1] if shape is not None else ()
             m.require(len(dims) == 1, "normalises over more than the last dimension")
-        out, kind = facts.dtype(m.root), facts.dtype(m.x)
-        if m.spelling == "inner":
-            wide = facts.dtype(m.w)
-            kind = torch.promote_types(kind, wide) if kind and wide else kind
-        m.require(out == kind, f"returns {out}, the op would return {kind}", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
-        """One op; the spelling says where it rounds."""
+        """One op; the spelling says where it rounds.
+
+        Where the formula returns more bits than it got, or fewer, there is a cast before or after.
+        """
+        own, out = facts.dtype(m.x), facts.dtype(m.root)
+        x = m.x if _returned(m, own) is out else ops.as_dtype(m.x, _wider(own, out))
+        made = self._norm(m, x, ops)
+        return made if _returned(m, facts.dtype(x)) is out else ops.cast(made, out)
+
+    def _norm(self, m: Match, x: Any, ops: Emit) -> fx.Node:
         eps = m.eps
         if eps is None:  # torch's default: the epsilon of the input's dtype
-            dtype = facts.dtype(m.x)
-            eps = torch.finfo(dtype or torch.float32).eps
+            eps = torch.finfo(facts.dtype(m.x) or torch.float32).eps
         if m.spelling == "l2":  # the sum of squares is their mean, times the number of features
             features = facts.size(m.x, -1) or 1
-            return ops.rms_norm(m.x, None, m.eps / features, features**-0.5, "outer")
+            return ops.rms_norm(x, None, eps / features, features**-0.5, "outer")
         rounding = "inner" if m.spelling == "inner" else "outer"
         offset = 1.0 if m.spelling == "offset" else 0.0
-        return ops.rms_norm(m.x, m.get("w"), float(eps), offset, rounding)
+        return ops.rms_norm(x, m.get("w"), float(eps), offset, rounding)
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A root of a mean of squares that no spelling claimed."""
@@ -78,6 +81,15 @@ class RMSNorm(Rule):
             mean = under_root(node)
             if mean is not None and not is_variance(mean):
                 yield node, "a root that looks like a norm's"
+
+
+def _wider(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
+    return torch.promote_types(a, b) if a and b else a
+
+
+def _returned(m: Match, kind: torch.dtype | None) -> torch.dtype | None:
+    """The dtype in which the op returns a norm of x in ``kind``."""
+    return _wider(kind, facts.dtype(m.w)) if m.spelling == "inner" else kind
 
 
 class AddRMSNorm(Rule):
