@@ -96,26 +96,41 @@ _NO_CACHES = ("builtins", "torch")
 """Whose objects hold containers without collecting anything in them: masks, for one."""
 
 
-def below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[nn.Module]:
-    """The submodules of ``module``, each once, without what lies ``outside``.
+def is_container(module: nn.Module) -> bool:
+    """Whether a module only holds others, as a list does: it is never called itself."""
+    return type(module).forward is _NO_FORWARD
+
+
+_NO_FORWARD = nn.Module.forward
+
+
+def below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The submodules of ``module`` by name, each once, without what is not captured with it.
 
     Args:
         module: a region.
-        outside: the path, name by name, to a submodule that is not captured with it.
+        outside: the path, name by name, to a submodule that is not captured with it. Where this is
+            a mere container, the region calls what it holds: blocks are there, but not their parts.
     """
-    return (m for _, m in _named_below(module, outside))
-
-
-def _named_below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
     seen: set[nn.Module] = {module}
     stack = [(name, (name,), m) for name, m in module._modules.items()]
     while stack:
         name, path, m = stack.pop()
-        if m is None or m in seen or path == tuple(outside):
+        if m is None or m in seen or (path == tuple(outside) and not is_container(m)):
             continue
         seen.add(m)
         yield name, m
-        stack += [(f"{name}.{n}", (*path, n), c) for n, c in m._modules.items()]
+        if not (_leads_to(outside, path) and is_block(m)):
+            stack += [(f"{name}.{n}", (*path, n), c) for n, c in m._modules.items()]
+
+
+def _leads_to(outside: Sequence[str], path: tuple[str, ...]) -> bool:
+    return bool(outside) and path[: len(outside)] == tuple(outside)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module that a captured head calls itself has a forward of its own: ours."""
+    return "forward" in module.__dict__ and not is_container(module)
 
 
 def hooks(module: nn.Module, outside: Sequence[str] = ()) -> tuple[str | None, list[nn.Module]]:
@@ -130,7 +145,7 @@ def hooks(module: nn.Module, outside: Sequence[str] = ()) -> tuple[str | None, l
         submodules that have nothing but idle ones.
     """
     idle: list[nn.Module] = []
-    for name, m in _named_below(module, outside):
+    for name, m in below(module, outside):
         if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return name, idle
         if m._forward_hooks:

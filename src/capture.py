@@ -38,6 +38,8 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
 
     def compile_graph(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         frame, grad = next(_frames), torch.is_grad_enabled()
+        if session.shared is not None:
+            session.shared.graphs += 1
         before = session.shown(module, frame, kind, "captured")
         findings = _rewrite(session, module)
         # graphs without gradients serve evaluation: not worth a second compilation; and a compiler

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from .capture import backend
-from .forwards import backbone_forward, block_forward, head_forward
+from .forwards import Original, block_forward
+from .heads import backbone_forward, head_forward
 from .leaves import content, with_leaves
+from .opaque import Results, in_head
 from .regions import Region, parts
 from .session import Session
 
@@ -75,20 +77,20 @@ def _unbound(forward: Any) -> Any:
     return getattr(forward, "__func__", forward)
 
 
-def install(region: Region, session: Session) -> None:
-    """Give ``region.module`` a captured forward."""
-    if not region.backbone:
-        _put(
-            region.module,
-            session,
-            region.kind,
-            functools.partial(block_forward, session, region.kind),
-        )
-        return
-    outside = next(n for n, c in region.module.named_children() if c is region.backbone[0])
-    _put(region.module, session, region.kind, functools.partial(head_forward, session, outside))
-    for module in region.backbone:
-        _put(module, session, "backbone", functools.partial(backbone_forward, session))
+def install(regions: Iterable[Region], session: Session) -> None:
+    """Give the modules of ``regions`` captured forwards."""
+    results = Results()
+    for region in regions:
+        if region.kind == "head":
+            own = None if region.backbone else results
+            make = functools.partial(head_forward, session, region.outside, own)
+            _put(region.module, session, "head", make)
+            for module in region.backbone:
+                outside = functools.partial(backbone_forward, session)
+                _put(module, session, "backbone", outside)
+        else:
+            make = functools.partial(block_forward, session, region.kind)
+            _put(region.module, session, region.kind, make, results if region.in_head else None)
 
 
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
@@ -99,8 +101,7 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
     """
     record = installed(module, wrapped=True)
     found = parts(module) if record is not None and record.kind == "block" else []
-    for part in found:
-        install(part, session)
+    install(found, session)
 
     def join() -> None:
         for part in found:
@@ -140,29 +141,26 @@ def _put(
     module: nn.Module,
     session: Session,
     kind: str,
-    make: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]],
+    make: Callable[[Original, Callable[..., Any]], Callable[..., Any]],
+    results: Results | None = None,
 ) -> None:
     previous = module.__dict__.get("forward")
-    own: Any = None if previous is None else _unbound(previous)
-    # a module that was unpickled carries its class's forward as its own
-    method = previous is None or isinstance(previous, types.MethodType)
-
-    def plain(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        function = type(self).forward if own is None else own  # the class may have another by now
-        return function(self, *args, **kwargs) if method else function(*args, **kwargs)
+    original = Original(previous)
 
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
-        function: Any = type(self).forward if own is None else own
-        source = (with_leaves(function) or function) if method else plain
+        function = original.function(self)
+        source = (with_leaves(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
-            target = _own_code(source) if method else plain
+            target = _own_code(source) if original.is_method else original.__call__
             return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
 
-        return session.compiled((source, code, variant), kind, build)
+        return session.compiled(self, (source, code, variant), kind, build)
 
-    forward = make(plain, compiled)
-    functools.update_wrapper(forward, type(module).forward if own is None else own)
+    forward = make(original, compiled)
+    if results is not None:
+        forward = in_head(session, results, forward)
+    functools.update_wrapper(forward, original.function(module))
     forward.__name__ = "forward"  # pickle stores a method by this name
     setattr(forward, _MARK, Installed(session, kind, previous))
     session.retired.discard(module)

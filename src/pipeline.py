@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import codegen as _codegen
 from . import regions
 from .errors import OptimizeError
+from .forwards import OUTER_COMPILE
 from .install import active, install, split, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
@@ -91,8 +92,7 @@ def optimize(
         _planner(model, blocks, memory, choice[0]),
         split=split,
     )
-    for region in found:
-        install(region, session)
+    install(found, session)
     if strict:
         _require_no_gaps(explain(model), session)
     return model
@@ -151,12 +151,20 @@ def explain(model: nn.Module) -> Report:
     session = places[0][2].session
     sites: list[Site] = []
     bypasses: list[Bypass] = []
-    if not any(m in session.runs or m in session.notes for _, m, _ in places):
+
+    def ran(module: nn.Module) -> bool:
+        return module in session.runs or module in session.notes
+
+    if not session.outer_compile and not any(ran(m) for _, m, _ in places):
         try:
             _tiny_step(model)
+            if any(r.kind == "head" and not ran(m) for _, m, r in places):
+                _tiny_step(model)  # a head that calls the blocks itself is captured the second time
         except Exception as error:  # a model may want other inputs; explaining must not crash
             reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
             bypasses.append(Bypass("", f"{reason}call the model once yourself, then explain it"))
+    if session.outer_compile:
+        bypasses.append(Bypass("", OUTER_COMPILE))
     for path, module, record in places:
         graph = representative(session.runs.get(module, []))
         if graph is not None:
@@ -166,7 +174,7 @@ def explain(model: nn.Module) -> Report:
                 for f in graph.findings
                 if f.status == "left"
             ]
-        elif record.kind == "head" and module not in session.notes:
+        elif record.kind == "head" and not ran(module) and not session.outer_compile:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
         bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
     captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}

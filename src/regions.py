@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bypass import is_container
+
 _LOSS_ARGUMENT = "labels"
 """The one name that models share: what Trainer, and everybody, passes for a loss."""
 
@@ -32,14 +34,18 @@ class Region:
         path: as in ``named_modules()``.
         module: the module.
         kind: ``"block"``, ``"norm"`` or ``"head"``.
-        backbone: for a head, the submodule that stays outside; then those inside it that hold all
-            blocks, one of which the head may call in its place.
+        outside: for a head, the path, name by name, to the submodule that stays outside.
+        backbone: for a head, this submodule; then those inside it that hold all blocks, one of
+            which the head may call in its place. Empty where the head calls the blocks itself.
+        in_head: for a block, whether a head that is captured calls it.
     """
 
     path: str
     module: nn.Module
     kind: str
+    outside: tuple[str, ...] = ()
     backbone: tuple[nn.Module, ...] = ()
+    in_head: bool = False
 
 
 def find(model: nn.Module) -> list[Region]:
@@ -57,10 +63,11 @@ def find(model: nn.Module) -> list[Region]:
     inside = tuple(f"{path}." for path in blocks)
     regions = []
     head = _head(model, list(blocks.values()))
-    in_head = set(head.module.modules()) - set(head.backbone[0].modules()) if head else set()
+    in_head = set(head.module.modules()) - set(_outside(head).modules()) if head else set()
+    flat = head is not None and not head.backbone
     for path, module in model.named_modules():
         if path in blocks:
-            regions.append(Region(path, module, "block"))
+            regions.append(Region(path, module, "block", in_head=flat))
         elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
             regions.append(Region(path, module, "norm"))
     if head is not None:
@@ -142,10 +149,25 @@ def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
         head = _output_embeddings(module)
         for child in holders:
             if head is not None and head not in set(child.modules()):
-                return Region(path, module, "head", _chain(child, blocks))
+                return _region_of_head(path, module, blocks)
             if takes_labels(module):
-                inner = Region(path, module, "head", _chain(child, blocks))
+                inner = _region_of_head(path, module, blocks)
     return inner
+
+
+def _region_of_head(path: str, module: nn.Module, blocks: list[nn.Module]) -> Region:
+    """The head region of ``module``, of whose children one holds all blocks."""
+    names, child = [], module
+    while inner := [(n, c) for n, c in child.named_children() if _holds(c, blocks)]:
+        name, child = inner[0]
+        names.append(name)
+        if not is_container(child):
+            return Region(path, module, "head", tuple(names), _chain(child, blocks))
+    return Region(path, module, "head", tuple(names))
+
+
+def _outside(head: Region) -> nn.Module:
+    return head.module.get_submodule(".".join(head.outside))
 
 
 def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:

@@ -6,8 +6,8 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from .match.finding import Finding
 from .memory.planner import Planner
 from .memory.retry import is_out_of_memory
 from .options import Environment, Options
+from .sharing import Shared, Sharing, Stage
 from .verify import Verifier
 from .watch import Watches
 
@@ -70,6 +71,9 @@ class Session:
         split: called with a module that could not be captured: makes regions of its parts, and
             returns what undoes that.
         current: the module whose region is being called.
+        shared: the function that it runs.
+        sharing: which modules share a function.
+        outer_compile: whether somebody's torch.compile has traced the model as it was.
         head_active: whether the call at hand came through a captured head.
         preparation: what Inductor needs first, found in the background.
         retired: modules that were restored; a forward of theirs that others have wrapped is idle.
@@ -94,29 +98,34 @@ class Session:
     )
     split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
     current: nn.Module | None = None
+    shared: Shared | None = None
+    sharing: Sharing = field(default_factory=Sharing)
+    outer_compile: bool = False
     head_active: bool = False
     preparation: threading.Thread | None = None
     retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     watches: Watches = field(default_factory=Watches)
     keeps_code: bool = False
     _called: bool = False
-    _compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     _failures: dict[Any, str] = field(default_factory=dict)
 
     def compiled(
-        self, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
+        self, module: nn.Module, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """The compiled form of one function; modules that share the function share it.
+        """The compiled form of ``module``'s function; modules that share the function share it.
 
         Those that keep different things for backward do not. The one that was made before there was
         a plan belongs to the level that the plan gave it.
         """
         *source, level = key
         if kind == "block" and level == self.planner.first:
-            key = *source, None
-        if (key, kind) not in self._compiled:
-            self._compiled[key, kind] = make()
-        return self._compiled[key, kind]
+            level = None
+        self.shared = shared = self.sharing.find(module, (*source, level, kind))
+        if shared.stage is Stage.OWN and shared.full:
+            raise TooManyGraphs("each call needs a graph of its own")
+        if shared.function is None:
+            shared.function = make()
+        return shared.function
 
     def call(
         self,
@@ -131,8 +140,7 @@ class Session:
 
         In a block or norm nothing has run when capture fails; in a head the backbone may have, and
         runs once more, this one time. An error of the model's own code comes out of ``plain``
-        again, as it would have without us. Floats (an eps, a scale) are pinned meanwhile: Dynamo
-        would turn them into tensors when two models differ.
+        again, as it would have without us.
 
         Args:
             module: the region.
@@ -145,13 +153,12 @@ class Session:
         if not self._called and self.codegen[0] == "inductor":
             self.preparation = codegen.prepare(module)
         self._called = True
-        previous, self.current = self.current, module
-        settings = _config.specialize_float, _config.recompile_limit
-        _config.specialize_float = True
-        _config.recompile_limit = max(_LIMIT, settings[1])
+        previous = self.current, self.shared
+        self.current = module
         try:
-            with around():
-                return compiled()(module, *args, **kwargs)
+            run = compiled()
+            with around(), _numbers(self.shared):
+                return run(module, *args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
@@ -160,10 +167,9 @@ class Session:
             if not _is_of_capture(error):
                 raise
             reason = f"could not be captured: {_first_line(error)}"
-            one_off = isinstance(error, FailOnRecompileLimitHit)
+            one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
-            self.current = previous
-            _config.specialize_float, _config.recompile_limit = settings
+            self.current, self.shared = previous
         join = self.split(module, self)
         try:
             result = plain()
@@ -229,8 +235,35 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-_LIMIT = 64
-"""Recompilations allowed; Dynamo's default of 8 is soon used up by one class in many roles."""
+class TooManyGraphs(TorchDynamoException):
+    """A module that needs a new graph for each call."""
+
+
+_LIMIT = 1024
+"""Dynamo's own limit of recompilations; ``sharing`` has stricter ones, and ways out."""
+
+
+@contextmanager
+def _numbers(shared: Shared | None) -> Iterator[None]:
+    """Say what Dynamo does, should it capture, with numbers that stand in modules.
+
+    Args:
+        shared: at its stage ``VARYING``, those become inputs in which two calls differ; otherwise
+            all are constants (an eps, a scale, the size of a head).
+    """
+    varying = shared is not None and shared.stage is Stage.VARYING
+    before = _config.specialize_float, _config.recompile_limit
+    _config.specialize_float = not varying
+    _config.recompile_limit = max(_LIMIT, before[1])
+    integers = _config.allow_unspec_int_on_nn_module
+    if varying:
+        _config.allow_unspec_int_on_nn_module = True
+    try:
+        yield
+    finally:
+        _config.specialize_float, _config.recompile_limit = before
+        if varying:
+            _config.allow_unspec_int_on_nn_module = integers
 
 
 def _is_of_capture(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _globals
 
-from .bypass import below, hooks
+from .bypass import below, hooks, is_block, is_container
 from .leaves import Scans, scanning
 
 _HOOKS = itemgetter(
@@ -78,6 +78,7 @@ class Watch:
     Attributes:
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that stand in these modules themselves.
+        blocks: those of these modules that run graphs of their own.
         scans: what ``leaves.scanning`` finds in them.
         passes: number of the pass in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
@@ -85,13 +86,13 @@ class Watch:
 
     def __init__(self, module: nn.Module, outside: Sequence[str] = ()) -> None:
         self._outside = outside
-        self._below = list(below(module, outside))
+        self._below = [m for _, m in below(module, outside)]
         self._dicts = [m.__dict__ for m in self._below]
         self._children = self._present(module)
         self._kinds = list(map(type, self._below))
         self._forwards = [d.get("forward") for d in self._dicts]
-        # a container is never called, so that nothing of what is put on it is
-        self._called = [m.__dict__ for m in self._below if type(m).forward is not _NO_FORWARD]
+        self.blocks = [m for m in self._below if is_block(m)]
+        self._called = [m.__dict__ for m in self._below if not is_container(m)]
         self.classes = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)
@@ -121,9 +122,6 @@ class Watch:
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
             return None, []
         return hooks(module, self._outside)
-
-
-_NO_FORWARD = nn.Module.forward
 
 
 def _code(forward: Any) -> Any:

@@ -1,0 +1,187 @@
+"""Models whose blocks are children of the module that computes the loss, without a backbone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fusewright import explain, optimize, restore
+
+IDS = torch.arange(14).view(2, 7)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Block(nn.Module):
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.returns = returns
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Any:
+        h = x * 2.0
+        y = self.down(F.silu(self.gate(h)) * self.up(h))
+        if self.returns == "in place":
+            x = x.clone() if x.is_leaf else x
+            x += y
+        else:
+            x = x + y
+        x = x if shift is None else x + shift
+        return {"tuple": (x, None), "wider": (x, x.double())}.get(self.returns, x)
+
+
+class Flat(nn.Module):
+    """nanoGPT's way: the blocks in a dictionary of modules, the loop in the model's own forward."""
+
+    def __init__(self, returns: str = "tensor", nested: bool = True, checkpoints: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(Block(returns) for _ in range(3))
+        self.transformer = nn.ModuleDict(
+            {
+                "embed": nn.Embedding(32, 16),
+                "norm": Norm(),
+                **({"blocks": blocks} if nested else {}),
+            }
+        )
+        if not nested:
+            self.blocks = blocks
+        self.lm_head = nn.Linear(16, 32, bias=False)
+        self.nested, self.checkpoints = nested, checkpoints
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        x = self.transformer.embed(input_ids)
+        for block in self.transformer.blocks if self.nested else self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        logits = self.lm_head(self.transformer.norm(x))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.float().view(-1, 32), labels.view(-1)), logits
+
+
+def _assert_equal(ours: nn.Module, eager: nn.Module) -> None:
+    results = []
+    for model in (ours, eager):
+        model.zero_grad()
+        loss, logits = model(IDS, labels=IDS)
+        loss.backward()
+        results.append([loss.detach(), logits.detach() + 0, *(p.grad for p in model.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nested": False},
+        {"returns": "tuple"},
+        {"returns": "in place"},
+        {"checkpoints": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_head_and_blocks_are_captured_apart(options: dict[str, Any], codegen: str) -> None:
+    eager = Flat(**options)
+    ours = optimize(copy.deepcopy(eager), codegen=codegen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            _assert_equal(ours, eager)
+    assert not [w for w in caught if "was put around" in str(w.message)]
+    report = explain(ours)
+    assert report.by_rule() == {"glu": 3, "mlp_block": 3, "rms_norm": 1, "linear_cross_entropy": 1}
+    where = "transformer.blocks" if eager.nested else "blocks"
+    homes = [s.module for s in report.sites if s.rule == "glu"]
+    assert homes == [f"{where}.{i}" for i in range(3)]
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    torch.testing.assert_close(other(IDS, labels=IDS)[0], torch.tensor(32.0).log())
+    _assert_equal(ours, eager)
+    _assert_equal(restore(ours), eager)
+
+
+def test_explain_alone_captures_the_head() -> None:
+    report = explain(optimize(Flat(), codegen="eager"))
+    assert report.by_rule()["linear_cross_entropy"] == 1
+    assert not report.bypasses
+
+
+@pytest.mark.parametrize("place", ["block", "inside", "norm"])
+@pytest.mark.parametrize("early", [False, True])
+def test_hooks_are_called(place: str, early: bool) -> None:
+    eager = Flat()
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    if not early:
+        _assert_equal(ours, eager)
+        _assert_equal(ours, eager)
+    calls = []
+    for model in (ours, eager):
+        block = model.transformer.blocks[1]
+        module = {"block": block, "inside": block.gate, "norm": model.transformer.norm}[place]
+        module.register_forward_hook(lambda m, i, o: (calls.append(type(m)), o * 2)[1])
+    for _ in range(3):
+        _assert_equal(ours, eager)
+    assert len(calls) == 6
+    assert any("hook" in b.reason for b in explain(ours).bypasses)
+
+
+def test_blocks_that_return_something_new_leave_the_head_as_it_was() -> None:
+    eager = Flat("wider")
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    for _ in range(3):
+        _assert_equal(ours, eager)
+    assert explain(ours).by_rule()["glu"] == 3
+    assert any("no tensors like their inputs" in b.reason for b in explain(ours).bypasses)
+    for model in (ours, eager):
+        for block in model.transformer.blocks:
+            block.returns = "tensor"
+    _assert_equal(ours, eager)
+
+
+def test_blocks_that_change_what_they_return() -> None:
+    eager = Flat()
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    for returns in ("tensor", "tensor", "tuple", "tuple"):
+        for model in (ours, eager):
+            model.transformer.blocks[1].returns = returns
+        _assert_equal(ours, eager)
+
+
+def test_weights_that_are_trained_later() -> None:
+    eager = Flat().requires_grad_(False)
+    eager.lm_head.requires_grad_(True)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager)
+    _assert_equal(ours, eager)
+    for model in (ours, eager):
+        model.requires_grad_(True)
+    _assert_equal(ours, eager)
+    ours.eval(), eager.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS, labels=IDS)[0], eager(IDS, labels=IDS)[0])

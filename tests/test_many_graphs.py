@@ -1,0 +1,129 @@
+"""Modules that differ in a number, or change one at each call: few graphs, and none given up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusewright import explain, optimize
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """A gated block with a number of its own."""
+
+    def __init__(self, number: Any, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.number, self.use = number, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(F.silu(self.gate(x)) * self.up(x))
+        return x + 0.1 * self.use(self, y)
+
+
+class Stack(nn.Module):
+    def __init__(self, numbers: list[Any], use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block(n, use) for n in numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def index(self: Any, y: Tensor) -> Tensor:
+    return y / (1 + self.number)
+
+
+def first_ones(self: Any, y: Tensor) -> Tensor:
+    return y * 2 if self.number < 3 else y
+
+
+def factor(self: Any, y: Tensor) -> Tensor:
+    return y * self.number
+
+
+def counter(self: Any, y: Tensor) -> Tensor:
+    self.number += 1
+    return y * self.number
+
+
+def _assert_equal(ours: nn.Module, eager: nn.Module, steps: int = 1) -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for _ in range(steps):
+        results = []
+        for model in (ours, eager):
+            model.zero_grad()
+            y = model(x)
+            y.square().mean().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters())])
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "use"),
+    [
+        (list(range(70)), index),
+        (list(range(70)), first_ones),
+        ([1 / (i + 1) for i in range(70)], factor),
+    ],
+    ids=["index", "first ones", "factor"],
+)
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_seventy_layers_that_differ_in_a_number(numbers, use, codegen) -> None:
+    eager = Stack(numbers, use)
+    ours = optimize(copy.deepcopy(eager), codegen=codegen)
+    _assert_equal(ours, eager, steps=2)
+    report = explain(ours)
+    assert not report.bypasses
+    assert report.by_rule()["glu"] == 70
+    assert report.graphs <= 16
+    _assert_equal(ours, eager)
+    assert explain(ours).graphs <= report.graphs
+
+
+def test_layers_that_count_their_calls() -> None:
+    eager = Stack([0, 0], counter)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager, steps=40)
+    assert [b.number for b in ours.layers] == [40, 40]
+    report = explain(ours)
+    assert not report.bypasses
+    assert report.by_rule()["glu"] == 2
+    assert report.graphs <= 16
+
+
+def test_layers_that_no_input_can_tell_apart_get_a_graph_each() -> None:
+    def named(self: Any, y: Tensor) -> Tensor:
+        return y / (1 + len(self.number))
+
+    eager = Stack(["x" * i for i in range(66)], named)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager, steps=2)
+    assert not explain(ours).bypasses
+    assert explain(ours).by_rule()["glu"] == 66
+
+
+def test_a_layer_that_is_another_at_each_call_is_given_up_with_the_reason() -> None:
+    def renamed(self: Any, y: Tensor) -> Tensor:
+        self.number += "x"
+        return y / len(self.number)
+
+    eager = Stack(["", ""], renamed)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager, steps=60)
+    assert any("each call needs a graph of its own" in b.reason for b in explain(ours).bypasses)
