@@ -30,27 +30,29 @@ def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect
     return own
 
 
-def fills_by_default(
-    module: nn.Module, forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
-) -> bool:
-    """Whether ``module`` says that it fills a cache unless it is told otherwise.
+def has_switch(forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a causal LM's signature says what ``use_cache`` means, and that it may be left out.
 
-    Its configuration has the word, a call that does not say it means the configuration, and its
-    outputs are a record with named fields: a tuple would lose one of its places.
+    A call that does not say it means the configuration, and the outputs are a record with named
+    fields: a plain tuple would lose one of its places.
 
     Args:
-        module: a causal LM.
         forward: its forward.
         parameters: what the forward takes, as ``parameters_of`` says.
     """
     switch = parameters.get("use_cache")
     if switch is None or switch.default is not None:
         return False
-    config = getattr(module, "config", None)
-    inner = getattr(config, "get_text_config", lambda: None)()
-    if not any(getattr(c, "use_cache", None) is True for c in (config, inner)):
-        return False
     return "return_dict" in parameters or any(map(_is_record, _returned(forward)))
+
+
+def is_on(module: nn.Module) -> bool:
+    """Whether the configuration of a causal LM asks for a cache now."""
+    config = getattr(module, "config", None)
+    if getattr(config, "use_cache", None) is True:
+        return True
+    inner = getattr(config, "get_text_config", lambda: None)()
+    return getattr(inner, "use_cache", None) is True
 
 
 def _returned(forward: Callable[..., Any]) -> tuple[Any, ...]:
@@ -68,7 +70,7 @@ def _is_record(kind: Any) -> bool:
 
 
 def is_idle(kwargs: Mapping[str, Any]) -> bool:
-    """Whether nobody reads, in this call, the cache that ``fills_by_default``.
+    """Whether nobody reads, in this call, the cache that is filled by default.
 
     Transformers finds packed samples in ``position_ids`` only without a cache.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .bypass import hidden_hooks, transformed
-from .default_cache import SharedPlaces, fills_by_default, is_idle, parameters_of
+from .default_cache import SharedPlaces, has_switch, is_idle, is_on, parameters_of
 from .forwards import Original, stands_aside
 from .memory.retry import retrying
 from .opaque import Results
@@ -21,14 +21,14 @@ from .watch import of_all_modules
 
 
 class _Signature:
-    """What a causal LM's forward takes, and whether it fills a cache by default."""
+    """What a causal LM's forward takes, and whether it can fill a cache by default."""
 
-    def __init__(self, module: nn.Module, forward: Any, is_method: bool, backbone: Any) -> None:
+    def __init__(self, forward: Any, is_method: bool, backbone: Any) -> None:
         self.forward = forward
         own = inspect.signature(forward).parameters
         positional = [n for n, p in own.items() if p.kind in _POSITIONAL]
         self._positional = positional[1:] if is_method else positional
-        self.fills_cache = fills_by_default(module, forward, parameters_of(forward, backbone))
+        self.has_cache = has_switch(forward, parameters_of(forward, backbone))
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """All arguments by name; None where the call is a wrong one."""
@@ -60,7 +60,7 @@ def head_forward(
         function = original.function(self)
         if not known or known[0].forward is not function:
             backbone = None if results is not None else _at(self, outside)
-            known[:] = [_Signature(self, function, original.is_method, backbone)]
+            known[:] = [_Signature(function, original.is_method, backbone)]
         return known[0]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,8 @@ def head_forward(
         if kwargs.get("labels") is None:
             return original(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        if training and sign.fills_cache and is_idle(kwargs) and not places.any_in(self):
+        idle_cache = training and sign.has_cache and is_on(self) and is_idle(kwargs)
+        if idle_cache and not places.any_in(self):
             kwargs["use_cache"] = False
         watch = session.watches.of(self, outside)
         hooked, idle = watch.hooked(self)
