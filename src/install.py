@@ -53,6 +53,24 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
         wrapped: find it also under wrappers that others have put around it since, as
             ``Accelerator.prepare`` does.
     """
+    record = _on_top(module, wrapped)
+    if record is None and wrapped:
+        record = getattr(_unbound(module.__dict__.get(_REPLICATE)), _MARK, None)
+    return record
+
+
+def displaced(module: nn.Module) -> str | None:
+    """What stands in the place of a forward that fusewright put into ``module``, if anything does.
+
+    It may call ours, through a closure or not at all: nothing tells.
+    """
+    if installed(module, wrapped=True) is None or _on_top(module, wrapped=True) is not None:
+        return None
+    forward = _unbound(module.forward)
+    return getattr(getattr(forward, "__code__", None), "co_qualname", type(forward).__name__)
+
+
+def _on_top(module: nn.Module, wrapped: bool) -> Installed | None:
     forward = module.__dict__.get("forward")
     while forward is not None:
         function = getattr(forward, "__func__", forward)
@@ -162,24 +180,32 @@ def _put(
         forward = in_head(session, results, forward)
     functools.update_wrapper(forward, original.function(module))
     forward.__name__ = "forward"  # pickle stores a method by this name
-    setattr(forward, _MARK, Installed(session, kind, previous))
+    record = Installed(session, kind, previous)
+    setattr(forward, _MARK, record)
     session.retired.discard(module)
     module.__dict__["forward"] = types.MethodType(forward, module)
-    module.__dict__[_REPLICATE] = types.MethodType(_replicate_for_data_parallel, module)
+    module.__dict__[_REPLICATE] = types.MethodType(_replicating(record), module)
 
 
-def _replicate_for_data_parallel(self: nn.Module) -> Any:
-    """A replica of ``nn.DataParallel``: it runs as it was, for our method would run the original.
+def _replicating(record: Installed) -> Callable[[nn.Module], Any]:
+    """What makes a replica for ``nn.DataParallel``, which runs as the module was without us.
 
-    It lives for one call; training on several GPUs is better done with one process for each.
+    Our method would run the original's weights. A replica lives for one call; training on several
+    GPUs is better done with one process for each. The record stands here too, where those who put
+    another forward into the module leave it.
     """
-    replica = type(self)._replicate_for_data_parallel(self)
-    record = installed(self)
-    for name in ("forward", _REPLICATE):
-        replica.__dict__.pop(name, None)
-    if record is not None and record.previous is not None:
-        replica.__dict__["forward"] = _bound(record.previous, replica)
-    return replica
+
+    def replicate(self: nn.Module) -> Any:
+        replica = type(self)._replicate_for_data_parallel(self)
+        for name in ("forward", _REPLICATE):
+            replica.__dict__.pop(name, None)
+        if record.previous is not None:
+            replica.__dict__["forward"] = _bound(record.previous, replica)
+        return replica
+
+    replicate.__name__ = _REPLICATE  # pickle stores a method by this name
+    setattr(replicate, _MARK, record)
+    return replicate
 
 
 _serial = itertools.count(1)

@@ -21,7 +21,7 @@ from . import codegen as _codegen
 from . import regions
 from .errors import OptimizeError
 from .forwards import OUTER_COMPILE
-from .install import active, install, split, uninstall
+from .install import active, displaced, install, split, uninstall
 from .match.apply import Fuel
 from .match.rule import Rule
 from .memory.meter import Meter
@@ -176,6 +176,9 @@ def explain(model: nn.Module) -> Report:
             ]
         elif record.kind == "head" and not ran(module) and not session.outer_compile:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
+        if (other := displaced(module)) is not None:
+            reason = f"{other} was put in the place of its forward, and may or may not call it"
+            bypasses.append(Bypass(path, reason))
         bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
     captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}
     regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)

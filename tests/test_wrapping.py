@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -246,3 +250,71 @@ def test_replicas_for_data_parallel_run_their_own_weights() -> None:
     assert replica.forward.__self__ is replica
     assert installed(replica) is None
     assert installed(layer) is not None
+
+
+def test_a_forward_that_a_trainer_puts_in_the_place_of_ours() -> None:
+    """As TRL does for its own head: ``__wrapped__`` is the class's forward, not ours."""
+    model = optimize(build(LLAMA, lora=False))
+    ours = model.forward
+
+    @functools.wraps(type(model).forward)
+    def fused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    model.forward = types.MethodType(fused, model)
+    assert isinstance(model(input_ids=IDS, labels=IDS).logits, LazyLogits)
+    report = explain(model)
+    assert report.by_rule()["linear_cross_entropy"] == 1
+    assert any("fused was put in the place of its forward" in b.reason for b in report.bypasses)
+    other = copy.deepcopy(model)
+    restore(model)
+    assert type(model(input_ids=IDS, labels=IDS).logits) is Tensor
+    assert not explain(model).sites
+    _loss(optimize(model))
+    assert explain(model).by_rule()["rms_norm"] == 5
+    restore(other)
+    assert type(other(input_ids=IDS, labels=IDS).logits) is Tensor
+    assert not explain(other).sites
+
+
+@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")])
+def test_the_head_of_trl(outputs: tuple[str, ...]) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+    models = [optimize(build(LLAMA, lora=False)), build(LLAMA, lora=False)]
+    losses = []
+    for model in models:
+        utils.add_fused_lm_head(model, outputs=outputs)
+        losses.append(model(input_ids=IDS, labels=IDS, fused_lm_head=True).log_probs.sum())
+    torch.testing.assert_close(*losses)
+    report = explain(models[0])
+    assert report.by_rule()["glu"] == 2
+    assert "linear_cross_entropy" not in report.by_rule()
+    assert any("_fused_forward was put in" in b.reason for b in report.bypasses)
+    restore(models[0])
+    assert type(models[0](input_ids=IDS, labels=IDS).logits) is Tensor
+
+
+def test_inside_a_compilation_of_others_nothing_is_reported_as_rewritten(tmp_path) -> None:
+    model = optimize(build(LLAMA, lora=False))
+    arguments = tf.TrainingArguments(
+        str(tmp_path), torch_compile=True, torch_compile_backend="eager", max_steps=2, use_cpu=True,
+        per_device_train_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tf.Trainer(model, arguments, train_dataset=rows).train()
+    report = explain(model)
+    assert not report.sites
+    assert any("torch.compile was put around" in b.reason for b in report.bypasses)
+    _loss(model)
+    assert explain(model).by_rule()["glu"] == 2
+
+
+def test_a_step_with_weights_that_accelerate_keeps_elsewhere() -> None:
+    results = []
+    for model in (optimize(build(LLAMA, lora=False)), build(LLAMA, lora=False)):
+        accelerate.cpu_offload(model, execution_device="cpu")
+        _loss(model).backward()
+        results.append(_loss(model).detach())
+    torch.testing.assert_close(*results)
