@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from . import codegen
+from .caller_writes import may_write, open_inputs
 from .graph.facts import nested
 from .graph.whole import is_leaf
 from .match.apply import apply
@@ -41,7 +42,11 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         if session.shared is not None:
             session.shared.graphs += 1
         before = session.shown(module, frame, kind, "captured")
-        findings = _rewrite(session, module)
+        open_to_writes = (
+            grad and kind != "head" and may_write(session.planner.model(), session.current)
+        )
+        findings = _rewrite(session, module, open_to_writes)
+        places = open_inputs(module) if open_to_writes else ()
         # graphs without gradients serve evaluation: not worth a second compilation; and a compiler
         # would unroll what was captured whole and not rewritten
         compiled = kind == "block" and grad and not _has_leaf(module)
@@ -56,6 +61,7 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         else:
             run = codegen.eager(module)
         run = offloaded(session.planner, module, run)
+        run = session.callers.around(run, places, lambda: session.current)
 
         def call(*args: Any) -> Any:
             session.record(captured)
@@ -70,7 +76,7 @@ def _has_leaf(module: fx.GraphModule) -> bool:
     return any(is_leaf(n.target) for inner in nested(module) for n in inner.graph.nodes)
 
 
-def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
+def _rewrite(session: Session, module: fx.GraphModule, open_to_writes: bool) -> list[Finding]:
     require_gradients(module)
     remove_writes(module)
     remove_noops(module)
@@ -79,6 +85,6 @@ def _rewrite(session: Session, module: fx.GraphModule) -> list[Finding]:
         findings = apply(module, session.rules, TABLE, verify, session.fuel)
     if session.options.logits == "lazy":
         defer_logits(module)
-    copy_what_is_written(module)
+    copy_what_is_written(module, open_to_writes)
     module.recompile()
     return findings

@@ -20,13 +20,14 @@ from ..graph.signatures import is_builtin
 from .ops import KEPT_OUTPUTS
 
 
-def copy_what_is_written(module: fx.GraphModule) -> int:
+def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
     """Give each op of ours a copy of what it may keep and the graph writes into later.
 
     An op may keep each of its inputs, and the outputs in ``KEPT_OUTPUTS``.
 
     Args:
         module: the graph after the rules; it and the graphs nested in it are changed in place.
+        open_to_writes: whoever gets the graph's results may write into them.
 
     Returns:
         How many copies are made.
@@ -38,6 +39,12 @@ def copy_what_is_written(module: fx.GraphModule) -> int:
         for node in inner.graph.nodes:
             for target in writes(node):
                 last.update(dict.fromkeys(facts.memories(target), order[node]))
+        if open_to_writes and inner is module:
+            output = next(reversed(inner.graph.nodes))
+            leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
+            given = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
+            leaving -= {m for n in given for m in facts.memories(n)}
+            last.update(dict.fromkeys(leaving, order[output]))
         if not last:
             continue
         mode = modes(inner.graph)

@@ -1,0 +1,141 @@
+"""What the code around a block writes into, when the block has run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusewright import explain, optimize
+from fusewright.budget import exceeded
+from fusewright.caller_writes import CallerWrites, may_write
+
+
+class Block(nn.Module):
+    """``mlp(norm(x))``, or the sum of x and a part of it beside that."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.g, self.u, self.d = (nn.Linear(16, 16) for _ in range(3))
+        self.w = nn.Parameter(torch.rand(16) + 0.5)
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Any:
+        if self.pair:
+            x = x + self.d(x)
+        h = x * 1 if x.dtype is torch.float64 else x.float()  # the exact one may be written to, too
+        n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = self.w * n.to(x.dtype)
+        y = self.d(F.silu(self.g(y)) * self.u(y))
+        return (y, x) if self.pair else y
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(self.pair), Block(self.pair)])
+
+    pair = False
+
+
+class Adds(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x += layer(x)
+        return x
+
+
+class AddsByMethod(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            self._add(x, layer(x))
+        return x
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        x.add_(y)
+
+
+class Scales(Stack):
+    pair = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y, rest = layer(x)
+            rest *= 2
+            x = y + rest
+        return x
+
+
+class Counts(Stack):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+            self.calls += 1
+        return x
+
+
+class Plain(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def _step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x * 1)
+    y.double().square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("memory", ["speed", "min"])
+@pytest.mark.parametrize("kind", [Adds, AddsByMethod, Scales])
+def test_the_caller_may_write_as_in_eager(kind: Any, memory: str, codegen: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = kind().to(torch.bfloat16)
+    ours = optimize(copy.deepcopy(eager), codegen=codegen, memory=memory)
+    exact, x = copy.deepcopy(eager).double(), torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    reference = _step(exact, x.double())
+    for _ in range(3):
+        for a, b, o in zip(_step(ours, x), _step(eager, x), reference, strict=True):
+            assert exceeded(a, b, o) is None
+    assert explain(ours).by_rule()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(Adds, True), (AddsByMethod, True), (Counts, True), (Plain, False), (Scales, True)],
+)
+def test_code_that_may_write_is_told_by_its_look(kind: Any, expected: bool) -> None:
+    model = kind()
+    assert may_write(model, model.layers[0]) is expected
+    assert may_write(model, Block(False)) is expected  # of a copy
+    assert not may_write(model, nn.Linear(2, 2)) or expected
+    assert not may_write(nn.Sequential(Block(False)), Block(False))
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_copies_end_with_a_step_in_which_nobody_wrote(written: bool) -> None:
+    regions = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    got: list[Tensor] = []
+    writes, at = CallerWrites(), [0]
+    call = writes.around(got.append, [0], lambda: regions[at[0]])
+    given = [torch.ones(2), torch.ones(2)]
+    for step in range(3):
+        for i in range(2):
+            at[0] = i
+            call(given[i])
+            if written and i == 0:
+                given[i].add_(1)
+        copied = [t is not x for t, x in zip(got[-2:], given, strict=True)]
+        assert copied == [step == 0 or written] * 2
