@@ -287,7 +287,8 @@ def odd(w: Writer, x: str) -> str:
         return w.let(f"{conv}({x}.transpose(1, 2))[..., :{x}.shape[1]].transpose(1, 2)")
     if kind == "noise":
         return w.let(
-            f"{x} + 0.01 * " + w.pick(f"torch.randn_like({x})", f"torch.rand({DIM}).to({x}.dtype)")
+            f"{x} + 0.01 * "
+            + w.pick(f"torch.randn({x}.shape).to({x}.dtype)", f"torch.rand({DIM}).to({x}.dtype)")
         )
     if kind == "index":
         return w.let(f"{x} * (1 + 0.1 * self.index)")
