@@ -50,8 +50,6 @@ def preprocess(
 def _preprocess(
     name: str, arguments: list[str], examples: int, limit: int | None, consent: Consent
 ) -> None:
-    from rich.console import Console
-
     from .train.overrides import parse_overrides
     from .train.yamlfile import load_recipe
 
@@ -60,9 +58,10 @@ def _preprocess(
     from .train.data import prepare  # slow to import: only for a recipe that is right
     from .train.data.preview import first, show, summary
     from .train.model import quiet
+    from .train.terminal import Terminal
     from .train.tokenizer import load_tokenizer
 
-    console = Console()
+    console = Terminal()
     with quiet():
         tokenizer = load_tokenizer(recipe)
         prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)

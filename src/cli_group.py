@@ -19,6 +19,8 @@ from typer.core import TyperGroup
 
 from .errors import FusewrightError
 from .options import Environment
+from .train.characters import shown
+from .train.hidden import scrub
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Of click, of which typer may carry its own copy."""
@@ -86,7 +88,7 @@ def _command(context: typer.Context | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"fusewright: {text}", file=sys.stderr)
+    print(shown(scrub(f"fusewright: {text}")), file=sys.stderr)
 
 
 def _usage(error: Exception, command: str) -> str:
@@ -123,6 +125,6 @@ def _kept(error: Exception) -> str | None:
         with tempfile.NamedTemporaryFile(
             "w", prefix="fusewright-traceback-", suffix=".txt", delete=False, **options
         ) as file:
-            traceback.print_exception(error, file=file)
+            file.write(scrub("".join(traceback.format_exception(error))))
             return file.name
     return None

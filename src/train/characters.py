@@ -1,4 +1,4 @@
-"""Characters that no text has: they come from damaged files, and no tokenizer takes them."""
+"""Characters that no text has, and those that act on a terminal in place of being shown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _ODD = re.compile("[\x00\ud800-\udfff]")
+
+_ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and line breaks, and what turns the direction of writing round."""
+
+
+def shown(text: str) -> str:
+    r"""``text`` for a terminal: ``\x1b`` and its like stand there as one would write them."""
+    return _ACTS.sub(_escape, text)
+
+
+def shown_json(text: str) -> str:
+    """The same for JSON, which stays what it was."""
+    return _ACTS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def odd_character(text: str) -> str | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from .figures import say
 from .meter import Meter
 from .recipe import Recipe
 from .signals import Interrupts
+from .terminal import say
 from .validation import Batch
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from .figures import say
+from .hidden import scrub
 from .report import RunResult
+from .terminal import say
 
 
 class Diary:
@@ -47,6 +48,6 @@ class Diary:
             with self.timed(part):
                 yield
         except Exception as error:  # a signal is none of these
-            why = f"{type(error).__name__}: {error}"
+            why = scrub(f"{type(error).__name__}: {error}")
             self.result.problems.append({"part": part, "error": why})
             self.say(f"{part} failed, and the run goes on without it: {why}")

@@ -18,6 +18,7 @@ from .packages import missing_packages
 from .problems import line_of
 from .recipe import GROUPS, Recipe
 from .status import Entry, entries, refusals
+from .terminal import Terminal
 from .yamlfile import Checked
 
 _COLOURS = {
@@ -55,8 +56,8 @@ def show(checked: Checked, console: Console) -> None:
 
 def console() -> Console:
     """Standard output; wide enough for the notes when it is a file or a pipe."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=max(made.width, 140))
+    made = Terminal(highlight=False)
+    return made if made.is_terminal else Terminal(highlight=False, width=max(made.width, 140))
 
 
 def _table(checked: Checked, found: Sequence[Entry], wide: bool) -> Table:

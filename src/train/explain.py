@@ -20,8 +20,10 @@ from ..errors import ModelError, RecipeError
 from ..listing import Listing, keep, listings, pick
 from ..pipeline import explain, optimize
 from ..report import Report
+from .characters import shown
 from .model import forget_gguf, pretrained, quiet
 from .precision import device_for_training, dtype_for_training
+from .terminal import Terminal
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2
@@ -70,7 +72,7 @@ def run(
         RecipeError: there is no such model, or it cannot be read.
         ModelError: it cannot be built, does not fit into memory, or has no such module.
     """
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False, soft_wrap=True)
     with quiet():
         model, note = load(request)
         # compiling would only take time: the rules see the same graphs
@@ -272,7 +274,7 @@ def _print_listing(listing: Listing, report: Report, console: Console) -> None:
         if console.is_terminal:
             console.print(Syntax(code.strip(), "python", background_color="default"))
         else:
-            console.file.write(code.strip() + "\n")
+            console.file.write(shown(code.strip()) + "\n")
 
 
 def _first(error: Exception) -> str:

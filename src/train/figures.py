@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe\uffff]")
 
@@ -18,11 +14,6 @@ def printable(text: str) -> str:
     Those are control characters other than tabs and line breaks, and halves of characters.
     """
     return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

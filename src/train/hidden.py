@@ -26,6 +26,21 @@ _ACCOUNT = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/\s]+(@[^/@\s]*(?:/\S*)?)$", re
 """An address with a user and a password (or a token) in it."""
 
 
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16})\b"
+)
+"""What secrets of well-known services look like, wherever they stand."""
+
+_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+:[^/\s@]+@", re.IGNORECASE)
+"""The same for an address within a text."""
+
+
+def scrub(text: str) -> str:
+    """A text, such as a library's error, without what looks like a secret."""
+    return _LOGIN.sub(rf"\1{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
+
+
 def hide(value: Any, secret: bool = False) -> Any:
     """A recipe, or a part of one, as plain data without its secrets.
 
@@ -44,7 +59,7 @@ def hide(value: Any, secret: bool = False) -> Any:
         return [hide(inner, secret) for inner in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if secret and value else _ACCOUNT.sub(rf"\1{HIDDEN}\2", value)
+    return HIDDEN if secret and value else scrub(_ACCOUNT.sub(rf"\1{HIDDEN}\2", value))
 
 
 def without_hidden(value: Any) -> Any:

@@ -31,6 +31,7 @@ from .schedule import try_schedule
 from .sequences import training_batch, training_sequences, typical_context, validation_batches
 from .signals import Interrupts, Stopped
 from .status import told
+from .terminal import Terminal
 from .tokenizer import load_tokenizer
 from .trainer import FineTuner, make_trainer
 from .validation import validate
@@ -323,4 +324,4 @@ class Run:
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Run ``recipe``; see ``fusewright.train.train``."""
-    return Run(recipe, console or Console()).run()
+    return Run(recipe, console or Terminal()).run()

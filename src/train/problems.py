@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from .hidden import hide
 from .keys.base import Keys, aliases, extra_of, nested
 from .recipe import Recipe
 
@@ -56,7 +57,7 @@ def _place(detail: ErrorDetails, values: Any) -> Loc:
 
 
 def _words(loc: Loc, details: list[ErrorDetails]) -> str:
-    kind, value = details[0]["type"], details[0]["input"]
+    kind, value = details[0]["type"], hide({str(loc[-1]): details[0]["input"]})[str(loc[-1])]
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":

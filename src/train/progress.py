@@ -22,9 +22,10 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
-from .figures import Smooth, duration, memory, say
+from .figures import Smooth, duration, memory
 from .meter import Meter
 from .signals import Interrupts
+from .terminal import say
 
 RECENT = 10
 """Steps that rates and the time left are taken over."""

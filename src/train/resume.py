@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import RecipeError
 from . import checkpoint
 from .hidden import hide
+from .jsontext import parse_json
 from .recipe import Recipe
 
 _FILE = "fusewright.json"
@@ -69,7 +70,7 @@ class Saved:
             RecipeError: the checkpoint is none of ours, or lacks files.
         """
         try:
-            content = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+            content = parse_json((folder / _FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(
                 f"{folder} cannot be resumed from: it has no {_FILE}, so this version did not "

@@ -12,6 +12,7 @@ from typing import Any
 
 from .conflicts import without_effect
 from .consent import CODE_SWITCH
+from .hidden import hide
 from .keys.base import Keys, Status, extra_of, nested
 from .problems import Loc
 from .recipe import Recipe
@@ -65,10 +66,19 @@ def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
         values: a recipe as written; it may have other problems.
     """
     return [
-        (entry.loc, f"{_short(entry.value)} is not yet available: {entry.note}")
+        (
+            entry.loc,
+            f"{_short(without_secrets(entry))} is not yet available: {entry.note}",
+        )
         for entry in _walk(Recipe, values, ())
         if entry.status == "not yet available"
     ]
+
+
+def without_secrets(entry: Entry) -> Any:
+    """The value of a key, to be shown."""
+    key = str(entry.loc[-1])
+    return hide({key: entry.value})[key]
 
 
 def told(recipe: Recipe) -> list[str]:

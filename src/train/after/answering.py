@@ -242,8 +242,3 @@ def _positions(model: Any) -> int | None:
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters, which would act on the terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable() or ord(c) > 159)

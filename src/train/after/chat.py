@@ -10,8 +10,9 @@ from typing import TextIO
 
 from ...errors import ModelError
 from ..asking import Asking, Message, with_system
+from ..characters import shown
 from ..model import quiet
-from .answering import Sampling, Writer, printable
+from .answering import Sampling, Writer
 from .runfolder import Run, load_run
 
 HELP = """\
@@ -92,7 +93,7 @@ class Chat:
             with contextlib.closing(self.writer.stream(prompt)) as pieces:
                 for piece in pieces:
                     said.append(piece)
-                    self.stdout.write(printable(piece) if self.terminal else piece)
+                    self.stdout.write(shown(piece) if self.terminal else piece)
                     self.stdout.flush()
         except KeyboardInterrupt:
             self._say(" [stopped]", end="")
@@ -155,7 +156,7 @@ class Chat:
         self._say(f"[appended to {path}]")
 
     def _say(self, text: str, end: str = "\n") -> None:
-        self.stdout.write(text + end)
+        self.stdout.write(shown(text) + end)
         self.stdout.flush()
 
 

@@ -22,6 +22,7 @@ from ..model import quiet
 from ..ownfolder import link_in
 from ..recipe import Recipe
 from ..sequences import validation_batches
+from ..terminal import Terminal
 from ..validation import Batches, validation_loss
 from .oldrecipe import recipe_with, written
 from .runfolder import Run, load_run
@@ -75,7 +76,7 @@ def evaluate(
         DataError: a dataset cannot be used.
         RecipeError: the base of the run cannot be loaded.
     """
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False, soft_wrap=True)
     recorded = None if files else run.facts.get("val_loss_after")
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():

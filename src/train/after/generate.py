@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import TextIO
 
 from ..asking import Asking, Message
+from ..characters import shown, shown_json
 from ..model import quiet
-from .answering import Answer, Sampling, Writer, printable
+from .answering import Answer, Sampling, Writer
 from .runfolder import Run, load_run
 
 
@@ -54,7 +55,7 @@ def generate(
 def _stream(writer: Writer, prompt: list[int], out: TextIO) -> None:
     with contextlib.closing(writer.stream(prompt)) as pieces:
         for piece in _stripped(pieces):
-            out.write(printable(piece) if out.isatty() else piece)
+            out.write(shown(piece) if out.isatty() else piece)
             out.flush()
     out.write("\n")
     out.flush()
@@ -78,8 +79,8 @@ def _print(messages: list[Message], answer: Answer, as_json: bool, out: TextIO) 
         entry = asdict(answer)
         row = {"messages": messages, "answer": entry.pop("text"), **entry}
         plain = not (getattr(out, "encoding", None) or "utf-8").lower().startswith("utf")
-        out.write(json.dumps(row, ensure_ascii=plain) + "\n")
+        out.write(shown_json(json.dumps(row, ensure_ascii=plain)) + "\n")
     else:
         text = f"> {messages[-1]['content']}\n{answer.text}\n\n"
-        out.write(printable(text) if out.isatty() else text)
+        out.write(shown(text) if out.isatty() else text)
     out.flush()

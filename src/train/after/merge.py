@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import ModelError, RecipeError
 from ..model import load_config, pretrained, quiet
 from ..precision import dtype_for_training
+from ..terminal import Terminal
 from .adapted import Adapted, UnmergeableError
 from .basefiles import BaseFiles, base_files
 from .inmemory import merged_in_memory
@@ -65,7 +66,7 @@ def merge(run: Run, request: Request | None = None, console: Console | None = No
         RecipeError: the folder is there already, a setting is wrong, or the base is missing.
     """
     request = request or Request()
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False, soft_wrap=True)
     if not run.adapter:
         raise ModelError(
             f"{run.folder} holds a whole model: there is nothing to merge, use it as it is"

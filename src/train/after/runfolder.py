@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ModelError, RecipeError
 from ..consent import Consent, code_refused
 from ..hidden import without_hidden
+from ..jsontext import parse_json
 from ..source import locate
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _own_folders(folder: Path) -> list[Path]:
 def _json(path: Path) -> dict[str, Any]:
     """The object in ``path``, or an empty one where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from ..jsontext import BadJsonError, parse_json
+from ..characters import odd_characters
+from ..jsontext import BadJsonError, parse_json, row_of
 
 Row = tuple[str, Any]
 """File and line, and what stands there."""
@@ -105,6 +106,8 @@ def _json(path: Path, progress: Progress) -> Iterator[Row]:
             yield from _json_lines(path, progress)
             return
         at = f", line {error.line}" if error.line else ""
+        if not at and (row := row_of(text, error)) is not None:
+            at = f", row {row}"
         raise DataError(f"{path}{at}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a list of rows")
@@ -115,7 +118,8 @@ def _text(path: Path, progress: Progress) -> Iterator[Row]:
     """Every line is a row with the field ``text``; empty lines are passed over."""
     for number, line in _lines(path, progress):
         if line.strip():
-            yield f"{path}, line {number}", {"text": line}
+            row = {"text": line}
+            yield text_in(row, f"{path}, line {number}"), row
 
 
 def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
@@ -188,9 +192,21 @@ def _numbered(
                 ) from None
             for row in rows:
                 number += 1
-                yield f"{path}, row {number}", row
+                yield text_in(row, f"{path}, row {number}"), row
             if total:
                 progress(number / total)
+
+
+def text_in(row: Any, where: str) -> str:
+    """``where``, once it is known that the texts of a row are text.
+
+    Raises:
+        DataError: one has characters that no text has.
+    """
+    for at, said in odd_characters(row):
+        field = ".".join(map(str, at))
+        raise DataError(f"{where}: {field} {said}; write the whole character, or leave it out")
+    return where
 
 
 def _said(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from ...errors import DataError
 from ..consent import must_build, refused_builder
 from ..ownrows import OwnRows, is_own
 from ..recipe import Dataset
-from .files import Progress, Row, hash_file, kind_of, read_file
+from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
 """Names under which ``datasets`` reads pickles, or imports what a file names, in some version."""
@@ -69,7 +69,7 @@ class Source:
             for i, row in enumerate(self.table, start=1):
                 if total and i % 1000 == 0:
                     progress(i / total)
-                yield f"{name} {i}", row
+                yield text_in(row, f"{name} {i}"), row
             return
         ds_type = self.dataset.ds_type
         for done, path in enumerate(self.files):
