@@ -1,14 +1,24 @@
-"""The last files of a run, and their upload."""
+"""What a run leaves behind: what it trained, the last files, and their upload."""
 
 from __future__ import annotations
 
 import torch
 
 from . import export, report
+from .checkpoint import Unwritable
 from .diary import Diary
 from .report import RunResult
 from .signals import Interrupts
 from .trainer import FineTuner
+
+
+def save(trainer: FineTuner, result: RunResult) -> None:
+    """Write what was trained; if the disk is full, the result says so."""
+    try:
+        export.save_whole(trainer.model, trainer.context.tokenizer, result.output_dir)
+    except Unwritable as error:
+        result.status, result.reason = "disk full", str(error)
+        result.problems.append({"part": "saving", "error": str(error)})
 
 
 def write(result: RunResult, diary: Diary) -> None:

@@ -76,7 +76,7 @@ def row_of(text: str, bad: BadJsonError) -> int | None:
             row += 1
     except BadJsonError as error:
         return row if str(error) == str(bad) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

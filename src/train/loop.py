@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from ..flat import FlatOptimizer
 from . import ending, export, report, resume
 from .adapters import add_adapter, parameters
 from .arguments import arguments_for
-from .checkpoint import Unwritable, checkpoints
+from .checkpoint import checkpoints
 from .context import Context
 from .data import leaks, prepare
 from .data.limits import warnings
@@ -240,7 +239,7 @@ class Run:
         self._clear()
         if result.steps:
             with self.diary.timed("saving"), interrupts.patiently():
-                self._save(trainer)
+                ending.save(trainer, result)
             if interrupts.signal is not None and result.signal is None:
                 result.signal = interrupts.signal  # what is left to do is left undone
                 if result.status == "finished":
@@ -264,7 +263,8 @@ class Run:
         done = self.saved.step if self.saved else 0
         self.diary.say(f"training for {result.steps_planned - done} steps{first}")
         try:
-            trainer.train(resume_from_checkpoint=str(self.start) if self.start else None)
+            with resume.without_code(self.start):
+                trainer.train(resume_from_checkpoint=str(self.start) if self.start else None)
             result.status = trainer.ended()
             result.reason = trainer.unwritable
         except BadStep as bad:
@@ -274,20 +274,9 @@ class Run:
             with self.diary.spared("saving the batch"):
                 text = bad.save(self.folder, trainer.context.tokenizer)
                 result.reason += f"; its rows are in {text}"
-        except UnpicklingError as error:
-            if self.start is None:
-                raise
-            raise RecipeError(resume.unreadable(self.start)) from error
         except DataError:  # a row of a stream, which nobody had read before
             trainer.save_now()
             raise
-
-    def _save(self, trainer: FineTuner) -> None:
-        try:
-            export.save_whole(trainer.model, trainer.context.tokenizer, self.folder)
-        except Unwritable as error:
-            self.result.status, self.result.reason = "disk full", str(error)
-            self.result.problems.append({"part": "saving", "error": str(error)})
 
     def _after(self, model: Any, context: Context) -> None:
         """Explain, validate, check the saved adapter, answer."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from ..errors import RecipeError
@@ -145,11 +148,24 @@ def load(path: Path, recipe: Recipe) -> Saved:
     return saved
 
 
-def unreadable(path: Path) -> str:
-    """What to say of a checkpoint with a pickle that holds more than tensors and numbers.
+@contextlib.contextmanager
+def without_code(path: Path | None) -> Iterator[None]:
+    """Say which file it is where a pickle of a checkpoint holds more than tensors and numbers.
 
     Only such are read: anything else in a pickle may be code, and would be run.
+
+    Raises:
+        RecipeError: one holds more, or is damaged.
     """
+    try:
+        yield
+    except UnpicklingError as error:
+        if path is None:
+            raise
+        raise RecipeError(_unreadable(path)) from error
+
+
+def _unreadable(path: Path) -> str:
     import torch
     from transformers import trainer_pt_utils
 

@@ -71,7 +71,7 @@ def test_a_terminal_sends_its_own_escapes_only() -> None:
         bars.add_task(EVIL, total=1)
     text = sent(console)
     assert "\x1b[1;31mown" in text
-    assert r"\x1b]0;owned\x07" in text
+    assert r"\x1b]0;owned" in text
     assert "\x1b]" not in text
     assert "\x9b" not in text
 

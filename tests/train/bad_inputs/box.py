@@ -35,7 +35,8 @@ class Box:
         self.rows(f"{ROW}\n" * 12)
         earlier = folder / "out"
         earlier.mkdir()
-        (earlier / "run.json").write_text('{"status": "finished"}')
+        about = {"status": "finished", "output_dir": str(earlier), "recipe": {}}
+        (earlier / "run.json").write_text(json.dumps(about))
         (earlier / "adapter_model.safetensors").write_bytes(b"of an earlier run")
 
     def write(self, name: str, content: str | bytes) -> Path:
