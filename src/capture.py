@@ -19,7 +19,7 @@ from .match.finding import Finding
 from .memory.plans import offloaded, planned
 from .passes.cleanup import remove_noops
 from .passes.kept import copy_what_is_written
-from .passes.lazy import defer_logits
+from .passes.lazy import join_logits, losses
 from .passes.memory import require_gradients, writes_with_history
 from .passes.ops import TABLE
 from .passes.writes import remove_writes
@@ -93,10 +93,11 @@ def _rewrite(session: Session, module: fx.GraphModule, open_to_writes: bool) -> 
     remove_writes(module)
     remove_noops(module)
     verify = None if session.options.verify == "off" else session.verifier
+    before = losses(module)
     with quiet_randomness():
         findings = apply(module, session.rules, TABLE, verify, session.fuel)
-    if session.options.logits == "lazy":
-        defer_logits(module)
+    if before:
+        join_logits(module, before, findings, session.options.logits == "lazy")
     copy_what_is_written(module, open_to_writes)
     module.recompile()
     return findings

@@ -1,7 +1,9 @@
-"""Logits that are computed when somebody reads them.
+"""Values that are computed when somebody reads them: logits, and the gradients of logits.
 
 ``outputs.logits`` of a training step is read by metrics and by custom losses, and by nobody else;
-for a large vocabulary it is the largest tensor of the step. ``LazyLogits`` stands in its place.
+for a large vocabulary it is the largest tensor of the step. A ``LazyLogits`` stands in its place.
+To autograd it is a tensor like any other, with a history, hooks and a gradient: only its values
+are missing.
 """
 
 from __future__ import annotations
@@ -11,27 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
-    "is_sparse", "is_quantized", "is_meta", "is_nested",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", "grad_fn", "grad", "is_leaf", "output_nr",
+    "retains_grad", "_base", "_backward_hooks", "_version",
 }  # fmt: skip
 _DESCRIBING = {
     "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
-    "element_size", "get_device",
+    "element_size", "get_device", "is_contiguous", "stride", "register_hook", "retain_grad",
+    "requires_grad_", "is_inference",
 }  # fmt: skip
+_CASTS = {"float", "double", "half", "bfloat16", "to"}
+_WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
+_lift = torch.ops.aten.lift.default
+_cast = torch.ops.aten._to_copy.default
 
 
 class LazyLogits(Tensor):
     """A tensor whose values are computed at the first use of them.
 
-    Shape, dtype and device are known at once. Everything else (indexing, arithmetic, printing,
-    ``detach``, ``numpy``) computes the values, with their autograd history, and keeps them.
-    Casts to another dtype stay lazy, as mixed-precision wrappers cast every output.
+    Shape, dtype, device and history are known at once, and hooks can be registered. Everything else
+    (indexing, arithmetic, printing, ``detach``, ``numpy``) computes the values, with their history,
+    and keeps them. Casts to another dtype stay lazy, as mixed-precision wrappers cast every output.
+
+    Attributes:
+        is_written: whether somebody has written to the values.
     """
 
-    _compute: Callable[[], Tensor]
+    is_written = False
+    _compute: Callable[[], Tensor] | None
+    _data: Tensor | None
     _made: Tensor | None
 
     @staticmethod
@@ -41,49 +56,78 @@ class LazyLogits(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        requires_grad: bool = False,
     ) -> LazyLogits:
-        """Make one; ``compute`` must return a tensor of this shape, dtype, device and need."""
+        """Make one; ``compute`` must return a tensor of this shape, dtype and device."""
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
+            cls, shape, dtype=dtype, device=device
         )
-        made._compute, made._made = compute, None
+        made._compute, made._data, made._made = compute, None, None
         return made
 
+    def values(self) -> Tensor:
+        """The values without a history: computed now, or at the first call."""
+        if self._data is None:
+            assert self._compute is not None
+            self._data, self._compute = self._compute().detach(), None
+        return self._data
+
     def materialize(self) -> Tensor:
-        """The values: computed now, or at the first call."""
+        """The values as a tensor whose history leads to this one's."""
+        data = self.values()
+        if not (self.requires_grad and torch.is_grad_enabled()):
+            return data
         if self._made is None:
-            self._made = self._compute()
+            with torch._C.DisableTorchFunctionSubclass():
+                self._made = _lift(self)
         return self._made
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__get__" and getattr(func.__self__, "__name__", "") in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if name in _DESCRIBING:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if _is_for_autograd(func, name) or (name in _CASTS and not _casts_away(args, kwargs)):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+            # a gradient that is asked for is wanted now: later, the graph may be gone
+            return tree_map(_real, result) if func is torch.autograd.grad else result
         first = args[0] if args else None
-        if isinstance(first, LazyLogits):
-            cast = _target_dtype(name, args[1:], kwargs or {})
-            if cast is not None and first._made is None:
-                return LazyLogits(
-                    lambda: first.materialize().to(cast),
-                    tuple(first.shape),
-                    cast,
-                    first.device,
-                    first.requires_grad,
-                )
-        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        if isinstance(first, LazyLogits) and _writes(name):
+            return first._written(func, args, kwargs)
+        args, kwargs = tree_map(_real, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write into the values: from then on this is an ordinary tensor, with its new history."""
+        with torch.enable_grad():
+            real = self.materialize()
+        rest, kwargs = tree_map(lambda x: real if x is self else _real(x), (args[1:], kwargs))
+        result = func(real, *rest, **kwargs)
+        self._data = self._made = None
+        try:
+            swap_tensors(self, real)
+        except RuntimeError as error:  # autograd holds it, too, as it does in a hook
+            if self.requires_grad:
+                raise RuntimeError(
+                    "these logits cannot be written to in place here: write to logits.clone(), or "
+                    "use fusewright.optimize(model, logits='always')"
+                ) from error
+            self._data, self.is_written = real.detach(), True
+        return self if result is real else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits):
+            if func is _lift:  # a tensor of its own: its history is another one
+                return _bare(first).detach()  # type: ignore[no-any-return]
+            if func is _cast and set(kwargs or ()) == {"dtype"} and first._data is None:
+                dtype: torch.dtype = (kwargs or {})["dtype"]
+                shape = tuple(first.shape)
+                return LazyLogits(lambda: first.values().to(dtype), shape, dtype, first.device)
+        args, kwargs = tree_map(_bare, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(  # type: ignore[override]  # 2026-11-24: torch calls the argument otherwise
@@ -102,10 +146,34 @@ def _real(x: Any) -> Any:
     return x.materialize() if isinstance(x, LazyLogits) else x
 
 
-def _target_dtype(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of a call that only casts, else None."""
-    if name == "float" and not args:
-        return torch.float32
-    if name == "to" and not kwargs and len(args) == 1 and isinstance(args[0], torch.dtype):
-        return args[0]
-    return None
+def _bare(x: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        return x
+    with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
+        return x.values()
+
+
+def _is_for_autograd(func: Any, name: str) -> bool:
+    """Whether a function reads or changes what autograd knows of a tensor, and no values."""
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(func.__self__, "__name__", "") in _METADATA
+    return name in _DESCRIBING or func in (torch.autograd.grad, torch.autograd.backward)
+
+
+def _casts_away(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``to`` and its like does more than cast."""
+    return bool(kwargs) or not all(isinstance(a, torch.dtype) for a in args[1:])
+
+
+def _writes(name: str) -> bool:
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+class LazyGradient(LazyLogits):
+    """The gradient of logits; what it makes of the gradients before it is known without values.
+
+    Attributes:
+        direct: gives these, as long as nobody has written to the values.
+    """
+
+    direct: Callable[[], Any]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from .launch import LIBRARY, use_triton
-from .linear_cross_entropy_tiles import compute
+from .linear_cross_entropy_parts import Settings, found, operands, scaled, settings
 from .op import Cost, Op
 from .second import differentiable, gradients
 
@@ -52,69 +51,17 @@ def reference(
 
 # -------------------------------------------------------------------------------- cpu and triton
 
-
-def _implementation(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if use_triton(x, weight, bias):
-        from .triton.linear_cross_entropy import compute as run
-    else:
-        run = compute
-    return run(x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted)
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    kept = wide if x.dtype is torch.float16 else x.dtype
-    rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
-    return (
-        x.new_empty((), dtype=wide),
-        x.new_empty((), dtype=wide),
-        x.new_empty((rows if wanted[0] else 0, hidden)),
-        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=kept),
-        x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
-    )
-
-
-# 2026-11-24: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
-    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
-    "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "linear_cross_entropy_forward", _implementation, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("fusewright::linear_cross_entropy_forward", _fake, lib=LIBRARY)
-_forward = torch.ops.fusewright.linear_cross_entropy_forward.default
-
+# ``linear_cross_entropy_parts.py``.
 
 # -------------------------------------------------------------------------------------- autograd
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, labels = ctx.saved_tensors[4:]
+    *chosen, softcap, scale = ctx.chosen
 
     def formula(*tensors: Any) -> Tensor:
-        return reference(*tensors, labels, *ctx.settings, ctx.logit_scale)
+        return reference(*tensors, labels, *chosen, softcap or None, scale)
 
     return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
 
@@ -129,59 +76,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-        softcap: float,
-        logit_scale: float,
+        chosen: tuple[Any, ...],
         recording: bool,
     ) -> Tensor:
         """Return the loss; keep the gradients of its sum that will be wanted."""
-        total, count, dx, dweight, dbias = _forward(
-            x.reshape(-1, x.shape[-1]),
-            weight,
-            bias,
-            labels.reshape(-1),
-            ignore_index,
-            label_smoothing,
-            softcap,
-            logit_scale,
-            [recording and needed for needed in ctx.needs_input_grad[:3]],
-        )
-        mean = reduction == "mean"
+        wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
+        loss, made = found(x, weight, bias, labels, Settings(*chosen), wanted)
         # x and labels for a second derivative alone
-        found = (dx, dweight, dbias, count if mean else None)
-        ctx.save_for_backward(*found, x, weight, bias, labels)
-        ctx.settings = ignore_index, reduction, label_smoothing, softcap or None
-        ctx.shape, ctx.logit_scale = x.shape, logit_scale
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        result: Tensor = total / count if mean else total
-        return result
+        ctx.save_for_backward(*made, x, weight, bias, labels)
+        ctx.chosen = chosen
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in (x, weight, bias)]
+        return loss
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what forward found: no matmul, no host synchronisation, nothing overwritten."""
         dx, dweight, dbias, count = ctx.saved_tensors[:4]
-        factor = grad * ctx.logit_scale
-        if count is not None:
-            factor = factor / count.clamp(min=1)  # no labels: nan as loss, zero as gradient
-        scaled: list[Tensor | None] = [
-            _scaled(t, factor, dtype) if needed else None
-            for t, dtype, needed in zip(
-                (dx, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False
-            )
-        ]
-        if scaled[0] is not None:
-            scaled[0] = scaled[0].view(ctx.shape)
-        return (*scaled, *[None] * 7)
-
-
-def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t · factor`` in ``dtype``; the factor must not be rounded to a narrow ``t``'s dtype."""
-    if t.is_cuda:  # a GPU kernel would round it; the CPU's computes in fp32
-        t = t.to(factor.dtype)
-    return (t * factor).to(dtype)
+        made, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
+        return *scaled(made, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
 
 
 def linear_cross_entropy(
@@ -223,28 +135,15 @@ def linear_cross_entropy(
         IndexError: on the CPU, a label that is no class. On a GPU, where looking would stall the
             stream, the loss is nan instead.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}")
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
+    chosen = settings(ignore_index, reduction, label_smoothing, softcap, logit_scale)
+    x, weight, bias = operands(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x,
             weight,
             bias,
             labels,
-            ignore_index,
-            reduction,
-            label_smoothing,
-            softcap or 0.0,
-            logit_scale,
+            tuple(chosen),
             torch.is_grad_enabled(),  # within forward it is always off
         )
     return loss

@@ -1,0 +1,354 @@
+"""Logits beside a fused loss are what eager mode's are: for autograd, for hooks, for readers.
+
+In eager mode the loss is computed from the logits. So their gradient is the loss's, hooks on them
+see it and may change it, and another loss made of them adds to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
+
+from fusewright import explain, optimize
+from fusewright.lazy import LazyLogits
+from fusewright.passes import joined
+
+V, H = 37, 16
+IDS = torch.arange(14).view(2, 7)
+LABELS = torch.tensor([[1, 2, -100, 4, 5, 6, 36], [-100, 0, 3, 3, 3, 9, 10]])
+
+
+def _plain(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z.float().view(-1, V), labels.view(-1))
+
+
+def _padded(z: Tensor, labels: Tensor) -> Tensor:
+    """As transformers shifts."""
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(z.float().view(-1, V), labels.view(-1), reduction="sum") / 11
+
+
+def _cut(z: Tensor, labels: Tensor) -> Tensor:
+    """As older code shifts."""
+    rows, wanted = z[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+    return F.cross_entropy(rows.view(-1, V), wanted.view(-1), label_smoothing=0.1)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H, H), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class _Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, H)
+        self.layers = nn.ModuleList(_Block() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _LM(nn.Module):
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], cap: bool, bias: bool) -> None:
+        super().__init__()
+        self.model, self.lm_head = _Body(), nn.Linear(H, V, bias=bias)
+        self.loss, self.cap = loss, cap
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        z = self.lm_head(self.model(ids))
+        if self.cap:
+            z = torch.tanh(z * 0.5 / 2.0) * 2.0
+        return z if labels is None else (self.loss(z, labels), z)
+
+
+KINDS = {
+    "plain": (_plain, False, False),
+    "padded": (_padded, False, True),
+    "cut": (_cut, False, False),
+    "capped": (_plain, True, False),
+    "cut, capped": (_cut, True, True),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    _pair.cache_clear()
+    torch._dynamo.reset()
+
+
+@functools.cache
+def _pair(kind: str = "plain", frozen: bool = False, **choices: Any) -> tuple[_LM, _LM]:
+    torch.manual_seed(0)
+    eager = _LM(*KINDS[kind])
+    eager.lm_head.requires_grad_(not frozen)
+    choices.setdefault("codegen", "eager")
+    return eager, optimize(copy.deepcopy(eager), **choices)
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t * 1.5
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 1.5
+
+
+def _hooked(change: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def use(loss: Tensor, z: Tensor) -> list[Tensor]:
+        seen: list[Tensor] = []
+        z.register_hook(lambda g: (seen.append(g), change(g))[1])
+        loss.backward()
+        return seen
+
+    return use
+
+
+def _retained(loss: Tensor, z: Tensor) -> list[Tensor]:
+    z.retain_grad()
+    (loss + z.tanh().sum()).backward()
+    assert z.grad is not None
+    return [z.grad]
+
+
+def _asked(loss: Tensor, z: Tensor) -> list[Tensor]:
+    (g,) = torch.autograd.grad(loss, z, retain_graph=True)
+    loss.backward()
+    return [g]
+
+
+def _asked_twice(loss: Tensor, z: Tensor) -> list[Tensor]:
+    (g,) = torch.autograd.grad(loss, z, create_graph=True)
+    (loss + 10 * g.square().sum()).backward()
+    return [g]
+
+
+def _penalty(loss: Tensor, z: Tensor) -> list[Tensor]:
+    """Of another loss, whose gradient reaches the weights through the logits."""
+    (g,) = torch.autograd.grad(z.exp().mean(), z, create_graph=True)
+    (loss + g.square().sum()).backward()
+    return [g]
+
+
+def _alone(of: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def use(loss: Tensor, z: Tensor) -> list[Tensor]:
+        of(z).square().sum().backward()
+        return []
+
+    return use
+
+
+def _beside(of: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def use(loss: Tensor, z: Tensor) -> list[Tensor]:
+        (loss + of(z).square().sum()).backward()
+        return []
+
+    return use
+
+
+def _divided(z: Tensor) -> Tensor:
+    z.div_(0.7)
+    return _Scale.apply(z)
+
+
+def _masked(z: Tensor) -> Tensor:
+    z[..., 3] = 0.5
+    return _Scale.apply(z)
+
+
+def _added(z: Tensor) -> Tensor:
+    z += 1.0
+    return checkpoint(torch.tanh, z, use_reentrant=True)
+
+
+def _read_before(z: Tensor) -> Tensor:
+    z.argmax(-1)
+    with torch.no_grad():
+        z.softmax(-1)
+    return _Scale.apply(z) * z
+
+
+USES = {
+    "the loss alone": lambda loss, z: (loss.backward(), [])[1],
+    "the loss twice": lambda loss, z: (loss.backward(retain_graph=True), loss.backward(), [])[2],
+    "a hook that looks": _hooked(lambda g: None),
+    "a hook that gives it back": _hooked(lambda g: g),
+    "a hook that scales": _hooked(lambda g: g * 3),
+    "a hook that masks": _hooked(lambda g: g * 0),
+    "a hook that writes": _hooked(lambda g: (g.mul_(2), None)[1]),
+    "retain_grad": _retained,
+    "grad": _asked,
+    "grad of the gradient": _asked_twice,
+    "a penalty": _penalty,
+    "an autograd.Function": _alone(_Scale.apply),
+    "a reentrant checkpoint": _alone(lambda z: checkpoint(torch.tanh, z, use_reentrant=True)),
+    "a checkpoint": _alone(lambda z: checkpoint(lambda t: t.tanh() ** 2, z, use_reentrant=False)),
+    "vmap": _alone(torch.func.vmap(torch.tanh)),
+    "casts": _alone(lambda z: _Scale.apply(z.double().float())),
+    "a cast by keyword": _alone(lambda z: z.to(dtype=torch.float64)),
+    "written to": _alone(_divided),
+    "a part written to": _alone(_masked),
+    "added to": _alone(_added),
+    "read before": _alone(_read_before),
+    "a loss beside": _beside(torch.tanh),
+    "a Function beside": _beside(_Scale.apply),
+    "a checkpoint beside": _beside(lambda z: checkpoint(torch.tanh, z, use_reentrant=True)),
+}
+
+
+def _compare(eager: _LM, ours: _LM, use: Callable[..., Any]) -> None:
+    found = []
+    for m in (eager, ours):
+        m.zero_grad()
+        loss, z = m(IDS, labels=LABELS)
+        found.append([loss.detach().clone(), *(g.detach().clone() for g in use(loss, z))])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    for (name, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert explain(ours).by_rule()["linear_cross_entropy"] == 1
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", ["plain", "cut, capped"])
+def test_a_use_of_the_logits(kind: str, use: str) -> None:
+    _compare(*_pair(kind), USES[use])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("use", ["a hook that scales", "grad", "a loss beside"])
+def test_each_kind_of_loss(kind: str, frozen: bool, use: str) -> None:
+    _compare(*_pair(kind, frozen), USES[use])
+
+
+@pytest.mark.parametrize("use", ["a hook that scales", "grad", "retain_grad", "written to"])
+def test_logits_that_are_always_there(use: str) -> None:
+    eager, ours = _pair("padded", logits="always")
+    assert type(ours(IDS, labels=LABELS)[1]) is Tensor
+    _compare(eager, ours, USES[use])
+
+
+@pytest.mark.parametrize("use", ["a hook that scales", "grad of the gradient", "a loss beside"])
+def test_with_little_memory(use: str) -> None:
+    _compare(*_pair("padded", memory="min"), USES[use])
+
+
+@pytest.mark.parametrize("use", ["a hook that looks", "grad", "an autograd.Function"])
+def test_under_autocast(use: str) -> None:
+    eager, ours = _pair("padded")
+    found = []
+    for m in (eager, ours):
+        m.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, z = m(IDS, labels=LABELS)
+        found.append([z.detach().float(), *(g.float() for g in USES[use](loss, z))])
+        found[-1].append(m.lm_head.weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=3e-2, atol=1e-3)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What of the logits' size was computed."""
+    calls: list[str] = []
+    for name in ("compute", "gradient"):
+        was = getattr(joined._Join, name)
+
+        def counted(*args: Any, name: str = name, was: Any = was, **kwargs: Any) -> Any:
+            calls.append(name)
+            return was(*args, **kwargs)
+
+        monkeypatch.setattr(joined._Join, name, counted)
+    return calls
+
+
+def _looked_at(loss: Tensor, z: Tensor) -> list[Tensor]:
+    """As wrappers do: DDP and FSDP look for bases, and hook what needs a gradient."""
+    flat, spec = _pytree.tree_flatten({"loss": loss, "logits": (z,)})
+    z = _pytree.tree_unflatten(flat, spec)["logits"][0]
+    assert z._base is None
+    assert z.grad_fn is not None
+    assert not z.is_leaf
+    assert isinstance(z, Tensor)
+    z = z.float()
+    z.register_hook(lambda g: None)
+    flat[1].register_hook(lambda g: g)
+    loss.backward()
+    return []
+
+
+@pytest.mark.parametrize("use", [USES["the loss alone"], USES["the loss twice"], _looked_at])
+def test_who_only_looks_computes_nothing(use: Callable[..., Any], computed: list[str]) -> None:
+    _, ours = _pair("padded")
+    ours.zero_grad()
+    loss, z = ours(IDS, labels=LABELS)
+    use(loss, z)
+    assert computed == []
+    assert isinstance(z, LazyLogits)
+    assert ours.lm_head.weight.grad is not None
+
+
+def test_a_hook_gets_a_gradient_that_can_be_kept(computed: list[str]) -> None:
+    eager, ours = _pair("padded")
+    kept: list[Tensor] = []
+    for m in (eager, ours):
+        loss, z = m(IDS, labels=LABELS)
+        z.register_hook(kept.append)
+        loss.backward()
+        del loss, z
+    assert computed == []
+    torch.testing.assert_close(kept[1] + 0, kept[0])
+
+
+def test_logits_are_read_before_the_weights_change_or_not_at_all() -> None:
+    for m in copy.deepcopy(_pair()):
+        loss, z = m(IDS, labels=LABELS)
+        early = m(IDS, labels=LABELS)[1]
+        values = early.detach().clone()
+        loss.backward()
+        torch.optim.SGD(m.parameters(), 0.1).step()
+        torch.testing.assert_close(early.detach(), values)
+    with pytest.raises(RuntimeError, match=r"before the weights .* were changed.*logits='always'"):
+        z.sum()
+
+
+def test_without_gradients() -> None:
+    eager, ours = _pair("padded")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            (a, z), (b, y) = (m(IDS, labels=LABELS) for m in (eager, ours))
+            torch.testing.assert_close((b, y + 0), (a, z))
+            assert not y.requires_grad
+
+
+def test_a_frozen_model() -> None:
+    eager, ours = copy.deepcopy(_pair("padded"))
+    for m in (eager, ours):
+        m.requires_grad_(False)
+    (a, z), (b, y) = (m(IDS, labels=LABELS) for m in (eager, ours))
+    assert (b.requires_grad, y.requires_grad) == (a.requires_grad, z.requires_grad)
+    torch.testing.assert_close((b, y + 0), (a, z))
