@@ -20,7 +20,7 @@ from .memory.plans import offloaded, planned
 from .passes.cleanup import remove_noops
 from .passes.kept import copy_what_is_written
 from .passes.lazy import join_logits, losses
-from .passes.memory import require_gradients, writes_with_history
+from .passes.memory import require_gradients, writes_into_inputs
 from .passes.ops import TABLE
 from .passes.writes import remove_writes
 from .session import Captured, Session
@@ -52,7 +52,9 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         # graphs without gradients serve evaluation: not worth a second compilation; and a compiler
         # would unroll what was captured whole and not rewritten
         compiled = kind == "block" and grad and not _has_leaf(module)
-        compiled = compiled and not writes_with_history(module)
+        if compiled and session.codegen[0] == "inductor" and writes_into_inputs(module):
+            compiled = False
+            session.planner.note("a block that writes into what it was given is not compiled")
         choice = session.codegen[0] if compiled else "eager"
         if kind == "block" and grad and session.current is not None:
             module = planned(session.planner, session.current, module, examples, choice)

@@ -188,13 +188,13 @@ def why_not(module: fx.GraphModule) -> str | None:
     )
 
 
-def writes_with_history(module: fx.GraphModule) -> bool:
-    """Whether a graph writes into an input that has a gradient.
+def writes_into_inputs(module: fx.GraphModule) -> bool:
+    """Whether a graph writes into what it was given.
 
-    Compiled, that would fail in backward: AOTAutograd keeps the input that it then writes into.
+    Compiled, backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it,
+    and writes into that.
     """
-    return any((t := facts.tensor(n)) is None or t.requires_grad
-               for _, n in _writes_into_inputs(module))  # fmt: skip
+    return next(_writes_into_inputs(module), None) is not None
 
 
 def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
