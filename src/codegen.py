@@ -198,8 +198,9 @@ def _explaining(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
-        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)} - {None}:
-            node.register_hook(_explained)
+        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
+            if node is not None:
+                node.register_hook(_explained)
         return outputs
 
     return run

@@ -210,7 +210,7 @@ class _Glu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         need_gate, need_up, _ = ctx.needs_input_grad
-        grads = backward(grad, gate, up, *ctx.options, need_gate, need_up)
+        grads = backward(grad, gate, up, ctx.options[0], need_gate, need_up)
         grad_gate = grads.pop(0) if need_gate else None
         return grad_gate, grads.pop(0) if need_up else None, None
 

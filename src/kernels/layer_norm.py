@@ -184,7 +184,7 @@ def backward(
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, *_ = ctx.saved_tensors
     return gradients(
-        lambda *tensors: reference(*tensors, ctx.eps),
+        lambda x, weight, bias: reference(x, weight, bias, ctx.eps),
         (x, weight, bias),
         ctx.needs_input_grad,
         (grad,),

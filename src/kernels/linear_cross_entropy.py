@@ -58,10 +58,11 @@ def reference(
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, labels = ctx.saved_tensors[4:]
-    *chosen, softcap, scale = ctx.chosen
+    ignore_index, reduction, smoothing, softcap, scale = ctx.chosen
+    chosen = ignore_index, reduction, smoothing, softcap or None, scale
 
-    def formula(*tensors: Any) -> Tensor:
-        return reference(*tensors, labels, *chosen, softcap or None, scale)
+    def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference(x, weight, bias, labels, *chosen)
 
     return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
 

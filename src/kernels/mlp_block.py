@@ -79,7 +79,8 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     def formula(x: Tensor, *tensors: Any) -> Tensor:
         kinds = constants.compute, constants.dtype
-        y = reference(x, *lists(tensors, constants), activation, layout, keep, *kinds)
+        run: Any = reference
+        y: Tensor = run(x, *lists(tensors, constants), activation, layout, keep, *kinds)
         return y.reshape(grad.shape)
 
     inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])

@@ -92,7 +92,8 @@ def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     like = next(g for g in grads if g is not None)
 
     def formula(x: Tensor, *tensors: Any) -> list[Tensor]:
-        outs = reference(x, *lists(tensors, constants), "all", constants.compute, constants.dtype)
+        run: Any = reference
+        outs = run(x, *lists(tensors, constants), "all", constants.compute, constants.dtype)
         return [out.reshape(-1, out.shape[-1]) for out in outs]
 
     inputs = absent(shape, like, read) if x is None else x, *saved[count:]

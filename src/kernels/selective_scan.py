@@ -191,8 +191,11 @@ _triton_backward = library_op(
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    run: Any = scan_reference
+
     def formula(*tensors: Any) -> Tensor:
-        return scan_reference(*tensors, ctx.softplus)
+        made: Tensor = run(*tensors, ctx.softplus)
+        return made
 
     return gradients(formula, ctx.saved_tensors[:8], ctx.needs_input_grad, (grad,))
 

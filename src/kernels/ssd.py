@@ -188,8 +188,10 @@ _triton_backward = library_op(
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     softplus, low, high = ctx.options
 
-    def formula(*tensors: Any) -> Tensor:
-        return ssd_reference(*tensors, softplus, (low, high))
+    def formula(
+        x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, bias: Any
+    ) -> Tensor:
+        return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
 
     return gradients(formula, ctx.saved_tensors, ctx.needs_input_grad, (grad,))
 

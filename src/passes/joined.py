@@ -146,7 +146,8 @@ def _logits_again(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
     def formula(*own: Any) -> Tensor:
         with ctx.join.mode(True):
-            return ctx.join.logits(*own)
+            made: Tensor = ctx.join.logits(*own)
+        return made
 
     if isinstance(grad, LazyLogits):
         grad = grad.materialize()
@@ -202,7 +203,8 @@ class _Loss(torch.autograd.Function):
         settings: op.Settings, *others: Any,
     ) -> Tensor:  # fmt: skip
         """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
-        loss, found = op.found(*operands, settings, needed)
+        x, weight, bias, labels = operands
+        loss, found = op.found(x, weight, bias, labels, settings, needed)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
         ctx.save_for_backward(*found, *others)
@@ -221,7 +223,8 @@ class _Loss(torch.autograd.Function):
                     "the gradient of these logits cannot be computed: what they are made of was "
                     "written to since. Use fusewright.optimize(model, logits='always')."
                 )
-            return join.gradient(inputs, others, grad, False)
+            made: Tensor = join.gradient(inputs, others, grad, False)
+            return made
 
         lazy = LazyGradient(values, join.shape, join.plan.dtype, join.device)
         lazy.direct = lambda: op.scaled(found, grad, like, needed, settings.logit_scale)

@@ -25,7 +25,8 @@ def losses(module: fx.GraphModule) -> Losses:
     """A copy of the graph, if there is a loss in it that a rule may fuse; else nothing."""
     if not any((c := canonical(n)) and c.name == "cross_entropy" for n in module.graph.nodes):
         return {}
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op != "output":
             env[node] = graph.node_copy(node, lambda n: env[n])
@@ -127,13 +128,14 @@ def _join(
     tail, names = _tail(root, was, present)
     others = [present[name] for name in names]
     logits, inputs = _body(chain)
-    if canon is None or any(order[n] > order[fused] for n in (*inputs, *others)):
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    if canon is None or linear is None or dtype is None:
+        return False
+    if any(order[n] > order[fused] for n in (*inputs, *others)):
         return False
     if any(writes(n) for n in tail.nodes):
         return False
-    linear = canonical(chain[0])
-    assert linear is not None
-    plan = Plan(lazy, _keeps(chain), facts.dtype(node), len(inputs), len(others))
+    plan = Plan(lazy, _keeps(chain), dtype, len(inputs), len(others))
     with graph.inserting_before(fused):
         bodies = _add(module, logits, plan), _add(module, tail, None)
         pair = graph.call_function(
@@ -151,9 +153,10 @@ def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
     logits, inputs = _body(chain)
-    linear = canonical(chain[0])
-    assert linear is not None
-    plan = Plan(True, _keeps(chain), facts.dtype(node), len(inputs), 0)
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    if linear is None or dtype is None:
+        return False
+    plan = Plan(True, _keeps(chain), dtype, len(inputs), 0)
     with graph.inserting_after(node):
         body = _add(module, logits, plan)
     with graph.inserting_after(body):
