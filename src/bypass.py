@@ -113,7 +113,9 @@ def below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[tuple[str,
             a mere container, the region calls what it holds: blocks are there, but not their parts.
     """
     seen: set[nn.Module] = {module}
-    stack = [(name, (name,), m) for name, m in module._modules.items()]
+    stack: list[tuple[str, tuple[str, ...], nn.Module | None]] = [
+        (name, (name,), m) for name, m in module._modules.items()
+    ]
     while stack:
         name, path, m = stack.pop()
         if m is None or m in seen or (path == tuple(outside) and not is_container(m)):

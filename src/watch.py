@@ -93,7 +93,7 @@ class Watch:
         self._forwards = [d.get("forward") for d in self._dicts]
         self.blocks = [m for m in self._below if is_block(m)]
         self._called = [m.__dict__ for m in self._below if not is_container(m)]
-        self.classes = tuple(dict.fromkeys((type(module), *self._kinds)))
+        self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)

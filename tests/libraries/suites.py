@@ -41,7 +41,7 @@ _MISSING = {
 """Mixins that the common tests import, and that the source distribution lacks."""
 
 
-_IMPORTED = ("parameterized",)
+_IMPORTED = ("parameterized", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def _suites(options: argparse.Namespace) -> list[Suite]:
     suites = []
     if options.library != "transformers":
         root = _source("peft", options.work)
+        (root / "tests" / "__init__.py").touch()  # its tests import each other
         suites.append(Suite("peft decoders", root, ("tests/test_decoder_models.py",)))
     if options.library != "peft":
         if options.transformers is not None:
@@ -137,7 +138,8 @@ def _run(suite: Suite, options: argparse.Namespace, codegen: str | None) -> dict
     results = options.work / f"{suite.name.replace(' ', '-')}-{codegen or 'plain'}.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "suites_plugin", "-p",
-        "no:cacheprovider", "-n", options.processes, f"--junitxml={results}", "--tb=short",
+        "no:cacheprovider", "-o", "addopts=", "-n", options.processes, f"--junitxml={results}",
+        "--tb=short",
         "--stand-ins", str(options.work / "models"), *suite.paths,
     ]  # fmt: skip
     chosen = [f"({part})" for part in (suite.select, options.select) if part]
