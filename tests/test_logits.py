@@ -352,3 +352,23 @@ def test_a_frozen_model() -> None:
     (a, z), (b, y) = (m(IDS, labels=LABELS) for m in (eager, ours))
     assert (b.requires_grad, y.requires_grad) == (a.requires_grad, z.requires_grad)
     torch.testing.assert_close((b, y + 0), (a, z))
+
+
+def _with_z_loss(z: Tensor, labels: Tensor) -> Tensor:
+    return _plain(z, labels) + 0.1 * z.logsumexp(-1).square().mean()
+
+
+@pytest.mark.parametrize(
+    "use", ["a hook that scales", "grad", "retain_grad", "an autograd.Function"]
+)
+def test_logits_that_the_model_uses_itself(use: str) -> None:
+    """They exist, so the loss is computed from them, and the report says why."""
+    torch.manual_seed(0)
+    eager = _LM(_with_z_loss, False, False)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    found = []
+    for m in (eager, ours):
+        loss, z = m(IDS, labels=LABELS)
+        found.append([g.detach().clone() for g in USES[use](loss, z)] + [m.lm_head.weight.grad])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert "linear_cross_entropy" not in explain(ours).by_rule()

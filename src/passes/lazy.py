@@ -69,10 +69,63 @@ def join_logits(
         else:
             done = lazy and not ours and _defer(module, node, chain)
         made += done
-    if made:
+    undone = _undo(module, before, findings, output)
+    if made or undone:
         graph.lint()
         module.recompile()
     return made
+
+
+def _undo(
+    module: fx.GraphModule, before: Losses, findings: Sequence[Finding], output: fx.Node
+) -> int:
+    """Put losses back as they were, where a value that is returned would not lead to them any more.
+
+    So it is where the graph uses its logits for something else as well: they exist then, but hooks
+    on them, and gradients with respect to them, would miss what comes from the loss.
+    """
+    graph, undone = module.graph, 0
+    for fused in [
+        n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"
+    ]:
+        finding = next((f for f in findings if fused.name in f.claimed), None)
+        root = None if finding is None else before.get(finding.node)
+        if finding is None or root is None:
+            continue
+        lost = [
+            n for n in output.all_input_nodes
+            if n.name in before and root in _after(before[n.name]) and fused not in _after(n)
+        ]  # fmt: skip
+        if not lost or not _put_back(module, fused, root):
+            continue
+        finding.status, undone = "left", undone + 1
+        finding.reason = f"{lost[0].name}, which is returned, is not only for the loss"
+    return undone
+
+
+def _put_back(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool:
+    """Compute a loss from the nodes that there still are; False where one of them comes later."""
+    graph = module.graph
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    present = {n.name: n for n in graph.nodes}
+    missing, queue = {root}, [root]
+    env: dict[fx.Node, fx.Node] = {}
+    while queue:
+        for n in queue.pop().all_input_nodes:
+            if n.name in present:
+                env[n] = present[n.name]
+            elif n not in missing:
+                missing.add(n)
+                queue.append(n)
+    if any(order[n] > order[fused] for n in env.values()):
+        return False
+    with graph.inserting_before(fused):
+        for n in root.graph.nodes:
+            if n in missing:
+                env[n] = graph.node_copy(n, lambda a: env[a])
+    fused.replace_all_uses_with(env[root])
+    prune(graph, [fused])
+    return True
 
 
 def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
