@@ -87,7 +87,7 @@ def optimize(
         options,
         environment,
         choice,
-        Verifier(always=verify == "always"),
+        Verifier(always=verify == "always", traced=choice[0] == "inductor"),
         Fuel(environment.fuel),
         _planner(model, blocks, memory, choice[0]),
         split=split,

@@ -17,6 +17,7 @@ FLOORS = {
     "lazy": 1, "graph": 1, "kernels": 1, "match": 1,
     "passes": 2,
     "regions": 3, "bypass": 3, "leaves": 3, "watch": 3, "sampling": 3, "verify": 3,
+    "verify_runs": 3, "verify_exact": 3, "verify_compare": 3, "smaller_weights": 3,
     "caller_writes": 3,
     "codegen": 3, "memory": 3, "sharing": 3, "session": 3, "capture": 3, "forwards": 3,
     "default_cache": 3, "opaque": 3, "heads": 3, "install": 3,
@@ -26,7 +27,11 @@ FLOORS = {
 }  # fmt: skip
 """A module may import from lower floors; on one floor, only from what stands to its left below."""
 
-ON_ONE_FLOOR = [("sampling", "verify"), ("graph", "match"), ("codegen", "capture"),
+ON_ONE_FLOOR = [("sampling", "verify"), ("verify_runs", "verify"), ("verify_exact", "verify"),
+                ("verify_compare", "verify"), ("verify_runs", "verify_compare"),
+                ("smaller_weights", "verify"),
+                ("sampling", "smaller_weights"), ("verify_exact", "smaller_weights"),
+                ("graph", "match"), ("codegen", "capture"),
                 ("codegen", "memory"), ("sampling", "memory"), ("memory", "capture"),
                 ("memory", "forwards"),
                 ("memory_budget", "options"),

@@ -11,6 +11,7 @@ from fusewright.budget import errors, exceeded
 from fusewright.match.apply import Verdict
 from fusewright.match.rule import Emit, Match
 from fusewright.passes.glu import GLU
+from fusewright.sampling import REGIMES
 
 from .capturing import capture, rewrite, rewritten
 from .models.zoo import FAMILIES, build
@@ -21,11 +22,11 @@ def test_small_sizes_fit_every_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
     check = verify._check
 
-    def watched(candidate: object, inputs: object) -> object:
+    def watched(site: object, *rest: object) -> object:
         try:
-            return check(candidate, inputs)
+            return check(site, *rest)
         except Exception as error:
-            failures.append(f"{candidate.rule.name}: {error}")
+            failures.append(f"{site.candidate.rule.name}: {error}")
             raise
 
     monkeypatch.setattr(verify, "_check", watched)
@@ -51,15 +52,15 @@ def test_what_one_draw_finds_too_large_is_judged_by_several(
     seen: list[int] = []
     check = verify._check
 
-    def unlucky(candidate: object, draws: list[list[object]]) -> object:
+    def unlucky(site: object, draws: list[list[object]], regime: object) -> object:
         seen.append(len(draws))
-        verdict = check(candidate, draws)
+        verdict = check(site, draws, regime)
         return Verdict("output 0: peak error 2 exceeds 1") if len(draws) == 1 else verdict
 
     monkeypatch.setattr(verify, "_check", unlucky)
     gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
     findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up))
-    assert seen == [1, 16]
+    assert seen == [1, 16] * (1 + len(REGIMES))
     assert rewritten(findings) == ["glu"]
 
 

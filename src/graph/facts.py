@@ -27,6 +27,19 @@ def tensor(node: Any) -> Tensor | None:
     return v if isinstance(v, Tensor) else None
 
 
+def real(node: Any) -> Tensor | None:
+    """The tensor that a placeholder stands for in the call that is being captured, else None.
+
+    TorchDynamo knows it while its backend runs, and forgets it afterwards.
+    """
+    given = node.meta.get("grapharg") if isinstance(node, fx.Node) else None
+    try:
+        found = getattr(given, "example", None)
+    except AssertionError:  # it has been forgotten
+        return None
+    return found if type(found) in (Tensor, torch.nn.Parameter) else None
+
+
 def dtype(node: Any) -> torch.dtype | None:
     """The dtype of a node's tensor, else None."""
     t = tensor(node)

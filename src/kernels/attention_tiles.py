@@ -117,8 +117,13 @@ def unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
     That is the order of projections, which come before and after.
     """
     batch, heads, time, _ = like.shape
-    t = t.view(batch, groups, time, heads // groups, -1).permute(0, 2, 1, 3, 4)
-    return torch.empty(t.shape, dtype=like.dtype).copy_(t).flatten(2, 3).transpose(1, 2)
+    t = t.view(batch, groups, time, heads // groups, -1).transpose(2, 3)
+    dim = t.shape[-1]
+    strides = (time * heads * dim, dim, heads * dim, 1)
+    # no view: what an autograd function returns must be one that the model may write to in place
+    out = torch.empty_strided((batch, heads, time, dim), strides, dtype=like.dtype)
+    out.unflatten(1, (groups, heads // groups)).copy_(t)
+    return out
 
 
 class Scratch:

@@ -126,7 +126,10 @@ class _Rope(torch.autograd.Function):
         ctx.triton = use_triton(*tensors, cos, sin) and _fits_kernel(tensors, cos, sin)
         run = _triton_rotate if ctx.triton else rotate
         dtype = torch.promote_types(tensors[0].dtype, cos.dtype)
-        return tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
+        outs = tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
+        needs = zip(outs, ctx.needs_input_grad[4:], strict=True)
+        ctx.mark_non_differentiable(*(out for out, needed in needs if not needed))
+        return outs
 
     @staticmethod
     @differentiable(_again)

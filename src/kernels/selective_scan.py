@@ -129,7 +129,8 @@ def _fake_forward(
     (batch, channels, length), states = u.shape, a.shape[1]
     # never 1, for any length: that case would be a graph of its own
     chunks = length // chunk_length(states, channels) + 2
-    out = u.new_empty(batch, length, channels, dtype=output_dtype(u, d, z)).transpose(1, 2)
+    strides = (length * channels, 1, channels)  # no view: the model may write to it in place
+    out = u.new_empty_strided((batch, channels, length), strides, dtype=output_dtype(u, d, z))
     wide = torch.promote_types(u.dtype, torch.float32)
     return out, u.new_empty(chunks, batch, states, channels, dtype=wide)
 

@@ -75,6 +75,11 @@ class LinearCrossEntropy(Rule):
         factor = facts.tensor(m.get("factor"))
         m.require(factor is None or factor.numel() == 1, "the logits' factor is no scalar", m.root)
         m.require(factor is None or m.bias is None, "a bias inside a learnt factor", m.root)
+        m.require(
+            factor is None or facts.dtype(m.x) is not torch.float16,
+            "the logits' factor is learnt: multiplied into float16 rows it may leave their range",
+            m.root,
+        )
         if m.get("cap") is not None:
             m.require(isinstance(m.cap, (int, float)), "the soft cap is not a constant", m.root)
 

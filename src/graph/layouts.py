@@ -1,0 +1,54 @@
+"""Whether anybody can tell in what order of strides a value lies in memory."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .canon import canonical
+
+_VIEWS = ("view", "view_as", "unflatten", "view_as_complex", "view_as_real")
+"""What may fail in another layout, but not in the contiguous one."""
+
+_STRIDES = ("as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr")
+"""What gives something else in any other layout."""
+
+_FRESH = ("linear", "matmul", "addmm", "sdpa", "contiguous", "cat", "stack", "mean", "sum",
+          "cross_entropy", "index", "grouped_mm")  # fmt: skip
+"""What makes a value whose layout does not follow that of its operands."""
+
+_COPIED = ("reshape", "flatten")
+"""What copies where it cannot view."""
+
+
+def layout_is_read(node: fx.Node) -> str:
+    """How a user of ``node``, or of what takes its layout over, depends on its strides.
+
+    Who gets a result of the graph is not asked.
+
+    Returns:
+        ``"exactly"``; ``"for views"``, which the contiguous layout does for always; or ``""``.
+    """
+    found = ""
+    seen: set[fx.Node] = set()
+    queue = list(node.users)
+    while queue:
+        user = queue.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if name in _STRIDES:
+            return "exactly"
+        if name in _VIEWS:
+            found = "for views"
+        canon = canonical(user)
+        if name in _COPIED or (canon is not None and canon.name in _FRESH):
+            continue
+        if canon is None or canon.name not in _OURS:
+            queue += list(user.users)
+    return found
+
+
+_OURS = ("rms_norm", "add_rms_norm", "layer_norm", "lora_linear", "quant_linear",
+         "quant_lora_linear", "linear_cross_entropy")  # fmt: skip
+"""Ops of this package that read any layout, and whose outputs do not follow it."""

@@ -1,0 +1,290 @@
+"""One run of a graph under observation: its results, and all that it does beside them.
+
+Every run has copies of the inputs of its own, in the layout that they were drawn in. What it writes
+into them, which memory its outputs share, whether they can be written to, what it draws from the
+random generator and which gradients it has is kept beside outputs and gradients, to be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("output", "gradient of input", "gradient by a second backward of input", "input")
+"""What ``Outcome.results`` holds, in this order; the last is inputs that were written to."""
+
+
+STRIDES = "has strides"
+"""A trait that the rewrite need not share where it is contiguous; with others, it has its own."""
+
+UNWRITABLE = "cannot be written in place"
+"""A trait that the rewrite need not share."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave, or several with their results stacked.
+
+    Attributes:
+        results: for each of ``KINDS`` the tensors, None for those that there are none of.
+        traits: what is true of it beside its values, as sentences.
+        random: the state of the random generators afterwards.
+        kept: bytes kept for backward.
+        draws: how many runs these are.
+    """
+
+    results: tuple[list[Tensor | None], ...]
+    traits: frozenset[str]
+    random: tuple[bytes, ...]
+    kept: int
+    draws: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a site have in common.
+
+    Attributes:
+        differentiable: for each input, whether it needs a gradient.
+        fixed: the shapes of weights. What has such a shape does not grow with the tokens and is not
+            counted as kept: the loss makes the gradient of a trained head in forward.
+        laid_out: for each output, how its strides are read (``graph/layouts.py``).
+        grad: whether gradients are enabled where the site runs.
+        thorough: whether traits are looked for, and backward runs twice and for each output alone.
+    """
+
+    differentiable: Sequence[bool]
+    fixed: frozenset[tuple[int, ...]]
+    laid_out: Sequence[str] = ()
+    grad: bool = True
+    thorough: bool = True
+
+
+def runs(fn: Callable[..., Any], draws: Sequence[Sequence[Any]], setting: Setting) -> Outcome:
+    """The outcome of ``fn`` for all ``draws`` of inputs: their results stacked, as one tensor."""
+    made = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
+    if len(made) == 1:
+        return made[0]
+    results = tuple(
+        [_stacked(tensors) for tensors in zip(*kind, strict=True)]
+        for kind in zip(*(m.results for m in made), strict=True)
+    )
+    traits = frozenset().union(*(m.traits for m in made))
+    random = tuple(s for m in made for s in m.random)
+    return Outcome(results, traits, random, sum(m.kept for m in made), len(made))
+
+
+def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+    there = [t for t in tensors if t is not None]
+    if there and len(there) < len(tensors):
+        raise RuntimeError("a result is there in some of the draws only")
+    return torch.stack(there) if there else None
+
+
+def _run(fn: Callable[..., Any], inputs: Sequence[Any], setting: Setting, seed: int) -> Outcome:
+    tokens = [
+        _token(x) if d and isinstance(x, Tensor) else None
+        for x, d in zip(inputs, setting.differentiable, strict=True)
+    ]
+    own = [_handed(x, t, setting.grad) for x, t in zip(inputs, tokens, strict=True)]
+    generators = _generators(own)
+    for g in generators:
+        g.manual_seed(seed)
+    kept: dict[int, int] = {}
+    with torch.set_grad_enabled(setting.grad), _counted(kept, own, setting.fixed):
+        outputs = [o for o in fn(*own) if isinstance(o, Tensor)]
+    results = [o.detach().clone() for o in outputs]
+    grads, again, reached = _gradients(outputs, tokens, setting, seed)
+    random = tuple(g.get_state().numpy().tobytes() for g in generators)
+    written = [
+        x.detach().clone() if isinstance(x, Tensor) and not _same(x, before) else None
+        for x, before in zip(own, inputs, strict=True)
+    ]
+    traits = reached
+    if setting.thorough:
+        traits |= _traits(outputs, own, setting.laid_out) | _unwritable(outputs, setting.grad)
+    return Outcome((results, grads, again, written), traits, random, sum(kept.values()))
+
+
+# ------------------------------------------------------------------------------------ the inputs
+
+
+class _Handed(torch.autograd.Function):
+    """Gives a graph a tensor that is no leaf, as values inside a model are, without a copy of it.
+
+    The leaf is a ``token`` of the tensor's shape and of one element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, value: list[Tensor]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.pop()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return grad, None
+
+
+def _token(x: Tensor) -> Tensor:
+    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
+
+
+def _handed(x: Any, token: Tensor | None, grad: bool) -> Any:
+    """A copy of ``x`` that differentiates to ``token``.
+
+    Where gradients are off, it is a leaf that needs one: an op sees that it does.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if token is None:
+        return copied(x)
+    if not grad:
+        return copied(x).requires_grad_()
+    handed: Tensor = _Handed.apply(token, [copied(x)])  # type: ignore[no-untyped-call]
+    return handed
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy of ``t`` with its strides, gaps and broadcast dimensions included."""
+    storage = t.detach().untyped_storage().clone()
+    made = torch.empty(0, dtype=t.dtype, device=t.device)
+    return made.set_(storage, t.storage_offset(), t.shape, t.stride())
+
+
+def _generators(inputs: Sequence[Any]) -> list[torch.Generator]:
+    devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
+    found = [torch.cuda.default_generators[d.index] for d in sorted(devices, key=str)]
+    return [torch.default_generator, *found]
+
+
+# ---------------------------------------------------------------------------------- the gradients
+
+
+@contextmanager
+def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[int, ...]]) -> Any:
+    """Collect, while a graph runs, the storages that are saved for backward, with their bytes."""
+    inputs = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in inputs and tuple(t.shape) not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield
+
+
+def _gradients(
+    outputs: list[Tensor], tokens: Sequence[Tensor | None], setting: Setting, seed: int
+) -> tuple[list[Tensor | None], list[Tensor | None], frozenset[str]]:
+    """Gradients by a random upstream, the same by a second backward, and which output has which.
+
+    The second backward has the opposite upstream in another layout: one that wrote over what was
+    saved, or that takes its upstream for contiguous, gives another result.
+    """
+    places = [j for j, t in enumerate(tokens) if t is not None]
+    wanted = [t for t in tokens if t is not None]
+    live = [i for i, o in enumerate(outputs) if o.requires_grad]
+    if not wanted or not live:
+        return [None] * len(wanted), [None] * len(wanted), frozenset()
+    generator = torch.Generator().manual_seed(seed + 1)
+    # drawn for every output: original and rewrite may differ in which of them have a gradient
+    drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    upstream = [drawn[i].to(outputs[i].device, outputs[i].dtype) for i in live]
+    roots = [outputs[i] for i in live]
+
+    def grad(roots: list[Tensor], upstream: list[Tensor], more: bool) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(roots, wanted, upstream, allow_unused=True, retain_graph=more)
+        )
+
+    first = grad(roots, upstream, setting.thorough)
+    if not setting.thorough:
+        return first, [None] * len(wanted), frozenset()
+    first = [None if g is None else g.clone() for g in first]  # a later backward may write to it
+    reached = {
+        f"output {i} alone gives a gradient of input {places[j]}"
+        for i, root, u in zip(live, roots, upstream, strict=True)
+        for j, g in enumerate(first if len(live) == 1 else grad([root], [u], True))
+        if g is not None
+    }
+    second = grad(roots, [_odd(-u) for u in upstream], False)
+    return first, [None if g is None else -g for g in second], frozenset(reached)
+
+
+def _odd(t: Tensor) -> Tensor:
+    """The values of ``t`` in a layout that is not contiguous."""
+    if t.dim() == 0:
+        return t
+    if t.dim() == 1:
+        return torch.stack([t, t], 1)[:, 0]
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+# --------------------------------------------------------------------------- all that is no value
+
+
+def _traits(
+    outputs: list[Tensor], inputs: Sequence[Any], laid_out: Sequence[str]
+) -> frozenset[str]:
+    found = set()
+    for i, o in enumerate(outputs):
+        # the stride of a dimension of one element says nothing
+        strides = tuple(s for s, n in zip(o.stride(), o.shape, strict=True) if n > 1)
+        read = laid_out[i] if i < len(laid_out) else ""
+        if read == "exactly" or (read and not o.is_contiguous()):
+            found.add(f"output {i} {STRIDES} {strides}")
+        found.add(f"output {i} is a {type(o).__name__} on {o.device}")
+        if o.requires_grad:
+            found.add(f"output {i} requires a gradient")
+        others = [(f"input {j}", x) for j, x in enumerate(inputs) if isinstance(x, Tensor)]
+        others += [(f"output {j}", x) for j, x in enumerate(outputs[:i])]
+        found |= {f"output {i} shares memory with {name}" for name, x in others if _overlap(o, x)}
+    return frozenset(found)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of ``a`` lies where one of ``b`` does."""
+    storage = a.untyped_storage()
+    if storage.data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
+        return False
+    if a.itemsize != b.itemsize:
+        return True
+    marks = torch.zeros(storage.nbytes() // a.itemsize, dtype=torch.bool)
+    _placed(marks, a).fill_(True)
+    return bool(_placed(marks, b).any())
+
+
+def _placed(marks: Tensor, t: Tensor) -> Tensor:
+    """The elements of ``marks`` where those of ``t`` lie, each once."""
+    dims = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if s]
+    return marks.as_strided([n for n, _ in dims], [s for _, s in dims], t.storage_offset())
+
+
+def _unwritable(outputs: list[Tensor], grad: bool) -> frozenset[str]:
+    """Which outputs raise when they are written to, as one of several views of a function does."""
+    found = set()
+    for i, o in enumerate(outputs):
+        if not o.is_floating_point():
+            continue
+        try:
+            with torch.enable_grad() if grad else nullcontext():
+                o.mul_(1)
+        except RuntimeError:
+            found.add(f"output {i} {UNWRITABLE}")
+    return frozenset(found)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, nan included."""
+    if torch.equal(a, b):
+        return True
+    if a.itemsize == 1:  # comparison is not there for the narrowest dtypes
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -1,0 +1,1 @@
+"""Verification, by rewrites that are wrong."""

@@ -1,0 +1,136 @@
+"""Large weights are verified by small ones, wherever nothing else depends on their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusewright.match.apply import Fuel, apply
+from fusewright.match.finding import Finding
+from fusewright.match.rule import Emit, Match, Rule
+from fusewright.passes.loss import LinearCrossEntropy
+from fusewright.passes.ops import TABLE
+from fusewright.smaller_weights import LARGE, _chosen, _small
+from fusewright.verify import Verifier
+
+from ..capturing import capture
+from .faults import of_any_size
+
+VOCABULARY, HIDDEN = 50_000, 64
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor that anything makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and not isinstance(t, FakeTensor) and not t.is_meta:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+@contextmanager
+def measured() -> Iterator[_Sizes]:
+    """The bytes of the largest tensor that is made meanwhile."""
+    with _Sizes() as sizes:
+        yield sizes
+
+
+def _loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(x, w).float()
+    return F.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1))
+
+
+def _head(trained: bool) -> fx.GraphModule:
+    x = of_any_size(torch.randn(2, 6, HIDDEN, dtype=torch.bfloat16), 1).requires_grad_()
+    w = torch.randn(VOCABULARY, HIDDEN, dtype=torch.bfloat16) / 8
+    labels = of_any_size(torch.randint(0, VOCABULARY, (2, 6)), 1)
+    return capture(_loss, x, w.requires_grad_(trained), labels)
+
+
+def _judged(graph: fx.GraphModule, change: Callable[..., Any] | None = None) -> Finding:
+    right = TABLE["linear_cross_entropy"]
+    op = (lambda *a: change(right, *a)) if change else right
+    table = {**TABLE, "linear_cross_entropy": op}
+    return apply(graph, [LinearCrossEntropy()], table, Verifier(), Fuel())[0]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_large_head_takes_no_memory(trained: bool) -> None:
+    graph = _head(trained)
+    with measured() as sizes:
+        finding = _judged(graph)
+    assert finding.status == "rewritten", finding.reason
+    # in fp64 the weight alone would be 26 MB, and 35 rows of logits 14 MB
+    assert 0 < sizes.largest < 2 << 20
+
+
+def test_a_wrong_loss_of_a_large_head_is_refused() -> None:
+    def fault(op: Any, x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+        return op(x, w, *rest) * 1.01
+
+    assert "output 0: rms error" in _judged(_head(False), fault).reason
+
+
+def test_sizes_are_aligned_as_the_real_ones_and_those_of_nothing_else() -> None:
+    assert [_small(n, set()) for n in (49152, 32003, 32004, 151936)] == [896, 1023, 1020, 896]
+    assert _small(49152, {896}) == 1152
+    for size in (49152, 32003, 32004):
+        small = _small(size, set())
+        step = min(size & -size, 128)
+        assert small % step == 0
+        assert small // step % 2 == 1
+
+
+def test_the_largest_size_goes_first_and_small_weights_stay() -> None:
+    assert _chosen([(576, 1536), (1024, 1024)], set()) == {}
+    assert _chosen([(49152, 576)], {49152, 576}) == {49152: 896}
+    assert _chosen([(1024, 14336), (14336,)], {1024, 14336}) == {14336: 896}
+    both = _chosen([(14336, 4096), (4096, 4096)], {4096, 14336})
+    assert both == {14336: 896, 4096: 1152}
+    assert _chosen([(8, 2048, 1024)], {8, 2048, 1024}) == {
+        2048: 896,
+    }
+
+
+class Heads(Rule):
+    """A projection cut into heads, by an op that does just this."""
+
+    name = op = "heads"
+
+    def patterns(self, p: Any, x: Any, w: Any) -> Any:
+        """A linear and a reshape to a shape that the code writes down."""
+        yield p.reshape(p.linear(x, w), p.anything)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """The same, by a function."""
+        return ops.call(_heads, m.x, m.w)
+
+
+def _heads(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w).view(*x.shape[:-1], 40, 128)
+
+
+def test_real_sizes_where_something_else_depends_on_them() -> None:
+    x, w = of_any_size(torch.randn(2, 6, 256), 1), torch.randn(5120, 256)
+    graph = capture(lambda x, w: F.linear(x, w).view(*x.shape[:-1], 40, 128), x, w)
+    with measured() as sizes:
+        finding = apply(graph, [Heads()], TABLE, Verifier(), Fuel())[0]
+    assert finding.status == "rewritten", finding.reason
+    assert sizes.largest >= w.numel() * 4
+    assert w.numel() > LARGE
