@@ -95,6 +95,11 @@ SPECS: dict[str, Spec] = {
         (None, None, 1e-5, True),
         aliases=(*_X, ("normalized_shape", "shape")),
     ),
+    "detach": _UNARY,
+    "eye": Spec(("n", "m", "dtype", "device", "layout", "requires_grad"), (None,) * 5),
+    "linalg_norm": Spec(
+        ("x", "ord", "dim", "keepdim", "dtype"), (None, None, False, None), aliases=(("A", "x"),)
+    ),
     "sort": Spec(("x", "dim", "descending", "stable"), (-1, False, None), aliases=_X),
     "floordiv": Spec(("x", "y"), aliases=(*_X, ("other", "y"))),
     "ge": Spec(("x", "y"), aliases=(*_X, ("other", "y"))),
@@ -160,7 +165,8 @@ FUNCTIONS: dict[Any, str] = {
     torch.sort: "sort", operator.floordiv: "floordiv", torch.floor_divide: "floordiv",
     operator.ge: "ge", torch.ge: "ge", torch.clamp: "clamp", torch.masked_fill: "masked_fill",
     torch.histc: "histc", torch.cumsum: "cumsum", torch._grouped_mm: "grouped_mm",
-    torch.clone: "clone",
+    torch.clone: "clone", torch.detach: "detach", torch.eye: "eye",
+    torch.linalg.norm: "linalg_norm",
 }  # fmt: skip
 
 METHODS: dict[str, str] = {
@@ -189,6 +195,7 @@ METHODS: dict[str, str] = {
         "unsqueeze",
         "contiguous",
         "clone",
+        "detach",
         "ge",
         "clamp",
         "masked_fill",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..match.rule import Rule
 from .attention import Attention
 from .blocks import MLPBlock, QKVBlock
+from .dora import DoRALinear
 from .glu import GLU
 from .layer_norm import LayerNorm
 from .lora import LoRALinear
@@ -22,6 +23,7 @@ PIPELINE: tuple[Rule, ...] = (
     Rope(),
     GLU(),
     QuantLinear(),
+    DoRALinear(),
     LoRALinear(),
     LinearCrossEntropy(),
     Attention(),

@@ -10,6 +10,7 @@ from ..graph.operations import Spec
 from ..kernels import (
     add_rms_norm,
     attention,
+    dora,
     glu,
     layer_norm,
     linear_cross_entropy,
@@ -37,6 +38,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear.lora_linear,
     "quant_linear": quant_linear.quant_linear,
     "quant_lora_linear": quant_lora_linear.quant_lora_linear,
+    "dora": dora.rescaled,
+    "dora_row_norms": dora.row_norms,
     "mlp_block": mlp_block.mlp_block,
     "qkv_block": qkv_block.qkv_block,
     "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,

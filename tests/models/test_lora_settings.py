@@ -44,6 +44,15 @@ class Setting:
     dtype: torch.dtype = torch.float32
 
 
+def _stretched(model: nn.Module, train: bool = True) -> None:
+    """Magnitudes that are not the norms, as after some steps."""
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            factors = 0.5 + torch.rand(parameter.shape)
+            parameter.data.mul_(factors.to(parameter.dtype))
+            parameter.requires_grad_(train)
+
+
 def _second(model: nn.Module, active: list[str], **options: object) -> None:
     config = LoraConfig(**{"r": 2, "target_modules": "all-linear", **options})
     model.add_adapter("second", config)
@@ -72,7 +81,37 @@ SETTINGS: dict[str, Setting] = {
     "adapter bias": Setting(options={"lora_bias": True}),
     "adapter bias and dropout": Setting(options={"lora_bias": True, "lora_dropout": 0.3}),
     "rsLoRA": Setting(options={"use_rslora": True}),
-    "DoRA": Setting(options={"use_dora": True}, linears=0, reason="a low-rank update"),
+    "DoRA": Setting(options={"use_dora": True}, prepare=_stretched),
+    "DoRA, dropout": Setting(options={"use_dora": True, "lora_dropout": 0.3}, prepare=_stretched),
+    "DoRA, base bias, rsLoRA": Setting(
+        "qwen2", {"use_dora": True, "use_rslora": True}, prepare=_stretched
+    ),
+    "DoRA, trained base bias, dropout": Setting(
+        "qwen2", {"use_dora": True, "lora_dropout": 0.3, "bias": "all"}, prepare=_stretched
+    ),
+    "DoRA, transposed weights": Setting(
+        "gpt2", {"use_dora": True}, 0, reason="torch.nn.Parameter", prepare=_stretched
+    ),
+    "DoRA, transposed bf16 weights": Setting(
+        "gpt2", {"use_dora": True}, 6, prepare=_stretched, dtype=torch.bfloat16
+    ),
+    "DoRA, transposed bf16 weights, dropout": Setting(
+        "gpt2", {"use_dora": True, "lora_dropout": 0.3}, 6, prepare=_stretched,
+        dtype=torch.bfloat16,
+    ),
+    "DoRA, frozen magnitude": Setting(
+        options={"use_dora": True}, prepare=lambda m: _stretched(m, train=False)
+    ),
+    "DoRA, bf16 base": Setting(
+        options={"use_dora": True}, prepare=_stretched, dtype=torch.bfloat16
+    ),
+    "DoRA, bf16 base, dropout": Setting(
+        options={"use_dora": True, "lora_dropout": 0.3}, prepare=_stretched, dtype=torch.bfloat16
+    ),
+    "DoRA, all in bf16": Setting(
+        options={"use_dora": True}, prepare=lambda m: (_stretched(m), m.bfloat16()),
+        dtype=torch.bfloat16,
+    ),
     "some projections": Setting(
         options={"target_modules": ["q_proj", "v_proj", "up_proj"]}, linears=6
     ),
@@ -166,9 +205,11 @@ def test_setting(name: str) -> None:
     report = explain(pair.ours)
     counts = report.by_rule()
     assert counts.get("lora_linear", 0) == setting.linears, str(report)
-    blocks = setting.linears == 14 and not (setting.options or {}).get("lora_dropout")
+    options = setting.options or {}
+    blocks = setting.linears == 14 and not options.get("lora_dropout")
     assert bool(counts.get("qkv_block")) >= blocks, str(report)
-    assert bool(counts.get("mlp_block")) >= blocks, str(report)
+    gated_blocks = blocks and not options.get("use_dora")  # the magnitude stands between
+    assert bool(counts.get("mlp_block")) >= gated_blocks, str(report)
     gated = setting.family not in ("falcon", "gpt2")
     assert counts.get("glu", 0) == 2 * gated, str(report)
     reasons = _unfused(report)

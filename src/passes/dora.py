@@ -1,0 +1,96 @@
+"""LoRA linears whose outputs are rescaled by a learnt magnitude (Liu et al., "DoRA", 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..graph import facts
+from ..graph.canon import is_cast_of
+from ..match.pattern import Builder, Pattern
+from ..match.rule import Emit, Match, Rule
+
+
+class DoRALinear(Rule):
+    """``factor * (W x + scale * B(A(x))) + b``, ``factor = magnitude / norm(W + scale * B A)``.
+
+    PEFT writes it as ``y + (factor - 1) * (y - b) + factor * B(A(x)) * scale`` with the output y of
+    the base layer; after dropout, with a second product of W in place of ``y - b``.
+    """
+
+    name = op = "lora_linear"
+    inner_may_stay = True  # the cast of x that the adapters of one input share
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
+        scale: Pattern, magnitude: Pattern, dropped: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """The norm is made of the whole of B·A, which is made from an identity matrix.
+
+        GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
+        """
+        columns = p.var("columns", lambda v: isinstance(v, fx.Node))
+        rows = p.capture("product", p.addmm(bias, p.reshape(x, p.anything), columns))
+        eye = p.eye(*[p.anything] * 6)
+        whole = p.detach(p.maybe_cast(p.transpose(p.linear(p.linear(eye, a), b), -2, -1)))
+        for row_wise in (True, False):
+            wide = p.maybe_cast(w if row_wise else columns)
+            weight, again = (wide if row_wise else p.transpose(wide, -2, -1) for _ in range(2))
+            norm = p.capture("norm", p.linalg_norm(weight + whole * scale, p.anything, 1))
+            factor = p.reshape(magnitude / p.detach(p.maybe_cast(norm)), p.anything)
+            base = p.capture("product", p.linear(x, w, bias))
+            base = base if row_wise else p.reshape(rows, p.anything)
+            bare = p.capture("product", p.linear(x, w, None))
+            narrow = p.linear(p.linear(p.maybe_cast(x), a), b)
+            excess = factor - 1
+            kinds = [("bias", base, base - bias, narrow)]
+            kinds += [("plain", bare, bare, narrow)] if row_wise else []
+            other = p.linear(p.linear(dropped, a), b)
+            kinds += [("dropout", base, p.linear(dropped, again), other)]
+            for spelling, y, inner, update in kinds:
+                yield spelling, p.maybe_cast(y + (excess * inner + factor * update * scale))
+
+    def check(self, m: Match) -> None:
+        """A constant scale, matrices, a result in the product's dtype, nothing used outside."""
+        for node in m.nodes:
+            alone = node is m.root or set(node.users) <= set(m.nodes) or is_cast_of(node, m.x)
+            m.require(alone, f"{node.name} inside the formula is also used outside it", node)
+        m.require(isinstance(m.scale, (int, float)), "the scale is not a constant", m.scale)
+        x, result, magnitude = (facts.tensor(n) for n in (m.x, m.root, m.magnitude))
+        weight = facts.tensor(m.get("columns", m.get("w")))
+        if x is None or result is None or magnitude is None or weight is None:
+            m.require(False, "an operand is not a tensor")
+            return
+        m.require(weight.dim() == 2, "the weight is not a matrix", m.root)
+        product, norm = facts.dtype(m.product), facts.dtype(m.norm)
+        same = result.dtype is product
+        m.require(same, f"returns {result.dtype} from a product in {product}", m.root)
+        wide = torch.promote_types(product, norm) is norm
+        m.require(wide, f"a norm in {norm} for a product in {product}", m.norm)
+        m.require(x.dim() > 1 and magnitude.dim() == 1, "the magnitude is no vector", m.root)
+        m.require(tuple(facts.value(m.norm).shape) == tuple(magnitude.shape), "another norm")
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """A LoRA linear without bias and a rescaling; after dropout, a rescaling of its parts."""
+        weight = m.get("w") if m.get("columns") is None else ops.method("t", m.columns)
+        scale, wide, kind = float(m.scale), facts.dtype(m.norm), facts.dtype(m.product)
+        norm = ops.dora_row_norms(weight, m.a, m.b, scale, wide)
+        factor = ops.call(torch.div, m.magnitude, norm)
+        if m.spelling != "dropout":
+            # the sum of both products is not rounded: it is to be multiplied
+            sum_in = None if wide is kind else wide
+            total = ops.lora_linear(m.x, weight, None, m.a, m.b, scale, None, None, sum_in)
+            total.meta["example_value"] = facts.value(m.root).to(wide)
+            return ops.dora(total, factor, m.get("bias"), None, 1.0, kind)
+        base = ops.call(F.linear, m.x, weight, m.bias)
+        # as wide as in eager: in the base's dtype the second product would cost precision
+        own, read = weight, facts.dtype(m.dropped)
+        if facts.dtype(weight) is not read:
+            own = ops.cast(weight, read)
+        product = ops.call(F.linear, m.dropped, own)
+        update = ops.call(F.linear, ops.call(F.linear, m.dropped, m.a), m.b)
+        return ops.dora(product, factor, base, update, scale, kind)
