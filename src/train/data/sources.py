@@ -120,21 +120,24 @@ def find(
         raise DataError(
             f"{key}: split: {dataset.split!r} is no split; write train, train[:100] or train[:10%]"
         )
-    if path.is_dir() and not own:
+    if own:
+        _require_train(path, split["name"])
+        return Source(dataset, table=OwnRows(dataset.path), limit=limit)
+    if path.is_dir():
         return replace(_in_folder(dataset, path, split["name"]), limit=limit)
-    if own or path.exists() or path.is_absolute() or dataset.ds_type:
-        if not own and not path.exists():
+    if path.exists() or path.is_absolute() or dataset.ds_type:
+        if not path.exists():
             raise DataError(f"{path}: there is no such file")
         if not path.is_file():
             raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
-        if split["name"] != "train":
-            raise DataError(
-                f"{path}: split: a file has only the split 'train', not {split['name']!r}"
-            )
-        if own:
-            return Source(dataset, table=OwnRows(dataset.path), limit=limit)
+        _require_train(path, split["name"])
         return Source(dataset, (path,), limit=limit)
     return Source(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
+
+
+def _require_train(path: Path, split: str) -> None:
+    if split != "train":
+        raise DataError(f"{path}: split: a file has only the split 'train', not {split!r}")
 
 
 def _forward(progress: Progress, done: int, files: int, share: float) -> None:
