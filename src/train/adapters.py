@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RecipeError
+from ..errors import ModelError, RecipeError
+from .adapterfiles import put_adapter
 from .recipe import Recipe
 
 
@@ -23,7 +24,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     """
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -31,15 +32,11 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     if recipe.lora_model_dir:
         folder = Path(recipe.lora_model_dir).expanduser()
         name = str(folder.resolve()) if folder.exists() else recipe.lora_model_dir
+        autocast = recipe.peft_autocast_adapter_dtype
         try:
-            return PeftModel.from_pretrained(
-                model, name, is_trainable=True,
-                autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RecipeError(
-                f"lora_model_dir: {name} cannot be loaded: {_first(error)}"
-            ) from error
+            return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
+        except ModelError as error:
+            raise RecipeError(f"lora_model_dir: {error}") from error
     config = _config(model, recipe)
     try:
         # adapters in fp32 beside 16-bit weights, unless the recipe says otherwise
@@ -48,6 +45,18 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         )
     except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
         raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
+
+
+def require_names(model: Any, recipe: Recipe) -> None:
+    """See that ``model``, which needs no weights for this, has what the recipe names.
+
+    Raises:
+        RecipeError: it has no such layers or parameters.
+    """
+    if recipe.adapter is None:
+        _matched(model, recipe.unfrozen_parameters or [])
+    elif not recipe.lora_model_dir:
+        _config(model, recipe)
 
 
 def _first(error: Exception) -> str:
@@ -124,13 +133,25 @@ def _require_present(model: nn.Module, named: list[str] | None, key: str) -> Non
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
     if unknown:
-        raise RecipeError(f"{key}: the model has no layer {', '.join(unknown)}")
+        kinds = (nn.Linear, nn.Embedding)
+        inner = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+        known = dict.fromkeys(name.rpartition(".")[2] for name in inner)
+        raise RecipeError(
+            f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(known)}"
+        )
 
 
 def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
     """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
-    if not patterns:
-        return model
+    if patterns:
+        _matched(model, patterns)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+    return model
+
+
+def _matched(model: nn.Module, patterns: list[str]) -> None:
+    """See that every pattern is the beginning of some parameter's name."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         try:
@@ -142,9 +163,6 @@ def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
                 f"unfrozen_parameters: no parameter's name begins like {pattern!r}; they are named "
                 f"like {names[0]}, {names[-1]}"
             )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
-    return model
 
 
 def _reach_blocks(model: Any, recipe: Recipe) -> None:

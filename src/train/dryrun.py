@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import RecipeError
 from .hidden import hide, without_hidden
 from .keys.base import extra_of
-from .packages import missing_packages
-from .problems import line_of
+from .preflight import obstacles
+from .problems import line_of, listed
 from .recipe import GROUPS, Recipe
 from .status import Entry, entries, refusals
 from .terminal import Terminal
@@ -40,18 +41,20 @@ def show(checked: Checked, console: Console) -> None:
         checked: what was read.
         console: where to print. What is printed below the table is itself a recipe, but for its
             secrets.
+
+    Raises:
+        RecipeError: training would refuse the recipe; once all is printed.
     """
     found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
     console.print(_table(checked, found, console.width >= _WIDE))
     counts = {status: sum(e.status == status for e in found) for status in _COLOURS}
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
-    if refused := refusals(checked.values):
-        keys = ", ".join(".".join(map(str, loc)) for loc, _ in refused)
-        console.print(f"[red]fusewright train would refuse this recipe:[/] {escape(keys)}")
-    for missing in missing_packages(checked.recipe):
-        console.print(f"[red]fusewright train would not start:[/] {escape(missing)}")
     console.print("\n# the recipe with its defaults, without secrets and keys without a value")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
+    problems = [listed(checked.name, [one], checked.where) for one in refusals(checked.values)]
+    problems += obstacles(checked.recipe)
+    if problems:
+        raise RecipeError("train would refuse this: " + "\n  ".join(problems))
 
 
 def console() -> Console:

@@ -21,7 +21,8 @@ from ..listing import Listing, keep, listings, pick
 from ..pipeline import explain, optimize
 from ..report import Report
 from .characters import shown
-from .model import forget_gguf, pretrained, quiet
+from .loading import Kind, forget_gguf, pretrained
+from .model import quiet
 from .precision import device_for_training, dtype_for_training
 from .terminal import Terminal
 
@@ -136,15 +137,15 @@ def _pretrained(request: Request) -> tuple[Any, str]:
 def _config(request: Request) -> Any:
     from transformers import AutoConfig
 
-    return _read(AutoConfig, request)
+    return _read(AutoConfig, request, "config")
 
 
-def _read(factory: Any, request: Request, **options: Any) -> Any:
+def _read(factory: Any, request: Request, kind: Kind = "model", **options: Any) -> Any:
     """Read with ``from_pretrained``; a name that is nothing gets the names that are near."""
     # said in any case: where it is not, transformers asks on the terminal
     options["trust_remote_code"] = request.trust_remote_code
     try:
-        return pretrained(factory, request.model, **options)
+        return pretrained(factory, request.model, kind=kind, **options)
     except RecipeError as error:
         said = str(error).removeprefix("base_model: ")
         raise RecipeError(f"{said}{_hint(request.model, said)}") from error

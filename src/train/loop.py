@@ -11,19 +11,22 @@ from rich.console import Console
 
 from ..errors import DataError, RecipeError
 from ..flat import FlatOptimizer
-from . import ending, export, report, resume
-from .adapters import add_adapter, parameters
+from . import ending, export, output, report, resume
+from .adapters import parameters
 from .arguments import arguments_for
 from .checkpoint import checkpoints
 from .context import Context
-from .data import leaks, prepare
+from .data import prepare
 from .data.limits import warnings
 from .diary import Diary
 from .lock import held
 from .meter import Meter, flops_per_token, peak_flops
-from .model import fit_embeddings, load_model, quiet
-from .packages import require_packages, tracking
+from .model import quiet
+from .packages import tracking
+from .positions import require_reach
 from .precision import slow
+from .preflight import require_startable
+from .ready import ready_model
 from .recipe import Recipe
 from .report import RunResult
 from .schedule import try_schedule
@@ -80,7 +83,7 @@ class Run:
             DataError: a dataset cannot be used.
             Stopped: a signal came before the first step was done, or a second one came.
         """
-        export.require_own(self.folder)
+        output.require_own(self.folder)
         with held(self.folder, self.diary.say):
             return self._run()
 
@@ -114,10 +117,9 @@ class Run:
     def _may_start(self) -> None:
         """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
         recipe = self.recipe
+        require_startable(recipe)
         self.start = resume.find(recipe)
         self.in_place = self.start is not None and self.start.parent == self.folder
-        export.check_output(self.folder, recipe.overwrite_output_dir, self.in_place)
-        require_packages(recipe)
         for line in (*told(recipe), slow(recipe.precision())):
             if line is not None:
                 self.diary.say(line)
@@ -142,25 +144,13 @@ class Run:
             data["train_sequences"] = len(self.sequences)
         for line in (report.rows_told(data), *warnings(data)):
             self.diary.say(line)
+        require_reach(recipe, prepared, self.diary.say)
         return prepared
 
     def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
-        from transformers import set_seed
-
         recipe = self.recipe
-        model = load_model(recipe)
-        packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
-        if packs and leaks(model, model.config.vocab_size, model.device):
-            raise RecipeError(
-                f"sample_packing: {type(model).__name__} lets the samples of a pack see each "
-                "other; set it to false"
-            )
-        set_seed(recipe.seed)
-        added = fit_embeddings(model, tokenizer, recipe)
-        if added:
-            self.diary.say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
-        model = add_adapter(model, recipe)
+        model = ready_model(recipe, tokenizer, self.diary.say)
         trained, total = parameters(model)
         self.result.parameters = {"trained": trained, "total": total}
         self.result.dtype = str(model.dtype).removeprefix("torch.")
@@ -220,7 +210,7 @@ class Run:
         """
         if not self._cleared:
             self._cleared = True
-            export.clear_output(self.folder, self.in_place)
+            output.clear_output(self.folder, self.in_place)
 
     def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """The optimizer steps; saves what they made."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from ..errors import RecipeError
-from .consent import code_refused, require_consent
+from .consent import require_consent
+from .loading import forget_gguf, pretrained
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 from .recipe import Recipe
-from .source import Source, locate
+from .source import locate
 
 
 @contextlib.contextmanager
@@ -130,6 +129,8 @@ def load_config(recipe: Recipe) -> Any:
             recipe.cls_model_config, "AutoConfig", "PreTrainedConfig", "cls_model_config"
         ),
         recipe.base_model_config or recipe.base_model,
+        kind="config",
+        key="base_model_config" if recipe.base_model_config else "base_model",
         **_hub(recipe),
     )
     for name, value in (recipe.overrides_of_model_config or {}).items():
@@ -180,57 +181,3 @@ def _vocabulary(model: Any) -> list[str]:
     """The names, in their parents, of the modules with a row for each token."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     return [name for name, m in model.named_modules() if any(m is b for b in both)]
-
-
-def pretrained(factory: Any, name: str, **options: Any) -> Any:
-    """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
-
-    Args:
-        factory: one of the Auto classes of transformers.
-        name: as a recipe's ``base_model``.
-        options: for ``from_pretrained``.
-
-    Raises:
-        RecipeError: there is none, or it cannot be read.
-    """
-    source = locate(name, [Path.cwd()])
-    if source.gguf_file:
-        options |= _gguf(source, options)
-    bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
-    try:
-        with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
-            return factory.from_pretrained(source.name, **options)
-    except UnpicklingError as error:  # its text recommends what should not be done
-        raise RecipeError(
-            f"base_model: {name} has its weights in pickles, with more in them than tensors, which "
-            "may be foreign code; take a copy of the model in safetensors"
-        ) from error
-    except (OSError, ValueError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        refused = code_refused(error)
-        if refused is not None:
-            raise RecipeError(f"base_model: {name} {refused}") from error
-        raise RecipeError(f"base_model: {name} cannot be loaded: {first}") from error
-
-
-def _gguf(source: Source, options: dict[str, Any]) -> dict[str, Any]:
-    """What ``from_pretrained`` needs for a GGUF file: dense weights, made from its blocks."""
-    extra: dict[str, Any] = {"gguf_file": source.gguf_file}
-    if "dtype" in options:  # a model; older transformers always unpack, and have no such config
-        with contextlib.suppress(ImportError):
-            from transformers import GgufConfig
-
-            extra["quantization_config"] = GgufConfig(dequantize=True)
-    return extra
-
-
-def forget_gguf(model: Any) -> None:
-    """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
-    kind = getattr(model, "quantization_method", None)
-    if str(getattr(kind, "value", kind)) != "gguf":
-        return
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if mark in vars(model):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

@@ -7,7 +7,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-from ..errors import RecipeError
 from .recipe import Recipe
 
 _TRACKERS = {
@@ -40,14 +39,12 @@ _OPTIMIZERS = {
 """The same for optimizers, by how their names begin."""
 
 
-def require_packages(recipe: Recipe) -> None:
-    """Check that what the recipe names can be imported; imports nothing.
-
-    Raises:
-        RecipeError: something is missing; the message says how to install it.
-    """
-    if missing := missing_packages(recipe):
-        raise RecipeError("\n".join(missing))
+_ATTENTIONS = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
+}
+"""The same for attentions."""
 
 
 def missing_packages(recipe: Recipe) -> list[str]:
@@ -64,13 +61,23 @@ def missing_packages(recipe: Recipe) -> list[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
             wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
+    attention = recipe.attention() or ""
+    if attention in _ATTENTIONS:
+        wanted.append(("attn_implementation", attention, _ATTENTIONS[attention]))
     for key, value, (module, package) in wanted:
-        if importlib.util.find_spec(module) is None:
+        if not _is_there(module):
             missing.append(
                 f"{key}: {value} needs the package {package}, which is not installed: "
                 f"pip install {package}"
             )
     return missing
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
 
 
 _KEYS = {

@@ -22,7 +22,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
     Raises:
         RecipeError: there is none, it cannot be read, or cannot be given what the recipe asks.
     """
-    from .model import class_by_name, pretrained  # slow to import
+    from .loading import pretrained
+    from .model import class_by_name  # slow to import
 
     name = recipe.tokenizer_config or recipe.base_model
     # said in any case: where it is not, transformers asks on the terminal
@@ -36,7 +37,8 @@ def load_tokenizer(recipe: Recipe) -> Any:
     factory = class_by_name(
         recipe.tokenizer_type, "AutoTokenizer", "PreTrainedTokenizerBase", "tokenizer_type"
     )
-    tokenizer = pretrained(factory, name, **options)
+    key = "tokenizer_config" if recipe.tokenizer_config else "base_model"
+    tokenizer = pretrained(factory, name, kind="tokenizer", key=key, **options)
     _override(tokenizer, recipe)
     _add(tokenizer, recipe)
     _choose_pad(tokenizer)

@@ -18,7 +18,8 @@ from fusewright.train.arguments import Steps, steps, training_arguments
 from fusewright.train.context import Context
 from fusewright.train.data import Sample
 from fusewright.train.order import Order
-from fusewright.train.packages import require_packages, tracking
+from fusewright.train.packages import tracking
+from fusewright.train.preflight import require_startable
 from fusewright.train.recipe import Recipe
 from fusewright.train.schedule import own_schedule
 from fusewright.train.sequences import training_batch
@@ -278,8 +279,8 @@ def test_what_is_not_installed_is_said_at_once(tmp_path: Path) -> None:
         ({"use_trackio": True}, "trackio needs the package trackio"),
     ):
         with pytest.raises(RecipeError, match=said):
-            require_packages(asked(tmp_path, **keys))
-    require_packages(asked(tmp_path, wandb_project="x", wandb_mode="disabled"))
+            require_startable(asked(tmp_path, **keys))
+    require_startable(asked(tmp_path, wandb_project="x", wandb_mode="disabled"))
 
 
 def test_trackers_are_told_by_the_environment_and_only_meanwhile(

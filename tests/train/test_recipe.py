@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.export import check_output
+from fusewright.train.output import check_output
 from fusewright.train.recipe import Dataset, Recipe
 from fusewright.train.source import Source, locate
 from fusewright.train.yamlfile import load_recipe

@@ -161,7 +161,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     result = fusewright("train", str(file), "--dry-run", "--lora-r", "4", "--no-sample_packing")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 2, result.output
     assert snapshot(tmp_path) == before
     table = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "base_model 1 honoured some/model" in table
@@ -172,7 +172,10 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     assert any(line.startswith("liger_rope 7 subsumed true fusewright's rewrite") for line in table)
     assert any(line.startswith("rl 10 not yet available dpo only supervised") for line in table)
     assert any(line.startswith("lora_r set not applicable 4 adapter is unset") for line in table)
-    assert "fusewright train would refuse this recipe: rl" in table
+    assert result.stderr == (
+        f"fusewright: train would refuse this: {file}, line 10: rl: dpo is not yet available: only "
+        "supervised training so far; use TRL's trainer on an optimized model\n"
+    )
 
 
 def test_what_a_dry_run_resolves_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_narrow_terminal_has_the_notes_below_the_values(
     console = Console(width=80, record=True, quiet=True)
     console.quiet = False
     with console.capture() as captured:
-        show(check(file), console)
+        show(check(file, {"rl": None}), console)
     table = captured.get().partition("# the recipe")[0]
     assert "note" not in table
     assert "rewrite rope" in " ".join(table.split())
@@ -217,11 +220,14 @@ def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
     qlora = ("--load_in_4bit", "--adapter", "qlora", "--lora_target_linear")
     given = ("--comet_api_key", "s3cr3t", *qlora)
     result = fusewright("train", str(file), "--dry-run", *given)
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "s3cr3t" not in result.output
     assert "comet_api_key" in result.stdout.partition("# the recipe")[0]
     assert "comet_api_key" not in result.stdout.partition("# the recipe")[2]
-    assert "would not start: load_in_4bit: true needs the package bitsandbytes" in result.stdout
+    refused = result.stderr.splitlines()
+    assert refused[0].startswith("fusewright: train would refuse this: ")
+    assert "rl: dpo is not yet available" in refused[0]
+    assert "load_in_4bit: true needs the package bitsandbytes" in refused[1]
 
 
 def test_a_dry_run_lists_mistakes_as_training_does(file: Path) -> None:
@@ -231,7 +237,8 @@ def test_a_dry_run_lists_mistakes_as_training_does(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["schema"], ["train", "RECIPE", "--dry-run"], ["train", "--help"]]
+    "arguments",
+    [["--help"], ["schema"], ["train", "RECIPE", "--dry-run", "--rl=null"], ["train", "--help"]],
 )
 def test_looking_loads_nothing(file: Path, arguments: list[str]) -> None:
     words = [str(file) if word == "RECIPE" else word for word in arguments]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, OptimizeError, RecipeError
-from fusewright.train import export, loop, train
+from fusewright.train import export, ready, train
 from fusewright.train.data import Sample
 from fusewright.train.model import load_model
 from fusewright.train.recipe import Recipe
@@ -262,7 +262,7 @@ def test_a_signal_while_the_result_is_saved_ends_the_run(
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusewright.train.loop.leaks", lambda *_: True)
+    monkeypatch.setattr("fusewright.train.ready.leaks", lambda *_: True)
     with pytest.raises(RecipeError, match="LlamaForCausalLM lets the samples of a pack see"):
         train(recipe, console=QUIET)
 
@@ -285,7 +285,7 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
         return model
 
-    monkeypatch.setattr(loop, "load_model", load)
+    monkeypatch.setattr(ready, "load_model", load)
     result = train(
         EXAMPLES / "quickstart.yaml",
         console=QUIET,

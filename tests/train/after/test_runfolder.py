@@ -83,7 +83,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "base" / "tokenizer_config.json", tmp_path / "other")
     assert config["hidden_size"] == 32
     said = refused("generate", adapter, "hello", "--base_model", tmp_path / "other")
-    assert "the adapter cannot be loaded: " in said
+    assert "the adapter does not fit the base model: " in said
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "chat", "merge"])

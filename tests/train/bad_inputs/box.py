@@ -92,7 +92,7 @@ def keys(**changed: Any) -> Make:
 
 def check(bad: Bad, box: Box, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the command, see that it is refused as it must be, and return the message."""
-    from fusewright.train import loop, model
+    from fusewright.train import model, ready
 
     loaded: list[bool] = []
 
@@ -100,7 +100,7 @@ def check(bad: Bad, box: Box, monkeypatch: pytest.MonkeyPatch) -> str:
         loaded.append(True)
         return model.load_model(*arguments)
 
-    monkeypatch.setattr(loop, "load_model", load)
+    monkeypatch.setattr(ready, "load_model", load)
     words = bad.make(box)
     before = snapshot(box.folder)
     result = fusewright(*words)

@@ -1,0 +1,140 @@
+"""Whether a checked recipe can be trained here, as far as that shows before anything is loaded.
+
+Both a run and ``--dry-run`` begin with it. What needs torch or transformers is looked at only where
+there is something to look at: a model that is on this disk, a precision, an attention.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from . import modelfiles
+from .adapterfiles import adapter_problem
+from .packages import missing_packages
+from .recipe import Recipe
+from .source import locate
+
+
+def require_startable(recipe: Recipe) -> None:
+    """See that nothing keeps a recipe from being trained here.
+
+    Raises:
+        RecipeError: something does; the message lists all of it.
+    """
+    if found := obstacles(recipe):
+        raise RecipeError("\n  ".join(found))
+
+
+def obstacles(recipe: Recipe) -> list[str]:
+    """What keeps a recipe from being trained here: a sentence each, with its key."""
+    found = missing_packages(recipe)
+    for look in _LOOKS:
+        found += look(recipe)
+    return found
+
+
+def _precision(recipe: Recipe) -> Iterator[str]:
+    if recipe.precision() != "float16":
+        return
+    from .precision import dtype_for_training
+
+    try:
+        dtype_for_training("float16")
+    except RecipeError as error:
+        yield str(error)
+
+
+def _attention(recipe: Recipe) -> Iterator[str]:
+    name = recipe.attention()
+    if name in (None, "eager", "sdpa"):
+        return
+    if any(said.startswith("attn_implementation") for said in missing_packages(recipe)):
+        return
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kinds: Any = ALL_ATTENTION_FUNCTIONS
+    key = "flex_attention" if recipe.flex_attention else "attn_implementation"
+    known = ["eager", *kinds.valid_keys()]
+    if name not in known and "/" not in name:  # a kernel of the hub has a / in its name
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        yield f"{key}: transformers has no attention {name!r}; {hint}"
+    elif name.startswith("fl") and not torch.cuda.is_available():
+        yield f"{key}: {name} cannot be trained without a GPU; use sdp_attention: true"
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    """The files of the base model, if they are on this disk."""
+    source = locate(recipe.base_model, [Path.cwd()])
+    folder: Path | None = Path(source.name)
+    if source.gguf_file is not None:
+        with (Path(source.name) / source.gguf_file).open("rb") as file:
+            if file.read(4) != b"GGUF":
+                yield f"base_model: {file.name} is not a GGUF file, or damaged: download it again"
+        return
+    if not Path(source.name).is_dir():
+        folder = modelfiles.cached(source.name, recipe.revision_of_model)
+    if folder is None:
+        return
+    from .adapters import require_names
+    from .loading import sketch
+    from .model import load_config, quiet
+    from .positions import too_long
+
+    here = recipe.model_copy(update={"base_model": str(folder)})
+    try:
+        with quiet():
+            config = load_config(here)
+            if recipe.model_type is None:
+                require_names(sketch(here, config), recipe)
+            said = too_long(here, config)
+    except RecipeError as error:
+        yield str(error)
+        return
+    if said is not None:
+        yield said
+    if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
+        said = modelfiles.weights_problem(folder)
+        if said is not None:
+            yield f"base_model: {said}"
+
+
+def _output(recipe: Recipe) -> Iterator[str]:
+    """Where the results go, and what a run goes on from."""
+    from . import resume
+    from .output import check_output
+
+    folder = Path(recipe.output_dir)
+    try:
+        start = resume.find(recipe)
+        in_place = start is not None and start.parent == folder
+        check_output(folder, recipe.overwrite_output_dir, in_place)
+        if start is not None:
+            resume.load(start, recipe)
+    except RecipeError as error:
+        yield str(error)
+
+
+def _tokenizer(recipe: Recipe) -> Iterator[str]:
+    named = recipe.tokenizer_config or recipe.base_model
+    said = modelfiles.tokenizer_problem(Path(named)) if Path(named).is_dir() else None
+    if said is not None:
+        yield f"{'tokenizer_config' if recipe.tokenizer_config else 'base_model'}: {said}"
+
+
+def _adapter(recipe: Recipe) -> Iterator[str]:
+    folder = Path(recipe.lora_model_dir).expanduser() if recipe.lora_model_dir else None
+    if recipe.adapter and folder is not None and folder.is_dir():
+        said = adapter_problem(folder)
+        if said is not None:
+            yield f"lora_model_dir: {said}"
+
+
+_LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
+    _output, _precision, _attention, _model, _tokenizer, _adapter,
+)  # fmt: skip
