@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import DataError, RecipeError
+from ..errors import DataError
 from ..flat import FlatOptimizer
 from . import ending, export, output, report, resume
 from .adapters import parameters

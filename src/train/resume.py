@@ -13,10 +13,12 @@ from typing import Any
 from ..errors import RecipeError
 from . import checkpoint
 from .hidden import hide
+from .integrity import damaged
 from .jsontext import parse_json
 from .recipe import Recipe
 
 _FILE = "fusewright.json"
+_CHECKED = (".json", ".safetensors", ".pt", ".pth", ".bin")
 _FORMAT = 1
 
 _MAY_DIFFER = frozenset({
@@ -79,8 +81,8 @@ class Saved:
                 f"{folder} cannot be resumed from: it has no {_FILE}, so this version did not "
                 "write it; for its weights alone set lora_model_dir (or base_model)"
             ) from None
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{folder} cannot be resumed from: {_FILE}: {error}") from None
+        except (OSError, ValueError):
+            raise RecipeError(another(folder, f"its {_FILE} is damaged")) from None
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise RecipeError(f"{folder} cannot be resumed from: another version wrote its {_FILE}")
         for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
@@ -89,7 +91,25 @@ class Saved:
                     f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
                     "leaves that out)"
                 )
-        return cls(**content)
+        parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
+        if (said := damaged(parts)) is not None:
+            raise RecipeError(another(folder, said))
+        try:
+            saved = cls(**content)
+            whole = isinstance(saved.step, int) and isinstance(saved.recipe, dict)
+        except TypeError:  # other fields
+            whole = False
+        if not whole:
+            raise RecipeError(another(folder, f"its {_FILE} is damaged"))
+        return saved
+
+
+def another(folder: Path, why: str) -> str:
+    """What to say of a checkpoint that is damaged."""
+    return (
+        f"{folder} cannot be resumed from: {why}; name an earlier checkpoint in "
+        "resume_from_checkpoint, or begin anew"
+    )
 
 
 def find(recipe: Recipe) -> Path | None:
@@ -136,14 +156,16 @@ def load(path: Path, recipe: Recipe) -> Saved:
     # without secrets, which may change, and which the message must not tell
     then, now = hide(saved.recipe), hide(recipe.recorded())
     differing = [
-        f"{key} was {json.dumps(then.get(key))} and is {json.dumps(now.get(key))}"
+        line
         for key in sorted(set(then) | set(now))
-        if then.get(key) != now.get(key) and not _may_differ(key, recipe.streams())
+        if not _may_differ(key, recipe.streams())
+        for line in _differences(then.get(key), now.get(key), key)
     ]
     if differing:
+        line, end = ("\n  ", "\nSet them back;") if differing[1:] else (" ", "; set it back,")
         raise RecipeError(
-            f"{path} was made by another recipe:\n  " + "\n  ".join(differing) + "\nSet them back; "
-            "or begin a new run from its weights, with lora_model_dir (or base_model)"
+            f"{path} was made by another recipe:{line}{line.join(differing)}{end} or begin a new "
+            "run from its weights, with lora_model_dir (or base_model)"
         )
     return saved
 
@@ -191,6 +213,20 @@ def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
             "changed since (or the version of tokenizers or transformers); put them back, or begin "
             "a new run"
         )
+
+
+def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
+    """What is not as it was, by the innermost keys."""
+    if then == now:
+        return
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in sorted(set(then) | set(now)):
+            yield from _differences(then.get(name), now.get(name), f"{key}.{name}")
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, (before, after) in enumerate(zip(then, now, strict=True)):
+            yield from _differences(before, after, f"{key}.{i}")
+    else:
+        yield f"{key} was {json.dumps(then)} and is {json.dumps(now)}"
 
 
 def _may_differ(key: str, streams: bool) -> bool:

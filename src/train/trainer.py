@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ..errors import RecipeError
@@ -26,6 +25,7 @@ from .order import Kind, Order
 from .progress import Watch
 from .randomness import Randomness
 from .report import rss_mb
+from .restoring import Restoring
 from .resume import Saved
 from .saving import write_checkpoint
 from .schedule import own_schedule
@@ -34,7 +34,7 @@ from .validation import validate
 from .watchdog import Guard, LossWatchdog
 
 
-class FineTuner(Trainer):
+class FineTuner(Restoring):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     Attributes:

@@ -72,7 +72,7 @@ CASES = {
         changed(config(peft_type=None)), "has no peft_type", "it is not of a PEFT adapter"
     ),
     "an unknown PEFT type": Bad(
-        changed(config(peft_type="LARA")), "adapter_config.json says 'LARA'", "this version of PEFT",
+        changed(config(peft_type="LARA")), "adapter_config.json says 'LARA'", "this version of",
         late=True,
     ),
     "no weights": Bad(
