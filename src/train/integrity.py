@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .jsontext import BadJsonError, parse_json
+
 _POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # of the safetensors format
 
@@ -90,10 +92,13 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or is none; the message has the path.
     """
-    said = damaged([path])
-    if said is not None:
-        raise ValueError(said)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except BadJsonError as error:
+        where = f" (line {error.line})" if error.line else ""
+        raise ValueError(f"{path} is {error}{where}") from None
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path} {damage(path) or 'cannot be read'}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object")
     return content

@@ -10,7 +10,7 @@ from ...errors import ModelError, RecipeError
 from ..adapterfiles import adapter_problem, put_adapter
 from ..consent import Consent, code_refused
 from ..hidden import without_hidden
-from ..jsontext import parse_json
+from ..integrity import read_object
 from ..source import locate
 
 if TYPE_CHECKING:
@@ -200,12 +200,9 @@ def _own_folders(folder: Path) -> list[Path]:
 def _json(path: Path) -> dict[str, Any]:
     """The object in ``path``, or an empty one where there is no such file."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} cannot be read: it is not an object")
-    return content
+        return read_object(path) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{error}; copy it again from where the run is whole") from None
 
 
 def _base(folder: Path, recipe: dict[str, Any]) -> str:
