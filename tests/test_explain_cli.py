@@ -133,7 +133,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = shutil.copytree(REMOTE, tmp_path / "oddity_explained")
-    assert "--trust-remote-code runs it" in refused(str(folder))
+    assert "say --trust-remote-code if you trust it" in refused(str(folder))
     said = explained(str(folder), "--trust-remote-code", "--fp32", "--graph")
     assert "block: trunk.stages.0 and 1 more (Stage)" in said
     for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:

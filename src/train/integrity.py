@@ -86,18 +86,23 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: the file.
+        any_text: it may hold characters that no text has, as vocabularies do.
 
     Raises:
         ValueError: it cannot be read, or is none; the message has the path.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        parse = json.loads if any_text else parse_json
+        content = parse(path.read_text(encoding="utf-8"))
     except BadJsonError as error:
         where = f" (line {error.line})" if error.line else ""
         raise ValueError(f"{path} is {error}{where}") from None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         raise ValueError(f"{path} {damage(path) or 'cannot be read'}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object")

@@ -87,7 +87,7 @@ def tokenizer_problem(folder: Path) -> str | None:
         if not (folder / name).exists():
             continue
         try:
-            content = read_object(folder / name)
+            content = read_object(folder / name, any_text=True)
         except ValueError as error:
             return f"{error}; {_AGAIN}"
         if name == "tokenizer.json" and not isinstance(content.get("model"), dict):

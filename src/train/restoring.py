@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from transformers import Trainer
@@ -14,7 +13,7 @@ from transformers.trainer_callback import TrainerState
 from ..errors import RecipeError
 from ..memory.retry import is_out_of_memory
 from .loading import first_words
-from .resume import another, unreadable
+from .resume import another, without_code
 
 
 @contextlib.contextmanager
@@ -25,9 +24,10 @@ def readable(folder: Any) -> Iterator[None]:
         folder: of the checkpoint; None: nothing is read.
     """
     try:
-        yield
-    except UnpicklingError as error:
-        raise RecipeError(unreadable(Path(folder))) from error
+        with without_code(Path(folder) if folder is not None else None):
+            yield
+    except RecipeError:
+        raise
     except Exception as error:  # torch, safetensors and PEFT raise whatever they meet
         if folder is None or is_out_of_memory(error):
             raise

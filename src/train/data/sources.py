@@ -128,7 +128,7 @@ def find(
     if path.exists() or path.is_absolute() or dataset.ds_type:
         if not path.exists():
             raise DataError(f"{path}: there is no such file")
-        if not path.is_file():
+        if not own and not path.is_file():
             raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
         _require_train(path, split["name"])
         return Source(dataset, (path,), limit=limit)
