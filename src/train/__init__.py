@@ -1,13 +1,13 @@
 """The fine-tuning engine: a recipe in, a trained adapter out.
 
 In processing order: ``yamlfile`` reads and checks a ``recipe``, whose keys and their status are in
-``keys/`` → ``resume`` (the checkpoint to go on from) → ``tokenizer`` and ``data/`` (rows, tokens,
-labels) → ``sequences`` (packs and batches) → ``source``, ``model``, ``quantize`` (weights) →
-``adapters`` (what of them is trained) → ``arguments``, ``optimizer``, ``schedule``, ``order`` (what
-the trainer is told) → ``trainer`` (the optimizer steps), with ``flow``, ``watchdog``,
-``validation``, ``saving`` and ``progress`` → ``export``, ``ending`` (files, and the check of them)
-→ ``report``, ``page``, ``card``. ``loop`` calls them one after the other; ``after/`` is what is
-done with a run.
+``keys/`` → ``preflight`` (what would keep it from starting) → ``resume`` (the checkpoint to go on
+from) → ``tokenizer`` and ``data/`` (rows, tokens, labels) → ``sequences`` (packs and batches) →
+``source``, ``model``, ``quantize`` (weights) → ``adapters`` (what of them is trained) →
+``arguments``, ``optimizer``, ``schedule``, ``order`` (what the trainer is told) → ``trainer`` (the
+optimizer steps), with ``flow``, ``watchdog``, ``validation``, ``saving`` and ``progress`` →
+``export``, ``ending`` (files, and the check of them) → ``report``, ``page``, ``card``. ``loop``
+calls them one after the other; ``after/`` is what is done with a run.
 """
 
 from __future__ import annotations
