@@ -249,7 +249,7 @@ class Sizes:
         return int(value) if isinstance(s, torch.SymInt) else float(value)
 
 
-def tokens(inputs: list[Any]) -> int:
+def tokens(inputs: Sequence[Any]) -> int:
     """How many rows the sampled inputs had: the largest product of leading sizes."""
     rows = 1
     for t in inputs:

@@ -191,7 +191,7 @@ def _figures(
                 continue
             if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
                 worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
-    rows = sum(tokens(inputs) for inputs in given)
+    rows = sum(map(tokens, given))
     return Figures(
         error=worst[KINDS.index("output")],
         grad_error=worst[KINDS.index("gradient of input")],

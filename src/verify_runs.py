@@ -98,7 +98,7 @@ def _run(fn: Callable[..., Any], inputs: Sequence[Any], setting: Setting, seed: 
     kept: dict[int, int] = {}
     with torch.set_grad_enabled(setting.grad), _counted(kept, own, setting.fixed):
         outputs = [o for o in fn(*own) if isinstance(o, Tensor)]
-    results = [o.detach().clone() for o in outputs]
+    results: list[Tensor | None] = [o.detach().clone() for o in outputs]
     grads, again, reached = _gradients(outputs, tokens, setting, seed)
     random = tuple(g.get_state().numpy().tobytes() for g in generators)
     written = [

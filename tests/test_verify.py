@@ -8,10 +8,12 @@ from torch import fx
 
 from fusewright import optimize, verify
 from fusewright.budget import errors, exceeded
-from fusewright.match.apply import Verdict
+from fusewright.match.apply import Fuel, Verdict, apply
 from fusewright.match.rule import Emit, Match
 from fusewright.passes.glu import GLU
+from fusewright.passes.ops import TABLE
 from fusewright.sampling import REGIMES
+from fusewright.verify import Verifier
 
 from .capturing import capture, rewrite, rewritten
 from .models.zoo import FAMILIES, build
@@ -76,3 +78,26 @@ def test_a_rewrite_that_is_worse_is_refused_by_several_draws() -> None:
     findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up), [Doubled()])
     assert [f.status for f in findings] == ["refused"]
     assert "exceeds" in findings[0].reason
+
+
+def test_the_verdict_on_equal_sizes_is_not_that_on_different_ones() -> None:
+    def graph(*shape: int) -> fx.GraphModule:
+        graphs: list[fx.GraphModule] = []
+        torch._dynamo.reset()
+        # sizes that are met as one number are one symbol
+        made = torch.compile(
+            lambda g, u: torch.relu(g) * u, dynamic=True,
+            backend=lambda module, _: graphs.append(module) or module.forward,
+        )  # fmt: skip
+        made(torch.randn(shape), torch.randn(shape))
+        return graphs[0]
+
+    verifier = Verifier()
+    for shape in ((4, 6, 8), (6, 6, 8)):
+        apply(graph(*shape), [GLU()], TABLE, verifier, Fuel())
+    assert len(verifier.verdicts) == 2
+    with torch.no_grad():
+        apply(graph(4, 6, 8), [GLU()], TABLE, verifier, Fuel())
+    assert len(verifier.verdicts) == 3
+    apply(graph(4, 6, 8), [GLU()], TABLE, verifier, Fuel())
+    assert len(verifier.verdicts) == 3
