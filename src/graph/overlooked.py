@@ -49,13 +49,13 @@ class _Watched:
         raise RuntimeError(name)
 
     def __bool__(self) -> NoReturn:
-        self.truth  # noqa: B018  # looked at: raises
+        raise self.truth  # looked at: reading any attribute raises
 
     def __eq__(self, other: object) -> NoReturn:
-        self.equality  # noqa: B018
+        raise self.equality  # looked at: reading any attribute raises
 
     def __hash__(self) -> NoReturn:
-        self.hash  # noqa: B018
+        raise self.hash  # looked at: reading any attribute raises
 
     def __repr__(self) -> NoReturn:
-        self.text  # noqa: B018
+        raise self.text  # looked at: reading any attribute raises

@@ -28,7 +28,8 @@ def row_norms_reference(
 ) -> Tensor:
     """PEFT's formula, cast for cast: the update in the adapter's dtype, the sum in ``dtype``."""
     update = torch.mm(lora_b.detach(), lora_a.detach()).to(dtype)
-    return torch.linalg.norm(weight.detach().to(dtype) + scale * update, dim=1)
+    norms: Tensor = torch.linalg.norm(weight.detach().to(dtype) + scale * update, dim=1)
+    return norms
 
 
 def rescaled_reference(

@@ -69,7 +69,8 @@ class DoRALinear(Rule):
         product, norm = facts.dtype(m.product), facts.dtype(m.norm)
         same = result.dtype is product
         m.require(same, f"returns {result.dtype} from a product in {product}", m.root)
-        wide = torch.promote_types(product, norm) is norm
+        wide = product is not None and norm is not None
+        wide = wide and torch.promote_types(product, norm) is norm  # type: ignore[arg-type]
         m.require(wide, f"a norm in {norm} for a product in {product}", m.norm)
         m.require(x.dim() > 1 and magnitude.dim() == 1, "the magnitude is no vector", m.root)
         m.require(tuple(facts.value(m.norm).shape) == tuple(magnitude.shape), "another norm")
