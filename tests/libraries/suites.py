@@ -138,8 +138,8 @@ def _run(suite: Suite, options: argparse.Namespace, codegen: str | None) -> dict
     results = options.work / f"{suite.name.replace(' ', '-')}-{codegen or 'plain'}.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "suites_plugin", "-p",
-        "no:cacheprovider", "-o", "addopts=", "-n", options.processes, f"--junitxml={results}",
-        "--tb=short",
+        "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", "--tb=short",
+        "-n", options.processes, f"--junitxml={results}",
         "--stand-ins", str(options.work / "models"), *suite.paths,
     ]  # fmt: skip
     chosen = [f"({part})" for part in (suite.select, options.select) if part]
