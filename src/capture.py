@@ -81,7 +81,8 @@ def _unobserved() -> AbstractContextManager[object]:
 
     So what rules and their verification save is no business of the hooks on saved tensors around.
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
+    if not hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 

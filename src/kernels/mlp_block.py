@@ -52,12 +52,19 @@ def reference(
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
     *ins, down = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    outs = [projection(x, *arguments, compute, dtype) for arguments in ins]
+    outs = [_one(x, linear, compute, dtype) for linear in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
     else:
         h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
-    return projection(h, *down, compute, dtype)
+    return _one(h, down, compute, dtype)
+
+
+def _one(
+    x: Tensor, linear: Sequence[Any], compute: torch.dtype | None, dtype: torch.dtype | None
+) -> Tensor:
+    weight, bias, lora_a, lora_b, scale, lora_bias = linear
+    return projection(x, weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -133,7 +140,8 @@ class _MLPBlock(torch.autograd.Function):
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
         if keep == "input":
             found = iter(tiled_backward(
-                grad, rows, saved, constants, activation, layout, list(needed), dtype
+                grad, x.reshape(-1, x.shape[-1]), saved, constants, activation, layout,
+                list(needed), dtype,
             ))  # fmt: skip
             dx, *grads = (next(found) if need else None for need in needed)
         else:
@@ -284,9 +292,9 @@ def unsupported(
     ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
     shapes = [tuple(w.shape if isinstance(w, Tensor) else w[2]) for w in weights]
     h = x.new_empty(*x.shape[:-1], shapes[-1][1])
-    kinds = (compute, dtype)
-    reasons += linears_unsupported(x, *ins, "all", *kinds)  # type: ignore[arg-type]
-    reasons += linears_unsupported(h, *down, "all", *kinds)  # type: ignore[arg-type]
+    kinds: dict[str, Any] = {"compute": compute, "dtype": dtype}
+    reasons += linears_unsupported(x, *ins, **kinds)  # type: ignore[arg-type]
+    reasons += linears_unsupported(h, *down, **kinds)  # type: ignore[arg-type]
     if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
         reasons.append("some of the weights are quantized, some are not")
     factor = 1 if layout == "two" else 2

@@ -42,7 +42,10 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Define the op: each linear by itself, PEFT's casts included."""
     each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    return tuple(projection(x, *arguments, compute, dtype) for arguments in each)
+    return tuple(
+        projection(x, w, bias, a, b, scale, lora_bias, compute, dtype)
+        for w, bias, a, b, scale, lora_bias in each
+    )
 
 
 def projection(
@@ -57,10 +60,10 @@ def projection(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One linear, with its adapter if there is one."""
-    if isinstance(weight, Tensor) and (lora_a is None or lora_b is None):
-        out = F.linear(x.to(weight.dtype), weight, bias)
-        return out if dtype is None else out.to(dtype)
     if isinstance(weight, Tensor):
+        if lora_a is None or lora_b is None:
+            out = F.linear(x.to(weight.dtype), weight, bias)
+            return out if dtype is None else out.to(dtype)
         return lora_linear.reference(x, weight, bias, lora_a, lora_b, scale, None, lora_bias, dtype)
     if lora_a is None or lora_b is None:
         return quant_linear.reference(x, Quantized(*weight), bias, compute, dtype)
@@ -269,8 +272,8 @@ def unsupported(
     if len({isinstance(w, Tensor) for w in weights}) > 1:
         reasons.append("some of the weights are quantized, some are not")
     each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    for i, arguments in enumerate(each):
-        found = _unsupported(x, *arguments, compute, dtype)
+    for i, (w, bias, a, b, scale, lora_bias) in enumerate(each):
+        found = _unsupported(x, w, bias, a, b, scale, lora_bias, compute, dtype)
         reasons += [f"linear {i}: {reason}" for reason in found]
     return reasons
 

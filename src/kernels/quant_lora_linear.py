@@ -178,8 +178,8 @@ def quant_lora_linear(
     """
     w, device, low = Quantized(*weight), x.device.type, compute or x.dtype
     fixed, tensors = split(w)
-    adapter: list[Any] = [lora_a, lora_b, x_lora, lora_bias]
-    adapter = autocast(device, adapter) or adapter
+    given = [lora_a, lora_b, x_lora, lora_bias]
+    adapter: list[Any] = autocast(device, given) or given  # type: ignore[assignment]
     with torch.autocast(device, enabled=False):
         copy = narrow_copy(x, (low, *(() if x_lora is not None else (adapter[0].dtype,))))
         rows: Tensor = _QuantLoraLinear.apply(  # type: ignore[no-untyped-call]
