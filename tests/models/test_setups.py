@@ -22,9 +22,10 @@ DRAWS, MOST = 12, 72
 factor of two over twelve draws, and so does ours; where that decides, there are more."""
 
 DIFFERENT = {
-    "full", "autocast", "accelerate", "checkpointing", "two-adapters", "dora", "kbit-checkpointing",
+    "full", "accelerate", "checkpointing", "two-adapters", "dora", "kbit-checkpointing",
 }  # fmt: skip
-"""What the default run tries; each of the others differs from one in a dtype or a detail."""
+"""What the default run tries; each of the others differs from one in a dtype or a detail.
+``accelerate`` puts autocast around forward."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "setups.md").read_text()
 NEEDS_BNB = pytest.mark.skipif(
