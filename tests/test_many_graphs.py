@@ -107,6 +107,7 @@ def test_layers_that_count_their_calls() -> None:
     assert report.graphs <= 16
 
 
+@pytest.mark.slow
 def test_layers_that_no_input_can_tell_apart_get_a_graph_each() -> None:
     def named(self: Any, y: Tensor) -> Tensor:
         return y / (1 + len(self.number))
@@ -118,6 +119,7 @@ def test_layers_that_no_input_can_tell_apart_get_a_graph_each() -> None:
     assert explain(ours).by_rule()["glu"] == 66
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_another_at_each_call_is_given_up_with_the_reason() -> None:
     def renamed(self: Any, y: Tensor) -> Tensor:
         self.number += "x"

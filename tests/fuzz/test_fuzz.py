@@ -87,5 +87,5 @@ def test_an_optimization_that_forgets_hooks_is_found(monkeypatch: pytest.MonkeyP
         return model
 
     monkeypatch.setattr("tests.fuzz.compare.optimize", forgetful)
-    found = {f.kind for seed in range(80) if (f := check(draw(seed))) is not None}
-    assert found & {"state", "wrong value"}
+    found = (f.kind for seed in range(80) if (f := check(draw(seed))) is not None)
+    assert any(kind in ("state", "wrong value") for kind in found)
