@@ -112,6 +112,17 @@ def _lora_linear(m: Maker) -> Case:
     return Case((x, weight, None, lora_a, lora_b, 2.0), (weight, lora_a, lora_b))
 
 
+def _dora_row_norms(m: Maker) -> Case:
+    _, weight, _, a, b, scale = _lora_linear(m).args
+    held = tuple(t.detach() for t in (weight, a, b))  # the norms are constants for backward
+    return Case((*held, scale, m.dtype), held)
+
+
+def _dora(m: Maker) -> Case:
+    base, factor = m.activation(m.sizes.ffn), m.weight(m.sizes.ffn, trained=True)
+    return Case((base, factor), (factor,))
+
+
 def _quantized(m: Maker) -> tuple[Any, ...]:
     """An NF4 weight (ffn, hidden) with quantized scales: the fields of ``Quantized``."""
     out, into, spread = m.sizes.ffn, m.sizes.hidden, m.sizes.hidden**-0.5
@@ -208,6 +219,8 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "glu": _glu,
     "glu_packed": _glu_packed,
     "lora_linear": _lora_linear,
+    "dora_row_norms": _dora_row_norms,
+    "dora": _dora,
     "quant_linear": _quant_linear,
     "quant_lora_linear": _quant_lora_linear,
     "mlp_block": _mlp_block,

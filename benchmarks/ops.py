@@ -73,7 +73,8 @@ def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict
     """Measure one op on one case, all providers.
 
     Yields:
-        One row per direction (``forward``, ``forward+backward``) and provider.
+        One row per direction (``forward``, ``forward+backward``) and provider; forward alone where
+        nothing wants a gradient.
     """
     torch._dynamo.reset()
     with torch.no_grad():
@@ -89,7 +90,7 @@ def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict
         except Exception as error:
             facts[provider] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         facts[provider]["note"] = slow if provider.startswith("fusewright") else ""
-    for direction in ("forward", "forward+backward"):
+    for direction in ("forward", "forward+backward")[: 1 + bool(case.leaves())]:
         backward = upstream if direction != "forward" else None
         calls = {name: _bind(fn, case, backward) for name, fn in functions.items()}
         samples = sample(calls, options.device, options.seconds)
@@ -167,7 +168,7 @@ def _check(
         before = torch.cuda.memory_allocated()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = _flat(function(*case.args))
-    gradients = torch.autograd.grad(outputs, case.leaves(), upstream)
+    gradients = torch.autograd.grad(outputs, case.leaves(), upstream) if case.leaves() else ()
     peak = (torch.cuda.max_memory_allocated() - before) / MB if gpu else ""
     del gradients
     differences = [errors(a, b).rms for a, b in zip(outputs, expected, strict=True)]
@@ -190,7 +191,7 @@ def _bind(
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), leaves, upstream)
 
-    return forward if upstream is None else both
+    return both if leaves and upstream is not None else forward
 
 
 def _flat(outputs: Any) -> list[Tensor]:
