@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
+from fusewright.budget import exceeded
 from fusewright.install import installed
 from fusewright.lazy import LazyLogits
 
@@ -225,14 +226,19 @@ def test_what_accelerate_wrapped_is_explained_and_restored() -> None:
 
 
 def test_lazy_logits_are_those_of_the_forward_pass_under_autocast() -> None:
-    ours, eager = optimize(build(LLAMA, lora=False)), build(LLAMA, lora=False)
+    """As if they were always computed; what they come from, as eager's within the budget."""
+    eager, wide = build(LLAMA, lora=False), build(LLAMA, lora=False).double()
+    lazy, always = (optimize(build(LLAMA, lora=False), logits=w) for w in ("lazy", "always"))
     with torch.autocast("cpu", torch.bfloat16):
-        mine, theirs = (m(input_ids=IDS, labels=IDS).logits for m in (ours, eager))
+        made = [m(input_ids=IDS, labels=IDS).logits for m in (lazy, always, eager)]
+    mine, _, theirs = made
     assert isinstance(mine, LazyLogits)
     assert (mine.dtype, mine.requires_grad) == (theirs.dtype, theirs.requires_grad)
-    values = mine.detach()
+    values, at_once, expected = (t.detach() for t in made)
     assert values.dtype is theirs.dtype
-    torch.testing.assert_close(values, theirs.detach())
+    torch.testing.assert_close(values, at_once, rtol=0, atol=0)
+    exact = wide(input_ids=IDS).logits.detach()
+    assert exceeded(values, expected, exact) is None
 
 
 def test_packed_positions_without_a_mask_mean_what_they_mean_to_eager() -> None:
