@@ -274,12 +274,6 @@ def test_inductor_traces_it_once_for_all_lengths(masked: bool) -> None:
     assert len(graphs) == 1
 
 
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    q, k, v = _qkv(1, 2, 1, 4, 4, 4, 4, F64)
-    with pytest.raises(RuntimeError, match="automatic differentiation"):
-        torch.autograd.grad(attention(q, k, v, None, True).sum(), q, create_graph=True)
-
-
 def test_refusals() -> None:
     q, k, v = (t.detach() for t in _qkv(2, 4, 2, 6, 6, 8, 8, F64))
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
