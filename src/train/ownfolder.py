@@ -23,8 +23,13 @@ RESULTS = (
     "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 
-_HARMLESS = frozenset({".gitignore", ".gitkeep", ".DS_Store", "lost+found", "runs", LOCK})
-"""What may be in a folder that is as good as empty; ``runs`` is TensorBoard's, from its start."""
+_HARMLESS = frozenset({
+    ".gitignore", ".gitkeep", ".DS_Store", "lost+found", "runs", LOCK, card.NAME,
+})  # fmt: skip
+"""What may be in a folder that is as good as empty.
+
+``runs`` is TensorBoard's, from its start; a card of somebody's own is left as it is.
+"""
 
 _MARKER = "fusewright.json"
 _FEW = 3
