@@ -24,8 +24,6 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     """
     if recipe.adapter is None:
         return _unfrozen(model, recipe.unfrozen_parameters)
-    from peft import get_peft_model
-
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _reach_blocks(model, recipe)
@@ -37,7 +35,12 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
             return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
         except ModelError as error:
             raise RecipeError(f"lora_model_dir: {error}") from error
-    config = _config(model, recipe)
+    return _adapted(model, recipe, _config(model, recipe))
+
+
+def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
+    from peft import get_peft_model
+
     try:
         # adapters in fp32 beside 16-bit weights, unless the recipe says otherwise
         return get_peft_model(
@@ -48,15 +51,25 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
 
 
 def require_names(model: Any, recipe: Recipe) -> None:
-    """See that ``model``, which needs no weights for this, has what the recipe names.
+    """See that ``model`` has what the recipe names, and that PEFT takes it.
+
+    Args:
+        model: without weights (on the meta device), and of no other use: adapters are put on it.
+        recipe: checked.
 
     Raises:
-        RecipeError: it has no such layers or parameters.
+        RecipeError: it has no such layers or parameters, or PEFT refuses the settings.
     """
     if recipe.adapter is None:
         _matched(model, recipe.unfrozen_parameters or [])
     elif not recipe.lora_model_dir:
-        _config(model, recipe)
+        config = _config(model, recipe)
+        try:
+            _adapted(model, recipe, config)
+        except RecipeError:
+            raise
+        except Exception:  # what is begun from the weights may be beyond a model without them
+            return
 
 
 def _first(error: Exception) -> str:
