@@ -69,9 +69,15 @@ def _misplaced(model: Any, weights: dict[str, Any]) -> tuple[list[str], list[str
     if not all(isinstance(config, LoraConfig) for config in model.peft_config.values()):
         return [], []  # others save less than they have, or under other names
     own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    base = {name.replace(".base_layer.", ".") for name in model.state_dict()}
-    left = [name for name in weights if name not in own and name not in base]
+    # embeddings that are adapted are saved with the adapter, under either name
+    base = {_of_base(name) for name in model.state_dict()}
+    left = [name for name in weights if name not in own and _of_base(name) not in base]
     return left, sorted(own - set(weights))
+
+
+def _of_base(name: str) -> str:
+    """The name that a tensor has without adapters around its layer."""
+    return name.replace(".base_layer.", ".")
 
 
 def _explained(error: Exception, folder: str) -> str:
