@@ -118,6 +118,6 @@ def test_a_run_goes_on_with_the_same_secrets_or_new_ones(
         assert (resumed.status, resumed.resumed_from) == ("finished", 2)
     asked |= {"output_dir": str(tmp_path / "other")}
     other = {**SECRETS["overrides_of_model_kwargs"], "use_safetensors": None}
-    with pytest.raises(RecipeError, match="overrides_of_model_kwargs was") as refused:
+    with pytest.raises(RecipeError, match=r"kwargs\.use_safetensors was true and") as refused:
         train(asked, console=QUIET, overrides_of_model_kwargs=other)
     assert "sesame" not in str(refused.value)

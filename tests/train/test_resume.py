@@ -212,7 +212,7 @@ def test_a_stream_needs_as_many_workers(recipe: dict[str, Any], tmp_path: Path) 
         folder = tmp_path / str(refused)
         folder.mkdir()
         for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-            (folder / name).touch()
+            (folder / name).write_text("{}")  # an empty one is damaged
         keys = load_recipe(asked).model_dump(mode="json")
         resume.Saved(keys, "", 2, {}, 0.0, 2, {}).write(folder)
         other = load_recipe({**asked, "dataloader_num_workers": 2})
