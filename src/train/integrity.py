@@ -101,7 +101,7 @@ def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
         content = parse(path.read_text(encoding="utf-8"))
     except BadJsonError as error:
         where = f" (line {error.line})" if error.line else ""
-        raise ValueError(f"{path} is {error}{where}") from None
+        raise ValueError(f"{error.of(str(path))}{where}") from None
     except (OSError, ValueError):
         raise ValueError(f"{path} {damage(path) or 'cannot be read'}") from None
     if not isinstance(content, dict):

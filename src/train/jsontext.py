@@ -31,6 +31,11 @@ class BadJsonError(ValueError):
         super().__init__(said)
         self.line, self.column, self.begun = line, column, begun
 
+    def of(self, what: str) -> str:
+        """The message as a sentence about ``what``."""
+        said = str(self)
+        return f"{what} {'is' if said.startswith('not ') else 'cannot be read:'} {said}"
+
 
 def parse_json(text: str) -> Any:
     """The value that ``text`` is.

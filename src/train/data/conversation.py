@@ -263,7 +263,7 @@ def _json(text: str, place: str) -> Any:
     try:
         return parse_json(text)
     except BadJsonError as error:
-        raise DataError(f"{place} is {error}") from None
+        raise DataError(error.of(place)) from None
 
 
 def _without_nulls(value: Any) -> Any:

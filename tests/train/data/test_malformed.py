@@ -174,6 +174,10 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "tools that are none": (row({**turn(), "tools": "{"}), "the field 'tools' is not valid JSON"),
     "calls that are none": (row(turn(tool_calls="x")), "'tool_calls' is not valid JSON: Expecting"),
+    "calls of two meanings": (
+        row(turn(tool_calls='[{"name": "f", "name": "g"}]')),
+        "the field 'tool_calls' cannot be read: the key 'name' is there twice",
+    ),
     "a flag that is none": (
         row(turn(train="yes"), message_field_training="train"),
         "line 2: message 2, field 'train': must be true or false, not 'yes'",
