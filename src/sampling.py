@@ -188,13 +188,14 @@ def _magnitude(node: fx.Node) -> float:
 def _largest(t: Tensor) -> float | None:
     """The largest absolute value of ``t``, rounded up to a power of two; None if there is none.
 
-    One host synchronisation, at the first call only.
+    What is as large as the dtype's numbers go stands for infinity: a mask says nothing of how large
+    activations are. One host synchronisation, at the first call only.
     """
     if not t.is_floating_point() or not t.numel() or t.dtype.itemsize < 2 or t.is_meta:
         return None
     low, high = torch.aminmax(t.detach())
     largest = float(torch.maximum(-low, high))
-    if not 0 < largest < float("inf"):
+    if not 0 < largest < torch.finfo(t.dtype).max / 2:
         return None
     return float(2.0 ** math.ceil(math.log2(largest)))
 

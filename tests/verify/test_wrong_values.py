@@ -122,6 +122,22 @@ def test_as_large_as_at_the_first_call() -> None:
     assert "with inputs that are large: output 0" in found[1].reason
 
 
+def test_a_mask_does_not_say_how_large_activations_are() -> None:
+    fault = when(lambda x: peak(x) > 200)
+    found = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(judged("rms_norm", fault, module))
+        return module.forward
+
+    x, w = given("rms_norm")
+    hidden = torch.full((*x.shape[:2], 1), torch.finfo(x.dtype).min)
+    formula = FORMULAS["rms_norm"][0]
+    torch._dynamo.reset()
+    torch.compile(lambda x, w, m: formula(x, w) + m, backend=backend, fullgraph=True)(x, w, hidden)
+    assert [f.status for f in found] == ["rewritten"], found[0].reason
+
+
 def test_numbers_that_overflow() -> None:
     def naive(f: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         power = torch.exp(gate)
