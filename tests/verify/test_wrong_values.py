@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .faults import FORMULAS, Fault, changed, given, graph_of, judged, with_gradient
+from .faults import FORMULAS, Fault, changed, given, graph_of, judged, of_any_size, with_gradient
 
 
 @pytest.mark.parametrize("op", FORMULAS)
@@ -131,10 +131,13 @@ def test_a_mask_does_not_say_how_large_activations_are() -> None:
         return module.forward
 
     x, w = given("rms_norm")
-    hidden = torch.full((*x.shape[:2], 1), torch.finfo(x.dtype).min)
-    formula = FORMULAS["rms_norm"][0]
+    hidden = of_any_size(torch.full((*x.shape[:2], 1), torch.finfo(x.dtype).min), 1)
+
+    def masked(x: Tensor, w: Tensor, hidden: Tensor) -> Tensor:
+        return FORMULAS["rms_norm"][0](torch.tanh(x), w) + hidden  # how large tanh is, is not known
+
     torch._dynamo.reset()
-    torch.compile(lambda x, w, m: formula(x, w) + m, backend=backend, fullgraph=True)(x, w, hidden)
+    torch.compile(masked, backend=backend, fullgraph=True)(x, w, hidden)
     assert [f.status for f in found] == ["rewritten"], found[0].reason
 
 
