@@ -123,11 +123,14 @@ def test_as_large_as_at_the_first_call() -> None:
 
 
 def test_a_mask_does_not_say_how_large_activations_are() -> None:
-    fault = when(lambda x: peak(x) > 200)
-    found = []
+    peaks = []
+
+    def noted(op: Any, x: Tensor, *args: Any) -> Any:
+        peaks.append(peak(x))
+        return op(x, *args)
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(judged("rms_norm", fault, module))
+        assert judged("rms_norm", noted, module).status == "rewritten"
         return module.forward
 
     x, w = given("rms_norm")
@@ -138,7 +141,7 @@ def test_a_mask_does_not_say_how_large_activations_are() -> None:
 
     torch._dynamo.reset()
     torch.compile(masked, backend=backend, fullgraph=True)(x, w, hidden)
-    assert [f.status for f in found] == ["rewritten"], found[0].reason
+    assert 10 < max(peaks) < 200
 
 
 def test_numbers_that_overflow() -> None:
