@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusewright.budget import errors
 from fusewright.kernels import selective_scan as module
 from fusewright.kernels import selective_scan_chunks as chunks
 from fusewright.kernels.selective_scan import OP, selective_scan
@@ -85,6 +86,25 @@ def test_parity(
         check(lambda: draw(*size, dtype, *given), softplus)  # type: ignore[call-arg, arg-type]
     finally:
         chunks._SHORTEST, chunks._LONGEST = previous
+
+
+@pytest.mark.parametrize("channels", [13, 96, 128])
+def test_the_gradient_of_b_is_as_exact_as_eagers(channels: int) -> None:
+    """Over many draws, so that luck is no part of it: the sum over channels rounds most."""
+    torch.manual_seed(0)
+    like = draw(1, channels, 2, 6, FP32)
+    fns = bound(selective_scan, like, True), bound(OP.reference, like, True)
+    off = [0.0, 0.0]
+    for _ in range(200):
+        inputs = draw(1, channels, 2, 6, FP32)
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        ours, eager, exact = (
+            torch.autograd.grad(fn(*given).sum(), given[3])[0]
+            for fn, given in ((fns[0], inputs), (fns[1], inputs), (fns[1], wide))
+        )
+        for i, found in enumerate((ours, eager)):
+            off[i] += errors(found, exact).rms ** 2
+    assert off[0] <= off[1]
 
 
 @pytest.mark.parametrize("length", [1, 127, 300])
