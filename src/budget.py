@@ -16,6 +16,9 @@ from torch import Tensor
 EXCEEDS = "exceeds"
 """The word in ``exceeded``'s sentence when the figures are the reason."""
 
+PEAK = "peak"
+"""The word beside it when the largest error is, and not the one of all elements together."""
+
 FACTOR = 1.5
 """How many times eager's own error a rewrite may have."""
 
@@ -86,7 +89,7 @@ def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
     if not torch.equal(torch.isfinite(ours), torch.isfinite(eager)):
         return "it is finite where the original is not, or the other way round"
     mine, theirs, slack = errors(ours, oracle), errors(eager, oracle), unit(eager.dtype)
-    for name, a, b in (("rms", mine.rms, theirs.rms), ("peak", mine.peak, theirs.peak)):
+    for name, a, b in (("rms", mine.rms, theirs.rms), (PEAK, mine.peak, theirs.peak)):
         if not a <= FACTOR * b + slack:
             return f"{name} error {a:.2e} {EXCEEDS} {FACTOR} x eager's {b:.2e} + {slack:.1e}"
     return None

@@ -200,13 +200,16 @@ def _largest(t: Tensor) -> float | None:
     return float(2.0 ** math.ceil(math.log2(largest)))
 
 
-def draws(inputs: Sequence[Any]) -> int:
+def draws(inputs: Sequence[Any]) -> tuple[int, ...]:
     """How many draws judge together what a single one of such ``inputs`` has found too large.
 
-    The fewer elements a result has, the more its largest error is a matter of luck; large ones
-    would only need the memory.
+    The fewer elements a result has, the more its largest error is a matter of luck: where the first
+    number of draws finds that too large, the next one decides. Large ones would only need memory.
     """
-    return 16 if sum(t.numel() for t in inputs if isinstance(t, Tensor)) <= 1 << 20 else 4
+    elements = sum(t.numel() for t in inputs if isinstance(t, Tensor))
+    if elements > 1 << 20:
+        return (4,)
+    return (16, 64) if elements <= 1 << 16 else (16,)
 
 
 def is_static(t: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .budget import EXCEEDS, errors
+from .budget import EXCEEDS, PEAK, errors
 from .graph import facts
 from .graph.edit import modes, switches_mode
 from .graph.layouts import layout_is_read
@@ -96,11 +96,15 @@ def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
     def draw(number: int) -> list[Any]:
         return sample(site.candidate, Sizes(small, even=regime is not NORMAL), number, regime)
 
-    first = draw(0)
-    verdict = _check(site, [first], regime)
-    if verdict.reason is not None and EXCEEDS in verdict.reason:
-        more = (draw(d) for d in range(1, draws(first)))
-        verdict = _check(site, [first, *more], regime)
+    given = [draw(0)]
+    verdict = _check(site, given, regime)
+    for count in draws(given[0]):
+        if verdict.reason is None or EXCEEDS not in verdict.reason:
+            break
+        if len(given) > 1 and PEAK not in verdict.reason:
+            break  # the error of all elements of several draws is no luck
+        given += (draw(d) for d in range(len(given), count))
+        verdict = _check(site, given, regime)
     return verdict
 
 

@@ -48,8 +48,12 @@ def test_values_that_are_not_finite_count_by_where_they_are() -> None:
     assert exceeded(nan * 2, nan, nan) is not None
 
 
+@pytest.mark.parametrize(
+    ("enough", "counts", "norm"),
+    [(2, [1, 16], "rms"), (2, [1, 16], "peak"), (17, [1, 16, 64], "peak")],
+)
 def test_what_one_draw_finds_too_large_is_judged_by_several(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, enough: int, counts: list[int], norm: str
 ) -> None:
     seen: list[int] = []
     check = verify._check
@@ -57,13 +61,28 @@ def test_what_one_draw_finds_too_large_is_judged_by_several(
     def unlucky(site: object, draws: list[list[object]], regime: object) -> object:
         seen.append(len(draws))
         verdict = check(site, draws, regime)
-        return Verdict("output 0: peak error 2 exceeds 1") if len(draws) == 1 else verdict
+        return Verdict(f"output 0: {norm} error 2 exceeds 1") if len(draws) < enough else verdict
 
     monkeypatch.setattr(verify, "_check", unlucky)
     gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
     findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up))
-    assert seen == [1, 16] * (1 + len(REGIMES))
+    assert seen == counts * (1 + len(REGIMES))
     assert rewritten(findings) == ["glu"]
+
+
+def test_what_several_draws_find_too_large_in_all_elements_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def worse(site: object, draws: list[list[object]], regime: object) -> Verdict:
+        seen.append(len(draws))
+        return Verdict("output 0: rms error 2 exceeds 1")
+
+    monkeypatch.setattr(verify, "_check", worse)
+    gate, up = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
+    findings = rewrite(capture(lambda g, u: torch.relu(g) * u, gate, up))
+    assert (seen, [f.status for f in findings]) == ([1, 16], ["refused"])
 
 
 class Doubled(GLU):
