@@ -11,7 +11,6 @@ No difference of cumulated exponents is ever taken, so nothing can overflow, wha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -188,8 +187,10 @@ def _over_channels(t: Tensor) -> Tensor:
 
     One sum in fp32 rounds more than eager's does; one in fp64 would copy all that it reads.
     """
-    group = math.gcd(t.shape[-1], 64)
-    return t.unflatten(-1, (-1, group)).sum(-1).sum(-1, dtype=torch.float64)
+    rest = t.shape[-1] % 64
+    groups = t[..., rest:].unflatten(-1, (-1, 64)).sum(-1)
+    total: Tensor = groups.sum(-1, dtype=torch.float64)
+    return total + t[..., :rest].sum(-1, dtype=torch.float64) if rest else total
 
 
 def backward(
