@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fusewright.budget import EXCEEDS, exceeded
+from fusewright.budget import EXCEEDS, PEAK, exceeded
 from fusewright.sampling import draws
 
 
@@ -60,11 +60,13 @@ def assert_parity_of_draws(ours: Fn, reference: Fn, draw: Callable[[], Sequence[
 
     What one draw finds outside the budget is judged by several together, as in ``verify.py``.
     """
-    first = draw()
-    problem = _problem(ours, reference, [first], 0)
-    if problem is not None and EXCEEDS in problem:
-        more = (draw() for _ in range(1, draws(first)))
-        problem = _problem(ours, reference, [first, *more], 0)
+    given = [draw()]
+    problem = _problem(ours, reference, given, 0)
+    for count in draws(given[0]):
+        if problem is None or EXCEEDS not in problem or (len(given) > 1 and PEAK not in problem):
+            break
+        given += (draw() for _ in range(len(given), count))
+        problem = _problem(ours, reference, given, 0)
     assert problem is None, problem
 
 

@@ -97,7 +97,8 @@ CASES = {
     ),
     "half a character in an argument": Bad(
         second(calls('{"x": "\\udc00"}')),
-        "rows.jsonl, line 2: message 2: the arguments of a call is x is not text", "write the wh",
+        "rows.jsonl, line 2: message 2: the arguments of a call cannot be read: x is not text",
+        "write the whole character",
     ),
     "a NUL in a row": Bad(
         second(chat("a\0", "b")), "line 2: messages.0.content", "character 2 is a NUL; write the"
