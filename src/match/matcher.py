@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,10 @@ class Trace:
     reason: str = ""
     nodes: tuple[fx.Node, ...] = ()
 
-    def note(self, state: State, node: Any, reason: str) -> None:
-        """Keep this attempt when it came further than all before."""
+    def note(self, state: State, node: Any, reason: Callable[[], str]) -> None:
+        """Keep this attempt when it came further than all before; only then its reason is made."""
         if len(state.nodes) > self.depth:
-            self.depth, self.node, self.reason = len(state.nodes), node, reason
+            self.depth, self.node, self.reason = len(state.nodes), node, reason()
             self.nodes = state.nodes
 
 
@@ -87,8 +87,10 @@ def match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator[
         if same(state.seen[id(pattern)], value):
             yield state
         else:
-            before = _text(state.seen[id(pattern)])
-            trace.note(state, value, f"{_text(value)} where {before} was seen before")
+            before = state.seen[id(pattern)]
+            trace.note(
+                state, value, lambda: f"{_text(value)} where {_text(before)} was seen before"
+            )
         return
     for found in _match(pattern, value, state, trace):
         yield found.with_seen(pattern, value)
@@ -102,7 +104,7 @@ def _match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator
         if same(pattern.value, value):
             yield state
         else:
-            trace.note(state, value, f"{_text(value)} where {pattern.value} is expected")
+            trace.note(state, value, lambda: f"{_text(value)} where {pattern.value} is expected")
     elif isinstance(pattern, Var):
         yield from _match_var(pattern, value, state, trace)
     elif isinstance(pattern, Either):
@@ -112,7 +114,7 @@ def _match(pattern: Pattern, value: Any, state: State, trace: Trace) -> Iterator
         if isinstance(value, (tuple, list)) and len(value) == len(pattern.items):
             yield from _match_all(pattern.items, tuple(value), state, trace)
         else:
-            trace.note(state, value, f"{len(pattern.items)} items expected")
+            trace.note(state, value, lambda: f"{len(pattern.items)} items expected")
     elif isinstance(pattern, Half):
         yield from _match_half(pattern, value, state, trace)
     elif isinstance(pattern, Call):
@@ -126,11 +128,13 @@ def _match_var(pattern: Var, value: Any, state: State, trace: Trace) -> Iterator
         if same(state.captures[pattern.name], value):
             yield state
         else:
-            trace.note(state, value, f"{_text(value)} is not the {pattern.name} seen before")
+            trace.note(
+                state, value, lambda: f"{_text(value)} is not the {pattern.name} seen before"
+            )
     elif pattern.where is None or pattern.where(value):
         yield state.with_capture(pattern.name, value)
     else:
-        trace.note(state, value, f"{_text(value)} cannot be {pattern.name}")
+        trace.note(state, value, lambda: f"{_text(value)} cannot be {pattern.name}")
 
 
 def _match_half(pattern: Half, value: Any, state: State, trace: Trace) -> Iterator[State]:
@@ -139,7 +143,7 @@ def _match_half(pattern: Half, value: Any, state: State, trace: Trace) -> Iterat
         yield from match(pattern.x, canon.args[0], state.with_nodes(value, *canon.via), trace)
         return
     kind = "every other feature" if pattern.pairs else "half"
-    trace.note(state, value, f"{_text(value)} is not {kind} {pattern.index} of a tensor")
+    trace.note(state, value, lambda: f"{_text(value)} is not {kind} {pattern.index} of a tensor")
 
 
 def _is_half(canon: Canon, pattern: Half) -> bool:
@@ -158,7 +162,7 @@ def _is_half(canon: Canon, pattern: Half) -> bool:
 def _match_call(pattern: Call, value: Any, state: State, trace: Trace) -> Iterator[State]:
     canon = canonical(value)
     if canon is None or canon.name != pattern.name:
-        trace.note(state, value, f"{_text(value)} where {pattern.name} is expected")
+        trace.note(state, value, lambda: f"{_text(value)} where {pattern.name} is expected")
         return
     inner = state.with_nodes(value, *canon.via)
     if pattern.capture is not None:

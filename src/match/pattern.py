@@ -131,6 +131,20 @@ class FanOut(Pattern):
     user: Pattern
 
 
+def roots(pattern: Pattern) -> frozenset[str] | None:
+    """The canonical operations that ``pattern`` can match at its root; None: any node."""
+    if isinstance(pattern, Call):
+        return frozenset((pattern.name,))
+    if isinstance(pattern, Half):
+        return frozenset(("slice", "stride"))
+    if isinstance(pattern, FanOut):
+        return roots(pattern.source)
+    if isinstance(pattern, Either):
+        found = [roots(option) for option in pattern.options]
+        return None if None in found else frozenset().union(*(f for f in found if f))
+    return None
+
+
 def lift(value: Any) -> Pattern:
     """A pattern from a pattern, a constant, or a tuple of them."""
     if isinstance(value, Pattern):

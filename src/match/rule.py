@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
+from ..graph.canon import canonical
 from ..graph.effects import writes
 from .matcher import State, Trace, match
-from .pattern import Builder, FanOut, Pattern, Var
+from .pattern import Builder, FanOut, Pattern, Var, roots
 
 
 class Declined(Exception):
@@ -236,19 +237,24 @@ class Rule:
 
     # the engine's side
 
-    def compiled(self) -> list[tuple[str, Pattern]]:
-        """All patterns with their spellings, built once."""
+    def compiled(self) -> list[tuple[str, Pattern, frozenset[str] | None]]:
+        """All patterns with their spellings and the operations of their roots, built once."""
         cached = self.__dict__.get("_compiled")
         if cached is None:
             names = list(inspect.signature(self.patterns).parameters)[1:]
             made = self.patterns(Builder(), *(Var(n) for n in names))
-            cached = [m if isinstance(m, tuple) else ("", m) for m in made]
+            pairs = [m if isinstance(m, tuple) else ("", m) for m in made]
+            cached = [(spelling, pattern, roots(pattern)) for spelling, pattern in pairs]
             self.__dict__["_compiled"] = cached
         return cached
 
     def find(self, node: fx.Node, trace: Trace) -> Iterator[Match]:
         """Every match whose root is ``node``, in the order of the spellings."""
-        for spelling, pattern in self.compiled():
+        canon = canonical(node)
+        name = canon and canon.name
+        for spelling, pattern, possible in self.compiled():
+            if possible is not None and name not in possible:
+                continue
             if isinstance(pattern, FanOut):
                 yield from self._find_fan_out(node, spelling, pattern, trace)
                 continue

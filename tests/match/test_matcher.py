@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fusewright.match.matcher import State, Trace, match, same
-from fusewright.match.pattern import Anything, Builder, FanOut, Literal, Pattern, Var, lift
+from fusewright.match.pattern import Anything, Builder, FanOut, Literal, Pattern, Var, lift, roots
 from fusewright.match.rule import Emit, Match, Rule
 
 from .graphs import last, named, trace
@@ -242,10 +242,31 @@ def test_the_reason_of_a_miss(pattern: Pattern, fn: Callable[..., Tensor], reaso
 def test_a_shallower_miss_does_not_replace_a_deeper_one() -> None:
     module = trace(lambda a, b: torch.tanh(a), S, S)
     near, node = Trace(), last(module)
-    near.note(State(nodes=(node,)), "deep", "deep")
-    near.note(State(), "shallow", "shallow")
-    near.note(State(nodes=(node,)), "equal", "equal")
+    near.note(State(nodes=(node,)), "deep", lambda: "deep")
+    near.note(State(), "shallow", lambda: "shallow")
+    near.note(State(nodes=(node,)), "equal", lambda: "equal")
     assert (near.reason, near.depth, near.nodes) == ("deep", 1, (node,))
+
+
+def test_the_reason_of_an_attempt_that_is_not_kept_is_not_made() -> None:
+    def made() -> str:
+        raise AssertionError("made")
+
+    Trace().note(State(), "shallow", made)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (p.tanh(X), {"tanh"}),
+        (p.tanh(X) | p.sigmoid(X) | p.half(X, 0), {"tanh", "sigmoid", "slice", "stride"}),
+        (FanOut(p.tanh(X), X), {"tanh"}),
+        (p.tanh(X) | X, None),
+        (X, None),
+    ],
+)
+def test_the_operations_at_the_root_of_a_pattern(pattern: Pattern, names: set[str] | None) -> None:
+    assert roots(pattern) == names
 
 
 def test_a_state_is_extended_and_never_changed() -> None:
