@@ -9,7 +9,7 @@ from torch import fx
 from ..graph import facts
 from ..graph.edit import modes, switches_mode
 from ..graph.effects import draws, writes
-from .rule import Match
+from .rule import Declined, Match
 
 
 def require_calm(
@@ -53,12 +53,14 @@ def require_one_mode(
     if not switches:
         return ()
     mode = modes(graph)
+    order = {n: i for i, n in enumerate(graph.nodes)}
     for node in interior:
-        m.require(
-            mode[node] == mode[place],
-            f"{switches[0].name} switches gradients or autocast between the nodes of the formula",
-            node,
-        )
+        if mode[node] == mode[place]:
+            continue
+        begin, end = sorted((order[node], order[place]))
+        switch = next(n for n in switches if begin <= order[n] < end)
+        reason = f"{switch.name} switches gradients or autocast between the nodes of the formula"
+        raise Declined(reason, node)
     return tuple(n.args for n in mode[place][1:] if "autocast" in str(n.target))
 
 

@@ -80,6 +80,23 @@ def test_pieces_cover_everything() -> None:
     assert found.rms == pytest.approx(many.numel() ** -0.5)
 
 
+def test_values_that_are_not_finite_count_by_where_they_are() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert errors(nan, nan).rms == 0.0
+    assert errors(torch.ones(2), nan).rms == float("inf")
+    assert exceeded(torch.ones(2), nan, nan) is not None
+    assert exceeded(nan, nan, nan) is None
+    assert exceeded(nan * 2, nan, nan) is not None
+
+
+def test_a_piece_without_a_finite_value_is_no_end() -> None:
+    mostly = torch.full(((1 << 20) + 2,), torch.nan)
+    mostly[-2:] = 1
+    off = mostly.clone()
+    off[-1] = 2
+    assert errors(off, mostly.double()).peak == 1.0
+
+
 def test_a_rewrite_a_little_worse_than_the_budget() -> None:
     # within a budget of six times eager's error, not of one and a half
     def worse(op: Any, *args: Any) -> Tensor:
