@@ -62,13 +62,15 @@ def errors(actual: Tensor, oracle: Tensor) -> Errors:
 
 def _pieces(t: Tensor, elements: int = 1 << 20) -> Iterator[Tensor]:
     """``t`` in fp64, a piece at a time: the gradient of a large weight is not copied whole."""
-    for piece in t.detach().reshape(-1).split(elements):
+    real = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
+    for piece in real.reshape(-1).split(elements):
         yield piece.to(torch.float64)
 
 
 def unit(dtype: torch.dtype) -> float:
-    """One unit of rounding of ``dtype``: the spacing of floats just above 1."""
-    return torch.finfo(dtype).eps
+    """One unit of rounding of ``dtype``: the spacing of floats just above 1; 0 of integers."""
+    has_rounding = dtype.is_floating_point or dtype.is_complex
+    return torch.finfo(dtype).eps if has_rounding else 0.0
 
 
 def exceeded(ours: Tensor, eager: Tensor, oracle: Tensor) -> str | None:

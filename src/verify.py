@@ -56,7 +56,7 @@ class Verifier:
         return self.verdicts[key]
 
 
-def _judge(candidate: Candidate, traced: bool = False) -> Verdict:
+def _judge(candidate: Candidate, traced: bool) -> Verdict:
     """Check with small sizes; with the real ones where the formula does not fit small ones.
 
     What smaller weights are a reason against is judged once more by the real ones.

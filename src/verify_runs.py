@@ -8,7 +8,7 @@ random generator and which gradients it has is kept beside outputs and gradients
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,7 +274,7 @@ def _unwritable(outputs: list[Tensor], grad: bool) -> frozenset[str]:
         if not o.is_floating_point():
             continue
         try:
-            with torch.enable_grad() if grad else nullcontext():
+            with torch.set_grad_enabled(grad):
                 o.mul_(1)
         except RuntimeError:
             found.add(f"output {i} {UNWRITABLE}")

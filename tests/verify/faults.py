@@ -152,3 +152,19 @@ def changed(result: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(result, Tensor):
         return change(result)
     return (change(result[0]), *result[1:])
+
+
+def off(t: Tensor) -> Tensor:
+    """``t``, wrong by a hundredth."""
+    return t * 1.01
+
+
+def when(condition: Callable[[Tensor], bool]) -> Fault:
+    """Wrong by a hundredth where ``condition`` holds of the first tensor."""
+
+    def fault(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        first = x if isinstance(x, Tensor) else x[0]
+        result = op(x, *args, **kwargs)
+        return changed(result, off) if condition(first) else result
+
+    return fault

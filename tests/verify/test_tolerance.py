@@ -64,6 +64,21 @@ def test_shape_and_dtype() -> None:
     assert exceeded(EXACT.float(), EXACT, EXACT) == "dtype torch.float32 instead of torch.float64"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_numbers_that_are_no_floats(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([0, 1, 1, 0]).to(dtype)
+    other = torch.tensor([0, 1, 1, 1]).to(dtype)
+    assert exceeded(numbers, numbers, numbers) is None
+    assert EXCEEDS in exceeded(other, numbers, numbers)
+    assert unit(dtype) == (torch.finfo(dtype).eps if dtype.is_complex else 0)
+
+
+def test_an_imaginary_part() -> None:
+    numbers = torch.complex(torch.ones(4), torch.ones(4))
+    assert EXCEEDS in exceeded(numbers.conj(), numbers, numbers)
+    assert exceeded(numbers.conj(), numbers.conj().clone(), numbers.conj()) is None
+
+
 def test_an_exact_zero() -> None:
     zero = torch.zeros(10)
     assert exceeded(zero, zero, zero.double()) is None

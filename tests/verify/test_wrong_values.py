@@ -9,28 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from .faults import FORMULAS, Fault, changed, given, graph_of, judged, of_any_size, with_gradient
+from .faults import (
+    FORMULAS,
+    changed,
+    given,
+    graph_of,
+    judged,
+    of_any_size,
+    off,
+    when,
+    with_gradient,
+)
 
 
 @pytest.mark.parametrize("op", FORMULAS)
 def test_the_right_op_is_installed(op: str) -> None:
     finding = judged(op, None)
     assert (finding.status, finding.op) == ("rewritten", op), finding.reason
-
-
-def off(t: Tensor) -> Tensor:
-    return t * 1.01
-
-
-def when(condition: Callable[[Tensor], bool]) -> Fault:
-    """Wrong by a hundredth where ``condition`` holds of the first tensor."""
-
-    def fault(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        first = x if isinstance(x, Tensor) else x[0]
-        result = op(x, *args, **kwargs)
-        return changed(result, off) if condition(first) else result
-
-    return fault
 
 
 def peak(x: Tensor) -> float:
