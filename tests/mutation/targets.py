@@ -63,13 +63,19 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "verify_runs.py": {
         "made[ -1]": "there is one",
         "torch.empty( 1": "its memory is replaced",
-        "manual_seed(seed + ": "any seed",
+        "manual_seed(seed ": "any seed",
+        "_odd(-u) for u in upstream], True)": "nothing runs backward after it",
         "storage.nbytes() * a": "a larger one is as good",
         "t.dim() <= 0": "no tensor has fewer",
         "t.dim() == -1": "transposing what has no dimensions changes nothing",
         "torch.stack([t, t], 1)[:, ": "both columns are the same",
         "o.mul_( ": "all that is compared was taken before",
         "a.itemsize == ": "torch 2.13 compares one-byte floats; older versions do not",
+    },
+    "verify_compare.py": {
+        "largest.log2().floor(), 1)": "of a draw of zeros, any scale will do",
+        "largest.log2().floor(), -1)": "as above",
+        "torch.isfinite(eager) * ": "of truth values, the product is the conjunction",
     },
     "match/apply.py": {
         "default=- 2)": "what has no inputs is used behind the first node at the earliest",

@@ -53,7 +53,7 @@ def test_equal_runs_do_not_differ() -> None:
 
 def test_how_many_outputs() -> None:
     assert _said(_run([ONES])) == "1 outputs instead of 2"
-    assert _said(_run([ONES] * 3)) == "3 outputs instead of 2"
+    assert _said(_run([ONES] * 3), _run([ONES])) == "3 outputs instead of 1"
 
 
 def test_a_result_that_only_one_has() -> None:
@@ -183,10 +183,11 @@ def test_another_shape_within_range() -> None:
     assert _one(ONES[:2], ONES) == "output 0: shape (2, 3) instead of (4, 3)"
 
 
+@pytest.mark.parametrize("small", [1.0, 1e-8, 1e8])
 @pytest.mark.parametrize("large", [0, 2])
-def test_a_wrong_draw_beside_a_larger_one(large: int) -> None:
-    scale = torch.ones(3, 1)
-    scale[large] = 1e6
+def test_a_wrong_draw_beside_a_larger_one(large: int, small: float) -> None:
+    scale = torch.full((3, 1), small)
+    scale[large] *= 1e6
     right, wrong = torch.ones(3, 5) * scale, torch.ones(3, 5)
     wrong[1, 4] = 1.01
     wrong *= scale

@@ -135,6 +135,11 @@ def test_outputs_without_a_gradient_do_not_move_the_upstream_of_others() -> None
     assert torch.allclose(both, one + other)
 
 
+def test_a_gradient_that_a_backward_does_not_give() -> None:
+    found = _seen(lambda a: (with_gradient(a, lambda grad: None),), _x())
+    assert found.results[1:3] == ([None], [None])
+
+
 def test_a_missing_upstream_stays_missing() -> None:
     seen: list[Any] = []
 
@@ -304,6 +309,8 @@ def test_memory_that_is_shared() -> None:
     assert traits(overlapping, _x()) == {"output 1 shares memory with output 0"}
     empty = lambda a: ((e := a * 1)[:0], e, e[:0])  # noqa: E731
     assert traits(empty, _x()) == set()
+    nothing = lambda a: (e := a * 1, e.view(torch.int16)[:0])  # noqa: E731
+    assert traits(nothing, _x()) == traits(lambda a: nothing(a)[::-1], _x()) == set()
     other = lambda a: (e := a * 1, e.view(torch.int16))  # noqa: E731
     assert traits(other, _x()) == {"output 1 shares memory with output 0"}
     wide = lambda a: (e := a[:1].clone().expand(5, 4), e[2:])  # noqa: E731
