@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fusewright.graph.effects import draws, has_effect, writes
+from fusewright.graph.effects import draws, has_effect, is_opaque, writes
+from fusewright.kernels import rms_norm
 
 from ..capturing import capture
 
@@ -150,3 +152,97 @@ STEADY: dict[str, Fn] = {
 def test_what_draws_nothing_is_no_draw(name: str) -> None:
     module = capture(STEADY[name], torch.randn(4, 8), torch.rand(4, 8))
     assert not any(has_effect(n) for n in module.graph.nodes)
+
+
+# ----------------------------------------------------------- nodes that no capture makes, or rarely
+
+
+def _node(target: Any, *args: Any, kwargs: dict[str, Any] | None = None, op: str = "") -> fx.Node:
+    """A call over inputs: tensors (``"x"``, ``"y"``), a number (``"n"``) and constants."""
+    graph = fx.Graph()
+    given: dict[str, fx.Node] = {}
+    for name, value in (("x", torch.randn(4, 8)), ("y", torch.randn(4, 8)), ("n", 3)):
+        given[name] = graph.placeholder(name)
+        given[name].meta["example_value"] = value
+
+    def place(value: Any) -> Any:
+        return given.get(value, value) if isinstance(value, str) else value
+
+    kind = op or ("call_method" if isinstance(target, str) else "call_function")
+    named = {key: place(value) for key, value in (kwargs or {}).items()}
+    return graph.create_node(kind, target, tuple(place(a) for a in args), named)
+
+
+def _written(node: fx.Node) -> list[str]:
+    return [n.name for n in writes(node)]
+
+
+def _foreign(*args: Any) -> Any:
+    """A function that nobody knows."""
+    return args[0]
+
+
+def test_what_nobody_knows_may_write_into_all_its_tensors() -> None:
+    for node in (_node(_foreign, "n", "x", "y"), _node("inner", "n", "x", "y", op="call_module")):
+        assert is_opaque(node)
+        assert _written(node) == ["x", "y"]
+        assert not draws(node)
+    assert has_effect(_node(_foreign))
+    for node in (_node(torch.neg, "x"), _node("neg", "x"), _node("x", op="get_attr")):
+        assert not is_opaque(node)
+        assert not has_effect(node)
+
+
+def test_ops_of_ours_and_what_a_rule_made_are_known() -> None:
+    assert not has_effect(_node(rms_norm.reference, "x", "y", 1e-6))
+    made = _node(_foreign, "x")
+    made.meta["fusewright_rule"] = "glu"
+    assert not has_effect(made)
+
+
+def test_a_name_that_ends_in_an_underscore() -> None:
+    assert _written(_node(nn.init.constant_, kwargs={"tensor": "x", "val": "y"})) == ["x"]
+    assert _written(_node(nn.init.zeros_, "x")) == ["x"]
+    assert _written(_node("requires_grad_", "x")) == ["x"]
+    # "and" is a word of the language
+    assert _written(_node(operator.and_, "x", "y")) == []
+    assert _written(_node("__and__", "x", "y")) == []
+    assert _written(_node("__iand__", "x", "y")) == ["x"]
+    assert _written(_node("__setitem__", "x", 0, "y")) == ["x"]
+    assert _written(_node(operator.iadd, "x", "y")) == ["x"]
+
+
+def test_lists_of_tensors_are_written_into() -> None:
+    node = _node(torch._foreach_add_, "x", 1.0)
+    node.args = ([node.args[0], node.args[0].next], 1.0)
+    assert _written(node) == ["x", "y"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_share_that_is_given_as_the_operator_wants_it(share: float) -> None:
+    assert draws(_node(torch.dropout, "x", share, True)) is (share > 0)
+    assert not draws(_node(torch.dropout, "x", share, False))
+    assert draws(_node(torch.bernoulli, "x"))
+    assert draws(_node(torch.random.manual_seed, 3))
+
+
+class _Writes(torch.autograd.Function):
+    """Writes into what it is given, in forward or in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, early: bool) -> Tensor:
+        ctx.early = early
+        return x.mul_(2) if early else x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad if ctx.early else grad.mul_(2), None
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_autograd_function_that_writes(early: bool) -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    module = capture(lambda x: _Writes.apply(x * 1, early), x)
+    node = next(n for n in module.graph.nodes if "autograd_function" in str(n.target))
+    # its backward has inputs of its own
+    assert bool(writes(node)) is early
