@@ -82,23 +82,52 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
 
     Checkpointed parts are only tagged in a captured graph; here they are checkpointed for real.
     """
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
-                node.target = _checkpointed
-        inner.recompile()
+    placeholders = module.graph.find_nodes(op="placeholder")
+    _checkpoint(module, {n for n in placeholders if not facts.is_argument(n)})
     return module.forward
 
 
-def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``torch.utils.checkpoint`` of a nested graph, whichever variant the user had asked for."""
+def _checkpoint(module: fx.GraphModule, held: set[fx.Node]) -> None:
+    """Let the checkpoints in ``module``, and in the graphs within it, be real ones.
+
+    Args:
+        module: the graph.
+        held: those of its placeholders that stand for what a module holds.
+    """
+    for node in module.graph.nodes:
+        body, *given = (*node.args, None)
+        for inner in filter(None, map(facts.body, node.all_input_nodes)):
+            own = inner.graph.find_nodes(op="placeholder") if inner is facts.body(body) else ()
+            _checkpoint(inner, {p for p, a in zip(own, given, strict=False) if a in held})
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            node.target = _checkpointed
+            where = tuple(i for i, a in enumerate(node.args[1:]) if a in held)
+            node.kwargs = {**node.kwargs, "held": where}
+    module.recompile()
+
+
+def _checkpointed(
+    body: Callable[..., Any], *args: Any, held: tuple[int, ...] = (), **kwargs: Any
+) -> Any:
+    """``torch.utils.checkpoint`` of a nested graph, whichever variant the user had asked for.
+
+    The arguments at the places ``held`` were none in the user's code, where its function reads them
+    from its module. So the checkpoint does not keep them: it would refuse a buffer that is written.
+    """
     kept = {
         k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check", "debug")
     }
     chosen = getattr(body, "meta", {}).get("_checkpoint_context_fn")  # what it keeps nevertheless
     if chosen is not None:
         kept["context_fn"] = chosen
-    return checkpoint(body, *args, use_reentrant=False, **kept)
+    own, count = {i: args[i] for i in held}, len(args)
+
+    def run(*others: Any) -> Any:
+        rest = iter(others)
+        return body(*(own[i] if i in own else next(rest) for i in range(count)))
+
+    others = [a for i, a in enumerate(args) if i not in own]
+    return checkpoint(run, *others, use_reentrant=False, **kept)
 
 
 @contextlib.contextmanager

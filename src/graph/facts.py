@@ -40,6 +40,21 @@ def real(node: Any) -> Tensor | None:
     return found if type(found) in (Tensor, torch.nn.Parameter) else None
 
 
+_ARGUMENT = re.compile(r"""L\[[^]]+\](\[[^]]+\])*""")
+
+
+def is_argument(node: fx.Node) -> bool:
+    """Whether a placeholder stands for an argument of the captured call, or an item of one.
+
+    Others stand for what an object holds: for a module's parameter, or its buffer. What TorchDynamo
+    says nothing of is an argument.
+    """
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name: Any = getattr(source, "name", None)
+    name = name() if callable(name) else name  # torch 2.11 has a method there
+    return not isinstance(name, str) or _ARGUMENT.fullmatch(name) is not None
+
+
 def dtype(node: Any) -> torch.dtype | None:
     """The dtype of a node's tensor, else None."""
     t = tensor(node)

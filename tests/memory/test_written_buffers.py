@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain
 
@@ -97,3 +98,18 @@ def test_buffers_are_written_once(body: Any, codegen: str) -> None:
         for a, b in zip(_step(ours, _x()), _step(eager, _x()), strict=True):
             assert torch.allclose(a.double(), b.double(), atol=1e-4, rtol=1e-4)
     assert "writes into an input of the block, or into its buffers" in explain(ours).memory
+
+
+@pytest.mark.parametrize("memory", ["speed", "min"])
+@pytest.mark.parametrize("body", [_data, _copied, _of_a_view])
+def test_a_checkpointed_part_may_write_its_module_s_buffers(body: Any, memory: str) -> None:
+    """A checkpoint keeps what its function is given, and not what it reads from its module."""
+
+    def part(block: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: body(block, x), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    eager, ours = _pair(part, memory=memory, codegen="eager")
+    for _ in range(2):
+        for a, b in zip(_step(ours, _x()), _step(eager, _x()), strict=True):
+            assert torch.allclose(a.double(), b.double(), atol=1e-4, rtol=1e-4)
+    assert [s.rule for s in explain(ours).sites if s.status == "rewritten"]
