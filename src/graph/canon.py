@@ -65,7 +65,7 @@ def canonical(node: Any) -> Canon | None:
         return Canon("quantized_linear", *quantized)
     special = _SPECIAL.get(target)
     if special is not None:
-        return special(node, args, kwargs)
+        return special(node, *_by_position(args, kwargs))
     table: dict[Any, str] = FUNCTIONS if node.op == "call_function" else METHODS
     found = table.get(target)
     if found is None and isinstance(target, torch._ops.OpOverloadPacket):
@@ -80,6 +80,14 @@ def is_cast_of(node: Any, x: Any) -> bool:
     """Whether ``node`` is ``x`` in another dtype."""
     canon = canonical(node)
     return canon is not None and canon.name == "cast" and canon.args[0] is x
+
+
+def _by_position(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the first one in its place, where it was given by its name."""
+    name = next((n for n in ("input", "self", "tensor") if n in kwargs), None)
+    return ((kwargs.pop(name), *args), kwargs) if name else (args, kwargs)
 
 
 def _made(name: str, args: tuple[Any, ...] | None) -> Canon | None:
@@ -169,12 +177,10 @@ def _var(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon 
 
 
 def _reshape(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
-    t = facts.tensor(node)
-    return (
-        None
-        if t is None or facts.tensor(args[0]) is None
-        else Canon("reshape", (args[0], tuple(t.shape)))
-    )
+    before, after = facts.tensor(args[0]), facts.tensor(node)
+    if before is None or after is None or before.dtype is not after.dtype:  # other bits, not sizes
+        return None
+    return Canon("reshape", (args[0], tuple(after.shape)))
 
 
 def _expand(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:
@@ -233,8 +239,8 @@ def _part(source: Any, index: Any) -> Canon | None:
     )
     if name not in ("chunk", "split", "split_with_sizes"):
         return None
-    x = source.args[0]
-    dim = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else 0)
+    args, kwargs = _by_position(source.args, dict(source.kwargs))
+    x, dim = args[0], kwargs.get("dim", args[2] if len(args) > 2 else 0)
     parts, rank = facts.value(source), facts.ndim(x)
     if not isinstance(dim, int) or rank is None or not isinstance(parts, (tuple, list)):
         return None

@@ -108,7 +108,7 @@ def shape_text(node: Any) -> str:
     if t is None:
         return str(value(node))
     kind = str(t.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
-    return f"{kind.replace('bf16', 'bf16')}[{', '.join(str(s) for s in t.shape)}]"
+    return f"{kind}[{', '.join(str(s) for s in t.shape)}]"
 
 
 def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.GraphModule]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-_VERIFY = [
-    "tests/test_verify.py",
-    "tests/verify/test_wrong_effects.py",
-    "tests/verify/test_wrong_values.py",
-    "--deselect=tests/test_verify.py::test_small_sizes_fit_every_formula",
-    "-knot lora_linear and not rope-",
-]
-"""What judges rewrites: a whole model, and two ops with the slowest formulas, add little."""
-
 TESTS: dict[str, list[str]] = {
     "verify.py": [
         "tests/verify/test_verdicts.py",
         "tests/graph/test_modes.py",
-        *_VERIFY,
+        "tests/test_verify.py",
+        "tests/verify/test_wrong_values.py",
+        "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
     "verify_runs.py": ["tests/verify/test_runs.py"],
     "verify_compare.py": ["tests/verify/test_difference.py"],
@@ -30,9 +23,9 @@ TESTS: dict[str, list[str]] = {
         "tests/passes/test_rope.py",
     ],
     "graph/effects.py": ["tests/graph/test_effects.py"],
-    "graph/canon.py": ["tests/graph/test_canon.py", "tests/match/test_matcher.py"],
-    "graph/facts.py": ["tests/graph", "tests/match"],
-    "graph/edit.py": ["tests/graph/test_modes.py", "tests/match"],
+    "graph/canon.py": ["tests/graph/test_views.py", "tests/graph/test_canon.py"],
+    "graph/facts.py": ["tests/graph/test_facts.py"],
+    "graph/edit.py": ["tests/graph/test_edit.py"],
     "memory/planner.py": ["tests/memory/test_planner.py"],
     "train/data/packing.py": ["tests/train/data/test_packing.py", "-knot million"],
     "train/data/mask.py": [

@@ -95,6 +95,7 @@ def test_what_makes_a_candidate_another_one() -> None:
     assert _count(silu(), (graph(F.relu), rule)) == 2  # another function
     assert _count(silu(), (graph(F.silu, *given("glu", torch.bfloat16)), rule)) == 2
     assert _count(silu(), (graph(F.silu, *(t.detach() for t in given("glu"))), rule)) == 2
+    assert _count(silu(), (graph(F.silu, *(torch.randn(2, 6, 24) for _ in "gu")), rule)) == 2
     named_ = Same(lambda x, y: F.silu(x) * y, lambda p, x, y: ("named", _activated(p, x, y)))
     assert _count(silu(), (graph(F.silu), named_)) == 2  # another spelling
 
@@ -257,3 +258,13 @@ def test_random_numbers_are_left_as_they_were() -> None:
     before = torch.get_rng_state()
     judged("glu", lambda f, *args: f(*args) + 0 * torch.rand(1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_form_for_a_tracer_is_judged_like_the_other_one() -> None:
+    def fault(f: Any, x: Tensor, *args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            x.detach().mul_(2)
+        return f(x, *args)
+
+    assert judged("glu", fault).status == "rewritten"
+    assert judged("glu", fault, traced=True).reason == "only the rewrite writes to input 0"
