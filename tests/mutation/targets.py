@@ -26,7 +26,7 @@ TESTS: dict[str, list[str]] = {
     "graph/canon.py": ["tests/graph/test_views.py", "tests/graph/test_canon.py"],
     "graph/facts.py": ["tests/graph/test_facts.py"],
     "graph/edit.py": ["tests/graph/test_edit.py"],
-    "memory/planner.py": ["tests/memory/test_planner.py"],
+    "memory/planner.py": ["tests/memory/test_planner.py", "tests/memory/test_plan_history.py"],
     "train/data/packing.py": ["tests/train/data/test_packing.py", "-knot million"],
     "train/data/mask.py": [
         "tests/train/data/test_chat.py",
@@ -78,6 +78,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "graph/effects.py": {
         'node.op > "call_function"': "no op comes before it in the alphabet",
         "> False": "of two truth values, only True is greater",
+    },
+    "memory/planner.py": {
+        "most_common( 2)": "the first of them is taken",
+        "setting.allowed[ ": "there is a level from then on",
+        "_rows: int = ": "begin() says how many tokens there are before a plan is made",
+        "self.trainable()[: ": "some parameters will do",
+        "p.numel() // 6": "some numbers of each will do",
+        "self._first() == module": "modules are equal by identity",
     },
     "match/apply.py": {
         "default=- 2)": "what has no inputs is used behind the first node at the earliest",
