@@ -74,6 +74,7 @@ def test_a_write_is_seen(name: str) -> None:
         module = capture(WRITES[name], torch.randn(4, 8), torch.randn(4, 8))
     first = {n for n in module.graph.nodes if n.op == "placeholder" and n.target == "L_x_"}
     assert {w for n in module.graph.nodes for w in writes(n)} == first
+    assert all(has_effect(n) for n in module.graph.nodes if writes(n))
 
 
 READS: dict[str, Fn] = {
@@ -193,6 +194,23 @@ def test_what_nobody_knows_may_write_into_all_its_tensors() -> None:
         assert not has_effect(node)
 
 
+@pytest.mark.parametrize("module", ["a.library", "z.library", "fusewright_plugin"])
+def test_functions_of_other_libraries_are_not_ours(
+    monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setattr(_foreign, "__module__", module)
+    assert is_opaque(_node(_foreign, "x"))
+
+
+def _random(x: Tensor) -> Tensor:
+    return torch.rand_like(x)
+
+
+def test_what_an_opaque_function_calls_is_not_looked_for() -> None:
+    assert not draws(_node(_random, "x"))
+    assert has_effect(_node(_random, "x"))
+
+
 def test_ops_of_ours_and_what_a_rule_made_are_known() -> None:
     assert not has_effect(_node(rms_norm.reference, "x", "y", 1e-6))
     made = _node(_foreign, "x")
@@ -204,6 +222,7 @@ def test_a_name_that_ends_in_an_underscore() -> None:
     assert _written(_node(nn.init.constant_, kwargs={"tensor": "x", "val": "y"})) == ["x"]
     assert _written(_node(nn.init.zeros_, "x")) == ["x"]
     assert _written(_node("requires_grad_", "x")) == ["x"]
+    assert _written(_node("apply_", "x", abs)) == ["x"]  # has no schema
     # "and" is a word of the language
     assert _written(_node(operator.and_, "x", "y")) == []
     assert _written(_node("__and__", "x", "y")) == []

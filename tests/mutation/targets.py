@@ -87,6 +87,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "p.numel() // 6": "some numbers of each will do",
         "self._first() == module": "modules are equal by identity",
     },
+    "train/data/packing.py": {
+        "if not TYPE_CHECKING": "torch is only imported sooner",
+        "max( 2, sizes.size)": "no sample is beyond the last",
+        "manual_seed( ": "any tokens will do",
+        "first, second = ": "any lengths will do",
+        "ids[0, :first] + 2)": "any other token will do",
+        "ids[0, :first] - 1)": "as above",
+    },
     "match/apply.py": {
         "default=- 2)": "what has no inputs is used behind the first node at the earliest",
         "default=- 0)": "as above",

@@ -83,6 +83,9 @@ def test_collation_without_packing_and_the_width() -> None:
     assert batch["input_ids"].shape == (2, 128)
     assert batch["attention_mask"].sum(1).tolist() == [3, 70]
     assert collate([[sample(70, 1)]], 9, False, length=100)["input_ids"].shape == (1, 100)
+    assert collate([[sample(3, 0)]], 9, False, length=100, full=True)["labels"].shape == (1, 100)
+    assert collate([[sample(70, 1)]], 9, False, length=50, full=True)["labels"].shape == (1, 70)
+    assert collate([[sample(64, 1)]], 9, False, length=512)["labels"].shape == (1, 64)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
