@@ -95,13 +95,13 @@ def _checkpoint(module: fx.GraphModule, held: set[fx.Node]) -> None:
         held: those of its placeholders that stand for what a module holds.
     """
     for node in module.graph.nodes:
-        body, *given = (*node.args, None)
+        is_checkpoint = node.target is torch.ops.higher_order.tag_activation_checkpoint
         for inner in filter(None, map(facts.body, node.all_input_nodes)):
-            own = inner.graph.find_nodes(op="placeholder") if inner is facts.body(body) else ()
-            _checkpoint(inner, {p for p, a in zip(own, given, strict=False) if a in held})
-        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            own = zip(inner.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
+            _checkpoint(inner, {p for p, given in own if is_checkpoint and given in held})
+        if is_checkpoint:
             node.target = _checkpointed
-            where = tuple(i for i, a in enumerate(node.args[1:]) if a in held)
+            where = tuple(i for i, given in enumerate(node.args[1:]) if given in held)
             node.kwargs = {**node.kwargs, "held": where}
     module.recompile()
 

@@ -35,12 +35,14 @@ class Regime:
             are as large as they are then.
         offset: their mean.
         degenerate: the first row is zero, and all features of the second are one number.
+        upstream: how large the gradients are that come from behind.
     """
 
     name: str = ""
     scale: float | None = 1.0
     offset: float = 0.0
     degenerate: bool = False
+    upstream: float = 1.0
 
 
 NORMAL = Regime()
@@ -51,6 +53,15 @@ REGIMES = (
     Regime("far below zero", 4.0, -20.0),
 )
 """What a rewrite is tried with beside the unit normal."""
+
+SUBNORMAL = Regime("of unit size, and gradients near zero", upstream=2.0**-16)
+"""And in fp16, whose smallest numbers have few digits: a rounding may not be multiplied there."""
+
+
+def regimes(c: Candidate) -> tuple[Regime, ...]:
+    """The regimes in which a candidate is tried beside the unit normal."""
+    has_half = any(facts.dtype(n) is torch.float16 for n in (*c.inputs, *c.interior))
+    return (*REGIMES, SUBNORMAL) if has_half else REGIMES
 
 
 def sample(c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL) -> list[Any]:

@@ -23,7 +23,7 @@ from .graph.edit import modes, switches_mode
 from .graph.layouts import layout_is_read
 from .match.apply import Candidate, Verdict
 from .report import Figures
-from .sampling import NORMAL, REGIMES, Regime, Sizes, draws, is_static, layout, sample, tokens
+from .sampling import NORMAL, Regime, Sizes, draws, is_static, layout, regimes, sample, tokens
 from .smaller_weights import smaller
 from .verify_compare import difference
 from .verify_exact import Exact, Plain, double, packed
@@ -77,7 +77,7 @@ def _judge(candidate: Candidate, traced: bool) -> Verdict:
 def _verdict(site: _Site, small: bool) -> Verdict:
     """The verdict by unit normals, unless another regime finds a reason against it."""
     verdict = _tried(site, small, NORMAL)
-    for regime in REGIMES:
+    for regime in regimes(site.candidate):
         if verdict.reason is not None:
             break
         reason = _tried(site, small, regime).reason
@@ -127,9 +127,10 @@ class _Site:
         self.laid_out = [layout_is_read(n) for n in real.outputs]
         self.grad = _gradients_are_on(real)
 
-    def setting(self, thorough: bool) -> Setting:
+    def setting(self, thorough: bool, upstream: float) -> Setting:
         """What its runs have in common."""
-        return Setting(self.differentiable, self.fixed, self.laid_out, self.grad, thorough)
+        layouts = self.laid_out
+        return Setting(self.differentiable, self.fixed, layouts, self.grad, thorough, upstream)
 
 
 def _gradients_are_on(c: Candidate) -> bool:
@@ -143,7 +144,7 @@ def _gradients_are_on(c: Candidate) -> bool:
 def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdict:
     """Compare all draws in ``given`` together."""
     normal = regime is NORMAL
-    setting = site.setting(thorough=normal)
+    setting = site.setting(normal, regime.upstream)
     with ExitStack() as around:
         for settings in site.candidate.autocast:
             around.enter_context(torch.autocast(*settings))
@@ -161,7 +162,7 @@ def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdi
         for draw in given
     ]
     with _seen_as_traced(False):
-        exact = runs(site.exact, wide, site.setting(thorough=False))
+        exact = runs(site.exact, wide, site.setting(False, regime.upstream))
     for outcome in ours:
         reason = difference(outcome, theirs, exact, within_range=not normal)
         if reason:

@@ -56,6 +56,7 @@ class Setting:
         laid_out: for each output, how its strides are read (``graph/layouts.py``).
         grad: whether gradients are enabled where the site runs.
         thorough: whether traits are looked for, and backward runs twice and for each output alone.
+        upstream: how large the gradients are that backward is given.
     """
 
     differentiable: Sequence[bool]
@@ -63,6 +64,7 @@ class Setting:
     laid_out: Sequence[str] = ()
     grad: bool = True
     thorough: bool = True
+    upstream: float = 1.0
 
 
 def runs(fn: Callable[..., Any], draws: Sequence[Sequence[Any]], setting: Setting) -> Outcome:
@@ -196,7 +198,8 @@ def _gradients(
     generator = torch.Generator().manual_seed(seed + 1)
     # drawn for every output: original and rewrite may differ in which of them have a gradient
     drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    upstream = [drawn[i].to(outputs[i].device, outputs[i].dtype) for i in live]
+    sized = [drawn[i] * setting.upstream for i in live]
+    upstream = [u.to(outputs[i].device, outputs[i].dtype) for i, u in zip(live, sized, strict=True)]
     roots = [outputs[i] for i in live]
 
     def grad(roots: list[Tensor], upstream: list[Tensor], more: bool) -> list[Tensor | None]:

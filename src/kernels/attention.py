@@ -98,33 +98,38 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
     window: int | None, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed ones of (dq, dk, dv). Sums over tiles (dk, dv) are in fp32 or wider."""
+    """The needed ones of (dq, dk, dv). Sums over tiles (dk, dv) are in fp32 or wider.
+
+    So is everything in fp16, whose smallest numbers have few digits.
+    """
     need_q, need_k, need_v = needs
     groups, scores = k.shape[1], _Scores(q, k, scale)
-    grads, queries, keys, values = fold(grad, groups), scores.q, k.flatten(0, 1), v.flatten(0, 1)
-    if scores.rounds:
-        queries = fold(q, groups)
+    part = scores.wide if q.dtype is torch.float16 else q.dtype
+    grads, keys, values = (
+        t.to(part) for t in (fold(grad, groups), k.flatten(0, 1), v.flatten(0, 1))
+    )
+    queries = fold(q, groups).to(part) if scores.rounds else scores.q
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
-    scratch, wide = Scratch(q.dtype), Scratch(scores.wide)
+    scratch, wide = Scratch(part), Scratch(scores.wide)
     for tile in tiles(q, k, causal, mask, window):
         above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
         p, do = scores.probabilities(tile), grads[above]
         if need_v:
+            p = scores.exact if part is scores.wide else p
             dv[below].add_(torch.bmm(p.transpose(1, 2), do))
         if not (need_q or need_k):
             continue
         ds = torch.bmm(do, values[below].transpose(1, 2), out=scratch(*p.shape))
-        if scores.rounds:
-            # rounded probabilities do not add up to one: the row's sum would be off, and where
-            # one probability is nearly one, dS is a small difference from it
-            exact, grad_scores = scores.exact, wide(*p.shape).copy_(ds)
-            _aten._softmax_backward_data.out(
-                grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
-            )
+        # rounded probabilities do not add up to one: the row's sum would be off, and where
+        # one probability is nearly one, dS is a small difference from it
+        exact = scores.exact
+        grad_scores = ds if part is scores.wide else wide(*p.shape).copy_(ds)
+        _aten._softmax_backward_data.out(
+            grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
+        )
+        if grad_scores is not ds:
             ds.copy_(grad_scores)
-        else:
-            _aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         if need_q:
             torch.baddbmm(dq[above], ds, keys[below], beta=0, alpha=scale, out=dq[above])
         if need_k:

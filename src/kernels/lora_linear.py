@@ -145,7 +145,7 @@ class _LoraLinear(torch.autograd.Function):
         wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b) * ctx.scale
+            t = torch.mm(wide, lora_b * ctx.scale)  # onto the narrower: nothing rounded is scaled
         if w_x:
             shape, dtype, _ = ctx.x_like
             if t is None or own_input:
@@ -165,7 +165,8 @@ class _LoraLinear(torch.autograd.Function):
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:
-            dlora_bias = wide.sum(0).mul_(ctx.scale).to(ctx.bias_dtypes[1])
+            exact = torch.promote_types(wide.dtype, torch.float32)
+            dlora_bias = wide.sum(0, dtype=exact).mul_(ctx.scale).to(ctx.bias_dtypes[1])
         return dx, None, dweight, dbias, da, db, None, dz, dlora_bias, None
 
 

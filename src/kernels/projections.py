@@ -121,7 +121,7 @@ def returned(
             if layer.lora_b is not None and (need_t or need_b):
                 kind = layer.lora_b.dtype
                 wide = low if kind is layer.compute else dy.to(kind)
-                t = torch.mm(wide, layer.lora_b) * layer.scale if need_t else None
+                t = torch.mm(wide, layer.lora_b * layer.scale) if need_t else None
                 db = gradient_of_b(h, wide) if h is not None and need_b else None
         ts.append(t)
         dbs.append(db)

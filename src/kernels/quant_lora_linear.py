@@ -120,7 +120,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         wide = dy.to(lora_b.dtype)
         dx = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b) * ctx.scale
+            t = torch.mm(wide, lora_b * ctx.scale)  # onto the narrower: nothing rounded is scaled
         if w_x:
             left, right = (None, None) if own_input else (t, lora_a)
             w, low = join(ctx.fixed, tuple(tensors)), dy.to(compute)
@@ -134,7 +134,8 @@ class _QuantLoraLinear(torch.autograd.Function):
         if w_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
         if w_lora_bias:
-            dlora_bias = wide.sum(0).mul_(ctx.scale).to(ctx.bias_dtypes[1])
+            exact = torch.promote_types(wide.dtype, torch.float32)
+            dlora_bias = wide.sum(0, dtype=exact).mul_(ctx.scale).to(ctx.bias_dtypes[1])
         rest = [None] * (3 + len(tensors))
         return dx, None, dbias, da, db, None, dz, dlora_bias, *rest
 

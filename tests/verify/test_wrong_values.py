@@ -101,6 +101,15 @@ def test_only_one_dtype() -> None:
     assert "output 0" in judged("glu", fault, narrow).reason
 
 
+def test_a_rounding_that_is_multiplied_in_fp16() -> None:
+    def fault(f: Any, x: Tensor, *args: Any) -> Tensor:
+        return f(with_gradient(x, lambda g: g / 4 * 4), *args)  # exact, but for the smallest
+
+    assert judged("glu", fault).status == "rewritten"
+    found = judged("glu", fault, graph_of("glu", given("glu", torch.float16)))
+    assert "gradients near zero: gradient of input" in found.reason
+
+
 def test_as_large_as_at_the_first_call() -> None:
     fault = when(lambda x: peak(x) > 200)  # beyond what is drawn without knowing the call
     found = []
