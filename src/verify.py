@@ -23,7 +23,18 @@ from .graph.edit import modes, switches_mode
 from .graph.layouts import layout_is_read
 from .match.apply import Candidate, Verdict
 from .report import Figures
-from .sampling import NORMAL, Regime, Sizes, draws, is_static, layout, regimes, sample, tokens
+from .sampling import (
+    NORMAL,
+    REGIMES,
+    Regime,
+    Sizes,
+    draws,
+    is_static,
+    layout,
+    regimes,
+    sample,
+    tokens,
+)
 from .smaller_weights import smaller
 from .verify_compare import difference
 from .verify_exact import Exact, Plain, double, packed
@@ -164,7 +175,7 @@ def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdi
     with _seen_as_traced(False):
         exact = runs(site.exact, wide, site.setting(False, regime.upstream))
     for outcome in ours:
-        reason = difference(outcome, theirs, exact, within_range=not normal)
+        reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
         if reason:
             return Verdict(reason)
     return Verdict(None, _figures(ours[0], theirs, exact, given)) if normal else Verdict()
