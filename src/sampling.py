@@ -269,5 +269,5 @@ def tokens(inputs: Sequence[Any]) -> int:
     rows = 1
     for t in inputs:
         if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 3:
-            rows = max(rows, t.shape[0] * (t.shape[1] if t.dim() == 3 else t.shape[-2]))
+            rows = max(rows, t.shape[0] * t.shape[-2])
     return rows

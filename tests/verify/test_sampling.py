@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusewright.match.apply import Candidate
 from fusewright.match.rule import Match, Rule
@@ -318,6 +321,18 @@ def test_each_size_of_a_graph_becomes_one_number() -> None:
     half = small.of(torch.sym_float(rows) / 2)
     assert (half, type(half)) == (2.5, float)
     assert small.of("text") == "text"
+
+
+def test_sizes_that_were_met_as_one_number_agree_whatever_their_names() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    kinds = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x, y, z = (
+        mode.from_tensor(torch.empty(n, 8), source=ConstantSource(f"t{i}"), symbolic_context=kinds)
+        for i, n in enumerate((6, 6, 9))
+    )
+    assert str(x.shape[0]) != str(y.shape[0])
+    small = Sizes(True)
+    assert [small.of(tuple(t.shape)) for t in (x, y, z)] == [(5, 8), (5, 8), (7, 8)]
 
 
 def test_small_results_are_judged_by_more_draws() -> None:
