@@ -102,6 +102,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "p.numel() // 6": "some numbers of each will do",
         "self._first() == module": "modules are equal by identity",
     },
+    "graph/edit.py": {
+        "grad = node.args[ -1]": "there is one",
+        "node.args[: 2] == entered[-1:]": "as above",
+        "queue.pop( -1)": "what is still used comes again when its user is erased",
+    },
     "train/data/packing.py": {
         "if not TYPE_CHECKING": "torch is only imported sooner",
         "max( 2, sizes.size)": "no sample is beyond the last",

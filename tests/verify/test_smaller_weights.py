@@ -134,3 +134,26 @@ def test_real_sizes_where_something_else_depends_on_them() -> None:
     assert finding.status == "rewritten", finding.reason
     assert sizes.largest >= w.numel() * 4
     assert w.numel() > LARGE
+
+
+class Turned(Rule):
+    """A projection whose result lies in memory in another order."""
+
+    name = op = "turned"
+
+    def patterns(self, p: Any, x: Any, w: Any) -> Any:
+        """A linear."""
+        yield p.linear(x, w)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """The same values."""
+        return ops.call(lambda x, w: F.linear(x, w).mT.contiguous().mT, m.x, m.w)
+
+
+def test_what_reads_the_result_is_not_lost_with_the_sizes() -> None:
+    def judged(fn: Callable[..., Any]) -> str:
+        x, w = of_any_size(torch.randn(2, 6, 256), 1), torch.randn(5120, 256)
+        return apply(capture(fn, x, w), [Turned()], TABLE, Verifier(), Fuel())[0].reason
+
+    assert judged(lambda x, w: F.linear(x, w) + 1) == ""
+    assert "has strides" in judged(lambda x, w: F.linear(x, w).view(-1))

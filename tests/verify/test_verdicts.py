@@ -20,7 +20,7 @@ from fusewright.verify_runs import Outcome
 
 from ..capturing import capture
 from ..match.graphs import named, trace
-from .faults import D, given, graph_of, judged, when
+from .faults import D, given, graph_of, judged, of_any_size, when
 
 
 class Same(Rule):
@@ -95,23 +95,22 @@ def test_what_makes_a_candidate_another_one() -> None:
     assert _count(silu(), (graph(F.relu), rule)) == 2  # another function
     assert _count(silu(), (graph(F.silu, *given("glu", torch.bfloat16)), rule)) == 2
     assert _count(silu(), (graph(F.silu, *(t.detach() for t in given("glu"))), rule)) == 2
-    assert _count(silu(), (graph(F.silu, *(torch.randn(2, 6, 24) for _ in "gu")), rule)) == 2
+    wider = [of_any_size(torch.randn(2, 6, 24, requires_grad=True), 1) for _ in "gu"]
+    assert _count(silu(), (graph(F.silu, *wider), rule)) == 2
     named_ = Same(lambda x, y: F.silu(x) * y, lambda p, x, y: ("named", _activated(p, x, y)))
     assert _count(silu(), (graph(F.silu), named_)) == 2  # another spelling
 
 
 def test_an_input_that_is_no_tensor_does_not_hide_those_behind_it() -> None:
-    def graph(dtype: torch.dtype, number: Any) -> fx.GraphModule:
+    def made(dtype: torch.dtype, number: int) -> tuple[fx.GraphModule, Rule]:
         module = trace(lambda n, x: n * x, (), (4, 3))
         named(module, "n").meta["example_value"] = number
         for name in ("x", "mul"):
             named(module, name).meta["example_value"] = torch.empty(4, 3, dtype=dtype)
-        return module
+        return module, Same(torch.mul, _product)
 
-    rule = Same(torch.mul, _product)
-    made = [graph(torch.float32, 2), graph(torch.float32, 3), graph(torch.float64, 2)]
-    assert _count(*((g, rule) for g in made[:2])) == 1
-    assert _count(*((g, rule) for g in made)) == 2
+    assert _count(made(torch.float32, 2), made(torch.float32, 3)) == 1
+    assert _count(made(torch.float32, 2), made(torch.float64, 2)) == 2
 
 
 # ------------------------------------------------------------------------------- sizes and draws
