@@ -250,13 +250,16 @@ _LIMIT = 1024
 def _numbers(shared: Shared | None) -> Iterator[None]:
     """Say what Dynamo does, should it capture, with numbers that stand in modules.
 
+    It does without its cache of what fake tensors give: with sizes that it does not know, making
+    the entries takes a third of a capture, and hardly any is found again (2026-11-26, torch 2.13).
+
     Args:
         shared: at its stage ``VARYING``, those become inputs in which two calls differ; otherwise
             all are constants (an eps, a scale, the size of a head).
     """
     varying = shared is not None and shared.stage is Stage.VARYING
-    before = _config.specialize_float, _config.recompile_limit
-    _config.specialize_float = not varying
+    before = _config.specialize_float, _config.recompile_limit, _config.fake_tensor_cache_enabled
+    _config.specialize_float, _config.fake_tensor_cache_enabled = not varying, False
     _config.recompile_limit = max(_LIMIT, before[1])
     integers = _config.allow_unspec_int_on_nn_module
     if varying:
@@ -264,7 +267,8 @@ def _numbers(shared: Shared | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _config.specialize_float, _config.recompile_limit = before
+        _config.specialize_float, _config.recompile_limit = before[:2]
+        _config.fake_tensor_cache_enabled = before[2]
         if varying:
             _config.allow_unspec_int_on_nn_module = integers
 
