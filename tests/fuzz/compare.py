@@ -164,25 +164,31 @@ def _steps(program: Program, eager: Runner, ours: Runner, oracle: Runner) -> Fai
                     return Failure("crash", f"change {i - 1}", traceback.format_exc(limit=-4))
         for batch in (i, 100 + i):  # the second call runs what the first one captured
             failure = _step(i, batch, eager, ours, oracle)
-            if failure is not None and _hides_a_write(program, i, batch):
+            if failure is not None and _is_eagers_own(program, i, batch):
                 return None
             if failure is not None:
                 return failure if failure.kind != "end" else None
     return _restored(program, eager, ours)
 
 
-def _hides_a_write(program: Program, i: int, batch: int) -> bool:
-    """Whether only a checkpoint keeps eager mode from refusing this step.
+def _is_eagers_own(program: Program, i: int, batch: int) -> bool:
+    """Whether a checkpoint gives eager mode other gradients or counters than there are without it.
 
-    What the function of one writes to after backward's formula has read it, autograd does not see:
-    eager mode computes a wrong gradient.
+    It hides a write after backward's formula has read the value: autograd refuses that elsewhere.
+    And what its function counts is counted once more, and read, when it runs again.
     """
     if "checkpoint(" not in program.source:
         return False
-    runner = Runner(program, "unchecked")
-    for change in range(i):
-        runner.change(change)
-    return any(limit in runner.step(i, batch).trace for limit in EAGER_LIMITS)
+    found = []
+    for form in ("eager", "unchecked"):
+        runner = Runner(program, form)
+        for change in range(i):
+            runner.change(change)
+        found.append(runner.step(i, batch))
+    if any(limit in found[1].trace for limit in EAGER_LIMITS):
+        return True
+    counters = [o.others.get("counters") for o in found]
+    return counters[0] != counters[1]
 
 
 def _step(i: int, batch: int, eager: Runner, ours: Runner, oracle: Runner) -> Failure | None:
