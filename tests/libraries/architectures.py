@@ -19,6 +19,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}
+_KINDS = ("Model", "ForCausalLM", "LMHeadModel", "ForSequenceClassification")
 _DROPOUTS = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
@@ -38,34 +39,37 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
-def _tests(name: str, config: type, model: type, **features: Any) -> type:
+def _tests(name: str, **features: Any) -> type:
+    """The common tests for the model classes of ``name``, tiny and with ``features`` of its own."""
     settings = features.pop("all", None) or {**_SIZES, **features}
+    config = getattr(tf, f"{name}Config")
+    names = (f"{name}{kind}" for kind in _KINDS)
 
     def set_up(self: Any) -> None:
         self.model_tester = Tester(lambda: config(**settings))
 
-    body = {"all_model_classes": (model,), "setUp": set_up, "__module__": __name__}
+    classes = tuple(getattr(tf, n) for n in names if hasattr(tf, n))
+    body = {"all_model_classes": classes, "setUp": set_up, "__module__": __name__}
     return type(f"{name}Test", (ModelTesterMixin, unittest.TestCase), body)
 
 
-LlamaTest = _tests("Llama", tf.LlamaConfig, tf.LlamaForCausalLM)
-MistralTest = _tests("Mistral", tf.MistralConfig, tf.MistralForCausalLM)
-Qwen2Test = _tests("Qwen2", tf.Qwen2Config, tf.Qwen2ForCausalLM)
-Qwen3Test = _tests("Qwen3", tf.Qwen3Config, tf.Qwen3ForCausalLM, head_dim=8)
-GemmaTest = _tests("Gemma", tf.GemmaConfig, tf.GemmaForCausalLM, head_dim=8)
-Gemma2Test = _tests("Gemma2", tf.Gemma2Config, tf.Gemma2ForCausalLM, head_dim=8)
-Phi3Test = _tests("Phi3", tf.Phi3Config, tf.Phi3ForCausalLM)
-Olmo2Test = _tests("Olmo2", tf.Olmo2Config, tf.Olmo2ForCausalLM)
-CohereTest = _tests("Cohere", tf.CohereConfig, tf.CohereForCausalLM)
-GraniteTest = _tests("Granite", tf.GraniteConfig, tf.GraniteForCausalLM)
-StableLmTest = _tests("StableLm", tf.StableLmConfig, tf.StableLmForCausalLM)
-Starcoder2Test = _tests("Starcoder2", tf.Starcoder2Config, tf.Starcoder2ForCausalLM)
-GPTNeoXTest = _tests("GPTNeoX", tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM)
-OPTTest = _tests("OPT", tf.OPTConfig, tf.OPTForCausalLM, ffn_dim=37, word_embed_proj_dim=32)
-GPT2Test = _tests("GPT2", tf.GPT2Config, tf.GPT2LMHeadModel, all={**_GPT2, **_DROPOUTS})
-MixtralTest = _tests("Mixtral", tf.MixtralConfig, tf.MixtralForCausalLM, num_local_experts=4)
+LlamaTest = _tests("Llama")
+MistralTest = _tests("Mistral")
+Qwen2Test = _tests("Qwen2")
+Qwen3Test = _tests("Qwen3", head_dim=8)
+GemmaTest = _tests("Gemma", head_dim=8)
+Gemma2Test = _tests("Gemma2", head_dim=8)
+Phi3Test = _tests("Phi3")
+Olmo2Test = _tests("Olmo2")
+CohereTest = _tests("Cohere")
+GraniteTest = _tests("Granite")
+StableLmTest = _tests("StableLm")
+Starcoder2Test = _tests("Starcoder2")
+GPTNeoXTest = _tests("GPTNeoX")
+OPTTest = _tests("OPT", ffn_dim=37, word_embed_proj_dim=32)
+GPT2Test = _tests("GPT2", all={**_GPT2, **_DROPOUTS})
+MixtralTest = _tests("Mixtral", num_local_experts=4)
 Qwen2MoeTest = _tests(
-    "Qwen2Moe", tf.Qwen2MoeConfig, tf.Qwen2MoeForCausalLM, num_experts=4, moe_intermediate_size=16,
-    shared_expert_intermediate_size=24,
-)  # fmt: skip
-MambaTest = _tests("Mamba", tf.MambaConfig, tf.MambaForCausalLM, state_size=4)
+    "Qwen2Moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24
+)
+MambaTest = _tests("Mamba", state_size=4)

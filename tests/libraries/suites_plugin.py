@@ -2,17 +2,19 @@
 
     pytest -p suites_plugin --optimize eager        # with this folder on PYTHONPATH
 
-``--stand-ins DIR`` gives tests that load tiny models from the hub random ones of the same
-architecture, where the hub cannot be reached. Without ``--optimize`` nothing else is changed.
+``--stand-ins DIR`` gives tests what they load from the hub, see ``stand_ins.py``. With
+``--without-cache`` a model makes itself no cache unless a call asks for one.
 """
 
 from __future__ import annotations
 
 import pathlib
-import re
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 from torch import nn
 
@@ -20,16 +22,19 @@ _KNOWN = "_optimized_by_suites_plugin"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the two options."""
+    """Add the options."""
     parser.addoption("--optimize", choices=("eager", "inductor"), default=None)
     parser.addoption("--stand-ins", metavar="DIR", default=None)
+    parser.addoption("--without-cache", action="store_true")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Change the libraries before any test is collected."""
     folder, codegen = config.getoption("--stand-ins"), config.getoption("--optimize")
     if folder is not None:
-        _stand_in(pathlib.Path(folder))
+        stand_ins.install(pathlib.Path(folder))
+    if config.getoption("--without-cache"):
+        _build_without_cache()
     if codegen is not None:
         config._optimized = []  # type: ignore[attr-defined]
         _optimize_at_first_call(codegen, config._optimized)  # type: ignore[attr-defined]
@@ -37,24 +42,64 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say how many models were optimized: a suite that called none proves nothing."""
-    made = getattr(config, "_optimized", None)
-    if made is not None:
-        terminalreporter.write_line(f"fusewright optimized {len(made)} models")
+    made: list[_Optimized] | None = getattr(config, "_optimized", None)
+    if made is not None and not config.getoption("numprocesses", None):  # xdist's workers know
+        changed = [m for m in made if m.rewrites]
+        line = f"fusewright optimized {len(made)} models, and rewrote {len(changed)} of them"
+        terminalreporter.write_line(f"{line} in {sum(m.rewrites for m in changed)} places")
 
 
-def _optimize_at_first_call(codegen: str, made: list[str]) -> None:
+@dataclass(eq=False)
+class _Optimized:
+    """One optimized model: its session, and in how many places a call has found it rewritten."""
+
+    session: Any
+    rewrites: int = 0
+
+    def count(self) -> None:
+        graphs = [g for run in list(self.session.runs.values()) for g in run]
+        done = sum(f.status == "rewritten" for g in graphs for f in g.findings)
+        self.rewrites = max(self.rewrites, done)
+
+
+def _optimize_at_first_call(codegen: str, made: list[_Optimized]) -> None:
     from fusewright import optimize
+    from fusewright.install import active
+
+    records: weakref.WeakKeyDictionary[nn.Module, _Optimized] = weakref.WeakKeyDictionary()
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _KNOWN not in self.__dict__:
+        if torch.compiler.is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        if _KNOWN not in self.__dict__:
             for module in self.modules():
                 module.__dict__[_KNOWN] = True
             optimize(self, codegen=codegen)
-            made.append(type(self).__name__)
-        return nn.Module.__call__(self, *args, **kwargs)
+            found = (record for m in self.modules() if (record := active(m)))
+            if (first := next(found, None)) is not None:
+                records[self] = _Optimized(first.session)
+                made.append(records[self])
+        try:
+            return nn.Module.__call__(self, *args, **kwargs)
+        finally:
+            if self in records:
+                records[self].count()
 
     for kind in _outermost_classes():
         kind.__call__ = call
+
+
+def _build_without_cache() -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__init__
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, config, *args, **kwargs)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # generation has a configuration of its own
+
+    PreTrainedModel.__init__ = __init__
 
 
 def _outermost_classes() -> list[Any]:
@@ -66,60 +111,3 @@ def _outermost_classes() -> list[Any]:
     except ImportError:
         return [PreTrainedModel]
     return [PreTrainedModel, PeftModel]
-
-
-_SIZES = {
-    "vocab_size": 1000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 256,
-}  # fmt: skip
-_ARCHITECTURES = {
-    "opt": ("OPTForCausalLM", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1000}),
-    "gptj": (
-        "GPTJForCausalLM",
-        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 1000},
-    ),
-    "llama": ("LlamaForCausalLM", _SIZES),
-    "qwen2": ("Qwen2ForCausalLM", {**_SIZES, "num_key_value_heads": 2}),
-    "mistral": ("MistralForCausalLM", {**_SIZES, "num_key_value_heads": 2}),
-    "gemma3": ("Gemma3ForCausalLM", {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}),
-}
-
-
-_TINY = re.compile(rf"^[\w-]+/tiny-.*?({'|'.join(_ARCHITECTURES)})")
-
-
-def _stand_in(folder: pathlib.Path) -> None:
-    """Redirect ``from_pretrained`` of a tiny hub model to a random one, saved in ``folder``."""
-    import transformers
-
-    def local(name: Any) -> Any:
-        found = re.search(
-            r"^[\w-]+/tiny-.*?(opt|gpt2|gptj|llama|qwen2|mistral|gemma3)", str(name).lower()
-        )
-        if found is None:
-            return name
-        path = folder / found[1]
-        if not path.exists():
-            model, sizes = _ARCHITECTURES[found[1]]
-            kind = getattr(transformers, model)
-            torch.manual_seed(0)
-            special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-            kind(kind.config_class(**sizes, **special)).save_pretrained(path)
-        return str(path)
-
-    def redirect(kind: Any) -> None:
-        original = kind.from_pretrained.__func__
-
-        def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(cls, local(name), *args, **kwargs)
-
-        kind.from_pretrained = classmethod(from_pretrained)
-
-    for kind in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoConfig,
-        transformers.PreTrainedModel,
-        transformers.PreTrainedConfig,
-    ):
-        redirect(kind)
