@@ -18,7 +18,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "pad_token_id": 0}
 _KINDS = ("Model", "ForCausalLM", "LMHeadModel", "ForSequenceClassification")
 _DROPOUTS = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 

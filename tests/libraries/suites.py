@@ -45,7 +45,7 @@ _MISSING = {
 }
 """Mixins that the common tests import, and that the source distribution lacks."""
 
-
+_WORSE = ("skipped", "passed", "failed")
 _IMPORTED = ("parameterized", "diffusers")
 
 
@@ -172,16 +172,18 @@ def _run(suite: Suite, options: argparse.Namespace, codegen: str | None) -> dict
         )  # fmt: skip
     if not results.exists():
         sys.exit(f"pytest could not run {suite.name}: see {log}")
-    return dict(_read(results))
+    return _read(results)
 
 
-def _read(results: pathlib.Path) -> list[tuple[str, str]]:
-    found = []
+def _read(results: pathlib.Path) -> dict[str, str]:
+    """Each test's result; that of a test with subtests is the worst of theirs."""
+    found: dict[str, str] = {}
     for case in ElementTree.parse(results).iter("testcase"):
         tags = {child.tag for child in case}
         bad = tags & {"failure", "error"}
         outcome = "failed" if bad else "skipped" if "skipped" in tags else "passed"
-        found.append((f"{case.get('classname')}::{case.get('name')}", outcome))
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found[name] = max(outcome, found.get(name, outcome), key=_WORSE.index)
     return found
 
 

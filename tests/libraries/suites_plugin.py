@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import pathlib
 import weakref
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -47,26 +48,31 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         changed = [m for m in made if m.rewrites]
         line = f"fusewright optimized {len(made)} models, and rewrote {len(changed)} of them"
         terminalreporter.write_line(f"{line} in {sum(m.rewrites for m in changed)} places")
+        reasons = Counter(r for m in made if not m.rewrites for r in m.reasons or {"no graph"})
+        for reason, times in reasons.most_common():
+            terminalreporter.write_line(f"    not rewritten: {times}: {reason}")
 
 
 @dataclass(eq=False)
 class _Optimized:
-    """One optimized model: its session, and in how many places a call has found it rewritten."""
+    """What became of one optimized model: in how many places it was rewritten, or why not."""
 
-    session: Any
     rewrites: int = 0
+    reasons: set[str] = field(default_factory=set)
 
-    def count(self) -> None:
-        graphs = [g for run in list(self.session.runs.values()) for g in run]
+    def count(self, session: Any) -> None:
+        graphs = [g for run in list(session.runs.values()) for g in run]
         done = sum(f.status == "rewritten" for g in graphs for f in g.findings)
         self.rewrites = max(self.rewrites, done)
+        self.reasons.update(*session.notes.values())
 
 
 def _optimize_at_first_call(codegen: str, made: list[_Optimized]) -> None:
     from fusewright import optimize
     from fusewright.install import active
 
-    records: weakref.WeakKeyDictionary[nn.Module, _Optimized] = weakref.WeakKeyDictionary()
+    known: weakref.WeakKeyDictionary[nn.Module, tuple[_Optimized, Any]]
+    known = weakref.WeakKeyDictionary()  # a session must not outlive its model
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -77,13 +83,14 @@ def _optimize_at_first_call(codegen: str, made: list[_Optimized]) -> None:
             optimize(self, codegen=codegen)
             found = (record for m in self.modules() if (record := active(m)))
             if (first := next(found, None)) is not None:
-                records[self] = _Optimized(first.session)
-                made.append(records[self])
+                made.append(_Optimized())
+                known[self] = made[-1], first.session
         try:
             return nn.Module.__call__(self, *args, **kwargs)
         finally:
-            if self in records:
-                records[self].count()
+            if self in known:
+                record, session = known[self]
+                record.count(session)
 
     for kind in _outermost_classes():
         kind.__call__ = call
