@@ -225,7 +225,7 @@ def _new_axis(node: fx.Node, source: Any, index: tuple[Any, ...]) -> Canon | Non
     at = [d for d, i in enumerate(index) if i is None]
     others = [i for i in index if i is not None]
     rank = facts.ndim(node)
-    if len(at) != 1 or rank is None or Ellipsis in index or any(i != slice(None) for i in others):
+    if len(at) != 1 or rank is None or any(i != slice(None) for i in others):
         return None
     return Canon("unsqueeze", (source, at[0] - rank))
 

@@ -151,8 +151,8 @@ def test_what_is_no_body() -> None:
     assert facts.body(graph.call_function(torch.neg, (node,))) is None
     outer.weight = nn.Parameter(X)
     assert facts.body(graph.get_attr("weight")) is None
-    call = graph.call_module("body_0", ())
-    assert facts.body(call) is None
+    assert facts.body(graph.call_module("body_0", ())) is None
+    assert facts.body(graph.placeholder("body_0")) is None
     assert facts.body(graph.create_node("get_attr", "body_0.x")) is None
 
 

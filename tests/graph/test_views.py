@@ -202,6 +202,13 @@ def test_nodes_of_which_nothing_is_known() -> None:
     assert item == Canon("item", (named(module, "x"), 0))
 
 
+def test_a_result_of_which_nothing_is_known() -> None:
+    module = trace(lambda x: x[:, None], A)
+    node = named(module, "getitem")
+    del node.meta["example_value"]
+    assert canonical(node) is None
+
+
 def test_a_dimension_that_is_computed() -> None:
     module = trace(lambda x: x.chunk(2, -1)[0], A)
     chunk = named(module, "chunk")

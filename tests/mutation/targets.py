@@ -107,6 +107,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "node.args[: 2] == entered[-1:]": "as above",
         "queue.pop( -1)": "what is still used comes again when its user is erased",
     },
+    "graph/canon.py": {
+        "if found is None or isinstance(target, torch._ops": "what is in one table is in no other",
+        "_from_end(tensors[ ": "all of them have as many dimensions",
+        "Canon & None]]": "a type",
+    },
+    "graph/facts.py": {"in paths[ 0:]": "a path and itself have all in common"},
     "train/data/packing.py": {
         "if not TYPE_CHECKING": "torch is only imported sooner",
         "max( 2, sizes.size)": "no sample is beyond the last",
