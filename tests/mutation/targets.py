@@ -95,6 +95,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "> False": "of two truth values, only True is greater",
     },
     "memory/planner.py": {
+        "level in self.allowed else ": "a plan has no others",
+        "most_common(1)[ -1]": "there is one",
         "most_common( 2)": "the first of them is taken",
         "setting.allowed[ ": "there is a level from then on",
         "_rows: int = ": "begin() says how many tokens there are before a plan is made",
@@ -120,6 +122,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "first, second = ": "any lengths will do",
         "ids[0, :first] + 2)": "any other token will do",
         "ids[0, :first] - 1)": "as above",
+        "(ids[ 1, :first] + 1)": "as above",
+        "+ 1) // vocab_size": "as above",
     },
     "match/apply.py": {
         "default=- 2)": "what has no inputs is used behind the first node at the earliest",
