@@ -29,6 +29,7 @@ TESTS: dict[str, list[str]] = {
     "memory/planner.py": ["tests/memory/test_planner.py", "tests/memory/test_plan_history.py"],
     "train/data/packing.py": ["tests/train/data/test_packing.py", "-knot million"],
     "train/data/mask.py": [
+        "tests/train/data/test_mask.py",
         "tests/train/data/test_chat.py",
         "tests/train/data/test_formats.py",
         "-knot found_and_marked",
@@ -113,6 +114,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if found is None or isinstance(target, torch._ops": "what is in one table is in no other",
         "_from_end(tensors[ ": "all of them have as many dimensions",
         "Canon & None]]": "a type",
+    },
+    "train/data/mask.py": {
+        "turn.content and bare else - 2": "below 0 either way",
+        "wanted == True": "a list equals no truth value",
+        "turn.end <= len(text)": "no token begins behind the text",
     },
     "graph/facts.py": {"in paths[ 0:]": "a path and itself have all in common"},
     "train/data/packing.py": {
