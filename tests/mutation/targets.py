@@ -34,7 +34,10 @@ TESTS: dict[str, list[str]] = {
         "tests/train/data/test_formats.py",
         "-knot found_and_marked",
     ],
-    "train/resume.py": ["tests/train/test_resume_record.py"],
+    "train/resume.py": [
+        "tests/train/test_resume_record.py",
+        "tests/train/test_resume.py::test_a_stream_needs_as_many_workers",
+    ],
 }
 """A file below ``src`` -> tests that are quick, and that must fail when it is wrong."""
 
@@ -120,6 +123,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "wanted == True": "a list equals no truth value",
         "turn.end <= len(text)": "no token begins behind the text",
     },
+    "train/resume.py": {"content}, indent=": "how far lines are set in"},
     "graph/facts.py": {"in paths[ 0:]": "a path and itself have all in common"},
     "train/data/packing.py": {
         "if not TYPE_CHECKING": "torch is only imported sooner",

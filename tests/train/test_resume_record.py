@@ -63,6 +63,7 @@ def test_what_is_written_is_read(made: Path) -> None:
     text = (made / "fusewright.json").read_text()
     assert text.endswith("}\n")
     assert len(text.splitlines()) > 10  # one can read it
+    assert json.loads(text)["format"] == 1  # as in the checkpoints that there are
 
 
 @pytest.mark.parametrize("name", NEEDED)
