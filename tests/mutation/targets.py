@@ -14,7 +14,10 @@ TESTS: dict[str, list[str]] = {
     "verify_compare.py": ["tests/verify/test_difference.py"],
     "budget.py": ["tests/verify/test_tolerance.py"],
     "sampling.py": ["tests/verify/test_sampling.py"],
-    "smaller_weights.py": ["tests/verify/test_smaller_weights.py"],
+    "smaller_weights.py": [
+        "tests/verify/test_smaller_formulas.py",
+        "tests/verify/test_smaller_weights.py",
+    ],
     "match/apply.py": ["tests/match/test_apply.py"],
     "match/conditions.py": ["tests/match/test_conditions.py"],
     "match/matcher.py": [
@@ -87,6 +90,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "else ( 17,)": "as above",
         "else ( 15,)": "as above",
         "torch.finfo(dtype).max / ": "as far from overflow, or nearly",
+    },
+    "smaller_weights.py": {
+        "t.dim() > -1": "a number is not large",
+        "c.interior[ -1].graph": "all its nodes are in one graph",
     },
     "verify_compare.py": {
         "largest.log2().floor(), 1)": "of a draw of zeros, any scale will do",
