@@ -68,7 +68,7 @@ Starcoder2Test = _tests("Starcoder2")
 GPTNeoXTest = _tests("GPTNeoX")
 OPTTest = _tests("OPT", ffn_dim=37, word_embed_proj_dim=32)
 GPT2Test = _tests("GPT2", all={**_GPT2, **_DROPOUTS})
-MixtralTest = _tests("Mixtral", num_local_experts=4)
+MixtralTest = _tests("Mixtral", num_local_experts=4, intermediate_size=48)  # rows of 16 bytes
 Qwen2MoeTest = _tests(
     "Qwen2Moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24
 )
