@@ -80,6 +80,24 @@ class _Kind(Tensor):
     """Another class of tensors: its values may be packed, or elsewhere."""
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("L['x']", True),
+        ("L['args'][0]", True),
+        ("L['kwargs']['x'][1]", True),
+        ("L['self'].weight", False),
+        ("L['self']._modules['a']._parameters['weight']", False),
+        ("G['x']", False),
+    ],
+)
+def test_what_stands_for_an_argument(name: str, argument: bool) -> None:
+    for given in (name, lambda: name):  # torch 2.11 has a method there
+        source = SimpleNamespace(name=given)
+        assert facts.is_argument(_node(X, grapharg=SimpleNamespace(source=source))) is argument
+    assert facts.is_argument(_node(X))
+
+
 def test_text() -> None:
     assert facts.shape_text(_node(X.bfloat16())) == "bf16[2, 3, 4]"
     assert facts.shape_text(_node(X.long())) == "i64[2, 3, 4]"
