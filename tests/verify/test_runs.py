@@ -52,6 +52,13 @@ def test_outputs_and_gradients() -> None:
     assert (found.draws, found.kept) == (1, 0)
 
 
+def test_how_large_the_gradients_from_behind_are() -> None:
+    (unit,), (small,) = (
+        _seen(lambda a: (a * 3,), _x(), upstream=size).results[1] for size in (1.0, 0.25)
+    )
+    assert torch.equal(small, unit / 4)
+
+
 def test_constants_are_handed_on() -> None:
     found = _seen(lambda a, n: (a * n,), _x(), 3)
     assert torch.equal(found.results[0][0], _x() * 3)

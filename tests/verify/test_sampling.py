@@ -21,6 +21,7 @@ from fusewright.sampling import (
     NORMAL,
     REGIMES,
     STANDS_FOR,
+    SUBNORMAL,
     Layout,
     Regime,
     Sizes,
@@ -28,6 +29,7 @@ from fusewright.sampling import (
     is_static,
     is_weight,
     layout,
+    regimes,
     sample,
     tokens,
 )
@@ -229,6 +231,16 @@ def test_far_below_zero() -> None:
     assert 2 < float(found.std()) < 8
     assert _is_about(_drawn(torch.empty(S), Regime("one", 1.0, 3.0)), 1.0, 3.0)
     assert _is_about(_drawn(torch.empty(S), Regime("two", 2.0)), 2.0)
+
+
+def test_gradients_near_zero_are_tried_in_half_precision() -> None:
+    def tried(dtype: torch.dtype) -> tuple[Regime, ...]:
+        return regimes(_candidate(_node(torch.empty(S, dtype=dtype))))
+
+    assert tried(torch.float16) == (*REGIMES, SUBNORMAL)
+    assert tried(torch.bfloat16) == tried(torch.float32) == REGIMES
+    half = torch.finfo(torch.float16)
+    assert half.smallest_normal / 2**10 < SUBNORMAL.upstream < half.smallest_normal
 
 
 def test_what_is_broadcast_is_changed_once() -> None:
