@@ -28,6 +28,17 @@ def test_the_right_op_is_installed(op: str) -> None:
     assert (finding.status, finding.op) == ("rewritten", op), finding.reason
 
 
+def test_rope_for_a_compiler() -> None:
+    """The form that it traces returns views, of which it makes tensors."""
+    q, k, *tables = given("rope")
+    heads = [
+        of_any_size(t.detach().transpose(1, 2).contiguous().transpose(1, 2), 2) for t in (q, k)
+    ]
+    graph = graph_of("rope", [*(t.requires_grad_() for t in heads), *tables])
+    finding = judged("rope", None, graph, traced=True)
+    assert finding.status == "rewritten", finding.reason
+
+
 def peak(x: Tensor) -> float:
     return float(x.detach().abs().max())
 
