@@ -109,7 +109,7 @@ def _run(fn: Callable[..., Any], inputs: Sequence[Any], setting: Setting, seed: 
     ]
     traits = reached
     if setting.thorough:
-        traits |= _traits(outputs, own, setting.laid_out) | _unwritable(outputs, setting.grad)
+        traits |= _traits(outputs, own, setting.laid_out) | _unwritable(outputs)
     return Outcome((results, grads, again, written), traits, random, sum(kept.values()))
 
 
@@ -270,14 +270,14 @@ def _placed(marks: Tensor, t: Tensor) -> Tensor:
     return marks.as_strided([n for n, _ in dims], [s for _, s in dims], t.storage_offset())
 
 
-def _unwritable(outputs: list[Tensor], grad: bool) -> frozenset[str]:
+def _unwritable(outputs: list[Tensor]) -> frozenset[str]:
     """Which outputs raise when they are written to, as one of several views of a function does."""
     found = set()
     for i, o in enumerate(outputs):
         if not o.is_floating_point():
             continue
         try:
-            with torch.set_grad_enabled(grad):
+            with torch.enable_grad():  # the writer's mode, which need not be the site's
                 o.mul_(1)
         except RuntimeError:
             found.add(f"output {i} {UNWRITABLE}")

@@ -257,3 +257,23 @@ def test_a_checkpoint_around_a_block_counts_no_tensor_of_its_first_capture() -> 
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("part", ["mlp", "lora", "norm"])
+def test_what_is_made_without_gradients_is_written_to_with_them(part: str) -> None:
+    """Without biases: eager mode's own linear with one gives a view, and refuses the write."""
+
+    def frozen(block: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if part == "mlp":
+                y = block.d(F.silu(block.g(x)) * block.u(x))
+            elif part == "lora":
+                y = block.d(x) + F.linear(block.g(x), block.u.weight) * 2.0
+            else:
+                n = _norm(block, x)
+                y = block.g(n) + 0 * block.u(n)
+        return y.add_(x) + block.d(x)
+
+    eager, ours = _pair(frozen)
+    _assert_equal(eager, ours)
+    assert [s for s in explain(ours).sites if s.status == "rewritten"]

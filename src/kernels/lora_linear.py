@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .op import Cost, Op
-from .products import Rows, adapted_product, autocast, gradient_of_a, gradient_of_b, narrow_copy
+from .products import (
+    Rows,
+    adapted_product,
+    autocast,
+    gradient_of_a,
+    gradient_of_b,
+    narrow_copy,
+    shaped,
+)
 from .second import absent, differentiable, gradients, require_kept
 
 # ------------------------------------------------------------------------------------- reference
@@ -218,7 +226,7 @@ def _apply(x: Tensor, *args: Any) -> Tensor:
     weight, _, lora_a, _, _, x_lora, *_ = args
     copy = narrow_copy(x, (weight.dtype, *((lora_a.dtype,) if x_lora is None else ())))
     rows: Tensor = _LoraLinear.apply(x, copy, *args)  # type: ignore[no-untyped-call]
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+    return shaped(rows, x)
 
 
 # ------------------------------------------------------------------------------------ cost and OP

@@ -21,7 +21,7 @@ from . import glu
 from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 from .op import Cost, Op
-from .products import Rows
+from .products import Rows, shaped
 from .projections import narrow_copy_for
 from .qkv_block import projection
 from .qkv_block import unsupported as linears_unsupported
@@ -219,7 +219,7 @@ def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tens
     *ins, _ = linears(tensors, Constants(*options[0]))
     copy = narrow_copy_for(ins, x)
     rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+    return shaped(rows, x)
 
 
 # -- cost ------------------------------------------------------------------------------------------

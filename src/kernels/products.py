@@ -10,6 +10,15 @@ from torch import Tensor
 from .launch import LIBRARY, library_op, use_triton
 
 
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows`` (N, M), which are nobody else's, as (..., M) with the leading sizes of ``x``.
+
+    This is no view: one that was made without gradients could not be written to with them.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return out
+
+
 def accumulated(
     bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype
 ) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import lora_linear, quant_linear, quant_lora_linear
 from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
 from .op import Cost, Op
-from .products import Rows
+from .products import Rows, shaped
 from .projections import backward, narrow, narrow_copy_for, widen
 from .quantized import Quantized
 from .second import absent, differentiable, gradients, require_kept
@@ -212,7 +212,7 @@ def qkv_block(
 def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     copy = narrow_copy_for(linears(tensors, constants), x)
     outs = _QKVBlock.apply(x, copy, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
-    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+    return tuple(shaped(out, x) for out in outs)
 
 
 # -- cost ------------------------------------------------------------------------------------------

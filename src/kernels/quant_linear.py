@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .op import Cost, Op
+from .products import shaped
 from .quant_products import join, product, split
 from .quantized import VALUES, Quantized, dequantize_reference
 from .second import absent, differentiable, gradients
@@ -121,7 +122,7 @@ def quant_linear(
         rows: Tensor = _QuantLinear.apply(  # type: ignore[no-untyped-call]
             x, bias, low, dtype or low, fixed, *tensors
         )
-    return rows.view(*x.shape[:-1], w.shape[0])
+    return shaped(rows, x)
 
 
 # ------------------------------------------------------------------------------------ cost and OP

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from . import quant_linear
 from .op import Cost, Op
-from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy
+from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized
 from .second import absent, differentiable, gradients, require_kept
@@ -186,7 +186,7 @@ def quant_lora_linear(
         rows: Tensor = _QuantLoraLinear.apply(  # type: ignore[no-untyped-call]
             x, copy, bias, *adapter[:2], scale, *adapter[2:], dtype or low, low, fixed, *tensors
         )
-    return rows.view(*x.shape[:-1], w.shape[0])
+    return shaped(rows, x)
 
 
 # ------------------------------------------------------------------------------------ cost and OP

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import rms_norm as norm
 from .launch import library_op, use_triton
 from .op import Cost, Op
+from .products import shaped
 from .second import absent, differentiable, gradients
 
 
@@ -59,8 +60,7 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or y.dim() == 2:
         return F.linear(y, weight, bias)
     rows = F.linear(y.reshape(-1, y.shape[-1]), weight, bias)
-    out: Tensor = torch.ops.aten._unsafe_view(rows, [*y.shape[:-1], weight.shape[0]])
-    return out
+    return shaped(rows, y)
 
 
 def _input_gradient(
