@@ -100,9 +100,10 @@ def _verdict(site: _Site, small: bool) -> Verdict:
 
 @contextmanager
 def _one_thread(small: bool) -> Iterator[None]:
-    """Run in one thread where sizes are small: to wake others would take most of the time.
+    """Run in one thread where sizes are small: waking the others would take most of the time.
 
-    Not so on unit normals, whose runs are as those of the model.
+    Unit normals are run in as many threads as the model has. The number of threads is of the whole
+    process; it is set back at once.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)

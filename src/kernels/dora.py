@@ -160,7 +160,7 @@ class _Rescaled(torch.autograd.Function):
         elif w_rest:
             drest = dy.to(rest_kind)
         if w_update:
-            dupdate = (dy * factor * ctx.scale).to(update_kind)
+            dupdate = (dy * (factor * ctx.scale)).to(update_kind)  # no rounded result is scaled
         return dbase, dfactor, drest, dupdate, None, None
 
 

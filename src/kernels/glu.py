@@ -83,7 +83,7 @@ def _gate_gradient_(grad: Tensor, gate: Tensor, activation: str) -> Tensor:
         case "relu":
             _aten.threshold_backward.grad_input(grad, gate, 0, grad_input=grad)
         case "relu2":
-            grad.mul_(F.relu(gate).mul_(2))  # doubled at last, a rounding would be, too
+            grad.mul_(F.relu(gate).mul_(2))  # doubling last would double a rounding, too
         case _:
             _aten.sigmoid_backward.grad_input(grad, torch.sigmoid(gate), grad_input=grad)
     return grad

@@ -153,7 +153,7 @@ class _LoraLinear(torch.autograd.Function):
         wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b * ctx.scale)  # onto the narrower: nothing rounded is scaled
+            t = torch.mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
         if w_x:
             shape, dtype, _ = ctx.x_like
             if t is None or own_input:

@@ -120,7 +120,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         wide = dy.to(lora_b.dtype)
         dx = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b * ctx.scale)  # onto the narrower: nothing rounded is scaled
+            t = torch.mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
         if w_x:
             left, right = (None, None) if own_input else (t, lora_a)
             w, low = join(ctx.fixed, tuple(tensors)), dy.to(compute)

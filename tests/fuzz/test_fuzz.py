@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from torch import nn
 
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 
 from .compare import check, draw, exact, load, script
+from .judge import _is_luck
 from .program import generate
 
 _EACH = 12
@@ -89,3 +91,16 @@ def test_an_optimization_that_forgets_hooks_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tests.fuzz.compare.optimize", forgetful)
     found = (f.kind for seed in range(80) if (f := check(draw(seed))) is not None)
     assert any(kind in ("state", "wrong value") for kind in found)
+
+
+def test_a_few_draws_that_are_far_away_are_luck_and_many_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(480, 8, generator=generator)
+    eager, ours = (exact + 1e-3 * torch.randn(480, 8, generator=generator) for _ in range(2))
+    eager[:12] += 1
+    ours[12:24] += 1
+    assert _is_luck(ours, eager, exact)
+    assert not _is_luck(ours + 0.01, eager, exact)
+    eager[:12] -= 1
+    ours[:12] += 1
+    assert not _is_luck(ours, eager, exact)  # all that are far away are ours

@@ -36,7 +36,7 @@ def operands(
     ]
 
 
-KINDS = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
+KINDS = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -45,7 +45,7 @@ KINDS = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
     dtypes=st.sampled_from(KINDS),
     rest=st.booleans(),
     update=st.booleans(),
-    scale=st.sampled_from([1.0, 2.0, 0.37]),
+    scale=st.sampled_from([1.0, 2.0, 8.0, 0.37]),
 )
 def test_parity(shape, dtypes, rest, update, scale):
     def over(fn):
@@ -186,3 +186,18 @@ def test_cost():
     cost = NORMS.cost(weight, a, b, 1.0, F32)
     assert cost.bytes_read == weight.nbytes + a.nbytes + b.nbytes
     assert cost.bytes_written == 37 * 4
+
+
+def test_no_rounding_is_scaled_in_fp16() -> None:
+    torch.manual_seed(0)
+    base, factor, update = torch.randn(64, 24), 1 + torch.randn(24) / 10, torch.randn(64, 24)
+    upstream = (torch.randn(64, 24) * 2.0**-20).half()
+    found = []
+    for fn, dtype in (
+        (rescaled, F16), (rescaled_reference, F16), (rescaled_reference, torch.float64)
+    ):  # fmt: skip
+        leaves = [t.half().to(dtype).requires_grad_() for t in (base, factor, update)]
+        out = fn(leaves[0], leaves[1], None, leaves[2], 8.0)
+        found.append(torch.autograd.grad(out, leaves, upstream.to(dtype)))
+    for ours, eager, exact in zip(*found, strict=True):
+        assert exceeded(ours, eager, exact) is None
