@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .matmul import addmm, mm
+
 TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
 
@@ -91,9 +93,9 @@ def compute(
         targets = labels.index_select(0, rows)
         logits = buffer[: stop - start]
         if bias is None:
-            torch.mm(xt, weight.t(), out=logits)
+            mm(xt, weight.t(), out=logits)
         else:
-            torch.addmm(bias, xt, weight.t(), out=logits)
+            addmm(bias, xt, weight.t(), out=logits)
         losses[start:stop] = _softmax(logits, targets, loss, any(wanted), dbias)
         if wanted[0] and some:
             dx.index_copy_(0, rows, _back(logits, weight))
@@ -177,21 +179,21 @@ def _back(dlogits: Tensor, weight: Tensor) -> Tensor:
     """``dlogits · weight`` (R, hidden), a sum over the whole vocabulary."""
     rows = dlogits.shape[0]
     if rows >= FEW_ROWS or dlogits.dtype is not torch.float32:
-        return torch.mm(dlogits, weight)
+        return mm(dlogits, weight)
     padded = pad(dlogits, (0, 0, 0, FEW_ROWS - rows))
     parts = zip(padded.split(FEW_CLASSES, 1), weight.split(FEW_CLASSES), strict=True)
-    return torch.stack([torch.mm(d, w) for d, w in parts]).sum(0)[:rows]
+    return torch.stack([mm(d, w) for d, w in parts]).sum(0)[:rows]
 
 
 def _accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
     """``total (vocabulary, hidden) + dlogitsᵀ · x``; the sum over tiles is fp32 or wider."""
     if total is None:
-        return torch.mm(dlogits.t(), x)
+        return mm(dlogits.t(), x)
     if total.dtype is not wide:
         total = total.to(wide)
     if x.dtype is wide:
         return total.addmm_(dlogits.t(), x)
     for start in range(0, total.shape[0], CHUNK_CLASSES):
         part = slice(start, start + CHUNK_CLASSES)
-        total[part] += torch.mm(dlogits[:, part].t(), x)
+        total[part] += mm(dlogits[:, part].t(), x)
     return total

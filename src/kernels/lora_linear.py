@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .matmul import mm
 from .op import Cost, Op
 from .products import (
     Rows,
@@ -66,7 +67,7 @@ def _forward(
     if lora_bias is not None:
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-    h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
+    h = mm(z.to(lora_a.dtype), lora_a.t()) * scale
     low = x.to(weight.dtype)
     return adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype), h
 
@@ -153,19 +154,19 @@ class _LoraLinear(torch.autograd.Function):
         wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
+            t = mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
         if w_x:
             shape, dtype, _ = ctx.x_like
             if t is None or own_input:
-                dx = torch.mm(dy, weight).to(dtype)
+                dx = mm(dy, weight).to(dtype)
             else:
                 dx = adapted_product(dy, weight, None, t, lora_a, dtype)
             dx = dx.view(shape)
         if w_z and t is not None:
             shape, dtype = ctx.z_like
-            dz = torch.mm(t.to(dtype), lora_a.to(dtype)).view(shape)
+            dz = mm(t.to(dtype), lora_a.to(dtype)).view(shape)
         if w_weight:
-            dweight = torch.mm(dy.t(), x.reshape(-1, x.shape[-1]).to(dy.dtype))
+            dweight = mm(dy.t(), x.reshape(-1, x.shape[-1]).to(dy.dtype))
         if w_a and t is not None:
             da = gradient_of_a(z.reshape(-1, z.shape[-1]), t)
         if w_b:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import LIBRARY, library_op, use_triton
+from .matmul import addmm, mm
 
 # -- cpu -------------------------------------------------------------------------------------------
 
@@ -69,9 +70,9 @@ def _grouped_mm_cpu(
             length = min(_usual_count(count, a.dtype), a.shape[0] - start)
             part, target = a.narrow(0, start, length), out.narrow(0, start, length)
             if bias is None:
-                torch.mm(part, matrix, out=target)
+                mm(part, matrix, out=target)
             else:
-                torch.addmm(bias[e], part, matrix, out=target)
+                addmm(bias[e], part, matrix, out=target)
             start += count
     out[start:].zero_()
     return out
@@ -100,7 +101,7 @@ def _grouped_outer_cpu(
     with torch.autocast(a.device.type, enabled=False):
         for x, y, target in parts:
             if len(y):
-                torch.mm(x, y, out=target)
+                mm(x, y, out=target)
             else:
                 target.zero_()
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .launch import LIBRARY, library_op, use_triton
+from .matmul import addmm, addmm_, mm
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def accumulated(
     For use inside an opaque op; elsewhere it is ``sum_of_products``.
     """
     first, *others = zip(lefts, rights, strict=True)
-    total = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
+    total = mm(*first) if bias is None else addmm(bias, *first)
     return plus_products(total, others, dtype)
 
 
@@ -43,9 +44,9 @@ def plus_products(
     for left, right in pairs:
         right = right.contiguous()  # a transposed one costs a quarter of the speed
         if wider and left.dtype is not dtype:
-            total.add_(torch.mm(left, right))
+            total.add_(mm(left, right))
         else:  # addmm wants one dtype
-            total.addmm_(left.to(dtype), right.to(dtype))
+            addmm_(total, left.to(dtype), right.to(dtype))
     return total
 
 
@@ -142,13 +143,13 @@ def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     """``tᵀ·z`` (r, in) for t = scale·dY·B."""
     z = z.to(t.dtype)
-    return torch.mm(t.t(), z) if _narrow_first(z) else torch.mm(z.t(), t).t()
+    return mm(t.t(), z) if _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
     low = dy.dtype in (torch.bfloat16, torch.float16)
-    return torch.mm(h.t(), dy).t() if low or _narrow_first(dy) else torch.mm(dy.t(), h)
+    return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 
 
 _AMX = torch.cpu._is_amx_tile_supported()

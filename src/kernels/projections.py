@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .launch import use_triton
 from .linears import Grads, Linear
+from .matmul import linear, mm
 from .products import (
     Rows,
     adapted_product,
@@ -46,7 +46,7 @@ def narrow(x: Rows, layers: Sequence[Linear]) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(layers)
     for group in _together([layer.lora_a for layer in layers]):
         stacked = _joined([layers[i].lora_a for i in group], 0)
-        product = torch.mm(x.to(stacked.dtype), stacked.t())
+        product = mm(x.to(stacked.dtype), stacked.t())
         widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         for i, part in zip(group, product.split(widths, 1), strict=True):
@@ -81,7 +81,7 @@ def widen(x: Rows, layer: Linear, h: Tensor | None) -> Tensor:
         right = None if h is None or layer.lora_b is None else layer.lora_b.t()
         return product(low, layer.weight, bias=bias, left=h, right=right, dtype=dtype)
     if h is None or layer.lora_b is None:
-        return F.linear(low, layer.weight, bias).to(dtype)
+        return linear(low, layer.weight, bias).to(dtype)
     return adapted_product(low, layer.weight.t(), bias, h, layer.lora_b.t(), dtype)
 
 
@@ -121,7 +121,7 @@ def returned(
             if layer.lora_b is not None and (need_t or need_b):
                 kind = layer.lora_b.dtype
                 wide = low if kind is layer.compute else dy.to(kind)
-                t = torch.mm(wide, layer.lora_b * layer.scale) if need_t else None
+                t = mm(wide, layer.lora_b * layer.scale) if need_t else None
                 db = gradient_of_b(h, wide) if h is not None and need_b else None
         ts.append(t)
         dbs.append(db)
@@ -179,7 +179,7 @@ def gradient_of_input(
     if len(lefts) > 1:
         dx = sum_of_products(None, lefts, rights, dtype)
     else:
-        dx = torch.mm(lefts[0], rights[0]).to(dtype)
+        dx = mm(lefts[0], rights[0]).to(dtype)
     for update in updates if fast else ():
         dx = rank_update(dx, *update)
     return dx
@@ -199,7 +199,7 @@ def gradients_of_parameters(
         if dy is None:
             found.append(Grads(None, None, None, None))
             continue
-        dweight = torch.mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
+        dweight = mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
         dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
         found.append(Grads(dweight, dbias, da, db))
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import quant_linear
+from .matmul import mm
 from .op import Cost, Op
 from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
 from .quant_products import join, product, split
@@ -97,7 +98,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         if lora_bias is not None and dtype is compute:
             bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(dtype)
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-        h = torch.mm(z.to(lora_a.dtype), lora_a.t()) * scale
+        h = mm(z.to(lora_a.dtype), lora_a.t()) * scale
         w = join(fixed, tensors)
         y = product(rows.to(compute), w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
         if lora_bias is not None and dtype is not compute:
@@ -120,14 +121,14 @@ class _QuantLoraLinear(torch.autograd.Function):
         wide = dy.to(lora_b.dtype)
         dx = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = torch.mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
+            t = mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
         if w_x:
             left, right = (None, None) if own_input else (t, lora_a)
             w, low = join(ctx.fixed, tuple(tensors)), dy.to(compute)
             dx = product(low, w, transposed=True, left=left, right=right, dtype=dtype).view(shape)
         if w_z and t is not None:
             z_shape, z_dtype = ctx.z_like
-            dz = torch.mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
+            dz = mm(t.to(z_dtype), lora_a.to(z_dtype)).view(z_shape)
         rows = None if z is None else z.reshape(-1, z.shape[-1])
         da = gradient_of_a(rows, t) if rows is not None and t is not None else None
         db = gradient_of_b(h, wide) if h is not None else None

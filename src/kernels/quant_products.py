@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .launch import LIBRARY, library_op, use_triton
+from .matmul import addmm, addmm_, mm
 from .products import accumulated, plus_products, rank_update
 from .quantized import Quantized, dequantize
 
@@ -44,7 +45,7 @@ def _product(
         matrix = matrix if transposed else matrix.t()
         if left is not None and right is not None and x.dtype is dtype and not triton:
             return accumulated(bias, [x, left], [matrix, right], dtype)
-        base = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+        base = mm(x, matrix) if bias is None else addmm(bias, x, matrix)
     if left is None or right is None:
         return base.to(dtype)
     if triton:
@@ -110,9 +111,9 @@ def _sum(
         own = weights[5 * i : 5 * i + 5]
         matrix = dequantize(join(((out, into), blocksize, kind), tuple(own)), x.dtype)
         if total is None:
-            total = torch.mm(x, matrix).to(dtype)
+            total = mm(x, matrix).to(dtype)
         else:  # a wider sum rounds each product by itself: ``plus_products``
-            total = total.addmm_(x, matrix) if x.dtype is dtype else total.add_(torch.mm(x, matrix))
+            total = addmm_(total, x, matrix) if x.dtype is dtype else total.add_(mm(x, matrix))
         del matrix  # before the next one is made
     for left, right in zip(lefts, rights, strict=True):
         if use_triton(total, left, right):

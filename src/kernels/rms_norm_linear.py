@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import rms_norm as norm
 from .launch import library_op, use_triton
+from .matmul import addmm_, linear, mm
 from .op import Cost, Op
 from .products import shaped
 from .second import absent, differentiable, gradients
@@ -58,8 +59,8 @@ def _forward(
 def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, whose result with a bias is a view: the model could not write into that."""
     if bias is None or y.dim() == 2:
-        return F.linear(y, weight, bias)
-    rows = F.linear(y.reshape(-1, y.shape[-1]), weight, bias)
+        return linear(y, weight, bias)
+    rows = linear(y.reshape(-1, y.shape[-1]), weight, bias)
     return shaped(rows, y)
 
 
@@ -77,11 +78,11 @@ def _input_gradient(
         if g is None:
             continue
         if total is None:
-            total = torch.mm(g, w).to(dtype)
+            total = mm(g, w).to(dtype)
         elif g.dtype is dtype and dtype.itemsize < 4:
-            total = total.addmm_(g, w)
+            total = addmm_(total, g, w)
         else:
-            total = total.add_(torch.mm(g, w))
+            total = total.add_(mm(g, w))
     return total
 
 
@@ -91,7 +92,7 @@ def _weight_gradients(
     """The gradients of the linears' weights, from those of their results and the normed rows."""
     rows = y.reshape(-1, y.shape[-1])
     return [
-        torch.mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
+        mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
         for g, need in zip(grads, needed, strict=True)
     ]
 

@@ -63,6 +63,7 @@ def slow(precision: str) -> str | None:
         return None
     device = "GPU" if torch.cuda.is_available() else "CPU"
     return (
-        f"bf16: this {device} has no instructions for bfloat16 and imitates it, which can be "
-        "many times slower than float32; with bf16: auto a run takes what the machine has"
+        f"bf16: this {device} has no instructions for bfloat16 and imitates it; layers that are "
+        "not rewritten can be many times slower than in float32; with bf16: auto a run takes what "
+        "the machine has"
     )

@@ -269,7 +269,9 @@ def odd(w: Writer, x: str) -> str:
             f"F.batch_norm({x}.flatten(0, 1), self.bm, self.bv, {training}).view({x}.shape)"
         )
     if kind == "counter":
-        w.init.append(w.pick("self.register_buffer('calls', torch.zeros(()))", "self.calls = 0"))
+        start = w.pick("self.register_buffer('calls', torch.zeros(()))", "self.calls = 0")
+        if not any("calls" in line for line in w.init):  # a block's second one counts on
+            w.init.append(start)
         w.line("self.calls += 1")
         return w.let(f"{x} * (1 + 0.01 * self.calls)")
     if kind == "running":

@@ -61,7 +61,8 @@ def leaf(m, n):
 
 def adapt(m, names, settings):
     from peft import LoraConfig, inject_adapter_in_model
-    if not names:
+    there = [name.rpartition(".")[2] for name, _ in m.named_modules()]
+    if not any(name in there for name in names):  # another block's, which this model has not drawn
         return
     inject_adapter_in_model(LoraConfig(target_modules=names, **settings), m)
     g = torch.Generator().manual_seed(len(names))

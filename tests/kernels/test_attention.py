@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import attention as op
-from fusewright.kernels import attention_tiles
+from fusewright.kernels import attention_tiles, matmul
 from fusewright.kernels.attention import OP, attention
 
 from .util import assert_parity
@@ -274,7 +274,7 @@ def test_inductor_traces_it_once_for_all_lengths(masked: bool) -> None:
     assert len(graphs) == 1
 
 
-def test_refusals() -> None:
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (t.detach() for t in _qkv(2, 4, 2, 6, 6, 8, 8, F64))
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     assert OP.unsupported(q, k, v, None, True) == []
@@ -296,16 +296,23 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=reason):
             attention(*args)
     for dtype in (F32, torch.float16):
+        monkeypatch.setattr(matmul, "multiplies", lambda _: True)
         assert OP.unsupported(*(t.to(dtype) for t in (q, k, v)), None, True)
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "reason"),
-    [(True, False, ""), (True, True, "AMX"), (False, False, "no bfloat16")],
+    ("products", "avx512", "amx", "reason"),
+    [
+        (True, True, False, ""),
+        (True, True, True, "AMX"),
+        (True, False, False, "no bfloat16"),
+        (False, False, False, ""),
+    ],
 )
 def test_which_cpus_gain_in_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, reason: str
+    monkeypatch: pytest.MonkeyPatch, products: bool, avx512: bool, amx: bool, reason: str
 ) -> None:
+    monkeypatch.setattr(matmul, "multiplies", lambda _: products)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(op, "_why_not_bfloat16", op._why_not_bfloat16.__wrapped__)

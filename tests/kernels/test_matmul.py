@@ -1,0 +1,122 @@
+"""16-bit products through fp32, and the ops with the products that this machine does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusewright.budget import unit
+from fusewright.kernels import matmul
+
+from . import (
+    test_attention,
+    test_linear_cross_entropy,
+    test_lora_linear,
+    test_mlp_block,
+    test_moe_experts,
+    test_qkv_block,
+    test_quantized_blocks,
+    test_rms_norm_linear,
+)
+
+HALF = st.sampled_from([torch.bfloat16, torch.float16])
+OPS = [
+    test_attention.test_parity,
+    test_linear_cross_entropy.test_parity,
+    test_lora_linear.test_parity,
+    test_mlp_block.test_parity,
+    test_moe_experts.test_parity,
+    test_qkv_block.test_parity,
+    test_quantized_blocks.test_parity_of_linears,
+    test_rms_norm_linear.test_parity,
+]
+
+
+@pytest.fixture
+def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies no 16-bit matrices, and slices of few elements."""
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 100)
+
+
+def _close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert result.dtype is dtype
+    error = (result.double() - exact).abs()
+    # half of the last place, and what fp32 loses where the terms cancel
+    assert (error <= unit(dtype) / 2 * exact.abs() + 1e-5).all(), error.max()
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.tuples(st.integers(0, 9), st.integers(1, 40), st.integers(1, 40)),
+    flips=st.tuples(*[st.booleans()] * 2),
+    dtype=HALF,
+    seed=st.integers(0, 99),
+)
+def test_each_is_rounded_once(without_products, sizes, flips, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, flip: bool = False) -> Tensor:
+        t = torch.randn(shape[::-1] if flip else shape, generator=generator).to(dtype)
+        return t.t() if flip else t
+
+    n, k, m = sizes
+    left, right = draw(n, k, flip=flips[0]), draw(k, m, flip=flips[1])
+    bias, total = draw(m), draw(n, m)
+    exact = left.double() @ right.double()
+    _close(matmul.mm(left, right), exact, dtype)
+    _close(matmul.addmm(bias, left, right), exact + bias.double(), dtype)
+    _close(matmul.addmm(total, left, right), exact + total.double(), dtype)
+    for out in (torch.full((n, m), torch.nan, dtype=dtype), draw(n, 2 * m)[:, ::2]):
+        assert matmul.mm(left, right, out=out) is out
+        _close(out, exact, dtype)
+        assert matmul.addmm(bias, left, right, out=out) is out
+        _close(out, exact + bias.double(), dtype)
+    before = total.double()
+    assert matmul.addmm_(total, left, right) is total
+    _close(total, exact + before, dtype)
+    x = left[None].expand(2, n, k)
+    for given_bias in (None, bias):
+        result = matmul.linear(x, right.t(), given_bias)
+        shift = 0 if given_bias is None else bias.double()
+        _close(result, (exact + shift).expand(2, n, m), dtype)
+
+
+def test_wide_and_foreign_tensors_are_left_to_pytorch(without_products: None) -> None:
+    half = torch.zeros(2, 2, dtype=torch.bfloat16)
+    assert matmul.through_fp32(half)
+    assert not matmul.through_fp32(half.float())
+    assert not matmul.through_fp32(half.double())
+    assert not matmul.through_fp32(half.to("meta"))
+
+
+def test_no_more_than_a_slice_is_in_fp32(without_products: None) -> None:
+    sizes: list[int] = []
+    found = torch.mm
+
+    def counting(left: Tensor, right: Tensor) -> Tensor:
+        sizes.append(right.numel())
+        return found(left, right)
+
+    weight = torch.randn(50, 20).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", counting)
+        matmul.mm(torch.randn(3, 20).bfloat16(), weight.t())
+    assert sizes == [100] * 10
+
+
+@pytest.mark.parametrize("parity", OPS, ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_ops_with_the_other_products(
+    parity: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each op's own test takes this machine's products; here it takes the others."""
+    other = not matmul.multiplies(torch.bfloat16)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: other or dtype.itemsize > 2)
+    parity()
