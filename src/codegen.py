@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .graph import facts
+from .graph import facts, modes
 from .kernels.launch import has_triton
 
 _WORTH = 10_000_000
@@ -84,6 +84,7 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     _checkpoint(module, {n for n in placeholders if not facts.is_argument(n)})
+    modes.restored_on_error(module)
     return module.forward
 
 

@@ -81,6 +81,8 @@ class Runner:
             outcome.others[f"{name} requires_grad"] = p.requires_grad
         for name, b in self.model.named_buffers():
             outcome.tensors[f"buffer {name}"] = b.clone()
+        outcome.others["modes"] = torch.is_grad_enabled(), torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
         outcome.others["training"] = [m.training for m in self.model.modules()]
         outcome.others["state_dict"] = sorted(self.model.state_dict())
         outcome.others["counters"] = [
