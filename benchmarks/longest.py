@@ -100,8 +100,8 @@ def outlook(job: Job, budgets: Sequence[int], step: int, most: int) -> list[Long
         most: the longest length to consider.
     """
     from fusewright import optimize
+    from fusewright.compiler.pipeline import planner_of
     from fusewright.memory.choice import Setting, choose, peak
-    from fusewright.pipeline import planner_of
 
     training = build(job)
     model = optimize(training.model, memory="1000000GB")
@@ -241,7 +241,7 @@ def _job(options: argparse.Namespace, engine: str) -> Job:
 
 
 def _budgets(text: str) -> list[int]:
-    from fusewright.memory_budget import Budget
+    from fusewright.memory.budget import Budget
 
     try:
         found = [Budget.parse(part).bytes for part in text.split(",")]

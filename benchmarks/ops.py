@@ -25,8 +25,8 @@ from torch import Tensor
 
 from environment import describe
 from fusewright import kernels
-from fusewright.budget import errors
 from fusewright.kernels.op import Op
+from fusewright.rewrite.tolerance import errors
 from op_cases import CASES, Case, Maker
 from shapes import op_shapes
 

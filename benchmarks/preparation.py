@@ -106,9 +106,9 @@ def _write_rows(file: Path, count: int) -> None:
 
 def _tokenizer() -> Any:
     """SmolLM2's, from the file of the installed package; reading that takes some seconds."""
-    from fusewright.train.model import quiet
-    from fusewright.train.recipe import Dataset, Recipe
-    from fusewright.train.tokenizer import load_tokenizer
+    from fusewright.train.model.load import quiet
+    from fusewright.train.model.tokenizer import load_tokenizer
+    from fusewright.train.recipe.recipe import Dataset, Recipe
 
     with quiet():
         return load_tokenizer(
@@ -162,7 +162,7 @@ def _worker(name: str, file: Path, tokenizer: str) -> dict[str, Any]:
 
 def _with_fusewright(file: Path, tokenizer: Any) -> tuple[Any, float, float, float]:
     from fusewright.train.data import prepare
-    from fusewright.train.recipe import Dataset, Recipe
+    from fusewright.train.recipe.recipe import Dataset, Recipe
 
     recipe = Recipe(
         base_model="not loaded", sequence_len=LENGTH, excess_length_strategy="truncate",

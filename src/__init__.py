@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compiler.pipeline import explain, optimize, restore
     from .errors import FusewrightError, OptimizeError
-    from .flat import FlatOptimizer, flatten_optimizer
-    from .pipeline import explain, optimize, restore
+    from .optim.flat import FlatOptimizer, flatten_optimizer
     from .report import Report, Site
 
 __version__ = "0.1.0"
@@ -24,15 +24,15 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "optimize": "pipeline",
-    "explain": "pipeline",
-    "restore": "pipeline",
+    "optimize": "compiler.pipeline",
+    "explain": "compiler.pipeline",
+    "restore": "compiler.pipeline",
     "Report": "report",
     "Site": "report",
     "FusewrightError": "errors",
     "OptimizeError": "errors",
-    "FlatOptimizer": "flat",
-    "flatten_optimizer": "flat",
+    "FlatOptimizer": "optim.flat",
+    "flatten_optimizer": "optim.flat",
 }
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusewright.match.apply import Fuel, apply
-from fusewright.match.finding import Finding
-from fusewright.match.rule import Rule
+from fusewright.graph.cleanup import remove_noops
+from fusewright.graph.functionalize import remove_writes
 from fusewright.passes import PIPELINE
-from fusewright.passes.cleanup import remove_noops
-from fusewright.passes.ops import TABLE
-from fusewright.passes.writes import remove_writes
-from fusewright.verify import Verifier
+from fusewright.rewrite.engine import Fuel, apply
+from fusewright.rewrite.findings import Finding
+from fusewright.rewrite.op_table import TABLE
+from fusewright.rewrite.rule import Rule
+from fusewright.rewrite.verify import Verifier
 
 
 def capture(fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusewright import explain, optimize
-from fusewright.budget import exceeded
-from fusewright.caller_writes import CallerWrites, may_write
+from fusewright.compiler.calls.caller_writes import CallerWrites, may_write
+from fusewright.rewrite.tolerance import exceeded
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from fusewright import explain, optimize
-from fusewright.install import installed
+from fusewright.compiler.install import installed
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
-from fusewright.budget import exceeded
+from fusewright.rewrite.tolerance import exceeded
 
 Body = Callable[[Any, Tensor], Any]
 

@@ -18,9 +18,9 @@ import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app
+from fusewright.cli.main import app
 from fusewright.train import explain as command
-from fusewright.train.precision import dtype_for_training
+from fusewright.train.model.precision import dtype_for_training
 
 from .train.conftest import make_model
 

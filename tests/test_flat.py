@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import fusewright
 from fusewright.errors import OptimizeError
-from fusewright.flat import FlatOptimizer
+from fusewright.optim.flat import FlatOptimizer
 
 SIZES = [(16, 24), (7,), (5, 3), (1,), (16, 24), (3, 11), (40, 40)]
 """The last is above the threshold of these tests; the odd ones leave gaps in the buffer."""

@@ -19,9 +19,9 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
-from fusewright.budget import exceeded
-from fusewright.lazy import LazyLogits
-from fusewright.passes import joined
+from fusewright.compiler.logits import joined_loss as joined
+from fusewright.compiler.logits.lazy_logits import LazyLogits
+from fusewright.rewrite.tolerance import exceeded
 
 V, H = 37, 16
 IDS = torch.arange(14).view(2, 7)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import fusewright
 from fusewright import explain, optimize, restore
 from fusewright.errors import OptimizeError
-from fusewright.match.pattern import Builder, Pattern
-from fusewright.match.rule import Match, Rule
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
+from fusewright.rewrite.match.pattern import Builder, Pattern
+from fusewright.rewrite.rule import Match, Rule
 
 from .models.zoo import FAMILIES, build
 

@@ -21,9 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fusewright import explain, optimize
+from fusewright.memory.budget import Budget
 from fusewright.memory.meter import Meter
 from fusewright.memory.planner import Planner
-from fusewright.memory_budget import Budget
 
 IDS = torch.arange(14).view(2, 7)
 RULES = {"linear_cross_entropy": 1, "rms_norm_linear": 2, "rms_norm": 2, "glu": 2}

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import fx
 
-from fusewright import optimize, verify
-from fusewright.match.apply import Fuel, Verdict, apply
-from fusewright.match.rule import Emit, Match
+from fusewright import optimize
 from fusewright.passes.glu import GLU
-from fusewright.passes.ops import TABLE
-from fusewright.sampling import REGIMES
-from fusewright.verify import Verifier
+from fusewright.rewrite import verify
+from fusewright.rewrite.engine import Fuel, Verdict, apply
+from fusewright.rewrite.op_table import TABLE
+from fusewright.rewrite.rule import Emit, Match
+from fusewright.rewrite.sample_inputs import REGIMES
+from fusewright.rewrite.verify import Verifier
 
 from .capturing import capture, rewrite, rewritten
 from .models.zoo import FAMILIES, build

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
-from fusewright.budget import exceeded
-from fusewright.install import installed
-from fusewright.lazy import LazyLogits
+from fusewright.compiler.install import installed
+from fusewright.compiler.logits.lazy_logits import LazyLogits
+from fusewright.rewrite.tolerance import exceeded
 
 from .models.zoo import FAMILIES, build
 

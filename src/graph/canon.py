@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from . import facts
+from .opaque.functions import CONVENTIONS, bind, is_leaf
+from .opaque.quantized import PARAMS, product
 from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
-from .quantized import PARAMS, product
-from .whole import CONVENTIONS, bind, is_leaf
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from . import facts
 from .canon import canonical
+from .opaque.functions import is_leaf
 from .signatures import (
     Parameter,
     bound,
@@ -28,7 +29,6 @@ from .signatures import (
     overloads,
     packet,
 )
-from .whole import is_leaf
 
 
 def writes(node: fx.Node) -> tuple[fx.Node, ...]:

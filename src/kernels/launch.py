@@ -64,7 +64,8 @@ def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable
     Args:
         schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
             Outputs must be in fresh memory and no input may be mutated.
-        launcher: ``"module:function"`` in ``kernels/triton/``; imported at the first real call.
+        launcher: ``"room.op:function"`` in ``kernels/room/op_triton.py``; imported at the first
+            real call.
         fake: same signature; returns outputs of the right shape, dtype and strides
             (``torch.empty`` and friends), for tracing.
 
@@ -75,7 +76,7 @@ def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable
     module_name, function_name = launcher.split(":")
 
     def implementation(*args: Any) -> Any:
-        module = importlib.import_module(f".triton.{module_name}", __package__)
+        module = importlib.import_module(f".{module_name}_triton", __package__)
         tensor = next(a for a in args if isinstance(a, Tensor))
         on_gpu = tensor.is_cuda
         with torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..kernels.linear_cross_entropy_tiles import TILE_BYTES
-from ..passes.memory import Level
+from ..kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from .levels import Level
 from .usage import Usage
 
 

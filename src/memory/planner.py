@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
-from ..memory_budget import GB, Budget, gigabytes
-from ..passes.memory import LEVELS, Level
+from .budget import GB, Budget, gigabytes
 from .choice import Scaled, Setting, Usages, choose, on_host, peak
+from .levels import LEVELS, Level
 from .meter import Meter
 from .offload import Offload
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from ..match.rule import Rule
+from ..rewrite.rule import Rule
 from .attention import Attention
-from .blocks import MLPBlock, QKVBlock
 from .dora import DoRALinear
 from .glu import GLU
 from .layer_norm import LayerNorm
-from .lora import LoRALinear
-from .loss import LinearCrossEntropy
-from .moe import MoEExperts
-from .quant import QuantLinear
+from .linear_blocks import MLPBlock, QKVBlock
+from .linear_cross_entropy import LinearCrossEntropy
+from .lora_linear import LoRALinear
+from .moe_experts import MoEExperts
+from .quant_linear import QuantLinear
 from .rms_norm import AddRMSNorm, RMSNorm, RMSNormLinear
 from .rope import Rope, RopePair
-from .scan import ChunkedScan, SelectiveScan
+from .selective_scan import ChunkedScan, SelectiveScan
 
 PIPELINE: tuple[Rule, ...] = (
     # recognise: formulas, in all their spellings, become ops

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
-from ..kernels import attention as op
-from ..match.pattern import Builder, Pattern
-from ..match.rule import Emit, Match, Rule
+from ..kernels.attention import attention as op
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
 
 
 class Attention(Rule):

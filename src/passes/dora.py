@@ -11,8 +11,8 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import is_cast_of
-from ..match.pattern import Builder, Pattern
-from ..match.rule import Emit, Match, Rule
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
 
 
 class DoRALinear(Rule):

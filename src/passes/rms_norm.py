@@ -13,8 +13,8 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..match.pattern import Builder, Pattern
-from ..match.rule import Emit, Match, Rule
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
 from .roots import is_variance, over_root, square, under_root
 
 _CONSTANT = (int, float)

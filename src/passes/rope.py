@@ -13,8 +13,8 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..match.pattern import Builder, Pattern
-from ..match.rule import Emit, Match, Rule
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
 
 
 class Rope(Rule):

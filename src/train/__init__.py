@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .report import RunResult
+    from .report.result import RunResult
 
 __all__ = ["train"]
 
@@ -54,12 +54,12 @@ def train(
         KeyboardInterrupt: stopped before the first step, or a second time; nothing was saved.
     """
     from .consent import Consent
-    from .yamlfile import load_recipe
+    from .recipe.load import load_recipe
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
     checked = load_recipe(recipe, overrides, Consent(trust_remote_code, allow_builders))
 
-    from .loop import run  # slow to import: only for a recipe that is right
+    from .run import run  # slow to import: only for a recipe that is right
 
     return run(checked, console)

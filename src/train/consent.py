@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .recipe.recipe import Recipe
 
 CODE_SWITCH = "--trust-remote-code"
 BUILDER_SWITCH = "--allow-builders"

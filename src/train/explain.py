@@ -16,14 +16,14 @@ from rich.syntax import Syntax
 from rich.text import Text
 from torch import nn
 
+from ..compiler.listing import Listing, keep, listings, pick
+from ..compiler.pipeline import explain, optimize
 from ..errors import ModelError, RecipeError
-from ..listing import Listing, keep, listings, pick
-from ..pipeline import explain, optimize
 from ..report import Report
-from .characters import shown
-from .loading import Kind, forget_gguf, pretrained
-from .model import quiet
-from .precision import device_for_training, dtype_for_training
+from .model.from_pretrained import Kind, forget_gguf, pretrained
+from .model.load import quiet
+from .model.precision import device_for_training, dtype_for_training
+from .printable import shown
 from .terminal import Terminal
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")

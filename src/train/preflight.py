@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from . import modelfiles
-from .adapterfiles import adapter_problem
-from .packages import missing_packages
-from .recipe import Recipe
-from .source import locate
+from .model import files as modelfiles
+from .model.adapter_files import adapter_problem
+from .model.locate import locate
+from .recipe.recipe import Recipe
+from .requirements import missing_packages
 
 
 def require_startable(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def obstacles(recipe: Recipe) -> list[str]:
 def _precision(recipe: Recipe) -> Iterator[str]:
     if recipe.precision() != "float16":
         return
-    from .precision import dtype_for_training
+    from .model.precision import dtype_for_training
 
     try:
         dtype_for_training("float16")
@@ -81,10 +81,10 @@ def _model(recipe: Recipe) -> Iterator[str]:
         folder = modelfiles.cached(source.name, recipe.revision_of_model)
     if folder is None:
         return
-    from .adapters import require_names
-    from .loading import sketch
-    from .model import load_config, quiet
-    from .positions import too_long
+    from .model.adapters import require_names
+    from .model.from_pretrained import sketch
+    from .model.load import load_config, quiet
+    from .model.positions import too_long
 
     here = recipe.model_copy(update={"base_model": str(folder)})
     try:
@@ -106,8 +106,8 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 def _output(recipe: Recipe) -> Iterator[str]:
     """Where the results go, and what a run goes on from."""
-    from . import resume
-    from .output import check_output
+    from .checkpoint import resume
+    from .checkpoint.output_folder import check_output
 
     folder = Path(recipe.output_dir)
     try:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
-from .characters import shown
-from .hidden import scrub
+from .printable import shown
+from .recipe.secrets import scrub
 
 
 class Terminal(Console):

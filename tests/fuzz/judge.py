@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewright.budget import EXCEEDS, errors, exceeded
+from fusewright.rewrite.tolerance import EXCEEDS, errors, exceeded
 
 _NOISE = 0.5
 """Relative error of eager's result above which it is nothing but rounding."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusewright.graph.effects import draws, has_effect, is_opaque, writes
-from fusewright.kernels import rms_norm
+from fusewright.kernels.norms import rms_norm
 
 from ..capturing import capture
 

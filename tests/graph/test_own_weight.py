@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright.graph.own_weight import asks_for_place, stand_in
-from fusewright.leaves import with_leaves
+from fusewright.compiler.opaque_calls import with_leaves
+from fusewright.graph.opaque.own_weight import asks_for_place, stand_in
 
 
 def looked_up(module: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fusewright.graph.canon import Canon, canonical, is_cast_of
-from fusewright.graph.whole import leaf
+from fusewright.graph.opaque.functions import leaf
 
 from ..capturing import capture
 from ..match.graphs import last, named, trace

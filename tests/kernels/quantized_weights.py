@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusewright.kernels.quantized import NESTED, Quantized
+from fusewright.kernels.linear.quantized import NESTED, Quantized
 
 
 def random_weight(

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusewright.kernels import add_rms_norm as op
 from fusewright.kernels import launch
-from fusewright.kernels.add_rms_norm import OP, add_rms_norm, reference
+from fusewright.kernels.norms import add_rms_norm as op
+from fusewright.kernels.norms.add_rms_norm import OP, add_rms_norm, reference
 from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS, assert_compiles, saved_bytes
 from tests.kernels.util import assert_parity
 

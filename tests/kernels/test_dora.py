@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.budget import exceeded
-from fusewright.kernels import dora
-from fusewright.kernels.dora import NORMS, OP, rescaled, rescaled_reference, row_norms
+from fusewright.kernels.linear import dora
+from fusewright.kernels.linear.dora import NORMS, OP, rescaled, rescaled_reference, row_norms
+from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity_of_draws
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
+from fusewright.kernels.mlp.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 
 from .util import assert_parity
 

@@ -11,22 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels import (
-    add_rms_norm,
-    attention,
-    glu,
-    layer_norm,
-    linear_cross_entropy,
-    lora_linear,
-    mlp_block,
-    qkv_block,
-    rms_norm,
-    rms_norm_linear,
-    rope,
-    selective_scan,
-    ssd,
-)
+from fusewright.kernels.attention import attention, rope
+from fusewright.kernels.linear import lora_linear, qkv_block
+from fusewright.kernels.loss import linear_cross_entropy
+from fusewright.kernels.mlp import glu, mlp_block
+from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
 from fusewright.kernels.op import Op
+from fusewright.kernels.scan import selective_scan, ssd
 
 from .util import assert_parity
 

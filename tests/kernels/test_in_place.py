@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.passes.ops import KEPT_OUTPUTS, TABLE
+from fusewright.rewrite.op_table import KEPT_OUTPUTS, TABLE
 
 from .quantized_weights import random_weight
 

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.kernels import launch
-from fusewright.kernels import layer_norm as op
-from fusewright.kernels.layer_norm import OP, layer_norm, reference
+from fusewright.kernels.norms import layer_norm as op
+from fusewright.kernels.norms.layer_norm import OP, layer_norm, reference
 from tests.kernels.test_rms_norm import assert_compiles, saved_bytes
 from tests.kernels.util import assert_parity
 

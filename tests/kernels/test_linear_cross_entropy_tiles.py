@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels import linear_cross_entropy_tiles as tiles
-from fusewright.kernels.linear_cross_entropy import linear_cross_entropy
+from fusewright.kernels.loss import linear_cross_entropy_tiles as tiles
+from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 from .test_linear_cross_entropy import BF16, F32, operands, targets
 
@@ -92,7 +92,7 @@ def test_only_needed_gradients_are_computed(wanted, products):
 def test_without_gradients_only_the_loss_is_computed(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "fusewright.kernels.linear_cross_entropy_parts.compute",
+        "fusewright.kernels.loss.linear_cross_entropy_parts.compute",
         lambda *a: calls.append(a[-1]) or tiles.compute(*a),
     )
     inputs = operands((10, 16), 50, F32)

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.budget import exceeded
-from fusewright.kernels import products
-from fusewright.kernels.lora_linear import OP, lora_linear, reference
+from fusewright.kernels.linear import products
+from fusewright.kernels.linear.lora_linear import OP, lora_linear, reference
+from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.budget import unit
-from fusewright.kernels import matmul
+from fusewright.kernels.linear import matmul
+from fusewright.rewrite.tolerance import unit
 
 from . import (
     test_attention,

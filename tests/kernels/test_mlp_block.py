@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.budget import exceeded
-from fusewright.kernels import mlp_block_tiles, products
-from fusewright.kernels.glu import ACTIVATIONS, glu, glu_packed
-from fusewright.kernels.lora_linear import lora_linear
-from fusewright.kernels.mlp_block import KEEPS, LAYOUTS, OP, mlp_block, reference
+from fusewright.kernels.linear import products
+from fusewright.kernels.linear.lora_linear import lora_linear
+from fusewright.kernels.mlp import mlp_block_tiles
+from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
+from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS, OP, mlp_block, reference
+from fusewright.rewrite.tolerance import exceeded
 
 from .test_qkv_block import Given, make, operands, present
 from .util import assert_parity_of_draws

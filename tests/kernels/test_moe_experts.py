@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fusewright.budget import exceeded
-from fusewright.kernels import moe_experts_ops as ops
-from fusewright.kernels.glu import glu_packed
-from fusewright.kernels.moe_experts import OP, inverse_permutation, moe_experts, moe_route
+from fusewright.kernels.mlp.glu import glu_packed
+from fusewright.kernels.moe import grouped_products as ops
+from fusewright.kernels.moe.moe_experts import OP, inverse_permutation, moe_experts, moe_route
+from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity, assert_parity_of_draws
 

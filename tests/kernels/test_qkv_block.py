@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.budget import exceeded
-from fusewright.kernels.qkv_block import KEEPS, OP, qkv_block, reference
+from fusewright.kernels.linear.qkv_block import KEEPS, OP, qkv_block, reference
+from fusewright.rewrite.tolerance import exceeded
 
 from .util import assert_parity_of_draws
 

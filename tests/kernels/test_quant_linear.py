@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.budget import exceeded
-from fusewright.kernels import quant_linear, quant_lora_linear, quant_products
-from fusewright.kernels.quantized import Quantized, dequantize, dequantize_reference, scales
+from fusewright.kernels.linear import quant_linear, quant_lora_linear, quant_products
+from fusewright.kernels.linear.quantized import Quantized, dequantize, dequantize_reference, scales
+from fusewright.rewrite.tolerance import exceeded
 
 from .quantized_weights import random_weight
 from .util import assert_parity

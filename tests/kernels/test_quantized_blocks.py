@@ -12,19 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.budget import exceeded
-from fusewright.kernels import (
-    linears,
-    mlp_block,
-    mlp_block_tiles,
-    qkv_block,
-    quant_linear,
-    quant_products,
-)
-from fusewright.kernels.glu import glu, glu_packed
-from fusewright.kernels.quant_lora_linear import quant_lora_linear
-from fusewright.kernels.quantized import Quantized
+from fusewright.kernels.linear import linears, qkv_block, quant_linear, quant_products
+from fusewright.kernels.linear.quant_lora_linear import quant_lora_linear
+from fusewright.kernels.linear.quantized import Quantized
+from fusewright.kernels.mlp import mlp_block, mlp_block_tiles
+from fusewright.kernels.mlp.glu import glu, glu_packed
 from fusewright.memory.usage import Living
+from fusewright.rewrite.tolerance import exceeded
 
 from .quantized_weights import random_weight
 from .test_mlp_block import _Largest

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.budget import exceeded
 from fusewright.kernels import launch
-from fusewright.kernels import rms_norm as op
-from fusewright.kernels.rms_norm import OP, reference, rms_norm
+from fusewright.kernels.norms import rms_norm as op
+from fusewright.kernels.norms.rms_norm import OP, reference, rms_norm
+from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.util import assert_parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.kernels import launch
-from fusewright.kernels import rms_norm_linear as op
-from fusewright.kernels.rms_norm_linear import OP, reference, rms_norm_linear
+from fusewright.kernels.norms import rms_norm_linear as op
+from fusewright.kernels.norms.rms_norm_linear import OP, reference, rms_norm_linear
 from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS, assert_compiles, saved_bytes
 from tests.kernels.util import assert_parity
 
@@ -164,7 +164,7 @@ def test_cuda_uses_the_opaque_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not launch.has_triton(), reason="Triton is not installed")
 def test_the_choice_between_one_kernel_and_two() -> None:
-    from fusewright.kernels.triton.rms_norm_linear import fits_fused, prefers_fused
+    from fusewright.kernels.norms.rms_norm_linear_triton import fits_fused, prefers_fused
 
     assert prefers_fused(8, 4096, [4096])  # limited by launches and by the weight's bytes
     assert prefers_fused(65536, 2048, [64])  # limited by the bytes of x: a router, a LoRA A
@@ -212,7 +212,7 @@ def test_reasons() -> None:
 @pytest.mark.parametrize("rows", [9, 60, 300])
 @pytest.mark.parametrize("dim", [507, 2048])
 def test_parity_on_the_gpu(dim: int, rows: int, dtype: torch.dtype) -> None:
-    from fusewright.kernels.triton.rms_norm_linear import launch_fused
+    from fusewright.kernels.norms.rms_norm_linear_triton import launch_fused
 
     for offset, rounding in FORMULAS:
         inputs = [t.detach().cuda() for t in _inputs((rows,), dim, (130, 64), dtype)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from fusewright.kernels.rope import LAYOUTS, OP, rope
+from fusewright.kernels.attention.rope import LAYOUTS, OP, rope
 
 from .util import assert_parity
 

@@ -16,25 +16,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.kernels import (
-    add_rms_norm,
-    attention,
-    glu,
-    layer_norm,
-    linear_cross_entropy,
-    lora_linear,
-    mlp_block,
-    moe_experts,
-    qkv_block,
-    quant_linear,
-    quant_lora_linear,
-    rms_norm,
-    rms_norm_linear,
-    rope,
-    selective_scan,
-    ssd,
-)
-from fusewright.kernels.quantized import Quantized
+from fusewright.kernels.attention import attention, rope
+from fusewright.kernels.linear import lora_linear, qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear.quantized import Quantized
+from fusewright.kernels.loss import linear_cross_entropy
+from fusewright.kernels.mlp import glu, mlp_block
+from fusewright.kernels.moe import moe_experts
+from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
+from fusewright.kernels.scan import selective_scan, ssd
 
 Fn = Callable[..., Any]
 WIDE = torch.float64

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.budget import errors
-from fusewright.kernels import selective_scan as module
-from fusewright.kernels import selective_scan_chunks as chunks
-from fusewright.kernels.selective_scan import OP, selective_scan
+from fusewright.kernels.scan import selective_scan as module
+from fusewright.kernels.scan import selective_scan_chunks as chunks
+from fusewright.kernels.scan.selective_scan import OP, selective_scan
+from fusewright.rewrite.tolerance import errors
 
 from .util import assert_parity, assert_parity_of_draws
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels import ssd as module
-from fusewright.kernels.ssd import OP, ssd
+from fusewright.kernels.scan import ssd as module
+from fusewright.kernels.scan.ssd import OP, ssd
 
 from .util import assert_parity, assert_parity_of_draws
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.kernels import lora_linear, mlp_block, qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear import lora_linear, qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.mlp import mlp_block
 
 from .quantized_weights import random_weight
 from .test_qkv_block import make

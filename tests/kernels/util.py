@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fusewright.budget import EXCEEDS, PEAK, exceeded
-from fusewright.sampling import SUBNORMAL, draws
+from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
+from fusewright.rewrite.tolerance import EXCEEDS, PEAK, exceeded
 
 
 def _run(

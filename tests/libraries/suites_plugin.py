@@ -69,7 +69,7 @@ class _Optimized:
 
 def _optimize_at_first_call(codegen: str, made: list[_Optimized]) -> None:
     from fusewright import optimize
-    from fusewright.install import active
+    from fusewright.compiler.install import active
 
     known: weakref.WeakKeyDictionary[nn.Module, tuple[_Optimized, Any]]
     known = weakref.WeakKeyDictionary()  # a session must not outlive its model

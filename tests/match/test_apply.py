@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusewright.match.apply import Candidate, Fuel, Verdict, apply
-from fusewright.match.finding import Finding
-from fusewright.match.matcher import Trace
-from fusewright.match.rule import Emit, Match, Rule
 from fusewright.report import Figures
+from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
+from fusewright.rewrite.findings import Finding
+from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import named, trace
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fusewright.match.apply import Candidate, Fuel, Verdict, apply
-from fusewright.match.finding import Finding
-from fusewright.match.rule import Emit, Match, Rule
+from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
+from fusewright.rewrite.findings import Finding
+from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import named, trace
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusewright.match.matcher import State, Trace, match, same
-from fusewright.match.pattern import Anything, Builder, FanOut, Literal, Pattern, Var, lift, roots
-from fusewright.match.rule import Emit, Match, Rule
+from fusewright.rewrite.match.matcher import State, Trace, match, same
+from fusewright.rewrite.match.pattern import (
+    Anything,
+    Builder,
+    FanOut,
+    Literal,
+    Pattern,
+    Var,
+    lift,
+    roots,
+)
+from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import last, named, trace
 

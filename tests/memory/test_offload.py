@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
-from fusewright.install import installed
+from fusewright.compiler.install import installed
 from fusewright.memory.offload import Kept, Offload, carried
 from fusewright.memory.planner import Planner
 from fusewright.memory.transport import Copies, Transfer

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusewright import explain, optimize
+from fusewright.compiler.pipeline import planner_of
 from fusewright.memory.offload import Offload
 from fusewright.memory.transport import Streams
-from fusewright.pipeline import planner_of
 
 pytestmark = pytest.mark.gpu
 

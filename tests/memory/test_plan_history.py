@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
+from fusewright.memory.budget import GB
 from fusewright.memory.choice import Setting, peak
-from fusewright.memory_budget import GB
 
 from .test_planner import EVERY_LEVEL, LEVELS, MB, _planner, _setting, _usages, _with_host
 

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
-from fusewright.kernels.linear_cross_entropy_tiles import TILE_BYTES
+from fusewright.kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from fusewright.memory.budget import GB, Budget
 from fusewright.memory.choice import Scaled, Setting, choose, on_host, peak
+from fusewright.memory.levels import HOSTED, Level
+from fusewright.memory.levels import LEVELS as EVERY_LEVEL
+from fusewright.memory.oom_retry import is_out_of_memory, retrying
 from fusewright.memory.planner import Planner
-from fusewright.memory.predictions import Predicted
-from fusewright.memory.retry import is_out_of_memory, retrying
+from fusewright.memory.predict import Predicted
 from fusewright.memory.usage import Usage
-from fusewright.memory_budget import GB, Budget
-from fusewright.passes.memory import HOSTED, Level
-from fusewright.passes.memory import LEVELS as EVERY_LEVEL
 
 MB = 10**6
 LEVELS = tuple(v for v in EVERY_LEVEL if v not in HOSTED)

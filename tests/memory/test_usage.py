@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusewright import optimize
-from fusewright.install import installed
+from fusewright.compiler.install import installed
+from fusewright.memory.levels import Level, allowed
 from fusewright.memory.planner import Planner
-from fusewright.memory.predictions import Predicted
-from fusewright.passes.memory import Level, allowed
+from fusewright.memory.predict import Predicted
 
 OTHERS = ("qwen3", "gemma2", "phi3")
 FAMILIES = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))

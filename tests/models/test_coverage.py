@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from fusewright.budget import FACTOR, unit
+from fusewright.rewrite.tolerance import FACTOR, unit
 
 from . import architectures
 from .coverage import TOLERANCE, Row, measure

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
+from fusewright.compiler.install import installed
 from fusewright.errors import OptimizeError
-from fusewright.install import installed
 from fusewright.memory.planner import Planner
 
 from .zoo import FAMILIES, Family, build

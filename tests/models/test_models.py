@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusewright import explain, optimize, restore
-from fusewright.budget import FACTOR, errors, unit
+from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
 from .zoo import FAMILIES, Family, build
 

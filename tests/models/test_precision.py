@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusewright import explain, optimize
-from fusewright.budget import FACTOR, errors, unit
+from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
 from .test_models import Pair, _exact_step, _ids, _rms, _step
 from .zoo import FAMILIES, build

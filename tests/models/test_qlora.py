@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 
 from fusewright import explain, optimize
-from fusewright.pipeline import planner_of
+from fusewright.compiler.pipeline import planner_of
 
 from .quantized import quantize
 

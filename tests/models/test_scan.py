@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.graph import whole
-from fusewright.leaves import scanning, with_leaves
+from fusewright.compiler.opaque_calls import scanning, with_leaves
+from fusewright.graph.opaque import functions as whole
 
 from .architectures import build, targets
 

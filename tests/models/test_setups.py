@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusewright.budget import FACTOR, errors, unit
+from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
 from .setups import FAMILIES, SETUPS, Setup, build, exact, line, optimized, step
 from .test_models import _InDouble, _rms

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fusewright.match.finding import Finding
+from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite, rewritten
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusewright.graph.canon import canonical
-from fusewright.kernels import attention
-from fusewright.passes.cleanup import remove_noops
+from fusewright.graph.cleanup import remove_noops
+from fusewright.kernels.attention import attention
 
 from ..capturing import capture, rewrite, rewritten
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusewright.graph.show import text
+from fusewright.graph.printer import text
 
 from ..capturing import capture, rewrite
 

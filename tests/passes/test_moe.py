@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright.graph.canon import canonical
-from fusewright.match.finding import Finding
+from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.match.finding import Finding
 from fusewright.passes import PIPELINE
-from fusewright.passes.quant import QuantLinear
+from fusewright.passes.quant_linear import QuantLinear
+from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.quantized import quantize

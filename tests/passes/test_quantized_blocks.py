@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright.kernels import mlp_block, qkv_block
-from fusewright.match.finding import Finding
-from fusewright.passes import ops
+from fusewright.kernels.linear import qkv_block
+from fusewright.kernels.mlp import mlp_block
+from fusewright.rewrite import op_table as ops
+from fusewright.rewrite.findings import Finding
 
 from ..capturing import capture, rewrite, rewritten
 from ..models.quantized import quantize

@@ -151,10 +151,10 @@ def test_a_write_in_place_between_refuses() -> None:
 
 
 def test_duplicate_norms_are_two_sites_and_one_verdict() -> None:
-    from fusewright.match.apply import Fuel, apply
     from fusewright.passes import PIPELINE
-    from fusewright.passes.ops import TABLE
-    from fusewright.verify import Verifier
+    from fusewright.rewrite.engine import Fuel, apply
+    from fusewright.rewrite.op_table import TABLE
+    from fusewright.rewrite.verify import Verifier
 
     x = torch.randn(2, 5, D, requires_grad=True)
     graph = capture(lambda x, a, b: b * _normed(a * _normed(x)), x, torch.randn(D), torch.randn(D))

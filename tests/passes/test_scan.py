@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusewright.graph.whole import leaf
-from fusewright.kernels.ssd import OP as SSD
+from fusewright.graph.opaque.functions import leaf
+from fusewright.kernels.scan.ssd import OP as SSD
 
 from ..capturing import capture, rewrite, rewritten
 

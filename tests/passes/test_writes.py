@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fusewright.graph.cleanup import remove_noops
 from fusewright.graph.effects import draws, writes
-from fusewright.passes.cleanup import remove_noops
-from fusewright.passes.writes import remove_writes
+from fusewright.graph.functionalize import remove_writes
 
 from ..capturing import capture
 

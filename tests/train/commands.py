@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app
+from fusewright.cli.main import app
 
 
 def fusewright(*arguments: str) -> Result:

@@ -12,19 +12,19 @@ from rich.console import Console
 from torch import nn
 
 from fusewright.errors import RecipeError
-from fusewright.flat import FlatOptimizer
+from fusewright.optim.flat import FlatOptimizer
 from fusewright.train import train
-from fusewright.train.arguments import Steps, steps, training_arguments
-from fusewright.train.context import Context
 from fusewright.train.data import Sample
-from fusewright.train.order import Order
-from fusewright.train.packages import tracking
+from fusewright.train.data.batches import training_batch
+from fusewright.train.data.order import Order
 from fusewright.train.preflight import require_startable
-from fusewright.train.recipe import Recipe
-from fusewright.train.schedule import own_schedule
-from fusewright.train.sequences import training_batch
-from fusewright.train.signals import Interrupts
-from fusewright.train.trainer import FineTuner, make_trainer
+from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.requirements import tracking
+from fusewright.train.trainer.arguments import Steps, steps, training_arguments
+from fusewright.train.trainer.context import Context
+from fusewright.train.trainer.schedule import own_schedule
+from fusewright.train.trainer.signals import Interrupts
+from fusewright.train.trainer.trainer import FineTuner, make_trainer
 
 from .conftest import make_model, make_tokenizer
 

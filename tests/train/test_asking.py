@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from fusewright.train import train
-from fusewright.train.asking import Asking
-from fusewright.train.usage import snippet
+from fusewright.train.inference.chat_prompt import Asking
+from fusewright.train.report.usage import snippet
 
 from .after.conftest import fusewright
 from .conftest import CHATML, chat, make_tokenizer, small_recipe

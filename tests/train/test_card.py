@@ -10,8 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from fusewright.train import card, train
-from fusewright.train.page_facts import Facts
+from fusewright.train import train
+from fusewright.train.report import model_card as card
+from fusewright.train.report.run_facts import Facts
 
 MINE = "---\nlicense: mit\n---\n\n# My model\n\nIt is mine.\n"
 

@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from fusewright.errors import RecipeError
-from fusewright.train import progress
-from fusewright.train.overrides import parse_overrides
-from fusewright.train.signals import Interrupts, Stopped
+from fusewright.train.recipe.overrides import parse_overrides
+from fusewright.train.trainer import progress
+from fusewright.train.trainer.signals import Interrupts, Stopped
 
 from .commands import fusewright, refused
 from .conftest import chat
@@ -122,7 +122,15 @@ def test_a_signal_leaves_the_adapter_of_the_last_step(
 
 
 def test_ctrl_c_on_the_command(file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fusewright.cli", "train", str(file), "--max_steps", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "fusewright.cli",
+        "train",
+        str(file),
+        "--max_steps",
+        "100000",
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -168,7 +176,7 @@ def test_stopped_before_the_first_step(file: Path, tmp_path: Path, monkeypatch: 
     def stop(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("fusewright.train.loop.load_tokenizer", stop)
+    monkeypatch.setattr("fusewright.train.run.load_tokenizer", stop)
     result = fusewright("train", str(file))
     assert result.exit_code == 130
     assert "nothing was saved" in result.stderr

@@ -31,7 +31,7 @@ def failing(error: BaseException, file: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("fusewright.train.ready.load_model", fail)
+    monkeypatch.setattr("fusewright.train.model.ready.load_model", fail)
     result = fusewright("train", str(file))
     assert not (file.parent / "out").exists()
     return result
@@ -57,7 +57,7 @@ def test_a_traceback_that_is_printed(
         monkeypatch.setenv("FUSEWRIGHT_TRACEBACK", "1")
     else:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-        monkeypatch.setattr("fusewright.train.loop.Run._prepare", lambda *_: None)
+        monkeypatch.setattr("fusewright.train.run.Run._prepare", lambda *_: None)
     result = failing(KeyError("layers"), file, monkeypatch)
     assert result.exit_code == 1
     assert "in _model" in result.stderr

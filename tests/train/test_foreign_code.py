@@ -22,13 +22,13 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app
+from fusewright.cli.main import app
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.after.evaluate import evaluate
-from fusewright.train.after.runfolder import open_run
 from fusewright.train.consent import Consent
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train.inference.evaluate import evaluate
+from fusewright.train.inference.run_folder import open_run
+from fusewright.train.recipe.load import load_recipe
 
 from .after.conftest import make_adapter
 from .conftest import small_recipe

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fusewright.train.checkpoint import checkpoints, step_of
+from fusewright.train.checkpoint.files import checkpoints, step_of
 
 BEGUN = "training for"
 

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusewright.train import meter
-from fusewright.train.meter import Meter, flops_per_token, mean_context, peak_flops
+from fusewright.train.report import throughput as meter
+from fusewright.train.report.throughput import Meter, flops_per_token, mean_context, peak_flops
 
 from .conftest import make_model
 

@@ -18,11 +18,13 @@ import yaml
 from rich.console import Console
 
 from fusewright.errors import RecipeError
-from fusewright.train import lock, output, train
-from fusewright.train.folders import why_not_ours_to_write
-from fusewright.train.lock import Holder, held
-from fusewright.train.ownfolder import LOCK
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train import train
+from fusewright.train.checkpoint import lock
+from fusewright.train.checkpoint import output_folder as output
+from fusewright.train.checkpoint.lock import Holder, held
+from fusewright.train.checkpoint.ownership import LOCK
+from fusewright.train.checkpoint.system_folders import why_not_ours_to_write
+from fusewright.train.recipe.load import load_recipe
 
 from .commands import fusewright, refused, snapshot
 
@@ -107,7 +109,7 @@ def test_the_log_of_this_process_may_be_there(recipe: dict[str, Any], tmp_path: 
     folder = tmp_path / "out"
     folder.mkdir()
     code = (
-        "import pathlib, sys\nfrom fusewright.train.ownfolder import strangers\n"
+        "import pathlib, sys\nfrom fusewright.train.checkpoint.ownership import strangers\n"
         f"print(strangers(pathlib.Path({str(folder)!r})), file=sys.stderr)"
     )
     with (folder / "log.txt").open("w") as log:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fusewright import optimize
-from fusewright.budget import FACTOR, errors, unit
+from fusewright.rewrite.tolerance import FACTOR, errors, unit
 from fusewright.train.data import IGNORED, Pack, Packs, Sample, collate, leaks, pack
 from tests.models.zoo import FAMILIES, build
 

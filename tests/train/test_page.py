@@ -15,9 +15,9 @@ import pytest
 
 from fusewright.errors import DataError
 from fusewright.report import Report, Site
-from fusewright.train import page
-from fusewright.train.page_facts import Facts
-from fusewright.train.page_sections import numbers
+from fusewright.train.report import page
+from fusewright.train.report.page_sections import numbers
+from fusewright.train.report.run_facts import Facts
 
 HOSTILE = (
     "</title></style><script>alert('1')</script><img src=x onerror=\"alert(2)\">&amp; ü 好 \x00"

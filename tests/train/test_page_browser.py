@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fusewright.train import page
+from fusewright.train.report import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fusewright.train import precision, train
-from fusewright.train.after.merge import Request, merge
-from fusewright.train.after.runfolder import open_run
-from fusewright.train.precision import dtype_for_training, has_bfloat16, slow
+from fusewright.train import train
+from fusewright.train.inference.run_folder import open_run
+from fusewright.train.merge.merge import Request, merge
+from fusewright.train.model import precision
+from fusewright.train.model.precision import dtype_for_training, has_bfloat16, slow
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a CPU can do")
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusewright.train.figures import Smooth, duration, memory, millions
-from fusewright.train.meter import Meter
-from fusewright.train.progress import Watch
-from fusewright.train.signals import Interrupts
+from fusewright.train.report.format import Smooth, duration, memory, millions
+from fusewright.train.report.throughput import Meter
+from fusewright.train.trainer.progress import Watch
+from fusewright.train.trainer.signals import Interrupts
 
 
 class Screen:
@@ -228,7 +228,7 @@ def test_rates_and_the_time_left_leave_the_first_step_out() -> None:
 def test_a_long_validation_says_how_far_it_is(
     quiet: float, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train import validation
+    from fusewright.train.trainer import evaluation as validation
 
     class Model:
         training, device = True, "cpu"

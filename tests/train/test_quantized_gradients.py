@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fusewright.train.adapters import add_adapter
-from fusewright.train.model import load_model
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train.model.adapters import add_adapter
+from fusewright.train.model.load import load_model
+from fusewright.train.recipe.load import load_recipe
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.output import check_output
-from fusewright.train.recipe import Dataset, Recipe
-from fusewright.train.source import Source, locate
-from fusewright.train.yamlfile import load_recipe
-from fusewright.train.yamltext import parse_value
+from fusewright.train.checkpoint.output_folder import check_output
+from fusewright.train.model.locate import Source, locate
+from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.recipe import Dataset, Recipe
+from fusewright.train.recipe.yaml_lines import parse_value
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

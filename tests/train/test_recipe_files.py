@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusewright.train.status import entries
-from fusewright.train.yamlfile import check, load_recipe
+from fusewright.train.recipe.load import check, load_recipe
+from fusewright.train.recipe.status import entries
 
 from .commands import fusewright, snapshot
 

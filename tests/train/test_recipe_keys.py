@@ -10,17 +10,17 @@ import pytest
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from fusewright.train.data.prompts import PROMPTS
-from fusewright.train.docs import page
-from fusewright.train.keys.adapter import PeftKeys
-from fusewright.train.keys.base import Keys, aliases, extra_of
-from fusewright.train.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
-from fusewright.train.keys.model import SpecialTokens
-from fusewright.train.keys.output import OutputKeys
-from fusewright.train.keys.steps import OPTIMIZERS, SCHEDULERS
-from fusewright.train.recipe import GROUPS, Recipe
-from fusewright.train.schema import json_schema
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train.data.formats.instruction import PROMPTS
+from fusewright.train.recipe.json_schema import json_schema
+from fusewright.train.recipe.keys.adapter import PeftKeys
+from fusewright.train.recipe.keys.base import Keys, aliases, extra_of
+from fusewright.train.recipe.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.recipe.keys.model import SpecialTokens
+from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS
+from fusewright.train.recipe.keys.output import OutputKeys
+from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.recipe import GROUPS, Recipe
+from fusewright.train.recipe.reference_docs import page
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: list[type[Keys]] = [
@@ -112,7 +112,9 @@ def test_the_schema_says_all_about_each_key() -> None:
 
 def test_the_page_of_keys_is_up_to_date() -> None:
     written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert written == page(), "run: python -m fusewright.train.docs docs/recipes.md"
+    assert written == page(), (
+        "run: python -m fusewright.train.recipe.reference_docs docs/recipes.md"
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), aliases(Recipe).items())

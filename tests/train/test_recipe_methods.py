@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fusewright.train.recipe import Recipe
+from fusewright.train.recipe.recipe import Recipe
 
 
 def recipe(**keys: Any) -> Recipe:

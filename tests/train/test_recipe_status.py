@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from fusewright.errors import RecipeError
-from fusewright.train.dryrun import resolved_yaml
-from fusewright.train.status import entries, refusals, told
-from fusewright.train.yamlfile import check, load_recipe
+from fusewright.train.dry_run import resolved_yaml
+from fusewright.train.recipe.load import check, load_recipe
+from fusewright.train.recipe.status import entries, refusals, told
 
 from .commands import fusewright, snapshot
 
@@ -194,7 +194,7 @@ def test_a_narrow_terminal_has_the_notes_below_the_values(
 ) -> None:
     from rich.console import Console
 
-    from fusewright.train.dryrun import show
+    from fusewright.train.dry_run import show
 
     console = Console(width=80, record=True, quiet=True)
     console.quiet = False
@@ -209,7 +209,7 @@ def test_a_narrow_terminal_has_the_notes_below_the_values(
 def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train import packages
+    from fusewright.train import requirements as packages
 
     find = packages.importlib.util.find_spec
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_a_dry_run_lists_mistakes_as_training_does(file: Path) -> None:
 def test_looking_loads_nothing(file: Path, arguments: list[str]) -> None:
     words = [str(file) if word == "RECIPE" else word for word in arguments]
     code = (
-        "import sys\nfrom fusewright.cli import app\n"
+        "import sys\nfrom fusewright.cli.main import app\n"
         f"try:\n    app({words!r})\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = ('torch', 'transformers', 'datasets', 'peft')\n"
         "print('loaded', [m for m in heavy if m in sys.modules])"

@@ -15,10 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fusewright.errors import RecipeError
-from fusewright.train import checkpoint, resume, train
-from fusewright.train.progress import Watch
-from fusewright.train.report import RunResult
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train import train
+from fusewright.train.checkpoint import files as checkpoint
+from fusewright.train.checkpoint import resume
+from fusewright.train.recipe.load import load_recipe
+from fusewright.train.report.result import RunResult
+from fusewright.train.trainer.progress import Watch
 
 QUIET = Console(quiet=True)
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from transformers.utils import chat_template_utils
 
 from fusewright.errors import RecipeError
-from fusewright.train import loop, train
-from fusewright.train.data import day as days
+from fusewright.train import run as loop
+from fusewright.train import train
 from fusewright.train.data import prepare
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train.data.chat import date as days
+from fusewright.train.recipe.load import load_recipe
 
 from .conftest import CHATML, make_tokenizer
 from .test_resume import same

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fusewright.errors import RecipeError
-from fusewright.train import resume
-from fusewright.train.yamlfile import load_recipe
+from fusewright.train.checkpoint import resume
+from fusewright.train.recipe.load import load_recipe
 
 NEEDED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 

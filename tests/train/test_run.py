@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, OptimizeError, RecipeError
-from fusewright.train import export, ready, train
+from fusewright.train import train
+from fusewright.train.checkpoint import save_model as export
 from fusewright.train.data import Sample
-from fusewright.train.model import load_model
-from fusewright.train.recipe import Recipe
+from fusewright.train.model import ready
+from fusewright.train.model.load import load_model
+from fusewright.train.recipe.recipe import Recipe
 
 QUIET = Console(quiet=True)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -251,7 +253,7 @@ def test_a_signal_while_the_result_is_saved_ends_the_run(
         save(*args)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("fusewright.train.export.save_whole", interrupted)
+    monkeypatch.setattr("fusewright.train.checkpoint.save_model.save_whole", interrupted)
     result = train(recipe, console=QUIET, max_steps=2)
     assert (result.status, result.signal) == ("interrupted", signal.SIGINT)
     assert result.exit_code == 128 + signal.SIGINT
@@ -262,7 +264,7 @@ def test_a_signal_while_the_result_is_saved_ends_the_run(
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusewright.train.ready.leaks", lambda *_: True)
+    monkeypatch.setattr("fusewright.train.model.ready.leaks", lambda *_: True)
     with pytest.raises(RecipeError, match="LlamaForCausalLM lets the samples of a pack see"):
         train(recipe, console=QUIET)
 
@@ -312,7 +314,7 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_signal_waits_for_the_last_files(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train import page
+    from fusewright.train.report import page
 
     write = page.write
 
@@ -335,9 +337,9 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
-    from fusewright.flat import FlatOptimizer
-    from fusewright.train.signals import Interrupts
-    from fusewright.train.trainer import Context, make_trainer
+    from fusewright.optim.flat import FlatOptimizer
+    from fusewright.train.trainer.signals import Interrupts
+    from fusewright.train.trainer.trainer import Context, make_trainer
     from tests.train.conftest import make_model, make_tokenizer
 
     def trained(folder: str, resume: str | None, flat: bool) -> Any:

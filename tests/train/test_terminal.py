@@ -14,18 +14,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fusewright.errors import RecipeError
-from fusewright.train import dryrun, train
-from fusewright.train.after.chat import Chat
-from fusewright.train.after.generate import generate
-from fusewright.train.after.runfolder import open_run
-from fusewright.train.characters import shown, shown_json
+from fusewright.train import dry_run as dryrun
+from fusewright.train import train
 from fusewright.train.data.preview import show
 from fusewright.train.data.sample import Sample
-from fusewright.train.diary import Diary
-from fusewright.train.hidden import hide, scrub
-from fusewright.train.report import RunResult
+from fusewright.train.inference.chat import Chat
+from fusewright.train.inference.generate import generate
+from fusewright.train.inference.run_folder import open_run
+from fusewright.train.printable import shown, shown_json
+from fusewright.train.recipe.load import check, load_recipe
+from fusewright.train.recipe.secrets import hide, scrub
+from fusewright.train.report.result import RunResult
+from fusewright.train.report.run_log import Diary
 from fusewright.train.terminal import Terminal, say
-from fusewright.train.yamlfile import check, load_recipe
 
 from .commands import fusewright
 from .conftest import chat, make_tokenizer
@@ -144,7 +145,7 @@ def test_answers_do_not_act(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         talk._react(line)
     assert r"\x1b]0;owned\x07" in out.getvalue()
     assert harmless(out.getvalue())
-    from fusewright.train.after import generate as command
+    from fusewright.train.inference import generate as command
 
     monkeypatch.setattr(command, "load_run", lambda run: (None, None))
     monkeypatch.setattr(command, "Writer", Echo)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.chat_templates import TEMPLATES, find_template
-from fusewright.train.data.chat import ChatEncoder
-from fusewright.train.data.template import Chat
-from fusewright.train.recipe import Recipe
-from fusewright.train.tokenizer import load_tokenizer
+from fusewright.train.data.chat.builtin_templates import TEMPLATES, find_template
+from fusewright.train.data.chat.encoder import ChatEncoder
+from fusewright.train.data.chat.template import Chat
+from fusewright.train.model.tokenizer import load_tokenizer
+from fusewright.train.recipe.recipe import Recipe
 
 from .conftest import CHATML, make_tokenizer
 from .data.templates import tokenizer_for

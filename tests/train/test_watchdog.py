@@ -22,12 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fusewright.train import train
-from fusewright.train.checkpoint import checkpoints
-from fusewright.train.flow import Flow, watchers
-from fusewright.train.loop import Run
-from fusewright.train.recipe import Recipe
-from fusewright.train.signals import Interrupts
-from fusewright.train.watchdog import BadStep, Guard, LossWatchdog
+from fusewright.train.checkpoint.files import checkpoints
+from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.run import Run
+from fusewright.train.trainer.callbacks import Flow, watchers
+from fusewright.train.trainer.signals import Interrupts
+from fusewright.train.trainer.watchdog import BadStep, Guard, LossWatchdog
 
 from .conftest import chat, make_model, make_tokenizer
 
@@ -220,7 +220,7 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
     asked = tmp_path / "recipe.yaml"
     asked.write_text(yaml.safe_dump({**recipe, "save_steps": 1, "lora_r": 32}), encoding="utf-8")
     code = (
-        "import resource, signal, sys; from fusewright.cli import main; "
+        "import resource, signal, sys; from fusewright.cli.main import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
         f"sys.argv = ['fusewright', 'train', {str(asked)!r}]; main()"

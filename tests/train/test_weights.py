@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.model import load_model
-from fusewright.train.precision import dtype_for_training
-from fusewright.train.quantize import quantize, stay_trainable
-from fusewright.train.recipe import Recipe
+from fusewright.train.model.load import load_model
+from fusewright.train.model.precision import dtype_for_training
+from fusewright.train.model.quantize import quantize, stay_trainable
+from fusewright.train.recipe.recipe import Recipe
 
 from .conftest import make_model
 

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fusewright.match.apply import Candidate, Fuel, apply
-from fusewright.match.finding import Finding
-from fusewright.match.matcher import Trace
-from fusewright.match.rule import Rule
 from fusewright.passes.glu import GLU
-from fusewright.passes.lora import LoRALinear
-from fusewright.passes.loss import LinearCrossEntropy
-from fusewright.passes.ops import TABLE
+from fusewright.passes.linear_cross_entropy import LinearCrossEntropy
+from fusewright.passes.lora_linear import LoRALinear
 from fusewright.passes.rms_norm import AddRMSNorm, RMSNorm
 from fusewright.passes.rope import Rope, RopePair
-from fusewright.verify import Verifier
+from fusewright.rewrite.engine import Candidate, Fuel, apply
+from fusewright.rewrite.findings import Finding
+from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.op_table import TABLE
+from fusewright.rewrite.rule import Rule
+from fusewright.rewrite.verify import Verifier
 
 from ..capturing import capture
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.verify_compare import difference
-from fusewright.verify_runs import STRIDES, UNWRITABLE, Outcome
+from fusewright.rewrite.verify_compare import difference
+from fusewright.rewrite.verify_runs import STRIDES, UNWRITABLE, Outcome
 
 ONES = torch.ones(4, 3)
 OFF = ONES.clone()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.verify_runs import Outcome, Setting, copied, runs
+from fusewright.rewrite.verify_runs import Outcome, Setting, copied, runs
 
 from .faults import with_gradient
 

@@ -13,9 +13,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fusewright.match.apply import Candidate
-from fusewright.match.rule import Match, Rule
-from fusewright.sampling import (
+from fusewright.rewrite.engine import Candidate
+from fusewright.rewrite.rule import Match, Rule
+from fusewright.rewrite.sample_inputs import (
     _EVEN,
     _SIZES,
     NORMAL,

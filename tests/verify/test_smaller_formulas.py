@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewright.graph import facts
-from fusewright.match.apply import Candidate
-from fusewright.match.matcher import Trace
-from fusewright.match.rule import Rule
-from fusewright.smaller_weights import _example, smaller
+from fusewright.rewrite.engine import Candidate
+from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.rule import Rule
+from fusewright.rewrite.smaller_weights import _example, smaller
 
 from ..match.graphs import last, named, trace
 

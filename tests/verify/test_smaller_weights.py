@@ -13,13 +13,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.match.apply import Fuel, apply
-from fusewright.match.finding import Finding
-from fusewright.match.rule import Emit, Match, Rule
-from fusewright.passes.loss import LinearCrossEntropy
-from fusewright.passes.ops import TABLE
-from fusewright.smaller_weights import LARGE, _chosen, _small
-from fusewright.verify import Verifier
+from fusewright.passes.linear_cross_entropy import LinearCrossEntropy
+from fusewright.rewrite.engine import Fuel, apply
+from fusewright.rewrite.findings import Finding
+from fusewright.rewrite.op_table import TABLE
+from fusewright.rewrite.rule import Emit, Match, Rule
+from fusewright.rewrite.smaller_weights import LARGE, _chosen, _small
+from fusewright.rewrite.verify import Verifier
 
 from ..capturing import capture
 from .faults import of_any_size

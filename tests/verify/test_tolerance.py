@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.budget import EXCEEDS, FACTOR, errors, exceeded, unit
+from fusewright.rewrite.tolerance import EXCEEDS, FACTOR, errors, exceeded, unit
 
 from .faults import judged
 

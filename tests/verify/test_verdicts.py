@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fusewright import verify
-from fusewright.match.apply import Candidate, Fuel, Verdict, apply
-from fusewright.match.rule import Emit, Match, Rule
 from fusewright.report import Figures
-from fusewright.sampling import Regime
-from fusewright.verify import Verifier
-from fusewright.verify_runs import Outcome
+from fusewright.rewrite import verify
+from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
+from fusewright.rewrite.rule import Emit, Match, Rule
+from fusewright.rewrite.sample_inputs import Regime
+from fusewright.rewrite.verify import Verifier
+from fusewright.rewrite.verify_runs import Outcome
 
 from ..capturing import capture
 from ..match.graphs import named, trace

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fusewright.graph.layouts import layout_is_read
-from fusewright.match.rule import Emit, Match, Rule
 from fusewright.passes.glu import GLU
-from fusewright.verify_runs import Setting, runs
+from fusewright.rewrite.rule import Emit, Match, Rule
+from fusewright.rewrite.verify_runs import Setting, runs
 
 from ..capturing import capture
 from .faults import D, changed, given, graph_of, judged, of_any_size, verdict, with_gradient

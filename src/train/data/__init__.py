@@ -10,10 +10,10 @@ never in one place, and ``preview`` shows what came of them.
 
 from __future__ import annotations
 
+from .cache import Samples
 from .packing import Pack, Packs, collate, count, leaks, pack
 from .prepare import Prepared, prepare
 from .sample import IGNORED, Sample
-from .store import Samples
 
 __all__ = [
     "IGNORED", "Pack", "Packs", "Prepared", "Sample", "Samples", "collate", "count", "leaks",

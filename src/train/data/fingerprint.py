@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..recipe import Recipe
-from .pool import Work
-from .sources import Source
-from .store import FORMAT
+from ..recipe.recipe import Recipe
+from .cache import FORMAT
+from .readers.sources import Source
+from .workers import Work
 
 
 def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[Source, Work]]) -> str:

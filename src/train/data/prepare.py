@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import DataError, RecipeError
-from ..recipe import Dataset, Recipe
-from . import sources
-from .day import today
-from .duplicates import Duplicates
+from ..recipe.recipe import Dataset, Recipe
+from .cache import Cache, Lease, Samples, Writer
+from .chat.date import today
 from .fingerprint import fingerprint_of
-from .formats import Encoder
-from .limits import Limits
-from .pool import Work, parts
+from .formats.registry import Encoder
 from .progress import Progress
-from .sources import Source
+from .readers import sources
+from .readers.duplicates import Duplicates
+from .readers.limits import Limits
+from .readers.sources import Source
 from .split import order
-from .store import Cache, Lease, Samples, Writer
+from .workers import Work, parts
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .limits import warnings
+from .cache import Samples
+from .readers.limits import warnings
 from .sample import IGNORED, Sample
-from .store import Samples
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...errors import DataError
-from ..recipe import Recipe
+from ..recipe.recipe import Recipe
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]

@@ -16,14 +16,14 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError
-from ..recipe import Dataset, Recipe
-from . import sources
-from .files import Row
-from .limits import Part
+from ..recipe.recipe import Dataset, Recipe
 from .packing import Pack, pack
-from .pool import Work, batches
+from .readers import sources
+from .readers.files import Row
+from .readers.limits import Part
+from .readers.sources import Source
 from .sample import Sample
-from .sources import Source
+from .workers import Work, batches
 
 Array = np.ndarray[Any, Any]
 

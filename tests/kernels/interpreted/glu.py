@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from fusewright.kernels.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
+from fusewright.kernels.mlp.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 from tests.kernels.util import assert_parity
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from fusewright.kernels import layer_norm as op
+from fusewright.kernels.norms import layer_norm as op
 from tests.kernels.interpreted import assert_traced_whole, run
 from tests.kernels.util import assert_parity
 

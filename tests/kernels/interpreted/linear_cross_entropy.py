@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewright.kernels.linear_cross_entropy import OP, linear_cross_entropy
-from fusewright.kernels.triton import linear_cross_entropy as kernels
+from fusewright.kernels.loss import linear_cross_entropy_triton as kernels
+from fusewright.kernels.loss.linear_cross_entropy import OP, linear_cross_entropy
 from tests.kernels.util import assert_parity
 
 # bf16 is left out: the interpreter's tl.dot is wrong for it

@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from fusewright.budget import exceeded
-from fusewright.kernels.lora_linear import OP, lora_linear
-from fusewright.kernels.triton.lora_linear import rank_update
+from fusewright.kernels.linear.lora_linear import OP, lora_linear
+from fusewright.kernels.linear.lora_linear_triton import rank_update
+from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.util import assert_parity
 
 # bf16 is left out: the interpreter's tl.dot is wrong for it

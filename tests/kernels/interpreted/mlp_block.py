@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from fusewright.kernels import mlp_block, qkv_block
+from fusewright.kernels.linear import qkv_block
+from fusewright.kernels.mlp import mlp_block
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 

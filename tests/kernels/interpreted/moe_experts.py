@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusewright.budget import exceeded
-from fusewright.kernels import moe_experts_ops as ops
-from fusewright.kernels.glu import glu_packed
-from fusewright.kernels.moe_experts import OP, moe_experts
+from fusewright.kernels.mlp.glu import glu_packed
+from fusewright.kernels.moe import grouped_products as ops
+from fusewright.kernels.moe.moe_experts import OP, moe_experts
+from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 

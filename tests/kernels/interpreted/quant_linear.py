@@ -6,10 +6,11 @@ import itertools
 
 import torch
 
-from fusewright.budget import exceeded
-from fusewright.kernels import mlp_block, qkv_block, quant_linear, quant_lora_linear
-from fusewright.kernels.quantized import dequantize, dequantize_reference
-from fusewright.kernels.triton.quant_linear import few
+from fusewright.kernels.linear import qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear.quant_linear_triton import few
+from fusewright.kernels.linear.quantized import dequantize, dequantize_reference
+from fusewright.kernels.mlp import mlp_block
+from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.test_quantized_blocks import separate, separate_mlp
 from tests.kernels.util import assert_parity

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.library import opcheck
 
-from fusewright.budget import exceeded
-from fusewright.kernels import rms_norm_linear as op
-from fusewright.kernels.triton.rms_norm_linear import launch_fused
+from fusewright.kernels.norms import rms_norm_linear as op
+from fusewright.kernels.norms.rms_norm_linear_triton import launch_fused
+from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 

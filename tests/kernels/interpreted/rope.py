@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from fusewright.kernels import rope as module
-from fusewright.kernels.rope import LAYOUTS, OP, rope
+from fusewright.kernels.attention import rope as module
+from fusewright.kernels.attention.rope import LAYOUTS, OP, rope
 from tests.kernels.util import assert_parity
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusewright.kernels.selective_scan import OP, selective_scan
+from fusewright.kernels.scan.selective_scan import OP, selective_scan
 from tests.kernels.test_selective_scan import bound, draw
 from tests.kernels.util import assert_parity
 

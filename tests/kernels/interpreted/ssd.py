@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusewright.kernels.ssd import ssd
+from fusewright.kernels.scan.ssd import ssd
 from tests.kernels.interpreted import run
 from tests.kernels.test_ssd import check, draw
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fusewright.cli import app
+from fusewright.cli.main import app
 from fusewright.train import train
 
 from ..conftest import chat, make_model, make_tokenizer, small_recipe

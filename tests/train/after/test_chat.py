@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from fusewright.train.after.answering import Sampling, Writer
-from fusewright.train.after.chat import Chat
+from fusewright.train.inference.chat import Chat
+from fusewright.train.inference.generation import Sampling, Writer
 
 from ..conftest import CHATML, make_tokenizer
 from .conftest import fusewright

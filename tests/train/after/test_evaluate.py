@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from fusewright.train import train
-from fusewright.train.after.evaluate import _reading
-from fusewright.train.after.runfolder import Run
-from fusewright.train.recipe import Recipe
+from fusewright.train.inference.evaluate import _reading
+from fusewright.train.inference.run_folder import Run
+from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import chat
 from .conftest import fusewright, refused
@@ -66,7 +66,7 @@ def test_other_files_one_by_one(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path) -> None:
-    from fusewright.train.after.runfolder import load_run
+    from fusewright.train.inference.run_folder import load_run
 
     rows = [chat("What is 1?", "A"), chat("What is 2?", "It is a longer answer than the other.")]
     file = tmp_path / "two.jsonl"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
-from fusewright.train.after.answering import Sampling, Writer
-from fusewright.train.after.prompts import read_prompts
-from fusewright.train.after.runfolder import load_run
+from fusewright.train.inference.generation import Sampling, Writer
+from fusewright.train.inference.prompt_files import read_prompts
+from fusewright.train.inference.run_folder import load_run
 
 from ..conftest import CHATML, chat, make_model, make_tokenizer
 from .conftest import fusewright, refused

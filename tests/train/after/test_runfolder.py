@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fusewright.errors import ModelError
-from fusewright.train.after.runfolder import load_run, open_run
-from fusewright.train.precision import dtype_for_training
+from fusewright.train.inference.run_folder import load_run, open_run
+from fusewright.train.model.precision import dtype_for_training
 
 from .conftest import make_adapter, refused
 
@@ -128,7 +128,7 @@ def test_no_base_for_a_whole_model(base: Path) -> None:
 @pytest.mark.parametrize("command", ["eval", "generate", "chat", "merge"])
 def test_what_needs_no_model_loads_none(command: str, arguments: list[str]) -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from fusewright.cli import app; "
+        "import sys; from typer.testing import CliRunner; from fusewright.cli.main import app; "
         f"print(CliRunner().invoke(app, {[command, *arguments]}).exit_code, "
         "[m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     )

@@ -92,7 +92,8 @@ def keys(**changed: Any) -> Make:
 
 def check(bad: Bad, box: Box, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the command, see that it is refused as it must be, and return the message."""
-    from fusewright.train import model, ready
+    from fusewright.train.model import load as model
+    from fusewright.train.model import ready
 
     loaded: list[bool] = []
 

@@ -124,7 +124,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(name: str, *more: Any) -> Any:
         return None if name in missing else find(name, *more)
 
-    monkeypatch.setattr("fusewright.train.packages.importlib.util.find_spec", found)
+    monkeypatch.setattr("fusewright.train.requirements.importlib.util.find_spec", found)
 
 
 @NO_GPU
@@ -143,7 +143,7 @@ def test_a_dry_run_says_it_too(name: str, box: Box, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk_before_the_first_step(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusewright.train.data.store import Writer
+    from fusewright.train.data.cache import Writer
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

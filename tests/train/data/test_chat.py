@@ -11,10 +11,10 @@ from tokenizers import processors
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import IGNORED, Sample
-from fusewright.train.data.chat import ChatEncoder
-from fusewright.train.data.limits import Limits, keep
-from fusewright.train.data.mask import Rules
-from fusewright.train.data.template import Chat, Template
+from fusewright.train.data.chat.encoder import ChatEncoder
+from fusewright.train.data.chat.mask import Rules
+from fusewright.train.data.chat.template import Chat, Template
+from fusewright.train.data.readers.limits import Limits, keep
 
 from ..conftest import CHATML, make_tokenizer
 from .templates import THINKER, tokenizer_for

@@ -10,10 +10,10 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from fusewright.errors import RecipeError
-from fusewright.train.data.day import asks_for_day, today
-from fusewright.train.data.formats import Encoder
-from fusewright.train.data.template import Template
-from fusewright.train.recipe import Dataset, Recipe
+from fusewright.train.data.chat.date import asks_for_day, today
+from fusewright.train.data.chat.template import Template
+from fusewright.train.data.formats.registry import Encoder
+from fusewright.train.recipe.recipe import Dataset, Recipe
 
 from ..conftest import CHATML, chat, make_tokenizer
 

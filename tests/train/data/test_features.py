@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
-from fusewright.train.chat_templates import TEMPLATES
 from fusewright.train.data import prepare
-from fusewright.train.data.conversation import Conversation
-from fusewright.train.data.features import Features
-from fusewright.train.data.limits import warnings
-from fusewright.train.data.template import Template
-from fusewright.train.recipe import Dataset, Recipe
+from fusewright.train.data.chat.builtin_templates import TEMPLATES
+from fusewright.train.data.chat.lost_features import Features
+from fusewright.train.data.chat.template import Template
+from fusewright.train.data.formats.conversation import Conversation
+from fusewright.train.data.readers.limits import warnings
+from fusewright.train.recipe.recipe import Dataset, Recipe
 
 from ..conftest import make_tokenizer
 from .templates import CHATML, MARKED_PARTS, THINKER

@@ -15,11 +15,11 @@ import pytest
 from pyarrow import parquet
 
 from fusewright.errors import DataError
-from fusewright.train.data import sources
-from fusewright.train.data.conversation import Conversation
+from fusewright.train.data.chat.template import Chat
+from fusewright.train.data.formats.conversation import Conversation
+from fusewright.train.data.readers import sources
 from fusewright.train.data.split import split
-from fusewright.train.data.template import Chat
-from fusewright.train.recipe import Dataset
+from fusewright.train.recipe.recipe import Dataset
 
 from ..conftest import chat
 

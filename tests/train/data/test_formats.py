@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.data.formats import Encoder
-from fusewright.train.data.prompts import PROMPTS
-from fusewright.train.keys.dataset import TYPES
-from fusewright.train.recipe import Dataset, PromptFormat, Recipe
+from fusewright.train.data.formats.instruction import PROMPTS
+from fusewright.train.data.formats.registry import Encoder
+from fusewright.train.recipe.keys.dataset import TYPES
+from fusewright.train.recipe.recipe import Dataset, PromptFormat, Recipe
 
 from ..conftest import chat, make_tokenizer
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from fusewright.train.data import IGNORED
-from fusewright.train.data.chat import ChatEncoder
-from fusewright.train.data.conversation import Conversation
-from fusewright.train.data.limits import Limits, keep
-from fusewright.train.recipe import Dataset
+from fusewright.train.data.chat.encoder import ChatEncoder
+from fusewright.train.data.formats.conversation import Conversation
+from fusewright.train.data.readers.limits import Limits, keep
+from fusewright.train.recipe.recipe import Dataset
 
 from .templates import CHATML, LLAMA3, MARKED, MARKED_PARTS, THINKER, tokenizer_for
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
-from fusewright.train.data.analysis import Turn
-from fusewright.train.data.mask import Masker, Rules
-from fusewright.train.data.template import Chat
+from fusewright.train.data.chat.mask import Masker, Rules
+from fusewright.train.data.chat.probe import Turn
+from fusewright.train.data.chat.template import Chat
 
 EOT, EOS, WORD = 5, 7, 20
 ANSWER = [{"role": "assistant", "content": "abc"}]

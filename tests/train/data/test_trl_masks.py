@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
-from fusewright.train.data.chat import ChatEncoder
-from fusewright.train.data.template import Chat
+from fusewright.train.data.chat.encoder import ChatEncoder
+from fusewright.train.data.chat.template import Chat
 
 from ..conftest import make_tokenizer
 

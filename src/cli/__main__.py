@@ -1,0 +1,5 @@
+"""``python -m fusewright.cli``: the command without its script."""
+
+from .main import main
+
+main()

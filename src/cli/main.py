@@ -1,0 +1,172 @@
+"""The command ``fusewright``. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+from ..errors import RecipeError
+
+_EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
+_MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+if _MISSING:
+    print(f'fusewright: no {", ".join(_MISSING)}; pip install "fusewright[train]"', file=sys.stderr)
+    raise SystemExit(2)
+
+import typer  # noqa: E402  # 2026-11-24: after the check that it is there
+
+from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
+from . import group  # noqa: E402  # 2026-11-25: as above
+from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
+from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
+
+if TYPE_CHECKING:
+    from ..train.consent import Consent
+
+
+class Adapter(StrEnum):
+    """What ``--adapter`` may be, as in a recipe."""
+
+    lora = "lora"
+
+
+app = typer.Typer(
+    name="fusewright",
+    cls=group.Commands,
+    add_completion=False,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("fusewright"))
+        raise typer.Exit
+
+
+@app.callback()
+def fusewright(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Fine-tune Hugging Face decoder models on an optimized graph."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4 "
+    "--load_in_4bit --no-sample_packing --datasets.0.path rows.jsonl",
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", "--dry_run", help="Check the recipe, and say what becomes of each key."
+        ),
+    ] = False,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from ..train.consent import Consent
+
+    consent = Consent(trust_remote_code, allow_builders)
+    raise typer.Exit(_train(recipe, overwrite, dry_run, context.args, consent))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes: every key, its type, default, meaning and status."""
+    from ..train.recipe.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face id, a folder, a .gguf file, package:NAME; or a folder with only a "
+            "config.json, or a model type: then the weights are random."
+        ),
+    ],
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Print each kind of graph, before and after the rules.")
+    ] = False,
+    module: Annotated[
+        str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
+    ] = None,
+    adapter: Annotated[
+        Adapter | None, typer.Option(help="Adapters on all linears, of rank 8.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
+    ] = None,
+    fp32: Annotated[
+        bool, typer.Option("--fp32", help="Weights in float32; else in what training would take.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what would be rewritten in a model, what not, and why."""
+    from ..train.explain import Request, run  # slow to import
+
+    lora = lora or adapter is Adapter.lora
+    request = Request(model, layers, lora, fp32, trust_remote_code)
+    run(request, graph=graph, module=module, as_json=as_json)
+
+
+data_commands.register(app)
+trained_commands.register(app)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the installed command."""
+    app()
+
+
+def _train(
+    recipe: str, overwrite: bool, dry_run: bool, arguments: list[str], consent: Consent
+) -> int:
+    """Train, and return the exit code of the result."""
+    if recipe.startswith("--"):
+        raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
+    from ..train.recipe.load import check, load_recipe
+    from ..train.recipe.overrides import parse_overrides
+
+    overrides = parse_overrides(arguments)
+    if overwrite:
+        overrides["overwrite_output_dir"] = True
+    if dry_run:
+        from ..train.dry_run import console, show
+
+        show(check(recipe, overrides, consent), console())
+        return 0
+    checked = load_recipe(recipe, overrides, consent)
+
+    # imported below us; complains about a kernel that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from ..train.run import run  # slow to import: only for a recipe that is right
+
+    return run(checked).exit_code

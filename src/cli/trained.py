@@ -1,0 +1,170 @@
+"""The commands for a trained model: ``eval``, ``generate``, ``chat``, ``merge``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import RecipeError
+from .switches import Builders, Trust
+
+if TYPE_CHECKING:
+    from ..train.inference.run_folder import Run
+
+RunFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="An output_dir, a checkpoint-N in it, a folder with a PEFT adapter or with a model.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base_model", help="The adapter's base, where the folder's word is outdated."),
+]
+Tokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="Draw tokens at this temperature; else the likeliest is taken."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top_p", min=0, max=1, help="Draw from the likeliest, this much together."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top_k", min=1, help="Draw from this many of the likeliest.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+System = Annotated[
+    str | None, typer.Option(help="A system text. Default: the run's default_system_message.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command("eval")(evaluate)
+    for command in (generate, chat, merge):
+        app.command()(command)
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A dataset; may be given several times. Else the run's own rows."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+) -> None:
+    """Compute the loss of a run on its validation rows, or on other ones."""
+    opened = _opened(run, base_model, trust_remote_code, allow_builders)
+    from ..train.inference import evaluate as command  # slow to import
+
+    command.evaluate(opened, data or [], as_json=as_json)
+
+
+def generate(
+    run: RunFolder,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; - reads it from standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: .jsonl with prompt or messages, or one prompt per line."),
+    ] = None,
+    max_new_tokens: Tokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    system: System = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", min=1, help="Prompts answered at once.")
+    ] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer a prompt, or a file of them."""
+    opened = _opened(run, base_model, trust_remote_code)
+    from ..train.inference.chat_prompt import Asking, with_system
+    from ..train.inference.prompt_files import read_prompt, read_prompts
+
+    if file is not None and prompt is not None:
+        raise RecipeError("a prompt and --file: say one of them")
+    if system is None:
+        system = Asking.of(opened.recipe).system
+    if file is not None:
+        asked = read_prompts(file, system)
+    else:
+        text = read_prompt(prompt, sys.stdin)
+        asked = [with_system([{"role": "user", "content": text}], system)]
+    from ..train.inference import generate as command  # slow to import
+    from ..train.inference.generation import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.generate(opened, asked, sampling, batch_size=batch_size, as_json=as_json)
+
+
+def chat(
+    run: RunFolder,
+    max_new_tokens: Tokens = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    system: System = None,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Chat with a run: in the terminal, or line by line over a pipe."""
+    opened = _opened(run, base_model, trust_remote_code)
+    from ..train.inference import chat as command  # slow to import
+    from ..train.inference.generation import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.chat(opened, sampling, system)
+
+
+def merge(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: what the run was trained in."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max_shard_size", help="Largest file, e.g. 500MB.")
+    ] = "5GB",
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Merge into the weights as a quantized base (or QLoRA) has them, in full.",
+        ),
+    ] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write adapter and base as one model, which plain transformers loads."""
+    opened = _opened(run, base_model, trust_remote_code)
+    from ..train.merge import merge as command  # slow to import
+
+    asked = command.Request(output, dtype, max_shard_size, dequantize)
+    command.merge(opened, asked)
+
+
+def _opened(
+    folder: str, base_model: str | None, trust_remote_code: bool, allow_builders: bool = False
+) -> Run:
+    from ..train.consent import Consent
+    from ..train.inference.run_folder import open_run
+
+    return open_run(folder, base_model, Consent(trust_remote_code, allow_builders))

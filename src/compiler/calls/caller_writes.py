@@ -1,0 +1,152 @@
+"""Whether the code that calls captured blocks writes into what it has given to them.
+
+    for layer in self.layers:
+        x += layer(x)
+
+In low precision eager allows that: a norm keeps its own fp32 copy of x. Our ops, a compiler's and
+a checkpoint keep x itself, and backward would refuse it. So where the code around a block may
+write, by the look of it, its input is copied first, until a step has shown that it does not.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ...graph import facts
+from ...graph.effects import writes
+
+
+@dataclass(eq=False)
+class CallerWrites:
+    """What is known of the callers of one session's regions.
+
+    Attributes:
+        copies: whether inputs are copied.
+        settled: whether a whole step has been seen.
+    """
+
+    copies: bool = True
+    settled: bool = False
+    _found: bool = False
+    _seen: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    _given: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
+
+    def around(
+        self,
+        run: Callable[..., Any],
+        places: Sequence[int],
+        current: Callable[[], nn.Module | None],
+    ) -> Callable[..., Any]:
+        """``run``, a region's graph, on copies of its arguments at ``places``.
+
+        Args:
+            run: takes the inputs of the graph.
+            places: from ``open_inputs``.
+            current: gives the region that is being called.
+        """
+        if not places:
+            return run
+
+        def call(*args: Any) -> Any:
+            if self.copies:
+                self._look(current())
+            if not self.copies:
+                return run(*args)
+            given = list(args)
+            for i in places:
+                given[i] = args[i].clone()
+            if not self.settled:
+                self._given += [(weakref.ref(args[i]), args[i]._version) for i in places]
+            return run(*given)
+
+        return call
+
+    def _look(self, region: nn.Module | None) -> None:
+        """Look for writes into what was given before; settle when a region is called again."""
+        if self.settled:
+            return
+        for reference, version in self._given:
+            t = reference()
+            self._found |= t is not None and t._version != version
+        if region is None or region in self._seen:
+            self.settled, self.copies = True, self._found
+            self._given.clear()
+        else:
+            self._seen.add(region)
+
+
+def open_inputs(module: fx.GraphModule) -> list[int]:
+    """The inputs of a region's graph that its callers may write into when it has run.
+
+    These have a gradient, and are neither parameters, nor written or returned by the graph itself.
+    """
+    graph = module.graph
+    own = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
+    for n in next(reversed(graph.nodes)).all_input_nodes:
+        own |= facts.memories(n)
+    return [
+        i
+        for i, n in enumerate(graph.find_nodes(op="placeholder"))
+        if (t := facts.tensor(n)) is not None
+        and t.requires_grad
+        and not isinstance(t, nn.Parameter)
+        and not facts.memories(n) & own
+    ]
+
+
+def may_write(model: nn.Module | None, region: nn.Module | None) -> bool:
+    """Whether code of ``model`` around modules of the region's class looks like writing."""
+    if model is None or region is None:
+        return False
+    return any(_function_may_write(type(m), inspect.unwrap(type(m).forward))
+               for m in _around(model, type(region)))  # fmt: skip
+
+
+def _around(model: nn.Module, kind: type) -> Iterator[nn.Module]:
+    """The modules of ``model`` that hold modules of this class: a copy's regions have it, too."""
+    paths = {
+        ".".join(parts[:end])
+        for name, m in model.named_modules()
+        if type(m) is kind
+        for parts in [name.split(".")]
+        for end in range(len(parts) if name else 0)
+    }
+    return (m for name, m in model.named_modules() if name in paths)
+
+
+def _function_may_write(owner: type, function: Any) -> bool:
+    """Whether a method, or a function beside it that it names, has a write in its code."""
+    if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
+        return False
+    if _writes_by_code(function.__code__):
+        return True
+    names, scope = function.__code__.co_names, function.__globals__
+    named = (inspect.getattr_static(owner, n, scope.get(n)) for n in names)
+    return any(
+        isinstance(f, types.FunctionType)
+        and f.__module__ == function.__module__
+        and _writes_by_code(inspect.unwrap(f).__code__)
+        for f in named
+    )
+
+
+def _writes_by_code(code: types.CodeType) -> bool:
+    """Whether there is ``+=`` or the like, ``x[...] =``, or a name that ends in an underscore."""
+    if any(n.endswith("_") and not n.endswith("__") for n in code.co_names):
+        return True
+    key: Any = None
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_SUBSCR" and not isinstance(key, str):  # that of a dictionary
+            return True
+        key = step.argval if step.opname == "LOAD_CONST" else None
+        if step.opname == "BINARY_OP" and step.argrepr.endswith("="):
+            return True
+    return any(_writes_by_code(c) for c in code.co_consts if isinstance(c, types.CodeType))

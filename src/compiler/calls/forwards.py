@@ -1,0 +1,149 @@
+"""The forwards that are put into modules: when a call is captured, and when it passes by."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import warnings
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...memory.apply_plan import inside_checkpoint
+from ..opaque_calls import scanning, scans_whole
+from ..regions import leading_sizes, mark_dynamic
+from ..session import Session
+from .bypass import bypass_reason, hidden_hooks
+from .watch import of_all_modules
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Original:
+    """The forward of a module as it is without us: its own, or the one that its class has now.
+
+    Attributes:
+        is_method: whether the function takes the module as its first argument.
+    """
+
+    def __init__(self, previous: Any) -> None:
+        """Make one from ``previous``, the instance's own forward, or None if it has none."""
+        self._own = getattr(previous, "__func__", previous)
+        # a module that was unpickled carries its class's forward as its own
+        self.is_method = previous is None or isinstance(previous, types.MethodType)
+
+    def function(self, module: nn.Module) -> Any:
+        """The function behind it."""
+        return type(module).forward if self._own is None else self._own
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
+        function = self.function(module)
+        return function(module, *args, **kwargs) if self.is_method else function(*args, **kwargs)
+
+
+def block_forward(
+    session: Session, kind: str, original: Original, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The forward of a decoder block, or of a norm outside the blocks: one graph.
+
+    Args:
+        session: whose it is.
+        kind: ``"block"`` or ``"norm"``.
+        original: the forward as it was.
+        compiled: the captured form; one for each level of what is kept for backward.
+    """
+    inductor = kind == "block" and session.codegen[0] == "inductor"
+    aside = stands_aside(session)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if aside(self):
+            return original(self, *args, **kwargs)
+        watch = session.watches.of(self)
+        hooked, idle = watch.hooked(self)
+        reason = session.failure(self) or of_all_modules() or bypass_reason(args, kwargs, hooked)
+        if reason is None and kind == "norm" and not torch.is_grad_enabled():
+            reason = "evaluation: a lone norm is not worth a graph of its own"
+        if reason is not None:
+            session.note(self, reason)
+            return original(self, *args, **kwargs)
+        graph_args, graph_kwargs = args, kwargs
+        if inductor and torch.is_grad_enabled():
+            graph_args, graph_kwargs = _with_gradient(self, args, kwargs)
+        sizes = leading_sizes(args, kwargs)
+        if sizes is not None:
+            mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
+
+        planned = kind == "block" and torch.is_grad_enabled()
+        outer = planned and inside_checkpoint()
+        if planned and not outer:
+            session.planner.begin(self, prod(sizes or ()))
+
+        def variant() -> Any:
+            # a block inside of somebody else's checkpoint has a graph of its own
+            level = "outer" if outer else session.planner.level(self) if planned else None
+            return compiled(self, level, watch.code)
+
+        def as_it_was() -> Any:
+            return original(self, *args, **kwargs)
+
+        def around() -> Any:
+            scans = scanning(self) if watch.scans else None
+            return scans_whole(scans) if scans else _NOTHING
+
+        with hidden_hooks(idle) if idle else _NOTHING:
+            return session.call(self, variant, graph_args, graph_kwargs, as_it_was, around)
+
+    return forward
+
+
+def stands_aside(session: Session) -> Callable[[nn.Module], bool]:
+    """What tells whether a forward has nothing to do: it was restored, or somebody compiles it."""
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-24: untyped
+    def note() -> None:
+        """Runs while the outer compilation traces, once."""
+        session.outer_compile = True
+        warnings.warn(OUTER_COMPILE, stacklevel=2)
+
+    def aside(module: nn.Module) -> bool:
+        if module in session.retired:
+            return True
+        if torch.compiler.is_compiling():
+            note()
+            return True
+        return False
+
+    return aside
+
+
+OUTER_COMPILE = (
+    "torch.compile was put around a model that fusewright has optimized: inside it the "
+    "original code runs. Use one of the two: fusewright.restore(model) before torch.compile, "
+    "or optimize(model, codegen='inductor') without it."
+)
+
+
+def _with_gradient(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the first block's input need a gradient too, so that all blocks share one graph.
+
+    The embedding below a LoRA model is frozen, so its output needs none. The extra gradient costs
+    less than compiling a second graph for one block; it ends in a leaf that nobody sees.
+    """
+    name: str | None = None
+    x = args[0] if args else None
+    if not isinstance(x, Tensor):
+        tensors = ((k, v) for k, v in kwargs.items() if isinstance(v, Tensor))
+        name, x = next(tensors, (None, None))
+    # asked in this order because only the first block gets past it
+    if x is None or x.requires_grad or x.dim() != 3 or not x.is_floating_point():
+        return args, kwargs
+    if not any(p.requires_grad for p in module.parameters()):
+        return args, kwargs
+    leaf = x.detach().requires_grad_()
+    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})

@@ -1,0 +1,165 @@
+"""What lies below a captured module, and whether it is still what it was captured under.
+
+TorchDynamo guards values, not everything that a call depends on: hooks, and functions that are
+found through a class, may change behind its back. A ``Watch`` reads the submodules of a region once
+and compares what it read at each call, in loops that run in C.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _globals
+
+from ..opaque_calls import Scans, scanning
+from .bypass import below, hooks, is_block, is_container
+
+_HOOKS = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+_CALL = nn.Module.__call__, nn.Module._call_impl
+
+
+def of_all_modules() -> str | None:
+    """Why no module may be captured now: what was put on all of them; or None."""
+    if (
+        _globals._global_forward_hooks
+        or _globals._global_forward_pre_hooks
+        or _globals._global_backward_hooks
+        or _globals._global_backward_pre_hooks
+    ):
+        return "a hook is registered for all modules (register_module_forward_hook and its like)"
+    if (nn.Module.__call__, nn.Module._call_impl) != _CALL:
+        return "torch.nn.Module.__call__ has been replaced"
+    return None
+
+
+class Watches:
+    """The watches of one session, and what equal modules have in common."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+        self._methods: dict[tuple[type, ...], _Methods] = {}
+        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._passes = 0
+
+    def of(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
+        """What lies below ``module`` now.
+
+        Args:
+            module: a region.
+            outside: the path, name by name, to a submodule that is not captured with it.
+        """
+        # the methods of all classes are compared once for each pass over the model
+        if module in self._seen:
+            self._seen.clear()
+            self._passes += 1
+        self._seen.add(module)
+        watch = self._of.get(module)
+        if watch is None or not watch.holds(module):
+            watch = self._of[module] = Watch(module, outside)
+        if watch.passes != self._passes:
+            watch.passes = self._passes
+            known = self._methods.get(watch.classes)
+            if known is None:
+                known = self._methods[watch.classes] = _Methods(watch.classes)
+            watch.code = known.code(self._passes), watch.own_code
+        return watch
+
+
+class Watch:
+    """The modules below one region. It holds them, but not the region itself.
+
+    Attributes:
+        classes: those of the region and of all these modules, each once.
+        own_code: the code of forwards that stand in these modules themselves.
+        blocks: those of these modules that run graphs of their own.
+        scans: what ``leaves.scanning`` finds in them.
+        passes: number of the pass in which ``code`` was found.
+        code: tells apart what runs different code; equal for equal modules.
+    """
+
+    def __init__(self, module: nn.Module, outside: Sequence[str] = ()) -> None:
+        self._outside = outside
+        self._below = [m for _, m in below(module, outside)]
+        self._dicts = [m.__dict__ for m in self._below]
+        self._children = self._present(module)
+        self._kinds = list(map(type, self._below))
+        self._forwards = [d.get("forward") for d in self._dicts]
+        self.blocks = [m for m in self._below if is_block(m)]
+        self._called = [m.__dict__ for m in self._below if not is_container(m)]
+        self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
+        self._class_forwards = [c.forward for c in self.classes]
+        own = enumerate(self._forwards)
+        self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
+        self.scans: Scans = scanning(module)
+        self.passes = -1
+        self.code: Hashable = None
+
+    def _present(self, module: nn.Module) -> list[nn.Module | None]:
+        inner = chain.from_iterable([d["_modules"].values() for d in self._dicts])
+        return [*module._modules.values(), *inner]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the modules below, their classes and their forwards are those that were read."""
+        present = self._present(module)
+        return (
+            len(present) == len(self._children)
+            and all(map(is_, present, self._children))
+            and all(map(is_, map(type, self._below), self._kinds))
+            and all(map(is_, [d.get("forward") for d in self._dicts], self._forwards))
+            and [c.forward for c in self.classes] == self._class_forwards
+            and type(module) is self.classes[0]
+        )
+
+    def hooked(self, module: nn.Module) -> tuple[str | None, list[nn.Module]]:
+        """As ``bypass.hooks`` of the region, which is asked only where there are any."""
+        if not any(chain.from_iterable(map(_HOOKS, self._called))):
+            return None, []
+        return hooks(module, self._outside)
+
+
+def _code(forward: Any) -> Any:
+    """The code behind a forward; what a closure around it holds is guarded by TorchDynamo."""
+    function = getattr(forward, "func", forward)  # of a functools.partial
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
+
+
+class _Methods:
+    """The functions that some classes define, under a number for each state that was seen."""
+
+    def __init__(self, classes: Sequence[type]) -> None:
+        bases = dict.fromkeys(b for c in classes for b in c.__mro__)
+        self._spaces = [b.__dict__ for b in bases if b not in (nn.Module, object)]
+        self._values: list[Any] = []
+        self._states: list[list[Any]] = []
+        self._passes = -1
+        self._code = 0
+
+    def code(self, passes: int) -> tuple[int, int]:
+        """What tells this state of these classes apart; compared once for each pass."""
+        if passes != self._passes:
+            self._passes = passes
+            values = list(chain.from_iterable([s.values() for s in self._spaces]))
+            if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+                self._values = values
+                self._code = self._number([v for v in values if _is_method(v)])
+        return id(self), self._code
+
+    def _number(self, functions: list[Any]) -> int:
+        for i, state in enumerate(self._states):
+            if len(state) == len(functions) and all(map(is_, state, functions)):
+                return i
+        self._states.append(functions)
+        return len(self._states) - 1
+
+
+def _is_method(value: Any) -> bool:
+    """Whether a class's attribute is code that TorchDynamo would go through, and does not guard."""
+    return hasattr(value, "__get__") and not isinstance(value, type)

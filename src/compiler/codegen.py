@@ -1,0 +1,153 @@
+"""What runs a rewritten graph: eager PyTorch, or Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.run import without_advice
+from ..kernels.launch import has_triton
+
+_WORTH = 10_000_000
+"""Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
+
+
+def choose(codegen: str, blocks: Sequence[nn.Module]) -> tuple[str, str]:
+    """Decide what runs the leftovers of the blocks' graphs.
+
+    Args:
+        codegen: the user's choice: ``"auto"``, ``"eager"`` or ``"inductor"``.
+        blocks: the decoder blocks of the model.
+
+    Returns:
+        ``"eager"`` or ``"inductor"``, and the reason.
+    """
+    if codegen != "auto":
+        return codegen, "as asked"
+    if not blocks:
+        return "eager", "the model has no repeated blocks"
+    size = sum(p.numel() for b in blocks for p in b.parameters())
+    if size < _WORTH:
+        return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
+    device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
+    missing = _missing_compiler(device)
+    if missing:
+        return "eager", missing
+    return "inductor", "one compilation serves all blocks"
+
+
+def _missing_compiler(device: torch.device) -> str:
+    if device.type == "cpu":
+        found = any(shutil.which(c) for c in ("g++", "clang++", "c++"))
+        return "" if found else "no C++ compiler was found (g++ or clang++)"
+    return "" if has_triton() else "Triton is not installed"
+
+
+def prepare(module: nn.Module) -> threading.Thread | None:
+    """Start what Inductor must know before its first kernel for the CPU, in the background.
+
+    It finds the vector instructions by test programs, six runs of the C++ compiler one after the
+    other: as many seconds, which pass beside the capture instead of after it.
+
+    Args:
+        module: a captured module; its device decides.
+
+    Returns:
+        The thread to wait for before ``inductor``, or None if there is nothing to prepare.
+    """
+    if any(p.device.type != "cpu" for p in module.parameters()):
+        return None
+    # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
+    from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # what fails here fails again, and is told, in use
+            cpu_vec_isa.pick_vec_isa()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    return thread
+
+
+def _donate_nothing() -> None:
+    """Say that backward may overwrite no saved tensor.
+
+    Without donation (see ``inductor``) the list is never made, and torch 2.13 takes a missing one
+    for one that is not empty when a graph is retained.
+    """
+    context = torch._guards.TracingContext.try_get()
+    known = None if context is None else context.fw_metadata
+    if known is not None and getattr(known, "bw_donated_idxs", ()) is None:
+        known.bw_donated_idxs = []
+
+
+def inductor(
+    module: fx.GraphModule, examples: Sequence[Any], preparation: threading.Thread | None = None
+) -> Callable[..., Any]:
+    """Compile the graph with Inductor; our ops are traced through or called as they are.
+
+    Args:
+        module: the graph.
+        examples: its inputs, as Dynamo gave them.
+        preparation: what ``prepare`` returned; waited for as late as possible.
+    """
+    import torch._functorch.config as functorch_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        if preparation is not None:
+            preparation.join()
+        _donate_nothing()
+        return compile_fx_inner(*args, **kwargs)
+
+    # donated buffers would forbid a second backward over a retained graph, which eager allows
+    with functorch_config.patch(donated_buffer=False), without_advice():
+        # eager's random numbers: a checkpointed block may run eager first and compiled again
+        compiled = compile_fx(
+            module,
+            list(examples),
+            inner_compile=prepared,
+            config_patches={"fallback_random": True},
+        )
+    return _explaining(cast("Callable[..., Any]", compiled))
+
+
+def _explaining(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what goes wrong when its backward pass is differentiated say what to do instead."""
+
+    def run(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
+            if node is not None:
+                node.register_hook(_explained)
+        return outputs
+
+    return run
+
+
+def _explained(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+    if not torch.is_grad_enabled():
+        return None
+    return tuple(g if g is None else _CompiledOnce.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]
+
+
+class _CompiledOnce(torch.autograd.Function):
+    """The identity, of a gradient that compiled code has made."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the backward pass of a compiled block cannot be differentiated. For gradients of "
+            "gradients (create_graph=True), use fusewright.optimize(model, codegen='eager'), or "
+            "call fusewright.restore(model) first."
+        )

@@ -1,0 +1,239 @@
+"""Putting captured forwards into one model instance, and taking them out again.
+
+A region's module gets an instance attribute ``forward``: a bound method of a plain function. So
+``deepcopy`` gives an optimized copy (methods are rebound to the copy), pickling gives a plain one
+(a method is stored by name and found in the class), and signatures, hooks, ``isinstance``,
+parameters and ``state_dict`` are what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import backend
+from .calls.forwards import Original, block_forward
+from .calls.heads import backbone_forward, head_forward
+from .calls.opaque_blocks import Results, in_head
+from .opaque_calls import content, with_leaves
+from .regions import Region, parts
+from .session import Session
+
+_MARK = "__fusewright__"
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an installed forward knows.
+
+    Attributes:
+        session: the session that it belongs to.
+        kind: the region's kind, or ``"backbone"``.
+        previous: the instance's own forward before, or None when the class's was in use.
+    """
+
+    session: Session
+    kind: str
+    previous: Any
+
+
+def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
+    """The record of the forward that fusewright put into ``module``, or None.
+
+    Args:
+        module: any module.
+        wrapped: find it also under wrappers that others have put around it since, as
+            ``Accelerator.prepare`` does.
+    """
+    record = _on_top(module, wrapped)
+    if record is None and wrapped:
+        record = getattr(_unbound(module.__dict__.get(_REPLICATE)), _MARK, None)
+    return record
+
+
+def displaced(module: nn.Module) -> str | None:
+    """What stands in the place of a forward that fusewright put into ``module``, if anything does.
+
+    It may call ours, through a closure or not at all: nothing tells.
+    """
+    if installed(module, wrapped=True) is None or _on_top(module, wrapped=True) is not None:
+        return None
+    forward = _unbound(module.forward)
+    return getattr(getattr(forward, "__code__", None), "co_qualname", type(forward).__name__)
+
+
+def _on_top(module: nn.Module, wrapped: bool) -> Installed | None:
+    forward = module.__dict__.get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        inner = getattr(function, "__wrapped__", None)
+        record: Installed | None = getattr(function, _MARK, None)
+        # wraps() copies attributes, ours too: the real one is innermost
+        if record is not None and getattr(_unbound(inner), _MARK, None) is None:
+            return record
+        if not wrapped:
+            return None
+        forward = inner
+    return None
+
+
+def active(module: nn.Module) -> Installed | None:
+    """The record of an installed forward, wrapped by others or not, that was not restored."""
+    record = installed(module, wrapped=True)
+    return None if record is None or module in record.session.retired else record
+
+
+def _unbound(forward: Any) -> Any:
+    return getattr(forward, "__func__", forward)
+
+
+def install(regions: Iterable[Region], session: Session) -> None:
+    """Give the modules of ``regions`` captured forwards."""
+    results = Results()
+    for region in regions:
+        if region.kind == "head":
+            own = None if region.backbone else results
+            make = functools.partial(head_forward, session, region.outside, own)
+            _put(region.module, session, "head", make)
+            for module in region.backbone:
+                outside = functools.partial(backbone_forward, session)
+                _put(module, session, "backbone", outside)
+        else:
+            make = functools.partial(block_forward, session, region.kind)
+            _put(region.module, session, region.kind, make, results if region.in_head else None)
+
+
+def split(module: nn.Module, session: Session) -> Callable[[], None]:
+    """Make regions of the parts of a block that could not be captured.
+
+    Returns:
+        What undoes it.
+    """
+    record = installed(module, wrapped=True)
+    found = parts(module) if record is not None and record.kind == "block" else []
+    install(found, session)
+
+    def join() -> None:
+        for part in found:
+            for inner in part.module.modules():
+                uninstall(inner)
+
+    return join
+
+
+def uninstall(module: nn.Module) -> bool:
+    """Give ``module`` its own forward back; False when it has no installed one.
+
+    One that others have wrapped since cannot be taken out: it becomes idle.
+    """
+    hidden = installed(module, wrapped=True)
+    if hidden is not None:
+        hidden.session.retired.add(module)
+        module.__dict__.pop(_REPLICATE, None)
+    record = installed(module)
+    if record is None:
+        return False
+    if record.previous is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = _bound(record.previous, module)
+    return True
+
+
+def _bound(method: Any, module: nn.Module) -> Any:
+    """``method`` of ``module``, whichever copy of the module it was taken from."""
+    if isinstance(method, types.MethodType) and isinstance(method.__self__, type(module)):
+        return types.MethodType(method.__func__, module)
+    return method
+
+
+def _put(
+    module: nn.Module,
+    session: Session,
+    kind: str,
+    make: Callable[[Original, Callable[..., Any]], Callable[..., Any]],
+    results: Results | None = None,
+) -> None:
+    previous = module.__dict__.get("forward")
+    original = Original(previous)
+
+    def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
+        function = original.function(self)
+        source = (with_leaves(function) or function) if original.is_method else original
+
+        def build() -> Callable[..., Any]:
+            target = _own_code(source) if original.is_method else original.__call__
+            return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
+
+        return session.compiled(self, (source, code, variant), kind, build)
+
+    forward = make(original, compiled)
+    if results is not None:
+        forward = in_head(session, results, forward)
+    functools.update_wrapper(forward, original.function(module))
+    forward.__name__ = "forward"  # pickle stores a method by this name
+    record = Installed(session, kind, previous)
+    setattr(forward, _MARK, record)
+    session.retired.discard(module)
+    module.__dict__["forward"] = types.MethodType(forward, module)
+    module.__dict__[_REPLICATE] = types.MethodType(_replicating(record), module)
+
+
+def _replicating(record: Installed) -> Callable[[nn.Module], Any]:
+    """What makes a replica for ``nn.DataParallel``, which runs as the module was without us.
+
+    Our method would run the original's weights. A replica lives for one call; training on several
+    GPUs is better done with one process for each. The record stands here too, where those who put
+    another forward into the module leave it.
+    """
+
+    def replicate(self: nn.Module) -> Any:
+        replica = type(self)._replicate_for_data_parallel(self)
+        for name in ("forward", _REPLICATE):
+            replica.__dict__.pop(name, None)
+        if record.previous is not None:
+            replica.__dict__["forward"] = _bound(record.previous, replica)
+        return replica
+
+    replicate.__name__ = _REPLICATE  # pickle stores a method by this name
+    setattr(replicate, _MARK, record)
+    return replicate
+
+
+_serial = itertools.count(1)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``function``, and of what it wraps, with code objects of its own.
+
+    Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
+    file, line and name of the code which sizes have varied, so that a second model with another
+    head size would get a symbolic one. A renamed copy keeps this model's apart from all others'.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    inner = getattr(function, "__wrapped__", None)
+    closure, copied = function.__closure__, None
+    if isinstance(inner, types.FunctionType) and closure is not None:
+        copied = _own_code(inner)
+        closure = tuple(
+            types.CellType(copied) if content(cell) is inner else cell for cell in closure
+        )
+    name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
+    copy = types.FunctionType(
+        function.__code__.replace(co_name=name), function.__globals__, function.__name__,
+        function.__defaults__, closure,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    if copied is not None:
+        copy.__dict__["__wrapped__"] = copied
+    return copy

@@ -1,0 +1,287 @@
+"""Logits that a graph returns beside a fused loss: lazy, and joined with the loss."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ...graph import facts
+from ...graph.canon import canonical
+from ...graph.edit import prune
+from ...graph.effects import writes
+from ...rewrite.findings import Finding
+from .joined_loss import Plan, logits_alone, loss_and_logits
+
+_CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
+
+Losses = Mapping[str, fx.Node]
+"""The nodes of a graph before it was rewritten, by their names."""
+
+
+def losses(module: fx.GraphModule) -> Losses:
+    """A copy of the graph, if there is a loss in it that a rule may fuse; else nothing."""
+    if not any((c := canonical(n)) and c.name == "cross_entropy" for n in module.graph.nodes):
+        return {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    return {old.name: new for old, new in env.items()}
+
+
+def join_logits(
+    module: fx.GraphModule, before: Losses, findings: Sequence[Finding], lazy: bool
+) -> int:
+    """Join fused losses with the logits that are returned beside them.
+
+    A returned value is logits when it is a projection (and scalings, soft cap and casts of it) that
+    reads the same head as a ``linear_cross_entropy`` of this graph, and when nothing but the
+    graph's output uses it. In eager mode the loss is computed from them: so hooks on them, and
+    gradients with respect to them, are the loss's. ``joined.py`` makes it so.
+
+    Args:
+        module: the graph after the rules; changed in place.
+        before: what ``losses`` returned before them.
+        findings: what they did.
+        lazy: whether the logits are computed only when they are read.
+
+    Returns:
+        How many outputs were joined, or became lazy.
+    """
+    graph = module.graph
+    output = next(reversed(graph.nodes))
+    written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
+    made = 0
+    for node in dict.fromkeys(output.all_input_nodes):
+        fused = [n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"]
+        chain = _logits_chain(node, {n.args[1] for n in fused})
+        if not chain or any(u is not output and u not in chain for n in chain for u in n.users):
+            continue
+        if any(facts.memories(n) & written for c in chain for n in (c, *c.all_input_nodes)):
+            continue
+        ours = [(n, root) for n in fused if (root := _root(n, before, findings, node)) is not None]
+        if len(ours) == 1:
+            done = _join(module, node, chain, *ours[0], before[node.name], lazy)
+        else:
+            done = lazy and not ours and _defer(module, node, chain)
+        made += done
+    undone = _undo(module, before, findings, output)
+    if made or undone:
+        graph.lint()
+        module.recompile()
+    return made
+
+
+def _undo(
+    module: fx.GraphModule, before: Losses, findings: Sequence[Finding], output: fx.Node
+) -> int:
+    """Put losses back as they were, where a value that is returned would not lead to them any more.
+
+    So it is where the graph uses its logits for something else as well: they exist then, but hooks
+    on them, and gradients with respect to them, would miss what comes from the loss.
+    """
+    graph, undone = module.graph, 0
+    for fused in [
+        n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"
+    ]:
+        finding = next((f for f in findings if fused.name in f.claimed), None)
+        root = None if finding is None else before.get(finding.node)
+        if finding is None or root is None:
+            continue
+        lost = [
+            n for n in output.all_input_nodes
+            if n.name in before and root in _after(before[n.name]) and fused not in _after(n)
+        ]  # fmt: skip
+        if not lost or not _put_back(module, fused, root):
+            continue
+        finding.status, undone = "left", undone + 1
+        finding.reason = f"{lost[0].name}, which is returned, is not only for the loss"
+    return undone
+
+
+def _put_back(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool:
+    """Compute a loss from the nodes that there still are; False where one of them comes later."""
+    graph = module.graph
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    present = {n.name: n for n in graph.nodes}
+    missing, queue = {root}, [root]
+    env: dict[fx.Node, fx.Node] = {}
+    while queue:
+        for n in queue.pop().all_input_nodes:
+            if n.name in present:
+                env[n] = present[n.name]
+            elif n not in missing:
+                missing.add(n)
+                queue.append(n)
+    if any(order[n] > order[fused] for n in env.values()):
+        return False
+    with graph.inserting_before(fused):
+        for n in root.graph.nodes:
+            if n in missing:
+                env[n] = graph.node_copy(n, lambda a: env[a])
+    fused.replace_all_uses_with(env[root])
+    prune(graph, [fused])
+    return True
+
+
+def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
+    """The nodes from the projection to ``node``, or nothing when they are no logits."""
+    chain: list[fx.Node] = []
+    while True:
+        canon = canonical(node)
+        if canon is None:
+            return []
+        chain.append(node)
+        if canon.name == "linear":
+            return chain[::-1] if canon.args[1] in heads else []
+        inner = [a for a in canon.args if isinstance(a, fx.Node)]
+        if canon.name not in _CHAIN or len(inner) != 1:
+            return []
+        node = inner[0]
+
+
+def _root(
+    fused: fx.Node, before: Losses, findings: Sequence[Finding], logits: fx.Node
+) -> fx.Node | None:
+    """The loss that ``fused`` has replaced, if it was computed from ``logits``."""
+    root = next((before.get(f.node) for f in findings if fused.name in f.claimed), None)
+    if root is None or logits.name not in before:
+        return None
+    return root if root in _after(before[logits.name]) else None
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    """All that is computed from a node."""
+    found: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        new = [u for u in queue.pop().users if u not in found]
+        found.update(new)
+        queue += new
+    return found
+
+
+def _join(
+    module: fx.GraphModule,
+    node: fx.Node,
+    chain: list[fx.Node],
+    fused: fx.Node,
+    root: fx.Node,
+    was: fx.Node,
+    lazy: bool,
+) -> bool:
+    """Let the fused loss and the logits be one node; False where that cannot be."""
+    graph, canon = module.graph, canonical(fused)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    present = {n.name: n for n in graph.nodes}
+    tail, names = _tail(root, was, present)
+    others = [present[name] for name in names]
+    logits, inputs = _body(chain)
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    if canon is None or linear is None or dtype is None:
+        return False
+    if any(order[n] > order[fused] for n in (*inputs, *others)):
+        return False
+    if any(writes(n) for n in tail.nodes):
+        return False
+    plan = Plan(lazy, _keeps(chain), dtype, len(inputs), len(others))
+    with graph.inserting_before(fused):
+        bodies = _add(module, logits, plan), _add(module, tail, None)
+        pair = graph.call_function(
+            loss_and_logits, (*bodies, *linear.args[:2], *inputs, *others, *canon.args)
+        )
+        loss, returned = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
+    _describe(pair, fused)
+    _replace(fused, loss)
+    _replace(node, returned)
+    prune(graph, [fused, *reversed(chain)])
+    return True
+
+
+def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
+    """Let logits that no loss is computed from be lazy."""
+    graph = module.graph
+    logits, inputs = _body(chain)
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    if linear is None or dtype is None:
+        return False
+    plan = Plan(True, _keeps(chain), dtype, len(inputs), 0)
+    with graph.inserting_after(node):
+        body = _add(module, logits, plan)
+    with graph.inserting_after(body):
+        made = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
+    _replace(node, made)
+    prune(graph, list(reversed(chain)))
+    return True
+
+
+def _body(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+    """The logits as a graph of their inputs, and these."""
+    body = fx.Graph()
+    inputs = list(dict.fromkeys(i for n in chain for i in n.all_input_nodes if i not in chain))
+    env = {n: body.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
+    for n in chain:
+        env[n] = body.node_copy(n, lambda a: env[a])
+    body.output(env[chain[-1]])
+    return body, inputs
+
+
+def _tail(
+    root: fx.Node, logits: fx.Node, present: Mapping[str, fx.Node]
+) -> tuple[fx.Graph, list[str]]:
+    """The loss as a graph of the logits and of nodes that there still are, and their names."""
+    body, inside = fx.Graph(), _after(logits)
+    env = {logits: body.placeholder("logits")}
+    needed, queue = {root}, [root]
+    inputs: list[fx.Node] = []
+    while queue:
+        for n in queue.pop().all_input_nodes:
+            if n in needed or n is logits:
+                continue
+            needed.add(n)
+            if n.op == "placeholder" or (n not in inside and n.name in present):
+                inputs.append(n)
+            else:
+                queue.append(n)
+    for i, n in enumerate(inputs):
+        env[n] = body.placeholder(f"input_{i}")
+    for n in root.graph.nodes:
+        if n in needed and n not in env:
+            env[n] = body.node_copy(n, lambda a: env[a])
+    body.output(env[root])
+    return body, [n.name for n in inputs]
+
+
+def _keeps(chain: list[fx.Node]) -> bool:
+    """Whether the history of the logits keeps nothing of their size."""
+    return all(
+        (c := canonical(n)) is not None
+        and c.name != "tanh"
+        and (n is chain[0] or len(n.all_input_nodes) == 1)
+        for n in chain
+    )
+
+
+def _add(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) -> fx.Node:
+    """A submodule for a graph; returns the node that reads it."""
+    index = sum(name.startswith("lazy_logits_") for name, _ in module.named_children())
+    name = f"lazy_logits_{index}"
+    made = fx.GraphModule(module, body)
+    made.meta["plan"] = plan
+    module.add_submodule(name, made)
+    return module.graph.get_attr(name)
+
+
+def _describe(new: fx.Node, old: fx.Node) -> None:
+    kept = ("nn_module_stack", "stack_trace", "example_value", "fusewright_rule")
+    new.meta.update({k: old.meta[k] for k in kept if k in old.meta})
+
+
+def _replace(old: fx.Node, new: fx.Node) -> None:
+    """Let what used the one use the other, but for the nodes of the logits themselves."""
+    _describe(new, old)
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

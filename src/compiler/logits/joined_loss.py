@@ -1,0 +1,294 @@
+"""A fused loss and the logits that it is of, as autograd sees them in eager mode.
+
+The loss is made of the rows and the head, and its logits never exist. But somebody may hook them,
+ask for their gradient, or use them in another loss; so the history is the one of eager mode:
+
+    rows, head ──▶ logits ──▶ loss
+
+What flows from the loss to the logits is lazy, too. Where it arrives as it was sent, the gradients
+of rows and head are those that the fused loss has found. Where a hook has changed it, or it was
+added to another gradient, its values are computed, and sent back through the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.graph import get_gradient_edge
+
+from ...kernels.loss import linear_cross_entropy_parts as op
+from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
+from ...kernels.second_order import differentiable, gradients
+from .lazy_logits import LazyGradient, LazyLogits
+
+Body = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a loss and its logits is known from the graph.
+
+    Attributes:
+        lazy: whether the logits are computed only when they are read.
+        keeps: whether the logits' history keeps nothing of their size, so that it may stay.
+        dtype: of the logits.
+        inputs: how many inputs the logits have.
+        others: how many inputs the loss has besides its logits.
+    """
+
+    lazy: bool
+    keeps: bool
+    dtype: torch.dtype
+    inputs: int
+    others: int
+
+
+@dataclass(eq=False)
+class _Join:
+    """One call: its two formulas, and what they are computed in.
+
+    Attributes:
+        plan: of the graph.
+        logits: computes the logits from their inputs.
+        loss: computes the loss from the logits and its other inputs, as the model does.
+        shape: of the logits.
+        device: of everything.
+        autocast: (whether it is on, its dtype), as in the forward pass.
+        versions: what tells whether an input of the logits was written to since.
+        made: the inputs of the logits and the history that leads to them, if they were computed.
+    """
+
+    plan: Plan
+    logits: Body
+    loss: Body
+    shape: tuple[int, ...]
+    device: torch.device
+    autocast: tuple[bool, torch.dtype]
+    versions: tuple[int, ...]
+    made: tuple[list[Any], Any] | None = None
+
+    @contextmanager
+    def mode(self, grad: bool) -> Iterator[None]:
+        """The mode of the forward pass, with gradients or without."""
+        enabled, dtype = self.autocast
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(self.device.type, dtype, enabled),
+            # what is kept here is nothing that a checkpoint around a reader should count
+            torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is),
+        ):
+            yield
+
+    def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
+        """The values of the logits, without a history."""
+        if _versions(inputs) != self.versions:
+            raise RuntimeError(
+                "these logits were not read before the weights that make them were changed (by an "
+                "optimizer, most likely). Read them earlier, or use "
+                "fusewright.optimize(model, logits='always')."
+            )
+        if not (keep and self.plan.keeps):
+            with self.mode(False):
+                return self.logits(*inputs)
+        own = [_leaf(t) for t in inputs]
+        with self.mode(True):
+            made = self.logits(*own)
+        self.made = own, get_gradient_edge(made)
+        return made.detach()
+
+    def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
+        """The logits, computed when they are read; with a history to ``keep`` if possible."""
+        return LazyLogits(
+            lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
+        )
+
+    def gradient(
+        self, inputs: tuple[Any, ...], others: tuple[Any, ...], grad: Tensor, differentiable: bool
+    ) -> Tensor:
+        """The gradient of the logits from the one of the loss."""
+        with self.mode(differentiable):
+            logits = self.logits(*inputs)
+        if not logits.requires_grad:
+            logits = logits.detach().requires_grad_()
+        with self.mode(True):
+            loss = self.loss(logits, *others)
+        found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
+        return found[0]
+
+
+def _detached(t: Tensor) -> Tensor:
+    return t.detach()
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _versions(values: tuple[Any, ...]) -> tuple[int, ...]:
+    tensors = (v for v in values if isinstance(v, Tensor) and not v.is_inference())
+    return tuple(t._version for t in tensors)
+
+
+def _leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def _logits_again(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    count = len(ctx.needs_input_grad)
+    if grad is None:
+        return (None,) * count
+    inputs = ctx.saved_tensors
+
+    def formula(*own: Any) -> Tensor:
+        with ctx.join.mode(True):
+            made: Tensor = ctx.join.logits(*own)
+        return made
+
+    if isinstance(grad, LazyLogits):
+        grad = grad.materialize()
+    return (None,) * 4 + gradients(formula, inputs, ctx.needs_input_grad[4:], (grad,))
+
+
+class _Logits(torch.autograd.Function):
+    """The logits; ``fused`` are the loss's operands, which its gradients are sent to."""
+
+    @staticmethod
+    def forward(ctx: Any, join: _Join, *tensors: Any) -> Tensor:
+        """``tensors`` are the fused loss's operands, three, and the inputs of the logits."""
+        inputs = tensors[3:]
+        ctx.join = join
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        keep = any(ctx.needs_input_grad[4:])
+        return join.lazy(inputs, keep) if join.plan.lazy else join.compute(inputs, keep)
+
+    @staticmethod
+    @differentiable(_logits_again)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needed)
+        if isinstance(grad, LazyGradient) and not grad.is_written:
+            return None, *grad.direct(), *(None for _ in needed[4:])
+        if isinstance(grad, LazyLogits):
+            grad = grad.values()
+        if ctx.join.made is None:
+            return _logits_again(ctx, grad)
+        own, edge = ctx.join.made
+        wanted = [i for i, need in enumerate(needed[4:]) if need]
+        found = torch.autograd.grad(
+            edge, [own[i] for i in wanted], grad, retain_graph=True, allow_unused=True
+        )
+        pairs = dict(zip(wanted, found, strict=True))
+        return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needed) - 4))
+
+
+def _loss_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    inputs = ctx.next_functions[0][0].saved_tensors
+    found = ctx.join.gradient(inputs, ctx.saved_tensors[4:], grad, torch.is_grad_enabled())
+    return None, found, *(None for _ in ctx.needs_input_grad[2:])
+
+
+class _Loss(torch.autograd.Function):
+    """The fused loss of logits that need not exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, join: _Join, logits: Tensor, needed: list[bool], operands: tuple[Any, ...],
+        settings: op.Settings, *others: Any,
+    ) -> Tensor:  # fmt: skip
+        """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
+        x, weight, bias, labels = operands
+        loss, found = op.found(x, weight, bias, labels, settings, needed)
+        ctx.join, ctx.needed, ctx.settings = join, needed, settings
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
+        ctx.save_for_backward(*found, *others)
+        return loss
+
+    @staticmethod
+    @differentiable(_loss_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found, others = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
+        inputs = _saved(ctx.next_functions[0][0])
+
+        def values() -> Tensor:
+            if inputs is None:
+                raise RuntimeError(
+                    "the gradient of these logits cannot be computed: what they are made of was "
+                    "written to since. Use fusewright.optimize(model, logits='always')."
+                )
+            made: Tensor = join.gradient(inputs, others, grad, False)
+            return made
+
+        lazy = LazyGradient(values, join.shape, join.plan.dtype, join.device)
+        lazy.direct = lambda: op.scaled(found, grad, like, needed, settings.logit_scale)
+        return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def _saved(node: Any) -> tuple[Any, ...] | None:
+    """What a node has kept; None where it was written to since."""
+    try:
+        kept: tuple[Any, ...] = node.saved_tensors
+    except RuntimeError:
+        return None
+    return kept
+
+
+def _call(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any) -> _Join:
+    device = rows.device
+    autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    shape = (*rows.shape[:-1], head.shape[0])
+    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _versions(inputs))
+
+
+def _records(tensors: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        t.requires_grad for t in tensors if isinstance(t, Tensor)
+    )
+
+
+def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: Any) -> Tensor:
+    """Lazy logits that no loss is computed from; see ``loss_and_logits``."""
+    join = _call(logits, None, rows, head, inputs)
+    if not _records(inputs):
+        return join.lazy(inputs)
+    made: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
+    return made
+
+
+def loss_and_logits(
+    logits: fx.GraphModule, loss: fx.GraphModule, rows: Tensor, head: Tensor, *values: Any
+) -> tuple[Tensor, Tensor]:
+    """The fused loss, and the logits that it is of.
+
+    Args:
+        logits: computes the logits; its ``meta`` has the plan.
+        loss: computes the loss from them.
+        rows: (..., H), what the head projects; gives shape and device.
+        head: (V, H), the head's weight.
+        values: the inputs of ``logits``, the other inputs of ``loss``, and the arguments of
+            ``linear_cross_entropy``.
+    """
+    plan: Plan = logits.meta["plan"]
+    inputs, rest = values[: plan.inputs], values[plan.inputs :]
+    others, arguments = rest[: plan.others], rest[plan.others :]
+    join = _call(logits, loss, rows, head, inputs)
+    if not _records((*inputs, *arguments)):
+        fused = linear_cross_entropy(*arguments)
+        return fused, join.lazy(inputs) if plan.lazy else join.compute(inputs, False)
+    operands = op.operands(*arguments[:3])
+    made: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
+    needed = [t is not None and t.requires_grad for t in operands]
+    bare = (*(t if t is None else t.detach() for t in operands), arguments[3])
+    chosen = op.settings(*arguments[4:])
+    with torch.autocast(rows.device.type, enabled=False):
+        result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+            join, made, needed, bare, chosen, *others
+        )
+    return result, made

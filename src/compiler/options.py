@@ -1,0 +1,77 @@
+"""What ``optimize`` was asked for: one frozen record, checked once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..memory.budget import Budget
+
+Codegen = Literal["auto", "eager", "inductor"]
+Logits = Literal["lazy", "always"]
+Verify = Literal["first", "always", "off"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of one ``optimize`` call.
+
+    Attributes:
+        passes: the rules, in order.
+        codegen: what runs the nodes that no rule claimed.
+        memory: ``"speed"``, ``"auto"``, ``"min"``, or a size such as ``"8GB"``.
+        logits: ``"lazy"`` computes ``outputs.logits`` when it is read, ``"always"`` at once.
+        verify: ``"first"`` checks each distinct rewrite once, ``"always"`` at every capture.
+        strict: raise when a site is refused or missed.
+    """
+
+    passes: tuple[Any, ...]
+    codegen: Codegen = "auto"
+    memory: str = "speed"
+    logits: Logits = "lazy"
+    verify: Verify = "first"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                choices = ", ".join(repr(c) for c in get_args(allowed))
+                raise ValueError(f"{name}={value!r} is not one of {choices}")
+        Budget.parse(self.memory)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The documented environment variables, read here and nowhere else.
+
+    Attributes:
+        dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph before and after, as Python.
+        fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
+        disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
+        traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
+    """
+
+    dump: str | None
+    fuel: int | None
+    disable: frozenset[str]
+    traceback: bool = False
+
+    @classmethod
+    def read(cls) -> Environment:
+        """Read the variables as they are now.
+
+        Raises:
+            ValueError: ``FUSEWRIGHT_FUEL`` is no number.
+        """
+        fuel = os.environ.get("FUSEWRIGHT_FUEL")
+        if fuel and not fuel.isdecimal():
+            raise ValueError(f"FUSEWRIGHT_FUEL={fuel!r}: the number of rewrites allowed, as in 12")
+        names = os.environ.get("FUSEWRIGHT_DISABLE", "").split(",")
+        return cls(
+            dump=os.environ.get("FUSEWRIGHT_DUMP") or None,
+            fuel=int(fuel) if fuel else None,
+            disable=frozenset(n.strip() for n in names if n.strip()),
+            traceback=os.environ.get("FUSEWRIGHT_TRACEBACK", "0") not in ("", "0"),
+        )

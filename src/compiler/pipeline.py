@@ -1,0 +1,251 @@
+"""The three verbs: optimize a model, explain what was done, restore it.
+
+The pipeline, top to bottom: ``regions.find`` says which callables are captured, ``install`` gives
+them captured forwards, TorchDynamo hands each graph to ``capture.backend`` at its first call, the
+rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before it is installed, and
+``codegen`` runs the result.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptimizeError
+from ..memory.budget import Budget
+from ..memory.levels import allowed
+from ..memory.meter import Meter
+from ..memory.planner import Planner
+from ..passes import PIPELINE
+from ..report import Bypass, Report, Site
+from ..rewrite.engine import Fuel
+from ..rewrite.rule import Rule
+from ..rewrite.verify import Verifier, quiet_randomness
+from . import codegen as _codegen
+from . import regions
+from .calls.forwards import OUTER_COMPILE
+from .install import active, displaced, install, split, uninstall
+from .options import Codegen, Environment, Logits, Options, Verify
+from .session import Session, representative
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    passes: Sequence[Rule] = PIPELINE,
+    codegen: Codegen = "auto",
+    memory: str = "speed",
+    logits: Logits = "lazy",
+    verify: Verify = "first",
+    strict: bool = False,
+) -> Any:
+    """Make a model's training step faster and leaner, in place, without changing its results.
+
+    Graphs are captured at the first call, so this returns at once (unless ``strict``). Calling it
+    again replaces the earlier choices.
+
+    Args:
+        model: a decoder model of transformers, plain or wrapped by PEFT (before or after).
+        passes: the rewrite rules, in order; ``[*PIPELINE, MyRule()]`` adds one.
+        codegen: what runs the nodes that no rule claimed: ``"eager"``, ``"inductor"`` (one
+            compilation, shared by all blocks), or ``"auto"``.
+        memory: what blocks keep between forward and backward. ``"speed"``: what makes the step
+            fastest; ``"min"``: their input, and everything else is computed again; a size such as
+            ``"8GB"``: as much as a training step may keep without the process (on a GPU: the
+            tensors on it) taking more than that; ``"auto"``: as much as the device has memory for.
+        logits: ``"lazy"``: in a call with labels, ``outputs.logits`` is computed when it is read;
+            ``"always"``: it is computed at once.
+        verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
+            installed, ``"always"`` every one, ``"off"`` none.
+        strict: capture now, and raise when a formula was refused or missed.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: ``model`` is no module, or one of ``passes`` is no rule.
+        AttributeError: a rule's pattern asks for an operation that there is none of.
+        ValueError: an option has no such value.
+        OptimizeError: ``strict`` found a gap; the message lists all of them.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    _require_rules(passes)
+    options = Options(tuple(passes), codegen, memory, logits, verify, strict)
+    environment = Environment.read()
+    restore(model)
+    found = regions.find(model)
+    blocks = [r.module for r in found if r.kind == "block"]
+    choice = _codegen.choose(codegen, blocks)
+    session = Session(
+        options,
+        environment,
+        choice,
+        Verifier(always=verify == "always", traced=choice[0] == "inductor"),
+        Fuel(environment.fuel),
+        _planner(model, blocks, memory, choice[0]),
+        split=split,
+    )
+    install(found, session)
+    if strict:
+        _require_no_gaps(explain(model), session)
+    return model
+
+
+def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
+    device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
+    parts = weakref.ref(model), weakref.WeakSet(blocks), Meter(device)
+    return Planner(Budget.parse(memory), *parts, allowed(choice, host=device.type == "cuda"))
+
+
+def planner_of(model: nn.Module) -> Planner | None:
+    """The planner of an optimized model, or None: for a trainer, to repeat a first step."""
+    found = (active(m) for m in model.modules())
+    return next((record.session.planner for record in found if record), None)
+
+
+def _require_rules(passes: Sequence[Rule]) -> None:
+    """Raise what is wrong with a rule now: inside a capture it would only end the capture."""
+    for rule in passes:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"passes holds {rule!r}, which is no instance of Rule")
+        rule.compiled()
+
+
+def restore(model: nn.Module) -> Any:
+    """Give every module of ``model`` its original forward back, exactly.
+
+    Args:
+        model: an optimized model; any other is left as it is.
+
+    Returns:
+        The same object.
+    """
+    for module in model.modules():
+        uninstall(module)
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """Say what was rewritten in ``model``, what was not, and why.
+
+    If nothing has been captured yet, one tiny forward and backward runs first. Gradients and the
+    random state are left untouched.
+
+    Args:
+        model: a model that ``optimize`` was called on.
+
+    Returns:
+        The report; ``print`` it, or read its ``sites``.
+    """
+    places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
+    if not places:
+        reason = "no repeated decoder blocks were found, or optimize(model) was not called"
+        return Report((), (Bypass("", reason),))
+    session = places[0][2].session
+    sites: list[Site] = []
+    bypasses: list[Bypass] = []
+
+    def ran(module: nn.Module) -> bool:
+        return module in session.runs or module in session.notes
+
+    if not session.outer_compile and not any(ran(m) for _, m, _ in places):
+        try:
+            _tiny_step(model)
+            if any(r.kind == "head" and not ran(m) for _, m, r in places):
+                _tiny_step(model)  # a head that calls the blocks itself is captured the second time
+        except Exception as error:  # a model may want other inputs; explaining must not crash
+            reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
+            bypasses.append(Bypass("", f"{reason}call the model once yourself, then explain it"))
+    if session.outer_compile:
+        bypasses.append(Bypass("", OUTER_COMPILE))
+    for path, module, record in places:
+        graph = representative(session.runs.get(module, []))
+        if graph is not None:
+            sites += [_site(path, f) for f in graph.findings if f.status != "left"]
+            bypasses += [
+                Bypass(_join(path, f.home), f"{f.rule}: {f.reason}")
+                for f in graph.findings
+                if f.status == "left"
+            ]
+        elif record.kind == "head" and not ran(module) and not session.outer_compile:
+            bypasses.append(Bypass(path, "no call with labels has been captured"))
+        if (other := displaced(module)) is not None:
+            reason = f"{other} was put in the place of its forward, and may or may not call it"
+            bypasses.append(Bypass(path, reason))
+        bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
+    captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}
+    regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)
+    choice = f"{session.codegen[0]} ({session.codegen[1]})"
+    speed = _bandwidth(model) if sites else None
+    kept = session.planner.describe()
+    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept)
+
+
+def _join(path: str, home: str) -> str:
+    return ".".join(p for p in (path, home) if p)
+
+
+def _site(path: str, f: Any) -> Site:
+    return Site(
+        _join(path, f.home), f.rule, f.op, f.status, f.reason, f.formulas, **asdict(f.figures)
+    )
+
+
+def _bandwidth(model: nn.Module) -> float | None:
+    """Bytes per second that the model's device reads and writes in a copy: a few milliseconds."""
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    if device.type not in ("cpu", "cuda"):
+        return None
+    source = torch.zeros(8 << 20, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(3):
+        _finish(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _finish(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _tiny_step(model: nn.Module) -> None:
+    """One small forward and backward, so that there is something to report on."""
+    embedding = regions.input_embeddings(model)
+    if embedding is None:
+        return
+    weight = next(embedding.parameters())
+    with quiet_randomness(), torch.enable_grad():
+        ids = torch.arange(22, device=weight.device).reshape(2, 11) % weight.shape[0]
+        try:
+            outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        except TypeError:  # a model without a cache has no such argument
+            outputs = model(input_ids=ids, labels=ids)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        # an output class has the loss by name, a tuple has it first
+        loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and wanted:
+            torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def _require_no_gaps(report: Report, session: Session) -> None:
+    gaps = [f"{s.module}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
+    gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.failed.items()]
+    if not report.sites:
+        gaps += [f"{b.module or 'the model'}: {b.reason}" for b in report.bypasses]
+    if gaps:
+        raise OptimizeError(
+            "strict=True, and these places run as they were:\n  "
+            + "\n  ".join(dict.fromkeys(gaps))
+            + "\nPass strict=False to accept them; explain(model) lists them."
+        )

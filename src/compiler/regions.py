@@ -1,0 +1,235 @@
+"""Which callables of a model are captured, by structure alone.
+
+Three kinds of region:
+
+* **block**: an element of a repeated ``ModuleList``: a decoder layer, whatever its class is called.
+* **norm**: a leaf outside the blocks with nothing but vectors as parameters, or with an epsilon:
+  the final norm.
+* **head**: the causal LM's own forward with the backbone left outside: head, shift and loss.
+
+A block that cannot be captured as a whole gives way to its ``parts``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls.bypass import is_container
+
+_LOSS_ARGUMENT = "labels"
+"""The one name that models share: what Trainer, and everybody, passes for a loss."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One module whose forward is captured.
+
+    Attributes:
+        path: as in ``named_modules()``.
+        module: the module.
+        kind: ``"block"``, ``"norm"`` or ``"head"``.
+        outside: for a head, the path, name by name, to the submodule that stays outside.
+        backbone: for a head, this submodule; then those inside it that hold all blocks, one of
+            which the head may call in its place. Empty where the head calls the blocks itself.
+        in_head: for a block, whether a head that is captured calls it.
+    """
+
+    path: str
+    module: nn.Module
+    kind: str
+    outside: tuple[str, ...] = ()
+    backbone: tuple[nn.Module, ...] = ()
+    in_head: bool = False
+
+
+def find(model: nn.Module) -> list[Region]:
+    """Find the regions of ``model``, in its own order.
+
+    Args:
+        model: any module; plain or wrapped by PEFT.
+
+    Returns:
+        The regions; empty when the model has no repeated blocks.
+    """
+    blocks = dict(_blocks(model))
+    if not blocks:
+        return []
+    inside = tuple(f"{path}." for path in blocks)
+    regions = []
+    head = _head(model, list(blocks.values()))
+    in_head = set(head.module.modules()) - set(_outside(head).modules()) if head else set()
+    flat = head is not None and not head.backbone
+    for path, module in model.named_modules():
+        if path in blocks:
+            regions.append(Region(path, module, "block", in_head=flat))
+        elif not path.startswith(inside) and _is_norm(module) and module not in in_head:
+            regions.append(Region(path, module, "norm"))
+    if head is not None:
+        regions.append(head)
+    return regions
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The elements of the outermost repeated lists of modules."""
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if any(path == t or path.startswith(f"{t}.") for t in taken):
+            continue
+        if isinstance(module, nn.ModuleList) and _is_stack(module):
+            taken.append(path)
+            for name, block in module.named_children():
+                yield f"{path}.{name}" if path else name, block
+        elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
+            taken.append(path)
+            yield path, module
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    """At least two composite modules of one class (or of few: hybrids alternate)."""
+    if len(modules) < 2:
+        return len(modules) == 1 and _is_hinted(modules[0])
+    kinds = {type(m) for m in modules}
+    composite = all(any(True for _ in m.children()) for m in modules)
+    return composite and (len(kinds) < len(modules) or all(_is_hinted(m) for m in modules))
+
+
+def _is_hinted(module: nn.Module) -> bool:
+    """Transformers marks its decoder layers by a base class; a hint, not a requirement."""
+    return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A leaf with nothing but vectors, or with no parameter but an epsilon."""
+    own = list(module.parameters(recurse=False))
+    if any(True for _ in module.children()):
+        return False
+    if not own:
+        named = vars(module)
+        has_eps = any("eps" in name and isinstance(v, float) for name, v in named.items())
+        return has_eps or "normalized_shape" in named
+    return all(p.dim() == 1 for p in own)
+
+
+def parts(block: nn.Module) -> list[Region]:
+    """The regions inside a block that cannot be captured as one graph.
+
+    Args:
+        block: the block.
+
+    Returns:
+        Its children, and the elements of its lists: composite ones as blocks, norms as norms. Lone
+        projections are none.
+    """
+    found = []
+    for name, child in block.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += parts(child)
+        elif any(True for _ in child.children()):
+            found.append(Region(name, child, "block"))
+        elif _is_norm(child):
+            found.append(Region(name, child, "norm"))
+    return found
+
+
+def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
+    """The outermost module that owns both the blocks and the projection to the vocabulary.
+
+    A model may not say where its projection is, or have no module for it (a tied head is one
+    matmul): then it is the innermost module that owns the blocks and takes labels.
+    """
+    inner = None
+    for path, module in model.named_modules():
+        holders = [c for c in module.children() if _holds(c, blocks)]
+        head = _output_embeddings(module)
+        for child in holders:
+            if head is not None and head not in set(child.modules()):
+                return _region_of_head(path, module, blocks)
+            if takes_labels(module):
+                inner = _region_of_head(path, module, blocks)
+    return inner
+
+
+def _region_of_head(path: str, module: nn.Module, blocks: list[nn.Module]) -> Region:
+    """The head region of ``module``, of whose children one holds all blocks."""
+    names, child = [], module
+    while inner := [(n, c) for n, c in child.named_children() if _holds(c, blocks)]:
+        name, child = inner[0]
+        names.append(name)
+        if not is_container(child):
+            return Region(path, module, "head", tuple(names), _chain(child, blocks))
+    return Region(path, module, "head", tuple(names))
+
+
+def _outside(head: Region) -> nn.Module:
+    return head.module.get_submodule(".".join(head.outside))
+
+
+def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
+    """``module``, and what is inside it around all the blocks."""
+    found = [module]
+    while inner := [c for c in found[-1].children() if _holds(c, blocks)]:
+        if isinstance(inner[0], nn.ModuleList) or inner[0] in blocks:
+            break
+        found.append(inner[0])
+    return tuple(found)
+
+
+def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
+    members = set(module.modules())
+    return all(b in members for b in blocks)
+
+
+def _output_embeddings(module: nn.Module) -> nn.Module | None:
+    getter = getattr(module, "get_output_embeddings", None)
+    try:
+        head = getter() if getter is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def takes_labels(module: nn.Module) -> bool:
+    """Whether ``module`` computes a loss itself, when it is given labels."""
+    return _LOSS_ARGUMENT in inspect.signature(module.forward).parameters
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The table of tokens: as the model says, else the largest embedding that it has."""
+    try:
+        said = getattr(model, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        said = None
+    if isinstance(said, nn.Module):
+        return said
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return max(tables, key=lambda m: m.num_embeddings, default=None)
+
+
+def leading_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """(batch, sequence) of the first 3-dimensional floating-point argument."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def mark_dynamic(values: Any, sizes: tuple[int, int]) -> None:
+    """Tell Dynamo which dimensions of the arguments are batch and sequence.
+
+    The marks are weak: where the code needs a number, the dimension becomes one.
+    """
+    batch, sequence = sizes
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            mark_dynamic(value, sizes)
+        elif isinstance(value, Tensor):
+            for d, size in enumerate(value.shape):
+                features = d == value.dim() - 1 and value.dim() == 3
+                if (d == 0 and size == batch) or (size == sequence and not features):
+                    torch._dynamo.maybe_mark_dynamic(value, d)

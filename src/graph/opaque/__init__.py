@@ -1,0 +1,1 @@
+"""Functions and modules that are captured as one node."""

@@ -1,0 +1,137 @@
+"""Products with a quantized weight, as bitsandbytes' layers leave them in a captured graph.
+
+Where no gradient is asked for it is a call of one of its registered operators; elsewhere an
+autograd function that TorchDynamo has captured, whose forward consists of that call. Its state
+(scales, offset, codes) comes in as inputs of the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .. import facts
+
+PARAMS = ("x", "bias", "packed", "absmax", "shape", "blocksize", "kind", "absmax_8bit",
+          "absmax_code", "absmax_offset")  # fmt: skip
+"""The canonical arguments; from ``packed`` on they are those of ``kernels.quantized.Quantized``."""
+
+_GEMM = ("A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit",
+         "absmax_code", "absmax_offset")  # fmt: skip
+_ASIDE = ("numel", "size", "dim", "view", "reshape")
+"""What else the forward of such a function calls: it computes nothing."""
+
+Found = tuple[tuple[Any, ...], tuple[fx.Node, ...]]
+"""The arguments, and the further nodes that belong to the operation."""
+
+
+def is_wrapped(node: Any) -> bool:
+    """Whether a node is a captured autograd function."""
+    target = getattr(node, "target", None)
+    return target is not None and target is torch.ops.higher_order.autograd_function_apply
+
+
+def product(node: fx.Node) -> Found | None:
+    """The arguments of a product with a quantized weight; None for any other node."""
+    if _name(node) == "bitsandbytes.gemm_4bit.default":
+        return _four_bits(node)
+    if node.target in (F.linear, torch._C._nn.linear):
+        return _eight_bits(node)
+    if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
+        return None
+    return _wrapped(node.args[0])
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _four_bits(node: fx.Node) -> Found | None:
+    given = dict(zip(_GEMM, node.args, strict=False)) | node.kwargs
+    shape = given.get("shapeB", ())
+    if not isinstance(shape, Iterable) or any(n not in _GEMM for n in given):
+        return None
+    packed, views = _behind_views(given["B"])
+    head = (given["A"], given.get("bias"), packed, given["absmax"], tuple(shape))
+    tail = (given["blocksize"], given["quant_type"])
+    return (*head, *tail, *(given.get(n) for n in _GEMM[-3:])), views
+
+
+def _eight_bits(node: fx.Node) -> Found | None:
+    """``linear(x, integers.to(dtype) * (absmax[:, None] / 127), bias)``."""
+    if len(node.args) != 3:
+        return None
+    x, weight, bias = node.args
+    cast: Any
+    rounded = _method(weight, "to")
+    scaled = _method(weight if rounded is None else rounded.args[0], "mul")
+    wide, factor = scaled.args if scaled is not None and len(scaled.args) == 2 else (None, None)
+    cast, per_row = _method(wide, "to"), _method(factor, "mul")
+    column = None if per_row is None else _method(per_row.args[0], "unsqueeze")
+    if cast is None or per_row is None or column is None or column.args[1:] not in ((1,), (-1,)):
+        return None
+    own: tuple[Any, ...] = (rounded, scaled, cast, per_row, column)
+    integers = cast.args[0]
+    if getattr(getattr(integers, "target", None), "__name__", "") == "_get_data_attr":
+        own, integers = (*own, integers), integers.args[0]
+    parts, dtype = facts.tensor(integers), facts.dtype(weight)
+    if parts is None or parts.dtype is not torch.int8 or parts.dim() != 2:
+        return None
+    if per_row.args[1] != 1.0 / 127.0 or dtype is not facts.dtype(wide):
+        return None
+    size, absmax = tuple(parts.shape), column.args[0]
+    nodes = tuple(n for n in own if n is not None)
+    return (x, bias, integers, absmax, size, size[1], "int8", None, None, None), nodes
+
+
+def _method(node: Any, name: str) -> fx.Node | None:
+    """``node`` where it is a call of this method."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
+    return node if is_call else None
+
+
+def _behind_views(node: Any) -> tuple[Any, tuple[fx.Node, ...]]:
+    """What a weight was before bitsandbytes gave it its normal shape."""
+    views: tuple[fx.Node, ...] = ()
+    while isinstance(node, fx.Node) and node.target in ("view", "reshape"):
+        views, node = (*views, node), node.args[0]
+    return node, views
+
+
+def _wrapped(call: Any) -> Found | None:
+    """The product that is the whole forward of an autograd function."""
+    inner = facts.body(call.args[0])
+    if inner is None:
+        return None
+    returned: Any = next(reversed(inner.graph.nodes)).args[0]
+    results = returned[0]
+    found = product(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
+    if found is None:
+        return None
+    args, chain = found
+    rest = (n for n in inner.graph.nodes if n is not results[0] and n not in chain)
+    if not all(map(_is_aside, rest)):
+        return None
+    outside = dict(zip(inner.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
+    if any(isinstance(a, fx.Node) and a not in outside for a in args):
+        return None
+    own = tuple(a for a in call.args[:2] if isinstance(a, fx.Node))
+    args = tuple(outside[a] if isinstance(a, fx.Node) else a for a in args)
+    packed, views = _behind_views(args[2])
+    return (*args[:2], packed, *args[3:]), (call, *own, *views)
+
+
+def _is_aside(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    harmless: tuple[Callable[..., Any], ...] = (operator.eq, operator.getitem)
+    return (
+        node.target in harmless
+        or (node.op == "call_method" and node.target in _ASIDE)
+        or "set_grad_enabled" in getattr(node.target, "__name__", "")
+    )

@@ -1,0 +1,328 @@
+"""Scaled dot-product attention on the CPU, for query heads that share key and value heads.
+
+    S = scale * Q K^T + mask;  P = softmax(S);  O = P V
+    dV = P^T dO;  dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q
+
+The work is cut into tiles: some positions times all query heads of a group, folded into the rows of
+one matrix, against the keys that any of these positions may see. Keys and values are never
+repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
+probabilities again, tile by tile (Dao et al., "FlashAttention", 2022), so only ``q``, ``k`` and
+``v`` are kept. A tile's matrices stay in the cache, and the matrix products are oneDNN's. On a CPU
+without 16-bit products everything is in fp32, and only the results are rounded.
+
+In low precision the scores are products in fp32 and are not rounded (for large scores that would
+cost more accuracy than all else together), the softmax is in fp32, and its result is rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..launch import LIBRARY, own
+from ..linear.matmul import through_fp32
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients
+from .tiles import Scratch, Tile, fold, tiles, unfold
+
+_aten = torch.ops.aten
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """PyTorch's attention; a window is a mask that leaves the last ``window`` positions."""
+    if window is not None:
+        order = torch.arange(q.shape[2], device=q.device)
+        distance = order[:, None] - order[None, :]
+        mask, causal = (distance >= 0) & (distance < window), False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+
+class _Scores:
+    """Computes the probabilities of tiles, in the dtype of the inputs.
+
+    Attributes:
+        exact: those of the last tile before they were rounded.
+    """
+
+    exact: Tensor
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.rounds = self.wide is not q.dtype
+        self.q = fold(q, k.shape[1]).to(self.wide) * scale
+        self.k = k.flatten(0, 1).to(self.wide)
+        self.heads = q.shape[1] // k.shape[1]
+        self.scores, self.rounded = Scratch(self.wide), Scratch(q.dtype)
+
+    def probabilities(self, tile: Tile) -> Tensor:
+        """(pairs, rows, keys); valid until the next call."""
+        q, k = self.q[tile.pairs, tile.rows], self.k[tile.pairs, tile.keys]
+        scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+        rows = scores.view(scores.shape[0], -1, self.heads, scores.shape[2])
+        if tile.bias is not None:
+            rows[..., -tile.bias.shape[-1] :].add_(tile.bias)
+        _aten._softmax.out(scores, -1, False, out=scores)
+        if tile.dead is not None:
+            rows.masked_fill_(tile.dead, 0)
+        self.exact = scores
+        return self.rounded(*scores.shape).copy_(scores) if self.rounds else scores
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    if through_fp32(q):
+        wide = _forward(q.float(), k.float(), v.float(), scale, causal, mask, window)
+        return own(wide.to(q.dtype))
+    values, scores = v.flatten(0, 1), _Scores(q, k, scale)
+    out = values.new_empty(*scores.q.shape[:2], v.shape[-1])
+    for tile in tiles(q, k, causal, mask, window):
+        p = scores.probabilities(tile)
+        torch.bmm(p, values[tile.pairs, tile.keys], out=out[tile.pairs, tile.rows])
+    return own(unfold(out, q, k.shape[1]))
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+    window: int | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The needed ones of (dq, dk, dv). Sums over tiles (dk, dv) are in fp32 or wider.
+
+    So is everything in fp16, whose smallest numbers have few digits.
+    """
+    if through_fp32(q):
+        qkv = q.float(), k.float(), v.float()
+        found = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)
+        return [own(d.to(q.dtype)) for d in found]
+    need_q, need_k, need_v = needs
+    groups, scores = k.shape[1], _Scores(q, k, scale)
+    part = scores.wide if q.dtype is torch.float16 else q.dtype
+    grads, keys, values = (
+        t.to(part) for t in (fold(grad, groups), k.flatten(0, 1), v.flatten(0, 1))
+    )
+    queries = fold(q, groups).to(part) if scores.rounds else scores.q
+    dq = torch.empty_like(queries)
+    dk, dv = (torch.zeros(t.shape, dtype=scores.wide) for t in (keys, values))
+    scratch, wide = Scratch(part), Scratch(scores.wide)
+    for tile in tiles(q, k, causal, mask, window):
+        above, below = (tile.pairs, tile.rows), (tile.pairs, tile.keys)
+        p, do = scores.probabilities(tile), grads[above]
+        if need_v:
+            p = scores.exact if part is scores.wide else p
+            dv[below].add_(torch.bmm(p.transpose(1, 2), do))
+        if not (need_q or need_k):
+            continue
+        ds = torch.bmm(do, values[below].transpose(1, 2), out=scratch(*p.shape))
+        # rounded probabilities do not add up to one: the row's sum would be off, and where
+        # one probability is nearly one, dS is a small difference from it
+        exact = scores.exact
+        grad_scores = ds if part is scores.wide else wide(*p.shape).copy_(ds)
+        _aten._softmax_backward_data.out(
+            grad_scores, exact, -1, exact.dtype, grad_input=grad_scores
+        )
+        if grad_scores is not ds:
+            ds.copy_(grad_scores)
+        if need_q:
+            torch.baddbmm(dq[above], ds, keys[below], beta=0, alpha=scale, out=dq[above])
+        if need_k:
+            dk[below].add_(torch.bmm(ds.transpose(1, 2), queries[above]))
+    if scores.rounds:
+        dk.mul_(scale)  # else the queries were scaled
+    every = ((need_q, dq, q), (need_k, dk, k), (need_v, dv, v))
+    return [unfold(d, like, groups) for needed, d, like in every if needed]
+
+
+def _fake_like(like: Tensor, dim: int) -> Tensor:
+    batch, heads, time, _ = like.shape
+    return like.new_empty(batch, time, heads, dim).transpose(1, 2)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return _fake_like(q, v.shape[-1])
+
+
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    every = zip((q, k, v), rest[-1], strict=True)
+    return [_fake_like(t, t.shape[-1]) for t, needed in every if needed]
+
+
+# The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
+_SHARED = "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window"
+LIBRARY.define(f"attention_forward({_SHARED}) -> Tensor")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
+LIBRARY.impl("attention_forward", _forward, "CPU")  # type: ignore[no-untyped-call]
+LIBRARY.impl("attention_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusewright::attention_forward", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("fusewright::attention_backward", _fake_backward, lib=LIBRARY)
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *qkv, mask = ctx.saved_tensors
+    scale, causal, window = ctx.options
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
+            return attention_reference(q, k, v, scale, causal, mask, window)
+
+    return gradients(formula, qkv, ctx.needs_input_grad, (grad,))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.options = scale, causal, window
+        out: Tensor = torch.ops.fusewright.attention_forward.default(
+            q, k, v, scale, causal, mask, window
+        )
+        return out
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        scale, causal, window = ctx.options
+        needs = list(ctx.needs_input_grad[:3])
+        found = iter(
+            torch.ops.fusewright.attention_backward.default(
+                grad, q, k, v, scale, causal, mask, window, needs
+            )
+        )
+        return *(next(found) if needed else None for needed in needs), None, None, None, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
+
+    Keeps ``q``, ``k`` and ``v`` for backward; memory grows with T, never with T².
+
+    Args:
+        q: (B, H, T, D), any strides, on the CPU.
+        k: (B, KV, S, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
+        v: (B, KV, S, E).
+        scale: of the scores; None is ``1 / sqrt(D)``.
+        causal: position t sees keys up to t; T must equal S, and no mask may be given.
+        mask: (B or 1, H or 1, T or 1, S), boolean (True is seen) or additive, without gradient. A
+            position that sees nothing gets zeros, as in PyTorch.
+        window: with ``causal``, position t sees only the last ``window`` keys, its own included.
+
+    Returns:
+        (B, H, T, E), in memory (B, T, H, E).
+
+    Raises:
+        ValueError: for what ``OP.unsupported`` lists as impossible.
+    """
+    impossible = _impossible(q, k, v, causal, mask, window)
+    if impossible:
+        raise ValueError("; ".join(impossible))
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def attention_cost(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> Cost:  # fmt: skip
+    """Two matrix products over the visible scores; ``q``, ``k`` and ``v`` are kept."""
+    batch, heads, time, dim = q.shape
+    seen = min(k.shape[2], window or k.shape[2])
+    visible = time * seen - (seen * (seen - 1) // 2 if causal else 0)
+    read = sum(t.numel() * t.element_size() for t in (q, k, v))
+    return Cost(
+        bytes_read=read + (0 if mask is None else mask.numel() * mask.element_size()),
+        bytes_written=batch * heads * time * v.shape[-1] * q.element_size(),
+        flops=2 * batch * heads * visible * (dim + v.shape[-1]),
+        bytes_saved=read,
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def _impossible(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None
+) -> list[str]:
+    """Why the op has no meaning, or no implementation, for these inputs."""
+    reasons = []
+    if not q.device.type == k.device.type == v.device.type == "cpu":
+        reasons.append("the tensors are not all on the CPU: PyTorch's kernel is kept")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        return [*reasons, "the tensors do not all have 4 dimensions"]
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        reasons.append(f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
+    if q.shape[1] % k.shape[1]:
+        reasons.append(f"{q.shape[1]} heads are not a multiple of {k.shape[1]}")
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        reasons.append("causal with a mask, or with more keys than positions")
+    if window is not None and (not causal or window < 1):
+        reasons.append("a window that is not causal or not positive")
+    if mask is not None and (mask.ndim != 4 or mask.requires_grad):
+        reasons.append("the mask has not 4 dimensions, or requires a gradient")
+    if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
+        reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
+    return reasons
+
+
+def attention_unsupported(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
+    mask: Tensor | None = None, window: int | None = None,
+) -> list[str]:  # fmt: skip
+    """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
+    reasons = _impossible(q, k, v, causal, mask, window)
+    if through_fp32(q):  # PyTorch's kernel does not: measured, it takes 2.4 to 8.7 times as long
+        return reasons
+    if q.dtype in (torch.float32, torch.float16):
+        reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
+    if q.dtype is torch.bfloat16 and (why := _why_not_bfloat16()):
+        reasons.append(why)
+    return reasons
+
+
+@functools.cache
+def _why_not_bfloat16() -> str:
+    """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not.
+
+    With AMX, PyTorch's kernel multiplies in tiles itself: measured on two cores over eleven shapes
+    (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the median,
+    forward and backward together.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return "PyTorch's CPU kernel uses this CPU's AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return ""
+    return "this CPU has no bfloat16 instructions"
+
+
+OP = Op("attention", attention_reference, attention, attention_cost, attention_unsupported)

@@ -1,0 +1,1 @@
+"""Linear layers: adapters, quantized weights, several on one input."""

@@ -1,0 +1,257 @@
+"""Weight-decomposed adapters (Liu et al., "DoRA", 2024): what they have beside a LoRA linear.
+
+    y = factor ⊙ (x·Wᵀ + scale·(x·Aᵀ)·Bᵀ) + b,   factor = magnitude / ‖W + scale·B·A‖
+
+The norm is one number per output, and a constant for backward, as in PEFT. PEFT makes the whole of
+``B·A`` for it from an identity matrix, and then the whole sum; here a tile of rows at a time. It
+keeps both products of an output's size for the gradient of the magnitude; here their sum.
+
+Two ops: ``row_norms``, and ``rescaled``, which is what is done with the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import LIBRARY
+from ..op import Cost, Op
+from ..second_order import absent, differentiable, gradients, require_kept
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def row_norms_reference(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """PEFT's formula, cast for cast: the update in the adapter's dtype, the sum in ``dtype``."""
+    update = torch.mm(lora_b.detach(), lora_a.detach()).to(dtype)
+    norms: Tensor = torch.linalg.norm(weight.detach().to(dtype) + scale * update, dim=1)
+    return norms
+
+
+def rescaled_reference(
+    base: Tensor,
+    factor: Tensor,
+    rest: Tensor | None = None,
+    update: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """PEFT's formula: with an update the factor's excess over one goes onto the base."""
+    total = factor * base if update is None else (factor - 1) * base + factor * update * scale
+    return (total if rest is None else rest + total).to(dtype or base.dtype)
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+_TILE = 8 << 20
+"""Bytes of a tile; 16 times as many on a GPU, where a launch takes as long as reading them."""
+
+
+def _row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    a, b = lora_a.to(wide), lora_b.to(wide)
+    most = (_TILE if weight.device.type == "cpu" else 16 * _TILE) // wide.itemsize
+    rows = max(1, most // max(1, weight.shape[1]))
+    found = [
+        torch.linalg.vector_norm(torch.addmm(w.to(wide), part, a, alpha=scale), dim=1)
+        for w, part in zip(weight.split(rows), b.split(rows), strict=True)
+    ]
+    return torch.cat(found).to(dtype)
+
+
+def _row_norms_fake(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=dtype)
+
+
+# Opaque, so that a tracer does not unroll the tiles. 2026-11-26: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "dora_row_norms(Tensor weight, Tensor lora_a, Tensor lora_b, float scale, ScalarType dtype)"
+    " -> Tensor"
+)
+LIBRARY.impl("dora_row_norms", _row_norms, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusewright::dora_row_norms", _row_norms_fake, lib=LIBRARY)
+
+
+def row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """``‖W + scale·B·A‖`` of each row, without a gradient.
+
+    Args:
+        weight: (out, in).
+        lora_a: (r, in).
+        lora_b: (out, r).
+        scale: of the update.
+        dtype: of the result; narrower ones than fp32 are rounded to at the end.
+
+    Returns:
+        (out,).
+    """
+    op = torch.ops.fusewright.dora_row_norms.default
+    with torch.autocast(weight.device.type, enabled=False):
+        result: Tensor = op(weight.detach(), lora_a.detach(), lora_b.detach(), scale, dtype)
+    return result
+
+
+# -- triton ----------------------------------------------------------------------------------------
+
+# None: both are bound by memory, and the products before them have kernels of their own.
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    base, factor = ctx.saved_tensors
+    shape, kind, rest_kind, update_kind = ctx.like
+    needed = ctx.needs_input_grad
+    require_kept(update_kind is None, "dora", "only the sum of two products is kept")
+    require_kept(base is not None or not needed[0], "dora", "the magnitude is not trained")
+    base = absent(shape, factor, kind) if base is None else base
+    rest = None if rest_kind is None else absent(factor.shape, factor, rest_kind)
+
+    def formula(base: Any, factor: Any, rest: Any) -> Tensor:
+        return rescaled_reference(base, factor, rest, dtype=grad.dtype)
+
+    return (*gradients(formula, (base, factor, rest), needed[:3], (grad,)), None, None, None)
+
+
+class _Rescaled(torch.autograd.Function):
+    """Keeps the base, or its sum with the update, where the factor's gradient is wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        factor: Tensor,
+        rest: Tensor | None,
+        update: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        total = None
+        if ctx.needs_input_grad[1]:
+            total = base if update is None else base + update * scale
+        ctx.save_for_backward(total, factor)
+        kinds = (None if t is None else t.dtype for t in (rest, update))
+        ctx.like, ctx.scale = (base.shape, base.dtype, *kinds), scale
+        return rescaled_reference(base, factor, rest, update, scale, dtype)
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        total, factor = ctx.saved_tensors
+        _, kind, rest_kind, update_kind = ctx.like
+        w_base, w_factor, w_rest, w_update, *_ = ctx.needs_input_grad
+        dbase = dfactor = drest = dupdate = None
+        if w_base:
+            dbase = (dy * (factor if update_kind is None else factor - 1)).to(kind)
+        if w_factor:
+            dfactor = (dy.to(factor.dtype) * total).flatten(0, -2).sum(0)
+        if w_rest and update_kind is None:  # a bias
+            drest = dy.flatten(0, -2).sum(0, dtype=rest_kind)
+        elif w_rest:
+            drest = dy.to(rest_kind)
+        if w_update:
+            dupdate = (dy * (factor * ctx.scale)).to(update_kind)  # no rounded result is scaled
+        return dbase, dfactor, drest, dupdate, None, None
+
+
+def rescaled(
+    base: Tensor,
+    factor: Tensor,
+    rest: Tensor | None = None,
+    update: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``rest + factor·base``, or ``rest + (factor - 1)·base + factor·scale·update``.
+
+    Args:
+        base: (..., out), at least two dimensions.
+        factor: (out,), at least as wide as ``base``.
+        rest: (out,), a bias; with an update (..., out), the base layer's output.
+        update: (..., out), or None.
+        scale: of the update.
+        dtype: of the result; ``base``'s if None.
+
+    Returns:
+        (..., out).
+    """
+    with torch.autocast(base.device.type, enabled=False):
+        result: Tensor = _Rescaled.apply(  # type: ignore[no-untyped-call]
+            base, factor, rest, update, scale, dtype or base.dtype
+        )
+    return result
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def row_norms_cost(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> Cost:
+    """Bytes and FLOPs of one call of ``row_norms``."""
+    return Cost(
+        bytes_read=weight.nbytes + lora_a.nbytes + lora_b.nbytes,
+        bytes_written=weight.shape[0] * dtype.itemsize,
+        flops=2 * weight.numel() * (lora_a.shape[0] + 2),
+        bytes_saved=0,
+    )
+
+
+def rescaled_cost(
+    base: Tensor,
+    factor: Tensor,
+    rest: Tensor | None = None,
+    update: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call of ``rescaled``."""
+    given = [t for t in (base, factor, rest, update) if t is not None]
+    return Cost(
+        bytes_read=sum(t.nbytes for t in given),
+        bytes_written=base.numel() * (dtype or base.dtype).itemsize,
+        flops=base.numel() * (2 if update is None else 4),
+        bytes_saved=base.nbytes * factor.requires_grad,
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def row_norms_unsupported(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
+) -> list[str]:
+    """Say why ``row_norms`` cannot take these arguments."""
+    fits = weight.ndim == 2 and (*lora_b.shape[:1], *lora_a.shape[1:]) == tuple(weight.shape)
+    return [] if fits else [f"B·A does not fit the weight's {tuple(weight.shape)}"]
+
+
+def rescaled_unsupported(
+    base: Tensor,
+    factor: Tensor,
+    rest: Tensor | None = None,
+    update: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Say why ``rescaled`` cannot take these arguments."""
+    reasons = []
+    if base.ndim < 2 or factor.shape != base.shape[-1:]:
+        reasons.append(f"a factor of {tuple(factor.shape)} for {tuple(base.shape)}")
+    if torch.promote_types(base.dtype, factor.dtype) is not factor.dtype:
+        reasons.append(f"the factor is {factor.dtype}, narrower than {base.dtype}")
+    return reasons
+
+
+NORMS = Op("dora_row_norms", row_norms_reference, row_norms, row_norms_cost, row_norms_unsupported)
+OP = Op("dora", rescaled_reference, rescaled, rescaled_cost, rescaled_unsupported)

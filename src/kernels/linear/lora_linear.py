@@ -1,0 +1,303 @@
+"""A linear layer with a LoRA adapter (Hu et al. 2021): ``y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ``.
+
+Eager PEFT reads the input three times and writes three tensors of the output's size, twice that in
+fp32 when the adapter is in fp32 over a bf16 base (its default). Here the adapter's product is
+accumulated into the base layer's output by the matmul itself, ``dY·B`` is computed once for both
+``dX`` and ``dA``, and the rank-wide ``x·Aᵀ`` is kept rather than recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..op import Cost, Op
+from ..second_order import absent, differentiable, gradients, require_kept
+from .matmul import mm
+from .products import (
+    Rows,
+    adapted_product,
+    autocast,
+    gradient_of_a,
+    gradient_of_b,
+    narrow_copy,
+    shaped,
+)
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """PEFT's LoRA layer, cast for cast: the adapter runs in its own dtype."""
+    result = linear(x.to(weight.dtype), weight, bias)
+    result = result if dtype is None else result.to(dtype)
+    z = (x if x_lora is None else x_lora).to(lora_a.dtype)
+    adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
+    return (result + adapter).to(result.dtype)
+
+
+# ------------------------------------------------------------------------------------------- cpu
+
+
+def _forward(
+    x: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    z: Rows,
+    lora_bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The output (N, out) and ``scale·z·Aᵀ`` (N, r) in the adapter's dtype; x and z are (N, in)."""
+    if lora_bias is not None:
+        bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
+    # the scale goes onto the narrow factor, where it costs nothing and serves dB too
+    h = mm(z.to(lora_a.dtype), lora_a.t()) * scale
+    low = x.to(weight.dtype)
+    return adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype), h
+
+
+# ---------------------------------------------------------------------------------------- triton
+
+# The rank update, in ``products.adapted_product``.
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, z, _, weight, lora_a, lora_b = ctx.saved_tensors
+    needed, own_input = ctx.needs_input_grad, ctx.z_like is not None
+    x = z if x is None and not own_input else x
+    kept = (z if own_input else x) is not None
+    require_kept(kept or not needed[5], "lora_linear", "B is trained and A is not")
+    shape, dtype, read = ctx.x_like
+    x = absent(shape, weight, read) if x is None else x
+    z = absent(ctx.z_like[0], weight, ctx.z_like[1]) if own_input and z is None else z
+    bias, lora_bias = (
+        None if kind is None else absent(weight.shape[:1], weight, kind) for kind in ctx.bias_dtypes
+    )
+
+    def formula(x: Any, weight: Any, bias: Any, a: Any, b: Any, s: Any, z: Any, lb: Any) -> Tensor:
+        z = z if own_input else None
+        out = reference(x, weight, bias, a, b, ctx.scale, z, lb, grad.dtype)
+        return out.reshape(grad.shape)
+
+    inputs = x, weight, bias, lora_a, lora_b, None, z, lora_bias
+    dx, *rest = gradients(formula, inputs, (needed[0], *needed[2:]), (grad,))
+    return dx if dx is None else dx.to(dtype), None, *rest
+
+
+class _LoraLinear(torch.autograd.Function):
+    """One rule for every device: library matmuls, the adapter added to the base's outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        copy: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        x_lora: Tensor | None,
+        lora_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Run forward; keep x and z only for the weight gradients that are wanted.
+
+        ``copy`` of x stands for it where there is one: ``products.narrow_copy``.
+        """
+        read = x if copy is None else copy
+        rows = Rows(read.reshape(-1, x.shape[-1]))
+        z = rows if x_lora is None else Rows(x_lora.reshape(-1, x_lora.shape[-1]))
+        y, h = _forward(rows, weight, bias, lora_a, lora_b, scale, z, lora_bias, dtype)
+        _, _, w_weight, _, w_a, w_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            read if w_weight else None,
+            (read if x_lora is None else x_lora) if w_a else None,
+            h if w_b else None,
+            weight,
+            lora_a,
+            lora_b,
+        )
+        ctx.scale, ctx.x_like = scale, (x.shape, x.dtype, read.dtype)
+        ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (bias, lora_bias))
+        ctx.z_like = None if x_lora is None else (x_lora.shape, x_lora.dtype)
+        return y  # rows: a view made in here could not be written to in place by the model
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
+        x, z, h, weight, lora_a, lora_b = ctx.saved_tensors
+        w_x, _, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias, _ = ctx.needs_input_grad
+        own_input = ctx.z_like is not None
+        dy = grad.to(weight.dtype)
+        # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
+        wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
+        dx = dweight = dbias = da = db = dz = dlora_bias = t = None
+        if w_a or w_z or (w_x and not own_input):
+            t = mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
+        if w_x:
+            shape, dtype, _ = ctx.x_like
+            if t is None or own_input:
+                dx = mm(dy, weight).to(dtype)
+            else:
+                dx = adapted_product(dy, weight, None, t, lora_a, dtype)
+            dx = dx.view(shape)
+        if w_z and t is not None:
+            shape, dtype = ctx.z_like
+            dz = mm(t.to(dtype), lora_a.to(dtype)).view(shape)
+        if w_weight:
+            dweight = mm(dy.t(), x.reshape(-1, x.shape[-1]).to(dy.dtype))
+        if w_a and t is not None:
+            da = gradient_of_a(z.reshape(-1, z.shape[-1]), t)
+        if w_b:
+            db = gradient_of_b(h, wide)
+        if w_bias:
+            dbias = dy.sum(0, dtype=ctx.bias_dtypes[0])
+        if w_lora_bias:
+            exact = torch.promote_types(wide.dtype, torch.float32)
+            dlora_bias = wide.sum(0, dtype=exact).mul_(ctx.scale).to(ctx.bias_dtypes[1])
+        return dx, None, dweight, dbias, da, db, None, dz, dlora_bias, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
+
+    Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
+    gradients are then computed in that dtype, while the base's product runs in the weight's. Under
+    autocast every operand is cast first, as autocast casts a linear layer's. What comes back to x
+    is added up in x's dtype. Backward may run more than once over a retained graph.
+
+    Args:
+        x: (..., in); it is cast to the weight's dtype, and to the adapter's.
+        weight: (out, in); frozen or trainable.
+        bias: (out,) or None.
+        lora_a: (r, in).
+        lora_b: (out, r), in the dtype of ``lora_a``.
+        scale: what the adapter's output is multiplied by.
+        x_lora: (..., in), the adapter's own input (x after dropout); any floating dtype.
+        lora_bias: (out,), the bias of B, or None.
+        dtype: of the result, at least as wide as the weight's; None is the weight's.
+
+    Returns:
+        (..., out), in ``dtype``.
+
+    Raises:
+        RuntimeError: the shapes do not fit.
+    """
+    device = x.device.type
+    args: Any = autocast(device, (weight, bias, lora_a, lora_b, x_lora, lora_bias))
+    if args is None:
+        adapter = (lora_a, lora_b, scale, x_lora, lora_bias)
+        return _apply(x, weight, bias, *adapter, dtype or weight.dtype)
+    with torch.autocast(device, enabled=False):
+        return _apply(x, *args[:4], scale, *args[4:], dtype or args[0].dtype)
+
+
+def _apply(x: Tensor, *args: Any) -> Tensor:
+    weight, _, lora_a, _, _, x_lora, *_ = args
+    copy = narrow_copy(x, (weight.dtype, *((lora_a.dtype,) if x_lora is None else ())))
+    rows: Tensor = _LoraLinear.apply(x, copy, *args)  # type: ignore[no-untyped-call]
+    return shaped(rows, x)
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``lora_linear``."""
+    inputs = [t for t in (x, weight, bias, lora_a, lora_b, x_lora, lora_bias) if t is not None]
+    rows = x.numel() // x.shape[-1]
+    wide, rank = weight.shape[0], lora_a.shape[0]
+    z = x if x_lora is None else x_lora
+    kept = {
+        id(t): t.numel() * min(t.element_size(), read.dtype.itemsize)
+        for t, read in ((x, weight), (z, lora_a))
+        if read.requires_grad
+    }
+    return Cost(
+        bytes_read=sum(t.nbytes for t in inputs),
+        bytes_written=rows * wide * (dtype or weight.dtype).itemsize,
+        flops=2 * rows * (weight.numel() + lora_a.numel() + lora_b.numel()),
+        bytes_saved=sum(kept.values()) + lora_b.requires_grad * rows * rank * lora_a.element_size(),
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    x_lora: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``lora_linear``."""
+    given = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "x_lora": x_lora}
+    tensors = [t for t in (x, bias, lora_bias, *given.values()) if t is not None]
+    reasons = [
+        f"{name} has {t.ndim} dimensions instead of 2"
+        for name, t in given.items()
+        if t is not None and t.ndim != 2 and name != "x_lora"
+    ]
+    if any(not t.is_floating_point() for t in tensors):
+        reasons.append("an operand is not of a floating-point dtype (a quantized weight?)")
+    if dtype is not None and torch.promote_types(dtype, weight.dtype) is not dtype:
+        reasons.append(f"the result would be {dtype}, narrower than the weight's {weight.dtype}")
+    if lora_a.dtype != lora_b.dtype:
+        reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
+    if len({t.device for t in tensors}) > 1:
+        reasons.append("the operands are on several devices")
+    if not reasons and (
+        lora_a.shape != (lora_b.shape[1], x.shape[-1])
+        or weight.shape != (lora_b.shape[0], x.shape[-1])
+    ):
+        reasons.append(
+            f"the shapes do not chain: x {tuple(x.shape)}, W {tuple(weight.shape)}, "
+            f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}"
+        )
+    return reasons
+
+
+OP = Op("lora_linear", reference, lora_linear, cost, unsupported)

@@ -1,0 +1,173 @@
+"""Matrix products that add up in one accumulator: what the ops with LoRA adapters share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..launch import LIBRARY, library_op, use_triton
+from .matmul import addmm, addmm_, mm
+
+
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows`` (N, M), which are nobody else's, as (..., M) with the leading sizes of ``x``.
+
+    This is no view: one that was made without gradients could not be written to with them.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    return out
+
+
+def accumulated(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """``bias + left₀ (N, K₀) · right₀ (K₀, M) + left₁ · right₁ + …`` in ``dtype``.
+
+    For use inside an opaque op; elsewhere it is ``sum_of_products``.
+    """
+    first, *others = zip(lefts, rights, strict=True)
+    total = mm(*first) if bias is None else addmm(bias, *first)
+    return plus_products(total, others, dtype)
+
+
+def plus_products(
+    total: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    """``total + Σ left · right`` in ``dtype``; ``total`` must be the caller's own, and is used up.
+
+    Where the sum is wider than ``total`` was, each product is rounded by itself, as it is where
+    autograd adds up what comes back through casts: rounding the sums too would lose more.
+    """
+    wider, total = total.dtype is not dtype, total.to(dtype)
+    for left, right in pairs:
+        right = right.contiguous()  # a transposed one costs a quarter of the speed
+        if wider and left.dtype is not dtype:
+            total.add_(mm(left, right))
+        else:  # addmm wants one dtype
+            addmm_(total, left.to(dtype), right.to(dtype))
+    return total
+
+
+def _sum_of_products_fake(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return lefts[0].new_empty(lefts[0].shape[0], rights[0].shape[1], dtype=dtype)
+
+
+# Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
+# 2026-11-24: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights, ScalarType dtype)"
+    " -> Tensor"
+)
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "lora_sum_of_products", accumulated, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
+
+
+def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+rank_update = library_op(
+    "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
+    "linear.lora_linear:rank_update",
+    _rank_update_fake,
+)
+
+
+def sum_of_products(
+    bias: Tensor | None, lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """``bias + Σ leftᵢ · rightᵢ``, each product in the accumulator of those before.
+
+    Args:
+        bias: (M,), or None.
+        lefts: (N, Kᵢ) each.
+        rights: (Kᵢ, M) each.
+        dtype: of the sum; the first pair's unless it is to be wider.
+    """
+    op = torch.ops.fusewright.lora_sum_of_products.default
+    result: Tensor = op(bias, lefts, rights, dtype or lefts[0].dtype)
+    return result
+
+
+def adapted_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice.
+
+    ``dtype`` is that of the sum: x's, unless it is to be wider.
+    """
+    if use_triton(x, weight, left, right) and dtype in (None, x.dtype):
+        base = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+        updated: Tensor = rank_update(base, left, right)
+        return updated
+    return sum_of_products(bias, [x, left], [weight, right], dtype)
+
+
+class Rows:
+    """Rows (N, features), and their copies in other dtypes, each made once."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._copies = {rows.dtype: rows}
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The rows in ``dtype``."""
+        if dtype not in self._copies:
+            self._copies[dtype] = self.rows.to(dtype)
+        return self._copies[dtype]
+
+
+def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
+    """``x`` in the only dtype in which an op reads it, where that is narrower; else None.
+
+    The op's function is given both: the gradient belongs to ``x``, and is in its dtype; the copy
+    is kept for backward. It is made outside the function, so that what is kept has a history for
+    whoever differentiates the backward pass.
+    """
+    read = set(dtypes)
+    alone = read.pop() if len(read) == 1 else x.dtype
+    return x.to(alone) if alone.itemsize < x.element_size() else None
+
+
+def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
+    """``tᵀ·z`` (r, in) for t = scale·dY·B."""
+    z = z.to(t.dtype)
+    return mm(t.t(), z) if _narrow_first(z) else mm(z.t(), t).t()
+
+
+def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
+    low = dy.dtype in (torch.bfloat16, torch.float16)
+    return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
+
+
+_AMX = torch.cpu._is_amx_tile_supported()
+
+
+def _narrow_first(t: Tensor) -> bool:
+    """Whether a narrow matrix is better multiplied with a wide one than the wide one with it.
+
+    Measured on Intel with AMX, 256 to 4,096 rows: wide first takes 1.1 (rank 64) to 3.6 times (rank
+    8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but for
+    ``gradient_of_b`` in half precision: there too, the narrow one goes first.
+    """
+    return t.device.type == "cpu" and _AMX
+
+
+def autocast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """The operands as autocast casts a linear layer's; None where it is off."""
+    if not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

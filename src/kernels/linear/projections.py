@@ -1,0 +1,224 @@
+"""Linear layers on rows, with or without LoRA adapters: what the ops made of them share.
+
+Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
+matmul, and all that flows back to one input is added up in one buffer, in the input's dtype, which
+may be wider than the products'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import use_triton
+from .linears import Grads, Linear
+from .matmul import linear, mm
+from .products import (
+    Rows,
+    adapted_product,
+    gradient_of_a,
+    gradient_of_b,
+    narrow_copy,
+    rank_update,
+    sum_of_products,
+)
+from .quant_products import product, sum_of_quantized
+from .quantized import Quantized
+
+# -- several linears on one input ------------------------------------------------------------------
+
+
+def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
+    """Where there are tensors, grouped by their dtype."""
+    kinds = dict.fromkeys(t.dtype for t in given if t is not None)
+    return [[i for i, t in enumerate(given) if t is not None and t.dtype is k] for k in kinds]
+
+
+def _joined(parts: Sequence[Any], dim: int) -> Tensor:
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
+def narrow(x: Rows, layers: Sequence[Linear]) -> list[Tensor | None]:
+    """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
+    found: list[Tensor | None] = [None] * len(layers)
+    for group in _together([layer.lora_a for layer in layers]):
+        stacked = _joined([layers[i].lora_a for i in group], 0)
+        product = mm(x.to(stacked.dtype), stacked.t())
+        widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+        # the scale goes onto the narrow factor, where it costs nothing and serves dB too
+        for i, part in zip(group, product.split(widths, 1), strict=True):
+            found[i] = part * layers[i].scale
+    return found
+
+
+_SHORT = 256
+"""Features below which fp32 products stay apart: MKL sums a few short rows more exactly."""
+
+
+def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
+    """Which A's are one product: those of one dtype."""
+    apart = any(
+        a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT for a in matrices
+    )
+    groups = _by_dtype(matrices)
+    return [[i] for group in groups for i in group] if apart else groups
+
+
+def narrow_copy_for(layers: Sequence[Linear], x: Tensor) -> Tensor | None:
+    """``products.narrow_copy`` for several linears."""
+    adapters = (layer.lora_a.dtype for layer in layers if layer.lora_a is not None)
+    return narrow_copy(x, (*(layer.compute for layer in layers), *adapters))
+
+
+def widen(x: Rows, layer: Linear, h: Tensor | None) -> Tensor:
+    """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
+    low, dtype = x.to(layer.compute), layer.dtype
+    bias = None if layer.bias is None else layer.bias.to(low.dtype)
+    if isinstance(layer.weight, Quantized):
+        right = None if h is None or layer.lora_b is None else layer.lora_b.t()
+        return product(low, layer.weight, bias=bias, left=h, right=right, dtype=dtype)
+    if h is None or layer.lora_b is None:
+        return linear(low, layer.weight, bias).to(dtype)
+    return adapted_product(low, layer.weight.t(), bias, h, layer.lora_b.t(), dtype)
+
+
+class Returned(NamedTuple):
+    """What flows back to several linears on one input, and what is made of it at once.
+
+    Attributes:
+        dys: (N, out) each, in the dtype of its product; None where nothing flows.
+        ts: ``scale·dY·B`` (N, r) each, made once for the gradients of x and of A.
+        dbs: the gradients of the B's that are wanted.
+    """
+
+    dys: Sequence[Tensor | None]
+    ts: list[Tensor | None]
+    dbs: list[Tensor | None]
+
+
+def returned(
+    layers: Sequence[Linear],
+    hs: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[Grads],
+) -> Returned:
+    """Pass what flows back through the B's, as far as ``needs`` asks for it.
+
+    One after the other: with fp32 adapters over a narrower base each is cast, and the copy goes.
+    """
+    ts: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    lows: list[Tensor | None] = []
+    for layer, h, dy, need in zip(layers, hs, dys, needs, strict=True):
+        t = db = low = None
+        if dy is not None:
+            low = dy.to(layer.compute)
+            need_t, need_b = need_x or need.lora_a, need.lora_b and h is not None
+            if layer.lora_b is not None and (need_t or need_b):
+                kind = layer.lora_b.dtype
+                wide = low if kind is layer.compute else dy.to(kind)
+                t = mm(wide, layer.lora_b * layer.scale) if need_t else None
+                db = gradient_of_b(h, wide) if h is not None and need_b else None
+        ts.append(t)
+        dbs.append(db)
+        lows.append(low)
+    return Returned(lows, ts, dbs)
+
+
+def backward(
+    x: Rows | None,
+    layers: Sequence[Linear],
+    hs: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None],
+    need_x: bool,
+    needs: Sequence[Grads],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Grads]]:
+    """The gradients of several linears on one input.
+
+    Args:
+        x: (N, in), needed for those of the weights and of the A's.
+        layers: the linears.
+        hs: their parts of ``narrow``, needed for those of the B's.
+        dys: (N, out) each, what flows back; None where nothing does.
+        need_x: whether that of x is wanted.
+        needs: what else is wanted.
+        dtype: of the gradient of x.
+
+    Returns:
+        The gradient of x or None, and those of each linear.
+    """
+    back = returned(layers, hs, dys, need_x, needs)
+    found = gradients_of_parameters(x, layers, back, needs)
+    return gradient_of_input(layers, back, dtype) if need_x else None, found
+
+
+def gradient_of_input(
+    layers: Sequence[Linear], back: Returned, dtype: torch.dtype
+) -> Tensor | None:
+    """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer of ``dtype``, all adapters as one product."""
+    pairs: list[tuple[Tensor, Any]] = [
+        (dy, layer.weight) for dy, layer in zip(back.dys, layers, strict=True) if dy is not None
+    ]
+    if not pairs:
+        return None
+    updates = [
+        (_joined([back.ts[i] for i in group], 1), _joined([layers[i].lora_a for i in group], 0))
+        for group in _by_dtype(back.ts)
+    ]
+    if isinstance(pairs[0][1], Quantized):
+        return sum_of_quantized(pairs, updates, dtype)
+    fast = use_triton(*(t for pair in (*pairs, *updates) for t in pair))
+    fast = fast and pairs[0][0].dtype is dtype
+    total = [*pairs, *(() if fast else updates)]
+    lefts, rights = (list(side) for side in zip(*total, strict=True))
+    if len(lefts) > 1:
+        dx = sum_of_products(None, lefts, rights, dtype)
+    else:
+        dx = mm(lefts[0], rights[0]).to(dtype)
+    for update in updates if fast else ():
+        dx = rank_update(dx, *update)
+    return dx
+
+
+def gradients_of_parameters(
+    x: Rows | None,
+    layers: Sequence[Linear],
+    back: Returned,
+    needs: Sequence[Grads],
+) -> list[Grads]:
+    """Those of each linear that are wanted."""
+    das = _gradients_of_a(x, layers, back.ts, needs)
+    found = []
+    each = zip(layers, needs, back.dys, das, back.dbs, strict=True)
+    for layer, need, dy, da, db in each:
+        if dy is None:
+            found.append(Grads(None, None, None, None))
+            continue
+        dweight = mm(dy.t(), x.to(dy.dtype)) if need.weight and x is not None else None
+        dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
+        found.append(Grads(dweight, dbias, da, db))
+    return found
+
+
+def _gradients_of_a(
+    x: Rows | None,
+    layers: Sequence[Linear],
+    ts: Sequence[Tensor | None],
+    needs: Sequence[Grads],
+) -> list[Tensor | None]:
+    """The gradients of the A's, as one matmul over the rows."""
+    found: list[Tensor | None] = [None] * len(layers)
+    asked = [t if need.lora_a else None for t, need in zip(ts, needs, strict=True)]
+    for group in _by_dtype(asked):
+        if x is not None:
+            widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
+            joined = _joined([asked[i] for i in group], 1)
+            stacked = gradient_of_a(x.to(joined.dtype), joined)
+            for i, part in zip(group, stacked.split(widths, 0), strict=True):
+                found[i] = part
+    return found

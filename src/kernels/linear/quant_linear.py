@@ -1,0 +1,180 @@
+"""A linear layer whose frozen weight is quantized: ``y = x·dequantize(W)ᵀ + b``.
+
+Its only copy of full precision lives while a product runs, in forward and again in backward, one
+layer at a time (``mlp_block`` in tiles: all of its layers, while the op runs). The product is one
+opaque op, so that no compiler finds the copy worth keeping. The same op adds the low-rank product
+of an adapter (``quant_lora_linear.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..op import Cost, Op
+from ..second_order import absent, differentiable, gradients
+from .products import shaped
+from .quant_products import join, product, split
+from .quantized import VALUES, Quantized, dequantize_reference
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As bitsandbytes' layers: x and the weight are rounded to ``compute`` before they are used."""
+    low = x.to(compute or x.dtype)
+    out = linear(low, dequantize_reference(Quantized(*weight), low.dtype), bias)
+    return out.to(dtype or out.dtype)
+
+
+# -------------------------------------------------------------------------------- cpu and triton
+
+# ``quant_products``: a library matmul over a copy of full precision, or one kernel.
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    w = join(ctx.fixed, ctx.saved_tensors)
+    kind, compute, bias_kind = ctx.dtypes
+    bias = None if bias_kind is None else absent(w.shape[:1], grad, bias_kind)
+
+    def formula(x: Tensor, bias: Tensor | None) -> Tensor:
+        return reference(x, w, bias, compute, grad.dtype).reshape(grad.shape)
+
+    inputs = (absent(ctx.shape, grad, kind), bias)
+    return gradients(formula, inputs, ctx.needs_input_grad, (grad,))
+
+
+class _QuantLinear(torch.autograd.Function):
+    """Keeps nothing but the packed weight, which is there anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        compute: torch.dtype,
+        dtype: torch.dtype,
+        fixed: Any,
+        *tensors: Any,
+    ) -> Tensor:
+        """``fixed`` and ``tensors`` are the two halves of the weight (``split``)."""
+        ctx.save_for_backward(*tensors)
+        ctx.fixed, ctx.shape = fixed, x.shape
+        ctx.dtypes = x.dtype, compute, None if bias is None else bias.dtype
+        rows = x.reshape(-1, x.shape[-1]).to(compute)
+        return product(rows, join(fixed, tensors), bias=bias, dtype=dtype)
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Dequantize once more for dX."""
+        dx = dbias = None
+        tensors = ctx.saved_tensors  # once: a checkpoint does not give them a second time
+        kind, compute, bias_kind = ctx.dtypes
+        if ctx.needs_input_grad[0]:
+            w, low = join(ctx.fixed, tensors), grad.to(compute)
+            dx = product(low, w, transposed=True, dtype=kind).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            dbias = grad.sum(0, dtype=bias_kind)
+        return dx, dbias, None, None, None, *(None for _ in tensors)
+
+
+def quant_linear(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute ``x·dequantize(W)ᵀ + bias`` with a frozen W.
+
+    x and W are rounded to ``compute``; autocast does not change that. Backward may run more than
+    once over a retained graph.
+
+    Args:
+        x: (..., in), of any floating-point dtype.
+        weight: (out, in), a ``Quantized`` or a tuple of its fields.
+        bias: (out,) in ``compute``, or None.
+        compute: in which the product runs; None is x's dtype.
+        dtype: of the result, at least as wide; None is ``compute``.
+
+    Returns:
+        (..., out), in ``dtype``.
+
+    Raises:
+        RuntimeError: the shapes do not fit, or ``bias`` has another dtype.
+    """
+    w = Quantized(*weight)
+    fixed, tensors = split(w)
+    low = compute or x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        rows: Tensor = _QuantLinear.apply(  # type: ignore[no-untyped-call]
+            x, bias, low, dtype or low, fixed, *tensors
+        )
+    return shaped(rows, x)
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``quant_linear``."""
+    w = Quantized(*weight)
+    (out, into), rows = w.shape, x.numel() // x.shape[-1]
+    return Cost(
+        bytes_read=x.nbytes + w.nbytes() + (0 if bias is None else bias.nbytes),
+        bytes_written=rows * out * (dtype or compute or x.dtype).itemsize,
+        flops=2 * rows * out * into,
+        bytes_saved=0,
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``quant_linear``."""
+    w = Quantized(*weight)
+    (out, into), reasons = w.shape, []
+    if w.kind not in (*VALUES, "int8"):
+        return [f"the weight is of kind {w.kind}"]
+    if not x.is_floating_point():
+        reasons.append(f"x is {x.dtype}, not floating-point")
+    if x.shape[-1] != into:
+        reasons.append(f"x has {x.shape[-1]} features, the weight {into}")
+    low = compute or x.dtype
+    if bias is not None and bias.dtype != low:
+        reasons.append(f"the bias is {bias.dtype}, the input {low}")
+    if dtype is not None and torch.promote_types(dtype, low) is not dtype:
+        reasons.append(f"the result would be {dtype}, narrower than the product's {low}")
+    bits = w.packed.numel() * w.packed.element_size() * 8
+    if bits < out * into * (8 if w.kind == "int8" else 4):
+        reasons.append(f"{bits} bits are too few for {out} x {into} values")
+    if (w.absmax_8bit is None) != (w.absmax_offset is None):
+        reasons.append("the scales of scales are not complete")
+    if len({t.device for t in (x, bias, *w) if isinstance(t, Tensor)}) > 1:
+        reasons.append("the operands are on several devices")
+    return reasons
+
+
+OP = Op("quant_linear", reference, quant_linear, cost, unsupported)

@@ -1,0 +1,190 @@
+"""Products with quantized weights, on rows: one opaque op each, without an autograd rule.
+
+A weight's only copy of full precision lives while a product runs, so that no compiler finds it
+worth keeping. The low-rank product of an adapter is added in the same op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..launch import LIBRARY, library_op, use_triton
+from .matmul import addmm, addmm_, mm
+from .products import accumulated, plus_products, rank_update
+from .quantized import Quantized, dequantize
+
+
+def split(w: Quantized) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """The constants of a weight, and its tensors."""
+    return w[2:5], (*w[:2], *w[5:])
+
+
+def join(fixed: tuple[Any, ...], tensors: tuple[Any, ...]) -> Quantized:
+    """The weight again."""
+    return Quantized(*tensors[:2], *fixed, *tensors[2:])
+
+
+def _product(
+    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
+    kind: str, transposed: bool, bias: Tensor | None, left: Tensor | None, right: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    w = Quantized(
+        packed, absmax, (out, into), blocksize, kind, absmax_8bit, absmax_code, absmax_offset
+    )
+    triton = use_triton(x, absmax)
+    if triton and not transposed and _is_for_few(x, w):
+        base: Tensor = _few(x, *w[:2], *w[5:], *w.shape, blocksize, kind, bias)
+    else:
+        matrix = dequantize(w, x.dtype)
+        matrix = matrix if transposed else matrix.t()
+        if left is not None and right is not None and x.dtype is dtype and not triton:
+            return accumulated(bias, [x, left], [matrix, right], dtype)
+        base = mm(x, matrix) if bias is None else addmm(bias, x, matrix)
+    if left is None or right is None:
+        return base.to(dtype)
+    if triton:
+        updated: Tensor = rank_update(base.to(dtype), left, right)
+        return updated
+    return plus_products(base, [(left, right)], dtype)
+
+
+def _product_fake(
+    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
+    kind: str, transposed: bool, bias: Tensor | None, left: Tensor | None, right: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], into if transposed else out, dtype=dtype)
+
+
+# 2026-11-25: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "quant_product(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_8bit,"
+    " Tensor? absmax_code, Tensor? absmax_offset, int out, int into, int blocksize, str kind,"
+    " bool transposed, Tensor? bias, Tensor? left, Tensor? right, ScalarType dtype) -> Tensor"
+)
+LIBRARY.impl("quant_product", _product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusewright::quant_product", _product_fake, lib=LIBRARY)
+
+
+def product(
+    x: Tensor,
+    w: Quantized,
+    *,
+    transposed: bool = False,
+    bias: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x·Wᵀ + bias + left·right``, or with x·W, in ``dtype`` (default: x's); no autograd.
+
+    Args:
+        x: (N, in), or (N, out) if ``transposed``; its dtype is the one that W is rounded to.
+        w: the weight (out, in).
+        transposed: multiply with W instead of its transpose.
+        bias: (out,) in x's dtype, or None.
+        left: (N, r), or None.
+        right: (r, out), or (r, in) if ``transposed``.
+        dtype: of the result and the sum.
+    """
+    result: Tensor = torch.ops.fusewright.quant_product.default(
+        x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, transposed, bias, left, right,
+        dtype or x.dtype,
+    )  # fmt: skip
+    return result
+
+
+def _sum(
+    xs: list[Tensor], weights: list[Tensor | None], sizes: list[int], kinds: list[str],
+    lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    total: Any = None
+    for i, (x, kind) in enumerate(zip(xs, kinds, strict=True)):
+        out, into, blocksize = sizes[3 * i : 3 * i + 3]
+        own = weights[5 * i : 5 * i + 5]
+        matrix = dequantize(join(((out, into), blocksize, kind), tuple(own)), x.dtype)
+        if total is None:
+            total = mm(x, matrix).to(dtype)
+        else:  # a wider sum rounds each product by itself: ``plus_products``
+            total = addmm_(total, x, matrix) if x.dtype is dtype else total.add_(mm(x, matrix))
+        del matrix  # before the next one is made
+    for left, right in zip(lefts, rights, strict=True):
+        if use_triton(total, left, right):
+            total = rank_update(total, left, right)
+        else:
+            total = plus_products(total, [(left, right)], dtype)
+    return cast(Tensor, total)
+
+
+def _sum_fake(
+    xs: list[Tensor], weights: list[Tensor | None], sizes: list[int], kinds: list[str],
+    lefts: list[Tensor], rights: list[Tensor], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return xs[0].new_empty(xs[0].shape[0], sizes[1], dtype=dtype)
+
+
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "quant_sum_of_products(Tensor[] xs, Tensor?[] weights, int[] sizes, str[] kinds,"
+    " Tensor[] lefts, Tensor[] rights, ScalarType dtype) -> Tensor"
+)
+LIBRARY.impl("quant_sum_of_products", _sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("fusewright::quant_sum_of_products", _sum_fake, lib=LIBRARY)
+
+
+def sum_of_quantized(
+    pairs: Sequence[tuple[Tensor, Quantized]],
+    updates: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``Σ xᵢ·Wᵢ + Σ leftⱼ·rightⱼ`` (N, in), each added to those before; no autograd.
+
+    Args:
+        pairs: xᵢ (N, outᵢ) and the weight (outᵢ, in); one at least.
+        updates: (N, r) and (r, in) each.
+        dtype: of the sum: that of the x's, or wider.
+    """
+    halves = [split(w) for _, w in pairs]
+    result: Tensor = torch.ops.fusewright.quant_sum_of_products.default(
+        [x for x, _ in pairs],
+        [t for _, tensors in halves for t in tensors],
+        [n for (shape, blocksize, _), _ in halves for n in (*shape, blocksize)],
+        [kind for (_, _, kind), _ in halves],
+        [left for left, _ in updates],
+        [right for _, right in updates],
+        dtype,
+    )
+    return result
+
+
+# -- triton: for few rows, dequantize inside the product
+
+_FEW = 16
+"""Rows of x up to which dequantizing inside the product is the cheaper way."""
+
+
+def _is_for_few(x: Tensor, w: Quantized) -> bool:
+    return x.shape[0] <= _FEW and w.kind != "int8" and w.shape[1] % w.blocksize == 0
+
+
+def _few_fake(
+    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
+    kind: str, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], out)
+
+
+_few = library_op(
+    "quant_linear_few(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_8bit,"
+    " Tensor? absmax_code, Tensor? absmax_offset, int out, int into, int blocksize, str kind,"
+    " Tensor? bias) -> Tensor",
+    "linear.quant_linear:few",
+    _few_fake,
+)

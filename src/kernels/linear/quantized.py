@@ -1,0 +1,152 @@
+"""Quantized weights: how they are laid out, and back to floating point.
+
+NF4 and FP4 with or without a quantized scale (Dettmers et al., "QLoRA", 2023), and rows of int8
+(Dettmers et al., "LLM.int8()", 2022), as bitsandbytes packs them. It is not imported here: where
+there is such a weight, whoever made it has registered the operators that are used if present.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import library_op, use_triton
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5,
+    0.1666666716337204, 0.25, 0.0, -0.0052083334885537624, -0.6666666865348816, -1.0,
+    -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+)  # fmt: skip
+VALUES = {"nf4": NF4, "fp4": FP4}
+NESTED = 256
+"""Scales per scale of scales, where the scales are quantized themselves."""
+_PIECE = 1 << 17
+"""Weights that are dequantized at a time in plain PyTorch: their fp32 copies stay in the cache."""
+
+
+class Quantized(NamedTuple):
+    """A frozen matrix (out, in) in few bits.
+
+    Attributes:
+        packed: 4 bits: two values to a byte, the first one in the high half, rows one after the
+            other, in any dtype of storage; int8: (out, in).
+        absmax: fp32; 4 bits: the scale of each block, or, with the three below, of each 256
+            scales; int8: (out,), the largest absolute value of each row.
+        shape: (out, in).
+        blocksize: how many values share a scale; not used by int8.
+        kind: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        absmax_8bit: uint8, the quantized scale of each block, or None.
+        absmax_code: (256,) fp32, what its values stand for.
+        absmax_offset: () fp32, what is added to all scales.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    blocksize: int
+    kind: str
+    absmax_8bit: Tensor | None = None
+    absmax_code: Tensor | None = None
+    absmax_offset: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        tensors = (t for t in self if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def scales(w: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The scale of each block of 4-bit values, (blocks,) in ``dtype``."""
+    if w.absmax_8bit is None or w.absmax_code is None or w.absmax_offset is None:
+        return w.absmax.to(dtype)
+    found = w.absmax_code.to(dtype).index_select(0, w.absmax_8bit.int())
+    whole, outer = found.numel() // NESTED, w.absmax.to(dtype)
+    found[: whole * NESTED].view(whole, NESTED).mul_(outer[:whole, None])
+    found[whole * NESTED :].mul_(outer[-1])
+    return found.add_(w.absmax_offset.to(dtype))
+
+
+def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) in ``dtype``, in plain PyTorch: it defines the values.
+
+    Value and scale are multiplied in fp32 (fp64 in fp64) and rounded once.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    out, into = w.shape
+    if w.kind == "int8":
+        return w.packed.to(dtype).mul_(w.absmax.to(wide).unsqueeze(1).mul(1.0 / 127.0))
+    codes = w.packed.reshape(-1).view(torch.uint8)
+    pairs = _pairs(w.kind, wide, codes.device)
+    size = out * into
+    result = torch.empty(size, dtype=dtype, device=codes.device)
+    block_scales = scales(w, wide)
+    step = max(_PIECE // w.blocksize, 1) * w.blocksize  # even, for blocks are
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        values = pairs[codes[start // 2 : (stop + 1) // 2].int()].view(-1)[: stop - start]
+        own = block_scales[start // w.blocksize : -(-stop // w.blocksize)]
+        whole = (stop - start) // w.blocksize * w.blocksize
+        values[:whole].view(-1, w.blocksize).mul_(own[: whole // w.blocksize, None])
+        values[whole:].mul_(own[-1])
+        result[start:stop] = values
+    return result.view(out, into)
+
+
+@functools.cache
+def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the 16 codes stand for."""
+    return torch.tensor(VALUES[kind], dtype=dtype, device=device)
+
+
+@functools.cache
+def _pairs(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the 256 bytes stand for: (256, 2)."""
+    one = table(kind, dtype, device)
+    return torch.stack((one.repeat_interleave(16), one.repeat(16)), 1)
+
+
+def _dequantize_fake(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty(out, into, dtype=dtype, device=packed.device)
+
+
+_dequantize = library_op(
+    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? absmax_code,"
+    " Tensor? absmax_offset, int out, int into, int blocksize, str kind, ScalarType dtype)"
+    " -> Tensor",
+    "linear.quant_linear:dequantize",
+    _dequantize_fake,
+)
+
+
+def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) in ``dtype``: bit for bit what bitsandbytes makes of it.
+
+    Its compiled CPU kernel, where it is, is the fastest. It has none for odd rows and for large
+    blocks, and would start a compiler there.
+    """
+    if w.kind != "int8" and dtype is not torch.float64 and use_triton(w.absmax):
+        rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
+        made: Tensor = _dequantize(w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype)
+        return made
+    theirs = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
+    low = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    regular = w.kind != "int8" and w.shape[1] % 2 == 0 and w.blocksize < 2048
+    if theirs is not None and low and regular and not w.absmax.is_cuda:
+        found: Tensor = theirs.default(
+            w.packed, scales(w), w.blocksize, w.kind, list(w.shape), dtype
+        )
+        return found
+    return dequantize_reference(w, dtype)

@@ -1,0 +1,200 @@
+"""The head and the loss in one: ``cross_entropy(softcap(scale·(x·Wᵀ + b)), labels)``.
+
+The logits are the largest tensor of a training step (rows x vocabulary), yet only one number and
+the gradient of x come out of them. Here they exist one tile of rows at a time, and are multiplied
+once: the forward pass turns each tile into its own gradient in place and multiplies it back at
+once, so backward only scales what forward found. Rows whose label is ignored are never multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients
+from .linear_cross_entropy_parts import Settings, found, operands, scaled, settings
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """What causal LMs of transformers compute, cast for cast: the loss of fp32 logits."""
+    logits = linear(x, weight, bias)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if logits.dtype is not torch.float64:
+        logits = logits.float()
+    return cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+# -------------------------------------------------------------------------------- cpu and triton
+
+# ``linear_cross_entropy_parts.py``.
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, labels = ctx.saved_tensors[4:]
+    ignore_index, reduction, smoothing, softcap, scale = ctx.chosen
+    chosen = ignore_index, reduction, smoothing, softcap or None, scale
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference(x, weight, bias, labels, *chosen)
+
+    return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients of the *sum* are found by forward; backward multiplies them, out of place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chosen: tuple[Any, ...],
+        recording: bool,
+    ) -> Tensor:
+        """Return the loss; keep the gradients of its sum that will be wanted."""
+        wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
+        loss, made = found(x, weight, bias, labels, Settings(*chosen), wanted)
+        # x and labels for a second derivative alone
+        ctx.save_for_backward(*made, x, weight, bias, labels)
+        ctx.chosen = chosen
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in (x, weight, bias)]
+        return loss
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight, dbias, count = ctx.saved_tensors[:4]
+        made, needed = (dx, dweight, dbias, count), ctx.needs_input_grad[:3]
+        return *scaled(made, grad, ctx.like, needed, ctx.chosen[-1]), None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Compute the cross entropy of ``softcap·tanh(logit_scale·(x·Wᵀ + b) / softcap)``.
+
+    Logits, scale and softcap are rounded to x's dtype where the model rounds them, so the loss is
+    eager's; the softmax and everything after run in fp32. Without gradients (no_grad, or none
+    required) only the loss is computed. Gradients of the head are summed over the tiles in fp32.
+    Backward may run more than once over a retained graph. Under
+    autocast the operands are cast first, as autocast casts a linear layer's. ``torch.compile``
+    sees one opaque op.
+
+    Args:
+        x: (..., hidden), the rows that are multiplied.
+        weight: (vocabulary, hidden), in x's dtype; frozen, trainable, or tied to the embedding.
+        bias: (vocabulary,) or None.
+        labels: (...), int64, already shifted; each a class or ``ignore_index``.
+        ignore_index: the label of rows that do not count.
+        reduction: ``"mean"`` over the rows that count (nan if none does), or ``"sum"``.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        softcap: bound of the logits (Gemma 2), or None.
+        logit_scale: factor on the logits, before the softcap.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: another reduction, a smoothing outside [0, 1], or a softcap that is not above 0.
+        IndexError: on the CPU, a label that is no class. On a GPU, where looking would stall the
+            stream, the loss is nan instead.
+    """
+    chosen = settings(ignore_index, reduction, label_smoothing, softcap, logit_scale)
+    x, weight, bias = operands(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x,
+            weight,
+            bias,
+            labels,
+            tuple(chosen),
+            torch.is_grad_enabled(),  # within forward it is always off
+        )
+    return loss
+
+
+# ------------------------------------------------------------------------------------ cost and OP
+
+
+def cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *_: Any, **__: Any
+) -> Cost:
+    """Bytes and FLOPs of one call; the arguments are those of ``linear_cross_entropy``."""
+    rows, (vocabulary, hidden) = labels.numel(), weight.shape
+    products = 1 + x.requires_grad + weight.requires_grad
+    saved = x.requires_grad * x.nbytes + weight.requires_grad * weight.nbytes
+    return Cost(
+        bytes_read=x.nbytes + weight.nbytes + labels.nbytes,
+        bytes_written=saved + 4,
+        flops=2 * rows * vocabulary * hidden * products,
+        bytes_saved=saved,
+    )
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> list[str]:
+    """Say why the op cannot take these arguments, those of ``linear_cross_entropy``."""
+    reasons = []
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if any(not t.is_floating_point() for t in tensors):
+        reasons.append("an operand is not of a floating-point dtype (a quantized head?)")
+    if len({t.dtype for t in tensors}) > 1:
+        reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
+    if labels.dtype is not torch.int64:
+        reasons.append(f"the labels are {labels.dtype} instead of torch.int64")
+    if len({t.device for t in (*tensors, labels)}) > 1:
+        reasons.append("the operands are on several devices")
+    if labels.shape != x.shape[:-1]:
+        reasons.append(f"labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+    if reduction not in ("mean", "sum"):
+        reasons.append(f"the reduction {reduction!r} keeps one loss per row")
+    return reasons
+
+
+OP = Op("linear_cross_entropy", reference, linear_cross_entropy, cost, unsupported)

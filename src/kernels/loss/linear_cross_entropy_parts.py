@@ -1,0 +1,155 @@
+"""What ``linear_cross_entropy`` is made of: its opaque op, and what goes in and comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import LIBRARY, use_triton
+from .linear_cross_entropy_tiles import compute
+
+
+def _implementation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if use_triton(x, weight, bias):
+        from .linear_cross_entropy_triton import compute as run
+    else:
+        run = compute
+    return run(x, weight, bias, labels, ignore_index, label_smoothing, softcap, logit_scale, wanted)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    kept = wide if x.dtype is torch.float16 else x.dtype
+    rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
+    return (
+        x.new_empty((), dtype=wide),
+        x.new_empty((), dtype=wide),
+        x.new_empty((rows if wanted[0] else 0, hidden)),
+        x.new_empty((vocabulary if wanted[1] else 0, hidden), dtype=kept),
+        x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
+    )
+
+
+# 2026-11-24: torch.library is not typed
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
+    "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy_forward", _implementation, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("fusewright::linear_cross_entropy_forward", _fake, lib=LIBRARY)
+_forward = torch.ops.fusewright.linear_cross_entropy_forward.default
+
+
+class Settings(NamedTuple):
+    """What turns logits into a loss, besides the labels; ``softcap`` is 0 where there is none."""
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+
+
+def settings(
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Settings:
+    """The settings of ``linear_cross_entropy``; raises ValueError where they have no meaning."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    return Settings(ignore_index, reduction, label_smoothing, softcap or 0.0, logit_scale)
+
+
+def operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as autocast casts a linear layer's; as they are where it is off."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""The gradients of the *sum* of x, weight and bias, and how many rows count if that matters."""
+
+
+def found(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chosen: Settings,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Found]:
+    """The loss, and what its backward pass needs for the wanted gradients; not differentiable."""
+    ignore_index, reduction, *rest = chosen
+    total, count, *gradients = _forward(
+        x.reshape(-1, x.shape[-1]), weight, bias, labels.reshape(-1), ignore_index, *rest, wanted
+    )
+    if reduction == "mean":
+        return total / count, (*gradients, count)
+    return total, (*gradients, None)
+
+
+def scaled(
+    made: Found, grad: Tensor, like: Sequence[Any], needed: Sequence[bool], scale: float
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias: what forward found, scaled.
+
+    No matmul, no host synchronisation, and nothing is overwritten.
+
+    Args:
+        made: from ``found``.
+        grad: of the loss.
+        like: (shape, dtype) of each operand.
+        needed: whether its gradient is.
+        scale: the factor on the logits.
+    """
+    *gradients, count = made
+    factor = grad * scale
+    if count is not None:
+        factor = factor / count.clamp(min=1)  # no labels: nan as loss, zero as gradient
+    each = zip(gradients, like, needed, strict=True)
+    return [_scaled(t, factor, of[1]).view(of[0]) if need else None for t, of, need in each]
+
+
+def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t · factor`` in ``dtype``; the factor must not be rounded to a narrow ``t``'s dtype."""
+    if t.is_cuda:  # a GPU kernel would round it; the CPU's computes in fp32
+        t = t.to(factor.dtype)
+    return (t * factor).to(dtype)

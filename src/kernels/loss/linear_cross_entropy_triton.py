@@ -1,0 +1,180 @@
+"""Triton twin of ``kernels/linear_cross_entropy_tiles.py``: tiles of rows, nothing read back.
+
+How many rows count is known on the device only, and asking would stall the stream. So the rows that
+count are sorted to the front, every tile is launched, and each program compares its rows with the
+count in device memory: those past it return at once. That is why the matmuls are kernels of our
+own (``linear_cross_entropy_matmul.py``): a library matmul cannot stop at a number that the host
+does not know.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aot import AotCase
+from .linear_cross_entropy_matmul_triton import bounded_product
+
+TILE_BYTES = 128 << 20
+"""What one tile of logits takes; at 128k classes in bf16 that is 512 rows."""
+
+
+@triton.jit
+def _tanh(u):
+    """Hyperbolic tangent to fp32's precision, also where ``1 - 2/(exp(2u) + 1)`` cancels."""
+    s = u * u
+    tail = -0.0539682540 + s * 0.0218694885
+    small = u * (1.0 + s * (-0.3333333333 + s * (0.1333333333 + s * tail)))
+    t = tl.exp(-2.0 * tl.abs(u))
+    large = (1.0 - t) / (1.0 + t)
+    return tl.where(s < 0.09, small, tl.where(u < 0.0, -large, large))
+
+
+@triton.jit
+def _logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
+    """Scaled and capped logits, rounded where the model rounds; minus infinity outside."""
+    raw = tl.load(pointers, mask=inside, other=0.0)
+    value = (raw.to(tl.float32) * scale).to(raw.dtype).to(tl.float32)
+    if SOFTCAP:
+        share = (value / softcap).to(raw.dtype).to(tl.float32)
+        share = _tanh(share).to(raw.dtype).to(tl.float32)
+        value = (softcap * share).to(raw.dtype).to(tl.float32)
+    return tl.where(inside, value, float("-inf"))
+
+
+@triton.jit
+def loss_kernel(
+    logits,
+    labels,
+    losses,
+    kept,
+    first,
+    vocabulary,
+    smoothing,
+    softcap,
+    scale,
+    SOFTCAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row per program: its loss, and its logits replaced by their gradient (over scale).
+
+    The maximum and the sum of exponentials are found in one pass (Milakov & Gimelshein 2018).
+    """
+    row = tl.program_id(0)
+    if row >= tl.load(kept) - first:
+        return
+    logits += row.to(tl.int64) * vocabulary
+    label = tl.load(labels + row)
+    peak = float("-inf")
+    mass = 0.0
+    total = 0.0
+    for start in range(0, vocabulary, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        inside = v < vocabulary
+        value = _logits(logits + v, inside, softcap, scale, SOFTCAP)
+        higher = tl.maximum(peak, tl.max(value, 0))
+        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), 0)
+        peak = higher
+        total += tl.sum(tl.where(inside, value, 0.0), 0)
+    lse = peak + tl.log(mass)
+    known = (label >= 0) & (label < vocabulary)
+    own = _logits(logits + label, known, softcap, scale, SOFTCAP)
+    loss = lse - (1.0 - smoothing) * own - smoothing * (total / vocabulary)
+    tl.store(losses + row, tl.where(known, loss, float("nan")))
+    if GRADIENT:
+        tl.debug_barrier()  # the label's logit has been read before it is overwritten
+        for start in range(0, vocabulary, BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            inside = v < vocabulary
+            value = _logits(logits + v, inside, softcap, scale, SOFTCAP)
+            grad = tl.exp(value - lse) - smoothing / vocabulary
+            grad = tl.where(v == label, grad - (1.0 - smoothing), grad)
+            if SOFTCAP:
+                share = value / softcap
+                grad *= 1.0 - share * share
+            tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+def _loss_config(vocabulary: int) -> dict[str, int]:
+    wide = vocabulary > 1024
+    return {"BLOCK_V": 4096 if wide else 1024, "num_warps": 8 if wide else 4}
+
+
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
+    n, (vocabulary, hidden) = labels.numel(), weight.shape
+    keep = labels != ignore_index
+    kept = keep.sum(dtype=torch.int32)
+    order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)
+    labels = labels.index_select(0, order)
+    f32 = {"dtype": torch.float32, "device": x.device}
+    losses = torch.zeros(n, **f32)
+    dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
+    dweight = torch.zeros((vocabulary if wanted[1] else 0, hidden), **f32)
+    dbias = torch.zeros(vocabulary if wanted[2] else 0, **f32)
+    height = max(1, TILE_BYTES // (vocabulary * x.element_size()))
+    height = min(n, height // 128 * 128 or height)  # whole blocks of the matmuls
+    for first in range(0, n, max(1, height)):
+        rows = order[first : first + height]
+        xt = x.index_select(0, rows)
+        logits = x.new_empty((xt.shape[0], vocabulary))
+        bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
+        loss_kernel[(xt.shape[0],)](
+            logits,
+            labels[first:],
+            losses[first:],
+            kept,
+            first,
+            vocabulary,
+            label_smoothing,
+            softcap,
+            logit_scale,
+            SOFTCAP=softcap > 0,
+            GRADIENT=any(wanted),
+            **_loss_config(vocabulary),
+        )
+        if wanted[0]:
+            part = torch.zeros_like(xt)  # rows past the bound stay zero
+            bounded_product(part, logits, weight, kept, first, "rows")
+            dx.index_copy_(0, rows, part)
+        if wanted[1]:
+            bounded_product(dweight, logits.t(), xt, kept, first, "inner")
+        if wanted[2]:
+            ones = x.new_ones((xt.shape[0], 1))
+            bounded_product(dbias.view(-1, 1), logits.t(), ones, kept, first, "inner")
+    narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
+    return losses.sum(), kept.to(torch.float32), dx, dweight.to(narrow), dbias
+
+
+def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> AotCase:
+    config = _loss_config(vocabulary)
+    pointers = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "kept": "*i32"}
+    return AotCase(
+        name=f"loss-{dtype}-{config['BLOCK_V']}-softcap{softcap:d}-gradient{gradient:d}",
+        kernel=loss_kernel,
+        signature=pointers
+        | {"first": "i32", "vocabulary": "i32"}
+        | dict.fromkeys(("smoothing", "softcap", "scale"), "fp32"),
+        constants={"SOFTCAP": softcap, "GRADIENT": gradient, "BLOCK_V": config["BLOCK_V"]},
+        num_warps=config["num_warps"],
+    )
+
+
+AOT = (
+    _aot_loss("bf16", 49152, True, True),
+    _aot_loss("fp32", 49152, False, False),
+    _aot_loss("fp16", 256, False, True),
+)

@@ -1,0 +1,306 @@
+"""A gated MLP as one unit: gate and up, activation, down, each linear with LoRA or without.
+
+    h = act(gate(x)) * up(x);  y = down(h)
+
+What is kept for backward is chosen by ``keep``: ``"gate_up"`` keeps x, gate, up and the rank-wide
+products, and computes h again where its gradient needs it; ``"input"`` keeps x alone and computes
+everything again, forward and backward in tiles of tokens, so that nothing of the size of tokens
+times intermediate features ever exists. The gradient of x is one tensor into which gate, up and
+their adapters are accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linear.linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
+from ..linear.products import Rows, shaped
+from ..linear.projections import narrow_copy_for
+from ..linear.qkv_block import projection
+from ..linear.qkv_block import unsupported as linears_unsupported
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients, require_kept
+from . import glu
+from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
+
+KEEPS = ("gate_up", "input")
+"""What may be kept for backward."""
+
+LAYOUTS = ("two", "gate first", "up first")
+"""Gate and up from two linears, or as the halves of one's output."""
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Define the op: the linears by themselves, the gated unit between them."""
+    *ins, down = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
+    outs = [_one(x, linear, compute, dtype) for linear in ins]
+    if layout == "two":
+        h = glu.glu_reference(outs[0], outs[1], activation)
+    else:
+        h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
+    return _one(h, down, compute, dtype)
+
+
+def _one(
+    x: Tensor, linear: Sequence[Any], compute: torch.dtype | None, dtype: torch.dtype | None
+) -> Tensor:
+    weight, bias, lora_a, lora_b, scale, lora_bias = linear
+    return projection(x, weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype)
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+# ``mlp_block_tiles``: matmuls of the libraries, in one piece or in tiles.
+
+# -- triton ----------------------------------------------------------------------------------------
+
+# The kernels of ``glu`` and ``lora_linear``, through their functions.
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _, dtype, constants, activation, layout, keep = ctx.options
+    x, *saved = ctx.saved_tensors
+    constants, count = Constants(*constants), len(constants[0])
+    require_kept(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
+
+    def formula(x: Tensor, *tensors: Any) -> Tensor:
+        kinds = constants.compute, constants.dtype
+        run: Any = reference
+        y: Tensor = run(x, *lists(tensors, constants), activation, layout, keep, *kinds)
+        return y.reshape(grad.shape)
+
+    inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])
+    needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+    dx, *rest = gradients(formula, inputs, needed, (grad,))
+    return dx if dx is None else dx.to(dtype), None, None, None, None, None, *rest
+
+
+class _MLPBlock(torch.autograd.Function):
+    """One rule for both ways of keeping; what is computed again is bit for bit what it was."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        copy: Tensor | None,
+        constants: tuple[Any, ...],
+        activation: str,
+        layout: str,
+        keep: str,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
+        read = x if copy is None else copy
+        rows, constants = read.reshape(-1, x.shape[-1]), Constants(*constants)
+        ctx.options = x.shape, x.dtype, tuple(constants), activation, layout, keep
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        ctx.save_for_backward(*tensors)
+        if keep == "input":
+            if any(needed):
+                ctx.save_for_backward(read, *tensors)
+            return tiled_forward(rows, list(tensors), constants, activation, layout)
+        mlp = Mlp.of(tensors, constants, activation, layout)
+        y, outs, hs = forward(Rows(rows), mlp)
+        if any(needed):
+            *ins, down = wanted(needed[1:], len(hs))
+            for_x = any(need.weight or need.lora_a for need in ins)
+            for_hs = [need.lora_b for need in (*ins, down)]
+            kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
+            ctx.save_for_backward(read if for_x else None, *outs, *kept, *tensors)
+        return y  # rows: a view made in here could not be written to in place by the model
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        shape, dtype, constants, activation, layout, keep = ctx.options
+        x, *saved = ctx.saved_tensors
+        rows = x if x is None else x.reshape(-1, x.shape[-1])
+        constants, count = Constants(*constants), len(constants[0])
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        if keep == "input":
+            found = iter(tiled_backward(
+                grad, x.reshape(-1, x.shape[-1]), saved, constants, activation, layout,
+                list(needed), dtype,
+            ))  # fmt: skip
+            dx, *grads = (next(found) if need else None for need in needed)
+        else:
+            outs, hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
+            mlp = Mlp.of(saved[2 * count - 1 :], constants, activation, layout)
+            needs = wanted(needed[1:], count)
+            read = None if rows is None else Rows(rows)
+            dx, grads = backward(grad, read, outs, hs, mlp, needed[0], needs, dtype)
+            grads += [None] * (len(needed) - 1 - len(grads))  # of quantized weights
+        return dx if dx is None else dx.view(shape), None, None, None, None, None, *grads
+
+
+def mlp_block(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``down(activation(gate(x)) * up(x))``; the lists have gate, up, down, or gate and up, down.
+
+    x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
+    operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
+    as in ``quant_lora_linear``). What comes back to x is added up in x's dtype. Backward may run
+    more than once over a retained graph.
+
+    Args:
+        x: (..., D).
+        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), of one dtype, frozen or trainable; or
+            each a frozen ``Quantized``, or a tuple of its fields.
+        biases: (out,) or None each.
+        lora_as: (r, in), or None for a linear without an adapter.
+        lora_bs: (out, r) in the dtype of A, or None.
+        scales: what each adapter's output is multiplied by.
+        lora_biases: (out,), the bias of B, or None each.
+        activation: one of ``glu.ACTIVATIONS``.
+        layout: ``"two"``: gate and up are two linears; ``"gate first"`` and ``"up first"``: they
+            are the halves of one linear's output.
+        keep: ``"gate_up"`` or ``"input"``, what is kept for backward.
+        compute: in which products with quantized weights run; None is x's dtype. Others run in the
+            weight's.
+        dtype: of each linear's result, at least as wide; None is that of the products.
+
+    Returns:
+        (..., D), in ``dtype``.
+
+    Raises:
+        ValueError: an unknown activation, layout or ``keep``, lists of different lengths, or some
+            weights quantized and some not.
+        RuntimeError: the shapes do not fit.
+    """
+    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    for given, choices in known:
+        if given not in choices:
+            raise ValueError(f"{given!r} is not one of {', '.join(choices)}")
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
+    options, device = (tuple(constants), activation, layout, keep), x.device.type
+    cast = cast_as_autocast(device, tensors, constants)
+    if cast is None:
+        return _apply(options, x, *tensors)
+    with torch.autocast(device, enabled=False):
+        return _apply(options, x, *cast)
+
+
+def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
+    *ins, _ = linears(tensors, Constants(*options[0]))
+    copy = narrow_copy_for(ins, x)
+    rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
+    return shaped(rows, x)
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def cost(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call, and what the choice of ``keep`` keeps."""
+    tensors, constants = flat(
+        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
+    )
+    *ins, down = linears(tensors, constants)
+    rows, wide = x.numel() // x.shape[-1], sum(layer.weight.shape[0] for layer in ins)
+    given = [t for t in tensors if t is not None]
+    trained = any(t.requires_grad for t in (x, *given))
+    in_x = keep == "input" or any(
+        isinstance(t, Tensor) and t.requires_grad for t in (*weights[:-1], *lora_as[:-1])
+    )
+    narrow = sum(
+        a.shape[0] * a.element_size()
+        for a, b in zip(lora_as, lora_bs, strict=True)
+        if a is not None and b is not None and b.requires_grad
+    )
+    inner = (wide * ins[0].dtype.itemsize + narrow) * (keep == "gate_up")
+    return Cost(
+        bytes_read=x.nbytes + sum(t.nbytes for t in given),
+        bytes_written=rows * down.weight.shape[0] * down.dtype.itemsize,
+        flops=2 * rows * sum(layer.numel() for layer in (*ins, down)),
+        bytes_saved=trained * rows * (in_x * x.shape[-1] * x.element_size() + inner),
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def unsupported(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor | None],
+    lora_bs: Sequence[Tensor | None],
+    scales: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+    activation: str,
+    layout: str = "two",
+    keep: str = "gate_up",
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``mlp_block``."""
+    known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
+    reasons = [
+        f"{v!r} is not one of {', '.join(choices)}" for v, choices in known if v not in choices
+    ]
+    if len(weights) != (3 if layout == "two" else 2):
+        return [*reasons, f"{len(weights)} linears for the layout {layout!r}"]
+    lists = (weights, biases, lora_as, lora_bs, scales, lora_biases)
+    ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
+    shapes = [tuple(w.shape if isinstance(w, Tensor) else w[2]) for w in weights]
+    h = x.new_empty(*x.shape[:-1], shapes[-1][1])
+    kinds: dict[str, Any] = {"compute": compute, "dtype": dtype}
+    reasons += linears_unsupported(x, *ins, **kinds)  # type: ignore[arg-type]
+    reasons += linears_unsupported(h, *down, **kinds)  # type: ignore[arg-type]
+    if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
+        reasons.append("some of the weights are quantized, some are not")
+    factor = 1 if layout == "two" else 2
+    if any(shape[0] != factor * h.shape[-1] for shape in shapes[:-1]):
+        reasons.append(f"gate and up do not fit down: {shapes}")
+    return reasons
+
+
+OP = Op("mlp_block", reference, mlp_block, cost, unsupported)

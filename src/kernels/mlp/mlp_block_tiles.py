@@ -1,0 +1,268 @@
+"""The body of ``mlp_block``, on rows: in one piece, which is traced, or in tiles, which is opaque.
+
+The tiled forms are library ops: a tracer would unroll their loops, and would keep what they are
+there to forget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import LIBRARY
+from ..linear import projections
+from ..linear.linears import Constants, Grads, Linear, linears, wanted
+from ..linear.products import Rows
+from ..linear.projections import narrow, widen
+from . import glu
+
+Kind = torch.dtype | None
+
+TILE_BYTES = 6 << 20
+"""How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
+
+
+class Mlp(NamedTuple):
+    """The linears, and what stands between them.
+
+    Attributes:
+        ins: gate and up, or one for both.
+        down: the last one.
+        activation: of the gate.
+        layout: one of ``mlp_block.LAYOUTS``.
+    """
+
+    ins: list[Linear]
+    down: Linear
+    activation: str
+    layout: str
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], constants: Constants, activation: str, layout: str) -> Mlp:
+        """From ``linears.flat``'s list."""
+        *ins, down = linears(tensors, constants)
+        return cls(ins, down, activation, layout)
+
+    def unpacked(self) -> Mlp:
+        """The same with plain weights, so that quantized ones are not unpacked for each tile."""
+        return self._replace(ins=[v.unpacked() for v in self.ins], down=self.down.unpacked())
+
+    def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both, as views of what the first linears give."""
+        if self.layout == "two":
+            return outs[0], outs[1]
+        return glu.halves(outs[0], self.layout == "gate first")
+
+
+# -- in one piece ----------------------------------------------------------------------------------
+
+
+def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The output (N, D) from x (N, D), what the first linears gave, the narrow products of all."""
+    hs = narrow(x, mlp.ins)
+    outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+    inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
+    last = narrow(inner, [mlp.down])
+    return widen(inner, mlp.down, last[0]), outs, [*hs, *last]
+
+
+def backward(
+    grad: Tensor,
+    x: Rows | None,
+    outs: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    mlp: Mlp,
+    need_x: bool,
+    needs: Sequence[Grads],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of x, and those of the linears' tensors, four each; None where not needed.
+
+    Args:
+        grad: (N, D).
+        x: (N, D), where a gradient of the first linears' weights or A's is wanted.
+        outs: what the first linears gave.
+        hs: the narrow products, where a B's gradient is wanted; the last is made if it is not
+            there.
+        mlp: the linears.
+        need_x: whether the gradient of x is wanted.
+        needs: what else is.
+        dtype: of the gradient of x.
+    """
+    *in_needs, down_need = needs
+    need_ins = need_x or any(any(need) for need in in_needs)
+    last, inner, act = hs[-1], None, None
+    missing = down_need.lora_b and last is None
+    if down_need.weight or down_need.lora_a or missing:
+        h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        inner = Rows(h)
+        del h
+        last = narrow(inner, [mlp.down])[0] if missing else last
+    back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
+    d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
+    del inner
+    if not need_ins:
+        return None, [*[None] * (4 * len(mlp.ins)), *d_down[0]]
+    d_inner = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
+    d_outs = _through_the_gate(d_inner, outs, mlp, act)
+    dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs, dtype)
+    return dx, [g for d in (*d_ins, *d_down) for g in d]
+
+
+def _through_the_gate(
+    d_inner: Any, outs: Sequence[Tensor], mlp: Mlp, act: Tensor | None
+) -> list[Tensor]:
+    """The gradients of what the first linears gave; ``d_inner`` and ``act`` are used up."""
+    if mlp.layout != "two":
+        first = mlp.layout == "gate first"
+        return [glu.packed_backward(d_inner, outs[0], mlp.activation, first)]
+    gate, up = mlp.gate_and_up(outs)
+    return glu.recomputed_backward_(d_inner, gate, up, mlp.activation, act)
+
+
+# -- in tiles --------------------------------------------------------------------------------------
+
+
+def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
+    """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
+    wide = sum(layer.weight.shape[0] * layer.dtype.itemsize for layer in mlp.ins)
+    most = max(64, TILE_BYTES // wide) if x.device.type == "cpu" else 4096
+    count = max(1, -(-x.shape[0] // most))
+    size = max(1, -(-x.shape[0] // count))
+    return [slice(i, i + size) for i in range(0, max(1, x.shape[0]), size)]
+
+
+def _tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
+) -> Tensor:  # fmt: skip
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
+    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0], dtype=mlp.down.dtype)
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    for tile in tiles:
+        out[tile] = forward(Rows(x[tile]), mlp)[0]
+    return out
+
+
+def _tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
+) -> list[Tensor]:  # fmt: skip
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    wide = wide or x.dtype
+    dx = x.new_empty(x.shape, dtype=wide) if needed[0] else None
+    totals: list[Tensor | None] = [None] * len(tensors)
+    for tile in tiles:
+        rows = Rows(x[tile])
+        hs = narrow(rows, mlp.ins)
+        outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+        d_rows, found = backward(
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
+            wide,
+        )  # fmt: skip
+        if dx is not None and d_rows is not None:
+            dx[tile] = d_rows
+        for i, part in enumerate(found):
+            totals[i] = _added(totals[i], part)
+    finished = [
+        _of_its_own(total.to(t.dtype))
+        for total, t in zip(totals, tensors, strict=True)
+        if total is not None and t is not None
+    ]
+    return finished if dx is None else [dx, *finished]
+
+
+def _of_its_own(t: Tensor) -> Tensor:
+    """A contiguous tensor that shares its memory with no other: results of an op may not."""
+    alone = t.untyped_storage().nbytes() == t.nbytes
+    return t.contiguous() if alone else t.clone(memory_format=torch.contiguous_format)
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of the tiles' gradients, in fp32 or wider."""
+    if part is None:
+        return None
+    wide = torch.promote_types(part.dtype, torch.float32)
+    if total is None:  # the tile's own tensor, or a copy
+        return part.to(wide)
+    return total.add_(part)
+
+
+def _forward_fake(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
+) -> Tensor:  # fmt: skip
+    *_, down = linears(tensors, _constants(scales, sizes, kinds, compute, dtype))
+    return x.new_empty(x.shape[0], down.weight.shape[0], dtype=down.dtype)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
+) -> list[Tensor]:  # fmt: skip
+    dx = [x.new_empty(x.shape, dtype=wide or x.dtype)] if needed[0] else []
+    given = zip(tensors, needed[1:], strict=True)
+    return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
+
+
+_SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
+_KINDS = "ScalarType? compute=None, ScalarType? dtype=None"
+for _name, _schema, _implementation, _fake in (
+    (
+        "mlp_block_forward",
+        f"(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
+        _tiled_forward,
+        _forward_fake,
+    ),
+    (
+        "mlp_block_backward",
+        f"(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, ScalarType? wide=None)"
+        " -> Tensor[]",
+        _tiled_backward,
+        _backward_fake,
+    ),
+):
+    # 2026-11-24: torch.library is not typed
+    LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusewright::{_name}", _fake, lib=LIBRARY)
+
+
+def _constants(
+    scales: list[float], sizes: list[int], kinds: list[str], compute: Kind, dtype: Kind
+) -> Constants:
+    return Constants(tuple(scales), tuple(sizes), tuple(kinds), compute, dtype)
+
+
+def tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str, layout: str
+) -> Tensor:
+    """The output (N, D) from x (N, D), a tile of tokens after the other."""
+    op = torch.ops.fusewright.mlp_block_forward.default
+    *lists, compute, dtype = constants
+    result: Tensor = op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
+    return result
+
+
+def tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
+    layout: str, needed: list[bool], wide: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """The needed gradients of x, in ``wide``, and of ``tensors``.
+
+    Everything else is computed again tile by tile.
+    """
+    op = torch.ops.fusewright.mlp_block_backward.default
+    *lists, compute, dtype = constants
+    result: list[Tensor] = op(
+        grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
+    )
+    return result

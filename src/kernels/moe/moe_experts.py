@@ -1,0 +1,302 @@
+"""Routed experts: each token through K of E expert networks, the results added by their weights.
+
+    out[t] = sum over k of  w[t, k] * (act(x[t] · U[e]) · D[e]),   e = index[t, k]
+
+Shazeer et al., "Outrageously large neural networks", 2017. The S = T·K pairs of a token and an
+expert are sorted by expert (``moe_route``). Both projections are then matmuls of consecutive rows
+by one matrix each: ``moe_up`` reads its rows from where the tokens are, ``moe_down`` adds its rows
+to where they belong, and what stands between the two is any function of a row. Neither permuted
+inputs nor permuted outputs are kept for backward:
+
+    dw = dout[t] · y;   g = w dout[t];   dh = g · D[e]ᵀ;   dD[e] = hᵀ g;   y = h · D[e]
+    dU[e] = xᵀ du;   dx[t] = sum over k of du · U[e]ᵀ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..op import Cost, Op
+from ..second_order import differentiable
+from .grouped_products import combine, grouped_mm, grouped_outer, segment_sum
+from .moe_experts_second import down_again, up_again
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def reference(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """One expert at a time, on the rows of its tokens."""
+    tokens, active = index.shape
+    ids = index.reshape(-1)
+    pairs = [(ids == expert).nonzero().view(-1) for expert in range(up.shape[0])]
+    parts = []
+    for e, mine in enumerate(pairs):
+        h = x[mine // active] @ up[e]
+        h = activation(h if up_bias is None else h + up_bias[e])
+        y = h @ down[e]
+        parts.append(y if down_bias is None else y + down_bias[e])
+    y = torch.cat(parts)[torch.cat(pairs).argsort()] * weights.reshape(-1, 1)
+    return y.view(tokens, active, -1).sum(1).to(x.dtype)
+
+
+# -- cpu and triton: moe_experts_ops.py ------------------------------------------------------------
+
+
+def moe_route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the pairs of a token and an expert by expert.
+
+    Args:
+        ids: (S,), the expert of each pair; pairs of one token are adjacent. A pair whose expert
+            is E or more has none here, and adds nothing.
+        experts: the number E of experts.
+
+    Returns:
+        The pair at each sorted place (S,), the place of each pair (S,), and the end of each
+        expert's places (E,) in int32.
+    """
+    ordered, order = torch.sort(ids, stable=True)
+    ends = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(ordered, ends, right=True, out_int32=True)
+    return order, inverse_permutation(order), offsets
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    """The place of each number in the permutation ``order`` (S,) of 0 .. S - 1."""
+    places = torch.arange(order.shape[0], device=order.device, dtype=order.dtype)
+    return torch.zeros_like(order).scatter(0, order, places)
+
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+class _Up(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        where: Tensor,
+        offsets: Tensor,
+        active: int,
+    ) -> Tensor:
+        tokens = order // active
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, where, offsets, order)
+        ctx.active, ctx.bias = active, None if bias is None else bias.dtype
+        return grouped_mm(x, tokens, weight, offsets, bias)
+
+    @staticmethod
+    @differentiable(up_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, where, offsets, order = ctx.saved_tensors
+        w_x, w_weight, w_bias, *_ = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        if w_x:
+            rows = grouped_mm(grad, None, weight.transpose(1, 2), offsets, None)
+            dx = combine(rows, where, None, ctx.active)
+        if w_weight:
+            dweight = grouped_outer(x, order // ctx.active, grad, offsets, weight)
+        if w_bias:
+            dbias = segment_sum(grad, offsets).to(ctx.bias)
+        return dx, dweight, dbias, None, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weights: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        where: Tensor,
+        offsets: Tensor,
+        active: int,
+    ) -> Tensor:
+        w_weights, w_weight = ctx.needs_input_grad[1:3]
+        y = grouped_mm(h, None, weight, offsets, bias)
+        ctx.save_for_backward(
+            h if w_weight else None, y if w_weights else None, weights, weight, bias, order,
+            offsets, where,
+        )  # fmt: skip
+        ctx.active, ctx.bias = active, None if bias is None else bias.dtype
+        return combine(y, where, weights, active)
+
+    @staticmethod
+    @differentiable(down_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, y, weights, weight, _, order, offsets, where = ctx.saved_tensors
+        w_h, w_weights, w_weight, w_bias, *_ = ctx.needs_input_grad
+        dh = dweights = dweight = dbias = None
+        rows = grad.index_select(0, order // ctx.active)
+        if w_weights:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            by_place = (rows.to(wide) * y).sum(1)
+            dweights = by_place.index_select(0, where).to(weights.dtype)
+        scaled = (rows * weights.index_select(0, order).unsqueeze(1)).to(grad.dtype)
+        if w_h:
+            dh = grouped_mm(scaled, None, weight.transpose(1, 2), offsets, None)
+        if w_weight:
+            dweight = grouped_outer(h, None, scaled, offsets, weight)
+        if w_bias:
+            dbias = segment_sum(scaled, offsets).to(ctx.bias)
+        return dh, dweights, dweight, dbias, None, None, None, None
+
+
+def moe_up(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    where: Tensor,
+    offsets: Tensor,
+    active: int,
+) -> Tensor:
+    """``x[t] · weight[e] + bias[e]`` for each pair of a token and an expert, sorted by expert.
+
+    Args:
+        x: (T, H).
+        weight: (E, H, F), in x's dtype, any strides (the transpose of (E, F, H) as well).
+        bias: (E, F) or None.
+        order: (S,), from ``moe_route``, like the next two.
+        where: (S,).
+        offsets: (E,).
+        active: the number K of experts of a token; S = T·K.
+
+    Returns:
+        (S, F) in x's dtype, in the order of ``order``.
+    """
+    return _Up.apply(x, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moe_down(
+    h: Tensor,
+    weights: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    where: Tensor,
+    offsets: Tensor,
+    active: int,
+) -> Tensor:
+    """Project each pair's row, and add up each token's rows by their weights.
+
+    Args:
+        h: (S, F), in the order of ``order``.
+        weights: (S,), the weight of each pair, in the order of the tokens.
+        weight: (E, F, H), in h's dtype, any strides.
+        bias: (E, H) or None.
+        order: (S,), from ``moe_route``, like the next two.
+        where: (S,).
+        offsets: (E,).
+        active: the number K of experts of a token.
+
+    Returns:
+        (T, H) in h's dtype; the sum is in fp32.
+    """
+    return _Down.apply(h, weights, weight, bias, order, where, offsets, active)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moe_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Send each token through its experts. Backward may run more than once.
+
+    Args:
+        x: (T, H).
+        index: (T, K), the experts of each token.
+        weights: (T, K), what their outputs are multiplied by; any floating dtype.
+        up: (E, H, F), in x's dtype, any strides; frozen or trainable.
+        down: (E, F', H), likewise.
+        activation: from the rows (S, F) of the first product to the rows (S, F') of the second.
+        up_bias: (E, F) or None.
+        down_bias: (E, H) or None.
+
+    Returns:
+        (T, H) in x's dtype.
+    """
+    active = index.shape[1]
+    routing = moe_route(index.reshape(-1), up.shape[0])
+    h = activation(moe_up(x, up, up_bias, *routing, active))
+    return moe_down(h, weights.reshape(-1), down, down_bias, *routing, active)
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def cost(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Cost:
+    """Bytes and FLOPs of one call, all experts being hit; what the activation keeps not counted."""
+    pairs, tensors = index.numel(), (x, index, weights, up, down, up_bias, down_bias)
+    wide, inner = up.shape[2], down.shape[1]
+    return Cost(
+        bytes_read=sum(t.nbytes for t in tensors if t is not None),
+        bytes_written=x.nbytes,
+        flops=2 * pairs * (x.shape[1] * wide + inner * down.shape[2]),
+        bytes_saved=x.nbytes * up.requires_grad
+        + pairs * inner * x.element_size() * down.requires_grad
+        + pairs * down.shape[2] * x.element_size() * weights.requires_grad
+        + pairs * 2 * index.element_size(),
+    )
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def unsupported(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> list[str]:
+    """Say why the op cannot take these arguments, which are those of ``moe_experts``."""
+    reasons = []
+    if (x.ndim, up.ndim, down.ndim) != (2, 3, 3):
+        reasons.append("x is not (T, H), or the weights are not (E, in, out)")
+    elif x.shape[1] != up.shape[1] or up.shape[0] != down.shape[0]:
+        reasons.append(f"shapes do not fit: {[tuple(t.shape) for t in (x, up, down)]}")
+    given = [t for t in (x, up, down, up_bias, down_bias) if t is not None]
+    if len({t.dtype for t in given}) > 1:
+        reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in given)}")
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        reasons.append(f"dtype {x.dtype} is not a floating-point dtype of 16 bits or more")
+    if len({t.device for t in (*given, index, weights)}) > 1:
+        reasons.append("the operands are on several devices")
+    return reasons
+
+
+OP = Op("moe_experts", reference, moe_experts, cost, unsupported)

@@ -1,0 +1,277 @@
+"""LayerNorm: each row less its mean, over its standard deviation (Ba, Kiros & Hinton 2016)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import has_triton, library_op, use_triton
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients
+from . import layer_norm_native as native
+from .rms_norm import rstd_size, size, work_dtype
+
+MAX_DIM = 32768
+"""Longest row that the Triton kernels take (one program holds whole rows)."""
+
+
+# ------------------------------------------------------------------------------------- reference
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Define the op; see ``layer_norm`` for the arguments."""
+    wide = x.to(work_dtype(x))
+    centred = wide - wide.mean(-1, keepdim=True)
+    n = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        n = weight.to(wide.dtype) * n
+    if bias is not None:
+        n = n + bias.to(wide.dtype)
+    return n.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------- cpu
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if native.serves(x, weight, bias):
+        return native.forward(x, weight, bias, eps)
+    wide = x.to(work_dtype(x))
+    mean = wide.mean(-1, keepdim=True)
+    n = wide - mean
+    rstd = n.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    n.mul_(rstd)
+    if weight is not None:
+        n.mul_(weight)
+    if bias is not None:
+        n.add_(bias)
+    return n.to(x.dtype), mean, rstd
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if native.serves(x, weight, bias):
+        needs = need_x, need_weight, need_bias
+        return native.backward(grad, x, weight, bias, mean, rstd, *needs)
+    d_weight = d_bias = None
+    if need_bias and bias is not None:
+        d_bias = _summed(grad, bias)
+    if not (need_x or need_weight):
+        return None, None, d_bias
+    work = work_dtype(x)
+    g = grad.to(work)
+    n = (x.to(work) - mean).mul_(rstd)
+    product = g * n
+    if need_weight and weight is not None:
+        d_weight = _summed(product, weight)
+    if not need_x:
+        return None, d_weight, d_bias
+    if weight is not None:
+        g = g * weight.to(work)
+        product.mul_(weight)
+    slope = product.mean(-1, keepdim=True)
+    d_x = (g - g.mean(-1, keepdim=True)).addcmul_(n, slope, value=-1).mul_(rstd)
+    return d_x.to(x.dtype), d_weight, d_bias
+
+
+def _summed(t: Tensor, parameter: Tensor) -> Tensor:
+    """The sum of ``t`` (..., *parameter.shape) over all leading dimensions."""
+    rows = t.unsqueeze(0).flatten(0, -1 - parameter.ndim)
+    return rows.sum(0, dtype=work_dtype(t)).to(parameter.dtype)
+
+
+# ---------------------------------------------------------------------------------------- triton
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = torch.empty_like(x) if need_x else x.new_empty(0, x.shape[-1])
+    d_weight = weight.new_empty(weight.shape) if need_weight and weight is not None else None
+    d_bias = bias.new_empty(bias.shape) if need_bias and bias is not None else None
+    return (
+        d_x,
+        x.new_empty(0) if d_weight is None else d_weight,
+        x.new_empty(0) if d_bias is None else d_bias,
+    )
+
+
+_forward_op = library_op(
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "norms.layer_norm:forward",
+    _forward_fake,
+)
+_backward_op = library_op(
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean,"
+    " Tensor rstd, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "norms.layer_norm:backward",
+    _backward_fake,
+)
+
+
+# -------------------------------------------------------------------------------------- autograd
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm ``x`` (..., D) with the implementation of its device; not differentiable.
+
+    Returns:
+        (y, mean, rstd): the normed rows, and (..., 1) the statistics of each row.
+    """
+    run = _forward_op if use_triton(x, weight, bias) and x.shape[-1] <= MAX_DIM else _forward
+    y, mean, rstd = run(x, weight, bias, eps)
+    return y, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the norm, reductions in fp32; see ``forward``.
+
+    Args:
+        grad: gradient of the normed rows, (..., D).
+        x: what was normed, (..., D).
+        weight: (D,) or (heads, D), or None.
+        bias: in the weight's shape, or None.
+        mean: (..., 1), from ``forward``.
+        rstd: (..., 1), from ``forward``.
+        need_x: whether the gradient of ``x`` is wanted.
+        need_weight: whether the gradient of ``weight`` is wanted.
+        need_bias: whether the gradient of ``bias`` is wanted.
+
+    Returns:
+        (dx, dweight, dbias), None where not wanted.
+    """
+    wanted = need_x, need_weight and weight is not None, need_bias and bias is not None
+    triton = use_triton(x, weight, bias, grad) and x.shape[-1] <= MAX_DIM
+    run = _backward_op if triton else _backward
+    grads = run(grad, x, weight, bias, mean, rstd, *wanted)
+    d_x, d_weight, d_bias = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    return d_x, d_weight, d_bias
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, *_ = ctx.saved_tensors
+    return gradients(
+        lambda x, weight, bias: reference(x, weight, bias, ctx.eps),
+        (x, weight, bias),
+        ctx.needs_input_grad,
+        (grad,),
+    )
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Saves x and two numbers per row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        y, mean, rstd = forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Return n · weight + bias, where n = (x - mean) / sqrt(var + eps), in fp32 (or fp64).
+
+    The variance is the biased one. There is one rounding, of the result: so do
+    ``F.layer_norm`` and the spellings that models have of it.
+
+    Args:
+        x: (..., D), floating-point, any strides.
+        weight: (D,), or (heads, D) for x of (..., heads, D); of any floating-point dtype; or None.
+        bias: in the weight's shape, (D,) if there is none; or None.
+        eps: added to the variance.
+
+    Returns:
+        (..., D), in x's dtype.
+    """
+    if native.has_rule(x, weight, bias) and not use_triton(x, weight, bias):
+        return native.forward(x, weight, bias, eps)[0]
+    # 2026-11-24: torch does not type Function.apply
+    y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+# ------------------------------------------------------------------------------------------ cost
+def cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
+    """One read and one write of the rows; keeps x and two numbers per row."""
+    statistics = 2 * rstd_size(x)
+    scaled = (weight is not None) + (bias is not None)
+    return Cost(
+        bytes_read=size(x, weight, bias),
+        bytes_written=size(x) + statistics,
+        flops=(5 + scaled) * x.numel(),
+        bytes_saved=size(x) + statistics,
+    )
+
+
+# -------------------------------------------------------------------------------------------- op
+def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    """Say why these tensors are not served by the fast implementation of their device."""
+    reasons = []
+    if not x.is_floating_point():
+        reasons.append(f"x is {x.dtype}, not floating-point")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        reasons.append("x has no features")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if x.ndim and (t.ndim == 0 or t.shape != x.shape[-t.ndim :]):
+            reasons.append(f"the {name} is {tuple(t.shape)}, not one per feature of x")
+        if not t.is_floating_point():
+            reasons.append(f"the {name} is {t.dtype}, not floating-point")
+        if t.device != x.device:
+            reasons.append(f"the {name} is on {t.device} and x on {x.device}")
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        reasons.append("weight and bias have different shapes")
+    if weight is None and bias is not None and bias.ndim != 1:
+        reasons.append("a bias without a weight must be one vector")
+    if x.is_cuda and not has_triton():
+        reasons.append("Triton is not installed")
+    if x.is_cuda and x.ndim and x.shape[-1] > MAX_DIM:
+        reasons.append(f"a row has {x.shape[-1]} features and the kernel holds {MAX_DIM}")
+    if x.is_cuda and torch.float64 in {t.dtype for t in (x, weight, bias) if t is not None}:
+        reasons.append("fp64 runs in plain PyTorch")
+    return reasons
+
+
+OP = Op("layer_norm", reference, layer_norm, cost, unsupported)

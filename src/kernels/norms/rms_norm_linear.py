@@ -1,0 +1,297 @@
+"""RMSNorm feeding one or several linears, without keeping the normed rows.
+
+The row scale commutes with the matmul: ``(x · rstd · g) Wᵀ = rstd · ((x · g) Wᵀ)``. So a matmul can
+multiply by the norm weight as it loads x and scale its result, and the normed rows never exist; or
+they exist between two calls and are freed. Either way backward has x and one rstd per row, and
+recomputes the normed rows only for the gradients of linear weights: with frozen ones, never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..launch import library_op, use_triton
+from ..linear.matmul import addmm_, linear, mm
+from ..linear.products import shaped
+from ..op import Cost, Op
+from ..second_order import absent, differentiable, gradients
+from . import rms_norm as norm
+
+
+# ------------------------------------------------------------------------------------- reference
+def reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Define the op; see ``rms_norm_linear`` for the arguments."""
+    y = norm.reference(x, norm_weight, eps, offset, rounding)
+    return tuple(F.linear(y, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- cpu
+def _forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    outer: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    cast: bool,
+) -> list[Tensor]:
+    y, rstd = norm.forward(x, norm_weight, eps, offset, outer)
+    outs = [
+        _linear(y.to(w.dtype) if cast else y, w, b) for w, b in zip(weights, biases, strict=True)
+    ]
+    return [*outs, rstd]
+
+
+def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, whose result with a bias is a view: the model could not write into that."""
+    if bias is None or y.dim() == 2:
+        return linear(y, weight, bias)
+    rows = linear(y.reshape(-1, y.shape[-1]), weight, bias)
+    return shaped(rows, y)
+
+
+def _input_gradient(
+    grads: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor | None:
+    """The gradient of the normed rows, (rows, D): what all linears send back, summed in ``dtype``.
+
+    ``dtype`` is that of the normed rows: under autocast wider than the linears'. In low precision a
+    matmul that adds to its result rounds once where two calls round twice. In fp32 the same would
+    string all the sums into one, which loses more than adding short ones.
+    """
+    total: Tensor | None = None
+    for g, w in zip(grads, weights, strict=True):
+        if g is None:
+            continue
+        if total is None:
+            total = mm(g, w).to(dtype)
+        elif g.dtype is dtype and dtype.itemsize < 4:
+            total = addmm_(total, g, w)
+        else:
+            total = total.add_(mm(g, w))
+    return total
+
+
+def _weight_gradients(
+    grads: Sequence[Tensor | None], y: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the linears' weights, from those of their results and the normed rows."""
+    rows = y.reshape(-1, y.shape[-1])
+    return [
+        mm(g.t(), rows.to(g.dtype)) if need and g is not None else None
+        for g, need in zip(grads, needed, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------- triton
+def _forward_fake(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    outer: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    cast: bool,
+) -> list[Tensor]:
+    rows = x.shape[:-1]
+    outs = [x.new_empty((*rows, w.shape[0]), dtype=w.dtype) for w in weights]
+    return [*outs, x.new_empty((*rows, 1), dtype=torch.float32)]
+
+
+_forward_op = library_op(
+    "rms_norm_linear_forward(Tensor x, Tensor? norm_weight, float eps, float offset, bool outer,"
+    " Tensor[] weights, Tensor?[] biases, bool cast) -> Tensor[]",
+    "norms.rms_norm_linear:forward",
+    _forward_fake,
+)
+
+
+# -------------------------------------------------------------------------------------- autograd
+def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    x, norm_weight, _, *weights = ctx.saved_tensors
+    eps, offset, outer = ctx.formula
+    needed, count = ctx.needs_input_grad, len(weights)
+
+    def formula(x: Tensor, norm_weight: Tensor | None, *tensors: Any) -> list[Tensor]:
+        y = norm.reference(x, norm_weight, eps, offset, norm.ROUNDINGS[outer])
+        pairs = zip(tensors[:count], tensors[count:], strict=True)
+        return [F.linear(y.to(w.dtype), w, b) for w, b in pairs]
+
+    biases = (
+        absent(w.shape[:1], w) if need else None
+        for w, need in zip(weights, needed[6 + count :], strict=True)
+    )
+    inputs = x, norm_weight, *weights, *biases
+    d_x, d_norm, *rest = gradients(formula, inputs, (*needed[:2], *needed[6:]), grads)
+    return d_x, d_norm, None, None, None, None, *rest
+
+
+class _RMSNormLinear(torch.autograd.Function):
+    """Saves x, one rstd per row and the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        eps: float,
+        offset: float,
+        outer: bool,
+        cast: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        count = len(tensors) // 2
+        weights = [w for w in tensors[:count] if w is not None]
+        biases = tensors[count:]
+        fast = use_triton(x, norm_weight, *tensors) and x.shape[-1] <= norm.MAX_DIM
+        run = _forward_op if fast else _forward
+        *outs, rstd = run(x, norm_weight, eps, offset, outer, weights, biases, cast)
+        ctx.save_for_backward(x, norm_weight, rstd, *weights)
+        ctx.formula = eps, offset, outer
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, *out_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, norm_weight, rstd, *weights = ctx.saved_tensors
+        eps, offset, outer = ctx.formula
+        need_x, need_norm_weight = ctx.needs_input_grad[:2]
+        need_weights = ctx.needs_input_grad[6 : 6 + len(weights)]
+        need_biases = ctx.needs_input_grad[6 + len(weights) :]
+        grads = [g if g is None else g.reshape(-1, g.shape[-1]) for g in out_grads]
+        d_biases = [
+            g.sum(0) if need and g is not None else None
+            for g, need in zip(grads, need_biases, strict=True)
+        ]
+        d_weights: Sequence[Tensor | None] = [None] * len(weights)
+        if any(need_weights):
+            y, _ = norm.forward(x, norm_weight, eps, offset, outer)
+            d_weights = _weight_gradients(grads, y, need_weights)
+        d_x = d_norm_weight = None
+        if need_x or need_norm_weight:
+            d_y = _input_gradient(grads, weights, norm.output_dtype(x, norm_weight, outer))
+            if d_y is not None:
+                d_y = d_y.view(x.shape)
+                d_x, d_norm_weight = norm.backward(
+                    d_y, x, norm_weight, rstd, None, offset, outer, need_x, need_norm_weight
+                )
+        return d_x, d_norm_weight, None, None, None, None, *d_weights, *d_biases
+
+
+def rms_norm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Each result is ``linear(rms_norm(x), weight, bias)``; the normed rows are not kept.
+
+    Under autocast the linears run in its dtype, as they do in eager mode.
+
+    Args:
+        x: (..., D), floating-point, any strides.
+        norm_weight: (D,), or None.
+        eps: added to the mean square.
+        offset: added to the norm weight (1.0 in Gemma); without one, the factor unless 0.
+        rounding: as in ``rms_norm``.
+        weights: one (F_i, D) for each linear.
+        biases: one (F_i,) or None for each linear.
+
+    Returns:
+        One (..., F_i) for each linear.
+
+    Raises:
+        ValueError: if there are not as many biases as weights, or ``rounding`` is unknown.
+    """
+    outer = norm.is_outer(rounding)
+    if len(weights) != len(biases):
+        raise ValueError(f"{len(weights)} weights and {len(biases)} biases")
+    outs: tuple[Tensor, ...]
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        # 2026-11-24: torch does not type Function.apply
+        outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
+            x, norm_weight, eps, offset, outer, False, *weights, *biases
+        )
+        return outs
+    lower = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        tensors = [
+            t if t is None or t.dtype is torch.float64 else t.to(lower) for t in (*weights, *biases)
+        ]
+        outs = _RMSNormLinear.apply(  # type: ignore[no-untyped-call]
+            x, norm_weight, eps, offset, outer, True, *tensors
+        )
+    return outs
+
+
+# ------------------------------------------------------------------------------------------ cost
+def cost(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> Cost:
+    """The matmuls and the norm; keeps x and rstd, never the normed rows."""
+    inner = norm.cost(x, norm_weight, eps, offset, rounding)
+    rows = x.numel() // max(x.shape[-1], 1)
+    return Cost(
+        bytes_read=inner.bytes_read + norm.size(*weights, *biases),
+        bytes_written=sum(rows * w.shape[0] * w.element_size() for w in weights)
+        + norm.rstd_size(x),
+        flops=inner.flops + sum(2 * rows * w.numel() for w in weights),
+        bytes_saved=inner.bytes_saved,
+    )
+
+
+# -------------------------------------------------------------------------------------------- op
+def unsupported(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    rounding: str,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> list[str]:
+    """Say why these tensors are not served by the fast implementation of their device."""
+    reasons = norm.unsupported(x, norm_weight, eps, offset, rounding)
+    normed = norm.output_dtype(x, norm_weight, norm.is_outer(rounding))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        if w.ndim != 2 or w.shape[1:] != x.shape[-1:]:
+            reasons.append(f"linear {i}'s weight is {tuple(w.shape)}, not (features, D)")
+        if not w.is_floating_point():
+            reasons.append(f"linear {i}'s weight is {w.dtype}, not floating-point")
+        elif w.dtype is not normed and not autocast:
+            reasons.append(f"linear {i}'s weight is {w.dtype} and the normed rows are {normed}")
+        if w.device != x.device:
+            reasons.append(f"linear {i}'s weight is on {w.device} and x on {x.device}")
+        if b is not None and (b.shape != w.shape[:1] or b.device != w.device):
+            reasons.append(f"linear {i}'s bias does not fit its weight")
+    return reasons
+
+
+OP = Op("rms_norm_linear", reference, rms_norm_linear, cost, unsupported)

@@ -1,0 +1,200 @@
+"""RMSNorm on the GPU: one read and one write per direction (twin of ``kernels/rms_norm.py``)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from .rms_norm_kernels_triton import (
+    backward_case,
+    backward_kernel,
+    forward_case,
+    forward_kernel,
+    tile_of,
+)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """View ``t`` (..., D) as (rows, D) with unit feature stride; copy only if strides force it."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def output_like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Allocate an output with the strides that eager would give it, and rows to write it through.
+
+    Returns:
+        (output, rows): the same memory where the output's strides allow that, else ``rows`` is a
+        buffer that ``finish`` copies.
+    """
+    out = torch.empty_like(x, dtype=dtype)
+    dim = x.shape[-1]
+    return out, out.view(-1, dim) if out.is_contiguous() else out.new_empty(x.numel() // dim, dim)
+
+
+def finish(out: Tensor, rows: Tensor) -> Tensor:
+    """Return ``out``, holding what was written through ``rows``."""
+    if out.data_ptr() != rows.data_ptr():
+        out.copy_(rows.view(out.shape))
+    return out
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_of(device: torch.device) -> int:
+    """How many programs share the rows when dW is wanted: two for each multiprocessor."""
+    if device.type != "cuda":
+        return 4
+    return 2 * _multiprocessors(torch.cuda.current_device())
+
+
+def launch_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    outer: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Launch ``forward_kernel``; returns (sum or None, y, rstd)."""
+    normed = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = normed if outer or weight is None else torch.promote_types(weight.dtype, normed)
+    y, y_rows = output_like(x, dtype)
+    total, total_rows = (None, y_rows) if residual is None else output_like(x, normed)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if x.numel():
+        x_rows = as_rows(x)
+        r_rows = x_rows if residual is None else as_rows(residual)
+        rows, dim = x_rows.shape
+        tile, block, warps = tile_of(dim)
+        forward_kernel[(triton.cdiv(rows, tile),)](
+            x_rows,
+            r_rows,
+            None if weight is None else weight.contiguous(),
+            total_rows,
+            y_rows,
+            rstd,
+            rows,
+            dim,
+            x_rows.stride(0),
+            r_rows.stride(0),
+            total_rows.stride(0),
+            y_rows.stride(0),
+            eps,
+            offset,
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            HAS_OFFSET=offset != 0.0,
+            OUTER=outer,
+            ROWS=tile,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return None if total is None else finish(total, total_rows), finish(y, y_rows), rstd
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, outer: bool
+) -> tuple[Tensor, Tensor]:
+    """Norm ``x`` (..., D).
+
+    Returns:
+        (y, rstd): y in x's shape and strides; rstd (..., 1) in fp32.
+    """
+    _, y, rstd = launch_forward(x, None, weight, eps, offset, outer)
+    return y, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    extra: Tensor | None,
+    offset: float,
+    outer: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the norm.
+
+    Args:
+        grad: gradient of y, (..., D).
+        x: what was normed, (..., D).
+        weight: (D,) or None.
+        rstd: (..., 1), fp32, contiguous.
+        extra: another gradient of ``x``, added to dx before it is rounded.
+        offset: added to the weight.
+        outer: whether the weight was applied before rounding.
+        need_x: whether dx is wanted.
+        need_weight: whether dW is wanted.
+
+    Returns:
+        (dx, dW) in the dtypes of x and weight; what was not wanted has no elements.
+    """
+    dx, dx_rows = output_like(x if need_x else x.new_empty(0, x.shape[-1]), x.dtype)
+    if not x.numel() or not (need_x or need_weight):
+        return dx, weight.new_zeros(weight.shape) if need_weight else x.new_empty(0)
+    x_rows, grad_rows = as_rows(x), as_rows(grad)
+    extra_rows = grad_rows if extra is None else as_rows(extra)
+    rows, dim = x_rows.shape
+    tile, block, warps = tile_of(dim)
+    count = triton.cdiv(rows, tile)
+    tiles = triton.cdiv(count, programs_of(x.device)) if need_weight else 1
+    programs = triton.cdiv(count, tiles)
+    partial = rstd.new_empty((programs, dim) if need_weight else 0)
+    backward_kernel[(programs,)](
+        grad_rows,
+        x_rows,
+        None if weight is None else weight.contiguous(),
+        rstd.contiguous(),
+        extra_rows,
+        dx_rows,
+        partial,
+        rows,
+        dim,
+        tiles,
+        grad_rows.stride(0),
+        x_rows.stride(0),
+        extra_rows.stride(0),
+        dx_rows.stride(0),
+        offset,
+        HAS_WEIGHT=weight is not None,
+        HAS_OFFSET=offset != 0.0,
+        OUTER=outer,
+        HAS_EXTRA=extra is not None,
+        NEED_X=need_x,
+        NEED_WEIGHT=need_weight,
+        ROWS=tile,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return finish(dx, dx_rows), partial.sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
+
+
+_BF16 = ("bf16", "bf16", "bf16")
+AOT = (
+    forward_case("D=128", 128, _BF16),
+    forward_case("D=507 fp32 weight", 507, ("bf16", "fp32", "fp32")),
+    forward_case("D=2048 offset", 2048, _BF16, offset=True, outer=True),
+    forward_case("D=4096 inner offset", 4096, _BF16, offset=True),
+    forward_case("D=8192 fp16", 8192, ("fp16", "fp16", "fp16")),
+    forward_case("D=16384 no weight", 16384, ("fp32", "fp32", "fp32"), weight=False),
+    forward_case("D=64 only a factor", 64, _BF16, weight=False, offset=True, outer=True),
+    forward_case("D=32768", 32768, _BF16),
+    backward_case("D=128", 128, _BF16[:2]),
+    backward_case("D=507 fp32 weight", 507, ("bf16", "fp32")),
+    backward_case("D=2048 offset", 2048, _BF16[:2], offset=True, outer=True),
+    backward_case("D=4096 frozen, inner offset", 4096, _BF16[:2], offset=True, need_weight=False),
+    backward_case("D=8192 fp16, only dW", 8192, ("fp16", "fp16"), need_x=False),
+    backward_case("D=16384", 16384, _BF16[:2]),
+    backward_case("D=64 factor", 64, _BF16[:2], weight=False, offset=True, need_weight=False),
+    backward_case("D=32768 no weight", 32768, ("fp32", "fp32"), weight=False, need_weight=False),
+)
+"""Every tile shape, each with another mix of the branches; one odd size."""

@@ -1,0 +1,306 @@
+"""The selective scan of state-space models (Gu & Dao, "Mamba", 2023).
+
+Each channel d has N states h, driven by its input u and read out by C:
+
+    h[t] = exp(delta[t] A) * h[t-1] + delta[t] u[t] B[t]
+    y[t] = C[t] . h[t] + D u[t],   times silu(z[t]) where there is a gate
+
+Backward keeps the inputs, and the states at the beginning of each chunk of time; the states in
+between are computed again:
+
+    g[t] = C[t] dy[t] + exp(delta[t+1] A) * g[t+1]      the gradient of h[t]
+    dC = h dy;  dB = g delta u;  du = delta (B . g);  dA, ddelta by way of  g * exp(..) * h[t-1]
+
+In low precision all arithmetic is in fp32 and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..launch import LIBRARY, library_op, own, use_triton
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients
+from .selective_scan_chunks import (
+    backward,
+    chunk_length,
+    forward,
+    prepare,
+    samples_at_once,
+    spans_of,
+)
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def scan_reference(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """The loop over time, rounding as model code does; see ``selective_scan``."""
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    wide = torch.promote_types(u.dtype, torch.float32)
+    state = torch.zeros(*u.shape[:2], A.shape[1], dtype=wide, device=u.device)
+    outputs = []
+    for t in range(u.shape[2]):
+        step, drive = delta[:, :, t, None], B[:, None, :, t].to(wide)
+        state = torch.exp(A.to(wide) * step) * state + step * drive * u[:, :, t, None].to(wide)
+        outputs.append((state.to(u.dtype) @ C[:, :, t, None].to(u.dtype))[..., 0])
+    y = torch.stack(outputs, dim=-1)
+    if D is not None:
+        y = y + u * D[:, None]
+    return y if z is None else y * F.silu(z)
+
+
+def output_dtype(u: Tensor, D: Tensor | None, z: Tensor | None) -> torch.dtype:
+    """The dtype of the result: what the sum and the product promote to."""
+    dtype = u.dtype
+    for t in (D, z):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+
+def _forward(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, starts = _fake_forward(u, delta, a, b, c, d, z, bias, softplus)
+    for rows in _groups(u, a):
+        gate = None if z is None else z[rows]
+        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
+        y = forward(p, starts[:, rows])
+        out[rows].transpose(1, 2).copy_(y if p.z is None else y.mul_(F.silu(p.z)))
+    return own(out), starts
+
+
+def _groups(u: Tensor, a: Tensor) -> list[slice]:
+    channels, states = a.shape
+    return list(spans_of(u.shape[0], samples_at_once(states, channels)))
+
+
+def _backward(
+    grad: Tensor, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, starts: Tensor, softplus: bool, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed of (u, delta, a, b, c, d, z, bias)."""
+    every = _fake_gradients(u, delta, a, b, c, d, z, bias)
+    du, ddelta, _, db, dc, _, dz, _ = every
+    sums: list[Tensor | float] = [0.0, 0.0, 0.0]
+    for rows in _groups(u, a):
+        gate = None if z is None else z[rows]
+        p = prepare(u[rows], delta[rows], a, b[rows], c[rows], d, gate, bias, softplus)
+        outer = grad[rows].transpose(1, 2).to(p.x.dtype)
+        inner = outer if p.z is None else outer * F.silu(p.z)
+        g = backward(p, inner.contiguous(), starts[:, rows], softplus, needs[2])
+        du[rows].transpose(1, 2).copy_(g.x)
+        ddelta[rows].transpose(1, 2).copy_(g.raw)
+        db[rows].copy_(g.b.permute(1, 2, 0))
+        dc[rows].copy_(g.c.permute(1, 2, 0))
+        if p.z is not None and needs[6]:
+            s = torch.sigmoid(p.z)
+            slope = (1 - s).mul_(p.z).add_(1).mul_(s)
+            dz[rows].transpose(1, 2).copy_(slope.mul_(outer).mul_(g.y))
+        sums[0] = sums[0] + g.a
+        if needs[5]:
+            sums[1] = sums[1] + (inner * p.x).sum((0, 1), dtype=torch.float64)
+        if needs[7]:
+            sums[2] = sums[2] + g.raw.sum((0, 1), dtype=torch.float64)
+    for i, total in zip((2, 5, 7), sums, strict=True):
+        if isinstance(total, Tensor):
+            every[i].copy_(total.t())
+    return [g for g, needed in zip(every, needs, strict=True) if needed]
+
+
+def _fake_forward(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
+    bias: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs (B, D, L), in memory (B, L, D) as the projection after it reads them; states."""
+    (batch, channels, length), states = u.shape, a.shape[1]
+    # never 1, for any length: that case would be a graph of its own
+    chunks = length // chunk_length(states, channels) + 2
+    strides = (length * channels, 1, channels)  # no view: the model may write to it in place
+    out = u.new_empty_strided((batch, channels, length), strides, dtype=output_dtype(u, d, z))
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return out, u.new_empty(chunks, batch, states, channels, dtype=wide)
+
+
+def _fake_gradients(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None,
+    bias: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    every = []
+    for t in (u, delta, a, b, c, d, z, bias):
+        if t is None:
+            every.append(u.new_empty(0))
+        elif t.ndim == 3:  # in memory (B, L, ..), as the forward's output
+            every.append(t.new_empty(t.shape[0], t.shape[2], t.shape[1]).transpose(1, 2))
+        else:
+            every.append(t.new_empty(t.shape))
+    return every
+
+
+def _fake_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
+    every = _fake_gradients(*rest[:8])
+    return [g for g, needed in zip(every, rest[-1], strict=True) if needed]
+
+
+# The loops over time would fix the length in a traced graph, so the two directions are opaque.
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? bias, "
+)
+LIBRARY.define(f"selective_scan_forward({_INPUTS}bool softplus) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    f"selective_scan_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, bool[8] needs) "
+    "-> Tensor[]"
+)
+for _name, _implementation, _outline in (
+    ("selective_scan_forward", _forward, _fake_forward),
+    ("selective_scan_backward", _backward, _fake_backward),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusewright::{_name}", _outline, lib=LIBRARY)
+
+# -- triton ----------------------------------------------------------------------------------------
+
+MAX_STATES = 64
+"""States per channel that the Triton kernels hold in registers."""
+
+_triton_forward = library_op(
+    f"selective_scan_triton_forward({_INPUTS}bool softplus, ScalarType dtype) -> (Tensor, Tensor)",
+    "scan.selective_scan:forward",
+    lambda *args: _fake_forward(*args[:-1]),
+)
+_triton_backward = library_op(
+    f"selective_scan_triton_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
+    "bool[8] needs) -> Tensor[]",
+    "scan.selective_scan:backward",
+    _fake_backward,
+)
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    run: Any = scan_reference
+
+    def formula(*tensors: Any) -> Tensor:
+        made: Tensor = run(*tensors, ctx.softplus)
+        return made
+
+    return gradients(formula, ctx.saved_tensors[:8], ctx.needs_input_grad, (grad,))
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
+        z: Tensor | None, bias: Tensor | None, softplus: bool,
+    ) -> Tensor:  # fmt: skip
+        tensors = (u, delta, a, b, c, d, z, bias)
+        ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
+        ctx.softplus = softplus
+        ops = torch.ops.fusewright
+        if ctx.triton:
+            out, starts = _triton_forward(*tensors, softplus, output_dtype(u, d, z))
+        else:
+            out, starts = ops.selective_scan_forward.default(*tensors, softplus)
+        ctx.save_for_backward(*tensors, starts)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, starts = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:8])
+        plain: Any = torch.ops.fusewright.selective_scan_backward.default
+        run = _triton_backward if ctx.triton else plain
+        found = iter(run(grad, *tensors, starts, ctx.softplus, needs))
+        return *(next(found) if needed else None for needed in needs), None
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """The outputs of a selective scan that starts from zero.
+
+    Keeps its inputs and one state in ``chunk_length`` for backward; memory never grows with
+    B * D * L * N.
+
+    Args:
+        u: (B, D, L), any strides.
+        delta: (B, D, L): the steps.
+        A: (D, N).
+        B: (B, N, L).
+        C: (B, N, L).
+        D: (D,): how much of u is added, or None.
+        z: (B, D, L): the gate, or None.
+        delta_bias: (D,), added to delta, or None.
+        delta_softplus: whether the steps are ``softplus(delta + delta_bias)``.
+
+    Returns:
+        (B, D, L), in memory (B, L, D), in the promoted dtype of u, D and z.
+
+    Raises:
+        ValueError: for what ``OP.unsupported`` lists.
+    """
+    reasons = scan_unsupported(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def scan_cost(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> Cost:  # fmt: skip
+    """Each input is read once; a state costs an exponential (taken as 8), and 7 more."""
+    tensors = [t for t in (u, delta, B, C, z) if t is not None]
+    read = sum(t.numel() * t.element_size() for t in tensors)
+    channels, states = A.shape
+    kept = 4 * u.numel() * states // chunk_length(states, channels)
+    out = output_dtype(u, D, z)
+    return Cost(read, u.numel() * out.itemsize + kept, 15 * u.numel() * states, read + kept)
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def scan_unsupported(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+) -> list[str]:  # fmt: skip
+    """Why ``selective_scan`` cannot take these inputs; empty when it can."""
+    given = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+    if any(not t.is_floating_point() for t in given):
+        return ["an input is complex or an integer"]
+    if len({t.device for t in given}) > 1:
+        return ["the tensors are on different devices"]
+    if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
+        return ["B and C are not one vector per position, or u has not 3 dimensions"]
+    batch, channels, length = u.shape
+    expected = (
+        (delta, (batch, channels, length)), (A, (channels, A.shape[1])),
+        (B, (batch, A.shape[1], length)), (C, (batch, A.shape[1], length)),
+        (D, (channels,)), (z, (batch, channels, length)), (delta_bias, (channels,)),
+    )  # fmt: skip
+    wrong = [t for t, shape in expected if t is not None and tuple(t.shape) != shape]
+    return [f"{tuple(t.shape)} does not fit u {tuple(u.shape)}" for t in wrong]
+
+
+OP = Op("selective_scan", scan_reference, selective_scan, scan_cost, scan_unsupported)

@@ -1,0 +1,293 @@
+"""The scan of Mamba-2's kind, chunked state-space duality (Dao & Gu, 2024).
+
+Each head has one decay for all its features and states, so that a chunk of time is a masked matrix
+product, like attention:
+
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]^T
+    y[t] = C[t] h[t] + D x[t]
+
+Model code computes all chunks of all heads at once, with B and C repeated for every head. Here a
+few heads of a sample are computed at a time, and backward computes everything again from the
+inputs, which are all that is kept. In low precision the arithmetic is in fp32, and so is the
+result, as in model code. On a GPU, Triton kernels take all of that but fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..launch import LIBRARY, library_op, use_triton
+from ..op import Cost, Op
+from ..second_order import differentiable, gradients
+from . import ssd_chunks
+from .ssd_chunks import work_dtype
+
+CHUNK = 64
+"""Steps of time in a chunk."""
+
+_TILE = 1 << 20
+"""Elements of the largest matrices of a tile."""
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def ssd_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:  # fmt: skip
+    """The dual form, attention with decays, rounding as model code does; see ``ssd``."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    wide = work_dtype(x)
+    dt = dt.clamp(*dt_limit).to(wide)
+    heads = x.shape[2] // B.shape[2]
+    x, A = x.to(wide), A.to(wide)
+    B, C = (t.to(wide).repeat_interleave(heads, 2).transpose(1, 2) for t in (B, C))
+    exponents = (A * dt).transpose(1, 2)
+    # between[i, j] is the sum of the exponents after step j, up to step i
+    below = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    between = exponents[..., None].expand(*exponents.shape, x.shape[1])
+    between = between.masked_fill(~below.tril(-1), 0).cumsum(-2).masked_fill(~below, -torch.inf)
+    values = (x * dt[..., None]).transpose(1, 2)
+    y = ((C @ B.transpose(-1, -2) * between.exp()) @ values).transpose(1, 2)
+    return y if D is None else y + x * D[:, None]
+
+
+# -- cpu -------------------------------------------------------------------------------------------
+
+
+def _chunked(t: Tensor) -> Tensor:
+    """(L, H, ..) -> (H, K, Q, ..), zero beyond the end."""
+    length = t.shape[0]
+    t = F.pad(t.movedim(0, -1), (0, -length % CHUNK))
+    cut: Tensor = t.unflatten(-1, (-1, CHUNK))  # type: ignore[no-untyped-call]
+    return cut.movedim((-2, -1), (1, 2)).contiguous()
+
+
+def _joined(t: Tensor, length: int) -> Tensor:
+    """(H, K, Q, ..) -> (L, H, ..)."""
+    return t.flatten(1, 2)[:, :length].transpose(0, 1)
+
+
+def _tiles(x: Tensor, b: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """(sample, group, heads): heads of one group, as many as a tile holds."""
+    (batch, length, heads, _), groups = x.shape, b.shape[2]
+    each = heads // groups
+    count = max(1, min(each, _TILE // (CHUNK * max(length, CHUNK))))
+    for i in range(batch):
+        for g in range(groups):
+            for h in range(g * each, (g + 1) * each, count):
+                yield i, g, slice(h, min(h + count, (g + 1) * each))
+
+
+def _tile(
+    x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, at: tuple[int, int, slice]
+) -> ssd_chunks.Tile:
+    i, g, heads = at
+    wide = step.dtype
+    steps = step[i, :, heads]
+    shared = (_chunked(t[i, :, g : g + 1].to(wide))[0] for t in (b, c))
+    return ssd_chunks.Tile(
+        _chunked(x[i, :, heads].to(wide) * steps[..., None]),
+        _chunked(steps * a[heads].to(wide)),
+        *shared,
+    )
+
+
+def _forward(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, bias: Tensor | None,
+    softplus: bool, low: float, high: float,
+) -> Tensor:  # fmt: skip
+    step, _ = ssd_chunks.steps(dt, bias, softplus, low, high)
+    out = torch.empty(x.shape, dtype=step.dtype, device=x.device)
+    for at in _tiles(x, b):
+        y = ssd_chunks.forward(_tile(x, step, a, b, c, at))
+        out[at[0], :, at[2]] = _joined(y, x.shape[1])
+    return out if d is None else out.addcmul_(x.to(out.dtype), d.to(out.dtype)[:, None])
+
+
+def _backward(
+    grad: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
+    bias: Tensor | None, softplus: bool, low: float, high: float, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed of (x, dt, a, b, c, d, bias)."""
+    step, slope = ssd_chunks.steps(dt, bias, softplus, low, high)
+    wide, length = step.dtype, x.shape[1]
+    grad = grad.to(wide)
+    dx = torch.empty(x.shape, dtype=wide, device=x.device)
+    dexponents, dstep = torch.empty_like(step), torch.empty_like(step)
+    db, dc = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (b, c))
+    for at in _tiles(x, b):
+        i, g, heads = at
+        tile = _tile(x, step, a, b, c, at)
+        outer = _chunked(grad[i, :, heads])
+        gx, gexponents, gb, gc = ssd_chunks.backward(tile, outer)
+        dx[i, :, heads] = _joined(gx, length)
+        dexponents[i, :, heads] = _joined(gexponents, length)
+        db[i, :, g] += gb.flatten(0, 1)[:length]
+        dc[i, :, g] += gc.flatten(0, 1)[:length]
+    torch.mul(dexponents, a.to(wide), out=dstep)
+    dstep.add_((dx * x).sum(-1)).mul_(slope)
+    da = (dexponents * step).sum((0, 1), dtype=torch.float64)
+    dx.mul_(step.unsqueeze(-1))
+    every = [dx, dstep, da, db, dc, None, None]
+    if d is not None:
+        dx.addcmul_(grad, d.to(wide)[:, None])
+        every[5] = (grad * x).sum((0, 1, 3), dtype=torch.float64) if needs[5] else None
+    if bias is not None:
+        every[6] = dstep.sum((0, 1), dtype=torch.float64)
+    pairs = zip(every, (x, dt, a, b, c, d, bias), needs, strict=True)
+    return [g.to(t.dtype) for g, t, needed in pairs if needed and g is not None and t is not None]
+
+
+def _fake_forward(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=work_dtype(x))
+
+
+def _fake_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
+    pairs = zip(rest[:7], rest[-1], strict=True)
+    return [t.new_empty(t.shape) for t, needed in pairs if needed]
+
+
+# The loops over chunks would fix the length in a traced graph, so the two directions are opaque.
+_INPUTS = (
+    "Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? bias, bool softplus, "
+    "float low, float high"
+)
+LIBRARY.define(f"ssd_forward({_INPUTS}) -> Tensor")  # type: ignore[no-untyped-call]
+LIBRARY.define(f"ssd_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
+for _name, _implementation, _outline in (
+    ("ssd_forward", _forward, _fake_forward),
+    ("ssd_backward", _backward, _fake_backward),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusewright::{_name}", _outline, lib=LIBRARY)
+
+# -- triton ----------------------------------------------------------------------------------------
+
+_triton_forward = library_op(
+    f"ssd_triton_forward({_INPUTS}) -> Tensor", "scan.ssd:forward", _fake_forward
+)
+_triton_backward = library_op(
+    f"ssd_triton_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
+    "scan.ssd:backward",
+    _fake_backward,
+)
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    softplus, low, high = ctx.options
+
+    def formula(
+        x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, bias: Any
+    ) -> Tensor:
+        return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
+
+    return gradients(formula, ctx.saved_tensors, ctx.needs_input_grad, (grad,))
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
+        bias: Tensor | None, softplus: bool, low: float, high: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, dt, a, b, c, d, bias)
+        ctx.options = softplus, low, high
+        ctx.triton = use_triton(x, dt, a, b, c, d, bias)
+        plain: Any = torch.ops.fusewright.ssd_forward.default
+        run = _triton_forward if ctx.triton else plain
+        out: Tensor = run(x, dt, a, b, c, d, bias, softplus, low, high)
+        return out
+
+    @staticmethod
+    @differentiable(_again)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:7])
+        plain: Any = torch.ops.fusewright.ssd_backward.default
+        run = _triton_backward if ctx.triton else plain
+        found = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
+        return *(next(found) if needed else None for needed in needs), None, None, None
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:  # fmt: skip
+    """The outputs of the scan from a zero state. Nothing but the inputs is kept for backward.
+
+    Args:
+        x: (B, L, H, P), any strides.
+        dt: (B, L, H): the steps.
+        A: (H,).
+        B: (B, L, G, N) with H a multiple of G: head h reads group ``h // (H / G)``.
+        C: (B, L, G, N).
+        D: (H,): how much of x is added, or None.
+        dt_bias: (H,), added to dt, or None.
+        dt_softplus: whether the steps are ``softplus(dt + dt_bias)``.
+        dt_limit: what the steps are clamped to.
+
+    Returns:
+        (B, L, H, P), in fp32, or fp64 for fp64.
+
+    Raises:
+        ValueError: for what ``OP.unsupported`` lists.
+    """
+    reasons = ssd_unsupported(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    low, high = dt_limit
+    return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# -- cost ------------------------------------------------------------------------------------------
+
+
+def ssd_cost(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Cost:  # fmt: skip
+    """Per step and head: scores and values of a chunk, and the state read and written."""
+    features, states = x.shape[-1], B.shape[-1]
+    read = sum(t.numel() * t.element_size() for t in (x, dt, B, C))
+    flops = dt.numel() * (2 * CHUNK * (states + features) + 4 * states * features)
+    return Cost(read, x.numel() * work_dtype(x).itemsize, flops, read)
+
+
+# -- OP --------------------------------------------------------------------------------------------
+
+
+def ssd_unsupported(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> list[str]:  # fmt: skip
+    """Why ``ssd`` cannot take these inputs; empty when it can."""
+    given = [t for t in (x, dt, A, B, C, D, dt_bias) if t is not None]
+    if any(not t.is_floating_point() for t in given) or len({t.device for t in given}) > 1:
+        return ["an input is not floating-point, or is on another device"]
+    if x.ndim != 4 or B.ndim != 4 or x.shape[2] % B.shape[2]:
+        return ["x and B have not 4 dimensions, or heads are not a multiple of groups"]
+    batch, length, heads, _ = x.shape
+    groups, states = B.shape[2:]
+    expected = (
+        (dt, (batch, length, heads)), (A, (heads,)), (B, (batch, length, groups, states)),
+        (C, (batch, length, groups, states)), (D, (heads,)), (dt_bias, (heads,)),
+    )  # fmt: skip
+    wrong = [t for t, shape in expected if t is not None and tuple(t.shape) != shape]
+    return [f"{tuple(t.shape)} does not fit x {tuple(x.shape)}" for t in wrong]
+
+
+OP = Op("ssd", ssd_reference, ssd, ssd_cost, ssd_unsupported)

@@ -1,0 +1,79 @@
+"""Applying the plan to a block's graph, and making it when the first one is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .levels import HOSTED, allowed, is_checkpointed, keep, why_not
+from .planner import Planner
+from .predict import Predicted, setting
+
+
+def planned(
+    planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str
+) -> fx.GraphModule:
+    """The graph that keeps for backward what the plan says.
+
+    Args:
+        planner: of the session.
+        block: whose graph it is.
+        graph: the rewritten graph.
+        examples: its inputs, as Dynamo gave them.
+        choice: what will run it: ``"eager"`` or ``"inductor"``.
+
+    Raises:
+        OptimizeError: no plan fits into the user's budget.
+    """
+    if inside_checkpoint():
+        return graph  # a checkpoint around the block keeps no more than its input anyway
+    asked = is_checkpointed(graph)
+    if planner.budget.mode == "speed" and asked:
+        return graph
+    reason = why_not(graph)
+    if reason is not None:
+        planner.note(f"a block runs once, and keeps what it did: {reason}")
+        return graph
+    level = planner.level(block)
+    if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
+        planner.blocks.add(block)  # one of a copy of the model is new
+        own = Predicted(graph, examples, choice, planner.note, planner.offload.least)
+        level = planner.plan(block, own, setting(planner, examples, choice, asked))
+    level = level or "all"
+    can = allowed(choice, host=True)
+    made = keep(graph, level if level in can else can[0])
+    made.meta[_LEAVES] = level in HOSTED
+    return made
+
+
+_LEAVES = "fusewright_leaves"
+"""In the ``meta`` of a graph: whether the block's input goes to the host."""
+
+
+def offloaded(
+    planner: Planner, graph: fx.GraphModule, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What runs a planned graph, and keeps its input where the plan says.
+
+    Args:
+        planner: of the session.
+        graph: what ``planned`` returned; any other graph's input stays on the device.
+        run: what runs it.
+    """
+    return planner.offload.around(run) if graph.meta.get(_LEAVES) else run
+
+
+def _is_whole(planner: Planner, block: nn.Module) -> bool:
+    """Whether it is a block, and no part of one that could not be captured."""
+    return not any(block is not b and block in set(b.modules()) for b in planner.blocks)
+
+
+def inside_checkpoint() -> bool:
+    """Whether the block runs in somebody else's checkpoint, or is run again by one in backward."""
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")

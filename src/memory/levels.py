@@ -1,0 +1,234 @@
+"""What a block keeps for backward: all that its ops keep, matrix products, its input, or nothing.
+
+A level below ``"all"`` puts the block's whole graph into one checkpoint (Chen et al., "Training
+deep nets with sublinear memory cost", 2016), which computes again in backward what it did not keep.
+The graph says so in PyTorch's own terms, so that eager mode, AOTAutograd and Inductor all know it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from ..graph import facts
+from ..graph.effects import is_opaque, writes
+from ..kernels.mlp.mlp_block import mlp_block
+
+Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
+"""From the fastest to the leanest: what is kept of a block between forward and backward.
+
+The last two are ``input`` and ``tiles`` with the input in the memory of the host.
+"""
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+HOSTED: dict[Level, Level] = {"offload": "input", "offload_tiles": "tiles"}
+"""The levels that keep nothing on the device, and whose graphs they run."""
+
+
+def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
+    """The levels of a graph that ``"eager"`` or ``"inductor"`` runs, the fastest first.
+
+    Args:
+        choice: what runs the graph.
+        host: whether inputs may go to a host: not from a device that is the host.
+
+    Compiled, what lies between two products is computed again in no time (measured), so that
+    keeping it is of no use. In eager mode it would take time, and PyTorch's selective checkpoints
+    neither allow a second backward nor see every write in place.
+    """
+    first: Level = "products" if choice == "inductor" else "all"
+    return (first, "input", "tiles", *(HOSTED if host else ()))
+
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
+    """The graph that keeps for backward what ``level`` says.
+
+    A checkpoint that the model has around the whole block, as
+    ``gradient_checkpointing_enable`` puts it there, is replaced.
+
+    Args:
+        module: a block's graph; it becomes the body of the new one.
+        level: one of ``LEVELS``.
+
+    Returns:
+        ``module`` itself where nothing is to change.
+    """
+    if level == "all":
+        return module
+    level = HOSTED.get(level, level)
+    unwrap(module)
+    if level == "tiles":
+        _in_tiles(module)
+    if level == "products":
+        module.meta["_checkpoint_context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, _keeps_products
+        )
+    graph, env = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = graph.placeholder(node.target, type_expr=node.type)
+            env[node].meta = dict(node.meta)
+    body = graph.get_attr("body")
+    result = graph.call_function(
+        CHECKPOINT,
+        (body, *env.values()),
+        {"use_reentrant": False, "preserve_rng_state": True},
+    )
+    outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
+    taken = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
+    graph.output(tuple(taken))
+    return fx.GraphModule({"body": module}, graph)
+
+
+def _in_tiles(module: fx.GraphModule) -> None:
+    """Let gated MLPs run in tiles of tokens, so that gate and up never exist as a whole."""
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if node.target is mlp_block:
+                node.kwargs = {**node.kwargs, "keep": "input"}
+        inner.recompile()
+
+
+_PRODUCTS = {
+    "aten": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "_scaled_dot_product"),
+    "fusewright": (
+        "lora_", "attention_", "selective_scan", "ssd_", "moe_", "rms_norm_linear", "quant_"
+    ),
+}  # fmt: skip
+"""Operations, by the beginnings of their names, that cost far more to compute than to keep."""
+
+
+def _keeps_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what matrix products, attention and scans give; nothing else."""
+    return CheckpointPolicy.MUST_SAVE if is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def is_product(op: Any) -> bool:
+    """Whether an ATen operation, or one of ours, is a product of matrices or made of such."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:  # a higher-order operation
+        return False
+    namespace, name = schema.name.split("::")
+    return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
+
+
+def require_gradients(module: fx.GraphModule) -> None:
+    """Refuse a graph whose reentrant checkpoint gives its parameters no gradient.
+
+    Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
+    not tell arguments from what its function closes over, and always gives the gradients. Where an
+    argument has one, too, both are the same.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if node.target is not CHECKPOINT or node.kwargs.get("use_reentrant") is False:
+                continue
+            needs = [t for n in node.args[1:] if (t := facts.tensor(n)) is not None
+                     and t.requires_grad]  # fmt: skip
+            if needs and all(isinstance(t, nn.Parameter) for t in needs):
+                raise NotImplementedError(
+                    "a reentrant checkpoint of inputs without a gradient: it gives its parameters "
+                    "none (use_reentrant=False does)"
+                )
+
+
+def unwrap(module: fx.GraphModule) -> bool:
+    """Put the body of each checkpoint in ``module``'s graph in its place.
+
+    Returns:
+        Whether there was one.
+    """
+    found = [n for n in module.graph.nodes if n.target is CHECKPOINT]
+    for node in found:
+        holder = node.args[0]
+        body = getattr(module, holder.target)
+        unwrap(body)
+        env = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[1:],
+                       strict=True))  # fmt: skip
+        with module.graph.inserting_before(node):
+            results = _copy(body, module, env)
+        for user in list(node.users):  # each takes one of the outputs
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not holder.users:  # no general removal of dead code: writes have no users either
+            module.graph.erase_node(holder)
+    if found:
+        module.recompile()
+    return bool(found)
+
+
+def why_not(module: fx.GraphModule) -> str | None:
+    """Why a graph must not run twice: it writes into what it was given; None if it does not."""
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if is_opaque(node):
+                return f"it is not known what {node.name} does beside giving its value"
+    node = next((node for node, _ in _writes_into_inputs(module)), None)
+    return (
+        None
+        if node is None
+        else f"{node.name} writes into an input of the block, or into its buffers"
+    )
+
+
+def writes_into_inputs(module: fx.GraphModule) -> bool:
+    """Whether a graph writes into what it was given.
+
+    Compiled, backward would fail or be wrong: AOTAutograd (torch 2.13) keeps such an input for it,
+    and writes into that.
+    """
+    return next(_writes_into_inputs(module), None) is not None
+
+
+def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(node, what it writes into) of all writes that outlive the graph, or may do so."""
+    given = {
+        memory
+        for inner in facts.nested(module)
+        for n in inner.graph.nodes
+        if n.op in ("placeholder", "get_attr")
+        for memory in facts.memories(n)
+    }
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            for target in writes(node):
+                memory = facts.memories(target)
+                if memory & given or not memory:
+                    yield node, target
+
+
+def is_checkpointed(module: fx.GraphModule) -> bool:
+    """Whether there is a checkpoint in the graph, as the model had put it there."""
+    return any(n.target is CHECKPOINT for n in module.graph.nodes)
+
+
+def _copy(body: fx.GraphModule, into: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+    """Copy the nodes of ``body`` to where ``into`` is being written; returns its outputs."""
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: env[n])
+        copied = into.graph.node_copy(node, lambda n: env[n])
+        if node.op in ("get_attr", "call_module"):
+            copied.target = f"{into._get_name()}_{len(dict(into.named_children()))}_{node.target}"
+            setattr(into, copied.target, getattr(body, node.target))
+        env[node] = copied
+    raise ValueError("a graph without an output")

@@ -1,0 +1,1 @@
+"""The flat optimizer: hundreds of small tensors stepped as one."""

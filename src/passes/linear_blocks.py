@@ -1,0 +1,177 @@
+"""Blocks of linears: the gated MLP as one unit, and the linears that read one input.
+
+They see the ops of the rules before them (``glu``, ``lora_linear``, ``quant_lora_linear``) and
+PyTorch's linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from ..graph.canon import canonical
+from ..rewrite.match.matcher import Trace
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
+from .quant_linear import sample_weight
+
+_PARTS = ("weight", "bias", "a", "b", "scale", "lora_bias", "x_lora", "compute", "dtype")
+"""What is captured of a linear; an adapter's parts are missing where it has none."""
+
+_OWN_INPUT = "an adapter has an input of its own, after dropout"
+_MIXED = "some of the linears are quantized, some are not"
+
+
+class _OfLinears(Rule):
+    """What both have in common: weights that may be quantized."""
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Bytes and scales of a packed weight."""
+        everything = [m.captures, *m.users]
+        weights = [v for c in everything for v in c.values() if isinstance(v, tuple)]
+        made = (sample_weight(w, node, generator, shape) for w in weights)
+        return next((t for t in made if t is not None), None)
+
+
+class MLPBlock(_OfLinears):
+    """``down(act(gate(x)) * up(x))``, each linear with an adapter or without."""
+
+    name = op = "mlp_block"
+
+    def patterns(
+        self, p: Builder, x: Pattern, activation: Pattern, gate_first: Pattern
+    ) -> Iterable[Any]:
+        """Gate and up from two linears, or from one."""
+        two = p.glu(_linear(p, x, "gate"), _linear(p, x, "up"), activation)
+        yield "two", _linear(p, two, "down")
+        packed = p.glu_packed(_linear(p, x, "gate"), activation, gate_first)
+        yield "packed", _linear(p, packed, "down")
+
+    def check(self, m: Match) -> None:
+        """Matrices, no adapter with an input of its own, a gradient that is wanted."""
+        linears = [_captured(m, role) for role in _roles(m)]
+        packed = [isinstance(v["weight"], tuple) for v in linears]
+        m.leave(any(packed) and not all(packed), _MIXED)
+        strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
+        m.leave(bool(strangers), "a value inside the MLP is also used outside it")
+        last = canonical(m.root)
+        inputs = [*[m.x] * (len(linears) - 1), last.args[0] if last else m.x]
+        kinds = {_kinds(x, v) for x, v in zip(inputs, linears, strict=True)}
+        m.leave(len(kinds) > 1, "the linears compute, or return, in several dtypes")
+        _check(m, m.x, linears)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op. What it keeps is chosen later, by the keyword ``keep`` of its node."""
+        layout = "two" if m.spelling == "two" else ("gate" if m.gate_first else "up") + " first"
+        linears = [_captured(m, role) for role in _roles(m)]
+        kinds = _options(m.x, linears[0])
+        return ops.mlp_block(m.x, *_lists(linears), m.activation, layout, keep="gate_up", **kinds)
+
+
+class QKVBlock(_OfLinears):
+    """Several linears on one input, at least one of them with an adapter."""
+
+    name = op = "qkv_block"
+
+    def patterns(self, p: Builder, x: Pattern) -> Iterable[Any]:
+        """One of them; ``find`` adds the others."""
+        yield _linear(p, x, "one")
+
+    def find(self, node: fx.Node, trace: Trace) -> Iterator[Match]:
+        """All linears that read what ``node``, the last of them, reads."""
+        for m in super().find(node, trace):
+            if not isinstance(m.x, fx.Node):
+                continue
+            found = [own for user in m.x.users for own in super(QKVBlock, self).find(user, Trace())]
+            group = [o for o in found if o.x is m.x and _is_packed(o) == _is_packed(m)]
+            kinds = _kinds(m.x, _captured(m, "one"))
+            group = [o for o in group if _kinds(m.x, _captured(o, "one")) == kinds]
+            order = {n: i for i, n in enumerate(node.graph.nodes)}
+            group.sort(key=lambda own: order[own.root])
+            if len(group) < 2 or group[-1].root is not node:
+                continue
+            nodes = tuple(dict.fromkeys(n for own in group for n in own.nodes))
+            users = tuple(_captured(own, "one") for own in group)
+            yield Match(node, "", {"x": m.x}, nodes, tuple(g.root for g in group), users)
+
+    def check(self, m: Match) -> None:
+        """Matrices, no adapter with an input of its own, and one adapter at least."""
+        m.pass_over(all(user["a"] is None for user in m.users))  # nothing is gained by it
+        _check(m, m.x, m.users)
+
+    def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
+        """One op with one output per linear."""
+        kinds = _options(m.x, m.users[0])
+        made = ops.qkv_block(m.x, *_lists(m.users), keep="all", **kinds)
+        return tuple(ops.item(made, i) for i in range(len(m.users)))
+
+
+def _linear(p: Builder, x: Any, role: str) -> Pattern:
+    """A linear on x, with an adapter or without, whose parts are captured under its role."""
+    weight, bias, a, b, scale, lora_bias, x_lora, compute, dtype = (
+        p.var(f"{role}_{part}") for part in _PARTS
+    )
+    return p.either(
+        p.linear(x, weight, bias),
+        p.lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias, dtype),
+        p.quant_linear(x, weight, bias, compute, dtype),
+        p.quant_lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias, dtype, compute),
+    )
+
+
+def _is_packed(m: Match) -> bool:
+    return isinstance(m.one_weight, tuple)
+
+
+def _kinds(x: Any, linear: Mapping[str, Any]) -> tuple[Any, Any]:
+    """In which dtypes a linear computes and returns; None where the ops know by themselves.
+
+    Only products with quantized weights are told: others run in the weight's, or autocast's.
+    """
+    if not isinstance(linear["weight"], tuple):
+        return None, linear["dtype"]
+    compute = linear["compute"] or facts.dtype(x)
+    return compute, linear["dtype"] or compute
+
+
+def _options(x: Any, linear: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that tell the ops, as far as they are not what they take anyway."""
+    compute, dtype = _kinds(x, linear)
+    given = {
+        "compute": None if compute is facts.dtype(x) else compute,
+        "dtype": None if dtype is compute else dtype,
+    }
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def _roles(m: Match) -> tuple[str, ...]:
+    return ("gate", "up", "down") if m.spelling == "two" else ("gate", "down")
+
+
+def _captured(m: Match, role: str) -> Mapping[str, Any]:
+    return {part: m.get(f"{role}_{part}") for part in _PARTS}
+
+
+def _lists(linears: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
+    """The arguments of the ops: one list for each part."""
+    parts = ("weight", "bias", "a", "b", "scale", "lora_bias")
+    return tuple(
+        [(1.0 if v[part] is None else v[part]) if part == "scale" else v[part] for v in linears]
+        for part in parts
+    )
+
+
+def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
+    """What both ops ask of their linears."""
+    m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
+    for v in linears:
+        matrix = isinstance(v["weight"], tuple) or facts.ndim(v["weight"]) == 2  # quant.py judged
+        m.require(matrix, "a linear's weight is not a matrix", m.root)
+    needs = [facts.tensor(n) for v in (*linears, {"x": x}) for n in v.values()]
+    m.pass_over(not any(t is not None and t.requires_grad for t in needs))

@@ -1,0 +1,121 @@
+"""The language-model loss: projection to the vocabulary and cross entropy as one unit.
+
+The logits are then needed only by whoever reads ``outputs.logits``; ``lazy.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from ..graph.canon import canonical
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
+
+
+class LinearCrossEntropy(Rule):
+    """Linear, scale, soft cap, cast, flatten, cross entropy, whatever of them is there.
+
+    The nodes up to the logits may also feed ``outputs.logits``: they are kept for it.
+    """
+
+    name = op = "linear_cross_entropy"
+    inner_may_stay = True
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, labels: Pattern,
+        ignore: Pattern, reduction: Pattern, smoothing: Pattern, cap: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """Granite divides the logits, Cohere multiplies them, Gemma-2 caps them, OPT copies them.
+
+        A ``factor`` is a scale that is learnt. Transformers shifts the labels; older code, and much
+        of what comes with checkpoints, cuts off the last logits.
+        """
+
+        def dense(logits: Any) -> Any:
+            return p.either(p.contiguous(logits), logits)
+
+        linear = p.linear(x, w, bias)
+        factor = p.var("factor", lambda v: isinstance(v, fx.Node))
+        raw = p.either(p.mul(p.maybe_cast(linear), factor), dense(linear))
+        scale = p.var("scale", lambda v: isinstance(v, (int, float)))
+        divided = p.capture("divided", p.div(raw, scale))
+        scaled = p.either(p.mul(raw, scale), divided, raw)
+        capped = p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
+
+        def loss(logits: Any) -> Any:
+            flat = dense(p.either(p.reshape(logits, p.anything), logits))
+            return p.cross_entropy(flat, labels, None, None, ignore, None, reduction, smoothing)
+
+        yield "loss", loss(p.maybe_cast(capped))
+        yield "cast last", loss(p.cast(p.either(p.reshape(capped, p.anything), capped)))
+        shifted = dense(p.slice(p.maybe_cast(capped), -2, p.var("start"), p.var("stop")))
+        yield "shifted", loss(dense(p.maybe_cast(shifted)))
+        yield "shifted, cast last", loss(p.cast(p.reshape(shifted, p.anything)))
+
+    def check(self, m: Match) -> None:
+        """One class index per row, mean or sum, constant settings."""
+        m.require(m.reduction in ("mean", "sum"), f"reduction={m.reduction!r}", m.root)
+        m.require(isinstance(m.ignore, int), "ignore_index is not a constant", m.root)
+        m.require(isinstance(m.smoothing, (int, float)), "label_smoothing is not a constant")
+        target = facts.tensor(m.labels)
+        m.require(target is not None and not target.is_floating_point(), "labels are not indices")
+        m.require(facts.ndim(m.labels) == 1, "labels are not one per row", m.labels)
+        m.require(facts.ndim(m.w) == 2, "the head is not a matrix", m.w)
+        m.require(
+            facts.dtype(m.root) in (torch.float32, torch.float64)
+            or facts.dtype(m.x) is facts.dtype(m.root),
+            "the loss has an unexpected dtype",
+            m.root,
+        )
+        factor = facts.tensor(m.get("factor"))
+        m.require(factor is None or factor.numel() == 1, "the logits' factor is no scalar", m.root)
+        m.require(factor is None or m.bias is None, "a bias inside a learnt factor", m.root)
+        m.require(
+            factor is None or facts.dtype(m.x) is not torch.float16,
+            "the logits' factor is learnt: multiplied into float16 rows it may leave their range",
+            m.root,
+        )
+        if m.get("cap") is not None:
+            m.require(isinstance(m.cap, (int, float)), "the soft cap is not a constant", m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """The loss alone; logits that someone reads are computed by the nodes that stay."""
+        x = m.x
+        if m.spelling.startswith("shifted"):  # the rows whose logits would be cut off are no rows
+            x = ops.part(x, (..., slice(m.start, m.stop), slice(None)))
+        x = ops.method("reshape", x, -1, facts.size(x, -1)) if facts.ndim(x) != 2 else x
+        if m.get("factor") is not None:
+            x = ops.cast(ops.call(torch.mul, x, m.factor), facts.dtype(m.x))
+        scale = float(m.get("scale", 1.0))
+        if m.get("divided") is not None:
+            scale = 1.0 / scale
+        cap = None if m.get("cap") is None else float(m.cap)
+        loss = ops.linear_cross_entropy(
+            x, m.w, m.bias, m.labels, m.ignore, m.reduction, float(m.smoothing), cap, scale
+        )
+        if facts.dtype(m.root) not in (torch.float32, torch.float64):
+            loss = ops.cast(loss, facts.dtype(m.root))
+        return loss
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Labels: class indices, about a third of them ignored."""
+        if node is not m.labels:
+            return None
+        classes = facts.size(m.w, 0) or 2
+        labels = torch.randint(0, classes, shape, generator=generator)
+        ignored = torch.rand(shape, generator=generator) < 0.3
+        return torch.where(ignored, m.ignore, labels)
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """Any cross entropy that is left."""
+        for node in graph.nodes:
+            canon = canonical(node)
+            if canon is not None and canon.name == "cross_entropy":
+                yield node, "a cross entropy whose logits are stored"

@@ -1,0 +1,167 @@
+"""LoRA linears: the base projection and the adapter's low-rank update as one unit.
+
+Hu et al., "LoRA", 2021; rsLoRA (Kalajdzievski, 2023) is another scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from ..graph.canon import canonical, is_cast_of
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
+from .lora_adapters import MOST, adapters, joined, with_more
+from .lora_adapters import check as check_adapters
+from .quant_linear import sample_weight
+
+
+class LoRALinear(Rule):
+    """``W x + b + scale * B(A(x))`` as PEFT writes it, with or without dropout before A.
+
+    Where several adapters are active, they are joined: ``adapters.py``.
+    """
+
+    name = op = "lora_linear"
+    inner_may_stay = True  # the cast of x that the adapters of one input share
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, a: Pattern, b: Pattern,
+        scale: Pattern, lora_bias: Pattern, x_lora: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """A dropped-out input stays a node of its own: random numbers are used as before.
+
+        GPT-2 keeps the transposed weight and multiplies rows: ``Conv1D``.
+        """
+        columns = p.var("columns", lambda v: isinstance(v, fx.Node))
+        read = p.maybe_cast(x)
+        rows = p.capture("product", p.addmm(bias, p.reshape(read, p.anything), columns))
+        # bitsandbytes' layers cast by themselves, and PEFT clones what they return
+        packed = p.capture("product", p.quant_linear(x, w, bias, p.var("compute"), p.anything))
+        base = p.either(
+            p.maybe_cast(p.capture("product", p.linear(read, w, bias))),
+            p.reshape(rows, p.anything),
+            p.clone(p.maybe_cast(packed), p.anything),
+            p.maybe_cast(packed),
+        )
+        plain = p.linear(p.linear(p.maybe_cast(x), a), b, lora_bias)
+        dropped = p.linear(p.linear(x_lora, a), b, lora_bias)
+        for spelling, update in (("plain", plain), ("dropout", dropped)):
+            total = base + p.maybe_cast(update * scale)
+            yield spelling, p.maybe_cast(total)
+            for more in range(1, MOST):
+                yield spelling, p.maybe_cast(with_more(p, total, x, more))
+
+    def check(self, m: Match) -> None:
+        """Constant scales, a result in the product's dtype or a wider one."""
+        for node in m.nodes:
+            strangers = [u for u in node.users if u not in m.nodes]
+            shared = node is m.root or not strangers or is_cast_of(node, m.x)
+            m.require(
+                shared,
+                f"{node.name} inside the formula is also used by "
+                f"{strangers[0].name if strangers else ''}",
+                node,
+            )
+        weight = m.get("columns", m.get("w"))
+        packed = isinstance(weight, tuple)
+        m.require(packed or facts.ndim(weight) == 2, "the weight is not a matrix", m.root)
+        check_adapters(m, adapters(m))
+        x, result = facts.tensor(m.x), facts.tensor(m.root)
+        if x is None or result is None:
+            m.require(False, "x is not a tensor")
+            return
+        product = facts.dtype(m.product) or x.dtype
+        wide = torch.promote_types(result.dtype, product) is result.dtype
+        m.require(wide, f"returns {result.dtype} from a product in {product}", m.root)
+        x_lora = facts.tensor(m.get("x_lora"))
+        if m.spelling == "dropout":
+            m.require(
+                x_lora is not None and x_lora.shape == x.shape, "the adapter reads another input"
+            )
+        m.require(not _more_adapters(m.root), _SEVERAL, m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; bias, dropout input and adapter bias are passed where they exist."""
+        weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
+        one = joined(adapters(m), ops)
+        adapter = (one.a, one.b, one.scale, one.x, one.bias)
+        low = m.get("compute") or facts.dtype(m.x if isinstance(weight, tuple) else m.product)
+        dtype = None if facts.dtype(m.root) is low else facts.dtype(m.root)
+        if isinstance(weight, tuple):
+            return ops.quant_lora_linear(m.x, weight, m.bias, *adapter, dtype, m.compute)
+        return ops.lora_linear(m.x, weight, m.bias, *adapter, dtype)
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Bytes and scales of a packed weight."""
+        weight = m.get("w")
+        return sample_weight(weight, node, generator, shape) if isinstance(weight, tuple) else None
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """A linear of another linear of low rank, scaled or not, that is added to something."""
+        for node in graph.nodes:
+            total = _sum_of(node) if _is_update(node) else None
+            if total is not None:
+                more = _is_adapted(total)
+                yield node, _SEVERAL if more else "a low-rank update of a projection"
+
+
+_SEVERAL = "several adapters are active on one linear"
+
+
+def _is_update(node: Any) -> bool:
+    """Whether ``node`` is ``B(A(x))`` with A narrower than x and than B's result."""
+    outer = canonical(node)
+    if outer is None or outer.name != "linear":
+        return False
+    inner = canonical(outer.args[0])
+    if inner is None or inner.name != "linear":
+        return False
+    rank, into, out = (
+        facts.size(inner.args[1], 0), facts.size(inner.args[1], 1), facts.size(outer.args[1], 0)
+    )  # fmt: skip
+    return rank is not None and rank * 2 <= min(into or 0, out or 0)
+
+
+def _sum_of(node: fx.Node) -> fx.Node | None:
+    """The sum of which ``node``, or a multiple of it, is one side."""
+    for user in node.users:
+        canon = canonical(user)
+        if canon is None:
+            continue
+        found = _sum_of(user) if canon.name in ("mul", "cast") else None
+        found = user if canon.name == "add" else found
+        if found is not None:
+            return found
+    return None
+
+
+def _more_adapters(root: fx.Node) -> bool:
+    """Whether the sum goes into another sum with a scaled low-rank update."""
+    sums = [u for u in root.users if (c := canonical(u)) is not None and c.name == "add"]
+    return any(_is_scaled_update(side) for s in sums for side in _sides(s) if side is not root)
+
+
+def _is_adapted(total: fx.Node) -> bool:
+    """Whether one side of the sum is itself a sum with a scaled low-rank update."""
+    inner = [side for side in _sides(total) if _sides(side)]
+    return any(_is_scaled_update(side) for s in inner for side in _sides(s))
+
+
+def _sides(node: Any) -> tuple[Any, ...]:
+    """Both sides of a sum; none of what is no sum."""
+    canon = canonical(node)
+    return canon.args[:2] if canon is not None and canon.name == "add" else ()
+
+
+def _is_scaled_update(node: Any) -> bool:
+    canon = canonical(node)
+    if canon is not None and canon.name == "cast":
+        canon = canonical(canon.args[0])
+    return canon is not None and canon.name == "mul" and any(_is_update(a) for a in canon.args)

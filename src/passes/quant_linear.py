@@ -1,0 +1,126 @@
+"""Linear layers over a quantized weight (NF4, FP4), with or without a LoRA adapter on top.
+
+Dettmers et al., "QLoRA", 2023. The adapter is fused by ``lora.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from ..graph.canon import is_cast_of
+from ..graph.opaque.quantized import PARAMS, is_wrapped
+from ..kernels.linear import quant_linear
+from ..kernels.linear.quantized import Quantized
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
+
+
+class QuantLinear(Rule):
+    """bitsandbytes' product of an input with a packed weight."""
+
+    name = op = "quant_linear"
+    inner_may_stay = True  # the cast of x that the products of one input share
+
+    def patterns(
+        self, p: Builder, x: Pattern, bias: Pattern, packed: Pattern, absmax: Pattern,
+        shape: Pattern, blocksize: Pattern, kind: Pattern, absmax_8bit: Pattern,
+        absmax_code: Pattern, absmax_offset: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """One node, by itself or inside an autograd function: ``graph/quantized.py``.
+
+        Where the layer computes in another dtype than its input's, it casts there and back.
+        """
+        weight = (packed, absmax, shape, blocksize, kind, absmax_8bit, absmax_code, absmax_offset)
+        yield "cast", p.cast(p.capture("product", p.quantized_linear(p.cast(x), bias, *weight)))
+        yield "plain", p.capture("product", p.quantized_linear(x, bias, *weight))
+
+    def check(self, m: Match) -> None:
+        """Constant sizes, a frozen weight, operands that the op takes."""
+        for node in m.nodes:
+            alone = node is m.root or set(node.users) <= set(m.nodes) or is_cast_of(node, m.x)
+            m.require(alone, f"{node.name} inside the formula is also used outside it", node)
+        constants = (*m.shape, m.blocksize)
+        m.require(all(type(n) is int for n in constants), "a size is not a constant", m.root)
+        names = ("x", "bias", *PARAMS[2:])
+        values = {n: facts.value(getattr(m, n)) for n in names}
+        m.require(isinstance(values["x"], Tensor), "x is not a tensor", m.root)
+        w = _weight(values)
+        m.require(
+            not any(isinstance(t, Tensor) and t.requires_grad for t in w),
+            "the packed weight or its scales are trained", m.root,
+        )  # fmt: skip
+        kind, dtype = facts.dtype(m.product), facts.dtype(m.root)
+        reasons = quant_linear.OP.unsupported(values["x"], w, values["bias"], kind, dtype)
+        m.require(not reasons, "; ".join(reasons), m.root)
+        device = values["x"].device.type
+        m.require(
+            not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) is kind,
+            f"computes in {kind} under autocast to another dtype", m.root,
+        )  # fmt: skip
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; the weight is one argument of several fields."""
+        kinds = (facts.dtype(m.product), facts.dtype(m.root)) if m.spelling == "cast" else ()
+        return ops.quant_linear(m.x, tuple(_weight(m.captures)), m.bias, *kinds)
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Any bytes as values, positive scales."""
+        return sample_weight(_weight(m.captures), node, generator, shape)
+
+    def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
+        """A call of bitsandbytes, or of an autograd function that calls it."""
+        for node in graph.nodes:
+            inner = facts.body(node.args[0]) if is_wrapped(node) else None
+            calls = [node] if inner is None else list(inner.graph.nodes)
+            names = [n for n in map(_library_op, calls) if n]
+            if names:
+                yield node, f"a layer that calls {' and '.join(names)}{_remark(names)}"
+
+
+def _remark(names: list[str]) -> str:
+    """What is known of the operators that are not taken."""
+    if any("int8" in n for n in names):
+        return ", which quantizes the input too"
+    if any("gemv" in n for n in names):
+        return ": an evaluation has repacked the weight, and its product has no gradient"
+    return ""
+
+
+def _library_op(node: fx.Node) -> str:
+    """The operator of bitsandbytes that a node calls, unless it only prepares another one."""
+    name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+    if not name.startswith("bitsandbytes.") or "_quant." in name or "blockwise" in name:
+        return ""
+    return name.removesuffix(".default")
+
+
+def _weight(captures: Any) -> Quantized:
+    return Quantized(*(captures[n] for n in PARAMS[2:]))
+
+
+def sample_weight(
+    weight: Iterable[Any], node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+) -> Tensor | None:
+    """A random value of ``node`` where it is a part of ``weight``: the fields of a ``Quantized``.
+
+    Storage in a floating-point dtype, as FSDP wants it, gets finite numbers: verification widens
+    its inputs and must be able to narrow them again.
+    """
+    w: Any = Quantized(*weight)
+    if node is w.packed:
+        dtype = facts.dtype(node) or torch.uint8
+        size = (*shape[:-1], shape[-1] * dtype.itemsize)
+        made = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        return ((made & 0xBF) if dtype.is_floating_point else made).view(dtype)
+    if node is w.absmax_8bit:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if node is w.absmax or node is w.absmax_offset:
+        return torch.rand(shape, generator=generator) * 0.2 + 0.1
+    return torch.linspace(-1, 1, shape[0]) if node is w.absmax_code else None

@@ -1,0 +1,116 @@
+"""Scans of state-space models, captured whole (``graph/whole.py``), become ops.
+
+Gu & Dao, "Mamba", 2023; Dao & Gu, "Transformers are SSMs", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from ..kernels.scan import selective_scan, ssd
+from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.rule import Emit, Match, Rule
+
+
+class SelectiveScan(Rule):
+    """A call of a selective scan from a zero state, whose last state nobody asks for."""
+
+    name = op = "selective_scan"
+
+    def patterns(
+        self, p: Builder, u: Pattern, delta: Pattern, a: Pattern, b: Pattern, c: Pattern,
+        d: Pattern, z: Pattern, bias: Pattern, softplus: Pattern, last: Pattern, others: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """The leaf: spellings of the formula inside it do not matter."""
+        yield p.scan_call(u, delta, a, b, c, d, z, bias, softplus, last, others)
+
+    def check(self, m: Match) -> None:
+        """Nothing asked for that the op does not do, and inputs that it takes."""
+        _require_known(m, m.others)
+        m.require(m.last in (False, None), "the last state is asked for", m.root)
+        m.require(isinstance(m.softplus, bool), "delta_softplus is not a constant", m.root)
+        values = [facts.tensor(t) for t in (m.u, m.delta, m.a, m.b, m.c, m.d, m.z, m.bias)]
+        m.require(all(v is not None for v in values[:5]), "an input is not a tensor", m.root)
+        reasons = selective_scan.OP.unsupported(*values, m.softplus)
+        m.require(not reasons, "; ".join(reasons), m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; a cast where the call returns another dtype."""
+        out = ops.selective_scan(m.u, m.delta, m.a, m.b, m.c, m.d, m.z, m.bias, m.softplus)
+        d, z = facts.tensor(m.d), facts.tensor(m.z)
+        u, kind = facts.tensor(m.u), facts.dtype(m.root)
+        return (
+            out
+            if u is None or selective_scan.output_dtype(u, d, z) is kind
+            else ops.cast(out, kind)
+        )
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Decays: A is negative, and so that states live for some steps; steps are positive."""
+        if node is m.a or (node is m.delta and not m.softplus):
+            values = 0.05 + torch.rand(shape, generator=generator)
+            return (-values if node is m.a else values).to(facts.dtype(node))
+        return None
+
+
+class ChunkedScan(Rule):
+    """A call of the chunked scan with one decay per head, from a zero state."""
+
+    name = op = "selective_scan"
+
+    def patterns(
+        self, p: Builder, x: Pattern, dt: Pattern, a: Pattern, b: Pattern, c: Pattern,
+        d: Pattern, z: Pattern, bias: Pattern, softplus: Pattern, limit: Pattern,
+        first: Pattern, last: Pattern, others: Pattern,
+    ) -> Iterable[Any]:  # fmt: skip
+        """The leaf; in which chunks it computes makes no difference."""
+        yield p.chunk_scan_call(
+            x, dt, a, b, c, p.anything, d, z, bias, softplus, limit, first, last, others
+        )
+
+    def check(self, m: Match) -> None:
+        """Nothing asked for that the op does not do, and inputs that it takes."""
+        _require_known(m, m.others)
+        m.require(m.last in (False, None), "the last state is asked for", m.root)
+        m.require(m.first is None, "the scan starts from a given state", m.root)
+        m.require(m.z is None, "the gate is inside the call", m.root)
+        m.require(isinstance(m.softplus, bool), "dt_softplus is not a constant", m.root)
+        constant = isinstance(m.limit, (tuple, list)) and len(m.limit) == 2
+        m.require(
+            constant and all(isinstance(v, (int, float)) for v in m.limit),
+            "dt_limit is not a constant",
+            m.root,
+        )
+        values = [facts.tensor(t) for t in (m.x, m.dt, m.a, m.b, m.c, m.d, m.bias)]
+        m.require(all(v is not None for v in values[:5]), "an input is not a tensor", m.root)
+        reasons = ssd.OP.unsupported(*values)
+        m.require(not reasons, "; ".join(reasons), m.root)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """One op; a cast where the call returns another dtype."""
+        limit = tuple(float(v) for v in m.limit)
+        out = ops.ssd(m.x, m.dt, m.a, m.b, m.c, m.d, m.bias, m.softplus, limit)
+        x, kind = facts.tensor(m.x), facts.dtype(m.root)
+        return out if x is None or ssd.work_dtype(x) is kind else ops.cast(out, kind)
+
+    def sample(
+        self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """Negative A and, without a softplus, positive steps."""
+        if node is m.a or (node is m.dt and not m.softplus):
+            values = 0.05 + torch.rand(shape, generator=generator)
+            return (-values if node is m.a else values).to(facts.dtype(node))
+        return None
+
+
+def _require_known(m: Match, others: tuple[tuple[str, Any], ...]) -> None:
+    """Decline arguments beyond the convention (packed sequences, say) that ask for something."""
+    names = ", ".join(name for name, _ in others)
+    m.require(not others, f"the call also passes {names}", m.root)

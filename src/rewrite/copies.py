@@ -1,0 +1,101 @@
+"""What our ops keep for backward, and something writes into afterwards, is copied first.
+
+Eager PyTorch often keeps something else: of a norm over bf16 its fp32 copy, of a sigmoid or a relu
+the result. There, model code may write into the norm's input or the gate at once
+(``x += f(norm(x))``), and where our op keeps that very tensor, backward would refuse it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts
+from ..graph.edit import modes
+from ..graph.effects import writes
+from ..graph.signatures import is_builtin
+from .op_table import KEPT_OUTPUTS
+
+
+def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
+    """Give each op of ours a copy of what it may keep and the graph writes into later.
+
+    An op may keep each of its inputs, and the outputs in ``KEPT_OUTPUTS``.
+
+    Args:
+        module: the graph after the rules; it and the graphs nested in it are changed in place.
+        open_to_writes: whoever gets the graph's results may write into them.
+
+    Returns:
+        How many copies are made.
+    """
+    made = 0
+    for inner in facts.nested(module):
+        order = {n: i for i, n in enumerate(inner.graph.nodes)}
+        last: dict[int, int] = {}  # memory -> place of the last write into it
+        for node in inner.graph.nodes:
+            for target in writes(node):
+                last.update(dict.fromkeys(facts.memories(target), order[node]))
+        if open_to_writes and inner is module:
+            output = next(reversed(inner.graph.nodes))
+            leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
+            given = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
+            leaving -= {m for n in given for m in facts.memories(n)}
+            last.update(dict.fromkeys(leaving, order[output]))
+        if not last:
+            continue
+        mode = modes(inner.graph)
+        for node in list(order):
+            if mode[node][0] and _may_keep(node):
+                made += _copy_inputs(node, last, order[node])
+                made += _copy_outputs(node, last, order[node])
+        inner.graph.lint()
+        inner.recompile()
+    return made
+
+
+def _may_keep(node: fx.Node) -> bool:
+    # a rule may also emit PyTorch's functions, which keep what they keep in eager mode
+    by_rule = "fusewright_rule" in node.meta and node.op == "call_function"
+    is_op = by_rule and not is_builtin(node.target)
+    return is_op and any(map(_needs_grad, node.all_input_nodes))
+
+
+def _needs_grad(node: fx.Node) -> bool:
+    t = facts.tensor(node)
+    return t is None or t.requires_grad
+
+
+def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
+    found = [n for n in node.all_input_nodes if _is_written_after(n, last, place)]
+    for source in found:
+        with node.graph.inserting_before(node):
+            copy = _copied(source)
+        node.replace_input_with(source, copy)
+    return len(found)
+
+
+def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
+    items = [u for u in node.users if u.target is operator.getitem]
+    kept = KEPT_OUTPUTS.get(node.target, ())
+    found = [u for u in items if u.args[1] in kept and _is_written_after(u, last, place)]
+    for source in found:
+        with node.graph.inserting_after(source):
+            copy = _copied(source)
+        source.replace_all_uses_with(copy, delete_user_cb=functools.partial(operator.is_not, copy))
+    return len(found)
+
+
+def _is_written_after(node: fx.Node, last: dict[int, int], place: int) -> bool:
+    return any(last.get(m, -1) > place for m in facts.memories(node))
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    copy = node.graph.call_method("clone", (node,))
+    copy.meta.update(node.meta)
+    value: Any = facts.value(node)
+    copy.meta["example_value"] = value.clone() if value is not None else None
+    return copy

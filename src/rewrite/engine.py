@@ -1,0 +1,276 @@
+"""Applying rules to a graph: finding, checking, verifying, splicing, accounting.
+
+The engine, not the rule, answers: is a value inside the formula used outside it? does anything
+write in place between its nodes? where can the replacement stand? what is dead afterwards?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from ..graph import facts, traffic
+from ..graph.edit import prune
+from ..report import Figures
+from .conditions import require_calm, require_one_mode, require_own_memory
+from .findings import Finding, missed, outside
+from .match.matcher import Trace
+from .rule import Declined, Emit, Left, Match, NoMatch, Rule
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verification says of a candidate.
+
+    Attributes:
+        reason: None when it may be installed, else why not.
+        figures: its errors, and what original and rewrite keep for backward.
+    """
+
+    reason: str | None = None
+    figures: Figures = field(default_factory=Figures)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A match that passed the rule's check and the engine's, ready to be verified.
+
+    Attributes:
+        rule: the rule.
+        match: its match.
+        inputs: the values that the formula reads from outside, in order.
+        interior: the nodes it replaces, in graph order.
+        outputs: the interior nodes whose values are used outside.
+        table: op name -> function, for ``Emit``.
+        autocast: the arguments of each autocast that was entered in the graph around the formula.
+    """
+
+    rule: Rule
+    match: Match
+    inputs: tuple[fx.Node, ...]
+    interior: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    table: Mapping[str, Callable[..., Any]]
+    autocast: tuple[tuple[Any, ...], ...] = ()
+
+    def replacement(self) -> fx.Graph:
+        """The rewrite alone, as a graph over placeholders for ``inputs``."""
+        graph = fx.Graph()
+        env = _placeholders(graph, self.inputs)
+        mapped = self.match.mapped(lambda n: env.get(n, n))
+        graph.output(_as_tuple(self.rule.rewrite(mapped, self.emit(graph))))
+        return graph
+
+    def original(self) -> fx.Graph:
+        """The formula alone, as a graph over placeholders for ``inputs``."""
+        graph = fx.Graph()
+        env = _placeholders(graph, self.inputs)
+        for node in self.interior:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        graph.output(tuple(env[n] for n in self.outputs))
+        return graph
+
+    def emit(self, graph: fx.Graph) -> Emit:
+        """The rule's way of adding nodes to ``graph``."""
+        return Emit(graph, self.table, self.rule.name)
+
+
+@dataclass
+class Fuel:
+    """How many rewrites may still be made (None: any number); for bisecting a bad one."""
+
+    left: int | None = None
+
+    def take(self) -> bool:
+        """Use one unit; False when there is none."""
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+def apply(
+    module: fx.GraphModule,
+    rules: Sequence[Rule],
+    table: Mapping[str, Callable[..., Any]],
+    verify: Callable[[Candidate], Verdict] | None,
+    fuel: Fuel,
+) -> list[Finding]:
+    """Apply ``rules`` in order to ``module`` and every graph nested in it, in place.
+
+    Args:
+        module: the captured graph.
+        rules: in the order in which they run; each sees the work of those before it.
+        table: op name -> function, for the rewrites.
+        verify: called for each candidate before it is installed, or None.
+        fuel: the number of rewrites allowed.
+
+    Returns:
+        One finding per formula: rewritten, refused, missed or left.
+    """
+    findings: list[Finding] = []
+    settled: set[fx.GraphModule] = set()  # parts of formulas that were found outside of them
+    for inner in facts.nested(module, settled):
+        own: list[Finding] = []
+        for rule in rules:
+            own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
+        own += missed(inner.graph, rules, own)
+        inner.graph.lint()
+        inner.recompile()
+        findings += own
+        settled |= facts.bodies(inner.graph, {name for f in own for name in f.claimed})
+    return findings
+
+
+def _apply_rule(
+    graph: fx.Graph,
+    rule: Rule,
+    table: Mapping[str, Callable[..., Any]],
+    verify: Callable[[Candidate], Verdict] | None,
+    fuel: Fuel,
+    before: list[Finding],
+) -> list[Finding]:
+    findings: list[Finding] = []
+    gone: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in gone or node.op not in ("call_function", "call_method"):
+            continue
+        refusal: Finding | None = None
+        for m in rule.find(node, Trace()):
+            try:
+                candidate = _candidate(graph, rule, m, table)
+                verdict = verify(candidate) if verify else Verdict()
+                if verdict.reason:
+                    raise Declined(verdict.reason)
+            except NoMatch:
+                continue
+            except Declined as no:
+                status = "left" if isinstance(no, Left) else "refused"
+                refusal = refusal or _finding(rule, m, status, str(no))
+                continue
+            if not fuel.take():
+                refusal = _finding(rule, m, "refused", "FUSEWRIGHT_FUEL is used up")
+                break
+            done = _finding(rule, m, "rewritten", "")
+            done.figures = replace(
+                verdict.figures,
+                moved_before=traffic.node_by_node(candidate.interior),
+                moved_after=traffic.fused(candidate.inputs, candidate.outputs),
+            )
+            erased, made = _splice(graph, candidate)
+            gone |= erased
+            findings = outside(findings, done)
+            done.claimed |= made
+            _absorb(rule, done, before, findings)
+            findings.append(done)
+            refusal = None
+            break
+        if refusal is not None and not any(refusal.claimed & f.claimed for f in findings):
+            findings.append(refusal)
+    findings.reverse()
+    return findings
+
+
+def _candidate(
+    graph: fx.Graph, rule: Rule, m: Match, table: Mapping[str, Callable[..., Any]]
+) -> Candidate:
+    try:
+        rule.check(m)
+    except Declined:
+        raise
+    except Exception as error:  # of a rule of the user's, most likely: it must not end the capture
+        raise Declined(f"the rule's check failed: {type(error).__name__}: {error}") from error
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    interior = tuple(sorted(m.nodes, key=order.__getitem__))
+    inside, outputs = set(interior), set(m.outputs)
+    for node in interior:
+        strangers = [u for u in node.users if u not in inside]
+        m.require(
+            node in outputs or rule.inner_may_stay or not strangers,
+            f"{node.name} inside the formula is also used by "
+            f"{strangers[0].name if strangers else ''}",
+            node,
+        )
+    inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))
+    require_calm(graph, m, interior, inputs, order)
+    require_own_memory(m, inputs, m.outputs)
+    autocast = require_one_mode(graph, m, interior, _place(m.outputs, inputs, order))
+    last_input = max((order[i] for i in inputs), default=-1)
+    first_use = min(
+        (order[u] for n in outputs for u in n.users if u not in inside), default=len(order)
+    )
+    m.require(last_input < first_use, "an output is used before the last input exists")
+    return Candidate(rule, m, inputs, interior, m.outputs, table, autocast)
+
+
+def _place(
+    outputs: tuple[fx.Node, ...], inputs: tuple[fx.Node, ...], order: Mapping[fx.Node, int]
+) -> fx.Node:
+    """The node before which a replacement stands: the first output, or what follows the inputs."""
+    start = min(outputs, key=order.__getitem__)
+    last = max(inputs, key=order.__getitem__, default=start)
+    return last.next if order[last] > order[start] else start
+
+
+def _splice(graph: fx.Graph, c: Candidate) -> tuple[set[fx.Node], frozenset[str]]:
+    """Put the replacement in at the first output, or after the last input if that is later.
+
+    There it runs in the mode of the formula, and after all writes that the formula came after.
+
+    Returns:
+        The nodes that went, and the names of those that came.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    emit = c.emit(graph)
+    with graph.inserting_before(_place(c.outputs, c.inputs, order)):
+        results = _as_tuple(c.rule.rewrite(c.match, emit))
+    if len(results) != len(c.outputs):
+        raise RuntimeError(
+            f"{c.rule.name}.rewrite returned {len(results)} values for {len(c.outputs)} outputs"
+        )
+    for new in emit.made:
+        new.meta.setdefault("nn_module_stack", c.match.root.meta.get("nn_module_stack"))
+        new.meta.setdefault("stack_trace", c.match.root.meta.get("stack_trace"))
+    for old, new in zip(c.outputs, results, strict=True):
+        new.meta.setdefault("example_value", old.meta.get("example_value"))
+        old.replace_all_uses_with(new)
+    dead = sorted(c.interior, key=order.__getitem__, reverse=True)
+    return prune(graph, dead), frozenset(n.name for n in emit.made)
+
+
+def _absorb(rule: Rule, done: Finding, before: list[Finding], own: list[Finding]) -> None:
+    """Drop from the account the sites whose nodes this rewrite consumed, where the rule says so."""
+    if not rule.absorbs:
+        return
+    gone = [f for f in (*before, *own) if f.rule in rule.absorbs and f.claimed & done.claimed]
+    done.formulas = max(1, sum(f.formulas for f in gone))
+    for f in gone:
+        (before if f in before else own).remove(f)
+        done.figures = done.figures.after([f.figures])
+
+
+def _finding(rule: Rule, m: Match, status: str, reason: str) -> Finding:
+    return Finding(
+        rule.name,
+        rule.op,
+        status,
+        facts.common_home(m.own_nodes()),
+        reason,
+        node=m.root.name,
+        claimed=frozenset(n.name for n in m.nodes),
+    )
+
+
+def _placeholders(graph: fx.Graph, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:
+    env = {}
+    for i, node in enumerate(inputs):
+        env[node] = graph.placeholder(f"input_{i}")
+        env[node].meta = {"example_value": facts.value(node)}
+    return env
+
+
+def _as_tuple(value: Any) -> tuple[fx.Node, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -1,0 +1,1 @@
+"""Patterns, and matching them against nodes."""

@@ -1,0 +1,273 @@
+"""Random inputs for verification: a formula's dtypes and layouts, at small sizes.
+
+A rewrite may be right for numbers near one and wrong for others. So inputs are drawn in several
+*regimes*: the unit normal, and magnitudes and shapes of values that occur in training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph import facts
+from .engine import Candidate
+
+_SIZES = (5, 7, 3, 2, 11)
+"""What the symbolic sizes of a graph become, in the order in which they are met."""
+
+_EVEN = (4, 8, 2, 6, 12)
+"""What they become in the regimes: some errors are of odd sizes only, some of even ones."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How activations are distributed: ``scale`` times a unit normal, plus ``offset``.
+
+    Attributes:
+        name: for reasons; empty for the unit normal.
+        scale: None: so that they are as large as those of the first call, and 16 at least; weights
+            are as large as they are then.
+        offset: their mean.
+        degenerate: the first row is zero, and all features of the second are one number.
+        upstream: how large the gradients are that come from behind.
+    """
+
+    name: str = ""
+    scale: float | None = 1.0
+    offset: float = 0.0
+    degenerate: bool = False
+    upstream: float = 1.0
+
+
+NORMAL = Regime()
+
+REGIMES = (
+    Regime("near zero", 1e-3, degenerate=True),
+    Regime("large", None),
+    Regime("far below zero", 4.0, -20.0),
+)
+"""What a rewrite is tried with beside the unit normal."""
+
+SUBNORMAL = Regime("of unit size, and gradients near zero", upstream=2.0**-16)
+"""And in fp16, whose smallest numbers have few digits: a rounding may not be multiplied there."""
+
+
+def regimes(c: Candidate) -> tuple[Regime, ...]:
+    """The regimes in which a candidate is tried beside the unit normal."""
+    has_half = any(facts.dtype(n) is torch.float16 for n in (*c.inputs, *c.interior))
+    return (*REGIMES, SUBNORMAL) if has_half else REGIMES
+
+
+def sample(c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL) -> list[Any]:
+    """Random inputs for the candidate: its dtypes, its layouts, its sizes as ``sizes`` says."""
+    inputs: list[Any] = []
+    for i, node in enumerate(c.inputs):
+        example = facts.value(node)
+        if isinstance(example, Tensor):
+            generator = torch.Generator().manual_seed(1000 * draw + i + 1)
+            shape = tuple(sizes.of(s) for s in example.shape)
+            made = c.rule.sample(c.match, node, generator, shape)
+            if made is None:
+                made = _random(example, shape, generator)
+                if example.is_floating_point():
+                    _distribute(made, node, regime)
+            inputs.append(made.to(example.device))
+        else:
+            inputs.append(sizes.of(example))
+    return inputs
+
+
+def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if example.dtype is torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if example.is_complex():
+        parts = torch.randn((*shape, 2), generator=generator, dtype=torch.float64)
+        return torch.view_as_complex(parts).to(example.dtype)
+    if not example.is_floating_point():
+        return torch.randint(0, 2, shape, generator=generator, dtype=example.dtype)
+    return _laid_out(example, shape, generator)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory, whatever its sizes.
+
+    Attributes:
+        order: its dimensions, the one with the largest stride first.
+        broadcast: the dimensions along which each element is the same memory.
+        parts: those that are a part of a wider one: there are gaps.
+        apart: whether the elements of the innermost dimension lie apart.
+    """
+
+    order: tuple[int, ...]
+    broadcast: frozenset[int]
+    parts: frozenset[int]
+    apart: bool
+
+
+def layout(t: Tensor) -> Layout:
+    """The layout of ``t``, by the numbers that its sizes were met with."""
+    strides, extent = [hint(s) for s in t.stride()], [hint(s) for s in t.shape]
+    order = tuple(sorted(range(t.dim()), key=lambda d: -strides[d]))
+    real = [d for d in order if strides[d] and extent[d] > 1]
+    parts = {
+        inner for outer, inner in itertools.pairwise(real)
+        if strides[outer] > strides[inner] * extent[inner]
+    }  # fmt: skip
+    apart = bool(real) and strides[real[-1]] > 1
+    return Layout(order, frozenset(d for d in order if not strides[d]), frozenset(parts), apart)
+
+
+def _laid_out(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Unit normals in the layout of ``example``; a part is the second half of a dimension."""
+    its = layout(example)
+    dense = [1 if d in its.broadcast else shape[d] for d in its.order]
+    wide = [n * (1 + (d in its.parts)) for n, d in zip(dense, its.order, strict=True)]
+    values = torch.randn((*wide, 1 + its.apart), generator=generator, dtype=_drawn(example.dtype))
+    values = values.to(example.dtype)[..., -1]
+    for at, d in enumerate(its.order):
+        if d in its.parts:
+            values = values.narrow(at, dense[at], dense[at])
+    inverse = [its.order.index(d) for d in range(len(shape))]
+    return values.permute(inverse).expand(shape)
+
+
+def _drawn(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to draw in: the normal distribution is not there for the narrowest."""
+    return dtype if dtype.itemsize > 1 else torch.float32
+
+
+def _distribute(values: Tensor, node: fx.Node, regime: Regime) -> None:
+    """Turn unit normals into values of ``regime``, in place: once each where they are broadcast."""
+    held = values[tuple(slice(0, 1) if s == 0 else slice(None) for s in values.stride())]
+    known = facts.real(node) if regime.scale is None else None
+    if is_weight(node):
+        largest = None if known is None else _largest(known)
+        if largest is not None and known is not None and known.numel() == 1:
+            held.copy_(known.detach())
+        elif largest is not None:
+            held.mul_(largest / _PEAK)
+        elif values.dim() == 2:
+            held.div_(values.shape[-1] ** 0.5)  # keep the products near one
+        return
+    scale = _magnitude(node) / _PEAK if regime.scale is None else regime.scale
+    if regime.degenerate and held.dim() > 1:
+        held.select(-2, 0).zero_()
+        if held.shape[-2] > 1:
+            row = held.select(-2, 1)
+            row.copy_(row[..., :1].sign())
+    if (scale, regime.offset) != (1.0, 0.0):
+        held.mul_(scale).add_(regime.offset)
+
+
+STANDS_FOR = "stands_for"
+"""In a node's ``meta``: the node of the captured graph that it is a smaller form of."""
+
+_PEAK = 4.0
+"""About the largest of some thousand unit normals."""
+
+_LARGE = 16.0
+"""How large the activations of the regime of large ones are at least."""
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node stands for a weight: a parameter, or a matrix or vector of known sizes."""
+    t = facts.tensor(node)
+    if t is None or isinstance(t, nn.Parameter):
+        return t is not None
+    return t.dim() <= 2 and all(type(s) is int for s in t.shape)
+
+
+def _magnitude(node: fx.Node) -> float:
+    """How large an activation may be: as the largest input of its graph at the first call."""
+    node = node.meta.get(STANDS_FOR, node)
+    own = facts.real(node)
+    others = [] if own is not None else node.graph.find_nodes(op="placeholder")
+    given = [own, *(facts.real(n) for n in others if not is_weight(n))]
+    found = (_largest(t) for t in given if t is not None)
+    largest = max((x for x in found if x is not None), default=0.0)
+    dtype = facts.dtype(node) or torch.float32
+    return min(max(largest, _LARGE), torch.finfo(dtype).max / 4)
+
+
+def _largest(t: Tensor) -> float | None:
+    """The largest absolute value of ``t``, rounded up to a power of two; None if there is none.
+
+    What is as large as the dtype's numbers go stands for infinity: a mask says nothing of how large
+    activations are. One host synchronisation, at the first call only.
+    """
+    if not t.is_floating_point() or not t.numel() or t.dtype.itemsize < 2 or t.is_meta:
+        return None
+    low, high = torch.aminmax(t.detach())
+    largest = float(torch.maximum(-low, high))
+    if not 0 < largest < torch.finfo(t.dtype).max / 2:
+        return None
+    return float(2.0 ** math.ceil(math.log2(largest)))
+
+
+def draws(inputs: Sequence[Any]) -> tuple[int, ...]:
+    """How many draws judge together what a single one of such ``inputs`` has found too large.
+
+    The fewer elements a result has, the more its largest error is a matter of luck: where the first
+    number of draws finds that too large, the next one decides. Large ones would only need memory.
+    """
+    elements = sum(t.numel() for t in inputs if isinstance(t, Tensor))
+    if elements > 1 << 20:
+        return (4,)
+    return (16, 64) if elements <= 1 << 16 else (16,)
+
+
+def is_static(t: Tensor) -> bool:
+    """Whether ``t`` is a matrix, or more, whose sizes are all known: a weight."""
+    return t.dim() > 1 and all(type(s) is int for s in t.shape)
+
+
+def hint(s: Any) -> int:
+    """The number with which a symbolic size was met."""
+    return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)
+
+
+class Sizes:
+    """Gives each symbolic size of a graph one number: a small one, or the one it was met with."""
+
+    def __init__(self, small: bool, even: bool = False) -> None:
+        self.small = small
+        self.numbers = _EVEN if even else _SIZES
+        self.chosen: dict[Any, int] = {}
+        self.by_hint: dict[Any, int] = {}
+
+    def of(self, s: Any) -> Any:
+        """The number for a SymInt (or an expression of them, or a tuple); constants stay."""
+        if isinstance(s, (tuple, list)):
+            return type(s)(self.of(item) for item in s)
+        if not isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return s
+        if not self.small:
+            return s.node.hint
+        env = s.node.shape_env
+        # torch 2.13 renamed the attribute
+        hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+        expression = env.simplify(s.node.expr)
+        for symbol in sorted(expression.free_symbols, key=str):
+            # what was met with one size is one size: rows of x and of the labels must agree
+            hint = hints.get(symbol, symbol)
+            if hint not in self.by_hint:
+                self.by_hint[hint] = self.numbers[len(self.by_hint) % len(self.numbers)]
+            self.chosen[symbol] = self.by_hint[hint]
+        value = expression.subs(self.chosen)
+        return int(value) if isinstance(s, torch.SymInt) else float(value)
+
+
+def tokens(inputs: Sequence[Any]) -> int:
+    """How many rows the sampled inputs had: the largest product of leading sizes."""
+    rows = 1
+    for t in inputs:
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 3:
+            rows = max(rows, t.shape[0] * t.shape[-2])
+    return rows

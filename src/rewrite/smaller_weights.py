@@ -1,0 +1,135 @@
+"""A formula at smaller weights, for verification.
+
+A head of 100,000 classes shows nothing that one of 1,000 does not, and random ones, in fp64 too,
+would take a multiple of its memory in the first step of a run. So a large static size becomes a
+small one wherever it stands: in the shapes of the inputs and in the constants of the formula and of
+the match. Where something else depends on it, the smaller formula fails to run, and the real sizes
+are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import facts
+from .engine import Candidate
+from .rule import Match
+from .sample_inputs import STANDS_FOR, layout
+from .verify_exact import packed
+
+LARGE = 1 << 20
+"""Elements of a weight from which on it is made smaller."""
+
+_SMALL = 1024
+"""About what a large size becomes, and the least size that is large."""
+
+_ALIGNED = 128
+"""Powers of two, up to this one, by which the real size can be divided divide the small one too."""
+
+
+def smaller(c: Candidate) -> Candidate | None:
+    """``c`` with small sizes in place of the large ones; None where there is nothing to gain."""
+    weights = [t for n in c.inputs if (t := facts.tensor(n)) is not None and _is_fixed(t)]
+    sizes = _chosen([tuple(t.shape) for t in weights], _known(c))
+    has_gaps = any(layout(t).parts or layout(t).apart for t in weights)
+    if not sizes or has_gaps or packed(c.interior):
+        return None
+    return _rebuilt(c, sizes)
+
+
+def _is_fixed(t: Tensor) -> bool:
+    return t.dim() > 0 and all(type(s) is int for s in t.shape)
+
+
+def _known(c: Candidate) -> set[int]:
+    """All the static sizes of the formula."""
+    tensors = (facts.tensor(n) for n in (*c.inputs, *c.interior))
+    return {s for t in tensors if t is not None for s in t.shape if type(s) is int}
+
+
+def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
+    """Real size -> small size, the largest first, until no weight is large or none can be."""
+    sizes: dict[int, int] = {}
+    while True:
+        now = [[(s, sizes.get(s, s)) for s in shape] for shape in shapes]
+        large = [shape for shape in now if math.prod(n for _, n in shape) > LARGE]
+        left = {s for shape in large for s, n in shape if s == n and s > _SMALL}
+        if not left:
+            return sizes
+        size = max(left)
+        sizes[size] = _small(size, known | set(sizes.values()))
+
+
+def _small(size: int, taken: set[int]) -> int:
+    """A small size that is aligned as ``size`` is, odd otherwise, and not that of something else.
+
+    An op may take another implementation for sizes that are not aligned.
+    """
+    step = min(size & -size, _ALIGNED)
+    found = step * ((_SMALL // step - 1) | 1)
+    while found in taken:
+        found += 2 * step
+    return found
+
+
+def _rebuilt(c: Candidate, sizes: Mapping[int, int]) -> Candidate:
+    graph = fx.Graph()
+    graph.owning_module = c.interior[0].graph.owning_module
+    env: dict[fx.Node, fx.Node] = {}
+
+    def change(value: Any) -> Any:
+        """``value`` with the new nodes and the small sizes."""
+
+        def leaf(v: Any) -> Any:
+            if isinstance(v, fx.Node):
+                return env.get(v, v)
+            return sizes.get(v, v) if type(v) is int else v
+
+        return fx.node.map_aggregate(value, leaf)
+
+    for node in c.inputs:
+        env[node] = graph.placeholder(node.name)
+    for node in c.interior:
+        args, kwargs = change(node.args), change(node.kwargs)
+        env[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+    for old, new in env.items():
+        example = _example(facts.value(old), sizes)
+        new.meta = {**old.meta, "example_value": example, STANDS_FOR: old}
+    m = c.match
+    match = Match(
+        env.get(m.root, m.root),
+        m.spelling,
+        {k: change(v) for k, v in m.captures.items()},
+        tuple(env.get(n, n) for n in m.nodes),
+        tuple(env[n] for n in m.outputs),
+        tuple({k: change(v) for k, v in user.items()} for user in m.users),
+    )
+    inputs, interior = (tuple(env[n] for n in nodes) for nodes in (c.inputs, c.interior))
+    outputs = tuple(env[n] for n in c.outputs)
+    return Candidate(c.rule, match, inputs, interior, outputs, c.table, c.autocast)
+
+
+def _example(value: Any, sizes: Mapping[int, int]) -> Any:
+    """An example value in small sizes, of the same dtype, device, order of strides and broadcast.
+
+    It holds no memory; making it installs no guard on the sizes that the graph does not know.
+    """
+    if not isinstance(value, Tensor) or not any(s in sizes for s in value.shape if type(s) is int):
+        return value
+    shape = [sizes.get(s, s) if type(s) is int else s for s in value.shape]
+    its, strides, step = layout(value), [0] * len(shape), 1
+    for d in reversed(its.order):
+        if d not in its.broadcast:
+            strides[d], step = step, step * shape[d]
+    mode: Any = getattr(value, "fake_mode", None)
+    env = getattr(mode, "shape_env", None)
+    with mode or nullcontext(), env.suppress_guards() if env is not None else nullcontext():
+        device = value.device if mode is not None else "meta"
+        made = torch.empty_strided(shape, strides, dtype=value.dtype, device=device)
+    return made.requires_grad_(value.requires_grad)

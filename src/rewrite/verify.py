@@ -1,0 +1,276 @@
+"""Verification: a rewrite is run against what it replaces before it is installed.
+
+The matched subgraph and its replacement run on random inputs of the site's dtypes and layouts and a
+small batch, with random upstream gradients: on unit normals, and in the regimes of ``sampling.py``.
+Both are compared with the subgraph in fp64. The rewrite is installed only when its error, in every
+output and every gradient, is within the budget (``budget.py``), and when all that it does beside
+its values is what the original does (``verify_runs.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import facts
+from ..graph.edit import modes, switches_mode
+from ..graph.layouts import layout_is_read
+from ..report import Figures
+from .engine import Candidate, Verdict
+from .sample_inputs import (
+    NORMAL,
+    REGIMES,
+    Regime,
+    Sizes,
+    draws,
+    is_static,
+    layout,
+    regimes,
+    sample,
+    tokens,
+)
+from .smaller_weights import smaller
+from .tolerance import EXCEEDS, PEAK, errors
+from .verify_compare import difference
+from .verify_exact import Exact, Plain, double, packed
+from .verify_runs import KINDS, UNWRITABLE, Outcome, Setting, runs
+
+_NOISE = 0.5
+"""Relative error of the original above which its result is nothing but rounding."""
+
+
+@dataclass
+class Verifier:
+    """Checks candidates, and remembers the verdicts of equal ones.
+
+    Attributes:
+        always: check every candidate, not only the first of its kind.
+        traced: a compiler will trace the rewrites: the form that ops have then is checked too.
+        verdicts: (rule, structure, dtypes, device) -> verdict.
+    """
+
+    always: bool = False
+    traced: bool = False
+    verdicts: dict[Any, Verdict] = field(default_factory=dict)
+
+    def __call__(self, candidate: Candidate) -> Verdict:
+        """Return the verdict on ``candidate``, from memory where that is allowed."""
+        key = _structure(candidate)
+        if self.always or key not in self.verdicts:
+            with quiet_randomness():
+                self.verdicts[key] = _judge(candidate, self.traced)
+        return self.verdicts[key]
+
+
+def _judge(candidate: Candidate, traced: bool) -> Verdict:
+    """Check with small sizes; with the real ones where the formula does not fit small ones.
+
+    What smaller weights are a reason against is judged once more by the real ones.
+    """
+    text = ""
+    for make, small in (smaller, True), (lambda c: c, True), (lambda c: c, False):
+        try:
+            found = make(candidate)
+            verdict = None if found is None else _verdict(_Site(found, traced, candidate), small)
+        except Exception as error:  # what fails to run is refused, not fatal
+            text = f"{type(error).__name__}: {error}"
+            continue
+        if verdict is not None and (verdict.reason is None or make is not smaller):
+            return verdict
+    return Verdict(f"could not be run for verification: {text}")
+
+
+def _verdict(site: _Site, small: bool) -> Verdict:
+    """The verdict by unit normals, unless another regime finds a reason against it."""
+    verdict = _tried(site, small, NORMAL)
+    for regime in regimes(site.candidate):
+        if verdict.reason is not None:
+            break
+        with _one_thread(small):
+            reason = _tried(site, small, regime).reason
+        if reason is not None:
+            verdict = Verdict(f"with inputs that are {regime.name}: {reason}")
+    return verdict
+
+
+@contextmanager
+def _one_thread(small: bool) -> Iterator[None]:
+    """Run in one thread where sizes are small: waking the others would take most of the time.
+
+    Unit normals are run in as many threads as the model has. The number of threads is of the whole
+    process; it is set back at once.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
+    """Check in one regime.
+
+    The largest error of a small tensor is a matter of luck, for the original as for the rewrite:
+    what one draw of inputs finds too large is judged by several.
+    """
+
+    def draw(number: int) -> list[Any]:
+        return sample(site.candidate, Sizes(small, even=regime is not NORMAL), number, regime)
+
+    given = [draw(0)]
+    verdict = _check(site, given, regime)
+    for count in draws(given[0]):
+        if verdict.reason is None or EXCEEDS not in verdict.reason:
+            break
+        if len(given) > 1 and PEAK not in verdict.reason:
+            break  # the error of all elements of several draws is no luck
+        given += (draw(d) for d in range(len(given), count))
+        verdict = _check(site, given, regime)
+    return verdict
+
+
+class _Site:
+    """A candidate, ready to be run: as it was, as it would be, and in fp64."""
+
+    def __init__(self, candidate: Candidate, traced: bool, real: Candidate | None = None) -> None:
+        """Prepare ``candidate``; ``real`` is the one that it is a smaller form of."""
+        c = self.candidate = candidate
+        real = real or c
+        bodies = {str(n.target): b for n in c.interior if (b := facts.body(n))}
+        original = c.original()
+        self.original, self.exact = Plain(original, bodies).run, Exact(original, bodies).run
+        self.replacement = Plain(c.replacement(), {}).run
+        self.traced = traced
+        self.packed = packed(c.interior)
+        known = [facts.tensor(n) for n in c.inputs]
+        self.differentiable = [t is not None and t.requires_grad for t in known]
+        self.fixed = frozenset(tuple(t.shape) for t in known if t is not None and is_static(t))
+        self.laid_out = [layout_is_read(n) for n in real.outputs]
+        self.grad = _gradients_are_on(real)
+
+    def setting(self, thorough: bool, upstream: float) -> Setting:
+        """What its runs have in common."""
+        layouts = self.laid_out
+        return Setting(self.differentiable, self.fixed, layouts, self.grad, thorough, upstream)
+
+
+def _gradients_are_on(c: Candidate) -> bool:
+    """Whether gradients are enabled where the candidate runs."""
+    graph = c.interior[0].graph
+    if not any(switches_mode(n) for n in graph.nodes):
+        return torch.is_grad_enabled()
+    return bool(modes(graph)[c.interior[-1]][0])
+
+
+def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdict:
+    """Compare all draws in ``given`` together."""
+    normal = regime is NORMAL
+    setting = site.setting(normal, regime.upstream)
+    with ExitStack() as around:
+        for settings in site.candidate.autocast:
+            around.enter_context(torch.autocast(*settings))
+        with _seen_as_traced(False):
+            theirs = runs(site.original, given, setting)
+            ours = [runs(site.replacement, given, setting)]
+        if normal and site.traced:
+            with _seen_as_traced(True):
+                ours.append(_compiled(runs(site.replacement, given, setting)))
+    wide = [
+        [
+            x if n in site.packed else double(x)
+            for n, x in zip(site.candidate.inputs, draw, strict=True)
+        ]
+        for draw in given
+    ]
+    with _seen_as_traced(False):
+        exact = runs(site.exact, wide, site.setting(False, regime.upstream))
+    for outcome in ours:
+        reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
+        if reason:
+            return Verdict(reason)
+    return Verdict(None, _figures(ours[0], theirs, exact, given)) if normal else Verdict()
+
+
+def _compiled(outcome: Outcome) -> Outcome:
+    """What a compiler makes of it: a view that a function returned becomes a tensor like others."""
+    traits = frozenset(t for t in outcome.traits if not t.endswith(UNWRITABLE))
+    return replace(outcome, traits=traits)
+
+
+@contextmanager
+def _seen_as_traced(traced: bool) -> Iterator[None]:
+    """Let ops take the form that they have under a tracer, or in eager mode.
+
+    Verification happens while TorchDynamo compiles, and torch says so to whoever asks.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = traced
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def _figures(
+    ours: Outcome, theirs: Outcome, exact: Outcome, given: Sequence[Sequence[Any]]
+) -> Figures:
+    """The largest errors, and what is kept for backward per token."""
+    worst: list[float | None] = [None, None]
+    for kind in range(2):
+        triples = zip(*(run.results[kind] for run in (ours, theirs, exact)), strict=True)
+        for a, b, o in triples:
+            if a is None or b is None or o is None:
+                continue
+            if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
+                worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
+    rows = sum(map(tokens, given))
+    return Figures(
+        error=worst[KINDS.index("output")],
+        grad_error=worst[KINDS.index("gradient of input")],
+        saved_before=theirs.kept / rows,
+        saved_after=ours.kept / rows,
+    )
+
+
+def _structure(c: Candidate) -> Any:
+    """What makes two candidates equal for verification."""
+    index: dict[fx.Node, str] = {n: f"in{i}" for i, n in enumerate(c.inputs)}
+    index.update({n: f"n{i}" for i, n in enumerate(c.interior)})
+    symbols: dict[str, str] = {}
+
+    def plain(value: Any) -> Any:
+        return str(fx.node.map_arg(value, lambda n: index.get(n, "?")))
+
+    def size(s: Any) -> Any:
+        """A number, or the symbol by the order in which it is met: equal sizes stay equal."""
+        return s if type(s) is int else symbols.setdefault(str(s), f"s{len(symbols)}")
+
+    body = tuple(
+        (getattr(facts.body(n), "code", None) or str(n.target), plain(n.args), plain(n.kwargs))
+        for n in c.interior
+    )
+    signature = []
+    for n in c.inputs:
+        t = facts.tensor(n)
+        if t is None:
+            signature.append(str(type(facts.value(n))))
+            continue
+        shape = tuple(size(s) for s in t.shape)
+        signature.append(str((shape, t.dtype, t.device, t.requires_grad, layout(t))))
+    outputs = tuple((index[n], layout_is_read(n)) for n in c.outputs)
+    around = str(c.autocast), _gradients_are_on(c)
+    return c.rule.name, c.match.spelling, body, tuple(signature), outputs, *around
+
+
+@contextmanager
+def quiet_randomness() -> Iterator[None]:
+    """Leave the global random state as it was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

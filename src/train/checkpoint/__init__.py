@@ -1,0 +1,1 @@
+"""What is written while a run trains and at its end, and resuming from it."""

@@ -1,0 +1,59 @@
+"""The Trainer's reading of checkpoints, with errors that say which one, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_callback import TrainerState
+
+from ...errors import RecipeError
+from ...memory.oom_retry import is_out_of_memory
+from ..model.from_pretrained import first_words
+from .resume import another, without_code
+
+
+@contextlib.contextmanager
+def readable(folder: Any) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint's files into a RecipeError.
+
+    Args:
+        folder: of the checkpoint; None: nothing is read.
+    """
+    try:
+        with without_code(Path(folder) if folder is not None else None):
+            yield
+    except RecipeError:
+        raise
+    except Exception as error:  # torch, safetensors and PEFT raise whatever they meet
+        if folder is None or is_out_of_memory(error):
+            raise
+        raise RecipeError(another(Path(folder), first_words(error))) from error
+
+
+class Restoring(Trainer):
+    """``Trainer`` that says what is wrong with a checkpoint that it cannot go on from."""
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; it reads its state once more, to say where that is damaged."""
+        if resume_from_checkpoint:
+            with readable(resume_from_checkpoint):
+                TrainerState.load_from_json(
+                    str(Path(resume_from_checkpoint) / "trainer_state.json")
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        with readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)

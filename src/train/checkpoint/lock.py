@@ -1,0 +1,216 @@
+"""One run at a time in a folder.
+
+The lock is the system's (``flock``), which takes it away from a process that ends, however it does.
+So a lock file that is left behind stops nobody: whoever comes next takes it over, and says so. A
+file system without such locks (some network ones) is left with what the file says: a process of
+this machine that is no more has lost its lock, and of other machines nothing can be known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ...errors import RecipeError
+from .ownership import LOCK, is_run
+
+_ORPHANS = 10.0
+"""Seconds that the processes of a killed run, which have its lock open too, take to end."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_SETTLED = 0.2
+"""Seconds in which two processes that write a lock file at once have both written it."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a lock.
+
+    Attributes:
+        pid: its number.
+        host: its machine.
+        begun: when it was started, in seconds since 1970; tells it from a later one of its number.
+        since: date and time of the lock, UTC.
+        over: whether it has given the lock back, and left the file.
+    """
+
+    pid: int
+    host: str
+    begun: float
+    since: str
+    over: bool = False
+
+    @classmethod
+    def this(cls) -> Holder:
+        """This process, now."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time(), now)
+
+    @classmethod
+    def read(cls, handle: int) -> Holder | None:
+        """What a lock file says; None if that is nothing."""
+        try:
+            return cls(**json.loads(os.pread(handle, 1 << 12, 0)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, handle: int) -> None:
+        """Write it into a lock file."""
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(asdict(self)).encode() + b"\n", 0)
+
+    def gone(self) -> bool:
+        """Whether the process surely is no more."""
+        if self.over:
+            return True
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.begun) > 5
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.since})"
+
+
+@contextlib.contextmanager
+def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep every other run out of ``folder``, which is made if it is not there.
+
+    Folders that were made for nothing are removed again.
+
+    Args:
+        folder: the run's.
+        say: is told of a lock that is taken over.
+
+    Raises:
+        RecipeError: another process has it, or it cannot be written to.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        handle = _taken(folder, say)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    try:
+        yield
+    except BaseException:
+        _give_back(folder, handle, ended=False)
+        raise
+    else:
+        _give_back(folder, handle, ended=True)
+    finally:
+        os.close(handle)
+        _remove_empty(made)
+
+
+def _taken(folder: Path, say: Callable[[str], None]) -> int:
+    """Take the lock; returns the open file."""
+    path, begun = folder / LOCK, time.monotonic()
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
+        try:
+            if _locked(handle):
+                there = _same(path, handle)
+            else:
+                there = _wait_or_refuse(folder, handle, time.monotonic() - begun)
+        except BaseException:
+            os.close(handle)
+            raise
+        if there:
+            break
+        os.close(handle)  # it was given back, and removed, in between
+    before = Holder.read(handle)
+    Holder.this().write(handle)
+    if before is not None:
+        say(f"output_dir: the lock of {before} is taken over: that run has ended without a word")
+    return handle
+
+
+def _locked(handle: int) -> bool:
+    """Try to lock an open file. Where there are no locks, by what it says."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return _claimed(handle)
+    return True
+
+
+def _claimed(handle: int) -> bool:
+    """Take a lock file where the file system has no locks."""
+    before = Holder.read(handle)
+    if before is not None and not before.gone():
+        return False
+    ours = Holder.this()
+    ours.write(handle)
+    time.sleep(_SETTLED)
+    return Holder.read(handle) == ours
+
+
+def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
+    """Wait for the orphans of a killed run, so that it is tried again; else refuse.
+
+    Raises:
+        RecipeError: another process has the lock.
+    """
+    holder = Holder.read(handle)
+    if (holder is None or holder.gone()) and waited < _ORPHANS:
+        time.sleep(_SETTLED)
+        return False
+    who = f"{holder}" if holder else "another process"
+    if holder is not None and holder.gone():
+        who = f"what is left of {holder}"
+    remedy = "let it end or stop it, or choose another folder"
+    if holder is not None and holder.host != socket.gethostname():
+        remedy += f" (if it surely is no more, remove {folder / LOCK})"
+    raise RecipeError(f"output_dir: {folder} is in use by {who}; {remedy}")
+
+
+def _same(path: Path, handle: int) -> bool:
+    """Whether the open file is still the one under its name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    return False
+
+
+def _give_back(folder: Path, handle: int, ended: bool) -> None:
+    """Remove the lock file; but where a run broke off and left nothing else, it says whose it was.
+
+    Otherwise its folder would be taken for one of other people's files.
+    """
+    path = folder / LOCK
+    with contextlib.suppress(OSError):
+        path.unlink()
+        if not ended and any(folder.iterdir()) and not is_run(folder):
+            left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            Holder(**{**asdict(Holder.this()), "over": True}).write(left)
+            os.close(left)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()

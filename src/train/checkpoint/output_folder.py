@@ -1,0 +1,104 @@
+"""The folder that results go into: whether it may be written to, and its emptying."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from ...errors import RecipeError
+from .files import clean, discard
+from .ownership import PART, few, link_in, results, strangers
+from .system_folders import why_not_ours_to_write
+
+
+def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
+    """See that results may go into ``folder``; changes nothing.
+
+    Args:
+        folder: the run's.
+        overwrite: an earlier run may be replaced.
+        resumed: the run goes on from a checkpoint there, and may have left more than that.
+
+    Raises:
+        RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
+            is not to be overwritten.
+    """
+    require_own(folder)
+    _require_writable(folder)
+    found = next(results(folder), None)
+    if found is not None and not overwrite and not (resumed and not _finished(folder)):
+        raise RecipeError(
+            f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
+            "say --overwrite (overwrite_output_dir: true)"
+        )
+
+
+def require_own(folder: Path) -> None:
+    """See that ``folder`` is not there, empty, or a run's.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    problem = why_not_ours_to_write(folder)
+    if problem is not None:
+        raise RecipeError(f"output_dir: {problem}")
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir: {folder} is not a folder; name another one")
+    try:
+        others, link = strangers(folder), link_in(folder)
+    except OSError as error:
+        raise RecipeError(f"output_dir: {folder} cannot be read: {error.strerror}") from None
+    if others:
+        raise RecipeError(
+            f"output_dir: {folder} holds {few(others)}, which no run has written; choose a new "
+            f"folder, {folder / 'run'} for example"
+        )
+    if link is not None:
+        raise RecipeError(
+            f"output_dir: {link} is a link, so that the run would write elsewhere; remove it"
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    """Try to make ``folder`` and a file in it; what was made is removed again."""
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise RecipeError(f"output_dir: {folder} cannot be written to: {reason}") from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return bool(
+            json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def clear_output(folder: Path, resumed: bool = False) -> None:
+    """Make ``folder``, and remove what an earlier run left in it (nothing else).
+
+    Args:
+        folder: the run's.
+        resumed: it goes on from a checkpoint there; only what a killed process left half done goes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    for path in [] if resumed else list(results(folder)):
+        if path.is_dir():
+            discard(path)
+        else:
+            path.unlink()

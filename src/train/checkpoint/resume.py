@@ -1,0 +1,235 @@
+"""Going on from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from ...errors import RecipeError
+from ..data.readers.json_text import parse_json
+from ..model.integrity import damaged
+from ..recipe.recipe import Recipe
+from ..recipe.secrets import hide
+from . import files as checkpoint
+
+_FILE = "fusewright.json"
+_CHECKED = (".json", ".safetensors", ".pt", ".pth", ".bin")
+_FORMAT = 1
+
+_MAY_DIFFER = frozenset({
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints",
+    "optimize", "codegen", "memory", "strict", "sample_prompt", "sample_max_tokens",
+    "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
+    "low_cpu_mem_usage", "device_map", "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
+    "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "torch_empty_cache_steps",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+})  # fmt: skip
+_MAY_DIFFER_TOO = (
+    "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio", "use_", "hf_",
+)  # fmt: skip
+"""Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
+compared by their content."""
+_OF_A_STREAM = ("dataloader_num_workers",)
+"""Keys that do change it where rows are streamed: each worker reads a share of them."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint keeps besides what the Trainer does.
+
+    Attributes:
+        recipe: every key of the run that made it.
+        data: the fingerprint of its prepared rows.
+        step: how many optimizer steps were done.
+        meter: what ``Meter`` has counted.
+        pending_loss: the loss that is summed up and not logged yet.
+        last_logged: the step at which it was logged last.
+        carried: figures of the run from before it trained.
+    """
+
+    recipe: dict[str, Any]
+    data: str
+    step: int
+    meter: dict[str, list[Any]]
+    pending_loss: float
+    last_logged: int
+    carried: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        content = {**asdict(self), "recipe": hide(self.recipe)}
+        text = json.dumps({"format": _FORMAT, **content}, indent=1)
+        (folder / _FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """Read it from a checkpoint.
+
+        Raises:
+            RecipeError: the checkpoint is none of ours, or lacks files.
+        """
+        try:
+            content = parse_json((folder / _FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(
+                f"{folder} cannot be resumed from: it has no {_FILE}, so this version did not "
+                "write it; for its weights alone set lora_model_dir (or base_model)"
+            ) from None
+        except (OSError, ValueError):
+            raise RecipeError(another(folder, f"its {_FILE} is damaged")) from None
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise RecipeError(f"{folder} cannot be resumed from: another version wrote its {_FILE}")
+        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+            if not (folder / name).exists():
+                raise RecipeError(
+                    f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
+                    "leaves that out)"
+                )
+        parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
+        if (said := damaged(parts)) is not None:
+            raise RecipeError(another(folder, said))
+        try:
+            saved = cls(**content)
+            whole = isinstance(saved.step, int) and isinstance(saved.recipe, dict)
+        except TypeError:  # other fields
+            whole = False
+        if not whole:
+            raise RecipeError(another(folder, f"its {_FILE} is damaged"))
+        return saved
+
+
+def another(folder: Path, why: str) -> str:
+    """What to say of a checkpoint that is damaged."""
+    return (
+        f"{folder} cannot be resumed from: {why}; name an earlier checkpoint in "
+        "resume_from_checkpoint, or begin anew"
+    )
+
+
+def find(recipe: Recipe) -> Path | None:
+    """The checkpoint that the recipe wants to go on from; None: it begins anew.
+
+    Raises:
+        RecipeError: it names one that is not there.
+    """
+    folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    if wanted is True and recipe.overwrite_output_dir:
+        raise RecipeError(
+            "resume_from_checkpoint: true goes on with the run in output_dir, and "
+            "overwrite_output_dir replaces it; set only one"
+        )
+    if isinstance(wanted, str):
+        return _named(Path(wanted))
+    if not (wanted or recipe.auto_resume_from_checkpoints) or recipe.overwrite_output_dir:
+        return None
+    there = checkpoint.checkpoints(folder)
+    if there:
+        return there[-1]
+    if wanted:
+        raise RecipeError(f"resume_from_checkpoint: there is no checkpoint in {folder}")
+    return None
+
+
+def _named(path: Path) -> Path:
+    """The checkpoint ``path``, or the last one in it, if it is a run's folder."""
+    if checkpoint.step_of(path) is not None and path.is_dir():
+        return path
+    inside = checkpoint.checkpoints(path) if path.is_dir() else []
+    if inside:
+        return inside[-1]
+    raise RecipeError(f"resume_from_checkpoint: there is no checkpoint {path}")
+
+
+def load(path: Path, recipe: Recipe) -> Saved:
+    """Read a checkpoint's own file, and see that its run was the same as this one.
+
+    Raises:
+        RecipeError: it cannot be resumed from, or other keys decided what it trained.
+    """
+    saved = Saved.read(path)
+    # without secrets, which may change, and which the message must not tell
+    then, now = hide(saved.recipe), hide(recipe.recorded())
+    differing = [
+        line
+        for key in sorted(set(then) | set(now))
+        if not _may_differ(key, recipe.streams())
+        for line in _differences(then.get(key), now.get(key), key)
+    ]
+    if differing:
+        line, end = ("\n  ", "\nSet them back;") if differing[1:] else (" ", "; set it back,")
+        raise RecipeError(
+            f"{path} was made by another recipe:{line}{line.join(differing)}{end} or begin a new "
+            "run from its weights, with lora_model_dir (or base_model)"
+        )
+    return saved
+
+
+@contextlib.contextmanager
+def without_code(path: Path | None) -> Iterator[None]:
+    """Say which file it is where a pickle of a checkpoint holds more than tensors and numbers.
+
+    Only such are read: anything else in a pickle may be code, and would be run.
+
+    Raises:
+        RecipeError: one holds more, or is damaged.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        if path is None:
+            raise
+        raise RecipeError(_unreadable(path)) from error
+
+
+def _unreadable(path: Path) -> str:
+    import torch
+    from transformers import trainer_pt_utils
+
+    numpy: Any = trainer_pt_utils.safe_globals  # what the random state is kept in
+    for file in sorted(path.glob("*.pt*")):
+        try:
+            with numpy():
+                torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # of many kinds, by what the file is
+            return f"{path} cannot be resumed from: {file.name} is damaged, or holds foreign code"
+    return f"{path} cannot be resumed from: one of its files is damaged, or holds foreign code"
+
+
+def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
+    """See that a checkpoint's run had the rows that this one has.
+
+    Raises:
+        RecipeError: it had others.
+    """
+    if saved.data != fingerprint:
+        raise RecipeError(
+            f"{path} was trained on other rows: the datasets, their template or the split have "
+            "changed since (or the version of tokenizers or transformers); put them back, or begin "
+            "a new run"
+        )
+
+
+def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
+    """What is not as it was, by the innermost keys."""
+    if then == now:
+        return
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in sorted(set(then) | set(now)):
+            yield from _differences(then.get(name), now.get(name), f"{key}.{name}")
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, (before, after) in enumerate(zip(then, now, strict=True)):
+            yield from _differences(before, after, f"{key}.{i}")
+    else:
+        yield f"{key} was {json.dumps(then)} and is {json.dumps(now)}"
+
+
+def _may_differ(key: str, streams: bool) -> bool:
+    if streams and key in _OF_A_STREAM:
+        return False
+    return key in _MAY_DIFFER or key.startswith(_MAY_DIFFER_TOO)

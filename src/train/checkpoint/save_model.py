@@ -1,0 +1,191 @@
+"""What a run leaves behind, and the check that it can be used."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..inference.chat_prompt import Asking
+from ..recipe.recipe import Recipe
+from ..report import model_card as card
+from .files import Unwritable, why_unwritable
+from .ownership import PART
+
+_PROBE = 64
+"""Tokens that the saved adapter is tried on."""
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """As ``save``, but every file is there whole or as it was before.
+
+    Raises:
+        Unwritable: the disk is full, or cannot be written to.
+    """
+    part = folder / PART
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save(model, tokenizer, part)
+        for path in sorted(part.iterdir()):
+            target = folder / path.name
+            if path.name == card.NAME and target.exists() and not card.is_generated(target):
+                continue  # a person's own; PEFT always writes its form
+            if path.is_dir():  # of chat templates
+                shutil.rmtree(target, ignore_errors=True)
+            path.replace(target)
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason is None:
+            raise
+        raise Unwritable(reason) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the adapter (or the whole model, if it has none) and the tokenizer."""
+    if hasattr(model, "peft_config"):
+        # "auto" would ask the hub whether the vocabulary grew
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        with _with_cache(model):
+            model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _with_cache(model: Any) -> Iterator[None]:
+    """Let the configuration ask for a cache, as generation wants; training has switched it off."""
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = False
+
+
+@dataclass(frozen=True)
+class AdapterCheck:
+    """How the saved adapter compares, on plain PEFT over the plain base model.
+
+    Attributes:
+        exact: its logits equal those of the trained adapter there, bit for bit.
+        optimized_difference: largest difference from the optimized model's logits, over their
+            largest size; what rounding in another order makes.
+    """
+
+    exact: bool
+    optimized_difference: float
+
+
+_LEAVE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Ways to begin LoRA's weights (``init_lora_weights``) that leave the base weights alone."""
+
+
+def uncheckable(model: Any) -> str | None:
+    """Why the saved adapter of ``model`` cannot be tried on the base that is in memory, or None."""
+    for config in model.peft_config.values():
+        begun = getattr(config, "init_lora_weights", None)
+        if begun not in _LEAVE_BASE:
+            return f"{begun} has changed the base weights in memory"
+        if getattr(config, "layer_replication", None):
+            return "the base model has replicated layers"
+    return None
+
+
+@torch.no_grad()
+def check_adapter(
+    model: Any, recipe: Recipe, folder: Path, batch: dict[str, Any]
+) -> tuple[Any, AdapterCheck]:
+    """Load the saved adapter as anybody would, and compare.
+
+    Args:
+        model: the trained PEFT model; restored, and stripped of its adapters.
+        recipe: says whether it is optimized, and in which dtype adapters are loaded.
+        folder: where the adapter is.
+        batch: a batch, as the trainer takes them; only what the model reads is used.
+
+    Returns:
+        The plain base model with the adapter from ``folder``, and the comparison.
+    """
+    from peft import PeftModel
+
+    inputs = {
+        k: v[:, :_PROBE].to(model.device)
+        for k, v in batch.items()
+        if k in ("input_ids", "position_ids", "attention_mask")
+    }
+    model.eval()
+    before = trained = model(**inputs).logits
+    if recipe.optimize:
+        from ...compiler.pipeline import restore
+
+        restore(model)
+        trained = model(**inputs).logits
+    plain = PeftModel.from_pretrained(
+        model.unload(), folder, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
+    ).eval()
+    saved = plain(**inputs).logits
+    difference = (before.float() - saved.float()).abs().max() / saved.float().abs().max()
+    return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
+    """Let the model answer a question, greedily and asked as in training; its mode is kept."""
+    asking = Asking.of(recipe.model_dump(mode="json"))
+    options = {
+        **asking.variables, "add_generation_prompt": True, "return_tensors": "pt",
+        "return_dict": True,
+    }  # fmt: skip
+    asked = asking.question(question)
+    inputs = tokenizer.apply_chat_template(asked, **options).to(model.device)
+    training = model.training
+    model.eval()
+    try:
+        out = model.generate(
+            **inputs, max_new_tokens=recipe.sample_max_tokens, do_sample=False, use_cache=True,
+            pad_token_id=pad_token(tokenizer),
+        )  # fmt: skip
+    finally:
+        model.train(training)
+    text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills up batches: the tokenizer's, or one that surely exists."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def plot(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Draw training and validation loss over the steps as a PNG.
+
+    Args:
+        history: entries with ``step`` and ``loss`` or ``eval_loss``.
+        path: the file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, style, name in (("loss", "-", "training"), ("eval_loss", "o--", "validation")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per trained token")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(path)

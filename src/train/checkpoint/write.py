@@ -1,0 +1,50 @@
+"""The files of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+from ..trainer.rng_state import Randomness
+from ..trainer.watchdog import LossWatchdog
+from . import files as checkpoint
+from .resume import Saved
+from .save_model import save
+
+
+def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: Randomness | None) -> None:
+    """Write all that a run needs to go on from here, in the form that ``Trainer`` reads.
+
+    Args:
+        trainer: a ``FineTuner``.
+        part: the folder that becomes the checkpoint.
+        saved: what the Trainer does not keep.
+        unfinished: the random state to save in place of the present one, which has moved on.
+    """
+    state = trainer.state
+    _note_best(state, part.parent)
+    save(trainer.model, trainer.context.tokenizer, part)
+    if not trainer.args.save_only_model:
+        trainer._save_optimizer_and_scheduler(str(part))
+        trainer._save_scaler(str(part))
+        if unfinished is None:
+            trainer._save_rng_state(str(part))
+        else:
+            with unfinished.in_force():
+                trainer._save_rng_state(str(part))
+    trainer.store_flos()
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, (LossWatchdog, EarlyStoppingCallback)):
+            state.stateful_callbacks[type(callback).__name__] = callback.state()
+    state.save_to_json(str(part / "trainer_state.json"))
+    saved.write(part)
+
+
+def _note_best(state: Any, folder: Path) -> None:
+    """Say where the best checkpoint is, if that is still there or about to be."""
+    if state.best_global_step:
+        best = checkpoint.place(folder, state.best_global_step)
+        if best.exists() or state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(best)

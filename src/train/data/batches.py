@@ -1,0 +1,96 @@
+"""From prepared samples to the sequences that are trained, and to batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..recipe.recipe import Recipe
+from ..report.throughput import mean_context
+from ..trainer.evaluation import Batches
+from . import IGNORED, Packs, Samples, collate, count, pack
+
+
+def training_sequences(prepared: Any, recipe: Recipe) -> Any:
+    """The sequences to train on: packs of the samples, or the stream of packs as it is."""
+    if recipe.streams():
+        return prepared.train
+    return _sequences(prepared.train, recipe, recipe.packs(), recipe.sequence_len)
+
+
+def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, Batches]:
+    """The batches to validate on, by the name of their dataset."""
+    length = recipe.eval_sequence_len or recipe.sequence_len
+    packing = recipe.packs_validation()
+    size = recipe.eval_batch_size or recipe.micro_batch_size
+
+    def collated(packs: Sequence[Any]) -> dict[str, Any]:
+        return collate(packs, pad_id, packing, length)
+
+    def make(packs: list[Any]) -> dict[str, Any]:
+        return _in_company(packs, size, collated) if recipe.optimize else collated(packs)
+
+    return {
+        name: Batches(_sequences(samples, recipe, packing, length), size, make)
+        for name, samples in prepared.validation.items()
+    }
+
+
+def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[str, Any]:
+    """A batch of sequences, with the numbers of its ``tokens`` and of the ``trained`` ones.
+
+    A sequence that is left alone is there twice, the second time with nothing to train: graphs are
+    compiled for any number of rows but for one, so the last step would wait for a compiler.
+    """
+    tokens, trained = count(packs)
+    full = bool(recipe.pad_to_sequence_len)
+
+    def make(rows: Sequence[Any]) -> dict[str, Any]:
+        return collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
+
+    batch = _in_company(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
+    return {**batch, "tokens": tokens, "trained": trained}
+
+
+def _in_company(
+    packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch of ``packs``; a single one, where batches have more, with a copy without labels."""
+    if len(packs) != 1 or usual == 1:
+        return make(packs)
+    batch = make([*packs, *packs])
+    batch["labels"][1] = IGNORED
+    return batch
+
+
+def typical_context(prepared: Any, recipe: Recipe) -> float:
+    """How long the sample of an average token is; of a stream, as long as they may be."""
+    if recipe.streams():
+        return float(recipe.sequence_len)
+    return mean_context(prepared.train.lengths)
+
+
+def _sequences(samples: Samples, recipe: Recipe, packing: bool, length: int) -> Packs:
+    if not packing:
+        groups = [[i] for i in range(len(samples))]
+    elif recipe.sample_packing_sequentially or recipe.curriculum_sampling:
+        groups = _in_order(samples.lengths.tolist(), length, recipe.sample_packing_bin_size)
+    else:
+        groups = pack(
+            samples.lengths, length,
+            most=recipe.sample_packing_bin_size, window=recipe.sample_packing_group_size,
+        )  # fmt: skip
+    return Packs(samples, groups)
+
+
+def _in_order(lengths: Sequence[int], limit: int, most: int) -> list[list[int]]:
+    """Fill sequences of ``limit`` tokens with samples as they come."""
+    groups: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(lengths):
+        if size > room or len(groups[-1]) == most:
+            groups.append([])
+            room = limit
+        groups[-1].append(index)
+        room -= size
+    return groups

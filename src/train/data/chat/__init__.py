@@ -1,0 +1,1 @@
+"""From conversations to tokens, with exact masks."""

@@ -1,0 +1,156 @@
+"""From conversations to tokens, with exact masks.
+
+A token is trained when the assistant has to write it: its answer and the token that ends its turn.
+Nothing before the answer (the system text, the question, the header of the turn) and nothing after
+the end of the turn (templates put a line break there) is.
+
+Each conversation is rendered once and tokenized once, together with many others; tokens are matched
+with turns by their offsets in the text, never by tokenizing a part of it again. Where turns are is
+told by the template's own ``{% generation %}`` marks (``template``) or found (``turns``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+from ....errors import DataError, RecipeError
+from ..sample import Tokens
+from .lost_features import THOUGHTS, Features
+from .mask import Masker, Placed, Rules
+from .probe import Turn
+from .template import Chat, Span, Template
+from .turns import Turns
+
+
+@dataclass
+class ChatEncoder:
+    """Renders, tokenizes and masks conversations.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        source: the chat template; None for the tokenizer's own.
+        rules: what is trained.
+        variables: what the template may read besides the messages and the special tokens.
+        day: the date that the template writes where it asks for it; None: today's.
+        thinking: the key of the assistant's thoughts.
+
+    Raises:
+        RecipeError: there is no chat template, the tokenizer cannot tell where its tokens came
+            from, or one of ``eot_tokens`` is not one token.
+    """
+
+    tokenizer: Any
+    source: Any = None
+    rules: Rules = field(default_factory=Rules)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    day: str | None = None
+    thinking: str = THOUGHTS[0]
+
+    def __post_init__(self) -> None:
+        source = self.source or getattr(self.tokenizer, "chat_template", None)
+        if not source:
+            raise RecipeError(
+                "the tokenizer of base_model has no chat template; name one with chat_template, "
+                "for example chat_template: chatml"
+            )
+        if not self.tokenizer.is_fast:
+            raise RecipeError(
+                "the tokenizer of base_model is not a fast one: its tokens cannot be traced to the "
+                "text"
+            )
+        texts = source if isinstance(source, dict) else {"default": source}
+        if "default" not in texts:
+            raise RecipeError(
+                "the tokenizer has several chat templates and no default; name one with "
+                "chat_template"
+            )
+        added = self.tokenizer.added_tokens_decoder
+        names = [str(token) for token in added.values() if token.special]
+        self.templates = {
+            name: Template(text, {**self.tokenizer.special_tokens_map, **self.variables}, self.day)
+            for name, text in texts.items()
+        }
+        self.turns = {name: Turns(t, names) for name, t in self.templates.items()}
+        self.features = {name: Features(t, self.thinking) for name, t in self.templates.items()}
+        self.special = one_of(names)
+        self.masker = Masker(self.tokenizer, self.rules)
+
+    def encode(self, chats: Sequence[Chat]) -> list[Tokens]:
+        """Encode conversations.
+
+        Raises:
+            DataError: the template refuses a conversation, leaves a part of it out, or hides where
+                an answer begins.
+        """
+        texts, turns = [], []
+        for _, group in groupby(chats, lambda chat: json.dumps(chat.tools)):
+            more, found = self._rendered(list(group))
+            texts += more
+            turns += found
+        encodings = tokenize(self.tokenizer, texts)
+        return [
+            self._flagged(chat, self.masker.mask(chat, text, places, encoding))
+            for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
+        ]
+
+    def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
+        """The tokens, with a note if others than the assistant write special ones."""
+        if self.special is None:
+            return tokens
+        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
+        found = any(isinstance(text, str) and self.special.search(text) for text in others)
+        return replace(tokens, specials=True) if found else tokens
+
+    def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
+        """The texts and turns of conversations with the same tools."""
+        tools = chats[0].tools
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        template = self.templates[name]
+        for chat in chats:
+            self.features[name].require(chat)
+        texts, marks = template.render_all(
+            [c.messages for c in chats], tools, [c.where for c in chats]
+        )
+        if self.rules.everything:
+            return texts, [[] for _ in chats]
+        find = self.turns[name].find
+        turns: list[list[Placed]] = []
+        for i, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+            if marks is not None and self.masker.only_answers(chat):
+                turns.append(_assigned(chat, marks[i]))
+            else:
+                turns.append(list(enumerate(find(chat.messages, tools, text, chat.where))))
+        return texts, turns
+
+
+def one_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """What finds one of ``tokens`` in a text; None: there are none."""
+    return re.compile("|".join(map(re.escape, filter(None, tokens)))) if any(tokens) else None
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """The encodings (``ids``, ``offsets``) of texts that hold their special tokens already."""
+    if not texts:
+        return []
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    encodings: list[Any] = batch.encodings
+    return encodings
+
+
+def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:
+    """Give the spans that the template marks to the assistant's messages."""
+    answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+    flags = [chat.train[i] for i in answers] if chat.train is not None else []
+    if all(flag in (None, True) for flag in flags):  # whose is whose does not matter
+        return [(None, Turn(*mark, None)) for mark in marks]
+    if len(marks) != len(answers):
+        raise DataError(
+            f"{chat.where}: the chat template marks {len(marks)} answers and the conversation has "
+            f"{len(answers)}, so that the messages' own training flags cannot be followed"
+        )
+    return [(i, Turn(*mark, mark)) for i, mark in zip(answers, marks, strict=True)]

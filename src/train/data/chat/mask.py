@@ -1,0 +1,201 @@
+"""Which tokens of a rendered conversation are trained, by their offsets in the text."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ....errors import DataError, RecipeError
+from ..sample import Tokens, joined
+from .probe import Turn
+from .template import Chat, Detail, Span
+
+Placed = tuple[int | None, Turn | None]
+"""A turn and its message; None for one that is trained whosever it is."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is trained in a conversation.
+
+    Attributes:
+        roles: the roles whose turns are trained.
+        eos: which of the tokenizer's ends of sequence: those of trained ``turn``s, ``all``, only
+            the ``last`` of a conversation, or ``none``.
+        eot: the same for other tokens that end a turn.
+        eot_tokens: the tokens that end a turn, besides those that the template puts there.
+        everything: train every token.
+    """
+
+    roles: frozenset[str] = frozenset({"assistant"})
+    eos: str = "turn"
+    eot: str = "turn"
+    eot_tokens: tuple[str, ...] = ()
+    everything: bool = False
+
+
+class Masker:
+    """Matches turns with tokens.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        rules: what is trained.
+
+    Raises:
+        RecipeError: one of ``eot_tokens`` is not one token.
+    """
+
+    def __init__(self, tokenizer: Any, rules: Rules) -> None:
+        self.rules = rules
+        added = tokenizer.added_tokens_decoder
+        self.special = {i for i, token in added.items() if token.special}
+        self.eos = tokenizer.eos_token_id
+        self.eot = {_one_token(tokenizer, token) for token in rules.eot_tokens}
+        after = json.loads(tokenizer.backend_tokenizer.to_str()).get("post_processor")
+        self.loose = {rules.eos, rules.eot} & {"all", "last"}
+        self.trims = '"trim_offsets": true' in json.dumps(after)
+
+    def mask(self, chat: Chat, text: str, turns: list[Placed], encoding: Any) -> Tokens:
+        """The tokens of a conversation, and which are trained.
+
+        Args:
+            chat: the conversation.
+            text: as it was rendered.
+            turns: where its turns are.
+            encoding: the text's tokens.
+
+        Raises:
+            DataError: what a message says of its characters cannot be followed.
+        """
+        ids: list[int] = encoding.ids
+        if self.rules.everything:
+            return Tokens(chat.where, ids, [(0, len(ids))])
+        begin_of = self._begins(encoding)
+        spans: list[Span] = []
+        ends: set[int] = set()
+        for i, turn in turns:
+            wanted = i is None or self._wanted(chat, i)
+            if turn is None or not wanted:
+                continue
+            first, behind = self._tokens(turn, text, ids, encoding, begin_of)
+            ended = behind > first and ids[behind - 1] in self.special
+            end = behind - 1 if ended else _next_special(ids, behind, self.special)
+            if end is not None:
+                ends.add(ids[end])
+            last = behind - 1 if ended else behind
+            if i is None or wanted is True:
+                spans.append((first, last))
+            else:
+                begins = {k: begin_of(k) for k in range(first, last)}
+                spans += _detailed(chat, i, turn, wanted, begins, text)
+            if ended and self._policy(ids[last]) in ("turn", "all"):
+                spans.append((last, behind))
+        if self.loose:
+            spans += self._loose_ends(ids)
+        return Tokens(chat.where, ids, joined(spans), frozenset(ends))
+
+    def only_answers(self, chat: Chat) -> bool:
+        """Whether nobody but the assistant is trained in a conversation."""
+        if self.rules.roles != {"assistant"}:
+            return False
+        pairs = zip(chat.messages, chat.train or (), strict=False)
+        return not any(flag and message["role"] != "assistant" for message, flag in pairs)
+
+    def _wanted(self, chat: Chat, i: int) -> bool | list[Detail]:
+        """Whether message ``i`` is trained, or which characters of it."""
+        flag = chat.train[i] if chat.train is not None else None
+        return chat.messages[i]["role"] in self.rules.roles if flag is None else flag
+
+    def _policy(self, token: int) -> str:
+        return self.rules.eos if token == self.eos else self.rules.eot
+
+    def _loose_ends(self, ids: list[int]) -> Iterable[Span]:
+        """The ends of turns that are trained whoever's turn it is."""
+        for policy, tokens in (
+            (self.rules.eos, {self.eos}),
+            (self.rules.eot, self.eot - {self.eos}),
+        ):
+            if policy not in ("all", "last"):
+                continue
+            places = [i for i, t in enumerate(ids) if t in tokens]
+            yield from ((i, i + 1) for i in (places if policy == "all" else places[-1:]))
+
+    def _begins(self, encoding: Any) -> Callable[[int], int]:
+        """Says where a token begins, in characters; one by one, for few are asked for.
+
+        Some tokenizers leave spaces out of the offsets; they belong to the token behind them.
+        """
+        chars = encoding.token_to_chars
+        if not self.trims:
+            return lambda i: int(chars(i)[0])
+        return lambda i: int(min(chars(i)[0], chars(i - 1)[1])) if i else 0
+
+    def _first(self, at: int, count: int, encoding: Any, begin_of: Callable[[int], int]) -> int:
+        """The first token that begins at this character, or later."""
+        token = None if self.trims else encoding.char_to_token(at)
+        if token is None:  # a character that belongs to no token, or perhaps to another one
+            return bisect_left(range(count), at, key=begin_of)
+        return int(token) if begin_of(token) >= at else int(token) + 1
+
+    def _tokens(
+        self, turn: Turn, text: str, ids: list[int], encoding: Any, begin_of: Callable[[int], int]
+    ) -> Span:
+        """The tokens of a turn, with the token that ends it and without what follows that.
+
+        A token that begins before the turn is not part of it, even if it reaches into it.
+        """
+        first = self._first(turn.begin, len(ids), encoding, begin_of)
+        behind = len(ids)
+        if turn.end < len(text):
+            behind = self._first(turn.end, len(ids), encoding, begin_of)
+        if first >= behind:
+            return first, first
+        end = behind - 1
+        while end > first and ids[end] not in self.special:
+            if text[begin_of(end) : encoding.token_to_chars(end)[1]].strip():
+                break
+            end -= 1
+        if ids[end] in self.special:  # the line break after the end of the turn is nobody's
+            return first, end + 1
+        if behind < len(ids) and ids[behind] in self.special:  # marks that leave the end out
+            behind += 1
+        return first, behind
+
+
+def _one_token(tokenizer: Any, token: str) -> int:
+    """The id of a token that the recipe names.
+
+    Raises:
+        RecipeError: the tokenizer has no such token.
+    """
+    ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise RecipeError(
+            f"eot_tokens: {token!r} is {len(ids)} tokens for this tokenizer, not one; add it with "
+            f"tokens: [{token!r}], or name another"
+        )
+    return ids[0]
+
+
+def _next_special(ids: list[int], start: int, special: set[int]) -> int | None:
+    return next((i for i in range(start, len(ids)) if ids[i] in special), None)
+
+
+def _detailed(
+    chat: Chat, i: int, turn: Turn, details: list[Detail], begins: Mapping[int, int], text: str
+) -> list[Span]:
+    """The tokens of a content that begin in a trained range of its characters."""
+    content = chat.messages[i]["content"]
+    bare = content.strip()  # some templates strip it
+    place = text.find(bare, *turn.content) if turn.content and bare else -1
+    if place < 0:
+        raise DataError(
+            f"{chat.where}: message {i + 1} says which characters are trained, but its content "
+            "cannot be found in what the chat template makes of it"
+        )
+    place -= len(content) - len(content.lstrip())
+    trained = [(d["begin_offset"] + place, d["end_offset"] + place) for d in details if d["train"]]
+    return [(k, k + 1) for k, begin in begins.items() if any(a <= begin <= b for a, b in trained)]

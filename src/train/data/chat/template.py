@@ -1,0 +1,122 @@
+"""A chat template: rendering, and what the template itself says of the assistant's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....errors import DataError, RecipeError
+from .date import with_day
+
+Messages = list[dict[str, Any]]
+"""A conversation: ``role``, ``content`` and whatever else the template reads."""
+
+Span = tuple[int, int]
+"""Begin and end of a piece of text, in characters."""
+
+Detail = Mapping[str, Any]
+"""``begin_offset``, ``end_offset`` (both inside) and ``train``, in characters of a content."""
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError)
+"""What a template raises that trips over a message, besides Jinja's own errors."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation.
+
+    Attributes:
+        where: file and line, for messages.
+        messages: ``{"role": ..., "content": ...}`` in order.
+        tools: the functions that the assistant may call, as JSON schemas, or None.
+        train: by message: whether it is trained, which of its characters are, or None: as its role.
+    """
+
+    where: str
+    messages: Messages
+    tools: Any = None
+    train: Sequence[bool | list[Detail] | None] | None = None
+
+
+class Template:
+    """One chat template, rendered as ``tokenizer.apply_chat_template`` renders it.
+
+    Args:
+        source: the Jinja text.
+        variables: what it may read besides the messages, e.g. ``bos_token``.
+        day: the date that it writes where it asks for it; None: today's.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], day: str | None = None) -> None:
+        self.source = source
+        self.text = source if day is None else with_day(source, day)
+        self.variables = dict(variables)
+        self.marked = _MARK.search(source) is not None
+        """Whether it marks the assistant's words with ``{% generation %}``."""
+
+    def render(
+        self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: the conversation.
+            tools: the functions that the assistant may call, as JSON schemas, or None.
+            prompt: append the header of the assistant's next turn.
+            where: file and line, for the error.
+
+        Raises:
+            DataError: the template refuses the conversation.
+            RecipeError: the template is no Jinja.
+        """
+        return self._render([messages], tools, where, add_generation_prompt=prompt)[0][0]
+
+    def render_all(
+        self, conversations: Sequence[Messages], tools: Any, wheres: Sequence[str]
+    ) -> tuple[list[str], list[list[Span]] | None]:
+        """The texts of conversations that have the same tools, and the marked spans.
+
+        Returns:
+            The texts; and the spans within each that the template marks as the assistant's, or None
+            when it has no marks.
+
+        Raises:
+            DataError: as ``render``; it names the first conversation that is refused.
+        """
+        options = {"return_assistant_tokens_mask": True} if self.marked else {}
+        try:
+            texts, spans = self._render(list(conversations), tools, "", **options)
+        except DataError:
+            for messages, where in zip(conversations, wheres, strict=True):
+                self._render([messages], tools, where, **options)
+            raise
+        return texts, spans if self.marked else None
+
+    def _render(
+        self, conversations: list[Messages], tools: Any, where: str, **options: Any
+    ) -> tuple[list[str], list[list[Span]]]:
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template
+        try:
+            texts, spans = render(
+                conversations=conversations,
+                tools=tools,
+                chat_template=self.text,
+                **options,
+                **self.variables,
+            )
+        except TemplateSyntaxError as error:
+            line = error.lineno - self.text.count("\n") + self.source.count("\n")
+            raise RecipeError(
+                f"chat_template: line {line} of it is not valid Jinja: {error.message}"
+            ) from None
+        except (TemplateError, *_REFUSALS) as error:
+            said = str(error) or type(error).__name__
+            at = f"{where}: " if where else ""
+            raise DataError(f"{at}the chat template refuses this conversation: {said}") from None
+        return texts, spans

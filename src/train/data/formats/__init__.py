@@ -1,0 +1,1 @@
+"""What a row means: the types of datasets."""

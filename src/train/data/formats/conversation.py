@@ -1,0 +1,273 @@
+"""Rows that hold a conversation: a list of messages, in the names of OpenAI, ShareGPT or anyone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ....errors import DataError
+from ...recipe.recipe import Dataset
+from ..chat.template import Chat, Detail
+from ..readers.json_text import BadJsonError, parse_json
+from .fields import fields_of, kind, need
+
+ROLES = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bot"),
+    "system": ("system",),
+    "tool": ("tool", "observation", "function_response"),
+}
+"""The roles, and the names that rows have for them."""
+
+_LISTS = ("messages", "conversations", "conversation")
+_PAIRS = (("role", "content"), ("from", "value"))
+_THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+_SOLUTION = ("<|begin_of_solution|>", "<|end_of_solution|>")
+
+
+class Conversation:
+    """Reads rows of the types ``chat_template`` and ``sharegpt``.
+
+    Args:
+        dataset: names of fields, roles, and what is trained.
+        template: the chat template; roles that it names need no mapping.
+        default_system: the system message of conversations that have none, or None.
+    """
+
+    def __init__(
+        self, dataset: Dataset, template: str = "", default_system: str | None = None
+    ) -> None:
+        self.dataset, self.template, self.default_system = dataset, template, default_system
+        mapping = dataset.roles or ROLES
+        self.roles: dict[str, str] = {role: role for role in (*ROLES, *mapping)}
+        self.roles |= {name: role for role, names in mapping.items() for name in names}
+        self.mappings = dict(dataset.message_property_mappings)
+        for key, name in (
+            ("role", dataset.message_field_role),
+            ("content", dataset.message_field_content),
+        ):
+            if name:
+                self.mappings.setdefault(key, name)
+        fields = list(self.mappings.values())
+        self._plain = not dataset.split_thinking and len({*fields}) == len(fields)
+        self._flags = (dataset.message_field_training, dataset.message_field_training_detail)
+        self.thinking = dataset.template_thinking_key or "reasoning_content"
+
+    def read(self, row: Any, where: str) -> Chat:
+        """The conversation of a row.
+
+        Raises:
+            DataError: it has none, or one of its messages is not right.
+        """
+        field = self._field(fields_of(row, where, self.dataset.field_messages))
+        turns = need(row, field, where)
+        if not isinstance(turns, list | tuple) or not turns:
+            raise DataError(f"{where}: the field {field!r} must be a list of messages")
+        chat = self.chat(list(turns), row, where)
+        if chat.train is None and all(
+            m["role"] not in self.dataset.roles_to_train for m in chat.messages
+        ):
+            wanted = " or ".join(map(repr, self.dataset.roles_to_train))
+            roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
+            raise DataError(f"{where}: no message has the role {wanted} (only {roles})")
+        return chat
+
+    def chat(self, turns: list[Any], row: Mapping[str, Any], where: str) -> Chat:
+        """Make a conversation of a row's messages."""
+        pair = self._pair(turns[0])
+        messages = [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
+        train: list[bool | list[Detail] | None] = [None] * len(messages)
+        if any(self._flags):
+            train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
+        self._system(messages, train, row, where)
+        flagged = any(flag is not None for flag in train)
+        return Chat(where, messages, self._tools(row, where), train if flagged else None)
+
+    def _field(self, row: Mapping[str, Any]) -> str:
+        field: str = self.dataset.field_messages or "messages"
+        if field in row or field != "messages":
+            return field
+        return next((name for name in _LISTS if name in row), "messages")
+
+    def _pair(self, first: Any) -> tuple[str, str]:
+        """The names of a message's role and content."""
+        role, content = self.mappings.get("role"), self.mappings.get("content")
+        guess = _PAIRS[0]
+        if isinstance(first, dict) and "role" not in first and "from" in first:
+            guess = _PAIRS[1]
+        return role or guess[0], content or guess[1]
+
+    def _message(self, turn: Any, i: int, where: str, pair: tuple[str, str]) -> dict[str, Any]:
+        if not isinstance(turn, dict):
+            raise DataError(
+                f"{where}: message {i} needs the field {pair[0]!r}, with text in it; it is "
+                f"{kind(turn)}"
+            )
+        content = turn.get(pair[1])
+        if self._plain and len(turn) == 2 and isinstance(content, str):  # nearly all are so
+            return {"role": self._role(turn, i, where, pair[0]), "content": content}
+        used = {*pair, *self.mappings.values()}
+        message: dict[str, Any] = {"role": self._role(turn, i, where, pair[0])}
+        rest = {k: v for k, v in turn.items() if v is not None and k not in used | set(self._flags)}
+        content = _text(content, f"{where}: message {i}", pair[1])
+        if content is None and not (rest.get("tool_calls") or rest.get("function_call")):
+            raise DataError(f"{where}: message {i} needs the field {pair[1]!r}, with text in it")
+        if content is not None:
+            message["content"] = content
+        elif "tool_calls" in rest:
+            message["content"] = ""
+        for key, name in self.mappings.items():
+            if key not in ("role", "content") and turn.get(name) is not None:
+                message[key] = turn[name]
+        for key, value in rest.items():
+            message.setdefault(self.thinking if key == self.dataset.field_thinking else key, value)
+        if message.get("tool_calls"):
+            message["tool_calls"] = _calls(message["tool_calls"], f"{where}: message {i}")
+        if self.dataset.split_thinking and message["role"] == "assistant":
+            self._split(message)
+        return message
+
+    def _role(self, turn: Mapping[str, Any], i: int, where: str, field: str) -> str:
+        name = turn.get(field)
+        if not isinstance(name, str):
+            raise DataError(f"{where}: message {i} needs the field {field!r}, with text in it")
+        if name not in self.roles:
+            if f"'{name}'" in self.template or f'"{name}"' in self.template:
+                return name
+            known = ", ".join(self.roles)
+            raise DataError(
+                f"{where}: message {i} has the role {name!r}, which is none of {known}; map it "
+                f"with roles: {{assistant: [{name}]}}, or whichever role it is"
+            )
+        return self.roles[name]
+
+    def _training(self, turn: Any, i: int, where: str) -> bool | list[Detail] | None:
+        """Whether the message itself says that it is trained."""
+        flag, name = self._flags
+        detail = turn.get(name) if name else None
+        value = turn.get(flag) if flag else None
+        if value is not None and not (isinstance(value, bool) or value in (0, 1)):
+            raise DataError(
+                f"{where}: message {i}, field {flag!r}: must be true or false, not {value!r}"
+            )
+        if value is not None and not value:
+            return False
+        if detail is None:
+            return None if value is None else True
+        good = isinstance(detail, list) and all(
+            isinstance(d, dict)
+            and isinstance(d.get("begin_offset"), int)
+            and isinstance(d.get("end_offset"), int)
+            and isinstance(d.get("train"), bool)
+            for d in detail
+        )
+        if not good:
+            raise DataError(
+                f"{where}: message {i}, field {name!r}: must be a list of "
+                "{begin_offset, end_offset, train}"
+            )
+        return list(detail)
+
+    def _system(
+        self,
+        messages: list[dict[str, Any]],
+        train: list[bool | list[Detail] | None],
+        row: Mapping[str, Any],
+        where: str,
+    ) -> None:
+        """Add, or leave out, the system message."""
+        if self.dataset.drop_system_message:
+            if messages[0]["role"] == "system":
+                del messages[0], train[0]
+            if not messages:
+                raise DataError(f"{where}: nothing is left without the system message")
+            return
+        if messages[0]["role"] == "system":
+            return
+        field = self.dataset.field_system or "system"
+        text = row.get(field)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: the field {field!r} must be text, not {kind(text)}")
+        text = text or self.default_system
+        if text:
+            messages.insert(0, {"role": "system", "content": text})
+            train.insert(0, None)
+
+    def _tools(self, row: Mapping[str, Any], where: str) -> Any:
+        field = self.dataset.field_tools or "tools"
+        tools = row.get(field)
+        if isinstance(tools, str):
+            tools = _json(tools, f"{where}: the field {field!r}") if tools.strip() else None
+        if not tools:
+            return None
+        if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+            raise DataError(f"{where}: the field {field!r} must be a list of JSON schemas")
+        for tool in tools:
+            function = tool.get("function", {})
+            if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+                place = f"{where}: the parameters in {field!r}"
+                function["parameters"] = _json(function["parameters"], place)
+        return _without_nulls(tools)
+
+    def _split(self, message: dict[str, Any]) -> None:
+        """Take marked thoughts out of an answer."""
+        content = message.get("content") or ""
+        for begin, end in _THOUGHTS:
+            if begin not in content or end not in content:
+                continue
+            thought, _, rest = content.partition(begin)[2].partition(end)
+            message[self.thinking] = thought.strip()
+            rest = rest.lstrip()
+            if _SOLUTION[0] in rest and _SOLUTION[1] in rest:
+                rest = rest.partition(_SOLUTION[0])[2].partition(_SOLUTION[1])[0].strip()
+            message["content"] = rest
+            return
+
+
+def _text(value: Any, place: str, field: str) -> str | None:
+    """A content as text; parts of text are joined."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(p, dict) for p in value):
+        kinds = [p.get("type", "text") for p in value]
+        others = [k for k in kinds if k != "text"]
+        if others:
+            raise DataError(f"{place} has a part of type {others[0]!r} in {field!r}; only text is "
+                            "trained")  # fmt: skip
+        if all(isinstance(p.get("text"), str) for p in value):
+            return "".join(p["text"] for p in value)
+    raise DataError(f"{place} needs the field {field!r}, with text in it, not {kind(value)}")
+
+
+def _calls(calls: Any, place: str) -> list[Any]:
+    """Tool calls whose arguments are objects, as templates expect them."""
+    if isinstance(calls, str):
+        calls = _json(calls, f"{place}: the field 'tool_calls'")
+    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        raise DataError(f"{place}: the field 'tool_calls' must be a list of calls")
+    plain: list[Any] = _without_nulls(calls)
+    for call in plain:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _json(
+                function["arguments"], f"{place}: the arguments of a call"
+            )
+    return plain
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return parse_json(text)
+    except BadJsonError as error:
+        raise DataError(error.of(place)) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """What Arrow fills in for fields that only other rows have is taken out again."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

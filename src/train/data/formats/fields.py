@@ -1,0 +1,69 @@
+"""What every kind of row has in common: fields by name, and complaints about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ....errors import DataError
+
+_HINTS = {
+    "messages": "chat_template", "conversations": "chat_template", "instruction": "alpaca",
+    "segments": "input_output", "completion": "prompt_completion", "text": "completion",
+}  # fmt: skip
+"""Fields that tell the type of a row."""
+
+
+def kind(value: Any) -> str:
+    """What a value is, for a message."""
+    names = {
+        list: "a list", tuple: "a list", str: "text", bool: "true or false", dict: "an object",
+        type(None): "null",
+    }  # fmt: skip
+    return names.get(type(value), "a number")
+
+
+def fields_of(row: Any, where: str, field: str) -> Mapping[str, Any]:
+    """The row, which must be an object.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object with the field {field!r}, not {kind(row)}")
+    return row
+
+
+def need(row: Mapping[str, Any], field: str, where: str) -> Any:
+    """A field that must be there.
+
+    Raises:
+        DataError: it is missing; the message lists the fields that are there.
+    """
+    if field in row:
+        return row[field]
+    has = ", ".join(repr(k) for k in row) or "no fields"
+    guess = next((t for name, t in _HINTS.items() if name in row), None)
+    hint = f"; is the dataset's type {guess}?" if guess else ""
+    raise DataError(f"{where}: the field {field!r} is missing (the row has {has}){hint}")
+
+
+def need_text(row: Mapping[str, Any], field: str, where: str) -> str:
+    """A field with text in it.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    value = need(row, field, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}")
+    return value
+
+
+def may_text(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The same, or no text where the field is missing or null.
+
+    Raises:
+        DataError: there is something else.
+    """
+    return "" if row.get(field) is None else need_text(row, field, where)

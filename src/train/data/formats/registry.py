@@ -1,0 +1,292 @@
+"""The types of rows, by the names that recipes have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from ....errors import DataError, RecipeError
+from ...recipe.keys.dataset import TYPES
+from ...recipe.recipe import Dataset, PromptFormat, Recipe
+from ..chat.builtin_templates import find_template
+from ..chat.date import asks_for_day, today
+from ..chat.encoder import ChatEncoder
+from ..chat.lost_features import THOUGHTS
+from ..chat.mask import Rules
+from ..chat.template import Chat
+from ..sample import IGNORED, Tokens, joined
+from .conversation import Conversation
+from .fields import fields_of, kind, need, need_text
+from .instruction import PROMPTS, named, spelled_out
+from .segments import SegmentEncoder, Segments
+
+Row = tuple[str, Any]
+"""File and line, and what stands there."""
+
+
+class Format(Protocol):
+    """Reads rows of one type."""
+
+    def read(self, row: Any, where: str) -> Chat | Segments | Tokens:
+        """The content of a row; raises a DataError that has ``where`` in it."""
+        ...
+
+
+class Completion:
+    """A text, all of it trained; a long one becomes several samples.
+
+    Args:
+        field: where the text is.
+    """
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def read(self, row: Any, where: str) -> Segments:
+        """The text of a row."""
+        text = need_text(fields_of(row, where, self.field), self.field, where)
+        return Segments(where, ((text, True),), bos=True, eos=True, divide=True)
+
+
+class InputOutput:
+    """Pieces of text with a label each, and no other word: the row has all special tokens."""
+
+    def read(self, row: Any, where: str) -> Segments:
+        """The pieces of a row."""
+        pieces = need(fields_of(row, where, "segments"), "segments", where)
+        if not isinstance(pieces, list) or not pieces:
+            raise DataError(f"{where}: the field 'segments' must be a list of segments")
+        parts = []
+        for i, piece in enumerate(pieces, start=1):
+            text = piece.get("text") if isinstance(piece, dict) else None
+            label = piece.get("label") if isinstance(piece, dict) else None
+            if not isinstance(text, str) or not isinstance(label, bool):
+                raise DataError(
+                    f"{where}: segment {i} needs the fields 'text', with text in it, and 'label', "
+                    "true or false"
+                )
+            parts.append((text, label))
+        return Segments(where, tuple(parts))
+
+
+class PromptCompletion:
+    """A prompt and what follows it, both as text or both as messages.
+
+    Args:
+        dataset: names of fields.
+        conversation: reads messages.
+    """
+
+    def __init__(self, dataset: Dataset, conversation: Conversation) -> None:
+        self.prompt = dataset.field_human or "prompt"
+        self.completion = dataset.field_model or "completion"
+        self.conversation = conversation
+
+    def read(self, row: Any, where: str) -> Chat | Segments:
+        """The content of a row."""
+        row = fields_of(row, where, self.prompt)
+        prompt = need(row, self.prompt, where)
+        completion = need(row, self.completion, where)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Segments(where, ((prompt, False), (completion, True)), bos=True, eos=True)
+        if not (isinstance(prompt, list) and isinstance(completion, list) and completion):
+            raise DataError(
+                f"{where}: the fields {self.prompt!r} and {self.completion!r} must both be text, "
+                f"or both lists of messages, not {kind(prompt)} and {kind(completion)}"
+            )
+        chat = self.conversation.chat([*prompt, *completion], row, where)
+        asked = len(chat.messages) - len(completion)
+        own = chat.train or [None] * len(chat.messages)
+        return replace(chat, train=[False] * asked + list(own[asked:]))
+
+
+class Tokenized:
+    """Tokens and labels that somebody has prepared.
+
+    Args:
+        size: of the tokenizer's vocabulary.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, row: Any, where: str) -> Tokens:
+        """The tokens of a row."""
+        row = fields_of(row, where, "input_ids")
+        ids, labels = need(row, "input_ids", where), need(row, "labels", where)
+        if not _numbers(ids) or not _numbers(labels) or len(ids) != len(labels):
+            raise DataError(
+                f"{where}: the fields 'input_ids' and 'labels' must be lists of as many numbers"
+            )
+        odd = next((i for i, token in enumerate(ids) if not 0 <= token < self.size), None)
+        if odd is not None:
+            raise DataError(
+                f"{where}: token {odd + 1} is {ids[odd]}, and the tokenizer has those from 0 to "
+                f"{self.size - 1}: prepare the rows with the tokenizer of base_model"
+            )
+        pairs = enumerate(zip(ids, labels, strict=True))
+        odd = next((i for i, (token, label) in pairs if label not in (token, IGNORED)), None)
+        if odd is not None:
+            raise DataError(
+                f"{where}: label {odd + 1} must be its token, {ids[odd]}, or {IGNORED}, not "
+                f"{labels[odd]}"
+            )
+        spans = ((i, i + 1) for i, label in enumerate(labels) if label != IGNORED)
+        return Tokens(where, ids, joined(spans))
+
+
+class Encoder:
+    """Turns the rows of one dataset into tokens.
+
+    Args:
+        dataset: how its rows are read.
+        recipe: what holds for all datasets.
+        tokenizer: a fast tokenizer; it can be pickled together with this.
+        longest: tokens of the longest sample, to which long texts are cut; None: ``sequence_len``.
+        day: the date that a chat template writes where it asks for it; None: today's.
+
+    Raises:
+        RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        tokenizer: Any,
+        longest: int | None = None,
+        day: str | None = None,
+    ) -> None:
+        everything = recipe.train_on_inputs
+        if dataset.train_on_inputs is not None:
+            everything = dataset.train_on_inputs
+        source = find_template(
+            dataset.chat_template or recipe.chat_template,
+            dataset.chat_template_jinja
+            or (None if dataset.chat_template else recipe.chat_template_jinja),
+            tokenizer,
+        )
+        self.format = _format(dataset, recipe, source, len(tokenizer))
+        self.chats: ChatEncoder | None = None
+        day = day or today()
+        if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
+            self.chats = ChatEncoder(
+                tokenizer, source, _rules(dataset, recipe, everything),
+                recipe.chat_template_kwargs or {}, day,
+                dataset.template_thinking_key or THOUGHTS[0],
+            )  # fmt: skip
+        elif isinstance(self.format, Conversation):
+            ChatEncoder(tokenizer, None)  # says that there is no template
+        self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
+        self.watched = frozenset(self.chats.masker.eot if self.chats else ())
+        self.tokenizer = tokenizer
+        self.settings = {
+            "template": source,
+            "variables": recipe.chat_template_kwargs,
+            "system": recipe.default_system_message,
+            "eot_tokens": recipe.eot_tokens,
+            "everything": everything,
+            "prepared": recipe.skip_prepare_dataset,
+            "day": day if self._asks_for_day() else None,
+        }
+        """What the tokens depend on besides the dataset's own keys and the tokenizer."""
+
+    def _asks_for_day(self) -> bool:
+        templates = self.chats.templates.values() if self.chats else ()
+        return any(asks_for_day(template.source) for template in templates)
+
+    def encode(self, rows: Sequence[Row]) -> list[Tokens]:
+        """Read, render, tokenize and mask rows.
+
+        Raises:
+            DataError: a row is not right; the message has its file and line.
+        """
+        read = [self.format.read(row, where) for where, row in rows]
+        chats = [r for r in read if isinstance(r, Chat)]
+        texts = [r for r in read if isinstance(r, Segments)]
+        if not chats and not texts:
+            return [r for r in read if isinstance(r, Tokens)]
+        if chats and self.chats is None:
+            raise RecipeError("the tokenizer of base_model has no chat template")
+        if not texts and self.chats is not None:
+            return self.chats.encode(chats)
+        if not chats:
+            return self.segments.encode(texts)
+        samples: list[Tokens] = []  # both kinds in one dataset: one after the other
+        for one in read:
+            if isinstance(one, Chat) and self.chats is not None:
+                samples += self.chats.encode([one])
+            elif isinstance(one, Segments):
+                samples += self.segments.encode([one])
+        return samples
+
+    def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
+        """See that the model learns to stop.
+
+        Args:
+            path: the dataset, for messages.
+            ends: tokens that end a trained turn.
+            trained: those of them, and of ``watched``, that are trained.
+
+        Raises:
+            DataError: one is never trained; the message names it.
+        """
+        rules = self.chats.rules if self.chats else Rules()
+        if rules.everything:
+            return
+        eos = self.tokenizer.eos_token_id
+        wanted = set(self.watched) | ends
+        if self.chats and not wanted and eos is not None:
+            wanted = {eos}
+        policies = {t: rules.eos if t == eos else rules.eot for t in wanted}
+        for token in sorted(wanted - trained):
+            if policies[token] == "none":
+                continue
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            where = "that stands behind answers" if token in ends else "that should end answers"
+            raise DataError(
+                f"{path}: no row trains {text!r}, the token {where}, so that the model would never "
+                "learn to stop: let the chat template write it right behind the answer (and in its "
+                "generation marks, if it has any), name the token that ends turns in eot_tokens, "
+                "or set train_on_eos: none for this dataset"
+            )
+
+
+def _format(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
+    kind_ = dataset.type
+    if isinstance(kind_, PromptFormat):
+        return spelled_out(kind_)
+    if recipe.skip_prepare_dataset:
+        return Tokenized(size)
+    name = kind_.removesuffix(".load").removesuffix(".default")
+    if name in PROMPTS:
+        return named(name, dataset)
+    text = template if isinstance(template, str) else str(template or "")
+    conversation = Conversation(dataset, text, recipe.default_system_message)
+    match name:
+        case "chat_template" | "sharegpt":
+            return conversation
+        case "completion":
+            return Completion(dataset.field or "text")
+        case "pretrain":
+            return Completion(getattr(dataset, "text_column", None) or dataset.field or "text")
+        case "input_output":
+            return InputOutput()
+        case "prompt_completion":
+            return PromptCompletion(dataset, conversation)
+    raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int for x in value)
+
+
+def _rules(dataset: Dataset, recipe: Recipe, everything: bool) -> Rules:
+    return Rules(
+        roles=frozenset(dataset.roles_to_train),
+        eos=dataset.train_on_eos,
+        eot=dataset.train_on_eot or dataset.train_on_eos,
+        eot_tokens=tuple(dataset.eot_tokens or recipe.eot_tokens or ()),
+        everything=everything,
+    )

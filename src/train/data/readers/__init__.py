@@ -1,0 +1,1 @@
+"""Where rows are, and reading them."""

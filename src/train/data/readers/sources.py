@@ -1,0 +1,235 @@
+"""Where the rows of a dataset come from: the package, a builder, a file, a folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ....errors import DataError
+from ...consent import must_build, refused_builder
+from ...recipe.recipe import Dataset
+from .files import Progress, Row, hash_file, kind_of, read_file, text_in
+from .package_rows import OwnRows, is_own
+
+_READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
+"""Names under which ``datasets`` reads pickles, or imports what a file names, in some version."""
+
+_SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one dataset, found but not read.
+
+    Attributes:
+        dataset: what the recipe says of it.
+        files: the files that hold its rows, in order.
+        table: a table, or a stream, of the ``datasets`` library that holds them instead.
+        limit: how many rows are taken at most, or None.
+    """
+
+    dataset: Dataset
+    files: tuple[Path, ...] = ()
+    table: Any = None
+    limit: int | None = None
+
+    def rows(self, progress: Progress | None = None) -> Iterator[Row]:
+        """Yield the rows that the recipe wants, in order.
+
+        Raises:
+            DataError: a file cannot be read, or is damaged.
+        """
+        every = self._every(progress or (lambda share: None))
+        rows = self._sliced(every)
+        if self.dataset.skip:
+            rows = islice(rows, self.dataset.skip, None)
+        if self.dataset.shards:
+            rows = islice(rows, self.dataset.shards_idx, None, self.dataset.shards)
+        yield from islice(rows, self.limit)
+
+    def digest(self) -> str:
+        """A hash of the content, and of what the files say that it is."""
+        if self.table is not None:
+            return str(self.table._fingerprint)
+        parts = (hash_file(path) + path.suffix.lower().encode() for path in self.files)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def _every(self, progress: Progress) -> Iterator[Row]:
+        if self.table is not None:
+            name = f"{self.dataset.path}, row"
+            total = len(self.table) if hasattr(self.table, "__len__") else 0
+            for i, row in enumerate(self.table, start=1):
+                if total and i % 1000 == 0:
+                    progress(i / total)
+                yield text_in(row, f"{name} {i}"), row
+            return
+        ds_type = self.dataset.ds_type
+        for done, path in enumerate(self.files):
+            # `ds_type: json` is said of JSON lines, too
+            kind = None if ds_type == "json" and kind_of(path) in ("json", "jsonl") else ds_type
+            yield from read_file(path, kind, partial(_forward, progress, done, len(self.files)))
+
+    def _sliced(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The part of the split that is asked for; ends are counted only where they must be."""
+        match = _SPLIT.fullmatch(self.dataset.split or "train")
+        begin, end = (match["begin"], match["end"]) if match else (None, None)
+        if begin is None and end is None:
+            yield from rows
+            return
+        if all(x is None or x.isdigit() for x in (begin, end)):
+            yield from islice(rows, int(begin or 0), int(end) if end else None)
+            return
+        kept = list(rows)
+        yield from kept[_place(begin, len(kept)) : _place(end, len(kept))]
+
+
+def find(
+    dataset: Dataset,
+    key: str = "datasets",
+    limit: int | None = None,
+    streaming: bool = False,
+    allow_builders: bool = False,
+) -> Source:
+    """Find a dataset, building it if it has a builder, may be built, and is not there yet.
+
+    Args:
+        dataset: with an absolute path, or the name of a dataset on the hub.
+        key: where in the recipe it is, for messages.
+        limit: how many rows to take at most.
+        streaming: do not download a dataset of the hub as a whole.
+        allow_builders: the caller's own word that a builder may be run.
+
+    Raises:
+        DataError: it is not there, or its builder fails or is not allowed.
+    """
+    path, own = Path(dataset.path), is_own(dataset.path)
+    if dataset.builder and not own and must_build(dataset.builder, path):
+        if not allow_builders:
+            raise DataError(f"{key}: builder: {refused_builder(dataset.builder, path)}")
+        _build(Path(dataset.builder), path)
+    split = _SPLIT.fullmatch(dataset.split or "train")
+    if split is None:
+        raise DataError(
+            f"{key}: split: {dataset.split!r} is no split; write train, train[:100] or train[:10%]"
+        )
+    if own:
+        _require_train(path, split["name"])
+        return Source(dataset, table=OwnRows(dataset.path), limit=limit)
+    if path.is_dir():
+        return replace(_in_folder(dataset, path, split["name"]), limit=limit)
+    if path.exists() or path.is_absolute() or dataset.ds_type:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file")
+        if not own and not path.is_file():
+            raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
+        _require_train(path, split["name"])
+        return Source(dataset, (path,), limit=limit)
+    return Source(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
+
+
+def _require_train(path: Path, split: str) -> None:
+    if split != "train":
+        raise DataError(f"{path}: split: a file has only the split 'train', not {split!r}")
+
+
+def _forward(progress: Progress, done: int, files: int, share: float) -> None:
+    progress((done + share) / files)
+
+
+def _place(at: str | None, total: int) -> int | None:
+    if at is None:
+        return None
+    return round(int(at[:-1]) * total / 100) if at.endswith("%") else int(at)
+
+
+def _build(builder: Path, path: Path) -> None:
+    """Run a builder, in a process of its own, so that what it imports does not stay here."""
+    done = subprocess.run(
+        [sys.executable, str(builder), str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode or not path.exists():
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise DataError(
+            f"{builder}: did not build {path} (exit code {done.returncode})"
+            + (f": {said[-1]}" if said else "")
+        )
+
+
+def _in_folder(dataset: Dataset, path: Path, split: str) -> Source:
+    """A folder that ``datasets`` has saved, or one with files in it."""
+    saved = any((path / n).is_file() for n in ("dataset_dict.json", "state.json"))
+    if saved:
+        return Source(dataset, table=_saved(path, split))
+    from datasets import load_dataset_builder
+
+    named = dataset.data_files
+    try:
+        if named is not None:
+            files = {"train": _named(path, [named] if isinstance(named, str) else named)}
+        else:  # which file is of which split is told by names, as everywhere
+            found = load_dataset_builder(str(path)).config.data_files or {}
+            files = {str(k): [Path(f) for f in v] for k, v in found.items()}
+    except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too
+        raise DataError(f"{path}: no data files are in this folder: {_first(error)}") from None
+    if split not in files:
+        raise DataError(f"{path}: there is no split {split!r}, only {', '.join(files)}")
+    return Source(dataset, tuple(files[split]))
+
+
+def _named(folder: Path, names: list[str]) -> list[Path]:
+    files: list[Path] = []
+    for name in names:
+        found = sorted(folder.glob(name))
+        if not found:
+            raise DataError(f"{folder}: data_files: there is no {name} in this folder")
+        files += found
+    return files
+
+
+def _saved(path: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        table = load_from_disk(str(path))
+    except Exception as error:
+        # Arrow, JSON and the library's own: a damaged folder raises whatever is met first
+        raise DataError(f"{path}: cannot be read by datasets: {_first(error)}") from None
+    if not isinstance(table, DatasetDict):
+        return table
+    if split not in table:
+        raise DataError(f"{path}: there is no split {split!r}, only {', '.join(table)}")
+    return table[split]
+
+
+def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    if dataset.path in _READERS_OF_CODE:
+        raise DataError(
+            f"{dataset.path}: this is no dataset but a reader of the datasets library, and what it "
+            "reads can run code; convert the file to .jsonl or .parquet"
+        )
+    files = dataset.data_files
+    try:
+        return load_dataset(
+            dataset.path, dataset.name, split=split, revision=dataset.revision,
+            data_files=[files] if isinstance(files, str) else files, streaming=streaming,
+        )  # fmt: skip
+    except Exception as error:
+        # no network, no such dataset, no permission, a bad split: each is a class of its own
+        raise DataError(
+            f"{dataset.path}: cannot be loaded from the hub: {_first(error)}; a file or folder of "
+            "this name is not here either"
+        ) from None
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,111 @@
+"""Encoding in batches of bounded size, in this process or in several, always in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import DataError
+from .formats.registry import Encoder
+from .readers.files import Row
+from .readers.limits import Limits, Part, keep
+
+_ROWS = 512
+_CHARACTERS = 1 << 22
+"""A batch ends after so many rows, or so much text."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to the rows of one dataset; goes to other processes as a whole."""
+
+    encoder: Encoder
+    limits: Limits
+
+    def part(self, rows: list[Row]) -> Part:
+        """Encode a batch and keep what can be trained on.
+
+        Raises:
+            DataError: a row is not right.
+        """
+        made = keep(self.encoder.encode(rows), self.limits)
+        made.counts["rows"] = len(rows)
+        return made
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in lists of bounded size."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += _characters(row[1])
+        if len(batch) >= _ROWS or size >= _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
+    """Encode rows.
+
+    Args:
+        work: what to do.
+        rows: the rows; no more than a few batches per process are in memory.
+        processes: how many. In one, the tokenizer's own threads use all cores.
+
+    Raises:
+        DataError: a row is not right, or a process died.
+    """
+    if processes <= 1:
+        yield from map(work.part, batches(rows))
+        return
+    # spawned, because a fork would copy the threads of torch and of the tokenizer in any state
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[Part]] = deque()
+    with ProcessPoolExecutor(processes, context, _begin, (work,)) as pool:
+        try:
+            for batch in batches(rows):
+                waiting.append(pool.submit(_part, batch))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that prepares rows ended at once: with dataset_processes, a script that "
+                'trains needs `if __name__ == "__main__":` around it; or memory was short, then '
+                "set dataset_processes to fewer"
+            ) from None
+        finally:
+            for left in waiting:
+                left.cancel()
+
+
+_WORK: list[Work] = []
+"""In a process of the pool: its work. Empty in every other."""
+
+
+def _begin(work: Work) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
+    _WORK.append(work)
+
+
+def _part(batch: list[Row]) -> Part:
+    return _WORK[-1].part(batch)
+
+
+def _characters(value: Any) -> int:
+    """About how much text is in a row."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 1

@@ -1,0 +1,125 @@
+"""``fusewright train --dry-run``: what becomes of each key, and the recipe that would run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import RecipeError
+from .preflight import obstacles
+from .recipe.keys.base import extra_of
+from .recipe.load import Checked
+from .recipe.problems import line_of, listed
+from .recipe.recipe import GROUPS, Recipe
+from .recipe.secrets import hide, without_hidden
+from .recipe.status import Entry, entries, refusals
+from .terminal import Terminal
+
+_COLOURS = {
+    "honoured": "green",
+    "subsumed": "cyan",
+    "not applicable": "yellow",
+    "not yet available": "red",
+}
+
+
+_WIDE = 110
+"""Columns from which the notes have one of their own."""
+
+
+def show(checked: Checked, console: Console) -> None:
+    """Print the table of written keys, then the resolved recipe as YAML.
+
+    Args:
+        checked: what was read.
+        console: where to print. What is printed below the table is itself a recipe, but for its
+            secrets.
+
+    Raises:
+        RecipeError: training would refuse the recipe; once all is printed.
+    """
+    found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
+    console.print(_table(checked, found, console.width >= _WIDE))
+    counts = {status: sum(e.status == status for e in found) for status in _COLOURS}
+    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    console.print("\n# the recipe with its defaults, without secrets and keys without a value")
+    console.out(resolved_yaml(checked.recipe), end="", highlight=False)
+    problems = [listed(checked.name, [one], checked.where) for one in refusals(checked.values)]
+    problems += obstacles(checked.recipe)
+    if problems:
+        raise RecipeError("train would refuse this: " + "\n  ".join(problems))
+
+
+def console() -> Console:
+    """Standard output; wide enough for the notes when it is a file or a pipe."""
+    made = Terminal(highlight=False)
+    return made if made.is_terminal else Terminal(highlight=False, width=max(made.width, 140))
+
+
+def _table(checked: Checked, found: Sequence[Entry], wide: bool) -> Table:
+    """The written keys; on a narrow terminal the notes stand below the values."""
+    table = Table(title=escape(checked.name), box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("key", "line", "status"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("value", no_wrap=wide, max_width=40 if wide else None, overflow="fold")
+    if wide:
+        table.add_column("note", overflow="fold")
+    for entry in found:
+        key = str(entry.loc[-1])
+        value = "" if entry.value is None else escape(_flow(hide({key: entry.value})[key]))
+        colour = _COLOURS[entry.status]
+        row = [escape(entry.key), _line(entry, checked), f"[{colour}]{entry.status}[/]"]
+        note = f"[{colour}]{escape(entry.note)}[/]"
+        table.add_row(*row, *([value, note] if wide else [f"{value} {note}".strip()]))
+    return table
+
+
+def _line(entry: Entry, checked: Checked) -> str:
+    return line_of(entry.loc, checked.where).removeprefix("line ").replace("override", "set")
+
+
+def _number(line: str) -> float:
+    return int(line) if line.isdecimal() else math.inf
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Every key that has a value and an effect, and every key that was written; no secrets."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    shown: dict[str, Any] = {}
+    for group in GROUPS:
+        for name, field in group.model_fields.items():
+            acts = extra_of(field).get("status", "honoured") == "honoured"
+            written = name in recipe.model_fields_set
+            if values.get(name) not in (None, [], {}) and (acts or written):
+                shown[name] = _short(values[name], getattr(recipe, name))
+    return dict(without_hidden(hide(shown)))
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The same as YAML, which is a recipe that does the same where it needs no secrets."""
+    return yaml.safe_dump(
+        resolved(recipe), sort_keys=False, allow_unicode=True, default_flow_style=False, width=96
+    )
+
+
+def _short(value: Any, original: Any) -> Any:
+    """Entries of ``datasets`` without what is theirs by default."""
+    if isinstance(original, list) and original and hasattr(original[0], "model_dump"):
+        keep = {"path", "type"}
+        return [
+            {k: v for k, v in shown.items() if k in keep or k in item.model_fields_set}
+            for shown, item in zip(value, original, strict=True)
+        ]
+    return value
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1000)
+    return text.removesuffix("\n...\n").strip()

@@ -1,0 +1,221 @@
+"""``fusewright eval``: loss and perplexity of a run, on its own validation rows or other ones."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from ...errors import DataError, ModelError
+from ..checkpoint.ownership import link_in
+from ..checkpoint.save_model import pad_token
+from ..data import Samples, prepare
+from ..data.batches import validation_batches
+from ..model.load import quiet
+from ..recipe.past import recipe_with, written
+from ..recipe.recipe import Recipe
+from ..report import result as report
+from ..terminal import Terminal
+from ..trainer.evaluation import Batches, validation_loss
+from .run_folder import Run, load_run
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model makes of one dataset.
+
+    Attributes:
+        loss: mean over the tokens that have a label, in nats.
+        perplexity: its exponential.
+        samples: rows that were used, or pieces of texts.
+        tokens: tokens of those.
+        trained_tokens: those of them that have a label.
+        seconds: of the computation.
+    """
+
+    loss: float
+    perplexity: float
+    samples: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+
+
+def evaluate(
+    run: Run,
+    files: Sequence[Path] = (),
+    *,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Compute the loss of ``run``, print it, and write it to ``eval.json`` in its folder.
+
+    Masks, the limit of length and packing are those of the run's recipe. A folder without
+    ``run.json`` is taken for one that was trained on chats, with the defaults of a recipe.
+
+    Args:
+        run: from ``open_run``.
+        files: datasets, read as the first one of the recipe was. None: the rows that the run held
+            out for validation.
+        as_json: print what ``eval.json`` holds, and nothing else.
+        console: where to print; None for standard output.
+
+    Returns:
+        The path of ``eval.json``.
+
+    Raises:
+        ModelError: the run cannot be loaded, or held out no rows.
+        DataError: a dataset cannot be used.
+        RecipeError: the base of the run cannot be loaded.
+    """
+    console = console or Terminal(highlight=False, soft_wrap=True)
+    recorded = None if files else run.facts.get("val_loss_after")
+    recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
+    with quiet():
+        model, tokenizer = load_run(run)
+        found: dict[str, Figures] = {}
+        if any(recipe.optimize for recipe in recipes.values()):
+            from ...compiler.pipeline import optimize
+
+            optimize(model, codegen="eager")  # a compilation would take longer than it saves
+        for name, recipe in recipes.items():
+            prepared = prepare(recipe, tokenizer, None if as_json else console, day=_day(run))
+            if name:  # a file is used as a whole
+                samples = cast("Samples", prepared.train)
+                prepared = replace(prepared, validation={name: samples})
+            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+            found |= {
+                part: _measure(model, batches, prepared.validation[part])
+                for part, batches in sets.items()
+            }
+    path = _write(run, found, recorded)
+    if as_json:
+        print(path.read_text(encoding="utf-8"), end="")
+    else:
+        _print(found, recorded, console)
+        console.print(f"written to {path}", markup=False)
+    return path
+
+
+def _day(run: Run) -> str | None:
+    """The date that templates wrote in training; None if that is not known."""
+    started = run.facts.get("started")
+    return started[:10] if isinstance(started, str) else None
+
+
+def _own(run: Run) -> Recipe:
+    """The recipe that ``run`` was trained with, and which held out rows."""
+    if not run.recipe:
+        raise ModelError(
+            f"{run.folder} has no run.json, so nothing says which rows it was validated on; name "
+            "a dataset: --data FILE"
+        )
+    recipe = recipe_with(run, {})
+    if not recipe.validates():
+        raise ModelError(
+            f"{run.folder}: the run held out no rows (val_set_size: 0); name others: --data FILE"
+        )
+    return recipe
+
+
+def _reading(run: Run, file: Path) -> Recipe:
+    """The same recipe, with ``file`` in place of its datasets."""
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file")
+    keys = written(run.recipe)
+    described = (keys.get("datasets") or [_streamed(keys)])[0]
+    for key in _OF_ONE_PLACE:
+        described.pop(key, None)
+    limit = run.recipe.get("eval_sequence_len") or run.recipe.get("sequence_len")
+    return recipe_with(
+        run,
+        {
+            **dict.fromkeys(_OF_ALL),
+            "datasets": [{**described, "path": str(file.resolve())}],
+            "sequence_len": limit,
+        },
+    )
+
+
+def _streamed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """How rows are read in a run without ``datasets``, as an entry of these."""
+    if not keys.get("pretraining_dataset"):
+        return {"type": "chat_template"}
+    found = {"type": "pretrain", **keys["pretraining_dataset"][0]}
+    column = found.pop("text_column", None)
+    return {**found, "field": column} if column else found
+
+
+_OF_ONE_PLACE = ("builder", "data_files", "split", "name", "revision", "weight", "shards",
+                 "shards_idx", "preprocess_shards", "ds_type", "skip")  # fmt: skip
+"""Keys of a dataset that say where its rows are, not how to read them."""
+
+_OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
+           "dataset_shard_num", "dataset_shard_idx", "dataset_exact_deduplication")  # fmt: skip
+"""Keys that choose among the rows of all datasets."""
+
+
+def _measure(model: Any, batches: Batches, samples: Samples) -> Figures:
+    begun = time.perf_counter()
+    loss = validation_loss(model, batches)
+    return Figures(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64
+        samples=len(samples),
+        tokens=int(samples.lengths.sum()),
+        trained_tokens=int(samples.trained.sum()),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _whole(found: dict[str, Figures]) -> float:
+    """The loss per trained token of all datasets together."""
+    tokens = sum(of.trained_tokens for of in found.values())
+    return sum(of.loss * of.trained_tokens for of in found.values()) / tokens
+
+
+def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
+    """Write ``eval.json``, whole or not at all."""
+    path = run.folder / "eval.json"
+    content = {
+        "run": str(run.folder),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "loss": _whole(found),
+        "results": {name: asdict(figures) for name, figures in found.items()},
+        "recorded_val_loss": recorded,
+        "versions": report.versions(),
+        "machine": report.machine(),
+    }
+    link = link_in(run.folder)
+    if link is not None:
+        raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
+    unfinished = path.with_suffix(".json.part")
+    try:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _print(found: dict[str, Figures], recorded: float | None, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("dataset", overflow="fold")
+    for name in ("loss", "perplexity", "samples", "tokens", "trained"):
+        table.add_column(name, justify="right")
+    for name, of in found.items():
+        counts = (of.samples, of.tokens, of.trained_tokens)
+        table.add_row(name, f"{of.loss:.4f}", f"{of.perplexity:.3f}", *(f"{n:,}" for n in counts))
+    console.print(table)
+    if len(found) > 1:
+        console.print(f"all together: {_whole(found):.4f}", markup=False)
+    if recorded is not None:
+        console.print(f"at the end of its training the run had {recorded:.4f}", markup=False)

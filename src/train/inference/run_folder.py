@@ -1,0 +1,251 @@
+"""What a folder holds: a run, one of its checkpoints, a PEFT adapter, or a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ModelError, RecipeError
+from ..consent import Consent, code_refused
+from ..model.adapter_files import adapter_problem, put_adapter
+from ..model.integrity import read_object
+from ..model.locate import locate
+from ..recipe.secrets import without_hidden
+
+if TYPE_CHECKING:
+    import torch
+
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_MODELS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that can be loaded.
+
+    Attributes:
+        folder: where it is.
+        adapter: whether it holds an adapter; otherwise it holds a whole model.
+        base_model: what ``pretrained`` takes: the adapter's base, or the folder itself.
+        tokenizer: the folder that has the run's own tokenizer; None: the base's is used.
+        recipe: every key of the recipe, from ``run.json``, but secrets, which it does not have;
+            empty where there is none.
+        facts: the rest of ``run.json``.
+        consent: what the caller allows. The folder may come from anybody, so that what its recipe
+            was allowed counts for nothing.
+    """
+
+    folder: Path
+    adapter: bool
+    base_model: str
+    tokenizer: Path | None
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    consent: Consent = field(default_factory=Consent)
+
+
+def open_run(
+    path: str | Path, base_model: str | None = None, consent: Consent | None = None
+) -> Run:
+    """Find out what ``path`` holds. Nothing is loaded.
+
+    Args:
+        path: an ``output_dir``, a ``checkpoint-N`` in it, a folder with a PEFT adapter, or one with
+            a whole model.
+        base_model: where the adapter's base is; None: where the folder says.
+        consent: what the caller allows; None: nothing.
+
+    Raises:
+        ModelError: there is nothing usable; the message says what was looked for, and where.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "is not there"
+        raise ModelError(f"{path} {what}; name the output_dir of a training run")
+    folder = folder.resolve()
+    facts = _json(_own_folders(folder)[-1] / "run.json")
+    recipe = without_hidden(facts.pop("recipe", None) or {})
+    own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
+    run = Run(folder, True, "", next(own, None), recipe, facts, consent or Consent())
+    if (folder / "adapter_config.json").is_file():
+        _require(folder, _ADAPTERS, "adapter_config.json")
+        base = base_model or _base(folder, recipe)
+        return replace(run, base_model=_located(base, folder))
+    if any((folder / name).is_file() for name in _MODELS):
+        _require(folder, ("config.json",), "a model")
+        if base_model:
+            raise ModelError(f"{folder} holds a whole model, which has no base: no --base_model")
+        return replace(run, adapter=False, base_model=str(folder))
+    raise ModelError(_nothing(folder))
+
+
+def load_tokenizer(run: Run) -> Any:
+    """Load the tokenizer of ``run``, with its chat template.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from ..model import tokenizer
+    from ..recipe.past import recipe_for
+
+    if run.tokenizer is None:
+        return tokenizer.load_tokenizer(recipe_for(run))
+    auto: Any = AutoTokenizer
+    try:
+        may_run = run.consent.trust_remote_code
+        return auto.from_pretrained(run.tokenizer, trust_remote_code=may_run)
+    except (OSError, ValueError) as error:
+        said = code_refused(error) or f"cannot be loaded: {first_line(error)}"
+        raise RecipeError(f"{run.tokenizer}: the tokenizer {said}") from error
+
+
+def load_run(
+    run: Run | str | Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Load the model, with its adapter, and the tokenizer.
+
+    Args:
+        run: from ``open_run``, or its path.
+        device: None: the one that training would use.
+        dtype: of the base's weights (bfloat16 or float32); None: as they were trained.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        ModelError: there is nothing usable, or the adapter does not fit its base.
+        RecipeError: the base cannot be loaded.
+    """
+    from ..model.load import load_model
+    from ..model.precision import device_for_training
+    from ..recipe.past import recipe_for
+
+    run = run if isinstance(run, Run) else open_run(run)
+    tokenizer = load_tokenizer(run)
+    recipe = recipe_for(run, dtype)
+    model = load_model(recipe)
+    if run.adapter:
+        model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
+    return model.to(device or device_for_training()).eval(), tokenizer
+
+
+def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
+    """Put the adapter in ``folder`` on its base ``model``.
+
+    Args:
+        model: the base; its vocabulary grows with the adapter's.
+        folder: of the adapter.
+        autocast: keep adapters of 16 bits in float32, as PEFT does.
+
+    Raises:
+        ModelError: it does not fit, or cannot be read.
+    """
+    from peft.utils import load_peft_weights
+
+    said = adapter_problem(folder)
+    if said is not None:
+        raise ModelError(said)
+    try:
+        grow(model, load_peft_weights(str(folder), device="cpu"))
+    except Exception as error:  # torch and safetensors raise whatever they meet
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
+    return put_adapter(model, str(folder), autocast_adapter_dtype=autocast)
+
+
+def grow(model: Any, weights: dict[str, Any]) -> None:
+    """Resize the vocabulary of ``model``, in place, to that of an adapter that brings one along.
+
+    Args:
+        model: the base.
+        weights: the adapter's tensors, as its file names them.
+    """
+    embeddings = model.get_input_embeddings()
+    path = next((name for name, m in model.named_modules() if m is embeddings), None)
+    for own in (f"{path}.weight", f"{path}.base_layer.weight"):
+        found = weights.get(f"base_model.model.{own}")
+        if found is not None and found.shape[0] != embeddings.weight.shape[0]:
+            model.resize_token_embeddings(found.shape[0], mean_resizing=False)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The name of the dtype that the model in ``folder`` says it is stored in."""
+    config = _json(folder / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- where things are -----------------------------------------------------------------------------
+
+
+def _own_folders(folder: Path) -> list[Path]:
+    """``folder`` and, of a checkpoint, the run that it belongs to."""
+    run = folder.parent
+    belongs = folder.name.startswith("checkpoint-") and (run / "run.json").exists()
+    return [folder, run] if belongs else [folder]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in ``path``, or an empty one where there is no such file."""
+    try:
+        return read_object(path) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{error}; copy it again from where the run is whole") from None
+
+
+def _base(folder: Path, recipe: dict[str, Any]) -> str:
+    named = recipe.get("base_model") or _json(folder / "adapter_config.json").get(
+        "base_model_name_or_path"
+    )
+    if not named:
+        raise ModelError(
+            f"{folder}: adapter_config.json does not name the base model; --base_model does"
+        )
+    return str(named)
+
+
+def _located(base: str, folder: Path) -> str:
+    """``base``, once it is known to be there (a Hugging Face id is believed)."""
+    try:
+        found = locate(base, [Path.cwd(), folder])
+    except RecipeError as error:
+        raise ModelError(
+            f"{folder}: the base model is missing: {error}; --base_model BASE says where it is now"
+        ) from None
+    special = base.startswith("package:") or found.gguf_file
+    return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())
+
+
+def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
+    if not any((folder / name).is_file() for name in names):
+        raise ModelError(
+            f"{folder} has {other} but no {names[0]}: it was not saved to the end, or not copied "
+            "as a whole"
+        )
+
+
+def _nothing(folder: Path) -> str:
+    """Why ``folder`` is of no use, and what may be meant."""
+    checkpoints = sorted(
+        folder.glob("checkpoint-*"), key=lambda p: (len(p.name), p.name), reverse=True
+    )
+    if checkpoints:
+        return f"{folder} has checkpoints but no result; name one of them: {checkpoints[0]}"
+    if (folder / "run.json").exists():
+        return f"{folder} has a run.json but neither an adapter nor a model: nothing was saved"
+    return (
+        f"{folder} is neither a run nor a model: it has no adapter_config.json and no "
+        "model.safetensors"
+    )

@@ -1,0 +1,96 @@
+"""Merging a model as a whole, by PEFT: for bases and adapters that cannot be taken in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ModelError
+from ..inference.run_folder import Run, first_line, with_adapter
+from ..model.load import load_model
+from ..recipe.past import recipe_for
+
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
+          "is_loaded_in_8bit")  # fmt: skip
+
+
+def merged_in_memory(run: Run, dtype: torch.dtype | None, dequantize: bool) -> Any:
+    """Load the base, put the adapter on it, and merge.
+
+    Args:
+        run: with an adapter.
+        dtype: of the result; None: as in training.
+        dequantize: make quantized weights full before the adapter is added to them; they are then
+            those that the adapter was trained on, rounding included.
+
+    Returns:
+        A plain model.
+
+    Raises:
+        ModelError: PEFT cannot merge this kind of adapter, or into this kind of base.
+    """
+    loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
+    recipe = recipe_for(run, loaded)
+    if not dequantize:  # the full weights, although training saw quantized ones
+        recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    model = load_model(recipe)
+    if dequantize:
+        _dequantize(model)
+    model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
+    _untie(model)
+    try:
+        merged = model.merge_and_unload()
+    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
+        kind = type(model.base_model).__name__
+        raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
+    merged.config.use_cache = True  # load_model has switched it off
+    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
+        del merged._weight_conversions
+    return merged if dtype is None or _quantized(merged) else merged.to(dtype)
+
+
+def _quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _dequantize(model: Any) -> None:
+    """Make every quantized linear a plain one, in place."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    parent: Any
+    layer: Any
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not type(layer).__module__.startswith("bitsandbytes."):
+                continue
+            weight = dequantize_module_weight(layer)
+            plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+            plain.weight = nn.Parameter(weight.to(model.dtype), requires_grad=False)
+            plain.bias = layer.bias
+            setattr(parent, name, plain)
+    for mark in _MARKS:
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _untie(model: Any) -> None:
+    """Give embeddings and head weights of their own if only one of them is adapted.
+
+    Otherwise merging into the one would change the other, which the adapter has left alone.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    ends: Any = (base.get_input_embeddings(), base.get_output_embeddings())
+    layers: list[Any] = [
+        end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends
+    ]
+    if layers[1] is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    if getattr(layers[0], "weight", None) is getattr(layers[1], "weight", None):
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False

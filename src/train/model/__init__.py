@@ -1,0 +1,1 @@
+"""The model of a run: finding, loading, quantizing, adapting."""

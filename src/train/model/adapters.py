@@ -1,0 +1,201 @@
+"""What of a model is trained: adapters beside it, or all of its weights, or some."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import ModelError, RecipeError
+from ..recipe.recipe import Recipe
+from .adapter_files import put_adapter
+
+
+def add_adapter(model: Any, recipe: Recipe) -> Any:
+    """Wrap ``model`` with the adapters that the recipe asks for, or choose the weights to train.
+
+    Quantized weights are frozen and everything else keeps its dtype: that of the norms and the
+    embeddings is the dtype of the computation, which does not need PEFT's float32 copies of them.
+
+    Raises:
+        RecipeError: the recipe names layers, blocks or parameters that the model does not have.
+    """
+    if recipe.adapter is None:
+        return _unfrozen(model, recipe.unfrozen_parameters)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _reach_blocks(model, recipe)
+    if recipe.lora_model_dir:
+        folder = Path(recipe.lora_model_dir).expanduser()
+        name = str(folder.resolve()) if folder.exists() else recipe.lora_model_dir
+        autocast = recipe.peft_autocast_adapter_dtype
+        try:
+            return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
+        except ModelError as error:
+            raise RecipeError(f"lora_model_dir: {error}") from error
+    return _adapted(model, recipe, _config(model, recipe))
+
+
+def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
+    from peft import get_peft_model
+
+    try:
+        # adapters in fp32 beside 16-bit weights, unless the recipe says otherwise
+        return get_peft_model(
+            model, config, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
+        )
+    except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
+        raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
+
+
+def require_names(model: Any, recipe: Recipe) -> None:
+    """See that ``model`` has what the recipe names, and that PEFT takes it.
+
+    Args:
+        model: without weights (on the meta device), and of no other use: adapters are put on it.
+        recipe: checked.
+
+    Raises:
+        RecipeError: it has no such layers or parameters, or PEFT refuses the settings.
+    """
+    if recipe.adapter is None:
+        _matched(model, recipe.unfrozen_parameters or [])
+    elif not recipe.lora_model_dir:
+        config = _config(model, recipe)
+        try:
+            _adapted(model, recipe, config)
+        except RecipeError:
+            raise
+        except Exception:  # what is begun from the weights may be beyond a model without them
+            return
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _config(model: Any, recipe: Recipe) -> Any:
+    from peft import LoraConfig
+
+    _require_present(model, recipe.lora_modules_to_save, "lora_modules_to_save")
+    given: dict[str, Any] = {
+        "r": recipe.lora_r,
+        "lora_alpha": recipe.lora_alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": _targets(model, recipe),
+        "target_parameters": _listed(recipe.lora_target_parameters),
+        "exclude_modules": recipe.lora_exclude_modules,
+        "modules_to_save": recipe.lora_modules_to_save,
+        "fan_in_fan_out": recipe.lora_fan_in_fan_out,
+        "bias": recipe.lora_bias,
+        "use_dora": recipe.peft_use_dora,
+        "use_rslora": recipe.peft_use_rslora,
+        "layers_to_transform": recipe.peft_layers_to_transform,
+        "layers_pattern": recipe.peft_layers_pattern,
+        "layer_replication": recipe.peft_layer_replication,
+        "init_lora_weights": recipe.peft_init_lora_weights,
+        "trainable_token_indices": recipe.peft_trainable_token_indices,
+        "ensure_weight_tying": recipe.peft_ensure_weight_tying,
+    }
+    try:  # what is unset is PEFT's to choose
+        return LoraConfig(
+            task_type="CAUSAL_LM", **{k: v for k, v in given.items() if v is not None}
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
+
+
+def _listed(names: list[str] | str | None) -> list[str] | None:
+    return [names] if isinstance(names, str) else names
+
+
+def _targets(model: Any, recipe: Recipe) -> list[str] | str:
+    named = recipe.lora_target_modules
+    every = recipe.lora_target_linear
+    if named in ("all-linear", ["all-linear"]):
+        named, every = None, True
+    if isinstance(named, str):
+        if every:
+            raise RecipeError(
+                "lora_target_modules: a regular expression names all layers by itself; set "
+                "lora_target_linear to false"
+            )
+        if not any(re.fullmatch(named, name) for name, _ in model.named_modules()):
+            raise RecipeError(f"lora_target_modules: no layer's whole name matches {named!r}")
+        return named
+    _require_present(model, named, "lora_target_modules")
+    named = list(named or [])
+    if not every:
+        return named
+    if not named and recipe.peft_layers_to_transform is None:  # which PEFT wants names for
+        return "all-linear"
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    return sorted(linear | set(named))
+
+
+def _require_present(model: nn.Module, named: list[str] | None, key: str) -> None:
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unknown = [name for name in named or [] if name.rpartition(".")[2] not in present]
+    if unknown:
+        kinds = (nn.Linear, nn.Embedding)
+        inner = [name for name, m in model.named_modules() if isinstance(m, kinds)]
+        known = dict.fromkeys(name.rpartition(".")[2] for name in inner)
+        raise RecipeError(
+            f"{key}: the model has no layer {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+
+
+def _unfrozen(model: nn.Module, patterns: list[str] | None) -> Any:
+    """Train the parameters whose names begin like one of ``patterns``; None: all of them."""
+    if patterns:
+        _matched(model, patterns)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.match(pattern, name) for pattern in patterns))
+    return model
+
+
+def _matched(model: nn.Module, patterns: list[str]) -> None:
+    """See that every pattern is the beginning of some parameter's name."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        try:
+            matched = any(re.match(pattern, name) for name in names)
+        except re.error as error:
+            raise RecipeError(f"unfrozen_parameters: {pattern!r}: {error}") from None
+        if not matched:
+            raise RecipeError(
+                f"unfrozen_parameters: no parameter's name begins like {pattern!r}; they are named "
+                f"like {names[0]}, {names[-1]}"
+            )
+
+
+def _reach_blocks(model: Any, recipe: Recipe) -> None:
+    """Let the gradient reach checkpointed blocks where only that of their inputs is looked at."""
+    options = recipe.gradient_checkpointing_kwargs or {}
+    if recipe.checkpointing() and options.get("use_reentrant"):
+        model.enable_input_require_grads()
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are.
+
+    Weights of 4 bits are two to an element of their tensor.
+    """
+    trained = total = 0
+    for p in model.parameters():
+        size = p.numel()
+        shape = getattr(getattr(p, "quant_state", None), "shape", None)
+        if shape is not None:
+            size = shape.numel()
+        total += size
+        trained += size if p.requires_grad else 0
+    return trained, total

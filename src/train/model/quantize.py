@@ -1,0 +1,110 @@
+"""Frozen weights in 4 or 8 bits, by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import RecipeError
+from ..recipe.recipe import Recipe
+
+
+def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The ``BitsAndBytesConfig`` that the recipe asks for, or None.
+
+    Four bits are NF4 with quantized scales, computed in ``dtype``; ``bnb_config_kwargs`` win.
+
+    Raises:
+        RecipeError: ``bnb_config_kwargs`` are not what ``BitsAndBytesConfig`` takes.
+    """
+    if not (recipe.load_in_4bit or recipe.load_in_8bit):
+        return None
+    import transformers
+
+    make: Any = transformers.BitsAndBytesConfig
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if recipe.load_in_4bit:
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    given = recipe.bnb_config_kwargs or {}
+    unknown = sorted(set(given) - set(vars(make())))
+    if unknown:
+        raise RecipeError(f"bnb_config_kwargs: BitsAndBytesConfig has no {', '.join(unknown)}")
+    try:
+        return make(**{**options, **given})
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        raise RecipeError(f"bnb_config_kwargs: {error}") from error
+
+
+def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
+    """Quantize the linear layers of a loaded model in place, all but the output head.
+
+    For weights that transformers cannot quantize while it loads them, such as those of a GGUF
+    file. The result is what ``from_pretrained`` makes of the same weights.
+
+    Args:
+        model: with dense weights.
+        config: a ``BitsAndBytesConfig``.
+        device: where the quantized weights go.
+    """
+    skipped = set(config.llm_int8_skip_modules or ())
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for parent_name, parent in list(model.named_modules()):
+        for name, layer in list(parent.named_children()):
+            path = f"{parent_name}.{name}".lstrip(".")
+            if type(layer) is not nn.Linear or layer is head:
+                continue
+            if any(path == skip or path.split(".")[-1] == skip for skip in skipped):
+                continue
+            made = _four(layer, config) if config.load_in_4bit else _eight(layer, config)
+            made.bias = layer.bias
+            setattr(parent, name, made.to(device).train(layer.training))
+    bits = 4 if config.load_in_4bit else 8
+    model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
+
+
+def stay_trainable(model: nn.Module) -> None:
+    """Let weights of 4 bits keep the layout that gradients go through.
+
+    On CPUs with AVX-512 bf16, bitsandbytes lays them out anew at the first evaluation, for a kernel
+    that has no backward and says nothing: a later training step would have no gradients below.
+
+    Args:
+        model: with the layers of bitsandbytes, before its first use.
+    """
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _four(layer: nn.Linear, config: Any) -> Any:
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
+    options = {
+        "compress_statistics": config.bnb_4bit_use_double_quant,
+        "quant_type": config.bnb_4bit_quant_type,
+        "quant_storage": config.bnb_4bit_quant_storage,
+    }
+    made = bnb.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None,
+        config.bnb_4bit_compute_dtype, device="meta", **options,
+    )  # fmt: skip
+    made.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, module=made, **options)
+    return made
+
+
+def _eight(layer: nn.Linear, config: Any) -> Any:
+    bnb: Any = importlib.import_module("bitsandbytes.nn")
+    made = bnb.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False,
+        threshold=config.llm_int8_threshold, device="meta",
+    )  # fmt: skip
+    made.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return made

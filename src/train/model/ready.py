@@ -1,0 +1,39 @@
+"""The model as the first step finds it: loaded, checked, seeded, with its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import RecipeError
+from ..data import leaks
+from ..recipe.recipe import Recipe
+from .adapters import add_adapter
+from .load import fit_embeddings, load_model
+
+
+def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> Any:
+    """Load the model of a recipe, and make of it what is trained.
+
+    Args:
+        recipe: checked.
+        tokenizer: whose tokens the embeddings need rows for.
+        say: is told of what the user may not expect.
+
+    Raises:
+        RecipeError: there is no such model, or it cannot be trained as the recipe says.
+    """
+    from transformers import set_seed
+
+    model = load_model(recipe)
+    packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
+    if packs and leaks(model, model.config.vocab_size, model.device):
+        raise RecipeError(
+            f"sample_packing: {type(model).__name__} lets the samples of a pack see each other; "
+            "set it to false"
+        )
+    set_seed(recipe.seed)
+    added = fit_embeddings(model, tokenizer, recipe)
+    if added:
+        say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
+    return add_adapter(model, recipe)

@@ -1,0 +1,102 @@
+"""The tokenizer of a recipe, with the tokens and the chat template that the recipe gives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import RecipeError
+from ..data.chat.builtin_templates import find_template
+from ..recipe.recipe import Recipe
+
+_PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<unk>")
+"""Tokens that vocabularies have for padding, or that no text contains."""
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Load the tokenizer of ``base_model``, or of ``tokenizer_config``, and set it up.
+
+    It gets the recipe's ``special_tokens``, ``tokens``, ``added_tokens_overrides`` and chat
+    template, and a token to pad with, as ``pad_token`` says.
+
+    Raises:
+        RecipeError: there is none, it cannot be read, or cannot be given what the recipe asks.
+    """
+    from .from_pretrained import pretrained
+    from .load import class_by_name  # slow to import
+
+    name = recipe.tokenizer_config or recipe.base_model
+    # said in any case: where it is not, transformers asks on the terminal
+    options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
+    if not recipe.tokenizer_use_fast:
+        options["use_fast"] = False
+    if recipe.tokenizer_legacy is not None:
+        options["legacy"] = recipe.tokenizer_legacy
+    if recipe.revision_of_model and name == recipe.base_model and not Path(name).exists():
+        options["revision"] = recipe.revision_of_model
+    factory = class_by_name(
+        recipe.tokenizer_type, "AutoTokenizer", "PreTrainedTokenizerBase", "tokenizer_type"
+    )
+    key = "tokenizer_config" if recipe.tokenizer_config else "base_model"
+    tokenizer = pretrained(factory, name, kind="tokenizer", key=key, **options)
+    _override(tokenizer, recipe)
+    _add(tokenizer, recipe)
+    _choose_pad(tokenizer)
+    template = find_template(recipe.chat_template, recipe.chat_template_jinja, tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _override(tokenizer: Any, recipe: Recipe) -> None:
+    """Give reserved tokens of the vocabulary new texts."""
+    if not recipe.added_tokens_overrides:
+        return
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in state["added_tokens"]}
+    vocabulary = state["model"].get("vocab")
+    for number, text in recipe.added_tokens_overrides.items():
+        if number not in added:
+            raise RecipeError(
+                f"added_tokens_overrides: {number} is no added token of the tokenizer; they have "
+                f"the ids {min(added, default=0)} to {max(added, default=0)}"
+            )
+        old = added[number]["content"]
+        added[number]["content"] = text
+        if isinstance(vocabulary, dict) and old in vocabulary:
+            vocabulary[text] = vocabulary.pop(old)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _add(tokenizer: Any, recipe: Recipe) -> None:
+    special = recipe.special_tokens.model_dump(exclude_none=True) if recipe.special_tokens else {}
+    extra = special.pop("additional_special_tokens", None)
+    if special:
+        tokenizer.add_special_tokens(special)
+    if extra:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": extra}, replace_extra_special_tokens=False
+        )
+    if recipe.tokens:
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens(
+            [AddedToken(t, rstrip=False, lstrip=False, normalized=False) for t in recipe.tokens]
+        )
+
+
+def _choose_pad(tokenizer: Any) -> None:
+    """Take a token of the vocabulary to pad with; the end-of-text token only if there is no other.
+
+    Padding is never trained (``data.packing``), so that this cannot untrain the end of a text. A
+    pad token of its own keeps other programs from masking the end of text by its id.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    found = next((t for t in _PADS if t in vocabulary and t != tokenizer.eos_token), None)
+    tokenizer.pad_token = found or tokenizer.eos_token

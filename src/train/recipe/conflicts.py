@@ -1,0 +1,284 @@
+"""Keys of a recipe that are each fine but do not go together, or have no effect together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..data.chat.builtin_templates import unknown_template
+from .keys.dataset import TYPES
+from .problems import Loc
+
+Values = Mapping[str, Any]
+Problem = tuple[Loc, str]
+
+_ATTENTIONS = (
+    "flash_attention", "xformers_attention", "sdp_attention", "flex_attention", "eager_attention",
+    "s2_attention", "sage_attention",
+)  # fmt: skip
+_DTYPES = ("bf16", "bfloat16", "fp16", "float16", "float32", "fp8")
+
+
+def conflicts(values: Values) -> Iterator[Problem]:
+    """Yield the place and the problem of keys that do not go together.
+
+    Args:
+        values: the recipe as written, unset keys left out. It may have other problems.
+    """
+    for check in _CHECKS:
+        yield from check(values)
+
+
+def without_effect(values: Values) -> Iterator[tuple[str, str]]:
+    """Yield the keys that nothing reads beside the others, each with the reason.
+
+    Args:
+        values: the recipe as written; unset keys may be None.
+    """
+    validates = values.get("val_set_size") or values.get("test_datasets")
+    idle: list[tuple[Sequence[str], str]] = []
+    keys: Sequence[str]
+    longest, length = (values.get(k) for k in ("eval_sequence_len", "sequence_len"))
+    if not validates:
+        keys = ("evals_per_epoch", "eval_batch_size", "eval_sample_packing", "eval_sequence_len",
+                "early_stopping_patience", "load_best_model_at_end")  # fmt: skip
+        idle.append((keys, "there are no rows to validate on: val_set_size is 0"))
+    elif (
+        values.get("val_set_size") and longest and longest > (length or longest)
+        and not _first_set(values, "eval_sample_packing", "sample_packing")
+    ):  # fmt: skip
+        keys = ("eval_sequence_len",)
+        idle.append((keys, "rows that val_set_size holds out are no longer than sequence_len"))
+    if not str(values.get("optimizer")).startswith(("galore", "apollo")):
+        idle.append((("optim_target_modules",), "only the galore and apollo optimizers read it"))
+    if values.get("adapter") is None:
+        keys = [k for k in values if k.startswith(("lora_", "peft_", "loraplus_"))]
+        idle.append((keys, "adapter is unset: every weight is trained"))
+    elif values.get("unfrozen_parameters"):
+        idle.append((("unfrozen_parameters",), "with an adapter, only the adapter is trained"))
+    if values.get("sample_packing"):
+        idle.append((("group_by_length",), "sample_packing leaves no padding to save"))
+    if values.get("max_steps") is not None:
+        idle.append((("num_epochs",), "max_steps wins"))
+    idle += _rates_without_effect(values)
+    if values.get("adapter") is not None and values.get("lora_model_dir") is not None:
+        idle.append((_OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"))
+    if values.get("streaming") or values.get("pretraining_dataset"):
+        idle.append((_OF_ALL_ROWS, "rows are streamed, so nothing knows all of them"))
+        if not values.get("test_datasets"):
+            idle.append((("dataset_prepared_path",), "rows are streamed, so none are kept"))
+    if values.get("loss_watchdog_threshold") is None:
+        idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
+    for keys, reason in idle:
+        yield from ((key, reason) for key in keys if key in values)
+
+
+def _first_set(values: Values, *keys: str) -> Any:
+    """The value of the first of the keys that has one."""
+    return next((values[k] for k in keys if values.get(k) is not None), None)
+
+
+_OF_NEW_ADAPTERS = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
+    "lora_modules_to_save", "lora_fan_in_fan_out", "lora_exclude_modules", "peft_use_dora",
+    "peft_use_rslora", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
+)  # fmt: skip
+_OF_ALL_ROWS = ("group_by_length", "sample_packing_sequentially", "sample_packing_group_size")
+
+
+def _rates_without_effect(values: Values) -> Iterator[tuple[Sequence[str], str]]:
+    """Keys of learning rates that another key leaves without a reader."""
+    scheduler = str(values.get("lr_scheduler") or "cosine")
+    ours = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")
+    if scheduler != "cosine":
+        yield ours, "only lr_scheduler: cosine reads it"
+    elif any(values.get(k) for k in ours):
+        yield ("lr_scheduler_kwargs",), "the cosine keys say what the schedule is"
+    if scheduler != "one_cycle":
+        yield ("lr_div_factor",), "only lr_scheduler: one_cycle reads it"
+    if values.get("loraplus_lr_ratio") is None:
+        yield ("loraplus_lr_embedding",), "only loraplus_lr_ratio reads it"
+    else:
+        keys = ("embedding_lr", "embedding_lr_scale")
+        yield keys, "loraplus_lr_ratio sets all rates: use loraplus_lr_embedding"
+
+
+def _model(values: Values) -> Iterator[Problem]:
+    named = [k for k in _ATTENTIONS if values.get(k)]
+    if "attn_implementation" in values:
+        named.insert(0, "attn_implementation")
+    if len(named) > 1:
+        yield (named[1],), f"set this or {named[0]}, not both"
+    dtypes = [k for k in _DTYPES if values.get(k) and values[k] != "auto"]
+    same = ({"bf16", "bfloat16"}, {"fp16", "float16"})
+    if len(dtypes) > 1 and set(dtypes) not in same:
+        yield (dtypes[1],), f"set this or {dtypes[0]}, not both: weights have one dtype"
+    if values.get("load_in_4bit") and values.get("load_in_8bit"):
+        yield ("load_in_8bit",), "set this or load_in_4bit, not both"
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if values.get(key) and not values.get("adapter"):
+            yield (
+                (key,),
+                f"quantized weights cannot be trained: set adapter, or {key}: false",
+            )
+    yield from _template(values, ())
+
+
+def _template(values: Values, loc: Loc) -> Iterator[Problem]:
+    name = values.get("chat_template")
+    if name == "jinja" and not values.get("chat_template_jinja"):
+        yield (*loc, "chat_template"), "jinja needs chat_template_jinja: the template or its file"
+    elif isinstance(name, str) and (said := unknown_template(name)) is not None:
+        yield (*loc, "chat_template"), said
+
+
+def _adapter(values: Values) -> Iterator[Problem]:
+    adapter, layers = values.get("adapter"), values.get("lora_target_modules")
+    targets = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
+    if adapter in ("lora", "qlora"):
+        if not any(values.get(k) for k in (*targets, "lora_model_dir")):
+            yield (
+                ("adapter",),
+                f"{adapter} needs lora_target_linear: true, or a list lora_target_modules",
+            )
+        if adapter == "qlora" and values.get("load_in_8bit"):
+            yield (
+                ("adapter",),
+                "qlora needs load_in_4bit: true, not load_in_8bit",
+            )
+        elif adapter == "qlora" and not values.get("load_in_4bit"):
+            yield ("adapter",), "qlora needs load_in_4bit: true"
+    if isinstance(layers, str) and layers != "all-linear" and values.get("lora_target_linear"):
+        yield (
+            ("lora_target_modules",),
+            "one text cannot add to lora_target_linear: write a list, or set that to false",
+        )
+    if values.get("lora_target_parameters") and values.get("lora_dropout"):
+        yield ("lora_target_parameters",), "needs lora_dropout: 0"
+    if values.get("peft_layers_pattern") and "peft_layers_to_transform" not in values:
+        yield ("peft_layers_pattern",), "needs peft_layers_to_transform"
+    if adapter and values.get("unfrozen_parameters") and "peft_layers_to_transform" in values:
+        yield ("unfrozen_parameters",), "set this or peft_layers_to_transform, not both"
+
+
+def _rows(values: Values) -> Iterator[Problem]:
+    if "datasets" not in values and "pretraining_dataset" not in values:
+        yield ("datasets",), "is missing"
+    if values.get("datasets") and values.get("pretraining_dataset"):
+        yield (
+            ("pretraining_dataset",),
+            "set this or datasets, not both: only one of them is trained on; to read datasets as "
+            "a stream, set streaming: true",
+        )
+    size = values.get("val_set_size")
+    if isinstance(size, float) and size > 1 and size != int(size):
+        yield ("val_set_size",), f"must be a share below 1 or a number of rows, not {size}"
+    if size and values.get("test_datasets"):
+        yield ("val_set_size",), "set this or test_datasets, not both"
+    streamed = next((k for k in ("pretraining_dataset", "streaming") if values.get(k)), None)
+    if streamed:
+        if "max_steps" not in values:
+            yield (streamed,), "needs max_steps: a stream has no known end"
+        if size:
+            yield ("val_set_size",), f"cannot be cut from a stream ({streamed}): use test_datasets"
+        for key in ("dataset_exact_deduplication", "dataset_shard_num"):
+            if values.get(key):
+                yield (key,), f"needs all rows at once, which a stream ({streamed}) never has"
+        for loc in _weights(values):
+            yield loc, f"needs all rows at once, which a stream ({streamed}) never has"
+    parts, part = values.get("dataset_shard_num"), values.get("dataset_shard_idx", 0)
+    if isinstance(parts, int) and isinstance(part, int) and part >= parts:
+        yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"
+    if part and parts is None:
+        yield ("dataset_shard_idx",), "needs dataset_shard_num"
+    names = () if values.get("rl") else ("datasets", "test_datasets", "pretraining_dataset")
+    for name in names:  # preferences have types of their own
+        listed = values.get(name)
+        for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
+            if isinstance(dataset, Mapping):
+                yield from _dataset(dataset, (name, i))
+
+
+def _weights(values: Values) -> Iterator[Loc]:
+    """The places of weights of datasets to train on that ask for something."""
+    for name in ("datasets", "pretraining_dataset"):
+        listed = values.get(name)
+        for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
+            if isinstance(dataset, Mapping) and dataset.get("weight", 1) != 1:
+                yield (name, i, "weight")
+
+
+def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:
+    yield from _template(values, loc)
+    kind = values.get("type")
+    if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
+        near = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(TYPES)}"
+        yield (*loc, "type"), f"{kind!r} is not a type of rows{hint}"
+    shards, index = values.get("shards"), values.get("shards_idx", 0)
+    if isinstance(shards, int) and isinstance(index, int) and index >= shards:
+        yield (*loc, "shards_idx"), f"must be less than shards, which is {shards}"
+    if "shards_idx" in values and shards is None:
+        yield (*loc, "shards_idx"), "needs shards"
+    mapped = values.get("message_property_mappings")
+    for name in ("role", "content"):
+        old = f"message_field_{name}"
+        if old in values and isinstance(mapped, Mapping) and name in mapped:
+            yield (*loc, old), f"set this or message_property_mappings.{name}, not both"
+
+
+def _steps(values: Values) -> Iterator[Problem]:
+    yield from _either(values, "warmup_ratio", "warmup_steps")
+    yield from _either(values, "batch_size", "gradient_accumulation_steps")
+    yield from _either(values, "embedding_lr_scale", "embedding_lr")
+    size, micro = values.get("batch_size"), values.get("micro_batch_size", 1)
+    if isinstance(size, int) and isinstance(micro, int) and micro > 0 and size % micro:
+        yield ("batch_size",), f"must be a multiple of micro_batch_size, which is {micro}"
+
+
+def _output(values: Values) -> Iterator[Problem]:
+    for key in ("save_steps", "eval_steps", "logging_steps"):
+        every = values.get(key)
+        if isinstance(every, float) and every > 1 and every != int(every):
+            yield (key,), f"must be a share below 1 or a number of steps, not {every}"
+    yield from _either(values, "saves_per_epoch", "save_steps")
+    yield from _either(values, "evals_per_epoch", "eval_steps")
+    for verb in ("save", "eval"):
+        strategy = values.get(f"{verb}_strategy", "steps")
+        for key in (f"{verb}_steps", f"{verb}s_per_epoch"):
+            if values.get(key) and strategy != "steps":
+                said = "no" if strategy is False else strategy
+                yield (key,), f"needs {verb}_strategy: steps, which is {said}"
+    validates = values.get("val_set_size") or values.get("test_datasets")
+    for key in ("eval_steps", "eval_strategy"):
+        if values.get(key, "no") not in ("no", False) and not validates:
+            yield (key,), "needs val_set_size or test_datasets: there are no rows to validate on"
+    evaluated = any(values.get(k) for k in ("eval_steps", "evals_per_epoch", "eval_strategy"))
+    for key in ("early_stopping_patience", "load_best_model_at_end"):
+        if values.get(key) and validates and not evaluated:
+            yield (key,), "needs eval_steps or evals_per_epoch"
+    saved = any(values.get(k) for k in ("save_steps", "saves_per_epoch", "save_strategy"))
+    if values.get("load_best_model_at_end") and validates and not saved:
+        yield ("load_best_model_at_end",), "needs save_steps or saves_per_epoch"
+    resumes = [
+        k for k in ("resume_from_checkpoint", "auto_resume_from_checkpoints") if values.get(k)
+    ]
+    # auto_resume_from_checkpoints may stand in a recipe for good: overwriting begins anew
+    if values.get("resume_from_checkpoint") is True and values.get("overwrite_output_dir"):
+        yield (resumes[0],), "set this or overwrite_output_dir (--overwrite), not both"
+    if resumes and values.get("save_only_model"):
+        yield (
+            (resumes[0],),
+            "needs save_only_model: false, since steps go on with the optimizer's state",
+        )
+
+
+def _either(values: Values, key: str, other: str) -> Iterator[Problem]:
+    if values.get(key) and values.get(other):
+        yield (key,), f"set this or {other}, not both"
+
+
+_CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
+    _model, _adapter, _rows, _steps, _output,
+)  # fmt: skip

@@ -1,0 +1,43 @@
+"""The keys that no other engine has."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from ....memory.budget import Budget
+from .base import Int, Keys, key
+
+
+def _budget(value: Any) -> Any:
+    try:
+        return Budget.parse(value).text
+    except ValueError:
+        wanted = "auto, speed, min, or the whole of what the process may use, such as 8GB"
+        raise PydanticCustomError("budget", wanted) from None
+
+
+class OurKeys(Keys):
+    """Fusewright's own."""
+
+    optimize: bool = True
+    """Rewrite the model's formulas (``fusewright.optimize``); false: train it as it is."""
+
+    codegen: Literal["auto", "eager", "inductor"] = "auto"
+    """What runs the operations that no rewrite claims."""
+
+    memory: Annotated[str, BeforeValidator(_budget)] = "auto"
+    """What blocks keep for backward: ``auto`` as much as the device has memory for, ``speed``
+    everything, ``min`` only their inputs, or the whole budget of the process, such as ``8GB``."""
+
+    strict: bool = False
+    """Stop when a rewrite is refused or a known formula is missed. Unknown keys are always
+    errors."""
+
+    sample_prompt: str | None = None
+    """A question that is answered before and after training. Unset: none."""
+
+    sample_max_tokens: Int = key(64, gt=0)
+    """Longest answer to ``sample_prompt``, in tokens."""

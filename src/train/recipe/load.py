@@ -1,0 +1,171 @@
+"""From a YAML file to a checked recipe, with every problem reported at once, by line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...errors import RecipeError
+from ..consent import Consent
+from ..printable import odd_characters
+from .conflicts import conflicts
+from .keys.base import aliases
+from .paths import with_paths
+from .problems import Loc, explained, listed, nearest_key
+from .recipe import Recipe
+from .status import refusals
+from .yaml_lines import read
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that has no mistake, though training may refuse it.
+
+    Attributes:
+        name: of the file, as it was given.
+        recipe: the keys, with absolute paths.
+        values: what was written, with the names that keys have now; unset ones are None.
+        where: the line of every key and item, e.g. ``line 3``, or ``override``.
+    """
+
+    name: str
+    recipe: Recipe
+    values: Mapping[str, Any]
+    where: Mapping[Loc, str]
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    consent: Consent | None = None,
+) -> Recipe:
+    """Read and check a recipe that is to be run, and make its paths absolute.
+
+    Args:
+        source: a YAML file, or its content as a mapping.
+        overrides: keys that win over the file; a dotted key (``datasets.0.path``) goes inside.
+        consent: what the caller allows; None: nothing. No key can say that.
+
+    Raises:
+        RecipeError: lists every problem, with its key and line; also keys that ask for what is not
+            yet available, or that would run foreign code without the caller's word.
+    """
+    checked = check(source, overrides, consent)
+    if problems := refusals(checked.values):
+        raise RecipeError(listed(checked.name, problems, checked.where))
+    return checked.recipe
+
+
+def check(
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    consent: Consent | None = None,
+) -> Checked:
+    """Read and check a recipe, but take keys that are not yet available.
+
+    Raises:
+        RecipeError: lists every problem, with its key and line.
+    """
+    if isinstance(source, Mapping):
+        name, values, folder = "the recipe", _plain(source), Path.cwd()
+        lines: dict[Loc, int] = {}
+    else:
+        path = Path(source)
+        values, lines = read(path)
+        name, folder = str(source), path.resolve().parent
+    where: dict[Loc, str] = {loc: f"line {line}" for loc, line in lines.items()}
+    problems = _rename(values, where)
+    problems += _override(values, overrides or {}, where)
+    given = _without_nulls(values)
+    odd = list(odd_characters(given))
+    problems += odd
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(given)
+    except ValidationError as error:
+        problems += explained(error, given)
+    meant = {nearest_key(Recipe, k) for k in given if k not in Recipe.model_fields} - {None}
+    known = {loc for loc, _ in problems}
+    for loc, problem in conflicts(given):
+        misspelt = any(str(key) in problem or key == loc[0] for key in meant)
+        if not misspelt and loc not in known:
+            problems.append((loc, problem))
+    if recipe is not None and not odd:  # no path has such characters
+        recipe, missing = with_paths(recipe.allowed(consent or Consent()), folder)
+        problems += missing
+    if problems or recipe is None:
+        problems += [found for found in refusals(values) if found[0] not in known]
+        raise RecipeError(listed(name, problems, where))
+    return Checked(name, recipe, values, where)
+
+
+def _rename(values: dict[str, Any], where: dict[Loc, str]) -> list[tuple[Loc, str]]:
+    """Give keys with an older name the one that they have now; return those that have both."""
+    problems: list[tuple[Loc, str]] = []
+    for old, new in aliases(Recipe).items():
+        if old not in values:
+            continue
+        value = values.pop(old)
+        if values.get(new) is not None and value is not None:
+            problems.append(((old,), f"is the older name of {new}, which is set, too"))
+            continue
+        if value is not None or new not in values:
+            values[new] = value
+            for loc in [loc for loc in where if loc[0] == old]:
+                where[(new, *loc[1:])] = where[loc]
+    return problems
+
+
+def _override(
+    values: dict[str, Any], overrides: Mapping[str, Any], where: dict[Loc, str]
+) -> list[tuple[Loc, str]]:
+    """Set what the command line says; return what cannot be set."""
+    problems: list[tuple[Loc, str]] = []
+    for dotted, value in overrides.items():
+        first, *rest = dotted.split(".")
+        first = aliases(Recipe).get(first, first)
+        loc: Loc = (first, *(int(p) if p.isdecimal() else p for p in rest))
+        if _put(values, loc, value):
+            for n in range(1, len(loc)):
+                where.setdefault(loc[:n], "override")
+            where[loc] = "override"
+        else:
+            problems.append((loc, "there is nothing at this place to override"))
+    return problems
+
+
+def _put(values: Any, loc: Loc, value: Any) -> bool:
+    """Set the value at ``loc``; False when there is nothing to set it in."""
+    for part, following in itertools.pairwise(loc):
+        if isinstance(values, dict) and isinstance(following, str) and values.get(part) is None:
+            values[part] = {}  # the keys of an unset group, e.g. special_tokens
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    last = loc[-1]
+    try:
+        if not isinstance(values, dict):
+            values[last]  # a list does not grow
+        values[last] = value
+    except (IndexError, TypeError):
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """A copy of nested mappings and lists that may be changed."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

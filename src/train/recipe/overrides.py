@@ -1,0 +1,58 @@
+"""Keys of a recipe on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from ...errors import RecipeError
+from .keys.base import Keys, aliases, nested
+from .recipe import Recipe
+from .yaml_lines import parse_value
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read ``--key value``, ``--key=value``, and for booleans ``--key`` and ``--no-key``.
+
+    Args:
+        arguments: the words. Values are read as YAML, ``-`` in a key is read as ``_``, and a dotted
+            key (``--datasets.0.path``) goes inside.
+
+    Raises:
+        RecipeError: a word that belongs to no key, or a key without a value.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"what is {word!r} for? Write --key value to set a key of the recipe")
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if equals:
+            overrides[key] = parse_value(value)
+        elif key.startswith("no_") and _is_switch(key[3:]):
+            overrides[key[3:]] = False
+        elif rest and not rest[0].startswith("--"):
+            overrides[key] = parse_value(rest.pop(0))
+        elif _is_switch(key):
+            overrides[key] = True
+        else:
+            raise RecipeError(f"{word} needs a value")
+    return overrides
+
+
+def _is_switch(dotted: str) -> bool:
+    """Whether a key may be a boolean."""
+    first, *inner = dotted.split(".")
+    model: type[Keys] | None = Recipe
+    annotation: Any = None
+    for name in (aliases(Recipe).get(first, first), *inner):
+        if name.isdecimal():
+            continue
+        field = model.model_fields.get(name) if model is not None else None
+        if field is None:
+            return False
+        annotation = field.annotation
+        model = nested(annotation)
+    return annotation is bool or bool in get_args(annotation)

@@ -1,0 +1,150 @@
+"""The paths of a recipe, made absolute; and what is not where it should be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...errors import RecipeError
+from ..checkpoint.system_folders import why_not_ours_to_write
+from ..consent import must_build, needs_consent, refused_builder
+from ..data.readers.package_rows import is_own, why_none
+from ..model.locate import find_file, locate
+from .keys.dataset import Dataset
+from .problems import Loc
+from .recipe import Recipe
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
+_D = TypeVar("_D", bound=Dataset)
+
+Problems = list[tuple[Loc, str]]
+
+
+def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
+    """Make the paths of a recipe absolute.
+
+    Args:
+        recipe: as written. A path is looked for in ``folder``, then in the current folder.
+        folder: where the recipe is.
+
+    Returns:
+        The recipe with absolute paths, and what could not be found.
+    """
+    folders = list(dict.fromkeys([folder, Path.cwd()]))
+    problems: Problems = []
+    update: dict[str, Any] = {}
+    for name in ("datasets", "test_datasets", "pretraining_dataset"):
+        if found := getattr(recipe, name):
+            update[name] = [_dataset(d, folders, (name, i), problems) for i, d in enumerate(found)]
+            if not recipe.consent.allow_builders:
+                problems += _unallowed(update[name], name)
+    update |= _models(recipe, folders, problems)
+    for name in ("output_dir", "dataset_prepared_path"):
+        if (path := getattr(recipe, name)) is not None:
+            update[name] = str(Path(path).expanduser().resolve())
+            if (problem := why_not_ours_to_write(Path(update[name]))) is not None:
+                problems.append(((name,), problem))
+    for name in ("base_model", "lora_model_dir"):
+        if update.get(name) == update.get("output_dir"):  # its weights would be overwritten
+            problems.append((("output_dir",), f"is the folder of {name}: choose another one"))
+    if isinstance(wanted := recipe.resume_from_checkpoint, str):
+        places = [Path.cwd(), folder, Path(update["output_dir"])]
+        checkpoint = find_file(wanted, places)
+        if checkpoint is None:
+            places = list(dict.fromkeys(places))
+            problems.append((("resume_from_checkpoint",), _nowhere(wanted, places)))
+        update["resume_from_checkpoint"] = str(checkpoint)
+    if (template := recipe.chat_template_jinja) is not None:
+        update["chat_template_jinja"] = _template(template, folders, (), problems)
+    problems += needs_consent(recipe)
+    return recipe.model_copy(update=update), problems
+
+
+def _unallowed(datasets: list[Dataset], key: str) -> Problems:
+    """The builders that would have to run."""
+    return [
+        ((key, i, "builder"), refused_builder(d.builder, d.path))
+        for i, d in enumerate(datasets)
+        if d.builder and Path(d.builder).exists() and must_build(d.builder, d.path)
+    ]
+
+
+def _models(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
+    """The places of the model, its tokenizer and its adapter."""
+    update: dict[str, Any] = {}
+    for name in ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir"):
+        value = getattr(recipe, name)
+        if value is None:
+            continue
+        found = None if value.startswith("package:") else find_file(value, folders)
+        update[name] = str(found) if found else value
+        try:
+            if name == "base_model" or found is None:
+                locate(value, folders)
+            if found is None and not value.startswith("package:") and not _HUB_ID.fullmatch(value):
+                raise RecipeError(
+                    f"{value!r} is neither in {_either(folders)} nor a Hugging Face id"
+                )
+        except RecipeError as error:
+            problems.append(((name,), str(error)))
+    return update
+
+
+def _dataset(dataset: _D, folders: list[Path], loc: Loc, problems: Problems) -> _D:
+    """The dataset with absolute paths. A path that nothing on disk has may be an id of the hub."""
+    update: dict[str, Any] = {}
+    path, builder = dataset.path, dataset.builder
+    if is_own(path):
+        if (problem := why_none(path)) is not None:
+            problems.append(((*loc, "path"), problem))
+        return dataset
+    found = find_file(path, folders)
+    if builder is not None:
+        made_by = find_file(builder, folders)
+        if made_by is None:
+            problems.append(((*loc, "builder"), _nowhere(builder, folders)))
+        update = {
+            "builder": str(made_by),
+            "path": str(found or folders[0] / Path(path).expanduser()),
+        }
+    elif found is not None:
+        update["path"] = str(found)
+    elif "://" in path:
+        problems.append(
+            ((*loc, "path"), f"{path}: remote storage is not yet available: download it first")
+        )
+    elif path.startswith(("/", "./", "../", "~")) or Path(path).suffix in _FILES:
+        problems.append(((*loc, "path"), _nowhere(path, folders)))
+    elif not _HUB_ID.fullmatch(path):
+        problems.append(((*loc, "path"), _no_id(path, folders)))
+    if dataset.data_files is not None and found is None:  # else they are inside the folder
+        files = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
+        update["data_files"] = [str(find_file(file, folders) or file) for file in files]
+    if dataset.chat_template_jinja is not None:
+        template = dataset.chat_template_jinja
+        update["chat_template_jinja"] = _template(template, folders, loc, problems)
+    return dataset.model_copy(update=update)
+
+
+def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
+    """The absolute path of a template's file, or the template itself."""
+    if "{" in text or "\n" in text:
+        return text
+    found = find_file(text, folders)
+    if found is None:
+        problems.append(((*loc, "chat_template_jinja"), _nowhere(text, folders)))
+    return str(found or text)
+
+
+def _nowhere(path: str, folders: list[Path]) -> str:
+    return f"there is no {path} in {_either(folders)}"
+
+
+def _no_id(name: str, folders: list[Path]) -> str:
+    return f"{name!r} is neither in {_either(folders)} nor a Hugging Face id"
+
+
+def _either(folders: list[Path]) -> str:
+    return " or ".join(map(str, folders))

@@ -1,0 +1,139 @@
+"""What is wrong with a recipe, in our words: which key, where, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from .keys.base import Keys, aliases, extra_of, nested
+from .recipe import Recipe
+from .secrets import hide
+
+Loc = tuple[str | int, ...]
+"""The way to a value, e.g. ``("datasets", 0, "path")``."""
+
+_WANTED = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "string": "text",
+    "list": "a list", "dict": "keys and values", "model": "keys and values",
+    "value": "a number", "too": "a list that is not empty",
+}  # fmt: skip
+
+_FEW = 8
+"""More values than this are not listed in a message."""
+
+
+def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
+    """Pydantic's errors in our words; the branches of a union become one line.
+
+    Args:
+        error: what the validation of ``values`` raised.
+        values: the recipe as written.
+    """
+    grouped: dict[Loc, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        grouped.setdefault(_place(detail, values), []).append(detail)
+    inner = {loc[:n] for loc in grouped for n in range(1, len(loc))}
+    # a mapping that has problems inside is not also "not a text"
+    return [(loc, _words(loc, found)) for loc, found in grouped.items() if loc not in inner]
+
+
+def _place(detail: ErrorDetails, values: Any) -> Loc:
+    """The part of the location that the recipe has; pydantic adds the names of union branches."""
+    loc: list[str | int] = []
+    for part in detail["loc"]:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        loc.append(part)
+    if detail["type"] == "missing":
+        loc.append(detail["loc"][-1])
+    return tuple(loc)
+
+
+def _words(loc: Loc, details: list[ErrorDetails]) -> str:
+    kind, value = details[0]["type"], hide({str(loc[-1]): details[0]["input"]})[str(loc[-1])]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        near = nearest_key(model_at(loc[:-1]), str(loc[-1]))
+        return f"is not a key of a recipe{_meant(near)}"
+    wanted: list[str] = []
+    for detail in details:
+        expected = str(detail.get("ctx", {}).get("expected", ""))
+        names = re.findall(r"'([^']*)'", expected)
+        if len(names) > _FEW:
+            near = _nearest_value(loc, str(value), names)
+            return (
+                f"must be one of {len(names)} names (fusewright schema lists them), "
+                f"not {value!r}{_meant(near)}"
+            )
+        word = expected or _WANTED.get(detail["type"].split("_")[0])
+        wanted.append(word or detail["msg"].removeprefix("Input should be "))
+    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {value!r}"
+
+
+def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
+    """The name that was meant, of those that can be had."""
+    field = model_at(loc[:-1]).model_fields[str(loc[-1])]
+    odd = {special["value"]: special["status"] for special in extra_of(field).get("values", ())}
+    usable = [name for name in names if odd.get(name) != "not yet available"]
+    longer = [name for name in usable if name.startswith(value)]  # the first is the plainest
+    near = longer or difflib.get_close_matches(value, usable, n=1, cutoff=0.4)
+    return near[0] if near else None
+
+
+def _meant(near: str | None) -> str:
+    return f"; did you mean {near}?" if near else ""
+
+
+def model_at(loc: Loc) -> type[Keys]:
+    """The class whose keys stand at ``loc``; ``Recipe`` for what is in no class."""
+    model: type[Keys] = Recipe
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        inner = nested(field.annotation) if field else None
+        model = inner or model
+    return model
+
+
+def nearest_key(model: type[Keys], name: str) -> str | None:
+    """The key that was meant; of two that are about as near, the one that begins the same."""
+    names = [*model.model_fields, *aliases(model)]
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.75)
+    if not near:  # words left out: steps, for max_steps
+        words = set(name.split("_"))
+        near = [n for n in names if words <= set(n.split("_"))]
+        near = difflib.get_close_matches(name, near, n=5, cutoff=0.5)
+    start = name.partition("_")[0]
+    return next((n for n in near if n.partition("_")[0] == start), near[0] if near else None)
+
+
+def listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:
+    """All problems as one message, in the order of the file.
+
+    Args:
+        name: of the recipe.
+        problems: each with the place that it is about.
+        where: the line of every place.
+    """
+    order = {place: i for i, place in enumerate(where.values())}
+    entries = []
+    for loc, problem in problems:
+        at = line_of(loc, where)
+        text = f"{at}: " if at else ""
+        entries.append((order.get(at, -1), f"{text}{'.'.join(map(str, loc))}: {problem}"))
+    lines = [text for _, text in sorted(entries, key=lambda entry: entry[0])]
+    if len(lines) == 1:
+        return f"{name}, {lines[0]}"
+    return "\n  ".join([f"{name} has {len(lines)} problems:", *lines])
+
+
+def line_of(loc: Loc, where: Mapping[Loc, str]) -> str:
+    """The line of a place, or of what it is in; empty if it has none."""
+    return next((where[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in where), "")

@@ -1,0 +1,135 @@
+"""What a recipe may say, as one class.
+
+The keys are in ``keys/``, by subject, in Axolotl's vocabulary. A key that is not there is an error
+(with the nearest name), never dropped. ``null`` means unset.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import PrivateAttr
+
+from ..consent import Consent
+from .keys.adapter import AdapterKeys
+from .keys.base import Keys
+from .keys.data import DataKeys
+from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.distributed import ScaleKeys
+from .keys.fusewright import OurKeys
+from .keys.methods import MethodKeys
+from .keys.model import ModelKeys
+from .keys.optimization import StepKeys
+from .keys.output import OutputKeys
+from .keys.subsumed import PeerKeys
+from .keys.tracking import TrackingKeys
+
+__all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
+
+GROUPS: tuple[type[Keys], ...] = (
+    ModelKeys, AdapterKeys, DataKeys, StepKeys, OutputKeys, TrackingKeys, OurKeys,
+    PeerKeys, ScaleKeys, MethodKeys,
+)  # fmt: skip
+"""The groups of keys, in the order of the documentation."""
+
+
+class Recipe(
+    ModelKeys, AdapterKeys, DataKeys, StepKeys, OutputKeys, TrackingKeys, OurKeys,
+    PeerKeys, ScaleKeys, MethodKeys,
+):  # fmt: skip
+    """One training run. The methods say what several keys mean together."""
+
+    _consent: Consent = PrivateAttr(default=Consent())
+
+    @property
+    def consent(self) -> Consent:
+        """What the caller has allowed. It is no key: nothing that is read can set it."""
+        return self._consent
+
+    def allowed(self, consent: Consent) -> Recipe:
+        """The same recipe, with the caller's word."""
+        copy = self.model_copy()
+        copy._consent = consent
+        return copy
+
+    def recorded(self) -> dict[str, Any]:
+        """Every key as a run's files keep it: ``trust_remote_code`` says what was in force."""
+        kept = self.model_dump(mode="json")
+        return {**kept, "trust_remote_code": self.consent.trust_remote_code}
+
+    def attention(self) -> str | None:
+        """The attention to ask transformers for; None: the model's own choice."""
+        if self.attn_implementation is not None:
+            return self.attn_implementation
+        asked = {
+            "sdpa": self.sdp_attention,
+            "eager": self.eager_attention,
+            "flex_attention": self.flex_attention,
+        }
+        return next((name for name, wanted in asked.items() if wanted), None)
+
+    def precision(self) -> Literal["auto", "bfloat16", "float16", "float32"]:
+        """The dtype of weights and computation; ``auto``: see ``has_bfloat16``."""
+        if self.fp16 or self.float16:
+            return "float16"
+        if self.float32 or (self.bf16 is False and not self.bfloat16):
+            return "float32"
+        return "auto" if self.bf16 == "auto" and not self.bfloat16 else "bfloat16"
+
+    def checkpointing(self) -> bool:
+        """Whether blocks keep only their inputs for backward."""
+        return bool(self.gradient_checkpointing)
+
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step, from ``batch_size`` where that is set."""
+        if self.batch_size is None:
+            return self.gradient_accumulation_steps
+        return max(1, self.batch_size // self.micro_batch_size)
+
+    def packs(self) -> bool:
+        """Whether training rows are packed."""
+        return bool(self.sample_packing)
+
+    def packs_validation(self) -> bool:
+        """Whether validation rows are packed."""
+        return self.packs() if self.eval_sample_packing is None else self.eval_sample_packing
+
+    def validates(self) -> bool:
+        """Whether there are rows to validate on."""
+        return bool(self.val_set_size or self.test_datasets)
+
+    def streams(self) -> bool:
+        """Whether rows are read while training goes on."""
+        return bool(self.streaming or self.pretraining_dataset)
+
+    def saving(self) -> Literal["no", "steps", "epoch", "best"]:
+        """When checkpoints are made."""
+        if self.save_strategy is not None:
+            return self.save_strategy
+        return "steps" if self.save_steps or self.saves_per_epoch else "no"
+
+    def evaluation(self) -> Literal["no", "steps", "epoch", "best"]:
+        """When validation is done between the first and the last step."""
+        if not self.validates():
+            return "no"
+        if self.eval_strategy is not None:
+            return self.eval_strategy
+        return "steps" if self.eval_steps or self.evals_per_epoch else "no"
+
+    def reporters(self) -> list[str]:
+        """The trackers that the figures go to, by their names in transformers' ``report_to``."""
+        asked: dict[str, Any] = {
+            "wandb": _either(self.use_wandb, self.wandb_project) and self.wandb_mode != "disabled",
+            "mlflow": _either(
+                self.use_mlflow, self.mlflow_experiment_name or self.mlflow_tracking_uri
+            ),
+            "comet_ml": _either(self.use_comet, self.comet_project_name),
+            "tensorboard": self.use_tensorboard,
+            "trackio": _either(self.use_trackio, self.trackio_project_name),
+        }
+        return [name for name, wanted in asked.items() if wanted]
+
+
+def _either(said: bool | None, implied: Any) -> bool:
+    """What a switch says, or else what other keys imply."""
+    return bool(implied) if said is None else said

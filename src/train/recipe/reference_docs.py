@@ -1,0 +1,232 @@
+"""Write docs/recipes.md: ``python -m fusewright.train.recipe.reference_docs FILE``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from .keys.adapter import LoftQ, PeftKeys
+from .keys.base import Keys, extra_of
+from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.model import SpecialTokens
+from .recipe import GROUPS, Recipe
+
+_INTRODUCTION = """\
+# Recipes
+
+<!-- Written by `python -m fusewright.train.recipe.reference_docs docs/recipes.md`. Change the
+     docstrings of the keys in src/train/recipe/keys/, or the introduction in
+     src/train/recipe/reference_docs.py, and run it again. -->
+
+A recipe is a YAML file that says what to train on what, and how:
+
+```yaml
+base_model: Qwen/Qwen3-0.6B
+adapter: lora
+lora_target_linear: true
+datasets:
+  - path: rows.jsonl          # one {{"messages": [...]}} a line
+val_set_size: 0.05
+sample_packing: true
+learning_rate: 2e-4
+```
+
+    fusewright train recipe.yaml
+
+`examples/` has recipes for several families of models.
+
+## How a recipe is read
+
+- Only `base_model` and `datasets` (or `pretraining_dataset`) must be there. Every other key has
+  the default below.
+- A key without a value, or with `null`, is unset: it has its default.
+- An unknown key is an error, with the nearest name. All problems of a file are listed at once,
+  each with its line, and nothing is loaded or written before.
+- A path is looked for beside the recipe, then in the current folder. `output_dir` and
+  `dataset_prepared_path` are relative to the current folder. A `path` of a dataset that is in
+  neither is an id of the Hugging Face hub, unless it looks like a file.
+- `2e-4` is a number. YAML's anchors work; a key that comes twice is an error.
+
+## Keys on the command line
+
+Any key can be set there, and wins over the file. Values are read as YAML, dots go inside:
+
+    fusewright train recipe.yaml --learning_rate 1e-4 --lora_r=32 --datasets.0.path other.jsonl
+    fusewright train recipe.yaml --load_in_4bit --no-sample_packing
+
+## Recipes and models of strangers
+
+A recipe, a dataset, a checkpoint and the folder of a run are data: nothing that they bring is
+executed, whatever they say. What would be, you allow in person, on the command line:
+
+- `--trust-remote-code`: the Python code that comes with a model or its tokenizer, pickled weights
+  with more in them than tensors, attention kernels from the hub. All commands that load a model
+  have it.
+- `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
+  `eval`).
+
+Without the switch the command ends and names it. `trust_remote_code: true` in a recipe is no more
+than a wish: a model that transformers has a class for is loaded with that. From Python, say
+`train(recipe, trust_remote_code=True)`; a mapping that is passed as the recipe is no word either.
+Other pickles (of a checkpoint, say) are read as tensors and numbers only, YAML makes no objects,
+and chat templates run in Jinja's sandbox.
+
+## What becomes of a key
+
+    fusewright train recipe.yaml --dry-run
+
+prints each key of the recipe with its line, its value and what becomes of it, then the whole
+recipe with its defaults. It loads no weights and writes nothing. A key is
+
+- **honoured**: it does what it says;
+- **subsumed**: you have its effect already, by something else;
+- **not applicable**: it cannot change the run here, for the reason given;
+- **not yet available**: it would change the run, and cannot yet. `train` refuses such a recipe;
+- or unknown, which is an error.
+
+Training says in a line which keys were subsumed or without effect. `fusewright schema` prints the
+same as a JSON schema. For completion in an editor, save it (`fusewright schema >
+recipe.schema.json`) and put `# yaml-language-server: $schema=recipe.schema.json` at the top of a
+recipe.
+
+## Coming from Axolotl
+
+The keys, their types and their defaults are Axolotl's. Its recipes for supervised training, with
+LoRA, QLoRA or all weights, run unchanged; older names of keys are taken, too. Begin with
+`--dry-run`. What is different:
+
+- Unknown keys are errors. Axolotl drops them.
+- Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
+  `torch_compile`, `flash_attention`) are subsumed: the compiler does their work on any model, and
+  `fusewright explain` shows what it did.
+- Without `save_steps` or `saves_per_epoch` there are no checkpoints, only the result. Validation
+  is done before and after training, whatever else is set.
+- Preference methods (`rl`), several devices (`fsdp`, `deepspeed`, `context_parallel_size`, …) and
+  plugins are not yet available.
+- `optimize`, `codegen`, `memory`, `strict`, `sample_prompt` and a dataset's `builder` are
+  fusewright's own. `strict` means that no known formula may stay as it is.
+
+There are {number} keys, with those of datasets.
+"""
+
+_GROUPS = {
+    "ModelKeys": "Model and tokenizer",
+    "AdapterKeys": "Adapters",
+    "DataKeys": "Data",
+    "StepKeys": "Steps",
+    "OutputKeys": "Output",
+    "TrackingKeys": "Trackers",
+    "OurKeys": "Fusewright's own",
+    "PeerKeys": "Other engines' speed-ups",
+    "ScaleKeys": "Several devices",
+    "MethodKeys": "Other methods",
+}
+
+_INNER: dict[type[Keys], str] = {
+    Dataset: "An entry of `datasets` or `test_datasets`",
+    PretrainingDataset: "An entry of `pretraining_dataset`: the same keys, and these",
+    PromptFormat: "A `type` that is spelled out",
+    SpecialTokens: "`special_tokens`",
+    PeftKeys: "`peft`",
+    LoftQ: "`peft.loftq_config`",
+}
+
+_FEW = 9
+"""More values than this stand below the table."""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    number = sum(len(model.model_fields) for model in (Recipe, Dataset))
+    parts = [_INTRODUCTION.format(number=number)]
+    for group in GROUPS:
+        own = {k: f for k, f in group.model_fields.items() if k in group.__annotations__}
+        parts.append(_section(f"## {_GROUPS[group.__name__]}", own))
+    for model, title in _INNER.items():
+        own = {k: f for k, f in model.model_fields.items() if k in model.__annotations__}
+        parts.append(_section(f"## {title}", own))
+    return "\n".join(parts)
+
+
+def _section(title: str, fields: dict[str, FieldInfo]) -> str:
+    lines = [title, "", "| key | type | default | meaning | status |", "|---|---|---|---|---|"]
+    below = []
+    for name, field in fields.items():
+        kind = " or ".join(dict.fromkeys(_kinds(field.annotation)))
+        default = _default(field)
+        meaning = " ".join((field.description or "").split()).replace("``", "`")
+        cells = [f"`{name}`", kind, default, meaning, _status(field)]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        below += [
+            f"`{name}`: {', '.join(f'`{v}`' for v in values)}."
+            for values in _literals(field.annotation)
+            if len(values) > _FEW
+        ]
+    return "\n".join([*lines, "", *(f"{text}\n" for text in below)])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(needed)"
+    value = field.get_default(call_default_factory=True)
+    return "" if value in (None, [], {}) else f"`{json.dumps(value)}`"
+
+
+def _status(field: FieldInfo) -> str:
+    extra = extra_of(field)
+    said = [_with(extra.get("status", "honoured"), extra.get("note"))]
+    for special in extra.get("values", ()):
+        value = json.dumps(special["value"]).strip('"')
+        said.append(f"`{value}`: {_with(special['status'], special['note'])}")
+    if old := extra.get("aliases"):
+        said.append("older names: " + ", ".join(f"`{name}`" for name in old))
+    return "; ".join(said)
+
+
+def _with(status: str, note: str | None) -> str:
+    return f"{status} ({note})" if note else status
+
+
+def _literals(kind: Any) -> Iterator[tuple[Any, ...]]:
+    if get_origin(kind) is Literal:
+        yield get_args(kind)
+    else:
+        for inner in get_args(kind):
+            yield from _literals(inner)
+
+
+_NAMES = {
+    str: "text", int: "whole number", float: "number", bool: "true/false", Any: "any value",
+}  # fmt: skip
+
+
+def _kinds(kind: Any) -> Iterator[str]:
+    """The types of a value in words, one for each branch of a union."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for inner in arguments:
+            if inner is not type(None):
+                yield from _kinds(inner)
+    elif origin is Annotated:
+        yield from _kinds(arguments[0])
+    elif origin is Literal:
+        few = len(arguments) <= _FEW
+        yield ", ".join(f"`{value}`" for value in arguments) if few else "a name, see below"
+    elif origin is list:
+        yield f"list of {' or '.join(_kinds(arguments[0]))}"
+    elif origin is tuple:
+        yield "pair"
+    elif origin is dict or (isinstance(kind, type) and issubclass(kind, Keys)):
+        yield "keys and values"
+    else:
+        yield _NAMES[kind]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

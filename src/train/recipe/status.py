@@ -1,0 +1,149 @@
+"""What becomes of each key of a recipe: honoured, subsumed, not applicable, or not yet available.
+
+What a key's status is stands beside the key (``keys/``); here it is looked up for the values of one
+recipe. A value that asks for nothing (unset, false, the default) is honoured whatever the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..consent import CODE_SWITCH
+from .conflicts import without_effect
+from .keys.base import Keys, Status, extra_of, nested
+from .problems import Loc
+from .recipe import Recipe
+from .secrets import hide
+
+_ORDER: tuple[Status, ...] = ("honoured", "subsumed", "not applicable", "not yet available")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One written key.
+
+    Attributes:
+        loc: where it is, e.g. ``("datasets", 0, "path")``.
+        value: what was written.
+        status: what becomes of it.
+        note: by what, why, or what to do instead.
+        asks: whether the value asks for something.
+    """
+
+    loc: Loc
+    value: Any
+    status: Status
+    note: str
+    asks: bool
+
+    @property
+    def key(self) -> str:
+        """The dotted name."""
+        return ".".join(map(str, self.loc))
+
+
+def entries(values: Mapping[str, Any]) -> list[Entry]:
+    """The status of every key, those inside others too.
+
+    Args:
+        values: a recipe as written, which has been checked.
+    """
+    idle = dict(without_effect(values))
+    found = []
+    for entry in _walk(Recipe, values, ()):
+        if entry.key in idle and entry.status == "honoured" and entry.asks:
+            entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
+        found.append(entry)
+    return found
+
+
+def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
+    """What training must refuse, because the run would not be what was asked for.
+
+    Args:
+        values: a recipe as written; it may have other problems.
+    """
+    return [
+        (
+            entry.loc,
+            f"{_short(without_secrets(entry))} is not yet available: {entry.note}",
+        )
+        for entry in _walk(Recipe, values, ())
+        if entry.status == "not yet available"
+    ]
+
+
+def without_secrets(entry: Entry) -> Any:
+    """The value of a key, to be shown."""
+    key = str(entry.loc[-1])
+    return hide({key: entry.value})[key]
+
+
+def told(recipe: Recipe) -> list[str]:
+    """Short lines about keys that ask for something that is done otherwise, or not at all."""
+    found = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
+    lines = {
+        "subsumed": "done by fusewright itself, so not asked for",
+        "not applicable": "without effect here",
+    }
+    said = []
+    for status, text in lines.items():
+        keys = [entry.key for entry in found if entry.status == status]
+        if keys:
+            said.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
+    if recipe.trust_remote_code and not recipe.consent.trust_remote_code:
+        said.append(
+            f"trust_remote_code: not obeyed without your own word, {CODE_SWITCH}: transformers' "
+            "own classes are used"
+        )
+    return said
+
+
+def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[Entry]:
+    for name, value in values.items():
+        here, field = (*loc, name), model.model_fields.get(name)
+        if field is None:  # of a recipe that has been refused
+            continue
+        inner = nested(field.annotation)
+        groups = list(_groups(value)) if inner else []
+        for place, group in groups:
+            assert inner is not None
+            yield from _walk(inner, group, (*here, *place))
+        if not groups:
+            yield _entry(model, name, value, here)
+
+
+def _groups(value: Any) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
+    """The mappings in a value that may hold keys of their own, with their places in it."""
+    if isinstance(value, Mapping):
+        yield (), value
+    elif isinstance(value, list):
+        yield from (((i,), item) for i, item in enumerate(value) if isinstance(item, Mapping))
+
+
+def _entry(model: type[Keys], name: str, value: Any, loc: Loc) -> Entry:
+    field = model.model_fields[name]
+    extra = extra_of(field)
+    if value is None:
+        return Entry(loc, value, "honoured", "unset", False)
+    asks = value not in (False, "", [], {}) and value != field.get_default(
+        call_default_factory=True
+    )
+    status, note = extra.get("status", "honoured"), extra.get("note", "")
+    special = {str(v["value"]): (v["status"], v["note"]) for v in extra.get("values", ())}
+    items = value if isinstance(value, list) else [value]
+    if special and items:
+        status, note = max(
+            (special.get(str(item), (status, note)) for item in items),
+            key=lambda pair: _ORDER.index(pair[0]),
+        )
+    if status == "not yet available" and not asks:
+        status, note = "honoured", "off"
+    return Entry(loc, value, status, note, asks)
+
+
+def _short(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,237 @@
+"""The model card of a run: ``README.md``, as the Hugging Face hub shows it beside a model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..recipe.written import folded
+from . import usage
+from .format import duration, memory, millions, printable
+from .page_sections import data, ending, model
+from .run_facts import Facts
+
+NAME = "README.md"
+
+_MARK = re.compile(r"\n<!-- written by fusewright, ([0-9a-f]{16}) -->\n")
+_FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def write(result: Any, folder: str | Path) -> Path | None:
+    """Write the card, unless there is one that a person has written or changed.
+
+    Args:
+        result: a ``RunResult``, a mapping like ``run.json``, or the path of one or of its folder.
+        folder: where ``README.md`` goes.
+
+    Returns:
+        The file; None when a card of somebody's own is there, which is left alone.
+
+    Raises:
+        DataError: ``result`` is a path, and there is no record of a run.
+        OSError: the file cannot be written.
+    """
+    path = Path(folder) / NAME
+    if path.exists() and not is_generated(path):
+        return None
+    text = render(Facts.of(result), (Path(folder) / "loss.png").exists())
+    unfinished = path.with_suffix(".md.part")
+    unfinished.write_bytes(text.encode("utf-8", errors="replace"))
+    unfinished.replace(path)
+    return path
+
+
+def is_generated(path: Path) -> bool:
+    """Whether nobody has put any work into a card: PEFT's empty form, or ours unchanged."""
+    try:
+        text = path.read_bytes().decode("utf-8")  # line ends as they are: they are in the digest
+    except (OSError, UnicodeDecodeError):
+        return False
+    found = _MARK.search(text)
+    if found is not None:
+        return found[1] == _digest(_MARK.sub("", text))
+    return "\n# Model Card for Model ID\n" in text and text.count("[More Information Needed]") > 20
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
+
+
+def render(facts: Facts, picture: bool) -> str:
+    """The card as Markdown.
+
+    Args:
+        facts: of the run.
+        picture: ``loss.png`` is beside it.
+    """
+    parts = [_front_matter(facts), *_body(facts, picture)]
+    text = "\n".join(parts).rstrip() + "\n"
+    return text + f"\n<!-- written by fusewright, {_digest(text)} -->\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    """What the hub reads: YAML between two lines of dashes."""
+    recipe = facts.recipe
+    base, adapter = _hub_id(recipe.get("base_model")), recipe.get("adapter")
+    rows = [row.get("path") for row in _datasets(facts)]
+    entries: dict[str, Any] = {
+        "base_model": base,
+        "library_name": "peft" if adapter else "transformers",
+        "license": _license(str(recipe.get("base_model") or "")),
+        "pipeline_tag": "text-generation",
+        "tags": [
+            *([f"base_model:{'adapter' if adapter else 'finetune'}:{base}"] if base else []),
+            "fusewright",
+            *([str(adapter)] if adapter else []),
+            "sft",
+            "transformers",
+        ],
+        "datasets": [name for name in map(_hub_id, rows) if name],
+    }
+    kept = {key: value for key, value in entries.items() if value}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _hub_id(name: Any) -> str | None:
+    """A name on the hub; None for a file, a folder or a package."""
+    text = str(name or "")
+    there = Path(text).expanduser().exists() or Path(text).suffix in (".jsonl", ".json", ".gguf")
+    return text if _HUB_ID.fullmatch(text) and not there else None
+
+
+def _datasets(facts: Facts) -> list[dict[str, Any]]:
+    rows = facts.recipe.get("datasets")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _license(base: str) -> str | None:
+    """The license in the card of the base model, where that card is on this machine."""
+    card: Path | None = Path(base) / NAME if base else None
+    if _hub_id(base):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(base, NAME)
+        card = Path(found) if isinstance(found, str) else None
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        front = _FRONT.match(card.read_text(encoding="utf-8")) if card else None
+        entries = yaml.safe_load(front[1]) if front else None
+        found_license = entries.get("license") if isinstance(entries, dict) else None
+        return found_license if isinstance(found_license, str) else None
+    return None
+
+
+def _body(facts: Facts, picture: bool) -> Iterator[str]:
+    recipe = facts.recipe
+    base = _hub_id(recipe.get("base_model"))
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{facts.base}`"
+    kind = "adapter for" if recipe.get("adapter") else "of"
+    method = facts.method[:1].upper() + facts.method[1:]
+    yield f"# {facts.base}, {facts.method}\n"
+    yield f"{method} {kind} {name}, trained with fusewright on {_sources(facts)}.\n"
+    end = ending(facts)
+    if end.text:
+        yield f"> **{end.label.capitalize()}.** {_line(end.text)}\n"
+    yield from _use(facts)
+    yield from _training(facts, picture)
+    yield from _sample(facts)
+    if recipe:
+        text = folded(recipe, paths=False)
+        yield f"<details>\n<summary>The recipe</summary>\n\n{_fenced(text.chosen, 'yaml')}\n"
+        yield "All other keys have their defaults.\n\n</details>\n"
+    made = [f"{k} {v}" for k, v in facts.mapping("versions").items() if v != "not installed"]
+    if made:
+        yield f"## Versions\n\n{_line(', '.join(made))}"
+
+
+def _sources(facts: Facts) -> str:
+    """The data by name, without the folders of one machine."""
+    names = [str(row.get("path") or "") for row in _datasets(facts)]
+    shown = [
+        f"[{n}](https://huggingface.co/datasets/{n})" if _hub_id(n) else f"`{Path(n).name}`"
+        for n in names
+        if n
+    ]
+    return ", ".join(shown) or "unnamed data"
+
+
+def _use(facts: Facts) -> Iterator[str]:
+    if not facts.number("steps"):
+        return
+    yield "## Use it\n"
+    yield _fenced(usage.commands("."), "sh") + "\n\nin a copy of this folder.\n"
+    if usage.plain(facts.recipe):
+        yield _fenced(usage.snippet(facts.recipe, "."), "python") + "\n"
+
+
+def _training(facts: Facts, picture: bool) -> Iterator[str]:
+    rows = [(k, v) for k, v in model(facts) if k not in ("base model", "method")]
+    sets, others = data(facts)
+    for name, first, last in (
+        ("validation loss", "val_loss_before", "val_loss_after"),
+        ("training loss", "loss_first", "loss_last"),
+    ):
+        before, after = facts.number(first), facts.number(last)
+        if before is not None and after is not None:
+            rows.append((name, f"{before:.3f} before, {after:.3f} after"))
+    for name, key, show in (
+        ("optimizer steps", "steps", lambda v: f"{v:,.0f}"),
+        ("tokens trained on", "trained_tokens", millions),
+        ("trained tokens per second", "trained_tokens_per_s", lambda v: f"{v:,.0f}"),
+        ("peak memory", "peak_rss_mb", memory),
+        ("peak GPU memory", "peak_cuda_mb", memory),
+    ):
+        value = facts.number(key)
+        if value:
+            rows.append((name, show(value)))
+    seconds = facts.mapping("seconds").get("training")
+    if isinstance(seconds, int | float):
+        rows.append(("time of training", duration(seconds)))
+    if rows:
+        yield "## Training\n"
+        yield _table(("", ""), rows)
+    if picture:
+        yield "![Training and validation loss over the optimizer steps](loss.png)\n"
+    if sets or others:
+        yield "## Data\n"
+        if sets:
+            yield _table(sets.head, sets.rows)
+        if others:
+            yield _line(", ".join(f"{k}: {v}" for k, v in others)) + "\n"
+
+
+def _sample(facts: Facts) -> Iterator[str]:
+    sample = facts.mapping("sample")
+    if sample.get("question") is None or sample.get("after") is None:
+        return
+    yield f"## An answer\n\n{_fenced(str(sample['question']), 'text')}\n"
+    for name in ("before", "after"):
+        if sample.get(name) is not None:
+            yield f"{name.capitalize()} training:\n\n{_fenced(str(sample[name]), 'text')}\n"
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code, with a fence longer than any that the text has."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{printable(text).rstrip()}\n{fence}"
+
+
+def _line(text: str) -> str:
+    """Text as itself: without line breaks, and nothing in it is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(printable(text).split()))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    written = [head, rule, *([_line(cell) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in written)

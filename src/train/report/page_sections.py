@@ -1,0 +1,244 @@
+"""The tables and lists of the report page: from a run's facts to rows of text."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...report import Report
+from ..recipe.written import without_effect
+from . import usage
+from .format import duration, memory, millions
+from .run_facts import Facts, number
+
+Rows = list[tuple[str, str]]
+
+_COUNTS = {
+    "samples": "rows", "sequences": "sequences", "tokens": "tokens",
+    "trained_tokens": "trained tokens",
+}  # fmt: skip
+_TONES = {
+    "finished": ("good", "finished"),
+    "interrupted": ("warn", "stopped early"),
+    "watchdog": ("bad", "stopped by the loss watchdog"),
+    "nan": ("bad", "stopped: not a number"),
+    "disk full": ("bad", "stopped: the disk is full"),
+}
+_GAPS = ("refused", "missed")
+MOST_ROWS = 60
+"""Rows of the table of numbers, apart from those of validations."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first cell of a row names it."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: ``tone`` is good, warn or bad."""
+
+    tone: str
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """The optimize report."""
+
+    headline: str
+    table: Table | None
+    remarks: list[tuple[str, str, str]]
+    gains: list[str]
+
+
+def ending(facts: Facts) -> Ending:
+    """How the run ended, and what is left of it."""
+    status = facts.text("status") or "unknown"
+    tone, label = _TONES.get(status, ("warn", status))
+    if status == "finished":
+        return Ending(tone, label, "")
+    kind = "adapter" if facts.recipe.get("adapter") else "model"
+    steps, planned = facts.number("steps"), facts.number("steps_planned")
+    said = []
+    if steps is not None and planned and steps >= planned:
+        said.append(f"All steps were done; what comes after them was cut short{_by_signal(facts)}.")
+    elif steps is not None and planned:
+        said.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
+    if facts.text("reason"):
+        said.append(facts.text("reason").rstrip(".") + ".")
+    if steps:
+        said.append(f"The {kind} of the last whole step is saved and can be used.")
+    if facts.text("checkpoint"):
+        said.append(
+            f"To go on from {facts.text('checkpoint')}, run the same recipe with "
+            "resume_from_checkpoint: true."
+        )
+    return Ending(tone, label, " ".join(said))
+
+
+def _by_signal(facts: Facts) -> str:
+    value = facts.number("signal")
+    try:
+        return "" if value is None else f", on {signal.Signals(int(value)).name}"
+    except ValueError:
+        return f", on signal {value:.0f}"
+
+
+def problems(facts: Facts) -> list[str]:
+    """What failed without ending the run, and what must not be overlooked."""
+    said = []
+    check = facts.mapping("adapter_check")
+    if check.get("exact") is False:
+        said.append(
+            "The saved adapter is broken: plain PEFT gives other logits than the trained model."
+        )
+    for problem in facts.rows("problems"):
+        if isinstance(problem, Mapping):
+            said.append(f"{problem.get('part', 'Something')} failed: {problem.get('error', '')}")
+        else:
+            said.append(str(problem))
+    return said
+
+
+def warnings(facts: Facts) -> list[str]:
+    """Keys of the recipe that were subsumed or do not apply, and what the run warned of."""
+    said = without_effect(facts.recipe)
+    for entry in facts.rows("warnings"):
+        if isinstance(entry, Mapping):
+            parts = (str(entry.get(k) or "") for k in ("key", "status", "note"))
+            said.append(": ".join(p for p in parts if p))
+        else:
+            said.append(str(entry))
+    return said
+
+
+def data(facts: Facts) -> tuple[Table | None, Rows]:
+    """Counts of each set of rows as a table, and the others as a list."""
+    sets: dict[str, dict[str, str]] = {}
+    others: Rows = []
+    for key, value in facts.mapping("data").items():
+        count = number(value)
+        text = str(value) if count is None or not math.isfinite(count) else f"{count:,.0f}"
+        prefix, _, suffix = str(key).partition("_")
+        if prefix == "test" and suffix.partition("_")[0].isdecimal():
+            prefix, suffix = f"test {suffix.partition('_')[0]}", suffix.partition("_")[2]
+        if suffix in _COUNTS:
+            sets.setdefault(prefix, {})[suffix] = text
+        else:
+            others.append((str(key).replace("_", " "), text))
+    if not sets:
+        return None, others
+    columns = [k for k in _COUNTS if any(k in s for s in sets.values())]
+    rows = [(name, *(s.get(k, "-") for k in columns)) for name, s in sets.items()]
+    head = ("set", *(_COUNTS[k] for k in columns))
+    return Table("After dropping what cannot be trained on", head, rows), others
+
+
+def model(facts: Facts) -> Rows:
+    """The model and its parameters."""
+    rows = [("base model", str(facts.recipe["base_model"]))] if "base_model" in facts.recipe else []
+    if facts.recipe:
+        rows.append(("method", facts.method))
+    sizes = facts.mapping("parameters")
+    trained, total = number(sizes.get("trained")), number(sizes.get("total"))
+    if trained is not None and total:
+        share = f"{100 * trained / total:.2g}%" if trained < total else "all"
+        rows.append(
+            ("parameters", f"{millions(total)}, of them {millions(trained)} trained ({share})")
+        )
+    check = facts.mapping("adapter_check")
+    if check.get("exact") is True:
+        text = "plain PEFT gives the same logits, bit for bit"
+        difference = number(check.get("optimized_difference"))
+        if difference:
+            text += f"; the optimized model's differ by {difference:.1e} of the largest"
+        rows.append(("saved adapter", text))
+    return rows
+
+
+def rewrites(facts: Facts) -> Rewrites | None:
+    """The optimize report; None when the model was trained as it is."""
+    entries = facts.mapping("optimize")
+    if not entries:
+        return None
+    report = Report.from_dict(entries)
+    head, *rows = report.table() or [()]
+    idle = [n for i, n in enumerate(head) if n in _GAPS and all(r[i] == "0" for r in rows)]
+    kept = [i for i, name in enumerate(head) if name not in idle]  # a phone has room for four
+    never = f" (never {' or '.join(idle)})" if idle else ""
+    caption = f"Rules, how often each was applied{never}, and its largest error against float64"
+    cells = [tuple(row[i] for i in kept) for row in (head, *rows)]
+    table = Table(caption, cells[0], cells[1:]) if rows else None
+    return Rewrites(report.headline(), table, report.remarks(), report.gains())
+
+
+def resources(facts: Facts) -> Rows:
+    """Memory: what was in use, and the plan."""
+    rows = []
+    for key, name in (
+        ("loaded_rss_mb", "after loading"),
+        ("peak_rss_mb", "peak"),
+        ("peak_cuda_mb", "peak, GPU"),
+    ):
+        value = facts.number(key)
+        if value:
+            rows.append((name, memory(value)))
+    plan = facts.mapping("optimize").get("memory")
+    if plan:
+        rows.append(("plan", str(plan)))
+    return rows
+
+
+def times(facts: Facts) -> list[tuple[str, str, str]]:
+    """Each part of the run, its time, and its share in percent."""
+    known = {str(k): number(v) for k, v in facts.mapping("seconds").items()}
+    parts = {k: v for k, v in known.items() if v is not None and math.isfinite(v) and v >= 0}
+    total = sum(parts.values())
+    long = {k: v for k, v in parts.items() if v >= 0.5} or parts  # not the many that take no time
+    return [(k, duration(v), f"{100 * v / total if total else 0:.1f}") for k, v in long.items()]
+
+
+def use(facts: Facts) -> Rows:
+    """Explanations, each with something to copy; none when nothing was trained."""
+    if not facts.folder or not facts.number("steps"):
+        return []
+    found = [("With fusewright, in a terminal:", usage.commands(facts.folder))]
+    if usage.plain(facts.recipe):
+        below = "PEFT" if facts.recipe.get("adapter") else "transformers"
+        found.append((f"With plain {below}, in Python:", usage.snippet(facts.recipe, facts.folder)))
+    return found
+
+
+def machine(facts: Facts) -> Rows:
+    """Versions and the machine."""
+    rows = [(str(k), str(v)) for k, v in facts.mapping("machine").items() if v is not None]
+    return rows + [(str(k), str(v)) for k, v in facts.mapping("versions").items()]
+
+
+def numbers(columns: Sequence[tuple[str, list[tuple[float, float]]]]) -> Table | None:
+    """The curves as a table, of some ``MOST_ROWS`` steps where there are more."""
+    values: list[dict[float, float]] = [dict(points) for _, points in columns]
+    steps = sorted({step for points in values for step in points})
+    if not steps:
+        return None
+    chosen = steps
+    if len(steps) > MOST_ROWS:  # evenly, and the few steps at which something else was logged
+        stride = (len(steps) - 1) / (MOST_ROWS - 1)
+        rare = {s for points in values if len(points) < MOST_ROWS / 2 for s in points}
+        chosen = sorted(rare | {steps[round(i * stride)] for i in range(MOST_ROWS)})
+    rows = [(f"{s:,.0f}", *(_figure(points.get(s)) for points in values)) for s in chosen]
+    caption = "Logged figures" + (f", {len(chosen)} of {len(steps):,} steps" * (chosen != steps))
+    return Table(caption, ("step", *(name for name, _ in columns)), rows)
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"

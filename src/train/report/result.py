@@ -1,0 +1,291 @@
+"""The figures of a run: ``run.json``, the summary on the console, and ``RunResult``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..recipe.secrets import hide
+from .throughput import Meter
+
+
+@dataclass
+class RunResult:
+    """What a run did.
+
+    Attributes:
+        output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
+        status: how it ended. ``"interrupted"``: by a signal; ``"nan"``: a loss or a gradient was
+            no number; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint could
+            not be written. The weights are those of the last whole step that could be saved.
+        signal: the number of that signal.
+        reason: what ended it, in words, where that was not the last step.
+        checkpoint: the last one, which a run can go on from, or None.
+        resumed_from: the step of the checkpoint that it went on from, or None.
+        problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
+        recipe: every key with the value that was used; secrets are hidden.
+        data: how many rows, samples, sequences and tokens there were, and what was left out.
+        parameters: how many are trained, and how many there are.
+        dtype: of the model's weights.
+        steps: optimizer steps done.
+        steps_planned: optimizer steps the recipe asks for.
+        tokens: tokens that went through training, padding not counted.
+        trained_tokens: those of them that have a label.
+        tokens_per_s: of training, from the second step on.
+        trained_tokens_per_s: the same for tokens with a label.
+        first_step_s: seconds of the first step, which compiles.
+        median_step_s: seconds of the median step, the first left out.
+        loss_first: training loss of the first logged step.
+        loss_last: training loss of the last logged step.
+        val_loss_before: validation loss per trained token before the first step.
+        val_loss_after: the same after the last step.
+        sample: ``question``, and the answers ``before`` and ``after``.
+        peak_rss_mb: largest resident memory of the process, in MiB.
+        loaded_rss_mb: resident memory once the model was loaded, in MiB.
+        peak_cuda_mb: largest GPU memory allocated, in MiB.
+        adapter_check: ``exact`` and ``optimized_difference``, see ``export.AdapterCheck``.
+        optimize: the optimize report as data, or None when ``optimize: false``.
+        seconds: of each part of the run.
+        history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
+            ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
+            of training until then); or ``eval_loss`` (and ``eval_NAME_loss`` of several datasets).
+        versions: of Python and the libraries.
+        machine: processor, cores, GPU.
+        started: date and time, UTC.
+    """
+
+    output_dir: Path
+    recipe: dict[str, Any]
+    status: Literal["finished", "interrupted", "nan", "watchdog", "disk full"] = "finished"
+    signal: int | None = None
+    reason: str | None = None
+    checkpoint: str | None = None
+    resumed_from: int | None = None
+    problems: list[dict[str, str]] = field(default_factory=list)
+    data: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    dtype: str | None = None
+    steps: int = 0
+    steps_planned: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_per_s: float = 0.0
+    trained_tokens_per_s: float = 0.0
+    first_step_s: float = 0.0
+    median_step_s: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    val_loss_before: float | None = None
+    val_loss_after: float | None = None
+    sample: dict[str, str] | None = None
+    peak_rss_mb: float = 0.0
+    loaded_rss_mb: float = 0.0
+    peak_cuda_mb: float | None = None
+    adapter_check: dict[str, Any] | None = None
+    optimize: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+
+    def __post_init__(self) -> None:
+        # here, and not where it is written: page and card are made of it as well
+        self.recipe = hide(self.recipe)
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with.
+
+        0: finished. 128 + n: stopped by signal n. 1: it ended early by itself, or the saved adapter
+        is not what was trained.
+        """
+        if self.signal is not None:
+            return 128 + self.signal
+        broken = self.adapter_check is not None and not self.adapter_check["exact"]
+        return int(broken or self.status != "finished")
+
+    def measure(self, meter: Meter, log: Sequence[dict[str, Any]]) -> None:
+        """Take the figures of training.
+
+        Args:
+            meter: what the steps took.
+            log: the trainer's log.
+        """
+        self.tokens, self.trained_tokens = sum(meter.tokens), sum(meter.trained)
+        self.tokens_per_s = meter.rate(meter.tokens)
+        self.trained_tokens_per_s = meter.rate(meter.trained)
+        if meter.seconds:
+            self.first_step_s, self.median_step_s = meter.seconds[0], meter.median_step()
+        self.history = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        if losses:
+            self.loss_first, self.loss_last = losses[0], losses[-1]
+
+    def ending(self, adapter: bool) -> Iterator[str]:
+        """What to say at the end of a run that did not finish.
+
+        Args:
+            adapter: the run trained one.
+        """
+        if self.status == "finished":
+            return
+        yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._kept(adapter)
+        yield {
+            "nan": f"A number was lost: {self.reason}. No weight was changed by that step",
+            "watchdog": "The loss stayed above loss_watchdog_threshold",
+            "disk full": f"The last checkpoint could not be written: {self.reason}",
+            "interrupted": f"Stopped by signal {self.signal}",
+        }[self.status] + "."
+        if self.checkpoint:
+            yield (
+                f"{self.checkpoint} is whole: the same recipe goes on from there with "
+                "resume_from_checkpoint: true"
+            )
+
+    def _kept(self, adapter: bool) -> str:
+        kind = "adapter" if adapter else "model"
+        if not self.steps:
+            return "nothing was trained"
+        if any(problem["part"] == "saving" for problem in self.problems):
+            return f"the {kind} of that step could not be saved"
+        return f"the {kind} of that step is in {self.output_dir}"
+
+    def write(self) -> None:
+        """Write ``run.json``, whole or not at all."""
+        content = {**asdict(self), "output_dir": str(self.output_dir)}
+        path = self.output_dir / "run.json"
+        unfinished = path.with_suffix(".json.part")
+        text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    def print(self, console: Console) -> None:
+        """Print the summary."""
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, value in self._rows():
+            table.add_row(name, Text(value))
+        console.print()
+        console.print(table)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("steps", f"{self.steps} of {self.steps_planned}")]
+        if self.val_loss_before is not None and self.val_loss_after is not None:
+            change = self.val_loss_after - self.val_loss_before
+            rows.append(
+                (
+                    "validation loss",
+                    f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})",
+                )
+            )
+        if self.loss_first is not None and self.loss_last is not None:
+            rows.append(("training loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"))
+        rows.append(
+            (
+                "speed",
+                f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
+                f"first step {self.first_step_s:.1f} s",
+            )
+        )
+        memory = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
+        if self.peak_cuda_mb is not None:
+            memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
+        rows.append(("memory", memory))
+        if self.adapter_check is not None:
+            exact = self.adapter_check["exact"]
+            rows.append(
+                (
+                    "saved adapter",
+                    "plain PEFT gives the same logits"
+                    if exact
+                    else "BROKEN: plain PEFT gives other logits than the trained model",
+                )
+            )
+        if self.sample:
+            rows += [(name, text) for name, text in self.sample.items()]
+        rows.append(("time", f"{sum(self.seconds.values()):.0f} s: " + self._times()))
+        rows.append(("results", str(self.output_dir)))
+        return rows
+
+    def _times(self) -> str:
+        return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
+
+
+def rows_told(data: dict[str, int]) -> str:
+    """A line on the rows of a run."""
+    if not data.get("rows"):
+        held = data.get("validation_samples", 0)
+        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
+    dropped = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "nothing_to_train": "with nothing to train",
+        "duplicates": "equal to others",
+    }
+    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    if "train_sequences" not in data:
+        return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
+    return (
+        f"data: {data['rows']:,} rows, of them {data.get('validation_samples', 0):,} for "
+        f"validation; {data.get('train_sequences', 0):,} sequences, "
+        f"{data.get('train_tokens', 0):,} tokens, "
+        f"{data.get('train_trained_tokens', 0):,} trained"
+        + (f"; {', '.join(left_out)}" if left_out else "")
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that matter for a run."""
+    found = {"python": platform.python_version()}
+    for name in ("fusewright", "torch", "transformers", "peft", "accelerate", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine: system, cores, threads, GPU."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def rss_mb() -> float:
+    """Resident memory of this process now, in MiB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: write them as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,122 @@
+"""What ``run.json`` says, read with tolerance: a run that ended early lacks half of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ...errors import DataError
+
+METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
+
+
+class Facts:
+    """The entries of a run, each of which may be missing or of an unexpected kind.
+
+    Args:
+        entries: as in ``run.json``.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        self.entries = entries
+
+    @classmethod
+    def of(cls, result: Any) -> Facts:
+        """Read a ``RunResult``, a mapping, or the path of a ``run.json`` or of its folder.
+
+        Raises:
+            DataError: there is no such file, or it holds no JSON object.
+        """
+        if is_dataclass(result) and not isinstance(result, type):
+            return cls(asdict(result))
+        if isinstance(result, Mapping):
+            return cls(result)
+        path = Path(result)
+        path = path / "run.json" if path.is_dir() else path
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: is not the record of a run: {error}") from None
+        if not isinstance(entries, dict):
+            raise DataError(f"{path}: is not the record of a run: it holds no keys and values")
+        return cls(entries)
+
+    def number(self, key: str) -> float | None:
+        """A number that is set, even an infinite one; None for everything else."""
+        return number(self.entries.get(key))
+
+    def text(self, key: str) -> str:
+        """Some text; empty when there is none."""
+        value = self.entries.get(key)
+        return "" if value is None else str(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """Keys and values; empty when there are none."""
+        value = self.entries.get(key)
+        return value if isinstance(value, Mapping) else {}
+
+    def rows(self, key: str) -> list[Any]:
+        """A list; empty when there is none."""
+        value = self.entries.get(key)
+        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+    def history(self, key: str) -> list[tuple[float, float]]:
+        """``(step, value)`` of the logged entries that have ``key``, in the order of the steps.
+
+        A value that is no number is NaN; of two entries for one step the later one counts.
+        """
+        found: dict[float, float] = {}
+        for entry in self.rows("history"):
+            step = number(entry.get("step")) if isinstance(entry, Mapping) else None
+            if step is not None and math.isfinite(step) and entry.get(key) is not None:
+                value = number(entry[key])
+                found[step] = math.nan if value is None else value
+        return sorted(found.items())
+
+    def validations(self) -> Iterator[tuple[str, str]]:
+        """``(key, name)`` of each validation loss in the history."""
+        keys = {k: None for e in self.rows("history") if isinstance(e, Mapping) for k in e}
+        for key in keys:
+            if key.startswith("eval_") and key.endswith("loss"):
+                name = key.removeprefix("eval_").removesuffix("loss").strip("_")
+                yield key, f"validation {name}".strip()
+
+    # --- what a run is called --------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Every key with the value that was used."""
+        return self.mapping("recipe")
+
+    @property
+    def base(self) -> str:
+        """The short name of the base model."""
+        name = str(self.recipe.get("base_model") or "").rstrip("/")
+        return PurePath(name.removeprefix("package:")).name or "a model"
+
+    @property
+    def method(self) -> str:
+        """How it was trained, e.g. ``LoRA rank 16``."""
+        adapter = self.recipe.get("adapter")
+        name = METHODS.get(adapter, str(adapter))
+        rank = self.recipe.get("lora_r")
+        return f"{name} rank {rank}" if adapter and rank else name
+
+    @property
+    def folder(self) -> str:
+        """Where the results are; empty when that is not known."""
+        return self.text("output_dir")
+
+
+def number(value: Any) -> float | None:
+    """A number, also one that JSON had to write as text (``nan``, ``inf``); else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

@@ -1,0 +1,141 @@
+"""What a recipe needs installed, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+from .recipe.recipe import Recipe
+
+_TRACKERS = {
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+}
+"""The module of each tracker, and the package that has it."""
+
+_OPTIMIZERS = {
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_xla": ("torch_xla", "torch-xla"),
+    "adamw_torch_npu": ("torch_npu", "torch-npu"),
+    **{
+        name: ("bitsandbytes", "bitsandbytes")
+        for name in ("adamw_8bit", "adamw_bnb", "ademamix", "lion", "paged_", "rmsprop_bnb")
+    },
+}
+"""The same for optimizers, by how their names begin."""
+
+
+_ATTENTIONS = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
+}
+"""The same for attentions."""
+
+
+def missing_packages(recipe: Recipe) -> list[str]:
+    """What the recipe names and cannot be imported: a sentence each; imports nothing."""
+    missing = []
+    wanted = [
+        (_KEYS[name], name, _TRACKERS[name]) for name in recipe.reporters() if name in _TRACKERS
+    ]
+    wanted += [
+        ("optimizer", recipe.optimizer, package)
+        for start, package in _OPTIMIZERS.items()
+        if recipe.optimizer.startswith(start)
+    ]
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recipe, key):
+            wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
+    attention = recipe.attention() or ""
+    if attention in _ATTENTIONS:
+        wanted.append(("attn_implementation", attention, _ATTENTIONS[attention]))
+    for key, value, (module, package) in wanted:
+        if not _is_there(module):
+            missing.append(
+                f"{key}: {value} needs the package {package}, which is not installed: "
+                f"pip install {package}"
+            )
+    return missing
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is in
+        return False
+
+
+_KEYS = {
+    "wandb": "wandb_project",
+    "mlflow": "mlflow_tracking_uri",
+    "comet_ml": "comet_project_name",
+    "tensorboard": "use_tensorboard",
+    "trackio": "trackio_project_name",
+}
+
+
+@contextlib.contextmanager
+def tracking(recipe: Recipe) -> Iterator[None]:
+    """Tell the trackers what the recipe says, in the way that they all have: the environment.
+
+    Variables are as before once the block is left.
+    """
+    wanted = _environment(recipe)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _environment(recipe: Recipe) -> dict[str, str]:
+    """The variables that the trackers read, as far as the recipe sets them."""
+    named = {
+        "WANDB_PROJECT": recipe.wandb_project,
+        "WANDB_ENTITY": recipe.wandb_entity,
+        "WANDB_NAME": recipe.wandb_name,
+        "WANDB_RUN_ID": recipe.wandb_run_id,
+        "WANDB_RESUME": "allow" if recipe.wandb_run_id else None,
+        "WANDB_MODE": recipe.wandb_mode,
+        "WANDB_WATCH": recipe.wandb_watch,
+        "WANDB_LOG_MODEL": recipe.wandb_log_model,
+        "MLFLOW_TRACKING_URI": recipe.mlflow_tracking_uri,
+        "MLFLOW_EXPERIMENT_NAME": recipe.mlflow_experiment_name,
+        "HF_MLFLOW_LOG_ARTIFACTS": True if recipe.hf_mlflow_log_artifacts else None,
+        "COMET_API_KEY": recipe.comet_api_key,
+        "COMET_WORKSPACE": recipe.comet_workspace,
+        "COMET_PROJECT_NAME": recipe.comet_project_name,
+        "COMET_EXPERIMENT_KEY": recipe.comet_experiment_key,
+        "COMET_START_MODE": recipe.comet_mode,
+        "COMET_START_ONLINE": recipe.comet_online,
+        "TRACKIO_PROJECT": recipe.trackio_project_name,
+    }
+    trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml"}
+    used = set(recipe.reporters())
+    found = {}
+    for name, value in named.items():
+        if value is not None and trackers.get(name.split("_")[0], "trackio") in used:
+            found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    if "tensorboard" in used:
+        found["TENSORBOARD_LOGGING_DIR"] = os.path.join(recipe.output_dir, "runs")
+    return found

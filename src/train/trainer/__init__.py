@@ -1,0 +1,1 @@
+"""The optimizer steps, and what goes on around them."""

@@ -1,0 +1,265 @@
+"""From the keys of a recipe to the arguments of transformers' Trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ...errors import RecipeError
+from ..recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many optimizer steps there are.
+
+    Attributes:
+        total: of the whole run.
+        per_epoch: of one pass over the data; None for a stream, which has no end.
+    """
+
+    total: int
+    per_epoch: int | None
+
+    def every(self, interval: float, key: str) -> int:
+        """An interval in whole steps.
+
+        Args:
+            interval: a number of steps; below 1, a share of all steps.
+            key: the recipe's, for the message.
+
+        Raises:
+            RecipeError: it is a number above 1 that is not whole.
+        """
+        if interval < 1:
+            return max(1, math.ceil(self.total * interval))
+        if interval != int(interval):
+            raise RecipeError(
+                f"{key}: {interval:g} is neither a number of steps nor a share below 1"
+            )
+        return int(interval)
+
+    def times_per_epoch(self, times: int, key: str) -> int:
+        """The interval, in steps, of what happens so many times in an epoch.
+
+        Raises:
+            RecipeError: the data is a stream, which has no epochs.
+        """
+        if self.per_epoch is None:
+            raise RecipeError(f"{key}: streamed data has no epochs; give a number of steps instead")
+        return max(1, math.ceil(self.per_epoch / times))
+
+
+def steps(recipe: Recipe, sequences: int | None) -> Steps:
+    """Count the optimizer steps that the recipe makes of the data.
+
+    Args:
+        recipe: the recipe.
+        sequences: how many there are in an epoch; None for a stream.
+
+    Raises:
+        RecipeError: a stream without ``max_steps``, or too few sequences for one batch.
+    """
+    if sequences is None:
+        if recipe.max_steps is None:
+            raise RecipeError("max_steps: streamed data has no end, so this must be set")
+        return Steps(recipe.max_steps, None)
+    rounded = math.floor if recipe.dataloader_drop_last else math.ceil
+    batches = rounded(sequences / recipe.micro_batch_size)
+    if not batches:
+        raise RecipeError(
+            f"micro_batch_size: {sequences} sequences do not fill a batch of "
+            f"{recipe.micro_batch_size}, and dataloader_drop_last leaves out what is not full"
+        )
+    per_epoch = math.ceil(batches / recipe.accumulation())
+    total = recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
+    return Steps(total, per_epoch)
+
+
+def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
+    """What the Trainer is told.
+
+    Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
+    at one also happens in a run that goes on from a checkpoint of that step.
+
+    Raises:
+        RecipeError: keys that do not go together.
+    """
+    given = {
+        **_steps(recipe, count),
+        **_saving(recipe, count),
+        **_validation(recipe, count),
+        **_hub(recipe),
+        **_tracking(recipe),
+    }
+    try:
+        return TrainingArguments(
+            output_dir=str(Path(recipe.output_dir)),
+            seed=recipe.seed,
+            logging_steps=count.every(recipe.logging_steps, "logging_steps"),
+            logging_first_step=recipe.logging_first_step,
+            log_on_each_node=recipe.log_on_each_node,
+            logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+            dataloader_num_workers=recipe.dataloader_num_workers,
+            dataloader_prefetch_factor=recipe.dataloader_prefetch_factor,
+            dataloader_pin_memory=_pinned(recipe),
+            dataloader_drop_last=recipe.dataloader_drop_last,
+            # a stream is read by whoever trains on it
+            accelerator_config={"dispatch_batches": False, **(recipe.accelerator_config or {})},
+            torch_empty_cache_steps=recipe.torch_empty_cache_steps,
+            restore_callback_states_from_checkpoint=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            disable_tqdm=True,
+            **given,
+        )
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+
+
+def arguments_for(recipe: Recipe, sequences: Any) -> TrainingArguments:
+    """The same for the sequences at hand; a stream of them has no length."""
+    return training_arguments(
+        recipe, steps(recipe, len(sequences) if hasattr(sequences, "__len__") else None)
+    )
+
+
+def _pinned(recipe: Recipe) -> bool:
+    wished = recipe.dataloader_pin_memory
+    return torch.cuda.is_available() if wished is None else wished
+
+
+def _steps(recipe: Recipe, count: Steps) -> dict[str, Any]:
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = math.ceil((recipe.warmup_ratio or 0.0) * count.total)  # as transformers does
+    scheduler, options = recipe.lr_scheduler, dict(recipe.lr_scheduler_kwargs or {})
+    if scheduler == "one_cycle":  # made by ``schedule``
+        scheduler, options = "constant", {}
+    found: dict[str, Any] = {
+        "per_device_train_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.accumulation(),
+        "max_steps": count.total,
+        "optim": recipe.optimizer,
+        "optim_args": optimizer_arguments(recipe),
+        "optim_target_modules": _target_modules(recipe),
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": scheduler,
+        "lr_scheduler_kwargs": options,
+        "warmup_steps": warmup,
+        "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
+        "label_smoothing_factor": recipe.label_smoothing_factor,
+        "neftune_noise_alpha": recipe.neftune_noise_alpha,
+        "fp16": recipe.precision() == "float16",
+    }
+    if recipe.tf32 not in (None, "auto") and torch.cuda.is_available():
+        found["tf32"] = recipe.tf32
+    return found
+
+
+def optimizer_arguments(recipe: Recipe) -> str | None:
+    """``optim_args`` as the text that transformers wants."""
+    given = recipe.optim_args
+    if isinstance(given, dict):
+        return ",".join(f"{name}={value}" for name, value in given.items())
+    return given
+
+
+def _target_modules(recipe: Recipe) -> list[str] | str | None:
+    wanted = recipe.optim_target_modules
+    return "all-linear" if wanted == "all_linear" else wanted
+
+
+def _saving(recipe: Recipe, count: Steps) -> dict[str, Any]:
+    kind = recipe.saving()
+    interval = 500
+    if kind == "epoch" or recipe.saves_per_epoch:
+        interval = count.times_per_epoch(recipe.saves_per_epoch or 1, "saves_per_epoch")
+    elif recipe.save_steps:
+        interval = count.every(recipe.save_steps, "save_steps")
+    # old checkpoints are removed by ours, in one move each
+    return {
+        "save_strategy": "steps" if kind == "epoch" else kind,
+        "save_steps": interval,
+        "save_total_limit": None,
+        "save_only_model": recipe.save_only_model,
+    }
+
+
+def _validation(recipe: Recipe, count: Steps) -> dict[str, Any]:
+    kind = recipe.evaluation()
+    best = recipe.load_best_model_at_end or recipe.saving() == "best"
+    judged = best or recipe.early_stopping_patience or recipe.lr_scheduler in _BY_RESULT
+    if judged and kind == "no":
+        name = next(k for k, on in _judging(recipe) if on)
+        raise RecipeError(
+            f"{name}: needs validation during training; set val_set_size (or test_datasets) and "
+            "eval_steps or evals_per_epoch"
+        )
+    if kind == "no":
+        return {"eval_strategy": "no"}
+    if kind == "epoch" or recipe.evals_per_epoch:
+        interval = count.times_per_epoch(recipe.evals_per_epoch or 1, "evals_per_epoch")
+    elif recipe.eval_steps is None:
+        raise RecipeError("eval_strategy: steps needs eval_steps or evals_per_epoch")
+    else:
+        interval = count.every(recipe.eval_steps, "eval_steps")
+    delay = recipe.eval_delay or 0
+    if kind == "epoch":
+        delay *= count.per_epoch or 0
+    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": interval, "eval_delay": delay}
+    if judged:
+        metric = recipe.metric_for_best_model or "eval_loss"
+        found |= {
+            "load_best_model_at_end": recipe.load_best_model_at_end,
+            "metric_for_best_model": metric,
+            "greater_is_better": bool(recipe.greater_is_better),
+        }
+    return found
+
+
+_BY_RESULT = ("reduce_lr_on_plateau", "greedy")
+
+
+def _judging(recipe: Recipe) -> list[tuple[str, Any]]:
+    """The keys that need the result of a validation, and whether they are set."""
+    return [
+        ("load_best_model_at_end", recipe.load_best_model_at_end),
+        ("save_strategy", recipe.saving() == "best"),
+        ("early_stopping_patience", recipe.early_stopping_patience),
+        ("lr_scheduler", recipe.lr_scheduler in _BY_RESULT),
+    ]
+
+
+def _hub(recipe: Recipe) -> dict[str, Any]:
+    if recipe.hub_model_id is None:
+        return {}
+    return {
+        "push_to_hub": True,
+        "hub_model_id": recipe.hub_model_id,
+        "hub_strategy": recipe.hub_strategy or "every_save",
+        "hub_revision": recipe.hub_revision,
+        "hub_private_repo": recipe.hub_private_repo,
+        "hub_always_push": recipe.hub_always_push,
+    }
+
+
+def _tracking(recipe: Recipe) -> dict[str, Any]:
+    names = (recipe.wandb_name, recipe.mlflow_run_name, recipe.trackio_run_name)
+    found: dict[str, Any] = {"report_to": recipe.reporters() or "none"}
+    if any(names):
+        found["run_name"] = next(name for name in names if name)
+    if recipe.trackio_project_name:
+        found["project"] = recipe.trackio_project_name
+    if recipe.trackio_space_id:
+        found["trackio_space_id"] = recipe.trackio_space_id
+    return found

@@ -1,0 +1,103 @@
+"""What the trainer is told between its steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from ..recipe.recipe import Recipe
+from .signals import Interrupts
+from .watchdog import LossWatchdog
+
+
+class Steered(Protocol):
+    """What ``Flow`` needs of a trainer."""
+
+    def began(self) -> None:
+        """The loop begins."""
+
+    def stepped(self) -> None:
+        """A step is whole."""
+
+    def stepping(self) -> None:
+        """A step begins."""
+
+    def ended(self) -> str:
+        """Why the loop ends."""
+
+    def save_now(self) -> None:
+        """Write a checkpoint."""
+
+
+class Flow(TrainerCallback):
+    """What happens between the steps: signals, checkpoints out of turn, collected garbage.
+
+    Attributes:
+        trainer: what it steers; set once there is one.
+    """
+
+    trainer: Steered
+
+    def __init__(self, recipe: Recipe, interrupts: Interrupts) -> None:
+        self.recipe, self.interrupts = recipe, interrupts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what a checkpoint kept."""
+        self.trainer.began()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that a step begins."""
+        self.trainer.stepping()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the loop within a step when a signal came."""
+        control.should_training_stop |= self.interrupts.signal is not None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that a step is whole; end the loop when a signal came."""
+        self.trainer.stepped()
+        control.should_training_stop |= self.interrupts.signal is not None
+        control.should_save |= self.recipe.save_first_step and state.global_step == 1
+        every = self.recipe.gc_steps or 0
+        if every > 0 and state.global_step % every == 0:
+            gc.collect()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave a checkpoint of a loop that was ended; collect garbage."""
+        if self.recipe.gc_steps == -1:
+            gc.collect()
+        if self.trainer.ended() in ("interrupted", "watchdog"):
+            self.trainer.save_now()
+
+
+_PATIENCE = 3
+"""Of the loss watchdog, where the recipe does not say."""
+
+
+def watchers(recipe: Recipe) -> list[TrainerCallback]:
+    """The watchdogs that the recipe asks for."""
+    found: list[TrainerCallback] = []
+    if recipe.loss_watchdog_threshold is not None:
+        patience = recipe.loss_watchdog_patience or _PATIENCE
+        found.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
+    if recipe.early_stopping_patience is not None:
+        found.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    return found
+
+
+def as_asked(callbacks: Iterable[TrainerCallback], recipe: Recipe) -> None:
+    """Set restored watchdogs as the recipe says: a checkpoint brings back its own settings, too.
+
+    Args:
+        callbacks: the trainer's, with what they counted before.
+        recipe: which may have other limits than the checkpoint's.
+    """
+    for asked in watchers(recipe):
+        for callback in callbacks:
+            if isinstance(callback, LossWatchdog) and isinstance(asked, LossWatchdog):
+                callback.threshold, callback.patience = asked.threshold, asked.patience
+            elif isinstance(callback, EarlyStoppingCallback) and isinstance(asked, type(callback)):
+                callback.early_stopping_patience = asked.early_stopping_patience

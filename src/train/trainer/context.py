@@ -1,0 +1,44 @@
+"""What all parts of a run share while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from ..recipe.recipe import Recipe
+from ..report.throughput import Meter
+from ..terminal import say
+from .evaluation import Batch
+from .signals import Interrupts
+
+
+@dataclass
+class Context:
+    """What the trainer needs besides the model and the rows.
+
+    Attributes:
+        recipe: the recipe.
+        tokenizer: saved with every checkpoint.
+        console: where to print.
+        interrupts: whose signal ends the loop.
+        meter: counts the steps.
+        validation: batches by the name of their dataset.
+        data: the fingerprint of the prepared rows.
+        carried: says what else of the run a checkpoint has to keep.
+    """
+
+    recipe: Recipe
+    tokenizer: Any
+    console: Console
+    interrupts: Interrupts
+    meter: Meter = field(default_factory=Meter)
+    validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
+    data: str = ""
+    carried: Callable[[], dict[str, Any]] = dict
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        say(self.console, text)

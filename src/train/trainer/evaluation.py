@@ -1,0 +1,110 @@
+"""The loss on rows that are not trained."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import IGNORED
+
+Batch = dict[str, Tensor]
+
+
+class Batches:
+    """The batches of a dataset, in order, each made when it is asked for.
+
+    Args:
+        packs: the sequences.
+        size: sequences in a batch.
+        collate: makes a batch of them.
+    """
+
+    def __init__(
+        self, packs: Sequence[Any], size: int, collate: Callable[[list[Any]], Batch]
+    ) -> None:
+        self.packs, self.size, self.collate = packs, size, collate
+
+    def __len__(self) -> int:
+        return -(-len(self.packs) // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.packs), self.size):
+            stop = min(start + self.size, len(self.packs))
+            yield self.collate([self.packs[i] for i in range(start, stop)])
+
+
+QUIET = 30.0
+"""Seconds after which a validation says how far it is."""
+
+
+def validate(
+    model: Any, sets: Mapping[str, Iterable[Batch]], say: Callable[[str], None] | None = None
+) -> dict[str, float]:
+    """The loss per trained token of every dataset, and of all together.
+
+    Args:
+        model: its mode is kept.
+        sets: the batches of each dataset.
+        say: is told how far it is, where it takes long.
+
+    Returns:
+        ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
+    """
+    count = sum(operator.length_hint(batches) for batches in sets.values())
+    beat = _told(count, say) if say is not None else None
+    sums = {name: _sum(model, batches, beat) for name, batches in sets.items()}
+    total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
+    found = {"eval_loss": _mean(total, tokens)}
+    if len(sums) > 1:
+        found |= {f"eval_{name}_loss": _mean(*part) for name, part in sums.items()}
+    return found
+
+
+def validation_loss(model: Any, batches: Iterable[Batch]) -> float:
+    """Mean loss of a trained token over all of ``batches``; the model's mode is kept."""
+    return _mean(*_sum(model, batches))
+
+
+def _told(total: int, say: Callable[[str], None]) -> Callable[[], None]:
+    """To be called after each batch: says how many there were, now and then."""
+    done, last = 0, time.perf_counter()
+
+    def beat() -> None:
+        nonlocal done, last
+        done += 1
+        if time.perf_counter() - last >= QUIET and done < total:
+            last = time.perf_counter()
+            say(f"  validated {done} of {total} batches")
+
+    return beat
+
+
+@torch.no_grad()
+def _sum(
+    model: Any, batches: Iterable[Batch], beat: Callable[[], None] | None = None
+) -> tuple[float, int]:
+    """The losses of all trained tokens, added up, and their number."""
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for batch in batches:
+            here = {k: v.to(model.device) for k, v in batch.items()}
+            number = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if number:
+                total += float(model(**here).loss) * number
+            tokens += number
+            if beat is not None:
+                beat()
+    finally:
+        model.train(training)
+    return total, tokens
+
+
+def _mean(total: float, tokens: int) -> float:
+    return total / tokens if tokens else float("nan")

@@ -1,0 +1,88 @@
+"""The optimizer of a recipe, its groups of parameters, and small tensors stepped as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from ...errors import RecipeError
+from ...optim.buckets import why_not
+from ...optim.flat import FlatOptimizer
+from ..recipe.recipe import Recipe
+
+
+def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
+    """The optimizer that the trainer steps.
+
+    Args:
+        trainer: it knows each optimizer by name.
+        model: whose trained parameters are stepped.
+        recipe: the recipe.
+
+    Raises:
+        RecipeError: the optimizer cannot be made here.
+    """
+    try:
+        optimizer = _made(trainer, model, recipe)
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        raise RecipeError(f"optimizer: {recipe.optimizer} cannot be used: {error}") from error
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these move the parameters
+    if hasattr(model, "peft_config") and not sharded and not why_not(optimizer):
+        return FlatOptimizer(optimizer)
+    return optimizer
+
+
+def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
+    rate = embedding_rate(recipe)
+    if recipe.loraplus_lr_ratio is None and rate is None:
+        return Trainer.create_optimizer(trainer, model)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    if recipe.loraplus_lr_ratio is not None:
+        from peft.optimizers import create_loraplus_optimizer
+
+        return create_loraplus_optimizer(
+            model, kind, loraplus_lr_ratio=recipe.loraplus_lr_ratio,
+            loraplus_lr_embedding=recipe.loraplus_lr_embedding,
+            loraplus_weight_decay=recipe.weight_decay, **options,
+        )  # type: ignore[no-any-return]  # fmt: skip  # 2026-11-25: PEFT has no types
+    groups = _groups(model, set(trainer.get_decay_parameter_names(model)), recipe, rate)
+    return kind(groups, **options)  # type: ignore[no-any-return]  # 2026-11-25: chosen by name
+
+
+def embedding_rate(recipe: Recipe) -> float | None:
+    """The learning rate of embeddings and the output head, where it is another; else None."""
+    if recipe.embedding_lr is not None:
+        return recipe.embedding_lr
+    if recipe.embedding_lr_scale is not None:
+        return recipe.embedding_lr_scale * recipe.learning_rate
+    return None
+
+
+def _groups(
+    model: Any, decayed: set[str], recipe: Recipe, rate: float | None
+) -> list[dict[str, Any]]:
+    """Groups with and without decay, and those again for the embeddings with their rate."""
+    embedded = {id(p) for p in _embeddings(model)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = name in decayed, id(parameter) in embedded
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+            "lr": rate if embedding else recipe.learning_rate,
+        }
+        for (decays, embedding), parameters in groups.items()
+    ]
+
+
+def _embeddings(model: Any) -> Iterable[nn.Parameter]:
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            yield from module.parameters()

@@ -1,0 +1,277 @@
+"""The progress of training: a live bar in a terminal, lines of text elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
+from rich.table import Column
+from rich.text import Text
+from transformers import TrainerCallback
+
+from ..report.format import Smooth, duration, memory
+from ..report.throughput import Meter
+from ..terminal import say
+from .signals import Interrupts
+
+RECENT = 10
+"""Steps that rates and the time left are taken over."""
+QUIET = 600.0
+"""Seconds after which a log gets a line, however long a tenth of the steps may take."""
+
+
+class Figures:
+    """The second line of the display: as many of its fields as the terminal has room for.
+
+    Attributes:
+        fields: ``(importance, text)`` from left to right; the least important ones are left out
+            first.
+        interrupts: when a signal came, a line below tells what happens now.
+    """
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.fields: list[tuple[int, str]] = []
+        self.interrupts = interrupts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width - 2  # for the ^C that a terminal echoes: it must not wrap
+        shown = list(self.fields)
+        while len(shown) > 1 and len(self._joined(shown)) > room:
+            shown.remove(max(shown, key=lambda f: f[0]))
+        yield Text(self._joined(shown), no_wrap=True, overflow="ellipsis")
+        if self.interrupts.signal is not None:
+            yield Text(Interrupts.STOPPING, style="bold yellow")
+
+    @staticmethod
+    def _joined(fields: list[tuple[int, str]]) -> str:
+        return " · ".join(text for _, text in fields)
+
+
+class _Bar(Progress):
+    """Rich's progress bar with our line of figures below it."""
+
+    figures: Figures
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.tasks:
+            yield self.make_tasks_table(self.tasks)
+            yield self.figures
+
+
+class _Clock(ProgressColumn):
+    """Time since training began, and time left; it ticks between the steps, too."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__(table_column=Column(no_wrap=True, justify="right"))
+        self.text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self.text())
+
+
+class Watch(TrainerCallback):
+    """Times the steps, shows how they go, and ends the loop when a signal came.
+
+    In a terminal: a bar with the time left, and below it the loss (smoothed, and the last one), the
+    learning rate, trained tokens per second, the share of the device's peak, the memory and the
+    epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
+    checkpoints have lines of their own. What others print or warn appears above the bar.
+
+    Use it as a context manager around ``trainer.train()``: the terminal is then given back whatever
+    happens.
+
+    Args:
+        meter: gets the seconds of every step.
+        interrupts: tells of signals.
+        console: where to print.
+        total: optimizer steps of the whole run.
+        used: gives the memory in use, in MiB; None: it is not shown.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        interrupts: Interrupts,
+        console: Console,
+        total: int,
+        used: Callable[[], float] | None = None,
+    ) -> None:
+        self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
+        self.used = used
+        self.figures = Figures(interrupts)
+        self.smooth = Smooth()
+        self.last = math.nan
+        self.rate: float | None = None
+        self.mib: float | None = None
+        self.validated: dict[str, float] = {}
+        self.bar: _Bar | None = None
+        self.task: TaskID | None = None
+        self.begun = self.started = self.said = 0.0
+        self.due = False
+        self.step = 0
+
+    # --- the terminal ----------------------------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands, and give the terminal back."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+            self.interrupts.shown = False
+
+    def say(self, text: str) -> None:
+        """Print a line; in a terminal, above the bar."""
+        say(self.console, text)
+
+    def _open(self, done: int) -> None:
+        self.bar = _Bar(
+            TextColumn("training"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(),
+            _Clock(self._time),
+            console=self.console,
+            refresh_per_second=2,
+            expand=True,
+        )
+        self.bar.figures = self.figures
+        self.task = self.bar.add_task("training", total=self.total, completed=done)
+        self.bar.start()
+        self.interrupts.shown = True
+
+    def _show(self, state: Any) -> None:
+        """Bring the display up to date."""
+        if self.bar is None or self.task is None:
+            return
+        self.figures.fields = self._fields(state)
+        self.bar.update(self.task, completed=self.step)
+
+    def _time(self) -> str:
+        gone = duration(time.perf_counter() - self.started)
+        return f"{gone}, {duration(self._left(self.step))} left" if self._is_timed() else gone
+
+    def _fields(self, state: Any) -> list[tuple[int, str]]:
+        """What is known by now, from left to right, each with its importance (0: the highest)."""
+        fields: list[tuple[int, str]] = []
+        if not self.meter.seconds:
+            fields.append((0, "the first step takes longer than the others"))
+        if self.smooth.weight:
+            fields.append((0, f"loss {self.smooth.value:.3f}"))
+        if self.smooth.weight and f"{self.last:.3f}" != f"{self.smooth.value:.3f}":
+            fields.append((4, f"last {self.last:.3f}"))
+        if self.rate is not None:
+            fields.append((3, f"lr {self.rate:.1e}"))
+        if self._is_timed():
+            trained = self.meter.rate(self.meter.trained, last=RECENT)
+            fields.append((1, f"{trained:,.0f} trained tokens/s"))
+        share = self.meter.utilization(last=RECENT) if self._is_timed() else None
+        if share is not None:
+            fields.append((5, f"MFU {share:.0%}" if share >= 0.1 else f"MFU {share:.1%}"))
+        if self.mib is not None:
+            fields.append((2, memory(self.mib)))
+        if state.epoch is not None and self.meter.seconds:
+            fields.append((6, f"epoch {state.epoch:.2f}"))
+        return fields
+
+    def _is_timed(self) -> bool:
+        """Whether a step was made that tells of others: not the first one, which compiles."""
+        return len(self.meter.seconds) > 1 or self.step >= self.total
+
+    def _left(self, step: int) -> float:
+        return self.meter.median_step(last=RECENT) * max(0, self.total - step)
+
+    def _line(self, state: Any) -> None:
+        """A line of text, where there is no terminal."""
+        self.due, self.said = False, time.perf_counter()
+        fields = "  ".join(text for _, text in self._fields(state))
+        eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
+        self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
+
+    # --- what the trainer calls ------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the display."""
+        self.started = self.said = time.perf_counter()
+        self.step = state.global_step
+        if self.console.is_terminal and not self.console.quiet:
+            self._open(state.global_step)
+            self._show(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.begun = time.perf_counter()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """See whether a signal came."""
+        control.should_training_stop |= self.interrupts.signal is not None
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop the clock, and see whether a signal came."""
+        self.meter.seconds.append(time.perf_counter() - self.begun)
+        if self.used is not None:
+            self.mib = self.used()
+        step, every = state.global_step, max(1, self.total // 10)
+        self.step = step
+        self._show(state)
+        late = time.perf_counter() - self.said > QUIET
+        self.due = self.bar is None and (step in (1, self.total) or step % every == 0 or late)
+        if self.due and not control.should_log:  # else the line waits for this step's loss
+            self._line(state)
+        control.should_training_stop |= self.interrupts.signal is not None
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take in the logged figures."""
+        logs = kwargs.get("logs") or {}
+        for key, value in logs.items():
+            if key.startswith("eval_") and key.endswith("loss"):
+                self._validation(state.global_step, key, float(value))
+        if "loss" not in logs:
+            return
+        self.last = float(logs["loss"])
+        self.smooth.add(self.last)
+        self.rate = logs.get("learning_rate", self.rate)
+        self._show(state)
+        if self.due:
+            self._line(state)
+
+    def _validation(self, step: int, key: str, loss: float) -> None:
+        """A line on one validation set, with the change since the one before."""
+        name = key.removeprefix("eval_").removesuffix("loss").strip("_")
+        text = f"  step {step}: validation loss{f' of {name}' if name else ''} {loss:.3f}"
+        if key in self.validated:
+            text += f" ({loss - self.validated[key]:+.3f})"
+        self.validated[key] = loss
+        self.say(text)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of a checkpoint."""
+        self.say(f"  step {state.global_step}: saved checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the display."""
+        self.close()

@@ -1,0 +1,79 @@
+"""The courses of the learning rate that transformers has no name for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from transformers import TrainingArguments, get_scheduler
+
+from ...errors import RecipeError
+from ..recipe.recipe import Recipe
+
+
+def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
+    """Make the schedule for nothing: some need arguments that only they know of.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    if any(isinstance(v, list) for v in (recipe.lr_scheduler_kwargs or {}).values()):
+        return  # one for each group of parameters, which are not known yet
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    warmup, total = args.get_warmup_steps(args.max_steps), args.max_steps
+    try:
+        if own_schedule(recipe, optimizer, warmup, total) is None:
+            get_scheduler(
+                args.lr_scheduler_type, optimizer, warmup, total,
+                scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"lr_scheduler: {recipe.lr_scheduler} cannot be made with lr_scheduler_kwargs "
+            f"{recipe.lr_scheduler_kwargs or {}}: {error}"
+        ) from error
+
+
+def own_schedule(
+    recipe: Recipe, optimizer: Optimizer, warmup: int, total: int
+) -> LRScheduler | None:
+    """The schedule of ``recipe`` if it is one of ours; None: transformers has it.
+
+    Args:
+        recipe: the recipe.
+        optimizer: whose learning rates are set.
+        warmup: steps of warm-up.
+        total: steps of the run.
+    """
+    if recipe.lr_scheduler == "one_cycle":
+        options = {"div_factor": recipe.lr_div_factor or 25.0, **(recipe.lr_scheduler_kwargs or {})}
+        if warmup:
+            options.setdefault("pct_start", warmup / total)
+        # Adam's momentum stays as the recipe says; and the last step asks for one rate more
+        options.setdefault("cycle_momentum", False)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, max_lr=rates, total_steps=total + 1, **options)
+    floor, until = recipe.cosine_min_lr_ratio, recipe.cosine_constant_lr_ratio
+    if recipe.lr_scheduler == "cosine" and (
+        floor is not None or until is not None or recipe.lr_quadratic_warmup
+    ):
+        end = max(warmup + 1, round(total * (1.0 if until is None else until)))
+        return _cosine(optimizer, warmup, end, floor or 0.0, recipe.lr_quadratic_warmup)
+    return None
+
+
+def _cosine(
+    optimizer: Optimizer, warmup: int, end: int, floor: float, quadratic: bool
+) -> LRScheduler:
+    """Warm up, fall along half a cosine to ``floor`` at step ``end``, and stay there."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            grown = step / warmup
+            return grown * grown if quadratic else grown
+        progress = min(1.0, (step - warmup) / (end - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,309 @@
+"""The optimizer steps: transformers' Trainer with our batches, our order and our checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from ...compiler.pipeline import planner_of
+from ...errors import RecipeError
+from ...memory.meter import Meter as Memory
+from ...memory.oom_retry import retrying
+from ..checkpoint import files as checkpoint
+from ..checkpoint.load import Restoring
+from ..checkpoint.resume import Saved
+from ..checkpoint.save_model import pad_token
+from ..checkpoint.write import write_checkpoint
+from ..data.batches import training_batch
+from ..data.order import Kind, Order
+from ..report.result import rss_mb
+from .arguments import arguments_for
+from .callbacks import Flow, as_asked, watchers
+from .context import Context
+from .evaluation import validate
+from .optimizer import make_optimizer
+from .progress import Watch
+from .rng_state import Randomness
+from .schedule import own_schedule
+from .watchdog import Guard, LossWatchdog
+
+
+class FineTuner(Restoring):
+    """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
+
+    Attributes:
+        watch: shows the progress.
+        unwritable: why a checkpoint could not be written, which ended the run; or None.
+        saved_at: the step of the last checkpoint.
+        first_step: called when the first step is whole; the run then takes its folder.
+    """
+
+    watch: Watch
+    first_step: Callable[[], None]
+
+    def __init__(self, context: Context, resumed: Saved | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.context, self.guard = context, Guard()
+        self._folder = Path(context.recipe.output_dir)
+        self.first_step = lambda: None
+        self.unwritable: str | None = None
+        self.saved_at: int | None = None
+        self._resumed = resumed
+        self._after_step: tuple[Randomness, Tensor] | None = None
+        self._midway = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; it gives the terminal back, whatever happens."""
+        with self.watch:
+            return super().train(*args, **kwargs)
+
+    # --- what is stepped, and in which order -----------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer of the recipe; adapters are hundreds of small tensors, stepped as one."""
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self, model or self.model, self.context.recipe)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's schedule, where transformers has no name for it; else Trainer's own."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            stepped: Any = optimizer or self.optimizer
+            made: Any = own_schedule(self.context.recipe, stepped, warmup, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = made, made is not None
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        recipe = self.context.recipe
+        packs: Any = train_dataset or self.train_dataset
+        kind: Kind = "by length" if recipe.group_by_length else "shuffled"
+        kind = "in order" if recipe.curriculum_sampling else kind
+        lengths = [0] * len(packs)
+        if kind == "by length":
+            lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
+        return Order(lengths, self.args.seed, kind, self._train_batch_size)
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward of one batch."""
+        self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
+        planner = planner_of(model)
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        loss = step() if planner is None else retrying(planner, step, model.parameters())
+        self.guard.add(self.state.global_step + 1, inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        own: Any = super()._get_grad_norm
+        norm = own(model, grad_norm)
+        if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
+            return norm
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return self.guard.judge(norm, optimizer, self._logs(self.state.global_step + 1))
+
+    def _logs(self, step: int) -> bool:
+        first = self.args.logging_first_step and step == 1
+        return first or step % self.state.logging_steps == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the steps since the last entry took."""
+        if "loss" in logs:
+            self.guard.look()
+            meter = self.context.meter
+            since = self.state.global_step - self._last_loss()
+            logs["trained_tokens_per_s"] = meter.rate(meter.trained, last=max(1, since))
+            logs["time"] = sum(meter.seconds)
+            share = meter.utilization(last=max(1, since))
+            if share is not None:
+                logs["mfu"] = share
+            logs["rss_mb"] = rss_mb()
+            if torch.cuda.is_available():
+                logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20
+        super().log(logs, start_time)
+
+    def _last_loss(self) -> int:
+        """The step of the last entry that has a loss."""
+        entries = reversed(self.state.log_history)
+        return next((int(e["step"]) for e in entries if "loss" in e), 0)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss per trained token of the validation rows."""
+        metrics = validate(self.model, self.context.validation, self.context.say)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def began(self) -> None:
+        """Take up the loss that was summed up when the checkpoint was written."""
+        if self._resumed is not None:
+            # the state of a checkpoint brings its own intervals along
+            state: Any = self.state
+            state.compute_steps(self.args, state.max_steps)
+            as_asked(self.callback_handler.callbacks, self.context.recipe)
+            self.saved_at = self._resumed.step
+            self._tr_loss += self._resumed.pending_loss
+            self._globalstep_last_logged = self._resumed.last_logged
+
+    def stepped(self) -> None:
+        """Note what a checkpoint would need, if the next step is not finished."""
+        if self._after_step is None:
+            self._first_stepped()
+        self._after_step = Randomness.now(), self._tr_loss.clone()
+        self._midway = False
+
+    def _first_stepped(self) -> None:
+        self.first_step()
+        model: Any = self.model
+        planner = planner_of(model)
+        if planner is not None:
+            planner.stepped = True
+
+    def stepping(self) -> None:
+        """Note that a step begins, which may not be finished."""
+        self._midway = True
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one, or was no step."""
+        if self.state.global_step not in (0, self.saved_at) and self.unwritable is None:
+            self._save_checkpoint(self.model)
+
+    def give_up(self) -> None:
+        """End a loop that ``BadStep`` has left: write a checkpoint of what was before it."""
+        self.save_now()
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def push_results(self) -> None:
+        """Upload the run's folder, checkpoints left out, to the hub."""
+        from huggingface_hub import upload_folder
+
+        upload_folder(
+            repo_id=str(self.hub_model_id), folder_path=str(self.args.output_dir),
+            revision=self.args.hub_revision, token=self.args.hub_token,
+            ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
+        )  # fmt: skip
+
+    def take_up(self, folder: Path) -> None:
+        """Load a checkpoint of the last step, after which nothing is left to train."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.saved_at = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write the checkpoint, or end the run because the disk is full."""
+        folder, step = self._folder, self.state.global_step
+        try:
+            with checkpoint.writing(folder, step) as part:
+                write_checkpoint(self, part, self._saved(), self._unfinished())
+        except checkpoint.Unwritable as error:
+            self.unwritable = str(error)
+            self.control.should_training_stop = True
+            return
+        self.saved_at = step
+        new = checkpoint.place(folder, step)
+        best = self.state.best_model_checkpoint
+        kept = {new, Path(best)} if best else {new}
+        checkpoint.rotate(folder, self.context.recipe.save_total_limit, kept)
+        if self.args.push_to_hub:
+            self._pushed(lambda: self._push_from_checkpoint(str(new)))
+
+    def _finish_current_push(self) -> None:
+        self._pushed(super()._finish_current_push)
+
+    def _pushed(self, push: Callable[[], Any]) -> None:
+        """Push to the hub; a failure is told, and costs the run nothing."""
+        try:
+            push()
+        except Exception as error:
+            self.watch.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
+
+    def _unfinished(self) -> Randomness | None:
+        """The random state before a step that was begun and not finished; else None."""
+        return self._after_step[0] if self._midway and self._after_step is not None else None
+
+    def _saved(self) -> Saved:
+        recipe, step = self.context.recipe, self.state.global_step
+        pending = self._tr_loss
+        if self._midway and self._after_step is not None:
+            pending = self._after_step[1]
+        logged = self._globalstep_last_logged == step
+        return Saved(
+            recipe=recipe.recorded(),
+            data=self.context.data,
+            step=step,
+            meter=self.context.meter.whole(),
+            pending_loss=0.0 if logged else float(pending),
+            last_logged=self._globalstep_last_logged,
+            carried=self.context.carried(),
+        )
+
+    def _load_best_model(self) -> None:
+        if self.ended() == "finished":  # else the last step's weights are what was asked for
+            super()._load_best_model()
+
+    def ended(self) -> Literal["finished", "interrupted", "watchdog", "disk full"]:
+        """Why the loop ended."""
+        if self.unwritable is not None:
+            return "disk full"
+        if self.context.interrupts.signal is not None:
+            return "interrupted"
+        dogs = [c for c in self.callback_handler.callbacks if isinstance(c, LossWatchdog)]
+        return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
+
+
+def make_trainer(
+    context: Context, model: Any, packs: Any, resumed: Saved | None = None
+) -> FineTuner:
+    """Set up the trainer; ``trainer.train()`` runs it.
+
+    Args:
+        context: the recipe and what goes with it.
+        model: with its adapters.
+        packs: the sequences to train on; a stream of them has no length.
+        resumed: what the checkpoint kept that the run goes on from.
+
+    Raises:
+        RecipeError: keys that do not go together, or a hub that cannot be reached.
+    """
+    recipe = context.recipe
+    args = arguments_for(recipe, packs)
+    pad_id = pad_token(context.tokenizer)
+    flow = Flow(recipe, context.interrupts)
+    memory = Memory(model.device)
+    watch = Watch(
+        context.meter, context.interrupts, context.console, args.max_steps,
+        lambda: memory.used() / 2**20,
+    )  # fmt: skip
+    given = {
+        "model": model,
+        "args": args,
+        "train_dataset": packs,
+        # asked for; evaluate() is ours
+        "eval_dataset": [None] if args.eval_strategy != "no" else None,
+        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
+        "callbacks": [*watchers(recipe), flow, watch],
+    }
+    try:
+        trainer = FineTuner(context, resumed, **given)
+    except Exception as error:  # of the hub there are many kinds
+        if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
+            raise
+        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    flow.trainer, trainer.watch = trainer, watch
+    if resumed is not None:
+        context.meter.restore(resumed.meter)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
