@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from . import codegen
-from .caller_writes import may_write, open_inputs
+from .caller_writes import may_write, on_copies, open_inputs
 from .graph.facts import nested
 from .graph.whole import is_leaf
 from .match.apply import apply
@@ -65,7 +65,7 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         else:
             run = codegen.eager(module)
         run = offloaded(session.planner, module, run)
-        run = session.callers.around(run, places, lambda: session.current)
+        run = on_copies(run, places)
 
         def call(*args: Any) -> Any:
             session.record(captured)

@@ -17,7 +17,6 @@ from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from . import codegen
-from .caller_writes import CallerWrites
 from .errors import OptimizeError
 from .graph.show import dump, source
 from .match.apply import Fuel
@@ -79,7 +78,6 @@ class Session:
         preparation: what Inductor needs first, found in the background.
         retired: modules that were restored; a forward of theirs that others have wrapped is idle.
         watches: what lies below each region, and whether it has changed.
-        callers: whether the code around regions writes into what it gives them.
         keeps_code: whether each graph's code is kept beside it, for people to read.
     """
 
@@ -107,7 +105,6 @@ class Session:
     preparation: threading.Thread | None = None
     retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     watches: Watches = field(default_factory=Watches)
-    callers: CallerWrites = field(default_factory=CallerWrites)
     keeps_code: bool = False
     _called: bool = False
     _failures: dict[Any, str] = field(default_factory=dict)
