@@ -61,9 +61,12 @@ def test_the_switch_in_the_configuration_may_be_thrown_at_any_time() -> None:
     assert _kinds(ours(input_ids=IDS, labels=IDS, use_cache=True))[-1] == "DynamicCache"
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["one module twice", "one attention twice", "one index twice"])
-def test_layers_that_share_a_place_in_the_cache_keep_it(how: str) -> None:
+def test_layers_that_share_a_place_in_the_cache_keep_it(how: str, late: bool) -> None:
     models = _pair()
+    if late:  # after a step in which none did
+        models[0](input_ids=IDS, labels=IDS)
     for model in models:
         layers = model.model.layers
         if how == "one module twice":

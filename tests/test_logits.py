@@ -328,13 +328,26 @@ def test_a_hook_gets_a_gradient_that_can_be_kept(computed: list[str]) -> None:
     torch.testing.assert_close(kept[1] + 0, kept[0])
 
 
-def test_logits_are_read_before_the_weights_change_or_not_at_all() -> None:
+class Behind(torch.optim.Optimizer):
+    """An optimizer that writes to ``p.data``, as many do: no version of ``p`` changes."""
+
+    def __init__(self, parameters: Any, rate: float) -> None:
+        super().__init__(parameters, {"lr": rate})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, Behind])
+def test_logits_are_read_before_the_weights_change_or_not_at_all(optimizer: Any) -> None:
     for m in copy.deepcopy(_pair()):
         loss, z = m(IDS, labels=LABELS)
         early = m(IDS, labels=LABELS)[1]
         values = early.detach().clone()
         loss.backward()
-        torch.optim.SGD(m.parameters(), 0.1).step()
+        optimizer(m.parameters(), 0.1).step()
         torch.testing.assert_close(early.detach(), values)
     with pytest.raises(RuntimeError, match=r"before the weights .* were changed.*logits='always'"):
         z.sum()

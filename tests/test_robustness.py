@@ -169,7 +169,7 @@ def test_bad_options_say_what_is_right() -> None:
     model = build(LLAMA, lora=False)
     with pytest.raises(ValueError, match="'eager', 'inductor'"):
         optimize(model, codegen="fast")
-    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size as in '8GB'"):
+    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size in GB as in '8GB'"):
         optimize(model, memory="8MB")
 
 

@@ -23,7 +23,7 @@ from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
-from .calls.caller_writes import may_write, open_inputs
+from .calls.caller_writes import may_write, on_copies, open_inputs
 from .logits.deferral import join_logits, losses
 from .session import Captured, Session
 
@@ -66,7 +66,7 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         else:
             run = eager(module)
         run = offloaded(session.planner, module, run)
-        run = session.callers.around(run, places, lambda: session.current)
+        run = on_copies(run, places)
 
         def call(*args: Any) -> Any:
             session.record(captured)

@@ -24,7 +24,6 @@ from ..rewrite.engine import Fuel
 from ..rewrite.findings import Finding
 from ..rewrite.verify import Verifier
 from . import codegen
-from .calls.caller_writes import CallerWrites
 from .calls.watch import Watches
 from .options import Environment, Options
 from .sharing import Shared, Sharing, Stage
@@ -79,7 +78,6 @@ class Session:
         preparation: what Inductor needs first, found in the background.
         retired: modules that were restored; a forward of theirs that others have wrapped is idle.
         watches: what lies below each region, and whether it has changed.
-        callers: whether the code around regions writes into what it gives them.
         keeps_code: whether each graph's code is kept beside it, for people to read.
     """
 
@@ -107,7 +105,6 @@ class Session:
     preparation: threading.Thread | None = None
     retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     watches: Watches = field(default_factory=Watches)
-    callers: CallerWrites = field(default_factory=CallerWrites)
     keeps_code: bool = False
     _called: bool = False
     _failures: dict[Any, str] = field(default_factory=dict)

@@ -31,13 +31,14 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> Gradients:
             # a compiler traces the pass itself, and refuses to differentiate what it has made
-            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads)):
-                return backward(ctx, *grads)
+            fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))
+            chosen = backward if fast else again
             device = next((g.device.type for g in grads if g is not None), "cpu")
-            if not torch.amp.is_autocast_available(device):
-                return again(ctx, *grads)
+            available = torch.amp.is_autocast_available(device)
+            if not (available and torch.is_autocast_enabled(device)):
+                return chosen(ctx, *grads)
             with torch.autocast(device, enabled=False):  # forward has cast what is to be cast
-                return again(ctx, *grads)
+                return chosen(ctx, *grads)
 
         return run
 

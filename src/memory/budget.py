@@ -37,8 +37,8 @@ class Budget:
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
         if found is None or not float(found[1]):
             raise ValueError(
-                f"memory={text!r} is not one of 'speed', 'auto', 'min' or a size as in '8GB' (the "
-                "whole of what the training process may use on its device)"
+                f"memory={text!r} is not one of 'speed', 'auto', 'min' or a size in GB as in "
+                "'8GB' or '0.5GB' (the whole of what the training process may use on its device)"
             )
         return cls(text, "bytes", int(float(found[1]) * GB))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusewright.kernels.linear import matmul
 from fusewright.kernels.loss import linear_cross_entropy_tiles as tiles
 from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
@@ -44,6 +45,8 @@ def test_logits_exist_only_in_tiles(monkeypatch, dtype):
     monkeypatch.setattr(tiles, "TILE_BYTES", 1 << 18)
     monkeypatch.setattr(tiles, "TILE_ROWS", 1)
     monkeypatch.setattr(tiles, "STRIP_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(matmul, "LEAST", 16)
     x, w, _ = operands((1000, 16), 2000, dtype)
     with Record() as seen:
         run_tiles(x, w, targets(1000, 2000)[0], [True, True, False])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.linear import matmul
+from fusewright.kernels.attention import attention
+from fusewright.kernels.linear import lora_linear, matmul
+from fusewright.kernels.loss import linear_cross_entropy
+from fusewright.kernels.norms import rms_norm_linear
 from fusewright.rewrite.tolerance import unit
 
 from . import (
@@ -42,6 +47,7 @@ def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that multiplies no 16-bit matrices, and slices of few elements."""
     monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype.itemsize > 2)
     monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 100)
+    monkeypatch.setattr(matmul, "LEAST", 3)
 
 
 def _close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -55,7 +61,7 @@ def _close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    sizes=st.tuples(st.integers(0, 9), st.integers(1, 40), st.integers(1, 40)),
+    sizes=st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 40)),
     flips=st.tuples(*[st.booleans()] * 2),
     dtype=HALF,
     seed=st.integers(0, 99),
@@ -87,6 +93,7 @@ def test_each_is_rounded_once(without_products, sizes, flips, dtype, seed):
         result = matmul.linear(x, right.t(), given_bias)
         shift = 0 if given_bias is None else bias.double()
         _close(result, (exact + shift).expand(2, n, m), dtype)
+        assert not result._is_view()  # a model may write into what an op returns
 
 
 def test_wide_and_foreign_tensors_are_left_to_pytorch(without_products: None) -> None:
@@ -97,19 +104,72 @@ def test_wide_and_foreign_tensors_are_left_to_pytorch(without_products: None) ->
     assert not matmul.through_fp32(half.to("meta"))
 
 
-def test_no_more_than_a_slice_is_in_fp32(without_products: None) -> None:
-    sizes: list[int] = []
-    found = torch.mm
+def test_operands_of_two_dtypes_are_refused_as_by_pytorch(without_products: None) -> None:
+    half = torch.zeros(2, 2, dtype=torch.bfloat16)
+    for call in (
+        lambda: matmul.mm(half, half.float()),
+        lambda: matmul.addmm(half[0], half, half.float()),
+        lambda: matmul.addmm_(half.clone(), half, half.float()),
+        lambda: matmul.linear(half, half.float()),
+    ):
+        with pytest.raises(RuntimeError, match="dtype"):
+            call()
 
-    def counting(left: Tensor, right: Tensor) -> Tensor:
-        sizes.append(right.numel())
-        return found(left, right)
 
-    weight = torch.randn(50, 20).bfloat16()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "mm", counting)
-        matmul.mm(torch.randn(3, 20).bfloat16(), weight.t())
-    assert sizes == [100] * 10
+class _Largest(TorchDispatchMode):
+    """The largest fp32 result of any operation."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype is torch.float32:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_no_more_than_slices_are_in_fp32(without_products: None, transposed: bool) -> None:
+    left, right = torch.randn(40, 20).bfloat16(), torch.randn(50, 20).bfloat16().t()
+    with _Largest() as largest:
+        matmul.mm(left, right if transposed else right.contiguous())
+    assert 0 < largest.elements <= 150  # three rows, at the least, of fifty columns
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_op_multiplies_in_16_bits(
+    without_products: None, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither forward nor backward, and inside autocast no operand is cast back."""
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def watching(real: Any, at: int) -> Any:
+        def call(*args: Any, **out: Any) -> Any:
+            seen.append((args[at].dtype, torch.is_autocast_enabled("cpu")))
+            return real(*args, **out)
+
+        return call
+
+    for name, at in (("mm", 0), ("addmm", 1), ("bmm", 0), ("baddbmm", 1)):
+        monkeypatch.setattr(torch, name, watching(getattr(torch, name), at))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).mul_(0.1).bfloat16().requires_grad_()
+
+    x, w, a, b = draw(2, 5, 16), draw(24, 16), draw(4, 16), draw(24, 4)
+    labels, heads = torch.randint(24, (2, 5)), draw(1, 2, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outs = [
+            lora_linear.lora_linear(x, w, None, a, b, 2.0),
+            *rms_norm_linear.rms_norm_linear(x, draw(16), 1e-6, 0.0, "inner", [w], [None]),
+            linear_cross_entropy.linear_cross_entropy(x, w, None, labels),
+            attention.attention(heads, heads, heads, None, True),
+        ]
+        before = len(seen)
+        sum(o.float().sum() for o in outs).backward()
+    assert before > 5
+    assert len(seen) > before + 10
+    assert set(seen) == {(torch.float32, False)}
 
 
 @pytest.mark.parametrize("parity", OPS, ids=lambda f: f"{f.__module__}.{f.__name__}")

@@ -249,7 +249,7 @@ def _optimizer_step(planner: Planner) -> None:
 
 @pytest.mark.parametrize("text", ["", "fast", "8", "8MB", "GB", "0GB", "-1GB", "8GBs"])
 def test_a_memory_setting_that_means_nothing(text: str) -> None:
-    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size as in '8GB'"):
+    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size in GB as in '8GB'"):
         Budget.parse(text)
 
 

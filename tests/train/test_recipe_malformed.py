@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ SYNTAX = [
     good("twice inside", "    path: b\n", "line 4: datasets.0.path: is given twice"),
     good("no such anchor", "seed: *seed\n", "line 4: not valid YAML: found undefined alias"),
     good("itself", "tokens: &a [*a]\n", "not valid YAML: a value contains itself"),
+    good(
+        "aliases of aliases",
+        "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
+        + "".join(
+            f"{k}: &{k} [{', '.join([f'*{before}'] * 9)}]\n"
+            for before, k in itertools.pairwise("abcdefgh")
+        ),
+        "with its aliases it holds more than 50,000 values",
+    ),
+    good(
+        "long", f"micro_batch_size: [{', '.join(['word'] * 9999)}]\n", "'word', 'word', 'word', ..."
+    ),
     good("tag", "seed: !!python/name:os.system\n", "line 4: not valid YAML: could not determine"),
     good("control character", "seed: \x00\n", "not valid YAML"),
 ]

@@ -5,7 +5,7 @@
 
 In low precision eager allows that: a norm keeps its own fp32 copy of x. Our ops, a compiler's and
 a checkpoint keep x itself, and backward would refuse it. So where the code around a block may
-write, by the look of it, its input is copied first, until a step has shown that it does not.
+write, by the look of it, its input is copied first.
 """
 
 from __future__ import annotations
@@ -13,74 +13,34 @@ from __future__ import annotations
 import dis
 import inspect
 import types
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ...graph import facts
 from ...graph.effects import writes
 
 
-@dataclass(eq=False)
-class CallerWrites:
-    """What is known of the callers of one session's regions.
+def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+    """``run``, a region's graph, on copies of its arguments at ``places``.
 
-    Attributes:
-        copies: whether inputs are copied.
-        settled: whether a whole step has been seen.
+    At every call: that one step wrote nothing says nothing of the next one.
+
+    Args:
+        run: takes the inputs of the graph.
+        places: from ``open_inputs``.
     """
+    if not places:
+        return run
 
-    copies: bool = True
-    settled: bool = False
-    _found: bool = False
-    _seen: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
-    _given: list[tuple[weakref.ref[Tensor], int]] = field(default_factory=list)
+    def call(*args: Any) -> Any:
+        given = list(args)
+        for i in places:
+            given[i] = args[i].clone()
+        return run(*given)
 
-    def around(
-        self,
-        run: Callable[..., Any],
-        places: Sequence[int],
-        current: Callable[[], nn.Module | None],
-    ) -> Callable[..., Any]:
-        """``run``, a region's graph, on copies of its arguments at ``places``.
-
-        Args:
-            run: takes the inputs of the graph.
-            places: from ``open_inputs``.
-            current: gives the region that is being called.
-        """
-        if not places:
-            return run
-
-        def call(*args: Any) -> Any:
-            if self.copies:
-                self._look(current())
-            if not self.copies:
-                return run(*args)
-            given = list(args)
-            for i in places:
-                given[i] = args[i].clone()
-            if not self.settled:
-                self._given += [(weakref.ref(args[i]), args[i]._version) for i in places]
-            return run(*given)
-
-        return call
-
-    def _look(self, region: nn.Module | None) -> None:
-        """Look for writes into what was given before; settle when a region is called again."""
-        if self.settled:
-            return
-        for reference, version in self._given:
-            t = reference()
-            self._found |= t is not None and t._version != version
-        if region is None or region in self._seen:
-            self.settled, self.copies = True, self._found
-            self._given.clear()
-        else:
-            self._seen.add(region)
+    return call
 
 
 def open_inputs(module: fx.GraphModule) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class SharedPlaces:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[list[int], bool] = ([], False)
+        self._known: tuple[list[Any], bool] = ([], False)
 
     def any_in(self, backbone: nn.Module) -> bool:
         """Whether there are such layers in ``backbone``."""
@@ -98,9 +99,11 @@ class SharedPlaces:
             for layer in stack._modules.values()
             if layer is not None
         ]
-        parts = [id(p) for layer in layers for p in (layer, *layer._modules.values())]
-        if parts != self._known[0]:
-            self._known = parts, any(map(_share_a_place, _stacks(backbone)))
+        parts = [p for layer in layers for p in (layer, *layer._modules.values()) if p is not None]
+        # references, and not their ids: another module may get the id of one that is gone
+        now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
+        if now != self._known[0]:
+            self._known = now, any(map(_share_a_place, _stacks(backbone)))
         return self._known[1]
 
 

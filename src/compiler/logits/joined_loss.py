@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ...kernels.loss import linear_cross_entropy_parts as op
@@ -59,7 +59,7 @@ class _Join:
         shape: of the logits.
         device: of everything.
         autocast: (whether it is on, its dtype), as in the forward pass.
-        versions: what tells whether an input of the logits was written to since.
+        before: what tells whether an input of the logits was written to since.
         made: the inputs of the logits and the history that leads to them, if they were computed.
     """
 
@@ -69,7 +69,7 @@ class _Join:
     shape: tuple[int, ...]
     device: torch.device
     autocast: tuple[bool, torch.dtype]
-    versions: tuple[int, ...]
+    before: tuple[list[int], list[Tensor]]
     made: tuple[list[Any], Any] | None = None
 
     @contextmanager
@@ -86,7 +86,7 @@ class _Join:
 
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
-        if _versions(inputs) != self.versions:
+        if not _is_as_before(inputs, self.before):
             raise RuntimeError(
                 "these logits were not read before the weights that make them were changed (by an "
                 "optimizer, most likely). Read them earlier, or use "
@@ -129,9 +129,21 @@ def _as_it_is(t: Tensor) -> Tensor:
     return t
 
 
-def _versions(values: tuple[Any, ...]) -> tuple[int, ...]:
-    tensors = (v for v in values if isinstance(v, Tensor) and not v.is_inference())
-    return tuple(t._version for t in tensors)
+def _state(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
+    """What tells later whether the tensors among ``values`` have been written to.
+
+    Their versions, and of trained weights some of the bytes: an optimizer that writes ``p.data``
+    leaves the version as it is.
+    """
+    tensors = [v for v in values if isinstance(v, Tensor) and not v.is_inference()]
+    trained = [t for t in tensors if type(t) is nn.Parameter and t.requires_grad and t.ndim == 2]
+    some = [t.detach().diagonal().clone().view(torch.uint8) for t in trained]
+    return [t._version for t in tensors], some
+
+
+def _is_as_before(values: tuple[Any, ...], before: tuple[list[int], list[Tensor]]) -> bool:
+    versions, some = _state(values)
+    return versions == before[0] and all(map(torch.equal, some, before[1]))
 
 
 def _leaf(x: Any) -> Any:
@@ -244,7 +256,7 @@ def _call(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs:
     device = rows.device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
-    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _versions(inputs))
+    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _state(inputs))
 
 
 def _records(tensors: Iterable[Any]) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import LIBRARY, own
-from ..linear.matmul import through_fp32
+from ..linear.matmul import multiplies, through_fp32
 from ..op import Cost, Op
 from ..second_order import differentiable, gradients
 from .tiles import Scratch, Tile, fold, tiles, unfold
@@ -243,7 +243,8 @@ def attention(
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
+    with torch.autocast("cpu", enabled=False):
+        return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- cost ------------------------------------------------------------------------------------------
@@ -301,8 +302,8 @@ def attention_unsupported(
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
     reasons = _impossible(q, k, v, causal, mask, window)
-    if through_fp32(q):  # PyTorch's kernel does not: measured, it takes 2.4 to 8.7 times as long
-        return reasons
+    if through_fp32(q) and not multiplies(torch.bfloat16):
+        return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
     if q.dtype is torch.bfloat16 and (why := _why_not_bfloat16()):

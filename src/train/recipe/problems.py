@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,11 +72,18 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
             near = _nearest_value(loc, str(value), names)
             return (
                 f"must be one of {len(names)} names (fusewright schema lists them), "
-                f"not {value!r}{_meant(near)}"
+                f"not {_quoted(value)}{_meant(near)}"
             )
         word = expected or _WANTED.get(detail["type"].split("_")[0])
         wanted.append(word or detail["msg"].removeprefix("Input should be "))
-    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {value!r}"
+    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    """A value as in Python, cut where it is long."""
+    cut = reprlib.Repr()
+    cut.maxlevel, cut.maxstring, cut.maxother, cut.maxlong = 3, 200, 200, 100
+    return cut.repr(value)
 
 
 def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:

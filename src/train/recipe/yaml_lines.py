@@ -24,6 +24,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST = 50_000
+"""Values in a recipe: aliases of aliases multiply, and a few lines could fill the memory."""
+
+
 def parse_value(text: str) -> Any:
     """Read one value as a recipe would, e.g. ``"2e-4"`` or ``"[q_proj, v_proj]"``."""
     try:
@@ -52,8 +56,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Loc, int]]:
     except yaml.YAMLError as error:
         raise RecipeError(_not_yaml(path, error)) from None
     except RecursionError:
-        raise RecipeError(f"{path}: not valid YAML: a value contains itself") from None
-    except ValueError as error:  # a date that is none
+        said = "a value contains itself, or is nested too deeply"
+        raise RecipeError(f"{path}: not valid YAML: {said}") from None
+    except ValueError as error:  # a date that is none, or too many values
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     finally:
         if loader is not None:
@@ -95,6 +100,8 @@ def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
 
 def _number(node: yaml.Node, loc: Loc, lines: dict[Loc, int]) -> Iterator[Loc]:
     """Fill ``lines`` for what is below ``node``; yield keys that come twice."""
+    if len(lines) > _MOST:
+        raise ValueError(f"with its aliases it holds more than {_MOST:,} values")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*loc, str(key.value))

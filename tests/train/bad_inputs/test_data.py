@@ -47,6 +47,14 @@ def a_folder(box: Box) -> list[str]:
     return box.recipe(datasets=[{"path": str(box.folder / "data")}])
 
 
+def a_script(box: Box) -> list[str]:
+    """A folder of the kind that the datasets library once ran."""
+    folder = box.folder / "rows"
+    folder.mkdir()
+    (folder / "rows.py").write_text("raise SystemExit('it was run')\n")
+    return box.recipe(datasets=[{"path": str(folder), "type": "chat_template"}])
+
+
 def a_pipe(box: Box) -> list[str]:
     os.mkfifo(box.folder / "rows.fifo")
     return box.recipe(datasets=[{"path": str(box.folder / "rows.fifo"), "ds_type": "json"}])
@@ -76,6 +84,7 @@ CASES = {
     "no id": Bad(missing("my rows"), "datasets.0.path", "nor a Hugging Face id"),
     "an empty file": Bad(rows(""), "rows.jsonl", "the dataset is empty"),
     "a folder without rows": Bad(a_folder, "data", "no data files are in this folder"),
+    "a folder with a script": Bad(a_script, "rows", "Nothing of this folder is run"),
     "a pipe": Bad(a_pipe, "rows.fifo", "save its rows in a file first"),
     "an unknown kind": Bad(rows(ROW, "rows.dat"), "rows.dat", "Its name must end in one of .jsonl"),
     "no JSON": Bad(rows(f"{ROW}\n{{oops\n"), "rows.jsonl, line 2", "not valid JSON: Expecting"),

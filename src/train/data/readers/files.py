@@ -205,7 +205,7 @@ def text_in(row: Any, where: str) -> str:
     """
     for at, said in odd_characters(row):
         field = ".".join(map(str, at))
-        raise DataError(f"{where}: {field} {said}; write the whole character, or leave it out")
+        raise DataError(f"{where}: {field} {said}; replace it, or leave it out")
     return where
 
 

@@ -59,9 +59,7 @@ def parse_json(text: str) -> Any:
     if _ESCAPED.search(text):
         for at, said in odd_characters(value):
             place = ".".join(map(str, at))
-            raise BadJsonError(
-                f"{place + ' ' if place else ''}{said}; write the whole character, or leave it out"
-            )
+            raise BadJsonError(f"{place + ' ' if place else ''}{said}; replace it, or leave it out")
     return value
 
 

@@ -179,6 +179,11 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> Source:
             files = {str(k): [Path(f) for f in v] for k, v in found.items()}
     except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too
         raise DataError(f"{path}: no data files are in this folder: {_first(error)}") from None
+    except RuntimeError as error:
+        raise DataError(
+            f"{path}: cannot be read: {_first(error)}. Nothing of this folder is run; name its "
+            "data files by `data_files`, or the Python file that writes them by `builder`"
+        ) from None
     if split not in files:
         raise DataError(f"{path}: there is no split {split!r}, only {', '.join(files)}")
     return Source(dataset, tuple(files[split]))
