@@ -31,7 +31,7 @@ class QuantLinear(Rule):
         shape: Pattern, blocksize: Pattern, kind: Pattern, absmax_8bit: Pattern,
         absmax_code: Pattern, absmax_offset: Pattern,
     ) -> Iterable[Any]:  # fmt: skip
-        """One node, by itself or inside an autograd function: ``graph/quantized.py``.
+        """One node, by itself or inside an autograd function: ``graph/opaque/quantized.py``.
 
         Where the layer computes in another dtype than its input's, it casts there and back.
         """

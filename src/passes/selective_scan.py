@@ -1,4 +1,4 @@
-"""Scans of state-space models, captured whole (``graph/whole.py``), become ops.
+"""Scans of state-space models, captured whole (``graph/opaque/functions.py``), become ops.
 
 Gu & Dao, "Mamba", 2023; Dao & Gu, "Transformers are SSMs", 2024.
 """

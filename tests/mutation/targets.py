@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TESTS: dict[str, list[str]] = {
-    "verify.py": [
+    "rewrite/verify.py": [
         "tests/verify/test_verdicts.py",
         "tests/graph/test_modes.py",
         "tests/verify/test_smaller_weights.py::"
@@ -12,17 +12,17 @@ TESTS: dict[str, list[str]] = {
         "tests/verify/test_wrong_values.py",
         "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
-    "verify_runs.py": ["tests/verify/test_runs.py"],
-    "verify_compare.py": ["tests/verify/test_difference.py"],
-    "budget.py": ["tests/verify/test_tolerance.py"],
-    "sampling.py": ["tests/verify/test_sampling.py"],
-    "smaller_weights.py": [
+    "rewrite/verify_runs.py": ["tests/verify/test_runs.py"],
+    "rewrite/verify_compare.py": ["tests/verify/test_difference.py"],
+    "rewrite/tolerance.py": ["tests/verify/test_tolerance.py"],
+    "rewrite/sample_inputs.py": ["tests/verify/test_sampling.py"],
+    "rewrite/smaller_weights.py": [
         "tests/verify/test_smaller_formulas.py",
         "tests/verify/test_smaller_weights.py",
     ],
-    "match/apply.py": ["tests/match/test_apply.py"],
-    "match/conditions.py": ["tests/match/test_conditions.py"],
-    "match/matcher.py": [
+    "rewrite/engine.py": ["tests/match/test_apply.py"],
+    "rewrite/conditions.py": ["tests/match/test_conditions.py"],
+    "rewrite/match/matcher.py": [
         "tests/match",
         "tests/passes/test_rms_norm.py",
         "tests/passes/test_rope.py",
@@ -33,13 +33,13 @@ TESTS: dict[str, list[str]] = {
     "graph/edit.py": ["tests/graph/test_edit.py"],
     "memory/planner.py": ["tests/memory/test_planner.py", "tests/memory/test_plan_history.py"],
     "train/data/packing.py": ["tests/train/data/test_packing.py", "-knot million"],
-    "train/data/mask.py": [
+    "train/data/chat/mask.py": [
         "tests/train/data/test_mask.py",
         "tests/train/data/test_chat.py",
         "tests/train/data/test_formats.py",
         "-knot found_and_marked",
     ],
-    "train/resume.py": [
+    "train/checkpoint/resume.py": [
         "tests/train/test_resume_record.py",
         "tests/train/test_resume.py::test_a_stream_needs_as_many_workers",
     ],
@@ -51,14 +51,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "dataclass(frozen=False)": "nothing assigns to its fields: mypy sees to that",
         ", strict=False)": "both are equally long there; the other would be an error of ours",
     },
-    "budget.py": {
+    "rewrite/tolerance.py": {
         "elements: int = ": "how much is looked at at a time is a matter of memory alone",
     },
-    "verify.py": {
+    "rewrite/verify.py": {
         "given = [draw( -1)]": "any seed that no other draw has",
         "draws(given[ -1])": "all draws are of one size",
         "c.interior[ -1].graph": "all its nodes are in one graph",
-        "c.interior[- 0]": "all its nodes are in one mode: match/conditions.py",
+        "c.interior[- 0]": "all its nodes are in one mode: rewrite/conditions.py",
         "worst[kind] or -1.0": "no error is below 0",
         "_NOISE = 1.5": "where it is nothing but rounding, it is off by many times itself",
         "_figures(ours[ -1]": "both are forms of one op; the figures of either will do",
@@ -66,7 +66,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "runs(site.exact, wide, site.setting(thorough=True))": "what is found is not looked at",
         "if not torch.cuda.is_available()": "without a GPU there are no devices either way",
     },
-    "verify_runs.py": {
+    "rewrite/verify_runs.py": {
         "made[ -1]": "there is one",
         "torch.empty( 1": "its memory is replaced",
         "manual_seed(seed ": "any seed",
@@ -78,7 +78,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "o.mul_( ": "all that is compared was taken before",
         "a.itemsize == ": "torch 2.13 compares one-byte floats; older versions do not",
     },
-    "sampling.py": {
+    "rewrite/sample_inputs.py": {
         "_SIZES = (": "other small sizes: tests say what kinds there must be",
         'Regime("far below zero", ': "other numbers of the kind",
         'Regime("near zero", 0': "as above",
@@ -94,11 +94,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "else ( 15,)": "as above",
         "torch.finfo(dtype).max / ": "as far from overflow, or nearly",
     },
-    "smaller_weights.py": {
+    "rewrite/smaller_weights.py": {
         "t.dim() > -1": "a number is not large",
         "c.interior[ -1].graph": "all its nodes are in one graph",
     },
-    "verify_compare.py": {
+    "rewrite/verify_compare.py": {
         "largest.log2().floor(), 1)": "of a draw of zeros, any scale will do",
         "largest.log2().floor(), -1)": "as above",
         "if a is None and b is None:": "_effects has seen that both have it, or neither",
@@ -128,12 +128,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_from_end(tensors[ ": "all of them have as many dimensions",
         "Canon & None]]": "a type",
     },
-    "train/data/mask.py": {
+    "train/data/chat/mask.py": {
         "turn.content and bare else - 2": "below 0 either way",
         "wanted == True": "a list equals no truth value",
         "turn.end <= len(text)": "no token begins behind the text",
     },
-    "train/resume.py": {"content}, indent=": "how far lines are set in"},
+    "train/checkpoint/resume.py": {"content}, indent=": "how far lines are set in"},
     "graph/facts.py": {"in paths[ 0:]": "a path and itself have all in common"},
     "train/data/packing.py": {
         "if not TYPE_CHECKING": "torch is only imported sooner",
@@ -145,13 +145,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "(ids[ 1, :first] + 1)": "as above",
         "+ 1) // vocab_size": "as above",
     },
-    "match/apply.py": {
+    "rewrite/engine.py": {
         "default=- 2)": "what has no inputs is used behind the first node at the earliest",
         "default=- 0)": "as above",
         "order[last] >= order[start]": "equal without inputs: behind the output is as good a place",
         "reverse=False": "prune() goes on with the inputs of what it has erased, in any order",
     },
-    "match/matcher.py": {
+    "rewrite/match/matcher.py": {
         "depth: int = ": "one that has matched nothing is no near miss: note() asks for more nodes",
         "isinstance(a, torch.dtype)": "a dtype equals nothing but itself, so either test will do",
     },

@@ -1,4 +1,4 @@
-"""Triton twin of ``kernels/linear_cross_entropy_tiles.py``: tiles of rows, nothing read back.
+"""Triton twin of ``kernels/loss/linear_cross_entropy_tiles.py``: tiles of rows, nothing read back.
 
 How many rows count is known on the device only, and asking would stall the stream. So the rows that
 count are sorted to the front, every tile is launched, and each program compares its rows with the

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one kernel (twin of ``kernels/add_rms_norm.py``).
+"""Residual add and RMSNorm in one kernel (twin of ``kernels/norms/add_rms_norm.py``).
 
 The kernels are those of RMSNorm, with the residual (forward) and the gradient of the sum
 (backward) as further inputs.

@@ -1,4 +1,4 @@
-"""RMSNorm inside a matmul (twin of ``kernels/rms_norm_linear.py``).
+"""RMSNorm inside a matmul (twin of ``kernels/norms/rms_norm_linear.py``).
 
 The kernel multiplies x by the norm weight as it loads it, sums the squares of x on the way, and
 scales its result by rstd: the normed rows never exist. It competes with the norm's own kernel

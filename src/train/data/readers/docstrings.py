@@ -7,9 +7,9 @@ becomes one line of JSON, the answer laid out as ``help()`` prints it::
                   {"role": "assistant", "content": "Help on function dumps in json:\n..."}]}
 
 It is real text, it is on every machine that has Python, and the order is always the same. Recipes
-have it as ``path: fusewright:docstrings`` (see ``train/ownrows.py``). By hand::
+have it as ``path: fusewright:docstrings`` (see ``train/data/readers/package_rows.py``). By hand::
 
-    python src/train/data/docstrings.py rows.jsonl
+    python src/train/data/readers/docstrings.py rows.jsonl
 """
 
 from __future__ import annotations
