@@ -13,8 +13,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels import attention as op
-from fusewright.kernels import attention_tiles, matmul
+from fusewright.kernels import attention_tiles, attention_unsupported, matmul
 from fusewright.kernels.attention import OP, attention
 
 from .util import assert_parity
@@ -315,7 +314,8 @@ def test_which_cpus_gain_in_bfloat16(
     monkeypatch.setattr(matmul, "multiplies", lambda _: products)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(op, "_why_not_bfloat16", op._why_not_bfloat16.__wrapped__)
+    asked = attention_unsupported.why_not_bfloat16.__wrapped__
+    monkeypatch.setattr(attention_unsupported, "why_not_bfloat16", asked)
     q, k, v = (t.detach() for t in _qkv(1, 2, 1, 4, 4, 8, 8, B16))
     reasons = OP.unsupported(q, k, v, None, True)
     assert len(reasons) == bool(reason)
