@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.attention import attention as op
 from fusewright.kernels.attention import tiles as attention_tiles
+from fusewright.kernels.attention import unsupported
 from fusewright.kernels.attention.attention import OP, attention
 from fusewright.kernels.linear import matmul
 
@@ -316,7 +317,8 @@ def test_which_cpus_gain_in_bfloat16(
     monkeypatch.setattr(matmul, "multiplies", lambda _: products)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(op, "_why_not_bfloat16", op._why_not_bfloat16.__wrapped__)
+    asked = unsupported.why_not_bfloat16.__wrapped__
+    monkeypatch.setattr(unsupported, "why_not_bfloat16", asked)
     q, k, v = (t.detach() for t in _qkv(1, 2, 1, 4, 4, 8, 8, B16))
     reasons = OP.unsupported(q, k, v, None, True)
     assert len(reasons) == bool(reason)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fusewright.graph.canon import canonical
 from fusewright.graph.cleanup import remove_noops
-from fusewright.kernels.attention import attention
+from fusewright.kernels.attention import unsupported
 
 from ..capturing import capture, rewrite, rewritten
 
@@ -83,7 +83,7 @@ def test_a_gate_and_its_other_side_in_two_dtypes(gate: torch.dtype, up: torch.dt
 
 def test_attention_as_autocast_casts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotated queries and keys are in fp32, the values in bf16."""
-    monkeypatch.setattr(attention, "_why_not_bfloat16", lambda: "")
+    monkeypatch.setattr(unsupported, "why_not_bfloat16", lambda: "")
     q, k, v = _draw(2, 4, 6, 16), _draw(2, 2, 6, 16), _draw(2, 2, 6, 16, dtype=BF16)
 
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

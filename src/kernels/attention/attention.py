@@ -16,7 +16,6 @@ cost more accuracy than all else together), the softmax is in fp32, and its resu
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import LIBRARY, own
-from ..linear.matmul import multiplies, through_fp32
+from ..linear.matmul import through_fp32
 from ..op import Cost, Op
 from ..second_order import differentiable, gradients
 from .tiles import Scratch, Tile, fold, tiles, unfold
+from .unsupported import attention_unsupported, impossible
 
 _aten = torch.ops.aten
 
@@ -237,9 +237,9 @@ def attention(
     Raises:
         ValueError: for what ``OP.unsupported`` lists as impossible.
     """
-    impossible = _impossible(q, k, v, causal, mask, window)
-    if impossible:
-        raise ValueError("; ".join(impossible))
+    reasons = impossible(q, k, v, causal, mask, window)
+    if reasons:
+        raise ValueError("; ".join(reasons))
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -268,62 +268,5 @@ def attention_cost(
 
 
 # -- OP --------------------------------------------------------------------------------------------
-
-
-def _impossible(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, window: int | None
-) -> list[str]:
-    """Why the op has no meaning, or no implementation, for these inputs."""
-    reasons = []
-    if not q.device.type == k.device.type == v.device.type == "cpu":
-        reasons.append("the tensors are not all on the CPU: PyTorch's kernel is kept")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.ndim == k.ndim == v.ndim == 4:
-        return [*reasons, "the tensors do not all have 4 dimensions"]
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        reasons.append(f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
-    if q.shape[1] % k.shape[1]:
-        reasons.append(f"{q.shape[1]} heads are not a multiple of {k.shape[1]}")
-    if causal and (mask is not None or q.shape[2] != k.shape[2]):
-        reasons.append("causal with a mask, or with more keys than positions")
-    if window is not None and (not causal or window < 1):
-        reasons.append("a window that is not causal or not positive")
-    if mask is not None and (mask.ndim != 4 or mask.requires_grad):
-        reasons.append("the mask has not 4 dimensions, or requires a gradient")
-    if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
-        reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
-    return reasons
-
-
-def attention_unsupported(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
-    mask: Tensor | None = None, window: int | None = None,
-) -> list[str]:  # fmt: skip
-    """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
-    reasons = _impossible(q, k, v, causal, mask, window)
-    if through_fp32(q) and not multiplies(torch.bfloat16):
-        return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
-    if q.dtype in (torch.float32, torch.float16):
-        reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
-    if q.dtype is torch.bfloat16 and (why := _why_not_bfloat16()):
-        reasons.append(why)
-    return reasons
-
-
-@functools.cache
-def _why_not_bfloat16() -> str:
-    """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not.
-
-    With AMX, PyTorch's kernel multiplies in tiles itself: measured on two cores over eleven shapes
-    (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the median,
-    forward and backward together.
-    """
-    if torch.cpu._is_amx_tile_supported():
-        return "PyTorch's CPU kernel uses this CPU's AMX"
-    if torch.cpu._is_avx512_bf16_supported():
-        return ""
-    return "this CPU has no bfloat16 instructions"
-
 
 OP = Op("attention", attention_reference, attention, attention_cost, attention_unsupported)
