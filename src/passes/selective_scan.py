@@ -98,7 +98,7 @@ class ChunkedScan(Rule):
         limit = tuple(float(v) for v in m.limit)
         out = ops.ssd(m.x, m.dt, m.a, m.b, m.c, m.d, m.bias, m.softplus, limit)
         x, kind = facts.tensor(m.x), facts.dtype(m.root)
-        return out if x is None or ssd.work_dtype(x) is kind else ops.cast(out, kind)
+        return out if x is None or work_dtype(x) is kind else ops.cast(out, kind)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]

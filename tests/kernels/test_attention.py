@@ -13,11 +13,10 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.attention import attention as op
+from fusewright.kernels import matmul
 from fusewright.kernels.attention import tiles as attention_tiles
 from fusewright.kernels.attention import unsupported
 from fusewright.kernels.attention.attention import OP, attention
-from fusewright.kernels.linear import matmul
 
 from .util import assert_parity
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.linear import matmul
+from fusewright.kernels import matmul
 from fusewright.kernels.loss import linear_cross_entropy_tiles as tiles
 from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusewright.kernels import matmul
 from fusewright.kernels.attention import attention
-from fusewright.kernels.linear import lora_linear, matmul
+from fusewright.kernels.linear import lora_linear
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.norms import rms_norm_linear
 from fusewright.rewrite.tolerance import unit

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import LIBRARY, own
-from ..linear.matmul import through_fp32
+from ..matmul import through_fp32
 from ..op import Cost, Op
 from ..second_order import differentiable, gradients
 from .tiles import Scratch, Tile, fold, tiles, unfold

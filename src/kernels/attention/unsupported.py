@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..linear.matmul import multiplies, through_fp32
+from ..matmul import multiplies, through_fp32
 
 
 def impossible(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..matmul import mm
 from ..op import Cost, Op
 from ..second_order import absent, differentiable, gradients, require_kept
-from .matmul import mm
 from .products import (
     Rows,
     adapted_product,

@@ -1,4 +1,4 @@
-"""Triton twin of ``kernels/linear/lora_linear.py``: a matmul of small inner dimension, accumulated."""
+"""Triton twin of ``lora_linear.py``: a matmul of small inner dimension, accumulated."""
 
 from __future__ import annotations
 

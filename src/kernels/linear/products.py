@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..launch import LIBRARY, library_op, use_triton
-from .matmul import addmm, addmm_, mm
+from ..matmul import addmm, addmm_, mm
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..launch import use_triton
+from ..matmul import linear, mm
 from .linears import Grads, Linear
-from .matmul import linear, mm
 from .products import (
     Rows,
     adapted_product,

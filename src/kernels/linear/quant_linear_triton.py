@@ -1,4 +1,4 @@
-"""Triton twin of ``kernels/linear/quantized.py`` and ``kernels/linear/quant_linear.py``: 4 bits on the GPU.
+"""Triton twin of ``quantized.py`` and ``quant_linear.py``: 4 bits on the GPU.
 
 Dequantizing is one launch, scales of scales included. For a few tokens the product unpacks the
 weight on its way and nothing of full precision is ever written.

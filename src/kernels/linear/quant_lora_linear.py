@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..matmul import mm
 from ..op import Cost, Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
-from .matmul import mm
 from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized

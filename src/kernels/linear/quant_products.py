@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..launch import LIBRARY, library_op, use_triton
-from .matmul import addmm, addmm_, mm
+from ..matmul import addmm, addmm_, mm
 from .products import accumulated, plus_products, rank_update
 from .quantized import Quantized, dequantize
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..linear.matmul import addmm, mm
+from ..matmul import addmm, mm
 
 TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import LIBRARY, library_op, use_triton
-from ..linear.matmul import addmm, mm
+from ..matmul import addmm, mm
 
 # -- cpu -------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""LayerNorm on the GPU: one read and one write per direction (twin of ``kernels/norms/layer_norm.py``).
+"""LayerNorm on the GPU: one read and one write per direction (twin of ``layer_norm.py``).
 
 A program works on tiles of ``ROWS`` whole rows that share one row of the weight: with a weight of
 (heads, D) those are every ``heads``-th row of x. Arithmetic is fp32, whatever is stored.

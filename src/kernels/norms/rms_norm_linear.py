@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..launch import library_op, use_triton
-from ..linear.matmul import addmm_, linear, mm
 from ..linear.products import shaped
+from ..matmul import addmm_, linear, mm
 from ..op import Cost, Op
 from ..second_order import absent, differentiable, gradients
 from . import rms_norm as norm

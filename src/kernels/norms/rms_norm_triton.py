@@ -1,4 +1,4 @@
-"""RMSNorm on the GPU: one read and one write per direction (twin of ``kernels/norms/rms_norm.py``)."""
+"""RMSNorm on the GPU: one read and one write per direction (twin of ``rms_norm.py``)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""The house: rooms of few and small files, and importing the package is cheap.
+
+That imports run one way is ``lint-imports``'s to say: the contracts are in ``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SRC = pathlib.Path(__file__).parent.parent / "src"
+
+ROOMS = sorted(p for p in [SRC, *SRC.rglob("*")] if p.is_dir() and p.name != "__pycache__")
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(SRC)))
+def test_a_room_is_seen_at_a_glance(room: pathlib.Path) -> None:
+    files = [f for f in room.iterdir() if f.is_file() and f.name != "__init__.py"]
+    assert len(files) <= 14
+    assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it holds"
+
+
+def test_the_root_is_seen_at_a_glance() -> None:
+    apart = ("__init__.py", "py.typed", "__pycache__")
+    assert len([p for p in SRC.iterdir() if p.name not in apart]) <= 12
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_files_are_small(path: pathlib.Path) -> None:
+    assert len(path.read_text().splitlines()) <= 320
+
+
+def _fresh(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_importing_loads_no_triton_and_no_model_files() -> None:
+    out = _fresh(
+        "import torch, sys; before = set(sys.modules); import fusewright; "
+        "new = set(sys.modules) - before; "
+        "print([m for m in new if m.split('.')[0] in ('triton', 'transformers', 'peft')])"
+    )
+    assert out.strip() == "[]"
+
+
+def test_the_whole_compiler_loads_no_kernel() -> None:
+    # torch._dynamo itself imports Triton where it is installed; our kernels wait for a GPU tensor
+    out = _fresh(
+        "import sys; from fusewright import optimize; "
+        "print([m for m in sys.modules if m.startswith('transformers.models.') "
+        "or m.startswith('fusewright') and m.endswith('_triton')])"
+    )
+    assert out.strip() == "[]"
