@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls.bypass import is_container
+from .bypass import is_container
 
 _LOSS_ARGUMENT = "labels"
 """The one name that models share: what Trainer, and everybody, passes for a loss."""

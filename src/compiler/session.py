@@ -24,9 +24,9 @@ from ..rewrite.engine import Fuel
 from ..rewrite.findings import Finding
 from ..rewrite.verify import Verifier
 from . import codegen
-from .calls.watch import Watches
 from .options import Environment, Options
 from .sharing import Shared, Sharing, Stage
+from .watch import Watches
 
 
 @dataclass(eq=False)

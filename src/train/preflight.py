@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import RecipeError
 from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
-from .model.locate import locate
+from .recipe.locate import locate
 from .recipe.recipe import Recipe
 from .requirements import missing_packages
 

@@ -11,33 +11,33 @@ from rich.console import Console
 
 from ..errors import DataError
 from ..optim.flat import FlatOptimizer
+from . import finish as ending
 from .checkpoint import output_folder as output
 from .checkpoint import resume
 from .checkpoint import save_model as export
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
 from .data import prepare
-from .data.batches import training_batch, training_sequences, typical_context, validation_batches
 from .data.readers.limits import warnings
 from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
 from .model.precision import slow
-from .model.ready import ready_model
 from .model.tokenizer import load_tokenizer
 from .preflight import require_startable
 from .recipe.recipe import Recipe
 from .recipe.status import told
 from .report import result as report
-from .report import write as ending
 from .report.result import RunResult
 from .report.run_log import Diary
 from .report.throughput import Meter, flops_per_token, peak_flops
 from .requirements import tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
+from .trainer.batches import training_batch, training_sequences, typical_context, validation_batches
 from .trainer.context import Context
 from .trainer.evaluation import validate
+from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.signals import Interrupts, Stopped
 from .trainer.trainer import FineTuner, make_trainer

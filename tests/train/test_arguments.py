@@ -15,12 +15,12 @@ from fusewright.errors import RecipeError
 from fusewright.optim.flat import FlatOptimizer
 from fusewright.train import train
 from fusewright.train.data import Sample
-from fusewright.train.data.batches import training_batch
 from fusewright.train.data.order import Order
 from fusewright.train.preflight import require_startable
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.requirements import tracking
 from fusewright.train.trainer.arguments import Steps, steps, training_arguments
+from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.context import Context
 from fusewright.train.trainer.schedule import own_schedule
 from fusewright.train.trainer.signals import Interrupts

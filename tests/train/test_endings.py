@@ -31,7 +31,7 @@ def failing(error: BaseException, file: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("fusewright.train.model.ready.load_model", fail)
+    monkeypatch.setattr("fusewright.train.trainer.ready.load_model", fail)
     result = fusewright("train", str(file))
     assert not (file.parent / "out").exists()
     return result

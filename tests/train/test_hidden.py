@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
+from fusewright.train.inference.past_recipe import recipe_for
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.recipe.past import recipe_for
 from fusewright.train.recipe.secrets import HIDDEN, hide, without_hidden
 
 from .after.conftest import fusewright

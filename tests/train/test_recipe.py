@@ -9,8 +9,8 @@ import pytest
 
 from fusewright.errors import RecipeError
 from fusewright.train.checkpoint.output_folder import check_output
-from fusewright.train.model.locate import Source, locate
 from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.locate import Source, locate
 from fusewright.train.recipe.recipe import Dataset, Recipe
 from fusewright.train.recipe.yaml_lines import parse_value
 

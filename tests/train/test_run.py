@@ -21,9 +21,9 @@ from fusewright.errors import DataError, OptimizeError, RecipeError
 from fusewright.train import train
 from fusewright.train.checkpoint import save_model as export
 from fusewright.train.data import Sample
-from fusewright.train.model import ready
 from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer import ready
 
 QUIET = Console(quiet=True)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -264,7 +264,7 @@ def test_a_signal_while_the_result_is_saved_ends_the_run(
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusewright.train.model.ready.leaks", lambda *_: True)
+    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: True)
     with pytest.raises(RecipeError, match="LlamaForCausalLM lets the samples of a pack see"):
         train(recipe, console=QUIET)
 

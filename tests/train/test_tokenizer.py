@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.data.chat.builtin_templates import TEMPLATES, find_template
+from fusewright.train.chat_templates import TEMPLATES, find_template
 from fusewright.train.data.chat.encoder import ChatEncoder
 from fusewright.train.data.chat.template import Chat
 from fusewright.train.model.tokenizer import load_tokenizer

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.apply_plan import inside_checkpoint
+from ..bypass import bypass_reason, hidden_hooks
 from ..opaque_calls import scanning, scans_whole
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from .bypass import bypass_reason, hidden_hooks
-from .watch import of_all_modules
+from ..watch import of_all_modules
 
 _NOTHING = contextlib.nullcontext()
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.oom_retry import retrying
+from ..bypass import hidden_hooks, transformed
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from .bypass import hidden_hooks, transformed
+from ..watch import of_all_modules
 from .default_cache import SharedPlaces, has_switch, is_idle, is_on, parameters_of
 from .forwards import Original, stands_aside
 from .opaque_blocks import Results
-from .watch import of_all_modules
 
 
 class _Signature:

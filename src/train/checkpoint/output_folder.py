@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from ...errors import RecipeError
+from ..system_folders import why_not_ours_to_write
 from .files import clean, discard
 from .ownership import PART, few, link_in, results, strangers
-from .system_folders import why_not_ours_to_write
 
 
 def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from ...errors import RecipeError
-from ..data.readers.json_text import parse_json
+from ..json_text import parse_json
 from ..model.integrity import damaged
 from ..recipe.recipe import Recipe
 from ..recipe.secrets import hide

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
-from ..trainer.rng_state import Randomness
 from ..trainer.watchdog import LossWatchdog
 from . import files as checkpoint
 from .resume import Saved
+from .rng_state import Randomness
 from .save_model import save
 
 

@@ -18,13 +18,13 @@ from ...errors import DataError, ModelError
 from ..checkpoint.ownership import link_in
 from ..checkpoint.save_model import pad_token
 from ..data import Samples, prepare
-from ..data.batches import validation_batches
 from ..model.load import quiet
-from ..recipe.past import recipe_with, written
 from ..recipe.recipe import Recipe
 from ..report import result as report
 from ..terminal import Terminal
+from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validation_loss
+from .past_recipe import recipe_with, written
 from .run_folder import Run, load_run
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...errors import DataError, RecipeError
-from ..data.readers.json_text import BadJsonError, parse_json
+from ..json_text import BadJsonError, parse_json
 from ..printable import odd_character
 from .chat_prompt import Message, with_system
 

@@ -10,7 +10,7 @@ from ...errors import ModelError, RecipeError
 from ..consent import Consent, code_refused
 from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.integrity import read_object
-from ..model.locate import locate
+from ..recipe.locate import locate
 from ..recipe.secrets import without_hidden
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def load_tokenizer(run: Run) -> Any:
     from transformers import AutoTokenizer
 
     from ..model import tokenizer
-    from ..recipe.past import recipe_for
+    from .past_recipe import recipe_for
 
     if run.tokenizer is None:
         return tokenizer.load_tokenizer(recipe_for(run))
@@ -126,7 +126,7 @@ def load_run(
     """
     from ..model.load import load_model
     from ..model.precision import device_for_training
-    from ..recipe.past import recipe_for
+    from .past_recipe import recipe_for
 
     run = run if isinstance(run, Run) else open_run(run)
     tokenizer = load_tokenizer(run)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ..inference.run_folder import first_line
-from ..model.locate import locate
+from ..recipe.locate import locate
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

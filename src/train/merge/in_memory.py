@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ...errors import ModelError
+from ..inference.past_recipe import recipe_for
 from ..inference.run_folder import Run, first_line, with_adapter
 from ..model.load import load_model
-from ..recipe.past import recipe_for
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
           "is_loaded_in_8bit")  # fmt: skip

@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ...errors import ModelError, RecipeError
+from ..inference.past_recipe import recipe_for, recipe_with
 from ..inference.run_folder import Run, first_line, load_tokenizer
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
-from ..recipe.past import recipe_for, recipe_with
 from ..terminal import Terminal
 from .base_tensors import BaseFiles, base_files
 from .in_memory import merged_in_memory

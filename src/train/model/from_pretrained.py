@@ -12,9 +12,9 @@ from typing import Any, Literal
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
+from ..recipe.locate import Source, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
-from .locate import Source, locate
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 

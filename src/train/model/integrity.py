@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..data.readers.json_text import BadJsonError, parse_json
+from ..json_text import BadJsonError, parse_json
 
 _POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # of the safetensors format

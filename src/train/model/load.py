@@ -11,9 +11,9 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..consent import require_consent
+from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
 from .from_pretrained import forget_gguf, pretrained
-from .locate import locate
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 

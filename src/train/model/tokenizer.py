@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RecipeError
-from ..data.chat.builtin_templates import find_template
+from ..chat_templates import find_template
 from ..recipe.recipe import Recipe
 
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<unk>")

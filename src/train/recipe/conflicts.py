@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..data.chat.builtin_templates import unknown_template
+from ..chat_templates import unknown_template
 from .keys.dataset import TYPES
 from .problems import Loc
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import RecipeError
-from ..checkpoint.system_folders import why_not_ours_to_write
 from ..consent import must_build, needs_consent, refused_builder
-from ..data.readers.package_rows import is_own, why_none
-from ..model.locate import find_file, locate
+from ..package_rows import is_own, why_none
+from ..system_folders import why_not_ours_to_write
 from .keys.dataset import Dataset
+from .locate import find_file, locate
 from .problems import Loc
 from .recipe import Recipe
 

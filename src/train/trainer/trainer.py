@@ -18,18 +18,18 @@ from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
 from ..checkpoint.load import Restoring
 from ..checkpoint.resume import Saved
+from ..checkpoint.rng_state import Randomness
 from ..checkpoint.save_model import pad_token
 from ..checkpoint.write import write_checkpoint
-from ..data.batches import training_batch
 from ..data.order import Kind, Order
 from ..report.result import rss_mb
 from .arguments import arguments_for
+from .batches import training_batch
 from .callbacks import Flow, as_asked, watchers
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
 from .progress import Watch
-from .rng_state import Randomness
 from .schedule import own_schedule
 from .watchdog import Guard, LossWatchdog
 

@@ -93,7 +93,7 @@ def keys(**changed: Any) -> Make:
 def check(bad: Bad, box: Box, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the command, see that it is refused as it must be, and return the message."""
     from fusewright.train.model import load as model
-    from fusewright.train.model import ready
+    from fusewright.train.trainer import ready
 
     loaded: list[bool] = []
 

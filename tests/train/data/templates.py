@@ -7,7 +7,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fusewright.train.data.chat.builtin_templates import TEMPLATES
+from fusewright.train.chat_templates import TEMPLATES
 
 CHATML, LLAMA3 = TEMPLATES["chatml"], TEMPLATES["llama3"]
 

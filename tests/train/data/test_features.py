@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fusewright.errors import DataError
+from fusewright.train.chat_templates import TEMPLATES
 from fusewright.train.data import prepare
-from fusewright.train.data.chat.builtin_templates import TEMPLATES
 from fusewright.train.data.chat.lost_features import Features
 from fusewright.train.data.chat.template import Template
 from fusewright.train.data.formats.conversation import Conversation

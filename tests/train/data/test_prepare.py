@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import Prepared, Sample, Samples, prepare
-from fusewright.train.data.batches import training_sequences
 from fusewright.train.data.readers.sources import Source
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.result import rows_told
+from fusewright.train.trainer.batches import training_sequences
 
 from ..conftest import chat, make_tokenizer
 

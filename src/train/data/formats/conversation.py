@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ....errors import DataError
+from ...json_text import BadJsonError, parse_json
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Detail
-from ..readers.json_text import BadJsonError, parse_json
 from .fields import fields_of, kind, need
 
 ROLES = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
+from ...chat_templates import find_template
 from ...recipe.keys.dataset import TYPES
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
-from ..chat.builtin_templates import find_template
 from ..chat.date import asks_for_day, today
 from ..chat.encoder import ChatEncoder
 from ..chat.lost_features import THOUGHTS

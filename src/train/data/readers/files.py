@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import DataError
+from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
-from .json_text import BadJsonError, parse_json, row_of
 
 Row = tuple[str, Any]
 """File and line, and what stands there."""

@@ -15,9 +15,9 @@ from typing import Any
 
 from ....errors import DataError
 from ...consent import must_build, refused_builder
+from ...package_rows import OwnRows, is_own
 from ...recipe.recipe import Dataset
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
-from .package_rows import OwnRows, is_own
 
 _READERS_OF_CODE = frozenset({"pandas", "generator", "spark", "sql", "cache", "eval", "iceberg"})
 """Names under which ``datasets`` reads pickles, or imports what a file names, in some version."""

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ....errors import DataError
+from ..errors import DataError
 
 PREFIX = "fusewright:"
 """What the paths of such rows begin with."""
 
-_MADE_BY = {"docstrings": "data/docstrings.py"}
+_MADE_BY = {"docstrings": "data/readers/docstrings.py"}
 
 
 def is_own(path: str) -> bool:

@@ -12,10 +12,10 @@ from pydantic_core import to_jsonable_python
 
 from ...errors import ModelError
 from ..consent import CODE_SWITCH, why_not_run
-from ..inference.run_folder import Run, stored_dtype
-from ..model.locate import locate
-from .keys.base import Keys, nested
-from .recipe import Recipe
+from ..recipe.keys.base import Keys, nested
+from ..recipe.locate import locate
+from ..recipe.recipe import Recipe
+from .run_folder import Run, stored_dtype
 
 if TYPE_CHECKING:
     import torch

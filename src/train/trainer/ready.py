@@ -7,9 +7,9 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..data import leaks
+from ..model.adapters import add_adapter
+from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
-from .adapters import add_adapter
-from .load import fit_embeddings, load_model
 
 
 def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> Any:

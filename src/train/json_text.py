@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from ...printable import odd_characters
+from .printable import odd_characters
 
 _ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 """What a character that no text has is written as; most texts have none of these."""

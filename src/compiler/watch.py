@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _globals
 
-from ..opaque_calls import Scans, scanning
 from .bypass import below, hooks, is_block, is_container
+from .opaque_calls import Scans, scanning
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoint import save_model as export
-from ..checkpoint.files import Unwritable
-from ..trainer.signals import Interrupts
-from ..trainer.trainer import FineTuner
-from . import result as report
-from .result import RunResult
-from .run_log import Diary
+from .checkpoint import save_model as export
+from .checkpoint.files import Unwritable
+from .report import result as report
+from .report.result import RunResult
+from .report.run_log import Diary
+from .trainer.signals import Interrupts
+from .trainer.trainer import FineTuner
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:
@@ -27,8 +27,10 @@ def write(result: RunResult, diary: Diary) -> None:
 
     One that cannot be written costs none of the others.
     """
-    from . import model_card as card  # not before the first step, which waits for every import
-    from . import page
+    from .report import (
+        model_card as card,  # not before the first step, which waits for every import
+    )
+    from .report import page
 
     folder = result.output_dir
     logged = {entry["step"] for entry in result.history if "eval_loss" in entry}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..data import IGNORED, Packs, Samples, collate, count, pack
 from ..recipe.recipe import Recipe
 from ..report.throughput import mean_context
-from ..trainer.evaluation import Batches
-from . import IGNORED, Packs, Samples, collate, count, pack
+from .evaluation import Batches
 
 
 def training_sequences(prepared: Any, recipe: Recipe) -> Any:
