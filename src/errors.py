@@ -21,3 +21,8 @@ class ModelError(FusewrightError):
 
 class OptimizeError(FusewrightError):
     """``optimize`` was asked for something it cannot do, or ``strict=True`` found a gap."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -92,8 +92,8 @@ def generate(
 ) -> None:
     """Answer a prompt, or a file of them."""
     opened = _opened(run, base_model, trust_remote_code)
-    from ..train.inference.chat_prompt import Asking, with_system
     from ..train.inference.prompt_files import read_prompt, read_prompts
+    from ..train.model.chat_prompt import Asking, with_system
 
     if file is not None and prompt is not None:
         raise RecipeError("a prompt and --file: say one of them")

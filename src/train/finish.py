@@ -27,9 +27,7 @@ def write(result: RunResult, diary: Diary) -> None:
 
     One that cannot be written costs none of the others.
     """
-    from .report import (
-        model_card as card,  # not before the first step, which waits for every import
-    )
+    from .report import model_card as card
     from .report import page
 
     folder = result.output_dir

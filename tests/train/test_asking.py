@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from fusewright.train import train
-from fusewright.train.inference.chat_prompt import Asking
+from fusewright.train.model.chat_prompt import Asking
 from fusewright.train.report.usage import snippet
 
 from .after.conftest import fusewright

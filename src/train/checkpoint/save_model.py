@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..inference.chat_prompt import Asking
+from ..model.chat_prompt import Asking
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
 from .files import Unwritable, why_unwritable

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import ExportableState
 
-from ..trainer.watchdog import LossWatchdog
 from . import files as checkpoint
 from .resume import Saved
 from .rng_state import Randomness
@@ -36,7 +35,7 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: Randomn
                 trainer._save_rng_state(str(part))
     trainer.store_flos()
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, (LossWatchdog, EarlyStoppingCallback)):
+        if isinstance(callback, ExportableState):
             state.stateful_callbacks[type(callback).__name__] = callback.state()
     state.save_to_json(str(part / "trainer_state.json"))
     saved.write(part)

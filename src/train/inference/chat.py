@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TextIO
 
 from ...errors import ModelError
+from ..model.chat_prompt import Asking, Message, with_system
 from ..model.load import quiet
 from ..printable import shown
-from .chat_prompt import Asking, Message, with_system
 from .generation import Sampling, Writer
-from .run_folder import Run, load_run
+from .load_run import load_run
+from .run_folder import Run
 
 HELP = """\
 /reset           forget the conversation

@@ -24,8 +24,9 @@ from ..report import result as report
 from ..terminal import Terminal
 from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validation_loss
+from .load_run import load_run
 from .past_recipe import recipe_with, written
-from .run_folder import Run, load_run
+from .run_folder import Run
 
 
 @dataclass(frozen=True)

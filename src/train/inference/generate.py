@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
+from ..model.chat_prompt import Asking, Message
 from ..model.load import quiet
 from ..printable import shown, shown_json
-from .chat_prompt import Asking, Message
 from .generation import Answer, Sampling, Writer
-from .run_folder import Run, load_run
+from .load_run import load_run
+from .run_folder import Run
 
 
 def generate(

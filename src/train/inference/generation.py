@@ -17,7 +17,7 @@ from transformers import (
 
 from ...errors import ModelError, RecipeError
 from ..checkpoint.save_model import pad_token
-from .chat_prompt import Message
+from ..model.chat_prompt import Message
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, TextIO
 
 from ...errors import DataError, RecipeError
 from ..json_text import BadJsonError, parse_json
+from ..model.chat_prompt import Message, with_system
 from ..printable import odd_character
-from .chat_prompt import Message, with_system
 
 _KEYS = ("role", "content")
 

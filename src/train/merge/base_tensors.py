@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...errors import ModelError
-from ..inference.run_folder import first_line
+from ...errors import ModelError, first_line
 from ..recipe.locate import locate
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import ModelError
+from ...errors import ModelError, first_line
+from ..inference.load_run import with_adapter
 from ..inference.past_recipe import recipe_for
-from ..inference.run_folder import Run, first_line, with_adapter
+from ..inference.run_folder import Run
 from ..model.load import load_model
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",

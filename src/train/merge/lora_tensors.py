@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.run_folder import grow
+from ..inference.load_run import grow
 
 _ADAPTER = "default"
 

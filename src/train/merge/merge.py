@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ...errors import ModelError, RecipeError
+from ...errors import ModelError, RecipeError, first_line
+from ..inference.load_run import load_tokenizer
 from ..inference.past_recipe import recipe_for, recipe_with
-from ..inference.run_folder import Run, first_line, load_tokenizer
+from ..inference.run_folder import Run
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training

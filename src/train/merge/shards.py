@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import ModelError, RecipeError
-from ..inference.run_folder import first_line
+from ...errors import ModelError, RecipeError, first_line
 
 Shape = tuple[int, ...]
 

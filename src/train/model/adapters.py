@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import ModelError, RecipeError
+from ...errors import ModelError, RecipeError, first_line
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
 
@@ -47,7 +47,7 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
             model, config, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
         )
     except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
-        raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
+        raise RecipeError(f"adapter: PEFT refuses these settings: {first_line(error)}") from error
 
 
 def require_names(model: Any, recipe: Recipe) -> None:
@@ -70,10 +70,6 @@ def require_names(model: Any, recipe: Recipe) -> None:
             raise
         except Exception:  # what is begun from the weights may be beyond a model without them
             return
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _config(model: Any, recipe: Recipe) -> Any:
@@ -104,7 +100,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
             task_type="CAUSAL_LM", **{k: v for k, v in given.items() if v is not None}
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"adapter: PEFT refuses these settings: {_first(error)}") from error
+        raise RecipeError(f"adapter: PEFT refuses these settings: {first_line(error)}") from error
 
 
 def _listed(names: list[str] | str | None) -> list[str] | None:

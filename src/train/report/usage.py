@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inference.chat_prompt import Asking
+from ..model.chat_prompt import Asking
 
 
 def commands(folder: str) -> str:

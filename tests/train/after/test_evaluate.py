@@ -66,7 +66,7 @@ def test_other_files_one_by_one(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path) -> None:
-    from fusewright.train.inference.run_folder import load_run
+    from fusewright.train.inference.load_run import load_run
 
     rows = [chat("What is 1?", "A"), chat("What is 2?", "It is a longer answer than the other.")]
     file = tmp_path / "two.jsonl"

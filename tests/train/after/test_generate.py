@@ -12,8 +12,8 @@ import torch
 
 from fusewright.errors import DataError, ModelError
 from fusewright.train.inference.generation import Sampling, Writer
+from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.prompt_files import read_prompts
-from fusewright.train.inference.run_folder import load_run
 
 from ..conftest import CHATML, chat, make_model, make_tokenizer
 from .conftest import fusewright, refused

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fusewright.errors import ModelError
-from fusewright.train.inference.run_folder import load_run, open_run
+from fusewright.train.inference.load_run import load_run
+from fusewright.train.inference.run_folder import open_run
 from fusewright.train.model.precision import dtype_for_training
 
 from .conftest import make_adapter, refused

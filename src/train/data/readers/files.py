@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ....errors import DataError
+from ....errors import DataError, first_line
 from ...json_text import BadJsonError, parse_json, row_of
 from ...printable import odd_characters
 
@@ -55,7 +55,7 @@ def read_file(
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         said = "what is packed in it is damaged, or not whole: copy it again"
         if isinstance(error, OSError) and error.errno is not None:
-            said = _said(error)
+            said = first_line(error)
         raise DataError(f"{path}: cannot be read: {said}") from None
 
 
@@ -139,7 +139,7 @@ def _csv(path: Path, progress: Progress, delimiter: str = ",") -> Iterator[Row]:
     except ArrowInvalid as error:
         if "Empty CSV" in str(error):
             return
-        said = _said(error).removeprefix("CSV parse error: ")
+        said = first_line(error).removeprefix("CSV parse error: ")
         raise DataError(f"{path}: not valid CSV: {said}") from None
 
 
@@ -156,7 +156,9 @@ def _parquet(path: Path, progress: Progress) -> Iterator[Row]:
             total = file.metadata.num_rows
             yield from _numbered(path, file.iter_batches(_BATCH), progress, total)
     except ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file, or a damaged one: {_said(error)}") from None
+        raise DataError(
+            f"{path}: not a Parquet file, or a damaged one: {first_line(error)}"
+        ) from None
 
 
 def _arrow(path: Path, progress: Progress) -> Iterator[Row]:
@@ -173,7 +175,9 @@ def _arrow(path: Path, progress: Progress) -> Iterator[Row]:
                 batches = pa.ipc.open_stream(source)
             yield from _numbered(path, batches, progress)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not an Arrow file, or a damaged one: {_said(error)}") from None
+        raise DataError(
+            f"{path}: not an Arrow file, or a damaged one: {first_line(error)}"
+        ) from None
 
 
 def _numbered(
@@ -209,10 +213,6 @@ def text_in(row: Any, where: str) -> str:
     return where
 
 
-def _said(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 _READERS: dict[str, Callable[[Path, Progress], Iterator[Row]]] = {
     "jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet,
     "arrow": _arrow, "text": _text,
@@ -238,4 +238,4 @@ def hash_file(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {_said(error)}") from None
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ....errors import DataError
+from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
 from ...package_rows import OwnRows, is_own
 from ...recipe.recipe import Dataset
@@ -178,10 +178,10 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> Source:
             found = load_dataset_builder(str(path)).config.data_files or {}
             files = {str(k): [Path(f) for f in v] for k, v in found.items()}
     except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too
-        raise DataError(f"{path}: no data files are in this folder: {_first(error)}") from None
+        raise DataError(f"{path}: no data files are in this folder: {first_line(error)}") from None
     except RuntimeError as error:
         raise DataError(
-            f"{path}: cannot be read: {_first(error)}. Nothing of this folder is run; name its "
+            f"{path}: cannot be read: {first_line(error)}. Nothing of this folder is run; name its "
             "data files by `data_files`, or the Python file that writes them by `builder`"
         ) from None
     if split not in files:
@@ -206,7 +206,7 @@ def _saved(path: Path, split: str) -> Any:
         table = load_from_disk(str(path))
     except Exception as error:
         # Arrow, JSON and the library's own: a damaged folder raises whatever is met first
-        raise DataError(f"{path}: cannot be read by datasets: {_first(error)}") from None
+        raise DataError(f"{path}: cannot be read by datasets: {first_line(error)}") from None
     if not isinstance(table, DatasetDict):
         return table
     if split not in table:
@@ -231,10 +231,6 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
     except Exception as error:
         # no network, no such dataset, no permission, a bad split: each is a class of its own
         raise DataError(
-            f"{dataset.path}: cannot be loaded from the hub: {_first(error)}; a file or folder of "
+            f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; a file or folder of "
             "this name is not here either"
         ) from None
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
