@@ -1,89 +1,60 @@
-"""A graph that raises leaves autocast and gradients as it found them."""
+"""Modes that are switched between the nodes of a formula: what runs alike may become one op."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from fusewright import optimize
-
-BOTH = pytest.mark.parametrize(
-    "codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+from ..capturing import capture, rewrite, rewritten
 
 
-class Block(nn.Module):
-    def __init__(self, mode: str) -> None:
-        super().__init__()
-        self.inner, self.outer, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(4, 8)
-        self.mode = mode
-
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        if self.mode == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                y = self.outer(torch.relu(self.inner(x))) + self.table(ids)
-        else:
-            with torch.no_grad():
-                y = torch.relu(self.inner(x)) + self.table(ids)
-            y = self.outer(y)
-        return x + y
+def _inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)
 
 
-class Stack(nn.Module):
-    def __init__(self, mode: str, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(mode) for _ in range(2))
-        self.checkpointed = checkpointed
+def test_a_mode_that_ends_between_the_nodes_does_no_harm() -> None:
+    def fn(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        activated = torch.nn.functional.silu(g)
+        with torch.no_grad():
+            mean = u.mean()
+        with torch.autocast("cpu", enabled=False):
+            total = g.sum()
+        return activated * u, mean + total
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.checkpointed:
-                x = checkpoint(layer, x, ids, use_reentrant=False)
-            else:
-                x = layer(x, ids)
-        return x
+    assert rewritten(rewrite(capture(fn, *_inputs()))) == ["glu"]
 
 
-def _modes() -> tuple[bool, bool, int]:
-    depth = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
-    return (
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        depth,
-    )
+def test_a_node_in_another_mode_stops_the_rewrite() -> None:
+    def fn(g: Tensor, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            activated = torch.nn.functional.silu(g)
+        return activated * u
+
+    findings = rewrite(capture(fn, *_inputs()))
+    assert rewritten(findings) == []
+    assert any("switches gradients or autocast" in f.reason for f in findings)
 
 
-def _inputs(index: int = 0) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, 8), torch.full((2, 3), index)
-
-
-@BOTH
-def test_a_checkpoint_that_has_what_it_needs_leaves_autocast(codegen: str) -> None:
-    """Its recomputation ends by an exception inside the autocast region."""
-    before, model = _modes(), optimize(Stack("autocast", checkpointed=True), codegen=codegen)
-    model(*_inputs()).sum().backward()
-    assert _modes() == before
-    weight = model.layers[0].inner.weight
-    seen = []
-    for value in (1.0, 2.0):  # an autocast that was never left would still have the first cast
-        weight.data.fill_(value)
+def test_a_mode_that_stays_stops_the_rewrite() -> None:
+    def fn(g: Tensor, u: Tensor) -> Tensor:
+        activated = torch.nn.functional.silu(g)
         with torch.autocast("cpu", torch.bfloat16):
-            seen.append(nn.functional.linear(torch.ones(1, 8), weight)[0, 0].item())
-    assert seen == [8.0, 16.0]
+            return activated * u
+
+    findings = rewrite(capture(fn, *_inputs()))
+    assert rewritten(findings) == []
 
 
-@BOTH
-@pytest.mark.parametrize("mode", ["autocast", "no_grad"])
-def test_an_error_between_the_two_ends_of_a_region(mode: str, codegen: str) -> None:
-    before, model = _modes(), optimize(Stack(mode), codegen=codegen)
-    model(*_inputs())
-    try:
-        for _ in range(2):
-            with pytest.raises(IndexError):
-                model(*_inputs(9))
-            assert _modes() == before
-    finally:
-        torch.set_grad_enabled(True)
+def test_a_formula_is_judged_in_the_autocast_that_it_runs_in() -> None:
+    def fn(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            linear = torch.nn.functional.linear
+            return linear(x, w) + linear(linear(x, a), b) * 2.0
+
+    shapes = ((5, 24), (16, 24), (4, 24), (16, 4))
+    inputs = [torch.randn(*s, requires_grad=True) for s in shapes]
+    with torch.autocast("cpu", torch.bfloat16):
+        findings = [f for f in rewrite(capture(fn, *inputs)) if f.status == "rewritten"]
+    assert [f.rule for f in findings] == ["lora_linear"]
+    assert findings[0].figures.error is not None
+    assert findings[0].figures.error < 1e-5  # that of fp32, not of bf16
