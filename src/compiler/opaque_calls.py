@@ -3,7 +3,8 @@
 A leaf (``graph/opaque/functions.py``) stands for a scan, and what can be followed
 (``graph/opaque/own_weight.py``) for a look-up that cannot. While a block is captured, and for that
 call only, each submodule whose forward calls such a function runs a copy of this forward. The copy
-has globals of its own, in which the stand-ins are. Classes, modules and globals stay what they are, and nothing is left to restore.
+has globals of its own, in which the stand-ins are. Classes, modules and globals stay what they are,
+and nothing is left to restore.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compiling Triton kernels ahead of time, for a GPU that need not be there.
 
-Every file in ``kernels/triton/`` ends with ``AOT``: a tuple of cases that together cover each
-configuration its launchers can choose. The tests compile all of them for every target.
+Every ``OP_triton.py`` ends with ``AOT``: a tuple of cases that together cover each configuration
+its launchers can choose. The tests compile all of them for every target.
 """
 
 from __future__ import annotations

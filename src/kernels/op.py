@@ -6,8 +6,8 @@ An op file has one fixed order, so that a reader who knows one knows them all:
    the recognised model code rounds, given fp64 it runs in fp64.
 2. **cpu**: ``_forward`` and ``_backward``, made of ATen calls only. They run as they are on the
    CPU (and on any device without a Triton kernel), and Inductor can trace and fuse them.
-3. **triton**: opaque library ops (see ``launch.library_op``) that call the twin file in
-   ``kernels/triton/``, which alone imports Triton.
+3. **triton**: opaque library ops (see ``launch.library_op``) that call the twin file
+   ``OP_triton.py`` beside it, which alone imports Triton.
 4. **autograd**: one ``torch.autograd.Function`` for all implementations. It computes only the
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
    returns an input. Its backward is decorated with what takes its place where it is differentiated

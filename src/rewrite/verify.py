@@ -2,9 +2,9 @@
 
 The matched subgraph and its replacement run on random inputs of the site's dtypes and layouts and a
 small batch, with random upstream gradients: on unit normals, and in the regimes of
-``sample_inputs.py``. Both are compared with the subgraph in fp64. The rewrite is installed only when
-its error, in every output and every gradient, is within the budget (``tolerance.py``), and when all
-that it does beside its values is what the original does (``verify_runs.py``).
+``sample_inputs.py``. Both are compared with the subgraph in fp64. The rewrite is installed only
+when its error, in every output and every gradient, is within the budget (``tolerance.py``), and
+when all that it does beside its values is what the original does (``verify_runs.py``).
 """
 
 from __future__ import annotations

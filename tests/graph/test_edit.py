@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fusewright.graph.edit import modes, prune, switches_mode
 
-from ..match.graphs import named, trace
+from ..rewrite.graphs import named, trace
 
 _enter, _exit = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _grad = torch._C._set_grad_enabled

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from fusewright.graph import facts
 
-from ..match.graphs import trace
-from ..verify.faults import graph_of
+from ..rewrite.faults import graph_of
+from ..rewrite.graphs import trace
 
 
 def _node(value: Any, **meta: Any) -> fx.Node:

@@ -13,8 +13,8 @@ from fusewright.graph.canon import Canon, canonical, is_cast_of
 from fusewright.graph.opaque.functions import leaf
 
 from ..capturing import capture
-from ..match.graphs import last, named, trace
-from ..verify.faults import of_any_size
+from ..rewrite.faults import of_any_size
+from ..rewrite.graphs import last, named, trace
 
 A, W, V = (2, 3, 8), (5, 8), (8,)
 X, Y, M = "x", "y", "w"

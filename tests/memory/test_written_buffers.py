@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain
 
-from ..test_effects import _norm, _pair, _step, _x
+from ..compiler.test_effects import _norm, _pair, _step, _x
 
 
 @torch.library.custom_op("written_buffers::raise_", mutates_args=("t",))

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 TESTS: dict[str, list[str]] = {
     "rewrite/verify.py": [
-        "tests/verify/test_verdicts.py",
+        "tests/rewrite/test_verdicts.py",
         "tests/graph/test_modes.py",
-        "tests/verify/test_smaller_weights.py::"
+        "tests/rewrite/test_smaller_weights.py::"
         "test_what_reads_the_result_is_not_lost_with_the_sizes",
-        "tests/test_verify.py",
-        "tests/verify/test_wrong_values.py",
+        "tests/rewrite/test_verify.py",
+        "tests/rewrite/test_wrong_values.py",
         "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
-    "rewrite/verify_runs.py": ["tests/verify/test_runs.py"],
-    "rewrite/verify_compare.py": ["tests/verify/test_difference.py"],
-    "rewrite/tolerance.py": ["tests/verify/test_tolerance.py"],
-    "rewrite/sample_inputs.py": ["tests/verify/test_sampling.py"],
+    "rewrite/verify_runs.py": ["tests/rewrite/test_verify_runs.py"],
+    "rewrite/verify_compare.py": ["tests/rewrite/test_verify_compare.py"],
+    "rewrite/tolerance.py": ["tests/rewrite/test_tolerance.py"],
+    "rewrite/sample_inputs.py": ["tests/rewrite/test_sample_inputs.py"],
     "rewrite/smaller_weights.py": [
-        "tests/verify/test_smaller_formulas.py",
-        "tests/verify/test_smaller_weights.py",
+        "tests/rewrite/test_smaller_formulas.py",
+        "tests/rewrite/test_smaller_weights.py",
     ],
-    "rewrite/engine.py": ["tests/match/test_apply.py"],
-    "rewrite/conditions.py": ["tests/match/test_conditions.py"],
+    "rewrite/engine.py": ["tests/rewrite/test_engine.py"],
+    "rewrite/conditions.py": ["tests/rewrite/test_conditions.py"],
     "rewrite/match/matcher.py": [
         "tests/match",
         "tests/passes/test_rms_norm.py",
@@ -40,8 +40,8 @@ TESTS: dict[str, list[str]] = {
         "-knot found_and_marked",
     ],
     "train/checkpoint/resume.py": [
-        "tests/train/test_resume_record.py",
-        "tests/train/test_resume.py::test_a_stream_needs_as_many_workers",
+        "tests/train/checkpoint/test_resume_record.py",
+        "tests/train/checkpoint/test_resume.py::test_a_stream_needs_as_many_workers",
     ],
 }
 """A file below ``src`` -> tests that are quick, and that must fail when it is wrong."""

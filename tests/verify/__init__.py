@@ -1,1 +1,0 @@
-"""Verification, by rewrites that are wrong."""
