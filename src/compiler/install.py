@@ -88,7 +88,7 @@ def _on_top(module: nn.Module, wrapped: bool) -> Installed | None:
 def active(module: nn.Module) -> Installed | None:
     """The record of an installed forward, wrapped by others or not, that was not restored."""
     record = installed(module, wrapped=True)
-    return None if record is None or module in record.session.retired else record
+    return None if record is None or module in record.session.log.restored else record
 
 
 def _unbound(forward: Any) -> Any:
@@ -136,7 +136,7 @@ def uninstall(module: nn.Module) -> bool:
     """
     hidden = installed(module, wrapped=True)
     if hidden is not None:
-        hidden.session.retired.add(module)
+        hidden.session.log.restored.add(module)
         module.__dict__.pop(_REPLICATE, None)
     record = installed(module)
     if record is None:
@@ -182,7 +182,7 @@ def _put(
     forward.__name__ = "forward"  # pickle stores a method by this name
     record = Installed(session, kind, previous)
     setattr(forward, _MARK, record)
-    session.retired.discard(module)
+    session.log.restored.discard(module)
     module.__dict__["forward"] = types.MethodType(forward, module)
     module.__dict__[_REPLICATE] = types.MethodType(_replicating(record), module)
 

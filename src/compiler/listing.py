@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from .graph_log import representative
 from .install import active
-from .session import representative
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def keep(model: nn.Module) -> None:
     for module in model.modules():
         record = active(module)
         if record is not None:
-            record.session.keeps_code = True
+            record.session.log.keep_code()
 
 
 def listings(model: nn.Module) -> list[Listing]:
@@ -58,7 +58,7 @@ def listings(model: nn.Module) -> list[Listing]:
     found: dict[object, Listing] = {}
     for path, module in model.named_modules():
         record = active(module)
-        graph = record and representative(record.session.runs.get(module, []))
+        graph = record and representative(record.session.log.graphs.get(module, []))
         if record is None or not graph or not graph.before:
             continue
         findings = tuple((f.rule, f.status, f.home, f.reason) for f in graph.findings)

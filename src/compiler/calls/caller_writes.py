@@ -29,7 +29,7 @@ def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., A
 
     Args:
         run: takes the inputs of the graph.
-        places: from ``open_inputs``.
+        places: from ``inputs_to_copy``.
     """
     if not places:
         return run
@@ -43,7 +43,7 @@ def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., A
     return call
 
 
-def open_inputs(module: fx.GraphModule) -> list[int]:
+def inputs_to_copy(module: fx.GraphModule) -> list[int]:
     """The inputs of a region's graph that its callers may write into when it has run.
 
     These have a gradient, and are neither parameters, nor written or returned by the graph itself.

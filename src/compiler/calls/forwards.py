@@ -56,19 +56,19 @@ def block_forward(
         original: the forward as it was.
         compiled: the captured form; one for each level of what is kept for backward.
     """
-    inductor = kind == "block" and session.codegen[0] == "inductor"
+    inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     aside = stands_aside(session)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if aside(self):
             return original(self, *args, **kwargs)
-        watch = session.watches.of(self)
+        watch = session.state.watches.of(self)
         hooked, idle = watch.hooked(self)
         reason = session.failure(self) or of_all_modules() or bypass_reason(args, kwargs, hooked)
         if reason is None and kind == "norm" and not torch.is_grad_enabled():
             reason = "evaluation: a lone norm is not worth a graph of its own"
         if reason is not None:
-            session.note(self, reason)
+            session.log.note(self, reason)
             return original(self, *args, **kwargs)
         graph_args, graph_kwargs = args, kwargs
         if inductor and torch.is_grad_enabled():
@@ -80,11 +80,11 @@ def block_forward(
         planned = kind == "block" and torch.is_grad_enabled()
         outer = planned and inside_checkpoint()
         if planned and not outer:
-            session.planner.begin(self, prod(sizes or ()))
+            session.choices.planner.begin(self, prod(sizes or ()))
 
         def variant() -> Any:
             # a block inside of somebody else's checkpoint has a graph of its own
-            level = "outer" if outer else session.planner.level(self) if planned else None
+            level = "outer" if outer else session.choices.planner.level(self) if planned else None
             return compiled(self, level, watch.code)
 
         def as_it_was() -> Any:
@@ -106,11 +106,11 @@ def stands_aside(session: Session) -> Callable[[nn.Module], bool]:
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-24: untyped
     def note() -> None:
         """Runs while the outer compilation traces, once."""
-        session.outer_compile = True
+        session.log.note_outer_compile()
         warnings.warn(OUTER_COMPILE, stacklevel=2)
 
     def aside(module: nn.Module) -> bool:
-        if module in session.retired:
+        if module in session.log.restored:
             return True
         if torch.compiler.is_compiling():
             note()

@@ -78,9 +78,9 @@ def head_forward(
         idle_cache = training and sign.has_cache and is_on(self) and is_idle(kwargs)
         if idle_cache and not places.any_in(self):
             kwargs["use_cache"] = False
-        watch = session.watches.of(self, outside)
+        watch = session.state.watches.of(self, outside)
         hooked, idle = watch.hooked(self)
-        reason = session.failed.get(self) or transformed((), kwargs) or of_all_modules()
+        reason = session.log.failed.get(self) or transformed((), kwargs) or of_all_modules()
         if reason is None and hooked:
             reason = f"a hook is registered on its submodule {hooked}"
         if reason is None and results is not None:
@@ -88,7 +88,7 @@ def head_forward(
                 return original(self, **kwargs)
             reason = results.gap(watch.blocks)
         if reason is not None:
-            session.note(self, reason)
+            session.log.note(self, reason)
             return original(self, *args, **kwargs)
         labels = kwargs["labels"]
         if isinstance(labels, Tensor) and labels.dim() == 2:
@@ -100,11 +100,11 @@ def head_forward(
             return compiled(self, given, watch.code)
 
         def as_it_was() -> Any:
-            session.head_active = False
+            session.state.in_head = False
             return original(self, **kwargs)
 
         def captured() -> Any:
-            session.head_active = True
+            session.state.in_head = True
             try:
                 with (
                     hidden_hooks(idle),
@@ -112,9 +112,9 @@ def head_forward(
                 ):
                     return session.call(self, variant, args, kwargs, as_it_was)
             finally:
-                session.head_active = False
+                session.state.in_head = False
 
-        return retrying(session.planner, captured) if training else captured()
+        return retrying(session.choices.planner, captured) if training else captured()
 
     return forward
 
@@ -142,11 +142,11 @@ def backbone_forward(
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
     def outside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        session.head_active = False
+        session.state.in_head = False
         try:
             outputs = original(self, *args, **kwargs)
         finally:
-            session.head_active = True
+            session.state.in_head = True
         values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
         values = values if isinstance(values, tuple) else (values,)
         sizes = leading_sizes(values, {})
@@ -155,7 +155,7 @@ def backbone_forward(
         return outputs
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if session.head_active and self not in session.retired:
+        if session.state.in_head and self not in session.log.restored:
             return outside(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 

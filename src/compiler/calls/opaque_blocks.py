@@ -124,18 +124,18 @@ def in_head(session: Session, results: Results, forward: Callable[..., Any]) -> 
         module = modules[key]
         if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
             return results.outline(module, args, kwargs)
-        active, session.head_active = session.head_active, False
+        active, session.state.in_head = session.state.in_head, False
         try:
             result = forward(module, *args, **kwargs)
         finally:
-            session.head_active = active
+            session.state.in_head = active
         results.check(module, args, kwargs, result)
         return result
 
     node = torch._dynamo.allow_in_graph(block)  # type: ignore[no-untyped-call]
 
     def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if session.head_active and self not in session.retired:
+        if session.state.in_head and self not in session.log.restored:
             return node(id(self), *args, **kwargs)
         modules[id(self)] = self
         result = forward(self, *args, **kwargs)
