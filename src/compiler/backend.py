@@ -22,7 +22,7 @@ from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
-from .calls.caller_writes import inputs_to_copy, may_write, on_copies
+from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -83,7 +83,7 @@ def compile_graph(
     after = stages.ends(graph, "rewritten")
 
     run = _generate_code(graph, examples, choice, session)
-    run = on_copies(offloaded(choices.planner, graph, run), copied)
+    run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
     return _recorded(session, CapturedGraph(findings, grad, stages.number, before, after), run)
 
 

@@ -31,7 +31,7 @@ from . import codegen as _codegen
 from . import regions
 from .calls.forwards import OUTER_COMPILE
 from .graph_log import representative
-from .install import active, displaced, install, split, uninstall
+from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
 from .session import Choices, Session
 
@@ -176,7 +176,7 @@ def explain(model: nn.Module) -> Report:
             ]
         elif record.kind == "head" and not log.has_run(module) and not log.outer_compile:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
-        if (other := displaced(module)) is not None:
+        if (other := replaced_by(module)) is not None:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))
         bypasses += [Bypass(path, reason) for reason in log.notes.get(module, {})]
@@ -206,15 +206,15 @@ def _bandwidth(model: nn.Module) -> float | None:
     source = torch.zeros(8 << 20, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(3):
-        _finish(device)
+        _synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        _finish(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -22,7 +22,7 @@ from ...graph import facts
 from ...graph.effects import writes
 
 
-def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+def with_copied_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
     """``run``, a region's graph, on copies of its arguments at ``places``.
 
     At every call: that one step wrote nothing says nothing of the next one.
@@ -67,10 +67,10 @@ def may_write(model: nn.Module | None, region: nn.Module | None) -> bool:
     if model is None or region is None:
         return False
     return any(_function_may_write(type(m), inspect.unwrap(type(m).forward))
-               for m in _around(model, type(region)))  # fmt: skip
+               for m in _callers(model, type(region)))  # fmt: skip
 
 
-def _around(model: nn.Module, kind: type) -> Iterator[nn.Module]:
+def _callers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
     """The modules of ``model`` that hold modules of this class: a copy's regions have it, too."""
     paths = {
         ".".join(parts[:end])

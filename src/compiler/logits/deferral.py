@@ -63,9 +63,13 @@ def defer_logits(
             continue
         if any(facts.memories(n) & written for c in chain for n in (c, *c.all_input_nodes)):
             continue
-        ours = [(n, root) for n in fused if (root := _root(n, before, findings, node)) is not None]
+        ours = [
+            (n, root)
+            for n in fused
+            if (root := _replaced_loss(n, before, findings, node)) is not None
+        ]
         if len(ours) == 1:
-            done = _join(module, node, chain, *ours[0], before[node.name], lazy)
+            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy)
         else:
             done = lazy and not ours and _defer(module, node, chain)
         made += done
@@ -145,7 +149,7 @@ def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
         node = inner[0]
 
 
-def _root(
+def _replaced_loss(
     fused: fx.Node, before: NodesBefore, findings: Sequence[Finding], logits: fx.Node
 ) -> fx.Node | None:
     """The loss that ``fused`` has replaced, if it was computed from ``logits``."""
@@ -166,7 +170,7 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _join(
+def _join_loss(
     module: fx.GraphModule,
     node: fx.Node,
     chain: list[fx.Node],
@@ -179,9 +183,9 @@ def _join(
     graph, canon = module.graph, canonical(fused)
     order = {n: i for i, n in enumerate(graph.nodes)}
     present = {n.name: n for n in graph.nodes}
-    tail, names = _tail(root, was, present)
+    tail, names = _loss_graph(root, was, present)
     others = [present[name] for name in names]
-    logits, inputs = _body(chain)
+    logits, inputs = _logits_graph(chain)
     linear, dtype = canonical(chain[0]), facts.dtype(node)
     if canon is None or linear is None or dtype is None:
         return False
@@ -189,7 +193,7 @@ def _join(
         return False
     if any(writes(n) for n in tail.nodes):
         return False
-    plan = Plan(lazy, _keeps(chain), dtype, len(inputs), len(others))
+    plan = Plan(lazy, _history_is_small(chain), dtype, len(inputs), len(others))
     with graph.inserting_before(fused):
         bodies = _add_submodule(module, logits, plan), _add_submodule(module, tail, None)
         pair = graph.call_function(
@@ -206,11 +210,11 @@ def _join(
 def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
-    logits, inputs = _body(chain)
+    logits, inputs = _logits_graph(chain)
     linear, dtype = canonical(chain[0]), facts.dtype(node)
     if linear is None or dtype is None:
         return False
-    plan = Plan(True, _keeps(chain), dtype, len(inputs), 0)
+    plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0)
     with graph.inserting_after(node):
         body = _add_submodule(module, logits, plan)
     with graph.inserting_after(body):
@@ -220,7 +224,7 @@ def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     return True
 
 
-def _body(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+def _logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """The logits as a graph of their inputs, and these."""
     body = fx.Graph()
     inputs = list(dict.fromkeys(i for n in chain for i in n.all_input_nodes if i not in chain))
@@ -231,7 +235,7 @@ def _body(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     return body, inputs
 
 
-def _tail(
+def _loss_graph(
     root: fx.Node, logits: fx.Node, present: Mapping[str, fx.Node]
 ) -> tuple[fx.Graph, list[str]]:
     """The loss as a graph of the logits and of nodes that there still are, and their names."""
@@ -257,7 +261,7 @@ def _tail(
     return body, [n.name for n in inputs]
 
 
-def _keeps(chain: list[fx.Node]) -> bool:
+def _history_is_small(chain: list[fx.Node]) -> bool:
     """Whether the history of the logits keeps nothing of their size."""
     return all(
         (c := canonical(n)) is not None
