@@ -59,28 +59,28 @@ def compile_graph(
     grad = torch.is_grad_enabled()
     caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
     stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
-    before = stages.ends(graph, "captured")
+    before = stages.record(graph, "captured")
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
         remove_writes(graph)
-        stages.after(graph, "functionalized")
+        stages.dump(graph, "functionalized")
         remove_noops(graph)
-        stages.after(graph, "cleaned")
+        stages.dump(graph, "cleaned")
         eager_losses = copy_if_loss(graph)
         findings = _recognise_and_fuse(graph, choices)
-        stages.after(graph, "fused")
+        stages.dump(graph, "fused")
         defer_logits(graph, eager_losses, findings, choices.options.logits == "lazy")
-        stages.after(graph, "logits")
+        stages.dump(graph, "logits")
         copy_what_is_written(graph, caller_writes)
         graph.recompile()
-        stages.after(graph, "copied")
+        stages.dump(graph, "copied")
 
     copied = inputs_to_copy(graph) if caller_writes else ()
     choice = _choose_codegen(graph, choices) if kind == "block" and grad else "eager"
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
-    after = stages.ends(graph, "rewritten")
+    after = stages.record(graph, "rewritten")
 
     run = _generate_code(graph, examples, choice, session)
     run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)

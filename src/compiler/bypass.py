@@ -1,4 +1,4 @@
-"""When a call of a region passes by: caches, inner outputs, tracing, hooks."""
+"""When a call of a region bypasses its graph: caches, inner outputs, tracing, hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 
 def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
-    """Why this call of a region must run as it was, or None.
+    """Why this call of a region must run the original forward, or None.
 
     Args:
         args: of the call.

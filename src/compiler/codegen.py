@@ -67,7 +67,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
 
     def probe() -> None:
-        with contextlib.suppress(Exception):  # what fails here fails again, and is told, in use
+        with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
             cpu_vec_isa.pick_vec_isa()
 
     thread = threading.Thread(target=probe, daemon=True)

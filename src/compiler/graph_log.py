@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..graph.printer import dump, source
+from ..graph import printer
 from ..rewrite.findings import Finding
 from .sharing import SharedFunctions
 
@@ -60,29 +60,29 @@ class StageLog:
         self._kind, self._folder, self._keep = kind, folder, keep
         self._shown = ""
 
-    def ends(self, graph: fx.GraphModule, stage: str) -> str:
-        """Show the graph at the first or the last stage.
+    def record(self, graph: fx.GraphModule, stage: str) -> str:
+        """Show the graph as it was captured, or as it runs: always dumped.
 
         Returns:
             Its code; empty when nobody asked for it.
         """
         if self._folder is None and not self._keep:
             return ""
-        code = source(graph, self.number, self._kind, stage)
-        self._dump(code, stage)
+        code = printer.source(graph, self.number, self._kind, stage)
+        self._write(code, stage)
         return code if self._keep else ""
 
-    def after(self, graph: fx.GraphModule, stage: str) -> None:
+    def dump(self, graph: fx.GraphModule, stage: str) -> None:
         """Dump the graph after a stage in between, if that has changed it."""
         if self._folder is not None:
-            code = source(graph, self.number, self._kind, stage)
+            code = printer.source(graph, self.number, self._kind, stage)
             if _body(code) != self._shown:
-                self._dump(code, stage)
+                self._write(code, stage)
 
-    def _dump(self, code: str, stage: str) -> None:
+    def _write(self, code: str, stage: str) -> None:
         self._shown = _body(code)
         if self._folder is not None:
-            dump(self._folder, code, self.number, self._kind, stage)
+            printer.dump(self._folder, code, self.number, self._kind, stage)
 
 
 def _body(code: str) -> str:

@@ -111,8 +111,8 @@ class Session:
     ) -> Callable[..., Any]:
         """The compiled form of ``module``'s function; modules that share the function share it.
 
-        Those that keep different things for backward do not. The one that was made before there was
-        a plan belongs to the level that the plan gave it.
+        Modules that keep different things for backward do not. A function that was compiled before
+        there was a plan belongs to the level that the plan gave it.
         """
         *source, level = key
         if kind == "block" and level == self.choices.planner.first:

@@ -4,7 +4,7 @@ Equal modules share one function. Integers and floats that stand in the modules 
 graphs, so that rules can read them. Where that makes too many graphs (each layer reads its own
 index; a module counts its calls), a second function takes over, in whose graphs the numbers that
 vary are inputs. Where that makes too many as well, each module gets a function of its own; and one
-that needs a new graph all the time is captured no more.
+that needs a new graph all the time is no longer captured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The forwards that are put into modules: when a call is captured, and when it passes by."""
+"""The forwards put into modules: when a call runs its captured graph, and when it does not."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def block_forward(
     Args:
         session: the session it belongs to.
         kind: ``"block"`` or ``"norm"``.
-        original: the forward as it was.
+        original: the module's original forward.
         compiled: the captured form; one for each level of what is kept for backward.
     """
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"

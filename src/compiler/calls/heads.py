@@ -56,7 +56,7 @@ def head_forward(
         session: the session it belongs to.
         outside: the path, name by name, to the submodule that is not captured with it.
         results: what the blocks return, where the head calls them itself.
-        original: the forward as it was.
+        original: the module's original forward.
         compiled: the captured form; one for each set of given arguments.
     """
     known: list[_Signature] = []

@@ -3,7 +3,7 @@
 A model whose list of blocks is a child of the module that computes the loss has no backbone that
 could stay outside. TorchDynamo cannot break a graph within the loop over the blocks, either. So
 a call of a block becomes a node, which calls the block as ever: it runs a graph of its own, or
-passes by. What a block returns is known from an earlier call: a tensor like one of its inputs.
+bypasses it. What a block returns is known from an earlier call: a tensor like one of its inputs.
 """
 
 from __future__ import annotations
