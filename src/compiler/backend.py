@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,61 +22,72 @@ from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
-from .calls.caller_writes import may_write, on_copies, open_inputs
-from .logits.deferral import join_logits, losses
-from .session import Captured, Session
-
-_frames = itertools.count(1)
+from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
+from .graph_log import CapturedGraph, StageLog
+from .logits.deferral import copy_if_loss, defer_logits
+from .session import Choices, Session
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
     """The Dynamo backend of one kind of region.
 
     Args:
-        session: where choices, verdicts and graphs live.
-        kind: ``"block"``, ``"head"`` or ``"norm"``; only blocks go through Inductor, whose
-            compilation they share.
+        session: what was decided, the log, and the call at hand.
+        kind: ``"block"``, ``"head"`` or ``"norm"``.
     """
 
-    def compile_graph(module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        frame, grad = next(_frames), torch.is_grad_enabled()
-        if session.shared is not None:
-            session.shared.graphs += 1
-        before = session.shown(module, frame, kind, "captured")
-        open_to_writes = (
-            grad and kind != "head" and may_write(session.planner.model(), session.current)
-        )
-        with _unobserved():
-            findings = _rewrite(session, module, open_to_writes)
-        places = open_inputs(module) if open_to_writes else ()
-        # graphs without gradients serve evaluation: not worth a second compilation; and a compiler
-        # would unroll what was captured whole and not rewritten
-        compiled = kind == "block" and grad and not _has_leaf(module)
-        if compiled and session.codegen[0] == "inductor" and writes_into_inputs(module):
-            compiled = False
-            session.planner.note("a block that writes into what it was given is not compiled")
-        choice = session.codegen[0] if compiled else "eager"
-        if kind == "block" and grad and session.current is not None:
-            module = planned(session.planner, session.current, module, examples, choice)
-        after = session.shown(module, frame, kind, "rewritten")
-        captured = Captured(findings, grad, frame, before, after)
-        if choice == "inductor":
-            run = codegen.inductor(module, examples, session.preparation)
-        else:
-            run = eager(module)
-        run = offloaded(session.planner, module, run)
-        run = on_copies(run, places)
+    def fusewright(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph, examples, session, kind)
 
-        def call(*args: Any) -> Any:
-            session.record(captured)
-            return run(*args)
-
-        return call
-
-    return compile_graph
+    return fusewright  # TorchDynamo's messages name the backend by its function
 
 
-def _unobserved() -> AbstractContextManager[object]:
+def compile_graph(
+    graph: fx.GraphModule, examples: Sequence[Any], session: Session, kind: str
+) -> Callable[..., Any]:
+    """Compile a captured graph, stage by stage. ``FUSEWRIGHT_DUMP`` shows what each one changed.
+
+    Args:
+        graph: the captured graph; changed in place.
+        examples: its inputs, as Dynamo gave them.
+        session: what was decided, the log, and the call at hand.
+        kind: ``"block"``, ``"head"`` or ``"norm"``; only blocks are planned, and go through
+            Inductor, whose compilation they share.
+    """
+    choices, region = session.choices, session.state.region
+    session.state.count_graph()
+    grad = torch.is_grad_enabled()
+    caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
+    stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
+    before = stages.record(graph, "captured")
+
+    with _without_saved_tensor_hooks():
+        require_gradients(graph)
+        remove_writes(graph)
+        stages.dump(graph, "functionalized")
+        remove_noops(graph)
+        stages.dump(graph, "cleaned")
+        eager_losses = copy_if_loss(graph)
+        findings = _recognise_and_fuse(graph, choices)
+        stages.dump(graph, "fused")
+        defer_logits(graph, eager_losses, findings, choices.options.logits == "lazy")
+        stages.dump(graph, "logits")
+        copy_what_is_written(graph, caller_writes)
+        graph.recompile()
+        stages.dump(graph, "copied")
+
+    copied = inputs_to_copy(graph) if caller_writes else ()
+    choice = _choose_codegen(graph, choices) if kind == "block" and grad else "eager"
+    if kind == "block" and grad and region is not None:
+        graph = planned(choices.planner, region, graph, examples, choice)
+    after = stages.record(graph, "rewritten")
+
+    run = _generate_code(graph, examples, choice, session)
+    run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
+    return _recorded(session, CapturedGraph(findings, grad, stages.number, before, after), run)
+
+
+def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     """A region's first call may be counted: a checkpoint compares what it saves with the second.
 
     So what rules and their verification save is no business of the hooks on saved tensors around.
@@ -88,20 +98,47 @@ def _unobserved() -> AbstractContextManager[object]:
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-def _has_leaf(module: fx.GraphModule) -> bool:
-    return any(is_leaf(n.target) for inner in nested(module) for n in inner.graph.nodes)
+def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding]:
+    """Apply the rules: formulas become ops, then ops and their neighbours become larger ops.
 
-
-def _rewrite(session: Session, module: fx.GraphModule, open_to_writes: bool) -> list[Finding]:
-    require_gradients(module)
-    remove_writes(module)
-    remove_noops(module)
-    verify = None if session.options.verify == "off" else session.verifier
-    before = losses(module)
+    It is one call: a formula counts as missed only when the last rule has run, and the rules of
+    both kinds run in one nested graph after the other.
+    """
+    verify = None if choices.options.verify == "off" else choices.verifier
     with quiet_randomness():
-        findings = apply(module, session.rules, TABLE, verify, session.fuel)
-    if before:
-        join_logits(module, before, findings, session.options.logits == "lazy")
-    copy_what_is_written(module, open_to_writes)
-    module.recompile()
-    return findings
+        return apply(graph, choices.rules, TABLE, verify, choices.fuel)
+
+
+def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
+    """``"eager"`` or ``"inductor"``, for the graph of a block that was captured with gradients.
+
+    Graphs without gradients serve evaluation: not worth a second compilation. And a compiler would
+    unroll what was captured whole and not rewritten.
+    """
+    choice = choices.codegen[0]
+    if any(is_leaf(n.target) for inner in nested(graph) for n in inner.graph.nodes):
+        return "eager"
+    if choice == "inductor" and writes_into_inputs(graph):
+        choices.planner.note("a block that writes into what it was given is not compiled")
+        return "eager"
+    return choice
+
+
+def _generate_code(
+    graph: fx.GraphModule, examples: Sequence[Any], choice: str, session: Session
+) -> Callable[..., Any]:
+    if choice == "inductor":
+        return codegen.inductor(graph, examples, session.state.preparation)
+    return eager(graph)
+
+
+def _recorded(
+    session: Session, graph: CapturedGraph, run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``run``, which notes in the log that the region at hand ran ``graph``."""
+
+    def call(*args: Any) -> Any:
+        session.record(graph)
+        return run(*args)
+
+    return call

@@ -1,4 +1,4 @@
-"""When a call of a region passes by: caches, inner outputs, tracing, hooks."""
+"""When a call of a region bypasses its graph: caches, inner outputs, tracing, hooks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.autograd import forward_ad
 
 
 def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
-    """Why this call of a region must run as it was, or None.
+    """Why this call of a region must run the original forward, or None.
 
     Args:
         args: of the call.
         kwargs: of the call.
-        hooked: the first submodule with a hook, as ``hooks`` says.
+        hooked: the first submodule with a hook, as ``find_hooks`` says.
     """
-    reason = transformed(args, kwargs)
+    reason = transform_reason(args, kwargs)
     if reason is not None:
         return reason
     for value in (*args, *kwargs.values()):
@@ -29,7 +29,7 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
             continue
         if _is_cache(value):
             return "a cache was passed (generation; in training pass use_cache=False)"
-        if _collects(value):
+        if _may_collect(value):
             return f"a {type(value).__name__} was passed, which may collect values as a cache does"
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return "inner outputs (attentions or hidden states) were asked for"
@@ -38,7 +38,7 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
     return f"a hook is registered on its submodule {hooked}" if hooked else None
 
 
-def transformed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def transform_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a call is no ordinary one: a transform runs the model, or its tensors have no values.
 
     Neither can be captured, and neither says anything about the calls to come.
@@ -72,7 +72,7 @@ def _is_cache(value: Any) -> bool:
     )
 
 
-def _collects(value: Any) -> bool:
+def _may_collect(value: Any) -> bool:
     """An object that may collect tensors: one with containers of nothing else, or empty ones.
 
     A mapping is none: layers hand on keys and values to each other in one. Nor is a configuration.
@@ -104,7 +104,9 @@ def is_container(module: nn.Module) -> bool:
 _NO_FORWARD = nn.Module.forward
 
 
-def below(module: nn.Module, outside: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+def captured_submodules(
+    module: nn.Module, outside: Sequence[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """The submodules of ``module`` by name, each once, without what is not captured with it.
 
     Args:
@@ -135,7 +137,9 @@ def is_block(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not is_container(module)
 
 
-def hooks(module: nn.Module, outside: Sequence[str] = ()) -> tuple[str | None, list[nn.Module]]:
+def find_hooks(
+    module: nn.Module, outside: Sequence[str] = ()
+) -> tuple[str | None, list[nn.Module]]:
     """Look for hooks below ``module``, which a captured graph would not call.
 
     Args:
@@ -147,7 +151,7 @@ def hooks(module: nn.Module, outside: Sequence[str] = ()) -> tuple[str | None, l
         submodules that have nothing but idle ones.
     """
     idle: list[nn.Module] = []
-    for name, m in below(module, outside):
+    for name, m in captured_submodules(module, outside):
         if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return name, idle
         if m._forward_hooks:

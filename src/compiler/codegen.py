@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from ..graph.run import without_advice
 from ..kernels.launch import has_triton
 
-_WORTH = 10_000_000
+_MIN_PARAMETERS = 10_000_000
 """Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
 
 
@@ -33,7 +33,7 @@ def choose(codegen: str, blocks: Sequence[nn.Module]) -> tuple[str, str]:
     if not blocks:
         return "eager", "the model has no repeated blocks"
     size = sum(p.numel() for b in blocks for p in b.parameters())
-    if size < _WORTH:
+    if size < _MIN_PARAMETERS:
         return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
     device = next((p.device for b in blocks for p in b.parameters()), torch.device("cpu"))
     missing = _missing_compiler(device)
@@ -67,7 +67,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
 
     def probe() -> None:
-        with contextlib.suppress(Exception):  # what fails here fails again, and is told, in use
+        with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
             cpu_vec_isa.pick_vec_isa()
 
     thread = threading.Thread(target=probe, daemon=True)
@@ -75,7 +75,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     return thread
 
 
-def _donate_nothing() -> None:
+def _disable_donation() -> None:
     """Say that backward may overwrite no saved tensor.
 
     Without donation (see ``inductor``) the list is never made, and torch 2.13 takes a missing one
@@ -100,10 +100,10 @@ def inductor(
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def prepared(*args: Any, **kwargs: Any) -> Any:
+    def compile_prepared(*args: Any, **kwargs: Any) -> Any:
         if preparation is not None:
             preparation.join()
-        _donate_nothing()
+        _disable_donation()
         return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
@@ -112,32 +112,32 @@ def inductor(
         compiled = compile_fx(
             module,
             list(examples),
-            inner_compile=prepared,
+            inner_compile=compile_prepared,
             config_patches={"fallback_random": True},
         )
-    return _explaining(cast("Callable[..., Any]", compiled))
+    return _explain_double_backward(cast("Callable[..., Any]", compiled))
 
 
-def _explaining(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _explain_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Let what goes wrong when its backward pass is differentiated say what to do instead."""
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
         for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
             if node is not None:
-                node.register_hook(_explained)
+                node.register_hook(_refuse_double_backward)
         return outputs
 
     return run
 
 
-def _explained(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+def _refuse_double_backward(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
     if not torch.is_grad_enabled():
         return None
-    return tuple(g if g is None else _CompiledOnce.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]
+    return tuple(g if g is None else _NoDoubleBackward.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]
 
 
-class _CompiledOnce(torch.autograd.Function):
+class _NoDoubleBackward(torch.autograd.Function):
     """The identity, of a gradient that compiled code has made."""
 
     @staticmethod

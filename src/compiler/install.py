@@ -21,8 +21,8 @@ from torch import nn
 from .backend import backend
 from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
-from .calls.opaque_blocks import Results, in_head
-from .opaque_calls import content, with_leaves
+from .calls.opaque_blocks import Results, callable_from_head
+from .opaque_calls import cell_contents, with_opaque_calls
 from .regions import Region, parts
 from .session import Session
 
@@ -53,31 +53,34 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
         wrapped: find it also under wrappers that others have put around it since, as
             ``Accelerator.prepare`` does.
     """
-    record = _on_top(module, wrapped)
+    record = _innermost_record(module, wrapped)
     if record is None and wrapped:
-        record = getattr(_unbound(module.__dict__.get(_REPLICATE)), _MARK, None)
+        record = getattr(_function(module.__dict__.get(_REPLICATE)), _MARK, None)
     return record
 
 
-def displaced(module: nn.Module) -> str | None:
+def replaced_by(module: nn.Module) -> str | None:
     """What stands in the place of a forward that fusewright put into ``module``, if anything does.
 
     It may call ours, through a closure or not at all: nothing tells.
     """
-    if installed(module, wrapped=True) is None or _on_top(module, wrapped=True) is not None:
+    if (
+        installed(module, wrapped=True) is None
+        or _innermost_record(module, wrapped=True) is not None
+    ):
         return None
-    forward = _unbound(module.forward)
+    forward = _function(module.forward)
     return getattr(getattr(forward, "__code__", None), "co_qualname", type(forward).__name__)
 
 
-def _on_top(module: nn.Module, wrapped: bool) -> Installed | None:
+def _innermost_record(module: nn.Module, wrapped: bool) -> Installed | None:
     forward = module.__dict__.get("forward")
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         inner = getattr(function, "__wrapped__", None)
         record: Installed | None = getattr(function, _MARK, None)
         # wraps() copies attributes, ours too: the real one is innermost
-        if record is not None and getattr(_unbound(inner), _MARK, None) is None:
+        if record is not None and getattr(_function(inner), _MARK, None) is None:
             return record
         if not wrapped:
             return None
@@ -88,10 +91,10 @@ def _on_top(module: nn.Module, wrapped: bool) -> Installed | None:
 def active(module: nn.Module) -> Installed | None:
     """The record of an installed forward, wrapped by others or not, that was not restored."""
     record = installed(module, wrapped=True)
-    return None if record is None or module in record.session.retired else record
+    return None if record is None or module in record.session.log.restored else record
 
 
-def _unbound(forward: Any) -> Any:
+def _function(forward: Any) -> Any:
     return getattr(forward, "__func__", forward)
 
 
@@ -102,13 +105,15 @@ def install(regions: Iterable[Region], session: Session) -> None:
         if region.kind == "head":
             own = None if region.backbone else results
             make = functools.partial(head_forward, session, region.outside, own)
-            _put(region.module, session, "head", make)
+            _install_forward(region.module, session, "head", make)
             for module in region.backbone:
                 outside = functools.partial(backbone_forward, session)
-                _put(module, session, "backbone", outside)
+                _install_forward(module, session, "backbone", outside)
         else:
             make = functools.partial(block_forward, session, region.kind)
-            _put(region.module, session, region.kind, make, results if region.in_head else None)
+            _install_forward(
+                region.module, session, region.kind, make, results if region.in_head else None
+            )
 
 
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
@@ -121,12 +126,12 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
     found = parts(module) if record is not None and record.kind == "block" else []
     install(found, session)
 
-    def join() -> None:
+    def undo() -> None:
         for part in found:
             for inner in part.module.modules():
                 uninstall(inner)
 
-    return join
+    return undo
 
 
 def uninstall(module: nn.Module) -> bool:
@@ -136,7 +141,7 @@ def uninstall(module: nn.Module) -> bool:
     """
     hidden = installed(module, wrapped=True)
     if hidden is not None:
-        hidden.session.retired.add(module)
+        hidden.session.log.restored.add(module)
         module.__dict__.pop(_REPLICATE, None)
     record = installed(module)
     if record is None:
@@ -144,18 +149,18 @@ def uninstall(module: nn.Module) -> bool:
     if record.previous is None:
         del module.__dict__["forward"]
     else:
-        module.__dict__["forward"] = _bound(record.previous, module)
+        module.__dict__["forward"] = _rebind(record.previous, module)
     return True
 
 
-def _bound(method: Any, module: nn.Module) -> Any:
+def _rebind(method: Any, module: nn.Module) -> Any:
     """``method`` of ``module``, whichever copy of the module it was taken from."""
     if isinstance(method, types.MethodType) and isinstance(method.__self__, type(module)):
         return types.MethodType(method.__func__, module)
     return method
 
 
-def _put(
+def _install_forward(
     module: nn.Module,
     session: Session,
     kind: str,
@@ -167,27 +172,27 @@ def _put(
 
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
         function = original.function(self)
-        source = (with_leaves(function) or function) if original.is_method else original
+        source = (with_opaque_calls(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
-            target = _own_code(source) if original.is_method else original.__call__
+            target = _with_own_code(source) if original.is_method else original.__call__
             return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
 
         return session.compiled(self, (source, code, variant), kind, build)
 
     forward = make(original, compiled)
     if results is not None:
-        forward = in_head(session, results, forward)
+        forward = callable_from_head(session, results, forward)
     functools.update_wrapper(forward, original.function(module))
     forward.__name__ = "forward"  # pickle stores a method by this name
     record = Installed(session, kind, previous)
     setattr(forward, _MARK, record)
-    session.retired.discard(module)
+    session.log.restored.discard(module)
     module.__dict__["forward"] = types.MethodType(forward, module)
-    module.__dict__[_REPLICATE] = types.MethodType(_replicating(record), module)
+    module.__dict__[_REPLICATE] = types.MethodType(_replicate_for(record), module)
 
 
-def _replicating(record: Installed) -> Callable[[nn.Module], Any]:
+def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
     """What makes a replica for ``nn.DataParallel``, which runs as the module was without us.
 
     Our method would run the original's weights. A replica lives for one call; training on several
@@ -200,7 +205,7 @@ def _replicating(record: Installed) -> Callable[[nn.Module], Any]:
         for name in ("forward", _REPLICATE):
             replica.__dict__.pop(name, None)
         if record.previous is not None:
-            replica.__dict__["forward"] = _bound(record.previous, replica)
+            replica.__dict__["forward"] = _rebind(record.previous, replica)
         return replica
 
     replicate.__name__ = _REPLICATE  # pickle stores a method by this name
@@ -211,7 +216,7 @@ def _replicating(record: Installed) -> Callable[[nn.Module], Any]:
 _serial = itertools.count(1)
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of ``function``, and of what it wraps, with code objects of its own.
 
     Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
@@ -223,9 +228,9 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     inner = getattr(function, "__wrapped__", None)
     closure, copied = function.__closure__, None
     if isinstance(inner, types.FunctionType) and closure is not None:
-        copied = _own_code(inner)
+        copied = _with_own_code(inner)
         closure = tuple(
-            types.CellType(copied) if content(cell) is inner else cell for cell in closure
+            types.CellType(copied) if cell_contents(cell) is inner else cell for cell in closure
         )
     name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
     copy = types.FunctionType(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from .graph_log import representative
 from .install import active
-from .session import representative
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Listing:
 
     Attributes:
         kind: ``"block"``, ``"norm"`` or ``"head"``.
-        modules: paths, as in ``named_modules()``; one after ``only``.
+        modules: paths, as in ``named_modules()``; one after ``for_module``.
         class_name: of the modules.
         before: the graph as it was captured, as Python.
         after: the graph as it runs.
@@ -29,12 +29,12 @@ class Listing:
     before: str
     after: str
 
-    def only(self, path: str) -> Listing:
+    def for_module(self, path: str) -> Listing:
         """The same graph, for one of its modules."""
         return replace(self, modules=(path,))
 
 
-def keep(model: nn.Module) -> None:
+def keep_code(model: nn.Module) -> None:
     """Have the code of every graph kept that is captured from now on.
 
     Args:
@@ -43,7 +43,7 @@ def keep(model: nn.Module) -> None:
     for module in model.modules():
         record = active(module)
         if record is not None:
-            record.session.keeps_code = True
+            record.session.log.keep_code()
 
 
 def listings(model: nn.Module) -> list[Listing]:
@@ -53,12 +53,12 @@ def listings(model: nn.Module) -> list[Listing]:
     not the layers of a hybrid model that do different things.
 
     Args:
-        model: an optimized model that has run since ``keep``.
+        model: an optimized model that has run since ``keep_code``.
     """
     found: dict[object, Listing] = {}
     for path, module in model.named_modules():
         record = active(module)
-        graph = record and representative(record.session.runs.get(module, []))
+        graph = record and representative(record.session.log.graphs.get(module, []))
         if record is None or not graph or not graph.before:
             continue
         findings = tuple((f.rule, f.status, f.home, f.reason) for f in graph.findings)
@@ -72,7 +72,7 @@ def listings(model: nn.Module) -> list[Listing]:
     return list(found.values())
 
 
-def pick(model: nn.Module, found: Iterable[Listing], wanted: str) -> Listing | None:
+def find_listing(model: nn.Module, found: Iterable[Listing], wanted: str) -> Listing | None:
     """The listing of the module ``wanted``, or of the region that it lies in.
 
     Args:
@@ -87,5 +87,5 @@ def pick(model: nn.Module, found: Iterable[Listing], wanted: str) -> Listing | N
             while path and path not in owners:
                 path = path.rpartition(".")[0]
             if path in owners:
-                return owners[path].only(path)
+                return owners[path].for_module(path)
     return None

@@ -23,15 +23,15 @@ from torch import nn
 from ..graph.opaque.functions import convention, leaf
 from ..graph.opaque.own_weight import asks_for_place, stand_in
 
-Scans = list[tuple[nn.Module, Callable[..., Any]]]
+ForwardCopies = list[tuple[nn.Module, Callable[..., Any]]]
 """Modules, each with the copy of its forward that calls leaves."""
 
 
 @contextmanager
-def scans_whole(scans: Scans) -> Iterator[None]:
-    """For one call, let the modules of ``scanning`` run forwards that call leaves."""
+def using_copies(copies: ForwardCopies) -> Iterator[None]:
+    """For one call, let the modules of ``forward_copies`` run forwards that call leaves."""
     put = []
-    for m, copy in scans:
+    for m, copy in copies:
         put.append((m, m.__dict__.get("forward"), types.MethodType(copy, m)))
         m.__dict__["forward"] = put[-1][2]
     try:
@@ -46,12 +46,12 @@ def scans_whole(scans: Scans) -> Iterator[None]:
                 m.__dict__["forward"] = own
 
 
-def scanning(module: nn.Module) -> Scans:
+def forward_copies(module: nn.Module) -> ForwardCopies:
     """The modules below ``module`` whose forwards call a function that is captured whole."""
     found, stack = [], [c for c in module._modules.values() if c is not None]
     while stack:
         m = stack.pop()
-        copy = with_leaves(_function(m))
+        copy = with_opaque_calls(_function(m))
         if copy is not None:
             found.append((m, copy))
         stack += [c for c in m._modules.values() if c is not None]
@@ -64,7 +64,7 @@ def _function(module: nn.Module) -> Any:
     return type(module).forward if own is None else getattr(own, "__func__", None)
 
 
-def with_leaves(function: Any) -> Any:
+def with_opaque_calls(function: Any) -> Any:
     """A copy of ``function`` that calls leaves, wrappers included; None if there are none to call.
 
     One copy serves all modules, so that equal blocks share a graph. A copy has its globals from the
@@ -100,9 +100,9 @@ def _copy(function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
         return None
     outer |= {function}
     cells = function.__closure__ or ()
-    wrapped = [_copy(content(cell), outer, read) for cell in cells]
+    wrapped = [_copy(cell_contents(cell), outer, read) for cell in cells]
     names, scope = _names(function.__code__), function.__globals__
-    found = {n: made for n in names if (made := _in_place_of(scope.get(n))) is not None}
+    found = {n: made for n in names if (made := _replacement(scope.get(n))) is not None}
     if not found and not any(wrapped):
         return None
     if found:
@@ -134,14 +134,14 @@ def _sets_globals(code: types.CodeType) -> bool:
     return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
 
 
-def _in_place_of(value: Any) -> Any:
+def _replacement(value: Any) -> Any:
     """What is called in place of a global function while a block is captured, or None."""
     if not callable(value) or isinstance(value, type):
         return None
-    return leaf(value) if _known(value) else stand_in(value) if asks_for_place(value) else None
+    return leaf(value) if _is_opaque(value) else stand_in(value) if asks_for_place(value) else None
 
 
-def _known(function: Any) -> bool:
+def _is_opaque(function: Any) -> bool:
     try:
         return convention(function) is not None
     except TypeError:  # not hashable
@@ -154,7 +154,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in inner))
 
 
-def content(cell: types.CellType) -> Any:
+def cell_contents(cell: types.CellType) -> Any:
     """What a closure's cell holds, or None."""
     try:
         return cell.cell_contents

@@ -47,7 +47,7 @@ class Environment:
     """The documented environment variables, read here and nowhere else.
 
     Attributes:
-        dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph before and after, as Python.
+        dump: ``FUSEWRIGHT_DUMP``: a folder that receives each graph after each stage, as Python.
         fuel: ``FUSEWRIGHT_FUEL``: how many rewrites one ``optimize`` call may make; for bisecting.
         disable: ``FUSEWRIGHT_DISABLE``: names of rules to leave out, separated by commas.
         traceback: ``FUSEWRIGHT_TRACEBACK``: commands print the traceback of every error.
@@ -63,7 +63,7 @@ class Environment:
         """Read the variables as they are now.
 
         Raises:
-            ValueError: ``FUSEWRIGHT_FUEL`` is no number.
+            ValueError: ``FUSEWRIGHT_FUEL`` is not a number.
         """
         fuel = os.environ.get("FUSEWRIGHT_FUEL")
         if fuel and not fuel.isdecimal():

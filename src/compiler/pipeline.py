@@ -1,9 +1,9 @@
 """The three verbs: optimize a model, explain what was done, restore it.
 
 The pipeline, top to bottom: ``regions.find`` says which callables are captured, ``install`` gives
-them captured forwards, TorchDynamo hands each graph to ``capture.backend`` at its first call, the
-rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before it is installed, and
-``codegen`` runs the result.
+them captured forwards, TorchDynamo hands each graph to ``backend.compile_graph`` at its first call,
+the rules of ``passes.PIPELINE`` rewrite it, ``verify`` checks each rewrite before it is installed,
+and ``codegen`` runs the result.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from ..rewrite.verify import Verifier, quiet_randomness
 from . import codegen as _codegen
 from . import regions
 from .calls.forwards import OUTER_COMPILE
-from .install import active, displaced, install, split, uninstall
+from .graph_log import representative
+from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
-from .session import Session, representative
+from .session import Choices, Session
 
 
 def optimize(
@@ -82,16 +83,17 @@ def optimize(
     restore(model)
     found = regions.find(model)
     blocks = [r.module for r in found if r.kind == "block"]
-    choice = _codegen.choose(codegen, blocks)
-    session = Session(
+    chosen = _codegen.choose(codegen, blocks)
+    choices = Choices(
         options,
         environment,
-        choice,
-        Verifier(always=verify == "always", traced=choice[0] == "inductor"),
+        chosen,
+        Verifier(always=verify == "always", traced=chosen[0] == "inductor"),
         Fuel(environment.fuel),
-        _planner(model, blocks, memory, choice[0]),
+        _planner(model, blocks, memory, chosen[0]),
         split=split,
     )
+    session = Session(choices)
     install(found, session)
     if strict:
         _require_no_gaps(explain(model), session)
@@ -107,7 +109,7 @@ def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice:
 def planner_of(model: nn.Module) -> Planner | None:
     """The planner of an optimized model, or None: for a trainer, to repeat a first step."""
     found = (active(m) for m in model.modules())
-    return next((record.session.planner for record in found if record), None)
+    return next((record.session.choices.planner for record in found if record), None)
 
 
 def _require_rules(passes: Sequence[Rule]) -> None:
@@ -149,24 +151,22 @@ def explain(model: nn.Module) -> Report:
         reason = "no repeated decoder blocks were found, or optimize(model) was not called"
         return Report((), (Bypass("", reason),))
     session = places[0][2].session
+    log = session.log
     sites: list[Site] = []
     bypasses: list[Bypass] = []
 
-    def ran(module: nn.Module) -> bool:
-        return module in session.runs or module in session.notes
-
-    if not session.outer_compile and not any(ran(m) for _, m, _ in places):
+    if not log.outer_compile and not any(log.has_run(m) for _, m, _ in places):
         try:
             _tiny_step(model)
-            if any(r.kind == "head" and not ran(m) for _, m, r in places):
+            if any(r.kind == "head" and not log.has_run(m) for _, m, r in places):
                 _tiny_step(model)  # a head that calls the blocks itself is captured the second time
         except Exception as error:  # a model may want other inputs; explaining must not crash
             reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
             bypasses.append(Bypass("", f"{reason}call the model once yourself, then explain it"))
-    if session.outer_compile:
+    if log.outer_compile:
         bypasses.append(Bypass("", OUTER_COMPILE))
     for path, module, record in places:
-        graph = representative(session.runs.get(module, []))
+        graph = representative(log.graphs.get(module, []))
         if graph is not None:
             sites += [_site(path, f) for f in graph.findings if f.status != "left"]
             bypasses += [
@@ -174,17 +174,17 @@ def explain(model: nn.Module) -> Report:
                 for f in graph.findings
                 if f.status == "left"
             ]
-        elif record.kind == "head" and not ran(module) and not session.outer_compile:
+        elif record.kind == "head" and not log.has_run(module) and not log.outer_compile:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
-        if (other := displaced(module)) is not None:
+        if (other := replaced_by(module)) is not None:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))
-        bypasses += [Bypass(path, reason) for reason in session.notes.get(module, {})]
-    captured = {id(g) for _, m, _ in places for g in session.runs.get(m, [])}
-    regions_run = sum(bool(session.runs.get(m)) for _, m, _ in places)
-    choice = f"{session.codegen[0]} ({session.codegen[1]})"
+        bypasses += [Bypass(path, reason) for reason in log.notes.get(module, {})]
+    captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
+    regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
+    choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
     speed = _bandwidth(model) if sites else None
-    kept = session.planner.describe()
+    kept = session.choices.planner.describe()
     return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept)
 
 
@@ -206,15 +206,15 @@ def _bandwidth(model: nn.Module) -> float | None:
     source = torch.zeros(8 << 20, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(3):
-        _finish(device)
+        _synchronize(device)
         start = time.perf_counter()
         target.copy_(source)
-        _finish(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -240,7 +240,7 @@ def _tiny_step(model: nn.Module) -> None:
 
 def _require_no_gaps(report: Report, session: Session) -> None:
     gaps = [f"{s.module}: {s.rule} {s.status}: {s.reason}" for s in report.gaps()]
-    gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.failed.items()]
+    gaps += [f"{type(m).__name__}: {reason}" for m, reason in session.log.failed.items()]
     if not report.sites:
         gaps += [f"{b.module or 'the model'}: {b.reason}" for b in report.bypasses]
     if gaps:

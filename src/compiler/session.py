@@ -5,58 +5,31 @@ from __future__ import annotations
 import os
 import re
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import OptimizeError
-from ..graph.printer import dump, source
 from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
 from ..rewrite.engine import Fuel
-from ..rewrite.findings import Finding
 from ..rewrite.verify import Verifier
 from . import codegen
+from .graph_log import CapturedGraph, GraphLog
 from .options import Environment, Options
-from .sharing import Shared, Sharing, Stage
+from .sharing import SharedFunction, Stage
 from .watch import Watches
 
 
-@dataclass(eq=False)
-class Captured:
-    """One captured graph.
-
-    Attributes:
-        findings: what the rules did in it.
-        grad: whether it was captured with gradients enabled.
-        frame: number of the capture, for dumps and order.
-        before: its code as it was captured, if the session keeps it; else empty.
-        after: its code as it runs, likewise.
-    """
-
-    findings: list[Finding]
-    grad: bool
-    frame: int
-    before: str = ""
-    after: str = ""
-
-
-def representative(graphs: list[Captured]) -> Captured | None:
-    """The graph that speaks for a module: its last one with gradients, else its last one."""
-    ranked = sorted(graphs, key=lambda g: (g.grad, bool(g.findings), g.frame))
-    return ranked[-1] if ranked else None
-
-
-@dataclass(eq=False)
-class Session:
-    """What one ``optimize`` call holds: choices, verdicts, graphs, and who runs which graph.
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What one ``optimize`` call has decided, and what acts on it.
 
     Attributes:
         options: the user's choices.
@@ -65,20 +38,8 @@ class Session:
         verifier: verdicts, shared by all graphs.
         fuel: rewrites left.
         planner: says what each block keeps for backward.
-        runs: module -> the graphs that it has run.
-        notes: module -> reasons why calls of it ran as they were.
-        failed: module -> why it could not be captured; it runs as it was from then on.
         split: called with a module that could not be captured: makes regions of its parts, and
             returns what undoes that.
-        current: the module whose region is being called.
-        shared: the function that it runs.
-        sharing: which modules share a function.
-        outer_compile: whether somebody's torch.compile has traced the model as it was.
-        head_active: whether the call at hand came through a captured head.
-        preparation: what Inductor needs first, found in the background.
-        retired: modules that were restored; a forward of theirs that others have wrapped is idle.
-        watches: what lies below each region, and whether it has changed.
-        keeps_code: whether each graph's code is kept beside it, for people to read.
     """
 
     options: Options
@@ -87,45 +48,82 @@ class Session:
     verifier: Verifier
     fuel: Fuel
     planner: Planner
-    runs: weakref.WeakKeyDictionary[nn.Module, list[Captured]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    notes: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
     split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
-    current: nn.Module | None = None
-    shared: Shared | None = None
-    sharing: Sharing = field(default_factory=Sharing)
-    outer_compile: bool = False
-    head_active: bool = False
-    preparation: threading.Thread | None = None
-    retired: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+
+    @property
+    def rules(self) -> list[Any]:
+        """The rules that are not disabled by the environment."""
+        return [r for r in self.options.passes if r.name not in self.environment.disable]
+
+
+@dataclass(eq=False)
+class CallState:
+    """The state of the call at hand, and what a call leaves for the next one.
+
+    Attributes:
+        region: the module whose region is being called.
+        function: the function that it runs.
+        in_head: whether the call came through a captured head.
+        watches: what lies below each region, and whether it has changed since the last call.
+        started: whether a region was called before.
+        preparation: what Inductor needs first, found in the background since the first call.
+    """
+
+    region: nn.Module | None = None
+    function: SharedFunction | None = None
+    in_head: bool = False
     watches: Watches = field(default_factory=Watches)
-    keeps_code: bool = False
-    _called: bool = False
-    _failures: dict[Any, str] = field(default_factory=dict)
+    started: bool = False
+    preparation: threading.Thread | None = None
+
+    def count_graph(self) -> None:
+        """Count a graph that was captured for the function at hand."""
+        if self.function is not None:
+            self.function.graphs += 1
+
+    @contextmanager
+    def calling(self, region: nn.Module) -> Iterator[None]:
+        """While ``region`` is called; the state of the call around it comes back afterwards."""
+        outer = self.region, self.function
+        self.region = region
+        try:
+            yield
+        finally:
+            self.region, self.function = outer
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What one ``optimize`` call holds, and how its regions are called.
+
+    Attributes:
+        choices: what was decided.
+        log: what was captured.
+        state: of the call at hand.
+    """
+
+    choices: Choices
+    log: GraphLog = field(default_factory=GraphLog)
+    state: CallState = field(default_factory=CallState)
 
     def compiled(
         self, module: nn.Module, key: Any, kind: str, make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
         """The compiled form of ``module``'s function; modules that share the function share it.
 
-        Those that keep different things for backward do not. The one that was made before there was
-        a plan belongs to the level that the plan gave it.
+        Modules that keep different things for backward do not. A function that was compiled before
+        there was a plan belongs to the level that the plan gave it.
         """
         *source, level = key
-        if kind == "block" and level == self.planner.first:
+        if kind == "block" and level == self.choices.planner.first:
             level = None
-        self.shared = shared = self.sharing.find(module, (*source, level, kind))
-        if shared.stage is Stage.OWN and shared.full:
+        shared = self.log.functions.find(module, (*source, level, kind))
+        self.state.function = shared
+        if shared.stage is Stage.OWN and shared.is_full:
             raise TooManyGraphs("each call needs a graph of its own")
-        if shared.function is None:
-            shared.function = make()
-        return shared.function
+        if shared.compiled is None:
+            shared.compiled = make()
+        return shared.compiled
 
     def call(
         self,
@@ -133,13 +131,13 @@ class Session:
         compiled: Callable[[], Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        plain: Callable[[], Any],
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        original: Callable[[], Any],
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Any:
-        """Call ``module`` through its captured graph; through ``plain`` if capture fails.
+        """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
         In a block or norm nothing has run when capture fails; in a head the backbone may have, and
-        runs once more, this one time. An error of the model's own code comes out of ``plain``
+        runs once more, this one time. An error of the model's own code comes out of ``original``
         again, as it would have without us.
 
         Args:
@@ -147,81 +145,56 @@ class Session:
             compiled: makes, or finds, what runs its graph.
             args: for the graph.
             kwargs: for the graph.
-            plain: the same call as it was, without arguments.
-            around: makes what surrounds the captured call, and only that.
+            original: the same call of the original forward, without arguments.
+            context: makes what surrounds the captured call, and only that.
         """
-        if not self._called and self.codegen[0] == "inductor":
-            self.preparation = codegen.prepare(module)
-        self._called = True
-        previous = self.current, self.shared
-        self.current = module
+        self._start(module)
         try:
-            run = compiled()
-            with around(), _numbers(self.shared):
-                return run(module, *args, **kwargs)
+            with self.state.calling(module):
+                run = compiled()
+                with context(), _dynamo_settings(self.state.function):
+                    return run(module, *args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
             if cause is not None and (isinstance(cause, OptimizeError) or is_out_of_memory(cause)):
                 raise cause from None
-            if not _is_of_capture(error):
+            if not _is_capture_error(error):
                 raise
-            reason = f"could not be captured: {_first_line(error)}"
+            reason = f"could not be captured: {_summary(error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
-        finally:
-            self.current, self.shared = previous
-        join = self.split(module, self)
+        undo_split = self.choices.split(module, self)
         try:
-            result = plain()
+            result = original()
         except BaseException:  # the model's own, of a wrong argument: nothing is said about capture
-            join()
+            undo_split()
             raise
         if not one_off:
-            self._failures[_structure(module)] = f"a block that is made alike {reason}"
-        self._give_up(module, reason)
+            self.log.failed_structures[_structure(module)] = f"a block that is made alike {reason}"
+        self.log.fail(module, reason)
         return result
 
     def failure(self, module: nn.Module) -> str | None:
         """Why ``module``, or another one made of the same parts, could not be captured."""
-        reason = self.failed.get(module)
-        if reason is None and self._failures and module not in self.runs:
-            reason = self._failures.get(_structure(module))
+        log = self.log
+        reason = log.failed.get(module)
+        if reason is None and log.failed_structures and module not in log.graphs:
+            reason = log.failed_structures.get(_structure(module))
             if reason is not None:
-                self.split(module, self)
-                self._give_up(module, reason)
+                self.choices.split(module, self)
+                log.fail(module, reason)
         return reason
 
-    def _give_up(self, module: nn.Module, reason: str) -> None:
-        self.failed[module] = reason
-        self.note(module, reason)
+    def record(self, graph: CapturedGraph) -> None:
+        """Remember that the region at hand ran ``graph``."""
+        if self.state.region is not None:
+            self.log.record(self.state.region, graph)
 
-    def note(self, module: nn.Module, reason: str) -> None:
-        """Remember why ``module`` ran as it was."""
-        self.notes.setdefault(module, {})[reason] = None
-
-    def record(self, graph: Captured) -> None:
-        """Remember that the current module ran ``graph``."""
-        if self.current is not None:
-            known = self.runs.setdefault(self.current, [])
-            if not known or known[-1] is not graph:
-                if graph in known:
-                    known.remove(graph)
-                known.append(graph)
-
-    def shown(self, module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:
-        """A graph's code, also written to the dump folder; empty when nobody asked for it."""
-        folder = self.environment.dump
-        if folder is None and not self.keeps_code:
-            return ""
-        code = source(module, frame, kind, stage)
-        if folder is not None:
-            dump(folder, code, frame, kind, stage)
-        return code if self.keeps_code else ""
-
-    @property
-    def rules(self) -> list[Any]:
-        """The rules that are not disabled by the environment."""
-        return [r for r in self.options.passes if r.name not in self.environment.disable]
+    def _start(self, module: nn.Module) -> None:
+        """Before the first call: let Inductor prepare beside the capture."""
+        if not self.state.started and self.choices.codegen[0] == "inductor":
+            self.state.preparation = codegen.prepare(module)
+        self.state.started = True
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -244,7 +217,7 @@ _LIMIT = 1024
 
 
 @contextmanager
-def _numbers(shared: Shared | None) -> Iterator[None]:
+def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
     """Say what Dynamo does, should it capture, with numbers that stand in modules.
 
     It does without its cache of fake tensors: where sizes are symbolic, making the entries takes
@@ -271,7 +244,7 @@ def _numbers(shared: Shared | None) -> Iterator[None]:
             _config.allow_unspec_int_on_nn_module = integers
 
 
-def _is_of_capture(error: Exception) -> bool:
+def _is_capture_error(error: Exception) -> bool:
     """Whether Dynamo raised it: by its class, or by where it was raised."""
     if isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
         return True
@@ -285,7 +258,7 @@ def _is_of_capture(error: Exception) -> bool:
 _DYNAMO = os.path.dirname(torch._dynamo.__file__)
 
 
-def _first_line(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     """What an error says first, and the two innermost places of the user's code it points to."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = re.findall(r'File "([^"]+)", line (\d+)', str(error))[-2:]

@@ -4,7 +4,7 @@ Equal modules share one function. Integers and floats that stand in the modules 
 graphs, so that rules can read them. Where that makes too many graphs (each layer reads its own
 index; a module counts its calls), a second function takes over, in whose graphs the numbers that
 vary are inputs. Where that makes too many as well, each module gets a function of its own; and one
-that needs a new graph all the time is captured no more.
+that needs a new graph all the time is no longer captured.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ class Stage(IntEnum):
     OWN = 2
 
 
-_MOST = {Stage.CONSTANT: 8, Stage.VARYING: 24, Stage.OWN: 16}
+_MAX_GRAPHS = {Stage.CONSTANT: 8, Stage.VARYING: 24, Stage.OWN: 16}
 """Graphs of one function: equal layers need one, times the modes in which they are called."""
 
 
 @dataclass(eq=False)
-class Shared:
+class SharedFunction:
     """One function, or where each module has its own, the function of one module.
 
     Attributes:
         stage: what its graphs share.
         graphs: how many were captured.
-        function: the compiled function, once it is made.
+        compiled: the compiled function, once it is made.
     """
 
     stage: Stage = Stage.CONSTANT
     graphs: int = 0
-    function: Callable[..., Any] | None = None
+    compiled: Callable[..., Any] | None = None
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether it has as many graphs as it may have."""
-        return self.graphs >= _MOST[self.stage]
+        return self.graphs >= _MAX_GRAPHS[self.stage]
 
 
 @dataclass
-class Sharing:
+class SharedFunctions:
     """The compiled functions of one session."""
 
-    _common: dict[Hashable, Shared] = field(default_factory=dict)
-    _own: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Shared]] = field(
+    _common: dict[Hashable, SharedFunction] = field(default_factory=dict)
+    _own: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, SharedFunction]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
 
-    def find(self, module: nn.Module, key: Hashable) -> Shared:
+    def find(self, module: nn.Module, key: Hashable) -> SharedFunction:
         """The function that ``module`` runs, of all that ``key`` stands for.
 
         Args:
@@ -68,9 +68,9 @@ class Sharing:
         """
         shared = self._common.get(key)
         if shared is None:
-            shared = self._common[key] = Shared()
-        if shared.stage is not Stage.OWN and shared.full:
-            shared = self._common[key] = Shared(Stage(shared.stage + 1))
+            shared = self._common[key] = SharedFunction()
+        if shared.stage is not Stage.OWN and shared.is_full:
+            shared = self._common[key] = SharedFunction(Stage(shared.stage + 1))
         if shared.stage is not Stage.OWN:
             return shared
-        return self._own.setdefault(module, {}).setdefault(key, Shared(Stage.OWN))
+        return self._own.setdefault(module, {}).setdefault(key, SharedFunction(Stage.OWN))

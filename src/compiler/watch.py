@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _globals
 
-from .bypass import below, hooks, is_block, is_container
-from .opaque_calls import Scans, scanning
+from .bypass import captured_submodules, find_hooks, is_block, is_container
+from .opaque_calls import ForwardCopies, forward_copies
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -25,7 +25,7 @@ _HOOKS = itemgetter(
 _CALL = nn.Module.__call__, nn.Module._call_impl
 
 
-def of_all_modules() -> str | None:
+def global_hook_reason() -> str | None:
     """Why no module may be captured now: what was put on all of them; or None."""
     if (
         _globals._global_forward_hooks
@@ -43,12 +43,12 @@ class Watches:
     """The watches of one session, and what equal modules have in common."""
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+        self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._passes = 0
+        self._round = 0
 
-    def of(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
+    def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
         """What lies below ``module`` now.
 
         Args:
@@ -58,17 +58,17 @@ class Watches:
         # the methods of all classes are compared once for each pass over the model
         if module in self._seen:
             self._seen.clear()
-            self._passes += 1
+            self._round += 1
         self._seen.add(module)
-        watch = self._of.get(module)
-        if watch is None or not watch.holds(module):
-            watch = self._of[module] = Watch(module, outside)
-        if watch.passes != self._passes:
-            watch.passes = self._passes
+        watch = self._watches.get(module)
+        if watch is None or not watch.is_current(module):
+            watch = self._watches[module] = Watch(module, outside)
+        if watch.round != self._round:
+            watch.round = self._round
             known = self._methods.get(watch.classes)
             if known is None:
                 known = self._methods[watch.classes] = _Methods(watch.classes)
-            watch.code = known.code(self._passes), watch.own_code
+            watch.code = known.code(self._round), watch.own_code
         return watch
 
 
@@ -79,16 +79,16 @@ class Watch:
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that stand in these modules themselves.
         blocks: those of these modules that run graphs of their own.
-        scans: what ``leaves.scanning`` finds in them.
-        passes: number of the pass in which ``code`` was found.
+        copies: what ``opaque_calls.forward_copies`` finds in them.
+        round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
     """
 
     def __init__(self, module: nn.Module, outside: Sequence[str] = ()) -> None:
         self._outside = outside
-        self._below = [m for _, m in below(module, outside)]
+        self._below = [m for _, m in captured_submodules(module, outside)]
         self._dicts = [m.__dict__ for m in self._below]
-        self._children = self._present(module)
+        self._children = self._current_children(module)
         self._kinds = list(map(type, self._below))
         self._forwards = [d.get("forward") for d in self._dicts]
         self.blocks = [m for m in self._below if is_block(m)]
@@ -97,17 +97,17 @@ class Watch:
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
-        self.scans: Scans = scanning(module)
-        self.passes = -1
+        self.copies: ForwardCopies = forward_copies(module)
+        self.round = -1
         self.code: Hashable = None
 
-    def _present(self, module: nn.Module) -> list[nn.Module | None]:
+    def _current_children(self, module: nn.Module) -> list[nn.Module | None]:
         inner = chain.from_iterable([d["_modules"].values() for d in self._dicts])
         return [*module._modules.values(), *inner]
 
-    def holds(self, module: nn.Module) -> bool:
+    def is_current(self, module: nn.Module) -> bool:
         """Whether the modules below, their classes and their forwards are those that were read."""
-        present = self._present(module)
+        present = self._current_children(module)
         return (
             len(present) == len(self._children)
             and all(map(is_, present, self._children))
@@ -117,11 +117,11 @@ class Watch:
             and type(module) is self.classes[0]
         )
 
-    def hooked(self, module: nn.Module) -> tuple[str | None, list[nn.Module]]:
-        """As ``bypass.hooks`` of the region, which is asked only where there are any."""
+    def find_hooks(self, module: nn.Module) -> tuple[str | None, list[nn.Module]]:
+        """As ``bypass.find_hooks`` of the region, which is asked only where there are any."""
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
             return None, []
-        return hooks(module, self._outside)
+        return find_hooks(module, self._outside)
 
 
 def _code(forward: Any) -> Any:
@@ -136,23 +136,23 @@ class _Methods:
 
     def __init__(self, classes: Sequence[type]) -> None:
         bases = dict.fromkeys(b for c in classes for b in c.__mro__)
-        self._spaces = [b.__dict__ for b in bases if b not in (nn.Module, object)]
+        self._namespaces = [b.__dict__ for b in bases if b not in (nn.Module, object)]
         self._values: list[Any] = []
         self._states: list[list[Any]] = []
-        self._passes = -1
+        self._round = -1
         self._code = 0
 
-    def code(self, passes: int) -> tuple[int, int]:
+    def code(self, number: int) -> tuple[int, int]:
         """What tells this state of these classes apart; compared once for each pass."""
-        if passes != self._passes:
-            self._passes = passes
-            values = list(chain.from_iterable([s.values() for s in self._spaces]))
+        if number != self._round:
+            self._round = number
+            values = list(chain.from_iterable([s.values() for s in self._namespaces]))
             if len(values) != len(self._values) or not all(map(is_, values, self._values)):
                 self._values = values
-                self._code = self._number([v for v in values if _is_method(v)])
+                self._code = self._state_number([v for v in values if _is_method(v)])
         return id(self), self._code
 
-    def _number(self, functions: list[Any]) -> int:
+    def _state_number(self, functions: list[Any]) -> int:
         for i, state in enumerate(self._states):
             if len(state) == len(functions) and all(map(is_, state, functions)):
                 return i

@@ -16,7 +16,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 from torch import nn
 
-from ..compiler.listing import Listing, keep, listings, pick
+from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
 from ..errors import ModelError, RecipeError
 from ..report import Report
@@ -79,7 +79,7 @@ def run(
         # compiling would only take time: the rules see the same graphs
         optimize(model, codegen="eager")
         if graph or module is not None:
-            keep(model)
+            keep_code(model)
         report = explain(model)
     shown = _chosen(model, module)
     if as_json:
@@ -253,7 +253,7 @@ def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
     found = listings(model)
     if module is None:
         return found
-    one = pick(model, found, module)
+    one = find_listing(model, found, module)
     if one is None:
         paths = [path for listing in found for path in listing.modules]
         near = difflib.get_close_matches(module, paths, 3, 0.4) or paths[:6]

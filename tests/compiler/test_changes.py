@@ -162,5 +162,5 @@ def test_equal_blocks_share_a_graph_and_nothing_is_captured_twice() -> None:
     for _ in range(3):
         _assert_equal(ours, eager)
     assert explain(ours).graphs == 1
-    watches = installed(ours.layers[0]).session.watches
-    assert watches.of(ours.layers[0]).code == watches.of(ours.layers[1]).code
+    watches = installed(ours.layers[0]).session.state.watches
+    assert watches.get(ours.layers[0]).code == watches.get(ours.layers[1]).code

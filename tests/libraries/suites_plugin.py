@@ -61,10 +61,10 @@ class _Optimized:
     reasons: set[str] = field(default_factory=set)
 
     def count(self, session: Any) -> None:
-        graphs = [g for run in list(session.runs.values()) for g in run]
+        graphs = [g for run in list(session.log.graphs.values()) for g in run]
         done = sum(f.status == "rewritten" for g in graphs for f in g.findings)
         self.rewrites = max(self.rewrites, done)
-        self.reasons.update(*session.notes.values())
+        self.reasons.update(*session.log.notes.values())
 
 
 def _optimize_at_first_call(codegen: str, made: list[_Optimized]) -> None:

@@ -321,7 +321,7 @@ def test_what_flows_from_block_to_block() -> None:
 
 
 def _planner(model: Any) -> Planner:
-    return next(r for m in model.modules() if (r := installed(m))).session.planner
+    return next(r for m in model.modules() if (r := installed(m))).session.choices.planner
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def _model(family: str, layers: int) -> Any:
 def _force(model: Any, level: Level) -> Planner:
     """Let every block keep ``level``, whatever would fit."""
     record = next(r for m in model.modules() if (r := installed(m)))
-    planner: Planner = record.session.planner
+    planner: Planner = record.session.choices.planner
     planner.allowed = (level,)
     return planner
 

@@ -46,7 +46,7 @@ def _assert_equal(ours: Any, eager: Any) -> None:
 
 
 def _planner(model: Any) -> Planner:
-    return next(r for m in model.modules() if (r := installed(m))).session.planner
+    return next(r for m in model.modules() if (r := installed(m))).session.choices.planner
 
 
 def _levels(model: Any) -> set[str | None]:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.compiler.opaque_calls import scanning, with_leaves
+from fusewright.compiler.opaque_calls import forward_copies, with_opaque_calls
 from fusewright.graph.opaque import functions as whole
 
 from .architectures import build, targets
@@ -107,9 +107,9 @@ def _state(model: nn.Module) -> list[dict[str, Any]]:
 def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
     model = build(name)
     before = _state(model)
-    modules = [m for m in model.modules() if scanning(m)]
+    modules = [m for m in model.modules() if forward_copies(m)]
     assert modules
-    scans = {m for block in modules for m, _ in scanning(block)}
+    scans = {m for block in modules for m, _ in forward_copies(block)}
     code = {m: type(m).forward for m in scans}
     optimize(model, codegen="eager")
     _step(model, _ids(2, 24), use_cache=False)
@@ -213,14 +213,14 @@ class _LooksAtValues(nn.Module):
 def test_a_global_that_changes_is_seen() -> None:
     scope: dict[str, Any] = {"scan": _loop, "SCALE": 1.0}
     exec("def forward(self, x):\n    return scan(x, x, None, None, None) * SCALE", scope)
-    first = with_leaves(scope["forward"])
-    assert with_leaves(scope["forward"]) is first
+    first = with_opaque_calls(scope["forward"])
+    assert with_opaque_calls(scope["forward"]) is first
     scope["SCALE"] = 2.0
-    again = with_leaves(scope["forward"])
+    again = with_opaque_calls(scope["forward"])
     assert again is not first
     assert again.__globals__["SCALE"] == 2.0
     exec("def counts(self, x):\n    global N\n    N = 1\n    return scan(x, x, 0, 0, 0)", scope)
-    assert with_leaves(scope["counts"]) is None  # in a copy the assignment would be lost
+    assert with_opaque_calls(scope["counts"]) is None  # in a copy the assignment would be lost
 
 
 def _loop(

@@ -22,14 +22,14 @@ from ...graph import facts
 from ...graph.effects import writes
 
 
-def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+def with_copied_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
     """``run``, a region's graph, on copies of its arguments at ``places``.
 
     At every call: that one step wrote nothing says nothing of the next one.
 
     Args:
         run: takes the inputs of the graph.
-        places: from ``open_inputs``.
+        places: from ``inputs_to_copy``.
     """
     if not places:
         return run
@@ -43,7 +43,7 @@ def on_copies(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., A
     return call
 
 
-def open_inputs(module: fx.GraphModule) -> list[int]:
+def inputs_to_copy(module: fx.GraphModule) -> list[int]:
     """The inputs of a region's graph that its callers may write into when it has run.
 
     These have a gradient, and are neither parameters, nor written or returned by the graph itself.
@@ -67,10 +67,10 @@ def may_write(model: nn.Module | None, region: nn.Module | None) -> bool:
     if model is None or region is None:
         return False
     return any(_function_may_write(type(m), inspect.unwrap(type(m).forward))
-               for m in _around(model, type(region)))  # fmt: skip
+               for m in _callers(model, type(region)))  # fmt: skip
 
 
-def _around(model: nn.Module, kind: type) -> Iterator[nn.Module]:
+def _callers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
     """The modules of ``model`` that hold modules of this class: a copy's regions have it, too."""
     paths = {
         ".".join(parts[:end])

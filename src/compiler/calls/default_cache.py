@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-_GIVEN = ("cache", "past_key_values", "cache_params")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 _INDEX = "layer_idx"
 """Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
 
@@ -31,7 +31,9 @@ def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect
     return own
 
 
-def has_switch(forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> bool:
+def has_cache_switch(
+    forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
+) -> bool:
     """Whether a causal LM's signature says what ``use_cache`` means, and that it may be left out.
 
     A call that does not say it means the configuration, and the outputs are a record with named
@@ -47,7 +49,7 @@ def has_switch(forward: Callable[..., Any], parameters: Mapping[str, inspect.Par
     return "return_dict" in parameters or any(map(_is_record, _returned(forward)))
 
 
-def is_on(module: nn.Module) -> bool:
+def uses_cache(module: nn.Module) -> bool:
     """Whether the configuration of a causal LM asks for a cache now."""
     config = getattr(module, "config", None)
     if getattr(config, "use_cache", None) is True:
@@ -59,10 +61,10 @@ def is_on(module: nn.Module) -> bool:
 def _returned(forward: Callable[..., Any]) -> tuple[Any, ...]:
     """The types that a function says it returns."""
     try:
-        said = typing.get_type_hints(inspect.unwrap(forward)).get("return")
+        returned = typing.get_type_hints(inspect.unwrap(forward)).get("return")
     except Exception:  # a name that is imported for type checkers alone
-        said = inspect.signature(forward).return_annotation
-    return typing.get_args(said) or (said,)
+        returned = inspect.signature(forward).return_annotation
+    return typing.get_args(returned) or (returned,)
 
 
 def _is_record(kind: Any) -> bool:
@@ -70,19 +72,19 @@ def _is_record(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Mapping) and is_dataclass(kind)
 
 
-def is_idle(kwargs: Mapping[str, Any]) -> bool:
+def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
     """Whether nobody reads, in this call, the cache that is filled by default.
 
     Transformers finds packed samples in ``position_ids`` only without a cache.
     """
     return (
         kwargs.get("use_cache") is None
-        and all(kwargs.get(n) is None for n in _GIVEN)
+        and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)
         and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
     )
 
 
-class SharedPlaces:
+class SharedCacheIndices:
     """Whether two layers write to one place of the cache: the second reads what the first wrote.
 
     Asked at each step; the layers are gone through only when they, or their parts, are others.
@@ -103,7 +105,7 @@ class SharedPlaces:
         # references, and not their ids: another module may get the id of one that is gone
         now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
         if now != self._known[0]:
-            self._known = now, any(map(_share_a_place, _stacks(backbone)))
+            self._known = now, any(map(_share_an_index, _stacks(backbone)))
         return self._known[1]
 
 
@@ -116,7 +118,7 @@ def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _stacks(child)
 
 
-def _share_a_place(stack: nn.ModuleList) -> bool:
+def _share_an_index(stack: nn.ModuleList) -> bool:
     """Whether two layers are one module, or have one index."""
     seen: set[tuple[str, int]] = set()
     layers = [m for m in stack._modules.values() if m is not None]

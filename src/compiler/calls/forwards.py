@@ -1,4 +1,4 @@
-"""The forwards that are put into modules: when a call is captured, and when it passes by."""
+"""The forwards put into modules: when a call runs its captured graph, and when it does not."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import bypass_reason, hidden_hooks
-from ..opaque_calls import scanning, scans_whole
+from ..opaque_calls import forward_copies, using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from ..watch import of_all_modules
+from ..watch import global_hook_reason
 
-_NOTHING = contextlib.nullcontext()
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 class Original:
-    """The forward of a module as it is without us: its own, or the one that its class has now.
+    """The original forward of a module: its own, or the one that its class has now.
 
     Attributes:
         is_method: whether the function takes the module as its first argument.
@@ -51,28 +51,30 @@ def block_forward(
     """The forward of a decoder block, or of a norm outside the blocks: one graph.
 
     Args:
-        session: whose it is.
+        session: the session it belongs to.
         kind: ``"block"`` or ``"norm"``.
-        original: the forward as it was.
+        original: the module's original forward.
         compiled: the captured form; one for each level of what is kept for backward.
     """
-    inductor = kind == "block" and session.codegen[0] == "inductor"
-    aside = stands_aside(session)
+    inductor = kind == "block" and session.choices.codegen[0] == "inductor"
+    is_inactive = inactive_check(session)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if aside(self):
+        if is_inactive(self):
             return original(self, *args, **kwargs)
-        watch = session.watches.of(self)
-        hooked, idle = watch.hooked(self)
-        reason = session.failure(self) or of_all_modules() or bypass_reason(args, kwargs, hooked)
+        watch = session.state.watches.get(self)
+        hooked, idle = watch.find_hooks(self)
+        reason = (
+            session.failure(self) or global_hook_reason() or bypass_reason(args, kwargs, hooked)
+        )
         if reason is None and kind == "norm" and not torch.is_grad_enabled():
             reason = "evaluation: a lone norm is not worth a graph of its own"
         if reason is not None:
-            session.note(self, reason)
+            session.log.note(self, reason)
             return original(self, *args, **kwargs)
         graph_args, graph_kwargs = args, kwargs
         if inductor and torch.is_grad_enabled():
-            graph_args, graph_kwargs = _with_gradient(self, args, kwargs)
+            graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         if sizes is not None:
             mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
@@ -80,44 +82,46 @@ def block_forward(
         planned = kind == "block" and torch.is_grad_enabled()
         outer = planned and inside_checkpoint()
         if planned and not outer:
-            session.planner.begin(self, prod(sizes or ()))
+            session.choices.planner.begin(self, prod(sizes or ()))
 
-        def variant() -> Any:
+        def find_compiled() -> Any:
             # a block inside of somebody else's checkpoint has a graph of its own
-            level = "outer" if outer else session.planner.level(self) if planned else None
+            level = "outer" if outer else session.choices.planner.level(self) if planned else None
             return compiled(self, level, watch.code)
 
-        def as_it_was() -> Any:
+        def run_original() -> Any:
             return original(self, *args, **kwargs)
 
-        def around() -> Any:
-            scans = scanning(self) if watch.scans else None
-            return scans_whole(scans) if scans else _NOTHING
+        def make_context() -> Any:
+            copies = forward_copies(self) if watch.copies else None
+            return using_copies(copies) if copies else _NO_CONTEXT
 
-        with hidden_hooks(idle) if idle else _NOTHING:
-            return session.call(self, variant, graph_args, graph_kwargs, as_it_was, around)
+        with hidden_hooks(idle) if idle else _NO_CONTEXT:
+            return session.call(
+                self, find_compiled, graph_args, graph_kwargs, run_original, make_context
+            )
 
     return forward
 
 
-def stands_aside(session: Session) -> Callable[[nn.Module], bool]:
-    """What tells whether a forward has nothing to do: it was restored, or somebody compiles it."""
+def inactive_check(session: Session) -> Callable[[nn.Module], bool]:
+    """Makes the check whether a forward is inactive: restored, or inside somebody's compilation."""
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-24: untyped
-    def note() -> None:
+    def warn_once() -> None:
         """Runs while the outer compilation traces, once."""
-        session.outer_compile = True
+        session.log.note_outer_compile()
         warnings.warn(OUTER_COMPILE, stacklevel=2)
 
-    def aside(module: nn.Module) -> bool:
-        if module in session.retired:
+    def is_inactive(module: nn.Module) -> bool:
+        if module in session.log.restored:
             return True
         if torch.compiler.is_compiling():
-            note()
+            warn_once()
             return True
         return False
 
-    return aside
+    return is_inactive
 
 
 OUTER_COMPILE = (
@@ -127,7 +131,7 @@ OUTER_COMPILE = (
 )
 
 
-def _with_gradient(
+def _with_input_gradient(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let the first block's input need a gradient too, so that all blocks share one graph.

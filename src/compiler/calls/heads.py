@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.oom_retry import retrying
-from ..bypass import hidden_hooks, transformed
+from ..bypass import hidden_hooks, transform_reason
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from ..watch import of_all_modules
-from .default_cache import SharedPlaces, has_switch, is_idle, is_on, parameters_of
-from .forwards import Original, stands_aside
+from ..watch import global_hook_reason
+from .default_cache import (
+    SharedCacheIndices,
+    cache_is_unused,
+    has_cache_switch,
+    parameters_of,
+    uses_cache,
+)
+from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 
 
@@ -28,7 +34,7 @@ class _Signature:
         own = inspect.signature(forward).parameters
         positional = [n for n, p in own.items() if p.kind in _POSITIONAL]
         self._positional = positional[1:] if is_method else positional
-        self.has_cache = has_switch(forward, parameters_of(forward, backbone))
+        self.has_cache = has_cache_switch(forward, parameters_of(forward, backbone))
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """All arguments by name; None where the call is a wrong one."""
@@ -47,48 +53,52 @@ def head_forward(
     """The forward of a causal LM: head, shift and loss in one graph, in calls with labels.
 
     Args:
-        session: whose it is.
+        session: the session it belongs to.
         outside: the path, name by name, to the submodule that is not captured with it.
         results: what the blocks return, where the head calls them itself.
-        original: the forward as it was.
+        original: the module's original forward.
         compiled: the captured form; one for each set of given arguments.
     """
     known: list[_Signature] = []
-    places, aside = SharedPlaces(), stands_aside(session)
+    cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
 
     def signature(self: nn.Module) -> _Signature:
         function = original.function(self)
         if not known or known[0].forward is not function:
-            backbone = None if results is not None else _at(self, outside)
+            backbone = None if results is not None else _submodule(self, outside)
             known[:] = [_Signature(function, original.is_method, backbone)]
         return known[0]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if aside(self):
+        if is_inactive(self):
             return original(self, *args, **kwargs)
-        sign = signature(self)
+        parameters = signature(self)
         if args:
-            named = sign.by_name(args, kwargs)
+            named = parameters.by_name(args, kwargs)
             if named is None:
                 return original(self, *args, **kwargs)  # raises the TypeError that it always raised
             args, kwargs = (), named
         if kwargs.get("labels") is None:
             return original(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        idle_cache = training and sign.has_cache and is_on(self) and is_idle(kwargs)
-        if idle_cache and not places.any_in(self):
+        idle_cache = (
+            training and parameters.has_cache and uses_cache(self) and cache_is_unused(kwargs)
+        )
+        if idle_cache and not cache_indices.any_in(self):
             kwargs["use_cache"] = False
-        watch = session.watches.of(self, outside)
-        hooked, idle = watch.hooked(self)
-        reason = session.failed.get(self) or transformed((), kwargs) or of_all_modules()
+        watch = session.state.watches.get(self, outside)
+        hooked, idle = watch.find_hooks(self)
+        reason = (
+            session.log.failed.get(self) or transform_reason((), kwargs) or global_hook_reason()
+        )
         if reason is None and hooked:
             reason = f"a hook is registered on its submodule {hooked}"
         if reason is None and results is not None:
-            if results.waits(watch.blocks):  # the first call shows what they return
+            if results.any_unknown(watch.blocks):  # the first call shows what they return
                 return original(self, **kwargs)
-            reason = results.gap(watch.blocks)
+            reason = results.unsupported_reason(watch.blocks)
         if reason is not None:
-            session.note(self, reason)
+            session.log.note(self, reason)
             return original(self, *args, **kwargs)
         labels = kwargs["labels"]
         if isinstance(labels, Tensor) and labels.dim() == 2:
@@ -96,30 +106,30 @@ def head_forward(
         # each set of arguments has its own graphs: a guard on one that is not there cannot fail
         given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
 
-        def variant() -> Any:
+        def find_compiled() -> Any:
             return compiled(self, given, watch.code)
 
-        def as_it_was() -> Any:
-            session.head_active = False
+        def run_original() -> Any:
+            session.state.in_head = False
             return original(self, **kwargs)
 
-        def captured() -> Any:
-            session.head_active = True
+        def run_captured() -> Any:
+            session.state.in_head = True
             try:
                 with (
                     hidden_hooks(idle),
-                    torch._dynamo.config.patch(ignore_logger_methods=_loggers()),
+                    torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()),
                 ):
-                    return session.call(self, variant, args, kwargs, as_it_was)
+                    return session.call(self, find_compiled, args, kwargs, run_original)
             finally:
-                session.head_active = False
+                session.state.in_head = False
 
-        return retrying(session.planner, captured) if training else captured()
+        return retrying(session.choices.planner, run_captured) if training else run_captured()
 
     return forward
 
 
-def _at(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
+def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     found: nn.Module | None = module
     for name in path:
         found = None if found is None else found._modules.get(name)
@@ -129,7 +139,7 @@ def _at(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _loggers() -> set[Any]:
+def _logger_methods() -> set[Any]:
     """Log calls, which do not break a head's graph; transformers adds the ``_once`` methods."""
     names = ("warning_once", "warning_advice", "info_once", "warning", "info", "debug")
     return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
@@ -141,12 +151,12 @@ def backbone_forward(
     """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # 2026-11-24: torch has no types here
-    def outside(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        session.head_active = False
+    def run_uncaptured(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session.state.in_head = False
         try:
             outputs = original(self, *args, **kwargs)
         finally:
-            session.head_active = True
+            session.state.in_head = True
         values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
         values = values if isinstance(values, tuple) else (values,)
         sizes = leading_sizes(values, {})
@@ -155,8 +165,8 @@ def backbone_forward(
         return outputs
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if session.head_active and self not in session.retired:
-            return outside(self, *args, **kwargs)
+        if session.state.in_head and self not in session.log.restored:
+            return run_uncaptured(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return forward

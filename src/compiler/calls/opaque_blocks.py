@@ -3,7 +3,7 @@
 A model whose list of blocks is a child of the module that computes the loss has no backbone that
 could stay outside. TorchDynamo cannot break a graph within the loop over the blocks, either. So
 a call of a block becomes a node, which calls the block as ever: it runs a graph of its own, or
-passes by. What a block returns is known from an earlier call: a tensor like one of its inputs.
+bypasses it. What a block returns is known from an earlier call: a tensor like one of its inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Structure = Any
 """Of a result: the key of an argument that it is like, None, or a tuple of those."""
 
 
-class UnlikeBefore(TorchDynamoException):
+class ResultChanged(TorchDynamoException):
     """A block returned something else than in an earlier call."""
 
 
@@ -31,35 +31,37 @@ class Results:
     """What the blocks of one installation return."""
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[nn.Module, _Structure] = weakref.WeakKeyDictionary()
+        self._structures: weakref.WeakKeyDictionary[nn.Module, _Structure] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def learn(
+    def record(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         """Remember what ``block`` returns, as far as it is not known."""
-        if block not in self._of:
-            self._of[block] = _structure(_by_key(args, kwargs), result)
+        if block not in self._structures:
+            self._structures[block] = _structure(_by_key(args, kwargs), result)
 
-    def waits(self, blocks: Iterable[nn.Module]) -> bool:
+    def any_unknown(self, blocks: Iterable[nn.Module]) -> bool:
         """Whether one of these blocks has not been called yet."""
-        return any(block not in self._of for block in blocks)
+        return any(block not in self._structures for block in blocks)
 
-    def gap(self, blocks: Iterable[nn.Module]) -> str | None:
+    def unsupported_reason(self, blocks: Iterable[nn.Module]) -> str | None:
         """Why these blocks, which have been called, can be no nodes of a graph, or None."""
-        if any(self._of.get(block) is _UNKNOWN for block in blocks):
+        if any(self._structures.get(block) is _UNKNOWN for block in blocks):
             return "it calls its blocks itself, and they return no tensors like their inputs"
         return None
 
-    def outline(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def fake_result(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fake tensors like those that ``block`` returns."""
-        return _fake(self._of.get(block, _UNKNOWN), _by_key(args, kwargs))
+        return _make_fake(self._structures.get(block, _UNKNOWN), _by_key(args, kwargs))
 
     def check(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        """Raise unless ``result`` is what ``outline`` said."""
-        if not _is_like(self._of.get(block, _UNKNOWN), _by_key(args, kwargs), result):
-            raise UnlikeBefore(f"{type(block).__name__} returned something else than before")
+        """Raise unless ``result`` is what ``fake_result`` said."""
+        if not _is_like(self._structures.get(block, _UNKNOWN), _by_key(args, kwargs), result):
+            raise ResultChanged(f"{type(block).__name__} returned something else than before")
 
 
 _UNKNOWN = object()
@@ -69,7 +71,7 @@ def _by_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
     return {**dict(enumerate(args)), **kwargs}
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _is_similar(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype is b.dtype and a.device == b.device
 
 
@@ -81,7 +83,7 @@ def _structure(given: dict[Any, Any], result: Any) -> _Structure:
         return _UNKNOWN if _UNKNOWN in parts else parts
     if type(result) is not Tensor:
         return _UNKNOWN
-    like = (k for k, v in given.items() if isinstance(v, Tensor) and _alike(v, result))
+    like = (k for k, v in given.items() if isinstance(v, Tensor) and _is_similar(v, result))
     return next(like, _UNKNOWN)
 
 
@@ -94,27 +96,29 @@ def _is_like(structure: _Structure, given: dict[Any, Any], result: Any) -> bool:
             and len(result) == len(structure)
             and all(_is_like(s, given, r) for s, r in zip(structure, result, strict=True))
         )
-    return type(result) is Tensor and _alike(given[structure], result)
+    return type(result) is Tensor and _is_similar(given[structure], result)
 
 
-def _fake(structure: _Structure, given: dict[Any, Any]) -> Any:
+def _make_fake(structure: _Structure, given: dict[Any, Any]) -> Any:
     if structure is _UNKNOWN:
-        raise UnlikeBefore("what a block returns is not known")
+        raise ResultChanged("what a block returns is not known")
     if structure is None:
         return None
     if type(structure) is tuple:
-        return tuple(_fake(s, given) for s in structure)
+        return tuple(_make_fake(s, given) for s in structure)
     made = torch.empty_like(given[structure])
     # whether a block's weights are trained can change: with gradients on, its output may need one
     needs = torch.is_grad_enabled() and made.is_floating_point()
     return made.requires_grad_().clone() if needs else made
 
 
-def in_head(session: Session, results: Results, forward: Callable[..., Any]) -> Callable[..., Any]:
+def callable_from_head(
+    session: Session, results: Results, forward: Callable[..., Any]
+) -> Callable[..., Any]:
     """The forward of a block that a captured head calls itself.
 
     Args:
-        session: whose it is.
+        session: the session it belongs to.
         results: what the blocks of this head return.
         forward: the block's captured forward.
     """
@@ -123,23 +127,23 @@ def in_head(session: Session, results: Results, forward: Callable[..., Any]) -> 
     def block(key: int, *args: Any, **kwargs: Any) -> Any:
         module = modules[key]
         if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
-            return results.outline(module, args, kwargs)
-        active, session.head_active = session.head_active, False
+            return results.fake_result(module, args, kwargs)
+        active, session.state.in_head = session.state.in_head, False
         try:
             result = forward(module, *args, **kwargs)
         finally:
-            session.head_active = active
+            session.state.in_head = active
         results.check(module, args, kwargs, result)
         return result
 
-    node = torch._dynamo.allow_in_graph(block)  # type: ignore[no-untyped-call]
+    as_node = torch._dynamo.allow_in_graph(block)  # type: ignore[no-untyped-call]
 
-    def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if session.head_active and self not in session.retired:
-            return node(id(self), *args, **kwargs)
+    def in_head_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if session.state.in_head and self not in session.log.restored:
+            return as_node(id(self), *args, **kwargs)
         modules[id(self)] = self
         result = forward(self, *args, **kwargs)
-        results.learn(self, args, kwargs, result)
+        results.record(self, args, kwargs, result)
         return result
 
-    return called
+    return in_head_forward

@@ -17,11 +17,11 @@ from .joined_loss import Plan, logits_alone, loss_and_logits
 
 _CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
 
-Losses = Mapping[str, fx.Node]
+NodesBefore = Mapping[str, fx.Node]
 """The nodes of a graph before it was rewritten, by their names."""
 
 
-def losses(module: fx.GraphModule) -> Losses:
+def copy_if_loss(module: fx.GraphModule) -> NodesBefore:
     """A copy of the graph, if there is a loss in it that a rule may fuse; else nothing."""
     if not any((c := canonical(n)) and c.name == "cross_entropy" for n in module.graph.nodes):
         return {}
@@ -33,19 +33,19 @@ def losses(module: fx.GraphModule) -> Losses:
     return {old.name: new for old, new in env.items()}
 
 
-def join_logits(
-    module: fx.GraphModule, before: Losses, findings: Sequence[Finding], lazy: bool
+def defer_logits(
+    module: fx.GraphModule, before: NodesBefore, findings: Sequence[Finding], lazy: bool
 ) -> int:
     """Join fused losses with the logits that are returned beside them.
 
     A returned value is logits when it is a projection (and scalings, soft cap and casts of it) that
     reads the same head as a ``linear_cross_entropy`` of this graph, and when nothing but the
     graph's output uses it. In eager mode the loss is computed from them: so hooks on them, and
-    gradients with respect to them, are the loss's. ``joined.py`` makes it so.
+    gradients with respect to them, are the loss's. ``joined_loss.py`` makes it so.
 
     Args:
         module: the graph after the rules; changed in place.
-        before: what ``losses`` returned before them.
+        before: what ``copy_if_loss`` returned before them.
         findings: what they did.
         lazy: whether the logits are computed only when they are read.
 
@@ -63,23 +63,27 @@ def join_logits(
             continue
         if any(facts.memories(n) & written for c in chain for n in (c, *c.all_input_nodes)):
             continue
-        ours = [(n, root) for n in fused if (root := _root(n, before, findings, node)) is not None]
+        ours = [
+            (n, root)
+            for n in fused
+            if (root := _replaced_loss(n, before, findings, node)) is not None
+        ]
         if len(ours) == 1:
-            done = _join(module, node, chain, *ours[0], before[node.name], lazy)
+            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy)
         else:
             done = lazy and not ours and _defer(module, node, chain)
         made += done
-    undone = _undo(module, before, findings, output)
+    undone = _restore_losses(module, before, findings, output)
     if made or undone:
         graph.lint()
         module.recompile()
     return made
 
 
-def _undo(
-    module: fx.GraphModule, before: Losses, findings: Sequence[Finding], output: fx.Node
+def _restore_losses(
+    module: fx.GraphModule, before: NodesBefore, findings: Sequence[Finding], output: fx.Node
 ) -> int:
-    """Put losses back as they were, where a value that is returned would not lead to them any more.
+    """Put losses back as they were, where a returned value would not lead to them any more.
 
     So it is where the graph uses its logits for something else as well: they exist then, but hooks
     on them, and gradients with respect to them, would miss what comes from the loss.
@@ -94,16 +98,17 @@ def _undo(
             continue
         lost = [
             n for n in output.all_input_nodes
-            if n.name in before and root in _after(before[n.name]) and fused not in _after(n)
+            if n.name in before
+            and root in _descendants(before[n.name]) and fused not in _descendants(n)
         ]  # fmt: skip
-        if not lost or not _put_back(module, fused, root):
+        if not lost or not _restore_loss(module, fused, root):
             continue
         finding.status, undone = "left", undone + 1
         finding.reason = f"{lost[0].name}, which is returned, is not only for the loss"
     return undone
 
 
-def _put_back(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool:
+def _restore_loss(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool:
     """Compute a loss from the nodes that there still are; False where one of them comes later."""
     graph = module.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -144,17 +149,17 @@ def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
         node = inner[0]
 
 
-def _root(
-    fused: fx.Node, before: Losses, findings: Sequence[Finding], logits: fx.Node
+def _replaced_loss(
+    fused: fx.Node, before: NodesBefore, findings: Sequence[Finding], logits: fx.Node
 ) -> fx.Node | None:
     """The loss that ``fused`` has replaced, if it was computed from ``logits``."""
     root = next((before.get(f.node) for f in findings if fused.name in f.claimed), None)
     if root is None or logits.name not in before:
         return None
-    return root if root in _after(before[logits.name]) else None
+    return root if root in _descendants(before[logits.name]) else None
 
 
-def _after(node: fx.Node) -> set[fx.Node]:
+def _descendants(node: fx.Node) -> set[fx.Node]:
     """All that is computed from a node."""
     found: set[fx.Node] = set()
     queue = [node]
@@ -165,7 +170,7 @@ def _after(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _join(
+def _join_loss(
     module: fx.GraphModule,
     node: fx.Node,
     chain: list[fx.Node],
@@ -178,9 +183,9 @@ def _join(
     graph, canon = module.graph, canonical(fused)
     order = {n: i for i, n in enumerate(graph.nodes)}
     present = {n.name: n for n in graph.nodes}
-    tail, names = _tail(root, was, present)
+    tail, names = _loss_graph(root, was, present)
     others = [present[name] for name in names]
-    logits, inputs = _body(chain)
+    logits, inputs = _logits_graph(chain)
     linear, dtype = canonical(chain[0]), facts.dtype(node)
     if canon is None or linear is None or dtype is None:
         return False
@@ -188,14 +193,14 @@ def _join(
         return False
     if any(writes(n) for n in tail.nodes):
         return False
-    plan = Plan(lazy, _keeps(chain), dtype, len(inputs), len(others))
+    plan = Plan(lazy, _history_is_small(chain), dtype, len(inputs), len(others))
     with graph.inserting_before(fused):
-        bodies = _add(module, logits, plan), _add(module, tail, None)
+        bodies = _add_submodule(module, logits, plan), _add_submodule(module, tail, None)
         pair = graph.call_function(
             loss_and_logits, (*bodies, *linear.args[:2], *inputs, *others, *canon.args)
         )
         loss, returned = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
-    _describe(pair, fused)
+    _copy_meta(pair, fused)
     _replace(fused, loss)
     _replace(node, returned)
     prune(graph, [fused, *reversed(chain)])
@@ -205,13 +210,13 @@ def _join(
 def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
-    logits, inputs = _body(chain)
+    logits, inputs = _logits_graph(chain)
     linear, dtype = canonical(chain[0]), facts.dtype(node)
     if linear is None or dtype is None:
         return False
-    plan = Plan(True, _keeps(chain), dtype, len(inputs), 0)
+    plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0)
     with graph.inserting_after(node):
-        body = _add(module, logits, plan)
+        body = _add_submodule(module, logits, plan)
     with graph.inserting_after(body):
         made = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
     _replace(node, made)
@@ -219,7 +224,7 @@ def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     return True
 
 
-def _body(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
+def _logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """The logits as a graph of their inputs, and these."""
     body = fx.Graph()
     inputs = list(dict.fromkeys(i for n in chain for i in n.all_input_nodes if i not in chain))
@@ -230,11 +235,11 @@ def _body(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     return body, inputs
 
 
-def _tail(
+def _loss_graph(
     root: fx.Node, logits: fx.Node, present: Mapping[str, fx.Node]
 ) -> tuple[fx.Graph, list[str]]:
     """The loss as a graph of the logits and of nodes that there still are, and their names."""
-    body, inside = fx.Graph(), _after(logits)
+    body, inside = fx.Graph(), _descendants(logits)
     env = {logits: body.placeholder("logits")}
     needed, queue = {root}, [root]
     inputs: list[fx.Node] = []
@@ -256,7 +261,7 @@ def _tail(
     return body, [n.name for n in inputs]
 
 
-def _keeps(chain: list[fx.Node]) -> bool:
+def _history_is_small(chain: list[fx.Node]) -> bool:
     """Whether the history of the logits keeps nothing of their size."""
     return all(
         (c := canonical(n)) is not None
@@ -266,7 +271,7 @@ def _keeps(chain: list[fx.Node]) -> bool:
     )
 
 
-def _add(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) -> fx.Node:
+def _add_submodule(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) -> fx.Node:
     """A submodule for a graph; returns the node that reads it."""
     index = sum(name.startswith("lazy_logits_") for name, _ in module.named_children())
     name = f"lazy_logits_{index}"
@@ -276,12 +281,12 @@ def _add(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) -> fx.Node:
     return module.graph.get_attr(name)
 
 
-def _describe(new: fx.Node, old: fx.Node) -> None:
+def _copy_meta(new: fx.Node, old: fx.Node) -> None:
     kept = ("nn_module_stack", "stack_trace", "example_value", "fusewright_rule")
     new.meta.update({k: old.meta[k] for k in kept if k in old.meta})
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:
     """Let what used the one use the other, but for the nodes of the logits themselves."""
-    _describe(new, old)
+    _copy_meta(new, old)
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

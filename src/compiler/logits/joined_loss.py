@@ -80,13 +80,13 @@ class _Join:
             torch.set_grad_enabled(grad),
             torch.autocast(self.device.type, dtype, enabled),
             # what is kept here is nothing that a checkpoint around a reader should count
-            torch.autograd.graph.saved_tensors_hooks(_detached, _as_it_is),
+            torch.autograd.graph.saved_tensors_hooks(_detached, _identity),
         ):
             yield
 
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
-        if not _is_as_before(inputs, self.before):
+        if not _is_unchanged(inputs, self.before):
             raise RuntimeError(
                 "these logits were not read before the weights that make them were changed (by an "
                 "optimizer, most likely). Read them earlier, or use "
@@ -95,7 +95,7 @@ class _Join:
         if not (keep and self.plan.keeps):
             with self.mode(False):
                 return self.logits(*inputs)
-        own = [_leaf(t) for t in inputs]
+        own = [_as_leaf(t) for t in inputs]
         with self.mode(True):
             made = self.logits(*own)
         self.made = own, get_gradient_edge(made)
@@ -125,11 +125,11 @@ def _detached(t: Tensor) -> Tensor:
     return t.detach()
 
 
-def _as_it_is(t: Tensor) -> Tensor:
+def _identity(t: Tensor) -> Tensor:
     return t
 
 
-def _state(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
+def _versions(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
     """What tells later whether the tensors among ``values`` have been written to.
 
     Their versions, and of trained weights some of the bytes: an optimizer that writes ``p.data``
@@ -141,16 +141,16 @@ def _state(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
     return [t._version for t in tensors], some
 
 
-def _is_as_before(values: tuple[Any, ...], before: tuple[list[int], list[Tensor]]) -> bool:
-    versions, some = _state(values)
+def _is_unchanged(values: tuple[Any, ...], before: tuple[list[int], list[Tensor]]) -> bool:
+    versions, some = _versions(values)
     return versions == before[0] and all(map(torch.equal, some, before[1]))
 
 
-def _leaf(x: Any) -> Any:
+def _as_leaf(x: Any) -> Any:
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
-def _logits_again(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     count = len(ctx.needs_input_grad)
     if grad is None:
         return (None,) * count
@@ -180,7 +180,7 @@ class _Logits(torch.autograd.Function):
         return join.lazy(inputs, keep) if join.plan.lazy else join.compute(inputs, keep)
 
     @staticmethod
-    @differentiable(_logits_again)
+    @differentiable(_logits_double_backward)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         if grad is None:
@@ -190,7 +190,7 @@ class _Logits(torch.autograd.Function):
         if isinstance(grad, LazyLogits):
             grad = grad.values()
         if ctx.join.made is None:
-            return _logits_again(ctx, grad)
+            return _logits_double_backward(ctx, grad)
         own, edge = ctx.join.made
         wanted = [i for i, need in enumerate(needed[4:]) if need]
         found = torch.autograd.grad(
@@ -200,7 +200,7 @@ class _Logits(torch.autograd.Function):
         return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needed) - 4))
 
 
-def _loss_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _loss_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inputs = ctx.next_functions[0][0].saved_tensors
     found = ctx.join.gradient(inputs, ctx.saved_tensors[4:], grad, torch.is_grad_enabled())
     return None, found, *(None for _ in ctx.needs_input_grad[2:])
@@ -223,11 +223,11 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @differentiable(_loss_again)
+    @differentiable(_loss_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found, others = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
-        inputs = _saved(ctx.next_functions[0][0])
+        inputs = _saved_tensors(ctx.next_functions[0][0])
 
         def values() -> Tensor:
             if inputs is None:
@@ -243,7 +243,7 @@ class _Loss(torch.autograd.Function):
         return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def _saved(node: Any) -> tuple[Any, ...] | None:
+def _saved_tensors(node: Any) -> tuple[Any, ...] | None:
     """What a node has kept; None where it was written to since."""
     try:
         kept: tuple[Any, ...] = node.saved_tensors
@@ -252,14 +252,14 @@ def _saved(node: Any) -> tuple[Any, ...] | None:
     return kept
 
 
-def _call(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any) -> _Join:
+def _make_join(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any) -> _Join:
     device = rows.device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
-    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _state(inputs))
+    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _versions(inputs))
 
 
-def _records(tensors: Iterable[Any]) -> bool:
+def _needs_history(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         t.requires_grad for t in tensors if isinstance(t, Tensor)
     )
@@ -267,8 +267,8 @@ def _records(tensors: Iterable[Any]) -> bool:
 
 def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: Any) -> Tensor:
     """Lazy logits that no loss is computed from; see ``loss_and_logits``."""
-    join = _call(logits, None, rows, head, inputs)
-    if not _records(inputs):
+    join = _make_join(logits, None, rows, head, inputs)
+    if not _needs_history(inputs):
         return join.lazy(inputs)
     made: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
     return made
@@ -290,8 +290,8 @@ def loss_and_logits(
     plan: Plan = logits.meta["plan"]
     inputs, rest = values[: plan.inputs], values[plan.inputs :]
     others, arguments = rest[: plan.others], rest[plan.others :]
-    join = _call(logits, loss, rows, head, inputs)
-    if not _records((*inputs, *arguments)):
+    join = _make_join(logits, loss, rows, head, inputs)
+    if not _needs_history((*inputs, *arguments)):
         fused = linear_cross_entropy(*arguments)
         return fused, join.lazy(inputs) if plan.lazy else join.compute(inputs, False)
     operands = op.operands(*arguments[:3])

@@ -90,18 +90,20 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
             # a gradient that is asked for is wanted now: later, the graph may be gone
-            return tree_map(_real, result) if func is torch.autograd.grad else result
+            return tree_map(_materialized, result) if func is torch.autograd.grad else result
         first = args[0] if args else None
         if isinstance(first, LazyLogits) and _writes(name):
-            return first._written(func, args, kwargs)
-        args, kwargs = tree_map(_real, (args, kwargs))
+            return first._run_write(func, args, kwargs)
+        args, kwargs = tree_map(_materialized, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into the values: from then on this is an ordinary tensor, with its new history."""
         with torch.enable_grad():
             real = self.materialize()
-        rest, kwargs = tree_map(lambda x: real if x is self else _real(x), (args[1:], kwargs))
+        rest, kwargs = tree_map(
+            lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
+        )
         result = func(real, *rest, **kwargs)
         self._data = self._made = None
         try:
@@ -122,12 +124,12 @@ class LazyLogits(Tensor):
         first = args[0] if args else None
         if isinstance(first, LazyLogits):
             if func is _lift:  # a tensor of its own: its history is another one
-                return _bare(first).detach()  # type: ignore[no-any-return]
+                return _as_tensor(first).detach()  # type: ignore[no-any-return]
             if func is _cast and set(kwargs or ()) == {"dtype"} and first._data is None:
                 dtype: torch.dtype = (kwargs or {})["dtype"]
                 shape = tuple(first.shape)
                 return LazyLogits(lambda: first.values().to(dtype), shape, dtype, first.device)
-        args, kwargs = tree_map(_bare, (args, kwargs or {}))
+        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(  # type: ignore[override]  # 2026-11-24: torch calls the argument otherwise
@@ -142,11 +144,11 @@ class LazyLogits(Tensor):
         return self.materialize().detach().clone()
 
 
-def _real(x: Any) -> Any:
+def _materialized(x: Any) -> Any:
     return x.materialize() if isinstance(x, LazyLogits) else x
 
 
-def _bare(x: Any) -> Any:
+def _as_tensor(x: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return x
     with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient

@@ -1,0 +1,150 @@
+"""The log of one session: the graphs that were captured, and why other calls ran the original."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from ..graph import printer
+from ..rewrite.findings import Finding
+from .sharing import SharedFunctions
+
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class CapturedGraph:
+    """One captured graph.
+
+    Attributes:
+        findings: what the rules did in it.
+        grad: whether it was captured with gradients enabled.
+        number: of the capture, for dumps and order.
+        before: its code as it was captured, if the session keeps it; else empty.
+        after: its code as it runs, likewise.
+    """
+
+    findings: list[Finding]
+    grad: bool
+    number: int
+    before: str = ""
+    after: str = ""
+
+
+def representative(graphs: list[CapturedGraph]) -> CapturedGraph | None:
+    """The graph that speaks for a module: its last one with gradients, else its last one."""
+    ranked = sorted(graphs, key=lambda g: (g.grad, bool(g.findings), g.number))
+    return ranked[-1] if ranked else None
+
+
+class StageLog:
+    """Shows one graph after each stage of its compilation.
+
+    Attributes:
+        number: of the capture.
+    """
+
+    def __init__(self, kind: str, folder: str | None, keep: bool) -> None:
+        """Make one for a new graph.
+
+        Args:
+            kind: of the region.
+            folder: where the stages are dumped, or None.
+            keep: whether the code is wanted, for people to read.
+        """
+        self.number = next(_numbers)
+        self._kind, self._folder, self._keep = kind, folder, keep
+        self._shown = ""
+
+    def record(self, graph: fx.GraphModule, stage: str) -> str:
+        """Show the graph as it was captured, or as it runs: always dumped.
+
+        Returns:
+            Its code; empty when nobody asked for it.
+        """
+        if self._folder is None and not self._keep:
+            return ""
+        code = printer.source(graph, self.number, self._kind, stage)
+        self._write(code, stage)
+        return code if self._keep else ""
+
+    def dump(self, graph: fx.GraphModule, stage: str) -> None:
+        """Dump the graph after a stage in between, if that has changed it."""
+        if self._folder is not None:
+            code = printer.source(graph, self.number, self._kind, stage)
+            if _body(code) != self._shown:
+                self._write(code, stage)
+
+    def _write(self, code: str, stage: str) -> None:
+        self._shown = _body(code)
+        if self._folder is not None:
+            printer.dump(self._folder, code, self.number, self._kind, stage)
+
+
+def _body(code: str) -> str:
+    """The code without its first line, which names the stage."""
+    return code.partition("\n")[2]
+
+
+@dataclass(eq=False)
+class GraphLog:
+    """The graphs of one session, and the calls that ran without one.
+
+    Attributes:
+        graphs: module -> the graphs that it has run.
+        notes: module -> reasons why calls of it ran the original.
+        failed: module -> why it could not be captured; it runs the original from then on.
+        failed_structures: the structure of such a module -> why others like it are not captured.
+        functions: which modules share a compiled function.
+        restored: modules that were restored; a forward of theirs that others have wrapped is idle.
+        outer_compile: whether somebody's torch.compile has traced the original model.
+        keeps_code: whether each graph's code is kept beside it, for people to read.
+    """
+
+    graphs: weakref.WeakKeyDictionary[nn.Module, list[CapturedGraph]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    notes: weakref.WeakKeyDictionary[nn.Module, dict[str, None]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    failed: weakref.WeakKeyDictionary[nn.Module, str] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    failed_structures: dict[Any, str] = field(default_factory=dict)
+    functions: SharedFunctions = field(default_factory=SharedFunctions)
+    restored: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+    outer_compile: bool = False
+    keeps_code: bool = False
+
+    def record(self, module: nn.Module, graph: CapturedGraph) -> None:
+        """Remember that ``module`` ran ``graph``."""
+        known = self.graphs.setdefault(module, [])
+        if not known or known[-1] is not graph:
+            if graph in known:
+                known.remove(graph)
+            known.append(graph)
+
+    def note(self, module: nn.Module, reason: str) -> None:
+        """Remember why ``module`` ran the original."""
+        self.notes.setdefault(module, {})[reason] = None
+
+    def fail(self, module: nn.Module, reason: str) -> None:
+        """Remember why ``module`` could not be captured."""
+        self.failed[module] = reason
+        self.note(module, reason)
+
+    def note_outer_compile(self) -> None:
+        """Remember that somebody's torch.compile has traced the original model."""
+        self.outer_compile = True
+
+    def keep_code(self) -> None:
+        """Keep the code of every graph that is captured from now on."""
+        self.keeps_code = True
+
+    def has_run(self, module: nn.Module) -> bool:
+        """Whether ``module`` was called: through a graph or not."""
+        return module in self.graphs or module in self.notes
