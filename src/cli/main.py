@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..train.consent import Consent
 
 
-class Adapter(StrEnum):
+class AdapterKind(StrEnum):
     """What ``--adapter`` may be, as in a recipe."""
 
     lora = "lora"
@@ -116,7 +116,7 @@ def explain(
         str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
     ] = None,
     adapter: Annotated[
-        Adapter | None, typer.Option(help="Adapters on all linears, of rank 8.")
+        AdapterKind | None, typer.Option(help="Adapters on all linears, of rank 8.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
     layers: Annotated[
@@ -130,10 +130,10 @@ def explain(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
-    from ..train.explain import Request, run  # slow to import
+    from ..train.explain import ExplainOptions, run  # slow to import
 
-    lora = lora or adapter is Adapter.lora
-    request = Request(model, layers, lora, fp32, trust_remote_code)
+    lora = lora or adapter is AdapterKind.lora
+    request = ExplainOptions(model, layers, lora, fp32, trust_remote_code)
     run(request, graph=graph, module=module, as_json=as_json)
 
 

@@ -12,9 +12,9 @@ from ..errors import RecipeError
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
-    from ..train.inference.run_folder import Run
+    from ..train.inference.run_folder import RunFolder
 
-RunFolder = Annotated[
+RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: RunFolder,
+    run: RunArgument,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="A dataset; may be given several times. Else the run's own rows."),
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def generate(
-    run: RunFolder,
+    run: RunArgument,
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer; - reads it from standard input.")
     ] = None,
@@ -112,7 +112,7 @@ def generate(
 
 
 def chat(
-    run: RunFolder,
+    run: RunArgument,
     max_new_tokens: Tokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -132,7 +132,7 @@ def chat(
 
 
 def merge(
-    run: RunFolder,
+    run: RunArgument,
     output: Annotated[
         Path | None, typer.Option(help="The new folder. Default: RUN/merged.")
     ] = None,
@@ -157,13 +157,13 @@ def merge(
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.merge import merge as command  # slow to import
 
-    asked = command.Request(output, dtype, max_shard_size, dequantize)
+    asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)
     command.merge(opened, asked)
 
 
 def _opened(
     folder: str, base_model: str | None, trust_remote_code: bool, allow_builders: bool = False
-) -> Run:
+) -> RunFolder:
     from ..train.consent import Consent
     from ..train.inference.run_folder import open_run
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from .budget import GB, Budget, gigabytes
-from .choice import Scaled, Setting, Usages, choose, on_host, peak
+from .choice import PlanInputs, Scaled, Usages, choose, on_host, peak
 from .levels import LEVELS, Level
 from .meter import Meter
 from .offload import Offload
@@ -64,7 +64,7 @@ class Planner:
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    _setting: Setting | None = None
+    _setting: PlanInputs | None = None
     _rows: int = 0
     _first: weakref.ref[nn.Module] | None = None
     _stamp: tuple[float, ...] = ()
@@ -95,7 +95,7 @@ class Planner:
         if text not in self.notes:
             self.notes.append(text)
 
-    def plan(self, module: nn.Module, usages: Usages, setting: Setting) -> Level:
+    def plan(self, module: nn.Module, usages: Usages, setting: PlanInputs) -> Level:
         """Make the plan from the first block whose usage is known; the others are taken as like it.
 
         Args:
@@ -116,7 +116,7 @@ class Planner:
             self.first = self.levels[module]
         return self.level(module) or setting.allowed[0]
 
-    def _decide(self, setting: Setting) -> None:
+    def _decide(self, setting: PlanInputs) -> None:
         blocks = list(self.blocks)
         usages = [self._usages(b) for b in blocks]
         chosen = choose(usages, setting)
@@ -134,7 +134,7 @@ class Planner:
         for block, level in zip(blocks, chosen, strict=True):
             self.levels[block] = level
 
-    def outlook(self, factor: float) -> tuple[list[Usages], Setting] | None:
+    def outlook(self, factor: float) -> tuple[list[Usages], PlanInputs] | None:
         """What a plan for a batch of ``factor`` times the tokens would be made of.
 
         Returns:
@@ -152,7 +152,7 @@ class Planner:
         alike = (u for b, u in self._known.items() if type(b) is type(block))
         return known or next(alike, None) or next(iter(self._known.values()))
 
-    def _too_small(self, s: Setting, needed: int) -> str:
+    def _too_small(self, s: PlanInputs, needed: int) -> str:
         return (
             f"memory={self.budget.text!r} is too small for any plan: with everything computed "
             f"again that can be, a training step of this batch needs {gigabytes(needed)} "

@@ -30,7 +30,7 @@ from .recipe.status import told
 from .report import result as report
 from .report.result import RunResult
 from .report.run_log import Diary
-from .report.throughput import Meter, flops_per_token, peak_flops
+from .report.throughput import ThroughputMeter, flops_per_token, peak_flops
 from .requirements import tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
@@ -44,7 +44,7 @@ from .trainer.trainer import FineTuner, make_trainer
 from .trainer.watchdog import BadStep
 
 
-class Run:
+class TrainingRun:
     """One run of one recipe.
 
     - everything that can be wrong with the recipe and the rows is found before weights are loaded;
@@ -169,7 +169,7 @@ class Run:
         self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
         recipe = self.recipe
-        meter = Meter(
+        meter = ThroughputMeter(
             flops=flops_per_token(model, typical_context(prepared, recipe)),
             peak=peak_flops(model.device, model.dtype),
         )
@@ -307,4 +307,4 @@ class Run:
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Run ``recipe``; see ``fusewright.train.train``."""
-    return Run(recipe, console or Terminal()).run()
+    return TrainingRun(recipe, console or Terminal()).run()

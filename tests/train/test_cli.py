@@ -107,8 +107,8 @@ def test_a_signal_leaves_the_adapter_of_the_last_step(
         if state.global_step == 2:
             os.kill(os.getpid(), number)
 
-    original = progress.Watch.on_step_begin
-    monkeypatch.setattr(progress.Watch, "on_step_begin", third_step)
+    original = progress.ProgressCallback.on_step_begin
+    monkeypatch.setattr(progress.ProgressCallback, "on_step_begin", third_step)
     result = fusewright("train", str(file), "--max_steps", "9")
     assert result.exit_code == code, result.output
     assert "Stopped at step 3 of 9; the adapter of that step is in" in result.stdout

@@ -47,7 +47,7 @@ class Saved:
         recipe: every key of the run that made it.
         data: the fingerprint of its prepared rows.
         step: how many optimizer steps were done.
-        meter: what ``Meter`` has counted.
+        meter: what ``ThroughputMeter`` has counted.
         pending_loss: the loss that is summed up and not logged yet.
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.

@@ -58,7 +58,7 @@ class Answer:
     finish: str
 
 
-class Writer:
+class TextGenerator:
     """A model that answers; the model is not changed.
 
     Args:

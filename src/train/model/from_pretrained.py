@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
-from ..recipe.locate import Source, locate
+from ..recipe.locate import ModelSource, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
 
@@ -83,7 +83,7 @@ def sketch(recipe: Recipe, config: Any) -> Any:
         raise RecipeError(f"base_model: {why}") from error
 
 
-def _problem(source: Source, kind: Kind, options: Mapping[str, Any]) -> str | None:
+def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str | None:
     """What is wrong with a local folder's files."""
     folder = Path(source.name)
     if source.gguf_file or not folder.is_dir():
@@ -159,7 +159,7 @@ def _unfit(model: Any, info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _gguf(source: Source, kind: Kind) -> dict[str, Any]:
+def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:
     """What ``from_pretrained`` needs for a GGUF file: dense weights, made from its blocks."""
     extra: dict[str, Any] = {"gguf_file": source.gguf_file}
     if kind == "model":  # older transformers always unpack, and have no such config

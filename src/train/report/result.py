@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..recipe.secrets import hide
-from .throughput import Meter
+from .throughput import ThroughputMeter
 
 
 @dataclass
@@ -119,7 +119,7 @@ class RunResult:
         broken = self.adapter_check is not None and not self.adapter_check["exact"]
         return int(broken or self.status != "finished")
 
-    def measure(self, meter: Meter, log: Sequence[dict[str, Any]]) -> None:
+    def measure(self, meter: ThroughputMeter, log: Sequence[dict[str, Any]]) -> None:
         """Take the figures of training.
 
         Args:

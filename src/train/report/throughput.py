@@ -28,7 +28,7 @@ GPU_PEAKS = {
 
 
 @dataclass
-class Meter:
+class ThroughputMeter:
     """What the steps so far took.
 
     Attributes:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ...compiler.pipeline import planner_of
 from ...errors import RecipeError
-from ...memory.meter import Meter as Memory
+from ...memory.meter import Meter
 from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
 from ..checkpoint.load import Restoring
@@ -29,7 +29,7 @@ from .callbacks import Flow, as_asked, watchers
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
-from .progress import Watch
+from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import Guard, LossWatchdog
 
@@ -44,7 +44,7 @@ class FineTuner(Restoring):
         first_step: called when the first step is whole; the run then takes its folder.
     """
 
-    watch: Watch
+    watch: ProgressCallback
     first_step: Callable[[], None]
 
     def __init__(self, context: Context, resumed: Saved | None, **kwargs: Any) -> None:
@@ -282,8 +282,8 @@ def make_trainer(
     args = arguments_for(recipe, packs)
     pad_id = pad_token(context.tokenizer)
     flow = Flow(recipe, context.interrupts)
-    memory = Memory(model.device)
-    watch = Watch(
+    memory = Meter(model.device)
+    watch = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip

@@ -15,8 +15,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.data import Prepared, Sample, Samples, prepare
-from fusewright.train.data.readers.sources import Source
+from fusewright.train.data import PreparedData, Sample, Samples, prepare
+from fusewright.train.data.readers.sources import DataSource
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
@@ -25,7 +25,7 @@ from fusewright.train.trainer.batches import training_sequences
 
 from ..conftest import chat, make_tokenizer
 
-Make = Callable[..., Prepared]
+Make = Callable[..., PreparedData]
 
 
 def write(path: Path, count: int, word: str = "row") -> Path:
@@ -40,7 +40,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", 40)
 
-    def prepared(**keys: Any) -> Prepared:
+    def prepared(**keys: Any) -> PreparedData:
         keys = {"datasets": [{"path": str(tmp_path / "rows.jsonl")}], "sequence_len": 128, **keys}
         return prepare(Recipe(base_model="x", **keys), make_tokenizer())
 
@@ -273,13 +273,13 @@ def test_a_stream_holds_no_more_than_its_buffer(
     """Ten million rows could not be read before the first pack: rows are counted as they come."""
     read = 0
 
-    def endless(self: Source, progress: Any = None) -> Iterator[tuple[str, Any]]:
+    def endless(self: DataSource, progress: Any = None) -> Iterator[tuple[str, Any]]:
         nonlocal read
         for i in range(10_000_000):
             read += 1
             yield f"line {i}", chat("q", "a" * (i % 50))
 
-    monkeypatch.setattr(Source, "rows", endless)
+    monkeypatch.setattr(DataSource, "rows", endless)
     stream = make(
         streaming=True, max_steps=1, sample_packing=True, streaming_multipack_buffer_size=300
     ).train

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from fusewright.train.report.format import Smooth, duration, memory, millions
-from fusewright.train.report.throughput import Meter
-from fusewright.train.trainer.progress import Watch
+from fusewright.train.report.throughput import ThroughputMeter
+from fusewright.train.trainer.progress import ProgressCallback
 from fusewright.train.trainer.signals import Interrupts
 
 
@@ -26,9 +26,11 @@ class Screen:
     def __init__(self, width: int, terminal: bool, total: int = 20, every: int = 1) -> None:
         self.out = io.StringIO()
         console = Console(file=self.out, width=width, force_terminal=terminal, color_system=None)
-        self.meter = Meter(flops=2e6, peak=1e9)
+        self.meter = ThroughputMeter(flops=2e6, peak=1e9)
         self.interrupts = Interrupts()
-        self.watch = Watch(self.meter, self.interrupts, console, total, used=lambda: 3300.0)
+        self.watch = ProgressCallback(
+            self.meter, self.interrupts, console, total, used=lambda: 3300.0
+        )
         self.every = every
         self.state = SimpleNamespace(global_step=0, epoch=0.0)
         self.control = SimpleNamespace(should_training_stop=False, should_log=False)
@@ -170,7 +172,9 @@ def test_a_log_gets_its_lines_when_losses_are_logged_at_other_steps() -> None:
 
 
 def test_a_quiet_console_stays_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    watch = Watch(Meter(), Interrupts(), Console(quiet=True, force_terminal=True), 3)
+    watch = ProgressCallback(
+        ThroughputMeter(), Interrupts(), Console(quiet=True, force_terminal=True), 3
+    )
     state, control = SimpleNamespace(global_step=1, epoch=0.1), SimpleNamespace(should_log=True)
     control.should_training_stop = False
     with watch:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fusewright.train import train
 from fusewright.train.checkpoint.files import checkpoints
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.run import Run
+from fusewright.train.run import TrainingRun
 from fusewright.train.trainer.callbacks import Flow, watchers
 from fusewright.train.trainer.signals import Interrupts
 from fusewright.train.trainer.watchdog import BadStep, Guard, LossWatchdog
@@ -247,7 +247,7 @@ def test_what_fails_after_training_costs_nothing(
     where = broken if "." in broken else f"export.{broken}"
     monkeypatch.setattr(f"fusewright.train.{where}", fail)
     out = io.StringIO()
-    run = Run(
+    run = TrainingRun(
         Recipe.model_validate({**recipe, "sample_prompt": "What is 3?"}),
         Console(file=out, width=200),
     )
