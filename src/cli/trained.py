@@ -93,12 +93,12 @@ def generate(
     """Answer a prompt, or a file of them."""
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.inference.prompt_files import read_prompt, read_prompts
-    from ..train.model.chat_prompt import Asking, with_system
+    from ..train.model.chat_prompt import ChatPrompt, with_system
 
     if file is not None and prompt is not None:
         raise RecipeError("a prompt and --file: say one of them")
     if system is None:
-        system = Asking.of(opened.recipe).system
+        system = ChatPrompt.of(opened.recipe).system
     if file is not None:
         asked = read_prompts(file, system)
     else:

@@ -43,7 +43,7 @@ class Planner:
         offload: runs the blocks whose input the plan keeps there.
         first: the level of the block that the plan was made at.
         notes: what was decided, and why, for the report.
-        stepped: an optimizer step has been made; no plan is too large from then on.
+        has_stepped: an optimizer step has been made; no plan is too large from then on.
     """
 
     budget: Budget
@@ -60,7 +60,7 @@ class Planner:
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None
     notes: list[str] = field(default_factory=list)
-    stepped: bool = False
+    has_stepped: bool = False
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )
@@ -122,7 +122,7 @@ class Planner:
         chosen = choose(usages, setting)
         needed = self.predicted = peak(chosen, usages, setting)
         if setting.budget is not None and needed > setting.budget:
-            if self.budget.bytes is not None and not self.stepped:
+            if self.budget.bytes is not None and not self.has_stepped:
                 self.levels.clear()
                 raise OptimizeError(self._too_small(setting, needed))
             # a run that has got somewhere: better over the budget than not at all
@@ -183,10 +183,14 @@ class Planner:
             self._stamp = self._values()
             self.meter.start()
         elif not self._ended and self._first() is module and self._values() != self._stamp:
-            self._ended = self.stepped = True
+            self._ended = self.has_stepped = True
             self.measured = self.meter.peak()
             if self.measured is not None and self.predicted is not None:
                 self._replan(self.measured, self.predicted)
+
+    def on_optimizer_step(self) -> None:
+        """An optimizer step was made, which may have left no mark: its learning rate may be 0."""
+        self.has_stepped = True
 
     def _values(self) -> tuple[float, ...]:
         """What shows whether an optimizer has stepped: fused ones leave no other mark."""
@@ -201,7 +205,7 @@ class Planner:
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
         self._setting = self._setting.scaled(factor)
-        self.stepped |= bool(self._stamp) and self._values() != self._stamp
+        self.has_stepped |= bool(self._stamp) and self._values() != self._stamp
         self._first, self._ended, self.measured = None, False, None
         self._decide(self._setting)
 

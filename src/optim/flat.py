@@ -204,13 +204,13 @@ class FlatOptimizer(Optimizer):
         try:
             self._inner.step()
             # the writes went past the parameters; autograd must see that saved ones have changed
-            stepped = [
+            updated = [
                 p
                 for piece in self._slices
                 if piece.tensor.grad is not None
                 for p, _ in piece.places()
             ]
-            torch.autograd.graph.increment_version(stepped)
+            torch.autograd.graph.increment_version(updated)
         finally:
             for name in given:
                 delattr(self._inner, name)

@@ -20,7 +20,7 @@ from ..compiler.listing import Listing, keep, listings, pick
 from ..compiler.pipeline import explain, optimize
 from ..errors import ModelError, RecipeError
 from ..report import Report
-from .model.from_pretrained import Kind, forget_gguf, pretrained
+from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
@@ -130,7 +130,7 @@ def _pretrained(request: ExplainOptions) -> tuple[Any, str]:
         depth = f", {_shorten(config, request.layers)}"
         options["config"] = config
     model = _read(AutoModelForCausalLM, request, **options)
-    forget_gguf(model)
+    clear_gguf_marks(model)
     return model.to(device_for_training()), f"{request.model}, its own weights{depth}"
 
 

@@ -205,14 +205,14 @@ def test_a_step_has_ended_when_a_parameter_has_moved(by: float) -> None:
     planner.begin(blocks[0], 1)
     planner.plan(blocks[0], SMALL, _setting(None))
     planner.begin(blocks[0], 1)
-    assert (planner.measured, planner.stepped) == (None, False)
+    assert (planner.measured, planner.has_stepped) == (None, False)
     with torch.no_grad():
         for p in planner.trainable():
             p.data.add_(by)
     planner.begin(blocks[1], 1)
     assert planner.measured is None
     planner.begin(blocks[0], 1)
-    assert (planner.measured, planner.stepped) == (5, True)
+    assert (planner.measured, planner.has_stepped) == (5, True)
 
 
 @pytest.mark.parametrize("by", [0.5, -0.5])
@@ -237,7 +237,7 @@ def test_a_larger_batch_before_a_step_may_be_refused() -> None:
     planner.plan(blocks[0], _usages(300 * MB, 200 * MB, 100 * MB), PlanInputs(0, 0, 0, GB, LEVELS))
     with pytest.raises(OptimizeError, match="too small for any plan"):
         planner.begin(blocks[0], 100)
-    assert not planner.stepped
+    assert not planner.has_stepped
 
 
 @pytest.mark.parametrize(

@@ -198,16 +198,16 @@ def test_more_tokens_get_a_plan_of_their_own() -> None:
         planner.begin(blocks[0], 8800)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_batch_too_large_for_the_budget_ends_no_run_that_has_begun(told: bool) -> None:
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_batch_too_large_for_the_budget_ends_no_run_that_has_begun(reported: bool) -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
     planner = _planner("1.8GB", blocks)
     planner.begin(blocks[0], 22)
     planner.plan(
         blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), PlanInputs(0, 0, 0, int(1.8 * GB), LEVELS)
     )
-    if told:  # a step with a learning rate of zero leaves no other mark
-        planner.stepped = True
+    if reported:  # a step with a learning rate of zero leaves no other mark
+        planner.on_optimizer_step()
     else:
         _optimizer_step(planner)
     planner.begin(blocks[0], 8800)

@@ -163,7 +163,7 @@ def test_signals_wait_only_where_they_must(capfd: pytest.CaptureFixture[str]) ->
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.signal == signal.SIGTERM
         interrupts.signal = None
-        with interrupts.patiently():
+        with interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert interrupts.signal == signal.SIGINT
             assert "once more to quit without saving" in capfd.readouterr().err

@@ -25,7 +25,7 @@ from fusewright.train.printable import shown, shown_json
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
 from fusewright.train.report.result import RunResult
-from fusewright.train.report.run_log import Diary
+from fusewright.train.report.run_log import RunLog
 from fusewright.train.terminal import Terminal, say
 
 from .commands import fusewright
@@ -184,7 +184,7 @@ def test_what_looks_like_a_secret_is_hidden_in_any_text(tmp_path: Path) -> None:
     assert scrub("hf_hub, sk-learn, https://hub/a:b@c") == "hf_hub, sk-learn, https://hub/a:b@c"
     assert hide({"wandb_name": f"run {SECRET}"}) == {"wandb_name": "run (hidden)"}
     result = RunResult(output_dir=tmp_path, recipe={})
-    with Diary(result, Console(quiet=True)).spared("push to the hub"):
+    with RunLog(result, Console(quiet=True)).guarded("push to the hub"):
         raise RuntimeError(text)
     result.write()
     assert SECRET not in (tmp_path / "run.json").read_text()

@@ -34,7 +34,7 @@ def readable(folder: Any) -> Iterator[None]:
         raise RecipeError(another(Path(folder), first_words(error))) from error
 
 
-class Restoring(Trainer):
+class ResumableTrainer(Trainer):
     """``Trainer`` that says what is wrong with a checkpoint that it cannot go on from."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...errors import RecipeError
 from ..system_folders import why_not_ours_to_write
 from .files import clean, discard
-from .ownership import PART, few, link_in, results, strangers
+from .ownership import PART, few, foreign_files, link_in, results
 
 
 def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
@@ -48,7 +48,7 @@ def require_own(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output_dir: {folder} is not a folder; name another one")
     try:
-        others, link = strangers(folder), link_in(folder)
+        others, link = foreign_files(folder), link_in(folder)
     except OSError as error:
         raise RecipeError(f"output_dir: {folder} cannot be read: {error.strerror}") from None
     if others:

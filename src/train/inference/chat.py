@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ...errors import ModelError
-from ..model.chat_prompt import Asking, Message, with_system
+from ..model.chat_prompt import ChatPrompt, Message, with_system
 from ..model.load import quiet
 from ..printable import shown
 from .generation import Sampling, TextGenerator
@@ -173,7 +173,7 @@ def chat(run: RunFolder, sampling: Sampling, system: str | None = None) -> None:
         ModelError: the run cannot be loaded.
         RecipeError: the base of the run cannot be loaded.
     """
-    trained = Asking.of(run.recipe)
+    trained = ChatPrompt.of(run.recipe)
     with quiet():
         writer = TextGenerator(*load_run(run), sampling, trained.variables)
         ChatSession(writer, trained.system if system is None else system).run()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from ..model.chat_prompt import Asking, Message
+from ..model.chat_prompt import ChatPrompt, Message
 from ..model.load import quiet
 from ..printable import shown, shown_json
 from .generation import Answer, Sampling, TextGenerator
@@ -42,7 +42,7 @@ def generate(
     """
     out = out or sys.stdout
     with quiet():
-        writer = TextGenerator(*load_run(run), sampling, Asking.of(run.recipe).variables)
+        writer = TextGenerator(*load_run(run), sampling, ChatPrompt.of(run.recipe).variables)
         prompts = [writer.prompt(messages) for messages in conversations]
         if len(prompts) == 1 and not as_json:
             _stream(writer, prompts[0], out)

@@ -64,7 +64,7 @@ def pretrained(
     return model
 
 
-def sketch(recipe: Recipe, config: Any) -> Any:
+def meta_model(recipe: Recipe, config: Any) -> Any:
     """The model of a configuration without its weights, on the meta device.
 
     Raises:
@@ -170,7 +170,7 @@ def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:
     return extra
 
 
-def forget_gguf(model: Any) -> None:
+def clear_gguf_marks(model: Any) -> None:
     """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
     kind = getattr(model, "quantization_method", None)
     if str(getattr(kind, "value", kind)) != "gguf":

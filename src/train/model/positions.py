@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..recipe.recipe import Recipe
-from .from_pretrained import sketch
+from .from_pretrained import meta_model
 
 _EXTRA = 8
 """Some tables of positions have a few rows more than there are positions."""
@@ -92,7 +92,7 @@ def _has_table(config: Any, known: int, recipe: Recipe) -> bool:
     """Whether the model looks its positions up; it is built without weights to see that."""
     from torch import nn
 
-    model = sketch(recipe, config)
+    model = meta_model(recipe, config)
     words = {model.get_input_embeddings(), model.get_output_embeddings()}
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m not in words)
     return any(known <= table.num_embeddings <= known + _EXTRA for table in tables)

@@ -119,12 +119,12 @@ _GROUPS = {
     "ModelKeys": "Model and tokenizer",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
-    "StepKeys": "Steps",
+    "OptimizationKeys": "Steps",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",
-    "OurKeys": "Fusewright's own",
-    "PeerKeys": "Other engines' speed-ups",
-    "ScaleKeys": "Several devices",
+    "FusewrightKeys": "Fusewright's own",
+    "SubsumedKeys": "Other engines' speed-ups",
+    "DistributedKeys": "Several devices",
     "MethodKeys": "Other methods",
 }
 

@@ -81,7 +81,7 @@ def without_secrets(entry: Entry) -> Any:
     return hide({key: entry.value})[key]
 
 
-def told(recipe: Recipe) -> list[str]:
+def messages(recipe: Recipe) -> list[str]:
     """Short lines about keys that ask for something that is done otherwise, or not at all."""
     found = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
     lines = {

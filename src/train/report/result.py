@@ -225,7 +225,7 @@ class RunResult:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
 
 
-def rows_told(data: dict[str, int]) -> str:
+def rows_message(data: dict[str, int]) -> str:
     """A line on the rows of a run."""
     if not data.get("rows"):
         held = data.get("validation_samples", 0)

@@ -13,7 +13,7 @@ from ..terminal import say
 from .result import RunResult
 
 
-class Diary:
+class RunLog:
     """Prints, and notes times and failures in the result.
 
     Args:
@@ -42,7 +42,7 @@ class Diary:
             self.result.seconds[part] = before + time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def spared(self, part: str) -> Iterator[None]:
+    def guarded(self, part: str) -> Iterator[None]:
         """After training: what fails in the block is told and noted, and costs nothing else."""
         try:
             with self.timed(part):

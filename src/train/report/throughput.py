@@ -73,12 +73,12 @@ class ThroughputMeter:
             return None
         return self.rate(self.tokens, last) * self.flops / self.peak
 
-    def whole(self) -> dict[str, list[Any]]:
+    def state_dict(self) -> dict[str, list[Any]]:
         """What a checkpoint keeps: the steps that are done, without one that is going on."""
         done = len(self.seconds)
         return {name: getattr(self, name)[:done] for name in ("seconds", "tokens", "trained")}
 
-    def restore(self, kept: dict[str, list[Any]]) -> None:
+    def load_state_dict(self, kept: dict[str, list[Any]]) -> None:
         """Go on from what a checkpoint kept."""
         for name, values in kept.items():
             setattr(self, name, list(values))

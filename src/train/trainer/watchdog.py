@@ -48,7 +48,7 @@ class LossWatchdog(TrainerCallback, ExportableState):
         }
 
 
-class BadStep(Exception):
+class NonFiniteStepError(Exception):
     """A step whose loss or gradient is not a finite number; its update was not made.
 
     Attributes:
@@ -103,7 +103,7 @@ class _Seen:
     norm: Tensor | None = None
 
 
-class Guard:
+class NonFiniteGuard:
     """Looks at the loss and the gradient of every step before the optimizer does.
 
     On a CPU, and before steps that are logged anyway, it looks at the numbers. Between them, on a
@@ -161,6 +161,6 @@ class Guard:
             losses = torch.stack(seen.losses).tolist()
             bad = [loss for loss in losses if not math.isfinite(loss)]
             if bad:
-                raise BadStep(seen.step, "loss", bad[0], seen)
+                raise NonFiniteStepError(seen.step, "loss", bad[0], seen)
             if seen.norm is not None:
-                raise BadStep(seen.step, "gradient norm", float(seen.norm), seen)
+                raise NonFiniteStepError(seen.step, "gradient norm", float(seen.norm), seen)

@@ -236,7 +236,7 @@ def test_a_checkpoint_is_there_whole_or_not(tmp_path: Path) -> None:
             (part / "a").write_text("newer")
             raise error
 
-    with pytest.raises(checkpoint.Unwritable, match="the disk is full"):
+    with pytest.raises(checkpoint.CheckpointWriteError, match="the disk is full"):
         fails(OSError(28, "No space left on device"))
     with pytest.raises(KeyboardInterrupt):
         fails(KeyboardInterrupt())

@@ -20,7 +20,7 @@ from fusewright.train.data.readers.sources import DataSource
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.report.result import rows_told
+from fusewright.train.report.result import rows_message
 from fusewright.train.trainer.batches import training_sequences
 
 from ..conftest import chat, make_tokenizer
@@ -302,9 +302,9 @@ def test_a_stream_counts_what_it_leaves_out(make: Make, tmp_path: Path) -> None:
     assert stream.counts == {"rows": 82, "too_long": 2}
     tests = [{"path": str(write(tmp_path / "other.jsonl", 3))}]
     counts = make(streaming=True, max_steps=1, test_datasets=tests).counts
-    assert rows_told(counts) == "data: a stream; 3 rows for validation"
-    told = rows_told({**counts, **stream.counts})
-    assert told == "data: 82 rows of the stream were read, 2 too long"
+    assert rows_message(counts) == "data: a stream; 3 rows for validation"
+    message = rows_message({**counts, **stream.counts})
+    assert message == "data: 82 rows of the stream were read, 2 too long"
 
 
 @pytest.mark.parametrize("buffer", [10, 100])  # at the end of the rows, or before

@@ -15,7 +15,7 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
-from ...package_rows import OwnRows, is_own
+from ...package_rows import PackageRows, is_own
 from ...recipe.recipe import Dataset
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
@@ -122,7 +122,7 @@ def find(
         )
     if own:
         _require_train(path, split["name"])
-        return DataSource(dataset, table=OwnRows(dataset.path), limit=limit)
+        return DataSource(dataset, table=PackageRows(dataset.path), limit=limit)
     if path.is_dir():
         return replace(_in_folder(dataset, path, split["name"]), limit=limit)
     if path.exists() or path.is_absolute() or dataset.ds_type:
