@@ -56,7 +56,9 @@ def fusewright(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
@@ -74,7 +76,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")
+        bool, typer.Option("--overwrite", help="Replace an existing run in output_dir.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -124,7 +126,8 @@ def explain(
         typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
     ] = None,
     fp32: Annotated[
-        bool, typer.Option("--fp32", help="Weights in float32; else in what training would take.")
+        bool,
+        typer.Option("--fp32", help="Load weights in float32. Default: the dtype of training."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust_remote_code: Trust = False,

@@ -23,23 +23,32 @@ RunArgument = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--base_model", help="The adapter's base, where the folder's word is outdated."),
+    typer.Option(
+        "--base_model", help="The adapter's base model, if the folder names an outdated one."
+    ),
 ]
-Tokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")]
+Tokens = Annotated[
+    int, typer.Option("--max_new_tokens", min=1, help="Maximum number of new tokens.")
+]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0, help="Draw tokens at this temperature; else the likeliest is taken."),
+    typer.Option(min=0, help="Sampling temperature. Default: greedy decoding."),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option("--top_p", min=0, max=1, help="Draw from the likeliest, this much together."),
+    typer.Option(
+        "--top_p",
+        min=0,
+        max=1,
+        help="Sample from the most likely tokens of this total probability.",
+    ),
 ]
 TopK = Annotated[
-    int | None, typer.Option("--top_k", min=1, help="Draw from this many of the likeliest.")
+    int | None, typer.Option("--top_k", min=1, help="Sample from this many most likely tokens.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed for sampling.")]
 System = Annotated[
-    str | None, typer.Option(help="A system text. Default: the run's default_system_message.")
+    str | None, typer.Option(help="The system prompt. Default: the run's default_system_message.")
 ]
 
 
@@ -71,7 +80,7 @@ def evaluate(
 def generate(
     run: RunArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer; - reads it from standard input.")
+        str | None, typer.Argument(help="The prompt; - reads it from standard input.")
     ] = None,
     file: Annotated[
         Path | None,
@@ -83,9 +92,7 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     system: System = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Prompts answered at once.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts per batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
@@ -147,7 +154,7 @@ def merge(
         bool,
         typer.Option(
             "--dequantize",
-            help="Merge into the weights as a quantized base (or QLoRA) has them, in full.",
+            help="Dequantize the base, quantized or of QLoRA, and merge into those weights.",
         ),
     ] = False,
     base_model: Base = None,

@@ -156,7 +156,7 @@ class FlatOptimizer(Optimizer):
         that they share their memory.
 
         Returns:
-            The wrapped optimizer, which goes on where this one stopped.
+            The wrapped optimizer, which continues where this one stopped.
         """
         self._scatter()
         for bucket in self._buckets:

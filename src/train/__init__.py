@@ -4,7 +4,7 @@ In processing order: ``yamlfile`` reads and checks a ``recipe``, whose keys and 
 ``keys/`` → ``preflight`` (what would keep it from starting) → ``resume`` (the checkpoint to go on
 from) → ``tokenizer`` and ``data/`` (rows, tokens, labels) → ``sequences`` (packs and batches) →
 ``source``, ``model``, ``quantize`` (weights) → ``adapters`` (what of them is trained) →
-``arguments``, ``optimizer``, ``schedule``, ``order`` (what the trainer is told) → ``trainer`` (the
+``arguments``, ``optimizer``, ``schedule``, ``order`` (what the trainer is given) → ``trainer`` (the
 optimizer steps), with ``flow``, ``watchdog``, ``validation``, ``saving`` and ``progress`` →
 ``export``, ``ending`` (files, and the check of them) → ``report``, ``page``, ``card``. ``loop``
 calls them one after the other; ``after/`` is what is done with a run.

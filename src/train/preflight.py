@@ -105,7 +105,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 
 def _output(recipe: Recipe) -> Iterator[str]:
-    """Where the results go, and what a run goes on from."""
+    """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.output_folder import check_output
 

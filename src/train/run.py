@@ -51,10 +51,10 @@ class TrainingRun:
     - validation before and after, and one question answered before and after;
     - the model is optimized in place, trained by transformers' Trainer, and restored;
     - the saved adapter is loaded again by plain PEFT and compared;
-    - it goes on from a checkpoint, bit by bit as if it had not been stopped;
-    - Ctrl-C, SIGTERM or SIGHUP, a full disk, a loss that is no number: each ends it in order, with
-      the weights of the last whole step and a checkpoint to go on from;
-    - once something was trained, nothing that fails afterwards can lose it.
+    - it resumes from a checkpoint bit for bit, as if it had not been stopped;
+    - Ctrl-C, SIGTERM, SIGHUP, a full disk and a NaN loss end it in order, with the weights of the
+      last complete step and a checkpoint to resume from;
+    - once something was trained, no later failure can lose it.
 
     Args:
         recipe: checked, with absolute paths.
@@ -118,7 +118,7 @@ class TrainingRun:
     # --- in the order of `run` -------------------------------------------------------------------
 
     def _may_start(self) -> None:
-        """Find the checkpoint to go on from, if any; see that the folder and the packages do."""
+        """Find the checkpoint to resume from, if any; check the folder and the packages."""
         recipe = self.recipe
         require_startable(recipe)
         self.start = resume.find(recipe)
@@ -131,7 +131,7 @@ class TrainingRun:
             self.result.resumed_from = self.saved.step
             for name, value in self.saved.carried.items():
                 setattr(self.result, name, value)
-            self.run_log.say(f"going on from {self.start}")
+            self.run_log.say(f"resuming from {self.start}")
 
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""
@@ -181,12 +181,12 @@ class TrainingRun:
         )  # fmt: skip
 
     def _carried(self) -> dict[str, Any]:
-        """The figures that a run which goes on from here cannot find out again."""
+        """The figures that a resumed run cannot compute again."""
         names = ("val_loss_before", "sample", "started", "seconds")
         return {name: getattr(self.result, name) for name in names}
 
     def _before(self, model: Any, context: Context) -> None:
-        """Answer and validate, unless the run that this one goes on has; and optimize."""
+        """Answer and validate, unless the resumed run has done so; and optimize."""
         recipe = self.recipe
         if recipe.sample_prompt and self.result.sample is None:
             self.run_log.say(f"answering: {recipe.sample_prompt}")
@@ -206,17 +206,18 @@ class TrainingRun:
             self.run_log.say(f"validation loss before: {self.result.val_loss_before:.3f}")
 
     def _clear(self) -> None:
-        """Remove what an earlier run left, once there is a step to show for it.
+        """Remove what an earlier run left, once the first step is complete.
 
-        This cannot be undone, and until a step is whole much can be refused: a budget that is too
-        small for any plan, say. A first step without numbers leaves its batch and a report.
+        This cannot be undone, and much can still be refused before that, such as a memory budget
+        that is too small for any plan. A NaN loss in the first step also leaves a batch and a
+        report.
         """
         if not self._cleared:
             self._cleared = True
             output.clear_output(self.folder, self.in_place)
 
     def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
-        """The optimizer steps; saves what they made."""
+        """Train, and save the result."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
         with self.run_log.timed("training"), interrupts.deferring_signals():

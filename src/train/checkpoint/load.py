@@ -35,7 +35,7 @@ def readable(folder: Any) -> Iterator[None]:
 
 
 class ResumableTrainer(Trainer):
-    """``Trainer`` that says what is wrong with a checkpoint that it cannot go on from."""
+    """``Trainer`` that says why it cannot resume from a checkpoint."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it reads its state once more, to say where that is damaged."""

@@ -95,7 +95,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: the run's.
-        say: is told of a lock that is taken over.
+        say: prints a line; called when a lock is taken over.
 
     Raises:
         RecipeError: another process has it, or it cannot be written to.

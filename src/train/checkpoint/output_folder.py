@@ -20,7 +20,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     Args:
         folder: the run's.
         overwrite: an earlier run may be replaced.
-        resumed: the run goes on from a checkpoint there, and may have left more than that.
+        resumed: the run resumes from a checkpoint there, and may have left more than that.
 
     Raises:
         RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
@@ -92,7 +92,7 @@ def clear_output(folder: Path, resumed: bool = False) -> None:
 
     Args:
         folder: the run's.
-        resumed: it goes on from a checkpoint there; only what a killed process left half done goes.
+        resumed: it resumes from a checkpoint there; only what a killed process left half done goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)

@@ -113,7 +113,7 @@ def another(folder: Path, why: str) -> str:
 
 
 def find(recipe: Recipe) -> Path | None:
-    """The checkpoint that the recipe wants to go on from; None: it begins anew.
+    """The checkpoint to resume from; None: the run starts from the beginning.
 
     Raises:
         RecipeError: it names one that is not there.
@@ -121,7 +121,7 @@ def find(recipe: Recipe) -> Path | None:
     folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
     if wanted is True and recipe.overwrite_output_dir:
         raise RecipeError(
-            "resume_from_checkpoint: true goes on with the run in output_dir, and "
+            "resume_from_checkpoint: true resumes the run in output_dir, and "
             "overwrite_output_dir replaces it; set only one"
         )
     if isinstance(wanted, str):

@@ -14,7 +14,7 @@ from .save_model import save
 
 
 def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
-    """Write all that a run needs to go on from here, in the form that ``Trainer`` reads.
+    """Write all that a run needs to resume from here, in the form that ``Trainer`` reads.
 
     Args:
         trainer: a ``FineTuner``.

@@ -35,7 +35,7 @@ def summary(prepared: PreparedData, console: Console) -> None:
         place = "kept nowhere" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
         console.print(place, soft_wrap=True, highlight=False)
     else:
-        console.print("a stream: its rows are prepared while training goes on")
+        console.print("a stream: its rows are prepared during training")
 
 
 def first(prepared: PreparedData, number: int) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Packs of rows that are read while training goes on: for data that is larger than memory or disk.
+"""Packs of rows that are read during training: for data that is larger than memory or disk.
 
 Rows are read in batches, from all datasets in turn, and from the beginning again when they end.
 ``streaming_multipack_buffer_size`` samples are collected, shuffled, packed and handed out; no more

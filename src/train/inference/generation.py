@@ -81,7 +81,7 @@ class TextGenerator:
         self.stops = self._stops()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that the model goes on from.
+        """The tokens that the model continues.
 
         Args:
             messages: a conversation that ends with the user; without a chat template their

@@ -34,7 +34,7 @@ def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> 
     Args:
         recipe: of the run.
         prepared: its rows.
-        say: is told.
+        say: prints a line.
 
     Raises:
         RecipeError: it has no such positions.

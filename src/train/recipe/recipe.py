@@ -99,7 +99,7 @@ class Recipe(
         return bool(self.val_set_size or self.test_datasets)
 
     def streams(self) -> bool:
-        """Whether rows are read while training goes on."""
+        """Whether rows are read during training."""
         return bool(self.streaming or self.pretraining_dataset)
 
     def saving(self) -> Literal["no", "steps", "epoch", "best"]:

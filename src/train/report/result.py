@@ -30,12 +30,12 @@ class RunResult:
     Attributes:
         output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
         status: how it ended. ``"interrupted"``: by a signal; ``"nan"``: a loss or a gradient was
-            no number; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint could
-            not be written. The weights are those of the last whole step that could be saved.
+            NaN or infinite; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint
+            could not be written. The weights are those of the last complete step that was saved.
         signal: the number of that signal.
         reason: what ended it, in words, where that was not the last step.
-        checkpoint: the last one, which a run can go on from, or None.
-        resumed_from: the step of the checkpoint that it went on from, or None.
+        checkpoint: the last one, which a run can resume from, or None.
+        resumed_from: the step of the checkpoint that it resumed from, or None.
         problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
         recipe: every key with the value that was used; secrets are hidden.
         data: how many rows, samples, sequences and tokens there were, and what was left out.
@@ -153,7 +153,7 @@ class RunResult:
         }[self.status] + "."
         if self.checkpoint:
             yield (
-                f"{self.checkpoint} is whole: the same recipe goes on from there with "
+                f"{self.checkpoint} is complete: the same recipe resumes from it with "
                 "resume_from_checkpoint: true"
             )
 

@@ -1,4 +1,4 @@
-"""What a run says while it goes on, how long its parts take, and what of them failed."""
+"""What a run prints, how long its parts take, and which of them failed."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class RunLog:
 
     @contextlib.contextmanager
     def guarded(self, part: str) -> Iterator[None]:
-        """After training: what fails in the block is told and noted, and costs nothing else."""
+        """After training: a failure in the block is reported and recorded; the run continues."""
         try:
             with self.timed(part):
                 yield
         except Exception as error:  # a signal is none of these
             why = scrub(f"{type(error).__name__}: {error}")
             self.result.problems.append({"part": part, "error": why})
-            self.say(f"{part} failed, and the run goes on without it: {why}")
+            self.say(f"{part} failed; the run continues without it: {why}")

@@ -50,7 +50,7 @@ def validate(
     Args:
         model: its mode is kept.
         sets: the batches of each dataset.
-        say: is told how far it is, where it takes long.
+        say: prints a line; called from time to time where it takes long.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.

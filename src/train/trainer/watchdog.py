@@ -1,4 +1,4 @@
-"""When a run goes wrong by itself: a loss that stays too high, or numbers that are none."""
+"""When a run goes wrong by itself: a loss that stays too high, or that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class NonFiniteGuard:
         """
         steps, self._steps = self._steps, []
         for seen in steps:
-            # a loss that is no number has a gradient that is none: one look is enough
+            # a NaN loss has a NaN gradient: one check is enough
             if seen.norm is not None and math.isfinite(float(seen.norm)):
                 continue
             losses = torch.stack(seen.losses).tolist()

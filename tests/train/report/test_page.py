@@ -203,8 +203,8 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
         "stopped: not a number",
         "the loss of step 4 is nan.",
         "after step 3 of 6",
-        "The adapter of the last whole step is saved",
-        "To go on from /runs/a/checkpoint-2",
+        "The adapter of the last complete step is saved",
+        "To resume from /runs/a/checkpoint-2",
         "Not asked: the run ended early.",
     ):
         assert words in found.text

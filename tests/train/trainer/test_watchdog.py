@@ -204,7 +204,7 @@ def test_a_full_disk(recipe: dict[str, Any], small_disk: Path) -> None:
     assert not list(folder.glob(".*"))
     said = out.getvalue()
     assert "The last checkpoint could not be written: the disk is full." in said
-    assert f"{there[-1]} is whole" in said
+    assert f"{there[-1]} is complete" in said
     assert "Traceback" not in said
     # with room again, it goes on
     subprocess.run(["mount", "-o", "remount,size=50M", str(small_disk)], check=True)
