@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ...errors import RecipeError
-from ..system_folders import why_not_ours_to_write
+from ..output_files import why_not_ours_to_write
 from .files import clean, discard
 from .ownership import PART, few, foreign_files, link_in, results
 

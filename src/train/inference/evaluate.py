@@ -19,6 +19,7 @@ from ..checkpoint.ownership import link_in
 from ..checkpoint.save_model import pad_token
 from ..data import Samples, prepare
 from ..model.load import quiet
+from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
 from ..report import result as report
 from ..terminal import Terminal
@@ -198,10 +199,8 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
     link = link_in(run.folder)
     if link is not None:
         raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
-    unfinished = path.with_suffix(".json.part")
     try:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
 
 from ...errors import ModelError
 from ..consent import CODE_SWITCH, why_not_run
-from ..recipe.keys.base import Keys, nested
+from ..recipe.keys.base import Keys, is_default, nested
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
 from .run_folder import RunFolder, stored_dtype
@@ -122,7 +120,7 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
     kept = {}
     for name, value in values.items():
         field = model.model_fields.get(name)
-        if value is None or (field and not field.is_required() and value == _default(field)):
+        if value is None or (field and is_default(field, value)):
             continue
         inner = nested(field.annotation) if field else None
         if inner and isinstance(value, list):
@@ -131,7 +129,3 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
             value = written(value, inner)
         kept[name] = value
     return kept
-
-
-def _default(field: FieldInfo) -> Any:
-    return to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))

@@ -15,6 +15,7 @@ from ..consent import code_refused
 from ..recipe.locate import ModelSource, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
+from .quantize import clear_marks
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 
@@ -173,10 +174,5 @@ def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:
 def clear_gguf_marks(model: Any) -> None:
     """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
     kind = getattr(model, "quantization_method", None)
-    if str(getattr(kind, "value", kind)) != "gguf":
-        return
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if mark in vars(model):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if str(getattr(kind, "value", kind)) == "gguf":
+        clear_marks(model)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..output_files import write_atomically
 from ..recipe.secrets import hide
 from .throughput import ThroughputMeter
 
@@ -168,11 +169,8 @@ class RunResult:
     def write(self) -> None:
         """Write ``run.json``, whole or not at all."""
         content = {**asdict(self), "output_dir": str(self.output_dir)}
-        path = self.output_dir / "run.json"
-        unfinished = path.with_suffix(".json.part")
         text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(self.output_dir / "run.json", text + "\n")
 
     def print(self, console: Console) -> None:
         """Print the summary."""

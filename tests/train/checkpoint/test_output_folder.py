@@ -23,8 +23,8 @@ from fusewright.train.checkpoint import lock
 from fusewright.train.checkpoint import output_folder as output
 from fusewright.train.checkpoint.lock import LockHolder, held
 from fusewright.train.checkpoint.ownership import LOCK
+from fusewright.train.output_files import why_not_ours_to_write
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.system_folders import why_not_ours_to_write
 
 from ..commands import fusewright, refused, snapshot
 
