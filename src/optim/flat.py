@@ -48,19 +48,19 @@ def flatten_optimizer(optimizer: Optimizer, threshold: int = THRESHOLD) -> Optim
 
 
 class FlatOptimizer(Optimizer):
-    """``optimizer``, its small tensors stepped as one flat buffer per group, dtype and device.
+    """``optimizer``, its small tensors updated as one flat buffer per group, dtype and device.
 
     - Parameters keep their identity; each ``p.data`` becomes a view of the buffer, and its old
       memory is free. ``p.grad`` stays what autograd made: clipping, ``zero_grad`` either way,
       gradient scalers and hooks see nothing new. ``step`` copies the gradients into one buffer.
-    - Parameters without a gradient are not stepped, nor do their counts of steps advance.
+    - Parameters without a gradient are not updated, nor do their counts of steps advance.
     - ``param_groups``, ``state`` and ``state_dict`` are those of the wrapped optimizer, by
       parameter: a checkpoint of either loads into the other.
     - Parameters that are moved later (``model.to``, ``p.data = …``) are gathered again.
     - With blockwise 8-bit states (bitsandbytes) each tensor begins at a block of its own, so that
       scales do not depend on neighbours. Tensors too small for 8 bits stay on their own.
 
-    Tensors above ``threshold``, frozen ones and those that share memory with others are stepped
+    Tensors above ``threshold``, frozen ones and those that share memory with others are updated
     as before; ``summary()`` says how many and why.
 
     Args:
@@ -143,9 +143,9 @@ class FlatOptimizer(Optimizer):
         self._build()
 
     def summary(self) -> str:
-        """Say how many tensors are stepped as how many, and why others are not."""
+        """Say how many tensors are updated as how many, and why others are not."""
         gathered = sum(len(bucket.params) for bucket in self._buckets)
-        text = f"{gathered:,} tensors stepped as {len(self._slices)}"
+        text = f"{gathered:,} tensors updated as {len(self._slices)}"
         others = ", ".join(f"{n:,} {why}" for why, n in Counter(self._loose.values()).items())
         return text + (f"; on their own: {others}" if others else "")
 

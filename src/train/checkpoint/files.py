@@ -56,7 +56,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         step: the optimizer step.
 
     Raises:
-        Unwritable: the disk is full, or cannot be written to.
+        CheckpointWriteError: the disk is full, or cannot be written to.
     """
     part = folder / f".checkpoint-{step}.part"
     try:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
+"""Resuming from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
 
 from __future__ import annotations
 

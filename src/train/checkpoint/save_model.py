@@ -25,7 +25,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     """As ``save``, but every file is there whole or as it was before.
 
     Raises:
-        Unwritable: the disk is full, or cannot be written to.
+        CheckpointWriteError: the disk is full, or cannot be written to.
     """
     part = folder / PART
     try:

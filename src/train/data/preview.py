@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .prepare import PreparedData
 
 MARK = "▸"
-"""Stands before a trained token, so that it can be told without colour."""
+"""Stands before a trained token, so that it is visible without colour."""
 
 
 def summary(prepared: PreparedData, console: Console) -> None:

@@ -72,7 +72,7 @@ class _Bar(Progress):
 
 
 class _Clock(ProgressColumn):
-    """Time since training began, and time left; it ticks between the steps, too."""
+    """Time since the start of training, and time left; it ticks between the steps, too."""
 
     def __init__(self, text: Callable[[], str]) -> None:
         super().__init__(table_column=Column(no_wrap=True, justify="right"))

@@ -107,7 +107,7 @@ class NonFiniteGuard:
     """Looks at the loss and the gradient of every step before the optimizer does.
 
     On a CPU, and before steps that are logged anyway, it looks at the numbers. Between them, on a
-    GPU, looking would make the host wait: there the optimizer is told to leave everything as it is
+    GPU, looking would make the host wait: there the optimizer is set to leave everything as it is
     if the gradient is not finite (as with loss scaling, on the device), and the guard looks when
     the trainer logs.
     """
@@ -136,7 +136,7 @@ class NonFiniteGuard:
             ``norm``; as a number where it has been looked at.
 
         Raises:
-            BadStep: it is not finite, or the loss is not.
+            NonFiniteStepError: it is not finite, or the loss is not.
         """
         vars(optimizer).pop("found_inf", None)
         self._steps[-1].norm = norm if torch.is_tensor(norm) else torch.tensor(float(norm))
@@ -151,7 +151,7 @@ class NonFiniteGuard:
         """Look at all steps since the last look.
 
         Raises:
-            BadStep: the first of them that is not finite.
+            NonFiniteStepError: the first of them that is not finite.
         """
         steps, self._steps = self._steps, []
         for seen in steps:

@@ -102,7 +102,8 @@ def test_the_same_page_from_every_form_of_a_run(run: dict[str, Any], run_folder:
 
 
 def test_a_page_can_be_made_without_torch() -> None:
-    code = "import sys; from fusewright.train.report import model_card, page; print('torch' in sys.modules)"
+    modules = "from fusewright.train.report import model_card, page"
+    code = f"import sys; {modules}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )

@@ -174,7 +174,7 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
     try:
         if named is not None:
             files = {"train": _named(path, [named] if isinstance(named, str) else named)}
-        else:  # which file is of which split is told by names, as everywhere
+        else:  # file names say which split a file belongs to, as everywhere
             found = load_dataset_builder(str(path)).config.data_files or {}
             files = {str(k): [Path(f) for f in v] for k, v in found.items()}
     except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too

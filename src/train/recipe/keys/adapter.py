@@ -15,7 +15,7 @@ class LoftQ(Keys):
 
 
 class PeftKeys(Keys):
-    """``peft``: what PEFT is told besides."""
+    """``peft``: further settings of PEFT."""
 
     loftq_config: LoftQ | None = not_yet("leave it out")
     """Begin the adapters at what quantization loses. Unset: no."""

@@ -31,7 +31,7 @@ class OutputKeys(Keys):
     ``output_dir``; true: the last one in ``output_dir``. Unset: begin anew."""
 
     auto_resume_from_checkpoints: bool = False
-    """Go on from the last checkpoint in ``output_dir``, if there is one."""
+    """Resume from the last checkpoint in ``output_dir``, if there is one."""
 
     # --- checkpoints -----------------------------------------------------------------------------
 
