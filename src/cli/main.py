@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..train.consent import Consent
 
 
-class Adapter(StrEnum):
+class AdapterKind(StrEnum):
     """What ``--adapter`` may be, as in a recipe."""
 
     lora = "lora"
@@ -56,7 +56,9 @@ def fusewright(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
@@ -74,7 +76,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")
+        bool, typer.Option("--overwrite", help="Replace an existing run in output_dir.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -116,7 +118,7 @@ def explain(
         str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
     ] = None,
     adapter: Annotated[
-        Adapter | None, typer.Option(help="Adapters on all linears, of rank 8.")
+        AdapterKind | None, typer.Option(help="Adapters on all linears, of rank 8.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
     layers: Annotated[
@@ -124,16 +126,17 @@ def explain(
         typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
     ] = None,
     fp32: Annotated[
-        bool, typer.Option("--fp32", help="Weights in float32; else in what training would take.")
+        bool,
+        typer.Option("--fp32", help="Load weights in float32. Default: the dtype of training."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
-    from ..train.explain import Request, run  # slow to import
+    from ..train.explain import ExplainOptions, run  # slow to import
 
-    lora = lora or adapter is Adapter.lora
-    request = Request(model, layers, lora, fp32, trust_remote_code)
+    lora = lora or adapter is AdapterKind.lora
+    request = ExplainOptions(model, layers, lora, fp32, trust_remote_code)
     run(request, graph=graph, module=module, as_json=as_json)
 
 

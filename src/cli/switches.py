@@ -11,7 +11,7 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         "--trust_remote_code",
-        help="Run the Python code that comes with the model. No recipe and no folder can say so.",
+        help="Run the Python code that comes with the model. No recipe and no folder can allow it.",
     ),
 ]
 Builders = Annotated[
@@ -19,6 +19,6 @@ Builders = Annotated[
     typer.Option(
         "--allow-builders",
         "--allow_builders",
-        help="Run the Python files that datasets name as builder. No recipe can say so.",
+        help="Run the Python files that datasets name as builder. No recipe can allow it.",
     ),
 ]

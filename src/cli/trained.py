@@ -12,9 +12,9 @@ from ..errors import RecipeError
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
-    from ..train.inference.run_folder import Run
+    from ..train.inference.run_folder import RunFolder
 
-RunFolder = Annotated[
+RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
@@ -23,23 +23,32 @@ RunFolder = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--base_model", help="The adapter's base, where the folder's word is outdated."),
+    typer.Option(
+        "--base_model", help="The adapter's base model, if the folder names an outdated one."
+    ),
 ]
-Tokens = Annotated[int, typer.Option("--max_new_tokens", min=1, help="Longest answer, in tokens.")]
+Tokens = Annotated[
+    int, typer.Option("--max_new_tokens", min=1, help="Maximum number of new tokens.")
+]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0, help="Draw tokens at this temperature; else the likeliest is taken."),
+    typer.Option(min=0, help="Sampling temperature. Default: greedy decoding."),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option("--top_p", min=0, max=1, help="Draw from the likeliest, this much together."),
+    typer.Option(
+        "--top_p",
+        min=0,
+        max=1,
+        help="Sample from the most likely tokens of this total probability.",
+    ),
 ]
 TopK = Annotated[
-    int | None, typer.Option("--top_k", min=1, help="Draw from this many of the likeliest.")
+    int | None, typer.Option("--top_k", min=1, help="Sample from this many most likely tokens.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed for sampling.")]
 System = Annotated[
-    str | None, typer.Option(help="A system text. Default: the run's default_system_message.")
+    str | None, typer.Option(help="The system prompt. Default: the run's default_system_message.")
 ]
 
 
@@ -51,7 +60,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: RunFolder,
+    run: RunArgument,
     data: Annotated[
         list[Path] | None,
         typer.Option(help="A dataset; may be given several times. Else the run's own rows."),
@@ -69,9 +78,9 @@ def evaluate(
 
 
 def generate(
-    run: RunFolder,
+    run: RunArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="What to answer; - reads it from standard input.")
+        str | None, typer.Argument(help="The prompt; - reads it from standard input.")
     ] = None,
     file: Annotated[
         Path | None,
@@ -83,9 +92,7 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     system: System = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch_size", min=1, help="Prompts answered at once.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts per batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
@@ -93,12 +100,12 @@ def generate(
     """Answer a prompt, or a file of them."""
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.inference.prompt_files import read_prompt, read_prompts
-    from ..train.model.chat_prompt import Asking, with_system
+    from ..train.model.chat_prompt import ChatPrompt, with_system
 
     if file is not None and prompt is not None:
         raise RecipeError("a prompt and --file: say one of them")
     if system is None:
-        system = Asking.of(opened.recipe).system
+        system = ChatPrompt.of(opened.recipe).system
     if file is not None:
         asked = read_prompts(file, system)
     else:
@@ -112,7 +119,7 @@ def generate(
 
 
 def chat(
-    run: RunFolder,
+    run: RunArgument,
     max_new_tokens: Tokens = 1024,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -132,7 +139,7 @@ def chat(
 
 
 def merge(
-    run: RunFolder,
+    run: RunArgument,
     output: Annotated[
         Path | None, typer.Option(help="The new folder. Default: RUN/merged.")
     ] = None,
@@ -147,7 +154,7 @@ def merge(
         bool,
         typer.Option(
             "--dequantize",
-            help="Merge into the weights as a quantized base (or QLoRA) has them, in full.",
+            help="Dequantize the base, quantized or of QLoRA, and merge into those weights.",
         ),
     ] = False,
     base_model: Base = None,
@@ -157,13 +164,13 @@ def merge(
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.merge import merge as command  # slow to import
 
-    asked = command.Request(output, dtype, max_shard_size, dequantize)
+    asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)
     command.merge(opened, asked)
 
 
 def _opened(
     folder: str, base_model: str | None, trust_remote_code: bool, allow_builders: bool = False
-) -> Run:
+) -> RunFolder:
     from ..train.consent import Consent
     from ..train.inference.run_folder import open_run
 

@@ -19,7 +19,7 @@ class Usages(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanInputs:
     """What a plan is made for, besides the blocks.
 
     Attributes:
@@ -43,7 +43,7 @@ class Setting:
     logits: int = 0
     slack: float = 0.0
 
-    def scaled(self, factor: float) -> Setting:
+    def scaled(self, factor: float) -> PlanInputs:
         """The same for a batch of ``factor`` times the tokens."""
         return replace(self, head=int(self.head * factor), logits=int(self.logits * factor))
 
@@ -67,7 +67,7 @@ class Scaled:
         return replace(found, **larger)
 
 
-def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: Setting) -> int:
+def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs) -> int:
     """The predicted peak, in bytes, when block i keeps what ``levels[i]`` says.
 
     Everything that is kept is held when the head runs and when the last block runs backward; what a
@@ -87,7 +87,7 @@ def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:
     return sum(u.host for u in found if u is not None)
 
 
-def choose(usages: Sequence[Usages], setting: Setting) -> list[Level]:
+def choose(usages: Sequence[Usages], setting: PlanInputs) -> list[Level]:
     """The level of each block: the least computed again that fits, or the leanest plan there is.
 
     Args:
@@ -113,7 +113,7 @@ def _passing(usage: Usage) -> int:
 
 
 def _best_step(
-    levels: Sequence[Level], usages: Sequence[Usages], setting: Setting
+    levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs
 ) -> tuple[int, Level] | None:
     """The block to make leaner, and how lean: the most bytes saved per operation added.
 

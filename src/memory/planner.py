@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from .budget import GB, Budget, gigabytes
-from .choice import Scaled, Setting, Usages, choose, on_host, peak
+from .choice import PlanInputs, Scaled, Usages, choose, on_host, peak
 from .levels import LEVELS, Level
 from .meter import Meter
 from .offload import Offload
@@ -43,7 +43,7 @@ class Planner:
         offload: runs the blocks whose input the plan keeps there.
         first: the level of the block that the plan was made at.
         notes: what was decided, and why, for the report.
-        stepped: an optimizer step has been made; no plan is too large from then on.
+        has_stepped: an optimizer step has been made; no plan is too large from then on.
     """
 
     budget: Budget
@@ -60,11 +60,11 @@ class Planner:
     offload: Offload = field(default_factory=Offload)
     first: Level | None = None
     notes: list[str] = field(default_factory=list)
-    stepped: bool = False
+    has_stepped: bool = False
     _known: weakref.WeakKeyDictionary[nn.Module, Usages] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    _setting: Setting | None = None
+    _setting: PlanInputs | None = None
     _rows: int = 0
     _first: weakref.ref[nn.Module] | None = None
     _stamp: tuple[float, ...] = ()
@@ -95,7 +95,7 @@ class Planner:
         if text not in self.notes:
             self.notes.append(text)
 
-    def plan(self, module: nn.Module, usages: Usages, setting: Setting) -> Level:
+    def plan(self, module: nn.Module, usages: Usages, setting: PlanInputs) -> Level:
         """Make the plan from the first block whose usage is known; the others are taken as like it.
 
         Args:
@@ -116,13 +116,13 @@ class Planner:
             self.first = self.levels[module]
         return self.level(module) or setting.allowed[0]
 
-    def _decide(self, setting: Setting) -> None:
+    def _decide(self, setting: PlanInputs) -> None:
         blocks = list(self.blocks)
         usages = [self._usages(b) for b in blocks]
         chosen = choose(usages, setting)
         needed = self.predicted = peak(chosen, usages, setting)
         if setting.budget is not None and needed > setting.budget:
-            if self.budget.bytes is not None and not self.stepped:
+            if self.budget.bytes is not None and not self.has_stepped:
                 self.levels.clear()
                 raise OptimizeError(self._too_small(setting, needed))
             # a run that has got somewhere: better over the budget than not at all
@@ -134,7 +134,7 @@ class Planner:
         for block, level in zip(blocks, chosen, strict=True):
             self.levels[block] = level
 
-    def outlook(self, factor: float) -> tuple[list[Usages], Setting] | None:
+    def outlook(self, factor: float) -> tuple[list[Usages], PlanInputs] | None:
         """What a plan for a batch of ``factor`` times the tokens would be made of.
 
         Returns:
@@ -152,7 +152,7 @@ class Planner:
         alike = (u for b, u in self._known.items() if type(b) is type(block))
         return known or next(alike, None) or next(iter(self._known.values()))
 
-    def _too_small(self, s: Setting, needed: int) -> str:
+    def _too_small(self, s: PlanInputs, needed: int) -> str:
         return (
             f"memory={self.budget.text!r} is too small for any plan: with everything computed "
             f"again that can be, a training step of this batch needs {gigabytes(needed)} "
@@ -183,10 +183,14 @@ class Planner:
             self._stamp = self._values()
             self.meter.start()
         elif not self._ended and self._first() is module and self._values() != self._stamp:
-            self._ended = self.stepped = True
+            self._ended = self.has_stepped = True
             self.measured = self.meter.peak()
             if self.measured is not None and self.predicted is not None:
                 self._replan(self.measured, self.predicted)
+
+    def on_optimizer_step(self) -> None:
+        """An optimizer step was made, which may have left no mark: its learning rate may be 0."""
+        self.has_stepped = True
 
     def _values(self) -> tuple[float, ...]:
         """What shows whether an optimizer has stepped: fused ones leave no other mark."""
@@ -201,7 +205,7 @@ class Planner:
         for block, own in list(self._known.items()):
             self._known[block] = Scaled(own, factor)
         self._setting = self._setting.scaled(factor)
-        self.stepped |= bool(self._stamp) and self._values() != self._stamp
+        self.has_stepped |= bool(self._stamp) and self._values() != self._stamp
         self._first, self._ended, self.measured = None, False, None
         self._decide(self._setting)
 

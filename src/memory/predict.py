@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..graph import run
 from ..rewrite.sample_inputs import hint
-from .choice import Setting
+from .choice import PlanInputs
 from .levels import HOSTED, Level, keep
 from .offload import LEAST, carried
 from .planner import Planner
@@ -108,7 +108,9 @@ def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:
     return run.partitioned(graph)
 
 
-def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed: bool) -> Setting:
+def setting(
+    planner: Planner, examples: Sequence[Any], choice: str, checkpointed: bool
+) -> PlanInputs:
     """What a plan is made for.
 
     Args:
@@ -133,7 +135,7 @@ def setting(planner: Planner, examples: Sequence[Any], choice: str, checkpointed
     host = int(_HOST * planner.meter.host())
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
     slack = _SLACK if on_cpu else 0.0
-    return Setting(base, training, head, limit, levels, host, logits, slack)
+    return PlanInputs(base, training, head, limit, levels, host, logits, slack)
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""The flat optimizer: hundreds of small tensors stepped as one."""
+"""The flat optimizer: hundreds of small tensors updated as one."""

@@ -1,7 +1,7 @@
 """Small parameters side by side in one buffer, and what may be put there.
 
 ``flat.py`` steps them. A *bucket* is the buffer of the small parameters of one group, dtype and
-device; a *run* is a stretch of a bucket whose parameters have had the same steps, so that one
+device; a *slice* is a stretch of a bucket whose parameters have had the same steps, so that one
 tensor with one optimizer state stands for all of them.
 """
 
@@ -144,7 +144,7 @@ class Bucket:
             self._grad.untyped_storage().resize_(0)
 
 
-class Run:
+class BucketSlice:
     """The parameters ``first`` to ``last`` (exclusive) of a bucket, which one tensor stands for.
 
     Attributes:
@@ -161,11 +161,11 @@ class Run:
         for i in range(self.first, self.last):
             yield self.bucket.params[i], self.bucket.starts[i] - self.start
 
-    def split(self, there: Sequence[bool]) -> list[Run]:
-        """Runs of neighbours that agree on ``there``, which is over all of the bucket."""
+    def split(self, there: Sequence[bool]) -> list[BucketSlice]:
+        """Slices of neighbours that agree on ``there``, which is over all of the bucket."""
         cuts = [i for i in range(self.first + 1, self.last) if there[i] != there[i - 1]]
         edges = [self.first, *cuts, self.last]
-        return [Run(self.bucket, a, b) for a, b in itertools.pairwise(edges)]
+        return [BucketSlice(self.bucket, a, b) for a, b in itertools.pairwise(edges)]
 
 
 def cut(state: State, size: int, start: int, stop: int, shape: torch.Size | None = None) -> State:
@@ -206,19 +206,19 @@ def signature(state: State, shape: torch.Size) -> tuple[Any, ...]:
     return tuple(entries)
 
 
-def join(run: Run, states: Sequence[State]) -> State:
-    """The state of ``run`` of those of its parameters, which have one signature."""
+def join(piece: BucketSlice, states: Sequence[State]) -> State:
+    """The state of ``piece`` of those of its parameters, which have one signature."""
     whole: State = {}
-    size = run.stop - run.start
+    size = piece.stop - piece.start
     for name, example in states[0].items():
-        shape = next(run.places())[0].shape
+        shape = next(piece.places())[0].shape
         blocks = name.startswith("absmax")
         if not isinstance(example, Tensor) or not example.dim():
             whole[name] = example.clone() if isinstance(example, Tensor) else example
         elif blocks or example.shape == shape:
             step = BLOCK if blocks else 1
             whole[name] = example.new_zeros(size // step)
-            for (_, start), state in zip(run.places(), states, strict=True):
+            for (_, start), state in zip(piece.places(), states, strict=True):
                 part = state[name].reshape(-1)
                 whole[name][start // step : start // step + part.numel()] = part
         else:  # a table, the same for all

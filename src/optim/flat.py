@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import OptimizeError
-from .buckets import Bucket, Run, alignment, cut, join, loose_reasons, signature, why_not
+from .buckets import Bucket, BucketSlice, alignment, cut, join, loose_reasons, signature, why_not
 
 THRESHOLD = 2**18
 """Elements. Above it the arithmetic of a tensor takes longer than its share of the overhead, and a
@@ -48,19 +48,19 @@ def flatten_optimizer(optimizer: Optimizer, threshold: int = THRESHOLD) -> Optim
 
 
 class FlatOptimizer(Optimizer):
-    """``optimizer``, its small tensors stepped as one flat buffer per group, dtype and device.
+    """``optimizer``, its small tensors updated as one flat buffer per group, dtype and device.
 
     - Parameters keep their identity; each ``p.data`` becomes a view of the buffer, and its old
       memory is free. ``p.grad`` stays what autograd made: clipping, ``zero_grad`` either way,
       gradient scalers and hooks see nothing new. ``step`` copies the gradients into one buffer.
-    - Parameters without a gradient are not stepped, nor do their counts of steps advance.
+    - Parameters without a gradient are not updated, nor do their counts of steps advance.
     - ``param_groups``, ``state`` and ``state_dict`` are those of the wrapped optimizer, by
       parameter: a checkpoint of either loads into the other.
     - Parameters that are moved later (``model.to``, ``p.data = …``) are gathered again.
     - With blockwise 8-bit states (bitsandbytes) each tensor begins at a block of its own, so that
       scales do not depend on neighbours. Tensors too small for 8 bits stay on their own.
 
-    Tensors above ``threshold``, frozen ones and those that share memory with others are stepped
+    Tensors above ``threshold``, frozen ones and those that share memory with others are updated
     as before; ``summary()`` says how many and why.
 
     Args:
@@ -84,7 +84,7 @@ class FlatOptimizer(Optimizer):
                 setattr(self, name, getattr(base, name))
         self._patch_step_function()  # of Optimizer: runs the hooks
         self._buckets: list[Bucket] = []
-        self._runs: list[Run] = []
+        self._slices: list[BucketSlice] = []
         self._build(ours)
 
     # --- what an optimizer shows -----------------------------------------------------------------
@@ -143,9 +143,9 @@ class FlatOptimizer(Optimizer):
         self._build()
 
     def summary(self) -> str:
-        """Say how many tensors are stepped as how many, and why others are not."""
+        """Say how many tensors are updated as how many, and why others are not."""
         gathered = sum(len(bucket.params) for bucket in self._buckets)
-        text = f"{gathered:,} tensors stepped as {len(self._runs)}"
+        text = f"{gathered:,} tensors updated as {len(self._slices)}"
         others = ", ".join(f"{n:,} {why}" for why, n in Counter(self._loose.values()).items())
         return text + (f"; on their own: {others}" if others else "")
 
@@ -156,7 +156,7 @@ class FlatOptimizer(Optimizer):
         that they share their memory.
 
         Returns:
-            The wrapped optimizer, which goes on where this one stopped.
+            The wrapped optimizer, which continues where this one stopped.
         """
         self._scatter()
         for bucket in self._buckets:
@@ -204,40 +204,43 @@ class FlatOptimizer(Optimizer):
         try:
             self._inner.step()
             # the writes went past the parameters; autograd must see that saved ones have changed
-            stepped = [
-                p for run in self._runs if run.tensor.grad is not None for p, _ in run.places()
+            updated = [
+                p
+                for piece in self._slices
+                if piece.tensor.grad is not None
+                for p, _ in piece.places()
             ]
-            torch.autograd.graph.increment_version(stepped)
+            torch.autograd.graph.increment_version(updated)
         finally:
             for name in given:
                 delattr(self._inner, name)
-            for run in self._runs:
-                run.tensor.grad = None
+            for piece in self._slices:
+                piece.tensor.grad = None
             for bucket in self._buckets:
                 bucket.drop()
         return loss
 
     def _collect(self) -> None:
-        """Give each run its gradient; cut a run in pieces where some have none."""
+        """Give each slice its gradient; cut a slice where some parameters have none."""
         there = {id(bucket): bucket.collect() for bucket in self._buckets}
-        for run in self._runs:
-            has = there[id(run.bucket)][run.first : run.last]
+        for piece in self._slices:
+            has = there[id(piece.bucket)][piece.first : piece.last]
             if any(has) and not all(has):
-                self._runs = [part for r in self._runs for part in self._parts(r, there)]
-                self._list_runs()
+                self._slices = [part for r in self._slices for part in self._parts(r, there)]
+                self._list_slices()
                 break
-        for run in self._runs:
-            if there[id(run.bucket)][run.first]:
-                run.tensor.grad = run.bucket.gradient(run.start, run.stop)
+        for piece in self._slices:
+            if there[id(piece.bucket)][piece.first]:
+                piece.tensor.grad = piece.bucket.gradient(piece.start, piece.stop)
 
-    def _parts(self, run: Run, there: dict[int, list[bool]]) -> list[Run]:
-        parts = run.split(there[id(run.bucket)])
+    def _parts(self, piece: BucketSlice, there: dict[int, list[bool]]) -> list[BucketSlice]:
+        parts = piece.split(there[id(piece.bucket)])
         if len(parts) == 1:
-            return [run]
-        state, size = self._inner.state.pop(run.tensor, {}), run.stop - run.start
+            return [piece]
+        state, size = self._inner.state.pop(piece.tensor, {}), piece.stop - piece.start
         for part in parts:
             if state:
-                start, stop = part.start - run.start, part.stop - run.start
+                start, stop = part.start - piece.start, part.stop - piece.start
                 self._inner.state[part.tensor] = cut(state, size, start, stop)
         return parts
 
@@ -271,42 +274,42 @@ class FlatOptimizer(Optimizer):
         self._gather()
 
     def _gather(self) -> None:
-        """Make runs of neighbours with equal counts, and move their state to the flat side."""
+        """Make slices of neighbours with equal step counts; move their state to the flat side."""
         states, self.base.state = self.base.state, defaultdict(dict)
         self._inner.state = defaultdict(dict)
         gathered = {p for bucket in self._buckets for p in bucket.params}
         self._inner.state.update({k: v for k, v in states.items() if k not in gathered})
-        self._runs = []
+        self._slices = []
         for bucket in self._buckets:
             kinds = [signature(states.get(p, {}), p.shape) for p in bucket.params]
             first = 0
             for last in range(1, len(kinds) + 1):
                 if last < len(kinds) and kinds[last] == kinds[first]:
                     continue
-                run = Run(bucket, first, last)
+                piece = BucketSlice(bucket, first, last)
                 found: list[Any] = [states.get(p, {}) for p in bucket.params[first:last]]
                 if found[0]:
-                    self._inner.state[run.tensor] = join(run, found)
-                self._runs.append(run)
+                    self._inner.state[piece.tensor] = join(piece, found)
+                self._slices.append(piece)
                 first = last
-        self._list_runs()
+        self._list_slices()
         self._split = False
 
-    def _list_runs(self) -> None:
-        """Tell the inner optimizer what to step: the runs, and the tensors on their own."""
+    def _list_slices(self) -> None:
+        """Tell the inner optimizer what to update: the slices, and the tensors on their own."""
         for number, group in enumerate(self.base.param_groups):
             here = {id(b) for b, g in zip(self._buckets, self._groups, strict=True) if g == number}
-            runs = [run.tensor for run in self._runs if id(run.bucket) in here]
+            slices = [piece.tensor for piece in self._slices if id(piece.bucket) in here]
             loose = [p for p in group["params"] if p in self._loose]
-            self._inner.param_groups[number]["params"] = loose + runs
+            self._inner.param_groups[number]["params"] = loose + slices
 
     def _states(self) -> defaultdict[Any, Any]:
         """The state of each parameter: views of the flat state, and a count of its own."""
         states = defaultdict[Any, Any](dict, self._inner.state)
-        for run in self._runs:
-            state, size = states.pop(run.tensor, None), run.stop - run.start
+        for piece in self._slices:
+            state, size = states.pop(piece.tensor, None), piece.stop - piece.start
             if state:
-                for p, start in run.places():
+                for p, start in piece.places():
                     states[p] = cut(state, size, start, start + p.numel(), p.shape)
         return states
 

@@ -58,8 +58,10 @@ class MLPBlock(_OfLinears):
         linears = [_captured(m, role) for role in _roles(m)]
         packed = [isinstance(v["weight"], tuple) for v in linears]
         m.leave(any(packed) and not all(packed), _MIXED)
-        strangers = [n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)]
-        m.leave(bool(strangers), "a value inside the MLP is also used outside it")
+        external_users = [
+            n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)
+        ]
+        m.leave(bool(external_users), "a value inside the MLP is also used outside it")
         last = canonical(m.root)
         inputs = [*[m.x] * (len(linears) - 1), last.args[0] if last else m.x]
         kinds = {_kinds(x, v) for x, v in zip(inputs, linears, strict=True)}

@@ -59,12 +59,12 @@ class LoRALinear(Rule):
     def check(self, m: Match) -> None:
         """Constant scales, a result in the product's dtype or a wider one."""
         for node in m.nodes:
-            strangers = [u for u in node.users if u not in m.nodes]
-            shared = node is m.root or not strangers or is_cast_of(node, m.x)
+            external_users = [u for u in node.users if u not in m.nodes]
+            shared = node is m.root or not external_users or is_cast_of(node, m.x)
             m.require(
                 shared,
                 f"{node.name} inside the formula is also used by "
-                f"{strangers[0].name if strangers else ''}",
+                f"{external_users[0].name if external_users else ''}",
                 node,
             )
         weight = m.get("columns", m.get("w"))

@@ -187,11 +187,11 @@ def _candidate(
     interior = tuple(sorted(m.nodes, key=order.__getitem__))
     inside, outputs = set(interior), set(m.outputs)
     for node in interior:
-        strangers = [u for u in node.users if u not in inside]
+        external_users = [u for u in node.users if u not in inside]
         m.require(
-            node in outputs or rule.inner_may_stay or not strangers,
+            node in outputs or rule.inner_may_stay or not external_users,
             f"{node.name} inside the formula is also used by "
-            f"{strangers[0].name if strangers else ''}",
+            f"{external_users[0].name if external_users else ''}",
             node,
         )
     inputs = tuple(dict.fromkeys(i for n in interior for i in n.all_input_nodes if i not in inside))

@@ -38,7 +38,7 @@ from .smaller_weights import smaller
 from .tolerance import EXCEEDS, PEAK, errors
 from .verify_compare import difference
 from .verify_exact import Exact, Plain, double, packed
-from .verify_runs import KINDS, UNWRITABLE, Outcome, Setting, runs
+from .verify_runs import KINDS, UNWRITABLE, Outcome, VerifySettings, runs
 
 _NOISE = 0.5
 """Relative error of the original above which its result is nothing but rounding."""
@@ -154,10 +154,12 @@ class _Site:
         self.laid_out = [layout_is_read(n) for n in real.outputs]
         self.grad = _gradients_are_on(real)
 
-    def setting(self, thorough: bool, upstream: float) -> Setting:
+    def setting(self, thorough: bool, upstream: float) -> VerifySettings:
         """What its runs have in common."""
         layouts = self.laid_out
-        return Setting(self.differentiable, self.fixed, layouts, self.grad, thorough, upstream)
+        return VerifySettings(
+            self.differentiable, self.fixed, layouts, self.grad, thorough, upstream
+        )
 
 
 def _gradients_are_on(c: Candidate) -> bool:

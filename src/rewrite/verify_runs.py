@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Setting:
+class VerifySettings:
     """What all runs of a site have in common.
 
     Attributes:
@@ -67,7 +67,9 @@ class Setting:
     upstream: float = 1.0
 
 
-def runs(fn: Callable[..., Any], draws: Sequence[Sequence[Any]], setting: Setting) -> Outcome:
+def runs(
+    fn: Callable[..., Any], draws: Sequence[Sequence[Any]], setting: VerifySettings
+) -> Outcome:
     """The outcome of ``fn`` for all ``draws`` of inputs: their results stacked, as one tensor."""
     made = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]
     if len(made) == 1:
@@ -88,7 +90,9 @@ def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     return torch.stack(there) if there else None
 
 
-def _run(fn: Callable[..., Any], inputs: Sequence[Any], setting: Setting, seed: int) -> Outcome:
+def _run(
+    fn: Callable[..., Any], inputs: Sequence[Any], setting: VerifySettings, seed: int
+) -> Outcome:
     tokens = [
         _token(x) if d and isinstance(x, Tensor) else None
         for x, d in zip(inputs, setting.differentiable, strict=True)
@@ -183,7 +187,7 @@ def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[in
 
 
 def _gradients(
-    outputs: list[Tensor], tokens: Sequence[Tensor | None], setting: Setting, seed: int
+    outputs: list[Tensor], tokens: Sequence[Tensor | None], setting: VerifySettings, seed: int
 ) -> tuple[list[Tensor | None], list[Tensor | None], frozenset[str]]:
     """Gradients by a random upstream, the same by a second backward, and which output has which.
 

@@ -1,13 +1,12 @@
 """The fine-tuning engine: a recipe in, a trained adapter out.
 
-In processing order: ``yamlfile`` reads and checks a ``recipe``, whose keys and their status are in
-``keys/`` → ``preflight`` (what would keep it from starting) → ``resume`` (the checkpoint to go on
-from) → ``tokenizer`` and ``data/`` (rows, tokens, labels) → ``sequences`` (packs and batches) →
-``source``, ``model``, ``quantize`` (weights) → ``adapters`` (what of them is trained) →
-``arguments``, ``optimizer``, ``schedule``, ``order`` (what the trainer is told) → ``trainer`` (the
-optimizer steps), with ``flow``, ``watchdog``, ``validation``, ``saving`` and ``progress`` →
-``export``, ``ending`` (files, and the check of them) → ``report``, ``page``, ``card``. ``loop``
-calls them one after the other; ``after/`` is what is done with a run.
+In processing order: ``recipe/`` (the keys, their status, reading and checking) → ``preflight``
+(what would keep a run from starting) → ``checkpoint/resume`` (the checkpoint to resume from) →
+``model/tokenizer`` and ``data/`` (rows, tokens, labels) → ``model/`` (weights and adapters) →
+``trainer/`` (batches, arguments, optimizer, schedule, and the optimizer steps), which writes with
+``checkpoint/`` → ``finish`` (the files of a finished run) → ``report/`` (the result, the page, the
+model card). ``run`` calls them one after the other. ``inference/`` and ``merge/`` work with a
+finished run.
 """
 
 from __future__ import annotations

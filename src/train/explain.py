@@ -20,7 +20,7 @@ from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
 from ..errors import ModelError, RecipeError
 from ..report import Report
-from .model.from_pretrained import Kind, forget_gguf, pretrained
+from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
@@ -33,7 +33,7 @@ _MOST = 12
 
 
 @dataclass(frozen=True)
-class Request:
+class ExplainOptions:
     """What the command was asked for.
 
     Attributes:
@@ -53,7 +53,7 @@ class Request:
 
 
 def run(
-    request: Request,
+    request: ExplainOptions,
     *,
     graph: bool = False,
     module: str | None = None,
@@ -94,7 +94,7 @@ def run(
         _print_listing(listing, report, console)
 
 
-def load(request: Request) -> tuple[Any, str]:
+def load(request: ExplainOptions) -> tuple[Any, str]:
     """The model to explain, in training mode, and a sentence on what it is.
 
     Raises:
@@ -120,7 +120,7 @@ def load(request: Request) -> tuple[Any, str]:
 # --- a model with its own weights -----------------------------------------------------------------
 
 
-def _pretrained(request: Request) -> tuple[Any, str]:
+def _pretrained(request: ExplainOptions) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": _dtype(request)}
@@ -130,17 +130,17 @@ def _pretrained(request: Request) -> tuple[Any, str]:
         depth = f", {_shorten(config, request.layers)}"
         options["config"] = config
     model = _read(AutoModelForCausalLM, request, **options)
-    forget_gguf(model)
+    clear_gguf_marks(model)
     return model.to(device_for_training()), f"{request.model}, its own weights{depth}"
 
 
-def _config(request: Request) -> Any:
+def _config(request: ExplainOptions) -> Any:
     from transformers import AutoConfig
 
     return _read(AutoConfig, request, "config")
 
 
-def _read(factory: Any, request: Request, kind: Kind = "model", **options: Any) -> Any:
+def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options: Any) -> Any:
     """Read with ``from_pretrained``; a name that is nothing gets the names that are near."""
     # said in any case: where it is not, transformers asks on the terminal
     options["trust_remote_code"] = request.trust_remote_code
@@ -161,7 +161,7 @@ def _weights(folder: Path) -> list[Path]:
     return [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
 
 
-def _dtype(request: Request) -> torch.dtype:
+def _dtype(request: ExplainOptions) -> torch.dtype:
     return dtype_for_training("float32" if request.fp32 else "auto")
 
 
@@ -183,7 +183,7 @@ def _default_config(model_type: str) -> Any:
         raise ModelError(f"{model_type} has no default configuration: {_first(error)}") from error
 
 
-def _random(request: Request, config: Any) -> tuple[Any, str]:
+def _random(request: ExplainOptions, config: Any) -> tuple[Any, str]:
     """A shallow model with random weights, and what to say of it."""
     import transformers
 

@@ -31,7 +31,7 @@ def why_none(path: str) -> str | None:
     return f"there are no rows {path}; there is {', '.join(PREFIX + name for name in _MADE_BY)}"
 
 
-class OwnRows:
+class PackageRows:
     """The rows of a name, made by a process of their own: what it imports does not stay here.
 
     Args:

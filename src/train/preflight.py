@@ -82,7 +82,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if folder is None:
         return
     from .model.adapters import require_names
-    from .model.from_pretrained import sketch
+    from .model.from_pretrained import meta_model
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
@@ -91,7 +91,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
-                require_names(sketch(here, config), recipe)
+                require_names(meta_model(here, config), recipe)
             said = too_long(here, config)
     except RecipeError as error:
         yield str(error)
@@ -105,7 +105,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
 
 
 def _output(recipe: Recipe) -> Iterator[str]:
-    """Where the results go, and what a run goes on from."""
+    """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.output_folder import check_output
 

@@ -8,8 +8,18 @@ from typing import Any
 
 _ODD = re.compile("[\x00\ud800-\udfff]")
 
+_CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe\uffff]")
+
 _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but tabs and line breaks, and what turns the direction of writing round."""
+
+
+def printable(text: str) -> str:
+    r"""The text with ``\ufffd`` for what no text file may hold, but a model's answer can.
+
+    Those are control characters other than tabs and line breaks, and halves of characters.
+    """
+    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def shown(text: str) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fusewright.errors import OptimizeError
 from fusewright.memory.budget import GB
-from fusewright.memory.choice import Setting, peak
+from fusewright.memory.choice import PlanInputs, peak
 
 from .test_planner import EVERY_LEVEL, LEVELS, MB, _planner, _setting, _usages, _with_host
 
@@ -102,7 +102,7 @@ def test_auto_goes_over_what_there_is_and_says_so() -> None:
     blocks = _blocks(2)
     planner = _planner("auto", blocks)
     usages = _usages(300 * MB, 200 * MB, 100 * MB)
-    assert planner.plan(blocks[0], usages, Setting(0, 0, 0, GB // 10, LEVELS)) == "input"
+    assert planner.plan(blocks[0], usages, PlanInputs(0, 0, 0, GB // 10, LEVELS)) == "input"
     assert planner.notes == [
         "even the leanest plan may need 0.40 GB, more than the 0.10 GB that there is"
     ]
@@ -133,14 +133,14 @@ def test_the_smallest_budget_is_rounded_up(base: int, named: str) -> None:
     nothing = _usages(0, 0, 0)
     nothing = {k: type(v)(0, 0, 0, 0, 0) for k, v in nothing.items()}
     with pytest.raises(OptimizeError, match=f"memory='{named}'; or use fewer"):
-        _planner("1GB", blocks).plan(blocks[0], nothing, Setting(base, 0, 0, GB, LEVELS))
+        _planner("1GB", blocks).plan(blocks[0], nothing, PlanInputs(base, 0, 0, GB, LEVELS))
 
 
 def test_inputs_in_host_memory_are_told() -> None:
     blocks = _blocks(9)
     planner = _planner("auto", blocks)
     usages = _with_host(_usages(300 * MB, 200 * MB, 100 * MB))
-    setting = Setting(0, 0, 0, 501 * MB, EVERY_LEVEL, host=GB)
+    setting = PlanInputs(0, 0, 0, 501 * MB, EVERY_LEVEL, host=GB)
     assert planner.plan(blocks[0], usages, setting) == "offload"
     assert planner.host == 900 * MB
     told = "auto: 9 blocks keep their input in host memory (0.90 GB); predicted peak 0.50 GB"
@@ -205,14 +205,14 @@ def test_a_step_has_ended_when_a_parameter_has_moved(by: float) -> None:
     planner.begin(blocks[0], 1)
     planner.plan(blocks[0], SMALL, _setting(None))
     planner.begin(blocks[0], 1)
-    assert (planner.measured, planner.stepped) == (None, False)
+    assert (planner.measured, planner.has_stepped) == (None, False)
     with torch.no_grad():
         for p in planner.trainable():
             p.data.add_(by)
     planner.begin(blocks[1], 1)
     assert planner.measured is None
     planner.begin(blocks[0], 1)
-    assert (planner.measured, planner.stepped) == (5, True)
+    assert (planner.measured, planner.has_stepped) == (5, True)
 
 
 @pytest.mark.parametrize("by", [0.5, -0.5])
@@ -222,7 +222,7 @@ def test_a_larger_batch_after_a_step_ends_no_run(by: float) -> None:
     for p in planner.trainable():
         p.data.fill_(4)
     planner.begin(blocks[0], 1)
-    planner.plan(blocks[0], _usages(300 * MB, 200 * MB, 100 * MB), Setting(0, 0, 0, GB, LEVELS))
+    planner.plan(blocks[0], _usages(300 * MB, 200 * MB, 100 * MB), PlanInputs(0, 0, 0, GB, LEVELS))
     with torch.no_grad():
         for p in planner.trainable():
             p.data.add_(by)
@@ -234,10 +234,10 @@ def test_a_larger_batch_before_a_step_may_be_refused() -> None:
     blocks = _blocks(1)
     planner = _planner("1GB", blocks)
     planner.begin(blocks[0], 1)
-    planner.plan(blocks[0], _usages(300 * MB, 200 * MB, 100 * MB), Setting(0, 0, 0, GB, LEVELS))
+    planner.plan(blocks[0], _usages(300 * MB, 200 * MB, 100 * MB), PlanInputs(0, 0, 0, GB, LEVELS))
     with pytest.raises(OptimizeError, match="too small for any plan"):
         planner.begin(blocks[0], 100)
-    assert not planner.stepped
+    assert not planner.has_stepped
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_what_was_measured_corrects_the_plan(measured: int, note: str | None) ->
     planner.begin(blocks[0], 1)
     usages = {k: type(v)(v.kept, v.kept, v.kept, 0, v.flops) for k, v in
               _usages(300 * MB, 200 * MB, 20 * MB).items()}  # fmt: skip
-    planner.plan(blocks[0], usages, Setting(400 * MB, 0, 0, 2700 * MB, LEVELS))
+    planner.plan(blocks[0], usages, PlanInputs(400 * MB, 0, 0, 2700 * MB, LEVELS))
     assert planner.predicted == 1000 * MB
     _moved(planner, 1)
     planner.begin(blocks[0], 1)

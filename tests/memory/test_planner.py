@@ -11,7 +11,7 @@ from torch import nn
 from fusewright.errors import OptimizeError
 from fusewright.kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
 from fusewright.memory.budget import GB, Budget
-from fusewright.memory.choice import Scaled, Setting, choose, on_host, peak
+from fusewright.memory.choice import PlanInputs, Scaled, choose, on_host, peak
 from fusewright.memory.levels import HOSTED, Level
 from fusewright.memory.levels import LEVELS as EVERY_LEVEL
 from fusewright.memory.oom_retry import is_out_of_memory, retrying
@@ -41,9 +41,9 @@ def _with_host(usages: dict[Level, Usage]) -> dict[Level, Usage]:
     return usages
 
 
-def _setting(budget: int | None, **changes: Any) -> Setting:
+def _setting(budget: int | None, **changes: Any) -> PlanInputs:
     given = {"base": 1000, "training": 100, "head": 50, "budget": budget, "allowed": LEVELS}
-    return Setting(**(given | changes))
+    return PlanInputs(**(given | changes))
 
 
 class _Meter:
@@ -145,7 +145,7 @@ def test_checkpoints_of_the_users_are_respected() -> None:
 def test_too_small_a_budget_names_one_that_is_enough() -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(4)]
     usages = _usages(300 * MB, 200 * MB, 20 * MB)
-    setting = Setting(GB, 0, 0, int(0.5 * GB), LEVELS)
+    setting = PlanInputs(GB, 0, 0, int(0.5 * GB), LEVELS)
     with pytest.raises(
         OptimizeError, match=r"memory='0\.5GB' is too small.*memory='(\d\.\d)GB'"
     ) as e:
@@ -153,7 +153,7 @@ def test_too_small_a_budget_names_one_that_is_enough() -> None:
     enough = Budget.parse(str(e.value).rpartition("memory='")[2].split("'")[0])
     assert enough.bytes is not None
     again = _planner(enough.text, blocks)
-    again.plan(blocks[0], usages, Setting(GB, 0, 0, enough.bytes, LEVELS))
+    again.plan(blocks[0], usages, PlanInputs(GB, 0, 0, enough.bytes, LEVELS))
     assert again.predicted is not None
     assert again.predicted <= enough.bytes <= again.predicted + GB / 10
 
@@ -164,7 +164,7 @@ def test_a_wrong_prediction_leads_to_one_new_plan(measured: int | None, again: b
     usages = _usages(300 * MB, 200 * MB, 20 * MB)
     planner = _planner("1.8GB", blocks, None if measured is None else measured * MB)
     planner.begin(blocks[0], 64)
-    planner.plan(blocks[0], usages, Setting(400 * MB, 0, 0, int(1.8 * GB), LEVELS))
+    planner.plan(blocks[0], usages, PlanInputs(400 * MB, 0, 0, int(1.8 * GB), LEVELS))
     assert set(planner.levels.values()) == {"all"}
     planner.begin(blocks[1], 64)
     planner.begin(blocks[0], 64)  # one more batch of the same step, or the same block again
@@ -185,7 +185,7 @@ def test_more_tokens_get_a_plan_of_their_own() -> None:
     planner = _planner("1.8GB", blocks)
     planner.begin(blocks[0], 22)
     planner.plan(
-        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), Setting(0, 0, 0, int(1.8 * GB), LEVELS)
+        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), PlanInputs(0, 0, 0, int(1.8 * GB), LEVELS)
     )
     small = planner.predicted
     planner.begin(blocks[0], 20)
@@ -198,16 +198,16 @@ def test_more_tokens_get_a_plan_of_their_own() -> None:
         planner.begin(blocks[0], 8800)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_batch_too_large_for_the_budget_ends_no_run_that_has_begun(told: bool) -> None:
+@pytest.mark.parametrize("reported", [False, True])
+def test_a_batch_too_large_for_the_budget_ends_no_run_that_has_begun(reported: bool) -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
     planner = _planner("1.8GB", blocks)
     planner.begin(blocks[0], 22)
     planner.plan(
-        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), Setting(0, 0, 0, int(1.8 * GB), LEVELS)
+        blocks[0], _usages(300 * MB, 200 * MB, 20 * MB), PlanInputs(0, 0, 0, int(1.8 * GB), LEVELS)
     )
-    if told:  # a step with a learning rate of zero leaves no other mark
-        planner.stepped = True
+    if reported:  # a step with a learning rate of zero leaves no other mark
+        planner.on_optimizer_step()
     else:
         _optimizer_step(planner)
     planner.begin(blocks[0], 8800)
@@ -261,7 +261,7 @@ def test_sizes() -> None:
 def test_the_first_step_is_repeated_with_less() -> None:
     blocks: list[nn.Module] = [nn.Linear(2, 2) for _ in range(2)]
     planner = _planner("auto", blocks)
-    planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None, LEVELS))
+    planner.plan(blocks[0], _usages(3, 2, 1), PlanInputs(0, 0, 0, None, LEVELS))
     weight, seen, drawn = nn.Parameter(torch.zeros(2)), [], []
 
     def run() -> str:
@@ -294,7 +294,7 @@ def test_other_errors_and_other_steps_are_not_repeated() -> None:
 
     for memory, error in (("auto", RuntimeError("shapes")), ("speed", MemoryError())):
         planner = _planner(memory, blocks)
-        planner.plan(blocks[0], _usages(3, 2, 1), Setting(0, 0, 0, None, LEVELS))
+        planner.plan(blocks[0], _usages(3, 2, 1), PlanInputs(0, 0, 0, None, LEVELS))
         with pytest.raises(type(error)):
             retrying(planner, lambda error=error: fails(error))
     assert len(calls) == 2

@@ -113,7 +113,7 @@ def test_parameters_keep_their_identity_and_share_one_buffer() -> None:
     assert len(storages) == 1
     assert params[-1].untyped_storage().data_ptr() not in storages
     assert all(p.data_ptr() % 64 == params[0].data_ptr() % 64 for p in params[:-1])
-    assert flat.summary() == ("6 tensors stepped as 1; on their own: 1 more than 1,000 elements")
+    assert flat.summary() == ("6 tensors updated as 1; on their own: 1 more than 1,000 elements")
 
 
 @pytest.mark.parametrize("name", ["adamw-fused", "sgd-momentum", "adagrad", "nadam"])
@@ -232,7 +232,7 @@ def test_groups_can_be_added() -> None:
         params.extend(more)
     twins.step()
     twins.compare()
-    assert "8 tensors stepped as 3" in twins.flat.summary()
+    assert "8 tensors updated as 3" in twins.flat.summary()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -329,7 +329,7 @@ def test_what_must_stay_on_its_own_does() -> None:
     ]  # fmt: skip
     flat = FlatOptimizer(torch.optim.SGD(params, lr=1.0))
     assert flat.summary() == (
-        "2 tensors stepped as 1; on their own: 1 not contiguous, 1 frozen, 1 a scalar or empty, "
+        "2 tensors updated as 1; on their own: 1 not contiguous, 1 frozen, 1 a scalar or empty, "
         "1 shares its memory, 1 the only one of its kind"
     )
     before = shared.clone()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.verify_runs import Outcome, Setting, copied, runs
+from fusewright.rewrite.verify_runs import Outcome, VerifySettings, copied, runs
 
 from .faults import with_gradient
 
@@ -22,7 +22,7 @@ def _seen(
     """One run of ``fn``."""
     differentiable = [needs] * len(inputs) if isinstance(needs, bool) else needs
     return runs(
-        fn, [inputs], Setting(differentiable, settings.pop("fixed", frozenset()), **settings)
+        fn, [inputs], VerifySettings(differentiable, settings.pop("fixed", frozenset()), **settings)
     )
 
 
@@ -175,7 +175,7 @@ def test_a_missing_upstream_stays_missing() -> None:
 
 def test_results_of_several_draws_are_stacked() -> None:
     x, y = _x(), _x() + 1
-    setting = Setting([True], frozenset())
+    setting = VerifySettings([True], frozenset())
     found = runs(lambda a: (a.exp(),), [[x], [y]], setting)
     assert found.draws == 2
     assert torch.equal(found.results[0][0], torch.stack([x.exp(), y.exp()]))
@@ -195,7 +195,7 @@ def test_a_result_that_only_some_draws_have() -> None:
     def fn(a: Tensor) -> tuple[Tensor]:
         return (a.add_(1) if float(a.detach()[0, 0]) > 0 else a * 1,)
 
-    setting = Setting([False], frozenset())
+    setting = VerifySettings([False], frozenset())
     draws = [[torch.ones(S)], [-torch.ones(S)]]
     with pytest.raises(RuntimeError, match="in some of the draws only"):
         runs(fn, draws, setting)
@@ -239,7 +239,7 @@ def test_a_number_in_place_of_none_is_a_write() -> None:
 
 
 def test_random_draws() -> None:
-    setting = Setting([False], frozenset())
+    setting = VerifySettings([False], frozenset())
     calm = runs(lambda a: (a * 1,), [[_x()]], setting)
     draw = runs(lambda a: (torch.rand_like(a),), [[_x()]] * 2, setting)
     assert draw.random[0] != calm.random[0]

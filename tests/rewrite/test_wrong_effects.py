@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fusewright.graph.layouts import layout_is_read
 from fusewright.passes.glu import GLU
 from fusewright.rewrite.rule import Emit, Match, Rule
-from fusewright.rewrite.verify_runs import Setting, runs
+from fusewright.rewrite.verify_runs import VerifySettings, runs
 
 from ..capturing import capture
 from .faults import D, changed, given, graph_of, judged, of_any_size, verdict, with_gradient
@@ -209,7 +209,7 @@ def test_what_raises_is_refused() -> None:
 def test_each_run_has_inputs_of_its_own() -> None:
     x = torch.randn(2, 3)
     before = x.clone()
-    setting = Setting([False], frozenset(), grad=False)
+    setting = VerifySettings([False], frozenset(), grad=False)
     for _ in range(2):
         outputs, _, _, written = runs(lambda t: (t.mul_(2),), [[x]], setting).results
         assert torch.equal(x, before)

@@ -107,8 +107,8 @@ def test_a_signal_leaves_the_adapter_of_the_last_step(
         if state.global_step == 2:
             os.kill(os.getpid(), number)
 
-    original = progress.Watch.on_step_begin
-    monkeypatch.setattr(progress.Watch, "on_step_begin", third_step)
+    original = progress.ProgressCallback.on_step_begin
+    monkeypatch.setattr(progress.ProgressCallback, "on_step_begin", third_step)
     result = fusewright("train", str(file), "--max_steps", "9")
     assert result.exit_code == code, result.output
     assert "Stopped at step 3 of 9; the adapter of that step is in" in result.stdout
@@ -163,7 +163,7 @@ def test_signals_wait_only_where_they_must(capfd: pytest.CaptureFixture[str]) ->
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.signal == signal.SIGTERM
         interrupts.signal = None
-        with interrupts.patiently():
+        with interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert interrupts.signal == signal.SIGINT
             assert "once more to quit without saving" in capfd.readouterr().err

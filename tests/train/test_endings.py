@@ -57,7 +57,7 @@ def test_a_traceback_that_is_printed(
         monkeypatch.setenv("FUSEWRIGHT_TRACEBACK", "1")
     else:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-        monkeypatch.setattr("fusewright.train.run.Run._prepare", lambda *_: None)
+        monkeypatch.setattr("fusewright.train.run.TrainingRun._prepare", lambda *_: None)
     result = failing(KeyError("layers"), file, monkeypatch)
     assert result.exit_code == 1
     assert "in _model" in result.stderr

@@ -18,14 +18,14 @@ from fusewright.train import dry_run as dryrun
 from fusewright.train import train
 from fusewright.train.data.preview import show
 from fusewright.train.data.sample import Sample
-from fusewright.train.inference.chat import Chat
+from fusewright.train.inference.chat import ChatSession
 from fusewright.train.inference.generate import generate
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.printable import shown, shown_json
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
 from fusewright.train.report.result import RunResult
-from fusewright.train.report.run_log import Diary
+from fusewright.train.report.run_log import RunLog
 from fusewright.train.terminal import Terminal, say
 
 from .commands import fusewright
@@ -139,8 +139,8 @@ class Echo:
 
 def test_answers_do_not_act(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = Tty()
-    Chat(Echo(), stdin=Tty(f"hello\n/{EVIL}\n/save /no/{EVIL}\n"), stdout=out).terminal  # noqa: B018
-    talk = Chat(Echo(), stdin=Tty(), stdout=out)  # type: ignore[arg-type]
+    ChatSession(Echo(), stdin=Tty(f"hello\n/{EVIL}\n/save /no/{EVIL}\n"), stdout=out).terminal  # noqa: B018
+    talk = ChatSession(Echo(), stdin=Tty(), stdout=out)  # type: ignore[arg-type]
     for line in ("hello", f"/{EVIL}", f"/save /no/{EVIL}"):
         talk._react(line)
     assert r"\x1b]0;owned\x07" in out.getvalue()
@@ -148,7 +148,7 @@ def test_answers_do_not_act(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     from fusewright.train.inference import generate as command
 
     monkeypatch.setattr(command, "load_run", lambda run: (None, None))
-    monkeypatch.setattr(command, "Writer", Echo)
+    monkeypatch.setattr(command, "TextGenerator", Echo)
     out = Tty()
     generate(open_run(run_folder), [[{"role": "user", "content": "a"}]], None, out=out)  # type: ignore[arg-type]
     assert r"\x1b]0;owned\x07" in out.getvalue()
@@ -184,7 +184,7 @@ def test_what_looks_like_a_secret_is_hidden_in_any_text(tmp_path: Path) -> None:
     assert scrub("hf_hub, sk-learn, https://hub/a:b@c") == "hf_hub, sk-learn, https://hub/a:b@c"
     assert hide({"wandb_name": f"run {SECRET}"}) == {"wandb_name": "run (hidden)"}
     result = RunResult(output_dir=tmp_path, recipe={})
-    with Diary(result, Console(quiet=True)).spared("push to the hub"):
+    with RunLog(result, Console(quiet=True)).guarded("push to the hub"):
         raise RuntimeError(text)
     result.write()
     assert SECRET not in (tmp_path / "run.json").read_text()

@@ -90,12 +90,12 @@ def _tiles(x: Tensor, b: Tensor) -> Iterator[tuple[int, int, slice]]:
 
 def _tile(
     x: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, at: tuple[int, int, slice]
-) -> ssd_chunks.Tile:
+) -> ssd_chunks.ScanTile:
     i, g, heads = at
     wide = step.dtype
     steps = step[i, :, heads]
     shared = (_chunked(t[i, :, g : g + 1].to(wide))[0] for t in (b, c))
-    return ssd_chunks.Tile(
+    return ssd_chunks.ScanTile(
         _chunked(x[i, :, heads].to(wide) * steps[..., None]),
         _chunked(steps * a[heads].to(wide)),
         *shared,

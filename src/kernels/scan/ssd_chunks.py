@@ -35,7 +35,7 @@ def steps(
 
 
 @dataclass
-class Tile:
+class ScanTile:
     """The inputs of a tile, zero beyond the last step.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Decays:
         self.whole = last.to(kind).exp().unsqueeze(-1)
 
 
-def _states(t: Tile, decays: _Decays) -> Tensor:
+def _states(t: ScanTile, decays: _Decays) -> Tensor:
     """The states before each chunk, (H, K, N, P)."""
     added = t.b.transpose(-1, -2) @ (t.x * decays.rest)
     before = torch.zeros_like(added)
@@ -83,7 +83,7 @@ def _states(t: Tile, decays: _Decays) -> Tensor:
     return before
 
 
-def forward(t: Tile) -> Tensor:
+def forward(t: ScanTile) -> Tensor:
     """The outputs without the skip connection, (H, K, Q, P)."""
     decays = _Decays(t.exponents)
     states = _states(t, decays)
@@ -91,7 +91,7 @@ def forward(t: Tile) -> Tensor:
     return (scores @ t.x).addcmul_(decays.into, t.c @ states)
 
 
-def backward(t: Tile, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(t: ScanTile, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, exponents, b and c, from that of the outputs.
 
     The gradient of an exponent is the sum over all pairs of steps between which it lies. It is

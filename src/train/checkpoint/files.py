@@ -24,7 +24,7 @@ _WRITERS = ("inline_container", "iostream error", "No space left", "File too lar
 """What torch and safetensors say in place of the system's error number."""
 
 
-class Unwritable(Exception):
+class CheckpointWriteError(Exception):
     """A checkpoint could not be written, which in nearly all cases means that the disk is full."""
 
 
@@ -56,7 +56,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         step: the optimizer step.
 
     Raises:
-        Unwritable: the disk is full, or cannot be written to.
+        CheckpointWriteError: the disk is full, or cannot be written to.
     """
     part = folder / f".checkpoint-{step}.part"
     try:
@@ -73,9 +73,9 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         _to_disk(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        reason = why_unwritable(error)
+        reason = write_error_reason(error)
         if reason is not None:
-            raise Unwritable(reason) from error
+            raise CheckpointWriteError(reason) from error
         raise
 
 
@@ -110,7 +110,7 @@ def clean(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def why_unwritable(error: BaseException) -> str | None:
+def write_error_reason(error: BaseException) -> str | None:
     """The reason, if ``error`` says that a file could not be written; else None."""
     if not isinstance(error, Exception):  # a signal
         return None

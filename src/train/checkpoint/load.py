@@ -34,8 +34,8 @@ def readable(folder: Any) -> Iterator[None]:
         raise RecipeError(another(Path(folder), first_words(error))) from error
 
 
-class Restoring(Trainer):
-    """``Trainer`` that says what is wrong with a checkpoint that it cannot go on from."""
+class ResumableTrainer(Trainer):
+    """``Trainer`` that says why it cannot resume from a checkpoint."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it reads its state once more, to say where that is damaged."""

@@ -34,7 +34,7 @@ _SETTLED = 0.2
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """The process that has a lock.
 
     Attributes:
@@ -52,13 +52,13 @@ class Holder:
     over: bool = False
 
     @classmethod
-    def this(cls) -> Holder:
+    def this(cls) -> LockHolder:
         """This process, now."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time(), now)
 
     @classmethod
-    def read(cls, handle: int) -> Holder | None:
+    def read(cls, handle: int) -> LockHolder | None:
         """What a lock file says; None if that is nothing."""
         try:
             return cls(**json.loads(os.pread(handle, 1 << 12, 0)))
@@ -95,7 +95,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         folder: the run's.
-        say: is told of a lock that is taken over.
+        say: prints a line; called when a lock is taken over.
 
     Raises:
         RecipeError: another process has it, or it cannot be written to.
@@ -139,8 +139,8 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
         if there:
             break
         os.close(handle)  # it was given back, and removed, in between
-    before = Holder.read(handle)
-    Holder.this().write(handle)
+    before = LockHolder.read(handle)
+    LockHolder.this().write(handle)
     if before is not None:
         say(f"output_dir: the lock of {before} is taken over: that run has ended without a word")
     return handle
@@ -161,13 +161,13 @@ def _locked(handle: int) -> bool:
 
 def _claimed(handle: int) -> bool:
     """Take a lock file where the file system has no locks."""
-    before = Holder.read(handle)
+    before = LockHolder.read(handle)
     if before is not None and not before.gone():
         return False
-    ours = Holder.this()
+    ours = LockHolder.this()
     ours.write(handle)
     time.sleep(_SETTLED)
-    return Holder.read(handle) == ours
+    return LockHolder.read(handle) == ours
 
 
 def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
@@ -176,7 +176,7 @@ def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
     Raises:
         RecipeError: another process has the lock.
     """
-    holder = Holder.read(handle)
+    holder = LockHolder.read(handle)
     if (holder is None or holder.gone()) and waited < _ORPHANS:
         time.sleep(_SETTLED)
         return False
@@ -206,7 +206,7 @@ def _give_back(folder: Path, handle: int, ended: bool) -> None:
         path.unlink()
         if not ended and any(folder.iterdir()) and not is_run(folder):
             left = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            Holder(**{**asdict(Holder.this()), "over": True}).write(left)
+            LockHolder(**{**asdict(LockHolder.this()), "over": True}).write(left)
             os.close(left)
 
 

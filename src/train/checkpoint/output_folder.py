@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from ...errors import RecipeError
-from ..system_folders import why_not_ours_to_write
+from ..output_files import why_not_ours_to_write
 from .files import clean, discard
-from .ownership import PART, few, link_in, results, strangers
+from .ownership import PART, few, foreign_files, link_in, results
 
 
 def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
@@ -20,7 +20,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     Args:
         folder: the run's.
         overwrite: an earlier run may be replaced.
-        resumed: the run goes on from a checkpoint there, and may have left more than that.
+        resumed: the run resumes from a checkpoint there, and may have left more than that.
 
     Raises:
         RecipeError: it is a file, the system's, holds what no run has written, or holds a run that
@@ -48,7 +48,7 @@ def require_own(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output_dir: {folder} is not a folder; name another one")
     try:
-        others, link = strangers(folder), link_in(folder)
+        others, link = foreign_files(folder), link_in(folder)
     except OSError as error:
         raise RecipeError(f"output_dir: {folder} cannot be read: {error.strerror}") from None
     if others:
@@ -92,7 +92,7 @@ def clear_output(folder: Path, resumed: bool = False) -> None:
 
     Args:
         folder: the run's.
-        resumed: it goes on from a checkpoint there; only what a killed process left half done goes.
+        resumed: it resumes from a checkpoint there; only what a killed process left half done goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)

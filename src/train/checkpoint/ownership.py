@@ -1,4 +1,4 @@
-"""Whose a folder is: a run's, or one with other people's files, which no run may touch."""
+"""Whether a folder is a run's, or holds other files, which no run may touch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _MARKER = "fusewright.json"
 _FEW = 3
 
 
-def strangers(folder: Path) -> list[str]:
-    """The names in a folder that no run has written; empty if it is a run's, or has none."""
+def foreign_files(folder: Path) -> list[str]:
+    """The files in a folder that no run has written; empty if the folder is a run's."""
     if not folder.is_dir() or is_run(folder):
         return []
     return sorted(p.name for p in folder.iterdir() if p.name not in _HARMLESS and not _is_log(p))

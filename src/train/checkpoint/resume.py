@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
+"""Resuming from a checkpoint: which one, whether it fits, and what it kept besides the weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Saved:
         recipe: every key of the run that made it.
         data: the fingerprint of its prepared rows.
         step: how many optimizer steps were done.
-        meter: what ``Meter`` has counted.
+        meter: what ``ThroughputMeter`` has counted.
         pending_loss: the loss that is summed up and not logged yet.
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.
@@ -113,7 +113,7 @@ def another(folder: Path, why: str) -> str:
 
 
 def find(recipe: Recipe) -> Path | None:
-    """The checkpoint that the recipe wants to go on from; None: it begins anew.
+    """The checkpoint to resume from; None: the run starts from the beginning.
 
     Raises:
         RecipeError: it names one that is not there.
@@ -121,7 +121,7 @@ def find(recipe: Recipe) -> Path | None:
     folder, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
     if wanted is True and recipe.overwrite_output_dir:
         raise RecipeError(
-            "resume_from_checkpoint: true goes on with the run in output_dir, and "
+            "resume_from_checkpoint: true resumes the run in output_dir, and "
             "overwrite_output_dir replaces it; set only one"
         )
     if isinstance(wanted, str):

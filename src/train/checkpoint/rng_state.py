@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Randomness:
+class RngState:
     """A moment's state: Python's, NumPy's, PyTorch's on the CPU and on the GPU."""
 
     python: Any
@@ -23,7 +23,7 @@ class Randomness:
     gpu: Tensor | None
 
     @classmethod
-    def now(cls) -> Randomness:
+    def now(cls) -> RngState:
         """The state at this moment."""
         gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu)
@@ -37,9 +37,9 @@ class Randomness:
             torch.cuda.set_rng_state(self.gpu)
 
     @contextlib.contextmanager
-    def in_force(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Make this the state while the block runs."""
-        current = Randomness.now()
+        current = RngState.now()
         self.restore()
         try:
             yield

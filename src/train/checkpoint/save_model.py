@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..model.chat_prompt import Asking
+from ..model.chat_prompt import ChatPrompt
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
-from .files import Unwritable, why_unwritable
+from .files import CheckpointWriteError, write_error_reason
 from .ownership import PART
 
 _PROBE = 64
@@ -25,7 +25,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     """As ``save``, but every file is there whole or as it was before.
 
     Raises:
-        Unwritable: the disk is full, or cannot be written to.
+        CheckpointWriteError: the disk is full, or cannot be written to.
     """
     part = folder / PART
     try:
@@ -40,10 +40,10 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
                 shutil.rmtree(target, ignore_errors=True)
             path.replace(target)
     except Exception as error:
-        reason = why_unwritable(error)
+        reason = write_error_reason(error)
         if reason is None:
             raise
-        raise Unwritable(reason) from error
+        raise CheckpointWriteError(reason) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -138,7 +138,7 @@ def check_adapter(
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
     """Let the model answer a question, greedily and asked as in training; its mode is kept."""
-    asking = Asking.of(recipe.model_dump(mode="json"))
+    asking = ChatPrompt.of(recipe.model_dump(mode="json"))
     options = {
         **asking.variables, "add_generation_prompt": True, "return_tensors": "pt",
         "return_dict": True,

@@ -9,12 +9,12 @@ from transformers.trainer_callback import ExportableState
 
 from . import files as checkpoint
 from .resume import Saved
-from .rng_state import Randomness
+from .rng_state import RngState
 from .save_model import save
 
 
-def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: Randomness | None) -> None:
-    """Write all that a run needs to go on from here, in the form that ``Trainer`` reads.
+def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
+    """Write all that a run needs to resume from here, in the form that ``Trainer`` reads.
 
     Args:
         trainer: a ``FineTuner``.
@@ -31,7 +31,7 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: Randomn
         if unfinished is None:
             trainer._save_rng_state(str(part))
         else:
-            with unfinished.in_force():
+            with unfinished.applied():
                 trainer._save_rng_state(str(part))
     trainer.store_flos()
     for callback in trainer.callback_handler.callbacks:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from .cache import Samples
 from .packing import Pack, Packs, collate, count, leaks, pack
-from .prepare import Prepared, prepare
+from .prepare import PreparedData, prepare
 from .sample import IGNORED, Sample
 
 __all__ = [
-    "IGNORED", "Pack", "Packs", "Prepared", "Sample", "Samples", "collate", "count", "leaks",
+    "IGNORED", "Pack", "Packs", "PreparedData", "Sample", "Samples", "collate", "count", "leaks",
     "pack", "prepare",
 ]  # fmt: skip

@@ -119,7 +119,7 @@ class Samples(Sequence[Sample]):
         self._open()
 
 
-class Writer:
+class ArrowWriter:
     """Writes samples into an Arrow file, as they come.
 
     Args:
@@ -152,7 +152,7 @@ class Writer:
         self._writer.write_batch(pa.record_batch([*columns, _int32(trained)], schema=_SCHEMA))
         self.count += len(lengths)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> ArrowWriter:
         return self
 
     def __exit__(

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..recipe.recipe import Recipe
 from .cache import FORMAT
-from .readers.sources import Source
+from .readers.sources import DataSource
 from .workers import Work
 
 
-def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[Source, Work]]) -> str:
+def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[DataSource, Work]]) -> str:
     """A hash of everything that tokens and labels depend on.
 
     Where a file is does not count, only what is in it. How rows are split, weighed and shuffled

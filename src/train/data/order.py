@@ -17,7 +17,7 @@ _SPAN = 50
 class Order(Sampler[int]):
     """Indices of sequences, in an order that only the seed and the number of the epoch decide.
 
-    It draws nothing from the global random state: a run that goes on from a checkpoint sees the
+    It draws nothing from the global random state: a run that resumes from a checkpoint sees the
     same order as one that was never stopped.
 
     Args:

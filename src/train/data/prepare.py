@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import DataError, RecipeError
 from ..recipe.recipe import Dataset, Recipe
-from .cache import Cache, Lease, Samples, Writer
+from .cache import ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .fingerprint import fingerprint_of
 from .formats.registry import Encoder
@@ -21,7 +21,7 @@ from .progress import Progress
 from .readers import sources
 from .readers.duplicates import Duplicates
 from .readers.limits import Limits
-from .readers.sources import Source
+from .readers.sources import DataSource
 from .split import order
 from .workers import Work, parts
 
@@ -36,7 +36,7 @@ Without it they are kept only as long as this process runs."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """What a run trains and validates on.
 
     Attributes:
@@ -62,7 +62,7 @@ def prepare(
     keep: bool = False,
     limit: int | None = None,
     day: str | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Prepare the rows of a recipe, or take them from the cache.
 
     Args:
@@ -98,18 +98,18 @@ def prepare(
 
     train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets", day))
     if ready is None:
-        return Prepared(train)
+        return PreparedData(train)
     return replace(ready, train=train)
 
 
 def _load(
     recipe: Recipe,
     tokenizer: Any,
-    found: dict[str, list[Source]],
+    found: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
     keep: bool,
-) -> Prepared:
+) -> PreparedData:
     """Take the rows from the cache, after putting them there if need be."""
     every = [pair for key in found for pair in _pairs(found, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
@@ -159,7 +159,7 @@ def _root(recipe: Recipe, keep: bool) -> tuple[Path, bool]:
 def _store(
     cache: Cache,
     recipe: Recipe,
-    found: dict[str, list[Source]],
+    found: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
 ) -> dict[str, Any]:
@@ -171,14 +171,14 @@ def _store(
         files = ["train.arrow"]
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
-            with Writer(made / "train.arrow") as writer:
+            with ArrowWriter(made / "train.arrow") as writer:
                 for source, one in _pairs(found, work, "datasets"):
                     before = writer.count
                     counts += _write(source, one, writer, recipe, progress, duplicates)
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
-                with Writer(made / files[-1]) as writer:
+                with ArrowWriter(made / files[-1]) as writer:
                     _write(source, one, writer, recipe, progress, None)
         if sizes:
             order(sizes, recipe)  # rows that cannot be split are not worth keeping
@@ -191,15 +191,15 @@ def _store(
 
 
 def _pairs(
-    found: dict[str, list[Source]], work: dict[str, list[Work]], key: str
-) -> list[tuple[Source, Work]]:
+    found: dict[str, list[DataSource]], work: dict[str, list[Work]], key: str
+) -> list[tuple[DataSource, Work]]:
     return list(zip(found.get(key, ()), work.get(key, ()), strict=True))
 
 
 def _write(
-    source: Source,
+    source: DataSource,
     work: Work,
-    writer: Writer,
+    writer: ArrowWriter,
     recipe: Recipe,
     progress: Progress,
     duplicates: Duplicates | None,
@@ -249,7 +249,7 @@ def _nothing_left(counts: Counter[str], limits: Limits) -> str:
 
 def _split(
     folder: Path, about: dict[str, Any], recipe: Recipe, fingerprint: str, lease: Lease | None
-) -> Prepared:
+) -> PreparedData:
     samples = Samples(folder / "train.arrow", lease=lease)
     rows, held = samples.rows, samples.rows[:0]
     if about["sizes"]:
@@ -278,4 +278,4 @@ def _split(
         counts[f"{name}_samples"] = sum(map(len, several))
         counts[f"{name}_tokens"] = sum(int(s.lengths.sum(dtype=np.int64)) for s in several)
         counts[f"{name}_trained_tokens"] = sum(int(s.trained.sum(dtype=np.int64)) for s in several)
-    return Prepared(train, validation, dict(counts), fingerprint)
+    return PreparedData(train, validation, dict(counts), fingerprint)

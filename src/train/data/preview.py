@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from .prepare import Prepared
+    from .prepare import PreparedData
 
 MARK = "▸"
-"""Stands before a trained token, so that it can be told without colour."""
+"""Stands before a trained token, so that it is visible without colour."""
 
 
-def summary(prepared: Prepared, console: Console) -> None:
+def summary(prepared: PreparedData, console: Console) -> None:
     """Print how many rows there were, what became of them, and where they are kept."""
     from rich.table import Table
 
@@ -35,10 +35,10 @@ def summary(prepared: Prepared, console: Console) -> None:
         place = "kept nowhere" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
         console.print(place, soft_wrap=True, highlight=False)
     else:
-        console.print("a stream: its rows are prepared while training goes on")
+        console.print("a stream: its rows are prepared during training")
 
 
-def first(prepared: Prepared, number: int) -> list[Sample]:
+def first(prepared: PreparedData, number: int) -> list[Sample]:
     """The first samples to train on."""
     if isinstance(prepared.train, Samples):
         return list(prepared.train[:number])

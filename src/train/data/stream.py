@@ -1,4 +1,4 @@
-"""Packs of rows that are read while training goes on: for data that is larger than memory or disk.
+"""Packs of rows that are read during training: for data that is larger than memory or disk.
 
 Rows are read in batches, from all datasets in turn, and from the beginning again when they end.
 ``streaming_multipack_buffer_size`` samples are collected, shuffled, packed and handed out; no more
@@ -21,7 +21,7 @@ from .packing import Pack, pack
 from .readers import sources
 from .readers.files import Row
 from .readers.limits import Part
-from .readers.sources import Source
+from .readers.sources import DataSource
 from .sample import Sample
 from .workers import Work, batches
 
@@ -37,11 +37,11 @@ class StreamedPacks(IterableDataset[Pack]):
         recipe: length and size of packs, buffer, seed.
 
     Attributes:
-        counts: of the rows that this process read so far, as ``Prepared.counts`` has them; a row
+        counts: of the rows that this process read so far, as in ``PreparedData.counts``; a row
             that is read again counts again.
     """
 
-    def __init__(self, found: Sequence[Source], work: Sequence[Work], recipe: Recipe) -> None:
+    def __init__(self, found: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
         self.found, self.work, self.recipe = found, work, recipe
         self.counts: Counter[str] = Counter()
 
@@ -99,7 +99,7 @@ class StreamedPacks(IterableDataset[Pack]):
 class _Reader:
     """One dataset, from its beginning to its end."""
 
-    def __init__(self, source: Source, work: Work, rows: Iterator[list[Row]]) -> None:
+    def __init__(self, source: DataSource, work: Work, rows: Iterator[list[Row]]) -> None:
         self.source, self.work, self.rows = source, work, rows
         self.read = self.kept = 0
         self.ends: set[int] = set()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TextIO
 
 from ...errors import ModelError
-from ..model.chat_prompt import Asking, Message, with_system
+from ..model.chat_prompt import ChatPrompt, Message, with_system
 from ..model.load import quiet
 from ..printable import shown
-from .generation import Sampling, Writer
+from .generation import Sampling, TextGenerator
 from .load_run import load_run
-from .run_folder import Run
+from .run_folder import RunFolder
 
 HELP = """\
 /reset           forget the conversation
@@ -24,7 +24,7 @@ HELP = """\
 Ctrl-C           stop an answer"""
 
 
-class Chat:
+class ChatSession:
     """A conversation.
 
     Args:
@@ -36,7 +36,7 @@ class Chat:
 
     def __init__(
         self,
-        writer: Writer,
+        writer: TextGenerator,
         system: str | None = None,
         stdin: TextIO | None = None,
         stdout: TextIO | None = None,
@@ -161,7 +161,7 @@ class Chat:
         self.stdout.flush()
 
 
-def chat(run: Run, sampling: Sampling, system: str | None = None) -> None:
+def chat(run: RunFolder, sampling: Sampling, system: str | None = None) -> None:
     """Chat with the model of ``run`` on standard input and output.
 
     Args:
@@ -173,7 +173,7 @@ def chat(run: Run, sampling: Sampling, system: str | None = None) -> None:
         ModelError: the run cannot be loaded.
         RecipeError: the base of the run cannot be loaded.
     """
-    trained = Asking.of(run.recipe)
+    trained = ChatPrompt.of(run.recipe)
     with quiet():
-        writer = Writer(*load_run(run), sampling, trained.variables)
-        Chat(writer, trained.system if system is None else system).run()
+        writer = TextGenerator(*load_run(run), sampling, trained.variables)
+        ChatSession(writer, trained.system if system is None else system).run()

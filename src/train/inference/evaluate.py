@@ -19,6 +19,7 @@ from ..checkpoint.ownership import link_in
 from ..checkpoint.save_model import pad_token
 from ..data import Samples, prepare
 from ..model.load import quiet
+from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
 from ..report import result as report
 from ..terminal import Terminal
@@ -26,11 +27,11 @@ from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validation_loss
 from .load_run import load_run
 from .past_recipe import recipe_with, written
-from .run_folder import Run
+from .run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Figures:
+class EvalMetrics:
     """What a model makes of one dataset.
 
     Attributes:
@@ -51,7 +52,7 @@ class Figures:
 
 
 def evaluate(
-    run: Run,
+    run: RunFolder,
     files: Sequence[Path] = (),
     *,
     as_json: bool = False,
@@ -82,7 +83,7 @@ def evaluate(
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
         model, tokenizer = load_run(run)
-        found: dict[str, Figures] = {}
+        found: dict[str, EvalMetrics] = {}
         if any(recipe.optimize for recipe in recipes.values()):
             from ...compiler.pipeline import optimize
 
@@ -106,13 +107,13 @@ def evaluate(
     return path
 
 
-def _day(run: Run) -> str | None:
+def _day(run: RunFolder) -> str | None:
     """The date that templates wrote in training; None if that is not known."""
     started = run.facts.get("started")
     return started[:10] if isinstance(started, str) else None
 
 
-def _own(run: Run) -> Recipe:
+def _own(run: RunFolder) -> Recipe:
     """The recipe that ``run`` was trained with, and which held out rows."""
     if not run.recipe:
         raise ModelError(
@@ -127,7 +128,7 @@ def _own(run: Run) -> Recipe:
     return recipe
 
 
-def _reading(run: Run, file: Path) -> Recipe:
+def _reading(run: RunFolder, file: Path) -> Recipe:
     """The same recipe, with ``file`` in place of its datasets."""
     if not file.exists():
         raise DataError(f"{file}: there is no such file")
@@ -164,10 +165,10 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 """Keys that choose among the rows of all datasets."""
 
 
-def _measure(model: Any, batches: Batches, samples: Samples) -> Figures:
+def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
     begun = time.perf_counter()
     loss = validation_loss(model, batches)
-    return Figures(
+    return EvalMetrics(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64
         samples=len(samples),
@@ -177,13 +178,13 @@ def _measure(model: Any, batches: Batches, samples: Samples) -> Figures:
     )
 
 
-def _whole(found: dict[str, Figures]) -> float:
+def _whole(found: dict[str, EvalMetrics]) -> float:
     """The loss per trained token of all datasets together."""
     tokens = sum(of.trained_tokens for of in found.values())
     return sum(of.loss * of.trained_tokens for of in found.values()) / tokens
 
 
-def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
+def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None) -> Path:
     """Write ``eval.json``, whole or not at all."""
     path = run.folder / "eval.json"
     content = {
@@ -198,16 +199,14 @@ def _write(run: Run, found: dict[str, Figures], recorded: float | None) -> Path:
     link = link_in(run.folder)
     if link is not None:
         raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
-    unfinished = path.with_suffix(".json.part")
     try:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise ModelError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 
-def _print(found: dict[str, Figures], recorded: float | None, console: Console) -> None:
+def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", overflow="fold")
     for name in ("loss", "perplexity", "samples", "tokens", "trained"):

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from ..model.chat_prompt import Asking, Message
+from ..model.chat_prompt import ChatPrompt, Message
 from ..model.load import quiet
 from ..printable import shown, shown_json
-from .generation import Answer, Sampling, Writer
+from .generation import Answer, Sampling, TextGenerator
 from .load_run import load_run
-from .run_folder import Run
+from .run_folder import RunFolder
 
 
 def generate(
-    run: Run,
+    run: RunFolder,
     conversations: Sequence[list[Message]],
     sampling: Sampling,
     *,
@@ -42,7 +42,7 @@ def generate(
     """
     out = out or sys.stdout
     with quiet():
-        writer = Writer(*load_run(run), sampling, Asking.of(run.recipe).variables)
+        writer = TextGenerator(*load_run(run), sampling, ChatPrompt.of(run.recipe).variables)
         prompts = [writer.prompt(messages) for messages in conversations]
         if len(prompts) == 1 and not as_json:
             _stream(writer, prompts[0], out)
@@ -53,7 +53,7 @@ def generate(
                 _print(messages, answer, as_json, out)
 
 
-def _stream(writer: Writer, prompt: list[int], out: TextIO) -> None:
+def _stream(writer: TextGenerator, prompt: list[int], out: TextIO) -> None:
     with contextlib.closing(writer.stream(prompt)) as pieces:
         for piece in _stripped(pieces):
             out.write(shown(piece) if out.isatty() else piece)

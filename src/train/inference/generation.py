@@ -58,7 +58,7 @@ class Answer:
     finish: str
 
 
-class Writer:
+class TextGenerator:
     """A model that answers; the model is not changed.
 
     Args:
@@ -81,7 +81,7 @@ class Writer:
         self.stops = self._stops()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that the model goes on from.
+        """The tokens that the model continues.
 
         Args:
             messages: a conversation that ends with the user; without a chat template their

@@ -10,13 +10,13 @@ from ..consent import code_refused
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
 from .past_recipe import recipe_for
-from .run_folder import Run, open_run
+from .run_folder import RunFolder, open_run
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_tokenizer(run: Run) -> Any:
+def load_tokenizer(run: RunFolder) -> Any:
     """Load the tokenizer of ``run``, with its chat template.
 
     Raises:
@@ -36,7 +36,7 @@ def load_tokenizer(run: Run) -> Any:
 
 
 def load_run(
-    run: Run | str | Path,
+    run: RunFolder | str | Path,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
@@ -57,7 +57,7 @@ def load_run(
     from ..model.load import load_model
     from ..model.precision import device_for_training
 
-    run = run if isinstance(run, Run) else open_run(run)
+    run = run if isinstance(run, RunFolder) else open_run(run)
     tokenizer = load_tokenizer(run)
     recipe = recipe_for(run, dtype)
     model = load_model(recipe)

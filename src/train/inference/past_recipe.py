@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
 
 from ...errors import ModelError
 from ..consent import CODE_SWITCH, why_not_run
-from ..recipe.keys.base import Keys, nested
+from ..recipe.keys.base import Keys, is_default, nested
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
-from .run_folder import Run, stored_dtype
+from .run_folder import RunFolder, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +29,7 @@ _DONE = (
 _PRECISION = ("bf16", "fp16", "bfloat16", "float16", "float32")
 
 
-def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
+def recipe_for(run: RunFolder, dtype: torch.dtype | None = None) -> Recipe:
     """The recipe that loads the model of ``run`` as it was trained, checkpointing left out.
 
     Args:
@@ -63,7 +61,7 @@ def recipe_for(run: Run, dtype: torch.dtype | None = None) -> Recipe:
     return _validated(run, keys)
 
 
-def recipe_with(run: Run, changes: Mapping[str, Any]) -> Recipe:
+def recipe_with(run: RunFolder, changes: Mapping[str, Any]) -> Recipe:
     """The whole recipe of ``run``, with some keys changed; None is unset.
 
     Raises:
@@ -73,7 +71,7 @@ def recipe_with(run: Run, changes: Mapping[str, Any]) -> Recipe:
     return _validated(run, {k: v for k, v in keys.items() if v is not None})
 
 
-def _validated(run: Run, keys: Mapping[str, Any]) -> Recipe:
+def _validated(run: RunFolder, keys: Mapping[str, Any]) -> Recipe:
     """The recipe, with the word of who calls: what the folder says allows nothing."""
     try:
         return Recipe.model_validate(keys).allowed(run.consent)
@@ -85,7 +83,7 @@ def _validated(run: Run, keys: Mapping[str, Any]) -> Recipe:
         ) from None
 
 
-def _require_same_code(run: Run) -> None:
+def _require_same_code(run: RunFolder) -> None:
     """See that a model that was trained with its own code is not loaded as another one.
 
     Transformers may have a class of its own for it, which it takes where the code is not trusted.
@@ -122,7 +120,7 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
     kept = {}
     for name, value in values.items():
         field = model.model_fields.get(name)
-        if value is None or (field and not field.is_required() and value == _default(field)):
+        if value is None or (field and is_default(field, value)):
             continue
         inner = nested(field.annotation) if field else None
         if inner and isinstance(value, list):
@@ -131,7 +129,3 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
             value = written(value, inner)
         kept[name] = value
     return kept
-
-
-def _default(field: FieldInfo) -> Any:
-    return to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))

@@ -20,7 +20,7 @@ _MODELS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A folder that can be loaded.
 
     Attributes:
@@ -46,7 +46,7 @@ class Run:
 
 def open_run(
     path: str | Path, base_model: str | None = None, consent: Consent | None = None
-) -> Run:
+) -> RunFolder:
     """Find out what ``path`` holds. Nothing is loaded.
 
     Args:
@@ -66,7 +66,7 @@ def open_run(
     facts = _json(_own_folders(folder)[-1] / "run.json")
     recipe = without_hidden(facts.pop("recipe", None) or {})
     own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
-    run = Run(folder, True, "", next(own, None), recipe, facts, consent or Consent())
+    run = RunFolder(folder, True, "", next(own, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
         _require(folder, _ADAPTERS, "adapter_config.json")
         base = base_model or _base(folder, recipe)

@@ -10,14 +10,12 @@ from torch import nn
 from ...errors import ModelError, first_line
 from ..inference.load_run import with_adapter
 from ..inference.past_recipe import recipe_for
-from ..inference.run_folder import Run
+from ..inference.run_folder import RunFolder
 from ..model.load import load_model
-
-_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
-          "is_loaded_in_8bit")  # fmt: skip
+from ..model.quantize import clear_marks
 
 
-def merged_in_memory(run: Run, dtype: torch.dtype | None, dequantize: bool) -> Any:
+def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
     """Load the base, put the adapter on it, and merge.
 
     Args:
@@ -71,11 +69,7 @@ def _dequantize(model: Any) -> None:
             plain.weight = nn.Parameter(weight.to(model.dtype), requires_grad=False)
             plain.bias = layer.bias
             setattr(parent, name, plain)
-    for mark in _MARKS:
-        if mark in vars(model):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    clear_marks(model)
 
 
 def _untie(model: Any) -> None:

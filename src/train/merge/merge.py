@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import ModelError, RecipeError, first_line
 from ..inference.load_run import load_tokenizer
 from ..inference.past_recipe import recipe_for, recipe_with
-from ..inference.run_folder import Run
+from ..inference.run_folder import RunFolder
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Request:
+class MergeOptions:
     """How to merge.
 
     Attributes:
@@ -52,7 +52,9 @@ class Request:
     dequantize: bool = False
 
 
-def merge(run: Run, request: Request | None = None, console: Console | None = None) -> Path:
+def merge(
+    run: RunFolder, request: MergeOptions | None = None, console: Console | None = None
+) -> Path:
     """Write the adapter of ``run`` and its base as one model.
 
     Args:
@@ -67,7 +69,7 @@ def merge(run: Run, request: Request | None = None, console: Console | None = No
         ModelError: there is no adapter, it cannot be merged, or the disk is full.
         RecipeError: the folder is there already, a setting is wrong, or the base is missing.
     """
-    request = request or Request()
+    request = request or MergeOptions()
     console = console or Terminal(highlight=False, soft_wrap=True)
     if not run.adapter:
         raise ModelError(
@@ -168,7 +170,7 @@ def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
     return found
 
 
-def _files(run: Run, config: Any, request: Request) -> BaseFiles:
+def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
     """The base's files, if they can be merged one by one."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnmergeableError("the base is quantized")
@@ -180,7 +182,7 @@ def _files(run: Run, config: Any, request: Request) -> BaseFiles:
     return files
 
 
-def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
+def _dtype(run: RunFolder, asked: str | None) -> torch.dtype | None:
     if asked is None:
         if not run.recipe:
             return None
@@ -192,7 +194,7 @@ def _dtype(run: Run, asked: str | None) -> torch.dtype | None:
     return _DTYPES[asked]
 
 
-def _config(run: Run) -> Any:
+def _config(run: RunFolder) -> Any:
     """The base's configuration as the run had it, with what its recipe overrides."""
     return load_config(recipe_for(run))
 
@@ -206,7 +208,7 @@ def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder
     config.save_pretrained(folder)
 
 
-def _write_generation_config(run: Run, folder: Path) -> None:
+def _write_generation_config(run: RunFolder, folder: Path) -> None:
     """The base's, if it has one."""
     from transformers import GenerationConfig
 
@@ -214,7 +216,7 @@ def _write_generation_config(run: Run, folder: Path) -> None:
         pretrained(GenerationConfig, run.base_model, kind="other").save_pretrained(folder)
 
 
-def _copy_code(run: Run, folder: Path) -> None:
+def _copy_code(run: RunFolder, folder: Path) -> None:
     """The code of the base that its configuration names, from a local folder."""
     source = Path(run.base_model)
     if run.consent.trust_remote_code and source.is_dir():

@@ -14,7 +14,7 @@ _CONVERSATIONS = ("chat_template", "sharegpt", "prompt_completion")
 
 
 @dataclass(frozen=True)
-class Asking:
+class ChatPrompt:
     """What prompts have besides the user's words.
 
     Attributes:
@@ -26,7 +26,7 @@ class Asking:
     system: str | None = None
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any]) -> Asking:
+    def of(cls, recipe: Mapping[str, Any]) -> ChatPrompt:
         """As ``recipe`` trains.
 
         Args:

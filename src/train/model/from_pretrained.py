@@ -12,9 +12,10 @@ from typing import Any, Literal
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
-from ..recipe.locate import Source, locate
+from ..recipe.locate import ModelSource, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
+from .quantize import clear_marks
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 
@@ -64,7 +65,7 @@ def pretrained(
     return model
 
 
-def sketch(recipe: Recipe, config: Any) -> Any:
+def meta_model(recipe: Recipe, config: Any) -> Any:
     """The model of a configuration without its weights, on the meta device.
 
     Raises:
@@ -83,7 +84,7 @@ def sketch(recipe: Recipe, config: Any) -> Any:
         raise RecipeError(f"base_model: {why}") from error
 
 
-def _problem(source: Source, kind: Kind, options: Mapping[str, Any]) -> str | None:
+def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str | None:
     """What is wrong with a local folder's files."""
     folder = Path(source.name)
     if source.gguf_file or not folder.is_dir():
@@ -159,7 +160,7 @@ def _unfit(model: Any, info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _gguf(source: Source, kind: Kind) -> dict[str, Any]:
+def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:
     """What ``from_pretrained`` needs for a GGUF file: dense weights, made from its blocks."""
     extra: dict[str, Any] = {"gguf_file": source.gguf_file}
     if kind == "model":  # older transformers always unpack, and have no such config
@@ -170,13 +171,8 @@ def _gguf(source: Source, kind: Kind) -> dict[str, Any]:
     return extra
 
 
-def forget_gguf(model: Any) -> None:
+def clear_gguf_marks(model: Any) -> None:
     """Clear the marks of a GGUF file, whose weights are plain now; else nothing can be saved."""
     kind = getattr(model, "quantization_method", None)
-    if str(getattr(kind, "value", kind)) != "gguf":
-        return
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if mark in vars(model):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if str(getattr(kind, "value", kind)) == "gguf":
+        clear_marks(model)

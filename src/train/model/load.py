@@ -13,7 +13,7 @@ from ...errors import RecipeError
 from ..consent import require_consent
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
-from .from_pretrained import forget_gguf, pretrained
+from .from_pretrained import clear_gguf_marks, pretrained
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 
@@ -67,7 +67,7 @@ def load_model(recipe: Recipe) -> Any:
         recipe.base_model,
         **{**options, **(recipe.overrides_of_model_kwargs or {})},
     )
-    forget_gguf(model)
+    clear_gguf_marks(model)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
     if recipe.checkpointing():

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..recipe.recipe import Recipe
-from .from_pretrained import sketch
+from .from_pretrained import meta_model
 
 _EXTRA = 8
 """Some tables of positions have a few rows more than there are positions."""
@@ -34,7 +34,7 @@ def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> 
     Args:
         recipe: of the run.
         prepared: its rows.
-        say: is told.
+        say: prints a line.
 
     Raises:
         RecipeError: it has no such positions.
@@ -92,7 +92,7 @@ def _has_table(config: Any, known: int, recipe: Recipe) -> bool:
     """Whether the model looks its positions up; it is built without weights to see that."""
     from torch import nn
 
-    model = sketch(recipe, config)
+    model = meta_model(recipe, config)
     words = {model.get_input_embeddings(), model.get_output_embeddings()}
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m not in words)
     return any(known <= table.num_embeddings <= known + _EXTRA for table in tables)

@@ -57,7 +57,7 @@ def has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def slow(precision: str) -> str | None:
+def precision_warning(precision: str) -> str | None:
     """What the user should know of a precision that the device only imitates; None otherwise."""
     if precision != "bfloat16" or has_bfloat16():
         return None

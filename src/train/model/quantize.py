@@ -70,6 +70,22 @@ def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
     model.__dict__[f"is_loaded_in_{bits}bit"] = True  # PEFT asks for it
 
 
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
+          "is_loaded_in_8bit")  # fmt: skip
+
+
+def clear_marks(model: Any) -> None:
+    """Remove what says that a model is quantized, once its weights are plain.
+
+    Otherwise transformers would refuse to save it.
+    """
+    for mark in _MARKS:
+        if mark in vars(model):
+            delattr(model, mark)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def stay_trainable(model: nn.Module) -> None:
     """Let weights of 4 bits keep the layout that gradients go through.
 

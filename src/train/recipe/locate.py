@@ -11,7 +11,7 @@ from ...errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The arguments that ``from_pretrained`` needs.
 
     Attributes:
@@ -32,7 +32,7 @@ def find_file(path: str, folders: Sequence[Path]) -> Path | None:
     return None
 
 
-def locate(base_model: str, folders: Sequence[Path]) -> Source:
+def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
     """Find a base model.
 
     Args:
@@ -51,10 +51,10 @@ def locate(base_model: str, folders: Sequence[Path]) -> Source:
     if base_model.endswith(".gguf") or base_model.startswith(("/", "./", "../", "~")):
         places = " or ".join(str(f) for f in folders)
         raise RecipeError(f"there is no {base_model} in {places}")
-    return Source(base_model)
+    return ModelSource(base_model)
 
 
-def _in_package(name: str) -> Source:
+def _in_package(name: str) -> ModelSource:
     package, _, file = name.partition("/")
     if not package.isidentifier():
         raise RecipeError(f"{package!r} is not the import name of a package")
@@ -66,15 +66,15 @@ def _in_package(name: str) -> Source:
     return _in_folder(Path(next(iter(spec.submodule_search_locations))) / file, f"package:{name}")
 
 
-def _in_folder(path: Path, shown: str) -> Source:
+def _in_folder(path: Path, shown: str) -> ModelSource:
     """The model in ``path``, which is a GGUF file or a folder."""
     if path.is_file() and path.suffix == ".gguf":
-        return Source(str(path.parent), path.name)
+        return ModelSource(str(path.parent), path.name)
     if (path / "config.json").is_file():
-        return Source(str(path))
+        return ModelSource(str(path))
     files = sorted(p.name for p in path.glob("*.gguf")) if path.is_dir() else []
     if len(files) == 1:
-        return Source(str(path), files[0])
+        return ModelSource(str(path), files[0])
     if files:
         raise RecipeError(f"{shown} has several GGUF files; name one: {', '.join(files)}")
     raise RecipeError(f"{shown} is no model: it has neither a config.json nor a GGUF file")

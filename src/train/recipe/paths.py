@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from ...errors import RecipeError
 from ..consent import must_build, needs_consent, refused_builder
+from ..output_files import why_not_ours_to_write
 from ..package_rows import is_own, why_none
-from ..system_folders import why_not_ours_to_write
 from .keys.dataset import Dataset
 from .locate import find_file, locate
 from .problems import Loc

@@ -15,27 +15,27 @@ from .keys.adapter import AdapterKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
-from .keys.distributed import ScaleKeys
-from .keys.fusewright import OurKeys
+from .keys.distributed import DistributedKeys
+from .keys.fusewright import FusewrightKeys
 from .keys.methods import MethodKeys
 from .keys.model import ModelKeys
-from .keys.optimization import StepKeys
+from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
-from .keys.subsumed import PeerKeys
+from .keys.subsumed import SubsumedKeys
 from .keys.tracking import TrackingKeys
 
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
-    ModelKeys, AdapterKeys, DataKeys, StepKeys, OutputKeys, TrackingKeys, OurKeys,
-    PeerKeys, ScaleKeys, MethodKeys,
+    ModelKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys, TrackingKeys, FusewrightKeys,
+    SubsumedKeys, DistributedKeys, MethodKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
-    ModelKeys, AdapterKeys, DataKeys, StepKeys, OutputKeys, TrackingKeys, OurKeys,
-    PeerKeys, ScaleKeys, MethodKeys,
+    ModelKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys, TrackingKeys, FusewrightKeys,
+    SubsumedKeys, DistributedKeys, MethodKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 
@@ -99,7 +99,7 @@ class Recipe(
         return bool(self.val_set_size or self.test_datasets)
 
     def streams(self) -> bool:
-        """Whether rows are read while training goes on."""
+        """Whether rows are read during training."""
         return bool(self.streaming or self.pretraining_dataset)
 
     def saving(self) -> Literal["no", "steps", "epoch", "best"]:

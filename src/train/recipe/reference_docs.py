@@ -60,7 +60,7 @@ Any key can be set there, and wins over the file. Values are read as YAML, dots 
     fusewright train recipe.yaml --learning_rate 1e-4 --lora_r=32 --datasets.0.path other.jsonl
     fusewright train recipe.yaml --load_in_4bit --no-sample_packing
 
-## Recipes and models of strangers
+## Recipes and models that you do not trust
 
 A recipe, a dataset, a checkpoint and the folder of a run are data: nothing that they bring is
 executed, whatever they say. What would be, you allow in person, on the command line:
@@ -119,12 +119,12 @@ _GROUPS = {
     "ModelKeys": "Model and tokenizer",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
-    "StepKeys": "Steps",
+    "OptimizationKeys": "Steps",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",
-    "OurKeys": "Fusewright's own",
-    "PeerKeys": "Other engines' speed-ups",
-    "ScaleKeys": "Several devices",
+    "FusewrightKeys": "Fusewright's own",
+    "SubsumedKeys": "Other engines' speed-ups",
+    "DistributedKeys": "Several devices",
     "MethodKeys": "Other methods",
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..consent import CODE_SWITCH
 from .conflicts import without_effect
-from .keys.base import Keys, Status, extra_of, nested
+from .keys.base import Keys, Status, extra_of, is_default, nested
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
@@ -81,7 +81,7 @@ def without_secrets(entry: Entry) -> Any:
     return hide({key: entry.value})[key]
 
 
-def told(recipe: Recipe) -> list[str]:
+def messages(recipe: Recipe) -> list[str]:
     """Short lines about keys that ask for something that is done otherwise, or not at all."""
     found = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
     lines = {
@@ -128,9 +128,7 @@ def _entry(model: type[Keys], name: str, value: Any, loc: Loc) -> Entry:
     extra = extra_of(field)
     if value is None:
         return Entry(loc, value, "honoured", "unset", False)
-    asks = value not in (False, "", [], {}) and value != field.get_default(
-        call_default_factory=True
-    )
+    asks = value not in (False, "", [], {}) and not is_default(field, value)
     status, note = extra.get("status", "honoured"), extra.get("note", "")
     special = {str(v["value"]): (v["status"], v["note"]) for v in extra.get("values", ())}
     items = value if isinstance(value, list) else [value]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .keys.base import is_default
 from .recipe import GROUPS, Dataset, Recipe
 from .secrets import hide
 from .status import entries
@@ -73,19 +74,9 @@ def _split(
     rest: dict[str, Any] = {}
     for key, value in values.items():
         field = model.model_fields.get(key)
-        default = field.get_default(call_default_factory=True) if field else None
-        usual = field is not None and not field.is_required() and _same(value, default)
+        usual = field is not None and is_default(field, value)
         (rest if usual else chosen)[str(key)] = value
     return chosen, rest
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Whether a value read from JSON is the default (JSON has no tuples and no models)."""
-    if isinstance(default, BaseModel):
-        default = default.model_dump(mode="json")
-    if isinstance(default, tuple):
-        default = list(default)
-    return bool(value == default and isinstance(value, bool) == isinstance(default, bool))
 
 
 def _short(value: Any) -> Any:

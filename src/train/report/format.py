@@ -1,19 +1,8 @@
-"""Figures and text as people read them: times, amounts of memory, smoothed curves."""
+"""Figures as people read them: times, amounts of memory, smoothed curves."""
 
 from __future__ import annotations
 
 import math
-import re
-
-_CONTROL = re.compile(r"[^\t\n\x20-\x7e\x85\xa0-\U0010ffff]|[\ud800-\udfff\ufffe\uffff]")
-
-
-def printable(text: str) -> str:
-    r"""The text with ``\ufffd`` for what no text file may hold, but a model's answer can.
-
-    Those are control characters other than tabs and line breaks, and halves of characters.
-    """
-    return _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def duration(seconds: float) -> str:

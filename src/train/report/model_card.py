@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from ..output_files import write_atomically
+from ..printable import printable
 from ..recipe.written import folded
 from . import usage
-from .format import duration, memory, millions, printable
+from .format import duration, memory, millions
 from .page_sections import data, ending, model
 from .run_facts import Facts
 
@@ -42,9 +44,7 @@ def write(result: Any, folder: str | Path) -> Path | None:
     if path.exists() and not is_generated(path):
         return None
     text = render(Facts.of(result), (Path(folder) / "loss.png").exists())
-    unfinished = path.with_suffix(".md.part")
-    unfinished.write_bytes(text.encode("utf-8", errors="replace"))
-    unfinished.replace(path)
+    write_atomically(path, text, errors="replace")
     return path
 
 

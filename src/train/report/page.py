@@ -18,9 +18,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from ..output_files import write_atomically
+from ..printable import printable
 from ..recipe.written import Folded, folded
 from . import page_sections as sections
-from .format import duration, memory, printable
+from .format import duration, memory
 from .page_chart import Chart, Series, chart
 from .run_facts import Facts
 
@@ -88,9 +90,7 @@ def write(result: Any, folder: str | Path) -> Path:
         OSError: the file cannot be written.
     """
     path = Path(folder) / NAME
-    unfinished = path.with_suffix(".html.part")
-    unfinished.write_text(render(Facts.of(result)), encoding="utf-8", errors="replace")
-    unfinished.replace(path)
+    write_atomically(path, render(Facts.of(result)), errors="replace")
     return path
 
 

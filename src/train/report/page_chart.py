@@ -238,9 +238,9 @@ def _strips(
     borders = [(a + b) / 2 for a, b in itertools.pairwise(centres_at)]
     edges = [0.0, *borders, float(SIZE)]
     for step, left, right in zip(centres, edges[:-1], edges[1:], strict=True):
-        told = [(i, s.name, known[i][step]) for i, s in enumerate(series) if step in known[i]]
-        words = ", ".join(f"{name} {show(y) if _ok(y) else y}" for _, name, y in told)
-        marks = tuple(_mark(i, place((step, y))) for i, _, y in told if _ok(y))
+        points = [(i, s.name, known[i][step]) for i, s in enumerate(series) if step in known[i]]
+        words = ", ".join(f"{name} {show(y) if _ok(y) else y}" for _, name, y in points)
+        marks = tuple(_mark(i, place((step, y))) for i, _, y in points if _ok(y))
         yield Strip(_round(left), _round(right - left), f"step {step:,.0f}: {words}", marks)
 
 

@@ -76,10 +76,10 @@ def ending(facts: Facts) -> Ending:
     if facts.text("reason"):
         said.append(facts.text("reason").rstrip(".") + ".")
     if steps:
-        said.append(f"The {kind} of the last whole step is saved and can be used.")
+        said.append(f"The {kind} of the last complete step is saved and can be used.")
     if facts.text("checkpoint"):
         said.append(
-            f"To go on from {facts.text('checkpoint')}, run the same recipe with "
+            f"To resume from {facts.text('checkpoint')}, run the same recipe with "
             "resume_from_checkpoint: true."
         )
     return Ending(tone, label, " ".join(said))

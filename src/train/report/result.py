@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..output_files import write_atomically
 from ..recipe.secrets import hide
-from .throughput import Meter
+from .throughput import ThroughputMeter
 
 
 @dataclass
@@ -30,12 +31,12 @@ class RunResult:
     Attributes:
         output_dir: the folder with the adapter (or model), ``loss.png`` and ``run.json``.
         status: how it ended. ``"interrupted"``: by a signal; ``"nan"``: a loss or a gradient was
-            no number; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint could
-            not be written. The weights are those of the last whole step that could be saved.
+            NaN or infinite; ``"watchdog"``: the loss stayed too high; ``"disk full"``: a checkpoint
+            could not be written. The weights are those of the last complete step that was saved.
         signal: the number of that signal.
         reason: what ended it, in words, where that was not the last step.
-        checkpoint: the last one, which a run can go on from, or None.
-        resumed_from: the step of the checkpoint that it went on from, or None.
+        checkpoint: the last one, which a run can resume from, or None.
+        resumed_from: the step of the checkpoint that it resumed from, or None.
         problems: what failed after training, each with ``part`` and ``error``; it cost no weights.
         recipe: every key with the value that was used; secrets are hidden.
         data: how many rows, samples, sequences and tokens there were, and what was left out.
@@ -119,7 +120,7 @@ class RunResult:
         broken = self.adapter_check is not None and not self.adapter_check["exact"]
         return int(broken or self.status != "finished")
 
-    def measure(self, meter: Meter, log: Sequence[dict[str, Any]]) -> None:
+    def measure(self, meter: ThroughputMeter, log: Sequence[dict[str, Any]]) -> None:
         """Take the figures of training.
 
         Args:
@@ -153,7 +154,7 @@ class RunResult:
         }[self.status] + "."
         if self.checkpoint:
             yield (
-                f"{self.checkpoint} is whole: the same recipe goes on from there with "
+                f"{self.checkpoint} is complete: the same recipe resumes from it with "
                 "resume_from_checkpoint: true"
             )
 
@@ -168,11 +169,8 @@ class RunResult:
     def write(self) -> None:
         """Write ``run.json``, whole or not at all."""
         content = {**asdict(self), "output_dir": str(self.output_dir)}
-        path = self.output_dir / "run.json"
-        unfinished = path.with_suffix(".json.part")
         text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_atomically(self.output_dir / "run.json", text + "\n")
 
     def print(self, console: Console) -> None:
         """Print the summary."""
@@ -225,7 +223,7 @@ class RunResult:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
 
 
-def rows_told(data: dict[str, int]) -> str:
+def rows_message(data: dict[str, int]) -> str:
     """A line on the rows of a run."""
     if not data.get("rows"):
         held = data.get("validation_samples", 0)

@@ -67,7 +67,7 @@ class Facts:
     def history(self, key: str) -> list[tuple[float, float]]:
         """``(step, value)`` of the logged entries that have ``key``, in the order of the steps.
 
-        A value that is no number is NaN; of two entries for one step the later one counts.
+        A value that is not a number becomes NaN; of two entries for one step the later one counts.
         """
         found: dict[float, float] = {}
         for entry in self.rows("history"):

@@ -1,4 +1,4 @@
-"""What a run says while it goes on, how long its parts take, and what of them failed."""
+"""What a run prints, how long its parts take, and which of them failed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..terminal import say
 from .result import RunResult
 
 
-class Diary:
+class RunLog:
     """Prints, and notes times and failures in the result.
 
     Args:
@@ -42,12 +42,12 @@ class Diary:
             self.result.seconds[part] = before + time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def spared(self, part: str) -> Iterator[None]:
-        """After training: what fails in the block is told and noted, and costs nothing else."""
+    def guarded(self, part: str) -> Iterator[None]:
+        """After training: a failure in the block is reported and recorded; the run continues."""
         try:
             with self.timed(part):
                 yield
         except Exception as error:  # a signal is none of these
             why = scrub(f"{type(error).__name__}: {error}")
             self.result.problems.append({"part": part, "error": why})
-            self.say(f"{part} failed, and the run goes on without it: {why}")
+            self.say(f"{part} failed; the run continues without it: {why}")

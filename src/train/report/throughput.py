@@ -28,7 +28,7 @@ GPU_PEAKS = {
 
 
 @dataclass
-class Meter:
+class ThroughputMeter:
     """What the steps so far took.
 
     Attributes:
@@ -47,7 +47,7 @@ class Meter:
     peak: float | None = None
 
     def add(self, tokens: int, trained: int) -> None:
-        """Count a batch of the step that is going on."""
+        """Count a batch of the current step."""
         if len(self.tokens) == len(self.seconds):
             self.tokens.append(0)
             self.trained.append(0)
@@ -73,13 +73,13 @@ class Meter:
             return None
         return self.rate(self.tokens, last) * self.flops / self.peak
 
-    def whole(self) -> dict[str, list[Any]]:
-        """What a checkpoint keeps: the steps that are done, without one that is going on."""
+    def state_dict(self) -> dict[str, list[Any]]:
+        """What a checkpoint keeps: the complete steps, without the current one."""
         done = len(self.seconds)
         return {name: getattr(self, name)[:done] for name in ("seconds", "tokens", "trained")}
 
-    def restore(self, kept: dict[str, list[Any]]) -> None:
-        """Go on from what a checkpoint kept."""
+    def load_state_dict(self, kept: dict[str, list[Any]]) -> None:
+        """Restore what a checkpoint kept."""
         for name, values in kept.items():
             setattr(self, name, list(values))
 

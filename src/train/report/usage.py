@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..model.chat_prompt import Asking
+from ..model.chat_prompt import ChatPrompt
 
 
 def commands(folder: str) -> str:
@@ -58,7 +58,7 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str:
         if package == "peft"
         else f"from {package} import {name}, AutoTokenizer"
     )
-    asking = Asking.of(recipe)
+    asking = ChatPrompt.of(recipe)
     asked = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""{imports}
 

@@ -1,1 +1,1 @@
-"""The optimizer steps, and what goes on around them."""
+"""The optimizer steps, and what happens around them."""

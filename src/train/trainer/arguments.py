@@ -82,10 +82,10 @@ def steps(recipe: Recipe, sequences: int | None) -> Steps:
 
 
 def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
-    """What the Trainer is told.
+    """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
-    at one also happens in a run that goes on from a checkpoint of that step.
+    at one also happens in a run that resumes from a checkpoint of that step.
 
     Raises:
         RecipeError: keys that do not go together.

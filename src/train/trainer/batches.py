@@ -28,7 +28,7 @@ def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, 
         return collate(packs, pad_id, packing, length)
 
     def make(packs: list[Any]) -> dict[str, Any]:
-        return _in_company(packs, size, collated) if recipe.optimize else collated(packs)
+        return _with_second_row(packs, size, collated) if recipe.optimize else collated(packs)
 
     return {
         name: Batches(_sequences(samples, recipe, packing, length), size, make)
@@ -48,11 +48,13 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     def make(rows: Sequence[Any]) -> dict[str, Any]:
         return collate(rows, pad_id, recipe.packs(), recipe.sequence_len, full)
 
-    batch = _in_company(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
+    batch = (
+        _with_second_row(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
+    )
     return {**batch, "tokens": tokens, "trained": trained}
 
 
-def _in_company(
+def _with_second_row(
     packs: Sequence[Any], usual: int, make: Callable[[Sequence[Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """A batch of ``packs``; a single one, where batches have more, with a copy without labels."""

@@ -1,4 +1,4 @@
-"""What the trainer is told between its steps."""
+"""What happens between the trainer's steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .signals import Interrupts
 from .watchdog import LossWatchdog
 
 
-class Steered(Protocol):
-    """What ``Flow`` needs of a trainer."""
+class TrainerHooks(Protocol):
+    """What ``FlowCallback`` needs of a trainer."""
 
-    def began(self) -> None:
-        """The loop begins."""
+    def start(self) -> None:
+        """Training begins."""
 
-    def stepped(self) -> None:
-        """A step is whole."""
+    def on_step_end(self) -> None:
+        """A step is complete."""
 
-    def stepping(self) -> None:
+    def on_step_begin(self) -> None:
         """A step begins."""
 
     def ended(self) -> str:
@@ -32,33 +32,33 @@ class Steered(Protocol):
         """Write a checkpoint."""
 
 
-class Flow(TrainerCallback):
+class FlowCallback(TrainerCallback):
     """What happens between the steps: signals, checkpoints out of turn, collected garbage.
 
     Attributes:
-        trainer: what it steers; set once there is one.
+        trainer: what it notifies; set once it exists.
     """
 
-    trainer: Steered
+    trainer: TrainerHooks
 
     def __init__(self, recipe: Recipe, interrupts: Interrupts) -> None:
         self.recipe, self.interrupts = recipe, interrupts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what a checkpoint kept."""
-        self.trainer.began()
+        """Restore what a checkpoint kept."""
+        self.trainer.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that a step begins."""
-        self.trainer.stepping()
+        """Record that a step begins."""
+        self.trainer.on_step_begin()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the loop within a step when a signal came."""
         control.should_training_stop |= self.interrupts.signal is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that a step is whole; end the loop when a signal came."""
-        self.trainer.stepped()
+        """Record that a step is complete; end the loop when a signal came."""
+        self.trainer.on_step_end()
         control.should_training_stop |= self.interrupts.signal is not None
         control.should_save |= self.recipe.save_first_step and state.global_step == 1
         every = self.recipe.gc_steps or 0
@@ -77,7 +77,7 @@ _PATIENCE = 3
 """Of the loss watchdog, where the recipe does not say."""
 
 
-def watchers(recipe: Recipe) -> list[TrainerCallback]:
+def watchdogs(recipe: Recipe) -> list[TrainerCallback]:
     """The watchdogs that the recipe asks for."""
     found: list[TrainerCallback] = []
     if recipe.loss_watchdog_threshold is not None:
@@ -88,14 +88,14 @@ def watchers(recipe: Recipe) -> list[TrainerCallback]:
     return found
 
 
-def as_asked(callbacks: Iterable[TrainerCallback], recipe: Recipe) -> None:
+def apply_limits(callbacks: Iterable[TrainerCallback], recipe: Recipe) -> None:
     """Set restored watchdogs as the recipe says: a checkpoint brings back its own settings, too.
 
     Args:
         callbacks: the trainer's, with what they counted before.
         recipe: which may have other limits than the checkpoint's.
     """
-    for asked in watchers(recipe):
+    for asked in watchdogs(recipe):
         for callback in callbacks:
             if isinstance(callback, LossWatchdog) and isinstance(asked, LossWatchdog):
                 callback.threshold, callback.patience = asked.threshold, asked.patience

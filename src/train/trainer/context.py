@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..recipe.recipe import Recipe
-from ..report.throughput import Meter
+from ..report.throughput import ThroughputMeter
 from ..terminal import say
 from .evaluation import Batch
 from .signals import Interrupts
@@ -34,7 +34,7 @@ class Context:
     tokenizer: Any
     console: Console
     interrupts: Interrupts
-    meter: Meter = field(default_factory=Meter)
+    meter: ThroughputMeter = field(default_factory=ThroughputMeter)
     validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
     data: str = ""
     carried: Callable[[], dict[str, Any]] = dict

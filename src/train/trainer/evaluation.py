@@ -50,14 +50,14 @@ def validate(
     Args:
         model: its mode is kept.
         sets: the batches of each dataset.
-        say: is told how far it is, where it takes long.
+        say: prints a line; called from time to time where it takes long.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
     """
     count = sum(operator.length_hint(batches) for batches in sets.values())
-    beat = _told(count, say) if say is not None else None
-    sums = {name: _sum(model, batches, beat) for name, batches in sets.items()}
+    on_batch = _reporter(count, say) if say is not None else None
+    sums = {name: _sum(model, batches, on_batch) for name, batches in sets.items()}
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     found = {"eval_loss": _mean(total, tokens)}
     if len(sums) > 1:
@@ -70,23 +70,23 @@ def validation_loss(model: Any, batches: Iterable[Batch]) -> float:
     return _mean(*_sum(model, batches))
 
 
-def _told(total: int, say: Callable[[str], None]) -> Callable[[], None]:
+def _reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
     """To be called after each batch: says how many there were, now and then."""
     done, last = 0, time.perf_counter()
 
-    def beat() -> None:
+    def on_batch() -> None:
         nonlocal done, last
         done += 1
         if time.perf_counter() - last >= QUIET and done < total:
             last = time.perf_counter()
             say(f"  validated {done} of {total} batches")
 
-    return beat
+    return on_batch
 
 
 @torch.no_grad()
 def _sum(
-    model: Any, batches: Iterable[Batch], beat: Callable[[], None] | None = None
+    model: Any, batches: Iterable[Batch], on_batch: Callable[[], None] | None = None
 ) -> tuple[float, int]:
     """The losses of all trained tokens, added up, and their number."""
     training = model.training
@@ -99,8 +99,8 @@ def _sum(
             if number:
                 total += float(model(**here).loss) * number
             tokens += number
-            if beat is not None:
-                beat()
+            if on_batch is not None:
+                on_batch()
     finally:
         model.train(training)
     return total, tokens

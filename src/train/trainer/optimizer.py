@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, its groups of parameters, and small tensors stepped as one."""
+"""The optimizer of a recipe, its groups of parameters, and small tensors updated as one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
 
     Args:
         trainer: it knows each optimizer by name.
-        model: whose trained parameters are stepped.
+        model: whose trained parameters are updated.
         recipe: the recipe.
 
     Raises:

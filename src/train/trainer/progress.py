@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..report.format import Smooth, duration, memory
-from ..report.throughput import Meter
+from ..report.throughput import ThroughputMeter
 from ..terminal import say
 from .signals import Interrupts
 
@@ -33,7 +33,7 @@ QUIET = 600.0
 """Seconds after which a log gets a line, however long a tenth of the steps may take."""
 
 
-class Figures:
+class MetricsLine:
     """The second line of the display: as many of its fields as the terminal has room for.
 
     Attributes:
@@ -63,7 +63,7 @@ class Figures:
 class _Bar(Progress):
     """Rich's progress bar with our line of figures below it."""
 
-    figures: Figures
+    figures: MetricsLine
 
     def get_renderables(self) -> Iterator[RenderableType]:
         if self.tasks:
@@ -72,7 +72,7 @@ class _Bar(Progress):
 
 
 class _Clock(ProgressColumn):
-    """Time since training began, and time left; it ticks between the steps, too."""
+    """Time since the start of training, and time left; it ticks between the steps, too."""
 
     def __init__(self, text: Callable[[], str]) -> None:
         super().__init__(table_column=Column(no_wrap=True, justify="right"))
@@ -82,7 +82,7 @@ class _Clock(ProgressColumn):
         return Text(self.text())
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Times the steps, shows how they go, and ends the loop when a signal came.
 
     In a terminal: a bar with the time left, and below it the loss (smoothed, and the last one), the
@@ -103,7 +103,7 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        meter: Meter,
+        meter: ThroughputMeter,
         interrupts: Interrupts,
         console: Console,
         total: int,
@@ -111,7 +111,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.meter, self.interrupts, self.console, self.total = meter, interrupts, console, total
         self.used = used
-        self.figures = Figures(interrupts)
+        self.figures = MetricsLine(interrupts)
         self.smooth = Smooth()
         self.last = math.nan
         self.rate: float | None = None
@@ -125,7 +125,7 @@ class Watch(TrainerCallback):
 
     # --- the terminal ----------------------------------------------------------------------------
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressCallback:
         return self
 
     def __exit__(

@@ -18,7 +18,7 @@ def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> A
     Args:
         recipe: checked.
         tokenizer: whose tokens the embeddings need rows for.
-        say: is told of what the user may not expect.
+        say: prints a line; called for what the user may not expect.
 
     Raises:
         RecipeError: there is no such model, or it cannot be trained as the recipe says.

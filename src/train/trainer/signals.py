@@ -31,8 +31,8 @@ class Stopped(KeyboardInterrupt):
 class Interrupts:
     """While entered, turns SIGINT, SIGTERM and SIGHUP into an orderly end.
 
-    Outside of ``patiently`` a signal raises ``Stopped`` where it arrives. Inside, the first one
-    only sets ``signal``, for the training loop to see between two steps; a second one raises.
+    Outside of ``deferring_signals`` a signal raises ``Stopped`` where it arrives. Inside, the first
+    one only sets ``signal``, for the training loop to see between two steps; a second one raises.
 
     Attributes:
         signal: the one that came, or None.
@@ -46,7 +46,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.shown = False
-        self._patient = ""
+        self._message = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -65,19 +65,19 @@ class Interrupts:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def patiently(self, saying: str = STOPPING) -> Iterator[None]:
-        """Let the first signal wait for the end of a step, or of what ``saying`` tells."""
-        self._patient = saying
+    def deferring_signals(self, message: str = STOPPING) -> Iterator[None]:
+        """Defer the first signal to the end of the step, or of the block; ``message`` says so."""
+        self._message = message
         try:
             yield
         finally:
-            self._patient = ""
+            self._message = ""
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._patient or self.signal is not None:
+        if not self._message or self.signal is not None:
             self.signal = number
             raise Stopped(number)
         self.signal = number
         if not self.shown:
             # not through a file object: this may interrupt one of its own writes
-            os.write(2, f"\n{self._patient}\n".encode())
+            os.write(2, f"\n{self._message}\n".encode())

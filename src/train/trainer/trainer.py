@@ -13,60 +13,69 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ...compiler.pipeline import planner_of
 from ...errors import RecipeError
-from ...memory.meter import Meter as Memory
+from ...memory.meter import Meter
 from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
-from ..checkpoint.load import Restoring
+from ..checkpoint.load import ResumableTrainer
 from ..checkpoint.resume import Saved
-from ..checkpoint.rng_state import Randomness
+from ..checkpoint.rng_state import RngState
 from ..checkpoint.save_model import pad_token
 from ..checkpoint.write import write_checkpoint
 from ..data.order import Kind, Order
 from ..report.result import rss_mb
 from .arguments import arguments_for
 from .batches import training_batch
-from .callbacks import Flow, as_asked, watchers
+from .callbacks import FlowCallback, apply_limits, watchdogs
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
-from .progress import Watch
+from .progress import ProgressCallback
 from .schedule import own_schedule
-from .watchdog import Guard, LossWatchdog
+from .watchdog import LossWatchdog, NonFiniteGuard
 
 
-class FineTuner(Restoring):
+class FineTuner(ResumableTrainer):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     Attributes:
-        watch: shows the progress.
-        unwritable: why a checkpoint could not be written, which ended the run; or None.
+        write_error: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
-        first_step: called when the first step is whole; the run then takes its folder.
+
+    Args:
+        context: what the trainer needs besides the model and the rows.
+        progress: shows the progress; one of the callbacks.
+        resumed: what the checkpoint kept that the run resumes from.
+        on_first_step: called when the first step is complete; the run then takes its folder.
+        kwargs: Trainer's own.
     """
 
-    watch: Watch
-    first_step: Callable[[], None]
-
-    def __init__(self, context: Context, resumed: Saved | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        context: Context,
+        progress: ProgressCallback,
+        resumed: Saved | None,
+        on_first_step: Callable[[], None] | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.context, self.guard = context, Guard()
+        self.context, self.progress, self.guard = context, progress, NonFiniteGuard()
         self._folder = Path(context.recipe.output_dir)
-        self.first_step = lambda: None
-        self.unwritable: str | None = None
+        self._notify_first_step = on_first_step
+        self.write_error: str | None = None
         self.saved_at: int | None = None
         self._resumed = resumed
-        self._after_step: tuple[Randomness, Tensor] | None = None
+        self._after_step: tuple[RngState, Tensor] | None = None
         self._midway = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it gives the terminal back, whatever happens."""
-        with self.watch:
+        with self.progress:
             return super().train(*args, **kwargs)
 
-    # --- what is stepped, and in which order -----------------------------------------------------
+    # --- the optimizer, the schedule and the order of the rows ------------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer of the recipe; adapters are hundreds of small tensors, stepped as one."""
+        """The optimizer of the recipe; small tensors are updated as one."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self, model or self.model, self.context.recipe)
         return self.optimizer
@@ -75,8 +84,8 @@ class FineTuner(Restoring):
         """The recipe's schedule, where transformers has no name for it; else Trainer's own."""
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            stepped: Any = optimizer or self.optimizer
-            made: Any = own_schedule(self.context.recipe, stepped, warmup, num_training_steps)
+            scheduled: Any = optimizer or self.optimizer
+            made: Any = own_schedule(self.context.recipe, scheduled, warmup, num_training_steps)
             self.lr_scheduler, self._created_lr_scheduler = made, made is not None
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -145,42 +154,43 @@ class FineTuner(Restoring):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def began(self) -> None:
-        """Take up the loss that was summed up when the checkpoint was written."""
+    def start(self) -> None:
+        """Restore the counters and the pending loss of the checkpoint, if there is one."""
         if self._resumed is not None:
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state
             state.compute_steps(self.args, state.max_steps)
-            as_asked(self.callback_handler.callbacks, self.context.recipe)
+            apply_limits(self.callback_handler.callbacks, self.context.recipe)
             self.saved_at = self._resumed.step
             self._tr_loss += self._resumed.pending_loss
             self._globalstep_last_logged = self._resumed.last_logged
 
-    def stepped(self) -> None:
-        """Note what a checkpoint would need, if the next step is not finished."""
+    def on_step_end(self) -> None:
+        """Record what a checkpoint would need if the next step does not finish."""
         if self._after_step is None:
-            self._first_stepped()
-        self._after_step = Randomness.now(), self._tr_loss.clone()
+            self._on_first_step()
+        self._after_step = RngState.now(), self._tr_loss.clone()
         self._midway = False
 
-    def _first_stepped(self) -> None:
-        self.first_step()
+    def _on_first_step(self) -> None:
+        if self._notify_first_step is not None:
+            self._notify_first_step()
         model: Any = self.model
         planner = planner_of(model)
         if planner is not None:
-            planner.stepped = True
+            planner.on_optimizer_step()
 
-    def stepping(self) -> None:
-        """Note that a step begins, which may not be finished."""
+    def on_step_begin(self) -> None:
+        """Record that a step has begun, which may not finish."""
         self._midway = True
 
     def save_now(self) -> None:
         """Write a checkpoint of the last whole step, unless there is one, or was no step."""
-        if self.state.global_step not in (0, self.saved_at) and self.unwritable is None:
+        if self.state.global_step not in (0, self.saved_at) and self.write_error is None:
             self._save_checkpoint(self.model)
 
-    def give_up(self) -> None:
-        """End a loop that ``BadStep`` has left: write a checkpoint of what was before it."""
+    def abandon(self) -> None:
+        """End a loop that ``NonFiniteStepError`` has left; save the state before that step."""
         self.save_now()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
@@ -194,7 +204,7 @@ class FineTuner(Restoring):
             ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
         )  # fmt: skip
 
-    def take_up(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """Load a checkpoint of the last step, after which nothing is left to train."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -208,8 +218,8 @@ class FineTuner(Restoring):
         try:
             with checkpoint.writing(folder, step) as part:
                 write_checkpoint(self, part, self._saved(), self._unfinished())
-        except checkpoint.Unwritable as error:
-            self.unwritable = str(error)
+        except checkpoint.CheckpointWriteError as error:
+            self.write_error = str(error)
             self.control.should_training_stop = True
             return
         self.saved_at = step
@@ -224,13 +234,13 @@ class FineTuner(Restoring):
         self._pushed(super()._finish_current_push)
 
     def _pushed(self, push: Callable[[], Any]) -> None:
-        """Push to the hub; a failure is told, and costs the run nothing."""
+        """Push to the hub; a failure is reported and does not end the run."""
         try:
             push()
         except Exception as error:
-            self.watch.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
+            self.progress.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
 
-    def _unfinished(self) -> Randomness | None:
+    def _unfinished(self) -> RngState | None:
         """The random state before a step that was begun and not finished; else None."""
         return self._after_step[0] if self._midway and self._after_step is not None else None
 
@@ -244,7 +254,7 @@ class FineTuner(Restoring):
             recipe=recipe.recorded(),
             data=self.context.data,
             step=step,
-            meter=self.context.meter.whole(),
+            meter=self.context.meter.state_dict(),
             pending_loss=0.0 if logged else float(pending),
             last_logged=self._globalstep_last_logged,
             carried=self.context.carried(),
@@ -256,7 +266,7 @@ class FineTuner(Restoring):
 
     def ended(self) -> Literal["finished", "interrupted", "watchdog", "disk full"]:
         """Why the loop ended."""
-        if self.unwritable is not None:
+        if self.write_error is not None:
             return "disk full"
         if self.context.interrupts.signal is not None:
             return "interrupted"
@@ -265,7 +275,11 @@ class FineTuner(Restoring):
 
 
 def make_trainer(
-    context: Context, model: Any, packs: Any, resumed: Saved | None = None
+    context: Context,
+    model: Any,
+    packs: Any,
+    resumed: Saved | None = None,
+    on_first_step: Callable[[], None] | None = None,
 ) -> FineTuner:
     """Set up the trainer; ``trainer.train()`` runs it.
 
@@ -273,7 +287,8 @@ def make_trainer(
         context: the recipe and what goes with it.
         model: with its adapters.
         packs: the sequences to train on; a stream of them has no length.
-        resumed: what the checkpoint kept that the run goes on from.
+        resumed: what the checkpoint kept that the run resumes from.
+        on_first_step: called when the first step is complete.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
@@ -281,9 +296,9 @@ def make_trainer(
     recipe = context.recipe
     args = arguments_for(recipe, packs)
     pad_id = pad_token(context.tokenizer)
-    flow = Flow(recipe, context.interrupts)
-    memory = Memory(model.device)
-    watch = Watch(
+    flow = FlowCallback(recipe, context.interrupts)
+    memory = Meter(model.device)
+    progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip
@@ -294,16 +309,16 @@ def make_trainer(
         # asked for; evaluate() is ours
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
-        "callbacks": [*watchers(recipe), flow, watch],
+        "callbacks": [*watchdogs(recipe), flow, progress],
     }
     try:
-        trainer = FineTuner(context, resumed, **given)
+        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    flow.trainer, trainer.watch = trainer, watch
+    flow.trainer = trainer
     if resumed is not None:
-        context.meter.restore(resumed.meter)
+        context.meter.load_state_dict(resumed.meter)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,4 +1,4 @@
-"""When a run goes wrong by itself: a loss that stays too high, or numbers that are none."""
+"""When a run goes wrong by itself: a loss that stays too high, or that is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LossWatchdog(TrainerCallback, ExportableState):
         }
 
 
-class BadStep(Exception):
+class NonFiniteStepError(Exception):
     """A step whose loss or gradient is not a finite number; its update was not made.
 
     Attributes:
@@ -103,11 +103,11 @@ class _Seen:
     norm: Tensor | None = None
 
 
-class Guard:
+class NonFiniteGuard:
     """Looks at the loss and the gradient of every step before the optimizer does.
 
     On a CPU, and before steps that are logged anyway, it looks at the numbers. Between them, on a
-    GPU, looking would make the host wait: there the optimizer is told to leave everything as it is
+    GPU, looking would make the host wait: there the optimizer is set to leave everything as it is
     if the gradient is not finite (as with loss scaling, on the device), and the guard looks when
     the trainer logs.
     """
@@ -136,7 +136,7 @@ class Guard:
             ``norm``; as a number where it has been looked at.
 
         Raises:
-            BadStep: it is not finite, or the loss is not.
+            NonFiniteStepError: it is not finite, or the loss is not.
         """
         vars(optimizer).pop("found_inf", None)
         self._steps[-1].norm = norm if torch.is_tensor(norm) else torch.tensor(float(norm))
@@ -151,16 +151,16 @@ class Guard:
         """Look at all steps since the last look.
 
         Raises:
-            BadStep: the first of them that is not finite.
+            NonFiniteStepError: the first of them that is not finite.
         """
         steps, self._steps = self._steps, []
         for seen in steps:
-            # a loss that is no number has a gradient that is none: one look is enough
+            # a NaN loss has a NaN gradient: one check is enough
             if seen.norm is not None and math.isfinite(float(seen.norm)):
                 continue
             losses = torch.stack(seen.losses).tolist()
             bad = [loss for loss in losses if not math.isfinite(loss)]
             if bad:
-                raise BadStep(seen.step, "loss", bad[0], seen)
+                raise NonFiniteStepError(seen.step, "loss", bad[0], seen)
             if seen.norm is not None:
-                raise BadStep(seen.step, "gradient norm", float(seen.norm), seen)
+                raise NonFiniteStepError(seen.step, "gradient norm", float(seen.norm), seen)

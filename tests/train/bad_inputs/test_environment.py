@@ -143,12 +143,12 @@ def test_a_dry_run_says_it_too(name: str, box: Box, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk_before_the_first_step(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusewright.train.data.cache import Writer
+    from fusewright.train.data.cache import ArrowWriter
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Writer, "add", full)
+    monkeypatch.setattr(ArrowWriter, "add", full)
     bad = Bad(
         keys(), "dataset_prepared_path: the rows cannot be kept in", "No space left on device"
     )

@@ -21,10 +21,10 @@ from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.checkpoint import lock
 from fusewright.train.checkpoint import output_folder as output
-from fusewright.train.checkpoint.lock import Holder, held
+from fusewright.train.checkpoint.lock import LockHolder, held
 from fusewright.train.checkpoint.ownership import LOCK
+from fusewright.train.output_files import why_not_ours_to_write
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.system_folders import why_not_ours_to_write
 
 from ..commands import fusewright, refused, snapshot
 
@@ -109,8 +109,8 @@ def test_the_log_of_this_process_may_be_there(recipe: dict[str, Any], tmp_path: 
     folder = tmp_path / "out"
     folder.mkdir()
     code = (
-        "import pathlib, sys\nfrom fusewright.train.checkpoint.ownership import strangers\n"
-        f"print(strangers(pathlib.Path({str(folder)!r})), file=sys.stderr)"
+        "import pathlib, sys\nfrom fusewright.train.checkpoint.ownership import foreign_files\n"
+        f"print(foreign_files(pathlib.Path({str(folder)!r})), file=sys.stderr)"
     )
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(
@@ -212,7 +212,7 @@ def test_a_lock_is_not_kept_by_what_a_killed_run_has_started(
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    Holder(gone.pid, Holder.this().host, 0.0, "then").write(handle)
+    LockHolder(gone.pid, LockHolder.this().host, 0.0, "then").write(handle)
     fcntl.flock(handle, fcntl.LOCK_EX)
     waits: list[float] = []
 
@@ -264,7 +264,7 @@ def test_a_file_system_without_locks(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(lock.fcntl, "flock", none)
-    path, this = tmp_path / LOCK, Holder.this()
+    path, this = tmp_path / LOCK, LockHolder.this()
     with held(tmp_path, print):
         assert json.loads(path.read_text())["pid"] == os.getpid()
         with pytest.raises(RecipeError, match="is in use by process"), held(tmp_path, print):

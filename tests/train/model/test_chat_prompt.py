@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from fusewright.train import train
-from fusewright.train.model.chat_prompt import Asking
+from fusewright.train.model.chat_prompt import ChatPrompt
 from fusewright.train.report.usage import snippet
 
 from ..conftest import CHATML, chat, make_tokenizer, small_recipe
@@ -136,10 +136,10 @@ def test_names_that_are_no_arguments_are_written_as_a_mapping() -> None:
 )
 def test_the_system_text_is_that_of_rows_which_get_it(rows: Any, used: bool) -> None:
     recipe = {"default_system_message": SYSTEM, "datasets": rows}
-    assert Asking.of(recipe).system == (SYSTEM if used else None)
-    assert len(Asking.of(recipe).question("Hi")) == 1 + used
+    assert ChatPrompt.of(recipe).system == (SYSTEM if used else None)
+    assert len(ChatPrompt.of(recipe).question("Hi")) == 1 + used
 
 
 def test_a_run_without_these_keys_is_asked_as_it_is() -> None:
-    assert Asking.of({}) == Asking.of({"chat_template_kwargs": "odd"}) == Asking()
+    assert ChatPrompt.of({}) == ChatPrompt.of({"chat_template_kwargs": "odd"}) == ChatPrompt()
     assert "chat_template" not in snippet({}, "out").replace("apply_chat_template", "")

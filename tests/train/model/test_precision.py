@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from fusewright.train import train
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.merge.merge import Request, merge
+from fusewright.train.merge.merge import MergeOptions, merge
 from fusewright.train.model import precision
-from fusewright.train.model.precision import dtype_for_training, has_bfloat16, slow
+from fusewright.train.model.precision import dtype_for_training, has_bfloat16, precision_warning
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a CPU can do")
 
@@ -66,9 +66,9 @@ def test_an_imitated_precision_is_told_and_kept(
 
 @pytest.mark.usefixtures("no_bfloat16")
 def test_nothing_is_told_where_nothing_is_imitated() -> None:
-    assert slow("auto") is None
-    assert slow("float32") is None
-    assert slow("bfloat16") is not None
+    assert precision_warning("auto") is None
+    assert precision_warning("float32") is None
+    assert precision_warning("bfloat16") is not None
 
 
 def test_merged_weights_have_the_dtype_of_the_run_wherever_they_are_merged(
@@ -78,6 +78,6 @@ def test_merged_weights_have_the_dtype_of_the_run_wherever_they_are_merged(
     quiet = Console(quiet=True)
     train({**recipe, "bf16": "auto", "max_steps": 1}, console=quiet)
     monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
-    folder = merge(open_run(tmp_path / "out"), Request(), quiet)
+    folder = merge(open_run(tmp_path / "out"), MergeOptions(), quiet)
     (file,) = folder.glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}

@@ -10,7 +10,7 @@ import pytest
 from fusewright.errors import RecipeError
 from fusewright.train.checkpoint.output_folder import check_output
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.recipe.locate import Source, locate
+from fusewright.train.recipe.locate import ModelSource, locate
 from fusewright.train.recipe.recipe import Dataset, Recipe
 from fusewright.train.recipe.yaml_lines import parse_value
 
@@ -182,15 +182,15 @@ def test_locating_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     (package / "one.gguf").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert locate("package:fw_package", []) == Source(str(package), "one.gguf")
+    assert locate("package:fw_package", []) == ModelSource(str(package), "one.gguf")
     (package / "two.gguf").write_text("")
     with pytest.raises(RecipeError, match=r"several GGUF files; name one: one\.gguf, two\.gguf"):
         locate("package:fw_package", [])
-    assert locate("package:fw_package/two.gguf", []) == Source(str(package), "two.gguf")
-    assert locate("fw_package/two.gguf", [tmp_path]) == Source(str(package), "two.gguf")
-    assert locate("org/model", [tmp_path]) == Source("org/model")
+    assert locate("package:fw_package/two.gguf", []) == ModelSource(str(package), "two.gguf")
+    assert locate("fw_package/two.gguf", [tmp_path]) == ModelSource(str(package), "two.gguf")
+    assert locate("org/model", [tmp_path]) == ModelSource("org/model")
     (package / "config.json").write_text("{}")
-    assert locate("fw_package", [tmp_path]) == Source(str(package))
+    assert locate("fw_package", [tmp_path]) == ModelSource(str(package))
     with pytest.raises(RecipeError, match=r"the package llm_smollm9 is not installed$"):
         locate("package:llm_smollm9", [])  # no advice to install what may be anybody's
     (tmp_path / "empty").mkdir()

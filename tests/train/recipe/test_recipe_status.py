@@ -13,7 +13,7 @@ import yaml
 from fusewright.errors import RecipeError
 from fusewright.train.dry_run import resolved_yaml
 from fusewright.train.recipe.load import check, load_recipe
-from fusewright.train.recipe.status import entries, refusals, told
+from fusewright.train.recipe.status import entries, messages, refusals
 
 from ..commands import fusewright, snapshot
 
@@ -128,12 +128,12 @@ def test_a_batch_size_that_is_not_found_says_what_to_do_instead() -> None:
 
 def test_training_says_what_was_not_asked_for() -> None:
     keys = {"liger_rope": True, "ddp": True, "liger_rms_norm": False, "debug": None}
-    lines = told(load_recipe({**BASE, **keys}))
+    lines = messages(load_recipe({**BASE, **keys}))
     assert lines == [
         "done by fusewright itself, so not asked for: liger_rope (train --dry-run says why)",
         "without effect here: ddp (train --dry-run says why)",
     ]
-    assert told(load_recipe(BASE)) == []
+    assert messages(load_recipe(BASE)) == []
 
 
 RECIPE = """\

@@ -102,7 +102,8 @@ def test_the_same_page_from_every_form_of_a_run(run: dict[str, Any], run_folder:
 
 
 def test_a_page_can_be_made_without_torch() -> None:
-    code = "import sys; from fusewright.train import page, card; print('torch' in sys.modules)"
+    modules = "from fusewright.train.report import model_card, page"
+    code = f"import sys; {modules}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
@@ -203,8 +204,8 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
         "stopped: not a number",
         "the loss of step 4 is nan.",
         "after step 3 of 6",
-        "The adapter of the last whole step is saved",
-        "To go on from /runs/a/checkpoint-2",
+        "The adapter of the last complete step is saved",
+        "To resume from /runs/a/checkpoint-2",
         "Not asked: the run ended early.",
     ):
         assert words in found.text

@@ -10,7 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusewright.train.report import throughput as meter
-from fusewright.train.report.throughput import Meter, flops_per_token, mean_context, peak_flops
+from fusewright.train.report.throughput import (
+    ThroughputMeter,
+    flops_per_token,
+    mean_context,
+    peak_flops,
+)
 
 from ..conftest import make_model
 
@@ -78,7 +83,7 @@ def test_the_context_of_an_average_token() -> None:
 
 
 def test_rates_leave_the_first_step_out() -> None:
-    taken = Meter()
+    taken = ThroughputMeter()
     for seconds, tokens in ((10.0, 100), (1.0, 100), (3.0, 100)):
         taken.add(tokens, tokens // 2)
         taken.seconds.append(seconds)

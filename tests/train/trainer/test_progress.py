@@ -15,26 +15,28 @@ import torch
 from rich.console import Console
 
 from fusewright.train.report.format import Smooth, duration, memory, millions
-from fusewright.train.report.throughput import Meter
-from fusewright.train.trainer.progress import Watch
+from fusewright.train.report.throughput import ThroughputMeter
+from fusewright.train.trainer.progress import ProgressCallback
 from fusewright.train.trainer.signals import Interrupts
 
 
 class Screen:
-    """A terminal (or a log) that a watch writes to, and the trainer's side of the talk."""
+    """A terminal (or a log) that the callback writes to, and the trainer's side of the talk."""
 
     def __init__(self, width: int, terminal: bool, total: int = 20, every: int = 1) -> None:
         self.out = io.StringIO()
         console = Console(file=self.out, width=width, force_terminal=terminal, color_system=None)
-        self.meter = Meter(flops=2e6, peak=1e9)
+        self.meter = ThroughputMeter(flops=2e6, peak=1e9)
         self.interrupts = Interrupts()
-        self.watch = Watch(self.meter, self.interrupts, console, total, used=lambda: 3300.0)
+        self.display = ProgressCallback(
+            self.meter, self.interrupts, console, total, used=lambda: 3300.0
+        )
         self.every = every
         self.state = SimpleNamespace(global_step=0, epoch=0.0)
         self.control = SimpleNamespace(should_training_stop=False, should_log=False)
 
     def tell(self, event: str, **more: Any) -> None:
-        getattr(self.watch, event)(None, self.state, self.control, **more)
+        getattr(self.display, event)(None, self.state, self.control, **more)
 
     def step(self, loss: float = 1.5) -> None:
         self.tell("on_step_begin")
@@ -49,9 +51,9 @@ class Screen:
 
     def frame(self) -> list[str]:
         """What the bar looks like now."""
-        assert self.watch.bar is not None
+        assert self.display.bar is not None
         self.out.truncate(self.out.seek(0))
-        self.watch.console.print(self.watch.bar.get_renderable())
+        self.display.console.print(self.display.bar.get_renderable())
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.out.getvalue()).replace("\r", "")
         return [line.rstrip() for line in text.split("\n") if line.strip()]
 
@@ -59,7 +61,7 @@ class Screen:
 @pytest.mark.parametrize("width", [30, 50, 80, 100, 140])
 def test_the_bar_fits_the_terminal(width: int) -> None:
     screen = Screen(width, terminal=True)
-    with screen.watch:
+    with screen.display:
         screen.tell("on_train_begin")
         for loss in (2.0, 1.0, 1.5):
             screen.step(loss)
@@ -82,7 +84,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
 
 def test_the_figures_are_right() -> None:
     screen = Screen(140, terminal=True)
-    with screen.watch:
+    with screen.display:
         screen.tell("on_train_begin")
         screen.step()
         screen.step()
@@ -95,7 +97,7 @@ def test_the_figures_are_right() -> None:
 
 def test_what_others_say_stands_above_the_bar() -> None:
     screen = Screen(100, terminal=True)
-    with screen.watch:
+    with screen.display:
         screen.tell("on_train_begin")
         screen.step()
         print("mind the gap", file=sys.stderr)  # as the warnings module does
@@ -118,7 +120,7 @@ def test_what_others_say_stands_above_the_bar() -> None:
 
 def test_the_terminal_is_given_back_after_an_error() -> None:
     def fail() -> None:
-        with screen.watch:
+        with screen.display:
             screen.tell("on_train_begin")
             assert sys.stdout is not before
             raise RuntimeError
@@ -132,11 +134,11 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
 
 def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
-    with screen.interrupts, screen.watch:
+    with screen.interrupts, screen.display:
         screen.tell("on_train_begin")
         screen.step()
         assert not screen.control.should_training_stop
-        with screen.interrupts.patiently():
+        with screen.interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
         assert Interrupts.STOPPING in screen.frame()  # at once, not when the step has ended
         screen.tell("on_substep_end")
@@ -146,7 +148,7 @@ def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -
 
 
 def lines(screen: Screen, steps: int) -> list[str]:
-    with screen.watch:
+    with screen.display:
         screen.tell("on_train_begin")
         for _ in range(steps):
             screen.step()
@@ -170,14 +172,16 @@ def test_a_log_gets_its_lines_when_losses_are_logged_at_other_steps() -> None:
 
 
 def test_a_quiet_console_stays_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    watch = Watch(Meter(), Interrupts(), Console(quiet=True, force_terminal=True), 3)
+    progress = ProgressCallback(
+        ThroughputMeter(), Interrupts(), Console(quiet=True, force_terminal=True), 3
+    )
     state, control = SimpleNamespace(global_step=1, epoch=0.1), SimpleNamespace(should_log=True)
     control.should_training_stop = False
-    with watch:
-        watch.on_train_begin(None, state, control)
-        watch.on_step_begin(None, state, control)
-        watch.on_step_end(None, state, control)
-        watch.on_log(None, state, control, logs={"loss": 1.0})
+    with progress:
+        progress.on_train_begin(None, state, control)
+        progress.on_step_begin(None, state, control)
+        progress.on_step_end(None, state, control)
+        progress.on_log(None, state, control, logs={"loss": 1.0})
     assert capfd.readouterr() == ("", "")
 
 
@@ -187,7 +191,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
         smooth.add(value)
     assert smooth.value == pytest.approx(2.0)
     screen = Screen(140, terminal=True)
-    with screen.watch:
+    with screen.display:
         screen.tell("on_train_begin")
         screen.step(2.0)
         screen.step(float("nan"))
@@ -221,7 +225,7 @@ def test_rates_and_the_time_left_leave_the_first_step_out() -> None:
     assert "trained tokens/s" in log.out.getvalue()
     assert "ETA" in log.out.getvalue()
     assert " left" in " ".join(bar.frame())
-    bar.watch.close()
+    bar.display.close()
 
 
 @pytest.mark.parametrize(("quiet", "lines"), [(0.0, 4), (3600.0, 0)])

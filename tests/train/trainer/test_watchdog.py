@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from fusewright.train import train
 from fusewright.train.checkpoint.files import checkpoints
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.run import Run
-from fusewright.train.trainer.callbacks import Flow, watchers
+from fusewright.train.run import TrainingRun
+from fusewright.train.trainer.callbacks import FlowCallback, watchdogs
 from fusewright.train.trainer.signals import Interrupts
-from fusewright.train.trainer.watchdog import BadStep, Guard, LossWatchdog
+from fusewright.train.trainer.watchdog import LossWatchdog, NonFiniteGuard, NonFiniteStepError
 
 from ..conftest import chat, make_model, make_tokenizer
 
@@ -101,7 +101,7 @@ def test_the_guard_lets_the_device_leave_out_a_step() -> None:
 
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    guard = Guard()
+    guard = NonFiniteGuard()
 
     def step(number: int, gradient: float, logged: bool) -> None:
         weight.grad = torch.full((3,), gradient)
@@ -116,7 +116,7 @@ def test_the_guard_lets_the_device_leave_out_a_step() -> None:
     step(3, 1.0, False)
     assert not torch.equal(weight, once)
     assert torch.isfinite(weight).all()
-    with pytest.raises(BadStep, match="step 2: the loss is nan") as caught:
+    with pytest.raises(NonFiniteStepError, match="step 2: the loss is nan") as caught:
         step(4, 1.0, True)
     assert caught.value.batches[0]["input_ids"].item() == 2
     step(5, 1.0, True)
@@ -141,7 +141,7 @@ def test_the_loss_watchdog(recipe: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_watchdog_without_a_patience_of_its_own_waits_for_three(tmp_path: Path) -> None:
-    (dog,) = watchers(Recipe(base_model="x", loss_watchdog_threshold=5.0))
+    (dog,) = watchdogs(Recipe(base_model="x", loss_watchdog_threshold=5.0))
     assert isinstance(dog, LossWatchdog)
     assert dog.patience == 3
 
@@ -161,7 +161,7 @@ def test_when_garbage_is_collected(
     collected: list[int] = []
     state = SimpleNamespace(global_step=0)
     monkeypatch.setattr("gc.collect", lambda: collected.append(state.global_step))
-    flow = Flow(Recipe(base_model="x", gc_steps=every), Interrupts())
+    flow = FlowCallback(Recipe(base_model="x", gc_steps=every), Interrupts())
     flow.trainer = MagicMock()
     control = SimpleNamespace(should_training_stop=False, should_save=False)
     for step in range(1, 5):
@@ -204,7 +204,7 @@ def test_a_full_disk(recipe: dict[str, Any], small_disk: Path) -> None:
     assert not list(folder.glob(".*"))
     said = out.getvalue()
     assert "The last checkpoint could not be written: the disk is full." in said
-    assert f"{there[-1]} is whole" in said
+    assert f"{there[-1]} is complete" in said
     assert "Traceback" not in said
     # with room again, it goes on
     subprocess.run(["mount", "-o", "remount,size=50M", str(small_disk)], check=True)
@@ -235,7 +235,9 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
     assert checkpoints(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("broken", ["plot", "check_adapter", "answer", "page.write", "card.write"])
+@pytest.mark.parametrize(
+    "broken", ["plot", "check_adapter", "answer", "page.write", "model_card.write"]
+)
 def test_what_fails_after_training_costs_nothing(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -244,10 +246,10 @@ def test_what_fails_after_training_costs_nothing(
             return "before"
         raise OSError(errno.EIO, "the printer is on fire")
 
-    where = broken if "." in broken else f"export.{broken}"
+    where = f"report.{broken}" if "." in broken else f"checkpoint.save_model.{broken}"
     monkeypatch.setattr(f"fusewright.train.{where}", fail)
     out = io.StringIO()
-    run = Run(
+    run = TrainingRun(
         Recipe.model_validate({**recipe, "sample_prompt": "What is 3?"}),
         Console(file=out, width=200),
     )

@@ -1,6 +1,6 @@
 """The day that chat templates write, where they ask for it with ``strftime_now``.
 
-The rows of a run have one day, that on which it began: those that are prepared after midnight,
+The rows of a run have one day, the day it started: those that are prepared after midnight,
 streamed for days or prepared again by a resumed run have the same date in them.
 """
 
@@ -26,7 +26,7 @@ before the template's first tag are at the beginning of a line, as they were."""
 
 
 def today() -> str:
-    """The date as ``2026-10-05``, in UTC, so that a run may go on in another time zone."""
+    """The date as ``2026-10-05``, in UTC, so that a run may resume in another time zone."""
     return datetime.now(UTC).date().isoformat()
 
 

@@ -29,7 +29,7 @@ class Turn:
         begin: where its author takes over: for the assistant behind the generation prompt, for
             others where the content begins.
         end: where the next turn's header begins, or the text ends.
-        content: the content alone, or None when it cannot be told.
+        content: the content alone, or None when it is not known.
     """
 
     begin: int

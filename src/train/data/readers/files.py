@@ -23,7 +23,7 @@ Row = tuple[str, Any]
 """File and line, and what stands there."""
 
 Progress = Callable[[float], None]
-"""Is told the share of a file that has been read."""
+"""Called with the share of a file that has been read."""
 
 _PACKED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BATCH = 1000

@@ -15,7 +15,7 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
-from ...package_rows import OwnRows, is_own
+from ...package_rows import PackageRows, is_own
 from ...recipe.recipe import Dataset
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 
@@ -26,7 +26,7 @@ _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """The rows of one dataset, found but not read.
 
     Attributes:
@@ -97,7 +97,7 @@ def find(
     limit: int | None = None,
     streaming: bool = False,
     allow_builders: bool = False,
-) -> Source:
+) -> DataSource:
     """Find a dataset, building it if it has a builder, may be built, and is not there yet.
 
     Args:
@@ -122,7 +122,7 @@ def find(
         )
     if own:
         _require_train(path, split["name"])
-        return Source(dataset, table=OwnRows(dataset.path), limit=limit)
+        return DataSource(dataset, table=PackageRows(dataset.path), limit=limit)
     if path.is_dir():
         return replace(_in_folder(dataset, path, split["name"]), limit=limit)
     if path.exists() or path.is_absolute() or dataset.ds_type:
@@ -131,8 +131,8 @@ def find(
         if not own and not path.is_file():
             raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
         _require_train(path, split["name"])
-        return Source(dataset, (path,), limit=limit)
-    return Source(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
+        return DataSource(dataset, (path,), limit=limit)
+    return DataSource(dataset, table=_on_hub(dataset, split["name"], streaming), limit=limit)
 
 
 def _require_train(path: Path, split: str) -> None:
@@ -163,18 +163,18 @@ def _build(builder: Path, path: Path) -> None:
         )
 
 
-def _in_folder(dataset: Dataset, path: Path, split: str) -> Source:
+def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
     """A folder that ``datasets`` has saved, or one with files in it."""
     saved = any((path / n).is_file() for n in ("dataset_dict.json", "state.json"))
     if saved:
-        return Source(dataset, table=_saved(path, split))
+        return DataSource(dataset, table=_saved(path, split))
     from datasets import load_dataset_builder
 
     named = dataset.data_files
     try:
         if named is not None:
             files = {"train": _named(path, [named] if isinstance(named, str) else named)}
-        else:  # which file is of which split is told by names, as everywhere
+        else:  # file names say which split a file belongs to, as everywhere
             found = load_dataset_builder(str(path)).config.data_files or {}
             files = {str(k): [Path(f) for f in v] for k, v in found.items()}
     except (OSError, ValueError) as error:  # EmptyDatasetError and DataFilesNotFoundError, too
@@ -186,7 +186,7 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> Source:
         ) from None
     if split not in files:
         raise DataError(f"{path}: there is no split {split!r}, only {', '.join(files)}")
-    return Source(dataset, tuple(files[split]))
+    return DataSource(dataset, tuple(files[split]))
 
 
 def _named(folder: Path, names: list[str]) -> list[Path]:

@@ -15,7 +15,7 @@ class LoftQ(Keys):
 
 
 class PeftKeys(Keys):
-    """``peft``: what PEFT is told besides."""
+    """``peft``: further settings of PEFT."""
 
     loftq_config: LoftQ | None = not_yet("leave it out")
     """Begin the adapters at what quantization loses. Unset: no."""
@@ -41,7 +41,7 @@ class AdapterKeys(Keys):
     """``lora``, or ``qlora`` (the same on weights of 4 bits), or unset to train every weight."""
 
     lora_model_dir: str | None = None
-    """A folder with an adapter to go on from. Unset: a new one."""
+    """A folder with an adapter to continue training from. Unset: a new one."""
 
     lora_r: Int = key(8, gt=0)
     """Rank of the update."""

@@ -7,10 +7,19 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
 """What becomes of a key. A key that is none of these is unknown, and an error."""
+
+
+def is_default(field: FieldInfo, value: Any) -> bool:
+    """Whether ``value``, as a recipe or as JSON has it, is the default of ``field``."""
+    if field.is_required():
+        return False
+    default = to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))
+    value = to_jsonable_python(value)
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
 
 
 def _no_bool(value: Any) -> Any:

@@ -19,7 +19,7 @@ class DataKeys(Keys):
     """The rows to validate on, each dataset by itself. Unset: see ``val_set_size``."""
 
     pretraining_dataset: list[PretrainingDataset] = key([], min_length=1)
-    """Texts that are read as a stream while training goes on, and never kept as a whole; in place
+    """Texts that are read as a stream during training, and never kept as a whole; in place
     of ``datasets``. Needs ``max_steps``. Unset: none."""
 
     val_set_size: Float = key(0.0, ge=0)

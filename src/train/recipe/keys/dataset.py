@@ -255,7 +255,7 @@ class Dataset(Keys):
 
 
 class PretrainingDataset(Dataset):
-    """One entry of ``pretraining_dataset``: texts that are read while training goes on."""
+    """One entry of ``pretraining_dataset``: texts that are read during training."""
 
     type: str | PromptFormat = "pretrain"
     """How a row is read: ``pretrain`` takes its text as it is."""

@@ -10,7 +10,7 @@ _ONE = "run on one device; adapter: qlora and a smaller micro_batch_size need th
 _LAUNCHER = "there is one process"
 
 
-class ScaleKeys(Keys):
+class DistributedKeys(Keys):
     """Several processes. One does all the work so far."""
 
     fsdp: list[str] | str | None = not_yet(_ONE)

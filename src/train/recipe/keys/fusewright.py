@@ -19,7 +19,7 @@ def _budget(value: Any) -> Any:
         raise PydanticCustomError("budget", wanted) from None
 
 
-class OurKeys(Keys):
+class FusewrightKeys(Keys):
     """Fusewright's own."""
 
     optimize: bool = True

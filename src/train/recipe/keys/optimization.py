@@ -48,7 +48,7 @@ _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
 }
 
 
-class StepKeys(Keys):
+class OptimizationKeys(Keys):
     """The optimizer steps."""
 
     micro_batch_size: Int = key(1, gt=0)

@@ -27,11 +27,11 @@ class OutputKeys(Keys):
     """Replace the run that ``output_dir`` holds; otherwise that is an error."""
 
     resume_from_checkpoint: str | bool | None = None
-    """A folder ``checkpoint-N`` to go on from, in the current folder, beside the recipe or in
+    """A folder ``checkpoint-N`` to resume from, in the current folder, beside the recipe or in
     ``output_dir``; true: the last one in ``output_dir``. Unset: begin anew."""
 
     auto_resume_from_checkpoints: bool = False
-    """Go on from the last checkpoint in ``output_dir``, if there is one."""
+    """Resume from the last checkpoint in ``output_dir``, if there is one."""
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ KERNEL_PLUGINS = (
 """The plugins that change no result."""
 
 
-class PeerKeys(Keys):
+class SubsumedKeys(Keys):
     """Kernels and patches of other engines, and plugins."""
 
     liger_rope: bool | None = subsumed(_RULE.format("rope"))

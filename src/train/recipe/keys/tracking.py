@@ -26,7 +26,7 @@ class TrackingKeys(Keys):
     """The name of the run. Unset: a random one."""
 
     wandb_run_id: str | None = None
-    """The id of the run, to go on with it. Unset: a new run."""
+    """The id of the run, to continue it. Unset: a new run."""
 
     wandb_mode: Literal["online", "offline", "disabled", "shared"] | None = None
     """``offline`` keeps the log here, ``disabled`` logs nothing. Unset: ``online``."""
@@ -65,7 +65,7 @@ class TrackingKeys(Keys):
     """The project there. Unset: its default."""
 
     comet_experiment_key: str | None = None
-    """The id of the experiment, to go on with it. Unset: a new one."""
+    """The id of the experiment, to continue it. Unset: a new one."""
 
     comet_mode: Literal["create", "get", "get_or_create"] | None = None
     """A new experiment, or one that is there. Unset: ``get_or_create``."""

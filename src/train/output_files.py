@@ -1,4 +1,4 @@
-"""Folders that nothing may be written into, whatever a recipe says: those of the system."""
+"""Where no run may write, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ _FREE = tuple(
     )
 )  # fmt: skip
 """Folders in those of the system that are for everybody."""
+
+
+def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
+    """Write ``text`` to ``path`` in UTF-8: the file is there completely, or as it was before.
+
+    Args:
+        path: the file.
+        text: its content.
+        errors: of ``str.encode``.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(text.encode("utf-8", errors))
+    part.replace(path)
 
 
 def why_not_ours_to_write(folder: Path) -> str | None:
