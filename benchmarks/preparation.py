@@ -92,7 +92,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _write_rows(file: Path, count: int) -> None:
     """Chats of one to three questions about the docstrings of the standard library."""
     built = file.with_name("docstrings.jsonl")
-    builder = ROOT / "src" / "train" / "data" / "docstrings.py"
+    builder = ROOT / "src" / "train" / "data" / "readers" / "docstrings.py"
     subprocess.run([sys.executable, str(builder), str(built)], check=True, capture_output=True)
     pairs = [json.loads(line)["messages"] for line in built.read_text("utf-8").splitlines()]
     draw = random.Random(0)

@@ -96,7 +96,7 @@ def _rows(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     source = options.data
     if source is None:
         source = folder / "docstrings.jsonl"
-        builder = ROOT / "src" / "train" / "data" / "docstrings.py"
+        builder = ROOT / "src" / "train" / "data" / "readers" / "docstrings.py"
         subprocess.run([sys.executable, str(builder), str(source)], check=True, capture_output=True)
     lines = [line for line in source.read_text("utf-8").splitlines() if line.strip()]
     random.Random(42).shuffle(lines)
