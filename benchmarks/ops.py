@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def find_ops() -> dict[str, Op]:
     """Every op record in ``fusewright.kernels``, by name."""
     found: dict[str, Op] = {}
-    for info in pkgutil.iter_modules(kernels.__path__):
-        if not info.ispkg:
-            module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        if not (info.ispkg or info.name.endswith("_triton")):
+            module = importlib.import_module(info.name)
             records = [value for value in vars(module).values() if isinstance(value, Op)]
             found |= {record.name: record for record in records}
     return found
