@@ -98,7 +98,8 @@ def test_no_source_names_an_architecture() -> None:
     types = set(NAMES) - {"codegen", "git", "ctrl"}  # words of ours
     # what users write: keys and templates have names, and the page of keys has an example
     words_of_recipes = {
-        source / "train" / name for name in ("keys", "chat_templates.py", "docs.py")
+        source / "train" / name
+        for name in ("recipe/keys", "chat_templates.py", "recipe/reference_docs.py")
     }
     found = []
     for path in source.rglob("*.py"):
