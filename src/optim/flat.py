@@ -1,9 +1,8 @@
 """An optimizer that steps hundreds of small tensors as one.
 
-LoRA on every linear layer of a small model is 420 tensors; what an optimizer spends on them is
-the work per tensor, not per number. ``FlatOptimizer`` puts the small parameters of a group side by
-side in one buffer, and gives that to the optimizer. Outside it looks like the optimizer that it
-wraps: the same parameters in the same groups, the same state for each of them.
+LoRA on every linear layer of a small model is 420 tensors; an optimizer spends its time on each of
+them, not on their numbers. ``FlatOptimizer`` puts the small parameters of a group side by side in
+one buffer, and steps that. Parameters, groups and state are those of the optimizer that it wraps.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def flatten_optimizer(optimizer: Optimizer, threshold: int = THRESHOLD) -> Optim
         return FlatOptimizer(optimizer, threshold)
     except OptimizeError as error:
         warnings.warn(str(error), stacklevel=2)
-        return optimizer
+    return optimizer
 
 
 class FlatOptimizer(Optimizer):

@@ -35,12 +35,13 @@ from .requirements import tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
 from .trainer.batches import training_batch, training_sequences, typical_context, validation_batches
+from .trainer.build import make_trainer
 from .trainer.context import Context
 from .trainer.evaluation import validate
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.signals import Interrupts, Stopped
-from .trainer.trainer import FineTuner, make_trainer
+from .trainer.trainer import FineTuner
 from .trainer.watchdog import NonFiniteStepError
 
 

@@ -338,8 +338,9 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
     from transformers import Trainer
 
     from fusewright.optim.flat import FlatOptimizer
+    from fusewright.train.trainer.build import make_trainer
+    from fusewright.train.trainer.context import Context
     from fusewright.train.trainer.signals import Interrupts
-    from fusewright.train.trainer.trainer import Context, make_trainer
     from tests.train.conftest import make_model, make_tokenizer
 
     def trained(folder: str, resume: str | None, flat: bool) -> Any:

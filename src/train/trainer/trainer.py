@@ -9,23 +9,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 
 from ...compiler.pipeline import planner_of
-from ...errors import RecipeError
-from ...memory.meter import Meter
 from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
 from ..checkpoint.load import ResumableTrainer
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
-from ..checkpoint.save_model import pad_token
 from ..checkpoint.write import write_checkpoint
 from ..data.order import Kind, Order
 from ..report.result import rss_mb
-from .arguments import arguments_for
-from .batches import training_batch
-from .callbacks import FlowCallback, apply_limits, watchdogs
+from .callbacks import apply_limits
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
@@ -272,53 +267,3 @@ class FineTuner(ResumableTrainer):
             return "interrupted"
         dogs = [c for c in self.callback_handler.callbacks if isinstance(c, LossWatchdog)]
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
-
-
-def make_trainer(
-    context: Context,
-    model: Any,
-    packs: Any,
-    resumed: Saved | None = None,
-    on_first_step: Callable[[], None] | None = None,
-) -> FineTuner:
-    """Set up the trainer; ``trainer.train()`` runs it.
-
-    Args:
-        context: the recipe and what goes with it.
-        model: with its adapters.
-        packs: the sequences to train on; a stream of them has no length.
-        resumed: what the checkpoint kept that the run resumes from.
-        on_first_step: called when the first step is complete.
-
-    Raises:
-        RecipeError: keys that do not go together, or a hub that cannot be reached.
-    """
-    recipe = context.recipe
-    args = arguments_for(recipe, packs)
-    pad_id = pad_token(context.tokenizer)
-    flow = FlowCallback(recipe, context.interrupts)
-    memory = Meter(model.device)
-    progress = ProgressCallback(
-        context.meter, context.interrupts, context.console, args.max_steps,
-        lambda: memory.used() / 2**20,
-    )  # fmt: skip
-    given = {
-        "model": model,
-        "args": args,
-        "train_dataset": packs,
-        # asked for; evaluate() is ours
-        "eval_dataset": [None] if args.eval_strategy != "no" else None,
-        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
-        "callbacks": [*watchdogs(recipe), flow, progress],
-    }
-    try:
-        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
-    except Exception as error:  # of the hub there are many kinds
-        if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
-            raise
-        raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    flow.trainer = trainer
-    if resumed is not None:
-        context.meter.load_state_dict(resumed.meter)
-    trainer.remove_callback(PrinterCallback)
-    return trainer

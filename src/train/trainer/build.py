@@ -1,0 +1,70 @@
+"""From a recipe, a model and its data to the trainer that runs them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers.trainer_callback import PrinterCallback
+
+from ...errors import RecipeError
+from ...memory.meter import Meter
+from ..checkpoint.resume import Saved
+from ..checkpoint.save_model import pad_token
+from .arguments import arguments_for
+from .batches import training_batch
+from .callbacks import FlowCallback, watchdogs
+from .context import Context
+from .progress import ProgressCallback
+from .trainer import FineTuner
+
+
+def make_trainer(
+    context: Context,
+    model: Any,
+    packs: Any,
+    resumed: Saved | None = None,
+    on_first_step: Callable[[], None] | None = None,
+) -> FineTuner:
+    """Set up the trainer; ``trainer.train()`` runs it.
+
+    Args:
+        context: the recipe and what goes with it.
+        model: with its adapters.
+        packs: the sequences to train on; a stream of them has no length.
+        resumed: what the checkpoint kept that the run resumes from.
+        on_first_step: called when the first step is complete.
+
+    Raises:
+        RecipeError: keys that do not go together, or a hub that cannot be reached.
+    """
+    recipe = context.recipe
+    args = arguments_for(recipe, packs)
+    pad_id = pad_token(context.tokenizer)
+    flow = FlowCallback(recipe, context.interrupts)
+    memory = Meter(model.device)
+    progress = ProgressCallback(
+        context.meter, context.interrupts, context.console, args.max_steps,
+        lambda: memory.used() / 2**20,
+    )  # fmt: skip
+    given = {
+        "model": model,
+        "args": args,
+        "train_dataset": packs,
+        # asked for; evaluate() is ours
+        "eval_dataset": [None] if args.eval_strategy != "no" else None,
+        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
+        "callbacks": [*watchdogs(recipe), flow, progress],
+    }
+    try:
+        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
+    except Exception as error:  # of the hub there are many kinds
+        if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
+            raise
+        raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    flow.trainer = trainer
+    if resumed is not None:
+        context.meter.load_state_dict(resumed.meter)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
