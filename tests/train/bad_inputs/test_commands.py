@@ -106,7 +106,7 @@ CASES = {
         prompts('"hi"\n{oops\n'), "prompts.jsonl, line 2", "not valid JSON"
     ),
     "prompts that are half a character": Bad(
-        prompts('"hi \\ud83d"\n'), "prompts.jsonl, line 1", "write the whole character"
+        prompts('"hi \\ud83d"\n'), "prompts.jsonl, line 1", "replace it"
     ),
     "prompts that are none": Bad(prompts("5\n"), "prompts.jsonl, line 1", "must be a text"),
     "prompts that are not UTF-8": Bad(

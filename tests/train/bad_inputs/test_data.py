@@ -99,18 +99,18 @@ CASES = {
     "half a character": Bad(
         rows(f"{ROW}\n{HALF}\n"),
         "rows.jsonl, line 2: messages.0.content is not text: character 3 is half of a character",
-        "(\\ud83d); write the whole character, or leave it out",
+        "(\\ud83d); replace it, or leave it out",
     ),
     "half a character in a list": Bad(
-        rows(f"[{ROW}, {HALF}]", "rows.json"), "rows.json: 1.messages.0.content", "write the whole"
+        rows(f"[{ROW}, {HALF}]", "rows.json"), "rows.json: 1.messages.0.content", "replace it"
     ),
     "half a character in an argument": Bad(
         second(calls('{"x": "\\udc00"}')),
         "rows.jsonl, line 2: message 2: the arguments of a call cannot be read: x is not text",
-        "write the whole character",
+        "replace it",
     ),
     "a NUL in a row": Bad(
-        second(chat("a\0", "b")), "line 2: messages.0.content", "character 2 is a NUL; write the"
+        second(chat("a\0", "b")), "line 2: messages.0.content", "character 2 is a NUL; replace it"
     ),
     "not UTF-8": Bad(rows(ROW.encode() + b"\n\xff\n"), "line 2", "it is not UTF-8 (byte 1 of the"),
     "a table that is not UTF-8": Bad(a_table, "rows.parquet", "rows 1 to 1 is not UTF-8: write"),
