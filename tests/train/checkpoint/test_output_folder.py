@@ -141,7 +141,7 @@ def test_a_link_in_a_run_is_not_written_through(recipe: dict[str, Any], tmp_path
 
 HOLD = """
 import pathlib, sys, time
-from fusewright.train.lock import held
+from fusewright.train.checkpoint.lock import held
 with held(pathlib.Path(sys.argv[1]), lambda text: print(text, file=sys.stderr)):
     print("held", flush=True)
     time.sleep(600)

@@ -18,8 +18,8 @@ MB = 2**20
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from fusewright.train.after import merge
-from fusewright.train.after.runfolder import open_run
+from fusewright.train.merge import merge
+from fusewright.train.inference.run_folder import open_run
 from rich.console import Console
 
 def status(field):
