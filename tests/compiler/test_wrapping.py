@@ -214,6 +214,8 @@ def test_an_unpickled_model_is_optimized_and_copied_like_any_other() -> None:
 
 
 def test_what_accelerate_wrapped_is_explained_and_restored() -> None:
+    for state in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
+        state._reset_state()  # another test of this process may have set one up
     model = optimize(build(LLAMA, lora=False))
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     _loss(prepared)
