@@ -353,6 +353,17 @@ def test_logits_are_read_before_the_weights_change_or_not_at_all(optimizer: Any)
         z.sum()
 
 
+def test_a_bias_alone_that_is_trained_is_seen_to_change() -> None:
+    ours = copy.deepcopy(_pair("padded"))[1]
+    for name, p in ours.named_parameters():
+        p.requires_grad_(name == "lm_head.bias")
+    loss, z = ours(IDS, labels=LABELS)
+    loss.backward()
+    Behind([ours.lm_head.bias], 0.1).step()
+    with pytest.raises(RuntimeError, match="before the weights"):
+        z.sum()
+
+
 def test_without_gradients() -> None:
     eager, ours = _pair("padded")
     for mode in (torch.no_grad, torch.inference_mode):

@@ -136,8 +136,9 @@ def _versions(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
     leaves the version as it is.
     """
     tensors = [v for v in values if isinstance(v, Tensor) and not v.is_inference()]
-    trained = [t for t in tensors if type(t) is nn.Parameter and t.requires_grad and t.ndim == 2]
-    some = [t.detach().diagonal().clone().view(torch.uint8) for t in trained]
+    trained = [t.detach() for t in tensors if type(t) is nn.Parameter and t.requires_grad]
+    parts = (t.diagonal() if t.ndim == 2 else t.reshape(-1) for t in trained)
+    some = [t.clone().view(torch.uint8) for t in parts]
     return [t._version for t in tensors], some
 
 
