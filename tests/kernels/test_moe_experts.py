@@ -161,6 +161,18 @@ def test_rows_computed_beyond_an_expert_are_not_seen(
     assert exceeded(ours[1:total], eager, exact) is None
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_a_product_far_smaller_than_its_bias_is_rounded_once(rows: int) -> None:
+    a, weight = _randn(0, rows, 128).float(), _randn(1, 1, 128, 64).float() * 1e-3
+    bias = _randn(2, 1, 64).float()
+    ours = ops.grouped_mm(a, None, weight, torch.tensor([rows], dtype=torch.int32), bias)
+    eager, exact = (
+        a.to(dtype) @ weight[0].to(dtype) + bias[0].to(dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert exceeded(ours, eager, exact) is None
+
+
 def test_large_gradients_are_whole() -> None:
     a, b, like = _randn(0, 40, 256).float(), _randn(1, 40, 512).float(), torch.empty(20, 512, 256)
     assert like.nbytes >= ops._LARGE

@@ -60,7 +60,7 @@ def _grouped_mm_cpu(
     # the error budget; batches of padded experts (bmm) gain nothing.
     a = a if rows is None else a.index_select(0, rows)
     out = _in_huge_pages(a.new_empty(a.shape[0], weight.shape[2]))
-    counts = _counts(offsets, a.shape[0])
+    counts, wide = _counts(offsets, a.shape[0]), a.dtype.itemsize > 2
     start = 0
     with torch.autocast(a.device.type, enabled=False):
         for e, (count, matrix) in enumerate(zip(counts[:-1], weight.unbind(), strict=True)):
@@ -69,10 +69,14 @@ def _grouped_mm_cpu(
             # some of the next experts' rows, too, if need be: these write their own afterwards
             length = min(_usual_count(count, a.dtype), a.shape[0] - start)
             part, target = a.narrow(0, start, length), out.narrow(0, start, length)
-            if bias is None:
-                mm(part, matrix, out=target)
-            else:
+            if bias is not None and wide:
+                # MKL adds the products of a few rows to the bias one by one, which rounds each
+                # to the bias's size (seen on CPUs with AVX2 alone)
+                mm(part, matrix, out=target).add_(bias[e])
+            elif bias is not None:
                 addmm(bias[e], part, matrix, out=target)
+            else:
+                mm(part, matrix, out=target)
             start += count
     out[start:].zero_()
     return out
