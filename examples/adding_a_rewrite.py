@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fusewright import explain, optimize
 from fusewright.graph import facts
-from fusewright.kernels.op import Cost, Op
+from fusewright.kernels.op import Op
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 from fusewright.rewrite.match.pattern import Builder, Pattern
@@ -97,17 +97,12 @@ def quick_gelu(x: Tensor, scale: float) -> Tensor:
     return _QuickGELU.apply(x, scale)
 
 
-def cost(x: Tensor, scale: float) -> Cost:
-    """One read and one write; nothing is kept but x."""
-    return Cost(x.nbytes, x.nbytes, flops=4 * x.numel(), bytes_saved=x.nbytes)
-
-
 def unsupported(x: Tensor, scale: float) -> list[str]:
     """Say why x cannot be taken; here, nothing but its dtype could be the reason."""
     return [] if x.is_floating_point() else [f"x is {x.dtype}, not floating-point"]
 
 
-OP = Op("quick_gelu", reference, quick_gelu, cost, unsupported)
+OP = Op("quick_gelu", reference, quick_gelu, unsupported)
 
 
 class QuickGELUOp(QuickGELU):
@@ -115,7 +110,7 @@ class QuickGELUOp(QuickGELU):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One call."""
-        return ops.call(OP.call, m.x, m.scale)
+        return ops.call(OP, m.x, m.scale)
 
 
 # [end]

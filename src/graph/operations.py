@@ -5,7 +5,9 @@ A new spelling of a known operation is one entry in ``FUNCTIONS`` or ``METHODS``
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,13 @@ class Spec:
     defaults: tuple[Any, ...] = ()
     commutative: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Spec:
+        """The arguments that ``function`` declares, each of which may be given by name."""
+        declared = inspect.signature(function).parameters.values()
+        defaults = tuple(p.default for p in declared if p.default is not p.empty)
+        return cls(tuple(p.name for p in declared), defaults)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """All arguments in order, or None when they do not fit."""

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-LIBRARY = torch.library.Library("fusewright", "DEF")
+_LIBRARY = torch.library.Library("fusewright", "DEF")
 
+TEMPORARY_BYTES: dict[Any, Callable[..., int]] = {}
+"""Library op -> the bytes that a call with these arguments holds only while it runs."""
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,21 +61,49 @@ def own(t: Tensor) -> Tensor:
     return t.new_empty(0).set_(t) if t._is_view() else t  # type: ignore[call-overload]
 
 
-def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def library_op(
+    schema: str,
+    implementation: Callable[..., Any] | str,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+    temporary: Callable[..., int] | None = None,
+) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
 
     Args:
         schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
             Outputs must be in fresh memory and no input may be mutated.
-        launcher: ``"room.op:function"`` in ``kernels/room/op_triton.py``; imported at the first
-            real call.
+        implementation: a function of ATen calls for any device; or, of a Triton kernel,
+            ``"room.op:function"`` in ``kernels/room/op_triton.py``, imported at the first real
+            call.
         fake: same signature; returns outputs of the right shape, dtype and strides
             (``torch.empty`` and friends), for tracing.
+        flops: same signature; the floating-point operations of a call, for whoever counts those
+            of opaque ops (PyTorch's ``FlopCounterMode``, ``Op.cost``, the memory planner). Without
+            it there are none beside those of products.
+        temporary: same signature; the bytes that a call holds only while it runs.
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
     """
     name = schema.split("(", 1)[0]
+    run = _triton(implementation) if isinstance(implementation, str) else implementation
+    # 2026-11-24: torch.library is not typed
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fusewright::{name}", fake, lib=_LIBRARY)
+    packet = getattr(torch.ops.fusewright, name)
+    op: Callable[..., Any] = packet.default
+    if flops is not None:
+        formula = flops
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: formula(*args))
+    if temporary is not None:
+        TEMPORARY_BYTES[op] = temporary
+    return op
+
+
+def _triton(launcher: str) -> Callable[..., Any]:
+    """The function that ``launcher`` names, which is looked up at each call."""
     module_name, function_name = launcher.split(":")
 
     def implementation(*args: Any) -> Any:
@@ -83,8 +114,4 @@ def library_op(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable
             made = getattr(module, function_name)(*args)
         return own(made) if isinstance(made, Tensor) else type(made)(own(t) for t in made)
 
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusewright::{name}", fake, lib=LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.fusewright, name).default
-    return op
+    return implementation

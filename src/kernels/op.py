@@ -12,8 +12,7 @@ An op file has one fixed order, so that a reader who knows one knows them all:
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
    returns an input. Its backward is decorated with what takes its place where it is differentiated
    itself (``second.py``).
-5. **cost**: bytes and FLOPs, for the planner.
-6. **OP**: the record.
+5. **OP**: the record.
 
 The public function (``rms_norm(...)``) is what graph nodes call. It is plain Python over
 ``Function.apply``: AOTAutograd traces through it, so an op costs nothing when a block goes through
@@ -26,37 +25,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What one call of an op moves, computes and keeps.
-
-    Attributes:
-        bytes_read: bytes that forward reads from memory at least once.
-        bytes_written: bytes that forward writes.
-        flops: floating-point operations of forward (a multiply-add is two).
-        bytes_saved: bytes that are kept for backward and are not already kept by others
-            (parameters are not counted).
-    """
-
-    bytes_read: int
-    bytes_written: int
-    flops: int
-    bytes_saved: int
+from .cost import Cost, cost
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op: what it means, how it is called, what it costs, what it cannot take.
+    """One op: what it means, how it is called, what it cannot take.
 
     Attributes:
         name: the op's name, also the rule name in reports.
         reference: plain PyTorch definition, same signature as ``call``.
         call: the differentiable function; a graph node's target.
-        cost: same signature as ``call`` (tensors may be on the ``meta`` device) -> ``Cost``.
         unsupported: same signature as ``call`` -> the reasons, one sentence each, why the fast
-            implementation for these tensors' device cannot take them. Empty when it can. An input
-            that even ``call`` refuses is never passed to it: the rewrite is not made.
+            implementation for these tensors' device cannot take them. Empty when it can. The
+            engine asks it before every rewrite, with fake tensors.
         kept_outputs: places of the outputs that it keeps for backward itself: nothing may write
             into them. Any input may be kept.
     """
@@ -64,6 +46,14 @@ class Op:
     name: str
     reference: Callable[..., Any]
     call: Callable[..., Any]
-    cost: Callable[..., Cost]
     unsupported: Callable[..., list[str]]
     kept_outputs: tuple[int, ...] = ()
+
+    def cost(self, *args: Any, **kwargs: Any) -> Cost:
+        """What one call with these arguments moves, computes and keeps; nothing is computed.
+
+        Args:
+            args: those of ``call``; tensors may be fake or on the ``meta`` device.
+            kwargs: likewise.
+        """
+        return cost(self.call, *args, **kwargs)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rewrite.sample_inputs import hint
+from ..graph.fakes import hint
 from .transport import Transfer, Transport, transport_of
 
 LEAST = 1 << 20

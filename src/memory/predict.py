@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import run
-from ..rewrite.sample_inputs import hint
+from ..graph.fakes import hint
 from .choice import PlanInputs
 from .levels import HOSTED, Level, keep
 from .offload import LEAST, carried

@@ -7,7 +7,6 @@ checkpoint) is seen without being known, and a prediction is what the run itself
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from .flops import held, operations
+from ..graph.fakes import fake
+from ..kernels.cost import Living
 
 
 @dataclass(frozen=True)
@@ -42,48 +41,6 @@ class Usage:
     host: int = 0
 
 
-class Living(TorchDispatchMode):
-    """Counts the bytes of the storages that came into being under it and are still alive.
-
-    Attributes:
-        flops: floating-point operations so far.
-        bytes: of the storages alive now.
-        most: the highest that ``bytes`` has been since it was last set back.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-25: torch is not typed here
-        self.flops = self.bytes = self.most = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what is new in its result."""
-        out = func(*args, **(kwargs or {}))
-        self.flops += operations(func, args, kwargs or {}, out)
-        for t in tree_iter(out):
-            if isinstance(t, Tensor):
-                self._count(t.untyped_storage())
-        self.most = max(self.most, self.bytes + held(func, args))
-        return out
-
-    def exclude(self, tensors: Sequence[Any]) -> None:
-        """Do not count the memory of ``tensors``."""
-        self._known.update(t.untyped_storage() for t in tensors if isinstance(t, Tensor))
-
-    def _count(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.bytes += size
-        weakref.finalize(storage, self._end, size)
-
-    def _end(self, size: int) -> None:
-        self.bytes -= size
-
-
 def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[Any], Any]) -> Usage:
     """Predict what ``run`` takes in forward and backward.
 
@@ -97,7 +54,7 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
     """
     # out of the tracing context of a compilation that goes on: it has fake tensors of its own
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_fake(e, size) for e in examples]
+        inputs = [fake(e, size) for e in examples]
         run(*inputs)  # what is made once, in the first call, is not counted
         living = Living()
         living.exclude(inputs)
@@ -115,12 +72,3 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
         if isinstance(e, torch.nn.Parameter) and t.grad is not None
     ]
     return Usage(kept, forward, backward, sum(gradients), living.flops)
-
-
-def _fake(example: Any, size: Callable[[Any], Any]) -> Any:
-    """An input of ``predict``'s run: the shape and strides of ``example``, and its dtype."""
-    if not isinstance(example, Tensor):
-        return size(example)
-    shape, strides = [size(s) for s in example.shape], [size(s) for s in example.stride()]
-    made = torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
-    return made.requires_grad_(example.requires_grad)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
+from ..kernels.moe.moe_experts import moe_route
 from ..rewrite.match.matcher import State, Trace, match
 from ..rewrite.match.pattern import Builder, Pattern, Var
 from ..rewrite.rule import Emit, Match, Rule
@@ -88,7 +89,7 @@ class MoEExperts(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """Route once, project, the nodes between as they were, project and add up."""
-        routing = ops.moe_route(m.ids, facts.size(m.up, 0))
+        routing = ops.call(moe_route, m.ids, facts.size(m.up, 0))
         order, where, offsets = (ops.item(routing, i) for i in range(3))
         shared = (order, where, offsets, m.active)
         new = {m.source: ops.moe_up(m.x, m.up, m.get("up_bias"), *shared)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph import facts
-from ..kernels.scan import selective_scan, ssd
+from ..kernels.scan import selective_scan
 from ..kernels.scan.ssd_chunks import work_dtype
 from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
@@ -31,14 +31,12 @@ class SelectiveScan(Rule):
         yield p.scan_call(u, delta, a, b, c, d, z, bias, softplus, last, others)
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do, and inputs that it takes."""
+        """Nothing asked for that the op does not do."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(isinstance(m.softplus, bool), "delta_softplus is not a constant", m.root)
-        values = [facts.tensor(t) for t in (m.u, m.delta, m.a, m.b, m.c, m.d, m.z, m.bias)]
-        m.require(all(v is not None for v in values[:5]), "an input is not a tensor", m.root)
-        reasons = selective_scan.OP.unsupported(*values, m.softplus)
-        m.require(not reasons, "; ".join(reasons), m.root)
+        values = [facts.tensor(t) for t in (m.u, m.delta, m.a, m.b, m.c)]
+        m.require(all(v is not None for v in values), "an input is not a tensor", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; a cast where the call returns another dtype."""
@@ -77,7 +75,7 @@ class ChunkedScan(Rule):
         )
 
     def check(self, m: Match) -> None:
-        """Nothing asked for that the op does not do, and inputs that it takes."""
+        """Nothing asked for that the op does not do."""
         _require_known(m, m.others)
         m.require(m.last in (False, None), "the last state is asked for", m.root)
         m.require(m.first is None, "the scan starts from a given state", m.root)
@@ -89,10 +87,8 @@ class ChunkedScan(Rule):
             "dt_limit is not a constant",
             m.root,
         )
-        values = [facts.tensor(t) for t in (m.x, m.dt, m.a, m.b, m.c, m.d, m.bias)]
-        m.require(all(v is not None for v in values[:5]), "an input is not a tensor", m.root)
-        reasons = ssd.OP.unsupported(*values)
-        m.require(not reasons, "; ".join(reasons), m.root)
+        values = [facts.tensor(t) for t in (m.x, m.dt, m.a, m.b, m.c)]
+        m.require(all(v is not None for v in values), "an input is not a tensor", m.root)
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; a cast where the call returns another dtype."""

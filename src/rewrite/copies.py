@@ -17,13 +17,13 @@ from ..graph import facts
 from ..graph.edit import modes
 from ..graph.effects import writes
 from ..graph.signatures import is_builtin
-from .op_table import KEPT_OUTPUTS
+from .op_table import OF_CALL
 
 
 def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
     """Give each op of ours a copy of what it may keep and the graph writes into later.
 
-    An op may keep each of its inputs, and the outputs in ``KEPT_OUTPUTS``.
+    An op may keep each of its inputs, and the outputs that ``Op.kept_outputs`` names.
 
     Args:
         module: the graph after the rules; it and the graphs nested in it are changed in place.
@@ -80,7 +80,8 @@ def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
     items = [u for u in node.users if u.target is operator.getitem]
-    kept = KEPT_OUTPUTS.get(node.target, ())
+    op = OF_CALL.get(node.target)
+    kept = () if op is None else op.kept_outputs
     found = [u for u in items if u.args[1] in kept and _is_written_after(u, last, place)]
     for source in found:
         with node.graph.inserting_after(source):

@@ -19,6 +19,7 @@ from .conditions import require_calm, require_one_mode, require_own_memory
 from .findings import Finding, missed, outside
 from .match.matcher import Trace
 from .rule import Declined, Emit, Left, Match, NoMatch, Rule
+from .support import unsupported
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ class Candidate:
 
     def replacement(self) -> fx.Graph:
         """The rewrite alone, as a graph over placeholders for ``inputs``."""
+        return self.emitted()[0]
+
+    def emitted(self) -> tuple[fx.Graph, Emit]:
+        """That graph, and what the rule added to it."""
         graph = fx.Graph()
-        env = _placeholders(graph, self.inputs)
-        mapped = self.match.mapped(lambda n: env.get(n, n))
-        graph.output(_as_tuple(self.rule.rewrite(mapped, self.emit(graph))))
-        return graph
+        env, emit = _placeholders(graph, self.inputs), self.emit(graph)
+        graph.output(_as_tuple(self.rule.rewrite(self.match.mapped(lambda n: env.get(n, n)), emit)))
+        return graph, emit
 
     def original(self) -> fx.Graph:
         """The formula alone, as a graph over placeholders for ``inputs``."""
@@ -142,6 +146,7 @@ def _apply_rule(
         for m in rule.find(node, Trace()):
             try:
                 candidate = _candidate(graph, rule, m, table)
+                _require_support(candidate)
                 verdict = verify(candidate) if verify else Verdict()
                 if verdict.reason:
                     raise Declined(verdict.reason)
@@ -204,6 +209,20 @@ def _candidate(
     )
     m.require(last_input < first_use, "an output is used before the last input exists")
     return Candidate(rule, m, inputs, interior, m.outputs, table, autocast)
+
+
+def _require_support(c: Candidate) -> None:
+    """Decline what the ops that the rewrite calls say they cannot take."""
+    try:
+        calls = c.emitted()[1].ops
+    except Exception:  # verification, which runs the rewrite, says why
+        return
+    try:
+        reasons = "; ".join(dict.fromkeys(unsupported(calls, c.autocast)))
+    except Exception as error:  # of an op of the user's, most likely: it must not end the capture
+        raise Declined(f"its op's check failed: {type(error).__name__}: {error}") from error
+    c.match.leave(c.rule.optional and bool(reasons), reasons)
+    c.match.require(not reasons, reasons, c.match.root)
 
 
 def _place(

@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import canonical
 from ..graph.effects import writes
+from ..kernels.op import Op
 from .match.matcher import State, Trace, match
 from .match.pattern import Builder, FanOut, Pattern, Var, roots
+from .op_table import OF_CALL
 
 
 class Declined(Exception):
@@ -100,20 +102,31 @@ class Match:
 
 
 class Emit:
-    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME."""
+    """The ``ops`` of ``Rule.rewrite``: ``ops.NAME(...)`` adds a call of the op NAME.
+
+    Attributes:
+        made: the nodes added, in order.
+        ops: those that call an op, and which.
+    """
 
     def __init__(self, graph: fx.Graph, table: Mapping[str, Callable[..., Any]], rule: str) -> None:
         self._graph, self._table, self._rule = graph, table, rule
         self.made: list[fx.Node] = []
+        self.ops: dict[fx.Node, Op] = {}
 
     def __getattr__(self, name: str) -> Callable[..., fx.Node]:
         if name.startswith("__") or name not in self._table:
             raise AttributeError(f"no op is named {name!r}")
         return lambda *args, **kwargs: self.call(self._table[name], *args, **kwargs)
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Add a call of any function."""
-        return self._keep(self._graph.call_function(function, args, kwargs))
+    def call(self, function: Callable[..., Any] | Op, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call of any function, or of an op that is not in the table."""
+        op = function if isinstance(function, Op) else OF_CALL.get(function)
+        target = function.call if isinstance(function, Op) else function
+        node = self._keep(self._graph.call_function(target, args, kwargs))
+        if op is not None:
+            self.ops[node] = op
+        return node
 
     def method(self, name: str, x: Any, *args: Any) -> fx.Node:
         """Add a call of a tensor method; its example value is worked out at once."""
@@ -199,6 +212,7 @@ class Rule:
         op: the op that the rewrite calls.
         outputs: names of captured nodes (``p.capture``) that may be used outside the formula; the
             rewrite returns their values after the root's.
+        optional: what the op does not take is left as it is, and is no gap: PyTorch is as good.
         inner_may_stay: nodes inside the formula that are also used outside do not stop the rewrite;
             they stay and are computed beside it.
         absorbs: names of rules whose sites this one replaces in the report, when it consumes
@@ -208,6 +222,7 @@ class Rule:
     name: ClassVar[str]
     op: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[bool] = False
     inner_may_stay: ClassVar[bool] = False
     absorbs: ClassVar[tuple[str, ...]] = ()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import facts
+from ..graph.fakes import hint
 from .engine import Candidate
 
 _SIZES = (5, 7, 3, 2, 11)
@@ -226,11 +227,6 @@ def draws(inputs: Sequence[Any]) -> tuple[int, ...]:
 def is_static(t: Tensor) -> bool:
     """Whether ``t`` is a matrix, or more, whose sizes are all known: a weight."""
     return t.dim() > 1 and all(type(s) is int for s in t.shape)
-
-
-def hint(s: Any) -> int:
-    """The number with which a symbolic size was met."""
-    return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)
 
 
 class Sizes:

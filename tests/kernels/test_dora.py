@@ -178,16 +178,6 @@ def test_reasons():
     assert "does not fit" in NORMS.unsupported(weight.t(), a, b, 1.0, F32)[0]
 
 
-def test_cost():
-    base, factor, *_ = operands((4, 6), (F32, F32), False, False)
-    assert OP.cost(base, factor).bytes_saved == base.nbytes
-    assert OP.cost(base, factor.detach()).bytes_saved == 0
-    weight, a, b = _matrices(F32, F32)
-    cost = NORMS.cost(weight, a, b, 1.0, F32)
-    assert cost.bytes_read == weight.nbytes + a.nbytes + b.nbytes
-    assert cost.bytes_written == 37 * 4
-
-
 def test_no_rounding_is_scaled_in_fp16() -> None:
     torch.manual_seed(0)
     base, factor, update = torch.randn(64, 24), 1 + torch.randn(24) / 10, torch.randn(64, 24)

@@ -162,10 +162,3 @@ def test_packed_refusals() -> None:
         glu_packed(_randn(2, 5), "silu")
     assert OP_PACKED.unsupported(torch.ones(2, 4, dtype=torch.int64), "silu")
     assert OP_PACKED.unsupported(_randn(2, 4), "silu") == []
-
-
-def test_cost_is_bytes_once() -> None:
-    gate = torch.empty(8, 32, dtype=torch.bfloat16, device="meta")
-    cost = OP.cost(gate, gate, "silu")
-    assert (cost.bytes_read, cost.bytes_written, cost.bytes_saved) == (1024, 512, 1024)
-    assert OP_PACKED.cost(torch.cat((gate, gate), -1), "silu") == cost

@@ -251,7 +251,7 @@ def test_opaque_op_is_well_formed_and_compiles():
         assert torch.equal(a, b)
 
 
-def test_reasons_and_cost():
+def test_reasons():
     x, w, b = operands((10, 16), 50, BF16)
     labels = targets(10, 50)[0]
     assert OP.unsupported(x, w, b, labels) == []
@@ -260,9 +260,6 @@ def test_reasons_and_cost():
     assert "do not fit" in OP.unsupported(x, w, b, labels[1:])[0]
     assert "one loss per row" in OP.unsupported(x, w, b, labels, reduction="none")[0]
     w.requires_grad_(False)
-    cost = OP.cost(x, w, None, labels)
-    assert cost.flops == 2 * 2 * 10 * 50 * 16
-    assert cost.bytes_saved == x.nbytes
     for bad in ({"reduction": "none"}, {"label_smoothing": 2.0}, {"softcap": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             linear_cross_entropy(x, w, b, labels, **bad)

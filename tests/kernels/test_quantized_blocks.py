@@ -17,7 +17,6 @@ from fusewright.kernels.linear.quant_lora_linear import quant_lora_linear
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.kernels.mlp import mlp_block, mlp_block_tiles
 from fusewright.kernels.mlp.glu import glu, glu_packed
-from fusewright.memory.usage import Living
 from fusewright.rewrite.tolerance import exceeded
 
 from .quantized_weights import random_weight
@@ -210,70 +209,6 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
         mlp_block_tiles._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
     assert seen.elements < rows * wide // 4
-
-
-def _kept(call: Callable[..., Any], inputs: list[Tensor], own: Lists) -> int:
-    """Bytes of what a call keeps beside its weights and trained tensors."""
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call(*inputs)
-    parts = [t for w in own[0] for t in w if isinstance(t, Tensor)] + _trained(own)
-    known = {t.untyped_storage().data_ptr() for t in parts}
-    return sum(size for pointer, size in found.items() if pointer not in known)
-
-
-def test_what_is_kept_is_what_the_cost_says():
-    x = make(9, 64, dtype=BF16)
-    lists = _linears([(48, 64), (16, 64)], BF16, F32)
-    for keep in qkv_block.KEEPS:
-        call = _over(lambda *a, keep=keep: qkv_block.qkv_block(*a, keep=keep), lists)
-        cost = qkv_block.OP.cost(x, *lists[:4], SCALES[:2], lists[4], keep)
-        assert _kept(call, [x, *_trained(lists)], lists) == cost.bytes_saved
-    assert cost.flops == 2 * 9 * ((48 + 16) * 64 + 3 * (48 + 64) + 5 * (16 + 64))
-    lists = _linears(_mlp_sizes(64, 96, "two"), BF16, F32)
-    for keep in mlp_block.KEEPS:
-        call = _over(mlp_block.mlp_block, lists, "silu", "two", keep)
-        cost = mlp_block.OP.cost(x, *lists[:4], SCALES, lists[4], "silu", "two", keep)
-        assert _kept(call, [x, *_trained(lists)], lists) == cost.bytes_saved
-    assert cost.bytes_saved == x.nbytes
-
-
-def test_operations_and_unpacked_weights_are_counted():
-    x = torch.randn(9, 64).to(BF16)
-    joined = _linears([(48, 64), (16, 64)], BF16, F32)
-    mlp = _linears(_mlp_sizes(64, 96, "two"), BF16, F32)
-    calls = [
-        (qkv_block, joined, (), 48 * 64),
-        (mlp_block, mlp, ("silu", "two", "gate_up"), 96 * 64),
-        (mlp_block, mlp, ("silu", "two", "input"), 3 * 96 * 64),
-    ]
-    for module, lists, options, unpacked in calls:
-        op = module.OP
-        with torch.no_grad(), Living() as living:
-            op.call(x, *lists[:4], SCALES[: len(lists[0])], lists[4], *options)
-        cost = op.cost(x, *lists[:4], SCALES[: len(lists[0])], lists[4], *options)
-        assert living.flops == cost.flops
-        assert living.most >= BF16.itemsize * unpacked
-
-
-def test_autocast_casts_the_adapters_alone():
-    lists = _linears([(48, 64), (16, 64)], F32, F32, bias=True)
-    leaves = [make(9, 64, dtype=F32), *_trained(lists)]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    truth = _over(separate, lists)(*exact)
-    with torch.autocast("cpu", BF16):
-        mine, theirs = (_over(f, lists)(*leaves) for f in (qkv_block.qkv_block, separate))
-    upstream = [torch.randn_like(o) for o in mine]
-    grads = [torch.autograd.grad(outs, leaves, upstream) for outs in (mine, theirs)]
-    right = torch.autograd.grad(truth, exact, [u.double() for u in upstream])
-    for a, b, c in (*zip(mine, theirs, truth, strict=True), *zip(*grads, right, strict=True)):
-        assert a.dtype is b.dtype
-        assert exceeded(a.to(BF16), b.to(BF16), c) is None
 
 
 def _noted(kept: list[Tensor], t: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..launch import LIBRARY, own
+from ..launch import library_op, own
 from ..matmul import through_fp32
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 from .tiles import Scratch, Tile, fold, tiles, unfold
 from .unsupported import attention_unsupported, impossible
@@ -163,14 +163,41 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
     return [_fake_like(t, t.shape[-1]) for t, needed in every if needed]
 
 
+def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
+    """How many scores there are; those that a mask hides are computed."""
+    time, seen = q.shape[2], min(k.shape[2], window or k.shape[2])
+    hidden = seen * (seen - 1) // 2 if causal else 0
+    return q.shape[0] * q.shape[1] * (time * seen - hidden)
+
+
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None
+) -> int:
+    return 2 * _visible(q, k, causal, window) * (q.shape[3] + v.shape[3])
+
+
+def _backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any,
+    window: int | None, needs: list[bool],
+) -> int:  # fmt: skip
+    """The scores again, ``dV``, and for ``dQ`` and ``dK`` the gradient of the scores."""
+    need_q, need_k, need_v = needs
+    dim, value_dim = q.shape[3], v.shape[3]
+    width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k)) * value_dim
+    return 2 * _visible(q, k, causal, window) * width
+
+
 # The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
 _SHARED = "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window"
-LIBRARY.define(f"attention_forward({_SHARED}) -> Tensor")  # type: ignore[no-untyped-call]
-LIBRARY.define(f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
-LIBRARY.impl("attention_forward", _forward, "CPU")  # type: ignore[no-untyped-call]
-LIBRARY.impl("attention_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fusewright::attention_forward", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("fusewright::attention_backward", _fake_backward, lib=LIBRARY)
+_forward_op = library_op(
+    f"attention_forward({_SHARED}) -> Tensor", _forward, _fake_forward, _forward_flops
+)
+_backward_op = library_op(
+    f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]",
+    _backward,
+    _fake_backward,
+    _backward_flops,
+)
 
 # -- autograd --------------------------------------------------------------------------------------
 
@@ -194,9 +221,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, mask)
         ctx.options = scale, causal, window
-        out: Tensor = torch.ops.fusewright.attention_forward.default(
-            q, k, v, scale, causal, mask, window
-        )
+        out: Tensor = _forward_op(q, k, v, scale, causal, mask, window)
         return out
 
     @staticmethod
@@ -205,11 +230,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask = ctx.saved_tensors
         scale, causal, window = ctx.options
         needs = list(ctx.needs_input_grad[:3])
-        found = iter(
-            torch.ops.fusewright.attention_backward.default(
-                grad, q, k, v, scale, causal, mask, window, needs
-            )
-        )
+        found = iter(_backward_op(grad, q, k, v, scale, causal, mask, window, needs))
         return *(next(found) if needed else None for needed in needs), None, None, None, None
 
 
@@ -247,26 +268,6 @@ def attention(
         return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def attention_cost(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
-    mask: Tensor | None = None, window: int | None = None,
-) -> Cost:  # fmt: skip
-    """Two matrix products over the visible scores; ``q``, ``k`` and ``v`` are kept."""
-    batch, heads, time, dim = q.shape
-    seen = min(k.shape[2], window or k.shape[2])
-    visible = time * seen - (seen * (seen - 1) // 2 if causal else 0)
-    read = sum(t.numel() * t.element_size() for t in (q, k, v))
-    return Cost(
-        bytes_read=read + (0 if mask is None else mask.numel() * mask.element_size()),
-        bytes_written=batch * heads * time * v.shape[-1] * q.element_size(),
-        flops=2 * batch * heads * visible * (dim + v.shape[-1]),
-        bytes_saved=read,
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
-OP = Op("attention", attention_reference, attention, attention_cost, attention_unsupported)
+OP = Op("attention", attention_reference, attention, attention_unsupported)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op, use_triton
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients
 from .rope_rotation import pairs, rotate
 
@@ -202,27 +202,6 @@ def _fits(
     )
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def rope_cost(
-    tensors: Sequence[Tensor], cos: Tensor, sin: Tensor | None, rotary_dim: int,
-    layout: str = "halves", inverse: bool = False,
-) -> Cost:  # fmt: skip
-    """Each tensor is read and written once; cos and sin are shared by all layers."""
-    given = [t for t in (cos, sin) if t is not None]
-    dtype = torch.promote_types(tensors[0].dtype, cos.real.dtype if cos.is_complex() else cos.dtype)
-    elements = sum(t.numel() for t in tensors)
-    rotated = sum(t.numel() // t.shape[-1] * rotary_dim for t in tensors)
-    return Cost(
-        bytes_read=elements * tensors[0].element_size()
-        + sum(t.numel() * t.element_size() for t in given),
-        bytes_written=elements * dtype.itemsize,
-        flops=3 * rotated,
-        bytes_saved=0,
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -270,4 +249,4 @@ def _broadcasts(table: Tensor, t: Tensor) -> bool:
     return table.ndim <= t.ndim and all(a in (1, b) for a, b in sizes)
 
 
-OP = Op("rope", rope_reference, rope, rope_cost, rope_unsupported)
+OP = Op("rope", rope_reference, rope, rope_unsupported)

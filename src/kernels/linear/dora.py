@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import LIBRARY
-from ..op import Cost, Op
+from ..launch import library_op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 
 # -- reference -------------------------------------------------------------------------------------
@@ -71,13 +71,14 @@ def _row_norms_fake(
     return weight.new_empty(weight.shape[0], dtype=dtype)
 
 
-# Opaque, so that a tracer does not unroll the tiles. 2026-11-26: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
+# Opaque, so that a tracer does not unroll the tiles.
+_row_norms_op = library_op(
     "dora_row_norms(Tensor weight, Tensor lora_a, Tensor lora_b, float scale, ScalarType dtype)"
-    " -> Tensor"
+    " -> Tensor",
+    _row_norms,
+    _row_norms_fake,
+    lambda weight, lora_a, *_: 2 * weight.numel() * (lora_a.shape[0] + 2),
 )
-LIBRARY.impl("dora_row_norms", _row_norms, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fusewright::dora_row_norms", _row_norms_fake, lib=LIBRARY)
 
 
 def row_norms(
@@ -95,9 +96,9 @@ def row_norms(
     Returns:
         (out,).
     """
-    op = torch.ops.fusewright.dora_row_norms.default
     with torch.autocast(weight.device.type, enabled=False):
-        result: Tensor = op(weight.detach(), lora_a.detach(), lora_b.detach(), scale, dtype)
+        tensors = weight.detach(), lora_a.detach(), lora_b.detach()
+        result: Tensor = _row_norms_op(*tensors, scale, dtype)
     return result
 
 
@@ -192,39 +193,6 @@ def rescaled(
     return result
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def row_norms_cost(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dtype: torch.dtype
-) -> Cost:
-    """Bytes and FLOPs of one call of ``row_norms``."""
-    return Cost(
-        bytes_read=weight.nbytes + lora_a.nbytes + lora_b.nbytes,
-        bytes_written=weight.shape[0] * dtype.itemsize,
-        flops=2 * weight.numel() * (lora_a.shape[0] + 2),
-        bytes_saved=0,
-    )
-
-
-def rescaled_cost(
-    base: Tensor,
-    factor: Tensor,
-    rest: Tensor | None = None,
-    update: Tensor | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call of ``rescaled``."""
-    given = [t for t in (base, factor, rest, update) if t is not None]
-    return Cost(
-        bytes_read=sum(t.nbytes for t in given),
-        bytes_written=base.numel() * (dtype or base.dtype).itemsize,
-        flops=base.numel() * (2 if update is None else 4),
-        bytes_saved=base.nbytes * factor.requires_grad,
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -253,5 +221,5 @@ def rescaled_unsupported(
     return reasons
 
 
-NORMS = Op("dora_row_norms", row_norms_reference, row_norms, row_norms_cost, row_norms_unsupported)
-OP = Op("dora", rescaled_reference, rescaled, rescaled_cost, rescaled_unsupported)
+NORMS = Op("dora_row_norms", row_norms_reference, row_norms, row_norms_unsupported)
+OP = Op("dora", rescaled_reference, rescaled, rescaled_unsupported)

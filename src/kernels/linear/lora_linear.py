@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..matmul import mm
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from .products import (
     Rows,
@@ -230,36 +230,7 @@ def _apply(x: Tensor, *args: Any) -> Tensor:
     return shaped(rows, x)
 
 
-# ------------------------------------------------------------------------------------ cost and OP
-
-
-def cost(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call; the arguments are those of ``lora_linear``."""
-    inputs = [t for t in (x, weight, bias, lora_a, lora_b, x_lora, lora_bias) if t is not None]
-    rows = x.numel() // x.shape[-1]
-    wide, rank = weight.shape[0], lora_a.shape[0]
-    z = x if x_lora is None else x_lora
-    kept = {
-        id(t): t.numel() * min(t.element_size(), read.dtype.itemsize)
-        for t, read in ((x, weight), (z, lora_a))
-        if read.requires_grad
-    }
-    return Cost(
-        bytes_read=sum(t.nbytes for t in inputs),
-        bytes_written=rows * wide * (dtype or weight.dtype).itemsize,
-        flops=2 * rows * (weight.numel() + lora_a.numel() + lora_b.numel()),
-        bytes_saved=sum(kept.values()) + lora_b.requires_grad * rows * rank * lora_a.element_size(),
-    )
+# ---------------------------------------------------------------------------------------------- OP
 
 
 def unsupported(
@@ -300,4 +271,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("lora_linear", reference, lora_linear, cost, unsupported)
+OP = Op("lora_linear", reference, lora_linear, unsupported)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..launch import LIBRARY, library_op, use_triton
+from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
 
 
@@ -57,15 +57,13 @@ def _sum_of_products_fake(
 
 
 # Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
-# 2026-11-24: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
+_sum_of_products_op = library_op(
     "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights, ScalarType dtype)"
-    " -> Tensor"
+    " -> Tensor",
+    accumulated,
+    _sum_of_products_fake,
+    lambda bias, lefts, rights, dtype: 2 * lefts[0].shape[0] * sum(r.numel() for r in rights),
 )
-LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "lora_sum_of_products", accumulated, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("fusewright::lora_sum_of_products", _sum_of_products_fake, lib=LIBRARY)
 
 
 def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -76,6 +74,7 @@ rank_update = library_op(
     "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
     "linear.lora_linear:rank_update",
     _rank_update_fake,
+    lambda base, left, right: 2 * left.shape[0] * right.numel(),
 )
 
 
@@ -90,8 +89,7 @@ def sum_of_products(
         rights: (Kᵢ, M) each.
         dtype: of the sum; the first pair's unless it is to be wider.
     """
-    op = torch.ops.fusewright.lora_sum_of_products.default
-    result: Tensor = op(bias, lefts, rights, dtype or lefts[0].dtype)
+    result: Tensor = _sum_of_products_op(bias, lefts, rights, dtype or lefts[0].dtype)
     return result
 
 

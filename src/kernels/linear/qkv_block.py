@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import lora_linear, quant_linear, quant_lora_linear
 from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
@@ -215,43 +215,6 @@ def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> 
     return tuple(shaped(out, x) for out in outs)
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def cost(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    keep: str = "all",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call; x is counted as kept once."""
-    rows = x.numel() // x.shape[-1]
-    tensors, constants = flat(
-        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
-    )
-    layers = linears(tensors, constants)
-    trained = [t for t in (*weights, *lora_as) if isinstance(t, Tensor)]
-    for_x = any(t.requires_grad for t in trained)
-    for_h = [
-        a for a, b in zip(lora_as, lora_bs, strict=True)
-        if a is not None and b is not None and b.requires_grad
-    ]  # fmt: skip
-    recompute = keep == "input" and bool(for_h)
-    narrow_bytes = 0 if recompute else sum(rows * a.shape[0] * a.element_size() for a in for_h)
-    return Cost(
-        bytes_read=x.nbytes + sum(t.nbytes for t in tensors if t is not None),
-        bytes_written=rows * sum(v.weight.shape[0] * v.dtype.itemsize for v in layers),
-        flops=2 * rows * sum(layer.numel() for layer in layers),
-        bytes_saved=x.nbytes * (for_x or recompute) + narrow_bytes,
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -300,4 +263,4 @@ def _unsupported(
     return quant_lora_linear.unsupported(x, Quantized(*weight), bias, *adapter, compute)
 
 
-OP = Op("qkv_block", reference, qkv_block, cost, unsupported)
+OP = Op("qkv_block", reference, qkv_block, unsupported)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients
 from .products import shaped
 from .quant_products import join, product, split
@@ -125,25 +125,7 @@ def quant_linear(
     return shaped(rows, x)
 
 
-# ------------------------------------------------------------------------------------ cost and OP
-
-
-def cost(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None = None,
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call; the arguments are those of ``quant_linear``."""
-    w = Quantized(*weight)
-    (out, into), rows = w.shape, x.numel() // x.shape[-1]
-    return Cost(
-        bytes_read=x.nbytes + w.nbytes() + (0 if bias is None else bias.nbytes),
-        bytes_written=rows * out * (dtype or compute or x.dtype).itemsize,
-        flops=2 * rows * out * into,
-        bytes_saved=0,
-    )
+# ---------------------------------------------------------------------------------------------- OP
 
 
 def unsupported(
@@ -177,4 +159,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("quant_linear", reference, quant_linear, cost, unsupported)
+OP = Op("quant_linear", reference, quant_linear, unsupported)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..matmul import mm
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
 from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
@@ -190,33 +190,7 @@ def quant_lora_linear(
     return shaped(rows, x)
 
 
-# ------------------------------------------------------------------------------------ cost and OP
-
-
-def cost(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    compute: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call; the arguments are those of ``quant_lora_linear``."""
-    base = quant_linear.cost(x, weight, bias, compute, dtype)
-    z = x if x_lora is None else x_lora
-    rows, rank = x.numel() // x.shape[-1], lora_a.shape[0]
-    extra = [t for t in (lora_a, lora_b, x_lora, lora_bias) if t is not None]
-    kept = z.nbytes if lora_a.requires_grad else 0
-    return Cost(
-        bytes_read=base.bytes_read + sum(t.nbytes for t in extra),
-        bytes_written=base.bytes_written,
-        flops=base.flops + 2 * rows * (lora_a.numel() + lora_b.numel()),
-        bytes_saved=kept + lora_b.requires_grad * rows * rank * lora_a.element_size(),
-    )
+# ---------------------------------------------------------------------------------------------- OP
 
 
 def unsupported(
@@ -246,4 +220,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("quant_lora_linear", reference, quant_lora_linear, cost, unsupported)
+OP = Op("quant_lora_linear", reference, quant_lora_linear, unsupported)

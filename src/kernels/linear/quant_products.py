@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..launch import LIBRARY, library_op, use_triton
+from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
 from .products import accumulated, plus_products, rank_update
 from .quantized import Quantized, dequantize
@@ -63,14 +63,21 @@ def _product_fake(
     return x.new_empty(x.shape[0], into if transposed else out, dtype=dtype)
 
 
-# 2026-11-25: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
+def _product_flops(x: Tensor, *rest: Any) -> int:
+    (out, into), right = rest[5:7], rest[-2]
+    elements: int = out * into + (0 if right is None else right.numel())
+    return 2 * x.shape[0] * elements
+
+
+_product_op = library_op(
     "quant_product(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_8bit,"
     " Tensor? absmax_code, Tensor? absmax_offset, int out, int into, int blocksize, str kind,"
-    " bool transposed, Tensor? bias, Tensor? left, Tensor? right, ScalarType dtype) -> Tensor"
+    " bool transposed, Tensor? bias, Tensor? left, Tensor? right, ScalarType dtype) -> Tensor",
+    _product,
+    _product_fake,
+    _product_flops,
+    temporary=lambda x, *rest: x.element_size() * rest[5] * rest[6],  # the weight unpacked
 )
-LIBRARY.impl("quant_product", _product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fusewright::quant_product", _product_fake, lib=LIBRARY)
 
 
 def product(
@@ -94,7 +101,7 @@ def product(
         right: (r, out), or (r, in) if ``transposed``.
         dtype: of the result and the sum.
     """
-    result: Tensor = torch.ops.fusewright.quant_product.default(
+    result: Tensor = _product_op(
         x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, transposed, bias, left, right,
         dtype or x.dtype,
     )  # fmt: skip
@@ -130,12 +137,24 @@ def _sum_fake(
     return xs[0].new_empty(xs[0].shape[0], sizes[1], dtype=dtype)
 
 
-LIBRARY.define(  # type: ignore[no-untyped-call]
+def _elements(sizes: list[int]) -> list[int]:
+    """Those of each weight; ``sizes`` holds (out, in, blocksize) of one after the other."""
+    return [out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True)]
+
+
+def _sum_flops(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
+    elements: int = sum(_elements(sizes)) + sum(t.numel() for t in rest[-2])
+    return 2 * xs[0].shape[0] * elements
+
+
+_sum_op = library_op(
     "quant_sum_of_products(Tensor[] xs, Tensor?[] weights, int[] sizes, str[] kinds,"
-    " Tensor[] lefts, Tensor[] rights, ScalarType dtype) -> Tensor"
+    " Tensor[] lefts, Tensor[] rights, ScalarType dtype) -> Tensor",
+    _sum,
+    _sum_fake,
+    _sum_flops,
+    temporary=lambda xs, weights, sizes, *_: xs[0].element_size() * max(_elements(sizes)),
 )
-LIBRARY.impl("quant_sum_of_products", _sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("fusewright::quant_sum_of_products", _sum_fake, lib=LIBRARY)
 
 
 def sum_of_quantized(
@@ -151,7 +170,7 @@ def sum_of_quantized(
         dtype: of the sum: that of the x's, or wider.
     """
     halves = [split(w) for _, w in pairs]
-    result: Tensor = torch.ops.fusewright.quant_sum_of_products.default(
+    result: Tensor = _sum_op(
         [x for x, _ in pairs],
         [t for _, tensors in halves for t in tensors],
         [n for (shape, blocksize, _), _ in halves for n in (*shape, blocksize)],
@@ -187,4 +206,5 @@ _few = library_op(
     " Tensor? bias) -> Tensor",
     "linear.quant_linear:few",
     _few_fake,
+    lambda x, *rest: 2 * x.shape[0] * rest[5] * rest[6],
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import Settings, found, operands, scaled, settings
 
@@ -150,22 +150,7 @@ def linear_cross_entropy(
     return loss
 
 
-# ------------------------------------------------------------------------------------ cost and OP
-
-
-def cost(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *_: Any, **__: Any
-) -> Cost:
-    """Bytes and FLOPs of one call; the arguments are those of ``linear_cross_entropy``."""
-    rows, (vocabulary, hidden) = labels.numel(), weight.shape
-    products = 1 + x.requires_grad + weight.requires_grad
-    saved = x.requires_grad * x.nbytes + weight.requires_grad * weight.nbytes
-    return Cost(
-        bytes_read=x.nbytes + weight.nbytes + labels.nbytes,
-        bytes_written=saved + 4,
-        flops=2 * rows * vocabulary * hidden * products,
-        bytes_saved=saved,
-    )
+# ---------------------------------------------------------------------------------------------- OP
 
 
 def unsupported(
@@ -197,4 +182,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("linear_cross_entropy", reference, linear_cross_entropy, cost, unsupported)
+OP = Op("linear_cross_entropy", reference, linear_cross_entropy, unsupported)

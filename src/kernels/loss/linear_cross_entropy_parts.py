@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import LIBRARY, use_triton
+from ..launch import library_op, use_triton
 from .linear_cross_entropy_tiles import compute
 
 
@@ -53,17 +53,20 @@ def _fake(
     )
 
 
-# 2026-11-24: torch.library is not typed
-LIBRARY.define(  # type: ignore[no-untyped-call]
+def _flops(x: Tensor, weight: Tensor, bias: Any, labels: Tensor, *rest: Any) -> int:
+    """The logits, and the gradients that are found with them; of all rows, ignored ones too."""
+    products: int = 1 + sum(rest[-1][:2])
+    return 2 * labels.numel() * weight.numel() * products
+
+
+_forward = library_op(
     "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor labels, "
     "int ignore_index, float label_smoothing, float softcap, float logit_scale, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+    _flops,
 )
-LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "linear_cross_entropy_forward", _implementation, "CompositeExplicitAutograd"
-)
-torch.library.register_fake("fusewright::linear_cross_entropy_forward", _fake, lib=LIBRARY)
-_forward = torch.ops.fusewright.linear_cross_entropy_forward.default
 
 
 class Settings(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import library_op, use_triton
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 
 _aten = torch.ops.aten
@@ -269,22 +269,6 @@ def glu_packed(gate_up: Tensor, activation: str, gate_first: bool = True) -> Ten
     return _GluPacked.apply(gate_up, activation, gate_first)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-_FLOPS = {"silu": 6, "gelu": 10, "gelu_tanh": 12, "relu": 2, "relu2": 3, "sigmoid": 5}
-
-
-def glu_cost(gate: Tensor, up: Tensor, activation: str) -> Cost:
-    """Reads and keeps both inputs, writes one output."""
-    size = gate.numel() * gate.element_size()
-    return Cost(2 * size, size, _FLOPS[activation] * gate.numel(), 2 * size)
-
-
-def glu_packed_cost(gate_up: Tensor, activation: str, gate_first: bool = True) -> Cost:
-    """As ``glu_cost`` of the two halves."""
-    return glu_cost(*halves(gate_up, gate_first), activation)
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -311,7 +295,5 @@ def glu_packed_unsupported(gate_up: Tensor, activation: str, gate_first: bool = 
     return glu_unsupported(*halves(gate_up, gate_first), activation)
 
 
-OP = Op("glu", glu_reference, glu, glu_cost, glu_unsupported)
-OP_PACKED = Op(
-    "glu_packed", glu_packed_reference, glu_packed, glu_packed_cost, glu_packed_unsupported
-)
+OP = Op("glu", glu_reference, glu, glu_unsupported)
+OP_PACKED = Op("glu_packed", glu_packed_reference, glu_packed, glu_packed_unsupported)

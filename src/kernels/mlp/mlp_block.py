@@ -22,7 +22,7 @@ from ..linear.products import Rows, shaped
 from ..linear.projections import narrow_copy_for
 from ..linear.qkv_block import projection
 from ..linear.qkv_block import unsupported as linears_unsupported
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients, require_kept
 from . import glu
 from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
@@ -222,48 +222,6 @@ def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tens
     return shaped(rows, x)
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def cost(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    activation: str,
-    layout: str = "two",
-    keep: str = "gate_up",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call, and what the choice of ``keep`` keeps."""
-    tensors, constants = flat(
-        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
-    )
-    *ins, down = linears(tensors, constants)
-    rows, wide = x.numel() // x.shape[-1], sum(layer.weight.shape[0] for layer in ins)
-    given = [t for t in tensors if t is not None]
-    trained = any(t.requires_grad for t in (x, *given))
-    in_x = keep == "input" or any(
-        isinstance(t, Tensor) and t.requires_grad for t in (*weights[:-1], *lora_as[:-1])
-    )
-    narrow = sum(
-        a.shape[0] * a.element_size()
-        for a, b in zip(lora_as, lora_bs, strict=True)
-        if a is not None and b is not None and b.requires_grad
-    )
-    inner = (wide * ins[0].dtype.itemsize + narrow) * (keep == "gate_up")
-    return Cost(
-        bytes_read=x.nbytes + sum(t.nbytes for t in given),
-        bytes_written=rows * down.weight.shape[0] * down.dtype.itemsize,
-        flops=2 * rows * sum(layer.numel() for layer in (*ins, down)),
-        bytes_saved=trained * rows * (in_x * x.shape[-1] * x.element_size() + inner),
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -303,4 +261,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("mlp_block", reference, mlp_block, cost, unsupported)
+OP = Op("mlp_block", reference, mlp_block, unsupported)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import LIBRARY
+from ..launch import library_op
 from ..linear import projections
 from ..linear.linears import Constants, Grads, Linear, linears, wanted
 from ..linear.products import Rows
@@ -213,27 +213,37 @@ def _backward_fake(
     return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
 
 
+def _unpacked(sizes: list[int]) -> int:
+    """The elements of all quantized weights: (out, in, blocksize) of each."""
+    return sum(out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True))
+
+
+def _flops(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
+) -> int:
+    own = tensors[: 4 * len(scales)]
+    plain = [t for i, t in enumerate(own) if t is not None and not (sizes and i % 4 == 0)]
+    return 2 * x.shape[0] * (_unpacked(sizes) + sum(t.numel() for t in plain if t.dim() == 2))
+
+
 _SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
 _KINDS = "ScalarType? compute=None, ScalarType? dtype=None"
-for _name, _schema, _implementation, _fake in (
-    (
-        "mlp_block_forward",
-        f"(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
-        _tiled_forward,
-        _forward_fake,
-    ),
-    (
-        "mlp_block_backward",
-        f"(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, ScalarType? wide=None)"
-        " -> Tensor[]",
-        _tiled_backward,
-        _backward_fake,
-    ),
-):
-    # 2026-11-24: torch.library is not typed
-    LIBRARY.define(_name + _schema)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fusewright::{_name}", _fake, lib=LIBRARY)
+_forward_op = library_op(
+    f"mlp_block_forward(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
+    _tiled_forward,
+    _forward_fake,
+    _flops,
+    temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * _unpacked(sizes),
+)
+_backward_op = library_op(
+    f"mlp_block_backward(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, "
+    "ScalarType? wide=None) -> Tensor[]",
+    _tiled_backward,
+    _backward_fake,
+    # gate and up again, and what flows back through all three
+    lambda grad, *rest: 2 * _flops(*rest),
+    temporary=lambda grad, x, tensors, scales, sizes, *_: x.element_size() * _unpacked(sizes),
+)
 
 
 def _constants(
@@ -246,9 +256,8 @@ def tiled_forward(
     x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str, layout: str
 ) -> Tensor:
     """The output (N, D) from x (N, D), a tile of tokens after the other."""
-    op = torch.ops.fusewright.mlp_block_forward.default
     *lists, compute, dtype = constants
-    result: Tensor = op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
+    result: Tensor = _forward_op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
     return result
 
 
@@ -260,9 +269,8 @@ def tiled_backward(
 
     Everything else is computed again tile by tile.
     """
-    op = torch.ops.fusewright.mlp_block_backward.default
     *lists, compute, dtype = constants
-    result: list[Tensor] = op(
+    result: list[Tensor] = _backward_op(
         grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
     )
     return result

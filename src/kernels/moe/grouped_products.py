@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..launch import LIBRARY, library_op, use_triton
+from ..launch import library_op, use_triton
 from ..matmul import addmm, mm
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -153,24 +153,24 @@ _CPU: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _plain_op(name: str) -> Callable[..., Any]:
-    """Define ``fusewright::moe_NAME``, which runs ATen calls on any device."""
-    # 2026-11-24: torch.library is not typed
-    LIBRARY.define(f"moe_{name}{_SCHEMAS[name]}")  # type: ignore[no-untyped-call]
-    LIBRARY.impl(f"moe_{name}", _CPU[name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fusewright::moe_{name}", _FAKES[name], lib=LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.fusewright, f"moe_{name}").default
-    return op
+_FLOPS: dict[str, Callable[..., int]] = {
+    "grouped_mm": lambda a, rows, weight, *_: (
+        2 * (a if rows is None else rows).shape[0] * weight[0].numel()
+    ),
+    "grouped_outer": lambda a, rows, b, *_: 2 * b.numel() * a.shape[1],
+}
 
 
-_plain = {name: _plain_op(name) for name in _SCHEMAS}
+def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> Callable[..., Any]:
+    schema = f"moe_{name}{suffix}{_SCHEMAS[name]}"
+    return library_op(schema, implementation, _FAKES[name], _FLOPS.get(name))
+
+
+_plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}
 
 # -- triton ----------------------------------------------------------------------------------------
 
-_triton = {
-    name: library_op(f"moe_{name}_triton{schema}", f"moe.moe_experts:{name}", _FAKES[name])
-    for name, schema in _SCHEMAS.items()
-}
+_triton = {name: _op(name, "_triton", f"moe.moe_experts:{name}") for name in _SCHEMAS}
 
 # -- both ------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable
 from .grouped_products import combine, grouped_mm, grouped_outer, segment_sum
 from .moe_experts_second import down_again, up_again
@@ -50,6 +50,33 @@ def reference(
         parts.append(y if down_bias is None else y + down_bias[e])
     y = torch.cat(parts)[torch.cat(pairs).argsort()] * weights.reshape(-1, 1)
     return y.view(tokens, active, -1).sum(1).to(x.dtype)
+
+
+def up_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor, offsets: Tensor,
+    active: int,
+) -> Tensor:  # fmt: skip
+    """The first projection of each pair, in the order of ``order``."""
+    return _by_expert(x[order // active], weight, bias, offsets)
+
+
+def down_reference(
+    h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
+    offsets: Tensor, active: int,
+) -> Tensor:  # fmt: skip
+    """The second one, and the weighted sum of each token's rows."""
+    y = _by_expert(h, weight, bias, offsets)[where] * weights.unsqueeze(1)
+    return y.view(len(where) // active, active, -1).sum(1).to(h.dtype)
+
+
+def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    parts, start = [], 0
+    for e, end in enumerate(offsets.tolist()):
+        y = rows[start:end] @ weight[e]
+        parts.append(y if bias is None else y + bias[e])
+        start = end
+    nobodys = rows.new_zeros(len(rows) - start, weight.shape[2])
+    return torch.cat([*parts, nobodys])
 
 
 # -- cpu and triton: moe_experts_ops.py ------------------------------------------------------------
@@ -243,33 +270,6 @@ def moe_experts(
     return moe_down(h, weights.reshape(-1), down, down_bias, *routing, active)
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def cost(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-) -> Cost:
-    """Bytes and FLOPs of one call, all experts being hit; what the activation keeps not counted."""
-    pairs, tensors = index.numel(), (x, index, weights, up, down, up_bias, down_bias)
-    wide, inner = up.shape[2], down.shape[1]
-    return Cost(
-        bytes_read=sum(t.nbytes for t in tensors if t is not None),
-        bytes_written=x.nbytes,
-        flops=2 * pairs * (x.shape[1] * wide + inner * down.shape[2]),
-        bytes_saved=x.nbytes * up.requires_grad
-        + pairs * inner * x.element_size() * down.requires_grad
-        + pairs * down.shape[2] * x.element_size() * weights.requires_grad
-        + pairs * 2 * index.element_size(),
-    )
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -284,19 +284,34 @@ def unsupported(
     down_bias: Tensor | None = None,
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``moe_experts``."""
+    devices = [] if index.device == weights.device == x.device else ["several devices"]
+    inner = x.new_empty(0, down.shape[1])
+    return [*devices, *_unsupported(x, up, up_bias), *_unsupported(inner, down, down_bias)]
+
+
+def _unsupported(rows: Tensor, weight: Tensor, bias: Tensor | None, *routing: Any) -> list[str]:
+    """Likewise of one of the two projections: ``moe_up``, or (with h for x) ``moe_down``."""
     reasons = []
-    if (x.ndim, up.ndim, down.ndim) != (2, 3, 3):
-        reasons.append("x is not (T, H), or the weights are not (E, in, out)")
-    elif x.shape[1] != up.shape[1] or up.shape[0] != down.shape[0]:
-        reasons.append(f"shapes do not fit: {[tuple(t.shape) for t in (x, up, down)]}")
-    given = [t for t in (x, up, down, up_bias, down_bias) if t is not None]
+    if rows.ndim != 2 or weight.ndim != 3:
+        reasons.append("the rows are not (N, in), or the weights are not (E, in, out)")
+    elif rows.shape[1] != weight.shape[1]:
+        reasons.append(f"shapes do not fit: {tuple(rows.shape)}, {tuple(weight.shape)}")
+    given = [t for t in (rows, weight, bias) if t is not None]
     if len({t.dtype for t in given}) > 1:
         reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in given)}")
-    if not x.is_floating_point() or x.dtype.itemsize < 2:
-        reasons.append(f"dtype {x.dtype} is not a floating-point dtype of 16 bits or more")
-    if len({t.device for t in (*given, index, weights)}) > 1:
+    if not rows.is_floating_point() or rows.dtype.itemsize < 2:
+        reasons.append(f"dtype {rows.dtype} is not a floating-point dtype of 16 bits or more")
+    if len({t.device for t in (*given, *routing) if isinstance(t, Tensor)}) > 1:
         reasons.append("the operands are on several devices")
     return reasons
 
 
-OP = Op("moe_experts", reference, moe_experts, cost, unsupported)
+def _down_unsupported(
+    h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, *routing: Any
+) -> list[str]:
+    return _unsupported(h, weight, bias, weights, *routing)
+
+
+OP = Op("moe_experts", reference, moe_experts, unsupported)
+UP = Op("moe_up", up_reference, moe_up, _unsupported)
+DOWN = Op("moe_down", down_reference, moe_down, _down_unsupported)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op, use_triton
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 from . import rms_norm as norm
 
@@ -149,26 +149,6 @@ def add_rms_norm(
     return total, y
 
 
-# ------------------------------------------------------------------------------------------ cost
-def cost(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
-    rounding: str = "inner",
-) -> Cost:
-    """Two reads and two writes of the rows; keeps the sum and rstd."""
-    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype), device="meta")
-    inner = norm.cost(total, weight, eps, offset, rounding)
-    return Cost(
-        bytes_read=norm.size(x, residual, weight),
-        bytes_written=norm.size(total) + inner.bytes_written,
-        flops=x.numel() + inner.flops,
-        bytes_saved=inner.bytes_saved,
-    )
-
-
 # -------------------------------------------------------------------------------------------- op
 def unsupported(
     x: Tensor,
@@ -191,4 +171,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("add_rms_norm", reference, add_rms_norm, cost, unsupported, kept_outputs=(0,))
+OP = Op("add_rms_norm", reference, add_rms_norm, unsupported, kept_outputs=(0,))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..launch import has_triton, library_op, use_triton
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 from . import layer_norm_native as native
-from .rms_norm import rstd_size, size, work_dtype
+from .rms_norm import work_dtype
 
 MAX_DIM = 32768
 """Longest row that the Triton kernels take (one program holds whole rows)."""
@@ -231,19 +231,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y
 
 
-# ------------------------------------------------------------------------------------------ cost
-def cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Cost:
-    """One read and one write of the rows; keeps x and two numbers per row."""
-    statistics = 2 * rstd_size(x)
-    scaled = (weight is not None) + (bias is not None)
-    return Cost(
-        bytes_read=size(x, weight, bias),
-        bytes_written=size(x) + statistics,
-        flops=(5 + scaled) * x.numel(),
-        bytes_saved=size(x) + statistics,
-    )
-
-
 # -------------------------------------------------------------------------------------------- op
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
     """Say why these tensors are not served by the fast implementation of their device."""
@@ -274,4 +261,4 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return reasons
 
 
-OP = Op("layer_norm", reference, layer_norm, cost, unsupported)
+OP = Op("layer_norm", reference, layer_norm, unsupported)

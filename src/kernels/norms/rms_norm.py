@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..launch import has_triton, library_op, use_triton
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import differentiable, gradients
 
 MAX_DIM = 32768
@@ -265,30 +265,6 @@ def is_outer(rounding: str) -> bool:
     return rounding == "outer"
 
 
-# ------------------------------------------------------------------------------------------ cost
-def size(*tensors: Tensor | None) -> int:
-    """Bytes of the elements of ``tensors``."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def rstd_size(x: Tensor) -> int:
-    """Bytes of one rstd per row of ``x``."""
-    return x.numel() // max(x.shape[-1], 1) * work_dtype(x).itemsize
-
-
-def cost(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "inner"
-) -> Cost:
-    """One read and one write of the rows; keeps x and rstd."""
-    written = x.numel() * output_dtype(x, weight, is_outer(rounding)).itemsize
-    return Cost(
-        bytes_read=size(x, weight),
-        bytes_written=written + rstd_size(x),
-        flops=(3 if weight is None else 4) * x.numel(),
-        bytes_saved=size(x) + rstd_size(x),
-    )
-
-
 # -------------------------------------------------------------------------------------------- op
 def unsupported(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "inner"
@@ -314,4 +290,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("rms_norm", reference, rms_norm, cost, unsupported)
+OP = Op("rms_norm", reference, rms_norm, unsupported)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..launch import library_op, use_triton
 from ..linear.products import shaped
 from ..matmul import addmm_, linear, mm
-from ..op import Cost, Op
+from ..op import Op
 from ..second_order import absent, differentiable, gradients
 from . import rms_norm as norm
 
@@ -118,6 +118,7 @@ _forward_op = library_op(
     " Tensor[] weights, Tensor?[] biases, bool cast) -> Tensor[]",
     "norms.rms_norm_linear:forward",
     _forward_fake,
+    lambda x, *rest: 2 * x.numel() // x.shape[-1] * sum(w.numel() for w in rest[4]),
 )
 
 
@@ -244,28 +245,6 @@ def rms_norm_linear(
     return outs
 
 
-# ------------------------------------------------------------------------------------------ cost
-def cost(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    rounding: str,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> Cost:
-    """The matmuls and the norm; keeps x and rstd, never the normed rows."""
-    inner = norm.cost(x, norm_weight, eps, offset, rounding)
-    rows = x.numel() // max(x.shape[-1], 1)
-    return Cost(
-        bytes_read=inner.bytes_read + norm.size(*weights, *biases),
-        bytes_written=sum(rows * w.shape[0] * w.element_size() for w in weights)
-        + norm.rstd_size(x),
-        flops=inner.flops + sum(2 * rows * w.numel() for w in weights),
-        bytes_saved=inner.bytes_saved,
-    )
-
-
 # -------------------------------------------------------------------------------------------- op
 def unsupported(
     x: Tensor,
@@ -294,4 +273,4 @@ def unsupported(
     return reasons
 
 
-OP = Op("rms_norm_linear", reference, rms_norm_linear, cost, unsupported)
+OP = Op("rms_norm_linear", reference, rms_norm_linear, unsupported)

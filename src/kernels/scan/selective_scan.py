@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..launch import LIBRARY, library_op, own, use_triton
-from ..op import Cost, Op
+from ..launch import library_op, own, use_triton
+from ..op import Op
 from ..second_order import differentiable, gradients
 from .selective_scan_chunks import (
     backward,
@@ -159,17 +159,29 @@ def _fake_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? bias, "
 )
-LIBRARY.define(f"selective_scan_forward({_INPUTS}bool softplus) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
-LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"selective_scan_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, bool[8] needs) "
-    "-> Tensor[]"
+
+
+def _flops(u: Tensor, delta: Tensor, a: Tensor, *_: Any) -> int:
+    return 15 * u.numel() * a.shape[1]  # of a state: an exponential, taken as 8, and 7 more
+
+
+def _backward_flops(grad: Tensor, *rest: Any) -> int:
+    return 3 * _flops(*rest)
+
+
+_forward_op = library_op(
+    f"selective_scan_forward({_INPUTS}bool softplus) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _flops,
 )
-for _name, _implementation, _outline in (
-    ("selective_scan_forward", _forward, _fake_forward),
-    ("selective_scan_backward", _backward, _fake_backward),
-):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fusewright::{_name}", _outline, lib=LIBRARY)
+_backward_op = library_op(
+    f"selective_scan_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, bool[8] needs) "
+    "-> Tensor[]",
+    _backward,
+    _fake_backward,
+    _backward_flops,
+)
 
 # -- triton ----------------------------------------------------------------------------------------
 
@@ -180,12 +192,14 @@ _triton_forward = library_op(
     f"selective_scan_triton_forward({_INPUTS}bool softplus, ScalarType dtype) -> (Tensor, Tensor)",
     "scan.selective_scan:forward",
     lambda *args: _fake_forward(*args[:-1]),
+    _flops,
 )
 _triton_backward = library_op(
     f"selective_scan_triton_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
     "bool[8] needs) -> Tensor[]",
     "scan.selective_scan:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 # -- autograd --------------------------------------------------------------------------------------
@@ -210,11 +224,10 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = (u, delta, a, b, c, d, z, bias)
         ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
         ctx.softplus = softplus
-        ops = torch.ops.fusewright
         if ctx.triton:
             out, starts = _triton_forward(*tensors, softplus, output_dtype(u, d, z))
         else:
-            out, starts = ops.selective_scan_forward.default(*tensors, softplus)
+            out, starts = _forward_op(*tensors, softplus)
         ctx.save_for_backward(*tensors, starts)
         result: Tensor = out
         return result
@@ -224,8 +237,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
-        plain: Any = torch.ops.fusewright.selective_scan_backward.default
-        run = _triton_backward if ctx.triton else plain
+        run = _triton_backward if ctx.triton else _backward_op
         found = iter(run(grad, *tensors, starts, ctx.softplus, needs))
         return *(next(found) if needed else None for needed in needs), None
 
@@ -262,22 +274,6 @@ def selective_scan(
     return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def scan_cost(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-) -> Cost:  # fmt: skip
-    """Each input is read once; a state costs an exponential (taken as 8), and 7 more."""
-    tensors = [t for t in (u, delta, B, C, z) if t is not None]
-    read = sum(t.numel() * t.element_size() for t in tensors)
-    channels, states = A.shape
-    kept = 4 * u.numel() * states // chunk_length(states, channels)
-    out = output_dtype(u, D, z)
-    return Cost(read, u.numel() * out.itemsize + kept, 15 * u.numel() * states, read + kept)
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -303,4 +299,4 @@ def scan_unsupported(
     return [f"{tuple(t.shape)} does not fit u {tuple(u.shape)}" for t in wrong]
 
 
-OP = Op("selective_scan", scan_reference, selective_scan, scan_cost, scan_unsupported)
+OP = Op("selective_scan", scan_reference, selective_scan, scan_unsupported)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..launch import LIBRARY, library_op, use_triton
-from ..op import Cost, Op
+from ..launch import library_op, use_triton
+from ..op import Op
 from ..second_order import differentiable, gradients
 from . import ssd_chunks
 from .ssd_chunks import work_dtype
@@ -162,24 +162,36 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? bias, bool softplus, "
     "float low, float high"
 )
-LIBRARY.define(f"ssd_forward({_INPUTS}) -> Tensor")  # type: ignore[no-untyped-call]
-LIBRARY.define(f"ssd_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
-for _name, _implementation, _outline in (
-    ("ssd_forward", _forward, _fake_forward),
-    ("ssd_backward", _backward, _fake_backward),
-):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fusewright::{_name}", _outline, lib=LIBRARY)
+
+
+def _flops(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, *_: Any) -> int:
+    """Per step and head: scores and values of a chunk, and the state read and written."""
+    features, states = x.shape[-1], b.shape[-1]
+    return dt.numel() * (2 * CHUNK * (states + features) + 4 * states * features)
+
+
+def _backward_flops(grad: Tensor, *rest: Any) -> int:
+    return 3 * _flops(*rest)  # forward again, and two products for each of its
+
+
+_forward_op = library_op(f"ssd_forward({_INPUTS}) -> Tensor", _forward, _fake_forward, _flops)
+_backward_op = library_op(
+    f"ssd_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
+    _backward,
+    _fake_backward,
+    _backward_flops,
+)
 
 # -- triton ----------------------------------------------------------------------------------------
 
 _triton_forward = library_op(
-    f"ssd_triton_forward({_INPUTS}) -> Tensor", "scan.ssd:forward", _fake_forward
+    f"ssd_triton_forward({_INPUTS}) -> Tensor", "scan.ssd:forward", _fake_forward, _flops
 )
 _triton_backward = library_op(
     f"ssd_triton_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
     "scan.ssd:backward",
     _fake_backward,
+    _backward_flops,
 )
 
 # -- autograd --------------------------------------------------------------------------------------
@@ -205,8 +217,7 @@ class _SSD(torch.autograd.Function):
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
         ctx.options = softplus, low, high
         ctx.triton = use_triton(x, dt, a, b, c, d, bias)
-        plain: Any = torch.ops.fusewright.ssd_forward.default
-        run = _triton_forward if ctx.triton else plain
+        run = _triton_forward if ctx.triton else _forward_op
         out: Tensor = run(x, dt, a, b, c, d, bias, softplus, low, high)
         return out
 
@@ -214,8 +225,7 @@ class _SSD(torch.autograd.Function):
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
-        plain: Any = torch.ops.fusewright.ssd_backward.default
-        run = _triton_backward if ctx.triton else plain
+        run = _triton_backward if ctx.triton else _backward_op
         found = iter(run(grad, *ctx.saved_tensors, *ctx.options, needs))
         return *(next(found) if needed else None for needed in needs), None, None, None
 
@@ -251,21 +261,6 @@ def ssd(
     return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# -- cost ------------------------------------------------------------------------------------------
-
-
-def ssd_cost(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-    dt_bias: Tensor | None = None, dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-) -> Cost:  # fmt: skip
-    """Per step and head: scores and values of a chunk, and the state read and written."""
-    features, states = x.shape[-1], B.shape[-1]
-    read = sum(t.numel() * t.element_size() for t in (x, dt, B, C))
-    flops = dt.numel() * (2 * CHUNK * (states + features) + 4 * states * features)
-    return Cost(read, x.numel() * work_dtype(x).itemsize, flops, read)
-
-
 # -- OP --------------------------------------------------------------------------------------------
 
 
@@ -290,4 +285,4 @@ def ssd_unsupported(
     return [f"{tuple(t.shape)} does not fit x {tuple(x.shape)}" for t in wrong]
 
 
-OP = Op("ssd", ssd_reference, ssd, ssd_cost, ssd_unsupported)
+OP = Op("ssd", ssd_reference, ssd, ssd_unsupported)

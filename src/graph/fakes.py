@@ -1,0 +1,33 @@
+"""Fake tensors in place of example values: shapes and strides in numbers, no contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def fake(example: Any, size: Callable[[Any], Any]) -> Any:
+    """What has the shape, the strides and the dtype of ``example``; under a fake mode.
+
+    Args:
+        example: a tensor, fake or real; a size; or several in tuples and lists.
+        size: gives a symbolic size its number.
+    """
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return size(value) if isinstance(value, torch.SymInt) else value
+        shape, strides = [size(s) for s in value.shape], [size(s) for s in value.stride()]
+        made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        return made.requires_grad_(value.requires_grad)
+
+    return tree_map(one, example)
+
+
+def hint(s: Any) -> int:
+    """The number with which a symbolic size was met."""
+    return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)

@@ -1,0 +1,129 @@
+"""What running something costs, found on fake tensors, which have shapes and no contents.
+
+FLOPs are those that PyTorch's own counter knows (matrix products, convolutions, attention), and
+those of our opaque ops, by the formulas that ``launch.library_op`` gives it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from .launch import TEMPORARY_BYTES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of an op moves, computes and keeps.
+
+    Attributes:
+        bytes_read: bytes of the tensors that forward is given: what it reads at least.
+        bytes_written: bytes of those that it returns.
+        flops: floating-point operations of forward (a multiply-add is two).
+        bytes_saved: bytes that are kept for backward, parameters not counted. An input counts,
+            though another op may keep it as well.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    flops: int
+    bytes_saved: int
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the storages that came into being under it and are still alive.
+
+    Attributes:
+        flops: floating-point operations so far.
+        bytes: of the storages alive now.
+        most: the highest that ``bytes`` has been since it was last set back.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-25: torch is not typed here
+        self.flops = self.bytes = self.most = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what is new in its result."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        self.flops += 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                self._count(t.untyped_storage())
+        temporary = TEMPORARY_BYTES.get(func)
+        held = 0 if temporary is None else temporary(*args, **kwargs)
+        self.most = max(self.most, self.bytes + held)
+        return out
+
+    def exclude(self, tensors: Iterable[Any]) -> None:
+        """Do not count the memory of ``tensors``."""
+        self._known.update(t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.bytes += size
+        weakref.finalize(storage, self._end, size)
+
+    def _end(self, size: int) -> None:
+        self.bytes -= size
+
+
+def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
+    """Count what ``call(*args, **kwargs)`` costs, without computing it.
+
+    Args:
+        call: takes tensors, nested in tuples and lists or not, and returns tensors.
+        args: tensors of any device, fake or real, and other values.
+        kwargs: likewise.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        known: dict[int, Any] = {}
+        args, kwargs = tree_map(lambda v: known.setdefault(id(v), _fake(v)), (args, kwargs))
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        parameters = {_place(t) for t in given if isinstance(t, nn.Parameter)}
+        saved: dict[int, Any] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            if _place(t) not in parameters:
+                saved[_place(t)] = t.untyped_storage()
+            return t
+
+        with Living() as living, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            results = [t for t in tree_iter(call(*args, **kwargs)) if isinstance(t, Tensor)]
+        return Cost(
+            bytes_read=sum(t.nbytes for t in {id(t): t for t in given}.values()),
+            bytes_written=sum(t.nbytes for t in results),
+            flops=living.flops,
+            bytes_saved=sum(storage.nbytes() for storage in saved.values()),
+        )
+
+
+def _place(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
+
+
+def _fake(value: Any) -> Any:
+    """A fake tensor like ``value``, where it is a tensor; under a fake mode."""
+    if not isinstance(value, Tensor):
+        return value
+    made = torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device
+    ).requires_grad_(value.requires_grad)
+    return nn.Parameter(made, made.requires_grad) if isinstance(value, nn.Parameter) else made

@@ -1,0 +1,66 @@
+"""The ops that a rewrite calls are asked whether they take the tensors of the site."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusewright.kernels.op import Op
+from fusewright.rewrite.rule import Emit, Match
+
+from .graphs import trace
+from .test_engine import Gate, S, _applied, _calls, _told, gated
+
+
+def _positive_rows_only(x: Tensor, y: Tensor) -> list[str]:
+    """Sizes are numbers here, whatever the graph was captured with."""
+    assert type(x.shape[0]) is int
+    return [] if y.shape[-1] > 8 else [f"y has {y.shape[-1]} features and it wants more"]
+
+
+class GateByOp(Gate):
+    """``Gate``, calling an op that is asked."""
+
+    def rewrite(self, m: Match, ops: Emit) -> Any:
+        """Of what ``Gate`` passes, the second operand is the result of another call."""
+        return ops.call(OP, m.x, ops.call(torch.neg, ops.call(torch.neg, m.y)))
+
+
+OP = Op("gated", gated, gated, _positive_rows_only)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_an_op_is_asked_before_it_is_put_in(optional: bool) -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.sigmoid(a) * b
+
+    class Asked(GateByOp):
+        pass
+
+    Asked.optional = optional
+    module = trace(fn, S, S)
+    (found,) = _applied(module, Asked())
+    assert found.status == ("left" if optional else "refused")
+    assert found.reason == "y has 8 features and it wants more"
+    assert _calls(module) == ["sigmoid", "mul"]
+    wide = trace(fn, (2, 3, 9), (2, 3, 9))
+    assert _told(_applied(wide, Asked())) == [("gate", "rewritten", "mul")]
+
+
+def test_an_op_whose_check_fails_is_not_put_in() -> None:
+    def broken(x: Tensor, y: Tensor) -> list[str]:
+        raise KeyError("nothing there")
+
+    class Broken(Gate):
+        def rewrite(self, m: Match, ops: Emit) -> Any:
+            return ops.call(replace(OP, unsupported=broken), m.x, m.y)
+
+    (found,) = _applied(trace(lambda a, b: torch.sigmoid(a) * b, S, S), Broken())
+    assert (found.status, found.reason) == (
+        "refused",
+        "its op's check failed: KeyError: 'nothing there'",
+    )
