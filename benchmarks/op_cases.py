@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fusewright.kernels.linear.linears import Linear
+from fusewright.kernels.moe.moe_experts import moe_route
 from shapes import OpShape
 
 
@@ -109,11 +111,11 @@ def _lora_linear(m: Maker) -> Case:
     x, weight = m.activation(m.sizes.hidden), m.weight(m.sizes.ffn, m.sizes.hidden)
     lora_a = m.weight(m.shape.rank, m.sizes.hidden, trained=True)
     lora_b = m.weight(m.sizes.ffn, m.shape.rank, trained=True)
-    return Case((x, weight, None, lora_a, lora_b, 2.0), (weight, lora_a, lora_b))
+    return Case((x, Linear(weight, None, lora_a, lora_b, 2.0)), (weight, lora_a, lora_b))
 
 
 def _dora_row_norms(m: Maker) -> Case:
-    _, weight, _, a, b, scale = _lora_linear(m).args
+    weight, _, a, b, scale, *_ = _lora_linear(m).args[1]
     held = tuple(t.detach() for t in (weight, a, b))  # the norms are constants for backward
     return Case((*held, scale, m.dtype), held)
 
@@ -144,8 +146,9 @@ def _quant_linear(m: Maker) -> Case:
 
 def _quant_lora_linear(m: Maker) -> Case:
     case, adapter = _quant_linear(m), _lora_linear(m)
-    a, b = adapter.args[3:5]
-    return Case((*case.args, None, a, b, 2.0), (*case.parameters, a, b))
+    x, weight = case.args
+    linear = adapter.args[1]._replace(weight=weight)
+    return Case((x, linear), (*case.parameters, linear.lora_a, linear.lora_b))
 
 
 def _adapted(m: Maker, *sizes: tuple[int, int]) -> Case:
@@ -153,9 +156,9 @@ def _adapted(m: Maker, *sizes: tuple[int, int]) -> Case:
     weights = [m.weight(*s) for s in sizes]
     lora_as = [m.weight(m.shape.rank, inner, trained=True) for _, inner in sizes]
     lora_bs = [m.weight(out, m.shape.rank, trained=True) for out, _ in sizes]
-    x, none = m.activation(m.sizes.hidden), [None] * len(sizes)
-    lists = (weights, none, lora_as, lora_bs, [2.0] * len(sizes), none)
-    return Case((x, *lists), (*weights, *lora_as, *lora_bs))
+    parts = zip(weights, lora_as, lora_bs, strict=True)
+    given = [Linear(w, None, a, b, 2.0) for w, a, b in parts]
+    return Case((m.activation(m.sizes.hidden), given), (*weights, *lora_as, *lora_bs))
 
 
 def _mlp_block(m: Maker) -> Case:
@@ -210,6 +213,19 @@ def _moe_experts(m: Maker) -> Case:
     return Case((x, index, weights.requires_grad_(), up.mT, down.mT, F.silu), (up, down))
 
 
+def _moe_up(m: Maker) -> Case:
+    x, index, _, up, _, _ = _moe_experts(m).args
+    return Case((x, up, None, *moe_route(index.reshape(-1), len(up)), index.shape[1]), (up,))
+
+
+def _moe_down(m: Maker) -> Case:
+    _, index, weights, up, down, _ = _moe_experts(m).args
+    routing, wanted = moe_route(index.reshape(-1), len(up)), weights.detach().reshape(-1)
+    h = torch.randn(index.numel(), down.shape[1], device=m.device, dtype=m.dtype)
+    case = (h.requires_grad_(), wanted.requires_grad_(), down, None, *routing, index.shape[1])
+    return Case(case, (down,))
+
+
 CASES: dict[str, Callable[[Maker], Case]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
@@ -230,5 +246,7 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "selective_scan": _selective_scan,
     "ssd": _ssd,
     "moe_experts": _moe_experts,
+    "moe_up": _moe_up,
+    "moe_down": _moe_down,
 }
 """How to call each op, by the op's name."""

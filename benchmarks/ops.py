@@ -25,6 +25,7 @@ from torch import Tensor
 
 from environment import describe
 from fusewright import kernels
+from fusewright.kernels.cost import Cost
 from fusewright.kernels.op import Op
 from fusewright.rewrite.tolerance import errors
 from op_cases import CASES, Case, Maker
@@ -80,7 +81,7 @@ def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict
     with torch.no_grad():
         expected = _flat(op.reference(*case.args))
     upstream = [torch.randn_like(t) for t in expected]
-    slow = "; ".join(op.unsupported(*case.args))
+    slow, cost = "; ".join(op.unsupported(*case.args)), op.cost(*case.args)
     functions, facts = {}, {}
     for provider in options.providers:
         function = PROVIDERS[provider](op)
@@ -96,7 +97,17 @@ def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict
         samples = sample(calls, options.device, options.seconds)
         for provider in options.providers:
             timing = summary(samples[provider]) if provider in samples else {}
+            if timing and direction == "forward":
+                timing |= rates(cost, timing["median_ms"])
             yield {"direction": direction, "provider": provider} | timing | facts[provider]
+
+
+def rates(cost: Cost, milliseconds: float) -> dict[str, float]:
+    """What forward reaches: of the op's products, and of the bytes that it must read and write."""
+    return {
+        "gflop_per_s": cost.flops / milliseconds / 1e6,
+        "gb_per_s": (cost.bytes_read + cost.bytes_written) / milliseconds / 1e6,
+    }
 
 
 def sample(
@@ -202,7 +213,11 @@ def _line(row: dict[str, Any]) -> str:
     start = f"{row['op']:<22}{row['shape']:<18}{row['direction']:<18}{row['provider']:<21}"
     if row["error"]:
         return start + row["error"]
-    return start + f"{row['median_ms']:>10.3f} ms{row['saved_mb']:>10.1f} MB saved  {row['note']}"
+    reached = ""
+    if "gb_per_s" in row:
+        reached = f"{row['gflop_per_s']:>9.1f} GFLOP/s{row['gb_per_s']:>8.1f} GB/s  "
+    saved = f"{row['median_ms']:>10.3f} ms{row['saved_mb']:>10.1f} MB saved  "
+    return start + saved + reached + row["note"]
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import is_cast_of
+from ..kernels.linear.linears import Linear
 from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
@@ -77,14 +78,15 @@ class DoRALinear(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """A LoRA linear without bias and a rescaling; after dropout, a rescaling of its parts."""
-        weight = m.get("w") if m.get("columns") is None else ops.method("t", m.columns)
+        weight: Any = m.get("w") if m.get("columns") is None else ops.method("t", m.columns)
         scale, wide, kind = float(m.scale), facts.dtype(m.norm), facts.dtype(m.product)
         norm = ops.dora_row_norms(weight, m.a, m.b, scale, wide)
         factor = ops.call(torch.div, m.magnitude, norm)
         if m.spelling != "dropout":
             # the sum of both products is not rounded: it is to be multiplied
             sum_in = None if wide is kind else wide
-            total = ops.lora_linear(m.x, weight, None, m.a, m.b, scale, None, None, sum_in)
+            linear = Linear(weight, None, m.a, m.b, scale, dtype=sum_in)
+            total = ops.lora_linear(m.x, linear)
             total.meta["example_value"] = facts.value(m.root).to(wide)
             return ops.dora(total, factor, m.get("bias"), None, 1.0, kind)
         base = ops.call(F.linear, m.x, weight, m.bias)

@@ -14,16 +14,16 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical
+from ..kernels.linear.linears import MIXED, Linear
 from ..rewrite.match.matcher import Trace
 from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .quant_linear import sample_weight
 
-_PARTS = ("weight", "bias", "a", "b", "scale", "lora_bias", "x_lora", "compute", "dtype")
+_PARTS = (*Linear._fields, "x_lora")
 """What is captured of a linear; an adapter's parts are missing where it has none."""
 
 _OWN_INPUT = "an adapter has an input of its own, after dropout"
-_MIXED = "some of the linears are quantized, some are not"
 
 
 class _OfLinears(Rule):
@@ -57,7 +57,7 @@ class MLPBlock(_OfLinears):
         """Matrices, no adapter with an input of its own, a gradient that is wanted."""
         linears = [_captured(m, role) for role in _roles(m)]
         packed = [isinstance(v["weight"], tuple) for v in linears]
-        m.leave(any(packed) and not all(packed), _MIXED)
+        m.leave(any(packed) and not all(packed), MIXED)
         external_users = [
             n for n in m.nodes if n is not m.root and not set(n.users) <= set(m.nodes)
         ]
@@ -71,9 +71,8 @@ class MLPBlock(_OfLinears):
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op. What it keeps is chosen later, by the keyword ``keep`` of its node."""
         layout = "two" if m.spelling == "two" else ("gate" if m.gate_first else "up") + " first"
-        linears = [_captured(m, role) for role in _roles(m)]
-        kinds = _options(m.x, linears[0])
-        return ops.mlp_block(m.x, *_lists(linears), m.activation, layout, keep="gate_up", **kinds)
+        given = _records(m.x, [_captured(m, role) for role in _roles(m)])
+        return ops.mlp_block(m.x, given, m.activation, layout, keep="gate_up")
 
 
 class QKVBlock(_OfLinears):
@@ -104,26 +103,24 @@ class QKVBlock(_OfLinears):
 
     def check(self, m: Match) -> None:
         """Matrices, no adapter with an input of its own, and one adapter at least."""
-        m.pass_over(all(user["a"] is None for user in m.users))  # nothing is gained by it
+        m.pass_over(all(user["lora_a"] is None for user in m.users))  # nothing is gained by it
         _check(m, m.x, m.users)
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
         """One op with one output per linear."""
-        kinds = _options(m.x, m.users[0])
-        made = ops.qkv_block(m.x, *_lists(m.users), keep="all", **kinds)
+        made = ops.qkv_block(m.x, _records(m.x, m.users), keep="all")
         return tuple(ops.item(made, i) for i in range(len(m.users)))
 
 
 def _linear(p: Builder, x: Any, role: str) -> Pattern:
     """A linear on x, with an adapter or without, whose parts are captured under its role."""
-    weight, bias, a, b, scale, lora_bias, x_lora, compute, dtype = (
-        p.var(f"{role}_{part}") for part in _PARTS
-    )
+    linear = weight, bias, *_, compute, dtype = [p.var(f"{role}_{f}") for f in Linear._fields]
+    x_lora = p.var(f"{role}_x_lora")
     return p.either(
         p.linear(x, weight, bias),
-        p.lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias, dtype),
+        p.lora_linear(x, linear, x_lora),
         p.quant_linear(x, weight, bias, compute, dtype),
-        p.quant_lora_linear(x, weight, bias, a, b, scale, x_lora, lora_bias, dtype, compute),
+        p.quant_lora_linear(x, linear, x_lora),
     )
 
 
@@ -142,16 +139,6 @@ def _kinds(x: Any, linear: Mapping[str, Any]) -> tuple[Any, Any]:
     return compute, linear["dtype"] or compute
 
 
-def _options(x: Any, linear: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that tell the ops, as far as they are not what they take anyway."""
-    compute, dtype = _kinds(x, linear)
-    given = {
-        "compute": None if compute is facts.dtype(x) else compute,
-        "dtype": None if dtype is compute else dtype,
-    }
-    return {k: v for k, v in given.items() if v is not None}
-
-
 def _roles(m: Match) -> tuple[str, ...]:
     return ("gate", "up", "down") if m.spelling == "two" else ("gate", "down")
 
@@ -160,13 +147,18 @@ def _captured(m: Match, role: str) -> Mapping[str, Any]:
     return {part: m.get(f"{role}_{part}") for part in _PARTS}
 
 
-def _lists(linears: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
-    """The arguments of the ops: one list for each part."""
-    parts = ("weight", "bias", "a", "b", "scale", "lora_bias")
-    return tuple(
-        [(1.0 if v[part] is None else v[part]) if part == "scale" else v[part] for v in linears]
-        for part in parts
-    )
+def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
+    """The linears as the ops take them; dtypes that they take anyway are left out."""
+    compute, dtype = _kinds(x, linears[0])
+    dtype = None if dtype is compute else dtype
+    compute = None if compute is facts.dtype(x) else compute
+    return [
+        Linear(
+            v["weight"], v["bias"], v["lora_a"], v["lora_b"],
+            1.0 if v["scale"] is None else v["scale"], v["lora_bias"], compute, dtype,
+        )
+        for v in linears
+    ]  # fmt: skip
 
 
 def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:

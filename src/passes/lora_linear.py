@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import canonical, is_cast_of
+from ..kernels.linear.linears import Linear
 from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .lora_adapters import MOST, adapters, joined, with_more
@@ -87,14 +88,16 @@ class LoRALinear(Rule):
 
     def rewrite(self, m: Match, ops: Emit) -> fx.Node:
         """One op; bias, dropout input and adapter bias are passed where they exist."""
-        weight = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
+        weight: Any = m.get("w") if m.get("w") is not None else ops.method("t", m.columns)
         one = joined(adapters(m), ops)
-        adapter = (one.a, one.b, one.scale, one.x, one.bias)
         low = m.get("compute") or facts.dtype(m.x if isinstance(weight, tuple) else m.product)
         dtype = None if facts.dtype(m.root) is low else facts.dtype(m.root)
-        if isinstance(weight, tuple):
-            return ops.quant_lora_linear(m.x, weight, m.bias, *adapter, dtype, m.compute)
-        return ops.lora_linear(m.x, weight, m.bias, *adapter, dtype)
+        packed = isinstance(weight, tuple)
+        linear = Linear(
+            weight, m.bias, one.a, one.b, one.scale, one.bias, m.compute if packed else None, dtype
+        )
+        op = ops.quant_lora_linear if packed else ops.lora_linear
+        return op(m.x, linear, one.x)
 
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]

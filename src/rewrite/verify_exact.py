@@ -5,7 +5,7 @@ What comes of the second is the truth that verification measures by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +81,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def packed(interior: Sequence[fx.Node]) -> set[Any]:
     """The inputs that hold packed weights: bytes, whatever dtype they are stored under."""
-    fields = len(Quantized._fields)
-    tuples = [a for n in interior for a in n.args if isinstance(a, tuple) and len(a) == fields]
-    held = {a[0] for a in tuples if isinstance(a[0], fx.Node)}
+    held = {weight[0] for n in interior for weight in _quantized(n.args)}
     for n in interior:
         canon = canonical(n)
         if canon is not None and canon.name == "quantized_linear":
@@ -91,7 +89,26 @@ def packed(interior: Sequence[fx.Node]) -> set[Any]:
     return held
 
 
-def _widen(x: Any) -> Any:
+def _quantized(argument: Any) -> Iterator[tuple[Any, ...]]:
+    """The fields of each quantized weight in an argument, or deeper in it."""
+    if not isinstance(argument, (tuple, list)):
+        return
+    kind = argument[_KIND] if len(argument) == len(Quantized._fields) else None
+    if isinstance(kind, str) and isinstance(argument[0], fx.Node):
+        yield tuple(argument)
+    for inner in argument:
+        yield from _quantized(inner)
+
+
+_KIND = Quantized._fields.index("kind")
+
+
+def _widen(argument: Any) -> Any:
+    """``argument`` with fp64 for each floating-point dtype in it, however deep."""
+    return fx.node.map_aggregate(argument, _wide_dtype)
+
+
+def _wide_dtype(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 

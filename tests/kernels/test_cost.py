@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.cost import cost
-from fusewright.kernels.linear import dora, lora_linear, quant_linear, quant_lora_linear
+from fusewright.kernels.linear import dora, quant_linear
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.mlp import glu
 from fusewright.kernels.moe import moe_experts
@@ -21,6 +21,7 @@ from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_nor
 from fusewright.kernels.op import Op
 from fusewright.kernels.scan import selective_scan, ssd
 
+from .by_parts import LORA, MLP, QKV, QUANT_LORA
 from .quantized_weights import random_weight
 
 BF16 = torch.bfloat16
@@ -37,6 +38,19 @@ def _w(*shape: int, dtype: torch.dtype = BF16) -> nn.Parameter:
 
 def _lora(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     return _w(RANK, WIDE, dtype=dtype), _w(OUT, RANK, dtype=dtype), 2.0
+
+
+def _linears(*outs: int, into: int = WIDE) -> tuple[list[Any], ...]:
+    """Weights, biases, A's, B's, scales and biases of B."""
+    weights, each = [_w(out, into) for out in outs], len(outs)
+    lora_as = [_w(RANK, into, dtype=torch.float32) for _ in outs]
+    lora_bs = [_w(out, RANK, dtype=torch.float32) for out in outs]
+    return weights, [None] * each, lora_as, lora_bs, [2.0] * each, [None] * each
+
+
+def _mlp() -> tuple[list[Any], ...]:
+    ins, down = _linears(OUT, OUT), _linears(WIDE, into=OUT)
+    return tuple(a + b for a, b in zip(ins, down, strict=True))
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -78,13 +92,17 @@ CASES: dict[str, tuple[Op, Callable[[], tuple[Any, ...]]]] = {
     ),
     "glu": (glu.OP, lambda: (_x(ROWS, 8), _x(ROWS, 8), "silu")),
     "glu_packed": (glu.OP_PACKED, lambda: (_x(ROWS, 16), "gelu", False)),
-    "lora_linear": (lora_linear.OP, lambda: (_x(ROWS, WIDE), _w(OUT, WIDE), _w(OUT), *_lora(BF16))),
-    "lora_linear, fp32": (lora_linear.OP, lambda: (_x(ROWS, WIDE), _w(OUT, WIDE), None, *_lora())),
+    "lora_linear": (LORA, lambda: (_x(ROWS, WIDE), _w(OUT, WIDE), _w(OUT), *_lora(BF16))),
+    "lora_linear, fp32": (LORA, lambda: (_x(ROWS, WIDE), _w(OUT, WIDE), None, *_lora())),
     "quant_linear": (quant_linear.OP, lambda: (_x(ROWS, WIDE), random_weight((OUT, WIDE)), None)),
     "quant_lora_linear": (
-        quant_lora_linear.OP,
+        QUANT_LORA,
         lambda: (_x(ROWS, WIDE), random_weight((OUT, WIDE), nested=True), None, *_lora()),
     ),
+    "qkv_block": (QKV, lambda: (_x(ROWS, WIDE), *_linears(OUT, 8), "all")),
+    "qkv_block, x alone": (QKV, lambda: (_x(ROWS, WIDE), *_linears(OUT, 8), "input")),
+    "mlp_block": (MLP, lambda: (_x(ROWS, WIDE), *_mlp(), "silu", "two", "gate_up")),
+    "mlp_block, x alone": (MLP, lambda: (_x(ROWS, WIDE), *_mlp(), "silu", "two", "input")),
     "dora": (dora.OP, lambda: (_x(4, 6), _w(6))),
     "moe_experts": (moe_experts.OP, _experts),
     "linear_cross_entropy": (

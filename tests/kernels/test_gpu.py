@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.linear import lora_linear, qkv_block
+from fusewright.kernels.linear.linears import Linear
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.mlp import glu, mlp_block
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
@@ -135,7 +136,12 @@ def _lora(d: Draw, adapter: torch.dtype | None) -> Call:
         a.requires_grad_(),
         b.requires_grad_(),
     )
-    return Call(lora_linear.OP, lambda x, w, bias, a, b: (x, w, bias, a, b, 0.5), inputs)
+    return Call(lora_linear.OP, lambda x, *parts: (x, Linear(*parts, 0.5)), inputs)
+
+
+def _records(t: tuple[Tensor, ...]) -> list[Linear]:
+    """Linears from their weights, A's and B's."""
+    return [Linear(w, None, a, b, 0.5) for w, a, b in zip(t[::3], t[1::3], t[2::3], strict=True)]
 
 
 def _block(d: Draw, keep: str) -> Call:
@@ -143,8 +149,7 @@ def _block(d: Draw, keep: str) -> Call:
     linears = [(d.weight(*s), d.weight(16, s[1]), d.weight(s[0], 16)) for s in sizes]
 
     def bind(x: Tensor, *t: Tensor) -> tuple[Any, ...]:
-        none = [None] * 3
-        return (x, t[::3], none, t[1::3], t[2::3], [0.5] * 3, none, "silu", "two", keep)
+        return (x, _records(t), "silu", "two", keep)
 
     return Call(mlp_block.OP, bind, (d.rows(d.hidden), *(t for each in linears for t in each)))
 
@@ -153,8 +158,7 @@ def _linears(d: Draw) -> Call:
     linears = [(d.weight(n, d.hidden), d.weight(16, d.hidden), d.weight(n, 16)) for n in (129, 64)]
 
     def bind(x: Tensor, *t: Tensor) -> tuple[Any, ...]:
-        none = [None] * 2
-        return (x, t[::3], none, t[1::3], t[2::3], [0.5] * 2, none)
+        return (x, _records(t))
 
     return Call(qkv_block.OP, bind, (d.rows(d.hidden), *(t for each in linears for t in each)))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusewright.kernels.linear.linears import Linear
 from fusewright.rewrite.op_table import OF_CALL, TABLE
 
 from .quantized_weights import random_weight
@@ -25,8 +26,8 @@ def _linears(op: str, *extra: object, out: tuple[int, ...] = (8, 4)) -> Call:
     def call() -> tuple[Tensor, ...]:
         weights, biases = [_x(n, 16) for n in out], [_x(n) for n in out]
         lora_as, lora_bs = [_x(2, 16) for _ in out], [_x(n, 2) for n in out]
-        lists = weights, biases, lora_as, lora_bs, [2.0] * len(out), [None] * len(out)
-        return TABLE[op](_x(2, 3, 16), *lists, *extra)
+        parts = zip(weights, biases, lora_as, lora_bs, strict=True)
+        return TABLE[op](_x(2, 3, 16), [Linear(*one, 2.0) for one in parts], *extra)
 
     return call
 
@@ -54,17 +55,17 @@ CALLS: dict[str, Call] = {
     "glu": lambda: TABLE["glu"](_x(2, 3, 8), _x(2, 3, 8), "silu"),
     "glu_packed": lambda: TABLE["glu_packed"](_x(2, 3, 16), "silu"),
     "lora_linear": lambda: TABLE["lora_linear"](
-        _x(2, 3, 16), _x(8, 16), None, _x(2, 16), _x(8, 2), 2.0
+        _x(2, 3, 16), Linear(_x(8, 16), None, _x(2, 16), _x(8, 2), 2.0)
     ),
     "lora_linear, bias": lambda: TABLE["lora_linear"](
-        _x(2, 3, 16), _x(8, 16), _x(8), _x(2, 16), _x(8, 2), 2.0
+        _x(2, 3, 16), Linear(_x(8, 16), _x(8), _x(2, 16), _x(8, 2), 2.0)
     ),
     "dora": lambda: TABLE["dora"](_x(2, 3, 8), _x(8)),
     "dora, bias": lambda: TABLE["dora"](_x(2, 3, 8), _x(8), _x(8)),
     "dora, update": lambda: TABLE["dora"](_x(2, 3, 8), _x(8), _x(2, 3, 8), _x(2, 3, 8), 2.0),
     "quant_linear": lambda: TABLE["quant_linear"](_x(2, 3, 16), random_weight((8, 16)), _x(8)),
     "quant_lora_linear": lambda: TABLE["quant_lora_linear"](
-        _x(2, 3, 16), random_weight((8, 16)), _x(8), _x(2, 16), _x(8, 2), 2.0
+        _x(2, 3, 16), Linear(random_weight((8, 16)), _x(8), _x(2, 16), _x(8, 2), 2.0)
     ),
     "qkv_block": _linears("qkv_block"),
     "mlp_block": _linears("mlp_block", "silu", out=(16, 16, 16)),

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import products
-from fusewright.kernels.linear.lora_linear import OP, lora_linear, reference
 from fusewright.rewrite.tolerance import exceeded
 
+from .by_parts import LORA as OP
 from .util import assert_parity
 
+lora_linear, reference = OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import matmul
 from fusewright.kernels.attention import attention
-from fusewright.kernels.linear import lora_linear
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.norms import rms_norm_linear
 from fusewright.rewrite.tolerance import unit
@@ -29,6 +28,7 @@ from . import (
     test_quantized_blocks,
     test_rms_norm_linear,
 )
+from .by_parts import LORA
 
 HALF = st.sampled_from([torch.bfloat16, torch.float16])
 OPS = [
@@ -161,7 +161,7 @@ def test_no_op_multiplies_in_16_bits(
     labels, heads = torch.randint(24, (2, 5)), draw(1, 2, 6, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outs = [
-            lora_linear.lora_linear(x, w, None, a, b, 2.0),
+            LORA.call(x, w, None, a, b, 2.0),
             *rms_norm_linear.rms_norm_linear(x, draw(16), 1e-6, 0.0, "inner", [w], [None]),
             linear_cross_entropy.linear_cross_entropy(x, w, None, labels),
             attention.attention(heads, heads, heads, None, True),

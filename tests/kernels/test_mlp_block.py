@@ -14,15 +14,17 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import products
-from fusewright.kernels.linear.lora_linear import lora_linear
 from fusewright.kernels.mlp import mlp_block_tiles
 from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
-from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS, OP, mlp_block, reference
+from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS
 from fusewright.rewrite.tolerance import exceeded
 
+from .by_parts import LORA
+from .by_parts import MLP as OP
 from .test_qkv_block import Given, make, operands, present
 from .util import assert_parity_of_draws
 
+lora_linear, mlp_block, reference = LORA.call, OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 

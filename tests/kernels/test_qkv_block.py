@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.linear.qkv_block import KEEPS, OP, qkv_block, reference
+from fusewright.kernels.linear.qkv_block import KEEPS
 from fusewright.rewrite.tolerance import exceeded
 
+from .by_parts import QKV as OP
 from .util import assert_parity_of_draws
 
+qkv_block, reference = OP.call, OP.reference
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Given = list[list[Tensor | None]]
 

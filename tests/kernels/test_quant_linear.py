@@ -10,6 +10,7 @@ from fusewright.kernels.linear import quant_linear, quant_lora_linear, quant_pro
 from fusewright.kernels.linear.quantized import Quantized, dequantize, dequantize_reference, scales
 from fusewright.rewrite.tolerance import exceeded
 
+from .by_parts import QUANT_LORA
 from .quantized_weights import random_weight
 from .util import assert_parity
 
@@ -128,9 +129,7 @@ def test_parity_with_an_adapter(dtype, adapter, own, lora_bias, wide):
 
         return call
 
-    assert_parity(
-        over(quant_lora_linear.quant_lora_linear), over(quant_lora_linear.reference), *inputs
-    )
+    assert_parity(over(QUANT_LORA.call), over(QUANT_LORA.reference), *inputs)
 
 
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False), ("int8", False)])
@@ -139,8 +138,8 @@ def test_gradcheck(kind, nested):
     w = random_weight((5, 12), kind, 32, nested)
     inputs = _inputs((2, 3), w, F64, F64, F64, True)
     assert torch.autograd.gradcheck(_over(quant_linear.quant_linear, w), inputs[:2])
-    assert torch.autograd.gradcheck(_over(quant_lora_linear.quant_lora_linear, w), inputs)
-    assert torch.autograd.gradcheck(_over(quant_lora_linear.quant_lora_linear, w), inputs[:4])
+    assert torch.autograd.gradcheck(_over(QUANT_LORA.call, w), inputs)
+    assert torch.autograd.gradcheck(_over(QUANT_LORA.call, w), inputs[:4])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -166,7 +165,7 @@ def test_nothing_of_the_size_of_the_weight_is_kept():
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         quant_linear.quant_linear(x, w, bias)
-        quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0)
+        QUANT_LORA.call(x, w, bias, a, b, 2.0)
     floats = [t for t in kept if t.is_floating_point()]
     assert max(t.numel() for t in floats) == x.numel() < 96 * 128
 
@@ -181,7 +180,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
             module, "product", lambda *args, **kw: calls.append(True) or product(*args, **kw)
         )
     x.requires_grad_(False)
-    out = quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0)
+    out = QUANT_LORA.call(x, w, bias, a, b, 2.0)
     torch.autograd.grad(out, (a, b, bias), torch.ones_like(out))
     assert len(calls) == 1  # no dX, no second copy of the weight
 
@@ -200,10 +199,10 @@ def test_autocast_casts_the_adapter_and_not_the_base():
     x, _, a, b = _inputs((6,), w, BF16, F32)
     with torch.autocast("cpu", BF16):
         assert quant_linear.quant_linear(x.float(), w).dtype is F32
-        mine = quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0)
-    exact = quant_lora_linear.reference(x.double(), w, None, a.double(), b.double(), 2.0)
+        mine = QUANT_LORA.call(x, w, None, a, b, 2.0)
+    exact = QUANT_LORA.reference(x.double(), w, None, a.double(), b.double(), 2.0)
     with torch.autocast("cpu", BF16):
-        theirs = quant_lora_linear.reference(x, w, None, a, b, 2.0)
+        theirs = QUANT_LORA.reference(x, w, None, a, b, 2.0)
     assert exceeded(mine, theirs, exact) is None
     assert [g.dtype for g in torch.autograd.grad(mine.sum(), (a, b))] == [F32, F32]
 
@@ -214,13 +213,13 @@ def test_inductor_traces_the_ops_and_keeps_no_copy():
 
     @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
     def compiled(x: Tensor) -> Tensor:
-        y = quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0)
+        y = QUANT_LORA.call(x, w, None, a, b, 2.0)
         return torch.sin(y)
 
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = compiled(x)
-    eager = torch.sin(quant_lora_linear.quant_lora_linear(x, w, None, a, b, 2.0))
+    eager = torch.sin(QUANT_LORA.call(x, w, None, a, b, 2.0))
     upstream = torch.randn_like(y)
     assert not any(t.is_floating_point() and t.numel() == 96 * 64 for t in kept)
     pairs = zip(
@@ -243,6 +242,6 @@ def test_reasons():
     assert "of kind int3" in reasons(x, w._replace(kind="int3"))[0]
     assert "not complete" in reasons(x, w._replace(absmax_offset=None))[0]
     assert "several devices" in reasons(x.to("meta"), w)[0]
-    assert quant_lora_linear.unsupported(x, w, bias, a, b, 2.0) == []
-    assert "do not chain" in quant_lora_linear.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
-    assert "narrower" in quant_lora_linear.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]
+    assert QUANT_LORA.unsupported(x, w, bias, a, b, 2.0) == []
+    assert "do not chain" in QUANT_LORA.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
+    assert "narrower" in QUANT_LORA.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusewright.kernels.linear import linears, qkv_block, quant_linear, quant_products
-from fusewright.kernels.linear.quant_lora_linear import quant_lora_linear
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.kernels.mlp import mlp_block, mlp_block_tiles
 from fusewright.kernels.mlp.glu import glu, glu_packed
 from fusewright.rewrite.tolerance import exceeded
 
+from .by_parts import MLP, QKV, QUANT_LORA, records
 from .quantized_weights import random_weight
 from .test_mlp_block import _Largest
 from .test_qkv_block import make
@@ -87,7 +87,7 @@ def _over(fn: Callable[..., Any], lists: Lists, *options: str) -> Callable[..., 
 def _one(x: Tensor, w: Quantized, bias, a, b, scale: float, lora_bias) -> Tensor:
     if a is None:
         return quant_linear.quant_linear(x, w, bias)
-    return quant_lora_linear(x, w, bias, a, b, scale, None, lora_bias)
+    return QUANT_LORA.call(x, w, bias, a, b, scale, None, lora_bias)
 
 
 def separate(x: Tensor, *lists: Any) -> tuple[Tensor, ...]:
@@ -128,14 +128,14 @@ def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, ne
     There gradients are in fp32 and made of bf16 values: the largest error is that of a few of them.
     """
     dtype, adapter = dtypes
-    definition = qkv_block.reference if dtype is adapter else separate
+    definition = QKV.reference if dtype is adapter else separate
 
     made = functools.partial(
         _linears, [(out, shape[-1]) for out in outs], dtype, adapter, kind,
         ranks=ranks, bias=bias, lora_bias=lora_bias,
     )  # fmt: skip
     lists, draw = _drawn(shape, dtype, need_x, made)
-    ours = _over(lambda *a: qkv_block.qkv_block(*a, keep=keep), lists)
+    ours = _over(lambda *a: QKV.call(*a, keep=keep), lists)
     assert_parity_of_draws(ours, _over(definition, lists), draw)
 
 
@@ -154,14 +154,14 @@ def test_parity_of_linears(shape, outs, ranks, dtypes, kind, bias, lora_bias, ne
 )
 def test_parity_of_mlps(shape, wide, ranks, dtypes, kind, bias, lora_bias, need_x, layout, keep):
     dtype, adapter = dtypes
-    definition = mlp_block.reference if dtype is adapter else separate_mlp
+    definition = MLP.reference if dtype is adapter else separate_mlp
 
     made = functools.partial(
         _linears, _mlp_sizes(shape[-1], wide, layout), dtype, adapter, kind,
         ranks=ranks, bias=bias, lora_bias=lora_bias,
     )  # fmt: skip
     lists, draw = _drawn(shape, dtype, need_x, made)
-    ours = _over(mlp_block.mlp_block, lists, "silu", layout, keep)
+    ours = _over(MLP.call, lists, "silu", layout, keep)
     assert_parity_of_draws(ours, _over(definition, lists, "silu", layout), draw)
 
 
@@ -172,11 +172,11 @@ def test_gradcheck(kind):
     some = {"bias": True, "lora_bias": True, "ranks": (2, 0, 3)}
     for keep in qkv_block.KEEPS:
         lists = _linears([(5, 8), (4, 8), (3, 8)], F64, F64, kind, **some)
-        call = _over(lambda *a, keep=keep: qkv_block.qkv_block(*a, keep=keep), lists)
+        call = _over(lambda *a, keep=keep: QKV.call(*a, keep=keep), lists)
         assert torch.autograd.gradcheck(call, [x, *_trained(lists)])
     for keep in mlp_block.KEEPS:
         lists = _linears(_mlp_sizes(8, 6, "two"), F64, F64, kind, **some)
-        call = _over(mlp_block.mlp_block, lists, "silu", "two", keep)
+        call = _over(MLP.call, lists, "silu", "two", keep)
         assert torch.autograd.gradcheck(call, [x, *_trained(lists)])
 
 
@@ -184,7 +184,7 @@ def test_an_output_that_nobody_uses():
     lists = _linears([(5, 8), (4, 8)], F64, F64)
     leaves = [make(7, 8, dtype=F64), *_trained(lists)]
     results = []
-    for fn in (qkv_block.qkv_block, qkv_block.reference):
+    for fn in (QKV.call, QKV.reference):
         outs = _over(fn, lists)(*leaves)
         found = torch.autograd.grad(outs[1].sin().sum(), leaves, allow_unused=True)
         results.append([t if g is None else g for g, t in zip(found, leaves, strict=True)])
@@ -197,12 +197,12 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
     lists, rows, wide = _linears(_mlp_sizes(8, 80, "two"), F64, F64), 500, 80
     leaves, upstream = [make(rows, 8, dtype=F64), *_trained(lists)], torch.randn(rows, 8).double()
     results = []
-    for fn, options in ((mlp_block.mlp_block, ("input",)), (mlp_block.reference, ())):
+    for fn, options in ((MLP.call, ("input",)), (MLP.reference, ())):
         y = _over(fn, lists, "gelu", "two", *options)(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, upstream)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-    tensors, constants = linears.flat(*lists[:4], SCALES, lists[4])
+    tensors, constants = linears.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
     options = (*map(list, constants[:3]), "gelu", "two")
     with torch.no_grad(), _Largest() as seen:
         mlp_block_tiles._tiled_forward(leaves[0], tensors, *options, F64)
@@ -224,10 +224,10 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
     kept_of = {"gate_up": "all", "input": "input"}
 
     def both(x: Tensor, *tensors: Tensor) -> Tensor:
-        block = _over(lambda *a: qkv_block.qkv_block(*a, keep=kept_of[keep]), joined)
+        block = _over(lambda *a: QKV.call(*a, keep=kept_of[keep]), joined)
         first, second = block(x, *tensors[:count])
         inner = first[..., :64] * second
-        return _over(mlp_block.mlp_block, mlp, "silu", "two", keep)(inner, *tensors[count:])
+        return _over(MLP.call, mlp, "silu", "two", keep)(inner, *tensors[count:])
 
     # rows become symbolic with the second number of them; the sizes of weights are constants
     compiled = torch.compile(both, fullgraph=True, backend="inductor")
@@ -255,7 +255,7 @@ def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
 def test_the_ops_keep_the_rules_of_the_library(kind, compute):
     utils, ops = ("test_schema", "test_faketensor"), torch.ops.fusewright
     lists = _linears(_mlp_sizes(8, 6, "two"), F32, F32, kind, bias=True)
-    tensors, constants = linears.flat(*lists[:4], SCALES, lists[4])
+    tensors, constants = linears.flat(records(*lists[:4], SCALES, lists[4]), torch.empty(0))
     tensors = [None if t is None else t.detach() for t in tensors]
     x, options = torch.randn(7, 8), (*map(list, constants[:3]), "silu", "two")
     kinds = (compute, F32)
@@ -283,21 +283,21 @@ def test_the_ops_keep_the_rules_of_the_library(kind, compute):
 def test_reasons():
     x, lists = make(6, 64, dtype=BF16), _linears([(48, 64), (16, 64)], BF16, F32)
     arguments = (*lists[:4], SCALES[:2], lists[4])
-    assert qkv_block.OP.unsupported(x, *arguments) == []
-    assert "features" in qkv_block.OP.unsupported(x[:, :32], *arguments)[0]
+    assert QKV.unsupported(x, *arguments) == []
+    assert "features" in QKV.unsupported(x[:, :32], *arguments)[0]
     lists[0][1] = make(16, 64, dtype=BF16)
-    assert "some are not" in qkv_block.OP.unsupported(x, *arguments)[0]
+    assert "some are not" in QKV.unsupported(x, *arguments)[0]
     with pytest.raises(ValueError, match="some are not"):
-        qkv_block.qkv_block(x, *arguments)
+        QKV.call(x, *arguments)
     mlp = _linears(_mlp_sizes(64, 96, "two"), BF16, F32)
     options = (*mlp[:4], SCALES, mlp[4], "silu")
-    assert mlp_block.OP.unsupported(x, *options) == []
+    assert MLP.unsupported(x, *options) == []
     mlp[0][2] = make(64, 96, dtype=BF16)
-    assert "some are not" in mlp_block.OP.unsupported(x, *options)[-1]
+    assert "some are not" in MLP.unsupported(x, *options)[-1]
     with pytest.raises(ValueError, match="some are not"):
-        mlp_block.mlp_block(x, *options)
+        MLP.call(x, *options)
     mlp[0][0], gate = make(3, 96, 64, dtype=BF16), mlp[0][0]
-    assert any("do not fit down" in r for r in mlp_block.OP.unsupported(x, *options))
+    assert any("do not fit down" in r for r in MLP.unsupported(x, *options))
     mlp[0][0] = gate
     mlp[0][2] = random_weight((64, 90))
-    assert any("do not fit down" in r for r in mlp_block.OP.unsupported(x, *options))
+    assert any("do not fit down" in r for r in MLP.unsupported(x, *options))

@@ -17,13 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.kernels.attention import attention, rope
-from fusewright.kernels.linear import lora_linear, qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear import quant_linear
 from fusewright.kernels.linear.quantized import Quantized
 from fusewright.kernels.loss import linear_cross_entropy
-from fusewright.kernels.mlp import glu, mlp_block
+from fusewright.kernels.mlp import glu
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
 from fusewright.kernels.scan import selective_scan, ssd
+
+from .by_parts import LORA, MLP, QKV, QUANT_LORA
 
 Fn = Callable[..., Any]
 WIDE = torch.float64
@@ -154,23 +156,23 @@ CASES: dict[str, tuple[Fn, Fn, Sequence[Tensor]]] = {
         (_t(1, 2, 3, 4), _t(1, 1, 3, 4), _t(1, 1, 3, 4, seed=1)),
     ),
     "lora_linear": (
-        lambda x, w, b, a, c: lora_linear.lora_linear(x, w, b, a, c, 0.7),
-        lambda x, w, b, a, c: lora_linear.reference(x, w, b, a, c, 0.7),
+        lambda x, w, b, a, c: LORA.call(x, w, b, a, c, 0.7),
+        lambda x, w, b, a, c: LORA.reference(x, w, b, a, c, 0.7),
         (_t(2, 3, 4), _t(5, 4), _t(5), _t(2, 4), _t(5, 2)),
     ),
     "lora_linear over a frozen base": (
-        lambda x, w, a, c: lora_linear.lora_linear(x, w, None, a, c, 0.7),
-        lambda x, w, a, c: lora_linear.reference(x, w, None, a, c, 0.7),
+        lambda x, w, a, c: LORA.call(x, w, None, a, c, 0.7),
+        lambda x, w, a, c: LORA.reference(x, w, None, a, c, 0.7),
         (_t(2, 3, 4), _t(5, 4, grad=False), _t(2, 4), _t(5, 2)),
     ),
     "lora_linear, frozen": (
-        lambda x, w, a, c: lora_linear.lora_linear(x, w, None, a, c, 0.7),
-        lambda x, w, a, c: lora_linear.reference(x, w, None, a, c, 0.7),
+        lambda x, w, a, c: LORA.call(x, w, None, a, c, 0.7),
+        lambda x, w, a, c: LORA.reference(x, w, None, a, c, 0.7),
         (_t(2, 3, 4), _t(5, 4, grad=False), _t(2, 4, grad=False), _t(5, 2, grad=False)),
     ),
     "lora_linear with dropout": (
-        _lora(lora_linear.lora_linear),
-        _lora(lora_linear.reference),
+        _lora(LORA.call),
+        _lora(LORA.reference),
         (_t(3, 4), _t(5, 4), _t(5), _t(2, 4), _t(5, 2), _t(3, 4, seed=1), _t(5, seed=1)),
     ),
     "quant_linear": (
@@ -179,33 +181,33 @@ CASES: dict[str, tuple[Fn, Fn, Sequence[Tensor]]] = {
         (_t(2, 3, 4), _t(3)),
     ),
     "quant_lora_linear": (
-        _quantized_lora(quant_lora_linear.quant_lora_linear),
-        _quantized_lora(quant_lora_linear.reference),
+        _quantized_lora(QUANT_LORA.call),
+        _quantized_lora(QUANT_LORA.reference),
         (_t(2, 4), _t(3), _t(2, 4, seed=1), _t(3, 2), _t(2, 4, seed=2), _t(3, seed=1)),
     ),
     "qkv_block": (
-        _with(qkv_block.qkv_block, 3),
-        _with(qkv_block.reference, 3),
+        _with(QKV.call, 3),
+        _with(QKV.reference, 3),
         (_t(2, 3, 4), *_linears(3, _THREE)),
     ),
     "qkv_block over frozen bases": (
-        _with(qkv_block.qkv_block, 3, "input"),
-        _with(qkv_block.reference, 3),
+        _with(QKV.call, 3, "input"),
+        _with(QKV.reference, 3),
         (_t(2, 3, 4), *_linears(3, _THREE, w=False)),
     ),
     "qkv_block, frozen": (
-        _with(qkv_block.qkv_block, 3),
-        _with(qkv_block.reference, 3),
+        _with(QKV.call, 3),
+        _with(QKV.reference, 3),
         (_t(2, 3, 4), *_linears(3, _THREE, w=False, a=False, b=False)),
     ),
     "mlp_block": (
-        _with(mlp_block.mlp_block, 3, "silu"),
-        _with(mlp_block.reference, 3, "silu"),
+        _with(MLP.call, 3, "silu"),
+        _with(MLP.reference, 3, "silu"),
         (_t(2, 2, 4), *_linears(3, _MLP)),
     ),
     "mlp_block in tiles": (
-        _with(mlp_block.mlp_block, 3, "silu", "two", "input"),
-        _with(mlp_block.reference, 3, "silu"),
+        _with(MLP.call, 3, "silu", "two", "input"),
+        _with(MLP.reference, 3, "silu"),
         (_t(2, 2, 4), *_linears(3, _MLP, w=False)),
     ),
     "moe_experts": (
@@ -329,22 +331,22 @@ def test_a_weight_that_the_input_is_made_of_counts_once() -> None:
 
 FROZEN = {
     "mlp_block": (
-        _with(mlp_block.mlp_block, 3, "silu"),
+        _with(MLP.call, 3, "silu"),
         (_t(2, 2, 4), *_linears(3, _MLP, w=False, a=False)),
         "gate and up are frozen",
     ),
     "qkv_block": (
-        _with(qkv_block.qkv_block, 3),
+        _with(QKV.call, 3),
         (_t(2, 3, 4), *_linears(3, _THREE, w=False, a=False)),
         "B is trained and A is not",
     ),
     "lora_linear": (
-        lambda x, w, a, c: lora_linear.lora_linear(x, w, None, a, c, 0.7),
+        lambda x, w, a, c: LORA.call(x, w, None, a, c, 0.7),
         (_t(2, 3, 4), _t(5, 4, grad=False), _t(2, 4, grad=False), _t(5, 2)),
         "B is trained and A is not",
     ),
     "quant_lora_linear": (
-        _quantized_lora(quant_lora_linear.quant_lora_linear),
+        _quantized_lora(QUANT_LORA.call),
         (_t(2, 4), _t(3), _t(2, 4, grad=False), _t(3, 2), _t(2, 4, seed=2), _t(3, seed=1)),
         "B is trained and A is not",
     ),

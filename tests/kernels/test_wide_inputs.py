@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.kernels.linear import lora_linear, qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear import qkv_block, quant_linear
 from fusewright.kernels.mlp import mlp_block
 
+from .by_parts import LORA, MLP, QKV, QUANT_LORA
 from .quantized_weights import random_weight
 from .test_qkv_block import make
 from .util import assert_parity_of_draws
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SCALES = [2.0, 0.37, 1.0]
-QKV, MLP = [(64, 64), (32, 64), (32, 64)], [(128, 64), (128, 64), (64, 128)]
+QKV_SIZES, MLP_SIZES = [(64, 64), (32, 64), (32, 64)], [(128, 64), (128, 64), (64, 128)]
 
 
 class Case:
@@ -75,17 +76,17 @@ class Case:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("autocast", [BF16, F16])
 def test_linears_under_autocast(autocast, train, keep):
-    case = Case(QKV, packed=False, train=train, bias=True)
-    ours = case.call(qkv_block.qkv_block, autocast, keep)
-    assert_parity_of_draws(ours, case.call(qkv_block.reference, autocast), case.draw)
+    case = Case(QKV_SIZES, packed=False, train=train, bias=True)
+    ours = case.call(QKV.call, autocast, keep)
+    assert_parity_of_draws(ours, case.call(QKV.reference, autocast), case.draw)
 
 
 @pytest.mark.parametrize("keep", mlp_block.KEEPS)
 @pytest.mark.parametrize("train", [False, True])
 def test_a_gated_mlp_under_autocast(train, keep):
-    case = Case(MLP, packed=False, train=train)
-    ours = case.call(mlp_block.mlp_block, BF16, "silu", "two", keep)
-    theirs = case.call(mlp_block.reference, BF16, "silu", "two")
+    case = Case(MLP_SIZES, packed=False, train=train)
+    ours = case.call(MLP.call, BF16, "silu", "two", keep)
+    theirs = case.call(MLP.reference, BF16, "silu", "two")
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
@@ -95,18 +96,18 @@ WIDE = {"compute": BF16, "dtype": F32}
 @pytest.mark.parametrize("autocast", [None, BF16])
 @pytest.mark.parametrize("keep", qkv_block.KEEPS)
 def test_linears_over_quantized_weights_that_compute_in_fewer_bits(keep, autocast):
-    case = Case(QKV, packed=True)
-    ours = case.call(qkv_block.qkv_block, autocast, keep, **WIDE)
-    theirs = case.call(qkv_block.reference, autocast, **WIDE)
+    case = Case(QKV_SIZES, packed=True)
+    ours = case.call(QKV.call, autocast, keep, **WIDE)
+    theirs = case.call(QKV.reference, autocast, **WIDE)
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
 @pytest.mark.parametrize("autocast", [None, BF16])
 @pytest.mark.parametrize("keep", mlp_block.KEEPS)
 def test_a_gated_mlp_over_quantized_weights_that_compute_in_fewer_bits(keep, autocast):
-    case = Case(MLP, packed=True)
-    ours = case.call(mlp_block.mlp_block, autocast, "silu", "two", keep, **WIDE)
-    theirs = case.call(mlp_block.reference, autocast, "silu", "two", **WIDE)
+    case = Case(MLP_SIZES, packed=True)
+    ours = case.call(MLP.call, autocast, "silu", "two", keep, **WIDE)
+    theirs = case.call(MLP.reference, autocast, "silu", "two", **WIDE)
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
@@ -124,9 +125,9 @@ def _single(op: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize("autocast", [None, BF16])
 @pytest.mark.parametrize("adapter", [F32, BF16])
 def test_one_adapter_over_a_quantized_weight(adapter, autocast):
-    case = Case(QKV[1:2], packed=True, adapter=adapter)
-    theirs = case.call(_single(quant_lora_linear.reference), autocast, **WIDE)
-    ours = case.call(_single(quant_lora_linear.quant_lora_linear), autocast, **WIDE)
+    case = Case(QKV_SIZES[1:2], packed=True, adapter=adapter)
+    theirs = case.call(_single(QUANT_LORA.reference), autocast, **WIDE)
+    ours = case.call(_single(QUANT_LORA.call), autocast, **WIDE)
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
@@ -134,9 +135,9 @@ def test_one_adapter_over_a_quantized_weight(adapter, autocast):
 @pytest.mark.parametrize("dtype", [None, F32])
 def test_one_adapter_over_a_plain_weight(dtype, train):
     """Under autocast, and with a result wider than the product."""
-    case = Case(QKV[1:2], packed=False, train=train, bias=True)
-    theirs = case.call(_single(lora_linear.reference), BF16, dtype=dtype)
-    ours = case.call(_single(lora_linear.lora_linear), BF16, dtype=dtype)
+    case = Case(QKV_SIZES[1:2], packed=False, train=train, bias=True)
+    theirs = case.call(_single(LORA.reference), BF16, dtype=dtype)
+    ours = case.call(_single(LORA.call), BF16, dtype=dtype)
     assert_parity_of_draws(ours, theirs, case.draw)
 
 
@@ -153,7 +154,7 @@ def test_a_quantized_linear_that_computes_in_fewer_bits():
 
 
 def test_of_a_wide_input_the_narrow_copy_is_kept():
-    case = Case(QKV, packed=False)
+    case = Case(QKV_SIZES, packed=False)
     given = case.draw()
     sizes = []
 
@@ -163,7 +164,7 @@ def test_of_a_wide_input_the_narrow_copy_is_kept():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        case.call(qkv_block.qkv_block, BF16)(*given)
+        case.call(QKV.call, BF16)(*given)
     assert sizes == [BF16]
 
 
@@ -173,19 +174,19 @@ def test_a_result_narrower_than_the_product_is_refused():
     assert "narrower" in quant_linear.OP.unsupported(x, w, None, F32, BF16)[0]
     a, b = torch.randn(4, 64), torch.randn(8, 4)
     weight = torch.randn(8, 64)
-    found = lora_linear.OP.unsupported(x, weight, None, a, b, 1.0, None, None, BF16)
+    found = LORA.unsupported(x, weight, None, a, b, 1.0, None, None, BF16)
     assert "narrower" in found[0]
 
 
 @pytest.mark.parametrize("name", ["linears", "mlp", "one"])
 def test_a_gradient_penalty_under_autocast(name):
     """What is kept is a copy of x in fewer bits: its history must lead to x."""
-    sizes = {"linears": QKV, "mlp": MLP, "one": QKV[1:2]}[name]
+    sizes = {"linears": QKV_SIZES, "mlp": MLP_SIZES, "one": QKV_SIZES[1:2]}[name]
     case = Case(sizes, packed=False)
     ops = {
-        "linears": (qkv_block.qkv_block, qkv_block.reference),
-        "mlp": (mlp_block.mlp_block, mlp_block.reference, "silu"),
-        "one": (_single(lora_linear.lora_linear), _single(lora_linear.reference)),
+        "linears": (QKV.call, QKV.reference),
+        "mlp": (MLP.call, MLP.reference, "silu"),
+        "one": (_single(LORA.call), _single(LORA.reference)),
     }
     ours, theirs, *rest = ops[name]
 

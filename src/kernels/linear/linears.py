@@ -15,16 +15,53 @@ from torch import Tensor
 from .products import autocast
 from .quantized import Quantized, dequantize
 
-Weight = Tensor | Sequence[Any]
-"""A matrix, or the fields of a ``Quantized``."""
+MIXED = "some of the weights are quantized, some are not"
 
 
 class Linear(NamedTuple):
-    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``.
+    """A linear layer as an argument of an op: ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``.
+
+    Attributes:
+        weight: (out, in), frozen or trainable; or a frozen ``Quantized``, or a tuple of its fields.
+        bias: (out,) or None.
+        lora_a: (r, in), or None for a layer without an adapter.
+        lora_b: (out, r), in the dtype of ``lora_a``, or None.
+        scale: what the adapter's output is multiplied by.
+        lora_bias: (out,), the bias of B, or None.
+        compute: in which products with a quantized weight run; None is the input's dtype. Others
+            run in the weight's.
+        dtype: of the result, at least as wide as that of the product; None is that one.
+    """
+
+    weight: Tensor | tuple[Any, ...]
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scale: float = 1.0
+    lora_bias: Tensor | None = None
+    compute: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+
+    def is_quantized(self) -> bool:
+        """Whether the weight is packed."""
+        return not isinstance(self.weight, Tensor)
+
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (out, in)."""
+        return tuple(self.weight[2] if isinstance(self.weight, tuple) else self.weight.shape)
+
+
+def parts(linear: Linear) -> tuple[Any, ...]:
+    """Its fields, for ops that take no linear without an adapter."""
+    return linear
+
+
+class ResolvedLinear(NamedTuple):
+    """``x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ``, as the products see it: one bias, every dtype known.
 
     Attributes:
         weight: (out, in), plain or quantized.
-        bias: (out,) or None, of any floating dtype.
+        bias: (out,) or None, of any floating dtype; the adapter's is in it.
         lora_a: (r, in), or None where there is no adapter.
         lora_b: (out, r), in the dtype of ``lora_a``, or None.
         scale: of the adapter.
@@ -40,20 +77,14 @@ class Linear(NamedTuple):
     compute: torch.dtype
     dtype: torch.dtype
 
-    def unpacked(self) -> Linear:
+    def unpacked(self) -> ResolvedLinear:
         """The same with a plain weight."""
         w, kind = self.weight, self.compute
         return self._replace(weight=dequantize(w, kind)) if isinstance(w, Quantized) else self
 
-    def numel(self) -> int:
-        """The elements of its matrices."""
-        out, into = self.weight.shape
-        adapter = (t.numel() for t in (self.lora_a, self.lora_b) if t is not None)
-        return out * into + sum(adapter)
-
 
 class Grads(NamedTuple):
-    """A value for each tensor of a ``Linear``: its gradient or None, or whether that is wanted."""
+    """For each tensor of a ``ResolvedLinear`` its gradient, or None; or whether that is wanted."""
 
     weight: Any
     bias: Any
@@ -79,49 +110,38 @@ class Constants(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-def flat(
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[list[Tensor | None], Constants]:
+def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Constants]:
     """The tensors of several linears in a row, and the rest.
 
     Four of each linear; the adapters' biases join the bases'. Then four more of each quantized
     weight, whose first one is among those before.
 
     Args:
-        weights: of the linears, and so on.
-        biases: (out,) each, or None.
-        lora_as: (r, in) each, or None.
-        lora_bs: (out, r) each, or None.
-        scales: of the adapters.
-        lora_biases: (out,) each, or None.
-        compute: in which products with quantized weights run.
-        dtype: of the results; None is that of the products.
+        given: the linears; all compute in one dtype, and return one.
+        x: their input.
+
+    Raises:
+        ValueError: some of the weights are quantized and some are not, or the dtypes differ.
     """
     found: list[Tensor | None] = []
-    packed = [Quantized(*w) for w in weights if not isinstance(w, Tensor)]
-    if packed and len(packed) < len(weights):
-        raise ValueError("some of the weights are quantized, some are not")
-    firsts = [w if isinstance(w, Tensor) else w[0] for w in weights]
-    each = zip(firsts, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    for first, bias, lora_a, lora_b, scale, lora_bias in each:
+    packed = [Quantized(*v.weight) for v in given if not isinstance(v.weight, Tensor)]
+    if packed and len(packed) < len(given):
+        raise ValueError(MIXED)
+    if len({(v.compute, v.dtype) for v in given}) > 1:
+        raise ValueError("the linears compute, or return, in several dtypes")
+    for weight, bias, lora_a, lora_b, scale, lora_bias, *_ in given:
         if lora_bias is not None:
             bias = lora_bias * scale if bias is None else bias + lora_bias * scale
-        found += [first, bias, lora_a, lora_b]
+        found += [weight if isinstance(weight, Tensor) else weight[0], bias, lora_a, lora_b]
     for w in packed:
         found += [w.absmax, *w[5:]]
     sizes = (n for w in packed for n in (*w.shape, w.blocksize))
-    kinds = tuple(w.kind for w in packed)
-    return found, Constants(tuple(scales), tuple(sizes), kinds, compute if packed else None, dtype)
+    scales, kinds = tuple(v.scale for v in given), tuple(w.kind for w in packed)
+    compute = given[0].compute or x.dtype if packed else None
+    return found, Constants(scales, tuple(sizes), kinds, compute, given[0].dtype)
 
 
-def linears(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
+def linears(tensors: Sequence[Any], constants: Constants) -> list[ResolvedLinear]:
     """The linears of ``flat``'s list."""
     scales, sizes, kinds, compute, dtype = constants
     end = 4 * len(scales)
@@ -135,17 +155,21 @@ def linears(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
     each = zip(weights, fours, scales, strict=True)
     lows = [compute or w.dtype for w in weights]  # quantized weights come with ``compute``
     return [
-        Linear(w, bias, a, b, scale, low, dtype or low)
+        ResolvedLinear(w, bias, a, b, scale, low, dtype or low)
         for (w, (_, bias, a, b), scale), low in zip(each, lows, strict=True)
     ]
 
 
-def lists(tensors: Sequence[Any], constants: Constants) -> tuple[list[Any], ...]:
+def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
     """What ``flat`` was given; the adapters' biases stay in the bases'."""
-    layers = linears(tensors, constants)
-    biases = [None if v.bias is None else v.bias.to(v.compute) for v in layers]
-    weights, _, lora_as, lora_bs, scales, *_ = (list(part) for part in zip(*layers, strict=True))
-    return weights, biases, lora_as, lora_bs, scales, [None] * len(layers)
+    _, _, _, compute, dtype = constants
+    return [
+        Linear(
+            v.weight, None if v.bias is None else v.bias.to(v.compute), v.lora_a, v.lora_b,
+            v.scale, None, compute, dtype,
+        )
+        for v in linears(tensors, constants)
+    ]  # fmt: skip
 
 
 def cast_as_autocast(

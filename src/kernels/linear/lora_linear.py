@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional as F
 
 from ..matmul import mm
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
+from .linears import Linear, parts
 from .products import (
     Rows,
     adapted_product,
@@ -30,23 +31,15 @@ from .products import (
 # ------------------------------------------------------------------------------------- reference
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor:
     """PEFT's LoRA layer, cast for cast: the adapter runs in its own dtype."""
-    result = linear(x.to(weight.dtype), weight, bias)
+    weight, bias, lora_a, lora_b, scale, lora_bias, _, dtype = parts(linear)
+    result = F.linear(x.to(weight.dtype), weight, bias)
     result = result if dtype is None else result.to(dtype)
     z = (x if x_lora is None else x_lora).to(lora_a.dtype)
-    adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
-    return (result + adapter).to(result.dtype)
+    adapter = F.linear(F.linear(z, lora_a), lora_b, lora_bias) * scale
+    out: Tensor = (result + adapter).to(result.dtype)
+    return out
 
 
 # ------------------------------------------------------------------------------------------- cpu
@@ -95,7 +88,8 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     def formula(x: Any, weight: Any, bias: Any, a: Any, b: Any, s: Any, z: Any, lb: Any) -> Tensor:
         z = z if own_input else None
-        out = reference(x, weight, bias, a, b, ctx.scale, z, lb, grad.dtype)
+        layer = Linear(weight, bias, a, b, ctx.scale, lb, dtype=grad.dtype)
+        out = reference(x, layer, z)
         return out.reshape(grad.shape)
 
     inputs = x, weight, bias, lora_a, lora_b, None, z, lora_bias
@@ -179,17 +173,7 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, dweight, dbias, da, db, None, dz, dlora_bias, None
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor:
     """Compute ``x·Wᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
 
     Adapters may have another dtype than the base (fp32 over bf16 is PEFT's default): their
@@ -199,21 +183,16 @@ def lora_linear(
 
     Args:
         x: (..., in); it is cast to the weight's dtype, and to the adapter's.
-        weight: (out, in); frozen or trainable.
-        bias: (out,) or None.
-        lora_a: (r, in).
-        lora_b: (out, r), in the dtype of ``lora_a``.
-        scale: what the adapter's output is multiplied by.
+        linear: a plain weight (out, in), and an adapter.
         x_lora: (..., in), the adapter's own input (x after dropout); any floating dtype.
-        lora_bias: (out,), the bias of B, or None.
-        dtype: of the result, at least as wide as the weight's; None is the weight's.
 
     Returns:
-        (..., out), in ``dtype``.
+        (..., out), in ``linear.dtype``, or else in the weight's.
 
     Raises:
         RuntimeError: the shapes do not fit.
     """
+    weight, bias, lora_a, lora_b, scale, lora_bias, _, dtype = parts(linear)
     device = x.device.type
     args: Any = autocast(device, (weight, bias, lora_a, lora_b, x_lora, lora_bias))
     if args is None:
@@ -233,18 +212,9 @@ def _apply(x: Tensor, *args: Any) -> Tensor:
 # ---------------------------------------------------------------------------------------------- OP
 
 
-def unsupported(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
+def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``lora_linear``."""
+    weight, bias, lora_a, lora_b, _, lora_bias, _, dtype = parts(linear)
     given = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "x_lora": x_lora}
     tensors = [t for t in (x, bias, lora_bias, *given.values()) if t is not None]
     reasons = [

@@ -1,4 +1,4 @@
-"""Linear layers on rows, with or without LoRA adapters: what the ops made of them share.
+"""ResolvedLinear layers on rows, with or without LoRA adapters: what the ops made of them share.
 
 Everything here works on rows (N, features) and returns fresh tensors. A's of one input run as one
 matmul, and all that flows back to one input is added up in one buffer, in the input's dtype, which
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..launch import use_triton
 from ..matmul import linear, mm
-from .linears import Grads, Linear
+from .linears import Grads, ResolvedLinear
 from .products import (
     Rows,
     adapted_product,
@@ -41,7 +41,7 @@ def _joined(parts: Sequence[Any], dim: int) -> Tensor:
     return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
-def narrow(x: Rows, layers: Sequence[Linear]) -> list[Tensor | None]:
+def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
     """``scale·x·Aᵀ`` (N, r) of each adapter, in its dtype: of one dtype, all as one matmul."""
     found: list[Tensor | None] = [None] * len(layers)
     for group in _together([layer.lora_a for layer in layers]):
@@ -67,13 +67,13 @@ def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
     return [[i] for group in groups for i in group] if apart else groups
 
 
-def narrow_copy_for(layers: Sequence[Linear], x: Tensor) -> Tensor | None:
+def narrow_copy_for(layers: Sequence[ResolvedLinear], x: Tensor) -> Tensor | None:
     """``products.narrow_copy`` for several linears."""
     adapters = (layer.lora_a.dtype for layer in layers if layer.lora_a is not None)
     return narrow_copy(x, (*(layer.compute for layer in layers), *adapters))
 
 
-def widen(x: Rows, layer: Linear, h: Tensor | None) -> Tensor:
+def widen(x: Rows, layer: ResolvedLinear, h: Tensor | None) -> Tensor:
     """The output (N, out) of one linear; ``h`` is its part of ``narrow``."""
     low, dtype = x.to(layer.compute), layer.dtype
     bias = None if layer.bias is None else layer.bias.to(low.dtype)
@@ -100,7 +100,7 @@ class Returned(NamedTuple):
 
 
 def returned(
-    layers: Sequence[Linear],
+    layers: Sequence[ResolvedLinear],
     hs: Sequence[Tensor | None],
     dys: Sequence[Tensor | None],
     need_x: bool,
@@ -131,7 +131,7 @@ def returned(
 
 def backward(
     x: Rows | None,
-    layers: Sequence[Linear],
+    layers: Sequence[ResolvedLinear],
     hs: Sequence[Tensor | None],
     dys: Sequence[Tensor | None],
     need_x: bool,
@@ -158,7 +158,7 @@ def backward(
 
 
 def gradient_of_input(
-    layers: Sequence[Linear], back: Returned, dtype: torch.dtype
+    layers: Sequence[ResolvedLinear], back: Returned, dtype: torch.dtype
 ) -> Tensor | None:
     """``Σ dyᵢ·Wᵢ + tᵢ·Aᵢ`` in one buffer of ``dtype``, all adapters as one product."""
     pairs: list[tuple[Tensor, Any]] = [
@@ -187,7 +187,7 @@ def gradient_of_input(
 
 def gradients_of_parameters(
     x: Rows | None,
-    layers: Sequence[Linear],
+    layers: Sequence[ResolvedLinear],
     back: Returned,
     needs: Sequence[Grads],
 ) -> list[Grads]:
@@ -207,7 +207,7 @@ def gradients_of_parameters(
 
 def _gradients_of_a(
     x: Rows | None,
-    layers: Sequence[Linear],
+    layers: Sequence[ResolvedLinear],
     ts: Sequence[Tensor | None],
     needs: Sequence[Grads],
 ) -> list[Tensor | None]:

@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import lora_linear, quant_linear, quant_lora_linear
-from .linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
+from .linears import (
+    MIXED,
+    Constants,
+    Linear,
+    cast_as_autocast,
+    flat,
+    linears,
+    unflattened,
+    wanted,
+)
 from .products import Rows, shaped
 from .projections import backward, narrow, narrow_copy_for, widen
 from .quantized import Quantized
@@ -28,48 +37,22 @@ KEEPS = ("all", "input")
 # -- reference -------------------------------------------------------------------------------------
 
 
-def reference(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    keep: str = "all",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
+def reference(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
     """Define the op: each linear by itself, PEFT's casts included."""
-    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    return tuple(
-        projection(x, w, bias, a, b, scale, lora_bias, compute, dtype)
-        for w, bias, a, b, scale, lora_bias in each
-    )
+    return tuple(projection(x, linear) for linear in given)
 
 
-def projection(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scale: float,
-    lora_bias: Tensor | None,
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def projection(x: Tensor, linear: Linear) -> Tensor:
     """One linear, with its adapter if there is one."""
+    weight, bias, lora_a, _, _, _, compute, dtype = linear
     if isinstance(weight, Tensor):
-        if lora_a is None or lora_b is None:
-            out = F.linear(x.to(weight.dtype), weight, bias)
-            return out if dtype is None else out.to(dtype)
-        return lora_linear.reference(x, weight, bias, lora_a, lora_b, scale, None, lora_bias, dtype)
-    if lora_a is None or lora_b is None:
+        if lora_a is not None:
+            return lora_linear.reference(x, linear)
+        out = F.linear(x.to(weight.dtype), weight, bias)
+        return out if dtype is None else out.to(dtype)
+    if lora_a is None:
         return quant_linear.reference(x, Quantized(*weight), bias, compute, dtype)
-    return quant_lora_linear.reference(
-        x, Quantized(*weight), bias, lora_a, lora_b, scale, None, lora_bias, dtype, compute
-    )
+    return quant_lora_linear.reference(x, linear)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -95,8 +78,7 @@ def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     like = next(g for g in grads if g is not None)
 
     def formula(x: Tensor, *tensors: Any) -> list[Tensor]:
-        run: Any = reference
-        outs = run(x, *lists(tensors, constants), "all", constants.compute, constants.dtype)
+        outs = reference(x, unflattened(tensors, constants))
         return [out.reshape(-1, out.shape[-1]) for out in outs]
 
     inputs = absent(shape, like, read) if x is None else x, *saved[count:]
@@ -155,18 +137,7 @@ class _QKVBlock(torch.autograd.Function):
         return dx, None, None, None, *(g for d in found for g in d), *rest
 
 
-def qkv_block(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    keep: str = "all",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
+def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Tensor, ...]:
     """``x·Wᵢᵀ + bᵢ + scaleᵢ·(x·Aᵢᵀ·Bᵢᵀ + lora_biasᵢ)`` for each i.
 
     x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
@@ -176,31 +147,19 @@ def qkv_block(
 
     Args:
         x: (..., in).
-        weights: (out_i, in) each, frozen or trainable; or each a frozen ``Quantized``, or a tuple
-            of its fields.
-        biases: (out_i,) or None each.
-        lora_as: (r_i, in), or None for a linear without an adapter.
-        lora_bs: (out_i, r_i) in the dtype of A, or None.
-        scales: what each adapter's output is multiplied by.
-        lora_biases: (out_i,), the bias of B, or None each.
+        given: the linears (out_i, in), all quantized or none, of one ``compute`` and one ``dtype``.
         keep: ``"all"`` keeps x and the rank-wide ``x·Aᵢᵀ`` for backward, ``"input"`` x alone.
-        compute: in which products with quantized weights run; None is x's dtype. Others run in the
-            weight's.
-        dtype: of the results, at least as wide; None is that of the products.
 
     Returns:
-        One (..., out_i) for each linear, in ``dtype``.
+        One (..., out_i) for each linear.
 
     Raises:
-        ValueError: an unknown ``keep``, lists of different lengths, or some weights quantized and
-            some not.
+        ValueError: an unknown ``keep``, or linears that differ in what they must have in common.
         RuntimeError: the shapes do not fit.
     """
     if keep not in KEEPS:
         raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
-    tensors, constants = flat(
-        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
-    )
+    tensors, constants = flat(given, x)
     device = x.device.type
     cast = cast_as_autocast(device, tensors, constants)
     if cast is None:
@@ -218,49 +177,26 @@ def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> 
 # -- OP --------------------------------------------------------------------------------------------
 
 
-def unsupported(
-    x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
-    keep: str = "all",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
+def unsupported(x: Tensor, given: Sequence[Linear], keep: str = "all") -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``qkv_block``."""
     reasons = [] if keep in KEEPS else [f"keep is {keep!r}, not one of {', '.join(KEEPS)}"]
-    if len({isinstance(w, Tensor) for w in weights}) > 1:
-        reasons.append("some of the weights are quantized, some are not")
-    each = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    for i, (w, bias, a, b, scale, lora_bias) in enumerate(each):
-        found = _unsupported(x, w, bias, a, b, scale, lora_bias, compute, dtype)
-        reasons += [f"linear {i}: {reason}" for reason in found]
+    if len({linear.is_quantized() for linear in given}) > 1:
+        reasons.append(MIXED)
+    for i, linear in enumerate(given):
+        reasons += [f"linear {i}: {reason}" for reason in _unsupported(x, linear)]
     return reasons
 
 
-def _unsupported(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scale: float,
-    lora_bias: Tensor | None,
-    compute: torch.dtype | None,
-    dtype: torch.dtype | None,
-) -> list[str]:
+def _unsupported(x: Tensor, linear: Linear) -> list[str]:
+    _, _, lora_a, lora_b, _, lora_bias, *_ = linear
     if (lora_a is None) != (lora_b is None) or (lora_a is None and lora_bias is not None):
         return ["a part of the adapter is missing"]
-    out = weight.shape[0] if isinstance(weight, Tensor) else weight[2][0]
-    if lora_a is None or lora_b is None:  # judged as one with an adapter of rank 0
-        lora_a, lora_b = x.new_empty(0, x.shape[-1]), x.new_empty(out, 0)
-    adapter = (lora_a, lora_b, scale, None, lora_bias, dtype)
-    if isinstance(weight, Tensor):
-        return lora_linear.unsupported(x, weight, bias, *adapter)
-    return quant_lora_linear.unsupported(x, Quantized(*weight), bias, *adapter, compute)
+    if lora_a is None:  # judged as one with an adapter of rank 0
+        none = x.new_empty(0, x.shape[-1]), x.new_empty(linear.shape()[0], 0)
+        linear = linear._replace(lora_a=none[0], lora_b=none[1])
+    if linear.is_quantized():
+        return quant_lora_linear.unsupported(x, linear)
+    return lora_linear.unsupported(x, linear)
 
 
 OP = Op("qkv_block", reference, qkv_block, unsupported)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional as F
 
 from ..matmul import mm
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
+from .linears import Linear, parts
 from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized
@@ -24,23 +25,14 @@ from .quantized import Quantized
 # ------------------------------------------------------------------------------------- reference
 
 
-def reference(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    compute: torch.dtype | None = None,
-) -> Tensor:
+def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor:
     """PEFT's layer, cast for cast: the base in ``compute``, the adapter in its own dtype."""
-    result = quant_linear.reference(x, weight, bias, compute, dtype)
+    weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype = parts(linear)
+    result = quant_linear.reference(x, Quantized(*weight), bias, compute, dtype)
     z = (x if x_lora is None else x_lora).to(lora_a.dtype)
-    adapter = linear(linear(z, lora_a), lora_b, lora_bias) * scale
-    return (result + adapter).to(result.dtype)
+    adapter = F.linear(F.linear(z, lora_a), lora_b, lora_bias) * scale
+    out: Tensor = (result + adapter).to(result.dtype)
+    return out
 
 
 # -------------------------------------------------------------------------- cpu, triton, autograd
@@ -60,7 +52,8 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
     def formula(x: Any, bias: Any, a: Any, b: Any, _: Any, z: Any, lora_bias: Any) -> Tensor:
         z = z if own_input else None
-        y = reference(x, w, bias, a, b, ctx.scale, z, lora_bias, grad.dtype, compute)
+        layer = Linear(w, bias, a, b, ctx.scale, lora_bias, compute, grad.dtype)
+        y = reference(x, layer, z)
         return y.reshape(grad.shape)
 
     inputs, needed = (x, bias, lora_a, lora_b, None, z, lora_bias), ctx.needs_input_grad
@@ -141,43 +134,26 @@ class _QuantLoraLinear(torch.autograd.Function):
         return dx, None, dbias, da, db, None, dz, dlora_bias, *rest
 
 
-def quant_lora_linear(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    compute: torch.dtype | None = None,
-) -> Tensor:
+def quant_lora_linear(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor:
     """Compute ``x·dequantize(W)ᵀ + bias + scale·(z·Aᵀ·Bᵀ + lora_bias)``, z being ``x_lora`` or x.
 
-    W is frozen; it and x are rounded to ``compute`` for the base's product. Gradients of the
+    W is frozen; it and x are rounded to ``linear.compute`` for the base's product. Gradients of the
     adapter are computed in its dtype.
     Autocast casts the adapter's operands, as it does for linear layers, and leaves the base alone.
     Backward may run more than once over a retained graph.
 
     Args:
         x: (..., in).
-        weight: (out, in), a ``Quantized`` or a tuple of its fields.
-        bias: (out,) in ``compute``, or None.
-        lora_a: (r, in).
-        lora_b: (out, r), in the dtype of ``lora_a``.
-        scale: what the adapter's output is multiplied by.
+        linear: a quantized weight (out, in), a bias in ``compute`` or None, and an adapter.
         x_lora: (..., in), the adapter's own input (x after dropout), or None.
-        lora_bias: (out,), the bias of B, or None.
-        dtype: of the sum, at least as wide as ``compute``; None is ``compute``.
-        compute: in which the base's product runs; None is x's dtype.
 
     Returns:
-        (..., out), in ``dtype``.
+        (..., out), in ``linear.dtype``, or else in ``compute``.
 
     Raises:
-        RuntimeError: the shapes do not fit, or ``bias`` has another dtype.
+        RuntimeError: the shapes do not fit, or the bias has another dtype.
     """
+    weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype = parts(linear)
     w, device, low = Quantized(*weight), x.device.type, compute or x.dtype
     fixed, tensors = split(w)
     given = [lora_a, lora_b, x_lora, lora_bias]
@@ -193,19 +169,9 @@ def quant_lora_linear(
 # ---------------------------------------------------------------------------------------------- OP
 
 
-def unsupported(
-    x: Tensor,
-    weight: Quantized,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    x_lora: Tensor | None = None,
-    lora_bias: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    compute: torch.dtype | None = None,
-) -> list[str]:
+def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``quant_lora_linear``."""
+    weight, bias, lora_a, lora_b, _, _, compute, dtype = parts(linear)
     reasons = quant_linear.unsupported(x, weight, bias, compute, dtype)
     w = Quantized(*weight)
     if lora_a.dtype != lora_b.dtype:

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.linears import Constants, Weight, cast_as_autocast, flat, linears, lists, wanted
+from ..linear.linears import (
+    MIXED,
+    Constants,
+    Linear,
+    cast_as_autocast,
+    flat,
+    linears,
+    unflattened,
+    wanted,
+)
 from ..linear.products import Rows, shaped
 from ..linear.projections import narrow_copy_for
 from ..linear.qkv_block import projection
@@ -38,33 +47,19 @@ LAYOUTS = ("two", "gate first", "up first")
 
 def reference(
     x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
+    given: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Define the op: the linears by themselves, the gated unit between them."""
-    *ins, down = zip(weights, biases, lora_as, lora_bs, scales, lora_biases, strict=True)
-    outs = [_one(x, linear, compute, dtype) for linear in ins]
+    *ins, down = given
+    outs = [projection(x, linear) for linear in ins]
     if layout == "two":
         h = glu.glu_reference(outs[0], outs[1], activation)
     else:
         h = glu.glu_packed_reference(outs[0], activation, layout == "gate first")
-    return _one(h, down, compute, dtype)
-
-
-def _one(
-    x: Tensor, linear: Sequence[Any], compute: torch.dtype | None, dtype: torch.dtype | None
-) -> Tensor:
-    weight, bias, lora_a, lora_b, scale, lora_bias = linear
-    return projection(x, weight, bias, lora_a, lora_b, scale, lora_bias, compute, dtype)
+    return projection(h, down)
 
 
 # -- cpu -------------------------------------------------------------------------------------------
@@ -85,9 +80,7 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     require_kept(x is not None, "mlp_block", "gate and up are frozen, and their input is not kept")
 
     def formula(x: Tensor, *tensors: Any) -> Tensor:
-        kinds = constants.compute, constants.dtype
-        run: Any = reference
-        y: Tensor = run(x, *lists(tensors, constants), activation, layout, keep, *kinds)
+        y = reference(x, unflattened(tensors, constants), activation, layout, keep)
         return y.reshape(grad.shape)
 
     inputs = x, *(saved if keep == "input" else saved[2 * count - 1 :])
@@ -156,19 +149,12 @@ class _MLPBlock(torch.autograd.Function):
 
 def mlp_block(
     x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
+    given: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``down(activation(gate(x)) * up(x))``; the lists have gate, up, down, or gate and up, down.
+    """``down(activation(gate(x)) * up(x))``.
 
     x, adapters and bases may have dtypes of their own, as in ``lora_linear``; under autocast every
     operand is cast as autocast casts a linear layer's (over quantized weights, the adapters' alone,
@@ -177,36 +163,26 @@ def mlp_block(
 
     Args:
         x: (..., D).
-        weights: (F, D), (F, D), (D, F), or (2F, D), (D, F), of one dtype, frozen or trainable; or
-            each a frozen ``Quantized``, or a tuple of its fields.
-        biases: (out,) or None each.
-        lora_as: (r, in), or None for a linear without an adapter.
-        lora_bs: (out, r) in the dtype of A, or None.
-        scales: what each adapter's output is multiplied by.
-        lora_biases: (out,), the bias of B, or None each.
+        given: gate (F, D), up (F, D) and down (D, F); or both in one (2F, D), and down. All are
+            quantized or none, of one ``compute`` and one ``dtype``.
         activation: one of ``glu.ACTIVATIONS``.
         layout: ``"two"``: gate and up are two linears; ``"gate first"`` and ``"up first"``: they
             are the halves of one linear's output.
         keep: ``"gate_up"`` or ``"input"``, what is kept for backward.
-        compute: in which products with quantized weights run; None is x's dtype. Others run in the
-            weight's.
-        dtype: of each linear's result, at least as wide; None is that of the products.
 
     Returns:
-        (..., D), in ``dtype``.
+        (..., D).
 
     Raises:
-        ValueError: an unknown activation, layout or ``keep``, lists of different lengths, or some
-            weights quantized and some not.
+        ValueError: an unknown activation, layout or ``keep``, or linears that differ in what they
+            must have in common.
         RuntimeError: the shapes do not fit.
     """
     known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
-    for given, choices in known:
-        if given not in choices:
-            raise ValueError(f"{given!r} is not one of {', '.join(choices)}")
-    tensors, constants = flat(
-        weights, biases, lora_as, lora_bs, scales, lora_biases, compute or x.dtype, dtype
-    )
+    for choice, choices in known:
+        if choice not in choices:
+            raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
+    tensors, constants = flat(given, x)
     options, device = (tuple(constants), activation, layout, keep), x.device.type
     cast = cast_as_autocast(device, tensors, constants)
     if cast is None:
@@ -227,37 +203,26 @@ def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tens
 
 def unsupported(
     x: Tensor,
-    weights: Sequence[Weight],
-    biases: Sequence[Tensor | None],
-    lora_as: Sequence[Tensor | None],
-    lora_bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    lora_biases: Sequence[Tensor | None],
+    given: Sequence[Linear],
     activation: str,
     layout: str = "two",
     keep: str = "gate_up",
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``mlp_block``."""
     known = ((activation, glu.ACTIVATIONS), (layout, LAYOUTS), (keep, KEEPS))
     reasons = [
         f"{v!r} is not one of {', '.join(choices)}" for v, choices in known if v not in choices
     ]
-    if len(weights) != (3 if layout == "two" else 2):
-        return [*reasons, f"{len(weights)} linears for the layout {layout!r}"]
-    lists = (weights, biases, lora_as, lora_bs, scales, lora_biases)
-    ins, down = [v[:-1] for v in lists], [v[-1:] for v in lists]
-    shapes = [tuple(w.shape if isinstance(w, Tensor) else w[2]) for w in weights]
-    h = x.new_empty(*x.shape[:-1], shapes[-1][1])
-    kinds: dict[str, Any] = {"compute": compute, "dtype": dtype}
-    reasons += linears_unsupported(x, *ins, **kinds)  # type: ignore[arg-type]
-    reasons += linears_unsupported(h, *down, **kinds)  # type: ignore[arg-type]
-    if isinstance(weights[0], Tensor) != isinstance(weights[-1], Tensor):
-        reasons.append("some of the weights are quantized, some are not")
+    if len(given) != (3 if layout == "two" else 2):
+        return [*reasons, f"{len(given)} linears for the layout {layout!r}"]
+    *ins, down = given
+    h = x.new_empty(*x.shape[:-1], down.shape()[1])
+    reasons += linears_unsupported(x, ins) + linears_unsupported(h, [down])
+    if len({linear.is_quantized() for linear in given}) > 1:
+        reasons.append(MIXED)
     factor = 1 if layout == "two" else 2
-    if any(shape[0] != factor * h.shape[-1] for shape in shapes[:-1]):
-        reasons.append(f"gate and up do not fit down: {shapes}")
+    if any(linear.shape()[0] != factor * h.shape[-1] for linear in ins):
+        reasons.append(f"gate and up do not fit down: {[linear.shape() for linear in given]}")
     return reasons
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..launch import library_op
 from ..linear import projections
-from ..linear.linears import Constants, Grads, Linear, linears, wanted
+from ..linear.linears import Constants, Grads, ResolvedLinear, linears, wanted
 from ..linear.products import Rows
 from ..linear.projections import narrow, widen
 from . import glu
@@ -35,8 +35,8 @@ class Mlp(NamedTuple):
         layout: one of ``mlp_block.LAYOUTS``.
     """
 
-    ins: list[Linear]
-    down: Linear
+    ins: list[ResolvedLinear]
+    down: ResolvedLinear
     activation: str
     layout: str
 

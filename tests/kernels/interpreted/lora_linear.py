@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from fusewright.kernels.linear.lora_linear import OP, lora_linear
 from fusewright.kernels.linear.lora_linear_triton import rank_update
 from fusewright.rewrite.tolerance import exceeded
+from tests.kernels.by_parts import LORA
 from tests.kernels.util import assert_parity
 
 # bf16 is left out: the interpreter's tl.dot is wrong for it
@@ -47,8 +47,8 @@ def check_op() -> int:
         lora_b = (torch.randn(131, rank) / 4).to(adapter)
         inputs = [t.requires_grad_() for t in (x, w, b, a, lora_b, *([z] if own else []))]
         assert_parity(
-            lambda *t: lora_linear(*t[:5], 2.0, *t[5:]),
-            lambda *t: OP.reference(*t[:5], 2.0, *t[5:]),
+            lambda *t: LORA.call(*t[:5], 2.0, *t[5:]),
+            lambda *t: LORA.reference(*t[:5], 2.0, *t[5:]),
             *inputs,
         )
         checks += 1

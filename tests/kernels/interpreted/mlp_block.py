@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from fusewright.kernels.linear import qkv_block
 from fusewright.kernels.mlp import mlp_block
+from tests.kernels.by_parts import MLP, QKV
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 
@@ -36,8 +36,8 @@ def check_mlp_block() -> None:
         count = len(tensors) // 4
         options = ([2.0] * count, [None] * count, "silu", layout)
         assert_parity(
-            lambda x, *t, o=options, k=keep: mlp_block.mlp_block(x, *_lists(t), *o, k),
-            lambda x, *t, o=options: mlp_block.reference(x, *_lists(t), *o),
+            lambda x, *t, o=options, k=keep: MLP.call(x, *_lists(t), *o, k),
+            lambda x, *t, o=options: MLP.reference(x, *_lists(t), *o),
             *(t.requires_grad_() for t in (torch.randn(2, 33, 24).to(dtype), *tensors)),
         )
 
@@ -47,8 +47,8 @@ def check_qkv_block() -> None:
         tensors = [t for out in (40, 31, 8) for t in _linear(out, 24, dtype, adapter)]
         options = ([2.0, 1.0, 0.5], [None] * 3)
         assert_parity(
-            lambda x, *t, o=options: qkv_block.qkv_block(x, *_lists(t), *o),
-            lambda x, *t, o=options: qkv_block.reference(x, *_lists(t), *o),
+            lambda x, *t, o=options: QKV.call(x, *_lists(t), *o),
+            lambda x, *t, o=options: QKV.reference(x, *_lists(t), *o),
             *(t.requires_grad_() for t in (torch.randn(2, 33, 24).to(dtype), *tensors)),
         )
 

@@ -6,11 +6,11 @@ import itertools
 
 import torch
 
-from fusewright.kernels.linear import qkv_block, quant_linear, quant_lora_linear
+from fusewright.kernels.linear import quant_linear
 from fusewright.kernels.linear.quant_linear_triton import few
 from fusewright.kernels.linear.quantized import dequantize, dequantize_reference
-from fusewright.kernels.mlp import mlp_block
 from fusewright.rewrite.tolerance import exceeded
+from tests.kernels.by_parts import MLP, QKV, QUANT_LORA
 from tests.kernels.quantized_weights import random_weight
 from tests.kernels.test_quantized_blocks import separate, separate_mlp
 from tests.kernels.util import assert_parity
@@ -74,8 +74,8 @@ def check_ops() -> int:
         )  # fmt: skip
 
         assert_parity(
-            lambda x, bias, a, b, w=w: quant_lora_linear.quant_lora_linear(x, w, bias, a, b, 2.0),
-            lambda x, bias, a, b, w=w: quant_lora_linear.reference(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: QUANT_LORA.call(x, w, bias, a, b, 2.0),
+            lambda x, bias, a, b, w=w: QUANT_LORA.reference(x, w, bias, a, b, 2.0),
             x, bias, a, b,
         )  # fmt: skip
         checks += 2
@@ -110,13 +110,13 @@ def check_blocks() -> int:
 
         single = dtype is not adapter
         assert_parity(
-            _over(qkv_block.qkv_block, weights, way),
-            _over(separate if single else qkv_block.reference, weights),
+            _over(QKV.call, weights, way),
+            _over(separate if single else QKV.reference, weights),
             x, *t[:2], *t[3:5],
         )  # fmt: skip
         assert_parity(
-            _over(mlp_block.mlp_block, weights, "silu", "two", keep),
-            _over(separate_mlp if single else mlp_block.reference, weights, "silu", "two"),
+            _over(MLP.call, weights, "silu", "two", keep),
+            _over(separate_mlp if single else MLP.reference, weights, "silu", "two"),
             x, *t,
         )  # fmt: skip
         checks += 2

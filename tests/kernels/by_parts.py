@@ -1,0 +1,47 @@
+"""The ops of linears over their parts, one argument each: tests differentiate by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fusewright.kernels.linear import lora_linear, qkv_block, quant_lora_linear
+from fusewright.kernels.linear.linears import Linear
+from fusewright.kernels.mlp import mlp_block
+from fusewright.kernels.op import Op
+
+
+def _over(op: Op, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Op:
+    return Op(op.name, change(op.reference), change(op.call), change(op.unsupported))
+
+
+def _of_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(
+        x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float, x_lora: Any = None,
+        lora_bias: Any = None, dtype: Any = None, compute: Any = None,
+    ) -> Any:  # fmt: skip
+        return function(x, Linear(weight, bias, a, b, scale, lora_bias, compute, dtype), x_lora)
+
+    return call
+
+
+def _of_several(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(
+        x: Any, weights: Any, biases: Any, lora_as: Any, lora_bs: Any, scales: Any,
+        lora_biases: Any, *options: str, compute: Any = None, dtype: Any = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        parts = (weights, biases, lora_as, lora_bs, scales, lora_biases)
+        return function(x, records(*parts, compute, dtype), *options, **more)
+
+    return call
+
+
+def records(*parts: Any) -> list[Linear]:
+    """Linears from lists of their weights, biases, A's, B's, scales and biases of B."""
+    *lists, compute, dtype = (*parts, None, None)[:8]
+    each: Sequence[Any] = list(zip(*lists, strict=True))
+    return [Linear(*one, compute, dtype) for one in each]
+
+
+LORA, QUANT_LORA = _over(lora_linear.OP, _of_one), _over(quant_lora_linear.OP, _of_one)
+QKV, MLP = _over(qkv_block.OP, _of_several), _over(mlp_block.OP, _of_several)
