@@ -5,6 +5,7 @@ That imports run one way is ``lint-imports``'s to say: the contracts are in ``py
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -31,6 +32,20 @@ def test_the_root_is_seen_at_a_glance() -> None:
 @pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
 def test_files_are_small(path: pathlib.Path) -> None:
     assert len(path.read_text().splitlines()) <= 320
+
+
+PLAIN = sorted(p for p in SRC.rglob("*.py") if not p.name.endswith("_triton.py"))
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda p: str(p.relative_to(SRC)))
+def test_functions_fit_a_screen(path: pathlib.Path) -> None:
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
+    assert not long
 
 
 def _fresh(code: str) -> str:

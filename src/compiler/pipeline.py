@@ -82,22 +82,27 @@ def optimize(
     environment = Environment.read()
     restore(model)
     found = regions.find(model)
-    blocks = [r.module for r in found if r.kind == "block"]
-    chosen = _codegen.choose(codegen, blocks)
-    choices = Choices(
-        options,
-        environment,
-        chosen,
-        Verifier(always=verify == "always", traced=chosen[0] == "inductor"),
-        Fuel(environment.fuel),
-        _planner(model, blocks, memory, chosen[0]),
-        split=split,
-    )
-    session = Session(choices)
+    session = Session(_choices(model, found, options, environment))
     install(found, session)
     if strict:
         _require_no_gaps(explain(model), session)
     return model
+
+
+def _choices(
+    model: nn.Module, found: Sequence[regions.Region], options: Options, environment: Environment
+) -> Choices:
+    blocks = [r.module for r in found if r.kind == "block"]
+    chosen = _codegen.choose(options.codegen, blocks)
+    return Choices(
+        options,
+        environment,
+        chosen,
+        Verifier(always=options.verify == "always", traced=chosen[0] == "inductor"),
+        Fuel(environment.fuel),
+        _planner(model, blocks, options.memory, chosen[0]),
+        split=split,
+    )
 
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,21 @@ class _Signature:
         return None if wrong else {**named, **kwargs}
 
 
+class _Signatures:
+    """That of a module's original forward, found anew where somebody has replaced it."""
+
+    def __init__(self, original: Original, backbone: Sequence[str] | None) -> None:
+        self._original, self._backbone = original, backbone
+        self._last: _Signature | None = None
+
+    def of(self, head: nn.Module) -> _Signature:
+        function = self._original.function(head)
+        if self._last is None or self._last.forward is not function:
+            backbone = None if self._backbone is None else _submodule(head, self._backbone)
+            self._last = _Signature(function, self._original.is_method, backbone)
+        return self._last
+
+
 def head_forward(
     session: Session,
     outside: Sequence[str],
@@ -59,20 +75,13 @@ def head_forward(
         original: the module's original forward.
         compiled: the captured form; one for each set of given arguments.
     """
-    known: list[_Signature] = []
     cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
-
-    def signature(self: nn.Module) -> _Signature:
-        function = original.function(self)
-        if not known or known[0].forward is not function:
-            backbone = None if results is not None else _submodule(self, outside)
-            known[:] = [_Signature(function, original.is_method, backbone)]
-        return known[0]
+    signatures = _Signatures(original, outside if results is None else None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
-        parameters = signature(self)
+        parameters = signatures.of(self)
         if args:
             named = parameters.by_name(args, kwargs)
             if named is None:
@@ -81,18 +90,12 @@ def head_forward(
         if kwargs.get("labels") is None:
             return original(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        idle_cache = (
-            training and parameters.has_cache and uses_cache(self) and cache_is_unused(kwargs)
-        )
-        if idle_cache and not cache_indices.any_in(self):
+        fills_cache = training and parameters.has_cache and uses_cache(self)
+        if fills_cache and cache_is_unused(kwargs) and not cache_indices.any_in(self):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
         hooked, idle = watch.find_hooks(self)
-        reason = (
-            session.log.failed.get(self) or transform_reason((), kwargs) or global_hook_reason()
-        )
-        if reason is None and hooked:
-            reason = f"a hook is registered on its submodule {hooked}"
+        reason = _why_not(session, self, kwargs, hooked)
         if reason is None and results is not None:
             if results.any_unknown(watch.blocks):  # the first call shows what they return
                 return original(self, **kwargs)
@@ -109,24 +112,43 @@ def head_forward(
         def find_compiled() -> Any:
             return compiled(self, given, watch.code)
 
-        def run_original() -> Any:
-            session.state.in_head = False
-            return original(self, **kwargs)
-
-        def run_captured() -> Any:
-            session.state.in_head = True
-            try:
-                with (
-                    hidden_hooks(idle),
-                    torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()),
-                ):
-                    return session.call(self, find_compiled, args, kwargs, run_original)
-            finally:
-                session.state.in_head = False
-
-        return retrying(session.choices.planner, run_captured) if training else run_captured()
+        run = functools.partial(_run, session, self, kwargs, idle, find_compiled, original)
+        return retrying(session.choices.planner, run) if training else run()
 
     return forward
+
+
+def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:
+    """Why a call with labels is not captured, as far as the blocks have no say in it."""
+    reason = session.log.failed.get(head) or transform_reason((), kwargs) or global_hook_reason()
+    if reason is None and hooked:
+        return f"a hook is registered on its submodule {hooked}"
+    return reason
+
+
+def _run(
+    session: Session,
+    head: nn.Module,
+    kwargs: dict[str, Any],
+    idle: Any,
+    find_compiled: Callable[[], Any],
+    original: Original,
+) -> Any:
+    """The captured form; the original one where the capture fails. ``idle`` are hooks to hide."""
+
+    def run_original() -> Any:
+        session.state.in_head = False
+        return original(head, **kwargs)
+
+    session.state.in_head = True
+    try:
+        with (
+            hidden_hooks(idle),
+            torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()),
+        ):
+            return session.call(head, find_compiled, (), kwargs, run_original)
+    finally:
+        session.state.in_head = False
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:

@@ -91,11 +91,7 @@ def compute(
         rows = kept[start:stop]
         xt = x.index_select(0, rows) if some else x[start:stop]
         targets = labels.index_select(0, rows)
-        logits = buffer[: stop - start]
-        if bias is None:
-            mm(xt, weight.t(), out=logits)
-        else:
-            addmm(bias, xt, weight.t(), out=logits)
+        logits = _logits(xt, weight, bias, buffer[: stop - start])
         losses[start:stop] = _softmax(logits, targets, loss, any(wanted), dbias)
         if wanted[0] and some:
             dx.index_copy_(0, rows, _back(logits, weight))
@@ -108,6 +104,12 @@ def compute(
     count = losses.new_full((), kept.numel())
     narrow = wide if x.dtype is torch.float16 else x.dtype
     return losses.sum(), count, dx, dweight.to(narrow), dbias
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``x·Wᵀ + bias`` in the memory of ``out``."""
+    w = weight.t()
+    return mm(x, w, out=out) if bias is None else addmm(bias, x, w, out=out)
 
 
 def _require_classes(targets: Tensor, vocabulary: int) -> None:
