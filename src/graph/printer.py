@@ -59,6 +59,8 @@ def _input_name(name: str) -> str:
 def _show(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
         return names.get(value, value.name)
+    if hasattr(value, "_fields"):
+        return f"{type(value).__name__}({_fields(value, names)})"
     if isinstance(value, (tuple, list)):
         inner = ", ".join(_show(v, names) for v in value)
         return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
@@ -66,6 +68,17 @@ def _show(value: Any, names: dict[fx.Node, str]) -> str:
         bounds = (value.start, value.stop)
         return ":".join("" if b is None else _show(b, names) for b in bounds)
     return "..." if value is Ellipsis else str(value)
+
+
+def _fields(record: Any, names: dict[fx.Node, str]) -> str:
+    """The fields of a named tuple, without those that have their defaults."""
+    usual, shown = record._field_defaults, []
+    for name, value in zip(record._fields, record, strict=True):
+        if name not in usual:
+            shown.append(_show(value, names))
+        elif value != usual[name]:
+            shown.append(f"{name}={_show(value, names)}")
+    return ", ".join(shown)
 
 
 def source(module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:

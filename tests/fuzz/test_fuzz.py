@@ -15,7 +15,7 @@ from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 
 from .compare import check, draw, exact, load, script
-from .judge import _is_luck
+from .judge import DRAWS, Failure, Outcome, _is_luck, judge
 from .program import generate
 
 _EACH = 12
@@ -104,3 +104,20 @@ def test_a_few_draws_that_are_far_away_are_luck_and_many_are_not() -> None:
     eager[:12] -= 1
     ours[:12] += 1
     assert not _is_luck(ours, eager, exact)  # all that are far away are ours
+
+
+def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:
+    def judged(place: str, ours: list[float], eager: list[float]) -> Failure | None:
+        exact = Outcome({"loss": torch.ones(3, dtype=torch.float64)})
+        return judge(place, Outcome({"loss": torch.tensor(eager)}),
+                     Outcome({"loss": torch.tensor(ours)}), exact)  # fmt: skip
+
+    one, inf = "step 0", float("inf")
+    draws = f"step 0, {DRAWS[0]} draws"
+    assert judged(one, [1.0, 1.0, 1.0], [1.0, inf, 1.0]) is None
+    assert judged(draws, [1.0, 1.0, 1.0], [1.0, inf, 1.0]) is None
+    for place in (one, draws):
+        failure = judged(place, [1.0, inf, 1.0], [1.0, 1.0, 1.0])
+        assert failure is not None
+        assert failure.kind == "structure"
+    assert judged(draws, [1.0, 1.0, 1.5], [1.0, inf, 1.0]) is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .faults import (
     FORMULAS,
@@ -68,9 +69,10 @@ GRADIENTS = {"rms_norm": 2, "glu": 2, "lora_linear": 4, "linear_cross_entropy": 
 @pytest.mark.parametrize(("op", "which"), [(o, i) for o, n in GRADIENTS.items() for i in range(n)])
 def test_one_gradient(op: str, which: int) -> None:
     def fault(f: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        at = tensors[which]
-        return f(*args[:at], with_gradient(args[at], off), *args[at + 1 :], **kwargs)
+        flat, structure = tree_flatten(args)
+        at = [i for i, a in enumerate(flat) if isinstance(a, Tensor)][which]
+        flat[at] = with_gradient(flat[at], off)
+        return f(*tree_unflatten(flat, structure), **kwargs)
 
     finding = judged(op, fault)
     assert finding.status == "refused"
