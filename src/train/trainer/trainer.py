@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ...compiler.pipeline import planner_of
 from ...memory.oom_retry import retrying
@@ -17,10 +17,10 @@ from ..checkpoint import files as checkpoint
 from ..checkpoint.load import ResumableTrainer
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
-from ..checkpoint.write import write_checkpoint
+from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import Kind, Order
 from ..report.result import rss_mb
-from .callbacks import apply_limits
+from .callbacks import FlowCallback, apply_limits
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
@@ -38,7 +38,7 @@ class FineTuner(ResumableTrainer):
 
     Args:
         context: what the trainer needs besides the model and the rows.
-        progress: shows the progress; one of the callbacks.
+        progress: shows how it goes.
         resumed: what the checkpoint kept that the run resumes from.
         on_first_step: called when the first step is complete; the run then takes its folder.
         kwargs: Trainer's own.
@@ -53,12 +53,17 @@ class FineTuner(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
+            self.add_callback(callback)
         self.context, self.progress, self.guard = context, progress, NonFiniteGuard()
         self._folder = Path(context.recipe.output_dir)
         self._notify_first_step = on_first_step
         self.write_error: str | None = None
         self.saved_at: int | None = None
         self._resumed = resumed
+        if resumed is not None:
+            context.meter.load_state_dict(resumed.meter)
         self._after_step: tuple[RngState, Tensor] | None = None
         self._midway = False
 
@@ -155,13 +160,17 @@ class FineTuner(ResumableTrainer):
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state
             state.compute_steps(self.args, state.max_steps)
-            apply_limits(self.callback_handler.callbacks, self.context.recipe)
             self.saved_at = self._resumed.step
             self._tr_loss += self._resumed.pending_loss
             self._globalstep_last_logged = self._resumed.last_logged
 
+    def _load_callback_state(self) -> None:
+        apply_limits(self.state.stateful_callbacks, self.context.recipe)
+        super()._load_callback_state()
+
     def on_step_end(self) -> None:
         """Record what a checkpoint would need if the next step does not finish."""
+        self.context.meter.end_step()
         if self._after_step is None:
             self._on_first_step()
         self._after_step = RngState.now(), self._tr_loss.clone()
@@ -178,6 +187,7 @@ class FineTuner(ResumableTrainer):
     def on_step_begin(self) -> None:
         """Record that a step has begun, which may not finish."""
         self._midway = True
+        self.context.meter.start_step()
 
     def save_now(self) -> None:
         """Write a checkpoint of the last whole step, unless there is one, or was no step."""
@@ -212,6 +222,7 @@ class FineTuner(ResumableTrainer):
         folder, step = self._folder, self.state.global_step
         try:
             with checkpoint.writing(folder, step) as part:
+                self.state.best_model_checkpoint = best_checkpoint(self.state, folder)
                 write_checkpoint(self, part, self._saved(), self._unfinished())
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
@@ -233,7 +244,7 @@ class FineTuner(ResumableTrainer):
         try:
             push()
         except Exception as error:
-            self.progress.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
+            self.context.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
 
     def _unfinished(self) -> RngState | None:
         """The random state before a step that was begun and not finished; else None."""

@@ -39,13 +39,14 @@ class Screen:
         getattr(self.display, event)(None, self.state, self.control, **more)
 
     def step(self, loss: float = 1.5) -> None:
-        self.tell("on_step_begin")
+        self.meter.start_step()
         self.meter.add(120, 90)
+        self.meter.end_step()
+        self.meter.seconds[-1] = 0.5
         self.state.global_step += 1
         self.state.epoch += 0.1
         self.control.should_log = self.state.global_step % self.every == 0
         self.tell("on_step_end")
-        self.meter.seconds[-1] = 0.5
         if self.control.should_log:
             self.tell("on_log", logs={"loss": loss, "learning_rate": 2e-4, "grad_norm": 1.0})
 
@@ -132,7 +133,7 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
     assert screen.out.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
     with screen.interrupts, screen.display:
         screen.tell("on_train_begin")
@@ -141,10 +142,30 @@ def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -
         with screen.interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
         assert Interrupts.STOPPING in screen.frame()  # at once, not when the step has ended
-        screen.tell("on_substep_end")
-        assert screen.control.should_training_stop
-    assert not screen.interrupts.shown
     assert capfd.readouterr().err == ""  # nothing was written over the display
+
+
+def test_the_display_neither_times_nor_ends_the_loop() -> None:
+    for terminal in (True, False):
+        screen = Screen(100, terminal)
+        with screen.interrupts, screen.display:
+            screen.tell("on_train_begin")
+            screen.step()
+            with screen.interrupts.deferring_signals():
+                os.kill(os.getpid(), signal.SIGINT)
+            for event in ("on_step_begin", "on_substep_end", "on_step_end", "on_epoch_end"):
+                screen.tell(event)
+        assert screen.meter.seconds == [0.5]
+        assert not screen.control.should_training_stop
+
+
+def test_without_a_display_the_signal_writes_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(100, terminal=True)
+    with screen.display:
+        screen.tell("on_train_begin")
+    with screen.interrupts, screen.interrupts.deferring_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert Interrupts.STOPPING in capfd.readouterr().err
 
 
 def lines(screen: Screen, steps: int) -> list[str]:

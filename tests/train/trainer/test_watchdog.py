@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,8 +162,7 @@ def test_when_garbage_is_collected(
     collected: list[int] = []
     state = SimpleNamespace(global_step=0)
     monkeypatch.setattr("gc.collect", lambda: collected.append(state.global_step))
-    flow = FlowCallback(Recipe(base_model="x", gc_steps=every), Interrupts())
-    flow.trainer = MagicMock()
+    flow = FlowCallback(MagicMock(), Recipe(base_model="x", gc_steps=every), Interrupts())
     control = SimpleNamespace(should_training_stop=False, should_save=False)
     for step in range(1, 5):
         state.global_step = step
@@ -170,6 +170,18 @@ def test_when_garbage_is_collected(
     assert collected == steps
     flow.on_epoch_end(None, state, control)
     assert collected[len(steps) :] == [4] * epochs
+
+
+def test_a_signal_ends_the_loop_between_and_within_steps() -> None:
+    interrupts = Interrupts()
+    flow = FlowCallback(MagicMock(), Recipe(base_model="x"), interrupts)
+    state = SimpleNamespace(global_step=1)
+    for signalled in (None, signal.SIGTERM):
+        interrupts.signal = signalled
+        for event in (flow.on_substep_end, flow.on_step_end):
+            control = SimpleNamespace(should_training_stop=False, should_save=False)
+            event(None, state, control)
+            assert control.should_training_stop == (signalled is not None)
 
 
 @pytest.fixture
