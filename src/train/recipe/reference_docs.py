@@ -109,8 +109,8 @@ LoRA, QLoRA or all weights, run unchanged; older names of keys are taken, too. B
   is done before and after training, whatever else is set.
 - Preference methods (`rl`), several devices (`fsdp`, `deepspeed`, `context_parallel_size`, …) and
   plugins are not yet available.
-- `optimize`, `codegen`, `memory`, `strict`, `sample_prompt` and a dataset's `builder` are
-  fusewright's own. `strict` means that no known formula may stay as it is.
+- `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
+  are fusewright's own. `strict` means that no known formula may stay as it is.
 
 There are {number} keys, with those of datasets.
 """

@@ -35,6 +35,22 @@ def millions(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def parameters_text(trained: float, total: float, adapter: bool) -> str:
+    """How large a model is, and how much of it is trained.
+
+    Args:
+        trained: parameters that are trained.
+        total: all parameters.
+        adapter: those that are trained are an adapter's, beside the base model.
+    """
+    if adapter:
+        base = millions(total - trained)
+        return f"{base} parameters in the base model, {millions(trained)} in the adapter"
+    if trained >= total:
+        return f"{millions(total)} parameters, all trained"
+    return f"{millions(total)} parameters, {millions(trained)} of them trained"
+
+
 class Smooth:
     """A running mean in which a value's weight fades to a tenth within some twenty steps.
 

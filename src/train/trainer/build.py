@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
-from ..checkpoint.save_model import pad_token
+from ..model.tokenizer import pad_token
 from .arguments import arguments_for
 from .batches import training_batch
 from .callbacks import watchdogs

@@ -19,7 +19,7 @@ from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import Kind, Order
-from ..report.result import rss_mb
+from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits
 from .context import Context
 from .evaluation import validate
@@ -165,7 +165,8 @@ class FineTuner(ResumableTrainer):
             self._globalstep_last_logged = self._resumed.last_logged
 
     def _load_callback_state(self) -> None:
-        apply_limits(self.state.stateful_callbacks, self.context.recipe)
+        kept: Any = self.state.stateful_callbacks  # a mapping, once they are read
+        apply_limits(kept, self.context.recipe)
         super()._load_callback_state()
 
     def on_step_end(self) -> None:

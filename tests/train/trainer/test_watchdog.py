@@ -248,18 +248,21 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "broken", ["plot", "check_adapter", "answer", "page.write", "model_card.write"]
-)
+    "broken",
+    [
+        "checkpoint.save_model.plot", "checkpoint.save_model.check_adapter",
+        "inference.generation.answer", "report.page.write", "report.model_card.write",
+    ],
+)  # fmt: skip
 def test_what_fails_after_training_costs_nothing(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
-        if broken == "answer" and run.result.sample is None:
+        if broken.endswith("answer") and run.result.sample is None:
             return "before"
         raise OSError(errno.EIO, "the printer is on fire")
 
-    where = f"report.{broken}" if "." in broken else f"checkpoint.save_model.{broken}"
-    monkeypatch.setattr(f"fusewright.train.{where}", fail)
+    monkeypatch.setattr(f"fusewright.train.{broken}", fail)
     out = io.StringIO()
     run = TrainingRun(
         Recipe.model_validate({**recipe, "sample_prompt": "What is 3?"}),
