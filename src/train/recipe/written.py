@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -15,6 +16,8 @@ from .recipe import GROUPS, Dataset, Recipe
 from .secrets import hide
 from .status import entries
 
+_LOCAL = re.compile(r"^(?:file|sqlite):/+")
+"""How an address begins that is a path."""
 _ROWS = ("datasets", "test_datasets")
 
 
@@ -33,12 +36,11 @@ class Folded:
     number: int
 
 
-def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
+def folded(recipe: Mapping[str, Any]) -> Folded:
     """Split a recipe, as ``run.json`` holds it, into what was chosen and the rest.
 
     Args:
         recipe: keys and values; keys that this version does not know count as chosen.
-        paths: write paths in full; False: only their last part, for what will be published.
     """
     order = [name for group in GROUPS for name in group.model_fields if name in recipe]
     sorted_ = {name: recipe[name] for name in [*order, *recipe]}  # keys we do not know come last
@@ -48,8 +50,6 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
             chosen[key] = [
                 _split(row, Dataset)[0] if isinstance(row, Mapping) else row for row in chosen[key]
             ]
-    if not paths:
-        chosen, rest = _short(chosen), _short(rest)
     return Folded(_yaml(chosen), _yaml(rest), len(rest))
 
 
@@ -79,14 +79,15 @@ def _split(
     return chosen, rest
 
 
-def _short(value: Any) -> Any:
-    """The same with absolute paths cut down to their last part: they tell of one machine only."""
+def without_folders(value: Any) -> Any:
+    """A recipe with absolute paths cut down to their last part: they tell of one machine only."""
     if isinstance(value, Mapping):
-        return {key: _short(inner) for key, inner in value.items()}
+        return {key: without_folders(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_short(inner) for inner in value]
-    if isinstance(value, str) and PurePath(value).is_absolute() and "\n" not in value:
-        return PurePath(value).name
+        return [without_folders(inner) for inner in value]
+    if isinstance(value, str) and "\n" not in value:
+        path = PurePath(_LOCAL.sub("/", value))
+        return path.name if path.is_absolute() else value
     return value
 
 

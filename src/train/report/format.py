@@ -35,20 +35,19 @@ def millions(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def parameters_text(trained: float, total: float, adapter: bool) -> str:
-    """How large a model is, and how much of it is trained.
+def parameter_counts(trained: float, total: float, adapter: bool) -> str:
+    """How many parameters a model has, and where or how many the trained ones are.
 
     Args:
         trained: parameters that are trained.
-        total: all parameters.
-        adapter: those that are trained are an adapter's, beside the base model.
+        total: all of them.
+        adapter: the trained ones are an adapter's.
     """
     if adapter:
-        base = millions(total - trained)
-        return f"{base} parameters in the base model, {millions(trained)} in the adapter"
-    if trained >= total:
-        return f"{millions(total)} parameters, all trained"
-    return f"{millions(total)} parameters, {millions(trained)} of them trained"
+        return f"{millions(total - trained)} in the base model, {millions(trained)} in the adapter"
+    return (
+        f"{millions(total)}, {f'{millions(trained)} of them' if trained < total else 'all'} trained"
+    )
 
 
 class Smooth:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import DataError
+from ..recipe.written import without_folders
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
+
+
+_PATH = re.compile(
+    r"(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}|\b[A-Za-z]:(?:\\[^\s\\'\",;:()<>]+)+"
+)
+"""An absolute path in a text."""
 
 
 class Facts:
@@ -44,6 +52,31 @@ class Facts:
         if not isinstance(entries, dict):
             raise DataError(f"{path}: is not the record of a run: it holds no keys and values")
         return cls(entries)
+
+    def published(self) -> Facts:
+        """The same without the folders of this machine, except in questions and answers."""
+        folder = self.folder
+
+        def shown(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: shown(inner) for key, inner in value.items()}
+            if isinstance(value, list | tuple):
+                return [shown(inner) for inner in value]
+            if not isinstance(value, str):
+                return value
+            text = value.replace(f"{folder}/", "") if PurePath(folder).is_absolute() else value
+            return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)
+
+        return Facts(
+            {
+                key: value
+                if key == "sample"
+                else without_folders(value)
+                if key == "recipe"
+                else shown(value)
+                for key, value in self.entries.items()
+            }
+        )
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
