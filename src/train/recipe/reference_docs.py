@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from .keys.adapter import LoftQ, PeftKeys
@@ -202,7 +203,8 @@ def _literals(kind: Any) -> Iterator[tuple[Any, ...]]:
 
 
 _NAMES = {
-    str: "text", int: "whole number", float: "number", bool: "true/false", Any: "any value",
+    str: "text", SecretStr: "text", int: "whole number", float: "number", bool: "true/false",
+    Any: "any value",
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def _is_special(base: str) -> bool:
 def _base(name: str) -> tuple[str, str] | None:
     """The imports and the call that load such a base model; None: it is not here."""
     try:
-        source = locate(name, [])
+        source = locate(name, [Path.cwd()])
     except RecipeError:
         return None
     imports = f"from peft import PeftModel\n{_IMPORTS}"
