@@ -133,10 +133,12 @@ class TrainingRun:
         for line in (*messages(recipe), precision_warning(recipe.precision())):
             if line is not None:
                 self.run_log.say(line)
-        self.resumed = resume.checkpoint_of(recipe)
-        if self.resumed is not None:
-            self.result.resume(self.resumed.saved.step, self.resumed.saved.carried)
-            self.run_log.say(f"resuming from {self.resumed.folder}")
+        start = resume.find(recipe)
+        if start is not None:
+            saved = resume.load(start, recipe)
+            self.resumed = resume.Resumed(start, saved)
+            self.result.resume(saved.step, saved.carried)
+            self.run_log.say(f"resuming from {start}")
 
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""

@@ -106,12 +106,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run resumes from.
-
-    Attributes:
-        folder: of the checkpoint.
-        saved: what it keeps besides the weights.
-    """
+    """What a run resumes from: a checkpoint's folder, and what that keeps besides the weights."""
 
     folder: Path
     saved: Saved
@@ -123,16 +118,6 @@ def another(folder: Path, why: str) -> str:
         f"{folder} cannot be resumed from: {why}; name an earlier checkpoint in "
         "resume_from_checkpoint, or begin anew"
     )
-
-
-def checkpoint_of(recipe: Recipe) -> Resumed | None:
-    """Read the checkpoint that a run resumes from; None: it starts from the beginning.
-
-    Raises:
-        RecipeError: it is not there, cannot be resumed from, or another recipe made it.
-    """
-    folder = find(recipe)
-    return None if folder is None else Resumed(folder, load(folder, recipe))
 
 
 def find(recipe: Recipe) -> Path | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -16,8 +14,6 @@ from .recipe import GROUPS, Dataset, Recipe
 from .secrets import hide
 from .status import entries
 
-_LOCAL = re.compile(r"^(?:file|sqlite):/+")
-"""How an address begins that is a path."""
 _ROWS = ("datasets", "test_datasets")
 
 
@@ -77,18 +73,6 @@ def _split(
         usual = field is not None and is_default(field, value)
         (rest if usual else chosen)[str(key)] = value
     return chosen, rest
-
-
-def without_folders(value: Any) -> Any:
-    """A recipe with absolute paths cut down to their last part: they tell of one machine only."""
-    if isinstance(value, Mapping):
-        return {key: without_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_folders(inner) for inner in value]
-    if isinstance(value, str) and "\n" not in value:
-        path = PurePath(_LOCAL.sub("/", value))
-        return path.name if path.is_absolute() else value
-    return value
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

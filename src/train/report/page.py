@@ -237,13 +237,9 @@ def _time(facts: Facts) -> Headline | None:
 
 
 def _seconds(value: float) -> str:
-    return (
-        f"{value * 1000:,.0f} ms"
-        if value < 1
-        else f"{value:.1f} s"
-        if value < 60
-        else (duration(value))
-    )
+    if value < 1:
+        return f"{value * 1000:,.0f} ms"
+    return f"{value:.1f} s" if value < 60 else duration(value)
 
 
 # --- the curves ----------------------------------------------------------------------------------

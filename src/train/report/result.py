@@ -217,43 +217,29 @@ class RunResult:
         console.print(table)
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("steps", f"{self.steps} of {self.steps_planned}")]
+        rows = {"steps": f"{self.steps} of {self.steps_planned}"}
         if self.val_loss_before is not None and self.val_loss_after is not None:
             change = self.val_loss_after - self.val_loss_before
-            rows.append(
-                (
-                    "validation loss",
-                    f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})",
-                )
-            )
+            text = f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})"
+            rows["validation loss"] = text
         if self.loss_first is not None and self.loss_last is not None:
-            rows.append(("training loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"))
-        rows.append(
-            (
-                "speed",
-                f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
-                f"first step {self.first_step_s:.1f} s",
-            )
+            rows["training loss"] = f"{self.loss_first:.3f} → {self.loss_last:.3f}"
+        rows["speed"] = (
+            f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
+            f"first step {self.first_step_s:.1f} s"
         )
         memory = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
         if self.peak_cuda_mb is not None:
             memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
-        rows.append(("memory", memory))
+        rows["memory"] = memory
         if self.adapter_check is not None:
-            exact = self.adapter_check["exact"]
-            rows.append(
-                (
-                    "saved adapter",
-                    "plain PEFT gives the same logits"
-                    if exact
-                    else "BROKEN: plain PEFT gives other logits than the trained model",
-                )
-            )
-        if self.sample:
-            rows += [(name, text) for name, text in self.sample.items()]
-        rows.append(("time", f"{sum(self.seconds.values()):.0f} s: " + self._times()))
-        rows.append(("results", str(self.output_dir)))
-        return rows
+            same = "plain PEFT gives the same logits"
+            broken = "BROKEN: plain PEFT gives other logits than the trained model"
+            rows["saved adapter"] = same if self.adapter_check["exact"] else broken
+        rows |= self.sample or {}
+        rows["time"] = f"{sum(self.seconds.values()):.0f} s: " + self._times()
+        rows["results"] = str(self.output_dir)
+        return list(rows.items())
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)

@@ -11,15 +11,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import DataError
-from ..recipe.written import without_folders
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
 
 
 _PATH = re.compile(
-    r"(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}|\b[A-Za-z]:(?:\\[^\s\\'\",;:()<>]+)+"
+    r"(?<=['\"])/[^'\"\n]+(?=['\"])|(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}"
+    r"|\b[A-Za-z]:(?:\\[^\s\\'\",;:()<>]+)+"
 )
-"""An absolute path in a text."""
+"""An absolute path in a text, on its own or in quotes."""
+_LOCAL = re.compile(r"^(?:file|sqlite):/+")
+"""How an address begins that is a path."""
 
 
 class Facts:
@@ -55,28 +57,8 @@ class Facts:
 
     def published(self) -> Facts:
         """The same without the folders of this machine, except in questions and answers."""
-        folder = self.folder
-
-        def shown(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: shown(inner) for key, inner in value.items()}
-            if isinstance(value, list | tuple):
-                return [shown(inner) for inner in value]
-            if not isinstance(value, str):
-                return value
-            text = value.replace(f"{folder}/", "") if PurePath(folder).is_absolute() else value
-            return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)
-
-        return Facts(
-            {
-                key: value
-                if key == "sample"
-                else without_folders(value)
-                if key == "recipe"
-                else shown(value)
-                for key, value in self.entries.items()
-            }
-        )
+        kept = {"sample": self.entries.get("sample")}
+        return Facts({**_without_folders(self.entries), **kept})
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
@@ -153,3 +135,17 @@ def number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def _without_folders(value: Any) -> Any:
+    """Data with absolute paths cut down to their last part: they tell of one machine only."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = _LOCAL.sub("/", value)
+    if PurePath(text).is_absolute() and " /" not in text and "\n" not in text:
+        return PurePath(text).name
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)

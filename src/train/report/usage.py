@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..model.chat_prompt import ChatPrompt
-from ..recipe.locate import locate
+from ..recipe.locate import ModelSource, locate
 
 _IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 
@@ -37,22 +37,23 @@ def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
         folder: where its results are, or their id on the hub.
 
     Returns:
-        The code; None for an adapter whose base model is in a package or a GGUF file that is not
-        here.
+        The code; None for an adapter whose base model is not here.
     """
     base = str(recipe.get("base_model") or "")
-    if not recipe.get("adapter"):
-        imports, loading = _IMPORTS, "model = AutoModelForCausalLM.from_pretrained(folder)"
-    elif not _is_special(base):
+    imports, loading = _IMPORTS, "model = AutoModelForCausalLM.from_pretrained(folder)"
+    if recipe.get("adapter"):
+        try:
+            source = locate(base, [Path.cwd()])
+        except RecipeError:
+            return None
         name = "AutoPeftModelForCausalLM"
         imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
         loading = f"model = {name}.from_pretrained(folder)"
-    else:
-        found = _base(base)
-        if found is None:
-            return None
-        imports, call = found
-        loading = f"base = {call}\nmodel = PeftModel.from_pretrained(base, folder)"
+        if source.gguf_file or base.startswith("package:"):
+            find = "from importlib.util import find_spec\n\n" * base.startswith("package:")
+            imports = f"{find}from peft import PeftModel\n{_IMPORTS}"
+            call = _load_base(base, source)
+            loading = f"base = {call}\nmodel = PeftModel.from_pretrained(base, folder)"
     asking = ChatPrompt.of(recipe)
     asked = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""{imports}
@@ -68,28 +69,15 @@ answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def _is_special(base: str) -> bool:
-    """Whether PEFT needs help to find a base model: it is in a package or a GGUF file."""
-    folder = Path(base)
-    unpacked = folder.is_dir() and not (folder / "config.json").exists()
-    return base.startswith("package:") or base.endswith(".gguf") or unpacked
-
-
-def _base(name: str) -> tuple[str, str] | None:
-    """The imports and the call that load such a base model; None: it is not here."""
-    try:
-        source = locate(name, [Path.cwd()])
-    except RecipeError:
-        return None
-    imports = f"from peft import PeftModel\n{_IMPORTS}"
+def _load_base(base: str, source: ModelSource) -> str:
+    """The call that loads a base model which only ``locate`` can find."""
     where = json.dumps(Path(source.name).name, ensure_ascii=False) + ",  # its folder"
-    if name.startswith("package:"):
-        imports = f"from importlib.util import find_spec\n\n{imports}"
-        package, *inner = name.removeprefix("package:").split("/")
+    if base.startswith("package:"):
+        package, *inner = base.removeprefix("package:").split("/")
         below = "".join(f' + "/{part}"' for part in inner if not part.endswith(".gguf"))
         where = f"find_spec({package!r}).submodule_search_locations[0]{below},"
     file = f"\n    gguf_file={json.dumps(source.gguf_file)}," if source.gguf_file else ""
-    return imports, f"AutoModelForCausalLM.from_pretrained(\n    {where}{file}\n)"
+    return f"AutoModelForCausalLM.from_pretrained(\n    {where}{file}\n)"
 
 
 def _more(variables: Mapping[str, Any]) -> str:

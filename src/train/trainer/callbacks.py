@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -11,24 +11,8 @@ from ..recipe.recipe import Recipe
 from .signals import Interrupts
 from .watchdog import LossWatchdog
 
-
-class TrainerHooks(Protocol):
-    """What ``FlowCallback`` needs of a trainer."""
-
-    def start(self) -> None:
-        """Training begins."""
-
-    def on_step_end(self) -> None:
-        """A step is complete."""
-
-    def on_step_begin(self) -> None:
-        """A step begins."""
-
-    def ended(self) -> str:
-        """Why the loop ends."""
-
-    def save_now(self) -> None:
-        """Write a checkpoint."""
+if TYPE_CHECKING:
+    from .trainer import FineTuner
 
 
 class FlowCallback(TrainerCallback):
@@ -40,7 +24,7 @@ class FlowCallback(TrainerCallback):
         interrupts: whose signal ends the loop.
     """
 
-    def __init__(self, trainer: TrainerHooks, recipe: Recipe, interrupts: Interrupts) -> None:
+    def __init__(self, trainer: FineTuner, recipe: Recipe, interrupts: Interrupts) -> None:
         self.trainer, self.recipe, self.interrupts = trainer, recipe, interrupts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -97,8 +96,7 @@ class ProgressCallback(TrainerCallback):
     epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
     checkpoints have lines of their own. What others print or warn appears above the bar.
 
-    Use it as a context manager around ``trainer.train()``: the terminal is then given back whatever
-    happens.
+    The terminal is given back by ``close``.
 
     Args:
         meter: has timed and counted the steps.
@@ -132,17 +130,6 @@ class ProgressCallback(TrainerCallback):
         self.step = 0
 
     # --- the terminal ----------------------------------------------------------------------------
-
-    def __enter__(self) -> ProgressCallback:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Leave the bar as it stands, and give the terminal back."""

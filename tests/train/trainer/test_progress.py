@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +63,7 @@ class Screen:
 @pytest.mark.parametrize("width", [30, 50, 80, 100, 140])
 def test_the_bar_fits_the_terminal(width: int) -> None:
     screen = Screen(width, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         for loss in (2.0, 1.0, 1.5):
             screen.step(loss)
@@ -85,7 +86,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
 
 def test_the_figures_are_right() -> None:
     screen = Screen(140, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         screen.step()
@@ -98,7 +99,7 @@ def test_the_figures_are_right() -> None:
 
 def test_what_others_say_stands_above_the_bar() -> None:
     screen = Screen(100, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         print("mind the gap", file=sys.stderr)  # as the warnings module does
@@ -121,7 +122,7 @@ def test_what_others_say_stands_above_the_bar() -> None:
 
 def test_the_terminal_is_given_back_after_an_error() -> None:
     def fail() -> None:
-        with screen.display:
+        with closing(screen.display):
             screen.tell("on_train_begin")
             assert sys.stdout is not before
             raise RuntimeError
@@ -135,7 +136,7 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
 
 def test_a_signal_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
-    with screen.interrupts, screen.display:
+    with screen.interrupts, closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         assert not screen.control.should_training_stop
@@ -148,7 +149,7 @@ def test_a_signal_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
 def test_the_display_neither_times_nor_ends_the_loop() -> None:
     for terminal in (True, False):
         screen = Screen(100, terminal)
-        with screen.interrupts, screen.display:
+        with screen.interrupts, closing(screen.display):
             screen.tell("on_train_begin")
             screen.step()
             with screen.interrupts.deferring_signals():
@@ -161,7 +162,7 @@ def test_the_display_neither_times_nor_ends_the_loop() -> None:
 
 def test_without_a_display_the_signal_writes_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
     with screen.interrupts, screen.interrupts.deferring_signals():
         os.kill(os.getpid(), signal.SIGINT)
@@ -169,7 +170,7 @@ def test_without_a_display_the_signal_writes_a_line(capfd: pytest.CaptureFixture
 
 
 def lines(screen: Screen, steps: int) -> list[str]:
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         for _ in range(steps):
             screen.step()
@@ -198,7 +199,7 @@ def test_a_quiet_console_stays_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     )
     state, control = SimpleNamespace(global_step=1, epoch=0.1), SimpleNamespace(should_log=True)
     control.should_training_stop = False
-    with progress:
+    with closing(progress):
         progress.on_train_begin(None, state, control)
         progress.on_step_begin(None, state, control)
         progress.on_step_end(None, state, control)
@@ -212,7 +213,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
         smooth.add(value)
     assert smooth.value == pytest.approx(2.0)
     screen = Screen(140, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step(2.0)
         screen.step(float("nan"))
