@@ -31,14 +31,9 @@ def save(trainer: FineTuner, result: RunResult) -> None:
 def examine(
     model: Any, context: Context, sequences: Any, result: RunResult, run_log: RunLog
 ) -> None:
-    """Explain the model; if training finished, validate, check the saved adapter, and answer.
+    """Explain ``model``; if training finished, validate, check the saved adapter, and answer.
 
-    Args:
-        model: the trained one; its adapter is loaded again for the check.
-        context: the recipe and what goes with it.
-        sequences: those that were trained on.
-        result: takes what is found.
-        run_log: prints it; a part that fails costs none of the others.
+    A part that fails costs none of the others.
     """
     recipe, tokenizer = context.recipe, context.tokenizer
     if recipe.optimize:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import keyword
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,13 @@ from ...errors import RecipeError
 from ..model.chat_prompt import ChatPrompt
 from ..recipe.locate import ModelSource, locate
 
+COMMANDS = """\
+fusewright generate . "Your question"  # one answer
+fusewright chat .                      # a conversation
+fusewright eval .                      # loss on the validation rows
+fusewright merge .                     # one model without adapters"""
+"""Shell commands for the results in the current folder."""
 _IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-
-
-def commands(folder: str) -> str:
-    """Shell commands for the results in ``folder``."""
-    quoted = shlex.quote(folder)
-    rows = (
-        (f'fusewright generate {quoted} "Your question"', "one answer"),
-        (f"fusewright chat {quoted}", "a conversation"),
-        (f"fusewright eval {quoted}", "loss on the validation rows"),
-        (f"fusewright merge {quoted}", "one model without adapters"),
-    )
-    width = max(len(command) for command, _ in rows)
-    return "\n".join(f"{command:{width}}  # {meaning}" for command, meaning in rows)
 
 
 def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
