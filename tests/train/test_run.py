@@ -87,7 +87,7 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     assert len(adapter) == 2 * 7 * 2  # A and B of seven linears in two layers
     assert all(t.dtype is torch.float32 for t in adapter.values())
     base_size, added = make_model().num_parameters(), sum(t.numel() for t in adapter.values())
-    sizes = f"{millions(base_size)} parameters in the base model, {millions(added)} in the adapter"
+    sizes = f"parameters: {millions(base_size)} in the base model, {millions(added)} in the adapter"
     assert sizes in out.getvalue()
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
