@@ -19,7 +19,7 @@ from .recipe.load import Checked
 from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
 from .recipe.secrets import hide, without_hidden
-from .recipe.status import Entry, entries, refusals
+from .recipe.status import Entry, entries, refusals, without_secrets
 from .terminal import Terminal
 
 _COLOURS = {
@@ -72,8 +72,7 @@ def _table(checked: Checked, found: Sequence[Entry], wide: bool) -> Table:
     if wide:
         table.add_column("note", overflow="fold")
     for entry in found:
-        key = str(entry.loc[-1])
-        value = "" if entry.value is None else escape(_flow(hide({key: entry.value})[key]))
+        value = "" if entry.value is None else escape(_flow(without_secrets(entry)))
         colour = _COLOURS[entry.status]
         row = [escape(entry.key), _line(entry, checked), f"[{colour}]{entry.status}[/]"]
         note = f"[{colour}]{escape(entry.note)}[/]"

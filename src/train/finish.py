@@ -1,14 +1,20 @@
-"""What a run leaves behind: what it trained, the last files, and their upload."""
+"""What comes after training: it is saved, examined, written up and uploaded."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import asdict
+from typing import Any
 
-from .checkpoint import save_model as export
+from ..report import Report
+from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
-from .report import result as report
+from .inference import generation
+from .model.tokenizer import pad_token
 from .report.result import RunResult
 from .report.run_log import RunLog
+from .trainer.batches import training_batch
+from .trainer.context import Context
+from .trainer.evaluation import validate
 from .trainer.signals import Interrupts
 from .trainer.trainer import FineTuner
 
@@ -16,10 +22,52 @@ from .trainer.trainer import FineTuner
 def save(trainer: FineTuner, result: RunResult) -> None:
     """Write what was trained; if the disk is full, the result says so."""
     try:
-        export.save_whole(trainer.model, trainer.context.tokenizer, result.output_dir)
+        save_model.save_whole(trainer.model, trainer.context.tokenizer, result.output_dir)
     except CheckpointWriteError as error:
-        result.status, result.reason = "disk full", str(error)
+        result.end("disk full", str(error))
         result.problems.append({"part": "saving", "error": str(error)})
+
+
+def examine(
+    model: Any, context: Context, sequences: Any, result: RunResult, run_log: RunLog
+) -> None:
+    """Explain ``model``; if training finished, validate, check the saved adapter, and answer.
+
+    A part that fails costs none of the others.
+    """
+    recipe, tokenizer = context.recipe, context.tokenizer
+    if recipe.optimize:
+        with run_log.guarded("explaining"):
+            from ..compiler.pipeline import explain
+
+            found = explain(model)
+            result.optimize = found.to_dict()
+            run_log.say(str(found) if recipe.verbose else summary(found))
+    if result.status != "finished":
+        return
+    if context.validation:
+        with run_log.guarded("validation after"):
+            run_log.say("validating again")
+            result.val_loss_after = validate(model, context.validation, run_log.say)["eval_loss"]
+    unchecked = save_model.uncheckable(model) if recipe.adapter else None
+    if unchecked is not None:
+        run_log.say(f"adapter check: left out, for {unchecked}")
+    elif recipe.adapter:
+        with run_log.guarded("adapter check"):
+            probe = training_batch([next(iter(sequences))], recipe, pad_token(tokenizer))
+            model, check = save_model.check_adapter(model, recipe, result.output_dir, probe)
+            result.adapter_check = asdict(check)
+    if result.sample:
+        with run_log.guarded("answer after"):
+            question = result.sample["question"]
+            result.sample["after"] = generation.answer(model, tokenizer, question, recipe)
+
+
+def summary(found: Report) -> str:
+    """The optimize report in a line."""
+    kept = len(found.gaps()) + len(found.bypasses)
+    left = f"; {kept} left as they were: report.html says why" if kept else ""
+    return f"optimized: {found.headline()}{left} (--verbose: the whole table)"
 
 
 def write(result: RunResult, run_log: RunLog) -> None:
@@ -31,16 +79,9 @@ def write(result: RunResult, run_log: RunLog) -> None:
     from .report import page
 
     folder = result.output_dir
-    logged = {entry["step"] for entry in result.history if "eval_loss" in entry}
-    for step, loss in ((0, result.val_loss_before), (result.steps, result.val_loss_after)):
-        if loss is not None and step not in logged:
-            result.history.append({"step": step, "eval_loss": loss})
-    result.history.sort(key=lambda entry: entry["step"])
+    result.complete()
     with run_log.guarded("plot"):
-        export.plot(result.history, folder / "loss.png")
-    result.peak_rss_mb = report.peak_rss_mb()
-    if torch.cuda.is_available():
-        result.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
+        save_model.plot(result.history, folder / "loss.png")
     with run_log.guarded("report page"):
         page.write(result, folder)
     with run_log.guarded("model card"):

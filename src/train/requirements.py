@@ -110,6 +110,7 @@ def tracking(recipe: Recipe) -> Iterator[None]:
 
 def _environment(recipe: Recipe) -> dict[str, str]:
     """The variables that the trackers read, as far as the recipe sets them."""
+    api_key = recipe.comet_api_key
     named = {
         "WANDB_PROJECT": recipe.wandb_project,
         "WANDB_ENTITY": recipe.wandb_entity,
@@ -122,7 +123,7 @@ def _environment(recipe: Recipe) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": recipe.mlflow_tracking_uri,
         "MLFLOW_EXPERIMENT_NAME": recipe.mlflow_experiment_name,
         "HF_MLFLOW_LOG_ARTIFACTS": True if recipe.hf_mlflow_log_artifacts else None,
-        "COMET_API_KEY": recipe.comet_api_key,
+        "COMET_API_KEY": api_key.get_secret_value() if api_key else None,
         "COMET_WORKSPACE": recipe.comet_workspace,
         "COMET_PROJECT_NAME": recipe.comet_project_name,
         "COMET_EXPERIMENT_KEY": recipe.comet_experiment_key,

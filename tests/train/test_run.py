@@ -18,12 +18,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, OptimizeError, RecipeError
-from fusewright.train import train
+from fusewright.report import Report, Site
+from fusewright.train import finish, train
 from fusewright.train.checkpoint import save_model as export
 from fusewright.train.data import Sample
 from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.report.format import millions
+from fusewright.train.report.result import RunResult
+from fusewright.train.report.usage import snippet
 from fusewright.train.trainer import ready
+
+from .conftest import make_model
 
 QUIET = Console(quiet=True)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -70,7 +76,9 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     if optimize:
         assert run["optimize"]["by_rule"]["lora_linear"] == 14
         assert run["adapter_check"]["optimized_difference"] < 1e-4
-        assert " rewrites in " in out.getvalue()
+        (line,) = [line for line in out.getvalue().splitlines() if " rewrites in " in line]
+        assert line.startswith("optimized: ")
+        assert "lora_linear" not in out.getvalue()
     else:
         assert run["optimize"] is None
         assert run["adapter_check"]["optimized_difference"] == 0.0
@@ -78,6 +86,9 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
     adapter = load_file(folder / "adapter_model.safetensors")
     assert len(adapter) == 2 * 7 * 2  # A and B of seven linears in two layers
     assert all(t.dtype is torch.float32 for t in adapter.values())
+    base_size, added = make_model().num_parameters(), sum(t.numel() for t in adapter.values())
+    sizes = f"parameters: {millions(base_size)} in the base model, {millions(added)} in the adapter"
+    assert sizes in out.getvalue()
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template
@@ -86,6 +97,40 @@ def test_a_run_writes_everything_and_plain_peft_reads_it(
         adapted = plain(ids).logits
         with plain.disable_adapter():
             assert not torch.allclose(adapted, plain(ids).logits, atol=1e-3)
+
+
+def test_the_table_of_rewrites_is_printed_when_asked_for(recipe: dict[str, Any]) -> None:
+    out = io.StringIO()
+    result = train(
+        recipe, console=Console(file=out, width=120), optimize=True, codegen="eager", max_steps=1,
+        verbose=True,
+    )  # fmt: skip
+    assert str(Report.from_dict(result.optimize or {})) in out.getvalue()
+    assert "lora_linear" in out.getvalue()
+
+
+def test_a_line_sums_up_what_was_rewritten_and_what_was_not() -> None:
+    done = Site(module="a", rule="glu", op="glu", status="rewritten")
+    missed = Site(module="b", rule="glu", op="glu", status="missed", reason="no spelling")
+    text = finish.summary(Report(sites=(done, missed), regions=2, graphs=1))
+    assert text.startswith("optimized: 1 rewrites in 2 regions (1 graphs)")
+    assert "1 left as they were" in text
+    assert "left" not in finish.summary(Report(sites=(done,)))
+
+
+def test_a_signal_does_not_hide_why_training_ended() -> None:
+    for status, after in (("finished", "interrupted"), ("nan", "nan")):
+        result = RunResult(Path(), {}, status=status)
+        result.interrupt(signal.SIGTERM)
+        assert (result.status, result.signal, result.exit_code) == (after, 15, 143)
+
+
+def test_a_checkpoint_carries_figures_and_nothing_else() -> None:
+    result = RunResult(Path(), {}, val_loss_before=2.0, seconds={"data": 1.0})
+    later = RunResult(Path(), {}, started="now")
+    later.resume(3, {**result.carried(), "started": "then", "output_dir": "elsewhere"})
+    assert (later.resumed_from, later.val_loss_before, later.started) == (3, 2.0, "then")
+    assert later.output_dir == Path()
 
 
 def test_optimizing_changes_no_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -309,6 +354,11 @@ def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result.sample["before"]
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     assert (tmp_path / "plain" / "model.safetensors").stat().st_size > 2e8
+    printed: list[str] = []
+    code = snippet(result.recipe, str(tmp_path / "out"))
+    assert code is not None
+    exec(code, {"print": printed.append})  # plain PEFT on the package's GGUF file
+    assert printed[0].strip()
 
 
 def test_a_signal_waits_for_the_last_files(

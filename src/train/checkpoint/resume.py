@@ -23,7 +23,7 @@ _FORMAT = 1
 
 _MAY_DIFFER = frozenset({
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints",
-    "optimize", "codegen", "memory", "strict", "sample_prompt", "sample_max_tokens",
+    "optimize", "codegen", "memory", "strict", "verbose", "sample_prompt", "sample_max_tokens",
     "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
     "low_cpu_mem_usage", "device_map", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
@@ -102,6 +102,14 @@ class Saved:
         if not whole:
             raise RecipeError(another(folder, f"its {_FILE} is damaged"))
         return saved
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run resumes from: a checkpoint's folder, and what that keeps besides the weights."""
+
+    folder: Path
+    saved: Saved
 
 
 def another(folder: Path, why: str) -> str:
@@ -201,17 +209,17 @@ def _unreadable(path: Path) -> str:
     return f"{path} cannot be resumed from: one of its files is damaged, or holds foreign code"
 
 
-def require_same_data(path: Path, saved: Saved, fingerprint: str) -> None:
+def require_same_data(resumed: Resumed, fingerprint: str) -> None:
     """See that a checkpoint's run had the rows that this one has.
 
     Raises:
         RecipeError: it had others.
     """
-    if saved.data != fingerprint:
+    if resumed.saved.data != fingerprint:
         raise RecipeError(
-            f"{path} was trained on other rows: the datasets, their template or the split have "
-            "changed since (or the version of tokenizers or transformers); put them back, or begin "
-            "a new run"
+            f"{resumed.folder} was trained on other rows: the datasets, their template or the "
+            "split have changed since (or the version of tokenizers or transformers); put them "
+            "back, or begin a new run"
         )
 
 

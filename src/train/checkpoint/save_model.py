@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..model.chat_prompt import ChatPrompt
 from ..recipe.recipe import Recipe
 from ..report import model_card as card
 from .files import CheckpointWriteError, write_error_reason
@@ -133,37 +132,6 @@ def check_adapter(
     saved = plain(**inputs).logits
     difference = (before.float() - saved.float()).abs().max() / saved.float().abs().max()
     return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
-
-
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
-    """Let the model answer a question, greedily and asked as in training; its mode is kept."""
-    asking = ChatPrompt.of(recipe.model_dump(mode="json"))
-    options = {
-        **asking.variables, "add_generation_prompt": True, "return_tensors": "pt",
-        "return_dict": True,
-    }  # fmt: skip
-    asked = asking.question(question)
-    inputs = tokenizer.apply_chat_template(asked, **options).to(model.device)
-    training = model.training
-    model.eval()
-    try:
-        out = model.generate(
-            **inputs, max_new_tokens=recipe.sample_max_tokens, do_sample=False, use_cache=True,
-            pad_token_id=pad_token(tokenizer),
-        )  # fmt: skip
-    finally:
-        model.train(training)
-    text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
-
-
-def pad_token(tokenizer: Any) -> int:
-    """The id that fills up batches: the tokenizer's, or one that surely exists."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def plot(history: Sequence[dict[str, float]], path: Path) -> None:

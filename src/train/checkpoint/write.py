@@ -23,7 +23,6 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
         unfinished: the random state to save in place of the present one, which has moved on.
     """
     state = trainer.state
-    _note_best(state, part.parent)
     save(trainer.model, trainer.context.tokenizer, part)
     if not trainer.args.save_only_model:
         trainer._save_optimizer_and_scheduler(str(part))
@@ -41,9 +40,16 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     saved.write(part)
 
 
-def _note_best(state: Any, folder: Path) -> None:
-    """Say where the best checkpoint is, if that is still there or about to be."""
+def best_checkpoint(state: Any, folder: Path) -> str | None:
+    """Where the best checkpoint is, if that is there or about to be; else what was known.
+
+    Args:
+        state: the Trainer's.
+        folder: of the run.
+    """
     if state.best_global_step:
         best = checkpoint.place(folder, state.best_global_step)
         if best.exists() or state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(best)
+            return str(best)
+    known: str | None = state.best_model_checkpoint
+    return known

@@ -1,7 +1,5 @@
-"""What is done with a trained model: ``eval``, ``generate``, ``chat`` and ``merge``.
+"""What is done with a trained model: ``eval``, ``generate`` and ``chat``.
 
-``runfolder`` finds out what a folder holds and loads it; ``evaluate``, ``generate`` and ``chat``
-use the loaded model (the last two through ``answering``); ``merge`` writes adapter and base as one
-model, with ``checkpoint`` (the base's files), ``adapted`` (what the adapter changes) and ``shards``
-(the new files).
+``run_folder`` finds out what a folder holds, and ``load_run`` loads it. ``generate``, ``chat`` and
+the sample answers of training all answer through ``generation``.
 """

@@ -16,12 +16,12 @@ from rich.table import Table
 
 from ...errors import DataError, ModelError
 from ..checkpoint.ownership import link_in
-from ..checkpoint.save_model import pad_token
 from ..data import Samples, prepare
 from ..model.load import quiet
+from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
-from ..report import result as report
+from ..report.environment import machine, versions
 from ..terminal import Terminal
 from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validation_loss
@@ -193,8 +193,8 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
         "loss": _whole(found),
         "results": {name: asdict(figures) for name, figures in found.items()},
         "recorded_val_loss": recorded,
-        "versions": report.versions(),
-        "machine": report.machine(),
+        "versions": versions(),
+        "machine": machine(),
     }
     link = link_in(run.folder)
     if link is not None:

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from ...errors import ModelError, RecipeError
-from ..checkpoint.save_model import pad_token
-from ..model.chat_prompt import Message
+from ..model.chat_prompt import ChatPrompt, Message
+from ..model.tokenizer import pad_token
+from ..recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class TextGenerator:
                 "top_p": 1.0 if asked.top_p is None else asked.top_p,
                 "top_k": asked.top_k or 0,  # 0: all
             }
+            torch.manual_seed(asked.seed)  # only here: a run's own draws stay as they are
         make: Any = GenerationConfig
         config = make(
             max_new_tokens=longest,
@@ -173,7 +175,6 @@ class TextGenerator:
             **choice,
         )
         criteria = StoppingCriteriaList([_Asked(stop)] if stop else [])
-        torch.manual_seed(asked.seed)
         out: torch.Tensor = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -225,6 +226,29 @@ class TextGenerator:
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
         return next((token for token in ids if token in special), None)
+
+
+def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:
+    """Let a model answer as ``fusewright generate`` will: greedily, and asked as in training.
+
+    Args:
+        model: in any mode, which it keeps.
+        tokenizer: its tokenizer.
+        question: the user's words.
+        recipe: with the longest answer, and what prompts have besides the question.
+
+    Raises:
+        ModelError: the chat template refuses the question, or it leaves no room to answer.
+    """
+    prompt = ChatPrompt.of(recipe.model_dump(mode="json"))
+    sampling = Sampling(max_new_tokens=recipe.sample_max_tokens)
+    generator = TextGenerator(model, tokenizer, sampling, prompt.variables)
+    training = model.training
+    model.eval()
+    try:
+        return generator.answers([generator.prompt(prompt.question(question))])[0].text
+    finally:
+        model.train(training)
 
 
 class _Asked(StoppingCriteria):

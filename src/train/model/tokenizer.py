@@ -100,3 +100,11 @@ def _choose_pad(tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     found = next((t for t in _PADS if t in vocabulary and t != tokenizer.eos_token), None)
     tokenizer.pad_token = found or tokenizer.eos_token
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills up batches: the tokenizer's, or one that surely exists."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from .keys.adapter import LoftQ, PeftKeys
@@ -109,8 +110,8 @@ LoRA, QLoRA or all weights, run unchanged; older names of keys are taken, too. B
   is done before and after training, whatever else is set.
 - Preference methods (`rl`), several devices (`fsdp`, `deepspeed`, `context_parallel_size`, …) and
   plugins are not yet available.
-- `optimize`, `codegen`, `memory`, `strict`, `sample_prompt` and a dataset's `builder` are
-  fusewright's own. `strict` means that no known formula may stay as it is.
+- `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
+  are fusewright's own. `strict` means that no known formula may stay as it is.
 
 There are {number} keys, with those of datasets.
 """
@@ -202,7 +203,8 @@ def _literals(kind: Any) -> Iterator[tuple[Any, ...]]:
 
 
 _NAMES = {
-    str: "text", int: "whole number", float: "number", bool: "true/false", Any: "any value",
+    str: "text", SecretStr: "text", int: "whole number", float: "number", bool: "true/false",
+    Any: "any value",
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -33,12 +32,11 @@ class Folded:
     number: int
 
 
-def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
+def folded(recipe: Mapping[str, Any]) -> Folded:
     """Split a recipe, as ``run.json`` holds it, into what was chosen and the rest.
 
     Args:
         recipe: keys and values; keys that this version does not know count as chosen.
-        paths: write paths in full; False: only their last part, for what will be published.
     """
     order = [name for group in GROUPS for name in group.model_fields if name in recipe]
     sorted_ = {name: recipe[name] for name in [*order, *recipe]}  # keys we do not know come last
@@ -48,8 +46,6 @@ def folded(recipe: Mapping[str, Any], paths: bool = True) -> Folded:
             chosen[key] = [
                 _split(row, Dataset)[0] if isinstance(row, Mapping) else row for row in chosen[key]
             ]
-    if not paths:
-        chosen, rest = _short(chosen), _short(rest)
     return Folded(_yaml(chosen), _yaml(rest), len(rest))
 
 
@@ -77,17 +73,6 @@ def _split(
         usual = field is not None and is_default(field, value)
         (rest if usual else chosen)[str(key)] = value
     return chosen, rest
-
-
-def _short(value: Any) -> Any:
-    """The same with absolute paths cut down to their last part: they tell of one machine only."""
-    if isinstance(value, Mapping):
-        return {key: _short(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_short(inner) for inner in value]
-    if isinstance(value, str) and PurePath(value).is_absolute() and "\n" not in value:
-        return PurePath(value).name
-    return value
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -35,6 +35,21 @@ def millions(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def parameter_counts(trained: float, total: float, adapter: bool) -> str:
+    """How many parameters a model has, and where or how many the trained ones are.
+
+    Args:
+        trained: parameters that are trained.
+        total: all of them.
+        adapter: the trained ones are an adapter's.
+    """
+    if adapter:
+        return f"{millions(total - trained)} in the base model, {millions(trained)} in the adapter"
+    return (
+        f"{millions(total)}, {f'{millions(trained)} of them' if trained < total else 'all'} trained"
+    )
+
+
 class Smooth:
     """A running mean in which a value's weight fades to a tenth within some twenty steps.
 

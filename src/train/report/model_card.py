@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from ..output_files import write_atomically
 from ..printable import printable
@@ -22,7 +22,6 @@ from .run_facts import Facts
 NAME = "README.md"
 
 _MARK = re.compile(r"\n<!-- written by fusewright, ([0-9a-f]{16}) -->\n")
-_FRONT = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -71,32 +70,26 @@ def render(facts: Facts, picture: bool) -> str:
         facts: of the run.
         picture: ``loss.png`` is beside it.
     """
-    parts = [_front_matter(facts), *_body(facts, picture)]
-    text = "\n".join(parts).rstrip() + "\n"
+    parts = [*_opening(facts.published()), *_use(facts), *_results(facts.published(), picture)]
+    text = f"---\n{_data(facts).to_yaml()}\n---\n" + "\n".join(parts).rstrip() + "\n"
     return text + f"\n<!-- written by fusewright, {_digest(text)} -->\n"
 
 
-def _front_matter(facts: Facts) -> str:
-    """What the hub reads: YAML between two lines of dashes."""
+def _data(facts: Facts) -> ModelCardData:
+    """What the hub reads of a card."""
     recipe = facts.recipe
     base, adapter = _hub_id(recipe.get("base_model")), recipe.get("adapter")
     rows = [row.get("path") for row in _datasets(facts)]
-    entries: dict[str, Any] = {
-        "base_model": base,
-        "library_name": "peft" if adapter else "transformers",
-        "license": _license(str(recipe.get("base_model") or "")),
-        "pipeline_tag": "text-generation",
-        "tags": [
-            *([f"base_model:{'adapter' if adapter else 'finetune'}:{base}"] if base else []),
-            "fusewright",
-            *([str(adapter)] if adapter else []),
-            "sft",
-            "transformers",
-        ],
-        "datasets": [name for name in map(_hub_id, rows) if name],
-    }
-    kept = {key: value for key, value in entries.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
+    relation = [f"base_model:{'adapter' if adapter else 'finetune'}:{base}"] if base else []
+    method = [str(adapter)] if adapter else []
+    return ModelCardData(
+        base_model=base,
+        library_name="peft" if adapter else "transformers",
+        license=_license(str(recipe.get("base_model") or "")),
+        pipeline_tag="text-generation",
+        tags=[*relation, "fusewright", *method, "sft", "transformers"],
+        datasets=[name for name in map(_hub_id, rows) if name] or None,
+    )
 
 
 def _hub_id(name: Any) -> str | None:
@@ -119,15 +112,15 @@ def _license(base: str) -> str | None:
 
         found = try_to_load_from_cache(base, NAME)
         card = Path(found) if isinstance(found, str) else None
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        front = _FRONT.match(card.read_text(encoding="utf-8")) if card else None
-        entries = yaml.safe_load(front[1]) if front else None
-        found_license = entries.get("license") if isinstance(entries, dict) else None
-        return found_license if isinstance(found_license, str) else None
-    return None
+    try:
+        entries = metadata_load(card) if card else None
+    except (OSError, ValueError, YAMLError):  # none, or not as it should be
+        return None
+    found_license = entries.get("license") if entries else None
+    return found_license if isinstance(found_license, str) else None
 
 
-def _body(facts: Facts, picture: bool) -> Iterator[str]:
+def _opening(facts: Facts) -> Iterator[str]:
     recipe = facts.recipe
     base = _hub_id(recipe.get("base_model"))
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{facts.base}`"
@@ -138,11 +131,13 @@ def _body(facts: Facts, picture: bool) -> Iterator[str]:
     end = ending(facts)
     if end.text:
         yield f"> **{end.label.capitalize()}.** {_line(end.text)}\n"
-    yield from _use(facts)
+
+
+def _results(facts: Facts, picture: bool) -> Iterator[str]:
     yield from _training(facts, picture)
     yield from _sample(facts)
-    if recipe:
-        text = folded(recipe, paths=False)
+    if facts.recipe:
+        text = folded(facts.recipe)
         yield f"<details>\n<summary>The recipe</summary>\n\n{_fenced(text.chosen, 'yaml')}\n"
         yield "All other keys have their defaults.\n\n</details>\n"
     made = [f"{k} {v}" for k, v in facts.mapping("versions").items() if v != "not installed"]
@@ -165,9 +160,11 @@ def _use(facts: Facts) -> Iterator[str]:
     if not facts.number("steps"):
         return
     yield "## Use it\n"
-    yield _fenced(usage.commands("."), "sh") + "\n\nin a copy of this folder.\n"
-    if usage.plain(facts.recipe):
-        yield _fenced(usage.snippet(facts.recipe, "."), "python") + "\n"
+    yield _fenced(usage.COMMANDS, "sh") + "\n\nin a copy of this folder.\n"
+    code = usage.snippet(facts.recipe, ".")
+    if code is not None:
+        below = "PEFT" if facts.recipe.get("adapter") else "transformers"
+        yield f"With plain {below}:\n\n{_fenced(code, 'python')}\n"
 
 
 def _training(facts: Facts, picture: bool) -> Iterator[str]:

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -120,6 +120,8 @@ def _breakable(name: str) -> Markup:
 
 def compose(facts: Facts) -> Page:
     """Gather what the page shows."""
+    usage = sections.use(facts)  # it needs to know where the base model is
+    facts = facts.published()
     curves = _curves(facts)
     sets, counts = sections.data(facts)
     sample = facts.mapping("sample")
@@ -140,7 +142,7 @@ def compose(facts: Facts) -> Page:
         }
         if sample
         else None,
-        usage=sections.use(facts),
+        usage=usage,
         sets=sets,
         data=counts,
         model=sections.model(facts),
@@ -166,7 +168,7 @@ def _line(facts: Facts) -> str:
         started = facts.text("started").replace("T", " ").removesuffix("+00:00")[:16]
         parts.append(f"started {started} UTC")
     if facts.folder:
-        parts.append(facts.folder)
+        parts.append(PurePath(facts.folder).name)
     return " · ".join(parts)
 
 
@@ -235,13 +237,9 @@ def _time(facts: Facts) -> Headline | None:
 
 
 def _seconds(value: float) -> str:
-    return (
-        f"{value * 1000:,.0f} ms"
-        if value < 1
-        else f"{value:.1f} s"
-        if value < 60
-        else (duration(value))
-    )
+    if value < 1:
+        return f"{value * 1000:,.0f} ms"
+    return f"{value:.1f} s" if value < 60 else duration(value)
 
 
 # --- the curves ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from ...report import Report
 from ..recipe.written import without_effect
 from . import usage
-from .format import duration, memory, millions
+from .format import duration, memory, parameter_counts
 from .run_facts import Facts, number
 
 Rows = list[tuple[str, str]]
@@ -151,10 +151,8 @@ def model(facts: Facts) -> Rows:
     sizes = facts.mapping("parameters")
     trained, total = number(sizes.get("trained")), number(sizes.get("total"))
     if trained is not None and total:
-        share = f"{100 * trained / total:.2g}%" if trained < total else "all"
-        rows.append(
-            ("parameters", f"{millions(total)}, of them {millions(trained)} trained ({share})")
-        )
+        text = parameter_counts(trained, total, bool(facts.recipe.get("adapter")))
+        rows.append(("parameters", text))
     check = facts.mapping("adapter_check")
     if check.get("exact") is True:
         text = "plain PEFT gives the same logits, bit for bit"
@@ -211,10 +209,11 @@ def use(facts: Facts) -> Rows:
     """Explanations, each with something to copy; none when nothing was trained."""
     if not facts.folder or not facts.number("steps"):
         return []
-    found = [("With fusewright, in a terminal:", usage.commands(facts.folder))]
-    if usage.plain(facts.recipe):
+    found = [("With fusewright, in a terminal, in the folder of this page:", usage.COMMANDS)]
+    code = usage.snippet(facts.recipe, ".")
+    if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
-        found.append((f"With plain {below}, in Python:", usage.snippet(facts.recipe, facts.folder)))
+        found.append((f"With plain {below}, in Python, in the same folder:", code))
     return found
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +16,12 @@ from rich.text import Text
 
 from ..output_files import write_atomically
 from ..recipe.secrets import hide
+from .environment import peak_rss_mb
 from .throughput import ThroughputMeter
+
+Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
+_CARRIED = ("val_loss_before", "sample", "started", "seconds")
+"""The figures that a resumed run cannot compute again."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class RunResult:
 
     output_dir: Path
     recipe: dict[str, Any]
-    status: Literal["finished", "interrupted", "nan", "watchdog", "disk full"] = "finished"
+    status: Status = "finished"
     signal: int | None = None
     reason: str | None = None
     checkpoint: str | None = None
@@ -120,6 +120,31 @@ class RunResult:
         broken = self.adapter_check is not None and not self.adapter_check["exact"]
         return int(broken or self.status != "finished")
 
+    def carried(self) -> dict[str, Any]:
+        """What a checkpoint keeps for a run that resumes from it."""
+        return {name: getattr(self, name) for name in _CARRIED}
+
+    def resume(self, step: int, carried: dict[str, Any]) -> None:
+        """Begin where another run stopped.
+
+        Args:
+            step: of the checkpoint.
+            carried: what that kept; anything else in it is left out.
+        """
+        self.resumed_from = step
+        for name in _CARRIED:
+            setattr(self, name, carried.get(name, getattr(self, name)))
+
+    def end(self, status: Status, reason: str | None = None) -> None:
+        """Training ended, in this way and for this reason."""
+        self.status, self.reason = status, reason
+
+    def interrupt(self, signal: int) -> None:
+        """A signal came: what is left to do is left undone."""
+        self.signal = signal
+        if self.status == "finished":
+            self.status = "interrupted"
+
     def measure(self, meter: ThroughputMeter, log: Sequence[dict[str, Any]]) -> None:
         """Take the figures of training.
 
@@ -136,6 +161,17 @@ class RunResult:
         losses = [entry["loss"] for entry in self.history if "loss" in entry]
         if losses:
             self.loss_first, self.loss_last = losses[0], losses[-1]
+
+    def complete(self) -> None:
+        """Take what is known at the end: both validations as entries, and the peak memory."""
+        logged = {entry["step"] for entry in self.history if "eval_loss" in entry}
+        for step, loss in ((0, self.val_loss_before), (self.steps, self.val_loss_after)):
+            if loss is not None and step not in logged:
+                self.history.append({"step": step, "eval_loss": loss})
+        self.history.sort(key=lambda entry: entry["step"])
+        self.peak_rss_mb = peak_rss_mb()
+        if torch.cuda.is_available():
+            self.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
 
     def ending(self, adapter: bool) -> Iterator[str]:
         """What to say at the end of a run that did not finish.
@@ -181,43 +217,29 @@ class RunResult:
         console.print(table)
 
     def _rows(self) -> list[tuple[str, str]]:
-        rows = [("steps", f"{self.steps} of {self.steps_planned}")]
+        rows = {"steps": f"{self.steps} of {self.steps_planned}"}
         if self.val_loss_before is not None and self.val_loss_after is not None:
             change = self.val_loss_after - self.val_loss_before
-            rows.append(
-                (
-                    "validation loss",
-                    f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})",
-                )
-            )
+            text = f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})"
+            rows["validation loss"] = text
         if self.loss_first is not None and self.loss_last is not None:
-            rows.append(("training loss", f"{self.loss_first:.3f} → {self.loss_last:.3f}"))
-        rows.append(
-            (
-                "speed",
-                f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
-                f"first step {self.first_step_s:.1f} s",
-            )
+            rows["training loss"] = f"{self.loss_first:.3f} → {self.loss_last:.3f}"
+        rows["speed"] = (
+            f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
+            f"first step {self.first_step_s:.1f} s"
         )
         memory = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
         if self.peak_cuda_mb is not None:
             memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
-        rows.append(("memory", memory))
+        rows["memory"] = memory
         if self.adapter_check is not None:
-            exact = self.adapter_check["exact"]
-            rows.append(
-                (
-                    "saved adapter",
-                    "plain PEFT gives the same logits"
-                    if exact
-                    else "BROKEN: plain PEFT gives other logits than the trained model",
-                )
-            )
-        if self.sample:
-            rows += [(name, text) for name, text in self.sample.items()]
-        rows.append(("time", f"{sum(self.seconds.values()):.0f} s: " + self._times()))
-        rows.append(("results", str(self.output_dir)))
-        return rows
+            same = "plain PEFT gives the same logits"
+            broken = "BROKEN: plain PEFT gives other logits than the trained model"
+            rows["saved adapter"] = same if self.adapter_check["exact"] else broken
+        rows |= self.sample or {}
+        rows["time"] = f"{sum(self.seconds.values()):.0f} s: " + self._times()
+        rows["results"] = str(self.output_dir)
+        return list(rows.items())
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
@@ -244,40 +266,6 @@ def rows_message(data: dict[str, int]) -> str:
         f"{data.get('train_trained_tokens', 0):,} trained"
         + (f"; {', '.join(left_out)}" if left_out else "")
     )
-
-
-def versions() -> dict[str, str]:
-    """The versions that matter for a run."""
-    found = {"python": platform.python_version()}
-    for name in ("fusewright", "torch", "transformers", "peft", "accelerate", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The machine: system, cores, threads, GPU."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def rss_mb() -> float:
-    """Resident memory of this process now, in MiB."""
-    import psutil
-
-    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
@@ -12,6 +13,15 @@ from typing import Any
 from ...errors import DataError
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
+
+
+_PATH = re.compile(
+    r"(?<=['\"])/[^'\"\n]+(?=['\"])|(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}"
+    r"|\b[A-Za-z]:(?:\\[^\s\\'\",;:()<>]+)+"
+)
+"""An absolute path in a text, on its own or in quotes."""
+_LOCAL = re.compile(r"^(?:file|sqlite):/+")
+"""How an address begins that is a path."""
 
 
 class Facts:
@@ -44,6 +54,11 @@ class Facts:
         if not isinstance(entries, dict):
             raise DataError(f"{path}: is not the record of a run: it holds no keys and values")
         return cls(entries)
+
+    def published(self) -> Facts:
+        """The same without the folders of this machine, except in questions and answers."""
+        kept = {"sample": self.entries.get("sample")}
+        return Facts({**_without_folders(self.entries), **kept})
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
@@ -120,3 +135,17 @@ def number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+
+
+def _without_folders(value: Any) -> Any:
+    """Data with absolute paths cut down to their last part: they tell of one machine only."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = _LOCAL.sub("/", value)
+    if PurePath(text).is_absolute() and " /" not in text and "\n" not in text:
+        return PurePath(text).name
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)

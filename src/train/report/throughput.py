@@ -45,6 +45,15 @@ class ThroughputMeter:
     trained: list[int] = field(default_factory=list)
     flops: float = 0.0
     peak: float | None = None
+    _start: float = field(default=0.0, init=False, repr=False)
+
+    def start_step(self) -> None:
+        """Start the clock of the next step."""
+        self._start = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Stop the clock: the step is complete."""
+        self.seconds.append(time.perf_counter() - self._start)
 
     def add(self, tokens: int, trained: int) -> None:
         """Count a batch of the current step."""

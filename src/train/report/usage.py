@@ -4,66 +4,54 @@ from __future__ import annotations
 
 import json
 import keyword
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...errors import RecipeError
 from ..model.chat_prompt import ChatPrompt
+from ..recipe.locate import ModelSource, locate
+
+COMMANDS = """\
+fusewright generate . "Your question"  # one answer
+fusewright chat .                      # a conversation
+fusewright eval .                      # loss on the validation rows
+fusewright merge .                     # one model without adapters"""
+"""Shell commands for the results in the current folder."""
+_IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer"
 
 
-def commands(folder: str) -> str:
-    """Shell commands for the results in ``folder``."""
-    quoted = shlex.quote(folder)
-    rows = (
-        (f'fusewright generate {quoted} "Your question"', "one answer"),
-        (f"fusewright chat {quoted}", "a conversation"),
-        (f"fusewright eval {quoted}", "loss on the validation rows"),
-        (f"fusewright merge {quoted}", "one model without adapters"),
-    )
-    width = max(len(command) for command, _ in rows)
-    return "\n".join(f"{command:{width}}  # {meaning}" for command, meaning in rows)
-
-
-def plain(recipe: Mapping[str, Any]) -> bool:
-    """Whether plain transformers and PEFT can load the result without help.
-
-    They cannot load an adapter whose base model only we can find: one that an installed package
-    ships, or a GGUF file.
-    """
-    base = str(recipe.get("base_model") or "")
-    packed = base.startswith("package:") or base.endswith(".gguf")
-    return not (recipe.get("adapter") and (packed or _holds_gguf(base)))
-
-
-def _holds_gguf(base: str) -> bool:
-    folder = Path(base)
-    return folder.is_dir() and not (folder / "config.json").exists()
-
-
-def snippet(recipe: Mapping[str, Any], folder: str) -> str:
+def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:
     """Python that loads the result and answers a question with nothing of ours.
 
     Args:
         recipe: of the run.
         folder: where its results are, or their id on the hub.
+
+    Returns:
+        The code; None for an adapter whose base model is not here.
     """
-    package, name = (
-        ("peft", "AutoPeftModelForCausalLM")
-        if recipe.get("adapter")
-        else ("transformers", "AutoModelForCausalLM")
-    )
-    imports = (
-        f"from {package} import {name}\nfrom transformers import AutoTokenizer"
-        if package == "peft"
-        else f"from {package} import {name}, AutoTokenizer"
-    )
+    base = str(recipe.get("base_model") or "")
+    imports, loading = _IMPORTS, "model = AutoModelForCausalLM.from_pretrained(folder)"
+    if recipe.get("adapter"):
+        try:
+            source = locate(base, [Path.cwd()])
+        except RecipeError:
+            return None
+        name = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
+        loading = f"model = {name}.from_pretrained(folder)"
+        if source.gguf_file or base.startswith("package:"):
+            find = "from importlib.util import find_spec\n\n" * base.startswith("package:")
+            imports = f"{find}from peft import PeftModel\n{_IMPORTS}"
+            call = _load_base(base, source)
+            loading = f"base = {call}\nmodel = PeftModel.from_pretrained(base, folder)"
     asking = ChatPrompt.of(recipe)
     asked = json.dumps(asking.question("Your question"), ensure_ascii=False)
     return f"""{imports}
 
 folder = {json.dumps(folder, ensure_ascii=False)}
-model = {name}.from_pretrained(folder)
+{loading}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer.apply_chat_template(
     {asked},
@@ -71,6 +59,17 @@ inputs = tokenizer.apply_chat_template(
 )
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
+
+def _load_base(base: str, source: ModelSource) -> str:
+    """The call that loads a base model which only ``locate`` can find."""
+    where = json.dumps(Path(source.name).name, ensure_ascii=False) + ",  # its folder"
+    if base.startswith("package:"):
+        package, *inner = base.removeprefix("package:").split("/")
+        below = "".join(f' + "/{part}"' for part in inner if not part.endswith(".gguf"))
+        where = f"find_spec({package!r}).submodule_search_locations[0]{below},"
+    file = f"\n    gguf_file={json.dumps(source.gguf_file)}," if source.gguf_file else ""
+    return f"AutoModelForCausalLM.from_pretrained(\n    {where}{file}\n)"
 
 
 def _more(variables: Mapping[str, Any]) -> str:

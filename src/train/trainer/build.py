@@ -6,15 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers.trainer_callback import PrinterCallback
-
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
-from ..checkpoint.save_model import pad_token
+from ..model.tokenizer import pad_token
 from .arguments import arguments_for
 from .batches import training_batch
-from .callbacks import FlowCallback, watchdogs
+from .callbacks import watchdogs
 from .context import Context
 from .progress import ProgressCallback
 from .trainer import FineTuner
@@ -42,7 +40,6 @@ def make_trainer(
     recipe = context.recipe
     args = arguments_for(recipe, packs)
     pad_id = pad_token(context.tokenizer)
-    flow = FlowCallback(recipe, context.interrupts)
     memory = Meter(model.device)
     progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
@@ -55,16 +52,11 @@ def make_trainer(
         # asked for; evaluate() is ours
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
-        "callbacks": [*watchdogs(recipe), flow, progress],
+        "callbacks": watchdogs(recipe),
     }
     try:
-        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
+        return FineTuner(context, progress, resumed, on_first_step, **given)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    flow.trainer = trainer
-    if resumed is not None:
-        context.meter.load_state_dict(resumed.meter)
-    trainer.remove_callback(PrinterCallback)
-    return trainer

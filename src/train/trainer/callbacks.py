@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -12,37 +11,21 @@ from ..recipe.recipe import Recipe
 from .signals import Interrupts
 from .watchdog import LossWatchdog
 
-
-class TrainerHooks(Protocol):
-    """What ``FlowCallback`` needs of a trainer."""
-
-    def start(self) -> None:
-        """Training begins."""
-
-    def on_step_end(self) -> None:
-        """A step is complete."""
-
-    def on_step_begin(self) -> None:
-        """A step begins."""
-
-    def ended(self) -> str:
-        """Why the loop ends."""
-
-    def save_now(self) -> None:
-        """Write a checkpoint."""
+if TYPE_CHECKING:
+    from .trainer import FineTuner
 
 
 class FlowCallback(TrainerCallback):
     """What happens between the steps: signals, checkpoints out of turn, collected garbage.
 
-    Attributes:
-        trainer: what it notifies; set once it exists.
+    Args:
+        trainer: what it notifies.
+        recipe: the recipe.
+        interrupts: whose signal ends the loop.
     """
 
-    trainer: TrainerHooks
-
-    def __init__(self, recipe: Recipe, interrupts: Interrupts) -> None:
-        self.recipe, self.interrupts = recipe, interrupts
+    def __init__(self, trainer: FineTuner, recipe: Recipe, interrupts: Interrupts) -> None:
+        self.trainer, self.recipe, self.interrupts = trainer, recipe, interrupts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore what a checkpoint kept."""
@@ -77,9 +60,9 @@ _PATIENCE = 3
 """Of the loss watchdog, where the recipe does not say."""
 
 
-def watchdogs(recipe: Recipe) -> list[TrainerCallback]:
+def watchdogs(recipe: Recipe) -> list[LossWatchdog | EarlyStoppingCallback]:
     """The watchdogs that the recipe asks for."""
-    found: list[TrainerCallback] = []
+    found: list[LossWatchdog | EarlyStoppingCallback] = []
     if recipe.loss_watchdog_threshold is not None:
         patience = recipe.loss_watchdog_patience or _PATIENCE
         found.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
@@ -88,16 +71,14 @@ def watchdogs(recipe: Recipe) -> list[TrainerCallback]:
     return found
 
 
-def apply_limits(callbacks: Iterable[TrainerCallback], recipe: Recipe) -> None:
-    """Set restored watchdogs as the recipe says: a checkpoint brings back its own settings, too.
+def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
+    """Give restored watchdogs the limits of the recipe: a checkpoint brings its own along.
 
     Args:
-        callbacks: the trainer's, with what they counted before.
+        kept: what a checkpoint keeps of each callback, by the name of its class; changed in place.
         recipe: which may have other limits than the checkpoint's.
     """
-    for asked in watchdogs(recipe):
-        for callback in callbacks:
-            if isinstance(callback, LossWatchdog) and isinstance(asked, LossWatchdog):
-                callback.threshold, callback.patience = asked.threshold, asked.patience
-            elif isinstance(callback, EarlyStoppingCallback) and isinstance(asked, type(callback)):
-                callback.early_stopping_patience = asked.early_stopping_patience
+    for watchdog in watchdogs(recipe):
+        name = type(watchdog).__name__
+        if name in kept:
+            kept[name] = {**kept[name], "args": watchdog.state()["args"]}

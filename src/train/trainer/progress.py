@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -46,6 +46,10 @@ class MetricsLine:
         self.fields: list[tuple[int, str]] = []
         self.interrupts = interrupts
 
+    def update(self, fields: list[tuple[int, str]]) -> None:
+        """Show these fields from now on."""
+        self.fields = fields
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width - 2  # for the ^C that a terminal echoes: it must not wrap
         shown = list(self.fields)
@@ -63,7 +67,9 @@ class MetricsLine:
 class _Bar(Progress):
     """Rich's progress bar with our line of figures below it."""
 
-    figures: MetricsLine
+    def __init__(self, figures: MetricsLine, *columns: ProgressColumn, **options: Any) -> None:
+        self.figures = figures  # first: rich renders once when it is set up
+        super().__init__(*columns, **options)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         if self.tasks:
@@ -74,28 +80,27 @@ class _Bar(Progress):
 class _Clock(ProgressColumn):
     """Time since the start of training, and time left; it ticks between the steps, too."""
 
-    def __init__(self, text: Callable[[], str]) -> None:
+    def __init__(self, left: Callable[[], str]) -> None:
         super().__init__(table_column=Column(no_wrap=True, justify="right"))
-        self.text = text
+        self.left = left
 
     def render(self, task: Task) -> Text:
-        return Text(self.text())
+        return Text(duration(task.elapsed or 0.0) + self.left())
 
 
 class ProgressCallback(TrainerCallback):
-    """Times the steps, shows how they go, and ends the loop when a signal came.
+    """Shows how the steps go; it times none of them, and changes nothing.
 
     In a terminal: a bar with the time left, and below it the loss (smoothed, and the last one), the
     learning rate, trained tokens per second, the share of the device's peak, the memory and the
     epoch. Elsewhere: a line at the first step and at every tenth of all. Validations and
     checkpoints have lines of their own. What others print or warn appears above the bar.
 
-    Use it as a context manager around ``trainer.train()``: the terminal is then given back whatever
-    happens.
+    The terminal is given back by ``close``.
 
     Args:
-        meter: gets the seconds of every step.
-        interrupts: tells of signals.
+        meter: has timed and counted the steps.
+        interrupts: whose signals the bar tells of.
         console: where to print.
         total: optimizer steps of the whole run.
         used: gives the memory in use, in MiB; None: it is not shown.
@@ -119,29 +124,17 @@ class ProgressCallback(TrainerCallback):
         self.validated: dict[str, float] = {}
         self.bar: _Bar | None = None
         self.task: TaskID | None = None
-        self.begun = self.started = self.said = 0.0
+        self.display = contextlib.ExitStack()
+        self.said = 0.0
         self.due = False
         self.step = 0
 
     # --- the terminal ----------------------------------------------------------------------------
 
-    def __enter__(self) -> ProgressCallback:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Leave the bar as it stands, and give the terminal back."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-            self.interrupts.shown = False
+        self.display.close()
+        self.bar = None
 
     def say(self, text: str) -> None:
         """Print a line; in a terminal, above the bar."""
@@ -149,29 +142,28 @@ class ProgressCallback(TrainerCallback):
 
     def _open(self, done: int) -> None:
         self.bar = _Bar(
+            self.figures,
             TextColumn("training"),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             MofNCompleteColumn(),
-            _Clock(self._time),
+            _Clock(self._time_left),
             console=self.console,
             refresh_per_second=2,
             expand=True,
         )
-        self.bar.figures = self.figures
         self.task = self.bar.add_task("training", total=self.total, completed=done)
-        self.bar.start()
-        self.interrupts.shown = True
+        self.display.enter_context(self.bar)
+        self.display.enter_context(self.interrupts.shown_elsewhere())
 
     def _show(self, state: Any) -> None:
         """Bring the display up to date."""
         if self.bar is None or self.task is None:
             return
-        self.figures.fields = self._fields(state)
+        self.figures.update(self._fields(state))
         self.bar.update(self.task, completed=self.step)
 
-    def _time(self) -> str:
-        gone = duration(time.perf_counter() - self.started)
-        return f"{gone}, {duration(self._left(self.step))} left" if self._is_timed() else gone
+    def _time_left(self) -> str:
+        return f", {duration(self._left(self.step))} left" if self._is_timed() else ""
 
     def _fields(self, state: Any) -> list[tuple[int, str]]:
         """What is known by now, from left to right, each with its importance (0: the highest)."""
@@ -214,24 +206,14 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the display."""
-        self.started = self.said = time.perf_counter()
+        self.said = time.perf_counter()
         self.step = state.global_step
         if self.console.is_terminal and not self.console.quiet:
             self._open(state.global_step)
             self._show(state)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.begun = time.perf_counter()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """See whether a signal came."""
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stop the clock, and see whether a signal came."""
-        self.meter.seconds.append(time.perf_counter() - self.begun)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar, or print a line where one is due."""
         if self.used is not None:
             self.mib = self.used()
         step, every = state.global_step, max(1, self.total // 10)
@@ -241,8 +223,6 @@ class ProgressCallback(TrainerCallback):
         self.due = self.bar is None and (step in (1, self.total) or step % every == 0 or late)
         if self.due and not control.should_log:  # else the line waits for this step's loss
             self._line(state)
-        control.should_training_stop |= self.interrupts.signal is not None
-        return control
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in the logged figures."""

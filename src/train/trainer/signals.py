@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGNALS = [
@@ -36,8 +36,6 @@ class Interrupts:
 
     Attributes:
         signal: the one that came, or None.
-        shown: somebody has a live display and tells of the signal there, where a line written from
-            here would be lost.
     """
 
     STOPPING = "Stopping after this step and saving; once more to quit without saving."
@@ -45,7 +43,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.shown = False
+        self._shown_elsewhere = False
         self._message = ""
         self._before: dict[int, Any] = {}
 
@@ -55,12 +53,7 @@ class Interrupts:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -73,11 +66,20 @@ class Interrupts:
         finally:
             self._message = ""
 
+    @contextlib.contextmanager
+    def shown_elsewhere(self) -> Iterator[None]:
+        """Leave it to a live display to say that a signal came; a line from here would be lost."""
+        self._shown_elsewhere = True
+        try:
+            yield
+        finally:
+            self._shown_elsewhere = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._message or self.signal is not None:
             self.signal = number
             raise Stopped(number)
         self.signal = number
-        if not self.shown:
+        if not self._shown_elsewhere:
             # not through a file object: this may interrupt one of its own writes
             os.write(2, f"\n{self._message}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from ...compiler.pipeline import planner_of
 from ...memory.oom_retry import retrying
@@ -17,10 +18,10 @@ from ..checkpoint import files as checkpoint
 from ..checkpoint.load import ResumableTrainer
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
-from ..checkpoint.write import write_checkpoint
+from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import Kind, Order
-from ..report.result import rss_mb
-from .callbacks import apply_limits
+from ..report.environment import rss_mb
+from .callbacks import FlowCallback, apply_limits
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
@@ -32,13 +33,19 @@ from .watchdog import LossWatchdog, NonFiniteGuard
 class FineTuner(ResumableTrainer):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
+    The loop itself is Trainer's. It makes the optimizer, the schedule and the order of the rows,
+    restores a checkpoint (``start``), and then for each step calls ``on_step_begin``,
+    ``training_step`` for each batch, ``_get_grad_norm``, the optimizer, ``on_step_end``, and where
+    they are due ``log``, ``evaluate`` and ``_save_checkpoint``. ``FlowCallback`` calls what begins
+    with ``on_``, and ``start``; a signal, a watchdog or a full disk ends the loop between steps.
+
     Attributes:
         write_error: why a checkpoint could not be written, which ended the run; or None.
         saved_at: the step of the last checkpoint.
 
     Args:
         context: what the trainer needs besides the model and the rows.
-        progress: shows the progress; one of the callbacks.
+        progress: shows how it goes.
         resumed: what the checkpoint kept that the run resumes from.
         on_first_step: called when the first step is complete; the run then takes its folder.
         kwargs: Trainer's own.
@@ -53,21 +60,26 @@ class FineTuner(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
+            self.add_callback(callback)
         self.context, self.progress, self.guard = context, progress, NonFiniteGuard()
         self._folder = Path(context.recipe.output_dir)
         self._notify_first_step = on_first_step
         self.write_error: str | None = None
         self.saved_at: int | None = None
         self._resumed = resumed
+        if resumed is not None:
+            context.meter.load_state_dict(resumed.meter)
         self._after_step: tuple[RngState, Tensor] | None = None
         self._midway = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it gives the terminal back, whatever happens."""
-        with self.progress:
+        with contextlib.closing(self.progress):
             return super().train(*args, **kwargs)
 
-    # --- the optimizer, the schedule and the order of the rows ------------------------------------
+    # --- the optimizer, the schedule and the order of the rows -----------------------------------
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer of the recipe; small tensors are updated as one."""
@@ -94,7 +106,29 @@ class FineTuner(ResumableTrainer):
             lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
         return Order(lengths, self.args.seed, kind, self._train_batch_size)
 
-    # --- a step ----------------------------------------------------------------------------------
+    # --- before the first step -------------------------------------------------------------------
+
+    def _load_callback_state(self) -> None:
+        kept: Any = self.state.stateful_callbacks  # a mapping, once they are read
+        apply_limits(kept, self.context.recipe)
+        super()._load_callback_state()
+
+    def start(self) -> None:
+        """Restore the counters and the pending loss of the checkpoint, if there is one."""
+        if self._resumed is not None:
+            # the state of a checkpoint brings its own intervals along
+            state: Any = self.state
+            state.compute_steps(self.args, state.max_steps)
+            self.saved_at = self._resumed.step
+            self._tr_loss += self._resumed.pending_loss
+            self._globalstep_last_logged = self._resumed.last_logged
+
+    # --- a step, in its order --------------------------------------------------------------------
+
+    def on_step_begin(self) -> None:
+        """Record that a step has begun, which may not finish."""
+        self._midway = True
+        self.context.meter.start_step()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
@@ -113,9 +147,21 @@ class FineTuner(ResumableTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return self.guard.judge(norm, optimizer, self._logs(self.state.global_step + 1))
 
-    def _logs(self, step: int) -> bool:
-        first = self.args.logging_first_step and step == 1
-        return first or step % self.state.logging_steps == 0
+    def on_step_end(self) -> None:
+        """Record what a checkpoint would need if the next step does not finish."""
+        self.context.meter.end_step()
+        if self._after_step is None:
+            self._on_first_step()
+        self._after_step = RngState.now(), self._tr_loss.clone()
+        self._midway = False
+
+    def _on_first_step(self) -> None:
+        if self._notify_first_step is not None:
+            self._notify_first_step()
+        model: Any = self.model
+        planner = planner_of(model)
+        if planner is not None:
+            planner.on_optimizer_step()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the steps since the last entry took."""
@@ -133,6 +179,10 @@ class FineTuner(ResumableTrainer):
                 logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20
         super().log(logs, start_time)
 
+    def _logs(self, step: int) -> bool:
+        first = self.args.logging_first_step and step == 1
+        return first or step % self.state.logging_steps == 0
+
     def _last_loss(self) -> int:
         """The step of the last entry that has a loss."""
         entries = reversed(self.state.log_history)
@@ -149,69 +199,17 @@ class FineTuner(ResumableTrainer):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Restore the counters and the pending loss of the checkpoint, if there is one."""
-        if self._resumed is not None:
-            # the state of a checkpoint brings its own intervals along
-            state: Any = self.state
-            state.compute_steps(self.args, state.max_steps)
-            apply_limits(self.callback_handler.callbacks, self.context.recipe)
-            self.saved_at = self._resumed.step
-            self._tr_loss += self._resumed.pending_loss
-            self._globalstep_last_logged = self._resumed.last_logged
-
-    def on_step_end(self) -> None:
-        """Record what a checkpoint would need if the next step does not finish."""
-        if self._after_step is None:
-            self._on_first_step()
-        self._after_step = RngState.now(), self._tr_loss.clone()
-        self._midway = False
-
-    def _on_first_step(self) -> None:
-        if self._notify_first_step is not None:
-            self._notify_first_step()
-        model: Any = self.model
-        planner = planner_of(model)
-        if planner is not None:
-            planner.on_optimizer_step()
-
-    def on_step_begin(self) -> None:
-        """Record that a step has begun, which may not finish."""
-        self._midway = True
-
     def save_now(self) -> None:
         """Write a checkpoint of the last whole step, unless there is one, or was no step."""
         if self.state.global_step not in (0, self.saved_at) and self.write_error is None:
             self._save_checkpoint(self.model)
-
-    def abandon(self) -> None:
-        """End a loop that ``NonFiniteStepError`` has left; save the state before that step."""
-        self.save_now()
-        self.callback_handler.on_train_end(self.args, self.state, self.control)
-
-    def push_results(self) -> None:
-        """Upload the run's folder, checkpoints left out, to the hub."""
-        from huggingface_hub import upload_folder
-
-        upload_folder(
-            repo_id=str(self.hub_model_id), folder_path=str(self.args.output_dir),
-            revision=self.args.hub_revision, token=self.args.hub_token,
-            ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
-        )  # fmt: skip
-
-    def load_checkpoint(self, folder: Path) -> None:
-        """Load a checkpoint of the last step, after which nothing is left to train."""
-        self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self.saved_at = self.state.global_step
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write the checkpoint, or end the run because the disk is full."""
         folder, step = self._folder, self.state.global_step
         try:
             with checkpoint.writing(folder, step) as part:
+                self.state.best_model_checkpoint = best_checkpoint(self.state, folder)
                 write_checkpoint(self, part, self._saved(), self._unfinished())
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
@@ -224,20 +222,6 @@ class FineTuner(ResumableTrainer):
         checkpoint.rotate(folder, self.context.recipe.save_total_limit, kept)
         if self.args.push_to_hub:
             self._pushed(lambda: self._push_from_checkpoint(str(new)))
-
-    def _finish_current_push(self) -> None:
-        self._pushed(super()._finish_current_push)
-
-    def _pushed(self, push: Callable[[], Any]) -> None:
-        """Push to the hub; a failure is reported and does not end the run."""
-        try:
-            push()
-        except Exception as error:
-            self.progress.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")
-
-    def _unfinished(self) -> RngState | None:
-        """The random state before a step that was begun and not finished; else None."""
-        return self._after_step[0] if self._midway and self._after_step is not None else None
 
     def _saved(self) -> Saved:
         recipe, step = self.context.recipe, self.state.global_step
@@ -255,9 +239,23 @@ class FineTuner(ResumableTrainer):
             carried=self.context.carried(),
         )
 
+    def _unfinished(self) -> RngState | None:
+        """The random state before a step that was begun and not finished; else None."""
+        return self._after_step[0] if self._midway and self._after_step is not None else None
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load a checkpoint of the last step, after which nothing is left to train."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.saved_at = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
     def _load_best_model(self) -> None:
         if self.ended() == "finished":  # else the last step's weights are what was asked for
             super()._load_best_model()
+
+    # --- the end ---------------------------------------------------------------------------------
 
     def ended(self) -> Literal["finished", "interrupted", "watchdog", "disk full"]:
         """Why the loop ended."""
@@ -267,3 +265,28 @@ class FineTuner(ResumableTrainer):
             return "interrupted"
         dogs = [c for c in self.callback_handler.callbacks if isinstance(c, LossWatchdog)]
         return "watchdog" if any(dog.tripped for dog in dogs) else "finished"
+
+    def abandon(self) -> None:
+        """End a loop that ``NonFiniteStepError`` has left; save the state before that step."""
+        self.save_now()
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def push_results(self) -> None:
+        """Upload the run's folder, checkpoints left out, to the hub."""
+        from huggingface_hub import upload_folder
+
+        upload_folder(
+            repo_id=str(self.hub_model_id), folder_path=str(self.args.output_dir),
+            revision=self.args.hub_revision, token=self.args.hub_token,
+            ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
+        )  # fmt: skip
+
+    def _finish_current_push(self) -> None:
+        self._pushed(super()._finish_current_push)
+
+    def _pushed(self, push: Callable[[], Any]) -> None:
+        """Push to the hub; a failure is reported and does not end the run."""
+        try:
+            push()
+        except Exception as error:
+            self.context.say(f"  pushing to the hub failed: {type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ from fusewright.train.checkpoint import files as checkpoint
 from fusewright.train.checkpoint import resume
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
-from fusewright.train.trainer.progress import ProgressCallback
+from fusewright.train.trainer.callbacks import FlowCallback
 
 QUIET = Console(quiet=True)
 
@@ -50,8 +50,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, event: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(watch, args, state, control, **kwargs)
 
-    original = getattr(ProgressCallback, event)
-    monkeypatch.setattr(ProgressCallback, event, then)
+    original = getattr(FlowCallback, event)
+    monkeypatch.setattr(FlowCallback, event, then)
 
 
 def same(a: Path, b: Path) -> None:

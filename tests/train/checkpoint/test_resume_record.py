@@ -167,10 +167,10 @@ def test_a_name_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_same_recipe_fits(recipe: dict[str, Any], made: Path) -> None:
-    found = resume.load(made, load_recipe(recipe))
-    resume.require_same_data(made, found, "rows")
+    found = resume.Resumed(made, resume.load(made, load_recipe(recipe)))
+    resume.require_same_data(found, "rows")
     with pytest.raises(RecipeError, match="was trained on other rows"):
-        resume.require_same_data(made, found, "other rows")
+        resume.require_same_data(found, "other rows")
 
 
 def test_one_key_that_is_another(recipe: dict[str, Any], made: Path) -> None:

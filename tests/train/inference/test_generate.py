@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
-from fusewright.train.inference.generation import Sampling, TextGenerator
+from fusewright.train.inference.generation import Sampling, TextGenerator, answer
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.prompt_files import read_prompts
+from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import CHATML, chat, make_model, make_tokenizer
 from ..runs import fusewright, refused
@@ -44,9 +45,16 @@ class Scripted:
 
     def __init__(self, script: list[int]) -> None:
         self.script = script
+        self.training = True
         self.device = torch.device("cpu")
         self.generation_config = None
         self.config = make_model().config
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def eval(self) -> None:
+        self.train(False)
 
     def generate(self, input_ids: Any, generation_config: Any, streamer: Any, **_: Any) -> Any:
         ends = generation_config.eos_token_id
@@ -146,6 +154,16 @@ def test_an_answer_ends_where_its_turn_does(ends: str) -> None:
     writer = TextGenerator(Scripted([OTHER] * 9), tokenizer, Sampling(4))
     (answer,) = writer.answers([prompt])
     assert (answer.tokens, answer.finish) == (4, "length")
+
+
+def test_the_sample_answer_of_a_run_ends_where_generate_does() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", "<|pad|>"))
+    model = Scripted([OTHER, tokenizer.pad_token_id, OTHER, OTHER])
+    recipe = Recipe(base_model="x", sample_max_tokens=4)
+    state = torch.get_rng_state()
+    assert answer(model, tokenizer, "Hi", recipe) == tokenizer.decode([OTHER])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)  # or training would go another way
 
 
 def test_without_a_chat_template_the_text_is_continued(tmp_path: Path) -> None:

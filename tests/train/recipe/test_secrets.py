@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.inference.past_recipe import recipe_for
 from fusewright.train.inference.run_folder import open_run
+from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.secrets import HIDDEN, hide, without_hidden
+from fusewright.train.requirements import tracking
 
 from ..runs import fusewright
 
@@ -59,6 +62,16 @@ def test_a_secret_at_any_depth(name: str) -> None:
 )
 def test_what_is_no_secret_stays(recipe: dict[str, Any]) -> None:
     assert hide(recipe) == recipe
+
+
+def test_a_declared_secret_is_in_no_text_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(base_model="x", comet_api_key="sesame-1", comet_project_name="p")
+    dumped = json.dumps(recipe.model_dump(mode="json"))
+    assert "sesame" not in f"{recipe!r} {recipe.recorded()} {dumped}"
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    with tracking(recipe):  # but the tracker gets it
+        assert os.environ["COMET_API_KEY"] == "sesame-1"
+    assert "COMET_API_KEY" not in os.environ
 
 
 @pytest.mark.parametrize("account", ["me:pw", "me:p@ss", "@", "token"])

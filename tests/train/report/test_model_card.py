@@ -53,6 +53,9 @@ def test_it_tells_no_folders_of_this_machine(run: dict[str, Any], run_folder: Pa
     assert str(run_folder.parent) not in text
     assert run["recipe"]["base_model"] not in text
     assert "`rows.jsonl`" in text
+    stopped = {**run, "status": "interrupted", "checkpoint": f"{run_folder}/checkpoint-4"}
+    assert "/checkpoint" not in rendered(stopped)
+    assert "To resume from checkpoint-4" in rendered(stopped)
 
 
 def test_ids_of_the_hub_are_linked(run: dict[str, Any]) -> None:
@@ -84,11 +87,45 @@ def test_full_training_and_runs_that_ended_early(run: dict[str, Any]) -> None:
     text = rendered({**run, "status": "interrupted", "signal": 2, "steps": 3})
     assert "> **Stopped early.** It ended after step 3 of 6, on SIGINT." in text
     assert "finished" not in text
-    packed = {**run, "recipe": {**run["recipe"], "base_model": "package:some_package"}}
-    assert "AutoPeftModelForCausalLM" not in rendered(packed)
     for key in run:
         for odd in (None, "text"):
             assert front(rendered({**run, key: odd}))["tags"]
+
+
+@pytest.mark.parametrize(
+    ("source", "loads"),
+    [
+        ("package:fw_shipped", "submodule_search_locations[0],\n"),
+        (
+            "package:fw_shipped/q8",
+            'submodule_search_locations[0] + "/q8",',
+        ),
+        ("{here}/fw_shipped", '"fw_shipped",  # its folder'),
+        ("{here}/fw_shipped/small.gguf", '"fw_shipped",  # its folder'),
+    ],
+)
+def test_plain_peft_can_load_an_adapter_of_any_base(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, loads: str
+) -> None:
+    assert "With plain PEFT:" in rendered(run)
+    package = tmp_path / "fw_shipped"
+    (package / "q8").mkdir(parents=True)
+    for file in ("__init__.py", "small.gguf", "q8/small.gguf"):
+        (package / file).write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = {**run["recipe"], "base_model": source.format(here=tmp_path)}
+    text = rendered({**run, "recipe": recipe})
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert loads in code
+    for words in ('gguf_file="small.gguf"', "model = PeftModel.from_pretrained(base, folder)"):
+        assert words in code
+    assert str(tmp_path) not in text
+
+
+def test_a_base_that_is_not_here_has_no_code(run: dict[str, Any]) -> None:
+    recipe = {**run["recipe"], "base_model": "package:some_package"}
+    assert "```python" not in rendered({**run, "recipe": recipe})
 
 
 def test_answers_cannot_become_markup(run: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from fusewright.errors import DataError
 from fusewright.report import Report, Site
 from fusewright.train.report import page
+from fusewright.train.report.format import millions
 from fusewright.train.report.page_sections import numbers
 from fusewright.train.report.run_facts import Facts
 
@@ -205,7 +206,7 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
         "the loss of step 4 is nan.",
         "after step 3 of 6",
         "The adapter of the last complete step is saved",
-        "To resume from /runs/a/checkpoint-2",
+        "To resume from checkpoint-2",
         "Not asked: the run ended early.",
     ):
         assert words in found.text
@@ -258,6 +259,36 @@ def test_keys_without_effect_are_told(run: dict[str, Any]) -> None:
     recipe = {**run["recipe"], "liger_rope": True}
     assert "liger_rope: subsumed: " in parsed({**run, "recipe": recipe}).text
     assert "subsumed" not in parsed({**run, "recipe": {**recipe, "datasets": "odd"}}).text
+
+
+def test_it_tells_no_folders_of_this_machine(run: dict[str, Any], run_folder: Path) -> None:
+    out = str(run_folder)
+    failed = {"part": "plot", "error": f"OSError: [Errno 13] Permission denied: '{out}/loss.png'"}
+    told = {
+        **run, "status": "disk full", "reason": f"{out}/part could not be written",
+        "checkpoint": f"{out}/checkpoint-4", "problems": [failed], "resumed_from": 2,
+        "optimize": {**run["optimize"], "bypasses": [{"module": "a", "reason": "/opt/lib/x.py:3"}]},
+    }  # fmt: skip
+    told["recipe"] = {**run["recipe"], "mlflow_tracking_uri": "file:///home/me/mlruns"}
+    text = page.render(Facts.of(told))
+    for folder in (out, str(run_folder.parent), "/home/", "/opt/"):
+        assert folder not in text
+    assert run["recipe"]["base_model"] not in text
+    for words in ("loss.png", "checkpoint-4", "x.py:3", "mlruns", "rows.jsonl", "generate . "):
+        assert words in text
+    sample = {"question": "Where is /usr/bin/env?", "before": "/usr/bin", "after": "/usr/bin"}
+    assert "Where is /usr/bin/env?" in page.render(Facts.of({**run, "sample": sample}))
+
+
+def test_the_parameters_of_base_and_adapter_are_told_apart(run: dict[str, Any]) -> None:
+    trained, total = run["parameters"]["trained"], run["parameters"]["total"]
+    sizes = f"{millions(total - trained)} in the base model, {millions(trained)} in the adapter"
+    assert f"parameters {sizes}" in parsed(run).text
+    full = {**run, "recipe": {**run["recipe"], "adapter": None}}
+    some = f"parameters {millions(total)}, {millions(trained)} of them trained"
+    assert some in parsed(full).text
+    whole = {**full, "parameters": {"trained": total, "total": total}}
+    assert f"parameters {millions(total)}, all trained" in parsed(whole).text
 
 
 def test_secrets_are_not_shown(run: dict[str, Any]) -> None:

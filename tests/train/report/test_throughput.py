@@ -96,6 +96,17 @@ def test_rates_leave_the_first_step_out() -> None:
     assert taken.utilization() == 0.5
 
 
+def test_the_meter_owns_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([5.0, 7.5, 10.0, 11.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(times))
+    taken = ThroughputMeter()
+    for _ in range(2):
+        taken.start_step()
+        taken.end_step()
+    assert taken.seconds == [2.5, 1.0]
+    assert set(taken.state_dict()) == {"seconds", "tokens", "trained"}
+
+
 def test_the_peak_is_measured_without_touching_the_random_numbers() -> None:
     state = torch.get_rng_state()
     peak = peak_flops(torch.device("cpu"), torch.float32, seconds=0.05)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,13 +40,14 @@ class Screen:
         getattr(self.display, event)(None, self.state, self.control, **more)
 
     def step(self, loss: float = 1.5) -> None:
-        self.tell("on_step_begin")
+        self.meter.start_step()
         self.meter.add(120, 90)
+        self.meter.end_step()
+        self.meter.seconds[-1] = 0.5
         self.state.global_step += 1
         self.state.epoch += 0.1
         self.control.should_log = self.state.global_step % self.every == 0
         self.tell("on_step_end")
-        self.meter.seconds[-1] = 0.5
         if self.control.should_log:
             self.tell("on_log", logs={"loss": loss, "learning_rate": 2e-4, "grad_norm": 1.0})
 
@@ -61,7 +63,7 @@ class Screen:
 @pytest.mark.parametrize("width", [30, 50, 80, 100, 140])
 def test_the_bar_fits_the_terminal(width: int) -> None:
     screen = Screen(width, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         for loss in (2.0, 1.0, 1.5):
             screen.step(loss)
@@ -84,7 +86,7 @@ def test_the_bar_fits_the_terminal(width: int) -> None:
 
 def test_the_figures_are_right() -> None:
     screen = Screen(140, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         screen.step()
@@ -97,7 +99,7 @@ def test_the_figures_are_right() -> None:
 
 def test_what_others_say_stands_above_the_bar() -> None:
     screen = Screen(100, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         print("mind the gap", file=sys.stderr)  # as the warnings module does
@@ -120,7 +122,7 @@ def test_what_others_say_stands_above_the_bar() -> None:
 
 def test_the_terminal_is_given_back_after_an_error() -> None:
     def fail() -> None:
-        with screen.display:
+        with closing(screen.display):
             screen.tell("on_train_begin")
             assert sys.stdout is not before
             raise RuntimeError
@@ -132,23 +134,43 @@ def test_the_terminal_is_given_back_after_an_error() -> None:
     assert screen.out.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
 
 
-def test_a_signal_is_told_and_ends_the_loop(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     screen = Screen(100, terminal=True)
-    with screen.interrupts, screen.display:
+    with screen.interrupts, closing(screen.display):
         screen.tell("on_train_begin")
         screen.step()
         assert not screen.control.should_training_stop
         with screen.interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
         assert Interrupts.STOPPING in screen.frame()  # at once, not when the step has ended
-        screen.tell("on_substep_end")
-        assert screen.control.should_training_stop
-    assert not screen.interrupts.shown
     assert capfd.readouterr().err == ""  # nothing was written over the display
 
 
+def test_the_display_neither_times_nor_ends_the_loop() -> None:
+    for terminal in (True, False):
+        screen = Screen(100, terminal)
+        with screen.interrupts, closing(screen.display):
+            screen.tell("on_train_begin")
+            screen.step()
+            with screen.interrupts.deferring_signals():
+                os.kill(os.getpid(), signal.SIGINT)
+            for event in ("on_step_begin", "on_substep_end", "on_step_end", "on_epoch_end"):
+                screen.tell(event)
+        assert screen.meter.seconds == [0.5]
+        assert not screen.control.should_training_stop
+
+
+def test_without_a_display_the_signal_writes_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(100, terminal=True)
+    with closing(screen.display):
+        screen.tell("on_train_begin")
+    with screen.interrupts, screen.interrupts.deferring_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert Interrupts.STOPPING in capfd.readouterr().err
+
+
 def lines(screen: Screen, steps: int) -> list[str]:
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         for _ in range(steps):
             screen.step()
@@ -177,7 +199,7 @@ def test_a_quiet_console_stays_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     )
     state, control = SimpleNamespace(global_step=1, epoch=0.1), SimpleNamespace(should_log=True)
     control.should_training_stop = False
-    with progress:
+    with closing(progress):
         progress.on_train_begin(None, state, control)
         progress.on_step_begin(None, state, control)
         progress.on_step_end(None, state, control)
@@ -191,7 +213,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
         smooth.add(value)
     assert smooth.value == pytest.approx(2.0)
     screen = Screen(140, terminal=True)
-    with screen.display:
+    with closing(screen.display):
         screen.tell("on_train_begin")
         screen.step(2.0)
         screen.step(float("nan"))

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,8 +162,7 @@ def test_when_garbage_is_collected(
     collected: list[int] = []
     state = SimpleNamespace(global_step=0)
     monkeypatch.setattr("gc.collect", lambda: collected.append(state.global_step))
-    flow = FlowCallback(Recipe(base_model="x", gc_steps=every), Interrupts())
-    flow.trainer = MagicMock()
+    flow = FlowCallback(MagicMock(), Recipe(base_model="x", gc_steps=every), Interrupts())
     control = SimpleNamespace(should_training_stop=False, should_save=False)
     for step in range(1, 5):
         state.global_step = step
@@ -170,6 +170,18 @@ def test_when_garbage_is_collected(
     assert collected == steps
     flow.on_epoch_end(None, state, control)
     assert collected[len(steps) :] == [4] * epochs
+
+
+def test_a_signal_ends_the_loop_between_and_within_steps() -> None:
+    interrupts = Interrupts()
+    flow = FlowCallback(MagicMock(), Recipe(base_model="x"), interrupts)
+    state = SimpleNamespace(global_step=1)
+    for signalled in (None, signal.SIGTERM):
+        interrupts.signal = signalled
+        for event in (flow.on_substep_end, flow.on_step_end):
+            control = SimpleNamespace(should_training_stop=False, should_save=False)
+            event(None, state, control)
+            assert control.should_training_stop == (signalled is not None)
 
 
 @pytest.fixture
@@ -236,18 +248,21 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "broken", ["plot", "check_adapter", "answer", "page.write", "model_card.write"]
-)
+    "broken",
+    [
+        "checkpoint.save_model.plot", "checkpoint.save_model.check_adapter",
+        "inference.generation.answer", "report.page.write", "report.model_card.write",
+    ],
+)  # fmt: skip
 def test_what_fails_after_training_costs_nothing(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
-        if broken == "answer" and run.result.sample is None:
+        if broken.endswith("answer") and run.result.sample is None:
             return "before"
         raise OSError(errno.EIO, "the printer is on fire")
 
-    where = f"report.{broken}" if "." in broken else f"checkpoint.save_model.{broken}"
-    monkeypatch.setattr(f"fusewright.train.{where}", fail)
+    monkeypatch.setattr(f"fusewright.train.{broken}", fail)
     out = io.StringIO()
     run = TrainingRun(
         Recipe.model_validate({**recipe, "sample_prompt": "What is 3?"}),

@@ -36,6 +36,9 @@ class FusewrightKeys(Keys):
     """Stop when a rewrite is refused or a known formula is missed. Unknown keys are always
     errors."""
 
+    verbose: bool = False
+    """Print the whole table of rewrites after training, not only how many there were."""
+
     sample_prompt: str | None = None
     """A question that is answered before and after training. Unset: none."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import SecretStr
+
 from .base import Float, Int, Keys, not_applicable
 
 _NOT_SERVED = "figures are not served while training; use one of the trackers above"
@@ -55,7 +57,7 @@ class TrackingKeys(Keys):
     use_comet: bool | None = None
     """Log to Comet. Unset: if ``comet_project_name`` is set."""
 
-    comet_api_key: str | None = None
+    comet_api_key: SecretStr | None = None
     """The key of one's account; better kept in ``comet login``. Unset: from there."""
 
     comet_workspace: str | None = None
