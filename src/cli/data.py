@@ -27,12 +27,7 @@ def preprocess(
         bool,
         typer.Option("--debug", help="Show samples token by token: trained ones green, with ▸."),
     ] = False,
-    debug_num_examples: Annotated[
-        int,
-        typer.Option(
-            "--debug_num_examples", "--debug-num-examples", min=1, help="How many samples."
-        ),
-    ] = 5,
+    debug_num_examples: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 5,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Only the first rows of each dataset, and keep nothing."),

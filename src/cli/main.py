@@ -37,6 +37,7 @@ class AdapterKind(StrEnum):
 app = typer.Typer(
     name="fusewright",
     cls=group.Commands,
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
     add_completion=False,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
@@ -80,9 +81,7 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", "--dry_run", help="Check the recipe, and say what becomes of each key."
-        ),
+        typer.Option("--dry-run", help="Check the recipe, and show what each key does."),
     ] = False,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,

@@ -10,7 +10,6 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        "--trust_remote_code",
         help="Run the Python code that comes with the model. No recipe and no folder can allow it.",
     ),
 ]
@@ -18,7 +17,6 @@ Builders = Annotated[
     bool,
     typer.Option(
         "--allow-builders",
-        "--allow_builders",
         help="Run the Python files that datasets name as builder. No recipe can allow it.",
     ),
 ]

@@ -23,13 +23,9 @@ RunArgument = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        "--base_model", help="The adapter's base model, if the folder names an outdated one."
-    ),
+    typer.Option(help="The adapter's base model, if the folder names an outdated one."),
 ]
-Tokens = Annotated[
-    int, typer.Option("--max_new_tokens", min=1, help="Maximum number of new tokens.")
-]
+Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Temperature = Annotated[
     float | None,
     typer.Option(min=0, help="Sampling temperature. Default: greedy decoding."),
@@ -37,15 +33,12 @@ Temperature = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        "--top_p",
         min=0,
         max=1,
         help="Sample from the most likely tokens of this total probability.",
     ),
 ]
-TopK = Annotated[
-    int | None, typer.Option("--top_k", min=1, help="Sample from this many most likely tokens.")
-]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed for sampling.")]
 System = Annotated[
     str | None, typer.Option(help="The system prompt. Default: the run's default_system_message.")
@@ -92,7 +85,7 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     system: System = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts per batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
@@ -147,9 +140,7 @@ def merge(
         str | None,
         typer.Option(help="float32, bfloat16 or float16. Default: what the run was trained in."),
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max_shard_size", help="Largest file, e.g. 500MB.")
-    ] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB.")] = "5GB",
     dequantize: Annotated[
         bool,
         typer.Option(

@@ -74,7 +74,7 @@ def open_run(
     if any((folder / name).is_file() for name in _MODELS):
         _require(folder, ("config.json",), "a model")
         if base_model:
-            raise ModelError(f"{folder} holds a whole model, which has no base: no --base_model")
+            raise ModelError(f"{folder} holds a whole model, which has no base: no --base-model")
         return replace(run, adapter=False, base_model=str(folder))
     raise ModelError(_nothing(folder))
 
@@ -109,7 +109,7 @@ def _base(folder: Path, recipe: dict[str, Any]) -> str:
     )
     if not named:
         raise ModelError(
-            f"{folder}: adapter_config.json does not name the base model; --base_model does"
+            f"{folder}: adapter_config.json does not name the base model; --base-model does"
         )
     return str(named)
 
@@ -120,7 +120,7 @@ def _located(base: str, folder: Path) -> str:
         found = locate(base, [Path.cwd(), folder])
     except RecipeError as error:
         raise ModelError(
-            f"{folder}: the base model is missing: {error}; --base_model BASE says where it is now"
+            f"{folder}: the base model is missing: {error}; --base-model BASE says where it is now"
         ) from None
     special = base.startswith("package:") or found.gguf_file
     return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())

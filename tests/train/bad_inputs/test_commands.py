@@ -45,12 +45,12 @@ def nothing(folder: Path) -> None:
 CASES = {
     "no such command": Bad(words("trian", "x"), "no such command 'trian'", "did you mean 'train'"),
     "no such option": Bad(
-        words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max_tokens",
+        words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max-tokens",
         "fusewright generate --help lists what there is",
     ),
     "no recipe": Bad(words("train"), "train: missing argument", "fusewright train --help"),
     "text for a number": Bad(
-        words("generate", "run", "hi", "--top_k", "x"), "value for '--top_k'", "--help lists"
+        words("generate", "run", "hi", "--top_k", "x"), "value for '--top-k'", "--help lists"
     ),
     "no number of layers": Bad(
         words("explain", "llama", "--layers", "0"), "invalid value for '--layers'", "--help lists"
@@ -87,7 +87,7 @@ CASES = {
             ],
             "generate", "hi",
         ),
-        "the base model is missing", "--base_model BASE says where it is now",
+        "the base model is missing", "--base-model BASE says where it is now",
     ),
     "no prompt": Bad(
         lambda box: ["generate", str(box.base)], "there is no prompt", "or - to read it from stand"
