@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..compiler.options import Environment
-from ..errors import FusewrightError
+from ..errors import FusewrightError, did_you_mean, nearest
 from ..train.printable import shown
 from ..train.recipe.secrets import scrub
 
@@ -36,6 +36,14 @@ class Commands(TyperGroup):
         _take_any_encoding()
         with _ended():
             return super().make_context(*given, **named)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or note which one was probably meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            vars(error)["meant"] = did_you_mean(args[0], self.commands)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -94,10 +102,15 @@ def _say(text: str) -> None:
 def _usage(error: Exception, command: str) -> str:
     """What is wrong with the words of the command line."""
     shown: Any = error
+    meant = getattr(error, "meant", "")
+    if getattr(error, "possibilities", None):  # names that are not very near
+        names = [name.lstrip("-") for name in shown.possibilities]
+        near = nearest(shown.option_name.lstrip("-"), names)
+        meant, shown.possibilities = f"did you mean --{near}?" if near else "", None
     said = str(shown.format_message()).rstrip(".?").replace("\n", " ")
-    said = said[:1].lower() + said[1:].replace(". Did", "; did")
     own = "" if " " in command else f" {command}"
-    return f"{command}: {said}; fusewright{own} --help lists what there is"
+    hint = f"{meant} See" if meant else "see"
+    return f"{command}: {said[:1].lower()}{said[1:]}; {hint} fusewright{own} --help"
 
 
 def _unforeseen(error: Exception, command: str, full: bool) -> str:

@@ -39,6 +39,7 @@ app = typer.Typer(
     cls=group.Commands,
     context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
     add_completion=False,
+    suggest_commands=False,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, RecipeError, did_you_mean
 from ..report import Report
 from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
@@ -153,8 +153,8 @@ def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options
 
 def _hint(name: str, said: str) -> str:
     """What may have been meant by the name of a model that could not be loaded."""
-    near = difflib.get_close_matches(name, _model_types(), 3) if name.isidentifier() else []
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    meant = did_you_mean(name, _model_types()) if name.isidentifier() else ""
+    return f"; {meant}" if meant else ""
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -258,7 +258,7 @@ def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
         paths = [path for listing in found for path in listing.modules]
         near = difflib.get_close_matches(module, paths, 3, 0.4) or paths[:6]
         names = ", ".join(path or '""' for path in near)
-        raise ModelError(f"no graph was captured of a module {module!r}; there is {names}")
+        raise ModelError(f"no graph was captured for module {module!r}; graphs exist for {names}")
     return [one]
 
 

@@ -23,8 +23,9 @@ SPELLED = [
 @pytest.mark.parametrize(("command", "option"), SPELLED)
 def test_every_option_is_taken_with_underscores(command: str, option: str) -> None:
     made = GROUP.commands[command]
-    context = GROUP.make_context("fusewright", [command, "--help"], resilient_parsing=True)
-    parser = made.make_parser(made.make_context(command, [], parent=context, resilient_parsing=True))
+    group = GROUP.make_context("fusewright", [command, "--help"], resilient_parsing=True)
+    context = made.make_context(command, [], parent=group, resilient_parsing=True)
+    parser = made.make_parser(context)
     (parameter,) = (p for p in made.params if option in p.opts)
     value = [] if parameter.is_flag else ["1"]
     mixed = f"--{option[2:].replace('-', '_', 1)}"

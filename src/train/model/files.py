@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...errors import did_you_mean
 from ..consent import CODE_SWITCH, why_not_run
 from .integrity import damaged, read_object
 
@@ -53,10 +53,10 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
         return None
     if "auto_map" in config:
         return why_not_run("needs Python code that comes with it", CODE_SWITCH)
-    near = difflib.get_close_matches(name, types, n=1)
+    meant = did_you_mean(name, types)
     return (
         f"{path} has the model_type {name!r}, which transformers {transformers.__version__} does "
-        f"not have; {f'did you mean {near[0]}? Or ' if near else ''}a newer transformers may"
+        f"not have; {f'{meant} Or ' if meant else ''}a newer transformers may"
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...errors import did_you_mean
 from ..chat_templates import unknown_template
 from .keys.dataset import TYPES
 from .problems import Loc
@@ -213,9 +213,8 @@ def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:
     yield from _template(values, loc)
     kind = values.get("type")
     if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
-        near = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(TYPES)}"
-        yield (*loc, "type"), f"{kind!r} is not a type of rows{hint}"
+        hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
+        yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
     shards, index = values.get("shards"), values.get("shards_idx", 0)
     if isinstance(shards, int) and isinstance(index, int) and index >= shards:
         yield (*loc, "shards_idx"), f"must be less than shards, which is {shards}"

@@ -43,17 +43,17 @@ def nothing(folder: Path) -> None:
 
 
 CASES = {
-    "no such command": Bad(words("trian", "x"), "no such command 'trian'", "did you mean 'train'"),
+    "no such command": Bad(words("trian", "x"), "no such command 'trian'", "did you mean train?"),
     "no such option": Bad(
         words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max-tokens",
-        "fusewright generate --help lists what there is",
+        "did you mean --max-new-tokens? See fusewright generate --help",
     ),
     "no recipe": Bad(words("train"), "train: missing argument", "fusewright train --help"),
     "text for a number": Bad(
-        words("generate", "run", "hi", "--top_k", "x"), "value for '--top-k'", "--help lists"
+        words("generate", "run", "hi", "--top_k", "x"), "value for '--top-k'", "; see fusewright"
     ),
     "no number of layers": Bad(
-        words("explain", "llama", "--layers", "0"), "invalid value for '--layers'", "--help lists"
+        words("explain", "llama", "--layers", "0"), "invalid value for '--layers'", "; see fuse"
     ),
     "an unknown model": Bad(words("explain", "./llamma"), "./llamma", "there is no"),
     "a run that is not there": Bad(
