@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 
 from ..compiler.options import Environment
 from ..errors import FusewrightError, did_you_mean, nearest
-from ..train.printable import shown
 from ..train.recipe.secrets import scrub
+from ..train.terminal import Terminal, say
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Of click, of which typer may carry its own copy."""
@@ -96,7 +96,7 @@ def _command(context: typer.Context | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(shown(scrub(f"fusewright: {text}")), file=sys.stderr)
+    say(Terminal(stderr=True), f"fusewright: {text}")
 
 
 def _usage(error: Exception, command: str) -> str:

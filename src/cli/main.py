@@ -162,9 +162,10 @@ def _train(
     if overwrite:
         overrides["overwrite_output_dir"] = True
     if dry_run:
-        from ..train.dry_run import console, show
+        from ..train.dry_run import show
+        from ..train.terminal import Terminal
 
-        show(check(recipe, overrides, consent), console())
+        show(check(recipe, overrides, consent), Terminal(highlight=False))
         return 0
     checked = load_recipe(recipe, overrides, consent)
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 from torch import nn
@@ -24,7 +25,7 @@ from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
-from .terminal import Terminal
+from .terminal import Terminal, say
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2
@@ -73,7 +74,7 @@ def run(
         RecipeError: there is no such model, or it cannot be read.
         ModelError: it cannot be built, does not fit into memory, or has no such module.
     """
-    console = console or Terminal(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False)
     with quiet():
         model, note = load(request)
         # compiling would only take time: the rules see the same graphs
@@ -88,8 +89,7 @@ def run(
             data["listings"] = [vars(listing) for listing in shown]
         print(json.dumps(data, indent=2))
         return
-    console.print(Text(note))
-    console.print(Text(str(report)))
+    say(console, f"{note}\n{report}")
     for listing in shown:
         _print_listing(listing, report, console)
 
@@ -265,13 +265,15 @@ def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
 def _print_listing(listing: Listing, report: Report, console: Console) -> None:
     first, *others = (path or "the model" for path in listing.modules)
     more = f" and {len(others)} more" if others else ""
-    console.rule(Text(f"{listing.kind}: {first}{more} ({listing.class_name})"), align="left")
+    width = min(console.width, 100)
+    head = Text(f"{listing.kind}: {first}{more} ({listing.class_name})")
+    console.print(Rule(head, align="left"), width=width)
     root = listing.modules[0]
     inside = [s for s in report.sites if s.module == root or s.module.startswith(f"{root}.")]
     for site in dict.fromkeys((s.status, s.rule, s.module, s.reason) for s in inside if root):
-        console.print(Text("  " + ": ".join(part for part in site if part)))
+        say(console, "  " + ": ".join(part for part in site if part))
     for title, code in (("before the rules", listing.before), ("after", listing.after)):
-        console.rule(Text(title), align="left", characters="-")
+        console.print(Rule(Text(title), align="left", characters="-"), width=width)
         if console.is_terminal:
             console.print(Syntax(code.strip(), "python", background_color="default"))
         else:

@@ -22,7 +22,7 @@ from ..model.load import quiet
 from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
 from ..report import result as report
-from ..terminal import Terminal
+from ..terminal import Terminal, say
 from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validation_loss
 from .load_run import load_run
@@ -78,7 +78,7 @@ def evaluate(
         DataError: a dataset cannot be used.
         RecipeError: the base of the run cannot be loaded.
     """
-    console = console or Terminal(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False)
     recorded = None if files else run.facts.get("val_loss_after")
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
@@ -103,7 +103,7 @@ def evaluate(
         print(path.read_text(encoding="utf-8"), end="")
     else:
         _print(found, recorded, console)
-        console.print(f"written to {path}", markup=False)
+        say(console, f"written to {path}")
     return path
 
 
@@ -208,7 +208,7 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
 
 def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("dataset", overflow="fold")
+    table.add_column("dataset", no_wrap=True)
     for name in ("loss", "perplexity", "samples", "tokens", "trained"):
         table.add_column(name, justify="right")
     for name, of in found.items():
@@ -216,6 +216,6 @@ def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Conso
         table.add_row(name, f"{of.loss:.4f}", f"{of.perplexity:.3f}", *(f"{n:,}" for n in counts))
     console.print(table)
     if len(found) > 1:
-        console.print(f"all together: {_whole(found):.4f}", markup=False)
+        say(console, f"all datasets: {_whole(found):.4f}")
     if recorded is not None:
-        console.print(f"at the end of its training the run had {recorded:.4f}", markup=False)
+        say(console, f"recorded after training: {recorded:.4f}")
