@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..train.terminal import Terminal, announce
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
@@ -50,11 +51,11 @@ def _preprocess(
 
     recipe = load_recipe(name, parse_overrides(arguments), consent)
 
+    announce("importing PyTorch and transformers")
     from ..train.data import prepare  # slow to import: only for a recipe that is right
     from ..train.data.preview import first, show, summary
     from ..train.model.load import quiet
     from ..train.model.tokenizer import load_tokenizer
-    from ..train.terminal import Terminal
 
     console = Terminal()
     with quiet():

@@ -19,6 +19,7 @@ if _MISSING:
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
+from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as above
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
@@ -133,6 +134,7 @@ def explain(
     trust_remote_code: Trust = False,
 ) -> None:
     """Say what would be rewritten in a model, what not, and why."""
+    announce("importing PyTorch and transformers")
     from ..train.explain import ExplainOptions, run  # slow to import
 
     lora = lora or adapter is AdapterKind.lora
@@ -163,7 +165,6 @@ def _train(
         overrides["overwrite_output_dir"] = True
     if dry_run:
         from ..train.dry_run import show
-        from ..train.terminal import Terminal
 
         show(check(recipe, overrides, consent), Terminal(highlight=False))
         return 0
@@ -171,6 +172,7 @@ def _train(
 
     # imported below us; complains about a kernel that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    announce("importing PyTorch and transformers")
     from ..train.run import run  # slow to import: only for a recipe that is right
 
     return run(checked).exit_code

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RecipeError
+from ..train.terminal import announce
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def evaluate(
 ) -> None:
     """Compute the loss of a run on its validation rows, or on other ones."""
     opened = _opened(run, base_model, trust_remote_code, allow_builders)
+    announce(f"loading {run}")
     from ..train.inference import evaluate as command  # slow to import
 
     command.evaluate(opened, data or [], as_json=as_json)
@@ -104,6 +106,7 @@ def generate(
     else:
         text = read_prompt(prompt, sys.stdin)
         asked = [with_system([{"role": "user", "content": text}], system)]
+    announce(f"loading {run}")
     from ..train.inference import generate as command  # slow to import
     from ..train.inference.generation import Sampling
 
@@ -124,6 +127,7 @@ def chat(
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
     opened = _opened(run, base_model, trust_remote_code)
+    announce(f"loading {run}")
     from ..train.inference import chat as command  # slow to import
     from ..train.inference.generation import Sampling
 
@@ -153,6 +157,7 @@ def merge(
 ) -> None:
     """Write adapter and base as one model, which plain transformers loads."""
     opened = _opened(run, base_model, trust_remote_code)
+    announce("importing PyTorch and transformers")
     from ..train.merge import merge as command  # slow to import
 
     asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)

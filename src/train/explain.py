@@ -25,7 +25,7 @@ from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
-from .terminal import Terminal, say
+from .terminal import Terminal, announce, say
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2
@@ -76,7 +76,9 @@ def run(
     """
     console = console or Terminal(highlight=False)
     with quiet():
+        announce(f"loading {request.model}")
         model, note = load(request)
+        announce("compiling it, and running one small step")
         # compiling would only take time: the rules see the same graphs
         optimize(model, codegen="eager")
         if graph or module is not None:

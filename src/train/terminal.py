@@ -63,5 +63,12 @@ def say(console: Console, text: str | Text) -> None:
     console.print(Text("\n").join(lines), soft_wrap=True)
 
 
+def announce(text: str) -> None:
+    """Say on standard error what now takes a while, if that is a terminal."""
+    console = Terminal(stderr=True)
+    if console.is_terminal:
+        say(console, text)
+
+
 def _plain(segment: Segment) -> Segment:
     return segment if segment.control else segment._replace(text=shown(segment.text))

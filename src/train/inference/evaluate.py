@@ -22,9 +22,9 @@ from ..model.load import quiet
 from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
 from ..report import result as report
-from ..terminal import Terminal, say
+from ..terminal import Terminal, announce, say
 from ..trainer.batches import validation_batches
-from ..trainer.evaluation import Batches, validation_loss
+from ..trainer.evaluation import Batches, validate
 from .load_run import load_run
 from .past_recipe import recipe_with, written
 from .run_folder import RunFolder
@@ -94,6 +94,7 @@ def evaluate(
                 samples = cast("Samples", prepared.train)
                 prepared = replace(prepared, validation={name: samples})
             sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+            announce(f"evaluating {name or 'the validation rows'}")
             found |= {
                 part: _measure(model, batches, prepared.validation[part])
                 for part, batches in sets.items()
@@ -167,7 +168,7 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 
 def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
     begun = time.perf_counter()
-    loss = validation_loss(model, batches)
+    loss = validate(model, {"": batches}, announce)["eval_loss"]
     return EvalMetrics(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64

@@ -23,7 +23,7 @@ from ..inference.run_folder import RunFolder
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
-from ..terminal import Terminal, say
+from ..terminal import Terminal, announce, say
 from .base_tensors import BaseFiles, base_files
 from .in_memory import merged_in_memory
 from .lora_tensors import Adapted, UnmergeableError
@@ -89,6 +89,7 @@ def merge(
             _write_generation_config(run, folder)
         except UnmergeableError as reason:
             say(console, f"merging in memory: {reason}")
+            announce(f"loading {run.base_model}")
             model = merged_in_memory(run, dtype, request.dequantize)
             try:
                 model.save_pretrained(folder, max_shard_size=request.max_shard_size)
