@@ -65,6 +65,8 @@ def fusewright(
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
+    # complains, when it is imported, about kernels that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -170,8 +172,6 @@ def _train(
         return 0
     checked = load_recipe(recipe, overrides, consent)
 
-    # imported below us; complains about a kernel that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     announce("importing PyTorch and transformers")
     from ..train.run import run  # slow to import: only for a recipe that is right
 
