@@ -26,7 +26,7 @@ from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
 from fusewright.train.report.result import RunResult
 from fusewright.train.report.run_log import RunLog
-from fusewright.train.terminal import Terminal, say
+from fusewright.train.terminal import Terminal, announce, say
 
 from .commands import fusewright
 from .conftest import chat, make_tokenizer
@@ -203,6 +203,34 @@ def test_an_error_is_wrapped_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch)
         said = stream.getvalue()
         assert said.count("\n") == lines
         assert said.split() == ["fusewright:", *SENTENCE.split()]
+
+
+# --- waiting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stream", "said"), [(Tty(), "loading x\n"), (io.StringIO(), "")])
+def test_waits_are_announced_on_a_terminal_only(
+    stream: io.StringIO, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    announce("loading x")
+    assert stream.getvalue() == said
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [("generate", "RUN", "Hi"), ("chat", "RUN"), ("eval", "RUN")])
+def test_commands_say_what_they_load(
+    words: tuple[str, ...], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(text: str) -> None:
+        raise Enough(text)
+
+    monkeypatch.setattr("fusewright.cli.trained.announce", stop)
+    done = fusewright(*(str(run_folder) if word == "RUN" else word for word in words))
+    assert f"Enough: loading {run_folder}" in done.stderr
 
 
 # --- secrets --------------------------------------------------------------------------------------
