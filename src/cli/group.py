@@ -1,7 +1,7 @@
 """How every command ends: one line about what went wrong, and an exit code that says what to do.
 
-Exit code 2 is the caller's to mend: the line says what, where, and how. 1 is an error that nobody
-foresaw; its traceback is kept in a file.
+Exit code 2 is an error of the caller's: the line says what, where, and how to fix it. 1 is an
+unexpected error; its traceback is written to a file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Commands(TyperGroup):
 
 
 def _take_any_encoding() -> None:
-    """Let text that the terminal's encoding lacks appear as escapes, not as an error."""
+    """Print characters that the terminal's encoding lacks as escapes, not as an error."""
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") == "strict":
@@ -100,7 +100,7 @@ def _say(text: str) -> None:
 
 
 def _usage(error: Exception, command: str) -> str:
-    """What is wrong with the words of the command line."""
+    """The message for a mistake on the command line."""
     shown: Any = error
     meant = getattr(error, "meant", "")
     if getattr(error, "possibilities", None):  # names that are not very near
@@ -114,7 +114,7 @@ def _usage(error: Exception, command: str) -> str:
 
 
 def _unforeseen(error: Exception, command: str, full: bool) -> str:
-    """What to say of an error that nobody foresaw; its traceback is kept, or printed."""
+    """The message for an unexpected error; its traceback is written to a file, or printed."""
     lines = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     at = ", ".join([command, *getattr(error, "__notes__", ())])
@@ -132,7 +132,7 @@ def _unforeseen(error: Exception, command: str, full: bool) -> str:
 
 
 def _kept(error: Exception) -> str | None:
-    """The file that the traceback was written to; None: there is no place for it."""
+    """The file that the traceback was written to, or None if that failed."""
     with contextlib.suppress(OSError):
         options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
         with tempfile.NamedTemporaryFile(

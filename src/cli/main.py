@@ -65,7 +65,7 @@ def fusewright(
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
-    # complains, when it is imported, about kernels that nobody asked for
+    # warns at import about kernels that are not used
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -74,7 +74,7 @@ def fusewright(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4 "
+    epilog="Any key of the recipe can also be set here: --max_steps 5 --learning_rate 1e-4 "
     "--load_in_4bit --no-sample_packing --datasets.0.path rows.jsonl",
 )
 def train(
@@ -90,7 +90,7 @@ def train(
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
-    """Train a model as a recipe says."""
+    """Fine-tune a model as described in a recipe."""
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders)
@@ -115,18 +115,21 @@ def explain(
         ),
     ],
     graph: Annotated[
-        bool, typer.Option("--graph", help="Print each kind of graph, before and after the rules.")
+        bool,
+        typer.Option("--graph", help="Print each captured graph, before and after the rewrites."),
     ] = False,
     module: Annotated[
         str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
     ] = None,
     adapter: Annotated[
-        AdapterKind | None, typer.Option(help="Adapters on all linears, of rank 8.")
+        AdapterKind | None, typer.Option(help="Add adapters of rank 8 to all linear layers.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
+        typer.Option(
+            min=1, help="Number of layers. Default for random weights: 2, or one of each kind."
+        ),
     ] = None,
     fp32: Annotated[
         bool,
@@ -135,7 +138,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what would be rewritten in a model, what not, and why."""
+    """Show what would be rewritten in a model, what would not, and why."""
     announce("importing PyTorch and transformers")
     from ..train.explain import ExplainOptions, run  # slow to import
 
@@ -149,7 +152,7 @@ trained_commands.register(app)
 
 
 def main() -> None:
-    """Run the command line; the entry point of the installed command."""
+    """The entry point of the installed command."""
     app()
 
 

@@ -19,12 +19,12 @@ RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="An output_dir, a checkpoint-N in it, a folder with a PEFT adapter or with a model.",
+        help="An output_dir, a checkpoint-N in it, or a folder with a PEFT adapter or a model.",
     ),
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="The adapter's base model, if the folder names an outdated one."),
+    typer.Option(help="The base model, if it is no longer where the folder says."),
 ]
 Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Temperature = Annotated[
@@ -57,14 +57,14 @@ def evaluate(
     run: RunArgument,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A dataset; may be given several times. Else the run's own rows."),
+        typer.Option(help="A data file; can be repeated. Default: the run's validation rows."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
-    """Compute the loss of a run on its validation rows, or on other ones."""
+    """Compute loss and perplexity of a run on its validation rows, or on other data."""
     opened = _opened(run, base_model, trust_remote_code, allow_builders)
     announce(f"loading {run}")
     from ..train.inference import evaluate as command  # slow to import
@@ -92,13 +92,13 @@ def generate(
     base_model: Base = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer a prompt, or a file of them."""
+    """Answer a prompt, or a file of prompts."""
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.inference.prompt_files import read_prompt, read_prompts
     from ..train.model.chat_prompt import ChatPrompt, with_system
 
     if file is not None and prompt is not None:
-        raise RecipeError("a prompt and --file: say one of them")
+        raise RecipeError("give a prompt or --file, not both")
     if system is None:
         system = ChatPrompt.of(opened.recipe).system
     if file is not None:
@@ -149,13 +149,13 @@ def merge(
         bool,
         typer.Option(
             "--dequantize",
-            help="Dequantize the base, quantized or of QLoRA, and merge into those weights.",
+            help="Dequantize the base (quantized, or of QLoRA) and merge into those weights.",
         ),
     ] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write adapter and base as one model, which plain transformers loads."""
+    """Merge the adapter into its base model, for plain transformers to load."""
     opened = _opened(run, base_model, trust_remote_code)
     announce("importing PyTorch and transformers")
     from ..train.merge import merge as command  # slow to import

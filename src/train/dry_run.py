@@ -1,4 +1,4 @@
-"""``fusewright train --dry-run``: what becomes of each key, and the recipe that would run."""
+"""``fusewright train --dry-run``: what each key does, and the recipe that would run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def show(checked: Checked, console: Console) -> None:
 
 
 def _table(checked: Checked, found: Sequence[Entry]) -> Table:
-    """The written keys, and what becomes of each."""
+    """The written keys, and what each does."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)

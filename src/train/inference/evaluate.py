@@ -118,13 +118,13 @@ def _own(run: RunFolder) -> Recipe:
     """The recipe that ``run`` was trained with, and which held out rows."""
     if not run.recipe:
         raise ModelError(
-            f"{run.folder} has no run.json, so nothing says which rows it was validated on; name "
-            "a dataset: --data FILE"
+            f"{run.folder} has no run.json, so its validation rows are unknown; name a dataset: "
+            "--data FILE"
         )
     recipe = recipe_with(run, {})
     if not recipe.validates():
         raise ModelError(
-            f"{run.folder}: the run held out no rows (val_set_size: 0); name others: --data FILE"
+            f"{run.folder}: the run held out no rows (val_set_size: 0); name a dataset: --data FILE"
         )
     return recipe
 
@@ -132,7 +132,7 @@ def _own(run: RunFolder) -> Recipe:
 def _reading(run: RunFolder, file: Path) -> Recipe:
     """The same recipe, with ``file`` in place of its datasets."""
     if not file.exists():
-        raise DataError(f"{file}: there is no such file")
+        raise DataError(f"{file}: file not found")
     keys = written(run.recipe)
     described = (keys.get("datasets") or [_streamed(keys)])[0]
     for key in _OF_ONE_PLACE:
@@ -199,7 +199,7 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
     }
     link = link_in(run.folder)
     if link is not None:
-        raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
+        raise ModelError(f"{link} is a symbolic link; {path.name} would be written elsewhere")
     try:
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:

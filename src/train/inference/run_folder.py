@@ -96,11 +96,11 @@ def _own_folders(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, or an empty one where there is no such file."""
+    """The object in ``path``, or an empty one if there is no such file."""
     try:
         return read_object(path) if path.exists() else {}
     except ValueError as error:
-        raise ModelError(f"{error}; copy it again from where the run is whole") from None
+        raise ModelError(f"{error}; copy the run again") from None
 
 
 def _base(folder: Path, recipe: dict[str, Any]) -> str:
@@ -129,8 +129,7 @@ def _located(base: str, folder: Path) -> str:
 def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
     if not any((folder / name).is_file() for name in names):
         raise ModelError(
-            f"{folder} has {other} but no {names[0]}: it was not saved to the end, or not copied "
-            "as a whole"
+            f"{folder} has {other} but no {names[0]}: saving or copying it was not completed"
         )
 
 

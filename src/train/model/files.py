@@ -43,8 +43,8 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
         return None
     if not isinstance(name, str) or not name:
         return (
-            f"{path} has no model_type, so that nothing says which model it is; take the file that "
-            "came with the weights"
+            f"{path} has no model_type, so the architecture is unknown; use the file that came "
+            "with the weights"
         )
     import transformers
 
@@ -91,7 +91,7 @@ def tokenizer_problem(folder: Path) -> str | None:
         except ValueError as error:
             return f"{error}; {_AGAIN}"
         if name == "tokenizer.json" and not isinstance(content.get("model"), dict):
-            return f"{folder / name} is damaged: it holds no tokenizer; {_AGAIN}"
+            return f"{folder / name} is damaged: it contains no tokenizer; {_AGAIN}"
     return None
 
 
@@ -100,7 +100,7 @@ def no_tokenizer(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file():
         return (
             f"{folder} has a tokenizer.model and no tokenizer.json: pip install sentencepiece "
-            "tiktoken, or take a copy with a tokenizer.json"
+            "tiktoken, or use a copy with a tokenizer.json"
         )
     return (
         f"{folder} has no tokenizer (no tokenizer.json); set tokenizer_config to the model that it "
@@ -112,7 +112,7 @@ def pickled(name: str, code: list[str]) -> str:
     """What to say of weights that cannot be read without running what is in them."""
     what = f" ({', '.join(code[:3])})" if code else ""
     return (
-        f"{name} holds more than tensors{what}, which may be foreign code and is not run; take a "
+        f"{name} contains more than tensors{what}, which may be foreign code and is not run; use a "
         "copy of the model in safetensors"
     )
 

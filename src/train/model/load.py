@@ -129,7 +129,8 @@ def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
         isinstance(found, type) and issubclass(found, kind)
     ):
         raise RecipeError(
-            f"{key}: transformers has no class {name} for this; leave it out, or use {default}"
+            f"{key}: {name} is not a suitable class of transformers; leave the key out, or use "
+            f"{default}"
         )
     return found
 
@@ -153,7 +154,7 @@ def load_config(recipe: Recipe) -> Any:
     for name, value in (recipe.overrides_of_model_config or {}).items():
         if not hasattr(found, name):
             raise RecipeError(
-                f"overrides_of_model_config: {type(found).__name__} has no value named {name}"
+                f"overrides_of_model_config: {type(found).__name__} has no attribute {name}"
             )
         setattr(found, name, value)
     return found

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in our words: which key, where, and what to write instead."""
+"""The problems of a recipe as messages: which key, where, and what to write instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FEW = 8
 
 
 def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
-    """Pydantic's errors in our words; the branches of a union become one line.
+    """Pydantic's errors as messages; the branches of a union become one line.
 
     Args:
         error: what the validation of ``values`` raised.

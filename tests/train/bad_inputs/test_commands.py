@@ -71,7 +71,7 @@ CASES = {
     ),
     "a broken run.json": Bad(
         on(lambda run: (run / "run.json").write_text("{oops"), "eval"),
-        "run.json is not valid JSON", "copy it again",
+        "run.json is not valid JSON", "copy the run again",
     ),
     "a run with checkpoints alone": Bad(
         on(lambda run: (run / "checkpoint-5").mkdir(), "generate", "hi"),
@@ -94,7 +94,7 @@ CASES = {
     ),
     "two prompts": Bad(
         lambda box: ["generate", str(box.base), "hi", "--file", "rows.jsonl"],
-        "a prompt and --file", "say one of them",
+        "give a prompt or --file", "not both",
     ),
     "a prompt that is not UTF-8": Bad(
         said("a\udce4"), "the prompt is not text: character 2", "write it as UTF-8"

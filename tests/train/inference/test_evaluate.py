@@ -102,9 +102,9 @@ def test_other_runs(recipe: dict[str, Any], tmp_path: Path, changes: dict[str, A
 
 
 def test_what_is_refused(trained: Path, base: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    assert "nothing says which rows it was validated on; name a dataset" in refused("eval", base)
+    assert "its validation rows are unknown; name a dataset" in refused("eval", base)
     missing = tmp_path / "no.jsonl"
-    assert refused("eval", trained, "--data", missing) == f"{missing}: there is no such file"
+    assert refused("eval", trained, "--data", missing) == f"{missing}: file not found"
     file = tmp_path / "bad.jsonl"
     file.write_text("{oops\n")
     assert "bad.jsonl, line 1: not valid JSON" in refused("eval", trained, "--data", file)

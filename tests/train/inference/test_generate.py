@@ -219,7 +219,7 @@ def test_kinds_of_prompts(tmp_path: Path) -> None:
         ('{"messages": []}', "line 1: must be a text"),
         ('{"messages": [{"role": "user"}]}', "line 1: must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: there is nothing"),
-        ("", "there is no prompt in it"),
+        ("", "the file has no prompts"),
     ],
 )
 def test_bad_prompts(tmp_path: Path, line: str, said: str) -> None:

@@ -84,7 +84,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "base" / "tokenizer_config.json", tmp_path / "other")
     assert config["hidden_size"] == 32
     said = refused("generate", adapter, "hello", "--base_model", tmp_path / "other")
-    assert "the adapter does not fit the base model: " in said
+    assert "the adapter does not match the base model: " in said
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "chat", "merge"])
@@ -104,7 +104,7 @@ def test_folders_of_no_use(tmp_path: Path, command: str) -> None:
     (empty / "run.json").write_text("{oops")
     assert "run.json is not valid JSON: " in said(empty)
     (empty / "run.json").write_text("[]")
-    assert "run.json is damaged: it holds no object" in said(empty)
+    assert "run.json is damaged: it is not a JSON object" in said(empty)
     (empty / "run.json").unlink()
     (empty / "checkpoint-9").mkdir()
     (empty / "checkpoint-10").mkdir()

@@ -1,4 +1,4 @@
-"""What becomes of each key of a recipe, and what a dry run shows of it."""
+"""What each key does of a recipe, and what a dry run shows of it."""
 
 from __future__ import annotations
 
