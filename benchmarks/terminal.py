@@ -1,7 +1,7 @@
 """Draw a picture of a terminal: ``python benchmarks/terminal.py docs/terminal.svg``.
 
 It runs ``fusewright train examples/quickstart.yaml`` (4 to 8 minutes on 2 cores) and draws what the
-command prints.
+command prints. Further words, such as ``--max_steps 5``, are passed to the command, and shown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMAND = "fusewright train examples/quickstart.yaml"
 WIDTH = 100
 
 
-def picture(printed: str, command: str = COMMAND, width: int = WIDTH) -> str:
+def picture(printed: str, command: str, width: int = WIDTH) -> str:
     """An SVG of a terminal in which ``command`` has printed something.
 
     Args:
@@ -33,10 +33,10 @@ def picture(printed: str, command: str = COMMAND, width: int = WIDTH) -> str:
     return console.export_svg(title="fusewright", unique_id="terminal")
 
 
-def run() -> str:
-    """What the command prints in the root of the repository."""
+def run(command: str) -> str:
+    """What ``command`` prints in the root of the repository."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "fusewright.cli", *COMMAND.split()[1:]]
+        words = [sys.executable, "-m", "fusewright.cli", *command.split()[1:]]
         done = subprocess.run(
             [*words, "--output_dir", folder],
             cwd=Path(__file__).parents[1],
@@ -48,4 +48,5 @@ def run() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(picture(run()), encoding="utf-8")
+    command = " ".join([COMMAND, *sys.argv[2:]])
+    Path(sys.argv[1]).write_text(picture(run(command), command), encoding="utf-8")

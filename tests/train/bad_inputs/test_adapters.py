@@ -76,7 +76,7 @@ CASES = {
         late=True,
     ),
     "no weights": Bad(
-        changed(lambda folder: (folder / FILE).unlink()), f"has no {FILE}", "or copying it was not completed"
+        changed(lambda folder: (folder / FILE).unlink()), f"has no {FILE}", "was not completed"
     ),
     "weights that end too early": Bad(
         changed(lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:9000])),

@@ -174,7 +174,7 @@ CASES = {
         lambda box: box.recipe(tokenizer_config="./nowhere"), "tokenizer_config", "there is no ./no"
     ),
     "no class of this name": Bad(
-        lambda box: box.recipe(tokenizer_type="LamaTokenizer"), "tokenizer_type", "leave the key out"
+        lambda box: box.recipe(tokenizer_type="LamaTokenizer"), "tokenizer_type", "leave the key"
     ),
     "a template that is no Jinja": Bad(
         holds("chat_template.jinja", "{% for %}"), "chat_template: line 1 of it", "not valid Jinja"
