@@ -14,7 +14,8 @@ from ..errors import RecipeError
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
 _MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
 if _MISSING:
-    print(f'fusewright: no {", ".join(_MISSING)}; pip install "fusewright[train]"', file=sys.stderr)
+    missing = ", ".join(_MISSING)
+    print(f'fusewright: {missing} missing; pip install "fusewright[train]"', file=sys.stderr)
     raise SystemExit(2)
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there

@@ -216,7 +216,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for(r"What is 3\?\r\n.")  # echo, and the answer begins
     terminal.wait_for(r"\[stopped\]\r\n> ", poke="\x03")
     terminal.wait_for(r"/exit or Ctrl-D ends\.\r\n> ", poke="\x03")  # there is nothing to stop
-    terminal.wait_for(r"\[forgotten\]\r\n> ", poke="/reset\n")
+    terminal.wait_for(r"\[conversation cleared\]\r\n> ", poke="/reset\n")
     terminal.type("/exit\n")
     assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.seen

@@ -185,7 +185,7 @@ def test_no_more_than_the_model_has_positions_for(trained: Path, loaded: tuple[A
     assert writer.room([1] * 500) == 12
     with pytest.raises(ModelError, match=r"the prompt has 6\d\d tokens, .* no more than 512"):
         writer.prompt([{"role": "user", "content": "x" * 600}])
-    assert "no more than 512" in refused("generate", trained, "x" * 600)
+    assert "accepts at most 512" in refused("generate", trained, "x" * 600)
 
 
 def test_a_template_that_refuses(trained: Path, tmp_path: Path) -> None:
@@ -231,5 +231,5 @@ def test_bad_prompts(tmp_path: Path, line: str, said: str) -> None:
 
 def test_what_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused("generate", trained, "--file", tmp_path / "no.jsonl")
-    assert "say one of them" in refused("generate", trained, "Hi", "--file", tmp_path / "no.jsonl")
+    assert "not both" in refused("generate", trained, "Hi", "--file", tmp_path / "no.jsonl")
     assert "there is no prompt" in refused("generate", trained)
