@@ -125,7 +125,7 @@ def test_the_oldest_turns_go_when_there_is_no_room() -> None:
 
 def test_a_line_that_alone_is_too_long_is_said_so_and_forgotten() -> None:
     prompts, said = conversation("x" * 600, "one")
-    assert "no more than 512" in said
+    assert "accepts at most 512" in said
     assert prompts == [turn("user", "one") + ASKS]
 
 
