@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class FusewrightError(Exception):
     """Base of every error below."""
@@ -26,3 +30,30 @@ class OptimizeError(FusewrightError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` was meant to be, or None if none is really near.
+
+    Near are names that begin with the same letter and are spelled almost alike, those with the same
+    first word before others; else a short name that has one word more, if at most two have.
+    """
+    names, words = list(known), _words(name)
+    same = [n for n in names if n[:1] == name[:1]]
+    alike = difflib.get_close_matches(name, same, 5, 0.8)
+    alike = alike or [n for n in same if sorted(n) == sorted(name)]
+    if alike:
+        return next((n for n in alike if _words(n)[0] == words[0]), alike[0])
+    short = [n for n in names if len(n) <= 2 * len(name)]
+    longer = [n for n in short if len(_words(n)) == len(words) + 1 and {*words} < {*_words(n)}]
+    return min(longer, key=len) if 0 < len(longer) <= 2 else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question after the nearest known name, or an empty string."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else ""
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-_.:]", name)

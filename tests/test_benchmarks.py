@@ -263,3 +263,16 @@ def test_an_engine_that_fails_says_nothing_about_what_fits(
         program._peaks(job, [64], 1)
     assert program._peaks(job, [64], 1) == (0.0, [])
     assert "too small" in capsys.readouterr().err
+
+
+def test_the_picture_of_a_terminal_has_every_word() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from terminal import picture; "
+        "print(picture('a <b> loss 1.234\\n' + 'word ' * 30, 'fusewright train x.yaml', 60))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    text = done.stdout.replace("&#160;", " ")
+    assert text.startswith("<svg")
+    assert "$ fusewright train x.yaml" in text
+    assert "a &lt;b&gt; loss 1.234" in text
+    assert text.count("word") == 30

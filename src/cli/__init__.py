@@ -1,4 +1,4 @@
-"""The commands. What a command needs is imported when it runs."""
+"""The commands. Each imports what it needs when it runs."""
 
 from .main import main
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..train.terminal import Terminal, announce
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
     app.command(
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        epilog="Any key of the recipe can be set here too: --sequence_len 2048",
+        epilog="Any key of the recipe can also be set here: --sequence_len 2048",
     )(preprocess)
 
 
@@ -25,22 +26,19 @@ def preprocess(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show samples token by token: trained ones green, with ▸."),
-    ] = False,
-    debug_num_examples: Annotated[
-        int,
         typer.Option(
-            "--debug_num_examples", "--debug-num-examples", min=1, help="How many samples."
+            "--debug", help="Show samples token by token; trained tokens are green and marked ▸."
         ),
-    ] = 5,
+    ] = False,
+    debug_num_examples: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 5,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Only the first rows of each dataset, and keep nothing."),
+        typer.Option(min=1, help="Read only this many rows of each dataset; cache nothing."),
     ] = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
-    """Read, tokenize and mask the rows of a recipe, and keep them for its runs."""
+    """Read, tokenize and mask the data of a recipe, and cache it for later runs."""
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders)
@@ -55,11 +53,11 @@ def _preprocess(
 
     recipe = load_recipe(name, parse_overrides(arguments), consent)
 
+    announce("importing PyTorch and transformers")
     from ..train.data import prepare  # slow to import: only for a recipe that is right
     from ..train.data.preview import first, show, summary
     from ..train.model.load import quiet
     from ..train.model.tokenizer import load_tokenizer
-    from ..train.terminal import Terminal
 
     console = Terminal()
     with quiet():

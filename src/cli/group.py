@@ -1,7 +1,7 @@
 """How every command ends: one line about what went wrong, and an exit code that says what to do.
 
-Exit code 2 is the caller's to mend: the line says what, where, and how. 1 is an error that nobody
-foresaw; its traceback is kept in a file.
+Exit code 2 is an error of the caller's: the line says what, where, and how to fix it. 1 is an
+unexpected error; its traceback is written to a file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import typer
 from typer.core import TyperGroup
 
 from ..compiler.options import Environment
-from ..errors import FusewrightError
-from ..train.printable import shown
+from ..errors import FusewrightError, did_you_mean, nearest
 from ..train.recipe.secrets import scrub
+from ..train.terminal import Terminal, say
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Of click, of which typer may carry its own copy."""
@@ -37,6 +37,14 @@ class Commands(TyperGroup):
         with _ended():
             return super().make_context(*given, **named)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or note which one was probably meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            vars(error)["meant"] = did_you_mean(args[0], self.commands)
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with _ended(ctx):
@@ -44,7 +52,7 @@ class Commands(TyperGroup):
 
 
 def _take_any_encoding() -> None:
-    """Let text that the terminal's encoding lacks appear as escapes, not as an error."""
+    """Print characters that the terminal's encoding lacks as escapes, not as an error."""
     stream: Any
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", "") == "strict":
@@ -88,20 +96,25 @@ def _command(context: typer.Context | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(shown(scrub(f"fusewright: {text}")), file=sys.stderr)
+    say(Terminal(stderr=True), f"fusewright: {text}")
 
 
 def _usage(error: Exception, command: str) -> str:
-    """What is wrong with the words of the command line."""
+    """The message for a mistake on the command line."""
     shown: Any = error
+    meant = getattr(error, "meant", "")
+    if getattr(error, "possibilities", None):  # names that are not very near
+        names = [name.lstrip("-") for name in shown.possibilities]
+        near = nearest(shown.option_name.lstrip("-"), names)
+        meant, shown.possibilities = f"did you mean --{near}?" if near else "", None
     said = str(shown.format_message()).rstrip(".?").replace("\n", " ")
-    said = said[:1].lower() + said[1:].replace(". Did", "; did")
     own = "" if " " in command else f" {command}"
-    return f"{command}: {said}; fusewright{own} --help lists what there is"
+    hint = f"{meant} See" if meant else "see"
+    return f"{command}: {said[:1].lower()}{said[1:]}; {hint} fusewright{own} --help"
 
 
 def _unforeseen(error: Exception, command: str, full: bool) -> str:
-    """What to say of an error that nobody foresaw; its traceback is kept, or printed."""
+    """The message for an unexpected error; its traceback is written to a file, or printed."""
     lines = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     at = ", ".join([command, *getattr(error, "__notes__", ())])
@@ -119,7 +132,7 @@ def _unforeseen(error: Exception, command: str, full: bool) -> str:
 
 
 def _kept(error: Exception) -> str | None:
-    """The file that the traceback was written to; None: there is no place for it."""
+    """The file that the traceback was written to, or None if that failed."""
     with contextlib.suppress(OSError):
         options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
         with tempfile.NamedTemporaryFile(

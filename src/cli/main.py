@@ -14,11 +14,13 @@ from ..errors import RecipeError
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
 _MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
 if _MISSING:
-    print(f'fusewright: no {", ".join(_MISSING)}; pip install "fusewright[train]"', file=sys.stderr)
+    missing = ", ".join(_MISSING)
+    print(f'fusewright: {missing} missing; pip install "fusewright[train]"', file=sys.stderr)
     raise SystemExit(2)
 
 import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
+from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as above
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
@@ -37,7 +39,9 @@ class AdapterKind(StrEnum):
 app = typer.Typer(
     name="fusewright",
     cls=group.Commands,
+    context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
     add_completion=False,
+    suggest_commands=False,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
@@ -62,6 +66,8 @@ def fusewright(
     ] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
+    # warns at import about kernels that are not used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -69,7 +75,7 @@ def fusewright(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Any key of the recipe can be set here too: --max_steps 5 --learning_rate 1e-4 "
+    epilog="Any key of the recipe can also be set here: --max_steps 5 --learning_rate 1e-4 "
     "--load_in_4bit --no-sample_packing --datasets.0.path rows.jsonl",
 )
 def train(
@@ -80,14 +86,12 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", "--dry_run", help="Check the recipe, and say what becomes of each key."
-        ),
+        typer.Option("--dry-run", help="Check the recipe, and show what each key does."),
     ] = False,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
-    """Train a model as a recipe says."""
+    """Fine-tune a model as described in a recipe."""
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders)
@@ -112,18 +116,21 @@ def explain(
         ),
     ],
     graph: Annotated[
-        bool, typer.Option("--graph", help="Print each kind of graph, before and after the rules.")
+        bool,
+        typer.Option("--graph", help="Print each captured graph, before and after the rewrites."),
     ] = False,
     module: Annotated[
         str | None, typer.Option(help="Print the graph of this module, e.g. model.layers.0.")
     ] = None,
     adapter: Annotated[
-        AdapterKind | None, typer.Option(help="Adapters on all linears, of rank 8.")
+        AdapterKind | None, typer.Option(help="Add adapters of rank 8 to all linear layers.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The same as --adapter lora.")] = False,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Limit the depth. Random models have 2, or one of each kind."),
+        typer.Option(
+            min=1, help="Number of layers. Default for random weights: 2, or one of each kind."
+        ),
     ] = None,
     fp32: Annotated[
         bool,
@@ -132,7 +139,8 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Say what would be rewritten in a model, what not, and why."""
+    """Show what would be rewritten in a model, what would not, and why."""
+    announce("importing PyTorch and transformers")
     from ..train.explain import ExplainOptions, run  # slow to import
 
     lora = lora or adapter is AdapterKind.lora
@@ -145,7 +153,7 @@ trained_commands.register(app)
 
 
 def main() -> None:
-    """Run the command line; the entry point of the installed command."""
+    """The entry point of the installed command."""
     app()
 
 
@@ -162,14 +170,13 @@ def _train(
     if overwrite:
         overrides["overwrite_output_dir"] = True
     if dry_run:
-        from ..train.dry_run import console, show
+        from ..train.dry_run import show
 
-        show(check(recipe, overrides, consent), console())
+        show(check(recipe, overrides, consent), Terminal(highlight=False))
         return 0
     checked = load_recipe(recipe, overrides, consent)
 
-    # imported below us; complains about a kernel that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    announce("importing PyTorch and transformers")
     from ..train.run import run  # slow to import: only for a recipe that is right
 
     return run(checked).exit_code

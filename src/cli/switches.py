@@ -1,4 +1,4 @@
-"""The switches that several commands have: the caller's own word for what may be run."""
+"""The switches that several commands have: the caller's permission to run code."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        "--trust_remote_code",
-        help="Run the Python code that comes with the model. No recipe and no folder can allow it.",
+        help="Run Python code that comes with the model. Recipes and folders cannot allow it.",
     ),
 ]
 Builders = Annotated[
     bool,
     typer.Option(
         "--allow-builders",
-        "--allow_builders",
-        help="Run the Python files that datasets name as builder. No recipe can allow it.",
+        help="Run the Python files that datasets name as builder. Recipes cannot allow it.",
     ),
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RecipeError
+from ..train.terminal import announce
 from .switches import Builders, Trust
 
 if TYPE_CHECKING:
@@ -18,18 +19,14 @@ RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="An output_dir, a checkpoint-N in it, a folder with a PEFT adapter or with a model.",
+        help="An output_dir, a checkpoint-N in it, or a folder with a PEFT adapter or a model.",
     ),
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        "--base_model", help="The adapter's base model, if the folder names an outdated one."
-    ),
+    typer.Option(help="The base model, if it is no longer where the folder says."),
 ]
-Tokens = Annotated[
-    int, typer.Option("--max_new_tokens", min=1, help="Maximum number of new tokens.")
-]
+Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 Temperature = Annotated[
     float | None,
     typer.Option(min=0, help="Sampling temperature. Default: greedy decoding."),
@@ -37,15 +34,12 @@ Temperature = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        "--top_p",
         min=0,
         max=1,
         help="Sample from the most likely tokens of this total probability.",
     ),
 ]
-TopK = Annotated[
-    int | None, typer.Option("--top_k", min=1, help="Sample from this many most likely tokens.")
-]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed for sampling.")]
 System = Annotated[
     str | None, typer.Option(help="The system prompt. Default: the run's default_system_message.")
@@ -63,15 +57,16 @@ def evaluate(
     run: RunArgument,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A dataset; may be given several times. Else the run's own rows."),
+        typer.Option(help="A data file; can be repeated. Default: the run's validation rows."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
-    """Compute the loss of a run on its validation rows, or on other ones."""
+    """Compute loss and perplexity of a run on its validation rows, or on other data."""
     opened = _opened(run, base_model, trust_remote_code, allow_builders)
+    announce(f"loading {run}")
     from ..train.inference import evaluate as command  # slow to import
 
     command.evaluate(opened, data or [], as_json=as_json)
@@ -92,18 +87,18 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     system: System = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="Prompts per batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer a prompt, or a file of them."""
+    """Answer a prompt, or a file of prompts."""
     opened = _opened(run, base_model, trust_remote_code)
     from ..train.inference.prompt_files import read_prompt, read_prompts
     from ..train.model.chat_prompt import ChatPrompt, with_system
 
     if file is not None and prompt is not None:
-        raise RecipeError("a prompt and --file: say one of them")
+        raise RecipeError("give a prompt or --file, not both")
     if system is None:
         system = ChatPrompt.of(opened.recipe).system
     if file is not None:
@@ -111,6 +106,7 @@ def generate(
     else:
         text = read_prompt(prompt, sys.stdin)
         asked = [with_system([{"role": "user", "content": text}], system)]
+    announce(f"loading {run}")
     from ..train.inference import generate as command  # slow to import
     from ..train.inference.generation import Sampling
 
@@ -131,6 +127,7 @@ def chat(
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
     opened = _opened(run, base_model, trust_remote_code)
+    announce(f"loading {run}")
     from ..train.inference import chat as command  # slow to import
     from ..train.inference.generation import Sampling
 
@@ -147,21 +144,20 @@ def merge(
         str | None,
         typer.Option(help="float32, bfloat16 or float16. Default: what the run was trained in."),
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max_shard_size", help="Largest file, e.g. 500MB.")
-    ] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB.")] = "5GB",
     dequantize: Annotated[
         bool,
         typer.Option(
             "--dequantize",
-            help="Dequantize the base, quantized or of QLoRA, and merge into those weights.",
+            help="Dequantize the base (quantized, or of QLoRA) and merge into those weights.",
         ),
     ] = False,
     base_model: Base = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write adapter and base as one model, which plain transformers loads."""
+    """Merge the adapter into its base model, for plain transformers to load."""
     opened = _opened(run, base_model, trust_remote_code)
+    announce("importing PyTorch and transformers")
     from ..train.merge import merge as command  # slow to import
 
     asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)

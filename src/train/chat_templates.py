@@ -6,11 +6,10 @@ other programs that read a saved template do not know them; masks come without (
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 
 _ALTERNATE = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
@@ -119,8 +118,7 @@ def unknown_template(name: str) -> str | None:
     known = sorted([*TEMPLATES, *ALIASES])
     if name in known or name in ("tokenizer_default", "jinja"):
         return None
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)};"
+    hint = did_you_mean(name, known) or f"there are {', '.join(known)}."
     return (
         f"there is no template {name!r} here; {hint} Leave chat_template out to take the "
         "tokenizer's own, or write it out in chat_template_jinja"

@@ -1,4 +1,4 @@
-"""``fusewright train --dry-run``: what becomes of each key, and the recipe that would run."""
+"""``fusewright train --dry-run``: what each key does, and the recipe that would run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
 from .recipe.secrets import hide, without_hidden
 from .recipe.status import Entry, entries, refusals, without_secrets
-from .terminal import Terminal
+from .terminal import say
 
 _COLOURS = {
     "honoured": "green",
@@ -28,10 +28,6 @@ _COLOURS = {
     "not applicable": "yellow",
     "not yet available": "red",
 }
-
-
-_WIDE = 110
-"""Columns from which the notes have one of their own."""
 
 
 def show(checked: Checked, console: Console) -> None:
@@ -46,10 +42,11 @@ def show(checked: Checked, console: Console) -> None:
         RecipeError: training would refuse the recipe; once all is printed.
     """
     found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
-    console.print(_table(checked, found, console.width >= _WIDE))
+    say(console, f"{checked.name}\n")
+    console.print(_table(checked, found))
     counts = {status: sum(e.status == status for e in found) for status in _COLOURS}
-    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
-    console.print("\n# the recipe with its defaults, without secrets and keys without a value")
+    say(console, ", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    say(console, "\n# the recipe with its defaults, without secrets and unset keys")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
     problems = [listed(checked.name, [one], checked.where) for one in refusals(checked.values)]
     problems += obstacles(checked.recipe)
@@ -57,26 +54,17 @@ def show(checked: Checked, console: Console) -> None:
         raise RecipeError("train would refuse this: " + "\n  ".join(problems))
 
 
-def console() -> Console:
-    """Standard output; wide enough for the notes when it is a file or a pipe."""
-    made = Terminal(highlight=False)
-    return made if made.is_terminal else Terminal(highlight=False, width=max(made.width, 140))
-
-
-def _table(checked: Checked, found: Sequence[Entry], wide: bool) -> Table:
-    """The written keys; on a narrow terminal the notes stand below the values."""
-    table = Table(title=escape(checked.name), box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("key", "line", "status"):
+def _table(checked: Checked, found: Sequence[Entry]) -> Table:
+    """The written keys, and what each does."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("key", "line", "status", "value"):
         table.add_column(header, no_wrap=True)
-    table.add_column("value", no_wrap=wide, max_width=40 if wide else None, overflow="fold")
-    if wide:
-        table.add_column("note", overflow="fold")
+    table.add_column("note", min_width=30 if any(entry.note for entry in found) else None)
     for entry in found:
         value = "" if entry.value is None else escape(_flow(without_secrets(entry)))
         colour = _COLOURS[entry.status]
         row = [escape(entry.key), _line(entry, checked), f"[{colour}]{entry.status}[/]"]
-        note = f"[{colour}]{escape(entry.note)}[/]"
-        table.add_row(*row, *([value, note] if wide else [f"{value} {note}".strip()]))
+        table.add_row(*row, value, f"[{colour}]{escape(entry.note)}[/]")
     return table
 
 

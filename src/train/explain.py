@@ -12,19 +12,20 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 from torch import nn
 
 from ..compiler.listing import Listing, find_listing, keep_code, listings
 from ..compiler.pipeline import explain, optimize
-from ..errors import ModelError, RecipeError
+from ..errors import ModelError, RecipeError, did_you_mean
 from ..report import Report
 from .model.from_pretrained import Kind, clear_gguf_marks, pretrained
 from .model.load import quiet
 from .model.precision import device_for_training, dtype_for_training
 from .printable import shown
-from .terminal import Terminal
+from .terminal import Terminal, announce, say
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
 _ENOUGH = 2
@@ -73,9 +74,11 @@ def run(
         RecipeError: there is no such model, or it cannot be read.
         ModelError: it cannot be built, does not fit into memory, or has no such module.
     """
-    console = console or Terminal(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False)
     with quiet():
+        announce(f"loading {request.model}")
         model, note = load(request)
+        announce("compiling it, and running one small step")
         # compiling would only take time: the rules see the same graphs
         optimize(model, codegen="eager")
         if graph or module is not None:
@@ -88,8 +91,7 @@ def run(
             data["listings"] = [vars(listing) for listing in shown]
         print(json.dumps(data, indent=2))
         return
-    console.print(Text(note))
-    console.print(Text(str(report)))
+    say(console, f"{note}\n{report}")
     for listing in shown:
         _print_listing(listing, report, console)
 
@@ -153,8 +155,8 @@ def _read(factory: Any, request: ExplainOptions, kind: Kind = "model", **options
 
 def _hint(name: str, said: str) -> str:
     """What may have been meant by the name of a model that could not be loaded."""
-    near = difflib.get_close_matches(name, _model_types(), 3) if name.isidentifier() else []
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    meant = did_you_mean(name, _model_types()) if name.isidentifier() else ""
+    return f"; {meant}" if meant else ""
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -258,20 +260,22 @@ def _chosen(model: nn.Module, module: str | None) -> list[Listing]:
         paths = [path for listing in found for path in listing.modules]
         near = difflib.get_close_matches(module, paths, 3, 0.4) or paths[:6]
         names = ", ".join(path or '""' for path in near)
-        raise ModelError(f"no graph was captured of a module {module!r}; there is {names}")
+        raise ModelError(f"no graph was captured for module {module!r}; graphs exist for {names}")
     return [one]
 
 
 def _print_listing(listing: Listing, report: Report, console: Console) -> None:
     first, *others = (path or "the model" for path in listing.modules)
     more = f" and {len(others)} more" if others else ""
-    console.rule(Text(f"{listing.kind}: {first}{more} ({listing.class_name})"), align="left")
+    width = min(console.width, 100)
+    head = Text(f"{listing.kind}: {first}{more} ({listing.class_name})")
+    console.print(Rule(head, align="left"), width=width)
     root = listing.modules[0]
     inside = [s for s in report.sites if s.module == root or s.module.startswith(f"{root}.")]
     for site in dict.fromkeys((s.status, s.rule, s.module, s.reason) for s in inside if root):
-        console.print(Text("  " + ": ".join(part for part in site if part)))
+        say(console, "  " + ": ".join(part for part in site if part))
     for title, code in (("before the rules", listing.before), ("after", listing.after)):
-        console.rule(Text(title), align="left", characters="-")
+        console.print(Rule(Text(title), align="left", characters="-"), width=width)
         if console.is_terminal:
             console.print(Syntax(code.strip(), "python", background_color="default"))
         else:

@@ -6,12 +6,11 @@ there is something to look at: a model that is on this disk, a precision, an att
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
@@ -61,8 +60,7 @@ def _attention(recipe: Recipe) -> Iterator[str]:
     key = "flex_attention" if recipe.flex_attention else "attn_implementation"
     known = ["eager", *kinds.valid_keys()]
     if name not in known and "/" not in name:  # a kernel of the hub has a / in its name
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
         yield f"{key}: transformers has no attention {name!r}; {hint}"
     elif name.startswith("fl") and not torch.cuda.is_available():
         yield f"{key}: {name} cannot be trained without a GPU; use sdp_attention: true"

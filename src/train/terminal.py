@@ -1,4 +1,4 @@
-"""The console that commands print to: what acts on a terminal is shown, not sent."""
+"""The console that commands print to: control characters are shown, not sent."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from .printable import shown
 from .recipe.secrets import scrub
+
+_PIPE = 10_000
+"""Columns of what is no terminal, so that nothing is wrapped there."""
 
 
 class Terminal(Console):
@@ -19,15 +25,49 @@ class Terminal(Console):
     where all of them pass, in tables and bars, too.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.is_terminal and "width" not in options:
+            self.width = _PIPE
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does; but a table in which words would be broken as lines."""
+        if not (objects and isinstance(objects[0], Table)) or self._fits(objects[0]):
+            return super().print(*objects, **options)
+        columns = [(column.header, *column.cells) for column in objects[0].columns]
+        for cells in zip(*columns, strict=True):
+            texts = (self.render_str(c) if isinstance(c, str) else c for c in cells)
+            say(self, Text("  ").join(text for text in texts if text))
+
+    def _fits(self, table: Table) -> bool:
+        wide = self.options.update(width=_PIPE)
+        for column in table.columns:
+            if column.no_wrap:
+                cells = (column.header, *column.cells)
+                column.min_width = max(Measurement.get(self, wide, c).maximum for c in cells)
+        return Measurement.get(self, wide, table).minimum <= self.width
+
     def _render_buffer(self, buffer: Iterable[Segment]) -> str:
         return super()._render_buffer([_plain(segment) for segment in buffer])
 
 
-def say(console: Console, text: str) -> None:
-    """Print a line as it is, on any console."""
-    plain = shown(scrub(text))
-    options: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-    console.print(plain, **options)
+def say(console: Console, text: str | Text) -> None:
+    """Print text as it is, on any console.
+
+    On a terminal it is wrapped between words; one that is longer than a line stays whole, so that
+    paths can be copied. A pipe gets it unwrapped.
+    """
+    whole = Text(shown(scrub(text))) if isinstance(text, str) else text
+    whole.overflow = "ignore"  # of long words
+    lines = whole.wrap(console, console.width) if console.is_terminal else [whole]
+    console.print(Text("\n").join(lines), soft_wrap=True)
+
+
+def announce(text: str) -> None:
+    """Say on standard error what now takes a while, if that is a terminal."""
+    console = Terminal(stderr=True)
+    if console.is_terminal:
+        say(console, text)
 
 
 def _plain(segment: Segment) -> Segment:

@@ -111,7 +111,9 @@ def test_the_graph_of_one_module_is_python(weightless: str) -> None:
     assert "rms_norm_linear" in graph["after"]
     assert "rsqrt" not in graph["after"]
     said = refused(weightless, "--fp32", "--module", "model.layer.0")
-    assert said.startswith("no graph was captured of a module 'model.layer.0'; there is model.lay")
+    assert said.startswith(
+        "no graph was captured for module 'model.layer.0'; graphs exist for model.lay"
+    )
 
 
 def test_layers_of_different_kinds_have_graphs_of_their_own(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
     nowhere = "cannot be loaded: it is nowhere to be found"
-    assert refused("llamma").startswith(f"llamma {nowhere}; did you mean llama or ")
+    assert refused("llamma").startswith(f"llamma {nowhere}; did you mean llama?")
     assert refused("me/llamma") == f"me/llamma {nowhere}"
 
 

@@ -130,7 +130,8 @@ def rope(w: Writer, q: str, k: str) -> tuple[str, str]:
         return tuple(  # type: ignore[return-value]
             w.let(
                 f"torch.cat([{x}[..., :{half}] * cos.unsqueeze(1)[..., :{half}] + "
-                f"rotate_half({x}[..., :{half}]) * sin.unsqueeze(1)[..., :{half}], {x}[..., {half}:]], -1)"
+                f"rotate_half({x}[..., :{half}]) * sin.unsqueeze(1)[..., :{half}], {x}[..., "
+                f"{half}:]], -1)"
             )
             for x in (q, k)
         )
@@ -216,7 +217,8 @@ def mlp(w: Writer, x: str) -> str:
     act = w.weighted(_ACTS)
     if "self.act" in act:
         w.init.append(
-            f"self.act = {w.pick('nn.SiLU()', 'nn.SiLU(inplace=True)', 'nn.GELU()', 'nn.ReLU(inplace=True)')}"
+            "self.act = "
+            f"{w.pick('nn.SiLU()', 'nn.SiLU(inplace=True)', 'nn.GELU()', 'nn.ReLU(inplace=True)')}"
         )
     source = x if w.chance(0.93) else f"{x}.detach()"
     if w.chance(0.2):
@@ -282,7 +284,8 @@ def odd(w: Writer, x: str) -> str:
     if kind == "experts":
         router = w.let(f"{w.applied(x, DIM, 2)}.softmax(-1)")
         return w.let(
-            f"{router}[..., :1] * {w.applied(x, DIM, DIM)} + {router}[..., 1:] * {w.applied(x, DIM, DIM)}"
+            f"{router}[..., :1] * {w.applied(x, DIM, DIM)} + {router}[..., 1:] * "
+            f"{w.applied(x, DIM, DIM)}"
         )
     if kind == "conv":
         conv = w.member("conv", f"nn.Conv1d({DIM}, {DIM}, 3, padding=2, groups={DIM})")

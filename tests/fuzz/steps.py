@@ -61,7 +61,8 @@ def step(rng: random.Random, i: int, kind: str) -> str:
                 "loss = parts[0]",
                 "loss = parts[0] + 0.01 * parts[1].float().pow(2).mean()",
                 "loss = parts[1].float().log_softmax(-1).mean() * -1",
-                "loss = parts[0] + 0.1 * checkpoint(torch.tanh, parts[1], use_reentrant=False).float().mean()",
+                "loss = parts[0] + 0.1 * checkpoint(torch.tanh, parts[1], "
+                "use_reentrant=False).float().mean()",
             ],
             [8, 2, 1, 1],
         )[0]

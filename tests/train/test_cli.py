@@ -45,7 +45,7 @@ def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> Non
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "no.yaml")
-    assert refused(tmp_path, missing) == f"{missing}: there is no such file"
+    assert refused(tmp_path, missing) == f"{missing}: file not found"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
         (["--max_steps", "many"], "override: max_steps: must be a whole number, not 'many'"),
         (["--datasets.0.path", "no.jsonl"], "override: datasets.0.path: there is no no.jsonl in"),
         (["--max_steps"], "--max_steps needs a value"),
-        (["5"], "what is '5' for? Write --key value"),
+        (["5"], "unexpected argument '5'; write --key value"),
         (["--console", "1"], "override: console: is not a key of a recipe"),
     ],
 )

@@ -26,7 +26,7 @@ from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
 from fusewright.train.report.result import RunResult
 from fusewright.train.report.run_log import RunLog
-from fusewright.train.terminal import Terminal, say
+from fusewright.train.terminal import Terminal, announce, say
 
 from .commands import fusewright
 from .conftest import chat, make_tokenizer
@@ -153,6 +153,84 @@ def test_answers_do_not_act(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     generate(open_run(run_folder), [[{"role": "user", "content": "a"}]], None, out=out)  # type: ignore[arg-type]
     assert r"\x1b]0;owned\x07" in out.getvalue()
     assert harmless(out.getvalue())
+
+
+# --- wrapping -------------------------------------------------------------------------------------
+
+SENTENCE = "the adapter of that step is in /a/folder/whose/name/is/longer/than/a/narrow/line/" + (
+    "adapter_model.safetensors, and the configuration of the tokenizer is beside it"
+)
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+@pytest.mark.parametrize("kind", [Console, Terminal])
+def test_words_are_not_broken(kind: type[Console], width: int) -> None:
+    console = kind(file=Tty(), force_terminal=True, width=width)
+    say(console, SENTENCE)
+    for line in sent(console).splitlines():
+        assert len(line) <= width or " " not in line.strip()
+        assert set(line.split()) <= set(SENTENCE.split())
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_words_of_tables_are_not_broken(width: int) -> None:
+    table = Table("name", "text")
+    table.add_row(*SENTENCE.split(maxsplit=1))
+    console = Terminal(file=Tty(), force_terminal=True, width=width, color_system=None)
+    console.print(table)
+    assert set(SENTENCE.split()) <= set(sent(console).split())
+
+
+def test_nothing_is_wrapped_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    console = Terminal(file=io.StringIO())
+    say(console, SENTENCE)
+    console.print(SENTENCE)
+    table = Table(SENTENCE)
+    table.add_row(SENTENCE)
+    console.print(table)
+    assert sent(console).count(f"{SENTENCE}\n") == 2
+    assert sent(console).count(SENTENCE) == 4
+
+
+def test_an_error_is_wrapped_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusewright.cli.group import _say
+
+    monkeypatch.setenv("COLUMNS", "60")
+    for stream, lines in ((Tty(), 3), (io.StringIO(), 1)):
+        monkeypatch.setattr("sys.stderr", stream)
+        _say(SENTENCE)
+        said = stream.getvalue()
+        assert said.count("\n") == lines
+        assert said.split() == ["fusewright:", *SENTENCE.split()]
+
+
+# --- waiting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stream", "said"), [(Tty(), "loading x\n"), (io.StringIO(), "")])
+def test_waits_are_announced_on_a_terminal_only(
+    stream: io.StringIO, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    announce("loading x")
+    assert stream.getvalue() == said
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [("generate", "RUN", "Hi"), ("chat", "RUN"), ("eval", "RUN")])
+def test_commands_say_what_they_load(
+    words: tuple[str, ...], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(text: str) -> None:
+        raise Enough(text)
+
+    monkeypatch.setattr("fusewright.cli.trained.announce", stop)
+    done = fusewright(*(str(run_folder) if word == "RUN" else word for word in words))
+    assert f"Enough: loading {run_folder}" in done.stderr
 
 
 # --- secrets --------------------------------------------------------------------------------------

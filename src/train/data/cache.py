@@ -30,7 +30,7 @@ _SCHEMA = pa.schema([("input_ids", _LIST), ("labels", _LIST), ("trained", pa.int
 
 
 class Lease:
-    """Keeps a temporary folder; it is removed when nobody holds this any more.
+    """Keeps a temporary folder; it is removed when the last reference is gone.
 
     Args:
         folder: the folder.

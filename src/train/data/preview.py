@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import say
 from .cache import Samples
 from .readers.limits import warnings
 from .sample import IGNORED, Sample
@@ -30,12 +31,13 @@ def summary(prepared: PreparedData, console: Console) -> None:
         table.add_row(name.replace("_", " "), f"{number:,}")
     console.print(table)
     for line in warnings(prepared.counts):
-        console.print(line, soft_wrap=True, highlight=False)
+        say(console, line)
     if isinstance(prepared.train, Samples):
-        place = "kept nowhere" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
-        console.print(place, soft_wrap=True, highlight=False)
+        say(
+            console, "not kept" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
+        )
     else:
-        console.print("a stream: its rows are prepared during training")
+        say(console, "a stream: its rows are prepared during training")
 
 
 def first(prepared: PreparedData, number: int) -> list[Sample]:
@@ -59,9 +61,8 @@ def show(samples: Iterable[Sample], tokenizer: Any, console: Console) -> None:
     legend = Text.assemble((f"{MARK}trained", "bold green"), "/id  ", ("not trained", "dim"), "/id")
     console.print(legend)
     for number, sample in enumerate(samples, start=1):
-        head = f"\nsample {number}: {len(sample.input_ids)} tokens, {sample.trained} trained"
-        console.print(head, highlight=False)
-        console.print(shown(sample, tokenizer), soft_wrap=True)
+        say(console, f"\nsample {number}: {len(sample.input_ids)} tokens, {sample.trained} trained")
+        say(console, shown(sample, tokenizer))
 
 
 def shown(sample: Sample, tokenizer: Any) -> Text:

@@ -80,7 +80,7 @@ def parts(work: Work, rows: Iterable[Row], processes: int) -> Iterator[Part]:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a process that prepares rows ended at once: with dataset_processes, a script that "
+                "a worker process exited at startup: with dataset_processes, a script that "
                 'trains needs `if __name__ == "__main__":` around it; or memory was short, then '
                 "set dataset_processes to fewer"
             ) from None

@@ -17,10 +17,10 @@ from .load_run import load_run
 from .run_folder import RunFolder
 
 HELP = """\
-/reset           forget the conversation
-/system TEXT     set the system text; without TEXT: take it away
+/reset           clear the conversation
+/system TEXT     set the system prompt; without TEXT: remove it
 /save FILE       append the conversation to FILE as a row of training data (JSONL)
-/exit            end; so does Ctrl-D
+/exit            quit (or Ctrl-D)
 Ctrl-C           stop an answer"""
 
 
@@ -53,7 +53,10 @@ class ChatSession:
                 import readline  # noqa: F401  # 2026-11-25: importing it is what makes input() use it
             self._say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.")
         if not self.writer.chats:
-            self._say("The model has no chat template: each line is continued, and then forgotten.")
+            self._say(
+                "The model has no chat template: each line is continued on its own, without a "
+                "history."
+            )
         while True:
             try:
                 line = self._line()
@@ -117,7 +120,7 @@ class ChatSession:
             forgotten += 2
         if forgotten:
             del self.turns[:forgotten]
-            self._say(f"[the oldest {forgotten // 2} turns no longer fit and are forgotten]")
+            self._say(f"[the oldest {forgotten // 2} turns no longer fit and are dropped]")
         return prompt
 
     def _command(self, line: str) -> None:
@@ -125,7 +128,7 @@ class ChatSession:
         rest = rest.strip()
         if name == "/reset":
             self.turns = []
-            self._say("[forgotten]")
+            self._say("[conversation cleared]")
         elif name == "/system":
             self._set_system(rest or None)
         elif name == "/save" and rest:
@@ -133,7 +136,7 @@ class ChatSession:
         elif name == "/help":
             self._say(HELP)
         else:
-            self._say(f"{name} is no command, or lacks something:\n{HELP}")
+            self._say(f"{name} is not a command, or its argument is missing:\n{HELP}")
 
     def _set_system(self, text: str | None) -> None:
         """Take ``text`` if the chat template can say it."""
@@ -141,11 +144,11 @@ class ChatSession:
         if self.writer.chats:
             self.writer.prompt(with_system(trial, text))
         self.system = text
-        self._say("[set]" if text else "[no system text]")
+        self._say("[set]" if text else "[no system prompt]")
 
     def _save(self, path: Path) -> None:
         if not self.turns:
-            self._say("[there is nothing to save yet]")
+            self._say("[nothing to save yet]")
             return
         row = {"messages": with_system(self.turns, self.system)}
         try:

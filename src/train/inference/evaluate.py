@@ -22,9 +22,9 @@ from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
-from ..terminal import Terminal
+from ..terminal import Terminal, announce, say
 from ..trainer.batches import validation_batches
-from ..trainer.evaluation import Batches, validation_loss
+from ..trainer.evaluation import Batches, validate
 from .load_run import load_run
 from .past_recipe import recipe_with, written
 from .run_folder import RunFolder
@@ -78,7 +78,7 @@ def evaluate(
         DataError: a dataset cannot be used.
         RecipeError: the base of the run cannot be loaded.
     """
-    console = console or Terminal(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False)
     recorded = None if files else run.facts.get("val_loss_after")
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
@@ -94,6 +94,7 @@ def evaluate(
                 samples = cast("Samples", prepared.train)
                 prepared = replace(prepared, validation={name: samples})
             sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+            announce(f"evaluating {name or 'the validation rows'}")
             found |= {
                 part: _measure(model, batches, prepared.validation[part])
                 for part, batches in sets.items()
@@ -103,7 +104,7 @@ def evaluate(
         print(path.read_text(encoding="utf-8"), end="")
     else:
         _print(found, recorded, console)
-        console.print(f"written to {path}", markup=False)
+        say(console, f"written to {path}")
     return path
 
 
@@ -117,13 +118,13 @@ def _own(run: RunFolder) -> Recipe:
     """The recipe that ``run`` was trained with, and which held out rows."""
     if not run.recipe:
         raise ModelError(
-            f"{run.folder} has no run.json, so nothing says which rows it was validated on; name "
-            "a dataset: --data FILE"
+            f"{run.folder} has no run.json, so its validation rows are unknown; name a dataset: "
+            "--data FILE"
         )
     recipe = recipe_with(run, {})
     if not recipe.validates():
         raise ModelError(
-            f"{run.folder}: the run held out no rows (val_set_size: 0); name others: --data FILE"
+            f"{run.folder}: the run held out no rows (val_set_size: 0); name a dataset: --data FILE"
         )
     return recipe
 
@@ -131,7 +132,7 @@ def _own(run: RunFolder) -> Recipe:
 def _reading(run: RunFolder, file: Path) -> Recipe:
     """The same recipe, with ``file`` in place of its datasets."""
     if not file.exists():
-        raise DataError(f"{file}: there is no such file")
+        raise DataError(f"{file}: file not found")
     keys = written(run.recipe)
     described = (keys.get("datasets") or [_streamed(keys)])[0]
     for key in _OF_ONE_PLACE:
@@ -167,7 +168,7 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 
 def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
     begun = time.perf_counter()
-    loss = validation_loss(model, batches)
+    loss = validate(model, {"": batches}, announce)["eval_loss"]
     return EvalMetrics(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64
@@ -198,7 +199,7 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
     }
     link = link_in(run.folder)
     if link is not None:
-        raise ModelError(f"{link} is a link, so that {path.name} would be written elsewhere")
+        raise ModelError(f"{link} is a symbolic link; {path.name} would be written elsewhere")
     try:
         write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
@@ -208,7 +209,7 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
 
 def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("dataset", overflow="fold")
+    table.add_column("dataset", no_wrap=True)
     for name in ("loss", "perplexity", "samples", "tokens", "trained"):
         table.add_column(name, justify="right")
     for name, of in found.items():
@@ -216,6 +217,6 @@ def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Conso
         table.add_row(name, f"{of.loss:.4f}", f"{of.perplexity:.3f}", *(f"{n:,}" for n in counts))
     console.print(table)
     if len(found) > 1:
-        console.print(f"all together: {_whole(found):.4f}", markup=False)
+        say(console, f"all datasets: {_whole(found):.4f}")
     if recorded is not None:
-        console.print(f"at the end of its training the run had {recorded:.4f}", markup=False)
+        say(console, f"recorded after training: {recorded:.4f}")

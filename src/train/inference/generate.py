@@ -12,6 +12,7 @@ from typing import TextIO
 from ..model.chat_prompt import ChatPrompt, Message
 from ..model.load import quiet
 from ..printable import shown, shown_json
+from ..terminal import announce
 from .generation import Answer, Sampling, TextGenerator
 from .load_run import load_run
 from .run_folder import RunFolder
@@ -48,7 +49,9 @@ def generate(
             _stream(writer, prompts[0], out)
             return
         for begin in range(0, len(prompts), batch_size):
-            answers = writer.answers(prompts[begin : begin + batch_size])
+            batch = prompts[begin : begin + batch_size]
+            announce(f"answering prompts {begin + 1} to {begin + len(batch)} of {len(prompts)}")
+            answers = writer.answers(batch)
             for messages, answer in zip(conversations[begin:], answers, strict=False):
                 _print(messages, answer, as_json, out)
 

@@ -41,7 +41,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature and (self.top_p is not None or self.top_k is not None):
-            raise RecipeError("top_p and top_k need a temperature: without one nothing is drawn")
+            raise RecipeError("top_p and top_k need a temperature: without one, decoding is greedy")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TextGenerator:
         found: list[int] = ids["input_ids"] or [pad_token(self.tokenizer)]
         if self.room(found) < 1:
             raise ModelError(
-                f"the prompt has {len(found):,} tokens, and the model takes no more than "
+                f"the prompt has {len(found):,} tokens, but the model accepts at most "
                 f"{_positions(self.model):,}"
             )
         return found

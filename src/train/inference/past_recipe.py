@@ -78,8 +78,8 @@ def _validated(run: RunFolder, keys: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise ModelError(
-            f"{run.folder}: run.json was written by another version: its recipe's {key} is not "
-            "what this one knows"
+            f"{run.folder}: run.json was written by another version: this version does not know "
+            f"its recipe's {key}"
         ) from None
 
 

@@ -22,7 +22,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
         system: a system text for those that have none.
 
     Raises:
-        DataError: it cannot be read, or a line is none of these; the message has file and line.
+        DataError: it cannot be read, or a line has another form; the message has file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -38,7 +38,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[list[Message]]:
         if line.strip()
     ]
     if not found:
-        raise DataError(f"{path}: there is no prompt in it")
+        raise DataError(f"{path}: the file has no prompts")
     return [with_system(messages, system) for messages in found]
 
 
@@ -82,8 +82,8 @@ def _messages(line: str, path: Path, number: int) -> list[Message]:
             f'{where}: must be a text, {{"prompt": "..."}} or {{"messages": [{{"role": "user", '
             '"content": "..."}]}'
         )
-    if turns[-1]["role"] == "assistant":  # a row of training data: what it asks is answered anew
+    if turns[-1]["role"] == "assistant":  # a row of training data: its question is answered again
         turns = turns[:-1]
     if not turns:
-        raise DataError(f"{where}: there is nothing to answer, only an answer")
+        raise DataError(f"{where}: it ends with an answer, so there is nothing to answer")
     return [{key: turn[key] for key in _KEYS} for turn in turns]

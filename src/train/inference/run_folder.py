@@ -74,7 +74,7 @@ def open_run(
     if any((folder / name).is_file() for name in _MODELS):
         _require(folder, ("config.json",), "a model")
         if base_model:
-            raise ModelError(f"{folder} holds a whole model, which has no base: no --base_model")
+            raise ModelError(f"{folder} holds a whole model, which has no base: no --base-model")
         return replace(run, adapter=False, base_model=str(folder))
     raise ModelError(_nothing(folder))
 
@@ -96,11 +96,11 @@ def _own_folders(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, or an empty one where there is no such file."""
+    """The object in ``path``, or an empty one if there is no such file."""
     try:
         return read_object(path) if path.exists() else {}
     except ValueError as error:
-        raise ModelError(f"{error}; copy it again from where the run is whole") from None
+        raise ModelError(f"{error}; copy the run again") from None
 
 
 def _base(folder: Path, recipe: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def _base(folder: Path, recipe: dict[str, Any]) -> str:
     )
     if not named:
         raise ModelError(
-            f"{folder}: adapter_config.json does not name the base model; --base_model does"
+            f"{folder}: adapter_config.json does not name the base model; --base-model does"
         )
     return str(named)
 
@@ -120,7 +120,7 @@ def _located(base: str, folder: Path) -> str:
         found = locate(base, [Path.cwd(), folder])
     except RecipeError as error:
         raise ModelError(
-            f"{folder}: the base model is missing: {error}; --base_model BASE says where it is now"
+            f"{folder}: the base model is missing: {error}; --base-model BASE says where it is now"
         ) from None
     special = base.startswith("package:") or found.gguf_file
     return base if special or not Path(found.name).is_dir() else str(Path(found.name).resolve())
@@ -129,8 +129,7 @@ def _located(base: str, folder: Path) -> str:
 def _require(folder: Path, names: tuple[str, ...], other: str) -> None:
     if not any((folder / name).is_file() for name in names):
         raise ModelError(
-            f"{folder} has {other} but no {names[0]}: it was not saved to the end, or not copied "
-            "as a whole"
+            f"{folder} has {other} but no {names[0]}: saving or copying it was not completed"
         )
 
 

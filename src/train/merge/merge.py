@@ -23,7 +23,7 @@ from ..inference.run_folder import RunFolder
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
-from ..terminal import Terminal
+from ..terminal import Terminal, announce, say
 from .base_tensors import BaseFiles, base_files
 from .in_memory import merged_in_memory
 from .lora_tensors import Adapted, UnmergeableError
@@ -70,7 +70,7 @@ def merge(
         RecipeError: the folder is there already, a setting is wrong, or the base is missing.
     """
     request = request or MergeOptions()
-    console = console or Terminal(highlight=False, soft_wrap=True)
+    console = console or Terminal(highlight=False)
     if not run.adapter:
         raise ModelError(
             f"{run.folder} holds a whole model: there is nothing to merge, use it as it is"
@@ -83,12 +83,13 @@ def merge(
             files = _files(run, config, request)
             adapted = Adapted(config, run.folder, run.consent.trust_remote_code)
             layers = Layers(adapted, files, dtype)
-            console.print(f"merging into {run.base_model}, file by file", markup=False)
+            say(console, f"merging into {run.base_model}, file by file")
             write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
             _write_config(config, layers, dtype, folder)
             _write_generation_config(run, folder)
         except UnmergeableError as reason:
-            console.print(f"merging in memory: {reason}", markup=False)
+            say(console, f"merging in memory: {reason}")
+            announce(f"loading {run.base_model}")
             model = merged_in_memory(run, dtype, request.dequantize)
             try:
                 model.save_pretrained(folder, max_shard_size=request.max_shard_size)
@@ -97,7 +98,7 @@ def merge(
         load_tokenizer(run).save_pretrained(folder)
         _copy_code(run, folder)
     size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
-    console.print(f"the merged model, {size / 1e6:,.0f} MB, is in {output}", markup=False)
+    say(console, f"the merged model, {size / 1e6:,.0f} MB, is in {output}")
     return output
 
 

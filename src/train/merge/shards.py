@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ModelError, RecipeError, first_line
+from ..terminal import announce
 
 Shape = tuple[int, ...]
 
@@ -78,6 +79,7 @@ def write_shards(
             f"the model takes {total / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} left"
         )
     for file, names in split.filename_to_tensors.items():
+        announce(f"writing {file}")
         _write(folder / file, {name: plan[name][1] for name in names}, tensor)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

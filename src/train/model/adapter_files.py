@@ -25,7 +25,7 @@ def adapter_problem(folder: Path) -> str | None:
         return f"{folder / 'adapter_config.json'} has no peft_type: it is not of a PEFT adapter"
     weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not weights:
-        return f"{folder} has no {WEIGHTS[0]}: it was not saved to the end, or not copied as whole"
+        return f"{folder} has no {WEIGHTS[0]}: saving or copying it was not completed"
     said = damaged(weights[:1])
     return f"{said}; copy it again" if said else None
 
@@ -56,7 +56,8 @@ def put_adapter(model: Any, folder: str, **options: Any) -> Any:
         raise ModelError(_explained(error, folder)) from error
     if left or missing:
         many = [f"{len(names)} {what}, such as {names[0]}" for names, what in (
-            (left, "of its tensors have no place there"), (missing, "tensors are missing in it"),
+            (left, "of its tensors do not exist in the base model"),
+            (missing, "tensors are missing in it"),
         ) if names]  # fmt: skip
         raise ModelError(_other_base(folder, ", and ".join(many)))
     return made
@@ -92,7 +93,7 @@ def _explained(error: Exception, folder: str) -> str:
             + (f", and {more} more tensors differ" if more else ""),
         )
     if "not found in the base model" in text:
-        return _other_base(folder, "the layers that it adapts do not exist there")
+        return _other_base(folder, "the layers that it adapts do not exist in the base model")
     said = (text.splitlines() or [""])[0].rstrip(".") or type(error).__name__
     if isinstance(error, KeyError):
         said = f"its adapter_config.json says {said}, which this version of PEFT does not know"
@@ -106,6 +107,6 @@ def _other_base(folder: str, what: str) -> str:
         base = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
     of = f" (it names {base})" if base else ""
     return (
-        f"{folder}: the adapter does not fit the base model: {what}; set base_model to the model "
+        f"{folder}: the adapter does not match the base model: {what}; set base_model to the model "
         f"that it was trained on{of}"
     )

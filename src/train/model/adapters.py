@@ -115,7 +115,7 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     if isinstance(named, str):
         if every:
             raise RecipeError(
-                "lora_target_modules: a regular expression names all layers by itself; set "
+                "lora_target_modules: a regular expression already selects the layers; set "
                 "lora_target_linear to false"
             )
         if not any(re.fullmatch(named, name) for name, _ in model.named_modules()):
@@ -169,8 +169,8 @@ def _matched(model: nn.Module, patterns: list[str]) -> None:
             raise RecipeError(f"unfrozen_parameters: {pattern!r}: {error}") from None
         if not matched:
             raise RecipeError(
-                f"unfrozen_parameters: no parameter's name begins like {pattern!r}; they are named "
-                f"like {names[0]}, {names[-1]}"
+                f"unfrozen_parameters: no parameter name matches {pattern!r}; examples of names: "
+                f"{names[0]}, {names[-1]}"
             )
 
 

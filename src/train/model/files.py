@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...errors import did_you_mean
 from ..consent import CODE_SWITCH, why_not_run
 from .integrity import damaged, read_object
 
@@ -43,8 +43,8 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
         return None
     if not isinstance(name, str) or not name:
         return (
-            f"{path} has no model_type, so that nothing says which model it is; take the file that "
-            "came with the weights"
+            f"{path} has no model_type, so the architecture is unknown; use the file that came "
+            "with the weights"
         )
     import transformers
 
@@ -53,10 +53,10 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
         return None
     if "auto_map" in config:
         return why_not_run("needs Python code that comes with it", CODE_SWITCH)
-    near = difflib.get_close_matches(name, types, n=1)
+    meant = did_you_mean(name, types)
     return (
         f"{path} has the model_type {name!r}, which transformers {transformers.__version__} does "
-        f"not have; {f'did you mean {near[0]}? Or ' if near else ''}a newer transformers may"
+        f"not have; {f'{meant} Or ' if meant else ''}a newer transformers may"
     )
 
 
@@ -91,7 +91,7 @@ def tokenizer_problem(folder: Path) -> str | None:
         except ValueError as error:
             return f"{error}; {_AGAIN}"
         if name == "tokenizer.json" and not isinstance(content.get("model"), dict):
-            return f"{folder / name} is damaged: it holds no tokenizer; {_AGAIN}"
+            return f"{folder / name} is damaged: it contains no tokenizer; {_AGAIN}"
     return None
 
 
@@ -100,7 +100,7 @@ def no_tokenizer(folder: Path) -> str:
     if (folder / "tokenizer.model").is_file():
         return (
             f"{folder} has a tokenizer.model and no tokenizer.json: pip install sentencepiece "
-            "tiktoken, or take a copy with a tokenizer.json"
+            "tiktoken, or use a copy with a tokenizer.json"
         )
     return (
         f"{folder} has no tokenizer (no tokenizer.json); set tokenizer_config to the model that it "
@@ -112,7 +112,7 @@ def pickled(name: str, code: list[str]) -> str:
     """What to say of weights that cannot be read without running what is in them."""
     what = f" ({', '.join(code[:3])})" if code else ""
     return (
-        f"{name} holds more than tensors{what}, which may be foreign code and is not run; take a "
+        f"{name} contains more than tensors{what}, which may be foreign code and is not run; use a "
         "copy of the model in safetensors"
     )
 

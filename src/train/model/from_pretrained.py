@@ -116,10 +116,7 @@ def _explained(error: Exception, name: str, folder: Path, kind: Kind) -> str:
     if "backend tokenizer" in text:
         return no_tokenizer(folder)
     if "Unrecognized configuration class" in text:
-        return (
-            f"{name} is a kind of model that transformers cannot train as a causal language one; "
-            "name one that writes text"
-        )
+        return f"{name} is not a causal language model; use a model that generates text"
     return f"{name} cannot be loaded: {first_words(error)}"
 
 
@@ -146,16 +143,17 @@ def _unfit(model: Any, info: Mapping[str, Any]) -> str | None:
         tensor, there, here = wrong[0]
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         return (
-            f"its weights are not those of its config.json: {tensor} is {tuple(there)} in the file "
-            f"and {tuple(here)} by the configuration{more}; take both from the same model"
+            f"its weights do not match its config.json: {tensor} is {tuple(there)} in the file "
+            f"and {tuple(here)} according to the configuration{more}; both must come from the same "
+            "model"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     lost = sorted(set(info.get("missing_keys") or ()) & set(parameters))
     if lost:
         few = ", ".join(lost[:_FEW]) + (f" and {len(lost) - _FEW} more" if len(lost) > _FEW else "")
         return (
-            f"its files have no weights for {few}, which would be random; take config.json and "
-            "weights from the same model"
+            f"its files have no weights for {few}, which would be random; config.json and weights "
+            "must come from the same model"
         )
     return None
 

@@ -28,7 +28,7 @@ def damage(path: Path) -> str | None:
         if not begin:
             return "is empty"
         if begin == _POINTER:
-            return "is a pointer of Git LFS in place of the file: fetch it with git lfs pull"
+            return "is a pointer of Git LFS instead of the file: run git lfs pull"
         if path.suffix == ".safetensors":
             tensors(path)
         elif path.suffix == ".json":
@@ -70,7 +70,7 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _LARGEST_HEADER:
-            raise ValueError("it does not begin as safetensors do")
+            raise ValueError("it does not start like a safetensors file")
         if size < 8 + length:
             raise ValueError(f"its {size:,} bytes are only a part of it")
         try:
@@ -79,7 +79,7 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
             end = max((int(entry["data_offsets"][1]) for entry in found.values()), default=0)
             shapes = {name: tuple(entry["shape"]) for name, entry in found.items()}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise ValueError("it does not begin as safetensors do") from None
+            raise ValueError("it does not start like a safetensors file") from None
     whole = 8 + length + end
     if size != whole:
         raise ValueError(f"it should have {whole:,} bytes and has {size:,}")
@@ -105,5 +105,5 @@ def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
     except (OSError, ValueError):
         raise ValueError(f"{path} {damage(path) or 'cannot be read'}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
     return content

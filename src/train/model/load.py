@@ -17,6 +17,13 @@ from .from_pretrained import clear_gguf_marks, pretrained
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
 
+_NOT_OURS = (
+    "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
+    "Could not find a config file in",  # PEFT, saving an adapter without a network
+    "Setting `save_embedding_layers` to `True`",
+)
+"""How warnings begin that PEFT gives about what it does right by itself."""
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -26,22 +33,32 @@ def quiet() -> Iterator[None]:
     hf: Any = transformers.utils.logging
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "peft")]
+    hub = logging.getLogger("huggingface_hub.utils._http")
     levels = [logger.level for logger in others]
     hf.set_verbosity_error()
     hf.disable_progress_bar()
+    hub.addFilter(_is_no_retry)
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # PEFT and Trainer still use names that transformers has deprecated
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            for start in _NOT_OURS:
+                warnings.filterwarnings("ignore", message=start, category=UserWarning)
             yield
     finally:
+        hub.removeFilter(_is_no_retry)
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
         for logger, old in zip(others, levels, strict=True):
             logger.setLevel(old)
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    """False for a request to the hub that is tried again; the last failure is an error."""
+    return not str(record.msg).startswith("Retrying in ") and "thrown while" not in str(record.msg)
 
 
 def load_model(recipe: Recipe) -> Any:
@@ -112,7 +129,8 @@ def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
         isinstance(found, type) and issubclass(found, kind)
     ):
         raise RecipeError(
-            f"{key}: transformers has no class {name} for this; leave it out, or use {default}"
+            f"{key}: {name} is not a suitable class of transformers; leave the key out, or use "
+            f"{default}"
         )
     return found
 
@@ -136,7 +154,7 @@ def load_config(recipe: Recipe) -> Any:
     for name, value in (recipe.overrides_of_model_config or {}).items():
         if not hasattr(found, name):
             raise RecipeError(
-                f"overrides_of_model_config: {type(found).__name__} has no value named {name}"
+                f"overrides_of_model_config: {type(found).__name__} has no attribute {name}"
             )
         setattr(found, name, value)
     return found

@@ -73,12 +73,12 @@ def beyond(recipe: Recipe, config: Any, lengths: Iterable[Any]) -> str | None:
         return None
     said = f"sequence_len: {_longest(recipe)} is more than the {known} positions of the model"
     if recipe.streams():
-        return f"{said}; longer rows are read at positions that it has not learnt"
+        return f"{said}; longer rows use positions that it was not trained on"
     longer = sum(int((part > known).sum()) for part in lengths)
     if not longer:
-        return f"{said}, which does no harm: no row is longer"
+        return f"{said}, which is harmless: no row is longer"
     return (
-        f"{said}: {longer:,} rows are longer, and read at positions that it has not learnt; "
+        f"{said}: {longer:,} rows are longer, and use positions that it was not trained on; "
         f"sequence_len: {known} leaves them out"
     )
 

@@ -36,7 +36,7 @@ def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
         return torch.bfloat16
     if precision == "float16":
         if not gpu:
-            raise RecipeError("fp16: needs a GPU; set bf16: auto, which this machine can do")
+            raise RecipeError("fp16: needs a GPU; set bf16: auto, which works on this machine")
         # a scaled loss needs gradients of float32: weights that are trained themselves stay so
         return torch.float16 if adapters else torch.float32
     return torch.float32

@@ -89,7 +89,7 @@ def clear_marks(model: Any) -> None:
 def stay_trainable(model: nn.Module) -> None:
     """Let weights of 4 bits keep the layout that gradients go through.
 
-    On CPUs with AVX-512 bf16, bitsandbytes lays them out anew at the first evaluation, for a kernel
+    On CPUs with AVX-512 bf16, bitsandbytes repacks them at the first evaluation, for a kernel
     that has no backward and says nothing: a later training step would have no gradients below.
 
     Args:

@@ -62,8 +62,8 @@ def _override(tokenizer: Any, recipe: Recipe) -> None:
     for number, text in recipe.added_tokens_overrides.items():
         if number not in added:
             raise RecipeError(
-                f"added_tokens_overrides: {number} is no added token of the tokenizer; they have "
-                f"the ids {min(added, default=0)} to {max(added, default=0)}"
+                f"added_tokens_overrides: {number} is not an added token of the tokenizer; those "
+                f"have the ids {min(added, default=0)} to {max(added, default=0)}"
             )
         old = added[number]["content"]
         added[number]["content"] = text

@@ -1,11 +1,11 @@
-"""Keys of a recipe that are each fine but do not go together, or have no effect together."""
+"""Keys of a recipe that are valid alone, but conflict or have no effect together."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...errors import did_you_mean
 from ..chat_templates import unknown_template
 from .keys.dataset import TYPES
 from .problems import Loc
@@ -21,7 +21,7 @@ _DTYPES = ("bf16", "bfloat16", "fp16", "float16", "float32", "fp8")
 
 
 def conflicts(values: Values) -> Iterator[Problem]:
-    """Yield the place and the problem of keys that do not go together.
+    """Yield the place and the problem of keys that conflict.
 
     Args:
         values: the recipe as written, unset keys left out. It may have other problems.
@@ -49,9 +49,9 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         and not _first_set(values, "eval_sample_packing", "sample_packing")
     ):  # fmt: skip
         keys = ("eval_sequence_len",)
-        idle.append((keys, "rows that val_set_size holds out are no longer than sequence_len"))
+        idle.append((keys, "held-out rows are never longer than sequence_len"))
     if not str(values.get("optimizer")).startswith(("galore", "apollo")):
-        idle.append((("optim_target_modules",), "only the galore and apollo optimizers read it"))
+        idle.append((("optim_target_modules",), "only the galore and apollo optimizers use it"))
     if values.get("adapter") is None:
         keys = [k for k in values if k.startswith(("lora_", "peft_", "loraplus_"))]
         idle.append((keys, "adapter is unset: every weight is trained"))
@@ -60,14 +60,14 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
     if values.get("sample_packing"):
         idle.append((("group_by_length",), "sample_packing leaves no padding to save"))
     if values.get("max_steps") is not None:
-        idle.append((("num_epochs",), "max_steps wins"))
+        idle.append((("num_epochs",), "max_steps takes precedence"))
     idle += _rates_without_effect(values)
     if values.get("adapter") is not None and values.get("lora_model_dir") is not None:
         idle.append((_OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"))
     if values.get("streaming") or values.get("pretraining_dataset"):
-        idle.append((_OF_ALL_ROWS, "rows are streamed, so nothing knows all of them"))
+        idle.append((_OF_ALL_ROWS, "streamed rows cannot be sorted or counted in advance"))
         if not values.get("test_datasets"):
-            idle.append((("dataset_prepared_path",), "rows are streamed, so none are kept"))
+            idle.append((("dataset_prepared_path",), "streamed rows are not cached"))
     if values.get("loss_watchdog_threshold") is None:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     for keys, reason in idle:
@@ -152,7 +152,8 @@ def _adapter(values: Values) -> Iterator[Problem]:
     if isinstance(layers, str) and layers != "all-linear" and values.get("lora_target_linear"):
         yield (
             ("lora_target_modules",),
-            "one text cannot add to lora_target_linear: write a list, or set that to false",
+            "one text cannot add to lora_target_linear: write a list, or set lora_target_linear to "
+            "false",
         )
     if values.get("lora_target_parameters") and values.get("lora_dropout"):
         yield ("lora_target_parameters",), "needs lora_dropout: 0"
@@ -173,7 +174,7 @@ def _rows(values: Values) -> Iterator[Problem]:
         )
     size = values.get("val_set_size")
     if isinstance(size, float) and size > 1 and size != int(size):
-        yield ("val_set_size",), f"must be a share below 1 or a number of rows, not {size}"
+        yield ("val_set_size",), f"must be a fraction below 1 or a number of rows, not {size}"
     if size and values.get("test_datasets"):
         yield ("val_set_size",), "set this or test_datasets, not both"
     streamed = next((k for k in ("pretraining_dataset", "streaming") if values.get(k)), None)
@@ -213,9 +214,8 @@ def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:
     yield from _template(values, loc)
     kind = values.get("type")
     if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
-        near = difflib.get_close_matches(kind, TYPES, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(TYPES)}"
-        yield (*loc, "type"), f"{kind!r} is not a type of rows{hint}"
+        hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
+        yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
     shards, index = values.get("shards"), values.get("shards_idx", 0)
     if isinstance(shards, int) and isinstance(index, int) and index >= shards:
         yield (*loc, "shards_idx"), f"must be less than shards, which is {shards}"
@@ -241,7 +241,7 @@ def _output(values: Values) -> Iterator[Problem]:
     for key in ("save_steps", "eval_steps", "logging_steps"):
         every = values.get(key)
         if isinstance(every, float) and every > 1 and every != int(every):
-            yield (key,), f"must be a share below 1 or a number of steps, not {every}"
+            yield (key,), f"must be a fraction below 1 or a number of steps, not {every}"
     yield from _either(values, "saves_per_epoch", "save_steps")
     yield from _either(values, "evals_per_epoch", "eval_steps")
     for verb in ("save", "eval"):
@@ -270,7 +270,7 @@ def _output(values: Values) -> Iterator[Problem]:
     if resumes and values.get("save_only_model"):
         yield (
             (resumes[0],),
-            "needs save_only_model: false, since steps go on with the optimizer's state",
+            "needs save_only_model: false, because resuming needs the optimizer's state",
         )
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file to a checked recipe, with every problem reported at once, by line."""
+"""Read a YAML file as a checked recipe; report all problems at once, by line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .yaml_lines import read
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that has no mistake, though training may refuse it.
+    """A recipe without mistakes, though training may refuse it.
 
     Attributes:
         name: of the file, as it was given.
@@ -49,11 +49,11 @@ def load_recipe(
     Args:
         source: a YAML file, or its content as a mapping.
         overrides: keys that win over the file; a dotted key (``datasets.0.path``) goes inside.
-        consent: what the caller allows; None: nothing. No key can say that.
+        consent: what the caller allows; None: nothing. No key can allow it.
 
     Raises:
         RecipeError: lists every problem, with its key and line; also keys that ask for what is not
-            yet available, or that would run foreign code without the caller's word.
+            yet available, or that would run foreign code without the caller's permission.
     """
     checked = check(source, overrides, consent)
     if problems := refusals(checked.values):
@@ -112,7 +112,7 @@ def _rename(values: dict[str, Any], where: dict[Loc, str]) -> list[tuple[Loc, st
             continue
         value = values.pop(old)
         if values.get(new) is not None and value is not None:
-            problems.append(((old,), f"is the older name of {new}, which is set, too"))
+            problems.append(((old,), f"is the old name of {new}, which is set, too"))
             continue
         if value is not None or new not in values:
             values[new] = value
@@ -135,7 +135,7 @@ def _override(
                 where.setdefault(loc[:n], "override")
             where[loc] = "override"
         else:
-            problems.append((loc, "there is nothing at this place to override"))
+            problems.append((loc, "is not in the recipe, so it cannot be overridden"))
     return problems
 
 

@@ -77,4 +77,4 @@ def _in_folder(path: Path, shown: str) -> ModelSource:
         return ModelSource(str(path), files[0])
     if files:
         raise RecipeError(f"{shown} has several GGUF files; name one: {', '.join(files)}")
-    raise RecipeError(f"{shown} is no model: it has neither a config.json nor a GGUF file")
+    raise RecipeError(f"{shown} is not a model: it has neither a config.json nor a GGUF file")

@@ -26,7 +26,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise RecipeError(f"what is {word!r} for? Write --key value to set a key of the recipe")
+            raise RecipeError(
+                f"unexpected argument {word!r}; write --key value to set a key of the recipe"
+            )
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if equals:

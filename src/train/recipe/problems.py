@@ -1,8 +1,7 @@
-"""What is wrong with a recipe, in our words: which key, where, and what to write instead."""
+"""The problems of a recipe as messages: which key, where, and what to write instead."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ...errors import nearest
 from .keys.base import Keys, aliases, extra_of, nested
 from .recipe import Recipe
 from .secrets import hide
@@ -29,7 +29,7 @@ _FEW = 8
 
 
 def explained(error: ValidationError, values: Any) -> list[tuple[Loc, str]]:
-    """Pydantic's errors in our words; the branches of a union become one line.
+    """Pydantic's errors as messages; the branches of a union become one line.
 
     Args:
         error: what the validation of ``values`` raised.
@@ -92,8 +92,7 @@ def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
     odd = {special["value"]: special["status"] for special in extra_of(field).get("values", ())}
     usable = [name for name in names if odd.get(name) != "not yet available"]
     longer = [name for name in usable if name.startswith(value)]  # the first is the plainest
-    near = longer or difflib.get_close_matches(value, usable, n=1, cutoff=0.4)
-    return near[0] if near else None
+    return longer[0] if longer else nearest(value, usable)
 
 
 def _meant(near: str | None) -> str:
@@ -111,15 +110,8 @@ def model_at(loc: Loc) -> type[Keys]:
 
 
 def nearest_key(model: type[Keys], name: str) -> str | None:
-    """The key that was meant; of two that are about as near, the one that begins the same."""
-    names = [*model.model_fields, *aliases(model)]
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.75)
-    if not near:  # words left out: steps, for max_steps
-        words = set(name.split("_"))
-        near = [n for n in names if words <= set(n.split("_"))]
-        near = difflib.get_close_matches(name, near, n=5, cutoff=0.5)
-    start = name.partition("_")[0]
-    return next((n for n in near if n.partition("_")[0] == start), near[0] if near else None)
+    """The key that was meant, if one is near."""
+    return nearest(name, [*model.model_fields, *aliases(model)])
 
 
 def listed(name: str, problems: list[tuple[Loc, str]], where: Mapping[Loc, str]) -> str:

@@ -44,83 +44,85 @@ learning_rate: 2e-4
 
 ## How a recipe is read
 
-- Only `base_model` and `datasets` (or `pretraining_dataset`) must be there. Every other key has
+- Only `base_model` and `datasets` (or `pretraining_dataset`) are required. Every other key has
   the default below.
 - A key without a value, or with `null`, is unset: it has its default.
-- An unknown key is an error, with the nearest name. All problems of a file are listed at once,
-  each with its line, and nothing is loaded or written before.
-- A path is looked for beside the recipe, then in the current folder. `output_dir` and
-  `dataset_prepared_path` are relative to the current folder. A `path` of a dataset that is in
-  neither is an id of the Hugging Face hub, unless it looks like a file.
-- `2e-4` is a number. YAML's anchors work; a key that comes twice is an error.
+- An unknown key is an error, which suggests the nearest name if there is one. All problems of a
+  file are listed at once, each with its line, before anything is loaded or written.
+- Paths are looked up next to the recipe, then in the current folder. `output_dir` and
+  `dataset_prepared_path` are relative to the current folder. A dataset `path` that is found in
+  neither is an id on the Hugging Face hub, unless it looks like a file.
+- `2e-4` is a number. YAML anchors work; a duplicate key is an error.
 
 ## Keys on the command line
 
-Any key can be set there, and wins over the file. Values are read as YAML, dots go inside:
+Any key can be set on the command line, where it takes precedence over the file. Dashes and
+underscores are the same. Values are read as YAML, and dots reach into nested keys:
 
     fusewright train recipe.yaml --learning_rate 1e-4 --lora_r=32 --datasets.0.path other.jsonl
     fusewright train recipe.yaml --load_in_4bit --no-sample_packing
 
 ## Recipes and models that you do not trust
 
-A recipe, a dataset, a checkpoint and the folder of a run are data: nothing that they bring is
-executed, whatever they say. What would be, you allow in person, on the command line:
+A recipe, a dataset, a checkpoint and the folder of a run are data: no code in them is executed,
+whatever they say. Only you can allow that, on the command line:
 
 - `--trust-remote-code`: the Python code that comes with a model or its tokenizer, pickled weights
-  with more in them than tensors, attention kernels from the hub. All commands that load a model
+  that contain more than tensors, attention kernels from the hub. All commands that load a model
   have it.
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
 
-Without the switch the command ends and names it. `trust_remote_code: true` in a recipe is no more
-than a wish: a model that transformers has a class for is loaded with that. From Python, say
-`train(recipe, trust_remote_code=True)`; a mapping that is passed as the recipe is no word either.
-Other pickles (of a checkpoint, say) are read as tensors and numbers only, YAML makes no objects,
-and chat templates run in Jinja's sandbox.
+Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
+enough: if transformers has a class for the model, that class is used. From Python, call
+`train(recipe, trust_remote_code=True)`; the key in a recipe passed as a mapping is not enough,
+either. Other pickles (such as a checkpoint's) are read as tensors and numbers only, YAML creates
+no objects, and chat templates run in Jinja's sandbox.
 
-## What becomes of a key
+## The status of a key
 
     fusewright train recipe.yaml --dry-run
 
-prints each key of the recipe with its line, its value and what becomes of it, then the whole
-recipe with its defaults. It loads no weights and writes nothing. A key is
+prints each key of the recipe with its line, value and status, then the whole recipe with its
+defaults. It loads no weights and writes nothing. A key is
 
 - **honoured**: it does what it says;
-- **subsumed**: you have its effect already, by something else;
-- **not applicable**: it cannot change the run here, for the reason given;
-- **not yet available**: it would change the run, and cannot yet. `train` refuses such a recipe;
+- **subsumed**: something else already has its effect;
+- **not applicable**: it has no effect here, for the reason given;
+- **not yet available**: it would change the run in a way that is not implemented. `train` refuses
+  such a recipe;
 - or unknown, which is an error.
 
-Training says in a line which keys were subsumed or without effect. `fusewright schema` prints the
-same as a JSON schema. For completion in an editor, save it (`fusewright schema >
+Training prints one line about the keys that were subsumed or not applicable. `fusewright schema`
+prints this page as a JSON schema. For completion in an editor, save it (`fusewright schema >
 recipe.schema.json`) and put `# yaml-language-server: $schema=recipe.schema.json` at the top of a
 recipe.
 
 ## Coming from Axolotl
 
 The keys, their types and their defaults are Axolotl's. Its recipes for supervised training, with
-LoRA, QLoRA or all weights, run unchanged; older names of keys are taken, too. Begin with
-`--dry-run`. What is different:
+LoRA, QLoRA or all weights, run unchanged; older names of keys work, too. Start with `--dry-run`.
+The differences:
 
-- Unknown keys are errors. Axolotl drops them.
+- Unknown keys are errors. Axolotl ignores them.
 - Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
   `torch_compile`, `flash_attention`) are subsumed: the compiler does their work on any model, and
   `fusewright explain` shows what it did.
 - Without `save_steps` or `saves_per_epoch` there are no checkpoints, only the result. Validation
-  is done before and after training, whatever else is set.
+  always runs before and after training.
 - Preference methods (`rl`), several devices (`fsdp`, `deepspeed`, `context_parallel_size`, …) and
   plugins are not yet available.
 - `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
-  are fusewright's own. `strict` means that no known formula may stay as it is.
+  are fusewright's own. `strict` means that every known formula must be rewritten.
 
-There are {number} keys, with those of datasets.
+There are {number} keys, including those of datasets.
 """
 
 _GROUPS = {
     "ModelKeys": "Model and tokenizer",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
-    "OptimizationKeys": "Steps",
+    "OptimizationKeys": "Optimization",
     "OutputKeys": "Output",
     "TrackingKeys": "Trackers",
     "FusewrightKeys": "Fusewright's own",
@@ -132,7 +134,7 @@ _GROUPS = {
 _INNER: dict[type[Keys], str] = {
     Dataset: "An entry of `datasets` or `test_datasets`",
     PretrainingDataset: "An entry of `pretraining_dataset`: the same keys, and these",
-    PromptFormat: "A `type` that is spelled out",
+    PromptFormat: "A `type` written as keys",
     SpecialTokens: "`special_tokens`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
@@ -174,7 +176,7 @@ def _section(title: str, fields: dict[str, FieldInfo]) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "(needed)"
+        return "(required)"
     value = field.get_default(call_default_factory=True)
     return "" if value in (None, [], {}) else f"`{json.dumps(value)}`"
 

@@ -1,4 +1,4 @@
-"""What becomes of each key of a recipe: honoured, subsumed, not applicable, or not yet available.
+"""What each key of a recipe does: honoured, subsumed, not applicable, or not yet available.
 
 What a key's status is stands beside the key (``keys/``); here it is looked up for the values of one
 recipe. A value that asks for nothing (unset, false, the default) is honoured whatever the key.

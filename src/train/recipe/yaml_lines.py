@@ -76,7 +76,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file") from None
+        raise RecipeError(f"{path}: file not found") from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; name the recipe's YAML file") from None
     except UnicodeDecodeError as error:

@@ -65,11 +65,6 @@ def validate(
     return found
 
 
-def validation_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean loss of a trained token over all of ``batches``; the model's mode is kept."""
-    return _mean(*_sum(model, batches))
-
-
 def _reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
     """To be called after each batch: says how many there were, now and then."""
     done, last = 0, time.perf_counter()

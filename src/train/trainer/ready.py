@@ -25,6 +25,7 @@ def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> A
     """
     from transformers import set_seed
 
+    say(f"loading {recipe.base_model}")
     model = load_model(recipe)
     packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
     if packs and leaks(model, model.config.vocab_size, model.device):

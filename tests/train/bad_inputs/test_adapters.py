@@ -76,7 +76,7 @@ CASES = {
         late=True,
     ),
     "no weights": Bad(
-        changed(lambda folder: (folder / FILE).unlink()), f"has no {FILE}", "not copied as whole"
+        changed(lambda folder: (folder / FILE).unlink()), f"has no {FILE}", "was not completed"
     ),
     "weights that end too early": Bad(
         changed(lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:9000])),
@@ -89,7 +89,8 @@ CASES = {
     ),
     "a flatter base": Bad(
         changed(nothing, num_hidden_layers=1),
-        "14 of its tensors have no place there, such as base_model.model.model.layers.1.",
+        "14 of its tensors do not exist in the base model, such as "
+        "base_model.model.model.layers.1.",
         "set base_model to the model that it was trained on", late=True,
     ),
     "another rank": Bad(
@@ -101,7 +102,7 @@ CASES = {
         late=True,
     ),
     "other layers": Bad(
-        changed(config(target_modules=["c_attn"])), "the layers that it adapts do not exist there",
+        changed(config(target_modules=["c_attn"])), "the layers that it adapts do not exist in",
         "set base_model", late=True,
     ),
 }  # fmt: skip

@@ -43,17 +43,17 @@ def nothing(folder: Path) -> None:
 
 
 CASES = {
-    "no such command": Bad(words("trian", "x"), "no such command 'trian'", "did you mean 'train'"),
+    "no such command": Bad(words("trian", "x"), "no such command 'trian'", "did you mean train?"),
     "no such option": Bad(
-        words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max_tokens",
-        "fusewright generate --help lists what there is",
+        words("generate", "run", "hi", "--max_tokens", "3"), "no such option: --max-tokens",
+        "did you mean --max-new-tokens? See fusewright generate --help",
     ),
     "no recipe": Bad(words("train"), "train: missing argument", "fusewright train --help"),
     "text for a number": Bad(
-        words("generate", "run", "hi", "--top_k", "x"), "value for '--top_k'", "--help lists"
+        words("generate", "run", "hi", "--top_k", "x"), "value for '--top-k'", "; see fusewright"
     ),
     "no number of layers": Bad(
-        words("explain", "llama", "--layers", "0"), "invalid value for '--layers'", "--help lists"
+        words("explain", "llama", "--layers", "0"), "invalid value for '--layers'", "; see fuse"
     ),
     "an unknown model": Bad(words("explain", "./llamma"), "./llamma", "there is no"),
     "a run that is not there": Bad(
@@ -71,7 +71,7 @@ CASES = {
     ),
     "a broken run.json": Bad(
         on(lambda run: (run / "run.json").write_text("{oops"), "eval"),
-        "run.json is not valid JSON", "copy it again",
+        "run.json is not valid JSON", "copy the run again",
     ),
     "a run with checkpoints alone": Bad(
         on(lambda run: (run / "checkpoint-5").mkdir(), "generate", "hi"),
@@ -87,14 +87,14 @@ CASES = {
             ],
             "generate", "hi",
         ),
-        "the base model is missing", "--base_model BASE says where it is now",
+        "the base model is missing", "--base-model BASE says where it is now",
     ),
     "no prompt": Bad(
         lambda box: ["generate", str(box.base)], "there is no prompt", "or - to read it from stand"
     ),
     "two prompts": Bad(
         lambda box: ["generate", str(box.base), "hi", "--file", "rows.jsonl"],
-        "a prompt and --file", "say one of them",
+        "give a prompt or --file", "not both",
     ),
     "a prompt that is not UTF-8": Bad(
         said("a\udce4"), "the prompt is not text: character 2", "write it as UTF-8"

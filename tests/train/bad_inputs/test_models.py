@@ -107,7 +107,7 @@ CASES = {
         "base_model: needs Python code that comes with it", "--trust-remote-code",
     ),
     "no language model": Bad(
-        config(model_type="vit"), "is a kind of model", "cannot train as a causal language one"
+        config(model_type="vit"), "is not a causal language model", "that generates text"
     ),
     "text for a size": Bad(
         config(hidden_size="big"), "base_model", "Field 'hidden_size' expected int, got str"
@@ -119,9 +119,9 @@ CASES = {
     ),
     "weights that end at once": Bad(only(WEIGHTS, 50), WEIGHTS, "only a part of it; download"),
     "garbage for weights": Bad(
-        holds(WEIGHTS, b"\xff" * 999), WEIGHTS, "does not begin as safetensors do; download"
+        holds(WEIGHTS, b"\xff" * 999), WEIGHTS, "does not start like a safetensors file"
     ),
-    "a pointer for weights": Bad(holds(WEIGHTS, POINTER), WEIGHTS, "fetch it with git lfs pull"),
+    "a pointer for weights": Bad(holds(WEIGHTS, POINTER), WEIGHTS, "run git lfs pull"),
     "a part that is missing": Bad(
         sharded(lambda folder: sorted(folder.glob("model-*"))[1].unlink()),
         "model-00002-of-", "is not there; download the model",
@@ -138,21 +138,21 @@ CASES = {
     ),
     "other sizes": Bad(
         config(intermediate_size=128),
-        "model.layers.0.mlp.down_proj.weight is (32, 64) in the file and (32, 128) by the config",
-        "take both from the same model", late=True,
+        "model.layers.0.mlp.down_proj.weight is (32, 64) in the file and (32, 128) acc",
+        "both must come from the same model", late=True,
     ),
     "a layer too many": Bad(
         config(num_hidden_layers=3),
         "no weights for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight",
-        "take config.json and weights from the same model", late=True,
+        "config.json and weights must come from", late=True,
     ),
     "pickled code": Bad(
         pickled(lambda path: torch.save({"x": Harmful()}, path)),
-        "pytorch_model.bin holds more than tensors (io.open)", "take a copy of the model in safet",
+        "pytorch_model.bin contains more than tensors (io.open)", "use a copy of the model",
     ),
     "pickled code of old": Bad(
         pickled(lambda path: path.write_bytes(pickle.dumps({"x": Harmful()}, protocol=2))),
-        "its file of weights holds more than tensors", "copy of the model in safet", late=True,
+        "its file of weights contains more than tensors", "copy of the model in safet", late=True,
     ),
     "half a pickle": Bad(
         pickled(half_a_pickle), "pytorch_model.bin is damaged: its end is missing", "download the"
@@ -165,7 +165,7 @@ CASES = {
         holds("tokenizer.json", "{oops"), "tokenizer.json is not valid JSON", "download the model"
     ),
     "an empty tokenizer": Bad(
-        holds("tokenizer.json", "{}"), "tokenizer.json is damaged", "holds no tokenizer; download"
+        holds("tokenizer.json", "{}"), "tokenizer.json is damaged", "contains no tokenizer"
     ),
     "a broken tokenizer_config": Bad(
         holds("tokenizer_config.json", "[]"), "tokenizer_config.json is damaged", "download the mo"
@@ -174,7 +174,7 @@ CASES = {
         lambda box: box.recipe(tokenizer_config="./nowhere"), "tokenizer_config", "there is no ./no"
     ),
     "no class of this name": Bad(
-        lambda box: box.recipe(tokenizer_type="LamaTokenizer"), "tokenizer_type", "leave it out, or"
+        lambda box: box.recipe(tokenizer_type="LamaTokenizer"), "tokenizer_type", "leave the key"
     ),
     "a template that is no Jinja": Bad(
         holds("chat_template.jinja", "{% for %}"), "chat_template: line 1 of it", "not valid Jinja"
@@ -184,7 +184,7 @@ CASES = {
     ),
     "values that it has not": Bad(
         lambda box: box.recipe(overrides_of_model_config={"rms_eps": 1}),
-        "overrides_of_model_config", "LlamaConfig has no value named rms_eps",
+        "overrides_of_model_config", "LlamaConfig has no attribute rms_eps",
     ),
 }  # fmt: skip
 

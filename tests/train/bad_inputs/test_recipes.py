@@ -66,13 +66,13 @@ CASES = {
         lambda box: ["train", str(box.folder)], "is a folder", "name the recipe's YAML file"
     ),
     "no recipe": Bad(
-        lambda box: ["train", "no.yaml"], "no.yaml", "there is no such file"
+        lambda box: ["train", "no.yaml"], "no.yaml", "file not found"
     ),
     "keys before the recipe": Bad(
         lambda box: ["train", "--max_steps", "3"], "train: name the recipe first",
         "fusewright train RECIPE.yaml --max_steps",
     ),
-    "an override without a key": Bad(words("5"), "what is '5' for?", "Write --key value"),
+    "an override without a key": Bad(words("5"), "unexpected argument '5'", "write --key value"),
     "an override of another type": Bad(
         words("--max_steps", "x"), "override: max_steps", "must be a whole number, not 'x'"
     ),

@@ -95,7 +95,7 @@ def test_what_is_left_out_is_named(
     if not names:
         assert said == ""
     else:
-        start = f"rows, line 7: the chat template leaves out what this row has: {names}; take a "
+        start = f"rows, line 7: the chat template leaves out what this row has: {names}; use a "
         assert said.startswith(start)
 
 
@@ -145,7 +145,7 @@ def test_special_tokens_in_the_words_of_others_are_said(tmp_path: Path) -> None:
     prepared = prepare(Recipe(base_model="x", datasets=[dataset]), make_tokenizer())
     assert prepared.counts["special_tokens_in_text"] == 2
     (line,) = warnings(prepared.counts)
-    assert line.startswith("warning: 2 rows have special tokens of the tokenizer in the words of")
+    assert line.startswith("warning: 2 rows have special tokens in user, tool or prompt text")
     prompts = [{"instruction": f"Say {end}", "output": "a"}, {"instruction": "b", "output": end}]
     path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     dataset = Dataset(path=str(path), type="alpaca")

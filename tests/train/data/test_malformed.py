@@ -146,7 +146,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "a damaged saved dataset": (folder_with("state.json"), "data: cannot be read by datasets"),
     "a split of a file": (text(GOOD, split="test"), "a file has only the split 'train', not 'tes"),
-    "a split that is none": (text(GOOD, split="train["), "'train[' is no split; write train, "),
+    "a split that is none": (text(GOOD, split="train["), "'train[' is not a split; write train, "),
     "a builder that fails": (
         builder("raise SystemExit('no disk')"), "did not build",
     ),
@@ -242,7 +242,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "a template that is no Jinja": (base(_broken), "chat_template: line 2 of it is not valid Jinj"),
     "a template that refuses": (base(_refusing), "line 1: the chat template refuses this conversa"),
     "an end outside of the marks": (
-        base(_late_end), "no row trains '<|im_end|>', the token that stands behind answers",
+        base(_late_end), "no row trains '<|im_end|>', the token that follows answers",
     ),
     "a template without ends": (
         base(_no_end), "no row trains '<|im_end|>', the token that should end answers",

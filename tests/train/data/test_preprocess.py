@@ -38,7 +38,7 @@ def test_debug_shows_tokens_with_marks(file: Path, tmp_path: Path) -> None:
         "--val_set_size", "0",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "kept nowhere" in done.stdout
+    assert "not kept" in done.stdout
     assert not (tmp_path / "last_run_prepared").exists()
     text = done.stdout[done.stdout.index("sample 1:") :]
     assert "<|im_start|>/1 u/87 s/85" in text

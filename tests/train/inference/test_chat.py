@@ -67,7 +67,7 @@ def test_every_turn_sees_the_ones_before() -> None:
 def test_reset_forgets_and_keeps_the_system_text() -> None:
     prompts, said = conversation("one", "/reset", "two", system="S")
     assert prompts[1] == turn("system", "S") + turn("user", "two") + ASKS
-    assert "[forgotten]" in said
+    assert "[conversation cleared]" in said
 
 
 def test_system_is_set_and_taken_away() -> None:
@@ -90,7 +90,7 @@ def test_save_appends_a_row_that_can_be_trained_on(tmp_path: Path) -> None:
     _, said = conversation(
         f"/save {file}", "one", f"/save {file}", "/reset", "two", f"/save {file}", system="S"
     )
-    assert said.startswith("[there is nothing to save yet]")
+    assert said.startswith("[nothing to save yet]")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [
         {
@@ -109,8 +109,8 @@ def test_save_appends_a_row_that_can_be_trained_on(tmp_path: Path) -> None:
 def test_exit_and_what_is_no_command() -> None:
     prompts, said = conversation("/nonsense", "/save", "", "/exit", "one")
     assert prompts == []
-    assert "/nonsense is no command" in said
-    assert "/save is no command, or lacks something" in said
+    assert "/nonsense is not a command" in said
+    assert "/save is not a command, or its argument is missing" in said
     assert "/reset " in said
 
 
@@ -120,12 +120,12 @@ def test_the_oldest_turns_go_when_there_is_no_room() -> None:
     assert "0xxx" in prompts[0]
     assert "0xxx" not in prompts[3]
     assert "2xxx" in prompts[3]
-    assert "[the oldest 1 turns no longer fit and are forgotten]" in said
+    assert "[the oldest 1 turns no longer fit and are dropped]" in said
 
 
 def test_a_line_that_alone_is_too_long_is_said_so_and_forgotten() -> None:
     prompts, said = conversation("x" * 600, "one")
-    assert "no more than 512" in said
+    assert "accepts at most 512" in said
     assert prompts == [turn("user", "one") + ASKS]
 
 
@@ -145,7 +145,7 @@ def test_over_a_pipe(trained: Path) -> None:
     ]
     assert [line.strip() for line in done.stdout.splitlines()] == [
         alone[0],
-        "[forgotten]",
+        "[conversation cleared]",
         alone[1],
     ]
 
@@ -216,7 +216,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for(r"What is 3\?\r\n.")  # echo, and the answer begins
     terminal.wait_for(r"\[stopped\]\r\n> ", poke="\x03")
     terminal.wait_for(r"/exit or Ctrl-D ends\.\r\n> ", poke="\x03")  # there is nothing to stop
-    terminal.wait_for(r"\[forgotten\]\r\n> ", poke="/reset\n")
+    terminal.wait_for(r"\[conversation cleared\]\r\n> ", poke="/reset\n")
     terminal.type("/exit\n")
     assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.seen

@@ -102,9 +102,9 @@ def test_other_runs(recipe: dict[str, Any], tmp_path: Path, changes: dict[str, A
 
 
 def test_what_is_refused(trained: Path, base: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    assert "nothing says which rows it was validated on; name a dataset" in refused("eval", base)
+    assert "its validation rows are unknown; name a dataset" in refused("eval", base)
     missing = tmp_path / "no.jsonl"
-    assert refused("eval", trained, "--data", missing) == f"{missing}: there is no such file"
+    assert refused("eval", trained, "--data", missing) == f"{missing}: file not found"
     file = tmp_path / "bad.jsonl"
     file.write_text("{oops\n")
     assert "bad.jsonl, line 1: not valid JSON" in refused("eval", trained, "--data", file)
@@ -125,10 +125,10 @@ def test_a_recipe_that_this_version_does_not_know(trained: Path, tmp_path: Path)
     run["recipe"]["val_set_size"] = "many"
     (folder / "run.json").write_text(json.dumps(run))
     said = refused("eval", folder)
-    assert "run.json was written by another version: its recipe's val_set_size" in said
+    assert "run.json was written by another version: this version does not know" in said
     run["recipe"] |= {"val_set_size": 8, "lora_rr": 3}
     (folder / "run.json").write_text(json.dumps(run))
-    assert "another version: its recipe's lora_rr" in refused("generate", folder, "hello")
+    assert "know its recipe's lora_rr" in refused("generate", folder, "hello")
 
 
 def test_other_rows_are_read_as_those_of_the_run(tmp_path: Path) -> None:

@@ -201,9 +201,9 @@ def test_an_error_in_the_stream_is_raised_where_it_is_read(tokenizer: Any) -> No
 def test_no_more_than_the_model_has_positions_for(trained: Path, loaded: tuple[Any, Any]) -> None:
     writer = TextGenerator(*loaded, Sampling(100))
     assert writer.room([1] * 500) == 12
-    with pytest.raises(ModelError, match=r"the prompt has 6\d\d tokens, .* no more than 512"):
+    with pytest.raises(ModelError, match=r"the prompt has 6\d\d tokens, .* accepts at most 512"):
         writer.prompt([{"role": "user", "content": "x" * 600}])
-    assert "no more than 512" in refused("generate", trained, "x" * 600)
+    assert "accepts at most 512" in refused("generate", trained, "x" * 600)
 
 
 def test_a_template_that_refuses(trained: Path, tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_kinds_of_prompts(tmp_path: Path) -> None:
         ("{}", "line 1: must be a text"),
         ('{"messages": []}', "line 1: must be a text"),
         ('{"messages": [{"role": "user"}]}', "line 1: must be a text"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: there is nothing"),
-        ("", "there is no prompt in it"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: it ends with an answer"),
+        ("", "the file has no prompts"),
     ],
 )
 def test_bad_prompts(tmp_path: Path, line: str, said: str) -> None:
@@ -249,5 +249,5 @@ def test_bad_prompts(tmp_path: Path, line: str, said: str) -> None:
 
 def test_what_is_refused(trained: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused("generate", trained, "--file", tmp_path / "no.jsonl")
-    assert "say one of them" in refused("generate", trained, "Hi", "--file", tmp_path / "no.jsonl")
+    assert "not both" in refused("generate", trained, "Hi", "--file", tmp_path / "no.jsonl")
     assert "there is no prompt" in refused("generate", trained)

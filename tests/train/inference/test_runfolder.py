@@ -70,7 +70,7 @@ def test_a_base_that_has_moved(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     said = refused("generate", adapter, "hello")
     assert "the base model is missing" in said
-    assert "--base_model BASE says where it is now" in said
+    assert "--base-model BASE says where it is now" in said
     assert load_run(open_run(adapter, str(tmp_path / "elsewhere")))
 
 
@@ -84,7 +84,7 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "base" / "tokenizer_config.json", tmp_path / "other")
     assert config["hidden_size"] == 32
     said = refused("generate", adapter, "hello", "--base_model", tmp_path / "other")
-    assert "the adapter does not fit the base model: " in said
+    assert "the adapter does not match the base model: " in said
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "chat", "merge"])
@@ -104,7 +104,7 @@ def test_folders_of_no_use(tmp_path: Path, command: str) -> None:
     (empty / "run.json").write_text("{oops")
     assert "run.json is not valid JSON: " in said(empty)
     (empty / "run.json").write_text("[]")
-    assert "run.json is damaged: it holds no object" in said(empty)
+    assert "run.json is damaged: it is not a JSON object" in said(empty)
     (empty / "run.json").unlink()
     (empty / "checkpoint-9").mkdir()
     (empty / "checkpoint-10").mkdir()
@@ -112,7 +112,7 @@ def test_folders_of_no_use(tmp_path: Path, command: str) -> None:
     (empty / "adapter_config.json").write_text("{}")
     assert "has adapter_config.json but no adapter_model.safetensors" in said(empty)
     (empty / "adapter_model.safetensors").write_bytes(b"")
-    assert "does not name the base model; --base_model does" in said(empty)
+    assert "does not name the base model; --base-model does" in said(empty)
 
 
 def test_a_model_without_its_configuration(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_model_without_its_configuration(tmp_path: Path) -> None:
 
 
 def test_no_base_for_a_whole_model(base: Path) -> None:
-    assert "has no base: no --base_model" in refused("eval", base, "--base_model", base)
+    assert "has no base: no --base-model" in refused("eval", base, "--base_model", base)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["nowhere"]], ids=str)

@@ -138,14 +138,14 @@ def test_a_model_is_not_trained_into_its_own_folder(tmp_path: Path, key: str) ->
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    assert problems(tmp_path / "no.yaml") == [f"{tmp_path / 'no.yaml'}: there is no such file"]
+    assert problems(tmp_path / "no.yaml") == [f"{tmp_path / 'no.yaml'}: file not found"]
     (tmp_path / "bad.yaml").write_bytes(b"a: \xff\xfe")
     assert "cannot be read" in problems(tmp_path / "bad.yaml")[0]
 
 
 def test_an_override_of_something_that_is_not_there(tmp_path: Path) -> None:
     said = problems(write(tmp_path, GOOD), **{"datasets.4.path": "x"})
-    assert said[0].endswith("datasets.4.path: there is nothing at this place to override")
+    assert said[0].endswith("datasets.4.path: is not in the recipe, so it cannot be overridden")
 
 
 @pytest.mark.parametrize(

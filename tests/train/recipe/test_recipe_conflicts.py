@@ -114,7 +114,7 @@ TOGETHER = [
     good(
         "names",
         "eval_strategy: no\nevaluation_strategy: no\n",
-        "5: evaluation_strategy: is the older",
+        "5: evaluation_strategy: is the old name",
     ),
     good(
         "again",
@@ -141,7 +141,7 @@ TOGETHER = [
     good(
         "part of steps",
         "save_steps: 1.5\n",
-        "4: save_steps: must be a share below 1 or a number of",
+        "4: save_steps: must be a fraction below 1 or a number of",
     ),
 ]
 

@@ -103,7 +103,7 @@ TYPES = [
     good(
         "part of rows",
         "val_set_size: 1.5\n",
-        "4: val_set_size: must be a share below 1 or a number",
+        "4: val_set_size: must be a fraction below 1 or a number",
     ),
 ]
 
@@ -154,11 +154,11 @@ OVERRIDES = [
     good("unknown key", "", "override: lora_rank: is not a key", "--lora_rank", "4"),
     good("wrong type", "", "override: max_steps: must be a whole number, not 'x'", "--max_steps=x"),
     good(
-        "no such place", "", "datasets.4.path: there is nothing at this", "--datasets.4.path", "x"
+        "no such place", "", "datasets.4.path: is not in the recipe, so", "--datasets.4.path", "x"
     ),
     good("no value", "", "--max_steps needs a value", "--max_steps"),
     good("no such switch", "", "--no-max_steps needs a value", "--no-max_steps"),
-    good("no key", "", "what is '5' for? Write --key value", "5"),
+    good("no key", "", "unexpected argument '5'; write --key value", "5"),
 ]
 
 CASES = [*SYNTAX, *TYPES, *PLACES, *OVERRIDES]
@@ -173,7 +173,7 @@ def test_a_recipe_with_a_mistake(
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    assert refused(tmp_path, str(tmp_path / "no.yaml")).endswith("no.yaml: there is no such file")
+    assert refused(tmp_path, str(tmp_path / "no.yaml")).endswith("no.yaml: file not found")
     assert "is a folder; name the recipe's YAML file" in refused(tmp_path, str(tmp_path))
     (tmp_path / "bad.yaml").write_bytes(b"a: b\nc: \xff\xfe")
     message = refused(tmp_path, str(tmp_path / "bad.yaml"))

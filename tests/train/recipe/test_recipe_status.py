@@ -1,7 +1,8 @@
-"""What becomes of each key of a recipe, and what a dry run shows of it."""
+"""What each key does of a recipe, and what a dry run shows of it."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import yaml
 
 from fusewright.errors import RecipeError
-from fusewright.train.dry_run import resolved_yaml
+from fusewright.train.dry_run import resolved_yaml, show
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries, messages, refusals
+from fusewright.train.terminal import Terminal
 
 from ..commands import fusewright, snapshot
 
@@ -189,21 +191,23 @@ def test_what_a_dry_run_resolves_is_the_same_recipe(file: Path, tmp_path: Path) 
     assert yaml.safe_load(resolved_yaml(first)) == yaml.safe_load(resolved_yaml(second))
 
 
-def test_a_narrow_terminal_has_the_notes_below_the_values(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_dry_run_breaks_no_word(file: Path, tmp_path: Path, width: int) -> None:
+    long = f"{tmp_path}/{'a_long_folder_name/' * 4}out"
+    console = Terminal(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    show(check(file, {"rl": None, "output_dir": long}), console)
+    text = console.file.getvalue().partition("# the recipe")[0]
+    assert {long, "rewrite", "output_dir", "honoured"} <= set(text.split())
+
+
+def test_a_dry_run_in_a_pipe_is_not_wrapped(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rich.console import Console
-
-    from fusewright.train.dry_run import show
-
-    console = Console(width=80, record=True, quiet=True)
-    console.quiet = False
-    with console.capture() as captured:
-        show(check(file, {"rl": None}), console)
-    table = captured.get().partition("# the recipe")[0]
-    assert "note" not in table
-    assert "rewrite rope" in " ".join(table.split())
-    assert max(map(len, table.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "60")
+    long = "a long title " * 12
+    show(check(file, {"rl": None, "hub_revision": long.strip()}), Terminal())
+    table = capsys.readouterr().out.partition("# the recipe")[0]
+    assert long.strip() in table
 
 
 def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(

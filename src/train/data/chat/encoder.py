@@ -60,13 +60,13 @@ class ChatEncoder:
             )
         if not self.tokenizer.is_fast:
             raise RecipeError(
-                "the tokenizer of base_model is not a fast one: its tokens cannot be traced to the "
-                "text"
+                "the tokenizer of base_model is not a fast one: its tokens cannot be mapped to "
+                "characters"
             )
         texts = source if isinstance(source, dict) else {"default": source}
         if "default" not in texts:
             raise RecipeError(
-                "the tokenizer has several chat templates and no default; name one with "
+                "the tokenizer has several chat templates but no default; name one with "
                 "chat_template"
             )
         added = self.tokenizer.added_tokens_decoder
@@ -151,6 +151,6 @@ def _assigned(chat: Chat, marks: list[Span]) -> list[Placed]:
     if len(marks) != len(answers):
         raise DataError(
             f"{chat.where}: the chat template marks {len(marks)} answers and the conversation has "
-            f"{len(answers)}, so that the messages' own training flags cannot be followed"
+            f"{len(answers)}, so training flags of messages cannot be applied"
         )
     return [(i, Turn(*mark, mark)) for i, mark in zip(answers, marks, strict=True)]

@@ -120,7 +120,7 @@ class Features:
     def _said(self, chat: Chat, lost: list[tuple[str, str]]) -> str:
         names = ", ".join(name for name, _ in lost)
         remedies = [_REMEDIES[remedy] for _, remedy in lost if remedy]
-        others = "take a chat_template that writes it, or take it out of the rows"
+        others = "use a chat_template that writes it, or remove it from the rows"
         return (
             f"{chat.where}: the chat template leaves out what this row has: {names}; "
             f"{', or '.join([others, *dict.fromkeys(remedies)])}"

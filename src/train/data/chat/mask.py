@@ -98,7 +98,7 @@ class Masker:
         return Tokens(chat.where, ids, joined(spans), frozenset(ends))
 
     def only_answers(self, chat: Chat) -> bool:
-        """Whether nobody but the assistant is trained in a conversation."""
+        """Whether only the assistant's messages are trained in a conversation."""
         if self.rules.roles != {"assistant"}:
             return False
         pairs = zip(chat.messages, chat.train or (), strict=False)
@@ -158,7 +158,9 @@ class Masker:
             if text[begin_of(end) : encoding.token_to_chars(end)[1]].strip():
                 break
             end -= 1
-        if ids[end] in self.special:  # the line break after the end of the turn is nobody's
+        if (
+            ids[end] in self.special
+        ):  # the line break after the end of the turn belongs to no message
             return first, end + 1
         if behind < len(ids) and ids[behind] in self.special:  # marks that leave the end out
             behind += 1

@@ -75,7 +75,7 @@ class Analysis:
             where: file and line, for the error.
 
         Raises:
-            DataError: an answer cannot be told apart.
+            DataError: an answer cannot be located.
         """
         turns: list[Turn | None] = []
         at = 0
@@ -102,7 +102,7 @@ class Analysis:
         """Where the turn of the assistant's message ``i`` begins and ends in ``text``.
 
         Raises:
-            DataError: it cannot be told apart.
+            DataError: it cannot be located.
         """
         begin = self._begin(messages, i, tools, text, where)
         last = i + 1 == len(messages)
@@ -113,7 +113,7 @@ class Analysis:
         if marked is None:
             raise DataError(
                 f"{where}: the chat template changes earlier turns, so the answer in message "
-                f"{i + 1} cannot be told apart; mark it with {{% generation %}} in the template"
+                f"{i + 1} cannot be located; mark it with {{% generation %}} in the template"
             )
         return marked
 

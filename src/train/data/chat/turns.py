@@ -84,7 +84,7 @@ class Turns:
             template merges or drops, for example).
 
         Raises:
-            DataError: an answer cannot be told apart.
+            DataError: an answer cannot be located.
         """
         plain = all(
             len(m) == 2 and isinstance(m.get("content"), str) and "role" in m for m in messages

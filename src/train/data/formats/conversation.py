@@ -140,7 +140,7 @@ class Conversation:
                 return name
             known = ", ".join(self.roles)
             raise DataError(
-                f"{where}: message {i} has the role {name!r}, which is none of {known}; map it "
+                f"{where}: message {i} has the role {name!r}, which is not one of {known}; map it "
                 f"with roles: {{assistant: [{name}]}}, or whichever role it is"
             )
         return self.roles[name]

@@ -244,10 +244,10 @@ class Encoder:
             if policies[token] == "none":
                 continue
             text = self.tokenizer.convert_ids_to_tokens(token)
-            where = "that stands behind answers" if token in ends else "that should end answers"
+            where = "that follows answers" if token in ends else "that should end answers"
             raise DataError(
-                f"{path}: no row trains {text!r}, the token {where}, so that the model would never "
-                "learn to stop: let the chat template write it right behind the answer (and in its "
+                f"{path}: no row trains {text!r}, the token {where}, so the model would never "
+                "learn to stop: let the chat template write it right after the answer (and in its "
                 "generation marks, if it has any), name the token that ends turns in eot_tokens, "
                 "or set train_on_eos: none for this dataset"
             )

@@ -30,7 +30,7 @@ SHORTEST, LONGEST = 40, 2000
 """Length limits of a docstring, in characters."""
 
 SKIPPED = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}
-"""Modules that do something when imported (a browser, a poem), need a screen, or are no library."""
+"""Modules that act when imported (a browser, a poem), need a screen, or are not libraries."""
 
 
 def modules() -> Iterator[ModuleType]:

@@ -53,7 +53,7 @@ def read_file(
     try:
         yield from reader(path, progress or (lambda share: None))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        said = "what is packed in it is damaged, or not whole: copy it again"
+        said = "the compressed file is damaged or incomplete: copy it again"
         if isinstance(error, OSError) and error.errno is not None:
             said = first_line(error)
         raise DataError(f"{path}: cannot be read: {said}") from None

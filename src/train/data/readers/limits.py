@@ -61,8 +61,8 @@ def warnings(counts: Mapping[str, int]) -> list[str]:
         return []
     rows = "1 row has" if number == 1 else f"{number:,} rows have"
     return [
-        f"warning: {rows} special tokens of the tokenizer in the words of users, tools or prompts, "
-        "where they can end a turn or begin one; preprocess --debug shows them"
+        f"warning: {rows} special tokens in user, tool or prompt text, where they can end or begin "
+        "a turn; preprocess --debug shows them"
     ]
 
 

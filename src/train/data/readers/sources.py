@@ -118,7 +118,8 @@ def find(
     split = _SPLIT.fullmatch(dataset.split or "train")
     if split is None:
         raise DataError(
-            f"{key}: split: {dataset.split!r} is no split; write train, train[:100] or train[:10%]"
+            f"{key}: split: {dataset.split!r} is not a split; write train, train[:100] or "
+            "train[:10%]"
         )
     if own:
         _require_train(path, split["name"])
@@ -127,7 +128,7 @@ def find(
         return replace(_in_folder(dataset, path, split["name"]), limit=limit)
     if path.exists() or path.is_absolute() or dataset.ds_type:
         if not path.exists():
-            raise DataError(f"{path}: there is no such file")
+            raise DataError(f"{path}: file not found")
         if not own and not path.is_file():
             raise DataError(f"{path}: is a pipe or a device: save its rows in a file first")
         _require_train(path, split["name"])
@@ -182,7 +183,7 @@ def _in_folder(dataset: Dataset, path: Path, split: str) -> DataSource:
     except RuntimeError as error:
         raise DataError(
             f"{path}: cannot be read: {first_line(error)}. Nothing of this folder is run; name its "
-            "data files by `data_files`, or the Python file that writes them by `builder`"
+            "data files in `data_files`, or the Python file that writes them in `builder`"
         ) from None
     if split not in files:
         raise DataError(f"{path}: there is no split {split!r}, only {', '.join(files)}")
@@ -219,8 +220,8 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
 
     if dataset.path in _READERS_OF_CODE:
         raise DataError(
-            f"{dataset.path}: this is no dataset but a reader of the datasets library, and what it "
-            "reads can run code; convert the file to .jsonl or .parquet"
+            f"{dataset.path}: this is a file format of the datasets library, not a dataset, and "
+            "loading it can run code; convert the file to .jsonl or .parquet"
         )
     files = dataset.data_files
     try:
@@ -231,6 +232,6 @@ def _on_hub(dataset: Dataset, split: str, streaming: bool) -> Any:
     except Exception as error:
         # no network, no such dataset, no permission, a bad split: each is a class of its own
         raise DataError(
-            f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; a file or "
-            "folder of this name is not here either"
+            f"{dataset.path}: cannot be loaded from the hub: {first_line(error)}; there is no "
+            "local file or folder of this name either"
         ) from None

@@ -11,14 +11,14 @@ class LoftQ(Keys):
     """``peft.loftq_config``."""
 
     loftq_bits: Int = key(4, gt=0)
-    """Bits of the quantization that the adapters make up for."""
+    """Bits of the quantization whose error the adapters start from."""
 
 
 class PeftKeys(Keys):
     """``peft``: further settings of PEFT."""
 
     loftq_config: LoftQ | None = not_yet("leave it out")
-    """Begin the adapters at what quantization loses. Unset: no."""
+    """Initialize the adapters with the quantization error. Unset: no."""
 
     backend: Literal["bnb", "torchao"] | None = key(
         values={"torchao": ("not yet available", "use bnb (bitsandbytes)")}
@@ -29,7 +29,7 @@ class PeftKeys(Keys):
     """Dtype of the quantized weights. Unset: see ``load_in_4bit``."""
 
     group_size: Int | None = not_yet("use bnb_config_kwargs")
-    """Weights that share a scale. Unset: the method's own."""
+    """Number of weights that share a scale. Unset: the method's own."""
 
 
 class AdapterKeys(Keys):
@@ -44,7 +44,7 @@ class AdapterKeys(Keys):
     """A folder with an adapter to continue training from. Unset: a new one."""
 
     lora_r: Int = key(8, gt=0)
-    """Rank of the update."""
+    """Rank of the update of each layer."""
 
     lora_alpha: Int = key(16, gt=0)
     """Scale of the update, times ``lora_r``: it is multiplied by ``lora_alpha / lora_r``."""
@@ -56,9 +56,9 @@ class AdapterKeys(Keys):
     """Adapt every linear layer except the output head."""
 
     lora_target_modules: list[str] | str | None = None
-    """Names of the layers to adapt, e.g. ``[q_proj, v_proj]``; adds to ``lora_target_linear``. One
-    text is a regular expression for whole names, and ``all-linear`` is every linear layer. Unset:
-    see ``lora_target_linear``."""
+    """Names of the layers to adapt, e.g. ``[q_proj, v_proj]``; adds to ``lora_target_linear``. A
+    single string is a regular expression for whole names, and ``all-linear`` is every linear layer.
+    Unset: see ``lora_target_linear``."""
 
     lora_target_parameters: list[str] | str | None = None
     """Names of bare parameters to adapt, e.g. the experts of a mixture. Unset: none."""
@@ -89,11 +89,11 @@ class AdapterKeys(Keys):
     """The name of the list of blocks, for ``peft_layers_to_transform``. Unset: PEFT finds it."""
 
     peft_layer_replication: list[tuple[Int, Int]] | None = None
-    """Ranges of blocks to stack anew. Unset: as they are."""
+    """Ranges of blocks to repeat, as PEFT's ``layer_replication``. Unset: none."""
 
     peft_init_lora_weights: bool | str | None = None
-    """How adapters begin, as PEFT's ``init_lora_weights``, e.g. ``pissa``. Unset: the update is
-    zero."""
+    """How adapters are initialized, as PEFT's ``init_lora_weights``, e.g. ``pissa``. Unset: the
+    update is zero."""
 
     peft_trainable_token_indices: list[Int] | dict[str, list[Int]] | None = None
     """Ids of tokens whose embeddings are trained. Unset: none."""
@@ -108,17 +108,17 @@ class AdapterKeys(Keys):
     """Further keys of PEFT. Unset: none."""
 
     loraplus_lr_ratio: Float | None = key(gt=0)
-    """Learning rate of ``lora_B`` over that of ``lora_A`` (LoRA+). Unset: the same rate."""
+    """Ratio of the learning rates of ``lora_B`` and ``lora_A`` (LoRA+). Unset: 1."""
 
     loraplus_lr_embedding: Float = key(1e-6, gt=0)
     """Learning rate of adapted embeddings, with ``loraplus_lr_ratio``."""
 
     unfrozen_parameters: list[str] | None = None
-    """Regular expressions: without an adapter, only parameters whose names begin like one of them
-    are trained. Unset: all."""
+    """Regular expressions: without an adapter, only parameters whose names match one of them at the
+    beginning are trained. Unset: all."""
 
-    lora_on_cpu: bool | None = not_applicable("adapters are made where the weights are")
-    """Load the adapter into the host's memory. Unset: no."""
+    lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
+    """Load the adapter into CPU memory. Unset: no."""
 
     qlora_sharded_model_loading: bool | None = not_yet("leave it out: one process loads the model")
     """Load a quantized model shard by shard for FSDP. Unset: no."""
@@ -143,10 +143,10 @@ class AdapterKeys(Keys):
     """Warm-up after a restart of ReLoRA, in steps. Unset: none."""
 
     relora_anneal_steps: Int | None = not_applicable("only relora reads it")
-    """Steps of falling learning rate before a restart. Unset: none."""
+    """Steps over which the learning rate decays before a restart. Unset: none."""
 
     relora_prune_ratio: Float | None = not_applicable("only relora reads it")
-    """Share of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
+    """Fraction of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
 
     relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_applicable(
         "only relora reads it"
@@ -163,7 +163,7 @@ class AdapterKeys(Keys):
     """Warm-up after such a restart, in steps. Unset: none."""
 
     jagged_restart_anneal_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
-    """Steps of falling learning rate before such a restart. Unset: none."""
+    """Steps over which the learning rate decays before such a restart. Unset: none."""
 
     lisa_n_layers: Int | None = not_yet("use adapter: lora")
     """Number of blocks that train at a time (LISA). Unset: all."""

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 Status = Literal["honoured", "subsumed", "not applicable", "not yet available"]
-"""What becomes of a key. A key that is none of these is unknown, and an error."""
+"""What a key does. A key without a status is unknown, and an error."""
 
 
 def is_default(field: FieldInfo, value: Any) -> bool:

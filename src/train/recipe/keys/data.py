@@ -19,11 +19,11 @@ class DataKeys(Keys):
     """The rows to validate on, each dataset by itself. Unset: see ``val_set_size``."""
 
     pretraining_dataset: list[PretrainingDataset] = key([], min_length=1)
-    """Texts that are read as a stream during training, and never kept as a whole; in place
-    of ``datasets``. Needs ``max_steps``. Unset: none."""
+    """Text that is streamed during training, instead of ``datasets``. Needs ``max_steps``. Unset:
+    none."""
 
     val_set_size: Float = key(0.0, ge=0)
-    """Rows held out for validation: a share below 1, or a number of rows. 0: none."""
+    """Rows held out for validation: a fraction below 1, or a number of rows. 0: none."""
 
     streaming: bool = False
     """Read ``datasets`` as a stream, too. Needs ``max_steps``."""
@@ -31,7 +31,7 @@ class DataKeys(Keys):
     streaming_multipack_buffer_size: Int = key(
         10_000, gt=0, aliases=["pretrain_multipack_buffer_size"]
     )
-    """Rows of a stream that are packed together."""
+    """Rows of a stream that are buffered and packed together."""
 
     pretrain_multipack_attn: bool = not_applicable(
         "the samples of a pack never see each other", True
@@ -39,7 +39,7 @@ class DataKeys(Keys):
     """Let each sample of a packed stream attend only to itself."""
 
     pretraining_sample_concatenation: bool | None = subsumed("packing (key sample_packing)")
-    """Put the texts of a stream one after the other. Unset: yes."""
+    """Concatenate the texts of a stream. Unset: yes."""
 
     # --- preparation -----------------------------------------------------------------------------
 
@@ -48,34 +48,32 @@ class DataKeys(Keys):
     ``fusewright preprocess``, and for a run if it is there; otherwise nothing is kept."""
 
     dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"])
-    """Processes that prepare rows. Unset: this one, in which the tokenizer uses all cores; more are
-    worth their start for some 100,000 rows."""
+    """Processes that prepare rows. Unset: only the main process, where the tokenizer uses all
+    cores. More pay off from about 100,000 rows."""
 
-    dataset_keep_in_memory: bool = not_applicable(
-        "prepared rows are mapped from disk, as far as they are read", False
-    )
+    dataset_keep_in_memory: bool = not_applicable("prepared rows are memory-mapped", False)
     """Keep the prepared rows in memory, not on disk."""
 
     dataset_exact_deduplication: bool = False
-    """Leave out rows that are equal to an earlier one."""
+    """Remove duplicate rows."""
 
     skip_prepare_dataset: bool = False
-    """The rows are prepared: they have ``input_ids`` and ``labels``."""
+    """The rows are already tokenized: they have ``input_ids`` and ``labels``."""
 
     dataset_shard_num: Int | None = key(gt=0)
-    """Cut all rows together into so many parts and use one. Unset: use all."""
+    """Split all rows into this many shards and use one. Unset: use all."""
 
     dataset_shard_idx: Int = key(0, ge=0)
-    """Which of the ``dataset_shard_num`` parts is used, from 0."""
+    """Index of the shard that is used, from 0."""
 
     num_dataset_shards_to_save: Int | None = not_applicable("the cache chooses its own parts")
-    """Files that the prepared rows are saved as. Unset: chosen by size."""
+    """Number of files for the prepared rows. Unset: chosen by size."""
 
     shuffle_merged_datasets: bool = True
-    """Mix the rows of several datasets."""
+    """Shuffle the rows of all datasets together."""
 
     shuffle_before_merging_datasets: bool = False
-    """Shuffle each dataset before they are put together."""
+    """Shuffle each dataset before they are merged."""
 
     push_dataset_to_hub: str | None = not_yet("upload the folder of dataset_prepared_path yourself")
     """A dataset on the hub that the prepared rows are written to. Unset: none."""
@@ -104,37 +102,37 @@ class DataKeys(Keys):
     """What happens to a row of more than ``sequence_len`` tokens."""
 
     sample_packing: bool = False
-    """Put several rows into one sequence; each attends only to itself, from position 0."""
+    """Pack several rows into one sequence; each attends only to itself and starts at position 0."""
 
     eval_sample_packing: bool | None = None
     """The same for validation. Unset: as ``sample_packing``."""
 
     sample_packing_group_size: Int = key(100_000, gt=0)
-    """Rows that are packed together; more pack tighter."""
+    """Number of rows that are packed at a time; more rows pack tighter."""
 
     sample_packing_bin_size: Int = key(200, gt=0)
     """Most rows in one sequence."""
 
     sample_packing_sequentially: bool = False
-    """Pack rows in their order."""
+    """Pack rows in their original order."""
 
     sample_packing_mp_start_method: str | None = not_applicable("packing takes no other processes")
     """How processes that pack are started. Unset: torch's default."""
 
     pad_to_sequence_len: bool | None = None
-    """Fill every sequence up to ``sequence_len``. Unset: only where it makes the run faster."""
+    """Pad every sequence to ``sequence_len``. Unset: only where it makes the run faster."""
 
     pad_to_multiple_of: Int | None = not_applicable("padding changes no result")
-    """Fill every batch up to a multiple of so many tokens. Unset: to its longest row."""
+    """Pad every batch to a multiple of this many tokens. Unset: to its longest row."""
 
     multipack_real_batches: bool | None = not_applicable("a batch is a tensor of whole sequences")
-    """Let a batch of packs be a batch. Unset: yes."""
+    """Keep the packs of a batch as separate rows. Unset: yes."""
 
     batch_flattening: bool | Literal["auto"] | None = subsumed("packing (key sample_packing)")
-    """Put the rows of a batch into one sequence. Unset: no."""
+    """Concatenate the rows of a batch into one sequence. Unset: no."""
 
     curriculum_sampling: bool = False
-    """Take the rows in their order, unshuffled."""
+    """Do not shuffle the training rows."""
 
     group_by_length: bool = False
     """Put rows of similar length into a batch, to save padding."""
@@ -145,8 +143,8 @@ class DataKeys(Keys):
     eot_tokens: list[str] | None = None
     """Tokens that end a turn, where that is not the end-of-text token. Unset: that one."""
 
-    remove_unused_columns: bool | None = not_applicable("a batch has only what the model takes")
-    """Leave out columns that the model does not take. Unset: yes."""
+    remove_unused_columns: bool | None = not_applicable("batches hold only what the model accepts")
+    """Remove columns that the model does not accept. Unset: yes."""
 
     fix_untrained_tokens: Int | list[Int] | None = not_yet(
         "use lora_modules_to_save for new tokens"
@@ -156,16 +154,16 @@ class DataKeys(Keys):
     # --- loading ---------------------------------------------------------------------------------
 
     dataloader_num_workers: Int = key(0, ge=0)
-    """Processes that make batches; 0: the trainer's own."""
+    """Dataloader worker processes; 0: the main process."""
 
     dataloader_prefetch_factor: Int | None = key(gt=0)
-    """Batches that each such process makes ahead. Unset: torch's default."""
+    """Batches that each worker prefetches. Unset: torch's default."""
 
     dataloader_pin_memory: bool | None = None
-    """Put batches into pinned memory, from where GPUs read faster. Unset: where there is a GPU."""
+    """Put batches into pinned memory, for faster copies to the GPU. Unset: where there is a GPU."""
 
     dataloader_drop_last: bool = False
-    """Leave out a last batch that is not full."""
+    """Drop the last batch if it is not full."""
 
     # --- positions -------------------------------------------------------------------------------
 
@@ -187,4 +185,4 @@ class DataKeys(Keys):
     """Another scaling of rotary positions. Unset: the model's own."""
 
     max_packed_sequence_len: Int | None = not_yet("use sequence_len and sample_packing: true")
-    """The old way to ask for packing. Unset: see ``sample_packing``."""
+    """The old name of packing. Unset: see ``sample_packing``."""

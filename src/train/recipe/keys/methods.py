@@ -37,13 +37,13 @@ class MethodKeys(Keys):
     """Weight of the rewards' mean in the loss. Unset: 0."""
 
     rl_beta: Float | None = not_applicable(_ONLY, aliases=["dpo_beta", "beta"])
-    """How much a policy may leave its reference. Unset: the method's default."""
+    """How far a policy may move from its reference. Unset: the method's default."""
 
     dpo_use_weighting: bool | None = not_applicable(_ONLY)
     """Weigh pairs by their probability. Unset: no."""
 
     dpo_label_smoothing: Float | None = not_applicable(_ONLY)
-    """Share of pairs that are taken as swapped. Unset: 0."""
+    """Fraction of pairs assumed to be swapped. Unset: 0."""
 
     dpo_loss_type: list[str] | str | None = not_applicable(_ONLY)
     """Which loss of DPO. Unset: ``sigmoid``."""
@@ -91,7 +91,7 @@ class MethodKeys(Keys):
     """Settings of energy-based tuning. Unset: none."""
 
     qat: dict[str, Any] | None = not_yet("use adapter: qlora")
-    """Training that is aware of a later quantization. Unset: no."""
+    """Quantization-aware training. Unset: no."""
 
     quantization: dict[str, Any] | None = not_yet("quantize the saved model with its own tool")
     """Quantization after training. Unset: none."""

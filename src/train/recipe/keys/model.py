@@ -13,16 +13,16 @@ class SpecialTokens(Keys):
     """``special_tokens``: the tokens that play a part, by the part that they play."""
 
     bos_token: str | None = None
-    """Begins a text. Unset: the tokenizer's own."""
+    """The token at the beginning of a text. Unset: the tokenizer's own."""
 
     eos_token: str | None = None
-    """Ends a text, and an answer. Unset: the tokenizer's own."""
+    """The token at the end of a text and of an answer. Unset: the tokenizer's own."""
 
     pad_token: str | None = None
-    """Fills up batches. Unset: the tokenizer's own, or one that no text contains."""
+    """The padding token. Unset: the tokenizer's own, or one that no text contains."""
 
     unk_token: str | None = None
-    """Stands for what the vocabulary lacks. Unset: the tokenizer's own."""
+    """The token for what is not in the vocabulary. Unset: the tokenizer's own."""
 
     additional_special_tokens: list[str] | None = None
     """Further tokens that are never split. Unset: the tokenizer's own."""
@@ -36,7 +36,8 @@ class ModelKeys(Keys):
     installed Python package ships."""
 
     base_model_config: str | None = None
-    """Where the model's configuration is, as in ``base_model``. Unset: with the weights."""
+    """Where the model's configuration is loaded from, like ``base_model``. Unset: with the
+    weights."""
 
     revision_of_model: str | None = key(aliases=["model_revision"])
     """Branch, tag or commit of ``base_model`` on the hub. Unset: its main branch."""
@@ -63,13 +64,13 @@ class ModelKeys(Keys):
     # --- tokenizer -------------------------------------------------------------------------------
 
     tokenizer_config: str | None = None
-    """Where the tokenizer is, as in ``base_model``. Unset: with the model."""
+    """Where the tokenizer is loaded from, like ``base_model``. Unset: with the model."""
 
     tokenizer_type: str | None = None
     """The class of transformers that loads the tokenizer. Unset: ``AutoTokenizer``."""
 
     tokenizer_use_fast: bool = True
-    """Take the tokenizer written in Rust. Masks by offsets need it."""
+    """Use the fast tokenizer (in Rust). Masks by offsets need it."""
 
     tokenizer_legacy: bool | None = None
     """The ``legacy`` argument of old Llama tokenizers. Unset: the tokenizer's own choice."""
@@ -88,13 +89,13 @@ class ModelKeys(Keys):
     """Round the number of embedding rows up to a multiple of 32 when it grows."""
 
     mean_resizing_embeddings: bool = False
-    """Begin new embedding rows at the mean of the old ones. False: at random."""
+    """Initialize new embedding rows with the mean of the old ones. False: randomly."""
 
     shrink_embeddings: bool = False
-    """Cut embedding rows that no token of the tokenizer has."""
+    """Remove embedding rows that belong to no token of the tokenizer."""
 
     chat_template: str | None = None
-    """The template of chats: ``tokenizer_default``, a name such as ``chatml`` or ``llama3``,
+    """The chat template: ``tokenizer_default``, a name such as ``chatml`` or ``llama3``,
     ``tokenizer_default_fallback_NAME``, or ``jinja``. Unset: the tokenizer's own."""
 
     chat_template_jinja: str | None = None
@@ -102,8 +103,8 @@ class ModelKeys(Keys):
     ``chat_template``."""
 
     chat_template_kwargs: dict[str, Any] | None = None
-    """Variables for the template, e.g. ``{enable_thinking: false}``, in training and when the model
-    is asked. Unset: none."""
+    """Variables for the template, e.g. ``{enable_thinking: false}``, in training and in generation.
+    Unset: none."""
 
     default_system_message: str | None = None
     """The system message of chats (and of questions to the trained model) that have none, for
@@ -112,7 +113,7 @@ class ModelKeys(Keys):
     tokenizer_use_mistral_common: bool | None = not_yet(
         "leave it out: the tokenizer of transformers is used"
     )
-    """Take the tokenizer of the package ``mistral-common``. Unset: no."""
+    """Use the tokenizer of the package ``mistral-common``. Unset: no."""
 
     tokenizer_save_jinja_files: bool = not_applicable(
         "transformers keeps the template in a file of its own", True
@@ -139,7 +140,7 @@ class ModelKeys(Keys):
 
     tf32: bool | Literal["auto"] = "auto"
     """TensorFloat-32 for float32 matrix products on GPUs of Ampere or later. ``auto``: torch's
-    default. Without effect on a CPU."""
+    default. No effect on a CPU."""
 
     fp8: bool | None = not_yet("set bf16: true")
     """Matrix products in 8-bit floating point. Unset: no."""
@@ -167,7 +168,7 @@ class ModelKeys(Keys):
     """Send 8-bit weights between devices. Unset: no."""
 
     reinit_weights: bool | None = not_yet("save a model with random weights, and name its folder")
-    """Begin with random weights. Unset: no."""
+    """Initialize the weights randomly. Unset: no."""
 
     model_quantization_config: str | None = not_yet("use load_in_4bit or load_in_8bit")
     """Another quantization of transformers, e.g. ``Mxfp4Config``. Unset: none."""
@@ -191,7 +192,7 @@ class ModelKeys(Keys):
     """The same as ``attn_implementation: flex_attention``."""
 
     flex_attn_compile_kwargs: dict[str, Any] | None = not_applicable(
-        "the blocks are compiled as wholes: see codegen"
+        "whole blocks are compiled: see codegen"
     )
     """Arguments of ``torch.compile`` for flex attention. Unset: none."""
 
@@ -199,10 +200,10 @@ class ModelKeys(Keys):
         "torch's scaled dot-product attention, which has a flash kernel on GPUs; "
         "attn_implementation: flash_attention_2 asks for the package itself"
     )
-    """Attention without the matrix of scores. Unset: no wish."""
+    """Flash attention, which never stores the matrix of scores. Unset: not requested."""
 
     xformers_attention: bool | None = subsumed("torch's scaled dot-product attention")
-    """The attention of the package xFormers. Unset: no wish."""
+    """The attention of the package xFormers. Unset: not requested."""
 
     s2_attention: bool | None = not_yet("leave it out, and lower sequence_len if memory is short")
     """Shifted sparse attention (LongLoRA). Unset: no."""
@@ -240,39 +241,38 @@ class ModelKeys(Keys):
             "offload_disk": ("subsumed", _OWN_MEMORY),
         },
     )
-    """Keep only the inputs of each block for backward, and compute the rest again. ``unsloth`` and
-    ``offload`` are read as true."""
+    """Gradient checkpointing: keep only the inputs of each block, and recompute the rest in
+    backward. ``unsloth`` and ``offload`` are read as true."""
 
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     """Arguments for torch's checkpointing, e.g. ``{use_reentrant: false}``. Unset:
     ``use_reentrant: false``."""
 
     activation_offloading: bool | Literal["legacy", "disk"] | None = subsumed(_OWN_MEMORY)
-    """Keep activations in the host's memory. Unset: no."""
+    """Keep activations in CPU memory. Unset: no."""
 
     layer_offloading: bool | None = not_yet("use adapter: qlora, which needs less memory")
-    """Keep frozen layers in the host's memory until they are used. Unset: no."""
+    """Keep frozen layers in CPU memory until they are used. Unset: no."""
 
     low_cpu_mem_usage: bool | None = subsumed("transformers, which always loads shard by shard")
-    """Load the weights without a second copy in the host's memory. Unset: yes."""
+    """Load the weights without a second copy in CPU memory. Unset: yes."""
 
-    device: Any = not_applicable("the trainer takes the GPU if there is one, else the CPU")
+    device: Any = not_applicable("the trainer uses the GPU if there is one, else the CPU")
     """The device of the model. Unset: chosen by the machine."""
 
     device_map: Any = not_yet(
         "leave it out: the model is on one device; adapter: qlora needs the least memory",
-        values={"auto": ("not applicable", "the whole model is on the device that trains")},
+        values={"auto": ("not applicable", "the whole model is on the training device")},
     )
-    """Which layers are on which device, as in transformers. Unset: all on the device that
-    trains."""
+    """Which layers are on which device, as in transformers. Unset: all on the training device."""
 
     max_memory: dict[int | Literal["cpu", "disk"], int | str] | None = not_yet(
         "use memory: 8GB for the whole budget of the process"
     )
-    """The most memory for weights, by device. Unset: all that is free."""
+    """The maximum memory for weights, by device. Unset: all that is free."""
 
     gpu_memory_limit: Int | str | None = not_yet("use memory: 8GB for the process")
-    """The most memory of each GPU for weights. Unset: all that is free."""
+    """The maximum memory for weights on each GPU. Unset: all that is free."""
 
     embeddings_skip_upcast: bool | None = not_applicable("embeddings keep the dtype of the weights")
     """Leave the embeddings in 16 bits where weights are quantized. Unset: yes."""
@@ -281,6 +281,6 @@ class ModelKeys(Keys):
     """Kernels from the hub's package ``kernels``. Unset: no."""
 
     experimental_skip_move_to_device: bool | None = not_applicable(
-        "weights are loaded where they are trained"
+        "weights are loaded onto the training device"
     )
     """Do not move the model before it is sharded. Unset: yes."""

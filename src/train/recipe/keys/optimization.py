@@ -34,8 +34,8 @@ SCHEDULERS = Literal[
 _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
     name: ("not yet available", instead)
     for name, instead in {
-        "adamw_hf": "gone from transformers: use adamw_torch",
-        "adamw_apex_fused": "gone from transformers: use adamw_torch_fused",
+        "adamw_hf": "removed from transformers: use adamw_torch",
+        "adamw_apex_fused": "removed from transformers: use adamw_torch_fused",
         "optimi_adamw": "use adamw_torch_fused",
         "ao_adamw_4bit": "use adamw_torch_4bit",
         "ao_adamw_8bit": "use adamw_torch_8bit",
@@ -58,24 +58,24 @@ class OptimizationKeys(Keys):
     """Forward passes per optimizer step."""
 
     batch_size: Int | None = key(gt=0)
-    """Sequences per optimizer step, the older way to say ``gradient_accumulation_steps``. Unset:
-    see there."""
+    """Sequences per optimizer step, an older form of ``gradient_accumulation_steps``. Unset: see
+    there."""
 
     eval_batch_size: Int | None = key(gt=0)
     """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
 
     auto_find_batch_size: bool = not_yet(
-        "memory: auto plans for the memory that there is; or set a smaller micro_batch_size with "
+        "memory: auto plans for the available memory; or set a smaller micro_batch_size with "
         "more gradient_accumulation_steps, which is the same training",
         False,
     )
-    """Take a smaller ``micro_batch_size`` and begin again when memory is short."""
+    """Retry with a smaller ``micro_batch_size`` after running out of memory."""
 
     num_epochs: Float = key(1.0, gt=0)
-    """Passes over the data, unless ``max_steps`` says otherwise."""
+    """Passes over the data; ``max_steps`` takes precedence."""
 
     max_steps: Int | None = key(gt=0)
-    """Optimizer steps; wins over ``num_epochs``. Unset: see there."""
+    """Optimizer steps; takes precedence over ``num_epochs``. Unset: see there."""
 
     # --- optimizer -------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class OptimizationKeys(Keys):
     """Further arguments of the optimizer, as keys and values or as ``a=1,b=2``. Unset: none."""
 
     optim_target_modules: list[str] | str | None = None
-    """Which modules GaLore and APOLLO reduce: names, a regular expression, or ``all_linear``.
+    """Modules that GaLore and APOLLO apply to: names, a regular expression, or ``all_linear``.
     Unset: needed by these only."""
 
     weight_decay: Float = key(0.0, ge=0)
@@ -108,7 +108,7 @@ class OptimizationKeys(Keys):
     """The second epsilon of CAME. Unset: its default."""
 
     max_grad_norm: Float = key(1.0, ge=0)
-    """Longest gradient of a step (L2 norm over all parameters); 0: unlimited."""
+    """Maximum gradient norm (L2, over all parameters); 0: no clipping."""
 
     dion_lr: Float | None = not_applicable("only the optimizer dion reads it")
     """Learning rate of matrices in Dion. Unset: ``learning_rate``."""
@@ -122,13 +122,13 @@ class OptimizationKeys(Keys):
     dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
     """The rank is rounded to a multiple of this. Unset: 1."""
 
-    torchdistx_path: str | None = not_applicable("torchdistx is no longer made")
+    torchdistx_path: str | None = not_applicable("torchdistx is no longer maintained")
     """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
 
     # --- learning rate ---------------------------------------------------------------------------
 
     learning_rate: Float = key(2e-4, gt=0)
-    """The highest learning rate."""
+    """The peak learning rate."""
 
     embedding_lr: Float | None = key(gt=0)
     """Learning rate of the embeddings and the output head. Unset: the same."""
@@ -143,28 +143,29 @@ class OptimizationKeys(Keys):
         "cosine",
         values={"rex": ("not yet available", "use cosine")},
     )
-    """The course of the learning rate after the warm-up; ``one_cycle`` has its own warm-up."""
+    """The learning rate schedule after the warm-up; ``one_cycle`` has its own warm-up."""
 
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Arguments of the scheduler, e.g. ``{num_cycles: 2}``. Unset: none."""
 
     cosine_min_lr_ratio: Float | None = key(ge=0, le=1)
-    """Where ``cosine`` ends, as a share of ``learning_rate``. Unset: 0."""
+    """Where ``cosine`` ends, as a fraction of ``learning_rate``. Unset: 0."""
 
     cosine_constant_lr_ratio: Float | None = key(ge=0, le=1)
-    """The share of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset: 1."""
+    """The fraction of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset:
+    1."""
 
     lr_quadratic_warmup: bool = False
-    """Let the rate of the warm-up grow quadratically."""
+    """Quadratic instead of linear warm-up."""
 
     lr_div_factor: Float | None = key(gt=1)
-    """For ``one_cycle``: it begins at ``learning_rate`` over this. Unset: 25."""
+    """For ``one_cycle``: it starts at ``learning_rate`` divided by this. Unset: 25."""
 
     warmup_steps: Int | None = key(ge=0)
     """Optimizer steps of linear warm-up from 0. Unset: none, or ``warmup_ratio``."""
 
     warmup_ratio: Float | None = key(ge=0, lt=1)
-    """The same as a share of all steps. Unset: none."""
+    """The same as a fraction of all steps. Unset: none."""
 
     # --- regularization and watching -------------------------------------------------------------
 
@@ -172,18 +173,18 @@ class OptimizationKeys(Keys):
     """Strength of the noise on the embeddings (NEFTune), e.g. 5. Unset: none."""
 
     label_smoothing_factor: Float = key(0.0, ge=0, lt=1)
-    """Share of a token's weight that goes to all other tokens."""
+    """Label smoothing: the part of the target probability that is spread over all tokens."""
 
     early_stopping_patience: Int | None = key(gt=0)
-    """Validations without a better result until training stops. Unset: it does not."""
+    """Early stopping: validations without improvement until training stops. Unset: off."""
 
     loss_watchdog_threshold: Float | None = key(gt=0)
-    """A loss above this is a sign of divergence. Unset: none is."""
+    """A loss above this counts as divergence. Unset: off."""
 
     loss_watchdog_patience: Int | None = key(gt=0)
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
-    use_eaft: bool | None = not_yet("leave it out: trained tokens weigh the same")
+    use_eaft: bool | None = not_yet("leave it out: all trained tokens have the same weight")
     """Weigh tokens by their entropy (EAFT). Unset: no."""
 
     eaft_alpha: Float | None = not_applicable("only use_eaft reads it")
@@ -198,15 +199,15 @@ class OptimizationKeys(Keys):
     seed: Int = key(42, ge=0, lt=2**32)
     """Seed of the split, the order of the rows, the adapters and dropout."""
 
-    full_determinism: bool | None = not_yet("leave it out; runs on a CPU repeat bit by bit anyway")
-    """Take only algorithms that repeat bit by bit on a GPU. Unset: no."""
+    full_determinism: bool | None = not_yet("leave it out; runs on a CPU are deterministic anyway")
+    """Use only deterministic algorithms on a GPU. Unset: no."""
 
     gc_steps: Int | None = key(ge=-1)
     """Steps between two collections of Python's garbage; -1: at the end of each epoch. Unset or 0:
     Python's own choice."""
 
     torch_empty_cache_steps: Int | None = key(gt=0)
-    """Steps between two times that unused GPU memory is given back. Unset: never."""
+    """Steps between two calls of ``torch.cuda.empty_cache``. Unset: never."""
 
     accelerator_config: dict[str, Any] | None = None
     """Arguments of accelerate's ``AcceleratorConfig``. Unset: its defaults."""

@@ -24,11 +24,11 @@ class OutputKeys(Keys):
     earlier run."""
 
     overwrite_output_dir: bool = False
-    """Replace the run that ``output_dir`` holds; otherwise that is an error."""
+    """Replace the run in ``output_dir``; without this, an existing run is an error."""
 
     resume_from_checkpoint: str | bool | None = None
     """A folder ``checkpoint-N`` to resume from, in the current folder, beside the recipe or in
-    ``output_dir``; true: the last one in ``output_dir``. Unset: begin anew."""
+    ``output_dir``; true: the last one in ``output_dir``. Unset: start from the beginning."""
 
     auto_resume_from_checkpoints: bool = False
     """Resume from the last checkpoint in ``output_dir``, if there is one."""
@@ -41,8 +41,8 @@ class OutputKeys(Keys):
     ``no``."""
 
     save_steps: Int | Float | None = key(gt=0)
-    """Optimizer steps between two checkpoints; below 1: as a share of all steps. Unset: none, only
-    the result is saved."""
+    """Optimizer steps between two checkpoints; below 1: as a fraction of all steps. Unset: none,
+    only the result is saved."""
 
     saves_per_epoch: Int | None = key(gt=0)
     """Checkpoints per epoch. Unset: see ``save_steps``."""
@@ -66,8 +66,8 @@ class OutputKeys(Keys):
     ``eval_steps`` or ``evals_per_epoch`` is set; before and after training anyway."""
 
     eval_steps: Int | Float | None = key(gt=0)
-    """Optimizer steps between two validations; below 1: as a share of all steps. Unset: before the
-    first and after the last step."""
+    """Optimizer steps between two validations; below 1: as a fraction of all steps. Unset: before
+    the first and after the last step."""
 
     evals_per_epoch: Int | None = key(ge=0)
     """Validations per epoch. Unset: see ``eval_steps``."""
@@ -76,13 +76,13 @@ class OutputKeys(Keys):
     """Steps or epochs (as ``eval_strategy``) before the first validation. Unset: none."""
 
     load_best_model_at_end: bool = False
-    """End with the weights of the best checkpoint."""
+    """Load the best checkpoint at the end."""
 
     metric_for_best_model: str | None = None
     """The figure that decides which checkpoint is the best. Unset: ``eval_loss``."""
 
     greater_is_better: bool | None = None
-    """Whether more of it is better. Unset: not for losses."""
+    """Whether higher is better. Unset: not for losses."""
 
     eval_table_size: Int | None = not_yet("use sample_prompt")
     """Validation rows whose predictions are logged as a table. Unset: none."""
@@ -129,15 +129,16 @@ class OutputKeys(Keys):
     """Number of tokens that the samples are drawn from. Unset: all."""
 
     generation_do_sample: bool | None = not_applicable("only generate_samples reads it")
-    """Draw the samples' tokens by chance. Unset: yes."""
+    """Sample tokens, instead of greedy decoding. Unset: yes."""
 
     generation_prompt_ratio: Float | None = not_applicable("only generate_samples reads it")
-    """Share of a row that is the prompt of a sample. Unset: 0.5."""
+    """Fraction of a row that is the prompt of a sample. Unset: 0.5."""
 
     # --- log -------------------------------------------------------------------------------------
 
     logging_steps: Int | Float = key(1, gt=0)
-    """Optimizer steps between two entries of the loss curve; below 1: as a share of all steps."""
+    """Optimizer steps between two entries of the loss curve; below 1: as a fraction of all
+    steps."""
 
     logging_first_step: bool = True
     """Log the first step, too."""
@@ -178,4 +179,4 @@ class OutputKeys(Keys):
     """Push even while the push before is not done."""
 
     hf_use_auth_token: bool | None = subsumed("the token of hf auth login, which is always used")
-    """Send the token of one's account to the hub. Unset: if there is one."""
+    """Send your account's token to the hub. Unset: if there is one."""

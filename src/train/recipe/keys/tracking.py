@@ -58,7 +58,7 @@ class TrackingKeys(Keys):
     """Log to Comet. Unset: if ``comet_project_name`` is set."""
 
     comet_api_key: SecretStr | None = None
-    """The key of one's account; better kept in ``comet login``. Unset: from there."""
+    """Your API key; ``comet login`` is the better place for it. Unset: from there."""
 
     comet_workspace: str | None = None
     """The workspace there. Unset: one's own."""

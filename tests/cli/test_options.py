@@ -1,0 +1,46 @@
+"""Options are taken with dashes and with underscores; a near name is suggested, no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fusewright.cli.main import app
+
+GROUP: Any = typer.main.get_command(app)
+SPELLED = [
+    (command, option)
+    for command, made in GROUP.commands.items()
+    for parameter in made.params
+    for option in parameter.opts
+    if option.startswith("--") and "-" in option[2:]
+]
+
+
+@pytest.mark.parametrize(("command", "option"), SPELLED)
+def test_every_option_is_taken_with_underscores(command: str, option: str) -> None:
+    made = GROUP.commands[command]
+    group = GROUP.make_context("fusewright", [command, "--help"], resilient_parsing=True)
+    context = made.make_context(command, [], parent=group, resilient_parsing=True)
+    parser = made.make_parser(context)
+    (parameter,) = (p for p in made.params if option in p.opts)
+    value = [] if parameter.is_flag else ["1"]
+    mixed = f"--{option[2:].replace('-', '_', 1)}"
+    for spelled in (option, option[:2] + option[2:].replace("-", "_"), mixed):
+        found, rest, _ = parser.parse_args([spelled, *value])
+        assert parameter.name in found
+        assert rest == []
+
+
+def test_both_spellings_are_documented() -> None:
+    assert ("generate", "--max-new-tokens") in SPELLED
+    assert ("train", "--dry-run") in SPELLED
+
+
+@pytest.mark.parametrize("spelled", ["--learning_rate", "--learning-rate", "--learning-rate_"])
+def test_keys_of_a_recipe_too(spelled: str) -> None:
+    said = CliRunner().invoke(app, ["train", "no.yaml", spelled]).stderr
+    assert f"{spelled} needs a value" in said
