@@ -37,7 +37,7 @@ class Consent:
 
 def why_not_run(what: str, switch: str) -> str:
     """The refusal to run foreign code, with the switch that allows it."""
-    return f"{what}; it is run only on your own word: say {switch} if you trust it"
+    return f"{what}; it is run only with your permission: pass {switch} if you trust it"
 
 
 def code_refused(error: BaseException) -> str | None:
@@ -95,7 +95,7 @@ def require_consent(recipe: Recipe) -> None:
 def _runs(name: str, value: Any) -> str | None:
     """What an argument of ``from_pretrained``, or a value of a configuration, would run."""
     if name == "weights_only" and not value:
-        return "weights in pickles can bring any code along"
+        return "weights in pickles can contain code"
     if name in ("trust_remote_code", "allow_all_kernels") and value:
         return "this runs code that comes with the model"
     if name.lstrip("_").startswith("attn_implementation"):

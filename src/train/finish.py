@@ -51,15 +51,17 @@ def examine(
             result.val_loss_after = validate(model, context.validation, run_log.say)["eval_loss"]
     unchecked = save_model.uncheckable(model) if recipe.adapter else None
     if unchecked is not None:
-        run_log.say(f"adapter check: left out, for {unchecked}")
+        run_log.say(f"adapter check skipped: {unchecked}")
     elif recipe.adapter:
         with run_log.guarded("adapter check"):
+            run_log.say("checking the saved adapter")
             probe = training_batch([next(iter(sequences))], recipe, pad_token(tokenizer))
             model, check = save_model.check_adapter(model, recipe, result.output_dir, probe)
             result.adapter_check = asdict(check)
     if result.sample:
         with run_log.guarded("answer after"):
             question = result.sample["question"]
+            run_log.say("answering again")
             result.sample["after"] = generation.answer(model, tokenizer, question, recipe)
 
 

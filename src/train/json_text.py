@@ -89,5 +89,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise BadJsonError(f"the key {twice!r} is there twice in one object; leave one of them out")
+        raise BadJsonError(f"the key {twice!r} is duplicated in one object; remove one of the two")
     return made

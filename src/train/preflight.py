@@ -73,7 +73,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if source.gguf_file is not None:
         with (Path(source.name) / source.gguf_file).open("rb") as file:
             if file.read(4) != b"GGUF":
-                yield f"base_model: {file.name} is not a GGUF file, or damaged: download it again"
+                yield f"base_model: {file.name} is not a valid GGUF file: download it again"
         return
     if not Path(source.name).is_dir():
         folder = modelfiles.cached(source.name, recipe.revision_of_model)

@@ -38,12 +38,12 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def odd_character(text: str) -> str | None:
-    """What is wrong with ``text``: a NUL, or half of a character; None if nothing is."""
+    """What is wrong with ``text``: a NUL, or a lone surrogate; None if nothing is."""
     found = _ODD.search(text)
     if found is None:
         return None
     code = ord(found[0])
-    what = f"half of a character (\\u{code:04x})"
+    what = f"a lone surrogate (\\u{code:04x})"
     if not code:
         what = "a NUL"
     elif 0xDC80 <= code <= 0xDCFF:  # as words of the command line come

@@ -166,7 +166,7 @@ def test_signals_wait_only_where_they_must(capfd: pytest.CaptureFixture[str]) ->
         with interrupts.deferring_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert interrupts.signal == signal.SIGINT
-            assert "once more to quit without saving" in capfd.readouterr().err
+            assert "press Ctrl-C again to quit without saving" in capfd.readouterr().err
             with pytest.raises(Stopped):
                 os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

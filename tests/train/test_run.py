@@ -286,7 +286,7 @@ def test_the_adapter_check_knows_what_it_can_check(
         assert result.adapter_check["exact"]
     else:
         assert result.adapter_check is None
-        assert f"adapter check: left out, for {left_out}" in " ".join(out.getvalue().split())
+        assert f"adapter check skipped: {left_out}" in " ".join(out.getvalue().split())
 
 
 def test_a_signal_while_the_result_is_saved_ends_the_run(

@@ -142,7 +142,7 @@ def _taken(folder: Path, say: Callable[[str], None]) -> int:
     before = LockHolder.read(handle)
     LockHolder.this().write(handle)
     if before is not None:
-        say(f"output_dir: the lock of {before} is taken over: that run has ended without a word")
+        say(f"output_dir: the lock of {before} is taken over: that run ended without releasing it")
     return handle
 
 
@@ -185,7 +185,7 @@ def _wait_or_refuse(folder: Path, handle: int, waited: float) -> bool:
         who = f"what is left of {holder}"
     remedy = "let it end or stop it, or choose another folder"
     if holder is not None and holder.host != socket.gethostname():
-        remedy += f" (if it surely is no more, remove {folder / LOCK})"
+        remedy += f" (if you are sure it has ended, remove {folder / LOCK})"
     raise RecipeError(f"output_dir: {folder} is in use by {who}; {remedy}")
 
 

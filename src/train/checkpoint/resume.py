@@ -116,7 +116,7 @@ def another(folder: Path, why: str) -> str:
     """What to say of a checkpoint that is damaged."""
     return (
         f"{folder} cannot be resumed from: {why}; name an earlier checkpoint in "
-        "resume_from_checkpoint, or begin anew"
+        "resume_from_checkpoint, or start from the beginning"
     )
 
 
@@ -170,9 +170,9 @@ def load(path: Path, recipe: Recipe) -> Saved:
         for line in _differences(then.get(key), now.get(key), key)
     ]
     if differing:
-        line, end = ("\n  ", "\nSet them back;") if differing[1:] else (" ", "; set it back,")
+        line, end = ("\n  ", "\nRestore them;") if differing[1:] else (" ", "; restore it,")
         raise RecipeError(
-            f"{path} was made by another recipe:{line}{line.join(differing)}{end} or begin a new "
+            f"{path} was made by another recipe:{line}{line.join(differing)}{end} or start a new "
             "run from its weights, with lora_model_dir (or base_model)"
         )
     return saved
@@ -219,7 +219,7 @@ def require_same_data(resumed: Resumed, fingerprint: str) -> None:
         raise RecipeError(
             f"{resumed.folder} was trained on other rows: the datasets, their template or the "
             "split have changed since (or the version of tokenizers or transformers); put them "
-            "back, or begin a new run"
+            "back, or start a new run"
         )
 
 

@@ -176,7 +176,7 @@ def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
     if getattr(config, "quantization_config", None) is not None:
         raise UnmergeableError("the base is quantized")
     if request.dequantize and any(run.recipe.get(f"load_in_{n}bit") for n in (4, 8)):
-        raise UnmergeableError("the base is quantized as in training, and made full again")
+        raise UnmergeableError("the base is quantized as in training, and dequantized")
     files = base_files(run.base_model, run.recipe.get("revision_of_model"))
     if files is None:
         raise UnmergeableError("the base is not in safetensors files")

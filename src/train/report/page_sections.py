@@ -70,7 +70,9 @@ def ending(facts: Facts) -> Ending:
     steps, planned = facts.number("steps"), facts.number("steps_planned")
     said = []
     if steps is not None and planned and steps >= planned:
-        said.append(f"All steps were done; what comes after them was cut short{_by_signal(facts)}.")
+        said.append(
+            f"All steps were done; the steps after training were interrupted{_by_signal(facts)}."
+        )
     elif steps is not None and planned:
         said.append(f"It ended after step {steps:,.0f} of {planned:,.0f}{_by_signal(facts)}.")
     if facts.text("reason"):

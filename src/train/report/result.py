@@ -183,7 +183,7 @@ class RunResult:
             return
         yield f"\nStopped at step {self.steps} of {self.steps_planned}; " + self._kept(adapter)
         yield {
-            "nan": f"A number was lost: {self.reason}. No weight was changed by that step",
+            "nan": f"NaN or infinite value: {self.reason}. No weight was changed by that step",
             "watchdog": "The loss stayed above loss_watchdog_threshold",
             "disk full": f"The last checkpoint could not be written: {self.reason}",
             "interrupted": f"Stopped by signal {self.signal}",
@@ -254,13 +254,13 @@ def rows_message(data: dict[str, int]) -> str:
         "too_long": "too long",
         "too_short": "too short",
         "nothing_to_train": "with nothing to train",
-        "duplicates": "equal to others",
+        "duplicates": "duplicates",
     }
     left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
     if "train_sequences" not in data:
         return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
     return (
-        f"data: {data['rows']:,} rows, of them {data.get('validation_samples', 0):,} for "
+        f"data: {data['rows']:,} rows, {data.get('validation_samples', 0):,} for "
         f"validation; {data.get('train_sequences', 0):,} sequences, "
         f"{data.get('train_tokens', 0):,} tokens, "
         f"{data.get('train_trained_tokens', 0):,} trained"

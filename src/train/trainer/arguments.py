@@ -40,7 +40,7 @@ class Steps:
             return max(1, math.ceil(self.total * interval))
         if interval != int(interval):
             raise RecipeError(
-                f"{key}: {interval:g} is neither a number of steps nor a share below 1"
+                f"{key}: {interval:g} is neither a number of steps nor a fraction below 1"
             )
         return int(interval)
 
@@ -74,7 +74,7 @@ def steps(recipe: Recipe, sequences: int | None) -> Steps:
     if not batches:
         raise RecipeError(
             f"micro_batch_size: {sequences} sequences do not fill a batch of "
-            f"{recipe.micro_batch_size}, and dataloader_drop_last leaves out what is not full"
+            f"{recipe.micro_batch_size}, and dataloader_drop_last drops incomplete batches"
         )
     per_epoch = math.ceil(batches / recipe.accumulation())
     total = recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)

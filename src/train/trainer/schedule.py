@@ -31,7 +31,7 @@ def try_schedule(recipe: Recipe, args: TrainingArguments) -> None:
             )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"lr_scheduler: {recipe.lr_scheduler} cannot be made with lr_scheduler_kwargs "
+            f"lr_scheduler: {recipe.lr_scheduler} cannot be created with lr_scheduler_kwargs "
             f"{recipe.lr_scheduler_kwargs or {}}: {error}"
         ) from error
 

@@ -38,8 +38,8 @@ class Interrupts:
         signal: the one that came, or None.
     """
 
-    STOPPING = "Stopping after this step and saving; once more to quit without saving."
-    WRITING = "Writing the last files; once more to quit without them."
+    STOPPING = "Stopping after this step and saving; press Ctrl-C again to quit without saving."
+    WRITING = "Writing the last files; press Ctrl-C again to quit without them."
 
     def __init__(self) -> None:
         self.signal: int | None = None

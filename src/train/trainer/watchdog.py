@@ -86,7 +86,7 @@ class NonFiniteStepError(Exception):
         lines = [str(self)]
         for i, (batch, loss) in enumerate(zip(self.batches, self.losses, strict=True)):
             for j, ids in enumerate(batch["input_ids"].tolist()):
-                lines.append(f"\n--- forward pass {i}, row {j}, loss of the pass {loss}\n")
+                lines.append(f"\n--- forward pass {i}, row {j}, loss of the forward pass {loss}\n")
                 lines.append(tokenizer.decode(ids))
         path = stem.with_suffix(".txt")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -98,7 +98,7 @@ CASES = {
     ),
     "half a character": Bad(
         rows(f"{ROW}\n{HALF}\n"),
-        "rows.jsonl, line 2: messages.0.content is not text: character 3 is half of a character",
+        "rows.jsonl, line 2: messages.0.content is not text: character 3 is a lone surrogate",
         "(\\ud83d); replace it, or leave it out",
     ),
     "half a character in a list": Bad(

@@ -44,7 +44,7 @@ CASES = {
         "line 6: lora_r", "must be a number that 64 bits can hold",
     ),
     "half a character": Bad(
-        text('sample_prompt: "\\ud83d"\n'), "4: sample_prompt", "half of a character (\\ud83d)"
+        text('sample_prompt: "\\ud83d"\n'), "4: sample_prompt", "a lone surrogate (\\ud83d)"
     ),
     "a NUL in a path": Bad(
         text('lora_model_dir: "a\\0b"\n'), "line 4: lora_model_dir", "character 2 is a NUL"

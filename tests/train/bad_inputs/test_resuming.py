@@ -80,7 +80,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-EARLIER = "name an earlier checkpoint in resume_from_checkpoint, or begin anew"
+EARLIER = "name an earlier checkpoint in resume_from_checkpoint, or start from the beginning"
 CASES = {
     "no checkpoint": Bad(
         keys(overwrite_output_dir=None, resume_from_checkpoint=True),
@@ -121,14 +121,14 @@ CASES = {
     ),
     "another recipe": Bad(
         resumed(nothing, learning_rate=1e-3),
-        "was made by another recipe: learning_rate was 0.01 and is 0.001", "set it back, or begin",
+        "was made by another recipe: learning_rate was 0.01 and is 0.001", "restore it, or start",
     ),
     "a key inside another": Bad(
         resumed(nothing, datasets=[{"path": "rows.jsonl", "train_on_eos": "last"}]),
-        'datasets.0.train_on_eos was "turn" and is "last"', "set it back, or begin",
+        'datasets.0.train_on_eos was "turn" and is "last"', "restore it, or start",
     ),
     "other rows": Bad(
-        resumed(other_rows), "was trained on other rows", "put them back, or begin a new run"
+        resumed(other_rows), "was trained on other rows", "restore them, or start a new run"
     ),
     "no state to go on from": Bad(
         keys(resume_from_checkpoint=True, save_only_model=True, overwrite_output_dir=None),

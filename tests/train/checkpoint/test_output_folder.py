@@ -275,5 +275,5 @@ def test_a_file_system_without_locks(
     with held(tmp_path, said.append):
         assert "taken over" in said[0]
     path.write_text(json.dumps({**vars(this), "host": "elsewhere"}))
-    with pytest.raises(RecipeError, match=f"if it surely is no more, remove {path}"):
+    with pytest.raises(RecipeError, match=f"if you are sure it has ended, remove {path}"):
         held(tmp_path, print).__enter__()

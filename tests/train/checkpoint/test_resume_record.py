@@ -177,8 +177,8 @@ def test_one_key_that_is_another(recipe: dict[str, Any], made: Path) -> None:
     with pytest.raises(RecipeError) as error:
         resume.load(made, load_recipe({**recipe, "learning_rate": 0.5}))
     assert str(error.value) == (
-        f"{made} was made by another recipe: learning_rate was 0.01 and is 0.5; set it back, or "
-        "begin a new run from its weights, with lora_model_dir (or base_model)"
+        f"{made} was made by another recipe: learning_rate was 0.01 and is 0.5; restore it, or "
+        "start a new run from its weights, with lora_model_dir (or base_model)"
     )
 
 
@@ -188,7 +188,7 @@ def test_several_keys_that_are_others(recipe: dict[str, Any], made: Path) -> Non
     lines = str(error.value).splitlines()
     assert lines[0] == f"{made} was made by another recipe:"
     assert lines[1:3] == ["  learning_rate was 0.01 and is 0.5", "  lora_r was 4 and is 8"]
-    assert lines[3].startswith("Set them back; or begin a new run")
+    assert lines[3].startswith("Restore them; or start a new run")
 
 
 @pytest.mark.parametrize(
