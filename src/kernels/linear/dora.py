@@ -33,13 +33,9 @@ def row_norms_reference(
 
 
 def rescaled_reference(
-    base: Tensor,
-    factor: Tensor,
-    rest: Tensor | None = None,
-    update: Tensor | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+    base: Tensor, factor: Tensor, rest: Tensor | None = None, update: Tensor | None = None,
+    scale: float = 1.0, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """PEFT's formula: with an update the factor's excess over one goes onto the base."""
     total = factor * base if update is None else (factor - 1) * base + factor * update * scale
     return (total if rest is None else rest + total).to(dtype or base.dtype)
@@ -129,14 +125,9 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        base: Tensor,
-        factor: Tensor,
-        rest: Tensor | None,
-        update: Tensor | None,
-        scale: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        ctx: Any, base: Tensor, factor: Tensor, rest: Tensor | None, update: Tensor | None,
+        scale: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         total = None
         if ctx.needs_input_grad[1]:
             total = base if update is None else base + update * scale
@@ -166,13 +157,9 @@ class _Rescaled(torch.autograd.Function):
 
 
 def rescaled(
-    base: Tensor,
-    factor: Tensor,
-    rest: Tensor | None = None,
-    update: Tensor | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+    base: Tensor, factor: Tensor, rest: Tensor | None = None, update: Tensor | None = None,
+    scale: float = 1.0, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Compute ``rest + factor·base``, or ``rest + (factor - 1)·base + factor·scale·update``.
 
     Args:
@@ -205,13 +192,9 @@ def row_norms_unsupported(
 
 
 def rescaled_unsupported(
-    base: Tensor,
-    factor: Tensor,
-    rest: Tensor | None = None,
-    update: Tensor | None = None,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
+    base: Tensor, factor: Tensor, rest: Tensor | None = None, update: Tensor | None = None,
+    scale: float = 1.0, dtype: torch.dtype | None = None,
+) -> list[str]:  # fmt: skip
     """Say why ``rescaled`` cannot take these arguments."""
     reasons = []
     if base.ndim < 2 or factor.shape != base.shape[-1:]:

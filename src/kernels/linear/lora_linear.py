@@ -46,16 +46,9 @@ def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor
 
 
 def _forward(
-    x: Rows,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    z: Rows,
-    lora_bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    x: Rows, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float,
+    z: Rows, lora_bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output (N, out) and ``scale·z·Aᵀ`` (N, r) in the adapter's dtype; x and z are (N, in)."""
     if lora_bias is not None:
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
@@ -102,18 +95,10 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        copy: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        x_lora: Tensor | None,
-        lora_bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, copy: Tensor | None, weight: Tensor, bias: Tensor | None,
+        lora_a: Tensor, lora_b: Tensor, scale: float, x_lora: Tensor | None,
+        lora_bias: Tensor | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         """Run forward; keep x and z only for the weight gradients that are wanted.
 
         ``copy`` of x stands for it where there is one: ``products.narrow_copy``.

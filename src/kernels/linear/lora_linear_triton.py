@@ -12,23 +12,10 @@ from ..aot import AotCase
 
 @triton.jit
 def rank_update_kernel(
-    base,
-    left,
-    right,
-    out,
-    rows,
-    columns,
-    rank,
-    base_stride,
-    left_stride_n,
-    left_stride_r,
-    right_stride_r,
-    right_stride_m,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    base, left, right, out, rows, columns, rank, base_stride, left_stride_n, left_stride_r,
+    right_stride_r, right_stride_m, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """``out = base + left · right``: one (BLOCK_N, BLOCK_M) tile per program, fp32 accumulator.
 
     Both factors are cast to the dtype of ``base`` on load, so that fp32 adapters over a bf16 base

@@ -94,13 +94,9 @@ def sum_of_products(
 
 
 def adapted_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    left: Tensor,
-    right: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``x (N, K) · weight (K, M) + bias + left (N, r) · right (r, M)``, rounded twice.
 
     ``dtype`` is that of the sum: x's, unless it is to be wider.

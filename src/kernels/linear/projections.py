@@ -130,14 +130,9 @@ def returned(
 
 
 def backward(
-    x: Rows | None,
-    layers: Sequence[ResolvedLinear],
-    hs: Sequence[Tensor | None],
-    dys: Sequence[Tensor | None],
-    need_x: bool,
-    needs: Sequence[Grads],
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, list[Grads]]:
+    x: Rows | None, layers: Sequence[ResolvedLinear], hs: Sequence[Tensor | None],
+    dys: Sequence[Tensor | None], need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Grads]]:  # fmt: skip
     """The gradients of several linears on one input.
 
     Args:

@@ -91,13 +91,9 @@ class _QKVBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        copy: Tensor | None,
-        constants: tuple[Any, ...],
-        keep: str,
+        ctx: Any, x: Tensor, copy: Tensor | None, constants: tuple[Any, ...], keep: str,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
         read = x if copy is None else copy
         rows = Rows(read.reshape(-1, x.shape[-1]))

@@ -60,14 +60,9 @@ class _QuantLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        compute: torch.dtype,
-        dtype: torch.dtype,
-        fixed: Any,
-        *tensors: Any,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bias: Tensor | None, compute: torch.dtype, dtype: torch.dtype,
+        fixed: Any, *tensors: Any,
+    ) -> Tensor:  # fmt: skip
         """``fixed`` and ``tensors`` are the two halves of the weight (``split``)."""
         ctx.save_for_backward(*tensors)
         ctx.fixed, ctx.shape = fixed, x.shape

@@ -66,20 +66,10 @@ class _QuantLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        copy: Tensor | None,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        x_lora: Tensor | None,
-        lora_bias: Tensor | None,
-        dtype: torch.dtype,
-        compute: torch.dtype,
-        fixed: Any,
-        *tensors: Any,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, copy: Tensor | None, bias: Tensor | None, lora_a: Tensor,
+        lora_b: Tensor, scale: float, x_lora: Tensor | None, lora_bias: Tensor | None,
+        dtype: torch.dtype, compute: torch.dtype, fixed: Any, *tensors: Any,
+    ) -> Tensor:  # fmt: skip
         """Run forward; keep z and ``z·Aᵀ`` only for the weight gradients that are wanted.
 
         ``copy`` of x stands for it where there is one: ``products.narrow_copy``.

@@ -81,15 +81,9 @@ _product_op = library_op(
 
 
 def product(
-    x: Tensor,
-    w: Quantized,
-    *,
-    transposed: bool = False,
-    bias: Tensor | None = None,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+    x: Tensor, w: Quantized, *, transposed: bool = False, bias: Tensor | None = None,
+    left: Tensor | None = None, right: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """``x·Wᵀ + bias + left·right``, or with x·W, in ``dtype`` (default: x's); no autograd.
 
     Args:

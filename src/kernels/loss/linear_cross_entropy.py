@@ -22,16 +22,10 @@ from .linear_cross_entropy_parts import Settings, found, operands, scaled, setti
 
 
 def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0, softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What causal LMs of transformers compute, cast for cast: the loss of fp32 logits."""
     logits = linear(x, weight, bias)
     if logit_scale != 1.0:
@@ -72,14 +66,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        chosen: tuple[Any, ...],
-        recording: bool,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+        chosen: tuple[Any, ...], recording: bool,
+    ) -> Tensor:  # fmt: skip
         """Return the loss; keep the gradients of its sum that will be wanted."""
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
         loss, made = found(x, weight, bias, labels, Settings(*chosen), wanted)
@@ -98,16 +87,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0, softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute the cross entropy of ``softcap·tanh(logit_scale·(x·Wᵀ + b) / softcap)``.
 
     Logits, scale and softcap are rounded to x's dtype where the model rounds them, so the loss is
@@ -154,16 +137,10 @@ def linear_cross_entropy(
 
 
 def unsupported(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0, softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, those of ``linear_cross_entropy``."""
     reasons = []
     tensors = [t for t in (x, weight, bias) if t is not None]

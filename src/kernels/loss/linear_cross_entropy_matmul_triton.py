@@ -12,28 +12,10 @@ from ..aot import AotCase
 
 @triton.jit
 def matmul_kernel(
-    a,
-    b,
-    bias,
-    c,
-    kept,
-    first,
-    rows,
-    columns,
-    inner,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BOUND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    a, b, bias, c, kept, first, rows, columns, inner, stride_am, stride_ak, stride_bk, stride_bn,
+    BOUND: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """``c (rows, columns) = a · b (+ bias)``, or ``+=``, as far as ``kept - first`` reaches.
 
     With BOUND "rows", blocks of rows past the bound are left as they are; with BOUND "inner", the
@@ -93,14 +75,9 @@ def _matmul_config(dtype: torch.dtype, precision: str, accumulate: bool) -> dict
 
 
 def bounded_product(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    kept: Tensor,
-    first: int,
-    bound: str,
+    out: Tensor, a: Tensor, b: Tensor, kept: Tensor, first: int, bound: str,
     bias: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``."""
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     config = _matmul_config(a.dtype, precision, bound == "inner")

@@ -13,16 +13,9 @@ from .linear_cross_entropy_tiles import compute
 
 
 def _implementation(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+    label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if use_triton(x, weight, bias):
         from .linear_cross_entropy_triton import compute as run
     else:
@@ -31,16 +24,9 @@ def _implementation(
 
 
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+    label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     kept = wide if x.dtype is torch.float16 else x.dtype
     rows, vocabulary, hidden = x.shape[0], weight.shape[0], x.shape[1]
@@ -112,13 +98,9 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def found(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chosen: Settings,
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chosen: Settings,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Found]:
+) -> tuple[Tensor, Found]:  # fmt: skip
     """The loss, and what its backward pass needs for the wanted gradients; not differentiable."""
     ignore_index, reduction, *rest = chosen
     total, count, *gradients = _forward(

@@ -45,16 +45,9 @@ class _Loss:
 
 
 def compute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+    label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The summed loss, how many rows count, and the gradients of the sum over ``logit_scale``.
 
     Args:

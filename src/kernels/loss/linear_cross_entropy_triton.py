@@ -46,19 +46,9 @@ def _logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def loss_kernel(
-    logits,
-    labels,
-    losses,
-    kept,
-    first,
-    vocabulary,
-    smoothing,
-    softcap,
-    scale,
-    SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits, labels, losses, kept, first, vocabulary, smoothing, softcap, scale,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """One row per program: its loss, and its logits replaced by their gradient (over scale).
 
     The maximum and the sum of exponentials are found in one pass (Milakov & Gimelshein 2018).
@@ -104,16 +94,9 @@ def _loss_config(vocabulary: int) -> dict[str, int]:
 
 
 def compute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
+    label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
     n, (vocabulary, hidden) = labels.numel(), weight.shape
     keep = labels != ignore_index

@@ -94,15 +94,9 @@ class _MLPBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        copy: Tensor | None,
-        constants: tuple[Any, ...],
-        activation: str,
-        layout: str,
-        keep: str,
-        *tensors: Tensor | None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, copy: Tensor | None, constants: tuple[Any, ...], activation: str,
+        layout: str, keep: str, *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
         read = x if copy is None else copy
         rows, constants = read.reshape(-1, x.shape[-1]), Constants(*constants)

@@ -70,15 +70,9 @@ def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None
 
 
 def backward(
-    grad: Tensor,
-    x: Rows | None,
-    outs: Sequence[Tensor],
-    hs: Sequence[Tensor | None],
-    mlp: Mlp,
-    need_x: bool,
-    needs: Sequence[Grads],
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+    grad: Tensor, x: Rows | None, outs: Sequence[Tensor], hs: Sequence[Tensor | None], mlp: Mlp,
+    need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradient of x, and those of the linears' tensors, four each; None where not needed.
 
     Args:

@@ -29,15 +29,10 @@ from .moe_experts_second import down_again, up_again
 
 
 def reference(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    up_bias: Tensor | None = None,
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One expert at a time, on the rows of its tokens."""
     tokens, active = index.shape
     ids = index.reshape(-1)
@@ -112,15 +107,9 @@ def inverse_permutation(order: Tensor) -> Tensor:
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        order: Tensor,
-        where: Tensor,
-        offsets: Tensor,
-        active: int,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
+        offsets: Tensor, active: int,
+    ) -> Tensor:  # fmt: skip
         tokens = order // active
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, where, offsets, order)
         ctx.active, ctx.bias = active, None if bias is None else bias.dtype
@@ -145,16 +134,9 @@ class _Up(torch.autograd.Function):
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        weights: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        order: Tensor,
-        where: Tensor,
-        offsets: Tensor,
-        active: int,
-    ) -> Tensor:
+        ctx: Any, h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor,
+        where: Tensor, offsets: Tensor, active: int,
+    ) -> Tensor:  # fmt: skip
         w_weights, w_weight = ctx.needs_input_grad[1:3]
         y = grouped_mm(h, None, weight, offsets, bias)
         ctx.save_for_backward(
@@ -186,14 +168,9 @@ class _Down(torch.autograd.Function):
 
 
 def moe_up(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    order: Tensor,
-    where: Tensor,
-    offsets: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor, offsets: Tensor,
     active: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``x[t] · weight[e] + bias[e]`` for each pair of a token and an expert, sorted by expert.
 
     Args:
@@ -212,15 +189,9 @@ def moe_up(
 
 
 def moe_down(
-    h: Tensor,
-    weights: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    order: Tensor,
-    where: Tensor,
-    offsets: Tensor,
-    active: int,
-) -> Tensor:
+    h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
+    offsets: Tensor, active: int,
+) -> Tensor:  # fmt: skip
     """Project each pair's row, and add up each token's rows by their weights.
 
     Args:
@@ -240,15 +211,10 @@ def moe_down(
 
 
 def moe_experts(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    up_bias: Tensor | None = None,
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Send each token through its experts. Backward may run more than once.
 
     Args:
@@ -274,15 +240,10 @@ def moe_experts(
 
 
 def unsupported(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    up_bias: Tensor | None = None,
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
+    activation: Callable[[Tensor], Tensor], up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, which are those of ``moe_experts``."""
     devices = [] if index.device == weights.device == x.device else ["several devices"]
     inner = x.new_empty(0, down.shape[1])

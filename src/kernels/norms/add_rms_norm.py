@@ -15,13 +15,9 @@ from . import rms_norm as norm
 
 # ------------------------------------------------------------------------------------- reference
 def reference(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Define the op; see ``add_rms_norm`` for the arguments."""
     total = x + residual
     return total, norm.reference(total, weight, eps, offset, rounding)
@@ -77,14 +73,9 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        offset: float,
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float,
         outer: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         fast = use_triton(x, residual, weight) and x.shape[-1] <= norm.MAX_DIM
         run = _forward_op if fast else _forward
         total, y, rstd = run(x, residual, weight, eps, offset, outer)
@@ -115,13 +106,9 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add x + residual, rounded to the dtype that both promote to; then norm the sum.
 
     Args:
@@ -151,13 +138,9 @@ def add_rms_norm(
 
 # -------------------------------------------------------------------------------------------- op
 def unsupported(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    offset: float = 0.0,
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
     rounding: str = "inner",
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Say why these tensors are not served by the fast implementation of their device."""
     reasons = norm.unsupported(x, weight, eps, offset, rounding)
     if x.shape != residual.shape:

@@ -18,23 +18,9 @@ from .rms_norm_triton import as_rows, finish, output_like, programs_of
 
 @triton.jit
 def forward_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    rows,
-    dim,
-    heads,
-    x_stride,
-    y_stride,
-    eps,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, dim, heads, x_stride, y_stride,
+    eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Store y = norm(x) · weight + bias, and the statistics of each row."""
     head = tl.program_id(1)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * heads + head
@@ -60,28 +46,10 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dw_ptr,
-    db_ptr,
-    rows,
-    dim,
-    heads,
-    tiles,
-    grad_stride,
-    x_stride,
-    dx_stride,
-    HAS_WEIGHT: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr, rows, dim, heads,
+    tiles, grad_stride, x_stride, dx_stride, HAS_WEIGHT: tl.constexpr, NEED_X: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Store dx = rstd · (g·w − mean(g·w) − n · mean(g·w·n)), and one partial dW and db per program.
 
     Each program takes ``tiles`` neighbouring tiles, so that the result does not depend on the
@@ -168,16 +136,9 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the norm.
 
     Args:
@@ -255,16 +216,9 @@ def _forward_case(
 
 
 def _backward_case(
-    name: str,
-    dim: int,
-    x: str,
-    w: str,
-    *,
-    weight: bool = True,
-    need_x: bool = True,
-    need_weight: bool = True,
-    need_bias: bool = True,
-) -> AotCase:
+    name: str, dim: int, x: str, w: str, *, weight: bool = True, need_x: bool = True,
+    need_weight: bool = True, need_bias: bool = True,
+) -> AotCase:  # fmt: skip
     rows, block, warps = tile_of(dim)
     signature = {f"{k}_ptr": f"*{x}" for k in ("grad", "x", "dx")} | {"weight_ptr": f"*{w}"}
     signature |= {f"{k}_ptr": "*fp32" for k in ("mean", "rstd", "dw", "db")}

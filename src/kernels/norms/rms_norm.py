@@ -76,16 +76,9 @@ def _scale(weight: Tensor, offset: float, outer: bool, work: torch.dtype) -> Ten
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    extra: Tensor | None,
-    offset: float,
-    outer: bool,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
+    offset: float, outer: bool, need_x: bool, need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     work = work_dtype(x)
     g, n = grad.to(work), x.to(work)
     n = n * rstd if x.dtype is work else n.mul_(rstd)
@@ -121,16 +114,9 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    extra: Tensor | None,
-    offset: float,
-    outer: bool,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
+    offset: float, outer: bool, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     d_x = torch.empty_like(x) if need_x else x.new_empty(0, x.shape[-1])
     if need_weight and weight is not None:
         return d_x, weight.new_empty(weight.shape)
@@ -166,16 +152,9 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    extra: Tensor | None,
-    offset: float,
-    outer: bool,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
+    offset: float, outer: bool, need_x: bool, need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the norm, reductions in fp32; see ``forward``.
 
     Args:

@@ -15,27 +15,10 @@ from ..aot import AotCase
 
 @triton.jit
 def forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    sum_ptr,
-    y_ptr,
-    rstd_ptr,
-    rows,
-    dim,
-    x_stride,
-    residual_stride,
-    sum_stride,
-    y_stride,
-    eps,
-    offset,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    OUTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, dim, x_stride, residual_stride,
+    sum_stride, y_stride, eps, offset, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Store y = norm(x [+ residual]) · (offset + weight), and one rstd per row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
@@ -74,30 +57,11 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    extra_ptr,
-    dx_ptr,
-    partial_ptr,
-    rows,
-    dim,
-    tiles,
-    grad_stride,
-    x_stride,
-    extra_stride,
-    dx_stride,
-    offset,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, extra_ptr, dx_ptr, partial_ptr, rows, dim, tiles,
+    grad_stride, x_stride, extra_stride, dx_stride, offset, HAS_WEIGHT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, OUTER: tl.constexpr, HAS_EXTRA: tl.constexpr, NEED_X: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Store dx = rstd · (g·w − n · mean(g·w·n)) [+ extra], and one partial dW per program.
 
     Each program takes ``tiles`` neighbouring tiles, so that dW has as many partial sums as there
@@ -153,15 +117,9 @@ def tile_of(dim: int) -> tuple[int, int, int]:
 
 
 def forward_case(
-    name: str,
-    dim: int,
-    types: tuple[str, str, str],
-    *,
-    weight: bool = True,
-    offset: bool = False,
-    outer: bool = False,
-    residual: bool = False,
-) -> AotCase:
+    name: str, dim: int, types: tuple[str, str, str], *, weight: bool = True, offset: bool = False,
+    outer: bool = False, residual: bool = False,
+) -> AotCase:  # fmt: skip
     """The forward kernel for rows of ``dim``; ``types`` of x, weight and y."""
     rows, block, warps = tile_of(dim)
     x, w, y = types
@@ -178,17 +136,9 @@ def forward_case(
 
 
 def backward_case(
-    name: str,
-    dim: int,
-    types: tuple[str, str],
-    *,
-    weight: bool = True,
-    offset: bool = False,
-    outer: bool = False,
-    extra: bool = False,
-    need_x: bool = True,
-    need_weight: bool = True,
-) -> AotCase:
+    name: str, dim: int, types: tuple[str, str], *, weight: bool = True, offset: bool = False,
+    outer: bool = False, extra: bool = False, need_x: bool = True, need_weight: bool = True,
+) -> AotCase:  # fmt: skip
     """The backward kernel for rows of ``dim``; ``types`` of x (and its gradients) and weight."""
     rows, block, warps = tile_of(dim)
     x, w = types

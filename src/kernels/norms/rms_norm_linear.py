@@ -25,14 +25,9 @@ from . import rms_norm as norm
 
 # ------------------------------------------------------------------------------------- reference
 def reference(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    rounding: str,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, rounding: str,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Define the op; see ``rms_norm_linear`` for the arguments."""
     y = norm.reference(x, norm_weight, eps, offset, rounding)
     return tuple(F.linear(y, w, b) for w, b in zip(weights, biases, strict=True))
@@ -40,15 +35,9 @@ def reference(
 
 # ------------------------------------------------------------------------------------------- cpu
 def _forward(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    outer: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    cast: bool,
-) -> list[Tensor]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+) -> list[Tensor]:  # fmt: skip
     y, rstd = norm.forward(x, norm_weight, eps, offset, outer)
     outs = [
         _linear(y.to(w.dtype) if cast else y, w, b) for w, b in zip(weights, biases, strict=True)
@@ -99,15 +88,9 @@ def _weight_gradients(
 
 # ---------------------------------------------------------------------------------------- triton
 def _forward_fake(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    outer: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    cast: bool,
-) -> list[Tensor]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+) -> list[Tensor]:  # fmt: skip
     rows = x.shape[:-1]
     outs = [x.new_empty((*rows, w.shape[0]), dtype=w.dtype) for w in weights]
     return [*outs, x.new_empty((*rows, 1), dtype=torch.float32)]
@@ -147,15 +130,9 @@ class _RMSNormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor | None,
-        eps: float,
-        offset: float,
-        outer: bool,
-        cast: bool,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
+        cast: bool, *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         count = len(tensors) // 2
         weights = [w for w in tensors[:count] if w is not None]
         biases = tensors[count:]
@@ -196,14 +173,9 @@ class _RMSNormLinear(torch.autograd.Function):
 
 
 def rms_norm_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    rounding: str,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, rounding: str,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Each result is ``linear(rms_norm(x), weight, bias)``; the normed rows are not kept.
 
     Under autocast the linears run in its dtype, as they do in eager mode.
@@ -247,14 +219,9 @@ def rms_norm_linear(
 
 # -------------------------------------------------------------------------------------------- op
 def unsupported(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    rounding: str,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> list[str]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, rounding: str,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+) -> list[str]:  # fmt: skip
     """Say why these tensors are not served by the fast implementation of their device."""
     reasons = norm.unsupported(x, norm_weight, eps, offset, rounding)
     normed = norm.output_dtype(x, norm_weight, norm.is_outer(rounding))

@@ -31,28 +31,11 @@ TRITON_LAUNCH, LIBRARY_LAUNCH = 10e-6, 5e-6
 
 @triton.jit
 def matmul_kernel(
-    x_ptr,
-    norm_weight_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    rstd_ptr,
-    rows,
-    features,
-    dim,
-    x_stride,
-    weight_stride,
-    eps,
-    offset,
-    HAS_NORM_WEIGHT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, rows, features, dim, x_stride,
+    weight_stride, eps, offset, HAS_NORM_WEIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, BLOCK_DIM: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """Store rstd · ((x · (offset + norm_weight)) weightᵀ) + bias, and rstd of each row."""
     # neighbouring programs share weight and x tiles in the cache: GROUP tiles of rows at a time
     program = tl.program_id(0)
@@ -143,14 +126,9 @@ def fits_fused(
 
 
 def launch_fused(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    outer: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> list[Tensor]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
     """Launch ``matmul_kernel`` for each linear; see ``forward``. x must not be empty."""
     x_rows = as_rows(x)
     rows, dim = x_rows.shape
@@ -192,15 +170,9 @@ def launch_fused(
 
 
 def forward(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    outer: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    cast: bool,
-) -> list[Tensor]:
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, outer: bool,
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], cast: bool,
+) -> list[Tensor]:  # fmt: skip
     """Norm and linears by the faster way; nothing here waits for the GPU.
 
     Args:
@@ -233,14 +205,9 @@ def forward(
 
 
 def _case(
-    name: str,
-    rows: int,
-    *,
-    weight: bool = True,
-    offset: bool = False,
-    bias: bool = False,
+    name: str, rows: int, *, weight: bool = True, offset: bool = False, bias: bool = False,
     divisible: tuple[str, ...] = ("features", "dim", "x_stride", "weight_stride"),
-) -> AotCase:
+) -> AotCase:  # fmt: skip
     block_rows, block_features, block_dim, warps, stages = tile_of(rows)
     pointers = ("x_ptr", "norm_weight_ptr", "weight_ptr", "bias_ptr", "out_ptr")
     signature = dict.fromkeys(pointers, "*bf16") | {"rstd_ptr": "*fp32"}

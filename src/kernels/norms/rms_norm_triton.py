@@ -55,13 +55,9 @@ def programs_of(device: torch.device) -> int:
 
 
 def launch_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    offset: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float,
     outer: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Launch ``forward_kernel``; returns (sum or None, y, rstd)."""
     normed = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = normed if outer or weight is None else torch.promote_types(weight.dtype, normed)
@@ -112,16 +108,9 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    extra: Tensor | None,
-    offset: float,
-    outer: bool,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, extra: Tensor | None,
+    offset: float, outer: bool, need_x: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the norm.
 
     Args:
