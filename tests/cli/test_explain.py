@@ -135,7 +135,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = shutil.copytree(REMOTE, tmp_path / "oddity_explained")
-    assert "say --trust-remote-code if you trust it" in refused(str(folder))
+    assert "pass --trust-remote-code if you trust it" in refused(str(folder))
     said = explained(str(folder), "--trust-remote-code", "--fp32", "--graph")
     assert "block: trunk.stages.0 and 1 more (Stage)" in said
     for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
@@ -144,7 +144,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused("./no/such/model").startswith("there is no ./no/such/model in ")
-    assert "is no model: it has neither a config.json nor a GGUF file" in refused(str(tmp_path))
+    assert "is not a model: it has neither a config.json nor a GGUF file" in refused(str(tmp_path))
     assert "is not installed" in refused("package:no_such_package_of_models")
 
     def offline(*_: Any, **__: Any) -> None:

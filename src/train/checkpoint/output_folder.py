@@ -32,7 +32,7 @@ def check_output(folder: Path, overwrite: bool, resumed: bool = False) -> None:
     if found is not None and not overwrite and not (resumed and not _finished(folder)):
         raise RecipeError(
             f"output_dir: {folder} already holds a run ({found.name}); choose another folder, or "
-            "say --overwrite (overwrite_output_dir: true)"
+            "pass --overwrite (overwrite_output_dir: true)"
         )
 
 

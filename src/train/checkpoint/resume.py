@@ -218,8 +218,8 @@ def require_same_data(resumed: Resumed, fingerprint: str) -> None:
     if resumed.saved.data != fingerprint:
         raise RecipeError(
             f"{resumed.folder} was trained on other rows: the datasets, their template or the "
-            "split have changed since (or the version of tokenizers or transformers); put them "
-            "back, or start a new run"
+            "split have changed since (or the version of tokenizers or transformers); restore "
+            "them, or start a new run"
         )
 
 
