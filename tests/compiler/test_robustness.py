@@ -191,6 +191,19 @@ def test_hooks_on_submodules_are_called() -> None:
     handle.remove()
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["first", "after a step"])
+def test_labels_that_eager_refuses_are_refused(after: bool) -> None:
+    eager = build(LLAMA, lora=False)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    if after:
+        _step(ours)
+    with pytest.raises(RuntimeError) as theirs:
+        eager(input_ids=IDS, labels=IDS.int())
+    with pytest.raises(RuntimeError) as mine:
+        ours(input_ids=IDS, labels=IDS.int())
+    assert str(mine.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
 def test_hidden_states_can_be_asked_for() -> None:
     model = build(LLAMA, lora=False)
     eager = copy.deepcopy(model)
