@@ -176,7 +176,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "calls that are none": (row(turn(tool_calls="x")), "'tool_calls' is not valid JSON: Expecting"),
     "calls of two meanings": (
         row(turn(tool_calls='[{"name": "f", "name": "g"}]')),
-        "the field 'tool_calls' cannot be read: the key 'name' is there twice",
+        "the field 'tool_calls' cannot be read: the key 'name' is duplicated",
     ),
     "a flag that is none": (
         row(turn(train="yes"), message_field_training="train"),
