@@ -290,7 +290,7 @@ def test_rows_with_two_meanings_are_refused(
     (tmp_path / name).write_text(text, encoding="utf-8")
     kind = "chat_template" if "json" in name else "completion"
     asked = {**recipe, "datasets": [{"path": str(tmp_path / name), "type": kind}]}
-    with pytest.raises(Exception, match=r"is there twice|is a NUL") as caught:
+    with pytest.raises(Exception, match=r"is duplicated|is a NUL") as caught:
         train(asked, console=Console(quiet=True))
     assert said in str(caught.value)
 
@@ -308,4 +308,4 @@ def test_a_table_with_a_nul_is_refused(recipe: dict[str, Any], tmp_path: Path) -
 def test_a_folder_whose_files_have_two_meanings(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"recipe": {}, "recipe": {"base_model": "x"}}')
     said = fusewright("generate", str(tmp_path), "hello").stderr
-    assert "run.json cannot be read: the key 'recipe' is there twice" in said
+    assert "run.json cannot be read: the key 'recipe' is duplicated" in said
