@@ -171,7 +171,7 @@ class Builder:
     def __getattr__(self, name: str) -> Callable[..., Call]:
         if name not in SPECS:
             raise AttributeError(
-                f"no canonical operation is named {name!r} (see graph/operations.py)"
+                f"no canonical operation is named {name!r} (see graph/operations.py, and register in graph/canon.py)"
             )
         return lambda *args, **named: call(name, *args, **named)
 
