@@ -79,8 +79,7 @@ def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
     items = [u for u in node.users if u.target is operator.getitem]
-    op = node.meta.get("fusewright_op")
-    kept = () if op is None else op.kept_outputs
+    kept = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
     found = [u for u in items if u.args[1] in kept and _is_written_after(u, last, place)]
     for source in found:
         with node.graph.inserting_after(source):
