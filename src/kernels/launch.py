@@ -99,9 +99,7 @@ def library_op(
     op: Callable[..., Any] = packet.default
     if flops is not None:
         formula = flops
-        register_flop_formula(packet, get_raw=True)(
-            lambda *args, out_val=None, **kwargs: formula(*args, **kwargs)
-        )
+        register_flop_formula(packet, get_raw=True)(lambda *a, out_val=None, **k: formula(*a, **k))
     if temporary is not None:
         TEMPORARY_BYTES[op] = temporary
     return op
