@@ -44,7 +44,7 @@ SPECS["quantized_linear"] = Spec(PARAMS)
 
 
 def register(function: Callable[..., Any], name: str, spec: Spec) -> None:
-    """Give one of this package's ops (a graph node's target) its canonical name."""
+    """Give ``function`` (an op, or one that is not in ``operations.py``) its canonical name."""
     _OPS[function] = (name, spec)
     SPECS[name] = spec
 

@@ -78,13 +78,16 @@ def library_op(
             call.
         fake: same signature; returns outputs of the right shape, dtype and strides
             (``torch.empty`` and friends), for tracing.
-        flops: same signature; the floating-point operations of a call, for whoever counts those
-            of opaque ops (PyTorch's ``FlopCounterMode``, ``Op.cost``, the memory planner). Without
-            it there are none beside those of products.
+        flops: same signature, defaults included; the floating-point operations of a call, as
+            ``FlopCounterMode``, ``Op.cost`` and the memory planner count them. Without it they
+            count none, which is right for an op without matrix products.
         temporary: same signature; the bytes that a call holds only while it runs.
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
+
+    Raises:
+        RuntimeError: NAME is defined already, in this process.
     """
     name = schema.split("(", 1)[0]
     run = _triton(implementation) if isinstance(implementation, str) else implementation
@@ -96,7 +99,7 @@ def library_op(
     op: Callable[..., Any] = packet.default
     if flops is not None:
         formula = flops
-        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: formula(*args))
+        register_flop_formula(packet, get_raw=True)(lambda *a, out_val=None, **k: formula(*a, **k))
     if temporary is not None:
         TEMPORARY_BYTES[op] = temporary
     return op

@@ -11,7 +11,7 @@ An op file has one fixed order, so that a reader who knows one knows them all:
 4. **autograd**: one ``torch.autograd.Function`` for all implementations. It computes only the
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
    returns an input. Its backward is decorated with what takes its place where it is differentiated
-   itself (``second.py``).
+   itself (``second_order.py``).
 5. **OP**: the record.
 
 The public function (``rms_norm(...)``) is what graph nodes call. It is plain Python over
@@ -36,9 +36,9 @@ class Op:
         name: the op's name, also the rule name in reports.
         reference: plain PyTorch definition, same signature as ``call``.
         call: the differentiable function; a graph node's target.
-        unsupported: same signature as ``call`` -> the reasons, one sentence each, why the fast
+        unsupported: same signature as ``call`` -> the reasons, a clause each, why the fast
             implementation for these tensors' device cannot take them. Empty when it can. The
-            engine asks it before every rewrite, with fake tensors.
+            engine asks it before every rewrite, with fake tensors: it must not read values.
         kept_outputs: places of the outputs that it keeps for backward itself: nothing may write
             into them. Any input may be kept.
     """

@@ -17,7 +17,6 @@ from ..graph import facts
 from ..graph.edit import modes
 from ..graph.effects import writes
 from ..graph.signatures import is_builtin
-from .op_table import OF_CALL
 
 
 def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -> int:
@@ -80,8 +79,7 @@ def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
     items = [u for u in node.users if u.target is operator.getitem]
-    op = OF_CALL.get(node.target)
-    kept = () if op is None else op.kept_outputs
+    kept = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
     found = [u for u in items if u.args[1] in kept and _is_written_after(u, last, place)]
     for source in found:
         with node.graph.inserting_after(source):

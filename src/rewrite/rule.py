@@ -125,7 +125,7 @@ class Emit:
         target = function.call if isinstance(function, Op) else function
         node = self._keep(self._graph.call_function(target, args, kwargs))
         if op is not None:
-            self.ops[node] = op
+            self.ops[node] = node.meta["fusewright_op"] = op
         return node
 
     def method(self, name: str, x: Any, *args: Any) -> fx.Node:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..kernels.op import Op
 
 
 def unsupported(ops: Mapping[fx.Node, Op], autocast: tuple[tuple[Any, ...], ...]) -> list[str]:
-    """The reasons of ``ops`` against the calls that they are asked for.
+    """The reasons of the first of ``ops`` that cannot take its arguments; empty if all can.
 
     They are asked with fake tensors of the sizes that the graph was captured with, so that no
     comparison of sizes becomes a guard of the captured graph.
@@ -35,18 +34,19 @@ def unsupported(ops: Mapping[fx.Node, Op], autocast: tuple[tuple[Any, ...], ...]
         return values[node]
 
     def run(node: fx.Node) -> Any:  # what another call of the rewrite returns
-        (first, *args), kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         target: Any = node.target
-        called = getattr(first, target) if node.op == "call_method" else partial(target, first)
-        return called(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     with ExitStack() as around:
         around.enter_context(torch._guards.tracing(None))
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for settings in autocast:
             around.enter_context(torch.autocast(*settings))
-        found = []
         for node, op in ops.items():
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-            found += op.unsupported(*args, **kwargs)
-        return found
+            if reasons := op.unsupported(*args, **kwargs):
+                return reasons  # later ops may need what this one cannot compute
+        return []

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.cost import cost
+from fusewright.kernels.launch import library_op
 from fusewright.kernels.linear import dora, quant_linear
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.mlp import glu
@@ -207,3 +208,13 @@ def test_parameters_are_not_kept_and_one_tensor_counts_once() -> None:
 def test_tensors_on_the_meta_device_will_do() -> None:
     x, w = (t.detach().to("meta") for t in (_x(ROWS, WIDE), _w(OUT, WIDE)))
     assert cost(nn.functional.linear, x, w).flops == 2 * ROWS * WIDE * OUT
+
+
+def test_an_opaque_op_may_take_arguments_by_name() -> None:
+    op = library_op(
+        "tests_scaled(Tensor x, *, float scale) -> Tensor",
+        lambda x, scale: x * scale,
+        lambda x, scale: torch.empty_like(x),
+        flops=lambda x, scale: x.numel(),
+    )
+    assert cost(op, _x(5, 7), scale=2.0).flops == 35

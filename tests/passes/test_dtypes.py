@@ -117,3 +117,15 @@ def test_casts_to_fewer_bits_are_not_merged_where_their_gradients_are_added_up()
         assert len(casts) == left
     graph = capture(lambda x: (x.float() * 2, x.float() * 3), _draw(4, 8, dtype=BF16))
     assert remove_noops(graph) == 1
+
+
+def test_a_head_that_autocast_casts() -> None:
+    """The head is in fp32, as PEFT trains a copy of it, and the rows are not."""
+    h, w, target = _draw(10, 8, dtype=BF16), _draw(50, 8), torch.randint(0, 50, (10,))
+
+    def fn(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, w).float(), target)
+
+    with torch.autocast("cpu", BF16):
+        findings = rewrite(capture(fn, h, w, target))
+    assert rewritten(findings) == ["linear_cross_entropy"], findings

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fusewright.kernels.op import Op
-from fusewright.rewrite.rule import Emit, Match
+from fusewright.rewrite.copies import copy_what_is_written
+from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import trace
 from .test_engine import Gate, S, _applied, _calls, _told, gated
@@ -64,3 +65,53 @@ def test_an_op_whose_check_fails_is_not_put_in() -> None:
         "refused",
         "its op's check failed: KeyError: 'nothing there'",
     )
+
+
+def _strict(x: Tensor) -> Tensor:
+    raise RuntimeError("not of this dtype")
+
+
+def test_an_op_that_refuses_is_not_run_for_those_after_it() -> None:
+    class Chain(Gate):
+        def rewrite(self, m: Match, ops: Emit) -> Any:
+            strict = Op("strict", _strict, _strict, lambda x: [f"it takes no {x.dtype}"])
+            return ops.call(OP, m.x, ops.call(strict, m.y))
+
+    (found,) = _applied(trace(lambda a, b: torch.sigmoid(a) * b, S, S), Chain())
+    assert (found.status, found.reason) == ("refused", "it takes no torch.float32")
+
+
+def test_a_call_before_the_op_may_name_its_arguments() -> None:
+    class Named(Gate):
+        def rewrite(self, m: Match, ops: Emit) -> Any:
+            return ops.call(OP, m.x, ops.call(torch.mul, input=m.y, other=1.0))
+
+    wide = trace(lambda a, b: torch.sigmoid(a) * b, (2, 3, 9), (2, 3, 9))
+    assert _told(_applied(wide, Named())) == [("gate", "rewritten", "mul")]
+
+
+def test_what_an_op_keeps_of_its_outputs_is_copied_wherever_the_op_is_from() -> None:
+    class Pair(Rule):
+        name = op = "pair"
+        outputs = ("total",)
+
+        def patterns(self, p: Any, x: Any, y: Any) -> Any:
+            yield p.tanh(p.capture("total", p.add(x, y)))
+
+        def rewrite(self, m: Match, ops: Emit) -> Any:
+            pair = ops.call(Op("pair", _pair, _pair, lambda x, y: [], (0,)), m.x, m.y)
+            return ops.item(pair, 1), ops.item(pair, 0)
+
+    def fn(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        total = a + b
+        return torch.tanh(total), total
+
+    module = trace(fn, S, S)
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta["example_value"].requires_grad_()
+    _applied(module, Pair())
+    assert copy_what_is_written(module, open_to_writes=True) == 1
+
+
+def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x + y, torch.tanh(x + y)

@@ -142,10 +142,10 @@ def unsupported(
     logit_scale: float = 1.0,
 ) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, those of ``linear_cross_entropy``."""
+    if any(t is not None and not t.is_floating_point() for t in (x, weight, bias)):
+        return ["an operand is not of a floating-point dtype (a quantized head?)"]
     reasons = []
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    if any(not t.is_floating_point() for t in tensors):
-        reasons.append("an operand is not of a floating-point dtype (a quantized head?)")
+    tensors = [t for t in operands(x, weight, bias) if t is not None]
     if len({t.dtype for t in tensors}) > 1:
         reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
     if labels.dtype is not torch.int64:

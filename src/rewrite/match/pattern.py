@@ -170,9 +170,8 @@ class Builder:
 
     def __getattr__(self, name: str) -> Callable[..., Call]:
         if name not in SPECS:
-            raise AttributeError(
-                f"no canonical operation is named {name!r} (see graph/operations.py)"
-            )
+            known = "see graph/operations.py; graph.canon.register adds one"
+            raise AttributeError(f"no canonical operation is named {name!r} ({known})")
         return lambda *args, **named: call(name, *args, **named)
 
     def cast(self, x: Any, dtype: torch.dtype | None = None) -> Call:
