@@ -109,7 +109,7 @@ CASES = {
         "output_dir", "is the folder of base_model: choose another one",
     ),
     "an earlier run": Bad(
-        keys(overwrite_output_dir=None), "already holds a run", "choose another folder, or pass --ov"
+        keys(overwrite_output_dir=None), "already holds a run", "another folder, or pass --ov"
     ),
 }  # fmt: skip
 EARLY = {name: bad for name, bad in CASES.items() if not bad.late}
