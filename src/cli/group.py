@@ -25,6 +25,9 @@ from ..train.terminal import Terminal, say
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Of click, of which typer may carry its own copy."""
 
+_AXOLOTL = {"merge-lora": "merge", "inference": "generate", "evaluate": "eval"}
+"""Its commands that have another name here."""
+
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -42,7 +45,7 @@ class Commands(TyperGroup):
         try:
             return super().resolve_command(ctx, args)
         except _UsageError as error:
-            vars(error)["meant"] = did_you_mean(args[0], self.commands)
+            vars(error)["meant"] = did_you_mean(_AXOLOTL.get(args[0], args[0]), self.commands)
             raise
 
     def invoke(self, ctx: Any) -> Any:

@@ -40,7 +40,29 @@ def test_both_spellings_are_documented() -> None:
     assert ("train", "--dry-run") in SPELLED
 
 
-@pytest.mark.parametrize("spelled", ["--learning_rate", "--learning-rate", "--learning-rate_"])
+@pytest.mark.parametrize("spelled", ["--learning_rate", "--learning-rate"])
 def test_keys_of_a_recipe_too(spelled: str) -> None:
     said = CliRunner().invoke(app, ["train", "no.yaml", spelled]).stderr
     assert f"{spelled} needs a value" in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--dryrun", "; did you mean --dry_run?"),
+        ("--overwite", "; did you mean --overwrite?"),
+        ("--sample_paking", "; did you mean --sample_packing?"),
+        ("--xyz", ""),
+    ],
+)
+def test_a_misspelt_switch_is_not_asked_for_a_value(typed: str, meant: str) -> None:
+    said = CliRunner().invoke(app, ["train", "no.yaml", typed]).stderr
+    assert said == f"fusewright: {typed} is neither an option nor a key of a recipe{meant}\n"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("merge-lora", "merge"), ("inference", "generate"), ("evaluate", "eval")]
+)
+def test_the_commands_of_axolotl_lead_to_ours(theirs: str, ours: str) -> None:
+    said = CliRunner().invoke(app, [theirs, "recipe.yaml"]).stderr
+    assert f"no such command '{theirs}'; did you mean {ours}?" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from ...errors import RecipeError
+from ...errors import RecipeError, nearest
 from .keys.base import Keys, aliases, nested
 from .recipe import Recipe
 from .yaml_lines import parse_value
@@ -40,8 +40,18 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         elif _is_switch(key):
             overrides[key] = True
         else:
-            raise RecipeError(f"{word} needs a value")
+            raise RecipeError(f"{word} {_no_value(key)}")
     return overrides
+
+
+def _no_value(key: str) -> str:
+    """What is wrong with a word that no value follows: often it is a misspelt switch."""
+    known = {*Recipe.model_fields, *aliases(Recipe)}
+    if key.removeprefix("no_").partition(".")[0] in known:
+        return "needs a value"
+    near = nearest(key, [*known, "dry_run", "overwrite"])
+    meant = f"; did you mean --{near}?" if near else ""
+    return f"is neither an option nor a key of a recipe{meant}"
 
 
 def _is_switch(dotted: str) -> bool:
