@@ -31,13 +31,27 @@ class Terminal(Console):
             self.width = _PIPE
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does; but a table in which words would be broken as lines."""
+        """Print as rich does; but a table in which words would be broken as lines.
+
+        Of those lines, the first columns are still aligned, as far as three quarters of the width.
+        """
         if not (objects and isinstance(objects[0], Table)) or self._fits(objects[0]):
             return super().print(*objects, **options)
-        columns = [(column.header, *column.cells) for column in objects[0].columns]
-        for cells in zip(*columns, strict=True):
-            texts = (self.render_str(c) if isinstance(c, str) else c for c in cells)
-            say(self, Text("  ").join(text for text in texts if text))
+        columns, used = [], 0
+        for column in objects[0].columns:
+            cells = [
+                self.render_str(c) if isinstance(c, str) else c.copy()
+                for c in (column.header, *column.cells)
+            ]
+            widest = max(cell.cell_len for cell in cells)
+            used += widest + 2
+            for cell in cells if used <= self.width * 3 // 4 else ():
+                cell.pad_right(widest - cell.cell_len)
+            columns.append(cells)
+        for row in zip(*columns, strict=True):
+            line = Text("  ").join(text for text in row if text)
+            line.rstrip()
+            say(self, line)
 
     def _fits(self, table: Table) -> bool:
         wide = self.options.update(width=_PIPE)

@@ -181,6 +181,23 @@ def test_words_of_tables_are_not_broken(width: int) -> None:
     assert set(SENTENCE.split()) <= set(sent(console).split())
 
 
+def test_a_table_that_is_too_wide_keeps_its_first_columns_aligned() -> None:
+    table = Table("key", "status", "value")
+    table.columns[2].no_wrap = True
+    table.add_row("bf16", "honoured", "auto")
+    table.add_row("fsdp", "", "")
+    table.add_row("lora_target_modules", "unset", "word " * 20)
+    console = Terminal(file=Tty(), force_terminal=True, width=60, color_system=None)
+    console.print(table)
+    lines = sent(console).splitlines()
+    assert lines[:3] == [
+        f"{'key':21}{'status':10}value",
+        f"{'bf16':21}{'honoured':10}auto",
+        "fsdp",
+    ]
+    assert lines[3].startswith("lora_target_modules  unset     word word")
+
+
 def test_nothing_is_wrapped_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     console = Terminal(file=io.StringIO())
