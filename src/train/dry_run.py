@@ -27,6 +27,7 @@ _COLOURS = {
     "subsumed": "cyan",
     "not applicable": "yellow",
     "not yet available": "red",
+    "unset": "dim",
 }
 
 
@@ -44,7 +45,7 @@ def show(checked: Checked, console: Console) -> None:
     found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
     say(console, f"{checked.name}\n")
     console.print(_table(checked, found))
-    counts = {status: sum(e.status == status for e in found) for status in _COLOURS}
+    counts = {status: sum(_status(e) == status for e in found) for status in _COLOURS}
     say(console, ", ".join(f"{n} {status}" for status, n in counts.items() if n))
     say(console, "\n# the recipe with its defaults, without secrets and unset keys")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
@@ -62,10 +63,15 @@ def _table(checked: Checked, found: Sequence[Entry]) -> Table:
     table.add_column("note", min_width=30 if any(entry.note for entry in found) else None)
     for entry in found:
         value = "" if entry.value is None else escape(_flow(without_secrets(entry)))
-        colour = _COLOURS[entry.status]
-        row = [escape(entry.key), _line(entry, checked), f"[{colour}]{entry.status}[/]"]
+        status = _status(entry)
+        colour = _COLOURS[status]
+        row = [escape(entry.key), _line(entry, checked), f"[{colour}]{status}[/]"]
         table.add_row(*row, value, f"[{colour}]{escape(entry.note)}[/]")
     return table
+
+
+def _status(entry: Entry) -> str:
+    return "unset" if entry.value is None else entry.status
 
 
 def _line(entry: Entry, checked: Checked) -> str:

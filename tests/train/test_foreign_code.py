@@ -136,7 +136,10 @@ def test_a_native_model_needs_no_word(recipe: dict[str, Any], tmp_path: Path) ->
     said = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
     result = train({**recipe, "trust_remote_code": True}, console=said)
     assert result.status == "finished"
-    assert "trust_remote_code: not obeyed without your own word" in said.export_text()
+    assert (
+        "trust_remote_code: without effect, because --trust-remote-code is not"
+        in said.export_text()
+    )
     assert result.recipe["trust_remote_code"] is False  # what was in force
     assert result.recipe["base_model"] == recipe["base_model"]
 

@@ -85,7 +85,7 @@ def messages(recipe: Recipe) -> list[str]:
     """Short lines about keys that ask for something that is done otherwise, or not at all."""
     found = [e for e in entries(recipe.model_dump(exclude_unset=True)) if e.asks]
     lines = {
-        "subsumed": "done by fusewright itself, so not asked for",
+        "subsumed": "fusewright does this itself",
         "not applicable": "without effect here",
     }
     said = []
@@ -95,8 +95,8 @@ def messages(recipe: Recipe) -> list[str]:
             said.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
     if recipe.trust_remote_code and not recipe.consent.trust_remote_code:
         said.append(
-            f"trust_remote_code: not obeyed without your own word, {CODE_SWITCH}: transformers' "
-            "own classes are used"
+            f"trust_remote_code: without effect, because {CODE_SWITCH} is not on the command "
+            "line: transformers' own classes are used"
         )
     return said
 
@@ -127,7 +127,7 @@ def _entry(model: type[Keys], name: str, value: Any, loc: Loc) -> Entry:
     field = model.model_fields[name]
     extra = extra_of(field)
     if value is None:
-        return Entry(loc, value, "honoured", "unset", False)
+        return Entry(loc, value, "honoured", "", False)
     asks = value not in (False, "", [], {}) and not is_default(field, value)
     status, note = extra.get("status", "honoured"), extra.get("note", "")
     special = {str(v["value"]): (v["status"], v["note"]) for v in extra.get("values", ())}

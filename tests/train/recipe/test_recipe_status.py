@@ -132,7 +132,7 @@ def test_training_says_what_was_not_asked_for() -> None:
     keys = {"liger_rope": True, "ddp": True, "liger_rms_norm": False, "debug": None}
     lines = messages(load_recipe({**BASE, **keys}))
     assert lines == [
-        "done by fusewright itself, so not asked for: liger_rope (train --dry-run says why)",
+        "fusewright does this itself: liger_rope (train --dry-run says why)",
         "without effect here: ddp (train --dry-run says why)",
     ]
     assert messages(load_recipe(BASE)) == []
@@ -169,7 +169,8 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     assert "base_model 1 honoured some/model" in table
     assert "datasets.0.field_messages 4 honoured turns" in table
     assert "overrides_of_model_config 5 honoured {rope_theta: 1000000.0}" in table
-    assert "wandb_project 8 honoured unset" in table
+    assert "wandb_project 8 unset" in table
+    assert "6 honoured, 1 subsumed, 1 not applicable, 1 not yet available, 1 unset" in table
     assert "sample_packing set honoured false" in table
     assert any(line.startswith("liger_rope 7 subsumed true fusewright's rewrite") for line in table)
     assert any(line.startswith("rl 10 not yet available dpo only supervised") for line in table)

@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 from .base import Int, Keys, not_applicable, not_yet
 
-_ONE = "run on one device; adapter: qlora and a smaller micro_batch_size need the least memory"
+_ONE = (
+    "remove the key: training uses one device; adapter: qlora and a smaller micro_batch_size need "
+    "the least memory"
+)
 _LAUNCHER = "there is one process"
 
 
