@@ -231,7 +231,8 @@ class TrainingRun:
             trainer.load_checkpoint(resumed.folder)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
-        self.run_log.say(f"training for {result.steps_planned - done} steps{first}")
+        left = result.steps_planned - done
+        self.run_log.say(f"training for {left} step{'s' * (left != 1)}{first}")
         start = resumed.folder if resumed else None
         try:
             with resume.without_code(start):

@@ -98,9 +98,16 @@ def test_overrides() -> None:
         parse_overrides(["a"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
 def test_a_signal_leaves_the_adapter_of_the_last_step(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    name: str,
 ) -> None:
     def third_step(watch: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(watch, args, state, control, **kwargs)
@@ -112,6 +119,7 @@ def test_a_signal_leaves_the_adapter_of_the_last_step(
     result = fusewright("train", str(file), "--max_steps", "9")
     assert result.exit_code == code, result.output
     assert "Stopped at step 3 of 9; the adapter of that step is in" in result.stdout
+    assert f"Stopped by {name}." in result.stdout
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (run["status"], run["signal"], run["steps"]) == ("interrupted", int(number), 3)
     stopped = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -186,7 +186,10 @@ class RunResult:
             "nan": f"NaN or infinite value: {self.reason}. No weight was changed by that step",
             "watchdog": "The loss stayed above loss_watchdog_threshold",
             "disk full": f"The last checkpoint could not be written: {self.reason}",
-            "interrupted": f"Stopped by signal {self.signal}",
+            "interrupted": "Stopped by "
+            + {1: "SIGHUP", 2: "Ctrl-C", 15: "SIGTERM"}.get(
+                self.signal or 0, f"signal {self.signal}"
+            ),
         }[self.status] + "."
         if self.checkpoint:
             yield (
