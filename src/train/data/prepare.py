@@ -125,7 +125,7 @@ def _load(
         if isinstance(error, OSError):
             reason = error.strerror or error
             raise RecipeError(
-                f"dataset_prepared_path: the rows cannot be kept in {root}: {reason}"
+                f"dataset_prepared_path: the rows cannot be cached in {root}: {reason}"
             ) from error
         raise
     lease = Lease(root) if temporary else None

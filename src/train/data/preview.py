@@ -33,9 +33,8 @@ def summary(prepared: PreparedData, console: Console) -> None:
     for line in warnings(prepared.counts):
         say(console, line)
     if isinstance(prepared.train, Samples):
-        say(
-            console, "not kept" if prepared.train.lease else f"kept in {prepared.train.path.parent}"
-        )
+        where = "not cached" if prepared.train.lease else f"cached in {prepared.train.path.parent}"
+        say(console, where)
     else:
         say(console, "a stream: its rows are prepared during training")
 

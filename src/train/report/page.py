@@ -191,7 +191,7 @@ def _loss(facts: Facts) -> Headline | None:
     ):
         before, after = facts.number(first), facts.number(last)
         if before is not None and after is not None:
-            return _fall(name, before, after, "per trained token")
+            return _fall(name, before, after, "over the run")
     only = facts.number("val_loss_before")
     return None if only is None else Headline("Validation loss before", f"{only:.3f}", "")
 

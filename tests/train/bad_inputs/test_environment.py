@@ -150,7 +150,7 @@ def test_a_full_disk_before_the_first_step(box: Box, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ArrowWriter, "add", full)
     bad = Bad(
-        keys(), "dataset_prepared_path: the rows cannot be kept in", "No space left on device"
+        keys(), "dataset_prepared_path: the rows cannot be cached in", "No space left on device"
     )
     check(bad, box, monkeypatch)
 

@@ -22,7 +22,7 @@ def file(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_rows_are_kept_and_taken_by_the_run(file: Path, tmp_path: Path) -> None:
     done = fusewright("preprocess", str(file))
     assert done.exit_code == 0, done.output
-    assert "kept in" in done.stdout
+    assert "cached in" in done.stdout
     assert [w for w in done.stdout.split("\n") if w.split() == ["rows", "40"]]
     (folder,) = (tmp_path / "last_run_prepared").iterdir()
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -38,7 +38,7 @@ def test_debug_shows_tokens_with_marks(file: Path, tmp_path: Path) -> None:
         "--val_set_size", "0",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "not kept" in done.stdout
+    assert "not cached" in done.stdout
     assert not (tmp_path / "last_run_prepared").exists()
     text = done.stdout[done.stdout.index("sample 1:") :]
     assert "<|im_start|>/1 u/87 s/85" in text
