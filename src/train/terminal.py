@@ -39,10 +39,8 @@ class Terminal(Console):
             return super().print(*objects, **options)
         columns, used = [], 0
         for column in objects[0].columns:
-            cells = [
-                self.render_str(c) if isinstance(c, str) else c.copy()
-                for c in (column.header, *column.cells)
-            ]
+            given: Any = (column.header, *column.cells)
+            cells = [self.render_str(c) if isinstance(c, str) else c.copy() for c in given]
             widest = max(cell.cell_len for cell in cells)
             used += widest + 2
             for cell in cells if used <= self.width * 3 // 4 else ():
