@@ -194,7 +194,7 @@ def test_a_class_is_of_the_kind_that_the_key_is_about(
     asked = {**recipe, key: name}
     if key == "cls_model_config":
         asked["overrides_of_model_config"] = {"rope_theta": 1.0}
-    with pytest.raises(RecipeError, match=f"{key}: transformers has no class {name}"):
+    with pytest.raises(RecipeError, match=f"{key}: {name} is not a suitable class"):
         train(asked, console=Console(quiet=True))
 
 
