@@ -40,6 +40,7 @@ def test_a_run_and_what_is_refused_afterwards(file: Path, tmp_path: Path) -> Non
     assert "already holds a run (run.json)" in refused(tmp_path, str(file))
     again = fusewright("train", str(file), "--overwrite", "--max_steps=1")
     assert again.exit_code == 0, again.output
+    assert "training for 1 step\n" in again.stdout + again.stderr
     assert json.loads(run.read_text())["steps"] == 1
 
 

@@ -77,6 +77,8 @@ def test_a_whole_run(run: dict[str, Any], run_folder: Path, tmp_path: Path) -> N
     before, after = run["val_loss_before"], run["val_loss_after"]
     for words in (
         f"{before:.3f} → {after:.3f}",
+        "over the run",
+        "What it saves",
         "finished",
         "LoRA rank 4",
         "What is 3?",
@@ -217,7 +219,10 @@ def test_a_run_that_lost_a_number(run: dict[str, Any]) -> None:
     ("changes", "words"),
     [
         ({"status": "interrupted", "signal": 15, "steps": 2}, "after step 2 of 6, on SIGTERM."),
-        ({"status": "interrupted", "signal": 2}, "All steps were done; what comes after them was"),
+        (
+            {"status": "interrupted", "signal": 2},
+            "All steps were done; the steps after training were",
+        ),
         (
             {
                 "val_loss_after": None,
