@@ -113,7 +113,7 @@ def test_arguments(tmp_path: Path, keys: dict[str, Any], expected: dict[str, Any
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"save_steps": 2.5}, "save_steps: 2.5 is neither a number of steps nor a share"),
+        ({"save_steps": 2.5}, "save_steps: 2.5 is neither a number of steps nor a fraction"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end: needs validation"),
         ({"save_strategy": "best"}, "save_strategy: needs validation"),
         ({"early_stopping_patience": 1}, "early_stopping_patience: needs validation"),
