@@ -136,16 +136,32 @@ def require_gradients(module: fx.GraphModule) -> None:
     if not torch.is_grad_enabled():
         return
     for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if node.target is not CHECKPOINT or node.kwargs.get("use_reentrant") is False:
-                continue
-            needs = [t for n in node.args[1:] if (t := facts.tensor(n)) is not None
-                     and t.requires_grad]  # fmt: skip
-            if needs and all(isinstance(t, nn.Parameter) for t in needs):
-                raise NotImplementedError(
-                    "a reentrant checkpoint of inputs without a gradient: it gives its parameters "
-                    "none (use_reentrant=False does)"
-                )
+        written: set[int] = set()  # after the node at hand
+        for node in reversed(inner.graph.nodes):
+            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
+                needs = [n for n in node.args[1:] if _needs_gradient(n)]
+                if needs and all(_may_have_none(n, written) for n in needs):
+                    raise NotImplementedError(
+                        "a reentrant checkpoint of inputs without a gradient: it gives its "
+                        "parameters none (use_reentrant=False does)"
+                    )
+            written |= {m for n in writes(node) for m in facts.memories(n)}
+
+
+def _needs_gradient(node: Any) -> bool:
+    t = facts.tensor(node)
+    return t is not None and t.requires_grad
+
+
+def _may_have_none(node: Any, written: set[int]) -> bool:
+    """Whether an argument that needs a gradient in the end may have needed none in its place.
+
+    A write takes the need for a gradient along, into the example value of what it writes to, too.
+    """
+    if isinstance(facts.tensor(node), nn.Parameter):
+        return True
+    real = facts.real(node)
+    return bool(facts.memories(node) & written) if real is None else not real.requires_grad
 
 
 def unwrap(module: fx.GraphModule) -> bool:

@@ -242,6 +242,23 @@ def test_a_checkpoint_inside_a_block_gives_the_gradients_of_its_kind(
     assert any("reentrant" in n for n in notes) is (frozen and reentrant)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["its argument", "made in the block"])
+@pytest.mark.parametrize("needs", [True, False], ids=["needs a gradient", "needs none"])
+def test_a_reentrant_checkpoint_of_what_is_written_to_later(needs: bool, given: bool) -> None:
+    """The write takes the need for a gradient into what had none when the checkpoint read it."""
+
+    def body(block: Any, x: Tensor) -> Tensor:
+        h = x if given else x * 2
+        return h.add_(checkpoint(block.d, h, use_reentrant=True) * 0.5)
+
+    made = []
+    for model in _pair(body):
+        x = _x()
+        made.append(model((x.requires_grad_() if needs else x) * 1))
+    assert [out.requires_grad for out in made] == [needs, needs]
+    assert torch.equal(*(out.detach() for out in made))
+
+
 def test_a_checkpoint_around_a_block_counts_no_tensor_of_its_first_capture() -> None:
     def body(block: Any, x: Tensor) -> Tensor:
         y = _norm(block, x)
