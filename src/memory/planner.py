@@ -247,7 +247,7 @@ class Planner:
         counts = Counter(
             list(self.levels.values()) or [v for b in self.blocks if (v := self.level(b))]
         )
-        parts = [f"{counts[v]} blocks keep {_MEANING[v]}" for v in LEVELS if counts[v]]
+        parts = [_kept(counts[v], v) for v in LEVELS if counts[v]]
         line = f"{self.budget.text}: {', '.join(parts) or 'nothing is planned yet'}"
         if self.host:
             line += f" ({gigabytes(self.host)})"
@@ -255,6 +255,12 @@ class Planner:
             line += f"; predicted peak {gigabytes(self.predicted)}"
             line += f", measured {gigabytes(self.measured)}" if self.measured is not None else ""
         return "; ".join([line, *self.notes])
+
+
+def _kept(blocks: int, level: Level) -> str:
+    if blocks == 1:
+        return f"1 block keeps {_MEANING[level].replace('their', 'its')}"
+    return f"{blocks} blocks keep {_MEANING[level]}"
 
 
 def _local(p: Tensor) -> Tensor | None:

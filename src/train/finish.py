@@ -47,8 +47,11 @@ def examine(
         return
     if context.validation:
         with run_log.guarded("validation after"):
-            run_log.say("validating again")
-            result.val_loss_after = validate(model, context.validation, run_log.say)["eval_loss"]
+            loss = None if recipe.load_best_model_at_end else _validated_last(result)
+            if loss is None:
+                run_log.say("validating again")
+                loss = validate(model, context.validation, run_log.say)["eval_loss"]
+            result.val_loss_after = loss
     unchecked = save_model.uncheckable(model) if recipe.adapter else None
     if unchecked is not None:
         run_log.say(f"adapter check skipped: {unchecked}")
@@ -63,6 +66,12 @@ def examine(
             question = result.sample["question"]
             run_log.say("answering again")
             result.sample["after"] = generation.answer(model, tokenizer, question, recipe)
+
+
+def _validated_last(result: RunResult) -> float | None:
+    """The validation loss of the last step, if the loop has validated there."""
+    losses = {h["step"]: h["eval_loss"] for h in result.history if "eval_loss" in h}
+    return losses.get(result.steps)
 
 
 def summary(found: Report) -> str:

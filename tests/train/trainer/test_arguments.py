@@ -13,7 +13,7 @@ from torch import nn
 
 from fusewright.errors import RecipeError
 from fusewright.optim.flat import FlatOptimizer
-from fusewright.train import train
+from fusewright.train import finish, train
 from fusewright.train.data import Sample
 from fusewright.train.data.order import Order
 from fusewright.train.preflight import require_startable
@@ -23,6 +23,7 @@ from fusewright.train.trainer.arguments import Steps, steps, training_arguments
 from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
+from fusewright.train.trainer.evaluation import validate
 from fusewright.train.trainer.schedule import own_schedule
 from fusewright.train.trainer.signals import Interrupts
 from fusewright.train.trainer.trainer import FineTuner
@@ -330,3 +331,21 @@ def test_several_sets_to_validate_on(recipe: dict[str, Any], rows: Path, tmp_pat
     parts = entry["eval_test_1_loss"], entry["eval_test_2_loss"]
     assert min(parts) < entry["eval_loss"] < max(parts)
     assert result.val_loss_after is not None
+
+
+@pytest.mark.parametrize(("keys", "times"), [({"eval_steps": 2}, 0), ({}, 1)])
+def test_the_last_step_is_validated_once(
+    recipe: dict[str, Any], keys: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the loop, which validates at its end too where it validates at all, or after it."""
+    called = []
+
+    def counted(*args: Any) -> dict[str, float]:
+        called.append(args)
+        return validate(*args)
+
+    monkeypatch.setattr(finish, "validate", counted)
+    result = train(recipe, console=QUIET, max_steps=3, **keys)
+    assert len(called) == times
+    last = next(e for e in result.history if e.get("step") == 3 and "eval_loss" in e)
+    assert result.val_loss_after == last["eval_loss"]
