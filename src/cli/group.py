@@ -45,7 +45,8 @@ class Commands(TyperGroup):
         try:
             return super().resolve_command(ctx, args)
         except _UsageError as error:
-            vars(error)["meant"] = did_you_mean(_AXOLOTL.get(args[0], args[0]), self.commands)
+            name = args[0].replace("_", "-")
+            vars(error)["meant"] = did_you_mean(_AXOLOTL.get(name, name), self.commands)
             raise
 
     def invoke(self, ctx: Any) -> Any:

@@ -35,11 +35,19 @@ class Terminal(Console):
 
         Of those lines, the first columns are still aligned, as far as three quarters of the width.
         """
-        if not (objects and isinstance(objects[0], Table)) or self._fits(objects[0]):
+        if not (objects and isinstance(objects[0], Table)):
             return super().print(*objects, **options)
+        if self._fits(objects[0]):
+            if self.is_terminal:
+                return super().print(*objects, **options)
+            with self.capture() as table:  # a file needs no spaces up to the longest cell
+                super().print(*objects, **options)
+            lines = (line.rstrip() for line in table.get().splitlines())
+            return super().print(Text("\n").join(map(Text, lines)), soft_wrap=True)
         columns, used = [], 0
         for column in objects[0].columns:
-            given: Any = (column.header, *column.cells)
+            header = (column.header,) if objects[0].show_header else ()
+            given: Any = (*header, *column.cells)
             cells = [self.render_str(c) if isinstance(c, str) else c.copy() for c in given]
             widest = max(cell.cell_len for cell in cells)
             used += widest + 2

@@ -326,3 +326,14 @@ def test_a_folder_whose_files_have_two_meanings(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"recipe": {}, "recipe": {"base_model": "x"}}')
     said = fusewright("generate", str(tmp_path), "hello").stderr
     assert "run.json cannot be read: the key 'recipe' is duplicated" in said
+
+
+def test_a_table_in_a_file_has_no_spaces_at_the_ends_of_its_lines() -> None:
+    file = io.StringIO()
+    table = Table("key", "value", box=None)
+    table.add_row("short", "x")
+    table.add_row("long", "word " * 300)
+    Terminal(file=file).print(table)
+    lines = file.getvalue().splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert max(len(line) for line in lines if "short" in line) < 40

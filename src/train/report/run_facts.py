@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -57,8 +57,10 @@ class Facts:
 
     def published(self) -> Facts:
         """The same without the folders of this machine, except in questions and answers."""
-        kept = {"sample": self.entries.get("sample")}
-        return Facts({**_without_folders(self.entries), **kept})
+        names: dict[str, str] = {}  # of the recipe's paths: they may have spaces elsewhere, too
+        recipe = _changed(self.entries.get("recipe"), lambda text: _whole_path(text, names))
+        rest = _changed(self.entries, lambda text: _without_paths(text, names))
+        return Facts({**rest, "recipe": recipe, "sample": self.entries.get("sample")})
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
@@ -137,15 +139,31 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _without_folders(value: Any) -> Any:
-    """Data with absolute paths cut down to their last part: they tell of one machine only."""
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Data with ``change`` made to every text in it."""
     if isinstance(value, Mapping):
-        return {key: _without_folders(inner) for key, inner in value.items()}
+        return {key: _changed(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_folders(inner) for inner in value]
-    if not isinstance(value, str):
+        return [_changed(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _whole_path(value: str, names: dict[str, str]) -> str:
+    """A value of the recipe, cut down to its last part if all of it is an absolute path.
+
+    What only begins like one is a prompt (``/no_think``), or a token.
+    """
+    path = _LOCAL.sub("/", value)
+    is_path = PurePath(path).is_absolute() and len(PurePath(path).parts) > 2 and "\n" not in path
+    if not is_path or (" " in path and not Path(path).exists()):
         return value
-    text = _LOCAL.sub("/", value)
-    if PurePath(text).is_absolute() and " /" not in text and "\n" not in text:
-        return PurePath(text).name
+    return names.setdefault(path, PurePath(path).name)
+
+
+def _without_paths(text: str, names: Mapping[str, str]) -> str:
+    """A message whose absolute paths are cut down likewise."""
+    text = _LOCAL.sub("/", text)
+    for path in sorted(names, key=len, reverse=True):
+        below = re.escape(path) + r"(?:/[^\s/'\",;:()<>]+)*"
+        text = re.sub(below, lambda found: PurePath(found[0]).name, text)
     return _PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], text)

@@ -247,6 +247,8 @@ class FineTuner(ResumableTrainer):
         """Load a checkpoint of the last step, after which nothing is left to train."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        # the folder may have been moved since
+        self.state.best_model_checkpoint = best_checkpoint(self.state, self._folder)
         self.saved_at = self.state.global_step
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()

@@ -185,3 +185,20 @@ def test_a_filled_form_is_ones_own(run_folder: Path, tmp_path: Path) -> None:
     assert card.is_generated(path)
     path.write_text(path.read_text().replace("# Model Card for Model ID", "# My model"))
     assert not card.is_generated(path)
+
+
+def test_prompts_and_tokens_that_begin_like_paths_are_published_whole(tmp_path: Path) -> None:
+    spaced = tmp_path / "my dir"
+    spaced.mkdir()
+    words = {
+        "default_system_message": "/no_think",
+        "sample_prompt": "/think What is 1/2 of 4?",
+        "chat_template_jinja": '{%- if "/no_think" in s %}',
+        "eot_tokens": ["/s"],
+    }
+    paths = {"output_dir": str(spaced), "datasets": [{"path": "/data/rows.jsonl"}]}
+    entries = {"recipe": {**words, **paths}, "reason": f"cannot write {spaced}/x: see /var/log/a.b"}
+    found = Facts(entries).published().entries
+    cut = {"output_dir": "my dir", "datasets": [{"path": "rows.jsonl"}]}
+    assert found["recipe"] == {**words, **cut}
+    assert found["reason"] == "cannot write x: see a.b"
