@@ -111,8 +111,8 @@ class TrainingRun:
             trainer = make_trainer(context, model, self.sequences, saved, self._clear)
             self._train(trainer, interrupts)
             self._save(trainer, interrupts)
-            self._measure(trainer)
             try:
+                self._measure(trainer)
                 finish.examine(trainer.model, context, self.sequences, self.result, self.run_log)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.interrupt(stopped.signal)

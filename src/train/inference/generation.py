@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ...errors import ModelError, RecipeError
+from ..data.chat.template import REFUSALS
 from ..model.chat_prompt import ChatPrompt, Message
 from ..model.tokenizer import pad_token
 from ..recipe.recipe import Recipe
@@ -202,7 +203,7 @@ class TextGenerator:
         options = {**self.variables, "tokenize": False, "add_generation_prompt": prompt}
         try:
             text: str = self.tokenizer.apply_chat_template(list(messages), **options)
-        except TemplateError as error:
+        except (TemplateError, *REFUSALS) as error:
             raise ModelError(f"the chat template refuses this conversation: {error}") from None
         return text
 

@@ -215,6 +215,9 @@ def test_a_template_that_refuses(trained: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text(strict + CHATML)
     said = refused("generate", folder, "Hi", "--system", "Be terse.")
     assert said == "the chat template refuses this conversation: no system"
+    trips = "{% for m in messages if m.role == 'assistant' %}{{ m.content + 1 }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(trips + CHATML)  # only answers, which none asks for
+    assert fusewright("generate", folder, "Hi", "--max-new-tokens", "2").exit_code == 0
 
 
 def test_kinds_of_prompts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Detail = Mapping[str, Any]
 """``begin_offset``, ``end_offset`` (both inside) and ``train``, in characters of a content."""
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REFUSALS = (TypeError, ValueError, LookupError, AttributeError)
+REFUSALS = (TypeError, ValueError, LookupError, AttributeError)
 """What a template raises that trips over a message, besides Jinja's own errors."""
 
 
@@ -115,7 +115,7 @@ class Template:
             raise RecipeError(
                 f"chat_template: line {line} of it is not valid Jinja: {error.message}"
             ) from None
-        except (TemplateError, *_REFUSALS) as error:
+        except (TemplateError, *REFUSALS) as error:
             said = str(error) or type(error).__name__
             at = f"{where}: " if where else ""
             raise DataError(f"{at}the chat template refuses this conversation: {said}") from None
