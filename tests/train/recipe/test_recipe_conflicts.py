@@ -152,12 +152,12 @@ UNAVAILABLE = [
     good(
         "fsdp",
         "fsdp: [full_shard]\n",
-        "line 4: fsdp: ['full_shard'] is not yet available: run on one",
+        "line 4: fsdp: ['full_shard'] is not yet available: remove the",
     ),
     good(
         "deepspeed",
         "deepspeed: zero3.json\n",
-        "4: deepspeed: zero3.json is not yet available: run on",
+        "4: deepspeed: zero3.json is not yet available: remove the",
     ),
     good(
         "context",
