@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..kernels.cost import like
+
 
 def fake(example: Any, size: Callable[[Any], Any]) -> Any:
     """What has the shape, the strides and the dtype of ``example``; under a fake mode.
@@ -22,8 +24,7 @@ def fake(example: Any, size: Callable[[Any], Any]) -> Any:
         if not isinstance(value, Tensor):
             return size(value) if isinstance(value, torch.SymInt) else value
         shape, strides = [size(s) for s in value.shape], [size(s) for s in value.stride()]
-        made = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
-        return made.requires_grad_(value.requires_grad)
+        return like(value, shape, strides)
 
     return tree_map(one, example)
 

@@ -7,7 +7,7 @@ those of our opaque ops, by the formulas that ``launch.library_op`` gives it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,15 @@ def _place(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
+def like(t: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """An empty tensor of the dtype and device of ``t`` that wants a gradient where ``t`` does."""
+    made = torch.empty_strided(shape, strides, dtype=t.dtype, device=t.device)
+    return made.requires_grad_(t.requires_grad)
+
+
 def _fake(value: Any) -> Any:
     """A fake tensor like ``value``, where it is a tensor; under a fake mode."""
     if not isinstance(value, Tensor):
         return value
-    made = torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device
-    ).requires_grad_(value.requires_grad)
+    made = like(value, value.shape, value.stride())
     return nn.Parameter(made, made.requires_grad) if isinstance(value, nn.Parameter) else made

@@ -6,8 +6,8 @@ back. The weights of one call are plain matrices, or all of them are quantized.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -172,7 +172,26 @@ def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:
     ]  # fmt: skip
 
 
-def cast_as_autocast(
+_T = TypeVar("_T")
+
+
+def with_operands(
+    run: Callable[[list[Tensor | None], Constants], _T], given: Sequence[Linear], x: Tensor
+) -> _T:
+    """Call ``run`` with ``flat``'s results, the operands cast as autocast casts a linear layer's.
+
+    Autocast is then off: nothing is cast a second time.
+    """
+    tensors, constants = flat(given, x)
+    device = x.device.type
+    cast = _cast_as_autocast(device, tensors, constants)
+    if cast is None:
+        return run(tensors, constants)
+    with torch.autocast(device, enabled=False):
+        return run(cast, constants)
+
+
+def _cast_as_autocast(
     device: str, tensors: Sequence[Tensor | None], constants: Constants
 ) -> list[Tensor | None] | None:
     """``flat``'s list as autocast casts a linear layer's operands; None where it is off.

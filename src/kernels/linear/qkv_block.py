@@ -17,16 +17,7 @@ from torch.nn import functional as F
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import lora_linear, quant_linear, quant_lora_linear
-from .linears import (
-    MIXED,
-    Constants,
-    Linear,
-    cast_as_autocast,
-    flat,
-    linears,
-    unflattened,
-    wanted,
-)
+from .linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
 from .products import Rows, shaped
 from .projections import backward, narrow, narrow_copy_for, widen
 from .quantized import Quantized
@@ -155,19 +146,13 @@ def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Te
     """
     if keep not in KEEPS:
         raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
-    tensors, constants = flat(given, x)
-    device = x.device.type
-    cast = cast_as_autocast(device, tensors, constants)
-    if cast is None:
-        return _apply(keep, constants, x, *tensors)
-    with torch.autocast(device, enabled=False):
-        return _apply(keep, constants, x, *cast)
 
+    def run(tensors: list[Tensor | None], constants: Constants) -> tuple[Tensor, ...]:
+        copy = narrow_copy_for(linears(tensors, constants), x)
+        outs = _QKVBlock.apply(x, copy, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
+        return tuple(shaped(out, x) for out in outs)
 
-def _apply(keep: str, constants: Constants, x: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    copy = narrow_copy_for(linears(tensors, constants), x)
-    outs = _QKVBlock.apply(x, copy, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
-    return tuple(shaped(out, x) for out in outs)
+    return with_operands(run, given, x)
 
 
 # -- OP --------------------------------------------------------------------------------------------

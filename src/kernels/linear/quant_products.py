@@ -131,13 +131,13 @@ def _sum_fake(
     return xs[0].new_empty(xs[0].shape[0], sizes[1], dtype=dtype)
 
 
-def _elements(sizes: list[int]) -> list[int]:
+def elements_of(sizes: list[int]) -> list[int]:
     """Those of each weight; ``sizes`` holds (out, in, blocksize) of one after the other."""
     return [out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True)]
 
 
 def _sum_flops(xs: list[Tensor], weights: Any, sizes: list[int], *rest: Any) -> int:
-    elements: int = sum(_elements(sizes)) + sum(t.numel() for t in rest[-2])
+    elements: int = sum(elements_of(sizes)) + sum(t.numel() for t in rest[-2])
     return 2 * xs[0].shape[0] * elements
 
 
@@ -147,7 +147,7 @@ _sum_op = library_op(
     _sum,
     _sum_fake,
     _sum_flops,
-    temporary=lambda xs, weights, sizes, *_: xs[0].element_size() * max(_elements(sizes)),
+    temporary=lambda xs, weights, sizes, *_: xs[0].element_size() * max(elements_of(sizes)),
 )
 
 

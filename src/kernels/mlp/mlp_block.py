@@ -17,16 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.linears import (
-    MIXED,
-    Constants,
-    Linear,
-    cast_as_autocast,
-    flat,
-    linears,
-    unflattened,
-    wanted,
-)
+from ..linear.linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
 from ..linear.products import Rows, shaped
 from ..linear.projections import narrow_copy_for
 from ..linear.qkv_block import projection
@@ -176,20 +167,14 @@ def mlp_block(
     for choice, choices in known:
         if choice not in choices:
             raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
-    tensors, constants = flat(given, x)
-    options, device = (tuple(constants), activation, layout, keep), x.device.type
-    cast = cast_as_autocast(device, tensors, constants)
-    if cast is None:
-        return _apply(options, x, *tensors)
-    with torch.autocast(device, enabled=False):
-        return _apply(options, x, *cast)
 
+    def run(tensors: list[Tensor | None], constants: Constants) -> Tensor:
+        *ins, _ = linears(tensors, constants)
+        options = tuple(constants), activation, layout, keep
+        rows: Tensor = _MLPBlock.apply(x, narrow_copy_for(ins, x), *options, *tensors)  # type: ignore[no-untyped-call]
+        return shaped(rows, x)
 
-def _apply(options: tuple[Any, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
-    *ins, _ = linears(tensors, Constants(*options[0]))
-    copy = narrow_copy_for(ins, x)
-    rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
-    return shaped(rows, x)
+    return with_operands(run, given, x)
 
 
 # -- OP --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ..linear import projections
 from ..linear.linears import Constants, Grads, ResolvedLinear, linears, wanted
 from ..linear.products import Rows
 from ..linear.projections import narrow, widen
+from ..linear.quant_products import elements_of
 from . import glu
 
 Kind = torch.dtype | None
@@ -207,17 +208,14 @@ def _backward_fake(
     return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
 
 
-def _unpacked(sizes: list[int]) -> int:
-    """The elements of all quantized weights: (out, in, blocksize) of each."""
-    return sum(out * into for out, into in zip(sizes[::3], sizes[1::3], strict=True))
-
-
 def _flops(
     x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
 ) -> int:
     own = tensors[: 4 * len(scales)]
     plain = [t for i, t in enumerate(own) if t is not None and not (sizes and i % 4 == 0)]
-    return 2 * x.shape[0] * (_unpacked(sizes) + sum(t.numel() for t in plain if t.dim() == 2))
+    return (
+        2 * x.shape[0] * (sum(elements_of(sizes)) + sum(t.numel() for t in plain if t.dim() == 2))
+    )
 
 
 _SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
@@ -227,7 +225,7 @@ _forward_op = library_op(
     _tiled_forward,
     _forward_fake,
     _flops,
-    temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * _unpacked(sizes),
+    temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * sum(elements_of(sizes)),
 )
 _backward_op = library_op(
     f"mlp_block_backward(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, "
@@ -236,7 +234,9 @@ _backward_op = library_op(
     _backward_fake,
     # gate and up again, and what flows back through all three
     lambda grad, *rest: 2 * _flops(*rest),
-    temporary=lambda grad, x, tensors, scales, sizes, *_: x.element_size() * _unpacked(sizes),
+    temporary=lambda grad, x, tensors, scales, sizes, *_: (
+        x.element_size() * sum(elements_of(sizes))
+    ),
 )
 
 
