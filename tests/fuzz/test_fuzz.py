@@ -14,9 +14,9 @@ from torch import nn
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 
-from .compare import check, draw, exact, load, script
+from .compare import _is_eagers_own, check, draw, exact, load, script
 from .judge import DRAWS, Failure, Outcome, _is_luck, judge
-from .program import generate
+from .program import Program, generate
 
 _EACH = 12
 
@@ -121,3 +121,58 @@ def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:
         assert failure is not None
         assert failure.kind == "structure"
     assert judged(draws, [1.0, 1.0, 1.5], [1.0, inf, 1.0]) is not None
+
+
+_WRITTEN_INSIDE_A_CHECKPOINT = """
+import torch, torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+    def forward(self, x):
+        return checkpoint(self.outer, x, use_reentrant=False)
+    def outer(self, x):
+        h = x * self.weight
+        y = checkpoint(lambda h: (h + 0).sin(), h, use_reentrant=False)
+        h.add_(1)
+        return (y + h.exp()).sum()
+
+def build():
+    return Model()
+
+LOG = []
+CHANGES = [lambda model: None]
+
+def step(model, batch):
+    loss = model(torch.linspace(0.1, 0.9, 3))
+    loss.backward()
+    return {"loss": loss}
+
+STEPS = [step]
+"""
+
+
+def test_what_a_checkpoint_computes_from_a_later_write_is_eagers_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ours are then the gradients without the checkpoint; others are wrong values."""
+    program = Program(0, _WRITTEN_INSIDE_A_CHECKPOINT, {}, 0)
+    failure = Failure("wrong value", "step 0, gradient of weight", "")
+
+    def excused(scale: float | None) -> bool:
+        def optimized(model: nn.Module, **options: object) -> nn.Module:
+            own = load(_WRITTEN_INSIDE_A_CHECKPOINT.replace("checkpoint(", "called("))
+            own["called"] = lambda function, *args, **kwargs: function(*args)
+            model.__class__ = own["Model"]
+            if scale is not None:
+                model.weight.register_hook(lambda grad: grad * scale)  # type: ignore[operator, union-attr]
+            return model
+
+        monkeypatch.setattr("tests.fuzz.compare.optimize", optimized)
+        return _is_eagers_own(program, failure, 0, 0)
+
+    assert excused(None)
+    assert not excused(1.5)
+    assert not _is_eagers_own(program, dataclasses.replace(failure, kind="crash"), 0, 0)
