@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,23 @@ def test_a_room_is_seen_at_a_glance(room: pathlib.Path) -> None:
     files = [f for f in room.iterdir() if f.is_file() and f.name != "__init__.py"]
     assert len(files) <= 14
     assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it holds"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(SRC)))
+def test_a_room_names_what_is_in_it(room: pathlib.Path) -> None:
+    text = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    there = {p.stem for p in room.iterdir()}
+    for path in room.glob("*.py"):
+        body = ast.parse(path.read_text()).body
+        there |= {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert set(re.findall(r"``(\w+)``", text)) <= there
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_a_file_that_is_named_is_there(path: pathlib.Path) -> None:
+    files = {p.name for p in [*SRC.rglob("*.py"), *SRC.parent.glob("benchmarks/*.py")]}
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", path.read_text()))
+    assert named <= files
 
 
 def test_the_root_is_seen_at_a_glance() -> None:

@@ -74,7 +74,7 @@ def library_op(
         schema: ``"rms_norm_forward(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)"``.
             Outputs must be in fresh memory and no input may be mutated.
         implementation: a function of ATen calls for any device; or, of a Triton kernel,
-            ``"room.op:function"`` in ``kernels/room/op_triton.py``, imported at the first real
+            ``"room.OP:function"`` in ``kernels/room/OP_triton.py``, imported at the first real
             call.
         fake: same signature; returns outputs of the right shape, dtype and strides
             (``torch.empty`` and friends), for tracing.

@@ -165,7 +165,8 @@ def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
     """What both ops ask of their linears."""
     m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
     for v in linears:
-        matrix = isinstance(v["weight"], tuple) or facts.ndim(v["weight"]) == 2  # quant.py judged
+        quantized = isinstance(v["weight"], tuple)  # which its own pattern judged
+        matrix = quantized or facts.ndim(v["weight"]) == 2
         m.require(matrix, "a linear's weight is not a matrix", m.root)
     needs = [facts.tensor(n) for v in (*linears, {"x": x}) for n in v.values()]
     m.pass_over(not any(t is not None and t.requires_grad for t in needs))

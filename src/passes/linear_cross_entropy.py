@@ -1,6 +1,7 @@
 """The language-model loss: projection to the vocabulary and cross entropy as one unit.
 
-The logits are then needed only by whoever reads ``outputs.logits``; ``lazy.py`` sees to that.
+The logits are then needed only by whoever reads ``outputs.logits``: ``compiler/logits`` sees to
+that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Linear layers over a quantized weight (NF4, FP4), with or without a LoRA adapter on top.
 
-Dettmers et al., "QLoRA", 2023. The adapter is fused by ``lora.py``.
+Dettmers et al., "QLoRA", 2023. The adapter is fused by ``lora_linear.py``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 How many rows count is known on the device only, and asking would stall the stream. So the rows that
 count are sorted to the front, every tile is launched, and each program compares its rows with the
 count in device memory: those past it return at once. That is why the matmuls are kernels of our
-own (``linear_cross_entropy_matmul.py``): a library matmul cannot stop at a number that the host
-does not know.
+own (``linear_cross_entropy_matmul_triton.py``): a library matmul cannot stop at a number that the
+host does not know.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _by_expert(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
     return torch.cat([*parts, nobodys])
 
 
-# -- cpu and triton: moe_experts_ops.py ------------------------------------------------------------
+# -- cpu and triton: grouped_products.py -----------------------------------------------------------
 
 
 def moe_route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

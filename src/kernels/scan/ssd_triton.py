@@ -6,7 +6,7 @@ PyTorch first: one number per step and head. Then
     scan      goes through the chunks, with a tile of a head's state: the states before each chunk,
               or, from the end, the gradients of the states after each chunk
     output    the outputs of a chunk, from its inputs and the state before it
-    backward  everything that is one head's own (``_ssd_backward_kernels.py``)
+    backward  everything that is one head's own (``ssd_backward_triton.py``)
     shared    the gradients of B and C, over a few of the heads that share them; what each such
               program finds is written once and added up afterwards, always in one order
 

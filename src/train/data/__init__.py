@@ -1,11 +1,10 @@
 """Rows, from a recipe's datasets to the tensors of a batch.
 
-In processing order: ``sources`` and ``files`` (where rows are, and reading them) → ``formats``,
-with ``conversation``, ``prompts`` and ``segments`` (what a row means) → ``template``, ``analysis``,
-``turns``, ``mask`` and ``chat`` (text, tokens and exact masks) → ``limits`` (what is kept) →
-``pool`` (in batches, in processes) → ``store`` (on disk) → ``split`` → ``packing`` (sequences and
-batches); ``prepare`` calls them one after the other. ``stream`` does the same for rows that are
-never in one place, and ``preview`` shows what came of them.
+In processing order: ``readers`` (where rows are, and reading them) → ``formats`` (what a row means)
+→ ``chat`` (text, tokens and exact masks), in batches by ``workers`` → ``cache`` (on disk) →
+``split`` → ``packing`` (sequences and batches), in the order of ``order``; ``prepare`` calls them
+one after the other. ``stream`` does the same for rows that are never in one place, and ``preview``
+shows what came of them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...errors import DataError, ModelError
 from ..checkpoint.ownership import link_in
-from ..data import Samples, prepare
+from ..data import PreparedData, Samples, prepare
 from ..model.load import quiet
 from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
@@ -25,7 +25,7 @@ from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
 from ..trainer.batches import validation_batches
 from ..trainer.evaluation import Batches, validate
-from .load_run import load_run
+from .load_run import load_model_of, load_tokenizer
 from .past_recipe import recipe_with, written
 from .run_folder import RunFolder
 
@@ -82,17 +82,19 @@ def evaluate(
     recorded = None if files else run.facts.get("val_loss_after")
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
-        model, tokenizer = load_run(run)
-        found: dict[str, EvalMetrics] = {}
+        tokenizer = load_tokenizer(run)
+        rows = {  # before the model, which takes longer to load
+            name: _prepare(run, name, recipe, tokenizer, None if as_json else console)
+            for name, recipe in recipes.items()
+        }
+        model = load_model_of(run)
         if any(recipe.optimize for recipe in recipes.values()):
             from ...compiler.pipeline import optimize
 
             optimize(model, codegen="eager")  # a compilation would take longer than it saves
+        found: dict[str, EvalMetrics] = {}
         for name, recipe in recipes.items():
-            prepared = prepare(recipe, tokenizer, None if as_json else console, day=_day(run))
-            if name:  # a file is used as a whole
-                samples = cast("Samples", prepared.train)
-                prepared = replace(prepared, validation={name: samples})
+            prepared = rows[name]
             sets = validation_batches(prepared, recipe, pad_token(tokenizer))
             announce(f"evaluating {name or 'the validation rows'}")
             found |= {
@@ -106,6 +108,16 @@ def evaluate(
         _print(found, recorded, console)
         say(console, f"written to {path}")
     return path
+
+
+def _prepare(
+    run: RunFolder, file: str, recipe: Recipe, tokenizer: Any, console: Console | None
+) -> PreparedData:
+    """The rows to evaluate; those of a ``file`` are used as a whole."""
+    prepared = prepare(recipe, tokenizer, console, day=_day(run))
+    if not file:
+        return prepared
+    return replace(prepared, validation={file: cast("Samples", prepared.train)})
 
 
 def _day(run: RunFolder) -> str | None:

@@ -40,15 +40,30 @@ def load_run(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """Load the model, with its adapter, and the tokenizer.
+    """Load the tokenizer, then the model, with its adapter, as ``load_model_of`` does.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+    """
+    run = run if isinstance(run, RunFolder) else open_run(run)
+    tokenizer = load_tokenizer(run)
+    return load_model_of(run, device, dtype), tokenizer
+
+
+def load_model_of(
+    run: RunFolder,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Load the model of ``run``, with its adapter.
 
     Args:
-        run: from ``open_run``, or its path.
+        run: from ``open_run``.
         device: None: the one that training would use.
         dtype: of the base's weights (bfloat16 or float32); None: as they were trained.
 
     Returns:
-        The model, in evaluation mode, and the tokenizer.
+        The model, in evaluation mode.
 
     Raises:
         ModelError: there is nothing usable, or the adapter does not fit its base.
@@ -57,13 +72,11 @@ def load_run(
     from ..model.load import load_model
     from ..model.precision import device_for_training
 
-    run = run if isinstance(run, RunFolder) else open_run(run)
-    tokenizer = load_tokenizer(run)
     recipe = recipe_for(run, dtype)
     model = load_model(recipe)
     if run.adapter:
         model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
-    return model.to(device or device_for_training()).eval(), tokenizer
+    return model.to(device or device_for_training()).eval()
 
 
 def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:

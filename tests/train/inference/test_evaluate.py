@@ -116,6 +116,18 @@ def test_what_is_refused(trained: Path, base: Path, tmp_path: Path, recipe: dict
     assert "held out no rows (val_set_size: 0)" in refused("eval", tmp_path / "out")
 
 
+def test_rows_are_read_before_the_model_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(run: RunFolder) -> None:
+        raise AssertionError(f"{run.folder} is loaded")
+
+    monkeypatch.setattr("fusewright.train.inference.evaluate.load_model_of", load)
+    file = tmp_path / "bad.jsonl"
+    file.write_text("{oops\n")
+    assert "bad.jsonl, line 1: not valid JSON" in refused("eval", trained, "--data", file)
+
+
 def test_a_recipe_that_this_version_does_not_know(trained: Path, tmp_path: Path) -> None:
     import shutil
 

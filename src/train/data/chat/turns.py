@@ -1,7 +1,7 @@
 """Where in a rendered conversation each turn stands, for templates without generation marks.
 
 To render every part of every conversation would be quadratic in the number of turns. So each
-sequence of roles is analysed once (``analysis``), with placeholders as contents: that gives the
+sequence of roles is analysed once (``probe``), with placeholders as contents: that gives the
 literal text between the contents, and where turns begin and end in it. A row is then rendered
 once. Literals and contents joined must give exactly that rendering, which proves the places; where
 they do not (tool calls, contents that the template changes), the row itself is analysed.
