@@ -46,10 +46,10 @@ class RunResult:
         steps_planned: optimizer steps the recipe asks for.
         tokens: tokens that went through training, padding not counted.
         trained_tokens: those of them that have a label.
-        tokens_per_s: of training, from the second step on.
+        tokens_per_s: of training, without the first step, also that of a resumed run.
         trained_tokens_per_s: the same for tokens with a label.
         first_step_s: seconds of the first step, which compiles.
-        median_step_s: seconds of the median step, the first left out.
+        median_step_s: seconds of the median step, the same left out.
         loss_first: training loss of the first logged step.
         loss_last: training loss of the last logged step.
         val_loss_before: validation loss per trained token before the first step.

@@ -35,6 +35,8 @@ class ThroughputMeter:
         seconds: of each step.
         tokens: of each step, without padding.
         trained: of each step, the tokens with a label.
+        compiling: which steps, counted from 0, were the first of their process: the run's first
+            one, and the first after each resumption.
         flops: floating-point operations of a training step per token, see ``flops_per_token``;
             0 where that is not known.
         peak: operations per second that the device can do, see ``peak_flops``; None: not known.
@@ -43,6 +45,7 @@ class ThroughputMeter:
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
+    compiling: list[int] = field(default_factory=lambda: [0])
     flops: float = 0.0
     peak: float | None = None
     _start: float = field(default=0.0, init=False, repr=False)
@@ -64,17 +67,19 @@ class ThroughputMeter:
         self.trained[-1] += trained
 
     def rate(self, counts: Sequence[int], last: int | None = None) -> float:
-        """``counts`` per second, over the ``last`` steps; all but the first, which compiles."""
-        pairs = list(zip(counts, self.seconds, strict=False))
-        pairs = pairs[1:] or pairs
-        pairs = pairs[-last:] if last else pairs
-        spent = sum(s for _, s in pairs)
-        return sum(n for n, _ in pairs) / spent if spent else 0.0
+        """``counts`` per second, over the ``last`` steps; without those that compile."""
+        steps = self._telling(last)
+        spent = sum(self.seconds[i] for i in steps)
+        return sum(counts[i] for i in steps) / spent if spent else 0.0
 
     def median_step(self, last: int | None = None) -> float:
-        """Seconds of the median step of the ``last`` ones, the first left out."""
-        times = self.seconds[1:] or self.seconds or [0.0]
-        return statistics.median(times[-last:] if last else times)
+        """Seconds of the median step of the ``last`` ones; without those that compile."""
+        return statistics.median([self.seconds[i] for i in self._telling(last)] or [0.0])
+
+    def _telling(self, last: int | None) -> list[int]:
+        """The ``last`` complete steps; without those that compile, if any others are left."""
+        steps = range(len(self.seconds))[-last if last else None :]
+        return [i for i in steps if i not in self.compiling] or list(steps)
 
     def utilization(self, last: int | None = None) -> float | None:
         """The share of the device's peak that was used, from 0 to 1; None where not known."""
@@ -85,12 +90,16 @@ class ThroughputMeter:
     def state_dict(self) -> dict[str, list[Any]]:
         """What a checkpoint keeps: the complete steps, without the current one."""
         done = len(self.seconds)
-        return {name: getattr(self, name)[:done] for name in ("seconds", "tokens", "trained")}
+        kept: dict[str, list[Any]] = {
+            name: getattr(self, name)[:done] for name in ("seconds", "tokens", "trained")
+        }
+        return {**kept, "compiling": [step for step in self.compiling if step < done]}
 
     def load_state_dict(self, kept: dict[str, list[Any]]) -> None:
-        """Restore what a checkpoint kept."""
+        """Restore what a checkpoint kept; the next step is the first of this process."""
         for name, values in kept.items():
             setattr(self, name, list(values))
+        self.compiling.append(len(self.seconds))
 
 
 def flops_per_token(model: nn.Module, context: float = 0.0) -> float:

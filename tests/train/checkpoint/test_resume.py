@@ -76,6 +76,7 @@ def curves(result: RunResult) -> list[dict[str, float]]:
         (5, "on_substep_end"),  # in the middle of a step, which is not finished
         (7, "on_step_end"),
         (8, "on_step_begin"),
+        (4, "on_evaluate"),
     ],
 )
 def test_a_signal_and_going_on(
@@ -132,6 +133,21 @@ def test_whatever_has_state_goes_on(
         folder = str(tmp_path / str(step))
         train(asked, console=QUIET, output_dir=folder, resume_from_checkpoint=str(start))
         same(tmp_path / "whole", tmp_path / str(step))
+
+
+def test_the_log_has_the_rates_of_its_own_steps(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """An entry's rate is that of the steps since the one before, which another process may have
+    made; without the step in which a process compiles."""
+    asked = {**recipe, "max_steps": 7, "logging_steps": 3, "save_steps": 1}
+    train(asked, console=QUIET, output_dir=str(tmp_path / "whole"))
+    start = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = train(asked, console=QUIET, resume_from_checkpoint=start)
+    kept = json.loads((tmp_path / "out" / "checkpoint-6" / "fusewright.json").read_text())["meter"]
+    assert kept["compiling"] == [0, 4]
+    rates = {e["step"]: e["trained_tokens_per_s"] for e in resumed.history if "loss" in e}
+    for step, since in ((3, (1, 2)), (6, (3, 5))):
+        trained, seconds = (sum(kept[name][i] for i in since) for name in ("trained", "seconds"))
+        assert rates[step] == pytest.approx(trained / seconds)
 
 
 @pytest.mark.slow

@@ -104,7 +104,28 @@ def test_the_meter_owns_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.start_step()
         taken.end_step()
     assert taken.seconds == [2.5, 1.0]
-    assert set(taken.state_dict()) == {"seconds", "tokens", "trained"}
+    assert set(taken.state_dict()) == {"seconds", "tokens", "trained", "compiling"}
+
+
+def test_the_first_step_after_a_resumption_is_left_out_too() -> None:
+    """A resumed run compiles again. Its rates are those of the run that was not stopped."""
+    stopped = ThroughputMeter()
+    resumed = ThroughputMeter(flops=10.0, peak=1000.0)
+    for meter, times in ((stopped, (10.0, 2.0)), (resumed, (30.0, 2.0, 2.0))):
+        if meter is resumed:
+            stopped.add(7, 7)  # a step that is not finished
+            resumed.load_state_dict(stopped.state_dict())
+        for seconds in times:
+            meter.add(100, 50)
+            meter.seconds.append(seconds)
+    assert resumed.compiling == [0, 2]
+    for last in (None, 3, 10):
+        assert resumed.rate(resumed.trained, last) == 25.0
+        assert resumed.median_step(last) == 2.0
+    assert resumed.utilization(last=4) == 0.5
+    old = ThroughputMeter()  # of a checkpoint from before it was noted
+    old.load_state_dict({"seconds": [9.0, 2.0], "tokens": [1, 1], "trained": [1, 1]})
+    assert old.compiling == [0, 2]
 
 
 def test_the_peak_is_measured_without_touching_the_random_numbers() -> None:
