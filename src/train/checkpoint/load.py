@@ -35,11 +35,18 @@ def readable(folder: Any) -> Iterator[None]:
 
 
 class ResumableTrainer(Trainer):
-    """``Trainer`` that says why it cannot resume from a checkpoint."""
+    """``Trainer`` that says why it cannot resume from a checkpoint.
+
+    Attributes:
+        resumed_from: the checkpoint that it has resumed from, or None.
+    """
+
+    resumed_from: Path | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it reads its state once more, to say where that is damaged."""
         if resume_from_checkpoint:
+            self.resumed_from = Path(resume_from_checkpoint)
             with readable(resume_from_checkpoint):
                 TrainerState.load_from_json(
                     str(Path(resume_from_checkpoint) / "trainer_state.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,30 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     saved.write(part)
 
 
-def best_checkpoint(state: Any, folder: Path) -> str | None:
-    """Where the best checkpoint is, if that is there or about to be; else what was known.
+def best_checkpoint(trainer: Any, *folders: Path) -> str | None:
+    """The best of the checkpoints that are there, or about to be; None: none was validated.
+
+    The Trainer knows the best validation. Where there are more of those than checkpoints, it may
+    have no checkpoint, and an early one would pass for the best.
 
     Args:
-        state: the Trainer's.
-        folder: of the run.
+        trainer: a ``FineTuner``; its log has the figures of all validations.
+        folders: where checkpoints are: of the run first, and of what it resumes from.
     """
-    if state.best_global_step:
-        best = checkpoint.place(folder, state.best_global_step)
-        if best.exists() or state.best_global_step == state.global_step:
-            return str(best)
-    known: str | None = state.best_model_checkpoint
-    return known
+    args, state = trainer.args, trainer.state
+    if args.metric_for_best_model is None:
+        return None
+    key = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    scores: dict[Path, float] = {}
+    for entry in state.log_history:
+        step, score = entry["step"], entry.get(key, math.nan)
+        places = [checkpoint.place(folder, step) for folder in folders]
+        there = [p for p in places if p.exists()]
+        if step == state.global_step:
+            there = there or places[:1]
+        if there and not math.isnan(score):
+            scores[there[0]] = score
+    if not scores:
+        return None
+    choose = max if args.greater_is_better else min
+    return str(choose(scores, key=lambda place: scores[place]))

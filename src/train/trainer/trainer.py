@@ -119,6 +119,7 @@ class FineTuner(ResumableTrainer):
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state
             state.compute_steps(self.args, state.max_steps)
+            self._note_best()
             self.saved_at = self._resumed.step
             self._tr_loss += self._resumed.pending_loss
             self._globalstep_last_logged = self._resumed.last_logged
@@ -209,7 +210,7 @@ class FineTuner(ResumableTrainer):
         folder, step = self._folder, self.state.global_step
         try:
             with checkpoint.writing(folder, step) as part:
-                self.state.best_model_checkpoint = best_checkpoint(self.state, folder)
+                self._note_best()
                 write_checkpoint(self, part, self._saved(), self._unfinished())
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
@@ -247,11 +248,16 @@ class FineTuner(ResumableTrainer):
         """Load a checkpoint of the last step, after which nothing is left to train."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        # the folder may have been moved since
-        self.state.best_model_checkpoint = best_checkpoint(self.state, self._folder)
+        self.resumed_from = folder
+        self._note_best()
         self.saved_at = self.state.global_step
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+
+    def _note_best(self) -> None:
+        """Look for the best checkpoint; the folders may have been moved since a state was saved."""
+        there = [self._folder] + ([self.resumed_from.parent] if self.resumed_from else [])
+        self.state.best_model_checkpoint = best_checkpoint(self, *there)
 
     def _load_best_model(self) -> None:
         if self.ended() == "finished":  # else the last step's weights are what was asked for

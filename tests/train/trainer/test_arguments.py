@@ -319,6 +319,27 @@ def test_the_best_checkpoint_and_stopping_early(recipe: dict[str, Any], tmp_path
     assert there == sorted({f"checkpoint-{best}", f"checkpoint-{result.steps}"})
 
 
+def test_the_best_of_the_checkpoints_and_of_a_moved_run(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The best validation has no checkpoint of its own; the best of those that have one counts."""
+    asked = {
+        **recipe, "learning_rate": 0.3, "max_steps": 10, "eval_steps": 1, "save_steps": 4,
+        "load_best_model_at_end": True,
+    }  # fmt: skip
+    whole = train(asked, console=QUIET)
+    losses = {e["step"]: e["eval_loss"] for e in whole.history if "eval_loss" in e and e["step"]}
+    best = min((4, 8, 10), key=lambda step: losses[step])
+    assert 4 < best < 10 > min(losses, key=lambda step: losses[step]) != best
+    assert whole.val_loss_after == pytest.approx(losses[best], rel=1e-5)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    for step in (8, 10):  # the last one leaves nothing to train
+        start = str(tmp_path / "moved" / f"checkpoint-{step}")
+        folder = str(tmp_path / f"from {step}")
+        resumed = train(asked, console=QUIET, output_dir=folder, resume_from_checkpoint=start)
+        assert resumed.val_loss_after == whole.val_loss_after
+
+
 def test_several_sets_to_validate_on(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
     del recipe["val_set_size"]
     sets = []
@@ -333,7 +354,13 @@ def test_several_sets_to_validate_on(recipe: dict[str, Any], rows: Path, tmp_pat
     assert result.val_loss_after is not None
 
 
-@pytest.mark.parametrize(("keys", "times"), [({"eval_steps": 2}, 0), ({}, 1)])
+@pytest.mark.parametrize(
+    ("keys", "times"),
+    [
+        ({"eval_steps": 2}, 0), ({}, 1),
+        ({"eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 0.3, "max_steps": 40}, 0),
+    ],
+)  # fmt: skip
 def test_the_last_step_is_validated_once(
     recipe: dict[str, Any], keys: dict[str, Any], times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +372,8 @@ def test_the_last_step_is_validated_once(
         return validate(*args)
 
     monkeypatch.setattr(finish, "validate", counted)
-    result = train(recipe, console=QUIET, max_steps=3, **keys)
+    result = train(recipe, console=QUIET, **{"max_steps": 3, **keys})
     assert len(called) == times
-    last = next(e for e in result.history if e.get("step") == 3 and "eval_loss" in e)
+    assert result.steps == 3 or result.steps < result.steps_planned
+    last = next(e for e in result.history if e["step"] == result.steps and "eval_loss" in e)
     assert result.val_loss_after == last["eval_loss"]
