@@ -109,8 +109,9 @@ class TrainingRun:
             self._before(model, context)
             saved = self.resumed.saved if self.resumed else None
             trainer = make_trainer(context, model, self.sequences, saved, self._clear)
-            self._train(trainer, interrupts)
-            self._save(trainer, interrupts)
+            with interrupts.deferring_signals():  # without a gap: what is trained must be saved
+                self._train(trainer, interrupts)
+                self._save(trainer, interrupts)
             try:
                 self._measure(trainer)
                 finish.examine(trainer.model, context, self.sequences, self.result, self.run_log)
@@ -212,7 +213,7 @@ class TrainingRun:
         """Train until the last step, or until something ends it."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
-        with self.run_log.timed("training"), interrupts.deferring_signals():
+        with self.run_log.timed("training"):
             self._steps(trainer)
         result.steps = trainer.state.global_step
         optimizer = getattr(trainer.optimizer, "optimizer", None)  # what accelerate has wrapped
@@ -221,14 +222,15 @@ class TrainingRun:
         if interrupts.signal is not None:
             if not result.steps:
                 raise Stopped(interrupts.signal)
-            result.signal = interrupts.signal
+            result.interrupt(interrupts.signal)
 
     def _steps(self, trainer: FineTuner) -> None:
         recipe, result, resumed = self.recipe, self.result, self.resumed
         done = resumed.saved.step if resumed else 0
-        if resumed is not None and done >= result.steps_planned:
-            self.run_log.say("all steps are done; saving the result")
+        if resumed is not None and (over := trainer.over(resumed.folder)):
+            self.run_log.say(f"{over}; saving the result")
             trainer.load_checkpoint(resumed.folder)
+            result.end(trainer.ended(), trainer.write_error)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
         left = result.steps_planned - done
@@ -266,7 +268,7 @@ class TrainingRun:
         self._clear()
         if not self.result.steps:
             return
-        with self.run_log.timed("saving"), interrupts.deferring_signals():
+        with self.run_log.timed("saving"):
             finish.save(trainer, self.result)
         if interrupts.signal is not None and self.result.signal is None:
             self.result.interrupt(interrupts.signal)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusewright.errors import DataError, OptimizeError, RecipeError
+from fusewright.optim.flat import FlatOptimizer
 from fusewright.report import Report, Site
 from fusewright.train import finish, train
 from fusewright.train.checkpoint import save_model as export
@@ -306,6 +307,24 @@ def test_a_signal_while_the_result_is_saved_ends_the_run(
     assert result.steps == 2
 
 
+def test_a_signal_between_training_and_saving_costs_nothing(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = FlatOptimizer.summary
+
+    def interrupted(optimizer: FlatOptimizer) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return summary(optimizer)
+
+    monkeypatch.setattr(FlatOptimizer, "summary", interrupted)
+    try:
+        result = train(recipe, console=QUIET, max_steps=2)
+    except KeyboardInterrupt:  # which would end all tests
+        pytest.fail("the run was quit")
+    assert (result.status, result.exit_code) == ("interrupted", 143)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
 def test_a_model_that_leaks_is_refused(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +406,6 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
-    from fusewright.optim.flat import FlatOptimizer
     from fusewright.train.trainer.build import make_trainer
     from fusewright.train.trainer.context import Context
     from fusewright.train.trainer.signals import Interrupts

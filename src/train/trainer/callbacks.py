@@ -82,3 +82,16 @@ def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
         name = type(watchdog).__name__
         if name in kept:
             kept[name] = {**kept[name], "args": watchdog.state()["args"]}
+
+
+def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether early stopping had ended the run that a checkpoint is of.
+
+    Args:
+        kept: what the checkpoint keeps of each callback, by the name of its class.
+        recipe: which may have another patience than the checkpoint's.
+    """
+    patience = recipe.early_stopping_patience
+    counted = kept.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+    waited = int(counted.get("early_stopping_patience_counter", 0))
+    return patience is not None and waited >= patience

@@ -15,13 +15,13 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from ...compiler.pipeline import planner_of
 from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
-from ..checkpoint.load import ResumableTrainer
+from ..checkpoint.load import ResumableTrainer, readable
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import Kind, Order
 from ..report.environment import rss_mb
-from .callbacks import FlowCallback, apply_limits
+from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
@@ -244,8 +244,18 @@ class FineTuner(ResumableTrainer):
         """The random state before a step that was begun and not finished; else None."""
         return self._after_step[0] if self._midway and self._after_step is not None else None
 
+    def over(self, folder: Path) -> str | None:
+        """Why nothing is left to train after a checkpoint; None: something is."""
+        with readable(folder):
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if state.global_step >= self.args.max_steps:
+            return "all steps are done"
+        if out_of_patience(state.stateful_callbacks, self.context.recipe):
+            return f"early stopping ended training at step {state.global_step}"
+        return None
+
     def load_checkpoint(self, folder: Path) -> None:
-        """Load a checkpoint of the last step, after which nothing is left to train."""
+        """Load a checkpoint after which nothing is left to train."""
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.resumed_from = folder

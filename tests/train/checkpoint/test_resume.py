@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -178,6 +179,28 @@ def test_auto_resume(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert not list(folder.glob(".*"))
     # overwriting begins anew
     assert train(asked, console=QUIET, overwrite=True).resumed_from is None
+
+
+def test_a_run_that_was_stopped_early_is_not_trained_further(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = {
+        **recipe, "learning_rate": 0.3, "max_steps": 40, "eval_steps": 1, "save_steps": 1,
+        "early_stopping_patience": 1, "save_total_limit": 1,
+    }  # fmt: skip
+    whole = train(asked, console=QUIET)
+    assert whole.steps < 40
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "out" / "run.json").unlink()  # killed while the results were written
+    out = io.StringIO()
+    resumed = train(asked, console=Console(file=out, width=120), resume_from_checkpoint=True)
+    assert (resumed.status, resumed.steps) == ("finished", whole.steps)
+    assert f"early stopping ended training at step {whole.steps}; saving the" in out.getvalue()
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
+    assert curves(resumed) == curves(whole)
+    (tmp_path / "out" / "run.json").unlink()
+    longer = {"resume_from_checkpoint": True, "early_stopping_patience": 2}
+    assert train(asked, console=QUIET, **longer).steps > whole.steps
 
 
 def test_what_cannot_be_resumed(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:
