@@ -36,7 +36,7 @@ from .trainer.arguments import arguments_for
 from .trainer.batches import training_sequences, typical_context, validation_batches
 from .trainer.build import make_trainer
 from .trainer.context import Context
-from .trainer.evaluation import validate
+from .trainer.evaluation import require_figure, validate
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.signals import Interrupts, Stopped
@@ -148,8 +148,10 @@ class TrainingRun:
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
-        # says now what does not go together
-        try_schedule(recipe, arguments_for(recipe, self.sequences))
+        # say now what does not go together
+        args = arguments_for(recipe, self.sequences)
+        try_schedule(recipe, args)
+        require_figure(args.metric_for_best_model, prepared.validation)
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)

@@ -49,7 +49,8 @@ class FlowCallback(TrainerCallback):
             gc.collect()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave a checkpoint of a loop that was ended; collect garbage."""
+        """Look at the steps that no log will; leave a checkpoint of a loop that was ended."""
+        self.trainer.guard.look()
         if self.recipe.gc_steps == -1:
             gc.collect()
         if self.trainer.ended() in ("interrupted", "watchdog"):

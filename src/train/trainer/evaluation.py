@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import RecipeError
 from ..data import IGNORED
 
 Batch = dict[str, Tensor]
@@ -63,6 +64,24 @@ def validate(
     if len(sums) > 1:
         found |= {f"eval_{name}_loss": _mean(*part) for name, part in sums.items()}
     return found
+
+
+def require_figure(metric: str | None, names: Iterable[str]) -> None:
+    """See that validations have the figure that is to judge them.
+
+    Args:
+        metric: its name, with or without ``eval_``; None: nothing judges them.
+        names: of the datasets.
+
+    Raises:
+        RecipeError: they have not.
+    """
+    sets = list(names)
+    figures = ["eval_loss", *(f"eval_{name}_loss" for name in sets if len(sets) > 1)]
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in figures:
+        raise RecipeError(
+            f"metric_for_best_model: validation has no {metric}; it has {', '.join(figures)}"
+        )
 
 
 def _reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:

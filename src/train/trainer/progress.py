@@ -202,6 +202,10 @@ class ProgressCallback(TrainerCallback):
         eta = f"  ETA {duration(self._left(state.global_step))}" if self._is_timed() else ""
         self.say(f"  step {state.global_step}/{self.total}  {fields}{eta}")
 
+    def saved(self, step: int) -> None:
+        """Tell of a written checkpoint: Trainer's ``on_save`` comes after a failure, too."""
+        self.say(f"  step {step}: saved checkpoint-{step}")
+
     # --- what the trainer calls ------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -247,10 +251,6 @@ class ProgressCallback(TrainerCallback):
             text += f" ({loss - self.validated[key]:+.3f})"
         self.validated[key] = loss
         self.say(text)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of a checkpoint."""
-        self.say(f"  step {state.global_step}: saved checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the display."""

@@ -46,6 +46,7 @@ class Interrupts:
         self._shown_elsewhere = False
         self._message = ""
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()  # the workers of a data loader are forks, and get Ctrl-C, too
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
@@ -80,6 +81,6 @@ class Interrupts:
             self.signal = number
             raise Stopped(number)
         self.signal = number
-        if not self._shown_elsewhere:
+        if not self._shown_elsewhere and os.getpid() == self._process:
             # not through a file object: this may interrupt one of its own writes
             os.write(2, f"\n{self._message}\n".encode())

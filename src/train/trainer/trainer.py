@@ -217,6 +217,7 @@ class FineTuner(ResumableTrainer):
             self.control.should_training_stop = True
             return
         self.saved_at = step
+        self.progress.saved(step)
         new = checkpoint.place(folder, step)
         best = self.state.best_model_checkpoint
         kept = {new, Path(best)} if best else {new}

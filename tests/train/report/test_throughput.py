@@ -111,13 +111,13 @@ def test_the_first_step_after_a_resumption_is_left_out_too() -> None:
     """A resumed run compiles again. Its rates are those of the run that was not stopped."""
     stopped = ThroughputMeter()
     resumed = ThroughputMeter(flops=10.0, peak=1000.0)
-    for meter, times in ((stopped, (10.0, 2.0)), (resumed, (30.0, 2.0, 2.0))):
-        if meter is resumed:
+    for taken, times in ((stopped, (10.0, 2.0)), (resumed, (30.0, 2.0, 2.0))):
+        if taken is resumed:
             stopped.add(7, 7)  # a step that is not finished
             resumed.load_state_dict(stopped.state_dict())
         for seconds in times:
-            meter.add(100, 50)
-            meter.seconds.append(seconds)
+            taken.add(100, 50)
+            taken.seconds.append(seconds)
     assert resumed.compiling == [0, 2]
     for last in (None, 3, 10):
         assert resumed.rate(resumed.trained, last) == 25.0

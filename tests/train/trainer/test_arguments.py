@@ -23,7 +23,7 @@ from fusewright.train.trainer.arguments import Steps, steps, training_arguments
 from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
-from fusewright.train.trainer.evaluation import validate
+from fusewright.train.trainer.evaluation import require_figure, validate
 from fusewright.train.trainer.schedule import own_schedule
 from fusewright.train.trainer.signals import Interrupts
 from fusewright.train.trainer.trainer import FineTuner
@@ -338,6 +338,18 @@ def test_the_best_of_the_checkpoints_and_of_a_moved_run(
         folder = str(tmp_path / f"from {step}")
         resumed = train(asked, console=QUIET, output_dir=folder, resume_from_checkpoint=start)
         assert resumed.val_loss_after == whole.val_loss_after
+
+
+def test_a_figure_that_no_validation_has(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It is noticed before there is a model, not at the first validation."""
+    judged = {**recipe, "eval_steps": 2, "early_stopping_patience": 1}
+    with pytest.raises(RecipeError, match="best_model: validation has no eval_f1; it has eval_l"):
+        train(judged, console=QUIET, metric_for_best_model="eval_f1")
+    assert not (tmp_path / "out").exists()
+    for name in ("loss", "eval_loss", "eval_one_loss", "two_loss", None):
+        require_figure(name, ["one", "two"])
+    with pytest.raises(RecipeError, match=r"it has eval_loss$"):
+        require_figure("eval_one_loss", ["one"])
 
 
 def test_several_sets_to_validate_on(recipe: dict[str, Any], rows: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_what_others_say_stands_above_the_bar() -> None:
         screen.tell("on_log", logs={"eval_loss": 1.25})
         screen.tell("on_log", logs={"eval_loss": 1.0})
         screen.tell("on_log", logs={"eval_test_1_loss": 0.5})
-        screen.tell("on_save")
+        screen.display.saved(1)
         text = screen.out.getvalue()
     for words in (
         "mind the gap",
@@ -167,6 +167,18 @@ def test_without_a_display_the_signal_writes_a_line(capfd: pytest.CaptureFixture
     with screen.interrupts, screen.interrupts.deferring_signals():
         os.kill(os.getpid(), signal.SIGINT)
     assert Interrupts.STOPPING in capfd.readouterr().err
+
+
+def test_a_worker_of_a_data_loader_does_not_repeat_the_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches it, too: a fork has the handler of the process that it comes from."""
+    here, interrupts = os.getpid(), Interrupts()
+    with interrupts, interrupts.deferring_signals():
+        monkeypatch.setattr("os.getpid", lambda: here + 1)
+        os.kill(here, signal.SIGINT)
+        assert interrupts.signal == signal.SIGINT
+    assert capfd.readouterr().err == ""
 
 
 def lines(screen: Screen, steps: int) -> list[str]:

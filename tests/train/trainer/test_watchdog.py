@@ -92,14 +92,16 @@ def test_a_number_that_is_none(
     assert json.loads((folder / "run.json").read_text())["status"] == "nan"
 
 
+class Far(torch.Tensor):
+    """A tensor that pretends to be on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+
 def test_the_guard_lets_the_device_leave_out_a_step() -> None:
-    """What happens on a GPU between two logged steps, with tensors that pretend to be on one."""
-
-    class Far(torch.Tensor):
-        @property
-        def device(self) -> torch.device:  # type: ignore[override]
-            return torch.device("cuda")
-
+    """What happens on a GPU between two logged steps."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
     guard = NonFiniteGuard()
@@ -122,6 +124,26 @@ def test_the_guard_lets_the_device_leave_out_a_step() -> None:
     assert caught.value.batches[0]["input_ids"].item() == 2
     step(5, 1.0, True)
     assert "found_inf" not in vars(optimizer)
+
+
+def test_a_step_that_the_device_left_out_at_the_end_is_noticed(
+    poisoned: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is logged after it, as on a GPU."""
+    judge = NonFiniteGuard.judge
+
+    def far(guard: NonFiniteGuard, norm: Any, optimizer: Any, logged: bool) -> Any:
+        return judge(guard, norm.as_subclass(Far), optimizer, logged)
+
+    first = train(poisoned, console=QUIET)
+    monkeypatch.setattr(NonFiniteGuard, "judge", far)
+    result = train(
+        poisoned, console=QUIET, overwrite=True, logging_steps=100, logging_first_step=False,
+        max_steps=first.steps + 2,
+    )  # fmt: skip
+    assert result.status == "nan"
+    assert f"step {first.steps + 1}: the loss is nan" in str(result.reason)
+    assert (tmp_path / "out" / f"nan-batch-{first.steps + 1}.txt").exists()
 
 
 def test_the_loss_watchdog(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -243,6 +265,7 @@ def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "could not be written: the disk is full" in done.stdout
+    assert "saved checkpoint" not in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert checkpoints(tmp_path / "out") == []
 
