@@ -59,9 +59,10 @@ class TrainingRun:
     Who owns what:
 
     - ``TrainingRun``: the order, and ``RunResult``, which it fills;
-    - ``FineTuner``: the loop, its checkpoints, and why it ended;
+    - ``FineTuner``: the loop, its checkpoints, which of them is the best, and why it ended;
     - ``FlowCallback``, between its steps: it ends the loop when a signal came;
     - ``Interrupts``: that signal; ``ThroughputMeter``: the clock and the counts of the steps;
+    - ``finish``: the last validation, where the loop has not made it;
     - ``ProgressCallback``: nothing; it shows what the others know.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fusewright.train import train
+from fusewright.train.trainer.signals import Stopped
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Let a run that a signal quits fail its test: pytest would end all tests."""
+    try:
+        return (yield)
+    except Stopped as stopped:
+        raise AssertionError(f"{stopped} has quit the run") from stopped
 
 
 def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:

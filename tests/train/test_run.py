@@ -319,10 +319,7 @@ def test_a_signal_between_training_and_saving_costs_nothing(
         return summary(optimizer)
 
     monkeypatch.setattr(FlatOptimizer, "summary", interrupted)
-    try:
-        result = train(recipe, console=QUIET, max_steps=2)
-    except KeyboardInterrupt:  # which would end all tests
-        pytest.fail("the run was quit")
+    result = train(recipe, console=QUIET, max_steps=2)
     assert (result.status, result.exit_code) == ("interrupted", 143)
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 

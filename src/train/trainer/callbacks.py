@@ -36,7 +36,11 @@ class FlowCallback(TrainerCallback):
         self.trainer.on_step_begin()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the loop within a step when a signal came."""
+        """End the loop within a step, after one of its batches, when a signal came."""
+        control.should_training_stop |= self.interrupts.signal is not None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the loop after a validation during which a signal came, before another step."""
         control.should_training_stop |= self.interrupts.signal is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -32,7 +32,8 @@ class Interrupts:
     """While entered, turns SIGINT, SIGTERM and SIGHUP into an orderly end.
 
     Outside of ``deferring_signals`` a signal raises ``Stopped`` where it arrives. Inside, the first
-    one only sets ``signal``, for the training loop to see between two steps; a second one raises.
+    one only sets ``signal``, for the training loop to see after the batch, step or validation that
+    it is at (``FlowCallback``); a second one raises.
 
     Attributes:
         signal: the one that came, or None.

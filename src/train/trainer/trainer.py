@@ -37,7 +37,11 @@ class FineTuner(ResumableTrainer):
     restores a checkpoint (``start``), and then for each step calls ``on_step_begin``,
     ``training_step`` for each batch, ``_get_grad_norm``, the optimizer, ``on_step_end``, and where
     they are due ``log``, ``evaluate`` and ``_save_checkpoint``. ``FlowCallback`` calls what begins
-    with ``on_``, and ``start``; a signal, a watchdog or a full disk ends the loop between steps.
+    with ``on_``, and ``start``.
+
+    A watchdog or a full disk ends the loop after a step; a signal also between the batches of one.
+    Such a step is as if it had not begun: its gradients are dropped, and ``_saved`` writes the
+    state that ``on_step_end`` has noted after the step before.
 
     Attributes:
         write_error: why a checkpoint could not be written, which ended the run; or None.
@@ -114,7 +118,10 @@ class FineTuner(ResumableTrainer):
         super()._load_callback_state()
 
     def start(self) -> None:
-        """Restore the counters and the pending loss of the checkpoint, if there is one."""
+        """Restore what Trainer has set back to nothing: intervals, pending loss, best checkpoint.
+
+        The meter is there already, for it also counts where no step is left to make.
+        """
         if self._resumed is not None:
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state

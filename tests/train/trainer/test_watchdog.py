@@ -200,7 +200,7 @@ def test_a_signal_ends_the_loop_between_and_within_steps() -> None:
     state = SimpleNamespace(global_step=1)
     for signalled in (None, signal.SIGTERM):
         interrupts.signal = signalled
-        for event in (flow.on_substep_end, flow.on_step_end):
+        for event in (flow.on_substep_end, flow.on_step_end, flow.on_evaluate):
             control = SimpleNamespace(should_training_stop=False, should_save=False)
             event(None, state, control)
             assert control.should_training_stop == (signalled is not None)
