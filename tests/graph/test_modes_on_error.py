@@ -80,9 +80,11 @@ def test_a_checkpoint_that_has_what_it_needs_leaves_autocast(codegen: str) -> No
 def test_an_error_between_the_two_ends_of_a_region(mode: str, codegen: str) -> None:
     before, model = _modes(), optimize(Stack(mode), codegen=codegen)
     model(*_inputs())
+    # the check in a kernel of Inductor's own has no type of its own
+    error = IndexError if codegen == "eager" else (IndexError, RuntimeError)
     try:
         for _ in range(2):
-            with pytest.raises(IndexError):
+            with pytest.raises(error, match=r"index out of (range|bounds)"):
                 model(*_inputs(9))
             assert _modes() == before
     finally:
