@@ -298,7 +298,7 @@ def _looked_at(loss: Tensor, z: Tensor) -> list[Tensor]:
     assert z.grad_fn is not None
     assert not z.is_leaf
     assert isinstance(z, Tensor)
-    z = z.float()
+    z = z.clone().float()
     z.register_hook(lambda g: None)
     flat[1].register_hook(lambda g: g)
     loss.backward()
@@ -314,6 +314,26 @@ def test_who_only_looks_computes_nothing(use: Callable[..., Any], computed: list
     assert computed == []
     assert isinstance(z, LazyLogits)
     assert ours.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("copied", [Tensor.clone, Tensor.double])
+def test_a_copy_keeps_its_values_when_the_logits_are_written_to(
+    copied: Callable[[Tensor], Tensor], read: bool
+) -> None:
+    seen = []
+    for m in _pair("padded"):
+        m.zero_grad()
+        _, z = m(IDS, labels=LABELS)
+        copies = [copied(z), copied(copied(z).clone())]
+        if read:
+            copies[0].sum().item()
+        with torch.no_grad():
+            z.add_(1)
+        copies[0].pow(2).mean().backward()
+        seen.append([z.detach(), *(c.detach() for c in copies), m.lm_head.weight.grad])
+    for mine, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(mine + 0, theirs + 0)
 
 
 def test_a_hook_gets_a_gradient_that_can_be_kept(computed: list[str]) -> None:

@@ -8,6 +8,7 @@ are missing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,46 @@ _DESCRIBING = {
     "requires_grad_", "is_inference",
 }  # fmt: skip
 _CASTS = {"float", "double", "half", "bfloat16", "to"}
+_COPIES = {"clone"}
 _WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
 _lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
+_clone = torch.ops.aten.clone.default
+
+
+class _Deferred:
+    """Values that are computed at the first use of them, and what is to be derived from them."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute: Callable[[], Tensor] | None = compute
+        self._values: Tensor | None = None
+        self._derived: list[weakref.ref[_Deferred]] = []
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether nobody has used them yet."""
+        return self._values is None
+
+    def values(self) -> Tensor:
+        """The values, without a history."""
+        if self._values is None:
+            assert self._compute is not None
+            self._values, self._compute = self._compute().detach(), None
+        return self._values
+
+    def derive(self, function: Callable[[Tensor], Tensor]) -> _Deferred:
+        """What ``function`` makes of the values, deferred as well."""
+        derived = _Deferred(lambda: function(self.values()))
+        self._derived.append(weakref.ref(derived))
+        return derived
+
+    def settle(self) -> None:
+        """Compute what was derived, for the values are about to be written to."""
+        for reference in self._derived:
+            derived = reference()
+            if derived is not None:
+                derived.values()
+        self._derived.clear()
 
 
 class LazyLogits(Tensor):
@@ -38,15 +76,15 @@ class LazyLogits(Tensor):
 
     Shape, dtype, device and history are known at once, and hooks can be registered. Everything else
     (indexing, arithmetic, printing, ``detach``, ``numpy``) computes the values, with their history,
-    and keeps them. Casts to another dtype stay lazy, as mixed-precision wrappers cast every output.
+    and keeps them. Casts to another dtype and clones stay lazy: wrappers make them of every output,
+    for mixed precision and for several processes.
 
     Attributes:
         is_written: whether somebody has written to the values.
     """
 
     is_written = False
-    _compute: Callable[[], Tensor] | None
-    _data: Tensor | None
+    _source: _Deferred
     _made: Tensor | None
 
     @staticmethod
@@ -61,15 +99,16 @@ class LazyLogits(Tensor):
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=device
         )
-        made._compute, made._data, made._made = compute, None, None
+        made._source, made._made = _Deferred(compute), None
         return made
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
-        if self._data is None:
-            assert self._compute is not None
-            self._data, self._compute = self._compute().detach(), None
-        return self._data
+        return self._source.values()
+
+    def _derive(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyLogits:
+        source = self._source.derive(function)
+        return LazyLogits(source.values, tuple(self.shape), dtype, self.device)
 
     def materialize(self) -> Tensor:
         """The values as a tensor whose history leads to this one's."""
@@ -86,7 +125,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if _is_for_autograd(func, name) or (name in _CASTS and not _casts_away(args, kwargs)):
+        if (
+            _is_for_autograd(func, name)
+            or (name in _CASTS and not _casts_away(args, kwargs))
+            or (name in _COPIES and not kwargs)
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
             # a gradient that is asked for is wanted now: later, the graph may be gone
@@ -101,11 +144,12 @@ class LazyLogits(Tensor):
         """Write into the values: from then on this is an ordinary tensor, with its new history."""
         with torch.enable_grad():
             real = self.materialize()
+        self._source.settle()
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
         )
         result = func(real, *rest, **kwargs)
-        self._data = self._made = None
+        self._made = None
         try:
             swap_tensors(self, real)
         except RuntimeError as error:  # autograd holds it, too, as it does in a hook
@@ -114,7 +158,8 @@ class LazyLogits(Tensor):
                     "these logits cannot be written to in place here: write to logits.clone(), or "
                     "use fusewright.optimize(model, logits='always')"
                 ) from error
-            self._data, self.is_written = real.detach(), True
+            written = real.detach()
+            self._source, self.is_written = _Deferred(lambda: written), True
         return self if result is real else result
 
     @classmethod
@@ -125,10 +170,12 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits):
             if func is _lift:  # a tensor of its own: its history is another one
                 return _as_tensor(first).detach()  # type: ignore[no-any-return]
-            if func is _cast and set(kwargs or ()) == {"dtype"} and first._data is None:
-                dtype: torch.dtype = (kwargs or {})["dtype"]
-                shape = tuple(first.shape)
-                return LazyLogits(lambda: first.values().to(dtype), shape, dtype, first.device)
+            if first._source.is_pending:
+                if func is _cast and set(kwargs or ()) == {"dtype"}:
+                    dtype: torch.dtype = (kwargs or {})["dtype"]
+                    return first._derive(lambda values: values.to(dtype), dtype)
+                if func is _clone and not kwargs:
+                    return first._derive(torch.clone, first.dtype)
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
