@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from .units import is_unit
 
 
 def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
@@ -137,28 +140,43 @@ def is_block(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not is_container(module)
 
 
-def find_hooks(
-    module: nn.Module, outside: Sequence[str] = ()
-) -> tuple[str | None, list[nn.Module]]:
+@dataclass
+class Hooks:
+    """The submodules of a region that have hooks, by whose these are.
+
+    Attributes:
+        others: the name of the first one whose hooks must run where they stand, or None.
+        idle: those that have nothing but idle ones.
+        units: those that have nothing but the ones of an engine that shards parameters, by name.
+    """
+
+    others: str | None = None
+    idle: list[nn.Module] = field(default_factory=list)
+    units: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def find_hooks(module: nn.Module, outside: Sequence[str] = ()) -> Hooks:
     """Look for hooks below ``module``, which a captured graph would not call.
 
     Args:
         module: a region; its own hooks run as ever.
         outside: the path, name by name, to a submodule that is not captured with it.
-
-    Returns:
-        The name of the first submodule with a hook that does something, or None; and the
-        submodules that have nothing but idle ones.
     """
-    idle: list[nn.Module] = []
+    found = Hooks()
     for name, m in captured_submodules(module, outside):
-        if m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return name, idle
-        if m._forward_hooks:
-            if not all(_is_idle(h) for h in m._forward_hooks.values()):
-                return name, idle
-            idle.append(m)
-    return None, idle
+        backward = m._backward_hooks or m._backward_pre_hooks
+        if not (backward or m._forward_pre_hooks or m._forward_hooks):
+            continue
+        if is_unit(m):
+            found.units[name] = m
+        elif not (backward or m._forward_pre_hooks) and all(
+            _is_idle(h) for h in m._forward_hooks.values()
+        ):
+            found.idle.append(m)
+        else:
+            found.others = name
+            break
+    return found
 
 
 def _is_idle(hook: Any) -> bool:

@@ -24,6 +24,7 @@ from . import codegen
 from .graph_log import CapturedGraph, GraphLog
 from .options import Environment, Options
 from .sharing import SharedFunction, Stage
+from .units import Units
 from .watch import Watches
 
 
@@ -64,6 +65,7 @@ class CallState:
         region: the module whose region is being called.
         function: the function that it runs.
         in_head: whether the call came through a captured head.
+        units: those of its modules whose parameters are sharded.
         watches: what lies below each region, and whether it has changed since the last call.
         started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
@@ -72,6 +74,7 @@ class CallState:
     region: nn.Module | None = None
     function: SharedFunction | None = None
     in_head: bool = False
+    units: Units | None = None
     watches: Watches = field(default_factory=Watches)
     started: bool = False
     preparation: threading.Thread | None = None

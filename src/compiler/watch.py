@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _globals
 
-from .bypass import captured_submodules, find_hooks, is_block, is_container
+from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
 from .opaque_calls import ForwardCopies, forward_copies
 
 _HOOKS = itemgetter(
@@ -117,10 +117,10 @@ class Watch:
             and type(module) is self.classes[0]
         )
 
-    def find_hooks(self, module: nn.Module) -> tuple[str | None, list[nn.Module]]:
+    def find_hooks(self, module: nn.Module) -> Hooks:
         """As ``bypass.find_hooks`` of the region, which is asked only where there are any."""
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
-            return None, []
+            return Hooks()
         return find_hooks(module, self._outside)
 
 

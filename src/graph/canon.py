@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from . import facts
+from .opaque.autograd_functions import forward
 from .opaque.functions import CONVENTIONS, bind, is_leaf
 from .opaque.quantized import PARAMS, product
 from .operations import CASTS, FUNCTIONS, LIBRARY_OPS, METHODS, SPECS, Spec
@@ -63,6 +64,9 @@ def canonical(node: Any) -> Canon | None:
     quantized = product(node)
     if quantized is not None:
         return Canon("quantized_linear", *quantized)
+    linear = _wrapped_linear(node)
+    if linear is not None:
+        return linear
     special = _SPECIAL.get(target)
     if special is not None:
         return special(node, *_by_position(args, kwargs))
@@ -128,6 +132,40 @@ def _as_linear(canon: Canon) -> Canon:
     if inner is None or inner.name != "transpose" or facts.ndim(y) != 2:
         return canon
     return Canon("linear", (x, inner.args[0], None), (y,))
+
+
+def _wrapped_linear(node: fx.Node) -> Canon | None:
+    """A linear that is the whole forward of an autograd function, as DeepSpeed writes it."""
+    inner = forward(node)
+    if inner is None:
+        return None
+    found = _matrix_product(inner.result) or _sum_with_bias(inner.result)
+    outside = None if found is None else inner.outside(found.args, found.via)
+    return None if outside is None else Canon("linear", *outside)
+
+
+def _matrix_product(node: Any) -> Canon | None:
+    """``x @ w.T``, or ``addmm(bias, x, w.T)``, as a linear; None for anything else."""
+    canon = canonical(node)
+    if canon is not None and canon.name == "addmm" and canon.args[3:] == (1, 1):
+        bias, x, columns = canon.args[:3]
+        canon = _as_linear(Canon("matmul", (x, columns)))
+        return Canon("linear", (*canon.args[:2], bias), canon.via) if canon.via else None
+    return canon if canon is not None and canon.name == "linear" else None
+
+
+def _sum_with_bias(node: fx.Node) -> Canon | None:
+    """``product + bias`` as a linear; in place, too, for the product is nobody else's."""
+    canon = canonical(node)
+    is_sum = canon is not None and canon.name == "add" and canon.args[2] == 1
+    args: Any = canon.args if canon is not None and is_sum else node.args
+    if not (is_sum or node.target is operator.iadd) or facts.ndim(args[1]) != 1:
+        return None
+    product, bias = args[:2]
+    linear = _matrix_product(product)
+    if linear is None or linear.args[2] is not None:
+        return None
+    return Canon("linear", (*linear.args[:2], bias), (product, *linear.via))
 
 
 def _attribute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canon | None:

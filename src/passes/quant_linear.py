@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from ..graph import facts
 from ..graph.canon import is_cast_of
-from ..graph.opaque.quantized import PARAMS, is_wrapped
+from ..graph.opaque.autograd_functions import is_wrapped
+from ..graph.opaque.quantized import PARAMS
 from ..kernels.linear.quantized import Quantized
 from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule

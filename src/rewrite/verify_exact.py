@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ..graph.canon import canonical
+from ..graph.opaque.autograd_functions import is_wrapped
 from ..graph.opaque.functions import is_leaf
-from ..graph.opaque.quantized import is_wrapped, product
+from ..graph.opaque.quantized import product
 from ..kernels.linear import quant_linear
 from ..kernels.linear.quantized import Quantized
 

@@ -17,6 +17,7 @@ from ..bypass import bypass_reason, hidden_hooks
 from ..opaque_calls import forward_copies, using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
+from ..units import Units, replaced_hidden
 from ..watch import global_hook_reason
 
 _NO_CONTEXT = contextlib.nullcontext()
@@ -63,9 +64,12 @@ def block_forward(
         if is_inactive(self):
             return original(self, *args, **kwargs)
         watch = session.state.watches.get(self)
-        hooked, idle = watch.find_hooks(self)
+        hooks = watch.find_hooks(self)
+        units = Units(hooks.units.values())
         reason = (
-            session.failure(self) or global_hook_reason() or bypass_reason(args, kwargs, hooked)
+            session.failure(self)
+            or global_hook_reason()
+            or bypass_reason(args, kwargs, hooks.others)
         )
         if reason is None and kind == "norm" and not torch.is_grad_enabled():
             reason = "evaluation: a lone norm is not worth a graph of its own"
@@ -90,16 +94,21 @@ def block_forward(
             return compiled(self, level, watch.code)
 
         def run_original() -> Any:
-            return original(self, *args, **kwargs)
+            with units.shown():
+                return original(self, *args, **kwargs)
 
         def make_context() -> Any:
             copies = forward_copies(self) if watch.copies else None
             return using_copies(copies) if copies else _NO_CONTEXT
 
-        with hidden_hooks(idle) if idle else _NO_CONTEXT:
-            return session.call(
+        with hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT, units.hidden():
+            if units:
+                given = replaced_hidden(graph_args, graph_kwargs, units.before)
+                graph_args, graph_kwargs = given
+            results = session.call(
                 self, find_compiled, graph_args, graph_kwargs, run_original, make_context
             )
+        return units.after(results) if units.is_open else results
 
     return forward
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...memory.oom_retry import retrying
-from ..bypass import hidden_hooks, transform_reason
+from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
+from ..units import Units, replaced_hidden
 from ..watch import global_hook_reason
 from .default_cache import (
     SharedCacheIndices,
@@ -94,8 +95,10 @@ def head_forward(
         if fills_cache and cache_is_unused(kwargs) and not cache_indices.any_in(self):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
-        hooked, idle = watch.find_hooks(self)
-        reason = _why_not(session, self, kwargs, hooked)
+        hooks = watch.find_hooks(self)
+        if results is not None and hooks.units:  # nothing says where its own part begins
+            hooks.others = hooks.others or next(iter(hooks.units))
+        reason = _why_not(session, self, kwargs, hooks.others)
         if reason is None and results is not None:
             if results.any_unknown(watch.blocks):  # the first call shows what they return
                 return original(self, **kwargs)
@@ -112,7 +115,7 @@ def head_forward(
         def find_compiled() -> Any:
             return compiled(self, given, watch.code)
 
-        run = functools.partial(_run, session, self, kwargs, idle, find_compiled, original)
+        run = functools.partial(_run, session, self, kwargs, hooks, find_compiled, original)
         return retrying(session.choices.planner, run) if training else run()
 
     return forward
@@ -130,25 +133,29 @@ def _run(
     session: Session,
     head: nn.Module,
     kwargs: dict[str, Any],
-    idle: Any,
+    hooks: Hooks,
     find_compiled: Callable[[], Any],
     original: Original,
 ) -> Any:
-    """The captured form; the original one where the capture fails. ``idle`` are hooks to hide."""
+    """The captured form; the original one where the capture fails."""
+    units = Units(hooks.units.values())
 
     def run_original() -> Any:
-        session.state.in_head = False
-        return original(head, **kwargs)
+        session.state.in_head, session.state.units = False, None
+        with units.shown():
+            return original(head, **kwargs)
 
-    session.state.in_head = True
+    session.state.in_head, session.state.units = True, units
     try:
         with (
-            hidden_hooks(idle),
+            hidden_hooks(hooks.idle),
+            units.hidden(),
             torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()),
         ):
-            return session.call(head, find_compiled, (), kwargs, run_original)
+            outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
-        session.state.in_head = False
+        session.state.in_head, session.state.units = False, None
+    return units.after(outputs) if units.is_open else outputs
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
@@ -167,6 +174,18 @@ def _logger_methods() -> set[Any]:
     return {getattr(logging.Logger, n) for n in names if hasattr(logging.Logger, n)}
 
 
+def _gathered(outputs: Any, units: Units) -> Any:
+    """The backbone's outputs, once the parameters of the head's units are gathered."""
+    if isinstance(outputs, MutableMapping):
+        for name, value in replaced_hidden((), dict(outputs), units.before)[1].items():
+            if value is not outputs[name]:
+                outputs[name] = value
+        return outputs
+    if isinstance(outputs, tuple):
+        return replaced_hidden(outputs, {}, units.before)[0]
+    return units.before(outputs)
+
+
 def backbone_forward(
     session: Session, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -179,6 +198,8 @@ def backbone_forward(
             outputs = original(self, *args, **kwargs)
         finally:
             session.state.in_head = True
+        if session.state.units:
+            outputs = _gathered(outputs, session.state.units)
         values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
         values = values if isinstance(values, tuple) else (values,)
         sizes = leading_sizes(values, {})

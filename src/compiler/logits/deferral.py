@@ -12,6 +12,7 @@ from ...graph import facts
 from ...graph.canon import canonical
 from ...graph.edit import prune
 from ...graph.effects import writes
+from ...graph.opaque.autograd_functions import is_wrapped
 from ...rewrite.findings import Finding
 from .joined_loss import Plan, logits_alone, loss_and_logits
 
@@ -142,11 +143,17 @@ def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
             return []
         chain.append(node)
         if canon.name == "linear":
+            if any(map(is_wrapped, canon.via)):  # an autograd function moves as a whole
+                chain += canon.via
             return chain[::-1] if canon.args[1] in heads else []
         inner = [a for a in canon.args if isinstance(a, fx.Node)]
         if canon.name not in _CHAIN or len(inner) != 1:
             return []
         node = inner[0]
+
+
+def _projection(chain: list[fx.Node]) -> fx.Node:
+    return next(n for n in chain if (c := canonical(n)) and c.name == "linear")
 
 
 def _replaced_loss(
@@ -186,7 +193,7 @@ def _join_loss(
     tail, names = _loss_graph(root, was, present)
     others = [present[name] for name in names]
     logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    linear, dtype = canonical(_projection(chain)), facts.dtype(node)
     if canon is None or linear is None or dtype is None:
         return False
     if any(order[n] > order[fused] for n in (*inputs, *others)):
@@ -211,7 +218,7 @@ def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
     logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(chain[0]), facts.dtype(node)
+    linear, dtype = canonical(_projection(chain)), facts.dtype(node)
     if linear is None or dtype is None:
         return False
     plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0)
@@ -264,10 +271,8 @@ def _loss_graph(
 def _history_is_small(chain: list[fx.Node]) -> bool:
     """Whether the history of the logits keeps nothing of their size."""
     return all(
-        (c := canonical(n)) is not None
-        and c.name != "tanh"
-        and (n is chain[0] or len(n.all_input_nodes) == 1)
-        for n in chain
+        (c := canonical(n)) is not None and c.name != "tanh" and len(n.all_input_nodes) == 1
+        for n in chain[chain.index(_projection(chain)) + 1 :]
     )
 
 

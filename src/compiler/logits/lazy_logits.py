@@ -29,11 +29,12 @@ _DESCRIBING = {
     "requires_grad_", "is_inference",
 }  # fmt: skip
 _CASTS = {"float", "double", "half", "bfloat16", "to"}
-_COPIES = {"clone"}
+_COPIES = {"clone", "detach"}
 _WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
 _lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
 _clone = torch.ops.aten.clone.default
+_detach = torch.ops.aten.detach.default
 
 
 class _Deferred:
@@ -106,6 +107,12 @@ class LazyLogits(Tensor):
         """The values without a history: computed now, or at the first call."""
         return self._source.values()
 
+    def _alias(self) -> LazyLogits:
+        """One that shares the values, as ``detach`` does: what is written to one is in both."""
+        made = LazyLogits(self.values, tuple(self.shape), self.dtype, self.device)
+        made._source = self._source
+        return made
+
     def _derive(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyLogits:
         source = self._source.derive(function)
         return LazyLogits(source.values, tuple(self.shape), dtype, self.device)
@@ -144,6 +151,8 @@ class LazyLogits(Tensor):
         """Write into the values: from then on this is an ordinary tensor, with its new history."""
         with torch.enable_grad():
             real = self.materialize()
+        if real is self.values():  # which aliases hold, too
+            real = real.detach()
         self._source.settle()
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
@@ -174,6 +183,8 @@ class LazyLogits(Tensor):
                 if func is _cast and set(kwargs or ()) == {"dtype"}:
                     dtype: torch.dtype = (kwargs or {})["dtype"]
                     return first._derive(lambda values: values.to(dtype), dtype)
+                if func is _detach:
+                    return first._alias()
                 if func is _clone and not kwargs:
                     return first._derive(torch.clone, first.dtype)
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))

@@ -7,8 +7,7 @@ autograd function that TorchDynamo has captured, whose forward consists of that 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import facts
+from .autograd_functions import forward
 
 PARAMS = ("x", "bias", "packed", "absmax", "shape", "blocksize", "kind", "absmax_8bit",
           "absmax_code", "absmax_offset")  # fmt: skip
@@ -23,17 +23,8 @@ PARAMS = ("x", "bias", "packed", "absmax", "shape", "blocksize", "kind", "absmax
 
 _GEMM = ("A", "B", "shapeB", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit",
          "absmax_code", "absmax_offset")  # fmt: skip
-_ASIDE = ("numel", "size", "dim", "view", "reshape")
-"""What else the forward of such a function calls: it computes nothing."""
-
 Found = tuple[tuple[Any, ...], tuple[fx.Node, ...]]
 """The arguments, and the further nodes that belong to the operation."""
-
-
-def is_wrapped(node: Any) -> bool:
-    """Whether a node is a captured autograd function."""
-    target = getattr(node, "target", None)
-    return target is not None and target is torch.ops.higher_order.autograd_function_apply
 
 
 def product(node: fx.Node) -> Found | None:
@@ -42,9 +33,7 @@ def product(node: fx.Node) -> Found | None:
         return _four_bits(node)
     if node.target in (F.linear, torch._C._nn.linear):
         return _eight_bits(node)
-    if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
-        return None
-    return _wrapped(node.args[0])
+    return _wrapped(node)
 
 
 def _name(node: fx.Node) -> str:
@@ -103,35 +92,15 @@ def _behind_views(node: Any) -> tuple[Any, tuple[fx.Node, ...]]:
     return node, views
 
 
-def _wrapped(call: Any) -> Found | None:
+def _wrapped(node: fx.Node) -> Found | None:
     """The product that is the whole forward of an autograd function."""
-    inner = facts.body(call.args[0])
-    if inner is None:
+    inner = forward(node)
+    found = None if inner is None else product(inner.result)
+    if inner is None or found is None:
         return None
-    returned: Any = next(reversed(inner.graph.nodes)).args[0]
-    results = returned[0]
-    found = product(results[0]) if len(results) == 1 and isinstance(results[0], fx.Node) else None
-    if found is None:
+    outside = inner.outside(*found)
+    if outside is None:
         return None
-    args, chain = found
-    rest = (n for n in inner.graph.nodes if n is not results[0] and n not in chain)
-    if not all(map(_is_aside, rest)):
-        return None
-    outside = dict(zip(inner.graph.find_nodes(op="placeholder"), call.args[2:], strict=True))
-    if any(isinstance(a, fx.Node) and a not in outside for a in args):
-        return None
-    own = tuple(a for a in call.args[:2] if isinstance(a, fx.Node))
-    args = tuple(outside[a] if isinstance(a, fx.Node) else a for a in args)
+    args, own = outside
     packed, views = _behind_views(args[2])
-    return (*args[:2], packed, *args[3:]), (call, *own, *views)
-
-
-def _is_aside(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output"):
-        return True
-    harmless: tuple[Callable[..., Any], ...] = (operator.eq, operator.getitem)
-    return (
-        node.target in harmless
-        or (node.op == "call_method" and node.target in _ASIDE)
-        or "set_grad_enabled" in getattr(node.target, "__name__", "")
-    )
+    return (*args[:2], packed, *args[3:]), (*own, *views)

@@ -1,0 +1,137 @@
+"""Sharded parameters inside a region: the hooks that gather and release them run around its graph.
+
+FSDP2 and ZeRO-3 keep a part of each parameter on each process. Hooks on the modules that are their
+units gather the rest before a unit's forward and before its backward pass, and release it after.
+A captured graph calls no submodule, so these hooks are called for all units inside a region at
+once: what comes before a forward gets the region's hidden states, what comes after one gets its
+results. To autograd the first is the last thing of backward, and the second the first.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_ENGINES = ("torch.distributed.fsdp.", "torch.distributed._composable.", "deepspeed.")
+_FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether all hooks of ``module`` are those of an engine that shards parameters."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return bool(hooks) and all(map(_is_engines, hooks))
+
+
+def _is_engines(hook: Any) -> bool:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    return str(getattr(function, "__module__", "")).startswith(_ENGINES)
+
+
+class Units:
+    """The units inside one region, for one call of it.
+
+    Attributes:
+        is_open: whether the parameters are gathered, for the region's graph.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._kept = [{name: m.__dict__[name] for name in _FORWARD_HOOKS} for m in self._modules]
+        self._inputs: list[tuple[Any, ...]] = []
+        self.is_open = False
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """While a graph is captured or runs: the units have no hooks."""
+        self._hide()
+        try:
+            yield
+        finally:
+            self._show()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside ``hidden``: the original code runs after all, and calls the hooks itself."""
+        if self.is_open:
+            self.after(())
+        self._show()
+        try:
+            yield
+        finally:
+            self._hide()
+
+    def _hide(self) -> None:
+        for module in self._modules:
+            module.__dict__.update({name: OrderedDict() for name in _FORWARD_HOOKS})
+
+    def _show(self) -> None:
+        for module, own in zip(self._modules, self._kept, strict=True):
+            module.__dict__.update(own)
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """Gather the parameters.
+
+        Args:
+            hidden: what the region computes from, (B, T, H).
+
+        Returns:
+            The same values, whose gradient releases the parameters again.
+        """
+        self._inputs, self.is_open = [], True
+        for module, own in zip(self._modules, self._kept, strict=True):
+            for key, hook in own["_forward_pre_hooks"].items():
+                if key in module._forward_pre_hooks_with_kwargs:
+                    found = (hook(module, (hidden,), {}) or (None, None))[0]
+                else:
+                    found = hook(module, (hidden,))
+                if found is not None:
+                    (hidden,) = found if isinstance(found, tuple) else (found,)
+            self._inputs.append((hidden,))
+        return hidden
+
+    def after(self, results: Any) -> Any:
+        """Release the parameters.
+
+        Args:
+            results: of the region.
+
+        Returns:
+            The same values, whose gradients gather the parameters first.
+        """
+        self.is_open = False
+        units = list(zip(self._modules, self._kept, self._inputs, strict=True))
+        for module, own, inputs in reversed(units):
+            for key, hook in own["_forward_hooks"].items():
+                keywords: Any = ({},) if key in module._forward_hooks_with_kwargs else ()
+                found = hook(module, inputs, *keywords, results)
+                results = results if found is None else found
+        return results
+
+
+def replaced_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a region with other hidden states: the first (B, T, H) of numbers."""
+    for i, value in enumerate(args):
+        if _is_hidden(value):
+            return (*args[:i], change(value), *args[i + 1 :]), kwargs
+    for name, value in kwargs.items():
+        if _is_hidden(value):
+            return args, {**kwargs, name: change(value)}
+    return args, kwargs
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point()

@@ -1,0 +1,88 @@
+"""The forwards of autograd functions that TorchDynamo has captured."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import facts
+
+_ASIDE = ("numel", "size", "dim", "view", "reshape")
+"""What else the forward of such a function calls: it computes nothing."""
+
+
+def is_wrapped(node: Any) -> bool:
+    """Whether a node is a captured autograd function."""
+    target = getattr(node, "target", None)
+    return target is not None and target is torch.ops.higher_order.autograd_function_apply
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward of a captured autograd function with one result.
+
+    Attributes:
+        call: the node that stands for the function.
+        result: what it returns, a node of its own graph.
+    """
+
+    call: fx.Node
+    result: fx.Node
+
+    def outside(
+        self, args: Iterable[Any], chain: Iterable[fx.Node]
+    ) -> tuple[tuple[Any, ...], tuple[fx.Node, ...]] | None:
+        """What an operation that is the whole forward means in the graph around it.
+
+        Args:
+            args: of the operation.
+            chain: nodes that belong to it, besides the result.
+
+        Returns:
+            The arguments and the nodes in the graph around it; None if the forward does more, or
+            an argument is made in it.
+        """
+        inner = self.result.graph
+        own = {self.result, *chain}
+        if not all(node in own or _is_aside(node) for node in inner.nodes):
+            return None
+        given = dict(zip(inner.find_nodes(op="placeholder"), self.call.args[2:], strict=True))
+        found = tuple(args)
+        if any(isinstance(a, fx.Node) and a not in given for a in found):
+            return None
+        bodies = tuple(a for a in self.call.args[:2] if isinstance(a, fx.Node))
+        return (
+            tuple(given[a] if isinstance(a, fx.Node) else a for a in found),
+            (self.call, *bodies),
+        )
+
+
+def forward(node: fx.Node) -> Forward | None:
+    """That of the function whose only result ``node`` is; None for any other node."""
+    if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
+        return None
+    call: Any = node.args[0]
+    inner = facts.body(call.args[0])
+    if inner is None:
+        return None
+    returned: Any = next(reversed(inner.graph.nodes)).args[0]
+    results = returned[0]
+    if len(results) != 1 or not isinstance(results[0], fx.Node):
+        return None
+    return Forward(call, results[0])
+
+
+def _is_aside(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    harmless: tuple[Callable[..., Any], ...] = (operator.eq, operator.getitem)
+    return (
+        node.target in harmless
+        or (node.op == "call_method" and node.target in _ASIDE)
+        or "set_grad_enabled" in getattr(node.target, "__name__", "")
+    )
