@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from .options import Environment, Options
 from .sharing import SharedFunction, Stage
 from .units import Units
 from .watch import Watches
+
+if TYPE_CHECKING:
+    from .calls.replay import Replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ class CallState:
         function: the function that it runs.
         in_head: whether the call came through a captured head.
         units: those of its modules whose parameters are sharded.
+        replay: what the head at hand has run.
         watches: what lies below each region, and whether it has changed since the last call.
         started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
@@ -75,6 +79,7 @@ class CallState:
     function: SharedFunction | None = None
     in_head: bool = False
     units: Units | None = None
+    replay: Replay | None = None
     watches: Watches = field(default_factory=Watches)
     started: bool = False
     preparation: threading.Thread | None = None
@@ -139,9 +144,8 @@ class Session:
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
-        In a block or norm nothing has run when capture fails; in a head the backbone may have, and
-        runs once more, this one time. An error of the model's own code comes out of ``original``
-        again, as it would have without us.
+        In a block or norm nothing has run when capture fails; what has in a head is replayed. An
+        error of the model's own code comes out of ``original`` again, as it would have without us.
 
         Args:
             module: the region.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .planner import Planner
+from .random_state import RandomState
 
 T = TypeVar("T")
 
@@ -33,9 +34,7 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     # sums of earlier batches could be put back from copies only, which take memory themselves
     if not planner.may_retry() or _one_of_many() or any(p.grad is not None for p in fresh):
         return run()
-    device = planner.meter.device
-    on_gpu = device.type == "cuda"
-    numbers = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    numbers = RandomState.now(planner.meter.device)
     while True:
         try:
             return run()
@@ -44,10 +43,9 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
                 raise
         # here the error, and what its frames held, is gone
         gc.collect()
-        torch.set_rng_state(numbers[0])
-        if numbers[1] is not None:
+        if numbers.gpu is not None:
             torch.cuda.empty_cache()
-            torch.cuda.set_rng_state(numbers[1], device)
+        numbers.restore()
         for p in fresh:
             p.grad = None
 

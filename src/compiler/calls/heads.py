@@ -26,6 +26,7 @@ from .default_cache import (
 )
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
+from .replay import Replay
 
 
 class _Signature:
@@ -138,14 +139,16 @@ def _run(
     original: Original,
 ) -> Any:
     """The captured form; the original one where the capture fails."""
-    units = Units(hooks.units.values())
+    state, units = session.state, Units(hooks.units.values())
+    replay = Replay(session.choices.planner.meter.device)
 
     def run_original() -> Any:
-        session.state.in_head, session.state.units = False, None
+        state.in_head, state.units = False, None
+        replay.start()
         with units.shown():
             return original(head, **kwargs)
 
-    session.state.in_head, session.state.units = True, units
+    state.in_head, state.units, state.replay = True, units, replay
     try:
         with (
             hidden_hooks(hooks.idle),
@@ -154,7 +157,7 @@ def _run(
         ):
             outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
-        session.state.in_head, session.state.units = False, None
+        state.in_head, state.units, state.replay = False, None, None
     return units.after(outputs) if units.is_open else outputs
 
 
@@ -198,6 +201,8 @@ def backbone_forward(
             outputs = original(self, *args, **kwargs)
         finally:
             session.state.in_head = True
+        if session.state.replay is not None:
+            session.state.replay.note(self, outputs)
         if session.state.units:
             outputs = _gathered(outputs, session.state.units)
         values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
@@ -210,6 +215,9 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
+        replay = session.state.replay
+        if replay is not None and replay.is_on and (found := replay.take(self)) is not None:
+            return found[0]
         return original(self, *args, **kwargs)
 
     return forward

@@ -1,0 +1,38 @@
+"""The state of PyTorch's random numbers on the host and on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What is drawn next on the host, and on a GPU.
+
+    Attributes:
+        device: the GPU, or any other device.
+        host: the host's state.
+        gpu: that of ``device``; None where it is no GPU.
+    """
+
+    device: torch.device
+    host: Tensor
+    gpu: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        """The present state."""
+        gpu = None
+        # while a CUDA graph is captured, its numbers have no state that could be asked for
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            gpu = torch.cuda.get_rng_state(device)
+        return cls(device, torch.get_rng_state(), gpu)
+
+    def restore(self) -> None:
+        """Draw again what was drawn since."""
+        torch.set_rng_state(self.host)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
