@@ -70,7 +70,8 @@ def compile_graph(
         eager_losses = copy_if_loss(graph)
         findings = _recognise_and_fuse(graph, choices)
         stages.dump(graph, "fused")
-        defer_logits(graph, eager_losses, findings, choices.options.logits == "lazy")
+        lazy = choices.options.logits == "lazy"
+        defer_logits(graph, eager_losses, findings, lazy, choices.planner.model)
         stages.dump(graph, "logits")
         copy_what_is_written(graph, caller_writes)
         graph.recompile()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from ...graph import facts
 from ...graph.canon import canonical
@@ -35,7 +35,11 @@ def copy_if_loss(module: fx.GraphModule) -> NodesBefore:
 
 
 def defer_logits(
-    module: fx.GraphModule, before: NodesBefore, findings: Sequence[Finding], lazy: bool
+    module: fx.GraphModule,
+    before: NodesBefore,
+    findings: Sequence[Finding],
+    lazy: bool,
+    model: Callable[[], nn.Module | None] = lambda: None,
 ) -> int:
     """Join fused losses with the logits that are returned beside them.
 
@@ -49,6 +53,7 @@ def defer_logits(
         before: what ``copy_if_loss`` returned before them.
         findings: what they did.
         lazy: whether the logits are computed only when they are read.
+        model: gives the model that the graph is of, whose weights may be sharded.
 
     Returns:
         How many outputs were joined, or became lazy.
@@ -70,9 +75,9 @@ def defer_logits(
             if (root := _replaced_loss(n, before, findings, node)) is not None
         ]
         if len(ours) == 1:
-            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy)
+            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, model)
         else:
-            done = lazy and not ours and _defer(module, node, chain)
+            done = lazy and not ours and _defer(module, node, chain, model)
         made += done
     undone = _restore_losses(module, before, findings, output)
     if made or undone:
@@ -185,6 +190,7 @@ def _join_loss(
     root: fx.Node,
     was: fx.Node,
     lazy: bool,
+    model: Callable[[], nn.Module | None],
 ) -> bool:
     """Let the fused loss and the logits be one node; False where that cannot be."""
     graph, canon = module.graph, canonical(fused)
@@ -200,7 +206,7 @@ def _join_loss(
         return False
     if any(writes(n) for n in tail.nodes):
         return False
-    plan = Plan(lazy, _history_is_small(chain), dtype, len(inputs), len(others))
+    plan = Plan(lazy, _history_is_small(chain), dtype, len(inputs), len(others), model)
     with graph.inserting_before(fused):
         bodies = _add_submodule(module, logits, plan), _add_submodule(module, tail, None)
         pair = graph.call_function(
@@ -214,14 +220,19 @@ def _join_loss(
     return True
 
 
-def _defer(module: fx.GraphModule, node: fx.Node, chain: list[fx.Node]) -> bool:
+def _defer(
+    module: fx.GraphModule,
+    node: fx.Node,
+    chain: list[fx.Node],
+    model: Callable[[], nn.Module | None],
+) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
     logits, inputs = _logits_graph(chain)
     linear, dtype = canonical(_projection(chain)), facts.dtype(node)
     if linear is None or dtype is None:
         return False
-    plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0)
+    plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0, model)
     with graph.inserting_after(node):
         body = _add_submodule(module, logits, plan)
     with graph.inserting_after(body):

@@ -25,6 +25,7 @@ from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from .lazy_logits import LazyGradient, LazyLogits
+from .sharded import gathered
 
 Body = Callable[..., Tensor]
 
@@ -39,6 +40,7 @@ class Plan:
         dtype: of the logits.
         inputs: how many inputs the logits have.
         others: how many inputs the loss has besides its logits.
+        model: gives the model that the graph is of, or None once that is gone.
     """
 
     lazy: bool
@@ -46,6 +48,7 @@ class Plan:
     dtype: torch.dtype
     inputs: int
     others: int
+    model: Callable[[], nn.Module | None]
 
 
 @dataclass(eq=False)
@@ -86,6 +89,10 @@ class _Join:
 
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
+        with gathered(self.plan.model(), inputs):
+            return self._compute(inputs, keep)
+
+    def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         if not _is_unchanged(inputs, self.before):
             raise RuntimeError(
                 "these logits were not read before the weights that make them were changed (by an "
