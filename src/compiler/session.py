@@ -127,11 +127,20 @@ class Session:
             level = None
         shared = self.log.functions.find(module, (*source, level, kind))
         self.state.function = shared
+        if shared.reentrant:
+            _require_no_hooks(module)
         if shared.stage is Stage.OWN and shared.is_full:
             raise TooManyGraphs("each call needs a graph of its own")
         if shared.compiled is None:
             shared.compiled = make()
         return shared.compiled
+
+    def note_reentrant_checkpoint(self) -> None:
+        """The function at hand has a graph with one: from now on, hooks keep regions out of it."""
+        if self.state.function is not None:
+            self.state.function.reentrant = True
+        if self.state.region is not None:
+            _require_no_hooks(self.state.region)
 
     def call(
         self,
@@ -213,6 +222,26 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
         (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
         for name, m in module.named_modules()
     )
+
+
+class HooksOnParameters(TorchDynamoException):
+    """Hooks on parameters would be called fewer times than in eager mode."""
+
+
+def _require_no_hooks(region: nn.Module) -> None:
+    """Refuse hooks on the parameters of a region with a reentrant checkpoint.
+
+    In eager mode such a checkpoint accumulates its gradients by itself, and the hooks see them one
+    by one; in a captured graph they are added up first.
+    """
+    if torch.is_grad_enabled() and any(
+        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in region.parameters()
+    ):
+        raise HooksOnParameters(
+            "a hook on a parameter sees the gradients of a reentrant checkpoint one by one "
+            "(use_reentrant=False adds them up)"
+        )
 
 
 class TooManyGraphs(TorchDynamoException):

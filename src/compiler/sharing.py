@@ -38,11 +38,13 @@ class SharedFunction:
         stage: what its graphs share.
         graphs: how many were captured.
         compiled: the compiled function, once it is made.
+        reentrant: whether there is a reentrant checkpoint in one of its graphs.
     """
 
     stage: Stage = Stage.CONSTANT
     graphs: int = 0
     compiled: Callable[..., Any] | None = None
+    reentrant: bool = False
 
     @property
     def is_full(self) -> bool:

@@ -123,6 +123,15 @@ def is_product(op: Any) -> bool:
     return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
 
 
+def has_reentrant_checkpoint(module: fx.GraphModule) -> bool:
+    """Whether a part of a graph was in a reentrant checkpoint."""
+    return any(
+        node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False
+        for inner in facts.nested(module)
+        for node in inner.graph.nodes
+    )
+
+
 def require_gradients(module: fx.GraphModule) -> None:
     """Refuse a graph whose reentrant checkpoint gives its parameters no gradient.
 

@@ -242,6 +242,29 @@ def test_a_checkpoint_inside_a_block_gives_the_gradients_of_its_kind(
     assert any("reentrant" in n for n in notes) is (frozen and reentrant)
 
 
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("after", [True, False], ids=["after accumulation", "before it"])
+def test_hooks_see_each_gradient_that_a_reentrant_checkpoint_gives(late: bool, after: bool) -> None:
+    def body(block: Any, x: Tensor) -> Tensor:
+        return x + block.d(x) + checkpoint(block.d, x, use_reentrant=True)
+
+    def step(model: nn.Module) -> None:
+        model(_x().requires_grad_()).sum().backward()
+
+    seen: list[list[str]] = [[], []]
+    for model, calls in zip(_pair(body), seen, strict=True):
+        if late:
+            step(model)
+        for name, p in model.named_parameters():
+            if after:
+                p.register_post_accumulate_grad_hook(lambda p, n=name, c=calls: c.append(n))
+            else:
+                p.register_hook(lambda g, n=name, c=calls: c.append(n))
+        step(model)
+    assert sorted(seen[0]) == sorted(seen[1])
+    assert len(set(seen[0])) < len(seen[0])
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["its argument", "made in the block"])
 @pytest.mark.parametrize("needs", [True, False], ids=["needs a gradient", "needs none"])
 def test_a_reentrant_checkpoint_of_what_is_written_to_later(needs: bool, given: bool) -> None:
