@@ -298,7 +298,7 @@ def _looked_at(loss: Tensor, z: Tensor) -> list[Tensor]:
     assert z.grad_fn is not None
     assert not z.is_leaf
     assert isinstance(z, Tensor)
-    z = z.clone().float()
+    z = z.float()
     z.register_hook(lambda g: None)
     flat[1].register_hook(lambda g: g)
     loss.backward()
@@ -334,6 +334,25 @@ def test_a_copy_keeps_its_values_when_the_logits_are_written_to(
         seen.append([z.detach(), *(c.detach() for c in copies), m.lm_head.weight.grad])
     for mine, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(mine + 0, theirs + 0)
+
+
+@pytest.mark.parametrize("copied", [Tensor.clone, Tensor.detach])
+def test_a_copy_of_a_wrapper_computes_nothing(
+    copied: Callable[[Tensor], Tensor], computed: list[str]
+) -> None:
+    """Whoever else makes one may read it after the next step."""
+    wrapper = {"__name__": "torch.nn.parallel.distributed", "copied": copied}
+    exec("def passed_on(z):\n    return copied(z)", wrapper)
+    _, ours = _pair("padded")
+    _, z = ours(IDS, labels=LABELS)
+    made = wrapper["passed_on"](z)  # type: ignore[operator]
+    assert computed == []
+    assert isinstance(made, LazyLogits)
+    torch.testing.assert_close(made + 0, copied(z) + 0)
+    assert len(computed) > 0
+    with torch.no_grad():
+        z.add_(1)
+    assert torch.equal(made, z) is (copied is Tensor.detach)
 
 
 def test_a_hook_gets_a_gradient_that_can_be_kept(computed: list[str]) -> None:

@@ -8,8 +8,10 @@ are missing.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ _DESCRIBING = {
 }  # fmt: skip
 _CASTS = {"float", "double", "half", "bfloat16", "to"}
 _COPIES = {"clone", "detach"}
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
 _WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
 _lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
@@ -77,8 +80,8 @@ class LazyLogits(Tensor):
 
     Shape, dtype, device and history are known at once, and hooks can be registered. Everything else
     (indexing, arithmetic, printing, ``detach``, ``numpy``) computes the values, with their history,
-    and keeps them. Casts to another dtype and clones stay lazy: wrappers make them of every output,
-    for mixed precision and for several processes.
+    and keeps them. Casts to another dtype stay lazy, as mixed-precision wrappers cast every output;
+    so do the copies that wrappers for several processes make.
 
     Attributes:
         is_written: whether somebody has written to the values.
@@ -135,7 +138,7 @@ class LazyLogits(Tensor):
         if (
             _is_for_autograd(func, name)
             or (name in _CASTS and not _casts_away(args, kwargs))
-            or (name in _COPIES and not kwargs)
+            or (name in _COPIES and not kwargs and _asked_by_wrapper(sys._getframe(1)))
         ):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
@@ -223,6 +226,11 @@ def _is_for_autograd(func: Any, name: str) -> bool:
 def _casts_away(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of ``to`` and its like does more than cast."""
     return bool(kwargs) or not all(isinstance(a, torch.dtype) for a in args[1:])
+
+
+def _asked_by_wrapper(caller: FrameType) -> bool:
+    """Whether what wraps the model asks, as DDP does, and not who may keep the copy for later."""
+    return str(caller.f_globals.get("__name__")).startswith(_WRAPPERS)
 
 
 def _writes(name: str) -> bool:
