@@ -1,0 +1,196 @@
+"""Under wrappers for several processes: the same losses and rewrites, and logits stay lazy."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import pathlib
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from fusewright import explain, optimize
+from fusewright.compiler.logits.lazy_logits import LazyLogits
+
+RANKS, ROWS, LENGTH, VOCABULARY = 2, 4, 12, 128
+Step = Callable[[Tensor], Any]
+
+
+def _model(lora: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    made: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    return get_peft_model(made, LoraConfig(r=4, target_modules="all-linear")) if lora else made
+
+
+def _rows(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    share = ROWS // RANKS
+    return ids[rank * share : (rank + 1) * share]
+
+
+def _stepping(call: nn.Module, model: nn.Module) -> Step:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+
+    def step(ids: Tensor) -> Any:
+        outputs = call(input_ids=ids, labels=ids)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return outputs
+
+    return step
+
+
+def _ddp(**options: Any) -> Callable[[Any], Step]:
+    return lambda m: _stepping(nn.parallel.DistributedDataParallel(m, **options), m)
+
+
+def _fsdp(last: str) -> Callable[[Any], Step]:
+    """Sharded as accelerate does it: each block, then what is left, and the root."""
+
+    def wrap(model: Any) -> Step:
+        base = model.base_model.model if hasattr(model, "peft_config") else model
+        for layer in base.model.layers:
+            if last == "parts of a block":
+                fully_shard(layer.mlp)
+            fully_shard(layer)
+        if last == "norm and head":
+            fully_shard([base.model.norm, base.lm_head], reshard_after_forward=False)
+        elif last == "head":
+            fully_shard(base.lm_head)
+        fully_shard(model)
+        return _stepping(model, model)
+
+    return wrap
+
+
+def _zero(model: Any) -> Step:
+    import deepspeed
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": ROWS // RANKS,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        },
+    )
+
+    def step(ids: Tensor) -> Any:
+        outputs = engine(input_ids=ids, labels=ids)
+        engine.backward(outputs.loss)
+        engine.step()
+        return outputs
+
+    return step
+
+
+WRAPPERS: dict[str, Callable[[Any], Step]] = {
+    "DDP, static": _ddp(static_graph=True),
+    "DDP, unused": _ddp(find_unused_parameters=True),
+    "FSDP2, root": _fsdp("root"),
+    "FSDP2, norm and head": _fsdp("norm and head"),
+    "FSDP2, head": _fsdp("head"),
+    "FSDP2, parts of a block": _fsdp("parts of a block"),
+    "ZeRO-3": _zero,
+}
+
+
+def _try(wrap: Callable[[Any], Step], lora: bool, form: str, rank: int) -> dict[str, Any]:
+    torch._dynamo.reset()
+    model = _model(lora)
+    if form == "before":
+        model = optimize(model, codegen="eager")
+    step = wrap(model)
+    if form == "after":
+        optimize(model, codegen="eager")
+    losses = []
+    for i in range(3):
+        outputs = step(_rows(i, rank))
+        loss = outputs.loss.detach().clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / RANKS)
+    found: dict[str, Any] = {"losses": losses}
+    if form != "eager":
+        found["rewrites"] = explain(model).by_rule()
+        logits = outputs.logits
+        lazy = isinstance(logits, LazyLogits)
+        found["lazy"] = lazy and logits._source.is_pending
+    return found
+
+
+def _rank(rank: int, port: int, names: list[str], folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+        "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    limit = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=limit)
+    found = {
+        f"{name}, {'LoRA' if lora else 'full'}, {form}": _try(WRAPPERS[name], lora, form, rank)
+        for name in names
+        for lora in (True, False)
+        for form in ("eager", "before" if lora else "after")
+    }
+    pathlib.Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _run(folder: pathlib.Path, *names: str) -> list[dict[str, dict[str, Any]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(port, list(names), str(folder)), nprocs=RANKS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def _assert_right(ranks: list[dict[str, dict[str, Any]]]) -> None:
+    assert ranks[0] == ranks[1]  # the losses are those of all ranks
+    for name, found in ranks[0].items():
+        wrapper, method, form = name.rsplit(", ", 2)
+        if form == "eager":
+            continue
+        expected = ranks[0][f"{wrapper}, {method}, eager"]["losses"]
+        assert found["losses"] == pytest.approx(expected, rel=1e-5), name
+        assert found["lazy"], name
+        rewrites = found["rewrites"]
+        assert rewrites["linear_cross_entropy"] == 1, name
+        assert rewrites["rms_norm"] == 5, name
+        assert rewrites["mlp_block"] == 2, name
+        assert rewrites.get("qkv_block", 0) == (2 if method == "LoRA" else 0), name
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_losses_and_rewrites_of_several_processes(kind: str, tmp_path: pathlib.Path) -> None:
+    _assert_right(_run(tmp_path, *(name for name in WRAPPERS if name.startswith(kind))))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+def test_losses_and_rewrites_of_zero_3(tmp_path: pathlib.Path) -> None:
+    _assert_right(_run(tmp_path, "ZeRO-3"))
