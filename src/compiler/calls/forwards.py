@@ -21,6 +21,7 @@ from ..units import Units, replaced_hidden
 from ..watch import global_hook_reason
 
 _NO_CONTEXT = contextlib.nullcontext()
+_NO_UNITS = Units(())
 
 
 class Original:
@@ -65,7 +66,7 @@ def block_forward(
             return original(self, *args, **kwargs)
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
-        units = Units(hooks.units.values())
+        units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
         reason = (
             session.failure(self)
             or global_hook_reason()
@@ -83,15 +84,10 @@ def block_forward(
         if sizes is not None:
             mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
 
-        planned = kind == "block" and torch.is_grad_enabled()
-        outer = planned and inside_checkpoint()
-        if planned and not outer:
-            session.choices.planner.begin(self, prod(sizes or ()))
+        level = _level(session, self, kind, sizes)
 
         def find_compiled() -> Any:
-            # a block inside of somebody else's checkpoint has a graph of its own
-            level = "outer" if outer else session.choices.planner.level(self) if planned else None
-            return compiled(self, level, watch.code)
+            return compiled(self, level(), watch.code)
 
         def run_original() -> Any:
             with units.shown():
@@ -101,7 +97,10 @@ def block_forward(
             copies = forward_copies(self) if watch.copies else None
             return using_copies(copies) if copies else _NO_CONTEXT
 
-        with hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT, units.hidden():
+        with (
+            hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
+            units.hidden() if units else _NO_CONTEXT,
+        ):
             if units:
                 given = replaced_hidden(graph_args, graph_kwargs, units.before)
                 graph_args, graph_kwargs = given
@@ -111,6 +110,19 @@ def block_forward(
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _level(
+    session: Session, module: nn.Module, kind: str, sizes: tuple[int, int] | None
+) -> Callable[[], str | None]:
+    """What tells how much a block keeps for backward; None where nothing is planned."""
+    if kind != "block" or not torch.is_grad_enabled():
+        return lambda: None
+    if inside_checkpoint():  # of somebody else's: it has a graph of its own there
+        return lambda: "outer"
+    planner = session.choices.planner
+    planner.begin(module, prod(sizes or ()))
+    return lambda: planner.level(module)
 
 
 def inactive_check(session: Session) -> Callable[[nn.Module], bool]:
