@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...memory.levels import HOSTED
 from ..session import Session
 
 _Structure = Any
@@ -133,7 +134,8 @@ def callable_from_head(
             result = forward(module, *args, **kwargs)
         finally:
             session.state.in_head = active
-        if session.state.replay is not None:
+        hosted = session.choices.planner.level(module) in HOSTED
+        if session.state.replay is not None and not hosted:  # it would stay on the device
             session.state.replay.note(module, result)
         results.check(module, args, kwargs, result)
         return result
