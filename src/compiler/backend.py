@@ -15,7 +15,7 @@ from ..graph.functionalize import remove_writes
 from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..memory.apply_plan import offloaded, planned
-from ..memory.levels import has_reentrant_checkpoint, require_gradients, writes_into_inputs
+from ..memory.levels import accumulates_twice, require_gradients, writes_into_inputs
 from ..rewrite.copies import copy_what_is_written
 from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
@@ -63,8 +63,8 @@ def compile_graph(
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
-        if grad and has_reentrant_checkpoint(graph):
-            session.note_reentrant_checkpoint()
+        if grad and accumulates_twice(graph):
+            session.note_two_accumulations()
         remove_writes(graph)
         stages.dump(graph, "functionalized")
         remove_noops(graph)

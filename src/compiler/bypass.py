@@ -167,7 +167,7 @@ def find_hooks(module: nn.Module, outside: Sequence[str] = ()) -> Hooks:
         backward = m._backward_hooks or m._backward_pre_hooks
         if not (backward or m._forward_pre_hooks or m._forward_hooks):
             continue
-        if is_unit(m):
+        if is_unit(m, module):
             found.units[name] = m
         elif not (backward or m._forward_pre_hooks) and all(
             _is_idle(h) for h in m._forward_hooks.values()

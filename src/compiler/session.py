@@ -84,6 +84,11 @@ class CallState:
     started: bool = False
     preparation: threading.Thread | None = None
 
+    def replayed(self, module: nn.Module) -> tuple[Any] | None:
+        """What ``module`` has returned in this call of a head whose capture failed, in a tuple."""
+        replay = self.replay
+        return replay.take(module) if replay is not None and replay.is_on else None
+
     def count_graph(self) -> None:
         """Count a graph that was captured for the function at hand."""
         if self.function is not None:
@@ -127,7 +132,7 @@ class Session:
             level = None
         shared = self.log.functions.find(module, (*source, level, kind))
         self.state.function = shared
-        if shared.reentrant:
+        if shared.sums_gradients:
             _require_no_hooks(module)
         if shared.stage is Stage.OWN and shared.is_full:
             raise TooManyGraphs("each call needs a graph of its own")
@@ -135,10 +140,10 @@ class Session:
             shared.compiled = make()
         return shared.compiled
 
-    def note_reentrant_checkpoint(self) -> None:
-        """The function at hand has a graph with one: from now on, hooks keep regions out of it."""
+    def note_two_accumulations(self) -> None:
+        """In a graph of the function at hand hooks on parameters would see a sum of gradients."""
         if self.state.function is not None:
-            self.state.function.reentrant = True
+            self.state.function.sums_gradients = True
         if self.state.region is not None:
             _require_no_hooks(self.state.region)
 
@@ -229,10 +234,10 @@ class HooksOnParameters(TorchDynamoException):
 
 
 def _require_no_hooks(region: nn.Module) -> None:
-    """Refuse hooks on the parameters of a region with a reentrant checkpoint.
+    """Refuse hooks on the parameters of a region that uses one in a reentrant checkpoint and apart.
 
-    In eager mode such a checkpoint accumulates its gradients by itself, and the hooks see them one
-    by one; in a captured graph they are added up first.
+    In eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one by
+    one; in a captured graph they are added up first.
     """
     if torch.is_grad_enabled() and any(
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)

@@ -38,13 +38,14 @@ class SharedFunction:
         stage: what its graphs share.
         graphs: how many were captured.
         compiled: the compiled function, once it is made.
-        reentrant: whether there is a reentrant checkpoint in one of its graphs.
+        sums_gradients: whether one of its graphs adds gradients up that eager mode accumulates one
+            by one, as reentrant checkpoints do.
     """
 
     stage: Stage = Stage.CONSTANT
     graphs: int = 0
     compiled: Callable[..., Any] | None = None
-    reentrant: bool = False
+    sums_gradients: bool = False
 
     @property
     def is_full(self) -> bool:

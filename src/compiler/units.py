@@ -11,29 +11,56 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-_ENGINES = ("torch.distributed.fsdp.", "torch.distributed._composable.", "deepspeed.")
+_ENGINES = ("torch.distributed.fsdp._fully_shard.", "deepspeed.runtime.zero.")
 _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 
-def is_unit(module: nn.Module) -> bool:
-    """Whether all hooks of ``module`` are those of an engine that shards parameters."""
+def is_unit(module: nn.Module, region: nn.Module) -> bool:
+    """Whether ``module`` has no other hooks than those of an engine that shards parameters.
+
+    A unit of FSDP2 that casts what it is given, or what it returns, otherwise than ``region`` does
+    as a unit is none: around a whole region it would cast something else.
+    """
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return bool(hooks) and all(map(_is_engines, hooks))
+    if not hooks or not all(map(_is_engines, hooks)):
+        return False
+    casts = _casts(module)
+    return not any(casts) or casts == _casts(region)
+
+
+def _casts(module: nn.Module) -> tuple[Any, Any]:
+    """The dtypes that FSDP2 casts inputs and outputs of ``module`` to; None: it does not."""
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    policy = getattr(state, "_mp_policy", None)
+    if policy is None:
+        return None, None
+    return policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype
 
 
 def _is_engines(hook: Any) -> bool:
-    function = hook.func if isinstance(hook, functools.partial) else hook
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    return str(getattr(function, "__module__", "")).startswith(_ENGINES)
+    known = _known.get(hook) if isinstance(hook, types.FunctionType) else None
+    if known is None:
+        function = hook.func if isinstance(hook, functools.partial) else hook
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        known = str(getattr(function, "__module__", "")).startswith(_ENGINES)
+        if isinstance(hook, types.FunctionType):
+            _known[hook] = known
+    return known
+
+
+_known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 class Units:
@@ -63,9 +90,14 @@ class Units:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Inside ``hidden``: the original code runs after all, and calls the hooks itself."""
+        """Inside ``hidden``: the original code runs after all.
+
+        It calls the hooks itself, unless they have gathered the parameters already: then it runs
+        with these, so that each process gathers as often as the others.
+        """
         if self.is_open:
-            self.after(())
+            yield
+            return
         self._show()
         try:
             yield
@@ -120,16 +152,21 @@ class Units:
         return results
 
 
-def replaced_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+def gathered(
+    units: Units, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a region with other hidden states: the first (B, T, H) of numbers."""
+    """The arguments of a region whose units are gathered; the first (B, T, H) are hidden states.
+
+    Where there are none, the gradient of nothing releases the parameters; the engines do at the end
+    of backward.
+    """
     for i, value in enumerate(args):
         if _is_hidden(value):
-            return (*args[:i], change(value), *args[i + 1 :]), kwargs
+            return (*args[:i], units.before(value), *args[i + 1 :]), kwargs
     for name, value in kwargs.items():
         if _is_hidden(value):
-            return args, {**kwargs, name: change(value)}
+            return args, {**kwargs, name: units.before(value)}
+    units.before(torch.zeros(()))
     return args, kwargs
 
 

@@ -137,7 +137,7 @@ def _as_linear(canon: Canon) -> Canon:
 def _wrapped_linear(node: fx.Node) -> Canon | None:
     """A linear that is the whole forward of an autograd function, as DeepSpeed writes it."""
     inner = forward(node)
-    if inner is None:
+    if inner is None or not inner.multiplies_backward():
         return None
     found = _matrix_product(inner.result) or _sum_with_bias(inner.result)
     outside = None if found is None else inner.outside(found.args, found.via)
@@ -149,6 +149,8 @@ def _matrix_product(node: Any) -> Canon | None:
     canon = canonical(node)
     if canon is not None and canon.name == "addmm" and canon.args[3:] == (1, 1):
         bias, x, columns = canon.args[:3]
+        if facts.ndim(bias) != 1:
+            return None
         canon = _as_linear(Canon("matmul", (x, columns)))
         return Canon("linear", (*canon.args[:2], bias), canon.via) if canon.via else None
     return canon if canon is not None and canon.name == "linear" else None

@@ -123,13 +123,15 @@ def is_product(op: Any) -> bool:
     return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
 
 
-def has_reentrant_checkpoint(module: fx.GraphModule) -> bool:
-    """Whether a part of a graph was in a reentrant checkpoint."""
-    return any(
-        node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False
-        for inner in facts.nested(module)
-        for node in inner.graph.nodes
-    )
+def accumulates_twice(module: fx.GraphModule) -> bool:
+    """Whether a parameter is used in a reentrant checkpoint, and in another place of the graph."""
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
+                given = [n for n in node.args[1:] if isinstance(facts.tensor(n), nn.Parameter)]
+                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in given):
+                    return True
+    return False
 
 
 def require_gradients(module: fx.GraphModule) -> None:

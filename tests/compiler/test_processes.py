@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from fusewright import explain, optimize
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 
-RANKS, ROWS, LENGTH, VOCABULARY = 2, 4, 12, 128
+RANKS, ROWS, LENGTHS, VOCABULARY = 2, 4, (12, 9, 15), 128
 Step = Callable[[Tensor], Any]
 
 
@@ -42,7 +42,7 @@ def _model(lora: bool) -> Any:
 
 def _rows(step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    return torch.randint(0, VOCABULARY, (ROWS, LENGTHS[step]), generator=generator)
 
 
 def _stepping(call: nn.Module, model: nn.Module) -> Step:

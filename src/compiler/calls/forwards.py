@@ -17,7 +17,7 @@ from ..bypass import bypass_reason, hidden_hooks
 from ..opaque_calls import forward_copies, using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from ..units import Units, replaced_hidden
+from ..units import Units, gathered
 from ..watch import global_hook_reason
 
 _NO_CONTEXT = contextlib.nullcontext()
@@ -77,6 +77,8 @@ def block_forward(
         if reason is not None:
             session.log.note(self, reason)
             return original(self, *args, **kwargs)
+        if units:
+            args, kwargs = gathered(units, args, kwargs)
         graph_args, graph_kwargs = args, kwargs
         if inductor and torch.is_grad_enabled():
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
@@ -90,8 +92,7 @@ def block_forward(
             return compiled(self, level(), watch.code)
 
         def run_original() -> Any:
-            with units.shown():
-                return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
         def make_context() -> Any:
             copies = forward_copies(self) if watch.copies else None
@@ -101,9 +102,6 @@ def block_forward(
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
         ):
-            if units:
-                given = replaced_hidden(graph_args, graph_kwargs, units.before)
-                graph_args, graph_kwargs = given
             results = session.call(
                 self, find_compiled, graph_args, graph_kwargs, run_original, make_context
             )

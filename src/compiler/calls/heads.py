@@ -15,7 +15,7 @@ from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
-from ..units import Units, replaced_hidden
+from ..units import Units, gathered
 from ..watch import global_hook_reason
 from .default_cache import (
     SharedCacheIndices,
@@ -148,6 +148,7 @@ def _run(
         with units.shown():
             return original(head, **kwargs)
 
+    outer = state.in_head, state.units, state.replay
     state.in_head, state.units, state.replay = True, units, replay
     try:
         with (
@@ -157,7 +158,7 @@ def _run(
         ):
             outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
-        state.in_head, state.units, state.replay = False, None, None
+        state.in_head, state.units, state.replay = outer
     return units.after(outputs) if units.is_open else outputs
 
 
@@ -180,13 +181,13 @@ def _logger_methods() -> set[Any]:
 def _gathered(outputs: Any, units: Units) -> Any:
     """The backbone's outputs, once the parameters of the head's units are gathered."""
     if isinstance(outputs, MutableMapping):
-        for name, value in replaced_hidden((), dict(outputs), units.before)[1].items():
+        for name, value in gathered(units, (), dict(outputs))[1].items():
             if value is not outputs[name]:
                 outputs[name] = value
         return outputs
     if isinstance(outputs, tuple):
-        return replaced_hidden(outputs, {}, units.before)[0]
-    return units.before(outputs)
+        return gathered(units, outputs, {})[0]
+    return gathered(units, (outputs,), {})[0][0]
 
 
 def backbone_forward(
@@ -201,10 +202,10 @@ def backbone_forward(
             outputs = original(self, *args, **kwargs)
         finally:
             session.state.in_head = True
-        if session.state.replay is not None:
-            session.state.replay.note(self, outputs)
         if session.state.units:
             outputs = _gathered(outputs, session.state.units)
+        if session.state.replay is not None:
+            session.state.replay.note(self, outputs)
         values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
         values = values if isinstance(values, tuple) else (values,)
         sizes = leading_sizes(values, {})
@@ -215,8 +216,8 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
-        replay = session.state.replay
-        if replay is not None and replay.is_on and (found := replay.take(self)) is not None:
+        found = session.state.replayed(self)
+        if found is not None:
             return found[0]
         return original(self, *args, **kwargs)
 

@@ -134,8 +134,9 @@ def callable_from_head(
             result = forward(module, *args, **kwargs)
         finally:
             session.state.in_head = active
-        hosted = session.choices.planner.level(module) in HOSTED
-        if session.state.replay is not None and not hosted:  # it would stay on the device
+        # those that nothing else keeps would fill the device
+        kept = torch.is_grad_enabled() and session.choices.planner.level(module) not in HOSTED
+        if session.state.replay is not None and kept:
             session.state.replay.note(module, result)
         results.check(module, args, kwargs, result)
         return result
@@ -146,8 +147,8 @@ def callable_from_head(
         if session.state.in_head and self not in session.log.restored:
             return as_node(id(self), *args, **kwargs)
         modules[id(self)] = self
-        replay = session.state.replay
-        if replay is not None and replay.is_on and (found := replay.take(self)) is not None:
+        found = session.state.replayed(self)
+        if found is not None:
             return found[0]
         result = forward(self, *args, **kwargs)
         results.record(self, args, kwargs, result)

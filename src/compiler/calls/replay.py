@@ -7,7 +7,6 @@ draws twice.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -27,14 +26,12 @@ class Replay:
         """Note the random numbers of ``device`` and of the host."""
         self.is_on = False
         self._start = RandomState.now(device)
-        self._ran: list[tuple[nn.Module, Any, dict[str, Any], RandomState]] = []
+        self._ran: list[tuple[nn.Module, Any, RandomState]] = []
 
     def note(self, module: nn.Module, results: Any) -> None:
-        """A part of the head has run; without gradients nothing is kept but random numbers."""
-        if torch.is_grad_enabled():
-            kept = dict(results) if isinstance(results, MutableMapping) else {}
-            now = RandomState.now(self._start.device)
-            self._ran.append((module, results, kept, now))
+        """A part of the head has run."""
+        now = RandomState.now(self._start.device)
+        self._ran.append((module, results, now))
 
     def start(self) -> None:
         """The original code runs from here on."""
@@ -47,8 +44,6 @@ class Replay:
         if not self._ran or self._ran[-1][0] is not module:
             self._ran.clear()
             return None
-        _, results, kept, after = self._ran.pop()
+        _, results, after = self._ran.pop()
         after.restore()
-        for name, value in kept.items():
-            results[name] = value
         return (results,)

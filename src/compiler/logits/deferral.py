@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ...graph import facts
@@ -148,17 +149,11 @@ def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
             return []
         chain.append(node)
         if canon.name == "linear":
-            if any(map(is_wrapped, canon.via)):  # an autograd function moves as a whole
-                chain += canon.via
             return chain[::-1] if canon.args[1] in heads else []
         inner = [a for a in canon.args if isinstance(a, fx.Node)]
         if canon.name not in _CHAIN or len(inner) != 1:
             return []
         node = inner[0]
-
-
-def _projection(chain: list[fx.Node]) -> fx.Node:
-    return next(n for n in chain if (c := canonical(n)) and c.name == "linear")
 
 
 def _replaced_loss(
@@ -199,7 +194,7 @@ def _join_loss(
     tail, names = _loss_graph(root, was, present)
     others = [present[name] for name in names]
     logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(_projection(chain)), facts.dtype(node)
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
     if canon is None or linear is None or dtype is None:
         return False
     if any(order[n] > order[fused] for n in (*inputs, *others)):
@@ -216,7 +211,7 @@ def _join_loss(
     _copy_meta(pair, fused)
     _replace(fused, loss)
     _replace(node, returned)
-    prune(graph, [fused, *reversed(chain)])
+    prune(graph, [fused, *reversed(chain), *linear.via])
     return True
 
 
@@ -229,7 +224,7 @@ def _defer(
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
     logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(_projection(chain)), facts.dtype(node)
+    linear, dtype = canonical(chain[0]), facts.dtype(node)
     if linear is None or dtype is None:
         return False
     plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0, model)
@@ -238,19 +233,32 @@ def _defer(
     with graph.inserting_after(body):
         made = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
     _replace(node, made)
-    prune(graph, list(reversed(chain)))
+    prune(graph, [*reversed(chain), *linear.via])
     return True
 
 
 def _logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """The logits as a graph of their inputs, and these."""
     body = fx.Graph()
-    inputs = list(dict.fromkeys(i for n in chain for i in n.all_input_nodes if i not in chain))
+    own = _own_function(chain[0])  # an autograd function's, whose numbers are no tensors to save
+    first = chain[0].all_input_nodes if own is None else [a for a in own if a is not None]
+    later = (i for n in chain[1:] for i in n.all_input_nodes if i not in chain)
+    inputs = list(dict.fromkeys([*first, *later]))
     env = {n: body.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for n in chain:
+        if own is not None and n is chain[0]:
+            args = tuple(None if a is None else env[a] for a in own)
+            env[n] = body.call_function(F.linear, args)
+            continue
         env[n] = body.node_copy(n, lambda a: env[a])
     body.output(env[chain[-1]])
     return body, inputs
+
+
+def _own_function(node: fx.Node) -> tuple[Any, ...] | None:
+    """The arguments of a linear that is an autograd function; None for any other linear."""
+    canon = canonical(node)
+    return canon.args if canon is not None and any(map(is_wrapped, canon.via)) else None
 
 
 def _loss_graph(
@@ -283,7 +291,7 @@ def _history_is_small(chain: list[fx.Node]) -> bool:
     """Whether the history of the logits keeps nothing of their size."""
     return all(
         (c := canonical(n)) is not None and c.name != "tanh" and len(n.all_input_nodes) == 1
-        for n in chain[chain.index(_projection(chain)) + 1 :]
+        for n in chain[1:]
     )
 
 

@@ -46,6 +46,7 @@ class _Deferred:
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         self._compute: Callable[[], Tensor] | None = compute
         self._values: Tensor | None = None
+        self._version = 0
         self._derived: list[weakref.ref[_Deferred]] = []
 
     @property
@@ -58,11 +59,22 @@ class _Deferred:
         if self._values is None:
             assert self._compute is not None
             self._values, self._compute = self._compute().detach(), None
+            self._version = 0 if self._values.is_inference() else self._values._version
         return self._values
 
     def derive(self, function: Callable[[Tensor], Tensor]) -> _Deferred:
         """What ``function`` makes of the values, deferred as well."""
-        derived = _Deferred(lambda: function(self.values()))
+
+        def compute() -> Tensor:
+            values = self.values()
+            if not values.is_inference() and values._version != self._version:
+                raise RuntimeError(
+                    "what these logits were cast from was written to before they were read. Read "
+                    "them earlier, or use fusewright.optimize(model, logits='always')."
+                )
+            return function(values)
+
+        derived = _Deferred(compute)
         self._derived.append(weakref.ref(derived))
         return derived
 

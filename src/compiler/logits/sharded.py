@@ -37,7 +37,7 @@ def gathered(model: nn.Module | None, values: Iterable[Any]) -> Iterator[None]:
 def _is_released(tensor: Tensor) -> bool:
     status = getattr(tensor, "ds_status", None)  # DeepSpeed's, of ZeRO-3
     if status is not None:
-        return getattr(status, "name", "") == "NOT_AVAILABLE"
+        return getattr(status, "name", "") != "AVAILABLE"
     # FSDP frees the memory of a whole parameter, and leaves its shape
     return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().size() == 0
 

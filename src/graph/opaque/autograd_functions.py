@@ -15,6 +15,9 @@ from .. import facts
 _ASIDE = ("numel", "size", "dim", "view", "reshape")
 """What else the forward of such a function calls: it computes nothing."""
 
+_PRODUCTS = ("matmul", "mm", "t", "transpose", "sum", "unsqueeze")
+_MODES = ("_enter_autocast", "_exit_autocast")
+
 
 def is_wrapped(node: Any) -> bool:
     """Whether a node is a captured autograd function."""
@@ -59,6 +62,16 @@ class Forward:
         return (
             tuple(given[a] if isinstance(a, fx.Node) else a for a in found),
             (self.call, *bodies),
+        )
+
+    def multiplies_backward(self) -> bool:
+        """Whether the function's backward does nothing but multiply matrices, and sum."""
+        inner = facts.body(self.call.args[1])
+        return inner is not None and all(
+            _is_aside(node)
+            or (node.op == "call_method" and node.target in _PRODUCTS)
+            or getattr(node.target, "__name__", "") in _MODES
+            for node in inner.graph.nodes
         )
 
 

@@ -98,7 +98,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
     if limit is None:
         return
     there = checkpoints(folder)
-    extra = max(0, len(there) - max(limit, len(set(keep))))
+    extra = max(0, len(there) - max(limit, len(set(keep) & set(there))))
     for path in [p for p in there if p not in keep][:extra]:
         discard(path)
 

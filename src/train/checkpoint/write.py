@@ -41,29 +41,29 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     saved.write(part)
 
 
-def best_checkpoint(trainer: Any, *folders: Path) -> str | None:
-    """The best of the checkpoints that are there, or about to be; None: none was validated.
+def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | None:
+    """The best checkpoint that exists, or is about to; None: none was validated.
 
     The Trainer knows the best validation. Where there are more of those than checkpoints, it may
     have no checkpoint, and an early one would pass for the best.
 
     Args:
         trainer: a ``FineTuner``; its log has the figures of all validations.
-        folders: where checkpoints are: of the run first, and of what it resumes from.
+        folder: of the run.
+        resumed: the checkpoint that the run has resumed from; those before it are beside it.
     """
     args, state = trainer.args, trainer.state
     if args.metric_for_best_model is None:
         return None
     key = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    since = 0 if resumed is None else int(resumed.name.rpartition("-")[2])
     scores: dict[Path, float] = {}
     for entry in state.log_history:
         step, score = entry["step"], entry.get(key, math.nan)
-        places = [checkpoint.place(folder, step) for folder in folders]
-        there = [p for p in places if p.exists()]
-        if step == state.global_step:
-            there = there or places[:1]
-        if there and not math.isnan(score):
-            scores[there[0]] = score
+        earlier = resumed is not None and step <= since
+        place = checkpoint.place(resumed.parent if earlier and resumed else folder, step)
+        if not math.isnan(score) and (place.exists() or step == state.global_step):
+            scores[place] = score
     if not scores:
         return None
     choose = max if args.greater_is_better else min

@@ -94,9 +94,11 @@ def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
 
     Args:
         kept: what the checkpoint keeps of each callback, by the name of its class.
-        recipe: which may have another patience than the checkpoint's.
+        recipe: which may have no early stopping any more.
     """
-    patience = recipe.early_stopping_patience
-    counted = kept.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
-    waited = int(counted.get("early_stopping_patience_counter", 0))
-    return patience is not None and waited >= patience
+    found = kept.get(EarlyStoppingCallback.__name__, {})
+    waited = found.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    patience = found.get("args", {}).get("early_stopping_patience")
+    return (
+        recipe.early_stopping_patience is not None and patience is not None and waited >= patience
+    )

@@ -274,8 +274,8 @@ class FineTuner(ResumableTrainer):
 
     def _note_best(self) -> None:
         """Look for the best checkpoint; the folders may have been moved since a state was saved."""
-        there = [self._folder] + ([self.resumed_from.parent] if self.resumed_from else [])
-        self.state.best_model_checkpoint = best_checkpoint(self, *there)
+        best = best_checkpoint(self, self._folder, self.resumed_from)
+        self.state.best_model_checkpoint = best
 
     def _load_best_model(self) -> None:
         if self.ended() == "finished":  # else the last step's weights are what was asked for
