@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ENGINES = ("torch.distributed.fsdp._fully_shard.", "deepspeed.runtime.zero.")
+_ENGINES = (
+    "torch.distributed.fsdp._fully_shard.",
+    "deepspeed.runtime.zero.",
+    "deepspeed.utils.nvtx",  # which hides some of the hooks of the one before
+)
 _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 

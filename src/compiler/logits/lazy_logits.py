@@ -46,7 +46,6 @@ class _Deferred:
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         self._compute: Callable[[], Tensor] | None = compute
         self._values: Tensor | None = None
-        self._version = 0
         self._derived: list[weakref.ref[_Deferred]] = []
 
     @property
@@ -59,27 +58,16 @@ class _Deferred:
         if self._values is None:
             assert self._compute is not None
             self._values, self._compute = self._compute().detach(), None
-            self._version = 0 if self._values.is_inference() else self._values._version
         return self._values
 
     def derive(self, function: Callable[[Tensor], Tensor]) -> _Deferred:
         """What ``function`` makes of the values, deferred as well."""
-
-        def compute() -> Tensor:
-            values = self.values()
-            if not values.is_inference() and values._version != self._version:
-                raise RuntimeError(
-                    "what these logits were cast from was written to before they were read. Read "
-                    "them earlier, or use fusewright.optimize(model, logits='always')."
-                )
-            return function(values)
-
-        derived = _Deferred(compute)
+        derived = _Deferred(lambda: function(self.values()))
         self._derived.append(weakref.ref(derived))
         return derived
 
     def settle(self) -> None:
-        """Compute what was derived, for the values are about to be written to."""
+        """Compute what was derived, for somebody gets the values and may write to them."""
         for reference in self._derived:
             derived = reference()
             if derived is not None:
@@ -135,6 +123,7 @@ class LazyLogits(Tensor):
     def materialize(self) -> Tensor:
         """The values as a tensor whose history leads to this one's."""
         data = self.values()
+        self._source.settle()
         if not (self.requires_grad and torch.is_grad_enabled()):
             return data
         if self._made is None:
@@ -168,7 +157,6 @@ class LazyLogits(Tensor):
             real = self.materialize()
         if real is self.values():  # which aliases hold, too
             real = real.detach()
-        self._source.settle()
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
         )
