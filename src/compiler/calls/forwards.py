@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...memory.apply_plan import inside_checkpoint
-from ..bypass import bypass_reason, hidden_hooks
+from ..bypass import Hooks, bypass_reason, hidden_hooks
 from ..opaque_calls import forward_copies, using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
@@ -67,13 +67,7 @@ def block_forward(
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
-        reason = (
-            session.failure(self)
-            or global_hook_reason()
-            or bypass_reason(args, kwargs, hooks.others)
-        )
-        if reason is None and kind == "norm" and not torch.is_grad_enabled():
-            reason = "evaluation: a lone norm is not worth a graph of its own"
+        reason = session.failure(self) or _why_not(kind, args, kwargs, hooks)
         if reason is not None:
             session.log.note(self, reason)
             return original(self, *args, **kwargs)
@@ -108,6 +102,14 @@ def block_forward(
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _why_not(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -> str | None:
+    """Why a call of a block or a norm is not captured, or None."""
+    reason = global_hook_reason() or bypass_reason(args, kwargs, hooks.others)
+    if reason is None and kind == "norm" and not torch.is_grad_enabled():
+        return "evaluation: a lone norm is not worth a graph of its own"
+    return reason
 
 
 def _level(

@@ -94,11 +94,11 @@ def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
 
     Args:
         kept: what the checkpoint keeps of each callback, by the name of its class.
-        recipe: which may have no early stopping any more.
+        recipe: which may have more patience, or no early stopping any more.
     """
     found = kept.get(EarlyStoppingCallback.__name__, {})
     waited = found.get("attributes", {}).get("early_stopping_patience_counter", 0)
     patience = found.get("args", {}).get("early_stopping_patience")
-    return (
-        recipe.early_stopping_patience is not None and patience is not None and waited >= patience
-    )
+    if patience is None or recipe.early_stopping_patience is None:
+        return False
+    return bool(waited >= max(patience, recipe.early_stopping_patience))
