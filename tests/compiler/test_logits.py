@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fusewright import explain, optimize
 from fusewright.compiler.logits import joined_loss as joined
 from fusewright.compiler.logits.lazy_logits import LazyLogits
+from fusewright.compiler.logits.sharded import gathered
 from fusewright.rewrite.tolerance import exceeded
 
 V, H = 37, 16
@@ -334,6 +335,15 @@ def test_a_copy_keeps_its_values_when_the_logits_are_written_to(
         seen.append([z.detach(), *(c.detach() for c in copies), m.lm_head.weight.grad])
     for mine, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(mine + 0, theirs + 0)
+
+
+def test_only_memory_that_was_freed_counts_as_released() -> None:
+    weight, lazy = nn.Parameter(torch.ones(3, 3)), _pair("padded")[1](IDS, labels=LABELS)[1]
+    with gathered(None, [weight, torch.empty(0), torch.empty(3, device="meta"), lazy, None, 2]):
+        pass
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="were released"), gathered(None, [weight]):
+        pass
 
 
 @pytest.mark.parametrize("copied", [Tensor.clone, Tensor.detach])

@@ -38,6 +38,8 @@ def _is_released(tensor: Tensor) -> bool:
     status = getattr(tensor, "ds_status", None)  # DeepSpeed's, of ZeRO-3
     if status is not None:
         return getattr(status, "name", "") != "AVAILABLE"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False  # a subclass may have no memory of its own
     # FSDP frees the memory of a whole parameter, and leaves its shape
     return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().size() == 0
 
