@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
@@ -63,7 +63,7 @@ def compile_graph(
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
-        if grad and accumulates_twice(graph):
+        if grad and accumulates_twice(graph, lambda: _is_shared(choices.planner.model(), region)):
             session.note_two_accumulations()
         remove_writes(graph)
         stages.dump(graph, "functionalized")
@@ -88,6 +88,15 @@ def compile_graph(
     run = _generate_code(graph, examples, choice, session)
     run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
     return _recorded(session, CapturedGraph(findings, grad, stages.number, before, after), run)
+
+
+def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
+    """Whether a parameter of ``region`` has several names in ``model``."""
+    if model is None or region is None:
+        return False
+    own = set(region.parameters())
+    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in own]
+    return len(names) > len(own)
 
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:

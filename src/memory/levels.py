@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -123,13 +123,18 @@ def is_product(op: Any) -> bool:
     return bool(name.startswith(_PRODUCTS.get(namespace, ("\0",))))
 
 
-def accumulates_twice(module: fx.GraphModule) -> bool:
-    """Whether a parameter is used in a reentrant checkpoint, and in another place of the graph."""
+def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> bool:
+    """Whether a parameter is used in a reentrant checkpoint, and in another place.
+
+    Args:
+        module: a captured graph.
+        shared: tells whether the module that it is of stands in the model twice.
+    """
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
                 given = [n for n in node.args[1:] if isinstance(facts.tensor(n), nn.Parameter)]
-                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in given):
+                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in given) or shared():
                     return True
     return False
 

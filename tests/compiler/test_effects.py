@@ -265,6 +265,23 @@ def test_hooks_see_each_gradient_that_a_reentrant_checkpoint_gives(late: bool, a
     assert len(set(seen[0])) < len(seen[0])
 
 
+def test_hooks_see_each_gradient_of_a_block_that_stands_twice_in_the_model() -> None:
+    def body(block: Any, x: Tensor) -> Tensor:
+        return x + checkpoint(block.d, x, use_reentrant=True)
+
+    seen: list[list[str]] = [[], []]
+    for optimized, calls in zip((False, True), seen, strict=True):
+        model = _pair(body)[0]
+        model.layers[-1] = model.layers[0]
+        if optimized:
+            optimize(model, codegen="eager")
+        for name, p in model.named_parameters():
+            p.register_hook(lambda g, n=name, c=calls: c.append(n))
+        model(_x().requires_grad_()).sum().backward()
+    assert sorted(seen[0]) == sorted(seen[1])
+    assert len(set(seen[0])) < len(seen[0])
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["its argument", "made in the block"])
 @pytest.mark.parametrize("needs", [True, False], ids=["needs a gradient", "needs none"])
 def test_a_reentrant_checkpoint_of_what_is_written_to_later(needs: bool, given: bool) -> None:
