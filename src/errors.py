@@ -8,7 +8,13 @@ from collections.abc import Iterable
 
 
 class FusewrightError(Exception):
-    """Base of every error below."""
+    """Base of every error below.
+
+    Attributes:
+        exit_code: what a command ends with.
+    """
+
+    exit_code = 2
 
 
 class RecipeError(FusewrightError):
@@ -21,6 +27,12 @@ class DataError(FusewrightError):
 
 class ModelError(FusewrightError):
     """A model that cannot be found, built or loaded. The message has its name."""
+
+
+class ProcessLostError(FusewrightError):
+    """Another process of the run has ended, or cannot be reached."""
+
+    exit_code = 1
 
 
 class OptimizeError(FusewrightError):

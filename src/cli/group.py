@@ -80,7 +80,7 @@ def _ended(context: typer.Context | None = None) -> Iterator[None]:
         if full:
             traceback.print_exception(error)
         _say(str(error))
-        raise typer.Exit(2) from error
+        raise typer.Exit(error.exit_code) from error
     except _UsageError as error:
         _say(_usage(error, _command(context)))
         raise typer.Exit(2) from error
@@ -100,7 +100,8 @@ def _command(context: typer.Context | None) -> str:
 
 
 def _say(text: str) -> None:
-    say(Terminal(stderr=True), f"fusewright: {text}")
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    say(Terminal(stderr=True), f"fusewright{f' (rank {rank})' if rank != '0' else ''}: {text}")
 
 
 def _usage(error: Exception, command: str) -> str:

@@ -88,6 +88,13 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check the recipe, and show what each key does."),
     ] = False,
+    nproc: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of processes on this machine, or gpu: one per GPU. Default: one per GPU. "
+            "Several machines: start it with torchrun."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
 ) -> None:
@@ -95,7 +102,7 @@ def train(
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, allow_builders)
-    raise typer.Exit(_train(recipe, overwrite, dry_run, context.args, consent))
+    raise typer.Exit(_train(recipe, overwrite, dry_run, nproc, context.args, consent))
 
 
 @app.command()
@@ -158,7 +165,12 @@ def main() -> None:
 
 
 def _train(
-    recipe: str, overwrite: bool, dry_run: bool, arguments: list[str], consent: Consent
+    recipe: str,
+    overwrite: bool,
+    dry_run: bool,
+    nproc: str | None,
+    arguments: list[str],
+    consent: Consent,
 ) -> int:
     """Train, and return the exit code of the result."""
     if recipe.startswith("--"):
@@ -177,6 +189,12 @@ def _train(
     checked = load_recipe(recipe, overrides, consent)
 
     announce("importing PyTorch and transformers")
+    from ..train.processes.launch import launch, number_of_processes
+
+    number = number_of_processes(nproc)
+    if number > 1:
+        switches = ["--overwrite"] * overwrite + consent.switches()
+        return launch(number, ["train", recipe, *switches, *arguments])
     from ..train.run import run  # slow to import: only for a recipe that is right
 
     return run(checked).exit_code

@@ -34,6 +34,11 @@ class Consent:
     trust_remote_code: bool = False
     allow_builders: bool = False
 
+    def switches(self) -> list[str]:
+        """The switches of the command line that allow the same."""
+        allowed = {CODE_SWITCH: self.trust_remote_code, BUILDER_SWITCH: self.allow_builders}
+        return [switch for switch, yes in allowed.items() if yes]
+
 
 def why_not_run(what: str, switch: str) -> str:
     """The refusal to run foreign code, with the switch that allows it."""

@@ -10,32 +10,44 @@ from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
 from .inference import generation
 from .model.tokenizer import pad_token
+from .processes.signals import Interrupts
 from .report.result import RunResult
 from .report.run_log import RunLog
 from .trainer.batches import training_batch
 from .trainer.context import Context
+from .trainer.parallel import same_draws
 from .trainer.evaluation import validate
-from .trainer.signals import Interrupts
 from .trainer.trainer import FineTuner
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:
     """Write what was trained; if the disk is full, the result says so."""
-    try:
-        save_model.save_whole(trainer.model, trainer.context.tokenizer, result.output_dir)
-    except CheckpointWriteError as error:
-        result.end("disk full", str(error))
-        result.problems.append({"part": "saving", "error": str(error)})
+    world = trainer.context.world
+    state = trainer.whole_state()  # which all processes bring together
+    tokenizer, folder = trainer.context.tokenizer, result.output_dir
+
+    def write() -> str | None:
+        try:
+            save_model.save_whole(trainer.model, tokenizer, folder, state)
+        except CheckpointWriteError as error:
+            return str(error)
+        return None
+
+    failed = world.share(write)
+    if failed is not None:
+        result.end("disk full", failed)
+        result.problems.append({"part": "saving", "error": failed})
 
 
-def examine(
-    model: Any, context: Context, sequences: Any, result: RunResult, run_log: RunLog
-) -> None:
-    """Explain ``model``; if training finished, validate, check the saved adapter, and answer.
+def examine(trainer: FineTuner, sequences: Any, result: RunResult, run_log: RunLog) -> None:
+    """Explain the model; if training finished, validate, check the saved adapter, and answer.
 
-    A part that fails costs none of the others.
+    A part that fails costs none of the others. Of several processes, all take part in what needs
+    sharded weights; the rest is rank 0's.
     """
-    recipe, tokenizer = context.recipe, context.tokenizer
+    model: Any = trainer.model
+    context, world = trainer.context, trainer.context.world
+    recipe = context.recipe
     if recipe.optimize:
         with run_log.guarded("explaining"):
             from ..compiler.pipeline import explain
@@ -43,6 +55,8 @@ def examine(
             found = explain(model)
             result.optimize = found.to_dict()
             run_log.say(str(found) if recipe.verbose else summary(found))
+            for line in differences(world.gather(found.by_rule())):
+                run_log.say(line)
     if result.status != "finished":
         return
     if context.validation:
@@ -50,8 +64,27 @@ def examine(
             loss = None if recipe.load_best_model_at_end else _validated_last(result)
             if loss is None:
                 run_log.say("validating again")
-                loss = validate(model, context.validation, run_log.say)["eval_loss"]
+                loss = validate(model, context.validation, run_log.say, world)["eval_loss"]
             result.val_loss_after = loss
+    if trainer.shards:
+        if result.sample:
+            with run_log.guarded("answer after"), same_draws(recipe.seed):
+                _answer(model, context, result, run_log)
+        if recipe.adapter:
+            run_log.say(
+                "adapter check skipped: the weights of the base are sharded; fusewright eval "
+                f"{result.output_dir} loads the adapter as anybody would"
+            )
+        return
+    if world.main:
+        _examine_alone(model, context, sequences, result, run_log)
+
+
+def _examine_alone(
+    model: Any, context: Context, sequences: Any, result: RunResult, run_log: RunLog
+) -> None:
+    """Check the saved adapter, and answer."""
+    recipe, tokenizer = context.recipe, context.tokenizer
     unchecked = save_model.uncheckable(model) if recipe.adapter else None
     if unchecked is not None:
         run_log.say(f"adapter check skipped: {unchecked}")
@@ -63,9 +96,29 @@ def examine(
             result.adapter_check = asdict(check)
     if result.sample:
         with run_log.guarded("answer after"):
-            question = result.sample["question"]
-            run_log.say("answering again")
-            result.sample["after"] = generation.answer(model, tokenizer, question, recipe)
+            _answer(model, context, result, run_log)
+
+
+def _answer(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
+    assert result.sample is not None
+    question = result.sample["question"]
+    run_log.say("answering again")
+    answered = generation.answer(model, context.tokenizer, question, context.recipe)
+    result.sample["after"] = answered
+
+
+def differences(ranks: list[dict[str, int]]) -> list[str]:
+    """Which rules were applied elsewhere than on rank 0, a line for each rank that differs."""
+    return [
+        f"rank {rank} has other rewrites than rank 0: "
+        + ", ".join(
+            f"{rule} {counts.get(rule, 0)} in place of {ranks[0].get(rule, 0)}"
+            for rule in sorted(set(counts) | set(ranks[0]))
+            if counts.get(rule, 0) != ranks[0].get(rule, 0)
+        )
+        for rank, counts in enumerate(ranks)
+        if counts != ranks[0]
+    ]
 
 
 def _validated_last(result: RunResult) -> float | None:

@@ -14,7 +14,7 @@ from . import finish
 from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
-from .data import prepare
+from .data.together import prepare_together
 from .data.readers.limits import warnings
 from .inference import generation
 from .model.adapters import parameters
@@ -23,23 +23,26 @@ from .model.positions import require_reach
 from .model.precision import precision_warning
 from .model.tokenizer import load_tokenizer, pad_token
 from .preflight import require_startable
+from .processes.signals import Interrupts, Stopped
+from .processes.world import World, joined
 from .recipe.recipe import Recipe
 from .recipe.status import messages
-from .report.environment import machine, rss_mb, versions
+from .recipe.strategy import strategy_of
+from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
-from .report.throughput import ThroughputMeter, flops_per_token, peak_flops
+from .report.throughput import ThroughputMeter, flops_per_token
 from .requirements import tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
 from .trainer.batches import training_sequences, typical_context, validation_batches
 from .trainer.build import make_trainer
 from .trainer.context import Context
+from .trainer.parallel import peak_of, processes_message
 from .trainer.evaluation import require_figure, validate
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
-from .trainer.signals import Interrupts, Stopped
 from .trainer.trainer import FineTuner
 from .trainer.watchdog import NonFiniteStepError
 
@@ -65,13 +68,17 @@ class TrainingRun:
     - ``finish``: the last validation, where the loop has not made it;
     - ``ProgressCallback``: nothing; it shows what the others know.
 
+    Of several processes, each does all of it with its share of the batches, and rank 0 alone
+    prints and writes.
+
     Args:
         recipe: checked, with absolute paths.
         console: where to print.
+        world: the processes of the run.
     """
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, console: Console, world: World) -> None:
+        self.recipe, self.world = recipe, world
         self.console = console
         self.folder = Path(recipe.output_dir)
         self.sequences: Any = ()
@@ -94,13 +101,15 @@ class TrainingRun:
             DataError: a dataset cannot be used.
             Stopped: a signal came before the first step was done, or a second one came.
         """
+        if not self.world.main:
+            return self._run()
         output_folder.require_own(self.folder)
         with held(self.folder, self.run_log.say):
             return self._run()
 
     def _run(self) -> RunResult:
         self._may_start()
-        with Interrupts() as interrupts, quiet(), tracking(self.recipe):
+        with Interrupts(self.world) as interrupts, quiet(), tracking(self.recipe):
             with self.run_log.timed("data"):
                 tokenizer = load_tokenizer(self.recipe)
                 prepared = self._prepare(tokenizer)
@@ -115,42 +124,50 @@ class TrainingRun:
                 self._save(trainer, interrupts)
             try:
                 self._measure(trainer)
-                finish.examine(trainer.model, context, self.sequences, self.result, self.run_log)
+                finish.examine(trainer, self.sequences, self.result, self.run_log)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.interrupt(stopped.signal)
-            with interrupts.deferring_signals(interrupts.WRITING):
-                finish.write(self.result, self.run_log)
-            finish.publish(trainer, self.result, self.run_log, interrupts)
-            self.result.print(self.console)
-            for line in self.result.ending(self.recipe.adapter is not None):
-                self.run_log.say(line)
+            if self.world.main:
+                self._finish(trainer, interrupts)
         return self.result
+
+    def _finish(self, trainer: FineTuner, interrupts: Interrupts) -> None:
+        """Write and print what sums the run up."""
+        with interrupts.deferring_signals(interrupts.WRITING):
+            finish.write(self.result, self.run_log)
+        finish.publish(trainer, self.result, self.run_log, interrupts)
+        self.result.print(self.console)
+        for line in self.result.ending(self.recipe.adapter is not None):
+            self.run_log.say(line)
 
     # --- in the order of `run` -------------------------------------------------------------------
 
     def _may_start(self) -> None:
         """Check the folder and the packages; find the checkpoint to resume from, if any."""
-        recipe = self.recipe
-        require_startable(recipe)
-        for line in (*messages(recipe), precision_warning(recipe.precision())):
+        recipe, world = self.recipe, self.world
+        world.share(lambda: require_startable(recipe))
+        said = processes_message(strategy_of(recipe), world)
+        for line in (*messages(recipe), precision_warning(recipe.precision()), said):
             if line is not None:
                 self.run_log.say(line)
-        start = resume.find(recipe)
+        found = world.share(lambda: str(resume.find(recipe) or ""))
+        start = Path(found) if found else None
         if start is not None:
-            saved = resume.load(start, recipe)
+            saved = resume.load(start, recipe, world.size)
             self.resumed = resume.Resumed(start, saved)
             self.result.resume(saved.step, saved.carried)
             self.run_log.say(f"resuming from {start}")
 
     def _prepare(self, tokenizer: Any) -> Any:
         """The rows as samples, and those as sequences to train on."""
-        recipe = self.recipe
-        prepared = prepare(recipe, tokenizer, self.console, day=self.result.started[:10])
+        recipe, world = self.recipe, self.world
+        day = world.share(lambda: self.result.started[:10])
+        prepared = prepare_together(recipe, tokenizer, self.console, day, world)
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
         # say now what does not go together
-        args = arguments_for(recipe, self.sequences)
+        args = arguments_for(recipe, self.sequences, world.size)
         try_schedule(recipe, args)
         require_figure(args.metric_for_best_model, prepared.validation)
         self.result.data = data = dict(prepared.counts)
@@ -181,14 +198,15 @@ class TrainingRun:
         recipe = self.recipe
         meter = ThroughputMeter(
             flops=flops_per_token(model, typical_context(prepared, recipe)),
-            peak=peak_flops(model.device, model.dtype),
+            peak=peak_of(model, self.world),
         )
-        sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+        sets = validation_batches(prepared, recipe, pad_token(tokenizer), self.world)
         for name, batches in sets.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
         return Context(
             recipe, tokenizer, self.console, interrupts, meter,
             validation=sets, data=prepared.fingerprint, carried=self.result.carried,
+            world=self.world,
         )  # fmt: skip
 
     def _before(self, model: Any, context: Context) -> None:
@@ -198,7 +216,9 @@ class TrainingRun:
             self.run_log.say(f"answering: {recipe.sample_prompt}")
             with self.run_log.timed("answer before"):
                 tokenizer, question = context.tokenizer, recipe.sample_prompt
-                text = generation.answer(model, tokenizer, question, recipe)
+                text = self.world.share(
+                    lambda: generation.answer(model, tokenizer, question, recipe)
+                )
             result.sample = {"question": recipe.sample_prompt, "before": text}
             self.run_log.say(f"answer before training: {text}")
         if recipe.optimize:
@@ -208,7 +228,7 @@ class TrainingRun:
         if context.validation and result.val_loss_before is None:
             self.run_log.say("validating")
             with self.run_log.timed("validation before"):
-                validated = validate(model, context.validation, self.run_log.say)
+                validated = validate(model, context.validation, self.run_log.say, self.world)
                 result.val_loss_before = validated["eval_loss"]
             self.run_log.say(f"validation loss before: {result.val_loss_before:.3f}")
 
@@ -218,6 +238,7 @@ class TrainingRun:
         result.steps_planned = trainer.args.max_steps
         with self.run_log.timed("training"):
             self._steps(trainer)
+        interrupts.agree()  # on a signal that came after the last step
         result.steps = trainer.state.global_step
         optimizer = getattr(trainer.optimizer, "optimizer", None)  # what accelerate has wrapped
         if isinstance(optimizer, FlatOptimizer):
@@ -247,9 +268,10 @@ class TrainingRun:
             result.end("nan", str(bad))
             self._clear()
             trainer.abandon()
-            with self.run_log.guarded("saving the batch"):
-                text = bad.save(self.folder, trainer.context.tokenizer)
-                result.end("nan", f"{bad}; its rows are in {text}")
+            if self.world.main:
+                with self.run_log.guarded("saving the batch"):
+                    text = bad.save(self.folder, trainer.context.tokenizer)
+                    result.end("nan", f"{bad}; its rows are in {text}")
         except DataError:  # a row of a stream, which nobody had read before
             trainer.save_now()
             raise
@@ -264,7 +286,7 @@ class TrainingRun:
         if not self._cleared:
             self._cleared = True
             here = self.resumed is not None and self.resumed.folder.parent == self.folder
-            output_folder.clear_output(self.folder, here)
+            self.world.share(lambda: output_folder.clear_output(self.folder, here))
 
     def _save(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """Save what was trained."""
@@ -283,10 +305,15 @@ class TrainingRun:
             result.data.update(self.sequences.counts)  # else other processes have counted
             self.run_log.say(rows_message(result.data))
         result.measure(trainer.context.meter, trainer.state.log_history)
+        result.ranks = self.world.gather(memory()) if self.world.several else []
         there = checkpoints(self.folder)
         result.checkpoint = str(there[-1]) if there else None
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Run ``recipe``; see ``fusewright.train.train``."""
-    return TrainingRun(recipe, console or Terminal()).run()
+    with joined(recipe.ddp_timeout) as world:
+        strategy_of(recipe).require_world(world.size)
+        if console is None:
+            console = Terminal(quiet=not world.main)
+        return TrainingRun(recipe, console, world).run()

@@ -407,7 +407,7 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
 
     from fusewright.train.trainer.build import make_trainer
     from fusewright.train.trainer.context import Context
-    from fusewright.train.trainer.signals import Interrupts
+    from fusewright.train.processes.signals import Interrupts
     from tests.train.conftest import make_model, make_tokenizer
 
     def trained(folder: str, resume: str | None, flat: bool) -> Any:

@@ -29,12 +29,15 @@ _MAY_DIFFER = frozenset({
     "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
     "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "torch_empty_cache_steps",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "world_size", "local_rank", "deepspeed", "dp_shard_size", "dp_replicate_size",
 })  # fmt: skip
 _MAY_DIFFER_TOO = (
-    "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio", "use_", "hf_",
+    "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio", "use_", "hf_",
 )  # fmt: skip
 """Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
 compared by their content."""
+_OF_A_STEP = ("gradient_accumulation_steps", "batch_size")
+"""Keys that are compared together with the number of processes."""
 _OF_A_STREAM = ("dataloader_num_workers",)
 """Keys that do change it where rows are streamed: each worker reads a share of them."""
 
@@ -51,6 +54,7 @@ class Saved:
         pending_loss: the loss that is summed up and not logged yet.
         last_logged: the step at which it was logged last.
         carried: figures of the run from before it trained.
+        processes: how many there were.
     """
 
     recipe: dict[str, Any]
@@ -60,6 +64,7 @@ class Saved:
     pending_loss: float
     last_logged: int
     carried: dict[str, Any]
+    processes: int = 1
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint."""
@@ -154,19 +159,27 @@ def _named(path: Path) -> Path:
     raise RecipeError(f"resume_from_checkpoint: there is no checkpoint {path}")
 
 
-def load(path: Path, recipe: Recipe) -> Saved:
+def load(path: Path, recipe: Recipe, processes: int = 1) -> Saved:
     """Read a checkpoint's own file, and see that its run was the same as this one.
+
+    Args:
+        path: the checkpoint's folder.
+        recipe: of this run.
+        processes: of this run. Their number may be another one if the number of forward passes per
+            step makes up for it.
 
     Raises:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
     """
     saved = Saved.read(path)
+    _require_same_batch(saved, path, recipe, processes)
     # without secrets, which may change, and which the message must not tell
     then, now = hide(saved.recipe), hide(recipe.recorded())
     differing = [
         line
         for key in sorted(set(then) | set(now))
         if not _may_differ(key, recipe.streams())
+        and not (key in _OF_A_STEP and (saved.processes, processes) != (1, 1))
         for line in _differences(then.get(key), now.get(key), key)
     ]
     if differing:
@@ -176,6 +189,28 @@ def load(path: Path, recipe: Recipe) -> Saved:
             "run from its weights, with lora_model_dir (or base_model)"
         )
     return saved
+
+
+def _require_same_batch(saved: Saved, path: Path, recipe: Recipe, processes: int) -> None:
+    """See that a step has as many forward passes as in the run that made a checkpoint.
+
+    Raises:
+        RecipeError: it has not, with the number that makes up for other processes.
+    """
+    then = Recipe.model_construct(**saved.recipe).accumulation() * saved.processes
+    if (saved.processes, processes) == (1, 1) or then == recipe.accumulation() * processes:
+        return  # what differs with one process is said key by key
+    fitting = then // processes
+    said = (
+        f"set gradient_accumulation_steps: {fitting}"
+        if fitting * processes == then
+        else f"use a number of processes that divides {then}"
+    )
+    raise RecipeError(
+        f"{path} was made by {saved.processes} process{'es' * (saved.processes > 1)} with {then} "
+        f"forward passes per step in all, and here are {processes} with "
+        f"{recipe.accumulation()} each; {said}"
+    )
 
 
 @contextlib.contextmanager

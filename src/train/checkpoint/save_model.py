@@ -20,7 +20,9 @@ _PROBE = 64
 """Tokens that the saved adapter is tried on."""
 
 
-def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_whole(
+    model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None
+) -> None:
     """As ``save``, but every file is there whole or as it was before.
 
     Raises:
@@ -30,7 +32,7 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save(model, tokenizer, part)
+        save(model, tokenizer, part, state)
         for path in sorted(part.iterdir()):
             target = folder / path.name
             if path.name == card.NAME and target.exists() and not card.is_generated(target):
@@ -47,14 +49,22 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the adapter (or the whole model, if it has none) and the tokenizer."""
+def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the adapter (or the whole model, if it has none) and the tokenizer.
+
+    Args:
+        model: which the weights are of.
+        tokenizer: of the run.
+        folder: where to.
+        state: the weights by their names, where the model has only a part of them.
+    """
+    given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
         # "auto" would ask the hub whether the vocabulary grew
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, **given)
     else:
         with _with_cache(model):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **given)
     tokenizer.save_pretrained(folder)
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import ExportableState
 
 from . import files as checkpoint
@@ -17,23 +18,32 @@ from .save_model import save
 def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
     """Write all that a run needs to resume from here, in the form that ``Trainer`` reads.
 
+    Of several processes, each writes its random state and its shards, and rank 0 the rest.
+
     Args:
         trainer: a ``FineTuner``.
         part: the folder that becomes the checkpoint.
         saved: what the Trainer does not keep.
         unfinished: the random state to save in place of the present one, which has moved on.
     """
-    state = trainer.state
-    save(trainer.model, trainer.context.tokenizer, part)
+    state, main = trainer.state, trainer.world.main
+    whole = trainer.whole_state()
+    kept = None if trainer.args.save_only_model else trainer.optimizer_state()
+    if main:
+        save(trainer.model, trainer.context.tokenizer, part, whole)
     if not trainer.args.save_only_model:
-        trainer._save_optimizer_and_scheduler(str(part))
-        trainer._save_scaler(str(part))
+        if main:
+            torch.save(kept, part / "optimizer.pt")
+            torch.save(trainer.lr_scheduler.state_dict(), part / "scheduler.pt")
+            trainer._save_scaler(str(part))
         if unfinished is None:
             trainer._save_rng_state(str(part))
         else:
             with unfinished.applied():
                 trainer._save_rng_state(str(part))
     trainer.store_flos()
+    if not main:
+        return
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExportableState):
             state.stateful_callbacks[type(callback).__name__] = callback.state()

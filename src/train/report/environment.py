@@ -39,6 +39,14 @@ def peak_rss_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def memory() -> dict[str, float]:
+    """The peaks of this process so far, in MiB: ``rss_mb``, and ``cuda_mb`` on a GPU."""
+    found = {"rss_mb": peak_rss_mb()}
+    if torch.cuda.is_available():
+        found["cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
 def rss_mb() -> float:
     """Resident memory of this process now, in MiB."""
     import psutil

@@ -58,6 +58,7 @@ class RunResult:
         peak_rss_mb: largest resident memory of the process, in MiB.
         loaded_rss_mb: resident memory once the model was loaded, in MiB.
         peak_cuda_mb: largest GPU memory allocated, in MiB.
+        ranks: of several processes, the peak memory of each, in MiB: ``rss_mb``, ``cuda_mb``.
         adapter_check: ``exact`` and ``optimized_difference``, see ``export.AdapterCheck``.
         optimize: the optimize report as data, or None when ``optimize: false``.
         seconds: of each part of the run.
@@ -96,6 +97,7 @@ class RunResult:
     peak_rss_mb: float = 0.0
     loaded_rss_mb: float = 0.0
     peak_cuda_mb: float | None = None
+    ranks: list[dict[str, float]] = field(default_factory=list)
     adapter_check: dict[str, Any] | None = None
     optimize: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -235,6 +237,9 @@ class RunResult:
         if self.peak_cuda_mb is not None:
             memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
         rows["memory"] = memory
+        if self.ranks:
+            each = [f"{rank.get('cuda_mb', rank['rss_mb']):,.0f}" for rank in self.ranks]
+            rows["memory by rank"] = f"{', '.join(each)} MiB peak"
         if self.adapter_check is not None:
             same = "plain PEFT gives the same logits"
             broken = "BROKEN: plain PEFT gives other logits than the trained model"

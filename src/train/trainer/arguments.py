@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from transformers import TrainingArguments
 
 from ...errors import RecipeError
+from ..processes.wrapping import deepspeed_state
 from ..recipe.recipe import Recipe
+from ..recipe.strategy import strategy_of
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ class Steps:
         return max(1, math.ceil(self.per_epoch / times))
 
 
-def steps(recipe: Recipe, sequences: int | None) -> Steps:
+def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
     """Count the optimizer steps that the recipe makes of the data.
 
     Args:
         recipe: the recipe.
         sequences: how many there are in an epoch; None for a stream.
+        processes: each of them makes the recipe's forward passes in a step.
 
     Raises:
         RecipeError: a stream without ``max_steps``, or too few sequences for one batch.
@@ -76,12 +80,13 @@ def steps(recipe: Recipe, sequences: int | None) -> Steps:
             f"micro_batch_size: {sequences} sequences do not fill a batch of "
             f"{recipe.micro_batch_size}, and dataloader_drop_last drops incomplete batches"
         )
-    per_epoch = math.ceil(batches / recipe.accumulation())
+    each = math.ceil(batches / processes)
+    per_epoch = math.ceil(each / recipe.accumulation())
     total = recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
     return Steps(total, per_epoch)
 
 
-def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
+def training_arguments(recipe: Recipe, count: Steps, processes: int = 1) -> TrainingArguments:
     """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
@@ -96,6 +101,7 @@ def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
         **_validation(recipe, count),
         **_hub(recipe),
         **_tracking(recipe),
+        **(_processes(recipe) if processes > 1 else {}),
     }
     try:
         return TrainingArguments(
@@ -110,7 +116,11 @@ def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
             dataloader_pin_memory=_pinned(recipe),
             dataloader_drop_last=recipe.dataloader_drop_last,
             # a stream is read by whoever trains on it
-            accelerator_config={"dispatch_batches": False, **(recipe.accelerator_config or {})},
+            accelerator_config={
+                "dispatch_batches": False,
+                **(recipe.accelerator_config or {}),
+                **given.pop("accelerator_config", {}),
+            },
             torch_empty_cache_steps=recipe.torch_empty_cache_steps,
             restore_callback_states_from_checkpoint=True,
             remove_unused_columns=False,
@@ -122,11 +132,28 @@ def training_arguments(recipe: Recipe, count: Steps) -> TrainingArguments:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
 
 
-def arguments_for(recipe: Recipe, sequences: Any) -> TrainingArguments:
+def arguments_for(recipe: Recipe, sequences: Any, processes: int = 1) -> TrainingArguments:
     """The same for the sequences at hand; a stream of them has no length."""
-    return training_arguments(
-        recipe, steps(recipe, len(sequences) if hasattr(sequences, "__len__") else None)
-    )
+    number = len(sequences) if hasattr(sequences, "__len__") else None
+    return training_arguments(recipe, steps(recipe, number, processes), processes)
+
+
+def _processes(recipe: Recipe) -> dict[str, Any]:
+    """What several processes need: how they meet, and how gradients are averaged."""
+    found: dict[str, Any] = {
+        "ddp_find_unused_parameters": recipe.ddp_find_unused_parameters,
+        "ddp_bucket_cap_mb": recipe.ddp_bucket_cap_mb,
+        "ddp_broadcast_buffers": recipe.ddp_broadcast_buffers,
+        "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes
+    }
+    if recipe.ddp_timeout is not None:
+        found["ddp_timeout"] = recipe.ddp_timeout
+    strategy = strategy_of(recipe)
+    found["use_cpu"] = not torch.cuda.is_available()  # else accelerate sees one process there
+    if strategy.deepspeed is not None:
+        found["deepspeed"] = copy.deepcopy(dict(strategy.deepspeed))  # Trainer fills it in
+        found |= deepspeed_state()
+    return found
 
 
 def _pinned(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data import IGNORED, Packs, Samples, collate, count, pack
+from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..report.throughput import mean_context
 from .evaluation import Batches
@@ -18,8 +19,10 @@ def training_sequences(prepared: Any, recipe: Recipe) -> Any:
     return _sequences(prepared.train, recipe, recipe.packs(), recipe.sequence_len)
 
 
-def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, Batches]:
-    """The batches to validate on, by the name of their dataset."""
+def validation_batches(
+    prepared: Any, recipe: Recipe, pad_id: int, world: World | None = None
+) -> dict[str, Batches]:
+    """The batches to validate on, by the name of their dataset; of several processes, a share."""
     length = recipe.eval_sequence_len or recipe.sequence_len
     packing = recipe.packs_validation()
     size = recipe.eval_batch_size or recipe.micro_batch_size
@@ -31,7 +34,7 @@ def validation_batches(prepared: Any, recipe: Recipe, pad_id: int) -> dict[str, 
         return _with_second_row(packs, size, collated) if recipe.optimize else collated(packs)
 
     return {
-        name: Batches(_sequences(samples, recipe, packing, length), size, make)
+        name: Batches(_sequences(samples, recipe, packing, length), size, make, world)
         for name, samples in prepared.validation.items()
     }
 
@@ -43,6 +46,7 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     compiled for any number of rows but for one, so the last step would wait for a compiler.
     """
     tokens, trained = count(packs)
+    tokens = tokens if trained else 0  # of a sequence that only fills the batch of a process
     full = bool(recipe.pad_to_sequence_len)
 
     def make(rows: Sequence[Any]) -> dict[str, Any]:

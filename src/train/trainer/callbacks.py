@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..recipe.recipe import Recipe
-from .signals import Interrupts
+from ..processes.signals import Interrupts
 from .watchdog import LossWatchdog
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ class FlowCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the loop within a step, after one of its batches, when a signal came."""
-        control.should_training_stop |= self.interrupts.signal is not None
+        control.should_training_stop |= self._stopping()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the loop after a validation during which a signal came, before another step."""
-        control.should_training_stop |= self.interrupts.signal is not None
+        control.should_training_stop |= self._stopping()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record that a step is complete; end the loop when a signal came."""
         self.trainer.on_step_end()
-        control.should_training_stop |= self.interrupts.signal is not None
+        control.should_training_stop |= self._stopping()
         control.should_save |= self.recipe.save_first_step and state.global_step == 1
         every = self.recipe.gc_steps or 0
         if every > 0 and state.global_step % every == 0:
@@ -59,6 +59,12 @@ class FlowCallback(TrainerCallback):
             gc.collect()
         if self.trainer.ended() in ("interrupted", "watchdog"):
             self.trainer.save_now()
+
+
+    def _stopping(self) -> bool:
+        """Whether a signal has come to any process of the run: all of them end at the same step."""
+        self.interrupts.agree()
+        return self.interrupts.signal is not None
 
 
 _PATIENCE = 3

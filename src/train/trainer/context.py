@@ -12,7 +12,8 @@ from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter
 from ..terminal import say
 from .evaluation import Batch
-from .signals import Interrupts
+from ..processes.signals import Interrupts
+from ..processes.world import World
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Context:
         validation: batches by the name of their dataset.
         data: the fingerprint of the prepared rows.
         carried: says what else of the run a checkpoint has to keep.
+        world: the processes of the run.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Context:
     validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
     data: str = ""
     carried: Callable[[], dict[str, Any]] = dict
+    world: World = field(default_factory=World)
 
     def say(self, text: str) -> None:
         """Print a line."""

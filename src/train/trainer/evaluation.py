@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import RecipeError
 from ..data import IGNORED
+from ..processes.world import World
 
 Batch = dict[str, Tensor]
 
@@ -19,24 +20,41 @@ Batch = dict[str, Tensor]
 class Batches:
     """The batches of a dataset, in order, each made when it is asked for.
 
+    Of several processes, each has a share of them, and all have as many: where the last ones do
+    not go round, a process gets one again, without its labels.
+
     Args:
         packs: the sequences.
         size: sequences in a batch.
         collate: makes a batch of them.
+        world: the processes of the run.
     """
 
     def __init__(
-        self, packs: Sequence[Any], size: int, collate: Callable[[list[Any]], Batch]
+        self,
+        packs: Sequence[Any],
+        size: int,
+        collate: Callable[[list[Any]], Batch],
+        world: World | None = None,
     ) -> None:
         self.packs, self.size, self.collate = packs, size, collate
+        self.world = world or World()
 
-    def __len__(self) -> int:
+    def _whole(self) -> int:
         return -(-len(self.packs) // self.size)
 
+    def __len__(self) -> int:
+        return -(-self._whole() // self.world.size)
+
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.packs), self.size):
+        for turn in range(len(self)):
+            number = turn * self.world.size + self.world.rank
+            start = min(number, self._whole() - 1) * self.size
             stop = min(start + self.size, len(self.packs))
-            yield self.collate([self.packs[i] for i in range(start, stop)])
+            batch = self.collate([self.packs[i] for i in range(start, stop)])
+            if number >= self._whole():
+                batch["labels"].fill_(IGNORED)
+            yield batch
 
 
 QUIET = 30.0
@@ -44,21 +62,26 @@ QUIET = 30.0
 
 
 def validate(
-    model: Any, sets: Mapping[str, Iterable[Batch]], say: Callable[[str], None] | None = None
+    model: Any,
+    sets: Mapping[str, Iterable[Batch]],
+    say: Callable[[str], None] | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
     """The loss per trained token of every dataset, and of all together.
 
     Args:
         model: its mode is kept.
-        sets: the batches of each dataset.
+        sets: the batches of each dataset; of several processes, those of this one.
         say: prints a line; called from time to time where it takes long.
+        world: the processes that validate together; None: this one alone.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
     """
     count = sum(operator.length_hint(batches) for batches in sets.values())
     on_batch = _reporter(count, say) if say is not None else None
-    sums = {name: _sum(model, batches, on_batch) for name, batches in sets.items()}
+    world = world or World()
+    sums = {name: _sum(model, batches, on_batch, world) for name, batches in sets.items()}
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     found = {"eval_loss": _mean(total, tokens)}
     if len(sums) > 1:
@@ -100,7 +123,7 @@ def _reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
 
 @torch.no_grad()
 def _sum(
-    model: Any, batches: Iterable[Batch], on_batch: Callable[[], None] | None = None
+    model: Any, batches: Iterable[Batch], on_batch: Callable[[], None] | None, world: World
 ) -> tuple[float, int]:
     """The losses of all trained tokens, added up, and their number."""
     training = model.training
@@ -110,14 +133,16 @@ def _sum(
         for batch in batches:
             here = {k: v.to(model.device) for k, v in batch.items()}
             number = int((batch["labels"][:, 1:] != IGNORED).sum())
-            if number:
-                total += float(model(**here).loss) * number
+            if number or world.several:  # all processes take part in fetching sharded weights
+                loss = float(model(**here).loss)
+                total += loss * number if number else 0.0
             tokens += number
             if on_batch is not None:
                 on_batch()
     finally:
         model.train(training)
-    return total, tokens
+    total, tokens = world.sums([total, tokens])
+    return total, int(tokens)
 
 
 def _mean(total: float, tokens: int) -> float:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from ..report.format import Smooth, duration, memory
 from ..report.throughput import ThroughputMeter
 from ..terminal import say
-from .signals import Interrupts
+from ..processes.signals import Interrupts
 
 RECENT = 10
 """Steps that rates and the time left are taken over."""

@@ -15,22 +15,25 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from ...compiler.pipeline import planner_of
 from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
-from ..checkpoint.load import ResumableTrainer, readable
+from ..checkpoint.load import readable
 from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
+from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import Kind, Order
+from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
+from .parallel import ParallelTrainer, seed_rank
 from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import LossWatchdog, NonFiniteGuard
 
 
-class FineTuner(ResumableTrainer):
+class FineTuner(ParallelTrainer):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     The loop itself is Trainer's. It makes the optimizer, the schedule and the order of the rows,
@@ -63,7 +66,7 @@ class FineTuner(ResumableTrainer):
         on_first_step: Callable[[], None] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(context.world, strategy_of(context.recipe), **kwargs)
         self.remove_callback(PrinterCallback)
         for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
             self.add_callback(callback)
@@ -89,7 +92,7 @@ class FineTuner(ResumableTrainer):
         """The optimizer of the recipe; small tensors are updated as one."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self, model or self.model, self.context.recipe)
-        return self.optimizer
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's schedule, where transformers has no name for it; else Trainer's own."""
@@ -122,6 +125,7 @@ class FineTuner(ResumableTrainer):
 
         The meter is there already, for it also counts where no step is left to make.
         """
+        seed_rank(self.args.seed, self.world)
         if self._resumed is not None:
             # the state of a checkpoint brings its own intervals along
             state: Any = self.state
@@ -143,7 +147,8 @@ class FineTuner(ResumableTrainer):
         self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
         planner = planner_of(model)
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        loss = step() if planner is None else retrying(planner, step, model.parameters())
+        alone = planner is None or self.world.several  # the others would not try again
+        loss = step() if alone else retrying(planner, step, model.parameters())
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
 
@@ -157,7 +162,12 @@ class FineTuner(ResumableTrainer):
 
     def on_step_end(self) -> None:
         """Record what a checkpoint would need if the next step does not finish."""
-        self.context.meter.end_step()
+        meter = self.context.meter
+        meter.end_step()
+        if self.world.several:
+            meter.tokens[-1], meter.trained[-1] = map(
+                int, self.world.sums([meter.tokens[-1], meter.trained[-1]])
+            )
         if self._after_step is None:
             self._on_first_step()
         self._after_step = RngState.now(), self._tr_loss.clone()
@@ -198,7 +208,7 @@ class FineTuner(ResumableTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss per trained token of the validation rows."""
-        metrics = validate(self.model, self.context.validation, self.context.say)
+        metrics = validate(self.model, self.context.validation, self.context.say, self.world)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -216,14 +226,15 @@ class FineTuner(ResumableTrainer):
         """Write the checkpoint, or end the run because the disk is full."""
         folder, step = self._folder, self.state.global_step
         try:
-            with checkpoint.writing(folder, step) as part:
-                self._note_best()
-                write_checkpoint(self, part, self._saved(), self._unfinished())
+            self._note_best()
+            write_together(self.world, folder, step, self._write_checkpoint)
         except checkpoint.CheckpointWriteError as error:
             self.write_error = str(error)
             self.control.should_training_stop = True
             return
         self.saved_at = step
+        if not self.world.main:
+            return
         self.progress.saved(step)
         new = checkpoint.place(folder, step)
         best = self.state.best_model_checkpoint
@@ -231,6 +242,9 @@ class FineTuner(ResumableTrainer):
         checkpoint.rotate(folder, self.context.recipe.save_total_limit, kept)
         if self.args.push_to_hub:
             self._pushed(lambda: self._push_from_checkpoint(str(new)))
+
+    def _write_checkpoint(self, part: Path) -> None:
+        write_checkpoint(self, part, self._saved(), self._unfinished())
 
     def _saved(self) -> Saved:
         recipe, step = self.context.recipe, self.state.global_step
@@ -246,6 +260,7 @@ class FineTuner(ResumableTrainer):
             pending_loss=0.0 if logged else float(pending),
             last_logged=self._globalstep_last_logged,
             carried=self.context.carried(),
+            processes=self.world.size,
         )
 
     def _unfinished(self) -> RngState | None:

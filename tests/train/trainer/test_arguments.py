@@ -23,7 +23,7 @@ from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
 from fusewright.train.trainer.schedule import own_schedule
-from fusewright.train.trainer.signals import Interrupts
+from fusewright.train.processes.signals import Interrupts
 from fusewright.train.trainer.trainer import FineTuner
 
 from ..conftest import make_model, make_tokenizer

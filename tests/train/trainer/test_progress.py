@@ -18,7 +18,7 @@ from rich.console import Console
 from fusewright.train.report.format import Smooth, duration, memory, millions
 from fusewright.train.report.throughput import ThroughputMeter
 from fusewright.train.trainer.progress import ProgressCallback
-from fusewright.train.trainer.signals import Interrupts
+from fusewright.train.processes.signals import Interrupts
 
 
 class Screen:

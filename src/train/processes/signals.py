@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from .world import World
+
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -35,15 +37,20 @@ class Interrupts:
     one only sets ``signal``, for the training loop to see after the batch, step or validation that
     it is at (``FlowCallback``); a second one raises.
 
+    Args:
+        world: the processes of the run.
+
     Attributes:
-        signal: the one that came, or None.
+        signal: the one that came, to this process or, once they agree, to another; or None.
     """
 
     STOPPING = "Stopping after this step and saving; press Ctrl-C again to quit without saving."
     WRITING = "Writing the last files; press Ctrl-C again to quit without them."
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World()
         self.signal: int | None = None
+        self._arrived: int | None = None
         self._shown_elsewhere = False
         self._message = ""
         self._before: dict[int, Any] = {}
@@ -58,6 +65,14 @@ class Interrupts:
     def __exit__(self, *failure: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agree(self) -> None:
+        """Make a deferred signal known to all processes of the run; a collective.
+
+        Until then it is no one's ``signal``, so that all of them end at the same step.
+        """
+        if self.world.several and self.signal is None:
+            self.signal = self.world.most(self._arrived or 0) or None
 
     @contextlib.contextmanager
     def deferring_signals(self, message: str = STOPPING) -> Iterator[None]:
@@ -78,10 +93,13 @@ class Interrupts:
             self._shown_elsewhere = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._message or self.signal is not None:
+        if not self._message or self._arrived is not None:
             self.signal = number
             raise Stopped(number)
-        self.signal = number
-        if not self._shown_elsewhere and os.getpid() == self._process:
+        self._arrived = number
+        if not self.world.several:
+            self.signal = number
+        quiet = self._shown_elsewhere or os.getpid() != self._process
+        if self.world.main and not quiet:
             # not through a file object: this may interrupt one of its own writes
             os.write(2, f"\n{self._message}\n".encode())

@@ -1,0 +1,72 @@
+"""A checkpoint that several processes write: there whole, or not at all, for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..processes.world import World
+from . import files
+from .files import CheckpointWriteError, write_error_reason
+
+
+def write_together(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Make a checkpoint of what ``write`` puts into a folder.
+
+    Rank 0 makes the hidden folder, all processes write into it, and rank 0 gives it its name once
+    all of them have. So ``folder`` must be the same on all machines.
+
+    Args:
+        world: the processes of the run, all of which call this.
+        folder: of the run.
+        step: the optimizer step.
+        write: called with the folder. Its collectives come before anything that a full disk can
+            make fail on one process alone.
+
+    Raises:
+        CheckpointWriteError: the disk of one of them is full, or cannot be written to. It is
+            raised in all processes, and nothing is left.
+    """
+    if not world.several:
+        with files.writing(folder, step) as part:
+            write(part)
+    elif world.main:
+        _lead(world, folder, step, write)
+    else:
+        part_name = world.share(str)  # of rank 0
+        if part_name:
+            _write(world, Path(part_name), write)
+        failed = world.share(str)
+        if failed:
+            raise CheckpointWriteError(failed)
+
+
+def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Rank 0's part of it."""
+    failed, told = "", False
+    try:
+        with files.writing(folder, step) as part:
+            world.share(lambda: str(part))
+            told = True
+            _write(world, part, write)
+    except CheckpointWriteError as error:
+        failed = str(error)
+    if not told:
+        world.share(lambda: "")
+    world.share(lambda: failed)
+    if failed:
+        raise CheckpointWriteError(failed)
+
+
+def _write(world: World, part: Path, write: Callable[[Path], None]) -> None:
+    """Write, and learn whether all processes could."""
+    reason = None
+    try:
+        write(part)
+    except Exception as error:
+        reason = write_error_reason(error)
+        if reason is None:
+            raise
+    reasons = [reason for reason in world.gather(reason) if reason is not None]
+    if reasons and world.main:
+        raise CheckpointWriteError(reasons[0])

@@ -1,0 +1,99 @@
+"""The share of each process in the sequences: all of them have as many batches, none is repeated.
+
+The batches of an epoch are numbered as one process would train them; process r of N takes those
+with the numbers r, r + N, r + 2N, … So N processes with one forward pass per step train what one
+process trains with N of them. Where the last ones do not go round, a process gets a batch without
+labels: it takes part in the collectives of the step, and adds nothing to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import IterableDataset, Sampler
+
+from .order import Order
+from .packing import Pack
+from .sample import IGNORED, Sample
+
+_FILLER = 8
+"""Tokens of a sequence that only fills a batch."""
+
+
+class RankBatches(Sampler[list[int]]):
+    """The batches of one process, as lists of indices; ``Fillable`` reads them.
+
+    Args:
+        order: of all sequences.
+        size: sequences in a batch.
+        rank: the number of the process.
+        ranks: how many there are.
+        drop_last: leave out a batch that is not full.
+    """
+
+    def __init__(self, order: Order, size: int, rank: int, ranks: int, drop_last: bool) -> None:
+        self.order, self.size, self.rank, self.ranks = order, size, rank, ranks
+        self.drop_last = drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes, from 0."""
+        self.order.set_epoch(epoch)
+
+    def _whole(self) -> int:
+        """Batches of the epoch, of all processes."""
+        return (len(self.order) + (0 if self.drop_last else self.size - 1)) // self.size
+
+    def __len__(self) -> int:
+        return -(-self._whole() // self.ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, number = list(self.order), self._whole()
+        for first in range(0, number, self.ranks):
+            own = first + self.rank
+            at = own * self.size
+            # ~i: the sequence i, of which nothing is trained
+            yield order[at : at + self.size] if own < number else [~order[0]]
+
+
+class Fillable(Sequence[Pack]):
+    """Sequences by their index; those by an inverted index are short, and train nothing.
+
+    Args:
+        packs: the sequences.
+    """
+
+    def __init__(self, packs: Sequence[Pack]) -> None:
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.packs[index] if index >= 0 else filler(self.packs[~index])
+
+
+def filler(pack: Pack) -> Pack:
+    """A short sequence of the same kind, of which nothing is trained."""
+    ids = pack[0].input_ids[:_FILLER]
+    return [Sample(ids, [IGNORED] * len(ids))]
+
+
+class RankStream(IterableDataset[Pack]):
+    """The sequences of one process from a stream that every process reads.
+
+    Args:
+        packs: the stream, which has no end.
+        size: sequences in a batch.
+        rank: the number of the process.
+        ranks: how many there are.
+    """
+
+    def __init__(self, packs: IterableDataset[Pack], size: int, rank: int, ranks: int) -> None:
+        self.packs, self.size, self.rank, self.ranks = packs, size, rank, ranks
+
+    def __iter__(self) -> Iterator[Pack]:
+        packs, at = iter(self.packs), self.rank * self.size
+        while group := list(islice(packs, self.size * self.ranks)):
+            yield from group[at : at + self.size]

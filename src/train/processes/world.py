@@ -1,0 +1,251 @@
+"""The processes of a run, and how they agree.
+
+What rank 0 does alone (preparing rows, writing files), the others wait for at the rendezvous' store,
+however long it takes: a collective would run into its time-out. What all of them do together is a
+collective on small CPU tensors (gloo), so that no GPU is synchronized.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ...errors import FusewrightError, ProcessLostError, first_line
+from .launchers import Placement, placement
+
+T = TypeVar("T")
+
+PARENT = "FUSEWRIGHT_PARENT"
+"""The variable that ``--nproc`` gives its processes: its own number."""
+
+_POLL = 0.5
+"""Seconds between two looks at the store, at most."""
+_PATIENCE = 3.0
+"""Seconds that a failing process waits for the message of another one."""
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused|was reset)|broken pipe|socket (closed|timeout)|"
+    r"timed out waiting|no route to host|remote process exited|nccl (remote|communicator)|"
+    r"distnetworkerror|failed to recv|unhandled system error|application timeout caused pair",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and the store say when another process is gone."""
+
+
+class World:
+    """The processes of a run. With one process, every method returns at once.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: how many there are.
+        local_rank: its number on its machine.
+        local_size: how many there are on its machine.
+
+    Args:
+        placed: which process this is.
+        store: the rendezvous' store; None: there is one process.
+    """
+
+    def __init__(self, placed: Placement | None = None, store: Any = None) -> None:
+        placed = placed or Placement()
+        self.rank, self.size = placed.rank, placed.size
+        self.local_rank, self.local_size = placed.local_rank, placed.local_size
+        self._store, self._shared = store, 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which prints and writes."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Let rank 0 make a value, which the others wait for; there is no time-out.
+
+        Args:
+            make: called by rank 0 alone; what it returns must survive JSON.
+
+        Raises:
+            SystemExit: on the other ranks, where ``make`` fails; rank 0 says why.
+            ProcessLostError: rank 0 is gone.
+        """
+        if not self.several:
+            return make()
+        self._shared += 1
+        name = f"shared-{self._shared}"
+        if not self.main:
+            return self._awaited(name)  # type: ignore[no-any-return]  # 2026-11-27: by JSON
+        value = make()
+        self._store.set(name, json.dumps(value))
+        return value
+
+    def wait_for_main(self) -> None:
+        """Wait until rank 0 is here, too."""
+        self.share(lambda: None)
+
+    def one_per_machine(self, work: Callable[[], Any]) -> None:
+        """Let the first process of each machine do ``work``, then the others of it; no time-out.
+
+        Rank 0, which has done it, does not take part.
+        """
+        first = self.rank - self.local_rank
+        if self.local_rank and first:
+            self._awaited(f"machine-{first}-{self._shared}")
+        work()
+        if not self.local_rank:
+            self._store.set(f"machine-{first}-{self._shared}", "null")
+
+    def gather(self, value: T) -> list[T]:
+        """What every process gives, by rank; a collective."""
+        if not self.several:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of numbers over all processes; a collective."""
+        if not self.several:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def most(self, value: int) -> int:
+        """The largest of a number over all processes; a collective."""
+        if not self.several:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    # --- failures --------------------------------------------------------------------------------
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this process ends with ``error``.
+
+        Raises:
+            SystemExit: rank 0 ends with the same words, or another process has ended first and
+                said why; one message is enough.
+        """
+        if not self.several or isinstance(error, SystemExit):
+            return
+        text = str(error)
+        with contextlib.suppress(Exception):  # the store may be gone, too
+            if not isinstance(error, ProcessLostError):
+                self._store.set(f"failed-{self.rank}", json.dumps(text))
+            if self.main or not isinstance(error, FusewrightError):
+                return
+            said = self._said(0)
+            if said is not None and (said == text or isinstance(error, ProcessLostError)):
+                time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
+                raise SystemExit(2)
+
+    def _said(self, rank: int) -> str | None:
+        """What a process has failed with, if it says so soon."""
+        end = time.monotonic() + _PATIENCE
+        while time.monotonic() < end:
+            if self._store.check([f"failed-{rank}"]):
+                return str(json.loads(self._store.get(f"failed-{rank}")))
+            time.sleep(0.1)
+        return None
+
+    def _awaited(self, name: str) -> Any:
+        pause = 0.001
+        while not self._store.check([name]):  # its own wait() warns on standard error
+            if self._store.check(["failed-0"]):
+                time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
+                raise SystemExit(2)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
+        return json.loads(self._store.get(name))
+
+
+@contextlib.contextmanager
+def joined(timeout: float | None) -> Iterator[World]:
+    """Join the other processes of the run, if a launcher has started several; leave them at the end.
+
+    Args:
+        timeout: how long a collective may take, in seconds; None: PyTorch's default.
+
+    Raises:
+        RecipeError: the launcher's variables are not right.
+        ProcessLostError: another process has ended during the run.
+    """
+    placed = placement(os.environ)
+    if placed.size == 1:
+        yield World()
+        return
+    if PARENT in os.environ:
+        _end_with_parent()
+    wait = datetime.timedelta(seconds=timeout) if timeout else dist.default_pg_timeout
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+    except (OSError, RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ProcessLostError(
+            f"rank {placed.rank} of {placed.size} cannot reach rank 0 at {address}: "
+            f"{first_line(error)}"
+        ) from error
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(placed.local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+    )  # fmt: skip
+    world = World(placed, dist.PrefixStore("fusewright", store))
+    try:
+        with _losses():
+            yield world
+            world.wait_for_main()
+    except BaseException as error:
+        world.fail(error)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _losses() -> Iterator[None]:
+    """Turn what PyTorch says of a process that is gone into an error that says so."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not lost(error):
+            raise
+        raise ProcessLostError(
+            "another process of this run has ended, so this one cannot continue either; what it "
+            "said is above, or in its launcher's log. Start the run again with "
+            f"resume_from_checkpoint: true to resume ({first_line(error)})"
+        ) from error
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is PyTorch's way of saying that another process is gone."""
+    return isinstance(error, dist.DistNetworkError) or bool(_LOST.search(str(error)))
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM, and so save, when the process that has started this one is killed."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[PARENT]):
+        raise SystemExit(1)

@@ -1,0 +1,190 @@
+"""transformers' Trainer in several processes: whose batches, how the model is wrapped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import seed_worker
+
+from ..checkpoint.load import ResumableTrainer, readable
+from ..checkpoint.rng_state import RngState
+from ..data.ranks import Fillable, RankBatches, RankStream
+from ..processes.wrapping import fsdp_plugin, parallelism, use_fsdp
+from ..processes.gather import (
+    load_optimizer,
+    names_by_group,
+    whole_optimizer,
+    whole_weights,
+)
+from ..processes.world import World
+from ..recipe.strategy import Strategy
+from ..report.throughput import peak_flops
+
+
+class ParallelTrainer(ResumableTrainer):
+    """``Trainer`` whose processes train what one would, batch by batch.
+
+    accelerate wraps the model (DDP, FSDP2, DeepSpeed) as ``Strategy`` says. With one process it is
+    Trainer as it is.
+
+    Args:
+        world: the processes of the run.
+        strategy: how they share the work.
+        kwargs: Trainer's own.
+    """
+
+    def __init__(self, world: World, strategy: Strategy, **kwargs: Any) -> None:
+        # before Trainer's own, which makes the accelerator
+        self.world, self.strategy = world, strategy
+        self._plugin: Any = None
+        self._names: list[list[str]] = []
+        self._loaded = False
+        super().__init__(**kwargs)
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process has only a part of the weights."""
+        if not self.world.several or self.strategy.engine == "ddp":
+            return False
+        return self.strategy.engine == "fsdp" or self.zero_stage == 3
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of DeepSpeed's ZeRO; 0 without it."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return int(plugin.zero_stage) if plugin is not None else 0
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        if self.world.several and self.strategy.fsdp is not None:
+            self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self.model)
+            config = parallelism(self.strategy, self.world)
+            if config is not None:
+                args["parallelism_config"] = config
+        return args
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
+        optimizer = super().create_optimizer(model)
+        if self.world.several:
+            self._names = names_by_group(self.model, optimizer)
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._loaded:  # before the weights are sharded: the files have whole ones
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.shards:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = Path(checkpoint)
+        with readable(folder):
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            load_optimizer(self.model, self.optimizer.optimizer, state, self._names)
+            schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
+        return None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; weights to resume from are loaded before they are sharded."""
+        if resume_from_checkpoint and self.shards:
+            self._load_whole(str(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_whole(self, folder: str) -> None:
+        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            self._load_from_checkpoint(folder)
+        finally:
+            self.is_fsdp_enabled = enabled
+        self._loaded = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
+        super().create_accelerator_and_postprocess()
+        if self._plugin is not None:
+            use_fsdp(self.accelerator, self._plugin)
+            self.is_fsdp_enabled = True
+
+    def whole_state(self) -> dict[str, Any] | None:
+        """The trained weights by their names, on rank 0, where each process has a part of them.
+
+        None: every process has all of them in the model. A collective.
+        """
+        if not self.shards:
+            return None
+        return whole_weights(self.model, trained_only=hasattr(self.model, "peft_config"))
+
+    def optimizer_state(self) -> dict[str, Any] | None:
+        """The optimizer's whole state as it is with one process, on rank 0; a collective."""
+        if not self.shards:
+            return self.optimizer.state_dict() if self.world.main else None
+        return whole_optimizer(self.model, self.optimizer.optimizer, self._names)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process."""
+        if not self.world.several:
+            return super().get_train_dataloader()
+        args, packs = self.args, self.train_dataset
+        place = self.world.rank, self.world.size
+        options: dict[str, Any] = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+        }
+        if isinstance(packs, IterableDataset):
+            own = RankStream(packs, self._train_batch_size, *place)
+            loader = DataLoader(own, batch_size=self._train_batch_size, **options)
+        else:
+            order: Any = self._get_train_sampler(packs)
+            batches = RankBatches(order, self._train_batch_size, *place, args.dataloader_drop_last)
+            options["worker_init_fn"] = functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.rank
+            )
+            loader = DataLoader(Fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
+        # for the device, and for the number of the epoch; each process has its own batches already
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )  # type: ignore[no-any-return]  # 2026-11-27: accelerate has no types
+
+
+def processes_message(strategy: Strategy, world: World) -> str | None:
+    """What to say about the processes of a run; None: there is nothing to say."""
+    if not world.several:
+        if strategy.engine == "ddp":
+            return None
+        return f"{strategy.engine}: one process has all the weights, so they are not sharded"
+    names = {"ddp": "each has all the weights (DDP)", "deepspeed": "DeepSpeed ZeRO"}
+    how = names.get(strategy.engine, "weights are sharded (FSDP2)")
+    return f"processes: {world.size}; {how}"
+
+
+def peak_of(model: Any, world: World) -> float | None:
+    """Operations per second that the devices of all processes can do; None: not known."""
+    peak = peak_flops(model.device, model.dtype)
+    return None if peak is None else peak * world.size
+
+
+@contextlib.contextmanager
+def same_draws(seed: int) -> Iterator[None]:
+    """Let all processes draw the same random numbers in the block, and their own again after it."""
+    before = RngState.now()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def seed_rank(seed: int, world: World) -> None:
+    """Let each process draw numbers of its own, for dropout; the weights are there by now."""
+    if world.several:
+        torch.manual_seed(seed + world.rank)
