@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from .keys.adapter import LoftQ, PeftKeys
 from .keys.base import Keys, extra_of
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.fsdp import FsdpKeys
 from .keys.model import SpecialTokens
 from .recipe import GROUPS, Recipe
 
@@ -138,6 +139,7 @@ _INNER: dict[type[Keys], str] = {
     SpecialTokens: "`special_tokens`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
+    FsdpKeys: "`fsdp_config`; older names of its keys begin with `fsdp_`",
 }
 
 _FEW = 9
