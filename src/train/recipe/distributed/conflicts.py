@@ -135,7 +135,7 @@ def _options(recipe: DistributedKeys) -> Iterator[Problem]:
         yield ("fsdp_config", "offload_params"), "false contradicts fsdp: offload: remove one"
     if "auto_wrap" in sharding.words(recipe) and config.auto_wrap_policy == "NO_WRAP":
         yield ("fsdp_config", "auto_wrap_policy"), "NO_WRAP contradicts fsdp: auto_wrap: remove one"
-    if config.auto_wrap_policy == "SIZE_BASED_WRAP" and config.min_num_params is None:
+    if config.auto_wrap_policy == "SIZE_BASED_WRAP" and not config.min_num_params:
         yield (
             ("fsdp_config", "auto_wrap_policy"),
             "SIZE_BASED_WRAP needs min_num_params, e.g. 100000000",

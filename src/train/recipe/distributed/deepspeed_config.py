@@ -47,6 +47,14 @@ _AUTO = (
 )  # fmt: skip
 
 
+_SAME = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+"""What a recipe has a key for, too."""
+
+
 def built_in(name: str) -> dict[str, Any] | None:
     """Our equivalent of a file that recipes name, or None where we have none.
 
@@ -101,8 +109,8 @@ def read_config(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
         found = built_in(deepspeed)
         if found is None:
             raise RecipeError(
-                f"there is no file {deepspeed}; without a file there are "
-                f"{', '.join(f'{_FOLDER}/{name}' for name in _BUILT_IN)}"
+                f"there is no file {deepspeed} next to the recipe or in the current folder; those "
+                f"that need no file are, in {_FOLDER}/, {', '.join(_BUILT_IN)}"
             )
         return found
     try:
@@ -115,6 +123,21 @@ def read_config(deepspeed: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"{path} must hold one JSON object, a configuration of DeepSpeed")
     return _checked(value, f"{path}: ")
+
+
+def mismatches(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """The values of a configuration that are not those of the recipe, a sentence each.
+
+    Args:
+        config: from ``read_config``.
+        recipe: ``micro_batch_size``, ``gradient_accumulation_steps`` and ``max_grad_norm``.
+    """
+    return [
+        f"{name} is {config[name]}, but {key} is {recipe[key]}: write auto for it in the "
+        f"configuration, or set {key}: {config[name]}"
+        for name, key in _SAME.items()
+        if config.get(name, "auto") not in ("auto", recipe[key])
+    ]
 
 
 def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -62,9 +62,9 @@ class FsdpKeys(Keys):
     """The classes of the blocks, e.g. ``LlamaDecoderLayer``: a list, or names with commas between
     them. Unset: found by the model's structure."""
 
-    min_num_params: Int | None = key(ge=1)
-    """The number of parameters from which a module is a unit, with ``SIZE_BASED_WRAP``. Unset:
-    modules are not chosen by size."""
+    min_num_params: Int | None = key(ge=0)
+    """The number of parameters from which a module is a unit, with ``SIZE_BASED_WRAP``. Unset, or
+    0: modules are not chosen by size."""
 
     reshard_after_forward: Annotated[bool | Strategies | None, BeforeValidator(_strategy)] = None
     """Free a block's gathered weights after its forward, and gather them again in backward; false
