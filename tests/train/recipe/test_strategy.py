@@ -103,6 +103,7 @@ OPTIONS: list[tuple[str, Any, dict[str, Any]]] = [
     ("mixed_precision_policy", "bf16", {"mixed_precision": "bfloat16"}),
     ("mixed_precision_policy", "fp16", {"mixed_precision": "float16"}),
     ("mixed_precision_policy", "float32", {"mixed_precision": "float32"}),
+    ("activation_checkpointing_offload", True, {}),
     ("final_state_dict_type", "SHARDED_STATE_DICT", {}),
     ("use_orig_params", False, {}),
     ("sync_module_states", True, {}),

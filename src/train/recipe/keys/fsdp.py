@@ -89,6 +89,11 @@ class FsdpKeys(Keys):
     activation_checkpointing: bool | None = None
     """Keep only the inputs of each block, as ``gradient_checkpointing`` does. Unset: no."""
 
+    activation_checkpointing_offload: bool | None = subsumed(
+        "fusewright's memory planner: it decides what each block keeps (key memory)"
+    )
+    """Keep those inputs in CPU memory. Unset: no."""
+
     state_dict_type: Annotated[
         Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
         BeforeValidator(_upper),
