@@ -42,7 +42,8 @@ def show(checked: Checked, console: Console) -> None:
     Raises:
         RecipeError: training would refuse the recipe; once all is printed.
     """
-    found = sorted(entries(checked.values), key=lambda e: _number(_line(e, checked)))
+    written = entries(checked.values, checked.recipe)
+    found = sorted(written, key=lambda e: _number(_line(e, checked)))
     say(console, f"{checked.name}\n")
     console.print(_table(checked, found))
     counts = {status: sum(_status(e) == status for e in found) for status in _COLOURS}

@@ -70,6 +70,11 @@ def missing_packages(recipe: Recipe) -> list[str]:
                 f"{key}: {value} needs the package {package}, which is not installed: "
                 f"pip install {package}"
             )
+    if recipe.deepspeed and not _is_there("deepspeed"):
+        missing.append(
+            "deepspeed: needs the package deepspeed, which is not installed: "
+            'pip install "fusewright[distributed]"'
+        )
     return missing
 
 

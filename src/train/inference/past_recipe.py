@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ...errors import ModelError
 from ..consent import CODE_SWITCH, why_not_run
-from ..recipe.keys.base import Keys, is_default, nested
+from ..recipe.keys.base import Keys, aliases, is_default, nested
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
 from .run_folder import RunFolder, stored_dtype
@@ -118,7 +118,8 @@ def written(values: Mapping[str, Any], model: type[Keys] = Recipe) -> dict[str, 
         model: what they are the keys of.
     """
     kept = {}
-    for name, value in values.items():
+    for older, value in values.items():
+        name = aliases(model).get(older, older)
         field = model.model_fields.get(name)
         if value is None or (field and is_default(field, value)):
             continue

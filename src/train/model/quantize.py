@@ -10,12 +10,14 @@ from torch import nn
 
 from ...errors import RecipeError
 from ..recipe.recipe import Recipe
+from ..recipe.strategy import quant_storage
 
 
 def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
     """The ``BitsAndBytesConfig`` that the recipe asks for, or None.
 
-    Four bits are NF4 with quantized scales, computed in ``dtype``; ``bnb_config_kwargs`` win.
+    Four bits are NF4 with quantized scales, computed in ``dtype``, and stored in it where they are
+    sharded; ``bnb_config_kwargs`` win.
 
     Raises:
         RecipeError: ``bnb_config_kwargs`` are not what ``BitsAndBytesConfig`` takes.
@@ -33,6 +35,8 @@ def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
+        if (storage := quant_storage(recipe)) is not None:
+            options["bnb_4bit_quant_storage"] = dtype if storage == "auto" else storage
     given = recipe.bnb_config_kwargs or {}
     unknown = sorted(set(given) - set(vars(make())))
     if unknown:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import did_you_mean
 from ..chat_templates import unknown_template
+from .distributed.conflicts import distributed_conflicts, distributed_without_effect
 from .keys.dataset import TYPES
 from .problems import Loc
 
@@ -70,8 +71,9 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
             idle.append((("dataset_prepared_path",), "streamed rows are not cached"))
     if values.get("loss_watchdog_threshold") is None:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
+    idle += distributed_without_effect(values)
     for keys, reason in idle:
-        yield from ((key, reason) for key in keys if key in values)
+        yield from ((key, reason) for key in keys if key.partition(".")[0] in values)
 
 
 def _first_set(values: Values, *keys: str) -> Any:
@@ -280,5 +282,5 @@ def _either(values: Values, key: str, other: str) -> Iterator[Problem]:
 
 
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
-    _model, _adapter, _rows, _steps, _output,
+    _model, _adapter, _rows, _steps, _output, distributed_conflicts,
 )  # fmt: skip

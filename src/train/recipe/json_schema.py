@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from .keys.base import aliases
+from .keys.base import Keys, aliases, moved, nested
 from .recipe import Recipe
 
 
@@ -32,9 +32,22 @@ def json_schema() -> dict[str, Any]:
                 _nullable(key) if name not in model.get("required", ()) else key
             )
             model["properties"][name].setdefault("status", "honoured")
-    for old, new in aliases(Recipe).items():
-        schema["properties"][old] = {"$ref": f"#/properties/{new}", "deprecated": True}
+    _add_older_names(Recipe, schema, "#")
+    for group in filter(None, (nested(f.annotation) for f in Recipe.model_fields.values())):
+        _add_older_names(group, schema["$defs"][group.__name__], f"#/$defs/{group.__name__}")
+    for old, (name, new) in moved(Recipe).items():
+        inner = nested(Recipe.model_fields[name].annotation)
+        assert inner is not None
+        where = f"#/$defs/{inner.__name__}/properties/{new}"
+        schema["properties"][old] = {"$ref": where, "deprecated": True}
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+
+
+def _add_older_names(model: type[Keys], schema: dict[str, Any], here: str) -> None:
+    """Add the older names of a class's keys to its schema, which is at ``here``."""
+    for old, new in aliases(model).items():
+        where = f"{here}/properties/{new}"
+        schema["properties"][old] = {"$ref": where, "deprecated": True}
 
 
 def _nullable(key: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ...errors import RecipeError
 from ..consent import Consent
 from ..printable import odd_characters
 from .conflicts import conflicts
-from .keys.base import aliases
+from .keys.base import Keys, aliases, current, moved, nested
 from .paths import with_paths
 from .problems import Loc, explained, listed, nearest_key
 from .recipe import Recipe
@@ -79,7 +79,7 @@ def check(
         values, lines = read(path)
         name, folder = str(source), path.resolve().parent
     where: dict[Loc, str] = {loc: f"line {line}" for loc, line in lines.items()}
-    problems = _rename(values, where)
+    problems = _rename(Recipe, values, where, ())
     problems += _override(values, overrides or {}, where)
     given = _without_nulls(values)
     odd = list(odd_characters(given))
@@ -99,25 +99,46 @@ def check(
         recipe, missing = with_paths(recipe.allowed(consent or Consent()), folder)
         problems += missing
     if problems or recipe is None:
+        known = {loc for loc, _ in problems}
         problems += [found for found in refusals(values) if found[0] not in known]
         raise RecipeError(listed(name, problems, where))
     return Checked(name, recipe, values, where)
 
 
-def _rename(values: dict[str, Any], where: dict[Loc, str]) -> list[tuple[Loc, str]]:
-    """Give keys with an older name the one that they have now; return those that have both."""
+def _rename(
+    model: type[Keys], values: dict[str, Any], where: dict[Loc, str], loc: Loc
+) -> list[tuple[Loc, str]]:
+    """Give keys with an older name the one that they have now; return those that have both.
+
+    Args:
+        model: what the keys are of.
+        values: the keys, to be changed.
+        where: the line of every place, to be added to.
+        loc: the place of ``values``.
+    """
     problems: list[tuple[Loc, str]] = []
-    for old, new in aliases(Recipe).items():
+    names: dict[str, tuple[str, ...]] = {old: (new,) for old, new in aliases(model).items()}
+    for old, new in {**names, **moved(model)}.items():
         if old not in values:
             continue
-        value = values.pop(old)
-        if values.get(new) is not None and value is not None:
-            problems.append(((old,), f"is the old name of {new}, which is set, too"))
+        if len(new) > 1 and values.get(new[0]) is None:
+            values[new[0]] = {}
+        group = values[new[0]] if len(new) > 1 else values
+        if not isinstance(group, dict):  # which is a problem of its own
             continue
-        if value is not None or new not in values:
-            values[new] = value
-            for loc in [loc for loc in where if loc[0] == old]:
-                where[(new, *loc[1:])] = where[loc]
+        value = values.pop(old)
+        if group.get(new[-1]) is not None and value is not None:
+            said = f"is the old name of {'.'.join(new)}, which is set, too"
+            problems.append(((*loc, old), said))
+            continue
+        if value is not None or new[-1] not in group:
+            group[new[-1]] = value
+            for at in [at for at in where if at[: len(loc) + 1] == (*loc, old)]:
+                where[(*loc, *new, *at[len(loc) + 1 :])] = where[at]
+    for name, field in model.model_fields.items():
+        inner = nested(field.annotation)
+        if inner is not None and isinstance(values.get(name), dict):
+            problems += _rename(inner, values[name], where, (*loc, name))
     return problems
 
 
@@ -127,9 +148,7 @@ def _override(
     """Set what the command line says; return what cannot be set."""
     problems: list[tuple[Loc, str]] = []
     for dotted, value in overrides.items():
-        first, *rest = dotted.split(".")
-        first = aliases(Recipe).get(first, first)
-        loc: Loc = (first, *(int(p) if p.isdecimal() else p for p in rest))
+        loc = current(Recipe, dotted)
         if _put(values, loc, value):
             for n in range(1, len(loc)):
                 where.setdefault(loc[:n], "override")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from ...errors import RecipeError, nearest
-from .keys.base import Keys, aliases, nested
+from .keys.base import Keys, aliases, current, moved, nested
 from .recipe import Recipe
 from .yaml_lines import parse_value
 
@@ -46,7 +46,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _no_value(key: str) -> str:
     """What is wrong with a word that no value follows: often it is a misspelt switch."""
-    known = {*Recipe.model_fields, *aliases(Recipe)}
+    known = {*Recipe.model_fields, *aliases(Recipe), *moved(Recipe)}
     if key.removeprefix("no_").partition(".")[0] in known:
         return "needs a value"
     near = nearest(key, [*known, "dry_run", "overwrite"])
@@ -56,11 +56,10 @@ def _no_value(key: str) -> str:
 
 def _is_switch(dotted: str) -> bool:
     """Whether a key may be a boolean."""
-    first, *inner = dotted.split(".")
     model: type[Keys] | None = Recipe
     annotation: Any = None
-    for name in (aliases(Recipe).get(first, first), *inner):
-        if name.isdecimal():
+    for name in current(Recipe, dotted):
+        if isinstance(name, int):
             continue
         field = model.model_fields.get(name) if model is not None else None
         if field is None:

@@ -10,6 +10,7 @@ from ...errors import RecipeError
 from ..consent import must_build, needs_consent, refused_builder
 from ..output_files import why_not_ours_to_write
 from ..package_rows import is_own, why_none
+from .distributed.deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
 from .locate import find_file, locate
 from .problems import Loc
@@ -58,6 +59,8 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
         update["resume_from_checkpoint"] = str(checkpoint)
     if (template := recipe.chat_template_jinja) is not None:
         update["chat_template_jinja"] = _template(template, folders, (), problems)
+    if recipe.deepspeed:
+        update["deepspeed"] = _deepspeed(recipe, recipe.deepspeed, folders, problems)
     problems += needs_consent(recipe)
     return recipe.model_copy(update=update), problems
 
@@ -136,6 +139,24 @@ def _template(text: str, folders: list[Path], loc: Loc, problems: Problems) -> s
     if found is None:
         problems.append(((*loc, "chat_template_jinja"), _nowhere(text, folders)))
     return str(found or text)
+
+
+def _deepspeed(
+    recipe: Recipe, value: str | dict[str, Any], folders: list[Path], problems: Problems
+) -> str | dict[str, Any]:
+    """The absolute path of a configuration of DeepSpeed, if it is in a file."""
+    found = find_file(value, folders) if isinstance(value, str) else None
+    try:
+        config = read_config(str(found) if found else value)
+        own = {
+            "micro_batch_size": recipe.micro_batch_size,
+            "gradient_accumulation_steps": recipe.accumulation(),
+            "max_grad_norm": recipe.max_grad_norm,
+        }
+        problems += [(("deepspeed",), said) for said in mismatches(config, own)]
+    except RecipeError as error:
+        problems.append((("deepspeed",), str(error)))
+    return str(found) if found else value
 
 
 def _nowhere(path: str, folders: list[Path]) -> str:

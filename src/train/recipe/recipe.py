@@ -23,6 +23,7 @@ from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
 from .keys.subsumed import SubsumedKeys
 from .keys.tracking import TrackingKeys
+from .strategy import Strategy, strategy_of
 
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
@@ -85,6 +86,10 @@ class Recipe(
         if self.batch_size is None:
             return self.gradient_accumulation_steps
         return max(1, self.batch_size // self.micro_batch_size)
+
+    def strategy(self) -> Strategy:
+        """How the work is shared between processes."""
+        return strategy_of(self)
 
     def packs(self) -> bool:
         """Whether training rows are packed."""

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from .distributed.deepspeed_config import built_in_names
 from .keys.adapter import LoftQ, PeftKeys
 from .keys.base import Keys, extra_of
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.fsdp import FsdpKeys
 from .keys.model import SpecialTokens
 from .recipe import GROUPS, Recipe
 
@@ -98,6 +100,22 @@ prints this page as a JSON schema. For completion in an editor, save it (`fusewr
 recipe.schema.json`) and put `# yaml-language-server: $schema=recipe.schema.json` at the top of a
 recipe.
 
+## Several processes
+
+Several processes train with DDP, unless a key shards the model:
+
+- `deepspeed`: ZeRO, with a configuration from a JSON file or as keys and values, where `auto` is
+  what the recipe says. The files in `deepspeed_configs/` that Axolotl's recipes name need not be
+  there. Without them, fusewright's own configurations of the same names are used, which have the
+  same stage and offload the same: {deepspeed}.
+- `fsdp: true`, or any key in `fsdp_config`: FSDP2. Recipes that were written for FSDP1 run on it:
+
+{fsdp}
+
+`dp_shard_size` is the number of processes that share one copy of the weights, and
+`dp_replicate_size` the number of copies. With `load_in_4bit`, weights that FSDP or ZeRO-3 shards
+are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit_quant_storage`.
+
 ## Coming from Axolotl
 
 The keys, their types and their defaults are Axolotl's. Its recipes for supervised training, with
@@ -110,13 +128,28 @@ The differences:
   `fusewright explain` shows what it did.
 - Without `save_steps` or `saves_per_epoch` there are no checkpoints, only the result. Validation
   always runs before and after training.
-- Preference methods (`rl`), several devices (`fsdp`, `deepspeed`, `context_parallel_size`, …) and
+- FSDP is always FSDP2. Recipes for FSDP1 run on it, [too](#several-processes).
+- Preference methods (`rl`), tensor, context and expert parallelism (`tensor_parallel_size`, …) and
   plugins are not yet available.
 - `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
   are fusewright's own. `strict` means that every known formula must be rewritten.
 
 There are {number} keys, including those of datasets.
 """
+
+_FSDP1 = {
+    "`fsdp: [full_shard, auto_wrap]`, `sharding_strategy: FULL_SHARD`": (
+        "`reshard_after_forward: true`, which is the default"
+    ),
+    "`fsdp: [shard_grad_op]`, `sharding_strategy: SHARD_GRAD_OP`": "`reshard_after_forward: false`",
+    "`HYBRID_SHARD`, `HYBRID_SHARD_ZERO2`": "the same two, with `dp_replicate_size`",
+    "`NO_SHARD`": "DDP",
+    "`fsdp: [offload]`": "`offload_params: true`",
+    "`fsdp_NAME`, in `fsdp_config` or outside": "`NAME` in `fsdp_config`",
+    "`use_orig_params`, `limit_all_gathers`, `sync_module_states`, `backward_prefetch`, "
+    "`forward_prefetch`": "subsumed",
+}
+"""What recipes for FSDP1 say, and what it is in FSDP2."""
 
 _GROUPS = {
     "ModelKeys": "Model and tokenizer",
@@ -138,6 +171,7 @@ _INNER: dict[type[Keys], str] = {
     SpecialTokens: "`special_tokens`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
+    FsdpKeys: "`fsdp_config`; older names of its keys begin with `fsdp_`",
 }
 
 _FEW = 9
@@ -147,7 +181,9 @@ _FEW = 9
 def page() -> str:
     """The whole page as Markdown."""
     number = sum(len(model.model_fields) for model in (Recipe, Dataset))
-    parts = [_INTRODUCTION.format(number=number)]
+    names = ", ".join(f"`{name}`" for name in built_in_names())
+    rows = [f"| {old} | {new} |" for old, new in {"FSDP1": "FSDP2", "---": "---", **_FSDP1}.items()]
+    parts = [_INTRODUCTION.format(number=number, deepspeed=names, fsdp="\n".join(rows))]
     for group in GROUPS:
         own = {k: f for k, f in group.model_fields.items() if k in group.__annotations__}
         parts.append(_section(f"## {_GROUPS[group.__name__]}", own))

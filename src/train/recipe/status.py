@@ -12,12 +12,16 @@ from typing import Any
 
 from ..consent import CODE_SWITCH
 from .conflicts import without_effect
+from .distributed.deepspeed_config import uses_built_in
 from .keys.base import Keys, Status, extra_of, is_default, nested
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
 
 _ORDER: tuple[Status, ...] = ("honoured", "subsumed", "not applicable", "not yet available")
+
+
+_BUILT_IN = "there is no such file here: fusewright's own configuration of that name is used"
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,19 @@ class Entry:
         return ".".join(map(str, self.loc))
 
 
-def entries(values: Mapping[str, Any]) -> list[Entry]:
+def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Entry]:
     """The status of every key, those inside others too.
 
     Args:
         values: a recipe as written, which has been checked.
+        recipe: the same with its paths resolved; None: what stands for a file that is not there is
+            not said.
     """
     idle = dict(without_effect(values))
     found = []
     for entry in _walk(Recipe, values, ()):
+        if entry.key == "deepspeed" and recipe is not None and uses_built_in(recipe.deepspeed):
+            entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
         if entry.key in idle and entry.status == "honoured" and entry.asks:
             entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
         found.append(entry)
@@ -93,6 +101,8 @@ def messages(recipe: Recipe) -> list[str]:
         keys = [entry.key for entry in found if entry.status == status]
         if keys:
             said.append(f"{text}: {', '.join(keys)} (train --dry-run says why)")
+    if uses_built_in(recipe.deepspeed):
+        said.append(f"deepspeed: {recipe.deepspeed}: {_BUILT_IN}")
     if recipe.trust_remote_code and not recipe.consent.trust_remote_code:
         said.append(
             f"trust_remote_code: without effect, because {CODE_SWITCH} is not on the command "

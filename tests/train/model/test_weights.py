@@ -52,6 +52,23 @@ def test_quantized_bases(recipe: dict[str, Any], bits: int, optimize: bool) -> N
 
 
 @QUANTIZED
+def test_the_storage_of_four_bits_changes_no_loss(recipe: dict[str, Any]) -> None:
+    keys = {**recipe, "adapter": "qlora", "load_in_4bit": True, "max_steps": 3, "optimize": True}
+    results = []
+    for kind in ("uint8", "bfloat16"):
+        given = {"bnb_4bit_quant_storage": kind}
+        results.append(
+            train(keys, console=QUIET, bnb_config_kwargs=given, codegen="eager", overwrite=True)
+        )
+    first, second = results
+    assert second.val_loss_after == first.val_loss_after
+    assert second.parameters == first.parameters
+    assert second.optimize is not None
+    assert first.optimize is not None
+    assert second.optimize["by_rule"] == first.optimize["by_rule"]
+
+
+@QUANTIZED
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantizing_in_place_is_what_loading_does(base: Path, bits: int) -> None:
     kind = {f"load_in_{bits}bit": True}

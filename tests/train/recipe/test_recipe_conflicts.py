@@ -150,14 +150,14 @@ UNAVAILABLE = [
         "rl", "rl: dpo\n", "line 4: rl: dpo is not yet available: only supervised training so far"
     ),
     good(
-        "fsdp",
-        "fsdp: [full_shard]\n",
-        "line 4: fsdp: ['full_shard'] is not yet available: remove the",
+        "tensor parallelism",
+        "tensor_parallel_size: 2\n",
+        "line 4: tensor_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
     ),
     good(
-        "deepspeed",
-        "deepspeed: zero3.json\n",
-        "4: deepspeed: zero3.json is not yet available: remove the",
+        "context parallelism, by its older name",
+        "sequence_parallel_degree: 2\n",
+        "4: context_parallel_size: 2 is not yet available: leave it out; gradient_checkpointing",
     ),
     good(
         "context",

@@ -15,6 +15,7 @@ from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.adapter import PeftKeys
 from fusewright.train.recipe.keys.base import Keys, aliases, extra_of
 from fusewright.train.recipe.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.recipe.keys.fsdp import FsdpKeys
 from fusewright.train.recipe.keys.model import SpecialTokens
 from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS
 from fusewright.train.recipe.keys.output import OutputKeys
@@ -24,7 +25,7 @@ from fusewright.train.recipe.reference_docs import page
 
 ROOT = Path(__file__).resolve().parents[3]
 MODELS: list[type[Keys]] = [
-    Recipe, Dataset, PretrainingDataset, PromptFormat, SpecialTokens, PeftKeys,
+    Recipe, Dataset, PretrainingDataset, PromptFormat, SpecialTokens, PeftKeys, FsdpKeys,
 ]  # fmt: skip
 STATUSES = ("honoured", "subsumed", "not applicable", "not yet available")
 
@@ -120,6 +121,7 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 @pytest.mark.parametrize(("old", "new"), aliases(Recipe).items())
 def test_older_names(old: str, new: str) -> None:
     value: Any = {"a": 1} if "model_" in new else 0.5
+    value = 1 if new == "context_parallel_size" else value
     value = "main" if "revision" in new or new == "model_type" else value
     value = {"eval_strategy": "no"}.get(new, value)
     value = 3 if new in ("dataset_processes", "eval_max_new_tokens") or "buffer" in new else value

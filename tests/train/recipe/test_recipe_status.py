@@ -37,7 +37,8 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("context_parallel_size", 2, "not yet available"),
         ("reward_model", False, "honoured"),
         ("reward_model", True, "not yet available"),
-        ("deepspeed", "zero2.json", "not yet available"),
+        ("deepspeed", "zero2.json", "honoured"),
+        ("tensor_parallel_size", 2, "not yet available"),
         ("auto_find_batch_size", False, "honoured"),
         ("auto_find_batch_size", True, "not yet available"),
         ("liger_rope", True, "subsumed"),
@@ -129,11 +130,11 @@ def test_a_batch_size_that_is_not_found_says_what_to_do_instead() -> None:
 
 
 def test_training_says_what_was_not_asked_for() -> None:
-    keys = {"liger_rope": True, "ddp": True, "liger_rms_norm": False, "debug": None}
+    keys = {"liger_rope": True, "world_size": 2, "liger_rms_norm": False, "debug": None}
     lines = messages(load_recipe({**BASE, **keys}))
     assert lines == [
         "fusewright does this itself: liger_rope (train --dry-run says why)",
-        "without effect here: ddp (train --dry-run says why)",
+        "without effect here: world_size (train --dry-run says why)",
     ]
     assert messages(load_recipe(BASE)) == []
 

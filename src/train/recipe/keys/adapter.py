@@ -120,7 +120,9 @@ class AdapterKeys(Keys):
     lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
     """Load the adapter into CPU memory. Unset: no."""
 
-    qlora_sharded_model_loading: bool | None = not_yet("leave it out: one process loads the model")
+    qlora_sharded_model_loading: bool | None = not_yet(
+        "leave it out; fsdp_config.cpu_ram_efficient_loading lets one process read the weights"
+    )
     """Load a quantized model shard by shard for FSDP. Unset: no."""
 
     merge_lora: bool | None = not_applicable("merging is a command: fusewright merge RUN")

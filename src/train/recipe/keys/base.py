@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -44,6 +44,9 @@ class Keys(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    older_prefix: ClassVar[str] = ""
+    """What the older names of all its keys begin with, here and outside of the group."""
+
 
 Reasons = Mapping[Any, tuple[Status, str]]
 """Values whose status is not the key's own, each with the status and the reason."""
@@ -67,9 +70,9 @@ def key(
     return Field(default, json_schema_extra=_extra("honoured", "", values, aliases), **limits)
 
 
-def subsumed(by: str, default: Any = None) -> Any:
+def subsumed(by: str, default: Any = None, *, values: Reasons | None = None) -> Any:
     """A key whose effect one has anyway, ``by`` something else."""
-    return Field(default, json_schema_extra=_extra("subsumed", by))
+    return Field(default, json_schema_extra=_extra("subsumed", by, values))
 
 
 def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
@@ -77,9 +80,17 @@ def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()
     return Field(default, json_schema_extra=_extra("not applicable", why, aliases=aliases))
 
 
-def not_yet(instead: str, default: Any = None, *, values: Reasons | None = None) -> Any:
+def not_yet(
+    instead: str,
+    default: Any = None,
+    *,
+    values: Reasons | None = None,
+    aliases: Sequence[str] = (),
+    **limits: Any,
+) -> Any:
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
-    return Field(default, json_schema_extra=_extra("not yet available", instead, values))
+    extra = _extra("not yet available", instead, values, aliases)
+    return Field(default, json_schema_extra=extra, **limits)
 
 
 def _extra(
@@ -105,11 +116,48 @@ def nested(annotation: Any) -> type[Keys] | None:
 
 def aliases(model: type[Keys]) -> dict[str, str]:
     """The older names of a class's keys, each with the name that it has now."""
-    return {
+    names = {
         old: name
         for name, field in model.model_fields.items()
         for old in extra_of(field).get("aliases", ())
     }
+    prefix = model.older_prefix
+    if prefix:
+        names |= {prefix + old: new for old, new in names.items()}
+        names |= {prefix + name: name for name in model.model_fields}
+    return names
+
+
+def moved(model: type[Keys]) -> dict[str, tuple[str, str]]:
+    """Keys that have become those of a group: each with the group and the name that it has now."""
+    found: dict[str, tuple[str, str]] = {}
+    for group, field in model.model_fields.items():
+        inner = nested(field.annotation)
+        if inner is not None and inner.older_prefix:
+            found |= {
+                old: (group, new)
+                for old, new in aliases(inner).items()
+                if old.startswith(inner.older_prefix) and old not in model.model_fields
+            }
+    return found
+
+
+def current(model: type[Keys], dotted: str) -> tuple[str | int, ...]:
+    """The place of a dotted key, e.g. ``datasets.0.path``, with the names that keys have now."""
+    found: tuple[str | int, ...] = ()
+    inner: type[Keys] | None = model
+    for part in dotted.split("."):
+        names: tuple[str, ...] = (part,)
+        if part.isdecimal():  # an item of a list, which has the same keys
+            found = (*found, int(part))
+            continue
+        if inner is not None:
+            names = moved(inner).get(part, (aliases(inner).get(part, part),))
+        for name in names:
+            field = inner.model_fields.get(name) if inner is not None else None
+            inner = nested(field.annotation) if field is not None else None
+        found = (*found, *names)
+    return found
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:

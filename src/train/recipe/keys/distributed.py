@@ -2,54 +2,86 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .base import Int, Keys, not_applicable, not_yet
+from pydantic import BeforeValidator
 
-_ONE = (
-    "remove the key: training uses one device; adapter: qlora and a smaller micro_batch_size need "
-    "the least memory"
+from .base import Int, Keys, key, not_applicable, not_yet, subsumed
+from .fsdp import FsdpKeys
+
+Words = Literal[
+    "full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2", "offload",
+    "auto_wrap",
+]  # fmt: skip
+"""The options of ``fsdp`` that transformers has, too."""
+
+_LAUNCHER = (
+    "the launcher sets it: torchrun, accelerate launch, deepspeed, SLURM, or fusewright train "
+    "--nproc"
 )
-_LAUNCHER = "there is one process"
+_SHARD = (
+    "leave it out, and use fsdp_config (with dp_shard_size), which shares {} between devices, too"
+)
+
+
+def _words(value: Any) -> Any:
+    """The options of a text or a list, in lower case."""
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if isinstance(value, list):
+        return [word.lower() if isinstance(word, str) else word for word in value]
+    return value
 
 
 class DistributedKeys(Keys):
-    """Several processes. One does all the work so far."""
+    """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
 
-    fsdp: list[str] | str | None = not_yet(_ONE)
-    """Options of FSDP, e.g. ``[full_shard, auto_wrap]``. Unset: no sharding."""
+    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = None
+    """Shard the model with FSDP2: true, or options as a list or a text, e.g. ``[full_shard,
+    auto_wrap, offload]``, which mean the same as those of ``fsdp_config``. Unset: only where
+    ``fsdp_config`` has a key."""
 
-    fsdp_config: dict[str, Any] | None = not_yet(_ONE)
-    """Settings of FSDP. Unset: none."""
+    fsdp_config: FsdpKeys | None = not_applicable("what it holds has a status of its own")
+    """Settings of FSDP; any key in it shards the model with FSDP2. Unset: none."""
 
-    fsdp_version: Int | None = not_applicable("only fsdp_config reads it")
-    """Which FSDP: 1 or 2. Unset: 1."""
+    fsdp_version: Literal[1, 2] | None = subsumed("FSDP2, which runs the options of both versions")
+    """Which FSDP; by itself it shards nothing. Unset: 2."""
 
-    fsdp_final_state_dict_type: str | None = not_applicable("only fsdp_config reads it")
+    fsdp_final_state_dict_type: (
+        Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None
+    ) = subsumed("the result, which is always saved as a whole")
     """How FSDP saves the result. Unset: as a whole."""
 
-    deepspeed: str | dict[str, Any] | None = not_yet(_ONE)
-    """The configuration of DeepSpeed, or its file. Unset: none."""
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
+    """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
-    deepcompile: bool | None = not_applicable("only deepspeed reads it")
+    deepspeed: str | dict[str, Any] | None = None
+    """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
+    ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
+
+    deepcompile: bool | None = subsumed("fusewright's compiler: see codegen")
     """Let DeepSpeed compile the model. Unset: no."""
 
-    tensor_parallel_size: Int = not_yet(_ONE, 1)
+    dp_shard_size: Int | None = key(ge=1)
+    """Number of processes that share one copy of the weights, with FSDP. Unset, or 1: all of them,
+    divided by ``dp_replicate_size``."""
+
+    dp_replicate_size: Int | None = key(ge=1)
+    """Number of copies of the weights: with FSDP, each is sharded (hybrid sharding). Unset: 1."""
+
+    tensor_parallel_size: Int = not_yet(_SHARD.format("the weights of each layer"), 1, ge=1)
     """Devices that share each layer."""
 
-    context_parallel_size: Int = not_yet(_ONE, 1)
+    context_parallel_size: Int = not_yet(
+        "leave it out; gradient_checkpointing: true and fsdp_config leave more memory for long "
+        "sequences",
+        1,
+        aliases=["sequence_parallel_degree"],
+        ge=1,
+    )
     """Devices that share each sequence."""
 
-    sequence_parallel_degree: Int = not_yet(_ONE, 1)
-    """The same by its old name."""
-
-    dp_shard_size: Int = not_yet(_ONE, 1)
-    """Devices that share the weights."""
-
-    dp_replicate_size: Int = not_yet(_ONE, 1)
-    """Copies of the weights."""
-
-    expert_parallel_size: Int = not_yet(_ONE, 1)
+    expert_parallel_size: Int = not_yet(_SHARD.format("the weights of the experts"), 1, ge=1)
     """Devices that share the experts."""
 
     heads_k_stride: Int | None = not_applicable("only context_parallel_size reads it")
@@ -58,19 +90,20 @@ class DistributedKeys(Keys):
     ring_attn_func: str | None = not_applicable("only context_parallel_size reads it")
     """Which ring attention. Unset: by ``sample_packing``."""
 
-    ddp: bool | None = not_applicable(_LAUNCHER)
-    """Gradients are averaged over processes. Unset: seen from the launcher."""
+    ddp: bool | None = None
+    """Gradients are averaged over processes, which all have the whole model; false: one process is
+    meant, and several are an error. Unset: with several processes, unless the model is sharded."""
 
-    ddp_timeout: Int | None = not_applicable(_LAUNCHER)
+    ddp_timeout: Int | None = key(gt=0)
     """Longest wait for another process, in seconds. Unset: 1800."""
 
-    ddp_bucket_cap_mb: Int | None = not_applicable(_LAUNCHER)
+    ddp_bucket_cap_mb: Int | None = key(gt=0)
     """Size of a bucket of gradients, in MB. Unset: torch's default."""
 
-    ddp_broadcast_buffers: bool | None = not_applicable(_LAUNCHER)
+    ddp_broadcast_buffers: bool | None = None
     """Send buffers to all processes at each step. Unset: torch's default."""
 
-    ddp_find_unused_parameters: bool | None = not_applicable(_LAUNCHER)
+    ddp_find_unused_parameters: bool | None = None
     """Look for parameters without a gradient. Unset: no."""
 
     world_size: Int | None = not_applicable(_LAUNCHER)
@@ -79,7 +112,7 @@ class DistributedKeys(Keys):
     local_rank: Int | None = not_applicable(_LAUNCHER)
     """The number of this process on its machine. Unset: seen from the launcher."""
 
-    use_ray: bool = not_yet("run fusewright train on the machine itself", False)
+    use_ray: bool = not_yet("start fusewright train with torchrun on each machine", False)
     """Run by Ray."""
 
     ray_run_name: str | None = not_applicable("Ray is not used")
@@ -93,8 +126,3 @@ class DistributedKeys(Keys):
 
     dynamic_checkpoint: dict[str, Any] | None = not_yet("Ctrl-C saves and ends")
     """Save when a file appears. Unset: no."""
-
-    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = not_applicable(
-        _LAUNCHER
-    )
-    """How shards are saved. Unset: as a whole."""

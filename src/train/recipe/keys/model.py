@@ -153,7 +153,8 @@ class ModelKeys(Keys):
 
     bnb_config_kwargs: dict[str, Any] | None = None
     """Arguments of transformers' ``BitsAndBytesConfig`` that replace ours, e.g.
-    ``{bnb_4bit_quant_type: fp4}``. Unset: none."""
+    ``{bnb_4bit_quant_type: fp4}``; ``bnb_4bit_quant_storage`` is the dtype of the weights where
+    FSDP or ZeRO-3 shards them. Unset: none."""
 
     gptq: bool | None = not_yet("use a base model that is not quantized, with adapter: qlora")
     """The base model is quantized by GPTQ. Unset: no."""
@@ -261,7 +262,8 @@ class ModelKeys(Keys):
     """The device of the model. Unset: chosen by the machine."""
 
     device_map: Any = not_yet(
-        "leave it out: the model is on one device; adapter: qlora needs the least memory",
+        "leave it out: a process trains on one device; fsdp_config or deepspeed shards the model "
+        "over several",
         values={"auto": ("not applicable", "the whole model is on the training device")},
     )
     """Which layers are on which device, as in transformers. Unset: all on the training device."""

@@ -1,0 +1,5 @@
+"""What the keys of several processes mean.
+
+``deepspeed_config`` reads DeepSpeed's files, ``sharding`` says what the options of FSDP mean
+together, and ``conflicts`` which keys do not go with them.
+"""

@@ -1,0 +1,197 @@
+"""How a recipe's run is shared between processes: one record, whatever names its keys have.
+
+A recipe may be written for FSDP1 or FSDP2, with the names of accelerate, transformers or Axolotl.
+All of them come together here. FSDP is always FSDP2 (``fully_shard``), with what the options mean
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import RecipeError
+from .distributed.deepspeed_config import read_config, stage
+from .distributed.sharding import is_sharded, offloads, reshards, settings, wrap_policy
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+StateDictType = Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    """What FSDP2 shards and keeps.
+
+    Attributes:
+        wrap: what is gathered at a time: a block, a module of ``min_num_params``, or the whole
+            model.
+        classes: names of the classes of blocks; none: blocks are found by the model's structure.
+        min_num_params: the number of parameters from which a module is a unit, for ``"size"``.
+        reshard_after_forward: free gathered weights after forward, and gather them again in
+            backward.
+        offload_params: keep shards, gradients and the optimizer's state in CPU memory.
+        pin_memory: pin that memory.
+        cpu_ram_efficient_loading: one process reads the weights and sends the others their shards.
+        activation_checkpointing: keep only the inputs of each block for backward.
+        state_dict_type: whether checkpoints hold whole tensors or each process's shards.
+        mixed_precision: the name of the dtype of gathered weights, gradients and outputs; None: the
+            model's own.
+    """
+
+    wrap: Literal["transformer", "size", "none"]
+    classes: tuple[str, ...]
+    min_num_params: int
+    reshard_after_forward: bool
+    offload_params: bool
+    pin_memory: bool
+    cpu_ram_efficient_loading: bool
+    activation_checkpointing: bool
+    state_dict_type: StateDictType
+    mixed_precision: str | None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the work is shared between processes.
+
+    Attributes:
+        engine: who shares it. ``"ddp"`` also stands for a run of one process.
+        fsdp: with ``"fsdp"``, its options.
+        deepspeed: with ``"deepspeed"``, its configuration. Values may be ``"auto"``.
+        shard: number of processes that share one copy of the weights; 0: all that ``replicate``
+            leaves.
+        replicate: number of copies of the weights.
+    """
+
+    engine: Literal["ddp", "fsdp", "deepspeed"]
+    fsdp: Fsdp | None = None
+    deepspeed: Mapping[str, Any] | None = None
+    shard: int = 0
+    replicate: int = 1
+
+    def world(self) -> int | None:
+        """The number of processes that the recipe needs; None: any that ``replicate`` divides."""
+        return self.shard * self.replicate if self.shard else None
+
+    def require_world(self, size: int) -> None:
+        """See that a number of processes fits what the recipe says.
+
+        Args:
+            size: how many there are, on all machines together.
+
+        Raises:
+            RecipeError: it needs another number.
+        """
+        needed = self.world()
+        if needed == size or (needed is None and size % self.replicate == 0):
+            return
+        run = f"{size} process{'es run' if size != 1 else ' runs'}"
+        start = f"start {needed} (e.g. --nproc {needed})"
+        if needed is None:
+            said = (
+                f"dp_replicate_size: {self.replicate} copies of the model cannot share the "
+                f"processes, of which {run}: start a multiple of {self.replicate}, or remove the "
+                "key"
+            )
+        elif self.engine == "ddp" and needed == 1:
+            said = f"ddp: false means one process, but {run}: remove it, or start one"
+        elif self.engine == "ddp":
+            said = (
+                f"dp_replicate_size: {needed} processes are needed, but {run}: {start}, or remove "
+                "the key"
+            )
+        else:
+            said = (
+                f"dp_shard_size: {self.shard} times dp_replicate_size: {self.replicate} is "
+                f"{needed}, but {run}: {start}, or set sizes whose product is {size}"
+            )
+        raise RecipeError(said)
+
+
+def strategy_of(recipe: Recipe) -> Strategy:
+    """What a recipe's keys say together.
+
+    Args:
+        recipe: one that has been checked, so that no two keys conflict.
+
+    Raises:
+        RecipeError: the file of ``deepspeed`` is not there any more, or is no configuration.
+    """
+    replicate = recipe.dp_replicate_size or 1
+    shard = recipe.dp_shard_size or 1
+    if recipe.deepspeed:
+        try:
+            return Strategy("deepspeed", deepspeed=read_config(recipe.deepspeed))
+        except RecipeError as error:
+            raise RecipeError(f"deepspeed: {error}") from None
+    if is_sharded(recipe):
+        return Strategy("fsdp", _fsdp(recipe), shard=shard if shard > 1 else 0, replicate=replicate)
+    fixed = replicate > 1 or recipe.ddp is False
+    return Strategy("ddp", shard=1 if fixed else 0, replicate=replicate)
+
+
+def ddp_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of transformers' ``TrainingArguments`` that the keys ``ddp_*`` are.
+
+    Only keys that are set. Buckets, buffers and unused parameters are DDP's; all engines wait.
+    """
+    given: dict[str, Any] = {"ddp_timeout": recipe.ddp_timeout}
+    if not recipe.deepspeed and not is_sharded(recipe):
+        given |= {
+            "ddp_bucket_cap_mb": recipe.ddp_bucket_cap_mb,
+            "ddp_broadcast_buffers": recipe.ddp_broadcast_buffers,
+            "ddp_find_unused_parameters": recipe.ddp_find_unused_parameters,
+        }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def quant_storage(recipe: Recipe) -> str | None:
+    """The dtype in which weights of 4 bits are stored; None: bitsandbytes' own, which is uint8.
+
+    Shards can be gathered only where all weights have a dtype of floating-point numbers, so it is
+    the dtype of computation under FSDP and ZeRO-3. Each value holds as many 4-bit weights as fit.
+
+    Returns:
+        A dtype's name, or ``"auto"``: the dtype of the model's other weights.
+    """
+    if not recipe.load_in_4bit:
+        return None
+    given = recipe.bnb_config_kwargs or {}
+    if (storage := given.get("bnb_4bit_quant_storage")) is not None:
+        return _name(storage)
+    config = strategy_of(recipe)
+    if config.fsdp is None and stage(config.deepspeed or {}) != 3:
+        return None
+    compute = given.get("bnb_4bit_compute_dtype")
+    return recipe.precision() if compute is None else _name(compute)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_WRAPS: dict[str, Literal["transformer", "size", "none"]] = {
+    "TRANSFORMER_BASED_WRAP": "transformer",
+    "SIZE_BASED_WRAP": "size",
+    "NO_WRAP": "none",
+}
+
+
+def _fsdp(recipe: Recipe) -> Fsdp:
+    config = settings(recipe)
+    stored = config.state_dict_type or recipe.state_dict_type or "FULL_STATE_DICT"
+    return Fsdp(
+        wrap=_WRAPS[wrap_policy(recipe)],
+        classes=tuple(config.transformer_layer_cls_to_wrap or ()),
+        min_num_params=config.min_num_params or 0,
+        reshard_after_forward=reshards(recipe),
+        offload_params=offloads(recipe),
+        pin_memory=config.cpu_offload_pin_memory is not False,
+        cpu_ram_efficient_loading=bool(config.cpu_ram_efficient_loading),
+        activation_checkpointing=bool(config.activation_checkpointing),
+        state_dict_type="FULL_STATE_DICT" if stored == "FULL_STATE_DICT" else "SHARDED_STATE_DICT",
+        mixed_precision=config.mixed_precision_policy,
+    )
