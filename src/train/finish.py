@@ -15,8 +15,8 @@ from .report.result import RunResult
 from .report.run_log import RunLog
 from .trainer.batches import training_batch
 from .trainer.context import Context
-from .trainer.parallel import same_draws
 from .trainer.evaluation import validate
+from .trainer.parallel import same_draws
 from .trainer.trainer import FineTuner
 
 

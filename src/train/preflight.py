@@ -18,22 +18,31 @@ from .recipe.recipe import Recipe
 from .requirements import missing_packages
 
 
-def require_startable(recipe: Recipe) -> None:
+def require_startable(recipe: Recipe, processes: int = 1) -> None:
     """See that nothing keeps a recipe from being trained here.
+
+    Args:
+        recipe: checked.
+        processes: how many train it.
 
     Raises:
         RecipeError: something does; the message lists all of it.
     """
-    if found := obstacles(recipe):
+    if found := obstacles(recipe, processes):
         raise RecipeError("\n  ".join(found))
 
 
-def obstacles(recipe: Recipe) -> list[str]:
-    """What keeps a recipe from being trained here: a sentence each, with its key."""
+def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
+    """What keeps a recipe from being trained here: a sentence each, with its key.
+
+    Args:
+        recipe: checked.
+        processes: how many train it; None: that is not known yet.
+    """
     found = missing_packages(recipe)
     for look in _LOOKS:
         found += look(recipe)
-    return found
+    return [*found, *_output(recipe, processes)]
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -102,7 +111,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
             yield f"base_model: {said}"
 
 
-def _output(recipe: Recipe) -> Iterator[str]:
+def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
     from .checkpoint.output_folder import check_output
@@ -113,7 +122,7 @@ def _output(recipe: Recipe) -> Iterator[str]:
         in_place = start is not None and start.parent == folder
         check_output(folder, recipe.overwrite_output_dir, in_place)
         if start is not None:
-            resume.load(start, recipe)
+            resume.load(start, recipe, processes)
     except RecipeError as error:
         yield str(error)
 
@@ -134,5 +143,5 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
-    _output, _precision, _attention, _model, _tokenizer, _adapter,
+    _precision, _attention, _model, _tokenizer, _adapter,
 )  # fmt: skip

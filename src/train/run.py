@@ -14,8 +14,8 @@ from . import finish
 from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
-from .data.together import prepare_together
 from .data.readers.limits import warnings
+from .data.together import prepare_together
 from .inference import generation
 from .model.adapters import parameters
 from .model.load import quiet
@@ -39,8 +39,8 @@ from .trainer.arguments import arguments_for
 from .trainer.batches import training_sequences, typical_context, validation_batches
 from .trainer.build import make_trainer
 from .trainer.context import Context
-from .trainer.parallel import peak_of, processes_message
 from .trainer.evaluation import require_figure, validate
+from .trainer.parallel import peak_of, processes_message
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
@@ -145,7 +145,7 @@ class TrainingRun:
     def _may_start(self) -> None:
         """Check the folder and the packages; find the checkpoint to resume from, if any."""
         recipe, world = self.recipe, self.world
-        world.share(lambda: require_startable(recipe))
+        world.share(lambda: require_startable(recipe, world.size))
         said = processes_message(strategy_of(recipe), world)
         for line in (*messages(recipe), precision_warning(recipe.precision()), said):
             if line is not None:

@@ -32,7 +32,8 @@ _MAY_DIFFER = frozenset({
     "world_size", "local_rank", "deepspeed", "dp_shard_size", "dp_replicate_size",
 })  # fmt: skip
 _MAY_DIFFER_TOO = (
-    "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio", "use_", "hf_",
+    "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio",
+    "use_", "hf_",
 )  # fmt: skip
 """Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
 compared by their content."""
@@ -159,20 +160,21 @@ def _named(path: Path) -> Path:
     raise RecipeError(f"resume_from_checkpoint: there is no checkpoint {path}")
 
 
-def load(path: Path, recipe: Recipe, processes: int = 1) -> Saved:
+def load(path: Path, recipe: Recipe, processes: int | None = 1) -> Saved:
     """Read a checkpoint's own file, and see that its run was the same as this one.
 
     Args:
         path: the checkpoint's folder.
         recipe: of this run.
-        processes: of this run. Their number may be another one if the number of forward passes per
-            step makes up for it.
+        processes: of this run; None: not known yet. Their number may be another one if the number
+            of forward passes per step makes up for it.
 
     Raises:
         RecipeError: it cannot be resumed from, or other keys decided what it trained.
     """
     saved = Saved.read(path)
-    _require_same_batch(saved, path, recipe, processes)
+    if processes is not None:
+        _require_same_batch(saved, path, recipe, processes)
     # without secrets, which may change, and which the message must not tell
     then, now = hide(saved.recipe), hide(recipe.recorded())
     differing = [

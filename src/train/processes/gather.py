@@ -48,9 +48,7 @@ def whole_optimizer(model: nn.Module, optimizer: Any, groups: Groups) -> dict[st
     return by_number(found, groups) if found else None
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: Any, state: dict[str, Any], groups: Groups
-) -> None:
+def load_optimizer(model: nn.Module, optimizer: Any, state: dict[str, Any], groups: Groups) -> None:
     """Give an optimizer over sharded parameters the state of one over whole ones.
 
     Args:

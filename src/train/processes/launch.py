@@ -125,7 +125,6 @@ def _environment(rank: int, number: int, port: int) -> dict[str, str]:
 @contextlib.contextmanager
 def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Pass signals on to the processes, which decide what they mean; stop those that are left."""
-
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

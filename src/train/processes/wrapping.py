@@ -13,7 +13,7 @@ from .world import World
 
 
 def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
-    """accelerate's settings of FSDP2.
+    """Accelerate's settings of FSDP2.
 
     Args:
         fsdp: those of the recipe.
@@ -53,7 +53,7 @@ def block_classes(model: nn.Module) -> list[str]:
 
 
 def parallelism(strategy: Strategy, world: World) -> Any:
-    """accelerate's mesh of processes for HSDP; None: all of them share one copy of the weights."""
+    """Accelerate's mesh of processes for HSDP; None: all of them share one copy of the weights."""
     if strategy.replicate == 1:
         return None
     from accelerate.parallelism_config import ParallelismConfig

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ...errors import RecipeError
 from ..processes.wrapping import deepspeed_state
 from ..recipe.recipe import Recipe
-from ..recipe.strategy import strategy_of
+from ..recipe.strategy import ddp_arguments, strategy_of
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,11 @@ def arguments_for(recipe: Recipe, sequences: Any, processes: int = 1) -> Trainin
 def _processes(recipe: Recipe) -> dict[str, Any]:
     """What several processes need: how they meet, and how gradients are averaged."""
     found: dict[str, Any] = {
-        "ddp_find_unused_parameters": recipe.ddp_find_unused_parameters,
-        "ddp_bucket_cap_mb": recipe.ddp_bucket_cap_mb,
-        "ddp_broadcast_buffers": recipe.ddp_broadcast_buffers,
+        **ddp_arguments(recipe),
         "average_tokens_across_devices": True,  # a gradient weighs tokens, not processes
+        "use_cpu": not torch.cuda.is_available(),  # else accelerate sees one process there
     }
-    if recipe.ddp_timeout is not None:
-        found["ddp_timeout"] = recipe.ddp_timeout
     strategy = strategy_of(recipe)
-    found["use_cpu"] = not torch.cuda.is_available()  # else accelerate sees one process there
     if strategy.deepspeed is not None:
         found["deepspeed"] = copy.deepcopy(dict(strategy.deepspeed))  # Trainer fills it in
         found |= deepspeed_state()

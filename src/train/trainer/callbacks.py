@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..recipe.recipe import Recipe
 from ..processes.signals import Interrupts
+from ..recipe.recipe import Recipe
 from .watchdog import LossWatchdog
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class FlowCallback(TrainerCallback):
             gc.collect()
         if self.trainer.ended() in ("interrupted", "watchdog"):
             self.trainer.save_now()
-
 
     def _stopping(self) -> bool:
         """Whether a signal has come to any process of the run: all of them end at the same step."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ..processes.signals import Interrupts
+from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter
 from ..terminal import say
 from .evaluation import Batch
-from ..processes.signals import Interrupts
-from ..processes.world import World
 
 
 @dataclass

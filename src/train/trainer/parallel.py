@@ -16,7 +16,7 @@ from transformers.trainer_utils import seed_worker
 from ..checkpoint.load import ResumableTrainer, readable
 from ..checkpoint.rng_state import RngState
 from ..data.ranks import Fillable, RankBatches, RankStream
-from ..processes.wrapping import fsdp_plugin, parallelism, use_fsdp
+from ..processes import zero
 from ..processes.gather import (
     load_optimizer,
     names_by_group,
@@ -24,6 +24,7 @@ from ..processes.gather import (
     whole_weights,
 )
 from ..processes.world import World
+from ..processes.wrapping import fsdp_plugin, parallelism, use_fsdp
 from ..recipe.strategy import Strategy
 from ..report.throughput import peak_flops
 
@@ -82,29 +83,41 @@ class ParallelTrainer(ResumableTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.shards:
+        if checkpoint is None or not (self.shards or self.zero_stage):
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
         with readable(folder):
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            load_optimizer(self.model, self.optimizer.optimizer, state, self._names)
+            if self.zero_stage:
+                zero.load_optimizer(self.deepspeed, state, self._names)
+            else:
+                load_optimizer(self.model, self.optimizer.optimizer, state, self._names)
             schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
         return None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; weights to resume from are loaded before they are sharded."""
-        if resume_from_checkpoint and self.shards:
+        if resume_from_checkpoint and (self.shards or self.zero_stage):
             self._load_whole(str(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_whole(self, folder: str) -> None:
-        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        enabled = self.is_fsdp_enabled, self.is_deepspeed_enabled
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         try:
             self._load_from_checkpoint(folder)
         finally:
-            self.is_fsdp_enabled = enabled
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = enabled
         self._loaded = True
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resumed: Any) -> Any:
+        """Trainer's own; it would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
+        if not self.zero_stage:
+            return super()._prepare_for_training(max_steps, train_dataloader, resumed)
+        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resumed)
+        return made
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
@@ -120,10 +133,15 @@ class ParallelTrainer(ResumableTrainer):
         """
         if not self.shards:
             return None
-        return whole_weights(self.model, trained_only=hasattr(self.model, "peft_config"))
+        adapters = hasattr(self.model, "peft_config")
+        if self.zero_stage:
+            return zero.whole_weights(self.model, adapters, self.world.main)
+        return whole_weights(self.model, adapters)
 
     def optimizer_state(self) -> dict[str, Any] | None:
         """The optimizer's whole state as it is with one process, on rank 0; a collective."""
+        if self.zero_stage:
+            return zero.whole_optimizer(self.deepspeed, self._names, self.world.main)
         if not self.shards:
             return self.optimizer.state_dict() if self.world.main else None
         return whole_optimizer(self.model, self.optimizer.optimizer, self._names)

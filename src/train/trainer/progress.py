@@ -22,10 +22,10 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
+from ..processes.signals import Interrupts
 from ..report.format import Smooth, duration, memory
 from ..report.throughput import ThroughputMeter
 from ..terminal import say
-from ..processes.signals import Interrupts
 
 RECENT = 10
 """Steps that rates and the time left are taken over."""
