@@ -34,7 +34,7 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     if not trainer.args.save_only_model:
         if main:
             torch.save(kept, part / "optimizer.pt")
-            torch.save(trainer.lr_scheduler.state_dict(), part / "scheduler.pt")
+            torch.save(trainer.schedule_state(), part / "scheduler.pt")
             trainer._save_scaler(str(part))
         if unfinished is None:
             trainer._save_rng_state(str(part))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_FULL = {"full_state_dict": True, "cpu_offload": True}
+_FULL: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
 
 Groups = Sequence[Sequence[str]]
 """The names of an optimizer's parameters, by group, in its order."""

@@ -95,10 +95,10 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or that of the first process that failed.
     """
-    from torch import distributed as dist
+    from torch.distributed.rendezvous import TCPStore
 
     # the ranks meet at a store of this process, as under torchrun: no port can be taken in between
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, "-m", "fusewright.cli", *arguments]
     children: list[subprocess.Popen[bytes]] = []
     with _forwarding(children):

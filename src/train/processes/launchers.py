@@ -1,8 +1,8 @@
 """Who has started this process, and as which of how many: read from the environment.
 
-``torchrun``, ``accelerate launch``, ``deepspeed`` and ``fusewright train --nproc`` set the variables
-of PyTorch's ``env://`` rendezvous. SLURM's ``srun`` and Open MPI's ``mpirun`` have names of their
-own, which are translated.
+``torchrun``, ``accelerate launch``, ``deepspeed`` and ``fusewright train --nproc`` set the
+variables of PyTorch's ``env://`` rendezvous. SLURM's ``srun`` and Open MPI's ``mpirun`` have names
+of their own, which are translated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The processes of a run, and how they agree.
 
-What rank 0 does alone (preparing rows, writing files), the others wait for at the rendezvous' store,
-however long it takes: a collective would run into its time-out. What all of them do together is a
-collective on small CPU tensors (gloo), so that no GPU is synchronized.
+What rank 0 does alone (preparing rows, writing files), the others wait for at the rendezvous'
+store, however long it takes: a collective would run into its time-out. What all of them do together
+is a collective on small CPU tensors (gloo), so that no GPU is synchronized.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ...errors import FusewrightError, ProcessLostError, first_line
 from .launchers import Placement, placement
@@ -178,7 +180,7 @@ class World:
 
 @contextlib.contextmanager
 def joined(timeout: float | None) -> Iterator[World]:
-    """Join the other processes of the run, if a launcher has started several; leave them at the end.
+    """Join the other processes of the run, if a launcher has started several, until the end.
 
     Args:
         timeout: how long a collective may take, in seconds; None: PyTorch's default.
@@ -195,7 +197,7 @@ def joined(timeout: float | None) -> Iterator[World]:
         _end_with_parent()
     wait = datetime.timedelta(seconds=timeout) if timeout else dist.default_pg_timeout
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        store, rank, size = next(rendezvous("env://", timeout=wait))
     except (OSError, RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ProcessLostError(
@@ -207,9 +209,9 @@ def joined(timeout: float | None) -> Iterator[World]:
         torch.cuda.set_device(placed.local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
     )  # fmt: skip
-    world = World(placed, dist.PrefixStore("fusewright", store))
+    world = World(placed, PrefixStore("fusewright", store))
     try:
         with _losses():
             yield world

@@ -8,10 +8,12 @@ form of every other checkpoint. Where weights have 16 bits, the state of each pa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .gather import Groups
@@ -64,8 +66,8 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
 
     parameters = dict(engine.module.named_parameters())
     base = _base(engine)
-    own = next(iter(base.state.values()), {})
-    whole = [key for key, value in own.items() if torch.is_tensor(value) and value.numel() > 1]
+    own: dict[str, Any] = next(iter(base.state.values()), {})
+    whole = [key for key, value in own.items() if _is_whole(value)]
     rest = {key: value for key, value in own.items() if key not in whole}
     state: dict[int, dict[str, Any]] = {}
     for number, name in enumerate(name for names in groups for name in names):
@@ -76,15 +78,21 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
         if keep:
             shape = _shape(parameter)
             full = {k: v.detach().to("cpu", copy=True).view(shape) for k, v in values.items()}
-            state[number] = {**full, **rest}
+            state[number] = {**full, **copy.deepcopy(rest)}  # counted by each parameter alone
     if not keep:
         return None
-    first, numbered = 0, []
-    for group, names in zip(base.param_groups, groups, strict=False):
-        given = {key: value for key, value in group.items() if key != "params"}
-        numbered.append({**given, "params": list(range(first, first + len(names)))})
+    return {"state": state, "param_groups": _numbered(base.param_groups, groups)}
+
+
+def _numbered(own: list[dict[str, Any]], groups: Groups) -> list[dict[str, Any]]:
+    """The groups with the numbers of their parameters; DeepSpeed has left out those without any."""
+    given, found, first = iter(own), [], 0
+    for names in groups:
+        group = next(given) if names else own[0]
+        numbers = list(range(first, first + len(names)))
+        found.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
         first += len(names)
-    return {"state": state, "param_groups": numbered}
+    return found
 
 
 def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
@@ -95,27 +103,91 @@ def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
         state: a ``state_dict``, the same on every process.
         groups: the names of the parameters.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     parameters = dict(engine.module.named_parameters())
-    base = _base(engine)
-    device = engine.device
-    rest: dict[str, Any] = {}
-    for number, name in enumerate(name for names in groups for name in names):
+    names = [name for own in groups for name in own]
+    _begin_state(engine, next(iter(state["state"].values()), {}))
+    for number, name in enumerate(names):
         parameter = parameters[name]
         for key, value in state["state"].get(number, {}).items():
-            if key == MASTER:
-                if parameter.dtype != torch.float32:
-                    safe_set_full_fp32_param(parameter, value.to(device))
-            elif torch.is_tensor(value) and value.numel() > 1:
-                safe_set_full_optimizer_state(parameter, value.float().to(device), key)
-            else:
-                rest[key] = value
-    for values in base.state.values():
-        for key, value in rest.items():
-            values[key] = value.clone() if torch.is_tensor(value) else value
-    for group, kept in zip(base.param_groups, state["param_groups"], strict=False):
+            if key == MASTER and parameter.dtype != torch.float32:
+                _set(parameter, value, None)
+            elif key != MASTER and _is_whole(value):
+                _set(parameter, value, key)
+    filled = [group for group in state["param_groups"] if group["params"]]
+    for group, kept in zip(_base(engine).param_groups, filled, strict=True):
         group.update({key: value for key, value in kept.items() if key != "params"})
+
+
+def whole_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """The state of a schedule, whose lists have an entry per group, with those of empty groups."""
+    filled = sum(map(bool, groups))
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != filled:
+            return value
+        given = iter(value)
+        return [next(given) if names else value[0] for names in groups]
+
+    return {key: whole(value) for key, value in state.items()}
+
+
+def own_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """The opposite of ``whole_schedule``: without the entries of empty groups."""
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(groups):
+            return value
+        return [entry for entry, names in zip(value, groups, strict=True) if names]
+
+    return {key: own(value) for key, value in state.items()}
+
+
+def _begin_state(engine: Any, example: dict[str, Any]) -> None:
+    """Make what the optimizer makes in its first step, with the counts of ``example``."""
+    optimizer, base = engine.optimizer, _base(engine)
+    for flat in next(getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)):
+        values = base.state[flat]
+        for key, value in example.items():
+            if key == MASTER:
+                continue
+            if _is_whole(value):
+                values.setdefault(key, torch.zeros_like(flat))
+            else:
+                values[key] = value.clone() if torch.is_tensor(value) else value
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+_MASTERS = (
+    "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
+)  # fmt: skip
+"""What the kinds of ZeRO call the weights that they step."""
+
+
+def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    """Set a parameter's state (None: its master) to the part of ``value`` that is here."""
+    from deepspeed import utils
+
+    value = value.float().to(parameter.device)
+    if not hasattr(parameter, "ds_id"):  # ZeRO-1 and 2
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        return
+    given = () if key is None else (key,)
+    get = utils.safe_get_local_fp32_param if key is None else utils.safe_get_local_optimizer_state
+    put = utils.safe_set_local_fp32_param if key is None else utils.safe_set_local_optimizer_state
+    size = get(parameter, *given).numel()
+    shards: Any = parameter
+    first = size * dist.get_rank(shards.ds_process_group)
+    own = value.flatten()[first : first + size]
+    put(parameter, nn.functional.pad(own, (0, size - own.numel())), *given)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value of the state has a number for each of the parameter."""
+    return torch.is_tensor(value) and value.numel() > 1
 
 
 def _base(engine: Any) -> Any:

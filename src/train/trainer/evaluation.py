@@ -141,8 +141,8 @@ def _sum(
                 on_batch()
     finally:
         model.train(training)
-    total, tokens = world.sums([total, tokens])
-    return total, int(tokens)
+    both = world.sums([total, tokens])
+    return both[0], int(both[1])
 
 
 def _mean(total: float, tokens: int) -> float:

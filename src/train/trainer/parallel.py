@@ -50,6 +50,19 @@ class ParallelTrainer(ResumableTrainer):
         super().__init__(**kwargs)
 
     @property
+    def _module(self) -> Any:
+        return self.model
+
+    @property
+    def _schedule(self) -> Any:
+        return self.lr_scheduler
+
+    @property
+    def _stepped(self) -> Any:
+        """The optimizer inside accelerate's."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
     def shards(self) -> bool:
         """Whether each process has only a part of the weights."""
         if not self.world.several or self.strategy.engine == "ddp":
@@ -65,7 +78,7 @@ class ParallelTrainer(ResumableTrainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         if self.world.several and self.strategy.fsdp is not None:
-            self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self.model)
+            self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self._module)
             config = parallelism(self.strategy, self.world)
             if config is not None:
                 args["parallelism_config"] = config
@@ -75,7 +88,7 @@ class ParallelTrainer(ResumableTrainer):
         """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
         optimizer = super().create_optimizer(model)
         if self.world.several:
-            self._names = names_by_group(self.model, optimizer)
+            self._names = names_by_group(self._module, optimizer)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -91,9 +104,11 @@ class ParallelTrainer(ResumableTrainer):
             if self.zero_stage:
                 zero.load_optimizer(self.deepspeed, state, self._names)
             else:
-                load_optimizer(self.model, self.optimizer.optimizer, state, self._names)
+                load_optimizer(self._module, self._stepped, state, self._names)
             schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+            if self.zero_stage:
+                schedule = zero.own_schedule(schedule, self._names)
+            self._schedule.load_state_dict(schedule)
         return None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -113,9 +128,10 @@ class ParallelTrainer(ResumableTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resumed: Any) -> Any:
         """Trainer's own; it would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
+        prepare: Any = super()._prepare_for_training
         if not self.zero_stage:
-            return super()._prepare_for_training(max_steps, train_dataloader, resumed)
-        made = super()._prepare_for_training(max_steps, train_dataloader, None)
+            return prepare(max_steps, train_dataloader, resumed)
+        made = prepare(max_steps, train_dataloader, None)
         self._load_optimizer_and_scheduler(resumed)
         return made
 
@@ -135,16 +151,21 @@ class ParallelTrainer(ResumableTrainer):
             return None
         adapters = hasattr(self.model, "peft_config")
         if self.zero_stage:
-            return zero.whole_weights(self.model, adapters, self.world.main)
-        return whole_weights(self.model, adapters)
+            return zero.whole_weights(self._module, adapters, self.world.main)
+        return whole_weights(self._module, adapters)
 
     def optimizer_state(self) -> dict[str, Any] | None:
         """The optimizer's whole state as it is with one process, on rank 0; a collective."""
         if self.zero_stage:
             return zero.whole_optimizer(self.deepspeed, self._names, self.world.main)
         if not self.shards:
-            return self.optimizer.state_dict() if self.world.main else None
-        return whole_optimizer(self.model, self.optimizer.optimizer, self._names)
+            return self._stepped.state_dict() if self.world.main else None
+        return whole_optimizer(self._module, self._stepped, self._names)
+
+    def schedule_state(self) -> dict[str, Any]:
+        """The schedule's state as it is with one process."""
+        state: dict[str, Any] = self._schedule.state_dict()
+        return zero.whole_schedule(state, self._names) if self.zero_stage else state
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of this process."""
@@ -169,9 +190,10 @@ class ParallelTrainer(ResumableTrainer):
             )
             loader = DataLoader(Fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
         # for the device, and for the number of the epoch; each process has its own batches already
-        return prepare_data_loader(
+        prepared: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )  # type: ignore[no-any-return]  # 2026-11-27: accelerate has no types
+        )
+        return prepared
 
 
 def processes_message(strategy: Strategy, world: World) -> str | None:

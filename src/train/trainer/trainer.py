@@ -147,8 +147,9 @@ class FineTuner(ParallelTrainer):
         self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
         planner = planner_of(model)
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        alone = planner is None or self.world.several  # the others would not try again
-        loss = step() if alone else retrying(planner, step, model.parameters())
+        if self.world.several:  # the others would not try again
+            planner = None
+        loss = step() if planner is None else retrying(planner, step, model.parameters())
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
 
