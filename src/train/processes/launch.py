@@ -95,7 +95,7 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or that of the first process that failed.
     """
-    from torch.distributed.rendezvous import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # 2026-11-27: not in its list
 
     # the ranks meet at a store of this process, as under torchrun: no port can be taken in between
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
