@@ -99,7 +99,8 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
     # the ranks meet at a store of this process, as under torchrun: no port can be taken in between
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    command = [sys.executable, "-m", "fusewright.cli", *arguments]
+    # -P: as for the installed command, no module is taken from the current folder
+    command = [sys.executable, "-P", "-m", "fusewright.cli", *arguments]
     children: list[subprocess.Popen[bytes]] = []
     with _forwarding(children):
         for rank in range(number):
