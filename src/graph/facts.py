@@ -6,6 +6,7 @@ the only place that reads it.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Container, Iterator
 from typing import Any
@@ -150,7 +151,8 @@ def home(node: fx.Node) -> str:
 
 def common_home(nodes: list[fx.Node]) -> str:
     """The innermost module path that holds all of ``nodes``."""
-    paths = [home(n).split(".") for n in nodes if n.op not in ("placeholder", "get_attr")]
+    made = [n for n in nodes if n.op not in ("placeholder", "get_attr")]
+    paths = [home(n).split(".") for n in made if not _is_homeless(n)]
     if not paths:
         return ""
     shared = paths[0]
@@ -160,6 +162,13 @@ def common_home(nodes: list[fx.Node]) -> str:
             keep += 1
         shared = shared[:keep]
     return ".".join(p for p in shared if p)
+
+
+def _is_homeless(node: fx.Node) -> bool:
+    """Whether a node is a captured autograd function, or its result, which have no module noted."""
+    call = node.args[0] if node.target is operator.getitem else node
+    wrapped = getattr(call, "target", None) is torch.ops.higher_order.autograd_function_apply
+    return wrapped and not node.meta.get("nn_module_stack")
 
 
 def _clean(path: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import canonical
 from ..graph.effects import writes
+from ..graph.opaque.autograd_functions import result_of
 from ..kernels.op import Op
 from .match.matcher import State, Trace, match
 from .match.pattern import Builder, FanOut, Pattern, Var, roots
@@ -283,7 +284,8 @@ class Rule:
         for state in match(pattern.source, node, State(), trace):
             seeded = state.with_capture("source", node).with_seen(pattern.source, node)
             users, nodes = [], list(state.nodes)
-            for user in node.users:
+            results = tuple(result_of(user) for user in node.users)
+            for user in results:
                 found = next(match(pattern.user, user, seeded, trace), None)
                 if found is None:
                     break
@@ -296,6 +298,6 @@ class Rule:
                         spelling,
                         state.captures,
                         tuple(nodes),
-                        tuple(node.users),
+                        results,
                         tuple(users),
                     )

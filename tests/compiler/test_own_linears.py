@@ -123,3 +123,25 @@ def test_a_backward_that_does_more_is_kept(verify: Any, monkeypatch: pytest.Monk
     rewrites = explain(ours).by_rule()
     assert "mlp_block" not in rewrites
     assert "linear_cross_entropy" not in rewrites
+
+
+class Attending(nn.Module):
+    """A norm that feeds three linears and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(16, eps=1e-6)
+        self.q, self.k, self.v = (Own(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        mixed = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y), is_causal=True)
+        return x + mixed
+
+
+def test_a_norm_that_only_feeds_them_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Block", Attending)
+    eager = Head()
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    _assert_equal(ours, eager)
+    assert explain(ours).by_rule()["rms_norm_linear"] == 2

@@ -90,6 +90,12 @@ def forward(node: fx.Node) -> Forward | None:
     return Forward(call, results[0])
 
 
+def result_of(node: fx.Node) -> fx.Node:
+    """The one result of a captured autograd function; any other node itself."""
+    users = list(node.users) if is_wrapped(node) else []
+    return users[0] if len(users) == 1 and users[0].target is operator.getitem else node
+
+
 def _is_aside(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,8 +64,14 @@ def parallelism(strategy: Strategy, world: World) -> Any:
     return ParallelismConfig(dp_replicate_size=strategy.replicate, dp_shard_size=shard)
 
 
-def use_fsdp(accelerator: Any, plugin: Any) -> None:
-    """Make an accelerator shard by FSDP where it thinks that there must be a GPU for it."""
+def use_fsdp(accelerator: Any, plugin: Any, mesh: Any) -> None:
+    """Make an accelerator shard by FSDP where it thinks that there must be a GPU for it.
+
+    Args:
+        accelerator: made without them.
+        plugin: from ``fsdp_plugin``.
+        mesh: from ``parallelism``.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -73,6 +81,33 @@ def use_fsdp(accelerator: Any, plugin: Any) -> None:
     for shared in (AcceleratorState._shared_state, PartialState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if mesh is not None:
+        AcceleratorState._shared_state["parallelism_config"] = mesh
+        AcceleratorState._shared_state["device_mesh"] = mesh.get_device_mesh("cpu")
+
+
+def deepspeed_config(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration that the Trainer hands to DeepSpeed, once it has filled in ``auto``.
+
+    Args:
+        given: the recipe's.
+        dtype: of the weights. DeepSpeed trains a copy of 32 bits of those that have 16.
+    """
+    config = copy.deepcopy(dict(given))
+    for name in _BY_RECIPE:
+        config.setdefault(name, "auto")
+    config.setdefault("zero_allow_untested_optimizer", True)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    for name, kind in kinds.items():
+        if config.get(name, {}).get("enabled", "auto") == "auto":
+            config[name] = {**config.get(name, {}), "enabled": dtype is kind}
+    return config
+
+
+_BY_RECIPE = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping",
+)  # fmt: skip
 
 
 def deepspeed_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from ...errors import RecipeError
-from ..processes.wrapping import deepspeed_state
+from ..model.precision import dtype_for_training
+from ..processes.wrapping import deepspeed_config, deepspeed_state
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
 
@@ -147,7 +147,8 @@ def _processes(recipe: Recipe) -> dict[str, Any]:
     }
     strategy = strategy_of(recipe)
     if strategy.deepspeed is not None:
-        found["deepspeed"] = copy.deepcopy(dict(strategy.deepspeed))  # Trainer fills it in
+        dtype = dtype_for_training(recipe.precision())
+        found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype)
         found |= deepspeed_state()
     return found
 
