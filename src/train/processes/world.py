@@ -151,6 +151,8 @@ class World:
         with contextlib.suppress(Exception):  # the store may be gone, too
             if not isinstance(error, ProcessLostError):
                 self._store.set(f"failed-{self.rank}", json.dumps(text))
+            if self.main and not _launcher_has_store():
+                time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError):
                 return
             said = self._said(0)
@@ -216,6 +218,7 @@ def joined(timeout: float | None) -> Iterator[World]:
         with _losses():
             yield world
             world.wait_for_main()
+            world.most(0)  # rank 0 may own the store: it stays until the others have read it
     except BaseException as error:
         world.fail(error)
         raise
@@ -229,7 +232,7 @@ def _losses() -> Iterator[None]:
     """Turn what PyTorch says of a process that is gone into an error that says so."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:  # an OSError is of a file, a pipe or a download
         if not lost(error):
             raise
         raise ProcessLostError(
@@ -237,6 +240,11 @@ def _losses() -> Iterator[None]:
             "said is above, or in its launcher's log. Start the run again with "
             f"resume_from_checkpoint: true to resume ({first_line(error)})"
         ) from error
+
+
+def _launcher_has_store() -> bool:
+    """Whether the rendezvous' store outlives rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def lost(error: BaseException) -> bool:
