@@ -209,13 +209,13 @@ def joined(timeout: float | None) -> Iterator[World]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(placed.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
-    )  # fmt: skip
     world = World(placed, PrefixStore("fusewright", store))
     try:
         with _losses():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo",
+                store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+            )  # fmt: skip
             yield world
             world.wait_for_main()
             world.most(0)  # rank 0 may own the store: it stays until the others have read it
@@ -249,7 +249,8 @@ def _launcher_has_store() -> bool:
 
 def lost(error: BaseException) -> bool:
     """Whether an error is PyTorch's way of saying that another process is gone."""
-    return isinstance(error, dist.DistNetworkError) or bool(_LOST.search(str(error)))
+    kinds = (dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or bool(_LOST.search(str(error)))
 
 
 def _end_with_parent() -> None:

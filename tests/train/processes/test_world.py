@@ -275,6 +275,7 @@ def test_an_error_that_has_nothing_to_do_with_the_others_stays(error: BaseExcept
     ("error", "said"),
     [
         (dist.DistNetworkError("anything"), True),
+        (dist.DistStoreError("wait timeout after 2000ms, keys: /group/0//cpu//0/1"), True),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
         (RuntimeError("Read error [127.0.0.1]:1: Connection reset by peer"), True),
         (RuntimeError("Timed out waiting 1000ms for recv operation to complete"), True),
@@ -288,6 +289,36 @@ def test_an_error_that_has_nothing_to_do_with_the_others_stays(error: BaseExcept
 )
 def test_what_says_that_a_process_is_gone(error: Exception, said: bool) -> None:
     assert lost(error) == said
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.HashStore:
+    """The store of a run whose rank 1 this process is, when it joins the others."""
+    store = dist.HashStore()
+    monkeypatch.setattr(world_module, "placement", lambda environ: Placement(1, 2, 1, 2))
+    monkeypatch.setattr(world_module, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(world_module, "_PATIENCE", 0.2)
+    return store
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_rank_0_may_fail_before_the_others_are_connected(
+    said: bool, second_of_two: dist.HashStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any, **options: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer [::1]:1")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    if said:
+        dist.PrefixStore("fusewright", second_of_two).set("failed-0", '"no such model"')
+    expected = SystemExit if said else world_module.ProcessLostError
+    with pytest.raises(expected), joined(1):
+        raise AssertionError("joined nobody")
+
+
+def test_one_that_never_comes(second_of_two: dist.HashStore) -> None:
+    with pytest.raises(world_module.ProcessLostError, match="another process"), joined(1):
+        raise AssertionError("joined nobody")
 
 
 def test_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
