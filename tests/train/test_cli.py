@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from fusewright.errors import RecipeError
+from fusewright.train.processes.signals import Interrupts, Stopped
 from fusewright.train.recipe.overrides import parse_overrides
 from fusewright.train.trainer import progress
-from fusewright.train.processes.signals import Interrupts, Stopped
 
 from .commands import fusewright, refused
 from .conftest import chat

@@ -405,9 +405,9 @@ def test_adapters_are_stepped_as_one_and_resume_either_way(
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer
 
+    from fusewright.train.processes.signals import Interrupts
     from fusewright.train.trainer.build import make_trainer
     from fusewright.train.trainer.context import Context
-    from fusewright.train.processes.signals import Interrupts
     from tests.train.conftest import make_model, make_tokenizer
 
     def trained(folder: str, resume: str | None, flat: bool) -> Any:

@@ -137,7 +137,15 @@ note("told", json.dumps([sys.argv[1:], dict(os.environ), os.getppid(), os.getsid
         arguments, environ, parent, session, own = json.loads(
             (tmp_path / f"told.{rank}").read_text()
         )
-        assert arguments == ["-m", "fusewright.cli", "train", "recipe.yaml", "--max_steps", "3"]
+        assert arguments == [
+            "-P",
+            "-m",
+            "fusewright.cli",
+            "train",
+            "recipe.yaml",
+            "--max_steps",
+            "3",
+        ]
         given = {
             "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "FUSEWRIGHT_PARENT": str(os.getpid()),

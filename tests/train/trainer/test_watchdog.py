@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from fusewright.train import train
 from fusewright.train.checkpoint.files import checkpoints
+from fusewright.train.processes.signals import Interrupts
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.run import TrainingRun
 from fusewright.train.trainer.callbacks import FlowCallback, watchdogs
-from fusewright.train.processes.signals import Interrupts
 from fusewright.train.trainer.watchdog import LossWatchdog, NonFiniteGuard, NonFiniteStepError
 
 from ..conftest import chat, make_model, make_tokenizer
