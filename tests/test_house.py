@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_a_file_that_is_named_is_there(path: pathlib.Path) -> None:
     files = {p.name for p in [*SRC.rglob("*.py"), *SRC.parent.glob("benchmarks/*.py")]}
     named = set(re.findall(r"\b([a-z_]+\.py)\b", path.read_text()))
     assert named <= files
+
+
+def test_every_room_is_packaged() -> None:
+    settings = tomllib.loads((SRC.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    rooms = [".".join(("fusewright", *room.relative_to(SRC).parts)) for room in ROOMS]
+    assert settings["tool"]["setuptools"]["packages"] == rooms
 
 
 def test_the_root_is_seen_at_a_glance() -> None:

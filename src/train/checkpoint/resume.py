@@ -104,7 +104,8 @@ class Saved:
             raise RecipeError(another(folder, said))
         try:
             saved = cls(**content)
-            whole = isinstance(saved.step, int) and isinstance(saved.recipe, dict)
+            counted = type(saved.processes) is int and saved.processes > 0
+            whole = counted and isinstance(saved.step, int) and isinstance(saved.recipe, dict)
         except TypeError:  # other fields
             whole = False
         if not whole:

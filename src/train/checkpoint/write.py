@@ -27,6 +27,7 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
         unfinished: the random state to save in place of the present one, which has moved on.
     """
     state, main = trainer.state, trainer.world.main
+    trainer.store_flos()  # a collective, as the next two: before what a full disk can stop
     whole = trainer.whole_state()
     kept = None if trainer.args.save_only_model else trainer.optimizer_state()
     if main:
@@ -41,7 +42,6 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
         else:
             with unfinished.applied():
                 trainer._save_rng_state(str(part))
-    trainer.store_flos()
     if not main:
         return
     for callback in trainer.callback_handler.callbacks:

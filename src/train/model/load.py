@@ -36,10 +36,12 @@ def quiet() -> Iterator[None]:
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "peft")]
     hub = logging.getLogger("huggingface_hub.utils._http")
+    deepspeed = logging.getLogger("DeepSpeed")  # to standard output; sets its level at import
     levels = [logger.level for logger in others]
     hf.set_verbosity_error()
     hf.disable_progress_bar()
     hub.addFilter(_is_no_retry)
+    deepspeed.addFilter(_is_error)
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
@@ -51,6 +53,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         hub.removeFilter(_is_no_retry)
+        deepspeed.removeFilter(_is_error)
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
@@ -61,6 +64,11 @@ def quiet() -> Iterator[None]:
 def _is_no_retry(record: logging.LogRecord) -> bool:
     """False for a request to the hub that is tried again; the last failure is an error."""
     return not str(record.msg).startswith("Retrying in ") and "thrown while" not in str(record.msg)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Whether something has failed."""
+    return record.levelno >= logging.ERROR
 
 
 def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:

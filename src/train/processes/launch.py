@@ -19,11 +19,9 @@ from types import FrameType
 
 from ...errors import RecipeError
 from .launchers import placement
+from .signals import heeded
 from .world import PARENT
 
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
 _OWN_WORDS = 10.0
 """Seconds that the other processes get to end with a message of their own, once one has failed."""
 _SAVING = 15.0
@@ -132,7 +130,7 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
         came.append(number)  # one to stop in order, one to stop at once, and then by force
         _signal(children, number if len(came) <= 2 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
+    before = {number: signal.signal(number, forward) for number in heeded()}
     try:
         yield
     finally:

@@ -19,13 +19,14 @@ Environment = MutableMapping[str, str]
 
 _NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     "mpirun": (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 }  # fmt: skip
-"""Variables with the number of the process, of all processes, and the same on this machine."""
+"""Variables with the number of the process, of all processes, and the same on this machine; under
+SLURM, mpirun starts its helpers by srun, so those of srun come last."""
 
 _PORTS = range(15_000, 35_000)
 
@@ -54,11 +55,13 @@ def placement(environ: Environment) -> Placement:
         environ: the environment; changed where a launcher has other names than PyTorch.
 
     Raises:
-        RecipeError: the launcher's variables contradict each other, or one of them is missing.
+        RecipeError: the launcher's variables contradict each other, or are no numbers.
     """
     for launcher, names in _NAMES.items():
         if names[0] in environ and _number(environ, names[1], 1) > 1:
             return _read(environ, launcher, names)
+        if launcher == "torchrun" and names[0] in environ and names[1] in environ:
+            break  # one process alone, even where srun has started several of them
     return Placement()
 
 
@@ -66,6 +69,8 @@ def _read(environ: Environment, launcher: str, names: tuple[str, ...]) -> Placem
     rank, size = _number(environ, names[0]), _number(environ, names[1])
     local_rank = _number(environ, names[2], rank)
     local_size = _number(environ, names[3], 0) or _local_size(environ, size)
+    if launcher == "srun":  # which may be that of a job whose steps have fewer tasks
+        local_size = min(local_size, size)
     if not (0 <= rank < size and 0 <= local_rank < max(local_size, 1)):
         raise RecipeError(
             f"{names[0]}={rank} and {names[1]}={size} ({names[2]}={local_rank}, "
@@ -122,5 +127,5 @@ def _first_host(environ: Environment, launcher: str, one_machine: bool) -> str:
 
 def first_host(hosts: str) -> str:
     """The first name of a SLURM list of machines, such as ``gpu[003-004,7],login``."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,]*)", hosts)
-    return "".join(part or "" for part in match.groups()) if match else hosts
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else hosts

@@ -12,10 +12,15 @@ from typing import Any
 
 from .world import World
 
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]
-"""Ctrl-C, the system's wish, and a terminal that was closed (which Windows has not)."""
+
+def heeded() -> list[int]:
+    """Ctrl-C, the system's wish, and a terminal that was closed, unless nohup has the last ignored.
+
+    Windows has no such terminals.
+    """
+    hangup: Any = getattr(signal, "SIGHUP", None)
+    closed = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([hangup] if closed else [])]
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,7 +63,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
-            for number in _SIGNALS:
+            for number in heeded():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

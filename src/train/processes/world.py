@@ -151,6 +151,8 @@ class World:
         with contextlib.suppress(Exception):  # the store may be gone, too
             if not isinstance(error, ProcessLostError):
                 self._store.set(f"failed-{self.rank}", json.dumps(text))
+            if self.main and not _launcher_has_store():
+                time.sleep(2 * _POLL)  # until the others have read that
             if self.main or not isinstance(error, FusewrightError):
                 return
             said = self._said(0)
@@ -207,15 +209,16 @@ def joined(timeout: float | None) -> Iterator[World]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(placed.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
-        store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
-    )  # fmt: skip
     world = World(placed, PrefixStore("fusewright", store))
     try:
         with _losses():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo",
+                store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+            )  # fmt: skip
             yield world
             world.wait_for_main()
+            world.most(0)  # rank 0 may own the store: it stays until the others have read it
     except BaseException as error:
         world.fail(error)
         raise
@@ -229,7 +232,7 @@ def _losses() -> Iterator[None]:
     """Turn what PyTorch says of a process that is gone into an error that says so."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:  # an OSError is of a file, a pipe or a download
         if not lost(error):
             raise
         raise ProcessLostError(
@@ -239,9 +242,15 @@ def _losses() -> Iterator[None]:
         ) from error
 
 
+def _launcher_has_store() -> bool:
+    """Whether the rendezvous' store outlives rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def lost(error: BaseException) -> bool:
     """Whether an error is PyTorch's way of saying that another process is gone."""
-    return isinstance(error, dist.DistNetworkError) or bool(_LOST.search(str(error)))
+    kinds = (dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or bool(_LOST.search(str(error)))
 
 
 def _end_with_parent() -> None:

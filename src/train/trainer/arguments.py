@@ -146,6 +146,8 @@ def _processes(recipe: Recipe) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),  # else accelerate sees one process there
     }
     strategy = strategy_of(recipe)
+    if strategy.engine == "ddp":  # Trainer looks for them under PEFT, at each step
+        found.setdefault("ddp_find_unused_parameters", False)
     if strategy.deepspeed is not None:
         dtype = dtype_for_training(recipe.precision())
         found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype)

@@ -29,6 +29,27 @@ def test_retries_of_the_hub_are_not_shown() -> None:
         HUB.removeHandler(handler)
 
 
+def test_deepspeed_says_only_what_has_failed() -> None:
+    """It sets its own level when it is imported, which is later."""
+    logger = logging.getLogger("DeepSpeed")
+    level, handlers = logger.level, list(logger.handlers)
+    shown: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    logger.handlers = [handler]
+    try:
+        with quiet():
+            logger.setLevel(logging.WARNING)
+            logger.warning("Setting accelerator to CPU")
+            logger.error("no compiler")
+        assert shown == ["no compiler"]
+        logger.warning("Setting accelerator to CPU")
+        assert len(shown) == 2
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
