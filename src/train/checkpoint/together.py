@@ -43,15 +43,15 @@ def write_together(world: World, folder: Path, step: int, write: Callable[[Path]
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Rank 0's part of it."""
-    failed, told = "", False
+    failed, announced = "", False
     try:
         with files.writing(folder, step) as part:
             world.share(lambda: str(part))
-            told = True
+            announced = True
             _write(world, part, write)
     except CheckpointWriteError as error:
         failed = str(error)
-    if not told:
+    if not announced:
         world.share(lambda: "")
     world.share(lambda: failed)
     if failed:
