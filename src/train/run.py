@@ -72,11 +72,11 @@ class TrainingRun:
     Args:
         recipe: checked, with absolute paths.
         console: where to print.
-        world: the processes of the run.
+        world: the processes of the run; None: this one alone.
     """
 
-    def __init__(self, recipe: Recipe, console: Console, world: World) -> None:
-        self.recipe, self.world = recipe, world
+    def __init__(self, recipe: Recipe, console: Console, world: World | None = None) -> None:
+        self.recipe, self.world = recipe, world or World()
         self.console = console
         self.folder = Path(recipe.output_dir)
         self.sequences: Any = ()
