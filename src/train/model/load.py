@@ -46,8 +46,9 @@ def quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # PEFT and Trainer still use names that transformers has deprecated
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            # PEFT, Trainer and DeepSpeed still use names that others have deprecated
+            old_names = r"transformers|peft|torch\.distributed"
+            warnings.filterwarnings("ignore", category=FutureWarning, module=old_names)
             for start in _NOT_OURS:
                 warnings.filterwarnings("ignore", message=start, category=UserWarning)
             yield

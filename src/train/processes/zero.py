@@ -9,7 +9,7 @@ form of every other checkpoint. Where weights have 16 bits, the state of each pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def whole_optimizer(engine: Any, groups: Groups, keep: bool) -> dict[str, Any] |
 
     parameters = dict(engine.module.named_parameters())
     base = _base(engine)
+    _link_state(engine)
     own: dict[str, Any] = next(iter(base.state.values()), {})
     whole = [key for key, value in own.items() if _is_whole(value)]
     rest = {key: value for key, value in own.items() if key not in whole}
@@ -105,13 +106,15 @@ def load_optimizer(engine: Any, state: dict[str, Any], groups: Groups) -> None:
     """
     parameters = dict(engine.module.named_parameters())
     names = [name for own in groups for name in own]
-    _begin_state(engine, next(iter(state["state"].values()), {}))
+    # those of a parameter with one element look like counts
+    whole = {k for values in state["state"].values() for k, v in values.items() if _is_whole(v)}
+    _begin_state(engine, next(iter(state["state"].values()), {}), whole)
     for number, name in enumerate(names):
         parameter = parameters[name]
         for key, value in state["state"].get(number, {}).items():
             if key == MASTER and parameter.dtype != torch.float32:
                 _set(parameter, value, None)
-            elif key != MASTER and _is_whole(value):
+            elif key != MASTER and key in whole:
                 _set(parameter, value, key)
     filled = [group for group in state["param_groups"] if group["params"]]
     for group, kept in zip(_base(engine).param_groups, filled, strict=True):
@@ -142,19 +145,32 @@ def own_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
     return {key: own(value) for key, value in state.items()}
 
 
-def _begin_state(engine: Any, example: dict[str, Any]) -> None:
-    """Make what the optimizer makes in its first step, with the counts of ``example``."""
+def _begin_state(engine: Any, example: dict[str, Any], whole: Collection[str]) -> None:
+    """Make what the optimizer makes in its first step, with the counts of ``example``.
+
+    Args:
+        engine: DeepSpeed's.
+        example: the state of a parameter.
+        whole: the names of values that have a number for each of the parameter.
+    """
     optimizer, base = engine.optimizer, _base(engine)
     for flat in next(getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)):
         values = base.state[flat]
         for key, value in example.items():
             if key == MASTER:
                 continue
-            if _is_whole(value):
+            if key in whole:
                 values.setdefault(key, torch.zeros_like(flat))
             else:
                 values[key] = value.clone() if torch.is_tensor(value) else value
+    _link_state(engine)
+
+
+def _link_state(engine: Any) -> None:
+    """Let parameters find their state; DeepSpeed does that when the first group has some."""
+    optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
