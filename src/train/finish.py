@@ -1,4 +1,4 @@
-"""What comes after training: it is saved, examined, written up and uploaded."""
+"""What is asked of the model before and after training, and how the results are saved."""
 
 from __future__ import annotations
 
@@ -18,6 +18,34 @@ from .trainer.context import Context
 from .trainer.evaluation import validate
 from .trainer.parallel import same_draws
 from .trainer.trainer import FineTuner
+
+
+def answer_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
+    """Answer the recipe's question, unless the resumed run has done so."""
+    recipe, question = context.recipe, context.recipe.sample_prompt
+    if not question or result.sample is not None:
+        return
+
+    def answer() -> str:
+        return generation.answer(model, context.tokenizer, question, recipe)
+
+    run_log.say(f"answering: {question}")
+    with run_log.timed("answer before"):
+        # sharded weights are fetched by all processes
+        text = answer() if context.on_ready else context.world.share(answer)
+    result.sample = {"question": question, "before": text}
+    run_log.say(f"answer before training: {text}")
+
+
+def validate_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
+    """Validate, unless the resumed run has done so."""
+    if not context.validation or result.val_loss_before is not None:
+        return
+    run_log.say("validating")
+    with run_log.timed("validation before"):
+        validated = validate(model, context.validation, run_log.say, context.world)
+        result.val_loss_before = validated["eval_loss"]
+    run_log.say(f"validation loss before: {result.val_loss_before:.3f}")
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:
@@ -161,6 +189,17 @@ def publish(trainer: FineTuner, result: RunResult, run_log: RunLog, interrupts: 
     with run_log.guarded("push to the hub"):
         if interrupts.signal is not None and result.signal is None:
             raise RuntimeError("a signal came while the last files were written")
-        trainer.push_results()
+        _upload(trainer)
     with run_log.guarded("run.json"):
         result.write()
+
+
+def _upload(trainer: FineTuner) -> None:
+    """Upload the run's folder, checkpoints left out, to the hub."""
+    from huggingface_hub import upload_folder
+
+    upload_folder(
+        repo_id=str(trainer.hub_model_id), folder_path=str(trainer.args.output_dir),
+        revision=trainer.args.hub_revision, token=trainer.args.hub_token,
+        ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
+    )  # fmt: skip

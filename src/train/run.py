@@ -17,12 +17,11 @@ from .checkpoint.lock import held
 from .checkpoint.together import require_shared
 from .data.readers.limits import warnings
 from .data.together import prepare_together
-from .inference import generation
 from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
 from .model.precision import precision_warning
-from .model.tokenizer import load_tokenizer, pad_token
+from .model.tokenizer import load_tokenizer
 from .preflight import require_startable
 from .processes.signals import Interrupts, Stopped
 from .processes.world import World, joined
@@ -32,15 +31,14 @@ from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
-from .report.throughput import ThroughputMeter, flops_per_token
 from .requirements import tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
-from .trainer.batches import training_sequences, typical_context, validation_batches
-from .trainer.build import make_trainer
+from .trainer.batches import training_sequences
+from .trainer.build import make_context, make_trainer
 from .trainer.context import Context
-from .trainer.evaluation import require_figure, validate
-from .trainer.parallel import peak_of, processes_message
+from .trainer.evaluation import require_figure
+from .trainer.parallel import is_sharded, processes_message, same_draws
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
@@ -182,7 +180,8 @@ class TrainingRun:
     def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
-        model = ready_model(recipe, tokenizer, self.run_log.say)
+        shards = is_sharded(strategy_of(recipe), self.world)
+        model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu=shards)
         trained, total = parameters(model)
         result.parameters = {"trained": trained, "total": total}
         result.dtype = str(model.dtype).removeprefix("torch.")
@@ -196,42 +195,33 @@ class TrainingRun:
         self, model: Any, tokenizer: Any, prepared: Any, interrupts: Interrupts
     ) -> Context:
         """What the trainer needs besides the model and the rows."""
-        recipe = self.recipe
-        meter = ThroughputMeter(
-            flops=flops_per_token(model, typical_context(prepared, recipe)),
-            peak=peak_of(model, self.world),
+        made = make_context(
+            self.recipe, model, tokenizer, prepared, interrupts, self.console, self.result.carried
         )
-        sets = validation_batches(prepared, recipe, pad_token(tokenizer), self.world)
-        for name, batches in sets.items():
+        for name, batches in made.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
-        return Context(
-            recipe, tokenizer, self.console, interrupts, meter,
-            validation=sets, data=prepared.fingerprint, carried=self.result.carried,
-            world=self.world,
-        )  # fmt: skip
+        return made
 
     def _before(self, model: Any, context: Context) -> None:
-        """Answer and validate, unless the resumed run has done so; and optimize."""
-        recipe, result = self.recipe, self.result
-        if recipe.sample_prompt and result.sample is None:
-            self.run_log.say(f"answering: {recipe.sample_prompt}")
-            with self.run_log.timed("answer before"):
-                tokenizer, question = context.tokenizer, recipe.sample_prompt
-                text = self.world.share(
-                    lambda: generation.answer(model, tokenizer, question, recipe)
-                )
-            result.sample = {"question": recipe.sample_prompt, "before": text}
-            self.run_log.say(f"answer before training: {text}")
+        """Optimize; answer and validate, once the model is as its processes have it."""
+        recipe = self.recipe
+        shards = is_sharded(strategy_of(recipe), self.world)
+        if not shards:
+            finish.answer_before(model, context, self.result, self.run_log)
         if recipe.optimize:
             from ..compiler.pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
-        if context.validation and result.val_loss_before is None:
-            self.run_log.say("validating")
-            with self.run_log.timed("validation before"):
-                validated = validate(model, context.validation, self.run_log.say, self.world)
-                result.val_loss_before = validated["eval_loss"]
-            self.run_log.say(f"validation loss before: {result.val_loss_before:.3f}")
+        if not shards:
+            finish.validate_before(model, context, self.result, self.run_log)
+            return
+
+        def on_ready(sharded: Any) -> None:
+            with same_draws(recipe.seed):
+                finish.answer_before(sharded, context, self.result, self.run_log)
+            finish.validate_before(sharded, context, self.result, self.run_log)
+
+        context.on_ready = on_ready
 
     def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
         """Train until the last step, or until something ends it."""

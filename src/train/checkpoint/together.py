@@ -85,15 +85,15 @@ def _appears(path: Path) -> bool:
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
     """Rank 0's part of it."""
-    failed, told = "", False
+    failed, announced = "", False
     try:
         with files.writing(folder, step) as part:
             world.share(lambda: str(part))
-            told = True
+            announced = True
             _write(world, part, write)
     except CheckpointWriteError as error:
         failed = str(error)
-    if not told:
+    if not announced:
         world.share(lambda: "")
     world.share(lambda: failed)
     if failed:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Sampler
+
+from ..recipe.recipe import Recipe
 
 Kind = Literal["shuffled", "in order", "by length"]
 
@@ -57,3 +59,19 @@ class Order(Sampler[int]):
 
     def _longest_first(self, index: int) -> int:
         return -self.lengths[index]
+
+
+def order_of(packs: Any, recipe: Recipe, batch: int) -> Order:
+    """The order that a recipe asks for.
+
+    Args:
+        packs: the sequences.
+        recipe: says which kind, and the seed.
+        batch: sequences in a batch.
+    """
+    kind: Kind = "by length" if recipe.group_by_length else "shuffled"
+    kind = "in order" if recipe.curriculum_sampling else kind
+    lengths = [0] * len(packs)
+    if kind == "by length":
+        lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
+    return Order(lengths, recipe.seed, kind, batch)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import RecipeError
 from ..consent import require_consent
 from ..recipe.locate import locate
@@ -74,14 +76,18 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def load_model(recipe: Recipe) -> Any:
-    """Load ``base_model`` on the training device, without adapters and without a KV cache.
+def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
+    """Load ``base_model``, without adapters and without a KV cache.
+
+    Args:
+        recipe: checked.
+        device: where to; None: the training device. Weights of 4 or 8 bits are always made there.
 
     Raises:
         RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
     """
     require_consent(recipe)
-    device = device_for_training()
+    device, quantizing = device or device_for_training(), device_for_training()
     dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
     config = quantization(recipe, dtype)
     options: dict[str, Any] = {"dtype": dtype, **_hub(recipe)}
@@ -89,7 +95,7 @@ def load_model(recipe: Recipe) -> Any:
         options["attn_implementation"] = recipe.attention()
     dense = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
     if config is not None and not dense:
-        options |= {"quantization_config": config, "device_map": {"": device}}
+        options |= {"quantization_config": config, "device_map": {"": quantizing}}
     if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
         options["config"] = load_config(recipe)
     model = pretrained(
@@ -105,11 +111,11 @@ def load_model(recipe: Recipe) -> Any:
     if config is None:
         return model.to(device)
     if dense:
-        quantize(model, config, device)
+        quantize(model, config, quantizing)
     stay_trainable(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(device) if dense else model
+    return model.to(quantizing) if dense else model
 
 
 def _hub(recipe: Recipe) -> dict[str, Any]:

@@ -157,14 +157,14 @@ def _signal(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all of them; once one has failed, not for long."""
     first: _Ended | None = None
-    since, told = 0.0, False
+    since, announced = 0.0, False
     while any(child.poll() is None for child in children):
         first = first or _failed(children)
         if first is not None:
             since = since or time.monotonic()
             waited = time.monotonic() - since
-            if waited > _OWN_WORDS and not told:
-                told = True
+            if waited > _OWN_WORDS and not announced:
+                announced = True
                 _signal(children, signal.SIGTERM)
             if waited > _OWN_WORDS + _SAVING:
                 _signal(children, signal.SIGKILL)

@@ -32,7 +32,7 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         "auto_wrap_policy": policies[fsdp.wrap],
         "reshard_after_forward": fsdp.reshard_after_forward,
         "state_dict_type": fsdp.state_dict_type,
-        "cpu_ram_efficient_loading": fsdp.cpu_ram_efficient_loading,
+        "cpu_ram_efficient_loading": False,  # every process has read the weights itself
         "activation_checkpointing": False,  # blocks do that themselves: Recipe.checkpointing
     }
     if fsdp.offload_params:

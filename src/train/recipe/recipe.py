@@ -79,7 +79,8 @@ class Recipe(
 
     def checkpointing(self) -> bool:
         """Whether blocks keep only their inputs for backward."""
-        return bool(self.gradient_checkpointing)
+        fsdp = self.strategy().fsdp
+        return bool(self.gradient_checkpointing or (fsdp and fsdp.activation_checkpointing))
 
     def accumulation(self) -> int:
         """Forward passes per optimizer step, from ``batch_size`` where that is set."""

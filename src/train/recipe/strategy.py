@@ -34,7 +34,6 @@ class Fsdp:
             backward.
         offload_params: keep shards, gradients and the optimizer's state in CPU memory.
         pin_memory: pin that memory.
-        cpu_ram_efficient_loading: one process reads the weights and sends the others their shards.
         activation_checkpointing: keep only the inputs of each block for backward.
         state_dict_type: whether checkpoints hold whole tensors or each process's shards.
         mixed_precision: the name of the dtype of gathered weights, gradients and outputs; None: the
@@ -47,7 +46,6 @@ class Fsdp:
     reshard_after_forward: bool
     offload_params: bool
     pin_memory: bool
-    cpu_ram_efficient_loading: bool
     activation_checkpointing: bool
     state_dict_type: StateDictType
     mixed_precision: str | None
@@ -190,7 +188,6 @@ def _fsdp(recipe: Recipe) -> Fsdp:
         reshard_after_forward=reshards(recipe),
         offload_params=offloads(recipe),
         pin_memory=config.cpu_offload_pin_memory is not False,
-        cpu_ram_efficient_loading=bool(config.cpu_ram_efficient_loading),
         activation_checkpointing=bool(config.activation_checkpointing),
         state_dict_type="FULL_STATE_DICT" if stored == "FULL_STATE_DICT" else "SHARDED_STATE_DICT",
         mixed_precision=config.mixed_precision_policy,

@@ -146,8 +146,10 @@ def _processes(recipe: Recipe) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),  # else accelerate sees one process there
     }
     strategy = strategy_of(recipe)
-    if strategy.engine == "ddp":  # Trainer looks for them under PEFT, at each step
-        found.setdefault("ddp_find_unused_parameters", False)
+    if strategy.engine == "ddp":
+        # as Trainer decides for a model without PEFT: an expert that nothing is sent to has no
+        # gradient, and a checkpoint's second forward must not be looked at
+        found.setdefault("ddp_find_unused_parameters", not recipe.checkpointing())
     if strategy.deepspeed is not None:
         dtype = dtype_for_training(recipe.precision())
         found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype)

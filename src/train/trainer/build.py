@@ -6,16 +6,54 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
+
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
 from ..model.tokenizer import pad_token
+from ..processes.signals import Interrupts
+from ..recipe.recipe import Recipe
+from ..report.throughput import ThroughputMeter, flops_per_token
 from .arguments import arguments_for
-from .batches import training_batch
+from .batches import training_batch, typical_context, validation_batches
 from .callbacks import watchdogs
 from .context import Context
+from .parallel import peak_of
 from .progress import ProgressCallback
 from .trainer import FineTuner
+
+
+def make_context(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    prepared: Any,
+    interrupts: Interrupts,
+    console: Console,
+    carried: Callable[[], dict[str, Any]],
+) -> Context:
+    """Bring together what the trainer needs besides the model and the rows.
+
+    Args:
+        recipe: checked.
+        model: which is trained.
+        tokenizer: of the run.
+        prepared: the rows, as ``prepare`` has made them.
+        interrupts: of the run, with its processes.
+        console: where to print.
+        carried: says what else of the run a checkpoint has to keep.
+    """
+    world = interrupts.world
+    meter = ThroughputMeter(
+        flops=flops_per_token(model, typical_context(prepared, recipe)),
+        peak=peak_of(model, world),
+    )
+    sets = validation_batches(prepared, recipe, pad_token(tokenizer), world)
+    return Context(
+        recipe, tokenizer, console, interrupts, meter,
+        validation=sets, data=prepared.fingerprint, carried=carried, world=world,
+    )  # fmt: skip
 
 
 def make_trainer(

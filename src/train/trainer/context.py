@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter
 from ..terminal import say
-from .evaluation import Batch
+from .evaluation import Batches
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Context:
         data: the fingerprint of the prepared rows.
         carried: says what else of the run a checkpoint has to keep.
         world: the processes of the run.
+        on_ready: called with the model once it is sharded, before the first step; or None.
     """
 
     recipe: Recipe
@@ -37,10 +38,11 @@ class Context:
     console: Console
     interrupts: Interrupts
     meter: ThroughputMeter = field(default_factory=ThroughputMeter)
-    validation: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
+    validation: Mapping[str, Batches] = field(default_factory=dict)
     data: str = ""
     carried: Callable[[], dict[str, Any]] = dict
     world: World = field(default_factory=World)
+    on_ready: Callable[[Any], None] | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -16,6 +16,7 @@ from transformers.trainer_utils import seed_worker
 from ..checkpoint.load import ResumableTrainer, readable
 from ..checkpoint.rng_state import RngState
 from ..data.ranks import Fillable, RankBatches, RankStream
+from ..model.precision import device_for_training
 from ..processes import zero
 from ..processes.gather import (
     load_optimizer,
@@ -67,9 +68,7 @@ class ParallelTrainer(ResumableTrainer):
     @property
     def shards(self) -> bool:
         """Whether each process has only a part of the weights."""
-        if not self.world.several or self.strategy.engine == "ddp":
-            return False
-        return self.strategy.engine == "fsdp" or self.zero_stage == 3
+        return is_sharded(self.strategy, self.world)
 
     @property
     def zero_stage(self) -> int:
@@ -214,9 +213,16 @@ def processes_message(strategy: Strategy, world: World) -> str | None:
     return f"processes: {world.size}; {how}"
 
 
+def is_sharded(strategy: Strategy, world: World) -> bool:
+    """Whether each process has only a part of the weights."""
+    if not world.several or strategy.engine == "ddp":
+        return False
+    return strategy.engine == "fsdp" or stage(strategy.deepspeed or {}) == 3
+
+
 def peak_of(model: Any, world: World) -> float | None:
     """Operations per second that the devices of all processes can do; None: not known."""
-    peak = peak_flops(model.device, model.dtype)
+    peak = peak_flops(device_for_training(), model.dtype)
     return None if peak is None else peak * world.size
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ...errors import RecipeError
 from ..data import leaks
 from ..model.adapters import add_adapter
@@ -12,13 +14,16 @@ from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
 
 
-def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> Any:
+def ready_model(
+    recipe: Recipe, tokenizer: Any, say: Callable[[str], None], on_cpu: bool = False
+) -> Any:
     """Load the model of a recipe, and make of it what is trained.
 
     Args:
         recipe: checked.
         tokenizer: whose tokens the embeddings need rows for.
         say: prints a line; called for what the user may not expect.
+        on_cpu: leave it in the CPU's memory, for it is sharded before it is used.
 
     Raises:
         RecipeError: there is no such model, or it cannot be trained as the recipe says.
@@ -26,7 +31,7 @@ def ready_model(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> A
     from transformers import set_seed
 
     say(f"loading {recipe.base_model}")
-    model = load_model(recipe)
+    model = load_model(recipe, torch.device("cpu") if on_cpu else None)
     packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
     if packs and leaks(model, model.config.vocab_size, model.device):
         raise RecipeError(

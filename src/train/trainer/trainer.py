@@ -20,7 +20,7 @@ from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import RngState
 from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
-from ..data.order import Kind, Order
+from ..data.order import order_of
 from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits, out_of_patience
@@ -104,14 +104,8 @@ class FineTuner(ParallelTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        recipe = self.context.recipe
         packs: Any = train_dataset or self.train_dataset
-        kind: Kind = "by length" if recipe.group_by_length else "shuffled"
-        kind = "in order" if recipe.curriculum_sampling else kind
-        lengths = [0] * len(packs)
-        if kind == "by length":
-            lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
-        return Order(lengths, self.args.seed, kind, self._train_batch_size)
+        return order_of(packs, self.context.recipe, self._train_batch_size)
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -125,6 +119,8 @@ class FineTuner(ParallelTrainer):
 
         The meter is there already, for it also counts where no step is left to make.
         """
+        if self.context.on_ready is not None:
+            self.context.on_ready(self.model)
         seed_rank(self.args.seed, self.world)
         if self._resumed is not None:
             # the state of a checkpoint brings its own intervals along
@@ -312,16 +308,6 @@ class FineTuner(ParallelTrainer):
         """End a loop that ``NonFiniteStepError`` has left; save the state before that step."""
         self.save_now()
         self.callback_handler.on_train_end(self.args, self.state, self.control)
-
-    def push_results(self) -> None:
-        """Upload the run's folder, checkpoints left out, to the hub."""
-        from huggingface_hub import upload_folder
-
-        upload_folder(
-            repo_id=str(self.hub_model_id), folder_path=str(self.args.output_dir),
-            revision=self.args.hub_revision, token=self.args.hub_token,
-            ignore_patterns=["checkpoint-*", ".*"], commit_message="End of training",
-        )  # fmt: skip
 
     def _finish_current_push(self) -> None:
         self._pushed(super()._finish_current_push)

@@ -10,11 +10,10 @@ import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from .runs import STRATEGIES, Run, Runs, difference, same
+from .runs import STRATEGIES, Run, Runs, difference
 
 slow = pytest.mark.slow
 DEEPSPEED = pytest.mark.skipif(

@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
 QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_target_linear": True}
 PLAIN = Fsdp(
     wrap="transformer", classes=(), min_num_params=0, reshard_after_forward=True,
-    offload_params=False, pin_memory=True, cpu_ram_efficient_loading=False,
+    offload_params=False, pin_memory=True,
     activation_checkpointing=False, state_dict_type="FULL_STATE_DICT", mixed_precision=None,
 )  # fmt: skip
 
@@ -95,7 +95,6 @@ OPTIONS: list[tuple[str, Any, dict[str, Any]]] = [
     ("offload_params", True, {"offload_params": True}),
     ("offload_params", False, {}),
     ("cpu_offload_pin_memory", False, {"pin_memory": False}),
-    ("cpu_ram_efficient_loading", True, {"cpu_ram_efficient_loading": True}),
     ("activation_checkpointing", True, {"activation_checkpointing": True}),
     ("state_dict_type", "FULL_STATE_DICT", {}),
     ("state_dict_type", "SHARDED_STATE_DICT", {"state_dict_type": "SHARDED_STATE_DICT"}),

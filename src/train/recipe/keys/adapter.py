@@ -121,7 +121,7 @@ class AdapterKeys(Keys):
     """Load the adapter into CPU memory. Unset: no."""
 
     qlora_sharded_model_loading: bool | None = not_yet(
-        "leave it out; fsdp_config.cpu_ram_efficient_loading lets one process read the weights"
+        "leave it out: each process reads the weights into CPU memory, and keeps its shards"
     )
     """Load a quantized model shard by shard for FSDP. Unset: no."""
 

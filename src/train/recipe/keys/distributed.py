@@ -104,7 +104,7 @@ class DistributedKeys(Keys):
     """Send buffers to all processes at each step. Unset: torch's default."""
 
     ddp_find_unused_parameters: bool | None = None
-    """Look for parameters without a gradient. Unset: no."""
+    """Look for parameters without a gradient. Unset: yes, unless blocks are checkpointed."""
 
     world_size: Int | None = not_applicable(_LAUNCHER)
     """Number of processes. Unset: seen from the launcher."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Int, Keys, key, not_yet, subsumed
+from .base import Int, Keys, key, not_applicable, not_yet, subsumed
 
 Strategies = Literal[
     "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"
@@ -82,9 +82,10 @@ class FsdpKeys(Keys):
     """Pin the CPU memory of ``offload_params``: faster copies, but memory that cannot be swapped
     out. Unset: yes."""
 
-    cpu_ram_efficient_loading: bool | None = None
-    """One process reads the weights and sends the others their shards; otherwise each process reads
-    all of them. Unset: no."""
+    cpu_ram_efficient_loading: bool | None = not_applicable(
+        "each process reads the weights into CPU memory, and keeps its shards"
+    )
+    """One process reads the weights and sends the others their shards. Unset: no."""
 
     activation_checkpointing: bool | None = None
     """Keep only the inputs of each block, as ``gradient_checkpointing`` does. Unset: no."""
