@@ -195,6 +195,8 @@ def _train(
     with said_once(os.environ):
         checked = load_recipe(recipe, overrides, consent)
 
+    # PyTorch's C++ code warns in every process, such as of a model that uses all its parameters
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if placement(os.environ).rank == 0:
         announce("importing PyTorch and transformers")
     from ..train.processes.launch import launch, number_of_processes

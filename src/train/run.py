@@ -180,7 +180,7 @@ class TrainingRun:
     def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
-        shards = is_sharded(strategy_of(recipe), self.world)
+        shards = is_sharded(recipe.strategy(), self.world)
         model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu=shards)
         trained, total = parameters(model)
         result.parameters = {"trained": trained, "total": total}
@@ -205,7 +205,7 @@ class TrainingRun:
     def _before(self, model: Any, context: Context) -> None:
         """Optimize; answer and validate, once the model is as its processes have it."""
         recipe = self.recipe
-        shards = is_sharded(strategy_of(recipe), self.world)
+        shards = is_sharded(recipe.strategy(), self.world)
         if not shards:
             finish.answer_before(model, context, self.result, self.run_log)
         if recipe.optimize:
