@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -64,6 +65,10 @@ def fusewright(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    local_rank: Annotated[
+        int | None,
+        typer.Option(hidden=True, help="From a launcher, which sets LOCAL_RANK, too."),
+    ] = None,
 ) -> None:
     """Fine-tune Hugging Face decoder models on an optimized graph."""
     # warns at import about kernels that are not used
@@ -175,6 +180,7 @@ def _train(
     """Train, and return the exit code of the result."""
     if recipe.startswith("--"):
         raise RecipeError(f"train: name the recipe first: fusewright train RECIPE.yaml {recipe}")
+    from ..train.processes.launchers import placement, said_once
     from ..train.recipe.load import check, load_recipe
     from ..train.recipe.overrides import parse_overrides
 
@@ -186,13 +192,18 @@ def _train(
 
         show(check(recipe, overrides, consent), Terminal(highlight=False))
         return 0
-    checked = load_recipe(recipe, overrides, consent)
+    with said_once(os.environ):
+        checked = load_recipe(recipe, overrides, consent)
 
-    announce("importing PyTorch and transformers")
+    # PyTorch's C++ code warns in every process, such as of a model that uses all its parameters
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if placement(os.environ).rank == 0:
+        announce("importing PyTorch and transformers")
     from ..train.processes.launch import launch, number_of_processes
 
     number = number_of_processes(nproc)
     if number > 1:
+        checked.strategy().require_world(number)
         switches = ["--overwrite"] * overwrite + consent.switches()
         return launch(number, ["train", recipe, *switches, *arguments])
     from ..train.run import run  # slow to import: only for a recipe that is right

@@ -14,6 +14,7 @@ from . import finish
 from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
+from .checkpoint.together import require_shared
 from .data.readers.limits import warnings
 from .data.together import prepare_together
 from .model.adapters import parameters
@@ -26,7 +27,6 @@ from .processes.signals import Interrupts, Stopped
 from .processes.world import World, joined
 from .recipe.recipe import Recipe
 from .recipe.status import messages
-from .recipe.strategy import strategy_of
 from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
@@ -144,10 +144,11 @@ class TrainingRun:
         """Check the folder and the packages; find the checkpoint to resume from, if any."""
         recipe, world = self.recipe, self.world
         world.share(lambda: require_startable(recipe, world.size))
-        said = processes_message(strategy_of(recipe), world)
-        for line in (*messages(recipe), precision_warning(recipe.precision()), said):
-            if line is not None:
-                self.run_log.say(line)
+        require_shared(world, self.folder)
+        said = processes_message(recipe.strategy(), world)
+        precision = precision_warning(recipe.precision())
+        for line in filter(None, (world.unread, *messages(recipe), precision, said)):
+            self.run_log.say(line)
         found = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(found) if found else None
         if start is not None:
@@ -179,7 +180,7 @@ class TrainingRun:
     def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
-        shards = is_sharded(strategy_of(recipe), self.world)
+        shards = is_sharded(recipe.strategy(), self.world)
         model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu=shards)
         trained, total = parameters(model)
         result.parameters = {"trained": trained, "total": total}
@@ -204,7 +205,7 @@ class TrainingRun:
     def _before(self, model: Any, context: Context) -> None:
         """Optimize; answer and validate, once the model is as its processes have it."""
         recipe = self.recipe
-        shards = is_sharded(strategy_of(recipe), self.world)
+        shards = is_sharded(recipe.strategy(), self.world)
         if not shards:
             finish.answer_before(model, context, self.result, self.run_log)
         if recipe.optimize:
@@ -303,7 +304,7 @@ class TrainingRun:
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Run ``recipe``; see ``fusewright.train.train``."""
     with joined(recipe.ddp_timeout) as world:
-        strategy_of(recipe).require_world(world.size)
+        recipe.strategy().require_world(world.size)
         if console is None:
             console = Terminal(quiet=not world.main)
         return TrainingRun(recipe, console, world).run()

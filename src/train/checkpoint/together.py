@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ...errors import RecipeError
 from ..processes.world import World
 from . import files
 from .files import CheckpointWriteError, write_error_reason
+from .ownership import LOCK
+
+_LATE = 20.0
+"""Seconds after which what another machine has written must be seen."""
 
 
 def write_together(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:
@@ -39,6 +48,39 @@ def write_together(world: World, folder: Path, step: int, write: Callable[[Path]
         failed = world.share(str)
         if failed:
             raise CheckpointWriteError(failed)
+
+
+def require_shared(world: World, folder: Path) -> None:
+    """See that the folder of the run is the same on all machines; a collective.
+
+    Args:
+        world: the processes of the run.
+        folder: of the run, in which rank 0 has the lock.
+
+    Raises:
+        RecipeError: a machine has another folder of that name, or none.
+    """
+    if not world.several:
+        return
+    apart = world.rank != world.local_rank and not _appears(folder / LOCK)
+    hosts = sorted({host for host in world.gather(socket.gethostname() if apart else "") if host})
+    if hosts:
+        raise RecipeError(
+            f"output_dir: {folder} is not the same folder on {', '.join(hosts)} as on the machine "
+            "of rank 0; name one that all machines share, where every process finds the checkpoints"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or soon is: a network file system may show it late."""
+    end = time.monotonic() + _LATE
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # asks the server
+    return True
 
 
 def _lead(world: World, folder: Path, step: int, write: Callable[[Path], None]) -> None:

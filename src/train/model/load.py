@@ -23,8 +23,9 @@ _NOT_OURS = (
     "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
     "Could not find a config file in",  # PEFT, saving an adapter without a network
     "Setting `save_embedding_layers` to `True`",
+    "Slicing a flattened dim from root mesh",  # accelerate, of its mesh for FSDP2
 )
-"""How warnings begin that PEFT gives about what it does right by itself."""
+"""How warnings begin that libraries give about what they do right by themselves."""
 
 
 @contextlib.contextmanager

@@ -92,7 +92,15 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0, or that of the first process that failed.
+
+    Raises:
+        RecipeError: there are GPUs, but not one for each.
     """
+    if 0 < (gpus := _gpus()) < number:
+        raise RecipeError(
+            f"--nproc: {number} processes need as many GPUs, and there are {gpus} here; "
+            "CUDA_VISIBLE_DEVICES= hides them, to train on the CPU"
+        )
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # 2026-11-27: not in its list
 
     # the ranks meet at a store of this process, as under torchrun: no port can be taken in between
@@ -165,7 +173,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     if first is None:
         return 0
     if (reason := first.reason()) is not None:
-        resume = "; start the run again with resume_from_checkpoint: true to resume"
+        resume = "; start the run again with auto_resume_from_checkpoints: true to resume"
         print(f"fusewright: {reason}, and the others were stopped{resume}", file=sys.stderr)
     return first.exit_code
 

@@ -7,13 +7,16 @@ of their own, which are translated.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
-from collections.abc import MutableMapping
+import time
+import zlib
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 
-from ...errors import RecipeError
+from ...errors import FusewrightError, RecipeError
 
 Environment = MutableMapping[str, str]
 
@@ -27,6 +30,9 @@ _NAMES = {
 }  # fmt: skip
 """Variables with the number of the process, of all processes, and the same on this machine; under
 SLURM, mpirun starts its helpers by srun, so those of srun come last."""
+
+_PATIENCE = 10.0
+"""Seconds after which a process says itself what is wrong, because nobody has stopped it."""
 
 _PORTS = range(15_000, 35_000)
 
@@ -65,10 +71,45 @@ def placement(environ: Environment) -> Placement:
     return Placement()
 
 
+def device_index(placed: Placement, gpus: int) -> int:
+    """Which of the GPUs that a process sees is its own.
+
+    Args:
+        placed: the process.
+        gpus: how many it sees. A launcher may show each process a single one, its own.
+
+    Raises:
+        RecipeError: there are fewer than processes on this machine.
+    """
+    if gpus == 1:
+        return 0
+    if placed.local_rank >= gpus:
+        raise RecipeError(
+            f"{placed.local_size} processes run on this machine, which has {gpus} GPUs: start one "
+            "process per GPU"
+        )
+    return placed.local_rank
+
+
+@contextlib.contextmanager
+def said_once(environ: Environment) -> Iterator[None]:
+    """Let one process of a machine say what all of them find wrong before they know each other.
+
+    The others give it time: a launcher stops them once one has ended.
+    """
+    placed = placement(environ)
+    try:
+        yield
+    except FusewrightError:
+        if placed.local_rank:
+            time.sleep(_PATIENCE)
+        raise
+
+
 def _read(environ: Environment, launcher: str, names: tuple[str, ...]) -> Placement:
     rank, size = _number(environ, names[0]), _number(environ, names[1])
     local_rank = _number(environ, names[2], rank)
-    local_size = _number(environ, names[3], 0) or _local_size(environ, size)
+    local_size = _number(environ, names[3], 0) or _local_size(environ, launcher, size)
     if launcher == "srun":  # which may be that of a job whose steps have fewer tasks
         local_size = min(local_size, size)
     if not (0 <= rank < size and 0 <= local_rank < max(local_size, 1)):
@@ -82,8 +123,7 @@ def _read(environ: Environment, launcher: str, names: tuple[str, ...]) -> Placem
     if "MASTER_ADDR" not in environ:
         environ["MASTER_ADDR"] = _first_host(environ, launcher, size == local_size)
     if "MASTER_PORT" not in environ:
-        job = _number(environ, "SLURM_JOB_ID", 0)
-        environ["MASTER_PORT"] = str(_PORTS[job % len(_PORTS)])
+        environ["MASTER_PORT"] = str(_PORTS[_job(environ, launcher) % len(_PORTS)])
     return Placement(rank, size, local_rank, local_size)
 
 
@@ -101,8 +141,17 @@ def _number(environ: Environment, name: str, default: int | None = None) -> int:
     return int(match[1])
 
 
-def _local_size(environ: Environment, size: int) -> int:
-    """Processes on this machine, where the launcher does not say; SLURM counts the machines."""
+def _job(environ: Environment, launcher: str) -> int:
+    """A number that differs between the runs of a machine, and that all processes of one know."""
+    if launcher == "srun":
+        return _number(environ, "SLURM_JOB_ID", 0) + 1000 * _number(environ, "SLURM_STEP_ID", 0)
+    return zlib.crc32(name.encode()) if (name := environ.get("PMIX_NAMESPACE")) else 0
+
+
+def _local_size(environ: Environment, launcher: str, size: int) -> int:
+    """Processes on this machine; DeepSpeed has its own name for them, SLURM counts machines."""
+    if launcher == "torchrun" and "LOCAL_SIZE" in environ:
+        return _number(environ, "LOCAL_SIZE")
     return -(-size // _number(environ, "SLURM_STEP_NUM_NODES", 1))
 
 

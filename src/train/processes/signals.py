@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -21,6 +22,11 @@ def heeded() -> list[int]:
     hangup: Any = getattr(signal, "SIGHUP", None)
     closed = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([hangup] if closed else [])]
+
+
+_ECHO = 1.0
+"""Seconds in which a signal of another kind is the same wish: of Ctrl-C, DeepSpeed's launcher makes
+a SIGTERM beside the SIGINT that the terminal has sent."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -56,6 +62,7 @@ class Interrupts:
         self.world = world or World()
         self.signal: int | None = None
         self._arrived: int | None = None
+        self._when = 0.0
         self._shown_elsewhere = False
         self._message = ""
         self._before: dict[int, Any] = {}
@@ -98,13 +105,19 @@ class Interrupts:
             self._shown_elsewhere = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._message or self._arrived is not None:
+        if not self._message or (self._arrived is not None and not self._echoes(number)):
             self.signal = number
             raise Stopped(number)
-        self._arrived = number
+        if self._arrived is not None:
+            return
+        self._arrived, self._when = number, time.monotonic()
         if not self.world.several:
             self.signal = number
         quiet = self._shown_elsewhere or os.getpid() != self._process
         if self.world.main and not quiet:
             # not through a file object: this may interrupt one of its own writes
             os.write(2, f"\n{self._message}\n".encode())
+
+    def _echoes(self, number: int) -> bool:
+        """Whether a launcher has made a second signal of the first."""
+        return number != self._arrived and time.monotonic() - self._when < _ECHO

@@ -25,7 +25,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ...errors import FusewrightError, ProcessLostError, first_line
-from .launchers import Placement, placement
+from .accelerate_settings import ignored
+from .launchers import Placement, device_index, placement
+from .network import HINT, choose_interface
 
 T = TypeVar("T")
 
@@ -54,6 +56,7 @@ class World:
         size: how many there are.
         local_rank: its number on its machine.
         local_size: how many there are on its machine.
+        unread: what to say about settings of the launcher that are not read; None: nothing.
 
     Args:
         placed: which process this is.
@@ -64,6 +67,7 @@ class World:
         placed = placed or Placement()
         self.rank, self.size = placed.rank, placed.size
         self.local_rank, self.local_size = placed.local_rank, placed.local_size
+        self.unread: str | None = None
         self._store, self._shared = store, 0
 
     @property
@@ -191,6 +195,14 @@ def joined(timeout: float | None) -> Iterator[World]:
         RecipeError: the launcher's variables are not right.
         ProcessLostError: another process has ended during the run.
     """
+    with ignored(os.environ) as unread, _group(timeout) as world:
+        world.unread = unread
+        yield world
+
+
+@contextlib.contextmanager
+def _group(timeout: float | None) -> Iterator[World]:
+    """The processes, and PyTorch's group of them."""
     placed = placement(os.environ)
     if placed.size == 1:
         yield World()
@@ -208,10 +220,11 @@ def joined(timeout: float | None) -> Iterator[World]:
         ) from error
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(placed.local_rank)
+        torch.cuda.set_device(device_index(placed, torch.cuda.device_count()))
+    choose_interface(os.environ, placed)
     world = World(placed, PrefixStore("fusewright", store))
     try:
-        with _losses():
+        with _losses(machines=placed.size > placed.local_size):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo",
                 store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
@@ -228,18 +241,28 @@ def joined(timeout: float | None) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _losses() -> Iterator[None]:
-    """Turn what PyTorch says of a process that is gone into an error that says so."""
+def _losses(machines: bool = False) -> Iterator[None]:
+    """Turn what PyTorch says of a process that is gone into an error that says so.
+
+    Args:
+        machines: whether there are several.
+    """
     try:
         yield
     except RuntimeError as error:  # an OSError is of a file, a pipe or a download
         if not lost(error):
             raise
-        raise ProcessLostError(
+        said = (
             "another process of this run has ended, so this one cannot continue either; what it "
             "said is above, or in its launcher's log. Start the run again with "
-            f"resume_from_checkpoint: true to resume ({first_line(error)})"
-        ) from error
+            "auto_resume_from_checkpoints: true to resume"
+        )
+        if machines and "connectFullMesh" in str(error):  # of gloo, before anything else
+            said = (
+                "another process of this run cannot be reached: it has ended (what it said is "
+                f"above, or in its launcher's log), or gloo takes the wrong network: {HINT}"
+            )
+        raise ProcessLostError(f"{said} ({first_line(error)})") from error
 
 
 def _launcher_has_store() -> bool:

@@ -36,7 +36,8 @@ def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
         "activation_checkpointing": False,  # blocks do that themselves: Recipe.checkpointing
     }
     if fsdp.offload_params:
-        given["cpu_offload"] = CPUOffloadPolicy(pin_memory=fsdp.pin_memory)
+        pins = fsdp.pin_memory and torch.cuda.is_available()  # which is for copies to a GPU
+        given["cpu_offload"] = CPUOffloadPolicy(pin_memory=pins)
     if fsdp.wrap == "transformer":
         given["transformer_cls_names_to_wrap"] = list(fsdp.classes) or block_classes(model)
     if fsdp.wrap == "size":

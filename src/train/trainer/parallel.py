@@ -203,8 +203,13 @@ def processes_message(strategy: Strategy, world: World) -> str | None:
         if strategy.engine == "ddp":
             return None
         return f"{strategy.engine}: one process has all the weights, so they are not sharded"
-    names = {"ddp": "each has all the weights (DDP)", "deepspeed": "DeepSpeed ZeRO"}
-    how = names.get(strategy.engine, "weights are sharded (FSDP2)")
+    how = "each has all the weights (DDP)"
+    if strategy.engine == "deepspeed":
+        how = f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}"
+    elif strategy.engine == "fsdp":
+        several = strategy.replicate > 1
+        what = f"{strategy.replicate} copies of the weights, each" if several else "weights are"
+        how = f"{what} sharded (FSDP2)"
     return f"processes: {world.size}; {how}"
 
 

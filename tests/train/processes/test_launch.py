@@ -235,7 +235,7 @@ sys.exit(1)
     pid = (tmp_path / "pid.1").read_text()
     assert capfd.readouterr().err == (
         f"fusewright: rank 1 (process {pid}) was killed by {number}{hint}, and the others were "
-        "stopped; start the run again with resume_from_checkpoint: true to resume\n"
+        "stopped; start the run again with auto_resume_from_checkpoints: true to resume\n"
     )
 
 

@@ -206,7 +206,7 @@ def test_one_that_fails_alone_says_so_and_the_other_ends(which: int) -> None:
     else:
         assert other.error == LOST
         assert "another process of this run has ended" in other.said
-        assert "resume_from_checkpoint: true" in other.said
+        assert "auto_resume_from_checkpoints: true" in other.said
         assert len(other.said.splitlines()) == 1
 
 
@@ -253,7 +253,7 @@ def _asleep(world: World) -> None:
 def test_one_that_does_not_answer_is_lost_after_the_time_out() -> None:
     first, _ = run_ranks(_asleep)
     assert first.error == LOST
-    assert "resume_from_checkpoint" in first.said
+    assert "auto_resume_from_checkpoints" in first.said
 
 
 @pytest.mark.parametrize(

@@ -528,8 +528,17 @@ def test_the_storage_reaches_bitsandbytes(keys: dict[str, Any], name: str) -> No
         ),
         (
             {"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}},
-            "fsdp_config.state_dict_type", "subsumed", "SHARDED_STATE_DICT",
+            "fsdp_config.state_dict_type", "subsumed", "whole checkpoints",
         ),
+        (
+            {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+            "fsdp_config.state_dict_type", "subsumed", "whole checkpoints",
+        ),
+        (
+            {"fsdp": True, "state_dict_type": "SHARDED_STATE_DICT"},
+            "state_dict_type", "subsumed", "whole checkpoints",
+        ),
+        ({"fsdp": True, "state_dict_type": "FULL_STATE_DICT"}, "state_dict_type", "honoured", ""),
         (
             {"fsdp_config": {"fsdp_offload_params": True}},
             "fsdp_config.offload_params", "honoured", "",
@@ -556,7 +565,7 @@ def test_the_storage_reaches_bitsandbytes(keys: dict[str, Any], name: str) -> No
         ),
         ({"fsdp": "offload", "fsdp_config": {"cpu_offload_pin_memory": True}},
          "fsdp_config.cpu_offload_pin_memory", "honoured", ""),
-        ({"state_dict_type": "SHARDED_STATE_DICT"}, "state_dict_type", "not applicable", "FSDP"),
+        ({"state_dict_type": "FULL_STATE_DICT"}, "state_dict_type", "not applicable", "FSDP"),
         ({"fsdp": True, "ddp": True}, "ddp", "not applicable", "only DDP"),
         ({"ddp": True}, "ddp", "honoured", ""),
         ({"fsdp_version": 2}, "fsdp_version", "subsumed", "FSDP2"),

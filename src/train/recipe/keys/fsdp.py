@@ -13,6 +13,9 @@ Strategies = Literal[
 ]
 """The sharding strategies of FSDP1, in the order of their numbers, which begin at 1."""
 
+WHOLE = "whole checkpoints, from which any number of processes resumes"
+"""What checkpoints are in place of shards."""
+
 _NUMBERS = {1: "FULL_SHARD", 2: "SHARD_GRAD_OP", 3: "NO_SHARD", 4: "HYBRID_SHARD",
             5: "HYBRID_SHARD_ZERO2"}  # fmt: skip
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -100,11 +103,12 @@ class FsdpKeys(Keys):
         BeforeValidator(_upper),
     ] = key(
         values={
-            "LOCAL_STATE_DICT": ("subsumed", "SHARDED_STATE_DICT: FSDP2 has no local state dict")
+            "SHARDED_STATE_DICT": ("subsumed", WHOLE),
+            "LOCAL_STATE_DICT": ("subsumed", WHOLE),
         }
     )
-    """How checkpoints hold weights and the optimizer's state: as a whole, gathered on one process,
-    or as each process has them. Unset: as a whole."""
+    """How checkpoints hold weights and the optimizer's state. Unset: as a whole, gathered on one
+    process."""
 
     final_state_dict_type: Annotated[
         Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
