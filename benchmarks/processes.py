@@ -219,7 +219,10 @@ def attempt(
     try:
         return process.wait(wait), False
     except subprocess.TimeoutExpired:
-        os.kill(draw.choice(ranks), signal.SIGKILL)
+        try:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+        except ProcessLookupError:  # it has just ended
+            return process.wait(40), False
         return process.wait(40), True
 
 
