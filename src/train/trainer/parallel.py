@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import seed_worker
 
 from ..checkpoint.load import ResumableTrainer, readable
@@ -51,6 +53,8 @@ class ParallelTrainer(ResumableTrainer):
         self._names: list[list[str]] = []
         self._loaded = False
         super().__init__(**kwargs)
+        if world.several and not self.model_accepts_loss_kwargs:
+            self.compute_loss_func = causal_loss  # its own is a mean over the process's tokens
 
     @property
     def _module(self) -> Any:
@@ -195,6 +199,21 @@ class ParallelTrainer(ResumableTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return prepared
+
+
+def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The loss over the trained tokens of all processes, for a model that cannot be told of them.
+
+    Args:
+        outputs: of the model, with ``logits`` (B, T, V).
+        labels: (B, T), -100 where nothing is trained.
+        num_items_in_batch: trained tokens of the step, of all processes.
+    """
+    logits = outputs["logits"]
+    loss: Tensor = ForCausalLMLoss(
+        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
+    )
+    return loss
 
 
 def processes_message(strategy: Strategy, world: World) -> str | None:
