@@ -201,8 +201,7 @@ class TrainingRun:
             peak=peak_of(model, self.world),
         )
         sets = validation_batches(prepared, recipe, pad_token(tokenizer), self.world)
-        for name, batches in sets.items():
-            self.result.data[f"{name}_sequences"] = len(batches.packs)
+        self.result.data |= {f"{name}_sequences": len(b.packs) for name, b in sets.items()}
         return Context(
             recipe, tokenizer, self.console, interrupts, meter,
             validation=sets, data=prepared.fingerprint, carried=self.result.carried,
@@ -264,7 +263,8 @@ class TrainingRun:
             with resume.without_code(start):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             result.end(trainer.ended(), trainer.write_error)
-        except NonFiniteStepError as bad:
+        except NonFiniteStepError as error:
+            bad = error.of_all(self.world)
             result.end("nan", str(bad))
             self._clear()
             trainer.abandon()
@@ -295,6 +295,7 @@ class TrainingRun:
             return
         with self.run_log.timed("saving"):
             finish.save(trainer, self.result)
+        interrupts.agree()  # on a signal that came meanwhile
         if interrupts.signal is not None and self.result.signal is None:
             self.result.interrupt(interrupts.signal)
 

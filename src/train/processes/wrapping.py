@@ -62,8 +62,14 @@ def parallelism(strategy: Strategy, world: World) -> Any:
     return ParallelismConfig(dp_replicate_size=strategy.replicate, dp_shard_size=shard)
 
 
-def use_fsdp(accelerator: Any, plugin: Any) -> None:
-    """Make an accelerator shard by FSDP where it thinks that there must be a GPU for it."""
+def use_fsdp(accelerator: Any, plugin: Any, config: Any) -> None:
+    """Make an accelerator shard by FSDP where it thinks that there must be a GPU for it.
+
+    Args:
+        accelerator: which has been made.
+        plugin: its settings of FSDP.
+        config: the mesh of processes, or None.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -73,6 +79,10 @@ def use_fsdp(accelerator: Any, plugin: Any) -> None:
     for shared in (AcceleratorState._shared_state, PartialState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if config is not None:
+        state.parallelism_config = config
+        state.device_mesh = config.get_device_mesh(accelerator.device.type)
+        config._validate_accelerator(accelerator)
 
 
 def deepspeed_state() -> dict[str, Any]:

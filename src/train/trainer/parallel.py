@@ -45,6 +45,7 @@ class ParallelTrainer(ResumableTrainer):
         # before Trainer's own, which makes the accelerator
         self.world, self.strategy = world, strategy
         self._plugin: Any = None
+        self._mesh: Any = None
         self._names: list[list[str]] = []
         self._loaded = False
         super().__init__(**kwargs)
@@ -79,9 +80,9 @@ class ParallelTrainer(ResumableTrainer):
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
         if self.world.several and self.strategy.fsdp is not None:
             self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self._module)
-            config = parallelism(self.strategy, self.world)
-            if config is not None:
-                args["parallelism_config"] = config
+            self._mesh = parallelism(self.strategy, self.world)
+            if self._mesh is not None and torch.cuda.is_available():  # else it would refuse FSDP
+                args["parallelism_config"] = self._mesh
         return args
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -139,7 +140,7 @@ class ParallelTrainer(ResumableTrainer):
         """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
         super().create_accelerator_and_postprocess()
         if self._plugin is not None:
-            use_fsdp(self.accelerator, self._plugin)
+            use_fsdp(self.accelerator, self._plugin, self._mesh)
             self.is_fsdp_enabled = True
 
     def whole_state(self) -> dict[str, Any] | None:
