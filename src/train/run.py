@@ -255,7 +255,8 @@ class TrainingRun:
             with resume.without_code(start):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
             result.end(trainer.ended(), trainer.write_error)
-        except NonFiniteStepError as bad:
+        except NonFiniteStepError as error:
+            bad = error.of_all(self.world)
             result.end("nan", str(bad))
             self._clear()
             trainer.abandon()
@@ -286,6 +287,7 @@ class TrainingRun:
             return
         with self.run_log.timed("saving"):
             finish.save(trainer, self.result)
+        interrupts.agree()  # on a signal that came meanwhile
         if interrupts.signal is not None and self.result.signal is None:
             self.result.interrupt(interrupts.signal)
 

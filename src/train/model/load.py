@@ -23,9 +23,10 @@ _NOT_OURS = (
     "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
     "Could not find a config file in",  # PEFT, saving an adapter without a network
     "Setting `save_embedding_layers` to `True`",
-    "Slicing a flattened dim from root mesh",  # accelerate, of its mesh for FSDP2
+    "Slicing a flattened dim from root mesh",  # accelerate, for copies of a sharded model
+    "Dynamo detected a call to a `functools.lru_cache`",  # of DeepSpeed's markers for profilers
 )
-"""How warnings begin that libraries give about what they do right by themselves."""
+"""How warnings begin that others give about what they do right by themselves."""
 
 
 @contextlib.contextmanager

@@ -157,12 +157,13 @@ class World:
                 self._store.set(f"failed-{self.rank}", json.dumps(text))
             if self.main and not _launcher_has_store():
                 time.sleep(2 * _POLL)  # until the others have read that
-            if self.main or not isinstance(error, FusewrightError):
+            if self.main or not isinstance(error, FusewrightError | KeyboardInterrupt):
                 return
             said = self._said(0)
             if said is not None and (said == text or isinstance(error, ProcessLostError)):
                 time.sleep(_PATIENCE)  # a launcher stops the others once one has ended
-                raise SystemExit(2)
+                number = getattr(error, "signal", None)  # of a KeyboardInterrupt
+                raise SystemExit(2 if number is None else 128 + number)
 
     def _said(self, rank: int) -> str | None:
         """What a process has failed with, if it says so soon."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..processes.world import World
+
 
 class LossWatchdog(TrainerCallback, ExportableState):
     """Ends training when the logged loss was above a threshold several times in a row.
@@ -63,6 +65,16 @@ class NonFiniteStepError(Exception):
         super().__init__(f"step {step}: the {what} is {value}")
         self.step, self.what, self.value = step, what, value
         self.batches, self.losses = seen.batches, [float(loss) for loss in seen.losses]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        batches = [{name: value.cpu() for name, value in b.items()} for b in self.batches]
+        seen = _Seen(self.step, batches, [torch.tensor(loss) for loss in self.losses])
+        return type(self), (self.step, self.what, self.value, seen)
+
+    def of_all(self, world: World) -> NonFiniteStepError:
+        """The one to report: that of a process whose own loss is not finite; a collective."""
+        found = world.gather(self if self.what == "loss" else None)
+        return next((error for error in found if error is not None), self)
 
     def save(self, folder: Path, tokenizer: Any) -> Path:
         """Write the inputs, as tensors and as text.

@@ -21,7 +21,7 @@ from fusewright.train import train
 
 from ..conftest import chat, small_recipe
 
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds after which a command and its processes are killed."""
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -78,6 +78,7 @@ class Runs:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         self.rows.write_text(text, encoding="utf-8")
         self._alone: dict[str, Run] = {}
+        self._several: dict[str, Run] = {}
 
     def recipe(self, name: str, **keys: Any) -> dict[str, Any]:
         """Two epochs of 15 batches, so that those of two processes do not go round."""
@@ -113,10 +114,12 @@ class Runs:
         return Run(self.folder / name, code, *texts)
 
     def several(self, name: str, processes: int = 2, **keys: Any) -> Run:
-        """A run in several processes, which must end well."""
-        run = self.end(name, self.start(name, "--nproc", str(processes), **keys))
-        assert run.code == 0, run.text
-        return run
+        """A run in several processes, which must end well; made once for each name."""
+        if name not in self._several:
+            run = self.end(name, self.start(name, "--nproc", str(processes), **keys))
+            assert run.code == 0, run.text
+            self._several[name] = run
+        return self._several[name]
 
     def alone(self, passes: int = 2, **keys: Any) -> Run:
         """The run of one process that makes so many forward passes per step."""

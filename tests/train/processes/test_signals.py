@@ -85,6 +85,18 @@ def test_outside_of_training_a_signal_quits_at_once() -> None:
     assert second.error == "SystemExit"
 
 
+def _loading_both(world: World) -> None:
+    world.most(0)  # connected
+    with Interrupts(world):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_all_of_them_is_said_once() -> None:
+    first, second = run_ranks(_loading_both)
+    assert (first.error, first.said) == ("Stopped", "SIGTERM")
+    assert (second.error, second.said) == ("SystemExit", "143")
+
+
 def test_one_message_of_rank_0() -> None:
     assert values(_says) == [True, False]
 

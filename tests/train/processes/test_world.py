@@ -175,6 +175,7 @@ def test_a_process_that_waits_learns_that_rank_0_has_failed() -> None:
 
 
 def _fail_together(world: World, *words: str) -> None:
+    world.most(0)  # connected
     raise RecipeError(words[world.rank])
 
 
