@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
@@ -32,6 +35,27 @@ def readable(folder: Any) -> Iterator[None]:
         if folder is None or is_out_of_memory(error):
             raise
         raise RecipeError(another(Path(folder), first_words(error))) from error
+
+
+def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by the names that they have in the model.
+
+    Args:
+        folder: of the checkpoint.
+        model: which the checkpoint is of; only its names are read.
+    """
+    if not hasattr(model, "peft_config"):
+        files = sorted(folder.glob("model*.safetensors"))
+        return {name: value for file in files for name, value in load_file(file).items()}
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
+    # PEFT leaves the adapter's name out, and more of some kinds
+    numbers = get_peft_model_state_dict(model, state_dict=numbers, save_embedding_layers=False)
+    stored = load_peft_weights(str(folder), device="cpu")
+    return {names[int(number)]: stored[key] for key, number in numbers.items()}
 
 
 class ResumableTrainer(Trainer):

@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 _FULL: dict[str, Any] = {"full_state_dict": True, "cpu_offload": True}
 
 Groups = Sequence[Sequence[str]]
 """The names of an optimizer's parameters, by group, in its order."""
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has sharded a model by now."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Any]:
@@ -29,6 +35,19 @@ def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Any]:
 
     options = StateDictOptions(**_FULL, ignore_frozen_params=trained_only)
     return dict(get_model_state_dict(model, options=options))
+
+
+def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give a model that FSDP2 has sharded whole weights; the opposite of ``whole_weights``.
+
+    Args:
+        model: the sharded model.
+        state: the weights by their names, the same on every process. Others stay as they are.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state, options=options)
 
 
 def whole_optimizer(model: nn.Module, optimizer: Any, groups: Groups) -> dict[str, Any] | None:

@@ -43,6 +43,22 @@ def whole_weights(model: nn.Module, trained_only: bool, keep: bool) -> dict[str,
     return found
 
 
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model in ZeRO-3 whole weights; a collective. The optimizer's copies stay as they are.
+
+    Args:
+        model: the module inside the engine.
+        state: the weights by their names, the same on every process. Others stay as they are.
+    """
+    from deepspeed import zero
+
+    for name, parameter in model.named_parameters():
+        if name in state:
+            with zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if dist.get_rank() == 0:
+                    parameter.copy_(state[name])
+
+
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a state dict has."""
     for path, module in model.named_modules():

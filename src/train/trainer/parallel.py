@@ -15,13 +15,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import seed_worker
 
-from ..checkpoint.load import ResumableTrainer, readable
+from ..checkpoint.load import ResumableTrainer, readable, trained_weights
 from ..checkpoint.rng_state import RngState
 from ..data.ranks import Fillable, RankBatches, RankStream
 from ..model.precision import device_for_training
 from ..processes import zero
 from ..processes.gather import (
+    in_parts,
     load_optimizer,
+    load_weights,
     names_by_group,
     whole_optimizer,
     whole_weights,
@@ -123,13 +125,40 @@ class ParallelTrainer(ResumableTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_whole(self, folder: str) -> None:
+        with self._of_whole_weights():
+            self._load_from_checkpoint(folder)
+        self._loaded = True
+
+    @contextlib.contextmanager
+    def _of_whole_weights(self) -> Iterator[None]:
+        """Let Trainer look for checkpoints of the form that they have without sharding."""
         enabled = self.is_fsdp_enabled, self.is_deepspeed_enabled
         self.is_fsdp_enabled = self.is_deepspeed_enabled = False
         try:
-            self._load_from_checkpoint(folder)
+            yield
         finally:
             self.is_fsdp_enabled, self.is_deepspeed_enabled = enabled
-        self._loaded = True
+
+    def _load_best_model(self) -> None:
+        """Trainer's own; it would look for checkpoints of FSDP's or DeepSpeed's own forms."""
+        model = self._module
+        if not (self.shards and in_parts(model)):
+            with self._of_whole_weights():
+                super()._load_best_model()
+            return
+        folder = Path(str(self.state.best_model_checkpoint))
+        with readable(folder):
+            state = trained_weights(folder, model)
+        if self.zero_stage:
+            self._end_prefetch()
+            zero.load_weights(model, state)
+        else:
+            load_weights(model, state)
+
+    def _end_prefetch(self) -> None:
+        """Let ZeRO-3 finish what a forward pass has begun to gather for the next one."""
+        if self.deepspeed is not None:  # there is none where no step was left to train
+            self.deepspeed.empty_partition_cache()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resumed: Any) -> Any:
         """Trainer's own; it would ask DeepSpeed for a checkpoint of DeepSpeed's own form."""
@@ -156,6 +185,7 @@ class ParallelTrainer(ResumableTrainer):
             return None
         adapters = hasattr(self.model, "peft_config")
         if self.zero_stage:
+            self._end_prefetch()
             return zero.whole_weights(self._module, adapters, self.world.main)
         return whole_weights(self._module, adapters)
 
