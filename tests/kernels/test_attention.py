@@ -313,7 +313,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_which_cpus_gain_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, products: bool, avx512: bool, amx: bool, reason: str
 ) -> None:
-    monkeypatch.setattr(matmul, "multiplies", lambda _: products)
+    for module in (matmul, unsupported):
+        monkeypatch.setattr(module, "multiplies", lambda _: products)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     asked = unsupported.why_not_bfloat16.__wrapped__
