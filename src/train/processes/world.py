@@ -94,11 +94,15 @@ class World:
             return make()
         self._shared += 1
         name = f"shared-{self._shared}"
-        if not self.main:
-            return self._awaited(name)  # type: ignore[no-any-return]  # 2026-11-27: by JSON
-        value = make()
-        self._store.set(name, json.dumps(value))
-        return value
+        text = [json.dumps(make()) if self.main else ""]
+        try:
+            if self.main:
+                self._store.set(name, text[0])
+            else:
+                text = [self._awaited(name)]
+        except dist.DistNetworkError:  # it was the launcher's, which was killed: save without it
+            dist.broadcast_object_list(text)
+        return json.loads(text[0])  # type: ignore[no-any-return]  # 2026-11-27: what ``make`` gave
 
     def wait_for_main(self) -> None:
         """Wait until rank 0 is here, too."""
@@ -174,7 +178,7 @@ class World:
             time.sleep(0.1)
         return None
 
-    def _awaited(self, name: str) -> Any:
+    def _awaited(self, name: str) -> str:
         pause = 0.001
         while not self._store.check([name]):  # its own wait() warns on standard error
             if self._store.check(["failed-0"]):
@@ -182,7 +186,7 @@ class World:
                 raise SystemExit(2)
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
-        return json.loads(self._store.get(name))
+        return str(self._store.get(name), "utf-8")
 
 
 @contextlib.contextmanager

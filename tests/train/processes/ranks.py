@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
@@ -45,6 +46,7 @@ def run_ranks(
     agent: bool = True,
     timeout: float = 30.0,
     patience: float = 0.3,
+    until: Path | None = None,
 ) -> list[Ended]:
     """Call ``work(world, *given)`` in several processes.
 
@@ -56,6 +58,7 @@ def run_ranks(
         agent: whether the store is the launcher's; if not, rank 0 has it.
         timeout: of a collective.
         patience: what a failing process waits for the words of another one.
+        until: a file; once it is there, the launcher is gone, and with it the store.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     port = store.port if store is not None else free_port()
@@ -70,6 +73,10 @@ def run_ranks(
         theirs.close()
         started.append((process, ours))
     end = time.monotonic() + LIMIT
+    while until is not None and not until.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    if until is not None:
+        del store
     found = []
     for process, pipe in started:
         process.join(max(0.0, end - time.monotonic()))

@@ -169,6 +169,8 @@ def test_no_process_outlives_its_launcher(runs: Runs) -> None:
     assert not _gone(list(ranks.values()), 60)
     run = runs.end("orphans", process)
     assert "Traceback" not in run.text
+    assert run.json["status"] == "interrupted"  # it was told so, and has saved
+    assert run.json["checkpoint"].endswith(f"checkpoint-{run.json['steps']}")
     _assert_whole(run)
     last = runs.end("orphans", runs.start("orphans", "--nproc", "2", **keys))
     assert last.code == 0, last.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,3 +148,27 @@ def test_groups_of_zero_are_numbered_as_in_one_process(groups: Groups) -> None:
     rates = [g["lr"] for g, names in zip(found, groups, strict=True) if names]
     assert rates == [g["lr"] for g in own]
     assert own[0]["params"] == ["flat"]
+
+
+def test_a_parameter_of_one_number_has_a_state_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values look like the counts of others."""
+    model = nn.Module()
+    model.scale, model.weight = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, 3))
+    state = {
+        "state": {
+            i: {"step": torch.tensor(3.0), "exp_avg": torch.full(shape, 1.0 + i)}
+            for i, shape in enumerate([(1,), (2, 3)])
+        },
+        "param_groups": [{"lr": 0.1, "params": [0, 1]}],
+    }
+    set_: list[tuple[str, str | None]] = []
+    begun: list[set[str]] = []
+    names = {id(p): name for name, p in model.named_parameters()}
+    monkeypatch.setattr(zero, "_set", lambda p, value, key: set_.append((names[id(p)], key)))
+    monkeypatch.setattr(zero, "_begin_state", lambda engine, example, whole: begun.append(whole))
+    base = SimpleNamespace(param_groups=[{"lr": 0.5, "params": ["flat"]}])
+    engine = SimpleNamespace(module=model, optimizer=SimpleNamespace(optimizer=base))
+    zero.load_optimizer(engine, state, [["scale", "weight"]])
+    assert set_ == [("scale", "exp_avg"), ("weight", "exp_avg")]
+    assert begun == [{"exp_avg"}]
+    assert base.param_groups == [{"lr": 0.1, "params": ["flat"]}]

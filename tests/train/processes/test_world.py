@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -118,6 +119,24 @@ def _leave(world: World, last: int) -> str:
 def test_rank_0_may_own_the_store(last: int) -> None:
     """Under srun nobody else has it: it must be there until all have read what it holds."""
     assert values(_leave, last, agent=False) == ["same", "same"]
+
+
+def _without_launcher(world: World, file: str) -> list[Any]:
+    before = world.share(lambda: {"é": 1})
+    world.most(0)
+    if world.main:
+        Path(file).write_text("")
+    with contextlib.suppress(dist.DistNetworkError):
+        for _ in range(1000):
+            world._store.check(["anything"])
+            time.sleep(0.02)
+    return [before, world.share(lambda: {"é": [None, 2.5]}), world.sums([1.0])]
+
+
+def test_a_launcher_that_was_killed_is_not_needed_to_save(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    found = values(_without_launcher, str(file), until=file)
+    assert found == [[{"é": 1}, {"é": [None, 2.5]}, [2.0]]] * 2
 
 
 def _one_per_machine(world: World, folder: str) -> list[str]:
