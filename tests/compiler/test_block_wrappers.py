@@ -82,7 +82,7 @@ REASONS = {
     "compiled": "torch.compile was put around a model",
     "aligned": "could not be captured",
     "dispatched": "could not be captured",
-    "offloaded": "no values",
+    "offloaded": "could not be captured",
 }
 """Why nothing is rewritten below a wrapper, as ``explain`` says it."""
 
@@ -132,7 +132,6 @@ def test_before_and_after_a_wrapper(name: str, order: str) -> None:
 def test_a_wrapped_block_is_explained_by_its_own_path() -> None:
     call = optimize(_checkpointed("NO_REENTRANT")(_model()), codegen="eager")
     modules = {s.module for s in explain(call).sites if s.rule == "mlp_block"}
-    inner = "_checkpoint_wrapped_module"
-    assert modules == {f"model.layers.{i}.{inner}.mlp" for i in range(2)} or modules == {
-        f"model.layers.{i}.{inner}" for i in range(2)
-    }
+    inner = {f"model.layers.{i}._checkpoint_wrapped_module" for i in range(2)}
+    assert {m.removesuffix(".mlp") for m in modules} == inner
+    assert all(call.get_submodule(m) is not None for m in modules)
