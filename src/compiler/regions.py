@@ -57,7 +57,7 @@ def find(model: nn.Module) -> list[Region]:
     Returns:
         The regions; empty when the model has no repeated blocks.
     """
-    blocks = dict(_blocks(model))
+    blocks = dict(_unwrapped(path, block) for path, block in _blocks(model))
     if not blocks:
         return []
     inside = tuple(f"{path}." for path in blocks)
@@ -90,13 +90,29 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What PyTorch's wrappers of a single module call it: FSDP1's, and those of checkpoints."""
+
+
+def _unwrapped(path: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """The block inside the wrappers that it has, with its path.
+
+    What they do (gather, checkpoint, offload) runs around its graph: in one, FSDP1's and the
+    offload's code cannot be captured.
+    """
+    while name := next((n for n in _WRAPPED if n in block._modules), None):
+        path, block = f"{path}.{name}", block.get_submodule(name)
+    return path, block
+
+
 def _is_stack(modules: nn.ModuleList) -> bool:
     """At least two composite modules of one class (or of few: hybrids alternate)."""
-    if len(modules) < 2:
-        return len(modules) == 1 and _is_hinted(modules[0])
-    kinds = {type(m) for m in modules}
-    composite = all(any(True for _ in m.children()) for m in modules)
-    return composite and (len(kinds) < len(modules) or all(_is_hinted(m) for m in modules))
+    inner = [_unwrapped("", m)[1] for m in modules]
+    if len(inner) < 2:
+        return len(inner) == 1 and _is_hinted(inner[0])
+    kinds = {type(m) for m in inner}
+    composite = all(any(True for _ in m.children()) for m in inner)
+    return composite and (len(kinds) < len(inner) or all(_is_hinted(m) for m in inner))
 
 
 def _is_hinted(module: nn.Module) -> bool:

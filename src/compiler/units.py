@@ -33,7 +33,8 @@ def is_unit(module: nn.Module, region: nn.Module) -> bool:
     """Whether ``module`` has no other hooks than those of an engine that shards parameters.
 
     A unit of FSDP2 that casts what it is given, or what it returns, otherwise than ``region`` does
-    as a unit is none: around a whole region it would cast something else.
+    as a unit is none: around a whole region it would cast something else. The projection of a head
+    may cast what it is given, which are the hidden states that the region is given.
     """
     if module._backward_hooks or module._backward_pre_hooks:
         return False
@@ -41,7 +42,18 @@ def is_unit(module: nn.Module, region: nn.Module) -> bool:
     if not hooks or not all(map(_is_engines, hooks)):
         return False
     casts = _casts(module)
-    return not any(casts) or casts == _casts(region)
+    if not any(casts) or casts == _casts(region):
+        return True
+    return casts[1] is None and _is_projection(module, region)
+
+
+def _is_projection(module: nn.Module, region: nn.Module) -> bool:
+    """Whether ``module`` is what a causal LM computes its logits with."""
+    try:
+        found = getattr(region, "get_output_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        return False
+    return found is module
 
 
 def _casts(module: nn.Module) -> tuple[Any, Any]:

@@ -339,10 +339,11 @@ def test_a_copy_keeps_its_values_when_the_logits_are_written_to(
 
 def test_only_memory_that_was_freed_counts_as_released() -> None:
     weight, lazy = nn.Parameter(torch.ones(3, 3)), _pair("padded")[1](IDS, labels=LABELS)[1]
-    with gathered(None, [weight, torch.empty(0), torch.empty(3, device="meta"), lazy, None, 2]):
+    whole = [weight, torch.empty(0), torch.empty(3, device="meta"), lazy, None, 2]
+    with gathered(None, whole, ""):
         pass
     weight.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="were released"), gathered(None, [weight]):
+    with pytest.raises(RuntimeError, match="were released"), gathered(None, [weight], ""):
         pass
 
 

@@ -24,8 +24,9 @@ from torch.autograd.graph import get_gradient_edge
 from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
+from .changes import is_unchanged, versions
 from .lazy_logits import LazyGradient, LazyLogits
-from .sharded import gathered
+from .sharded import call_name, gathered
 
 Body = Callable[..., Tensor]
 
@@ -63,6 +64,7 @@ class _Join:
         device: of everything.
         autocast: (whether it is on, its dtype), as in the forward pass.
         before: what tells whether an input of the logits was written to since.
+        call: names it on every process.
         made: the inputs of the logits and the history that leads to them, if they were computed.
     """
 
@@ -73,6 +75,7 @@ class _Join:
     device: torch.device
     autocast: tuple[bool, torch.dtype]
     before: tuple[list[int], list[Tensor]]
+    call: str
     made: tuple[list[Any], Any] | None = None
 
     @contextmanager
@@ -89,11 +92,11 @@ class _Join:
 
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
-        with gathered(self.plan.model(), inputs):
+        with gathered(self.plan.model(), inputs, self.call):
             return self._compute(inputs, keep)
 
     def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
-        if not _is_unchanged(inputs, self.before):
+        if not is_unchanged(inputs, self.before):
             raise RuntimeError(
                 "these logits were not read before the weights that make them were changed (by an "
                 "optimizer, most likely). Read them earlier, or use "
@@ -134,24 +137,6 @@ def _detached(t: Tensor) -> Tensor:
 
 def _identity(t: Tensor) -> Tensor:
     return t
-
-
-def _versions(values: tuple[Any, ...]) -> tuple[list[int], list[Tensor]]:
-    """What tells later whether the tensors among ``values`` have been written to.
-
-    Their versions, and of trained weights some of the bytes: an optimizer that writes ``p.data``
-    leaves the version as it is.
-    """
-    tensors = [v for v in values if isinstance(v, Tensor) and not v.is_inference()]
-    trained = [t.detach() for t in tensors if type(t) is nn.Parameter and t.requires_grad]
-    parts = (t.diagonal() if t.ndim == 2 else t.reshape(-1) for t in trained)
-    some = [t.clone().view(torch.uint8) for t in parts]
-    return [t._version for t in tensors], some
-
-
-def _is_unchanged(values: tuple[Any, ...], before: tuple[list[int], list[Tensor]]) -> bool:
-    versions, some = _versions(values)
-    return versions == before[0] and all(map(torch.equal, some, before[1]))
 
 
 def _as_leaf(x: Any) -> Any:
@@ -264,7 +249,9 @@ def _make_join(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, in
     device = rows.device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
-    return _Join(logits.meta["plan"], logits, loss, shape, device, autocast, _versions(inputs))
+    plan: Plan = logits.meta["plan"]
+    call = call_name(plan.model())
+    return _Join(plan, logits, loss, shape, device, autocast, versions(inputs), call)
 
 
 def _needs_history(tensors: Iterable[Any]) -> bool:

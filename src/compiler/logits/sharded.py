@@ -2,35 +2,73 @@
 
 Logits are computed when somebody reads them, which may be after the head's parameters were released
 on this process. They are gathered once more then, as eager mode did before; so every process must
-read.
+read. Where one does not, the others raise an error instead of waiting for it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .meeting import all_meet
+
+_ELSE = "Read them earlier, or use fusewright.optimize(model, logits='always')."
+
+
+class _Engine(NamedTuple):
+    """What makes a parameter whole, and takes it apart again, in the processes of a group."""
+
+    gather: Callable[[], object]
+    release: Callable[[], object]
+    group: Any
+
+
+_calls: weakref.WeakKeyDictionary[nn.Module, tuple[int, count[int]]] = weakref.WeakKeyDictionary()
+_models = count()
+
+
+def call_name(model: nn.Module | None) -> str:
+    """A name for the call at hand of a model's head, the same on every process."""
+    if model is None:
+        return ""
+    if model not in _calls:
+        _calls[model] = next(_models), count()
+    number, calls = _calls[model]
+    return f"{number}-{next(calls)}"
+
 
 @contextmanager
-def gathered(model: nn.Module | None, values: Iterable[Any]) -> Iterator[None]:
+def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Iterator[None]:
     """While ``values`` are computed with: the parameters among them are whole.
 
     Args:
         model: whose parameters they are; None if it is gone.
         values: anything.
+        call: from ``call_name``.
 
     Raises:
-        RuntimeError: one is not whole, and cannot be gathered.
+        RuntimeError: one is not whole, and cannot be gathered; or not all processes read.
     """
+    engines = [
+        _engine(model, value)
+        for value in values
+        if isinstance(value, Tensor) and _is_released(value)
+    ]
     with ExitStack() as stack:
-        for value in values:
-            if isinstance(value, Tensor) and _is_released(value):
-                gather, release = _engine(model, value)
-                gather()
-                stack.callback(release)
+        if engines and not all_meet(call, engines[0].group):
+            raise RuntimeError(
+                "these logits are read after the parameters that make them were released by what "
+                "shards them, and not by every process; but all must take part in gathering them "
+                f"again. Read them on every process. {_ELSE}"
+            )
+        for engine in engines:
+            engine.gather()
+            stack.callback(engine.release)
         yield
 
 
@@ -44,20 +82,20 @@ def _is_released(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().size() == 0
 
 
-def _engine(
-    model: nn.Module | None, tensor: Any
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def _engine(model: nn.Module | None, tensor: Any) -> _Engine:
     if hasattr(tensor, "ds_status"):
-        return tensor.all_gather, tensor.partition
+        return _Engine(tensor.all_gather, tensor.partition, tensor.ds_process_group)
     for unit in _units(model):
         groups = getattr(unit, "_fsdp_param_groups", None) or [unit._fsdp_param_group]
-        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-            if getattr(parameter, "_unsharded_param", None) is tensor:
-                module: Any = unit._modules[0]
-                return module.unshard, module.reshard
+        for group in groups:
+            for parameter in () if group is None else group.fsdp_params:
+                if getattr(parameter, "_unsharded_param", None) is tensor:
+                    module: Any = unit._modules[0]
+                    shard = getattr(group.mesh_info, "shard_process_group", None)
+                    return _Engine(module.unshard, module.reshard, shard)
     raise RuntimeError(
         "these logits were not read before the parameters that make them were released again by "
-        "what shards them. Read them earlier, or use fusewright.optimize(model, logits='always')."
+        f"what shards them. {_ELSE}"
     )
 
 

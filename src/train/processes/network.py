@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from typing import Any
 
 import psutil
 
@@ -18,27 +19,42 @@ HINT = (
 """What to do where processes find the store of rank 0, but not each other."""
 
 
-def choose_interface(environ: Environment, placed: Placement) -> None:
+def choose_interface(environ: Environment, placed: Placement, store: Any) -> None:
     """Let gloo listen where the other machines reach this one.
 
     By itself it takes the address of this machine's name. On many systems that is a loopback
-    address, which the others cannot reach. NCCL never takes such an address.
+    address, which the others cannot reach. NCCL never takes such an address. The machine that the
+    rendezvous is at may find itself at such an address, too: there traffic to the others decides.
 
     Args:
         environ: the environment; changed unless the variable is set.
         placed: this process. With one machine, nothing is changed.
+        store: the rendezvous' store, where each process finds the addresses of the others.
     """
-    if placed.size == placed.local_size or _VARIABLE in environ:
+    if placed.size == placed.local_size:
         return
-    name = interface_to(environ["MASTER_ADDR"])
+    own = address_to(environ["MASTER_ADDR"])
+    store.set(f"address-{placed.rank}", own or "")
+    if _VARIABLE in environ:
+        return
+    for rank in range(placed.size):
+        if own is not None:
+            break
+        other = str(store.get(f"address-{rank}"), "utf-8")
+        own = address_to(other) if other else None
+    name = None if own is None else _interface(own)
     if name is not None:
         environ[_VARIABLE] = name
 
 
-def interface_to(host: str) -> str | None:
-    """The network interface that traffic to a machine takes; to this one: which has its address.
+def address_to(host: str) -> str | None:
+    """The address of this machine that traffic to another one has.
 
-    None: that is a loopback interface, or it cannot be known.
+    Args:
+        host: its name or address; of this machine: the result is the same address.
+
+    Returns:
+        None: it is a loopback address, or it cannot be known.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
@@ -47,9 +63,12 @@ def interface_to(host: str) -> str | None:
             own = str(probe.getsockname()[0])
     except OSError:
         return None
-    if ipaddress.ip_address(own).is_loopback:
-        return None
+    return None if ipaddress.ip_address(own).is_loopback else own
+
+
+def _interface(own: str) -> str | None:
+    """The network interface that has an address of this machine."""
     for name, found in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == own for entry in found):
+        if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in found):
             return name
     return None

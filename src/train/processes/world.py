@@ -14,6 +14,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,14 +112,17 @@ class World:
     def one_per_machine(self, work: Callable[[], Any]) -> None:
         """Let the first process of each machine do ``work``, then the others of it; no time-out.
 
-        Rank 0, which has done it, does not take part.
+        Rank 0, which has done it, does not take part. Machines may get ranks one by one.
         """
-        first = self.rank - self.local_rank
-        if self.local_rank and first:
-            self._awaited(f"machine-{first}-{self._shared}")
+        place, done = f"place-{self._shared}", f"done-{self._shared}"
+        host = socket.gethostname()
+        self._store.set(f"{place}-{self.rank}", f"{self.local_rank} {host}")
+        for rank in range(1, self.size) if self.local_rank else ():
+            if self._awaited(f"{place}-{rank}") == f"0 {host}":
+                self._awaited(f"{done}-{rank}")
         work()
         if not self.local_rank:
-            self._store.set(f"machine-{first}-{self._shared}", "null")
+            self._store.set(f"{done}-{self.rank}", "")
 
     def gather(self, value: T) -> list[T]:
         """What every process gives, by rank; a collective."""
@@ -226,10 +230,10 @@ def _group(timeout: float | None) -> Iterator[World]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(device_index(placed, torch.cuda.device_count()))
-    choose_interface(os.environ, placed)
     world = World(placed, PrefixStore("fusewright", store))
     try:
         with _losses(machines=placed.size > placed.local_size):
+            choose_interface(os.environ, placed, PrefixStore("network", store))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo",
                 store=PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,

@@ -43,6 +43,7 @@ def run_ranks(
     *given: Any,
     size: int = 2,
     local: int | None = None,
+    dealt: bool = False,
     agent: bool = True,
     timeout: float = 30.0,
     patience: float = 0.3,
@@ -55,6 +56,7 @@ def run_ranks(
         given: besides the world.
         size: how many processes.
         local: how many of them are on each machine, as they are told; None: all.
+        dealt: whether machines get their processes one by one, as under ``mpirun --map-by node``.
         agent: whether the store is the launcher's; if not, rank 0 has it.
         timeout: of a collective.
         patience: what a failing process waits for the words of another one.
@@ -66,7 +68,7 @@ def run_ranks(
     started = []
     for rank in range(size):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
-        environ = {**options, **_place(rank, size, local or size)}
+        environ = {**options, **_place(rank, size, local or size, dealt)}
         arguments = (theirs, environ, timeout, patience, work, given)
         process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
         process.start()
@@ -97,10 +99,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _place(rank: int, size: int, local: int) -> dict[str, str]:
+def _place(rank: int, size: int, local: int, dealt: bool) -> dict[str, str]:
+    own = rank // (size // local) if dealt else rank % local
     return {
         "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
+        "LOCAL_RANK": str(own), "LOCAL_WORLD_SIZE": str(local),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,40 @@ class Runs:
         }  # fmt: skip
         return {**common, **keys}
 
-    def start(self, name: str, *arguments: str, **keys: Any) -> subprocess.Popen[str]:
-        """Start the command; what it prints goes to ``NAME.out`` and ``NAME.err``."""
-        path = self.folder / f"{name}.yaml"
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        python: Sequence[str] = (sys.executable,),
+        streams: str | None = None,
+        **keys: Any,
+    ) -> subprocess.Popen[str]:
+        """Start the command; what it prints goes to ``NAME.out`` and ``NAME.err``.
+
+        Args:
+            name: of the recipe and of the folder that it writes.
+            arguments: of the command.
+            python: what runs the command's module.
+            streams: another name for what it prints.
+            keys: of the recipe.
+        """
+        path, streams = self.folder / f"{name}.yaml", streams or name
         path.write_text(yaml.safe_dump(self.recipe(name, **keys)), encoding="utf-8")
-        command = [sys.executable, "-m", "fusewright.cli", "train", str(path), *arguments]
+        command = [*python, "-m", "fusewright.cli", "train", str(path), *arguments]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with (
-            (self.folder / f"{name}.out").open("w") as out,
-            (self.folder / f"{name}.err").open("w") as err,
+            (self.folder / f"{streams}.out").open("w") as out,
+            (self.folder / f"{streams}.err").open("w") as err,
         ):
             return subprocess.Popen(command, stdout=out, stderr=err, env=environ, text=True)
 
-    def end(self, name: str, process: subprocess.Popen[str], limit: float = LIMIT) -> Run:
+    def end(
+        self,
+        name: str,
+        process: subprocess.Popen[str],
+        limit: float = LIMIT,
+        streams: str | None = None,
+    ) -> Run:
         """Wait for a command that was started; if it hangs, it fails."""
         try:
             code = process.wait(limit)
@@ -110,7 +132,7 @@ class Runs:
             code = 124
         finally:
             kill_tree(process)
-        texts = [(self.folder / f"{name}.{kind}").read_text() for kind in ("out", "err")]
+        texts = [(self.folder / f"{streams or name}.{kind}").read_text() for kind in ("out", "err")]
         return Run(self.folder / name, code, *texts)
 
     def several(self, name: str, processes: int = 2, **keys: Any) -> Run:

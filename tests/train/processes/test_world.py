@@ -139,15 +139,15 @@ def test_a_launcher_that_was_killed_is_not_needed_to_save(tmp_path: Path) -> Non
     assert found == [[{"é": 1}, {"é": [None, 2.5]}, [2.0]]] * 2
 
 
-def _one_per_machine(world: World, folder: str) -> list[str]:
+def _one_per_machine(world: World, folder: str, step: int) -> list[str]:
     """What this process sees of the work of those before it on its machine."""
     place = Path(folder)
     seen: list[str] = []
     world.share(lambda: (place / "0").write_text(""))
 
     def work() -> None:
-        own = world.rank - world.local_rank
-        seen.extend(str(r) for r in range(own, world.rank) if (place / str(r)).exists())
+        own = range(world.rank - step * world.local_rank, world.rank, step)
+        seen.extend(str(r) for r in own if (place / str(r)).exists())
         if not world.local_rank:
             time.sleep(0.3)
         (place / str(world.rank)).write_text("")
@@ -158,8 +158,13 @@ def _one_per_machine(world: World, folder: str) -> list[str]:
 
 
 def test_the_first_process_of_each_machine_works_before_the_others_of_it(tmp_path: Path) -> None:
-    found = values(_one_per_machine, str(tmp_path), size=4, local=2)
+    found = values(_one_per_machine, str(tmp_path), 1, size=4, local=2)
     assert found == [[], ["0"], [], ["2"]]
+
+
+def test_ranks_that_are_dealt_to_the_machines_one_by_one(tmp_path: Path) -> None:
+    found = values(_one_per_machine, str(tmp_path), 2, size=4, local=2, dealt=True)
+    assert found == [[], [], ["0"], ["1"]]
 
 
 # --- failures ------------------------------------------------------------------------------------
