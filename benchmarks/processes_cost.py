@@ -76,7 +76,7 @@ def start(
     folder.mkdir()
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(folder / "run")}))
-    words = [sys.executable, "-P"]
+    words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "FIGURES": str(folder)}
@@ -92,7 +92,7 @@ def figures(way: Way, folder: Path, process: subprocess.Popen[Any]) -> None:
             f"{way.name}: exit {process.returncode}\n{(folder / 'log.txt').read_text()}"
         )
     ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-    way.steps += ranks[0]["steps"]
+    way.steps += ranks[0]["steps"][1:]
     way.tensors = [rank["tensors"] for rank in ranks]
     way.peaks = [rank["peak"] for rank in ranks]
 
@@ -154,17 +154,16 @@ def work(recipe: str) -> int:
     def on_step_end(self: Any) -> None:
         if "began" in found:
             found["steps"].append(time.perf_counter() - found.pop("began"))
+        elif found["tensors"]:
+            found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            path = Path(os.environ["FIGURES"], f"rank-{os.environ.get('RANK', '0')}.json")
+            path.write_text(json.dumps(found))
         own_end(self)
 
     FineTuner.training_step = training_step  # type: ignore[method-assign]
     FineTuner.on_step_end = on_step_end  # type: ignore[method-assign]
     sys.argv = ["fusewright", "train", recipe]
-    status = main()
-    rank = os.environ.get("RANK", "0")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    out = {"steps": found["steps"][1:], "tensors": found["tensors"], "peak": peak}
-    (Path(os.environ["FIGURES"]) / f"rank-{rank}.json").write_text(json.dumps(out))
-    return status
+    return main()
 
 
 def show(ways: list[Way]) -> None:
