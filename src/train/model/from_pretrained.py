@@ -16,6 +16,7 @@ from ..recipe.locate import ModelSource, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
 from .quantize import clear_marks
+from .shard_files import Shards, in_shards
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 
@@ -45,10 +46,13 @@ def pretrained(
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if source.gguf_file:
         options |= _gguf(source, kind)
+    given: str | None = source.name
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
-            found = factory.from_pretrained(source.name, **options)
+            if kind == "model" and in_shards(Path(source.name)):
+                options, given = _of_shards(Path(source.name), options), None
+            found = factory.from_pretrained(given, **options)
     except Exception as error:  # a model's code, and the readers of its files, raise anything
         if is_out_of_memory(error):
             raise
@@ -63,6 +67,15 @@ def pretrained(
     if said is not None:
         raise RecipeError(f"{key}: {name}: {said}")
     return model
+
+
+def _of_shards(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that load a model from shards: its configuration, and its weights."""
+    from transformers import AutoConfig
+
+    trusted = bool(options.get("trust_remote_code"))
+    config = options.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    return {**options, "config": config, "state_dict": Shards.read(folder).weights()}
 
 
 def meta_model(recipe: Recipe, config: Any) -> Any:
