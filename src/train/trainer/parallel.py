@@ -182,6 +182,10 @@ class ParallelTrainer(ResumableTrainer):
         else:
             load_weights(model, state)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not (self.writes_shards and self.args.hub_strategy == "every_save"):  # of whole weights
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _end_prefetch(self) -> None:
         """Let ZeRO-3 finish what a forward pass has begun to gather for the next one."""
         if self.deepspeed is not None:  # there is none where no step was left to train
