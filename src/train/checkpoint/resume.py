@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..json_text import parse_json
 from ..model.integrity import damaged
-from ..model.shard_files import LIST, Shards, in_shards
+from ..model.shard_files import in_shards, shards_problem
 from ..recipe.recipe import Recipe
 from ..recipe.secrets import hide
 from . import files as checkpoint
@@ -109,20 +109,15 @@ class Saved:
 def _require_files(folder: Path) -> None:
     """See that a checkpoint has all that a run needs to resume from it."""
     shards = in_shards(folder)
-    optimizer = LIST if shards else "optimizer.pt"
-    for name in (optimizer, "scheduler.pt", "trainer_state.json"):
+    optimizer = () if shards else ("optimizer.pt",)
+    for name in (*optimizer, "scheduler.pt", "trainer_state.json"):
         if not (folder / name).exists():
             raise RecipeError(
                 f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
                 "leaves that out)"
             )
     parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
-    said = damaged(parts)
-    if said is None and shards:
-        try:
-            Shards.read(folder)
-        except ValueError as error:
-            said = str(error)
+    said = damaged(parts) or (shards_problem(folder) if shards else None)
     if said is not None:
         raise RecipeError(another(folder, said))
 

@@ -46,13 +46,13 @@ def pretrained(
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if source.gguf_file:
         options |= _gguf(source, kind)
-    given: str | None = source.name
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
             if kind == "model" and in_shards(Path(source.name)):
-                options, given = _of_shards(Path(source.name), options), None
-            found = factory.from_pretrained(given, **options)
+                found = _from_shards(factory, Path(source.name), **options)
+            else:
+                found = factory.from_pretrained(source.name, **options)
     except Exception as error:  # a model's code, and the readers of its files, raise anything
         if is_out_of_memory(error):
             raise
@@ -69,13 +69,21 @@ def pretrained(
     return model
 
 
-def _of_shards(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that load a model from shards: its configuration, and its weights."""
+def _from_shards(
+    factory: Any, folder: Path, config: Any = None, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """Load a model from shards: ``from_pretrained`` takes its weights in place of a folder."""
+    import torch
     from transformers import AutoConfig
 
-    trusted = bool(options.get("trust_remote_code"))
-    config = options.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    return {**options, "config": config, "state_dict": Shards.read(folder).weights()}
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if hasattr(factory, "from_config"):  # an Auto class, which needs a folder
+        with torch.device("meta"):
+            made = factory.from_config(config, trust_remote_code=trust_remote_code)
+        factory = type(made)
+    weights = Shards.read(folder).weights()
+    return factory.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def meta_model(recipe: Recipe, config: Any) -> Any:

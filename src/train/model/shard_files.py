@@ -91,9 +91,15 @@ class Shards:
         return read_whole(self.place, WEIGHTS)
 
     def adapter_weights(self) -> dict[str, Any]:
-        """The whole weights of an adapter, by the names that its file would have."""
-        weights = self.weights()
-        return {key: weights[name] for key, name in (self.adapter or {}).items()}
+        """The whole weights of an adapter, by the names that its file would have.
+
+        Raises:
+            ValueError: one of them is not there.
+        """
+        weights, names = self.weights(), dict(self.adapter or {})
+        if missing := sorted(set(names.values()) - set(weights)):
+            raise ValueError(f"{self.place} has no {missing[0]}")
+        return {key: weights[name] for key, name in names.items()}
 
 
 def in_shards(folder: Path) -> bool:

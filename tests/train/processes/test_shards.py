@@ -182,6 +182,7 @@ WHOLE = [[0.0] * 3] * 2 + [[1.0] * 3] * 2
 def test_what_is_read_from_it(tmp_path: Path) -> None:
     place = _made(tmp_path)
     assert in_shards(place)
+    assert not in_shards(tmp_path)
     assert shards_problem(place) is None
     assert Saved.read(place).step == 3
     shards = Shards.read(place)
@@ -239,7 +240,7 @@ def test_a_damaged_file_is_named(name: str, damage: Any, said: str, tmp_path: Pa
 def test_a_checkpoint_without_its_list(tmp_path: Path) -> None:
     place = _made(tmp_path)
     (place / LIST).unlink()
-    with pytest.raises(RecipeError, match=rf"it has no {LIST}"):
+    with pytest.raises(RecipeError, match=rf"{LIST} is not there"):
         Saved.read(place)
 
 
