@@ -34,7 +34,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, i
     Returns:
         The files of this process, with their sizes.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     kinds = sorted({name.partition("/")[0] for name in tensors})
     files = {name: 1 + kinds.index(name.partition("/")[0]) for name in tensors}
@@ -59,7 +60,8 @@ def read(folder: Path, tensors: dict[str, Any]) -> None:
     Raises:
         ValueError: a tensor is not there, or has another size.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings(), _own_errors():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -68,7 +70,7 @@ def read(folder: Path, tensors: dict[str, Any]) -> None:
 
 def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Size and dtype of each whole tensor in files of shares."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (tensor.size, tensor.properties.dtype) for name, tensor in found.items()}
