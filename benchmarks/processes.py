@@ -38,15 +38,17 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _FSDP = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+_SHARDS = {"fsdp_version": 2, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
     "fsdp": (2, _FSDP),
+    "shards": (2, _SHARDS),
     "hsdp": (4, {**_FSDP, "dp_shard_size": 2, "dp_replicate_size": 2}),
     "zero1": (2, {"deepspeed": "deepspeed_configs/zero1.json"}),
     "zero2": (2, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
     "zero3": (2, {"deepspeed": "deepspeed_configs/zero3.json"}),
 }
-"""The number of processes, and the keys of the recipe."""
+"""The number of processes, and the keys of the recipe. ``shards`` is FSDP2 that saves in shards."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 from ..report import Report
 from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
+from .checkpoint.rng_state import same_draws
 from .inference import generation
 from .model.tokenizer import pad_token
 from .processes.signals import Interrupts
@@ -16,7 +17,6 @@ from .report.run_log import RunLog
 from .trainer.batches import training_batch
 from .trainer.context import Context
 from .trainer.evaluation import validate
-from .trainer.parallel import same_draws
 from .trainer.trainer import FineTuner
 
 

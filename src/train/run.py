@@ -14,6 +14,7 @@ from . import finish
 from .checkpoint import output_folder, resume
 from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
+from .checkpoint.rng_state import same_draws
 from .checkpoint.together import require_shared
 from .data.readers.limits import warnings
 from .data.together import prepare_together
@@ -38,7 +39,7 @@ from .trainer.batches import training_sequences
 from .trainer.build import make_context, make_trainer
 from .trainer.context import Context
 from .trainer.evaluation import require_figure
-from .trainer.parallel import is_sharded, processes_message, same_draws
+from .trainer.parallel import is_sharded, processes_message
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner

@@ -16,7 +16,9 @@ from transformers.trainer_callback import TrainerState
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..model.from_pretrained import first_words
+from ..model.shard_files import Shards, in_shards
 from .resume import another, without_code
+from .sharded import load_weights
 
 
 @contextlib.contextmanager
@@ -44,6 +46,8 @@ def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
         folder: of the checkpoint.
         model: which the checkpoint is of; only its names are read.
     """
+    if in_shards(folder):
+        return dict(Shards.read(folder).weights())
     if not hasattr(model, "peft_config"):
         files = sorted(folder.glob("model*.safetensors"))
         return {name: value for file in files for name, value in load_file(file).items()}
@@ -79,7 +83,10 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         with readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if in_shards(Path(resume_from_checkpoint)):
+                load_weights(Path(resume_from_checkpoint), self.model)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         with readable(checkpoint):

@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..json_text import parse_json
 from ..model.integrity import damaged
+from ..model.shard_files import in_shards, shards_problem
 from ..recipe.recipe import Recipe
 from ..recipe.secrets import hide
 from . import files as checkpoint
@@ -93,15 +94,7 @@ class Saved:
             raise RecipeError(another(folder, f"its {_FILE} is damaged")) from None
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise RecipeError(f"{folder} cannot be resumed from: another version wrote its {_FILE}")
-        for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-            if not (folder / name).exists():
-                raise RecipeError(
-                    f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
-                    "leaves that out)"
-                )
-        parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
-        if (said := damaged(parts)) is not None:
-            raise RecipeError(another(folder, said))
+        _require_files(folder)
         try:
             saved = cls(**content)
             counted = type(saved.processes) is int and saved.processes > 0
@@ -111,6 +104,22 @@ class Saved:
         if not whole:
             raise RecipeError(another(folder, f"its {_FILE} is damaged"))
         return saved
+
+
+def _require_files(folder: Path) -> None:
+    """See that a checkpoint has all that a run needs to resume from it."""
+    shards = in_shards(folder)
+    optimizer = () if shards else ("optimizer.pt",)
+    for name in (*optimizer, "scheduler.pt", "trainer_state.json"):
+        if not (folder / name).exists():
+            raise RecipeError(
+                f"{folder} cannot be resumed from: it has no {name} (save_only_model: true "
+                "leaves that out)"
+            )
+    parts = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _CHECKED)
+    said = damaged(parts) or (shards_problem(folder) if shards else None)
+    if said is not None:
+        raise RecipeError(another(folder, said))
 
 
 @dataclass(frozen=True)

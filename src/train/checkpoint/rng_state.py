@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..processes.world import World
+
 
 @dataclass(frozen=True)
 class RngState:
@@ -45,3 +47,20 @@ class RngState:
             yield
         finally:
             current.restore()
+
+
+@contextlib.contextmanager
+def same_draws(seed: int) -> Iterator[None]:
+    """Let all processes draw the same random numbers in the block, and their own again after it."""
+    before = RngState.now()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def seed_rank(seed: int, world: World) -> None:
+    """Let each process draw numbers of its own, for dropout; the weights are there by now."""
+    if world.several:
+        torch.manual_seed(seed + world.rank)

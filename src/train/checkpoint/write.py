@@ -13,6 +13,7 @@ from . import files as checkpoint
 from .resume import Saved
 from .rng_state import RngState
 from .save_model import save
+from .sharded import named_state, write_list, write_shards
 
 
 def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
@@ -27,14 +28,13 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
         unfinished: the random state to save in place of the present one, which has moved on.
     """
     state, main = trainer.state, trainer.world.main
-    trainer.store_flos()  # a collective, as the next two: before what a full disk can stop
-    whole = trainer.whole_state()
-    kept = None if trainer.args.save_only_model else trainer.optimizer_state()
-    if main:
-        save(trainer.model, trainer.context.tokenizer, part, whole)
+    trainer.store_flos()  # a collective, as the next ones: before what a full disk can stop
+    if trainer.writes_shards:
+        _write_shards(trainer, part)
+    else:
+        _write_whole(trainer, part)
     if not trainer.args.save_only_model:
         if main:
-            torch.save(kept, part / "optimizer.pt")
             torch.save(trainer.schedule_state(), part / "scheduler.pt")
             trainer._save_scaler(str(part))
         if unfinished is None:
@@ -49,6 +49,26 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
             state.stateful_callbacks[type(callback).__name__] = callback.state()
     state.save_to_json(str(part / "trainer_state.json"))
     saved.write(part)
+
+
+def _write_whole(trainer: Any, part: Path) -> None:
+    """Bring weights and the optimizer's state together on rank 0, which writes them."""
+    whole = trainer.whole_state()
+    kept = None if trainer.args.save_only_model else trainer.optimizer_state()
+    if trainer.world.main:
+        save(trainer.model, trainer.context.tokenizer, part, whole)
+        if not trainer.args.save_only_model:
+            torch.save(kept, part / "optimizer.pt")
+
+
+def _write_shards(trainer: Any, part: Path) -> None:
+    """Let each process write its shares; a full disk fails that for all of them."""
+    kept = None
+    if not trainer.args.save_only_model:
+        kept = named_state(*trainer.optimizer_and_names())
+    written = write_shards(part, trainer.world, trainer.model, kept)
+    if trainer.world.main:
+        write_list(part, trainer.model, trainer.context.tokenizer, written)
 
 
 def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | None:

@@ -9,6 +9,7 @@ from ...errors import ModelError, RecipeError, first_line
 from ..consent import code_refused
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
+from ..model.shard_files import adapter_weights
 from .past_recipe import recipe_for
 from .run_folder import RunFolder, open_run
 
@@ -90,13 +91,11 @@ def with_adapter(model: Any, folder: Path, autocast: bool = True) -> Any:
     Raises:
         ModelError: it does not fit, or cannot be read.
     """
-    from peft.utils import load_peft_weights
-
     said = adapter_problem(folder)
     if said is not None:
         raise ModelError(said)
     try:
-        grow(model, load_peft_weights(str(folder), device="cpu"))
+        grow(model, adapter_weights(str(folder)))
     except Exception as error:  # torch and safetensors raise whatever they meet
         raise ModelError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from error
     return put_adapter(model, str(folder), autocast_adapter_dtype=autocast)

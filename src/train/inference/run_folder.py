@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import ModelError, RecipeError
 from ..consent import Consent
 from ..model.integrity import read_object
+from ..model.shard_files import LIST, in_shards
 from ..recipe.locate import locate
 from ..recipe.secrets import without_hidden
 
@@ -68,10 +69,10 @@ def open_run(
     own = (f for f in _own_folders(folder) if (f / "tokenizer_config.json").is_file())
     run = RunFolder(folder, True, "", next(own, None), recipe, facts, consent or Consent())
     if (folder / "adapter_config.json").is_file():
-        _require(folder, _ADAPTERS, "adapter_config.json")
+        _require(folder, (*_ADAPTERS, LIST), "adapter_config.json")
         base = base_model or _base(folder, recipe)
         return replace(run, base_model=_located(base, folder))
-    if any((folder / name).is_file() for name in _MODELS):
+    if in_shards(folder) or any((folder / name).is_file() for name in _MODELS):
         _require(folder, ("config.json",), "a model")
         if base_model:
             raise ModelError(f"{folder} holds a whole model, which has no base: no --base-model")

@@ -19,7 +19,7 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
     """Load the base, put the adapter on it, and merge.
 
     Args:
-        run: with an adapter.
+        run: with an adapter, or a whole model in shards, which is only loaded.
         dtype: of the result; None: as in training.
         dequantize: make quantized weights full before the adapter is added to them; they are then
             those that the adapter was trained on, rounding included.
@@ -37,17 +37,22 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
     model = load_model(recipe)
     if dequantize:
         _dequantize(model)
-    model = with_adapter(model, run.folder, recipe.peft_autocast_adapter_dtype)
-    _untie(model)
-    try:
-        merged = model.merge_and_unload()
-    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
-        kind = type(model.base_model).__name__
-        raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
+    merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     merged.config.use_cache = True  # load_model has switched it off
     if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
         del merged._weight_conversions
     return merged if dtype is None or _quantized(merged) else merged.to(dtype)
+
+
+def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
+    """The base ``model`` with the adapter of ``run`` in its weights."""
+    model = with_adapter(model, run.folder, autocast)
+    _untie(model)
+    try:
+        return model.merge_and_unload()
+    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
+        kind = type(model.base_model).__name__
+        raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
 
 
 def _quantized(model: Any) -> bool:

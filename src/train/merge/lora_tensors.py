@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.load_run import grow
+from ..model.shard_files import adapter_weights
 
 _ADAPTER = "default"
 
@@ -40,7 +41,6 @@ class Adapted:
 
     def __init__(self, config: Any, folder: Path, trust_remote_code: bool = False) -> None:
         from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
-        from peft.utils import load_peft_weights
         from transformers import AutoModelForCausalLM
 
         auto: Any = AutoModelForCausalLM
@@ -50,7 +50,7 @@ class Adapted:
         with torch.device("meta"):
             base = auto.from_config(config, trust_remote_code=trust_remote_code)
             base.tie_weights()
-        weights = load_peft_weights(str(folder), device="cpu")
+        weights = adapter_weights(str(folder))
         grow(base, weights)
         pairs = list(base.named_parameters(remove_duplicate=False))
         self.names = {name: tuple(p.shape) for name, p in pairs}

@@ -23,6 +23,7 @@ from ..inference.run_folder import RunFolder
 from ..model.from_pretrained import pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
+from ..model.shard_files import in_shards
 from ..terminal import Terminal, announce, say
 from .base_tensors import BaseFiles, base_files
 from .in_memory import merged_in_memory
@@ -55,7 +56,7 @@ class MergeOptions:
 def merge(
     run: RunFolder, request: MergeOptions | None = None, console: Console | None = None
 ) -> Path:
-    """Write the adapter of ``run`` and its base as one model.
+    """Write the adapter of ``run`` and its base as one model; or the shards of a whole model.
 
     Args:
         run: from ``open_run``.
@@ -71,7 +72,7 @@ def merge(
     """
     request = request or MergeOptions()
     console = console or Terminal(highlight=False)
-    if not run.adapter:
+    if not run.adapter and not in_shards(run.folder):
         raise ModelError(
             f"{run.folder} holds a whole model: there is nothing to merge, use it as it is"
         )
@@ -173,6 +174,8 @@ def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
 
 def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
     """The base's files, if they can be merged one by one."""
+    if not run.adapter:
+        raise UnmergeableError("the model is in shards")
     if getattr(config, "quantization_config", None) is not None:
         raise UnmergeableError("the base is quantized")
     if request.dequantize and any(run.recipe.get(f"load_in_{n}bit") for n in (4, 8)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import ModelError
 from .integrity import damaged, read_object
+from .shard_files import adapter_folder, adapter_weights, in_shards, shards_problem
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MISMATCH = re.compile(
@@ -23,6 +24,9 @@ def adapter_problem(folder: Path) -> str | None:
         return f"{error}; copy the whole folder again, or name one that holds a PEFT adapter"
     if "peft_type" not in config:
         return f"{folder / 'adapter_config.json'} has no peft_type: it is not of a PEFT adapter"
+    if in_shards(folder):
+        said = shards_problem(folder)
+        return f"{said}; copy the whole folder again" if said else None
     weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not weights:
         return f"{folder} has no {WEIGHTS[0]}: saving or copying it was not completed"
@@ -45,13 +49,13 @@ def put_adapter(model: Any, folder: str, **options: Any) -> Any:
         ModelError: it cannot be read, or was made for another base.
     """
     from peft import PeftModel
-    from peft.utils import load_peft_weights
 
     if Path(folder).is_dir() and (said := adapter_problem(Path(folder))) is not None:
         raise ModelError(said)
     try:
-        made = PeftModel.from_pretrained(model, folder, **options)
-        left, missing = _misplaced(made, load_peft_weights(folder, device="cpu"))
+        with adapter_folder(folder) as whole:
+            made = PeftModel.from_pretrained(model, whole, **options)
+        left, missing = _misplaced(made, adapter_weights(folder))
     except Exception as error:  # PEFT, torch and the hub raise whatever they meet
         raise ModelError(_explained(error, folder)) from error
     if left or missing:

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import did_you_mean
 from ..consent import CODE_SWITCH, why_not_run
 from .integrity import damaged, read_object
+from .shard_files import in_shards, shards_problem
 
 _AGAIN = "download the model, or copy its folder, again"
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -62,6 +63,9 @@ def config_problem(folder: Path, trusted: bool = False) -> str | None:
 
 def weights_problem(folder: Path) -> str | None:
     """What is wrong with the weights in a folder; None if nothing shows. They are not read."""
+    if in_shards(folder):
+        said = shards_problem(folder)
+        return f"{said}; {_AGAIN}" if said else None
     names = _chosen(folder)
     if names is None:
         return f"{folder} has a config.json and no weights ({_SAFE}); {_AGAIN}"

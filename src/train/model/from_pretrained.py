@@ -16,6 +16,7 @@ from ..recipe.locate import ModelSource, locate
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
 from .quantize import clear_marks
+from .shard_files import Shards, in_shards
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 
@@ -48,7 +49,10 @@ def pretrained(
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
-            found = factory.from_pretrained(source.name, **options)
+            if kind == "model" and in_shards(Path(source.name)):
+                found = _from_shards(factory, Path(source.name), **options)
+            else:
+                found = factory.from_pretrained(source.name, **options)
     except Exception as error:  # a model's code, and the readers of its files, raise anything
         if is_out_of_memory(error):
             raise
@@ -63,6 +67,23 @@ def pretrained(
     if said is not None:
         raise RecipeError(f"{key}: {name}: {said}")
     return model
+
+
+def _from_shards(
+    factory: Any, folder: Path, config: Any = None, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """Load a model from shards: ``from_pretrained`` takes its weights in place of a folder."""
+    import torch
+    from transformers import AutoConfig
+
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if hasattr(factory, "from_config"):  # an Auto class, which needs a folder
+        with torch.device("meta"):
+            made = factory.from_config(config, trust_remote_code=trust_remote_code)
+        factory = type(made)
+    weights = Shards.read(folder).weights()
+    return factory.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
 def meta_model(recipe: Recipe, config: Any) -> Any:

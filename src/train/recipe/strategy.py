@@ -35,7 +35,7 @@ class Fsdp:
         offload_params: keep shards, gradients and the optimizer's state in CPU memory.
         pin_memory: pin that memory.
         activation_checkpointing: keep only the inputs of each block for backward.
-        state_dict_type: asked for; checkpoints hold whole tensors.
+        state_dict_type: whether checkpoints hold whole tensors, or the shards of each process.
         mixed_precision: the name of the dtype of gathered weights, gradients and outputs; None: the
             model's own.
     """

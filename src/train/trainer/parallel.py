@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import seed_worker
 
+from ..checkpoint import sharded
 from ..checkpoint.load import ResumableTrainer, readable, trained_weights
-from ..checkpoint.rng_state import RngState
 from ..data.ranks import Fillable, RankBatches, RankStream
 from ..model.precision import device_for_training
+from ..model.shard_files import in_shards
 from ..processes import zero
 from ..processes.gather import (
     in_parts,
@@ -77,6 +78,12 @@ class ParallelTrainer(ResumableTrainer):
         return is_sharded(self.strategy, self.world)
 
     @property
+    def writes_shards(self) -> bool:
+        """Whether each process writes its part of a checkpoint."""
+        fsdp = self.strategy.fsdp
+        return self.shards and fsdp is not None and fsdp.state_dict_type == "SHARDED_STATE_DICT"
+
+    @property
     def zero_stage(self) -> int:
         """The stage of DeepSpeed's ZeRO; 0 without it."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -103,25 +110,41 @@ class ParallelTrainer(ResumableTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (self.shards or self.zero_stage):
+        from_shards = checkpoint is not None and in_shards(Path(checkpoint))
+        if checkpoint is None or not (self.shards or self.zero_stage or from_shards):
             return super()._load_optimizer_and_scheduler(checkpoint)
         folder = Path(checkpoint)
         with readable(folder):
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            if self.zero_stage:
-                zero.load_optimizer(self.deepspeed, state, self._names)
+            optimizer, names = self.optimizer_and_names()
+            if from_shards and in_parts(self._module) and not self.zero_stage:
+                sharded.load_optimizer(folder, self._module, optimizer, names)
             else:
-                load_optimizer(self._module, self._stepped, state, self._names)
+                self._load_state(sharded.read_optimizer(folder, names))
             schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
             if self.zero_stage:
                 schedule = zero.own_schedule(schedule, self._names)
             self._schedule.load_state_dict(schedule)
         return None
 
+    def _load_state(self, state: dict[str, Any]) -> None:
+        """Give the optimizer a whole state, as every process has read it."""
+        optimizer, names = self.optimizer_and_names()
+        if self.zero_stage:
+            zero.load_optimizer(self.deepspeed, state, names)
+        elif self.shards:
+            load_optimizer(self._module, optimizer, state, names)
+        else:
+            optimizer.load_state_dict(state)
+
+    def optimizer_and_names(self) -> tuple[Any, list[list[str]]]:
+        """The optimizer inside accelerate's, and the names of its parameters by group."""
+        return self._stepped, self._names or names_by_group(self._module, self._stepped)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; weights to resume from are loaded before they are sharded."""
-        if resume_from_checkpoint and (self.shards or self.zero_stage):
-            self._load_whole(str(resume_from_checkpoint))
+        """Trainer's own; whole weights to resume from are loaded before they are sharded."""
+        start = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if start is not None and (self.zero_stage or (self.shards and not in_shards(start))):
+            self._load_whole(str(start))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_whole(self, folder: str) -> None:
@@ -142,11 +165,15 @@ class ParallelTrainer(ResumableTrainer):
     def _load_best_model(self) -> None:
         """Trainer's own; it would look for checkpoints of FSDP's or DeepSpeed's own forms."""
         model = self._module
+        folder = Path(str(self.state.best_model_checkpoint))
+        if in_shards(folder) and not (self.zero_stage and in_parts(model)):
+            with readable(folder):
+                sharded.load_weights(folder, model)
+            return
         if not (self.shards and in_parts(model)):
             with self._of_whole_weights():
                 super()._load_best_model()
             return
-        folder = Path(str(self.state.best_model_checkpoint))
         with readable(folder):
             state = trained_weights(folder, model)
         if self.zero_stage:
@@ -154,6 +181,10 @@ class ParallelTrainer(ResumableTrainer):
             zero.load_weights(model, state)
         else:
             load_weights(model, state)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not (self.writes_shards and self.args.hub_strategy == "every_save"):  # of whole weights
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _end_prefetch(self) -> None:
         """Let ZeRO-3 finish what a forward pass has begun to gather for the next one."""
@@ -273,20 +304,3 @@ def peak_of(model: Any, world: World) -> float | None:
     """Operations per second that the devices of all processes can do; None: not known."""
     peak = peak_flops(device_for_training(), model.dtype)
     return None if peak is None else peak * world.size
-
-
-@contextlib.contextmanager
-def same_draws(seed: int) -> Iterator[None]:
-    """Let all processes draw the same random numbers in the block, and their own again after it."""
-    before = RngState.now()
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        before.restore()
-
-
-def seed_rank(seed: int, world: World) -> None:
-    """Let each process draw numbers of its own, for dropout; the weights are there by now."""
-    if world.several:
-        torch.manual_seed(seed + world.rank)

@@ -17,7 +17,7 @@ from ...memory.oom_retry import retrying
 from ..checkpoint import files as checkpoint
 from ..checkpoint.load import readable
 from ..checkpoint.resume import Saved
-from ..checkpoint.rng_state import RngState
+from ..checkpoint.rng_state import RngState, seed_rank
 from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import order_of
@@ -27,7 +27,7 @@ from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
 from .evaluation import validate
 from .optimizer import make_optimizer
-from .parallel import ParallelTrainer, seed_rank
+from .parallel import ParallelTrainer
 from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import LossWatchdog, NonFiniteGuard

@@ -133,7 +133,7 @@ class _Trainer(SimpleNamespace):
         super().__init__(
             world=World(Placement(rank, 2, rank, 2)),
             state=SimpleNamespace(save_to_json=noted("state"), stateful_callbacks={}),
-            args=SimpleNamespace(save_only_model=only_model),
+            args=SimpleNamespace(save_only_model=only_model), writes_shards=False,
             whole_state=noted("all: weights"), optimizer_state=noted("all: optimizer"),
             store_flos=noted("all: operations"), schedule_state=noted("schedule"),
             _save_scaler=noted("scaler"), _save_rng_state=noted("random state"),

@@ -528,15 +528,15 @@ def test_the_storage_reaches_bitsandbytes(keys: dict[str, Any], name: str) -> No
         ),
         (
             {"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}},
-            "fsdp_config.state_dict_type", "subsumed", "whole checkpoints",
+            "fsdp_config.state_dict_type", "subsumed", "SHARDED_STATE_DICT",
         ),
         (
             {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-            "fsdp_config.state_dict_type", "subsumed", "whole checkpoints",
+            "fsdp_config.state_dict_type", "honoured", "",
         ),
         (
             {"fsdp": True, "state_dict_type": "SHARDED_STATE_DICT"},
-            "state_dict_type", "subsumed", "whole checkpoints",
+            "state_dict_type", "honoured", "",
         ),
         ({"fsdp": True, "state_dict_type": "FULL_STATE_DICT"}, "state_dict_type", "honoured", ""),
         (

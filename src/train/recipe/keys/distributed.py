@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from .base import Int, Keys, key, not_applicable, not_yet, subsumed
-from .fsdp import WHOLE, FsdpKeys
+from .fsdp import FsdpKeys
 
 Words = Literal[
     "full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2", "offload",
@@ -52,9 +52,7 @@ class DistributedKeys(Keys):
     ) = subsumed("the result, which is always saved as a whole")
     """How FSDP saves the result. Unset: as a whole."""
 
-    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = key(
-        values={"SHARDED_STATE_DICT": ("subsumed", WHOLE)}
-    )
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
     """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
     deepspeed: str | dict[str, Any] | None = None

@@ -13,9 +13,6 @@ Strategies = Literal[
 ]
 """The sharding strategies of FSDP1, in the order of their numbers, which begin at 1."""
 
-WHOLE = "whole checkpoints, from which any number of processes resumes"
-"""What checkpoints are in place of shards."""
-
 _NUMBERS = {1: "FULL_SHARD", 2: "SHARD_GRAD_OP", 3: "NO_SHARD", 4: "HYBRID_SHARD",
             5: "HYBRID_SHARD_ZERO2"}  # fmt: skip
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -102,13 +99,11 @@ class FsdpKeys(Keys):
         Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
         BeforeValidator(_upper),
     ] = key(
-        values={
-            "SHARDED_STATE_DICT": ("subsumed", WHOLE),
-            "LOCAL_STATE_DICT": ("subsumed", WHOLE),
-        }
+        values={"LOCAL_STATE_DICT": ("subsumed", "SHARDED_STATE_DICT, which it runs as")},
     )
-    """How checkpoints hold weights and the optimizer's state. Unset: as a whole, gathered on one
-    process."""
+    """How checkpoints hold weights and the optimizer's state: ``FULL_STATE_DICT`` as a whole,
+    gathered on one process; ``SHARDED_STATE_DICT`` in shards, of which each process writes its own.
+    Any number of processes and any strategy resumes from both. Unset: ``FULL_STATE_DICT``."""
 
     final_state_dict_type: Annotated[
         Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
