@@ -33,6 +33,7 @@ from .calls.forwards import OUTER_COMPILE
 from .graph_log import representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
+from .ranks.verdicts import SharedVerdicts
 from .session import Choices, Session
 
 
@@ -98,11 +99,15 @@ def _choices(
         options,
         environment,
         chosen,
-        Verifier(always=options.verify == "always", traced=chosen[0] == "inductor"),
+        _verifier(options.verify, chosen[0]),
         Fuel(environment.fuel),
         _planner(model, blocks, options.memory, chosen[0]),
         split=split,
     )
+
+
+def _verifier(verify: Verify, choice: str) -> Verifier:
+    return Verifier(verify == "always", traced=choice == "inductor", shared=SharedVerdicts())
 
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
