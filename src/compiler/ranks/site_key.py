@@ -29,8 +29,8 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
     """The formula, its replacement, and everything around them that the verdict depends on.
 
     That is the structure by which one process remembers verdicts (graph, shapes, dtypes, layouts),
-    the graph of the replacement, the modes that it is verified in, and the versions of PyTorch and
-    of this package with the kind of processor and of GPU. Devices are numbered as they are met: each
+    the graph of the replacement, the modes that it is verified in, the versions of PyTorch and of
+    this package, and the kinds of processor and GPU. Devices are numbered as they are met: each
     rank has its own GPU.
 
     Args:
@@ -41,14 +41,11 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
         The text; None if it names something that no other process can know, such as a function
         that was made in a call of another one.
     """
-    try:
-        replacement = [
-            (n.op, portable_name(n.target), str(n.args), str(n.kwargs))
-            for n in candidate.replacement().nodes
-        ]
-    except Exception:  # verification, which runs the rewrite, says why
-        return None
     rule = type(candidate.rule)
+    replacement = [
+        (n.op, portable_name(n.target), str(n.args), str(n.kwargs))
+        for n in candidate.replacement().nodes
+    ]
     text = repr(
         (
             structure(candidate, portable_name),
@@ -110,7 +107,7 @@ def _modes() -> tuple[Any, ...]:
 
 def _devices(candidate: Candidate) -> list[str]:
     """The kinds of GPU that the formula runs on."""
-    tensors = filter(None, map(facts.tensor, candidate.inputs))
+    tensors = [t for n in candidate.inputs if (t := facts.tensor(n)) is not None]
     found = {t.device for t in tensors if t.device.type == "cuda"}
     return [torch.cuda.get_device_name(d) for d in sorted(found, key=str)]
 

@@ -46,7 +46,7 @@ class SharedVerdicts:
         is_lost: whether the store has failed; every site is verified here from then on.
     """
 
-    patience: float = PATIENCE
+    patience: float = field(default_factory=lambda: PATIENCE)
     silent: set[int] = field(default_factory=set)
     is_lost: bool = False
 
@@ -55,13 +55,23 @@ class SharedVerdicts:
     ) -> Verdict:
         """The verdict on ``candidate``: another rank's, or that of ``verify``."""
         store = None if self.is_lost else job_store()
-        key = None if store is None else site_key(candidate, traced)
-        return verify() if key is None else self.decide(store, key, verify)
+        try:
+            key = None if store is None else site_key(candidate, traced)
+        except Exception:  # of a rule of the user's, most likely: verification says why
+            key = None
+        return verify() if key is None else self.decide(store, dist.get_rank(), key, verify)
 
-    def decide(self, store: Any, key: str, verify: Callable[[], Verdict]) -> Verdict:
-        """The verdict under ``key`` in ``store``; that of ``verify`` where there is none."""
-        name = hashlib.sha256(key.encode()).hexdigest()
-        seen = self._guarded(lambda: self._read(store, name))
+    def decide(self, store: Any, rank: int, key: str, verify: Callable[[], Verdict]) -> Verdict:
+        """The verdict under ``key`` in ``store``; that of ``verify`` where there is none.
+
+        Args:
+            store: a key-value store of ``torch.distributed``.
+            rank: of this process.
+            key: what verdicts have in common that are one.
+            verify: makes the verdict.
+        """
+        name = entry_name(key)
+        seen = self._guarded(lambda: self._read(store, rank, name))
         found = _parsed(seen, key)
         if found is not None:
             return found
@@ -74,9 +84,8 @@ class SharedVerdicts:
         kept = self._guarded(lambda: str(store.compare_set(name, seen, text), "utf-8"))
         return _parsed(kept, key) or verdict
 
-    def _read(self, store: Any, name: str) -> str:
+    def _read(self, store: Any, rank: int, name: str) -> str:
         """What stands under ``name``, once its owner has written it; empty if that is this rank."""
-        rank = dist.get_rank()
         owner = int(store.compare_set(f"{name}-owner", "", str(rank)))
         pause, end = 0.001, time.monotonic() + self.patience
         while not store.check([name]):
@@ -109,6 +118,11 @@ def job_store() -> Any:
         return dist.PrefixStore("fusewright-verdicts", store)
     except Exception:  # a group without one, as MPI's
         return None
+
+
+def entry_name(key: str) -> str:
+    """The name under which the verdict on ``key`` is stored."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _text(verdict: Verdict, key: str) -> str:

@@ -1,0 +1,197 @@
+"""Ranks of one job: sites verified once, models explained without the others, ranks that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from fusewright import explain, optimize
+from fusewright.compiler.ranks import verdicts
+from fusewright.rewrite import verify
+from fusewright.rewrite.engine import Candidate, Verdict
+from fusewright.train.finish import differences, statuses
+from fusewright.train.processes.world import World
+
+from ...train.processes.ranks import alone, run_ranks, values
+
+SITES = ("module", "rule", "op", "status", "reason", "error", "grad_error", "saved_after")
+
+
+def _model(act: str = "silu") -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, hidden_act=act,
+        )
+    )  # fmt: skip
+
+
+def _step(model: nn.Module) -> float:
+    ids = torch.arange(22).reshape(2, 11)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return float(loss)
+
+
+def _counting(seen: list[str], before: Callable[[], None] = lambda: None) -> None:
+    """Note each verification of this process."""
+    judge = verify._judge
+
+    def counted(candidate: Candidate, traced: bool) -> Verdict:
+        before()
+        seen.append(candidate.rule.name)
+        return judge(candidate, traced)
+
+    verify._judge = counted
+
+
+def _sites(model: nn.Module) -> list[list[Any]]:
+    return [[getattr(s, name) for name in SITES] for s in explain(model).sites]
+
+
+def _first_step(world: World, acts: list[str]) -> dict[str, Any]:
+    seen: list[str] = []
+    _counting(seen)
+    model = optimize(_model(acts[world.rank]), codegen="eager")
+    loss = _step(model)
+    own = statuses(explain(model))
+    return {
+        "verified": sorted(seen), "sites": _sites(model), "loss": loss,
+        "differences": differences(world.gather(own)),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def one() -> Any:
+    """What one process finds."""
+    judge = verify._judge
+    yield _first_step(alone(), ["silu"])
+    verify._judge = judge
+
+
+def test_two_ranks_verify_each_site_once(one: Any) -> None:
+    ranks = values(_first_step, ["silu", "silu"])
+    assert one["verified"]
+    assert sorted(ranks[0]["verified"] + ranks[1]["verified"]) == one["verified"]
+    for rank in ranks:
+        assert rank["sites"] == one["sites"]
+        assert rank["loss"] == one["loss"]
+        assert rank["differences"] == []
+
+
+def test_ranks_with_other_graphs_verify_their_own(one: Any) -> None:
+    ranks = values(_first_step, ["silu", "relu"])
+    assert ranks[0]["sites"] == one["sites"]
+    verified = [r["verified"] for r in ranks]
+    assert sum(v.count("rms_norm") for v in verified) == one["verified"].count("rms_norm")
+    assert all("glu" in v or "mlp_block" in v for v in verified)
+
+
+def _one_dies(world: World, folder: Path) -> None:
+    verdicts.PATIENCE = 1.0
+    seen: list[str] = []
+
+    def die() -> None:
+        if world.rank == 1:
+            (folder / "claimed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _counting(seen, die)
+    while world.rank != 1 and not (folder / "claimed").exists():
+        time.sleep(0.02)
+    model = optimize(_model(), codegen="eager")
+    _step(model)
+    text = json.dumps({"verified": sorted(seen), "sites": _sites(model)})
+    (folder / f"{world.rank}.json").write_text(text)
+
+
+def test_a_rank_that_dies_while_the_others_wait(one: Any, tmp_path: Path) -> None:
+    run_ranks(_one_dies, tmp_path, size=3)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]
+    assert all(r["sites"] == one["sites"] for r in ranks)
+    # what the dead one had claimed both may have verified; the rest one of them has
+    assert len(ranks[0]["verified"] + ranks[1]["verified"]) <= len(one["verified"]) + 1
+
+
+# ---------------------------------------------------------------------------------- explain
+
+
+def _explained_alone(world: World, kind: str) -> dict[str, Any]:
+    model = _model()
+    call: nn.Module = model
+    if kind == "FSDP2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimize(model, codegen="eager")
+    if kind == "DDP":
+        call = nn.parallel.DistributedDataParallel(model)
+    asked = call if kind != "inside DDP" else model
+    if kind == "inside DDP":
+        call = nn.parallel.DistributedDataParallel(model)
+    # of one rank alone: the others would be waited for in a collective
+    early = explain(asked) if world.rank == 0 else None
+    dist.barrier()
+    _step(call)
+    return {
+        "early": early and [(b.module, b.reason) for b in early.bypasses],
+        "early sites": early and len(early.sites),
+        "then": len(explain(asked).sites),
+        "left": [b.reason for b in explain(asked).bypasses],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("FSDP2", "its parameters are sharded"),
+        ("DDP", "it is wrapped by torch.nn.parallel"),
+    ],
+)
+def test_explain_does_not_call_what_waits_for_other_ranks(kind: str, reason: str) -> None:
+    first, second = values(_explained_alone, kind)
+    (said,) = [text for module, text in first["early"] if not module]
+    assert said.startswith(f"it is explained after its first step: {reason}")
+    assert first["early sites"] == 0
+    assert first["then"] == second["then"] > 0
+    assert not any("explained after" in text for text in first["left"])
+
+
+def test_explain_calls_a_model_inside_ddp() -> None:
+    first, second = values(_explained_alone, "inside DDP")
+    assert first["early sites"] == first["then"] == second["then"] > 0
+
+
+# ------------------------------------------------------------------------------ ranks that differ
+
+
+def test_what_is_said_of_ranks_that_differ() -> None:
+    one = {f"layers.{i}: glu": "rewritten" for i in range(5)}
+    assert differences([one, dict(one)]) == []
+    assert differences([one]) == []
+    two = {**one, "layers.1: glu": "refused (output 0: …)"}
+    two.pop("layers.4: glu")
+    assert differences([one, dict(one), two]) == [
+        "rank 2 has other rewrites than rank 0: layers.1: glu refused (output 0: …) in place of "
+        "rewritten; layers.4: glu not found in place of rewritten"
+    ]
+    (line,) = differences([one, {}])
+    assert line.endswith("; and at 2 more places")
+    assert differences([one, None]) == ["rank 1 cannot say what was rewritten"]
+    assert differences([None, one]) == ["rank 0 cannot say what was rewritten"]
