@@ -25,6 +25,14 @@ _DEVICE = re.compile(r"type=\\*'(\w+)\\*', index=(\d+)|\b(cuda|xpu|hpu|mps):(\d+
 """A device in a text; its quotes may be escaped."""
 
 
+_BACKENDS: tuple[Any, ...] = (
+    torch.backends,
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,
+)
+"""What says in which precision products of fp32 are computed."""
+
+
 def site_key(candidate: Candidate, traced: bool) -> str | None:
     """The formula, its replacement, and everything around them that the verdict depends on.
 
@@ -99,7 +107,7 @@ def _modes() -> tuple[Any, ...]:
     """What changes results in the whole process."""
     return (
         *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
-        torch.get_float32_matmul_precision(),
+        *(b.fp32_precision for b in _BACKENDS),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
     )
