@@ -7,10 +7,16 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
-_ENGINES = ("torch.distributed.", "torch.nn.parallel.distributed", "deepspeed.")
+from .job import has_peers
+
+_ENGINES = (
+    "torch.distributed.",
+    "torch.nn.parallel.distributed",
+    "deepspeed.",
+    "transformers.integrations.tensor_parallel",
+)
 _LOCAL = ("torch.distributed.algorithms._checkpoint.",)
 """Modules of these that only run the model; they send nothing."""
 
@@ -21,7 +27,7 @@ def collectives_of(model: nn.Module) -> str | None:
     With one process, nothing does. A model inside ``DistributedDataParallel`` is called without
     one; the wrapper is not.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+    if not has_peers():
         return None
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

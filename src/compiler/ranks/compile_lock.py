@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, fx
+
+from .job import has_peers
 
 PATIENCE = 300.0
 """Seconds that a process waits for the compilation of another one."""
@@ -40,7 +41,7 @@ def first_one_compiles(graph: Any, examples: Sequence[Any]) -> Iterator[None]:
         graph: what Inductor is given.
         examples: its inputs.
     """
-    folder = lock_folder() if _has_peers() and isinstance(graph, fx.GraphModule) else None
+    folder = lock_folder() if has_peers() and isinstance(graph, fx.GraphModule) else None
     lock = None if folder is None else _opened(folder / _name(graph, examples))
     if lock is None:
         yield
@@ -69,10 +70,6 @@ def lock_folder() -> Path | None:
     others = stat.S_IWGRP | stat.S_IWOTH
     private = found.st_uid == os.geteuid() and not found.st_mode & others
     return folder if private and stat.S_ISDIR(found.st_mode) else None
-
-
-def _has_peers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _name(graph: fx.GraphModule, examples: Sequence[Any]) -> str:

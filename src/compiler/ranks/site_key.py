@@ -25,11 +25,8 @@ _DEVICE = re.compile(r"type=\\*'(\w+)\\*', index=(\d+)|\b(cuda|xpu|hpu|mps):(\d+
 """A device in a text; its quotes may be escaped."""
 
 
-_BACKENDS: tuple[Any, ...] = (
-    torch.backends,
-    torch.backends.cuda.matmul,
-    torch.backends.mkldnn.matmul,
-)
+_backends: Any = torch.backends  # 2026-11-27: torch does not type all of it
+_BACKENDS = _backends, _backends.cuda.matmul, _backends.mkldnn.matmul
 """What says in which precision products of fp32 are computed."""
 
 

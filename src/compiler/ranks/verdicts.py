@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ...report import Figures
 from ...rewrite.engine import Candidate, Verdict
+from .job import job_store
 from .site_key import site_key
 
 PATIENCE = 30.0
@@ -107,17 +108,6 @@ class SharedVerdicts:
         except Exception:  # it was another process's, which has ended, or it knows no compare_set
             self.is_lost = True
             return ""
-
-
-def job_store() -> Any:
-    """The key-value store of the process group, for this package; None with one rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
-        return None
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return dist.PrefixStore("fusewright-verdicts", store)
-    except Exception:  # a group without one, as MPI's
-        return None
 
 
 def entry_name(key: str) -> str:

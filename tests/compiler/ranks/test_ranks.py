@@ -28,7 +28,7 @@ from ...train.processes.ranks import alone, run_ranks, values
 SITES = ("module", "rule", "op", "status", "reason", "error", "grad_error", "saved_after")
 
 
-def _model(act: str = "silu") -> Any:
+def _model(act: str = "silu", width: int = 32) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def _model(act: str = "silu") -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            vocab_size=64, hidden_size=width, intermediate_size=48, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=2, hidden_act=act,
         )
     )  # fmt: skip
@@ -46,7 +46,7 @@ def _step(model: nn.Module) -> float:
     ids = torch.arange(22).reshape(2, 11)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _counting(seen: list[str], before: Callable[[], None] = lambda: None) -> None:
@@ -65,11 +65,13 @@ def _sites(model: nn.Module) -> list[list[Any]]:
     return [[getattr(s, name) for name in SITES] for s in explain(model).sites]
 
 
-def _first_step(world: World, acts: list[str]) -> dict[str, Any]:
+def _first_step(world: World, acts: list[str], width: int = 32) -> dict[str, Any]:
     seen: list[str] = []
+    judge = verify._judge
     _counting(seen)
-    model = optimize(_model(acts[world.rank]), codegen="eager")
+    model = optimize(_model(acts[world.rank], width), codegen="eager")
     loss = _step(model)
+    verify._judge = judge
     own = statuses(explain(model))
     return {
         "verified": sorted(seen), "sites": _sites(model), "loss": loss,
@@ -77,30 +79,46 @@ def _first_step(world: World, acts: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def one() -> Any:
+def _all_parts(world: World) -> dict[str, Any]:
+    return {
+        "equal": _first_step(world, ["silu", "silu"]),
+        "other": _first_step(world, ["silu", "relu"], 48),
+        **{kind: _explained_alone(world, kind) for kind in ("FSDP2", "DDP", "inside DDP")},
+    }
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
     """What one process finds."""
-    judge = verify._judge
-    yield _first_step(alone(), ["silu"])
-    verify._judge = judge
+    return _first_step(alone(), ["silu"])
 
 
-def test_two_ranks_verify_each_site_once(one: Any) -> None:
-    ranks = values(_first_step, ["silu", "silu"])
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What two find, in one run for all tests: most of its time is the first imports."""
+    return values(_all_parts)
+
+
+def test_two_ranks_verify_each_site_once(one: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    found = [r["equal"] for r in ranks]
     assert one["verified"]
-    assert sorted(ranks[0]["verified"] + ranks[1]["verified"]) == one["verified"]
-    for rank in ranks:
+    assert sorted(found[0]["verified"] + found[1]["verified"]) == one["verified"]
+    for rank in found:
         assert rank["sites"] == one["sites"]
         assert rank["loss"] == one["loss"]
         assert rank["differences"] == []
 
 
-def test_ranks_with_other_graphs_verify_their_own(one: Any) -> None:
-    ranks = values(_first_step, ["silu", "relu"])
-    assert ranks[0]["sites"] == one["sites"]
-    verified = [r["verified"] for r in ranks]
+def test_ranks_with_other_graphs_verify_their_own(
+    one: dict[str, Any], ranks: list[dict[str, Any]]
+) -> None:
+    found = [r["other"] for r in ranks]
+    verified = [r["verified"] for r in found]
+    # the sites that are equal once, and the activation by each
     assert sum(v.count("rms_norm") for v in verified) == one["verified"].count("rms_norm")
-    assert all("glu" in v or "mlp_block" in v for v in verified)
+    assert [v.count("glu") for v in verified] == [1, 1]
+    assert all(site[3] == "rewritten" for r in found for site in r["sites"])
+    assert [len(r["sites"]) for r in found] == [len(one["sites"])] * 2
 
 
 def _one_dies(world: World, folder: Path) -> None:
@@ -121,12 +139,12 @@ def _one_dies(world: World, folder: Path) -> None:
     (folder / f"{world.rank}.json").write_text(text)
 
 
-def test_a_rank_that_dies_while_the_others_wait(one: Any, tmp_path: Path) -> None:
+def test_a_rank_that_dies_while_the_others_wait(one: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(_one_dies, tmp_path, size=3)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]
-    assert all(r["sites"] == one["sites"] for r in ranks)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]
+    assert all(r["sites"] == one["sites"] for r in found)
     # what the dead one had claimed both may have verified; the rest one of them has
-    assert len(ranks[0]["verified"] + ranks[1]["verified"]) <= len(one["verified"]) + 1
+    assert len(found[0]["verified"] + found[1]["verified"]) <= len(one["verified"]) + 1
 
 
 # ---------------------------------------------------------------------------------- explain
@@ -164,17 +182,20 @@ def _explained_alone(world: World, kind: str) -> dict[str, Any]:
         ("DDP", "it is wrapped by torch.nn.parallel"),
     ],
 )
-def test_explain_does_not_call_what_waits_for_other_ranks(kind: str, reason: str) -> None:
-    first, second = values(_explained_alone, kind)
-    (said,) = [text for module, text in first["early"] if not module]
+def test_explain_does_not_call_what_waits_for_other_ranks(
+    ranks: list[dict[str, Any]], kind: str, reason: str
+) -> None:
+    first, second = (r[kind] for r in ranks)
+    module, said = first["early"][0]
+    assert module == ""
     assert said.startswith(f"it is explained after its first step: {reason}")
     assert first["early sites"] == 0
     assert first["then"] == second["then"] > 0
     assert not any("explained after" in text for text in first["left"])
 
 
-def test_explain_calls_a_model_inside_ddp() -> None:
-    first, second = values(_explained_alone, "inside DDP")
+def test_explain_calls_a_model_inside_ddp(ranks: list[dict[str, Any]]) -> None:
+    first, second = (r["inside DDP"] for r in ranks)
     assert first["early sites"] == first["then"] == second["then"] > 0
 
 
