@@ -81,8 +81,7 @@ class SharedVerdicts:
         except BaseException:
             self._guarded(lambda: store.compare_set(name, seen, _ABANDONED))
             raise
-        text = _text(verdict, key)
-        kept = self._guarded(lambda: str(store.compare_set(name, seen, text), "utf-8"))
+        kept = self._guarded(lambda: _published(store, name, seen, _text(verdict, key), key))
         return _parsed(kept, key) or verdict
 
     def _read(self, store: Any, rank: int, name: str) -> str:
@@ -113,6 +112,16 @@ class SharedVerdicts:
 def entry_name(key: str) -> str:
     """The name under which the verdict on ``key`` is stored."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _published(store: Any, name: str, seen: str, text: str, key: str) -> str:
+    """Put ``text`` in the place of what was ``seen``; returns what stands there then."""
+    for _ in range(2):  # another rank may have given up in between
+        kept = str(store.compare_set(name, seen, text), "utf-8")
+        if _parsed(kept, key) is not None:
+            break
+        seen = kept
+    return kept
 
 
 def _text(verdict: Verdict, key: str) -> str:

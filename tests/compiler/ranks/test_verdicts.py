@@ -121,6 +121,21 @@ def test_ranks_that_have_both_verified_agree() -> None:
     assert SharedVerdicts().decide(store, 0, "key", overtaken) == REFUSED
 
 
+def test_a_rank_that_gives_up_leaves_the_place_to_one_that_does_not() -> None:
+    store, impatient = HashStore(), SharedVerdicts(patience=0.0)
+
+    def interrupted() -> Verdict:
+        raise KeyboardInterrupt
+
+    def meanwhile() -> Verdict:
+        with pytest.raises(KeyboardInterrupt):
+            impatient.decide(store, 1, "key", interrupted)
+        return INSTALLED
+
+    assert SharedVerdicts().decide(store, 0, "key", meanwhile) == INSTALLED
+    assert SharedVerdicts().decide(store, 2, "key", _never) == INSTALLED
+
+
 class _Gone:
     """A store whose process has ended."""
 
