@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from fusewright import explain, optimize
 from fusewright.compiler.ranks import collectives, verdicts
 from fusewright.compiler.ranks.collectives import collectives_of
+from fusewright.compiler.ranks.job import job_store
+from fusewright.compiler.ranks.verdicts import SharedVerdicts
 from fusewright.rewrite import verify
 from fusewright.rewrite.engine import Candidate, Verdict
 from fusewright.train.finish import differences, statuses
@@ -256,3 +259,29 @@ def test_what_is_said_of_ranks_that_differ() -> None:
     assert line.endswith("; and at 2 more places")
     assert differences([one, None]) == ["rank 1 cannot say what was rewritten"]
     assert differences([None, one]) == ["rank 0 cannot say what was rewritten"]
+
+
+# ------------------------------------------------------------------------------ many at a time
+
+
+def _many(world: World, count: int) -> dict[str, Any]:
+    order = list(range(count))
+    random.Random(world.rank).shuffle(order)
+    shared, made, found = SharedVerdicts(), [], {}
+
+    def verdict(number: int) -> Verdict:
+        time.sleep(0.001 * (number % 3))
+        made.append(number)
+        return Verdict(f"{number} by {world.rank}")
+
+    for number in order:
+        found[number] = shared.decide(
+            job_store(), world.rank, str(number), lambda n=number: verdict(n)
+        ).reason
+    return {"made": made, "found": found, "silent": len(shared.silent)}
+
+
+def test_ranks_that_meet_sites_in_other_orders() -> None:
+    ranks = values(_many, 60, size=4)
+    assert sorted(n for r in ranks for n in r["made"]) == list(range(60))
+    assert all(r["found"] == ranks[0]["found"] and not r["silent"] for r in ranks)
