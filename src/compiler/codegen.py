@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..graph.run import without_advice
 from ..kernels.launch import has_triton
+from .ranks.compile_lock import first_one_compiles
 
 _MIN_PARAMETERS = 10_000_000
 """Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
@@ -104,7 +105,8 @@ def inductor(
         if preparation is not None:
             preparation.join()
         _disable_donation()
-        return compile_fx_inner(*args, **kwargs)
+        with first_one_compiles(*args[:2]):
+            return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with functorch_config.patch(donated_buffer=False), without_advice():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,9 +30,11 @@ from ..rewrite.verify import Verifier, quiet_randomness
 from . import codegen as _codegen
 from . import regions
 from .calls.forwards import OUTER_COMPILE
-from .graph_log import representative
+from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
+from .ranks.collectives import collectives_of
+from .ranks.verdicts import SharedVerdicts
 from .session import Choices, Session
 
 
@@ -98,11 +100,15 @@ def _choices(
         options,
         environment,
         chosen,
-        Verifier(always=options.verify == "always", traced=chosen[0] == "inductor"),
+        _verifier(options.verify, chosen[0]),
         Fuel(environment.fuel),
         _planner(model, blocks, options.memory, chosen[0]),
         split=split,
     )
+
+
+def _verifier(verify: Verify, choice: str) -> Verifier:
+    return Verifier(verify == "always", traced=choice == "inductor", shared=SharedVerdicts())
 
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
@@ -143,7 +149,8 @@ def explain(model: nn.Module) -> Report:
     """Say what was rewritten in ``model``, what was not, and why.
 
     If nothing has been captured yet, one tiny forward and backward runs first. Gradients and the
-    random state are left untouched.
+    random state are left untouched. It does not run where it would wait for other processes, in a
+    model that is sharded or wrapped for several: that is explained after its first step.
 
     Args:
         model: a model that ``optimize`` was called on.
@@ -161,13 +168,7 @@ def explain(model: nn.Module) -> Report:
     bypasses: list[Bypass] = []
 
     if not log.outer_compile and not any(log.has_run(m) for _, m, _ in places):
-        try:
-            _tiny_step(model)
-            if any(r.kind == "head" and not log.has_run(m) for _, m, r in places):
-                _tiny_step(model)  # a head that calls the blocks itself is captured the second time
-        except Exception as error:  # a model may want other inputs; explaining must not crash
-            reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
-            bypasses.append(Bypass("", f"{reason}call the model once yourself, then explain it"))
+        bypasses += _captured(model, lambda: _heads_wait(places, log))
     if log.outer_compile:
         bypasses.append(Bypass("", OUTER_COMPILE))
     for path, module, record in places:
@@ -191,6 +192,31 @@ def explain(model: nn.Module) -> Report:
     speed = _bandwidth(model) if sites else None
     kept = session.choices.planner.describe()
     return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept)
+
+
+def _captured(model: nn.Module, heads_wait: Callable[[], bool]) -> list[Bypass]:
+    """Capture by tiny steps what has not run; returns why that was not possible, if it was not."""
+    waits = collectives_of(model)
+    if waits is not None:
+        return [
+            Bypass(
+                "",
+                f"it is explained after its first step: {waits}, so that a call by explain would "
+                "wait for the other ranks. Train a step on all of them, then explain the model",
+            )
+        ]
+    try:
+        _tiny_step(model)
+        if heads_wait():
+            _tiny_step(model)  # a head that calls the blocks itself is captured the second time
+    except Exception as error:  # a model may want other inputs; explaining must not crash
+        reason = f"the tiny step of explain failed ({type(error).__name__}: {error}); "
+        return [Bypass("", f"{reason}call the model once yourself, then explain it")]
+    return []
+
+
+def _heads_wait(places: Sequence[tuple[str, nn.Module, Any]], log: GraphLog) -> bool:
+    return any(r.kind == "head" and not log.has_run(m) for _, m, r in places)
 
 
 def _join(path: str, home: str) -> str:

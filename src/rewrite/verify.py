@@ -9,7 +9,7 @@ when all that it does beside its values is what the original does (``verify_runs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,20 +51,31 @@ class Verifier:
     Attributes:
         always: check every candidate, not only the first of its kind.
         traced: a compiler will trace the rewrites: the form that ops have then is checked too.
+        shared: called with a candidate, with ``traced``, and with what verifies it here: gives the
+            verdict of another process, or what the latter returns. Not with ``always``.
         verdicts: (rule, structure, dtypes, device) -> verdict.
     """
 
     always: bool = False
     traced: bool = False
+    shared: Callable[[Candidate, bool, Callable[[], Verdict]], Verdict] | None = None
     verdicts: dict[Any, Verdict] = field(default_factory=dict)
 
     def __call__(self, candidate: Candidate) -> Verdict:
         """Return the verdict on ``candidate``, from memory where that is allowed."""
-        key = _structure(candidate)
+        key = structure(candidate)
         if self.always or key not in self.verdicts:
-            with quiet_randomness():
-                self.verdicts[key] = _judge(candidate, self.traced)
+            self.verdicts[key] = self._decided(candidate)
         return self.verdicts[key]
+
+    def _decided(self, candidate: Candidate) -> Verdict:
+        def verify() -> Verdict:
+            with quiet_randomness():
+                return _judge(candidate, self.traced)
+
+        if self.always or self.shared is None:
+            return verify()
+        return self.shared(candidate, self.traced, verify)
 
 
 def _judge(candidate: Candidate, traced: bool) -> Verdict:
@@ -240,8 +251,13 @@ def _figures(
     )
 
 
-def _structure(c: Candidate) -> Any:
-    """What makes two candidates equal for verification."""
+def structure(c: Candidate, named: Callable[[Any], str] = str) -> Any:
+    """What makes two candidates equal for verification.
+
+    Args:
+        c: a candidate.
+        named: gives functions their names; by default they are those of this process.
+    """
     index: dict[fx.Node, str] = {n: f"in{i}" for i, n in enumerate(c.inputs)}
     index.update({n: f"n{i}" for i, n in enumerate(c.interior)})
     symbols: dict[str, str] = {}
@@ -254,7 +270,7 @@ def _structure(c: Candidate) -> Any:
         return s if type(s) is int else symbols.setdefault(str(s), f"s{len(symbols)}")
 
     body = tuple(
-        (getattr(facts.body(n), "code", None) or str(n.target), plain(n.args), plain(n.kwargs))
+        (getattr(facts.body(n), "code", None) or named(n.target), plain(n.args), plain(n.kwargs))
         for n in c.interior
     )
     signature = []

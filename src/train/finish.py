@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -77,14 +78,18 @@ def examine(trainer: FineTuner, sequences: Any, result: RunResult, run_log: RunL
     context, world = trainer.context, trainer.context.world
     recipe = context.recipe
     if recipe.optimize:
+        found: Report | None = None
         with run_log.guarded("explaining"):
             from ..compiler.pipeline import explain
 
             found = explain(model)
             result.optimize = found.to_dict()
             run_log.say(str(found) if recipe.verbose else summary(found))
-            for line in differences(world.gather(found.by_rule())):
-                run_log.say(line)
+        if world.several:
+            with run_log.guarded("comparing the ranks"):  # also with one that could not explain
+                sites = None if found is None else statuses(found)
+                for line in differences(world.gather(sites)):
+                    run_log.say(line)
     if result.status != "finished":
         return
     if context.validation:
@@ -135,18 +140,42 @@ def _answer(model: Any, context: Context, result: RunResult, run_log: RunLog) ->
     result.sample["after"] = answered
 
 
-def differences(ranks: list[dict[str, int]]) -> list[str]:
-    """Which rules were applied elsewhere than on rank 0, a line for each rank that differs."""
-    return [
-        f"rank {rank} has other rewrites than rank 0: "
-        + ", ".join(
-            f"{rule} {counts.get(rule, 0)} in place of {ranks[0].get(rule, 0)}"
-            for rule in sorted(set(counts) | set(ranks[0]))
-            if counts.get(rule, 0) != ranks[0].get(rule, 0)
-        )
-        for rank, counts in enumerate(ranks)
-        if counts != ranks[0]
-    ]
+Statuses = dict[str, str]
+"""``module: rule`` -> the status of each of its sites, with the reason where it has one."""
+
+_SHOWN = 3
+"""Sites that are named for a rank, at most."""
+
+
+def statuses(found: Report) -> Statuses:
+    """What is the same on all ranks: the sites, without their figures."""
+    made: Statuses = {}
+    for s in found.sites:
+        name, text = f"{s.module}: {s.rule}", f"{s.status} ({s.reason})" if s.reason else s.status
+        made[name] = f"{made[name]}, {text}" if name in made else text
+    return made
+
+
+def differences(ranks: Sequence[Statuses | None]) -> list[str]:
+    """What was done elsewhere than on rank 0, a line for each rank that differs.
+
+    Args:
+        ranks: of each rank its sites; None where they could not be explained.
+    """
+    lines, first = [], ranks[0]
+    for rank, own in enumerate(ranks):
+        if own is None or first is None:
+            lines += [f"rank {rank} cannot say what was rewritten"] if own is None else []
+            continue
+        differing = [k for k in sorted(own | first) if own.get(k) != first.get(k)]
+        sites = [
+            f"{k} {own.get(k, 'not found')} in place of {first.get(k, 'not found')}"
+            for k in differing[:_SHOWN]
+        ]
+        more = f"; and at {len(differing) - _SHOWN} more places" if differing[_SHOWN:] else ""
+        if sites:
+            lines.append(f"rank {rank} has other rewrites than rank 0: {'; '.join(sites)}{more}")
+    return lines
 
 
 def _validated_last(result: RunResult) -> float | None:
