@@ -76,7 +76,7 @@ def make_trainer(
         RecipeError: keys that do not go together, or a hub that cannot be reached.
     """
     recipe = context.recipe
-    args = arguments_for(recipe, packs, context.world.size)
+    args = arguments_for(recipe, packs, context.world)
     pad_id = pad_token(context.tokenizer)
     memory = Meter(model.device)
     progress = ProgressCallback(

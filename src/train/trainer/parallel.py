@@ -19,7 +19,8 @@ from ..checkpoint.load import ResumableTrainer, readable, trained_weights
 from ..checkpoint.rng_state import RngState
 from ..data.ranks import Fillable, RankBatches, RankStream
 from ..model.precision import device_for_training
-from ..processes import zero
+from ..processes import tensor_parallel, zero
+from ..processes.context_parallel import require_causal
 from ..processes.gather import (
     in_parts,
     load_optimizer,
@@ -28,11 +29,12 @@ from ..processes.gather import (
     whole_optimizer,
     whole_weights,
 )
+from ..processes.mesh import is_sharded, parallelism, use_mesh, uses_fsdp
 from ..processes.world import World
-from ..processes.wrapping import fsdp_plugin, parallelism, use_fsdp
-from ..recipe.distributed.deepspeed_config import stage
+from ..processes.wrapping import fsdp_plugin
 from ..recipe.strategy import Strategy
 from ..report.throughput import peak_flops
+from .optimizer import step_one_by_one
 
 
 class ParallelTrainer(ResumableTrainer):
@@ -51,9 +53,13 @@ class ParallelTrainer(ResumableTrainer):
         # before Trainer's own, which makes the accelerator
         self.world, self.strategy = world, strategy
         self._plugin: Any = None
-        self._mesh: Any = None
+        self._mesh = parallelism(strategy, world) if strategy.engine != "deepspeed" else None
         self._names: list[list[str]] = []
         self._loaded = False
+        if world.several and strategy.context > 1:
+            require_causal(kwargs["model"])
+        if self.divides:
+            tensor_parallel.divide(kwargs["model"], self._mesh.device_mesh["tp"])
         super().__init__(**kwargs)
         if world.several and not self.model_accepts_loss_kwargs:
             self.compute_loss_func = causal_loss  # its own is a mean over the process's tokens
@@ -77,6 +83,11 @@ class ParallelTrainer(ResumableTrainer):
         return is_sharded(self.strategy, self.world)
 
     @property
+    def divides(self) -> bool:
+        """Whether layers are divided between processes (tensor parallelism)."""
+        return self.world.several and self.strategy.tensor > 1
+
+    @property
     def zero_stage(self) -> int:
         """The stage of DeepSpeed's ZeRO; 0 without it."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -84,23 +95,36 @@ class ParallelTrainer(ResumableTrainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        if self.world.several and self.strategy.fsdp is not None:
-            self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self._module)
-            self._mesh = parallelism(self.strategy, self.world)
-            if self._mesh is not None and torch.cuda.is_available():
+        fsdp = self.strategy.fsdp
+        if fsdp is not None and uses_fsdp(self.strategy, self.world):
+            self._plugin = args["fsdp_plugin"] = fsdp_plugin(fsdp, self._module)
+        if self._mesh is not None and torch.cuda.is_available():
+            if self._plugin is None or not self.divides:
                 args["parallelism_config"] = self._mesh
         return args
+
+    def _has_mixed_mesh_grads(self, model: Any) -> bool:
+        own: Any = super()._has_mixed_mesh_grads
+        return self.divides or bool(own(model))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
         optimizer = super().create_optimizer(model)
+        if self.divides:
+            step_one_by_one(optimizer)
         if self.world.several:
             self._names = names_by_group(self._module, optimizer)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._loaded:  # before the weights are sharded: the files have whole ones
+        if self._loaded:  # before FSDP has sharded the weights: the files have whole ones
+            return
+        if not self.divides:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with readable(resume_from_checkpoint):
+            state = trained_weights(Path(resume_from_checkpoint), self._module)
+        load_weights(self._module, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.shards or self.zero_stage):
@@ -172,9 +196,13 @@ class ParallelTrainer(ResumableTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
         super().create_accelerator_and_postprocess()
+        if self._plugin is not None or self._mesh is not None:
+            use_mesh(self.accelerator, self._plugin, self._mesh)
         if self._plugin is not None:
-            use_fsdp(self.accelerator, self._plugin, self._mesh)
             self.is_fsdp_enabled = True
+        elif self.divides:
+            # what accelerate asks for, so as not to wrap the model for DDP
+            tensor_parallel.base_model(self._module)._tp_size = self.strategy.tensor
 
     def whole_state(self) -> dict[str, Any] | None:
         """The trained weights by their names, on rank 0, where each process has a part of them.
@@ -207,7 +235,7 @@ class ParallelTrainer(ResumableTrainer):
         if not self.world.several:
             return super().get_train_dataloader()
         args, packs = self.args, self.train_dataset
-        place = self.world.rank, self.world.size
+        place = self.world.batch_rank, self.world.batch_ranks
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -221,7 +249,7 @@ class ParallelTrainer(ResumableTrainer):
             order: Any = self._get_train_sampler(packs)
             batches = RankBatches(order, self._train_batch_size, *place, args.dataloader_drop_last)
             options["worker_init_fn"] = functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.rank
+                seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.batch_rank
             )
             loader = DataLoader(Fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
         # for the device, and for the number of the epoch; each process has its own batches already
@@ -246,29 +274,6 @@ def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     return loss
 
 
-def processes_message(strategy: Strategy, world: World) -> str | None:
-    """What to say about the processes of a run; None: there is nothing to say."""
-    if not world.several:
-        if strategy.engine == "ddp":
-            return None
-        return f"{strategy.engine}: one process has all the weights, so they are not sharded"
-    how = "each has all the weights (DDP)"
-    if strategy.engine == "deepspeed":
-        how = f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}"
-    elif strategy.engine == "fsdp":
-        several = strategy.replicate > 1
-        what = f"{strategy.replicate} copies of the weights, each" if several else "weights are"
-        how = f"{what} sharded (FSDP2)"
-    return f"processes: {world.size}; {how}"
-
-
-def is_sharded(strategy: Strategy, world: World) -> bool:
-    """Whether each process has only a part of the weights."""
-    if not world.several or strategy.engine == "ddp":
-        return False
-    return strategy.engine == "fsdp" or stage(strategy.deepspeed or {}) == 3
-
-
 def peak_of(model: Any, world: World) -> float | None:
     """Operations per second that the devices of all processes can do; None: not known."""
     peak = peak_flops(device_for_training(), model.dtype)
@@ -287,6 +292,9 @@ def same_draws(seed: int) -> Iterator[None]:
 
 
 def seed_rank(seed: int, world: World) -> None:
-    """Let each process draw numbers of its own, for dropout; the weights are there by now."""
+    """Let each process draw numbers of its own, for dropout; the weights are there by now.
+
+    Those of one group draw the same: what they have whole must stay the same.
+    """
     if world.several:
-        torch.manual_seed(seed + world.rank)
+        torch.manual_seed(seed + world.batch_rank)

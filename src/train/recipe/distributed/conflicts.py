@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ..keys.distributed import DistributedKeys
 from ..keys.fsdp import FsdpKeys
 from . import sharding
+from .groups import group_conflicts
 from .sharding import is_sharded, names_fsdp, settings, strategies
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def distributed_conflicts(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _strategies(recipe)
         yield from _options(recipe)
     yield from _sizes(recipe)
+    yield from group_conflicts(values, recipe)
 
 
 def distributed_without_effect(
@@ -88,7 +90,7 @@ def _keys(values: Mapping[str, Any]) -> DistributedKeys | None:
     own: dict[str, Any] = {}
     for name in DistributedKeys.model_fields:
         value = values.get(name)
-        if name == "fsdp_config" and isinstance(value, Mapping):
+        if name in ("fsdp_config", "context_parallel") and isinstance(value, Mapping):
             value = {k: v for k, v in value.items() if v is not None}
         if value is not None:
             own[name] = value
