@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...compiler.regions import find
 from ...errors import RecipeError
 from ..recipe.strategy import Strategy
 
@@ -44,6 +43,8 @@ def require_causal(model: Any) -> None:
     Raises:
         RecipeError: one is not.
     """
+    from ...compiler.regions import find
+
     name, config = type(model).__name__, model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(config, "layer_types", None) or ())

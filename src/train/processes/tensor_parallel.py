@@ -136,9 +136,9 @@ def require_divisible(model: nn.Module, size: int) -> None:
 
 
 def left_whole(model: nn.Module) -> list[str]:
-    """The kinds of layers that the plan divides, and that are whole on each process here."""
-    base = base_model(model)
-    return sorted({kind for kind, style in _plan(base).items() if style in _LEFT})
+    """The experts of a model, which the plan divides, and which are whole on each process here."""
+    plan = _plan(base_model(model))
+    return sorted(kind for kind, style in plan.items() if style == "moe_tp_experts")
 
 
 def base_model(model: Any) -> Any:

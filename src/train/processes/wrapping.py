@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recipe.strategy import Fsdp, Strategy
-from .world import World
+from ..recipe.strategy import Fsdp
 
 
 def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:

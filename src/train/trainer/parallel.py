@@ -98,9 +98,9 @@ class ParallelTrainer(ResumableTrainer):
         fsdp = self.strategy.fsdp
         if fsdp is not None and uses_fsdp(self.strategy, self.world):
             self._plugin = args["fsdp_plugin"] = fsdp_plugin(fsdp, self._module)
-        if self._mesh is not None and torch.cuda.is_available():
-            if self._plugin is None or not self.divides:
-                args["parallelism_config"] = self._mesh
+        known = torch.cuda.is_available() and not (self._plugin is not None and self.divides)
+        if self._mesh is not None and known:
+            args["parallelism_config"] = self._mesh
         return args
 
     def _has_mixed_mesh_grads(self, model: Any) -> bool:

@@ -29,11 +29,11 @@ def register() -> None:
 
 def _forward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     calls.append("forward")
-    (query, key, value), rest = args[:3], dict(zip(("dropout_p", "is_causal"), args[3:]))
-    given = {**rest, **kwargs}
+    query, key, value, *rest = args  # then dropout_p and is_causal, where they are not the default
+    causal = rest[1] if len(rest) > 1 else kwargs.get("is_causal", False)
     out, sums = ring._templated_ring_attention(
         query.device_mesh.get_group(), _HEADS_FIRST, op, *map(_local, (query, key, value)),
-        is_causal=given.get("is_causal", False), scale=given.get("scale"),
+        is_causal=causal, scale=kwargs.get("scale"),
     )[:2]  # fmt: skip
     return _sharded(out, query), _sharded(sums, query)
 
