@@ -37,11 +37,8 @@ _ROWS = ("rowwise", "rowwise_rep", "rowwise_split_input")
 _WHOLE = ("colwise_rep", "colwise_gather_output", "rowwise_rep", "rowwise_split_input")
 """The styles between which activations are whole; between others, each process has its part."""
 _HEADS = "replicated_with_grad_allreduce"
-_LEFT = (
-    "embedding_rowwise", "embedding_colwise", "packed_colwise", "packed_rowwise", "moe_tp_experts",
-    "grouped_gemm", "replicate",
-)  # fmt: skip
-"""The styles of what can be left whole without a change of anything else."""
+_LEFT = ("embedding_rowwise", "embedding_colwise", "moe_tp_experts", "replicate")
+"""The styles of what can be left whole, with all that is in it, without a change elsewhere."""
 
 
 class HeadwiseNorm(ParallelStyle):
@@ -81,11 +78,8 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     base = base_model(model)
     require_divisible(base, mesh.size())
-    device = (
-        torch.device(mesh.device_type, torch.cuda.current_device())
-        if (mesh.device_type == "cuda")
-        else torch.device("cpu")
-    )
+    index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
+    device = torch.device(mesh.device_type, index)
     for name, style in _rules(base):
         for module, made in _styles(base.get_submodule(name), name, style):
             # without src_data_rank, the parts of the first process are sent to the others
@@ -123,6 +117,8 @@ def require_divisible(model: nn.Module, size: int) -> None:
     for path, style in rules:
         module = model.get_submodule(path)
         if style == _HEADS:
+            if any(parameter.dim() != 1 for parameter in module.parameters()):
+                raise RecipeError(f"{_KEY}: {path} has a weight for each head: {instead}")
             continue
         features = "out_features" if style in _COLUMNS else "in_features"
         width = getattr(_inner(module), features, None)
@@ -193,14 +189,7 @@ def _within(name: str, patterns: list[re.Pattern[str]]) -> bool:
     """Whether a name is that of something that is left whole, or of a part of it."""
     parts = name.split(".")
     starts = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    # what stands beside packed weights in one module of experts is left, too
-    owner = ".".join(parts[:-1])
-    siblings = any(
-        p.pattern.rpartition(r"\.")[0] and re.fullmatch(p.pattern.rpartition(r"\.")[0], owner)
-        for p in patterns
-        if "experts" in p.pattern
-    )
-    return siblings or any(p.fullmatch(start) for p in patterns for start in starts)
+    return any(pattern.fullmatch(start) for pattern in patterns for start in starts)
 
 
 def _divides_heads(rules: list[tuple[str, str]]) -> bool:

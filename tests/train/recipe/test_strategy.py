@@ -424,6 +424,11 @@ def test_recipes_of_several_dimensions_need_no_change() -> None:
     asked = recipe(**options, attn_implementation="flash_attention_2")
     assert asked.strategy().world() == 8
     assert asked.attention() == "sdpa"
+    kind, note = status(**options, attn_implementation="flash_attention_2")["attn_implementation"]
+    assert kind == "not applicable"
+    assert (
+        note == "context_parallel_size needs torch's own attention, which has a flash kernel, too"
+    )
     assert {status(**options)[key][0] for key in ("heads_k_stride", "ring_attn_func")} == {
         "subsumed"
     }

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ..keys.distributed import DistributedKeys
 from ..keys.fsdp import FsdpKeys
 from . import sharding
-from .groups import group_conflicts
+from .groups import context_key, contexts, group_conflicts
 from .sharding import is_sharded, names_fsdp, settings, strategies
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def distributed_without_effect(
     if recipe is None:
         return
     config, engine = settings(recipe), _engine(recipe)
+    if contexts(recipe) > 1 and values.get("attn_implementation") != "sdpa":
+        yield (
+            ("attn_implementation",),
+            f"{'.'.join(context_key(recipe))} needs torch's own attention, which has a flash "
+            "kernel, too",
+        )
     if engine:
         yield _OF_DDP, f"only DDP reads it, and {engine} shards the model"
     if not is_sharded(recipe):
