@@ -148,7 +148,7 @@ def test_processes_that_share_sequences_train_what_one_does(
         "codegen": "eager", "dataset_prepared_path": str(tmp_path / "prepared"),
     }  # fmt: skip
     size = 2 ** len(sizes)
-    one = values(_trained, {**common, "output_dir": str(tmp_path / "one")}, size=1)[0]
+    one = values(_trained, {**common, "output_dir": str(tmp_path / "one")}, size=1, limit=300.0)[0]
     keys = {**common, **sizes, "fsdp": True}
-    for found in values(_trained, keys, size=size):
+    for found in values(_trained, keys, size=size, timeout=120.0, limit=300.0):
         assert found == pytest.approx(one, abs=1e-5)
