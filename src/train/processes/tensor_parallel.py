@@ -48,7 +48,8 @@ class HeadwiseNorm(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _replicated, _heads_in, _local)
+        enter: Any = _heads_in  # its type says that nothing is returned
+        return distribute_module(module, device_mesh, _replicated, enter, _local)
 
 
 def _replicated(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -78,8 +79,8 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     base = base_model(model)
     require_divisible(base, mesh.size())
-    index = torch.cuda.current_device() if mesh.device_type == "cuda" else None
-    device = torch.device(mesh.device_type, index)
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     for name, style in _rules(base):
         for module, made in _styles(base.get_submodule(name), name, style):
             # without src_data_rank, the parts of the first process are sent to the others

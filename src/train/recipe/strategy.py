@@ -152,13 +152,17 @@ def strategy_of(recipe: Recipe) -> Strategy:
             return Strategy("deepspeed", deepspeed=read_config(recipe.deepspeed))
         except RecipeError as error:
             raise RecipeError(f"deepspeed: {error}") from None
-    groups = {"tensor": recipe.tensor_parallel_size, "context": contexts(recipe)}
+    tensor, context = recipe.tensor_parallel_size, contexts(recipe)
     if is_sharded(recipe):
         fixed_shard = shard if shard > 1 else 0
-        return Strategy("fsdp", _fsdp(recipe), shard=fixed_shard, replicate=replicate, **groups)
+        return Strategy(
+            "fsdp", _fsdp(recipe),
+            shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
+        )  # fmt: skip
     # what DDP averages over are all processes, so there is one group
-    fixed = replicate > 1 or recipe.ddp is False or max(groups.values()) > 1
-    return Strategy("ddp", shard=1 if fixed else 0, replicate=replicate, **groups)
+    fixed = replicate > 1 or recipe.ddp is False or tensor * context > 1
+    shard = 1 if fixed else 0
+    return Strategy("ddp", shard=shard, replicate=replicate, tensor=tensor, context=context)
 
 
 def ddp_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class ParallelTrainer(ResumableTrainer):
         # before Trainer's own, which makes the accelerator
         self.world, self.strategy = world, strategy
         self._plugin: Any = None
-        self._mesh = parallelism(strategy, world) if strategy.engine != "deepspeed" else None
+        self._mesh: Any = parallelism(strategy, world) if strategy.engine != "deepspeed" else None
         self._names: list[list[str]] = []
         self._loaded = False
         if world.several and strategy.context > 1:
