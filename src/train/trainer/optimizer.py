@@ -62,17 +62,21 @@ def divided(model: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def step_one_by_one(optimizer: Any) -> None:
+def step_one_by_one(optimizer: Any) -> list[dict[str, Any]]:
     """Let an optimizer update one parameter after the other, where some are divided and some whole.
 
     Kernels for many tensors at once do not take both kinds.
+
+    Returns:
+        What each group had asked for, which belongs into its checkpoints.
     """
+    asked = []
     for group in optimizer.param_groups:
-        for name in ("fused", "foreach"):
-            if name in group:
-                group[name] = False
+        asked.append({name: group[name] for name in ("fused", "foreach") if name in group})
+        group.update(dict.fromkeys(asked[-1], False))
     if hasattr(optimizer, "_step_supports_amp_scaling"):  # of the fused kernels
         optimizer._step_supports_amp_scaling = False
+    return asked
 
 
 def _two_groups(

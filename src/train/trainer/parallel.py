@@ -55,6 +55,7 @@ class ParallelTrainer(ResumableTrainer):
         self._plugin: Any = None
         self._mesh: Any = parallelism(strategy, world) if strategy.engine != "deepspeed" else None
         self._names: list[list[str]] = []
+        self._kernels: list[dict[str, Any]] = []
         self._loaded = False
         if world.several and strategy.context > 1:
             require_causal(kwargs["model"])
@@ -111,7 +112,7 @@ class ParallelTrainer(ResumableTrainer):
         """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
         optimizer = super().create_optimizer(model)
         if self.divides:
-            step_one_by_one(optimizer)
+            self._kernels = step_one_by_one(optimizer)
         if self.world.several:
             self._names = names_by_group(self._module, optimizer)
         return optimizer
@@ -136,6 +137,8 @@ class ParallelTrainer(ResumableTrainer):
                 zero.load_optimizer(self.deepspeed, state, self._names)
             else:
                 load_optimizer(self._module, self._stepped, state, self._names)
+            if self.divides:
+                step_one_by_one(self._stepped)
             schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
             if self.zero_stage:
                 schedule = zero.own_schedule(schedule, self._names)
@@ -223,7 +226,11 @@ class ParallelTrainer(ResumableTrainer):
             return zero.whole_optimizer(self.deepspeed, self._names, self.world.main)
         if not self.shards:
             return self._stepped.state_dict() if self.world.main else None
-        return whole_optimizer(self._module, self._stepped, self._names)
+        state = whole_optimizer(self._module, self._stepped, self._names)
+        if state is not None and self.divides:
+            for group, asked in zip(state["param_groups"], self._kernels, strict=True):
+                group.update(asked)
+        return state
 
     def schedule_state(self) -> dict[str, Any]:
         """The schedule's state as it is with one process."""
