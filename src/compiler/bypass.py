@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from .units import is_unit
+from .units import divided_by, is_unit
 
 
-def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | None) -> str | None:
+def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -> str | None:
     """Why this call of a region must run the original forward, or None.
 
     Args:
         args: of the call.
         kwargs: of the call.
-        hooked: the first submodule with a hook, as ``find_hooks`` says.
+        hooks: below the region.
     """
     reason = transform_reason(args, kwargs)
     if reason is not None:
@@ -38,7 +38,9 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooked: str | N
         return "inner outputs (attentions or hidden states) were asked for"
     if torch._C._get_tracing_state() is not None:
         return "the model is being traced by torch.jit"
-    return f"a hook is registered on its submodule {hooked}" if hooked else None
+    if hooks.divided:
+        return f"{hooks.divided} divides the work of its submodule {hooks.others}"
+    return f"a hook is registered on its submodule {hooks.others}" if hooks.others else None
 
 
 def transform_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -148,9 +150,11 @@ class Hooks:
         others: the name of the first one whose hooks must run where they stand, or None.
         idle: those that have nothing but idle ones.
         units: those that have nothing but the ones of an engine that shards parameters, by name.
+        divided: what divides the work of ``others`` between processes, or None.
     """
 
     others: str | None = None
+    divided: str | None = None
     idle: list[nn.Module] = field(default_factory=list)
     units: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -174,7 +178,7 @@ def find_hooks(module: nn.Module, outside: Sequence[str] = ()) -> Hooks:
         ):
             found.idle.append(m)
         else:
-            found.others = name
+            found.others, found.divided = name, divided_by(m)
             break
     return found
 

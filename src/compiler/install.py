@@ -23,7 +23,7 @@ from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
 from .opaque_calls import cell_contents, with_opaque_calls
-from .regions import Region, parts
+from .regions import Region, undivided_parts
 from .session import Session
 
 _MARK = "__fusewright__"
@@ -123,7 +123,7 @@ def split(module: nn.Module, session: Session) -> Callable[[], None]:
         What undoes it.
     """
     record = installed(module, wrapped=True)
-    found = parts(module) if record is not None and record.kind == "block" else []
+    found = undivided_parts(module) if record is not None and record.kind == "block" else []
     install(found, session)
 
     def undo() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .bypass import is_container
+from .units import divided_by
 
 _LOSS_ARGUMENT = "labels"
 """The one name that models share: what Trainer, and everybody, passes for a loss."""
@@ -150,6 +151,24 @@ def parts(block: nn.Module) -> list[Region]:
             found.append(Region(name, child, "block"))
         elif _is_norm(child):
             found.append(Region(name, child, "norm"))
+    return found
+
+
+def undivided_parts(block: nn.Module) -> list[Region]:
+    """The parts of a block whose work no engine divides between processes.
+
+    Args:
+        block: the block.
+
+    Returns:
+        Its ``parts``; in place of one with such a module in it, the parts of that one.
+    """
+    found = []
+    for part in parts(block):
+        if not any(map(divided_by, part.module.modules())):
+            found.append(part)
+        elif divided_by(part.module) is None:
+            found += undivided_parts(part.module)
     return found
 
 

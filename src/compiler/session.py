@@ -195,6 +195,11 @@ class Session:
         self.log.fail(module, reason)
         return result
 
+    def leave(self, module: nn.Module, reason: str) -> None:
+        """Leave ``module`` to its original code from now on, and capture the parts of it."""
+        self.choices.split(module, self)
+        self.log.fail(module, reason)
+
     def failure(self, module: nn.Module) -> str | None:
         """Why ``module``, or another one made of the same parts, could not be captured."""
         log = self.log

@@ -26,6 +26,11 @@ _ENGINES = (
     "deepspeed.runtime.zero.",
     "deepspeed.utils.nvtx",  # which hides some of the hooks of the one before
 )
+_DIVIDING = {
+    "torch.distributed.tensor": "tensor parallelism",
+    "accelerate.big_modeling": "context parallelism",
+}
+"""Whose hooks exchange values between processes where a module stands."""
 _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 
 
@@ -54,6 +59,19 @@ def _is_projection(module: nn.Module, region: nn.Module) -> bool:
     except (NotImplementedError, AttributeError):
         return False
     return found is module
+
+
+def divided_by(module: nn.Module) -> str | None:
+    """What divides the work of a module between processes, as its hooks say; None: nothing.
+
+    They exchange values before or after its forward, which no captured graph may leave out.
+    """
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        place = str(getattr(hook, "__module__", ""))
+        for engine, name in _DIVIDING.items():
+            if place.startswith(engine):
+                return name
+    return None
 
 
 def _casts(module: nn.Module) -> tuple[Any, Any]:

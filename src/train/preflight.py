@@ -98,7 +98,9 @@ def _model(recipe: Recipe) -> Iterator[str]:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
-                require_names(meta_model(here, config), recipe)
+                model = meta_model(here, config)
+                require_names(model, recipe)
+                _require_groups(model, recipe)
             said = too_long(here, config)
     except RecipeError as error:
         yield str(error)
@@ -109,6 +111,23 @@ def _model(recipe: Recipe) -> Iterator[str]:
         said = modelfiles.weights_problem(folder)
         if said is not None:
             yield f"base_model: {said}"
+
+
+def _require_groups(model: Any, recipe: Recipe) -> None:
+    """See that processes can share the layers, or the sequences, of a model.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    strategy = recipe.strategy()
+    if strategy.tensor > 1:
+        from .processes.tensor_parallel import require_divisible
+
+        require_divisible(model, strategy.tensor)
+    if strategy.context > 1:
+        from .processes.context_parallel import require_causal
+
+        require_causal(model)
 
 
 def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:

@@ -24,6 +24,8 @@ from .model.positions import require_reach
 from .model.precision import precision_warning
 from .model.tokenizer import load_tokenizer
 from .preflight import require_startable
+from .processes.context_parallel import require_ring_attention
+from .processes.mesh import is_sharded, processes_message
 from .processes.signals import Interrupts, Stopped
 from .processes.world import World, joined
 from .recipe.recipe import Recipe
@@ -39,7 +41,6 @@ from .trainer.batches import training_sequences
 from .trainer.build import make_context, make_trainer
 from .trainer.context import Context
 from .trainer.evaluation import require_figure
-from .trainer.parallel import is_sharded, processes_message
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
@@ -144,7 +145,7 @@ class TrainingRun:
     def _may_start(self) -> None:
         """Check the folder and the packages; find the checkpoint to resume from, if any."""
         recipe, world = self.recipe, self.world
-        world.share(lambda: require_startable(recipe, world.size))
+        world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
         said = processes_message(recipe.strategy(), world)
         precision = precision_warning(recipe.precision())
@@ -153,7 +154,7 @@ class TrainingRun:
         found = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(found) if found else None
         if start is not None:
-            saved = resume.load(start, recipe, world.size)
+            saved = resume.load(start, recipe, world.batch_ranks)
             self.resumed = resume.Resumed(start, saved)
             self.result.resume(saved.step, saved.carried)
             self.run_log.say(f"resuming from {start}")
@@ -167,7 +168,7 @@ class TrainingRun:
             resume.require_same_data(self.resumed, prepared.fingerprint)
         self.sequences = training_sequences(prepared, recipe)
         # say now what does not go together
-        args = arguments_for(recipe, self.sequences, world.size)
+        args = arguments_for(recipe, self.sequences, world)
         try_schedule(recipe, args)
         require_figure(args.metric_for_best_model, prepared.validation)
         self.result.data = data = dict(prepared.counts)
@@ -307,7 +308,10 @@ class TrainingRun:
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Run ``recipe``; see ``fusewright.train.train``."""
     with joined(recipe.ddp_timeout) as world:
-        recipe.strategy().require_world(world.size)
+        strategy = recipe.strategy()
+        strategy.require_world(world.size)
+        require_ring_attention(strategy)
+        world.share_batches(strategy.group)
         if console is None:
             console = Terminal(quiet=not world.main)
         return TrainingRun(recipe, console, world).run()

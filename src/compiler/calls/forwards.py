@@ -67,8 +67,11 @@ def block_forward(
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
-        reason = session.failure(self) or _why_not(kind, args, kwargs, hooks)
+        failed = session.failure(self)
+        reason = failed or _why_not(kind, args, kwargs, hooks)
         if reason is not None:
+            if hooks.divided and kind == "block" and failed is None:
+                session.leave(self, reason)
             session.log.note(self, reason)
             return original(self, *args, **kwargs)
         if units:
@@ -106,7 +109,7 @@ def block_forward(
 
 def _why_not(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -> str | None:
     """Why a call of a block or a norm is not captured, or None."""
-    reason = global_hook_reason() or bypass_reason(args, kwargs, hooks.others)
+    reason = global_hook_reason() or bypass_reason(args, kwargs, hooks)
     if reason is None and kind == "norm" and not torch.is_grad_enabled():
         return "evaluation: a lone norm is not worth a graph of its own"
     return reason

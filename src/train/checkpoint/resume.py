@@ -31,7 +31,8 @@ _MAY_DIFFER = frozenset({
     "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "torch_empty_cache_steps",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "world_size", "local_rank", "deepspeed", "dp_shard_size", "dp_replicate_size",
-    "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree",
+    "tensor_parallel_size", "context_parallel_size", "context_parallel",
+    "sequence_parallel_degree",
     "expert_parallel_size", "heads_k_stride", "ring_attn_func", "state_dict_type",
 })  # fmt: skip
 _MAY_DIFFER_TOO = (

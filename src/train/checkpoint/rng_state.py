@@ -61,6 +61,9 @@ def same_draws(seed: int) -> Iterator[None]:
 
 
 def seed_rank(seed: int, world: World) -> None:
-    """Let each process draw numbers of its own, for dropout; the weights are there by now."""
+    """Let each process draw numbers of its own, for dropout; the weights are there by now.
+
+    Those of one group draw the same: what they have whole must stay the same.
+    """
     if world.several:
-        torch.manual_seed(seed + world.rank)
+        torch.manual_seed(seed + world.batch_rank)

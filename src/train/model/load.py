@@ -29,6 +29,13 @@ _NOT_OURS = (
 """How warnings begin that others give about what they do right by themselves."""
 
 
+_WARNING = (
+    "bitsandbytes", "accelerate", "peft",
+    "torch.distributed.tensor._redistribute",  # of shards of parts of layers, gathered in two steps
+)  # fmt: skip
+"""Loggers that warn of what is done right."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the progress bars and warnings of the libraries below out of our own output."""
@@ -36,7 +43,7 @@ def quiet() -> Iterator[None]:
 
     hf: Any = transformers.utils.logging
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    others = [logging.getLogger(name) for name in ("bitsandbytes", "accelerate", "peft")]
+    others = [logging.getLogger(name) for name in _WARNING]
     hub = logging.getLogger("huggingface_hub.utils._http")
     deepspeed = logging.getLogger("DeepSpeed")  # to standard output; sets its level at import
     levels = [logger.level for logger in others]

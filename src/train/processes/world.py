@@ -57,6 +57,7 @@ class World:
         size: how many there are.
         local_rank: its number on its machine.
         local_size: how many there are on its machine.
+        group: how many processes train the same batch; see ``share_batches``.
         unread: what to say about settings of the launcher that are not read; None: nothing.
 
     Args:
@@ -68,6 +69,7 @@ class World:
         placed = placed or Placement()
         self.rank, self.size = placed.rank, placed.size
         self.local_rank, self.local_size = placed.local_rank, placed.local_size
+        self.group = 1
         self.unread: str | None = None
         self._store, self._shared = store, 0
 
@@ -80,6 +82,20 @@ class World:
     def several(self) -> bool:
         """Whether there is more than one process."""
         return self.size > 1
+
+    def share_batches(self, group: int) -> None:
+        """Say how many processes train the same batch: those of so many consecutive ranks."""
+        self.group = group
+
+    @property
+    def batch_rank(self) -> int:
+        """The number of this process's group, from 0."""
+        return self.rank // self.group
+
+    @property
+    def batch_ranks(self) -> int:
+        """How many groups there are."""
+        return self.size // self.group
 
     def share(self, make: Callable[[], T]) -> T:
         """Let rank 0 make a value, which the others wait for; there is no time-out.
@@ -133,12 +149,12 @@ class World:
         return found
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over all processes; a collective."""
+        """The sums of numbers over the batches of all processes; a collective."""
         if not self.several:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        return total.tolist()
+        return (total / self.group).tolist()
 
     def most(self, value: int) -> int:
         """The largest of a number over all processes; a collective."""

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..recipe.strategy import Fsdp, Strategy
-from .world import World
+from ..recipe.strategy import Fsdp
 
 
 def fsdp_plugin(fsdp: Fsdp, model: nn.Module) -> Any:
@@ -53,38 +52,6 @@ def block_classes(model: nn.Module) -> list[str]:
     from ...compiler.regions import find
 
     return sorted({type(r.module).__name__ for r in find(model) if r.kind == "block"})
-
-
-def parallelism(strategy: Strategy, world: World) -> Any:
-    """Accelerate's mesh of processes for HSDP; None: all of them share one copy of the weights."""
-    if strategy.replicate == 1:
-        return None
-    from accelerate.parallelism_config import ParallelismConfig
-
-    shard = strategy.shard or world.size // strategy.replicate
-    return ParallelismConfig(dp_replicate_size=strategy.replicate, dp_shard_size=shard)
-
-
-def use_fsdp(accelerator: Any, plugin: Any, mesh: Any) -> None:
-    """Make an accelerator shard by FSDP where it thinks that there must be a GPU for it.
-
-    Args:
-        accelerator: made without them.
-        plugin: from ``fsdp_plugin``.
-        mesh: from ``parallelism``.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    state = accelerator.state
-    if getattr(state, "fsdp_plugin", None) is not None:
-        return
-    for shared in (AcceleratorState._shared_state, PartialState._shared_state):
-        shared["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    if mesh is not None:
-        AcceleratorState._shared_state["parallelism_config"] = mesh
-        AcceleratorState._shared_state["device_mesh"] = mesh.get_device_mesh("cpu")
 
 
 def deepspeed_config(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Recipe(
 
     def attention(self) -> str | None:
         """The attention to ask transformers for; None: the model's own choice."""
+        if self.strategy().context > 1:
+            return "sdpa"  # whose calls torch replaces by ring attention
         if self.attn_implementation is not None:
             return self.attn_implementation
         asked = {

@@ -16,6 +16,7 @@ from .distributed.deepspeed_config import built_in_names
 from .keys.adapter import LoftQ, PeftKeys
 from .keys.base import Keys, extra_of
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.distributed import ContextParallelKeys
 from .keys.fsdp import FsdpKeys
 from .keys.model import SpecialTokens
 from .recipe import GROUPS, Recipe
@@ -113,7 +114,9 @@ Several processes train with DDP, unless a key shards the model:
 {fsdp}
 
 `dp_shard_size` is the number of processes that share one copy of the weights, and
-`dp_replicate_size` the number of copies. With `load_in_4bit`, weights that FSDP or ZeRO-3 shards
+`dp_replicate_size` the number of copies. `tensor_parallel_size` processes share each layer, and
+`context_parallel_size` each sequence; with FSDP, there may be several such groups. The number of
+processes is the product of all four. With `load_in_4bit`, weights that FSDP or ZeRO-3 shards
 are stored in the dtype of computation, unless `bnb_config_kwargs` has `bnb_4bit_quant_storage`.
 
 ## Coming from Axolotl
@@ -129,8 +132,10 @@ The differences:
 - Without `save_steps` or `saves_per_epoch` there are no checkpoints, only the result. Validation
   always runs before and after training.
 - FSDP is always FSDP2. Recipes for FSDP1 run on it, [too](#several-processes).
-- Preference methods (`rl`), tensor, context and expert parallelism (`tensor_parallel_size`, …) and
-  plugins are not yet available.
+- Tensor and context parallelism are those of PyTorch and transformers. Context parallelism needs
+  `sample_packing: false`, because its ring attention has no masks.
+- Preference methods (`rl`), expert parallelism (`expert_parallel_size`) and plugins are not yet
+  available.
 - `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
   are fusewright's own. `strict` means that every known formula must be rewritten.
 
@@ -171,6 +176,7 @@ _INNER: dict[type[Keys], str] = {
     SpecialTokens: "`special_tokens`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
+    ContextParallelKeys: "`context_parallel`",
     FsdpKeys: "`fsdp_config`; older names of its keys begin with `fsdp_`",
 }
 

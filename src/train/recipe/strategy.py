@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import RecipeError
 from .distributed.deepspeed_config import read_config, stage
+from .distributed.groups import contexts
 from .distributed.sharding import is_sharded, offloads, reshards, settings, wrap_policy
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Strategy:
         shard: number of processes that share one copy of the weights; 0: all that ``replicate``
             leaves.
         replicate: number of copies of the weights.
+        tensor: number of processes that share each layer (tensor parallelism).
+        context: number of processes that share each sequence (context parallelism).
     """
 
     engine: Literal["ddp", "fsdp", "deepspeed"]
@@ -69,10 +72,17 @@ class Strategy:
     deepspeed: Mapping[str, Any] | None = None
     shard: int = 0
     replicate: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def group(self) -> int:
+        """Number of processes that train the same batch together."""
+        return self.tensor * self.context
 
     def world(self) -> int | None:
-        """The number of processes that the recipe needs; None: any that ``replicate`` divides."""
-        return self.shard * self.replicate if self.shard else None
+        """The number of processes that the recipe needs; None: several would do."""
+        return self.shard * self.replicate * self.group if self.shard else None
 
     def require_world(self, size: int) -> None:
         """See that a number of processes fits what the recipe says.
@@ -84,11 +94,13 @@ class Strategy:
             RecipeError: it needs another number.
         """
         needed = self.world()
-        if needed == size or (needed is None and size % self.replicate == 0):
+        if needed == size or (needed is None and size % (self.replicate * self.group) == 0):
             return
         run = f"{size} process{'es run' if size != 1 else ' runs'}"
         start = f"start {needed} (e.g. --nproc {needed})"
-        if needed is None:
+        if self.group > 1:
+            said = self._group_problem(needed, run)
+        elif needed is None:
             said = (
                 f"dp_replicate_size: {self.replicate} copies of the model cannot share the "
                 f"processes, of which {run}: start a multiple of {self.replicate}, or remove the "
@@ -108,6 +120,21 @@ class Strategy:
             )
         raise RecipeError(said)
 
+    def _group_problem(self, needed: int | None, run: str) -> str:
+        """What to say of a number of processes that groups with a batch of their own do not fit."""
+        sizes = {
+            "tensor_parallel_size": self.tensor, "context_parallel_size": self.context,
+            "dp_shard_size": self.shard, "dp_replicate_size": self.replicate,
+        }  # fmt: skip
+        set_ones = [f"{key}: {size}" for key, size in sizes.items() if size > 1]
+        product = self.replicate * self.group
+        several = f"{' times '.join(set_ones)} is {needed or product}"
+        if len(set_ones) == 1:
+            several = f"{set_ones[0]} needs {'' if needed else 'a multiple of '}{needed or product}"
+        start = f"start {needed}" if needed else f"start a multiple of {product}"
+        more = "" if self.engine == "fsdp" else ", or set fsdp: true to train on several groups"
+        return f"{several} processes, but {run}: {start} (e.g. --nproc {needed or product}){more}"
+
 
 def strategy_of(recipe: Recipe) -> Strategy:
     """What a recipe's keys say together.
@@ -125,10 +152,17 @@ def strategy_of(recipe: Recipe) -> Strategy:
             return Strategy("deepspeed", deepspeed=read_config(recipe.deepspeed))
         except RecipeError as error:
             raise RecipeError(f"deepspeed: {error}") from None
+    tensor, context = recipe.tensor_parallel_size, contexts(recipe)
     if is_sharded(recipe):
-        return Strategy("fsdp", _fsdp(recipe), shard=shard if shard > 1 else 0, replicate=replicate)
-    fixed = replicate > 1 or recipe.ddp is False
-    return Strategy("ddp", shard=1 if fixed else 0, replicate=replicate)
+        fixed_shard = shard if shard > 1 else 0
+        return Strategy(
+            "fsdp", _fsdp(recipe),
+            shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
+        )  # fmt: skip
+    # what DDP averages over are all processes, so there is one group
+    fixed = replicate > 1 or recipe.ddp is False or tensor * context > 1
+    shard = 1 if fixed else 0
+    return Strategy("ddp", shard=shard, replicate=replicate, tensor=tensor, context=context)
 
 
 def ddp_arguments(recipe: Recipe) -> dict[str, Any]:

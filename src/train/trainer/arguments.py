@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ...errors import RecipeError
 from ..model.precision import dtype_for_training
+from ..processes.world import World
 from ..processes.wrapping import deepspeed_config, deepspeed_state
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
@@ -64,7 +65,7 @@ def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
     Args:
         recipe: the recipe.
         sequences: how many there are in an epoch; None for a stream.
-        processes: each of them makes the recipe's forward passes in a step.
+        processes: each of them makes the recipe's forward passes in a step, with its own batches.
 
     Raises:
         RecipeError: a stream without ``max_steps``, or too few sequences for one batch.
@@ -86,11 +87,16 @@ def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
     return Steps(total, per_epoch)
 
 
-def training_arguments(recipe: Recipe, count: Steps, processes: int = 1) -> TrainingArguments:
+def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> TrainingArguments:
     """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
     at one also happens in a run that resumes from a checkpoint of that step.
+
+    Args:
+        recipe: the recipe.
+        count: of its steps.
+        several: whether there are several processes.
 
     Raises:
         RecipeError: keys that do not go together.
@@ -101,7 +107,7 @@ def training_arguments(recipe: Recipe, count: Steps, processes: int = 1) -> Trai
         **_validation(recipe, count),
         **_hub(recipe),
         **_tracking(recipe),
-        **(_processes(recipe) if processes > 1 else {}),
+        **(_processes(recipe) if several else {}),
     }
     try:
         return TrainingArguments(
@@ -132,10 +138,11 @@ def training_arguments(recipe: Recipe, count: Steps, processes: int = 1) -> Trai
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
 
 
-def arguments_for(recipe: Recipe, sequences: Any, processes: int = 1) -> TrainingArguments:
+def arguments_for(recipe: Recipe, sequences: Any, world: World | None = None) -> TrainingArguments:
     """The same for the sequences at hand; a stream of them has no length."""
+    world = world or World()
     number = len(sequences) if hasattr(sequences, "__len__") else None
-    return training_arguments(recipe, steps(recipe, number, processes), processes)
+    return training_arguments(recipe, steps(recipe, number, world.batch_ranks), world.several)
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data import IGNORED, Packs, Samples, collate, count, pack
+from ..processes.context_parallel import divisible
 from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..report.throughput import mean_context
@@ -55,6 +56,8 @@ def training_batch(packs: Sequence[Any], recipe: Recipe, pad_id: int) -> dict[st
     batch = (
         _with_second_row(packs, recipe.micro_batch_size, make) if recipe.optimize else make(packs)
     )
+    if (shared := recipe.strategy().context) > 1:
+        batch = divisible(batch, shared, pad_id)
     return {**batch, "tokens": tokens, "trained": trained}
 
 

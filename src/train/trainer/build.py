@@ -13,6 +13,7 @@ from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
 from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
+from ..processes.tensor_parallel import left_whole
 from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter, flops_per_token
 from .arguments import arguments_for
@@ -76,7 +77,7 @@ def make_trainer(
         RecipeError: keys that do not go together, or a hub that cannot be reached.
     """
     recipe = context.recipe
-    args = arguments_for(recipe, packs, context.world.size)
+    args = arguments_for(recipe, packs, context.world)
     pad_id = pad_token(context.tokenizer)
     memory = Meter(model.device)
     progress = ProgressCallback(
@@ -93,8 +94,11 @@ def make_trainer(
         "callbacks": watchdogs(recipe),
     }
     try:
-        return FineTuner(context, progress, resumed, on_first_step, **given)
+        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    if trainer.divides and (experts := left_whole(model)):
+        context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
+    return trainer

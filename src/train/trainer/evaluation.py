@@ -44,11 +44,11 @@ class Batches:
         return -(-len(self.packs) // self.size)
 
     def __len__(self) -> int:
-        return -(-self._whole() // self.world.size)
+        return -(-self._whole() // self.world.batch_ranks)
 
     def __iter__(self) -> Iterator[Batch]:
         for turn in range(len(self)):
-            number = turn * self.world.size + self.world.rank
+            number = turn * self.world.batch_ranks + self.world.batch_rank
             start = min(number, self._whole() - 1) * self.size
             stop = min(start + self.size, len(self.packs))
             batch = self.collate([self.packs[i] for i in range(start, stop)])

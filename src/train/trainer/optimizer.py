@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
@@ -30,7 +31,8 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
         optimizer = _made(trainer, model, recipe)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         raise RecipeError(f"optimizer: {recipe.optimizer} cannot be used: {error}") from error
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these move the parameters
+    # these move the parameters, or have parts of some
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or divided(model)
     if hasattr(model, "peft_config") and not sharded and not why_not(optimizer):
         return FlatOptimizer(optimizer)
     return optimizer
@@ -38,7 +40,7 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
 
 def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
     rate = embedding_rate(recipe)
-    if recipe.loraplus_lr_ratio is None and rate is None:
+    if recipe.loraplus_lr_ratio is None and rate is None and not divided(model):
         return Trainer.create_optimizer(trainer, model)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     if recipe.loraplus_lr_ratio is not None:
@@ -49,8 +51,46 @@ def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
             loraplus_lr_embedding=recipe.loraplus_lr_embedding,
             loraplus_weight_decay=recipe.weight_decay, **options,
         )  # type: ignore[no-any-return]  # fmt: skip  # 2026-11-25: PEFT has no types
-    groups = _groups(model, set(trainer.get_decay_parameter_names(model)), recipe, rate)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    make = _groups if rate is not None else _two_groups
+    groups = make(model, decayed, recipe, rate)
     return kind(groups, **options)  # type: ignore[no-any-return]  # 2026-11-25: chosen by name
+
+
+def divided(model: Any) -> bool:
+    """Whether layers of a model are divided between processes, by tensor parallelism."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def step_one_by_one(optimizer: Any) -> list[dict[str, Any]]:
+    """Let an optimizer update one parameter after the other, where some are divided and some whole.
+
+    Kernels for many tensors at once do not take both kinds.
+
+    Returns:
+        What each group had asked for, which belongs into its checkpoints.
+    """
+    asked = []
+    for group in optimizer.param_groups:
+        asked.append({name: group[name] for name in ("fused", "foreach") if name in group})
+        group.update(dict.fromkeys(asked[-1], False))
+    if hasattr(optimizer, "_step_supports_amp_scaling"):  # of the fused kernels
+        optimizer._step_supports_amp_scaling = False
+    return asked
+
+
+def _two_groups(
+    model: Any, decayed: set[str], recipe: Recipe, rate: float | None
+) -> list[dict[str, Any]]:
+    """Trainer's own groups, which it would take apart where parameters are divided.
+
+    A checkpoint has the groups of one process.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in trained if n in decayed], "weight_decay": recipe.weight_decay},
+        {"params": [p for n, p in trained if n not in decayed], "weight_decay": 0.0},
+    ]
 
 
 def embedding_rate(recipe: Recipe) -> float | None:

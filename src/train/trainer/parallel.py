@@ -20,7 +20,8 @@ from ..checkpoint.load import ResumableTrainer, readable, trained_weights
 from ..data.ranks import Fillable, RankBatches, RankStream
 from ..model.precision import device_for_training
 from ..model.shard_files import in_shards
-from ..processes import zero
+from ..processes import tensor_parallel, zero
+from ..processes.context_parallel import require_causal
 from ..processes.gather import (
     in_parts,
     load_optimizer,
@@ -29,11 +30,12 @@ from ..processes.gather import (
     whole_optimizer,
     whole_weights,
 )
+from ..processes.mesh import is_sharded, parallelism, use_mesh, uses_fsdp
 from ..processes.world import World
-from ..processes.wrapping import fsdp_plugin, parallelism, use_fsdp
-from ..recipe.distributed.deepspeed_config import stage
+from ..processes.wrapping import fsdp_plugin
 from ..recipe.strategy import Strategy
 from ..report.throughput import peak_flops
+from .optimizer import step_one_by_one
 
 
 class ParallelTrainer(ResumableTrainer):
@@ -52,9 +54,14 @@ class ParallelTrainer(ResumableTrainer):
         # before Trainer's own, which makes the accelerator
         self.world, self.strategy = world, strategy
         self._plugin: Any = None
-        self._mesh: Any = None
+        self._mesh: Any = parallelism(strategy, world)
         self._names: list[list[str]] = []
+        self._kernels: list[dict[str, Any]] = []
         self._loaded = False
+        if world.several and strategy.context > 1:
+            require_causal(kwargs["model"])
+        if self.divides:
+            tensor_parallel.divide(kwargs["model"], self._mesh.device_mesh["tp"])
         super().__init__(**kwargs)
         if world.several and not self.model_accepts_loss_kwargs:
             self.compute_loss_func = causal_loss  # its own is a mean over the process's tokens
@@ -81,7 +88,13 @@ class ParallelTrainer(ResumableTrainer):
     def writes_shards(self) -> bool:
         """Whether each process writes its part of a checkpoint."""
         fsdp = self.strategy.fsdp
-        return self.shards and fsdp is not None and fsdp.state_dict_type == "SHARDED_STATE_DICT"
+        asked = fsdp is not None and fsdp.state_dict_type == "SHARDED_STATE_DICT"
+        return asked and self.shards and not self.divides
+
+    @property
+    def divides(self) -> bool:
+        """Whether layers are divided between processes (tensor parallelism)."""
+        return self.world.several and self.strategy.tensor > 1
 
     @property
     def zero_stage(self) -> int:
@@ -91,23 +104,36 @@ class ParallelTrainer(ResumableTrainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        if self.world.several and self.strategy.fsdp is not None:
-            self._plugin = args["fsdp_plugin"] = fsdp_plugin(self.strategy.fsdp, self._module)
-            self._mesh = parallelism(self.strategy, self.world)
-            if self._mesh is not None and torch.cuda.is_available():
-                args["parallelism_config"] = self._mesh
+        fsdp = self.strategy.fsdp
+        if fsdp is not None and uses_fsdp(self.strategy, self.world):
+            self._plugin = args["fsdp_plugin"] = fsdp_plugin(fsdp, self._module)
+        known = torch.cuda.is_available() and not (self._plugin is not None and self.divides)
+        if self._mesh is not None and known:
+            args["parallelism_config"] = self._mesh
         return args
+
+    def _has_mixed_mesh_grads(self, model: Any) -> bool:
+        own: Any = super()._has_mixed_mesh_grads
+        return self.divides or bool(own(model))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
         optimizer = super().create_optimizer(model)
+        if self.divides:
+            self._kernels = step_one_by_one(optimizer)
         if self.world.several:
             self._names = names_by_group(self._module, optimizer)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._loaded:  # before the weights are sharded: the files have whole ones
+        if self._loaded:  # before FSDP has sharded the weights: the files have whole ones
+            return
+        if not self.divides:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with readable(resume_from_checkpoint):
+            state = trained_weights(Path(resume_from_checkpoint), self._module)
+        load_weights(self._module, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         from_shards = checkpoint is not None and in_shards(Path(checkpoint))
@@ -116,10 +142,12 @@ class ParallelTrainer(ResumableTrainer):
         folder = Path(checkpoint)
         with readable(folder):
             optimizer, names = self.optimizer_and_names()
-            if from_shards and in_parts(self._module) and not self.zero_stage:
+            if from_shards and in_parts(self._module) and not (self.zero_stage or self.divides):
                 sharded.load_optimizer(folder, self._module, optimizer, names)
             else:
                 self._load_state(sharded.read_optimizer(folder, names))
+            if self.divides:
+                step_one_by_one(self._stepped)
             schedule = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
             if self.zero_stage:
                 schedule = zero.own_schedule(schedule, self._names)
@@ -143,7 +171,8 @@ class ParallelTrainer(ResumableTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; whole weights to resume from are loaded before they are sharded."""
         start = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if start is not None and (self.zero_stage or (self.shards and not in_shards(start))):
+        puts_together = self.zero_stage or self.divides
+        if start is not None and (puts_together or (self.shards and not in_shards(start))):
             self._load_whole(str(start))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -203,9 +232,13 @@ class ParallelTrainer(ResumableTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator; on a CPU it would replace FSDP by DDP without a word."""
         super().create_accelerator_and_postprocess()
+        if self._plugin is not None or self._mesh is not None:
+            use_mesh(self.accelerator, self._plugin, self._mesh)
         if self._plugin is not None:
-            use_fsdp(self.accelerator, self._plugin, self._mesh)
             self.is_fsdp_enabled = True
+        elif self.divides:
+            # what accelerate asks for, so as not to wrap the model for DDP
+            tensor_parallel.base_model(self._module)._tp_size = self.strategy.tensor
 
     def whole_state(self) -> dict[str, Any] | None:
         """The trained weights by their names, on rank 0, where each process has a part of them.
@@ -226,7 +259,11 @@ class ParallelTrainer(ResumableTrainer):
             return zero.whole_optimizer(self.deepspeed, self._names, self.world.main)
         if not self.shards:
             return self._stepped.state_dict() if self.world.main else None
-        return whole_optimizer(self._module, self._stepped, self._names)
+        state = whole_optimizer(self._module, self._stepped, self._names)
+        if state is not None and self.divides:
+            for group, asked in zip(state["param_groups"], self._kernels, strict=True):
+                group.update(asked)
+        return state
 
     def schedule_state(self) -> dict[str, Any]:
         """The schedule's state as it is with one process."""
@@ -238,7 +275,7 @@ class ParallelTrainer(ResumableTrainer):
         if not self.world.several:
             return super().get_train_dataloader()
         args, packs = self.args, self.train_dataset
-        place = self.world.rank, self.world.size
+        place = self.world.batch_rank, self.world.batch_ranks
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -252,7 +289,7 @@ class ParallelTrainer(ResumableTrainer):
             order: Any = self._get_train_sampler(packs)
             batches = RankBatches(order, self._train_batch_size, *place, args.dataloader_drop_last)
             options["worker_init_fn"] = functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.rank
+                seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.batch_rank
             )
             loader = DataLoader(Fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
         # for the device, and for the number of the epoch; each process has its own batches already
@@ -275,29 +312,6 @@ def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
         logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
     )
     return loss
-
-
-def processes_message(strategy: Strategy, world: World) -> str | None:
-    """What to say about the processes of a run; None: there is nothing to say."""
-    if not world.several:
-        if strategy.engine == "ddp":
-            return None
-        return f"{strategy.engine}: one process has all the weights, so they are not sharded"
-    how = "each has all the weights (DDP)"
-    if strategy.engine == "deepspeed":
-        how = f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}"
-    elif strategy.engine == "fsdp":
-        several = strategy.replicate > 1
-        what = f"{strategy.replicate} copies of the weights, each" if several else "weights are"
-        how = f"{what} sharded (FSDP2)"
-    return f"processes: {world.size}; {how}"
-
-
-def is_sharded(strategy: Strategy, world: World) -> bool:
-    """Whether each process has only a part of the weights."""
-    if not world.several or strategy.engine == "ddp":
-        return False
-    return strategy.engine == "fsdp" or stage(strategy.deepspeed or {}) == 3
 
 
 def peak_of(model: Any, world: World) -> float | None:

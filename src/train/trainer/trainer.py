@@ -257,7 +257,7 @@ class FineTuner(ParallelTrainer):
             pending_loss=0.0 if logged else float(pending),
             last_logged=self._globalstep_last_logged,
             carried=self.context.carried(),
-            processes=self.world.size,
+            processes=self.world.batch_ranks,
         )
 
     def _unfinished(self) -> RngState | None:

@@ -48,6 +48,7 @@ def run_ranks(
     timeout: float = 30.0,
     patience: float = 0.3,
     until: Path | None = None,
+    limit: float = LIMIT,
 ) -> list[Ended]:
     """Call ``work(world, *given)`` in several processes.
 
@@ -61,6 +62,7 @@ def run_ranks(
         timeout: of a collective.
         patience: what a failing process waits for the words of another one.
         until: a file; once it is there, the launcher is gone, and with it the store.
+        limit: seconds after which they are killed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     port = store.port if store is not None else free_port()
@@ -74,7 +76,7 @@ def run_ranks(
         process.start()
         theirs.close()
         started.append((process, ours))
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + limit
     while until is not None and not until.exists() and time.monotonic() < end:
         time.sleep(0.02)
     if until is not None:

@@ -53,6 +53,15 @@ def test_an_error_of_one_process_stays_what_it_is() -> None:
 # --- several of them -----------------------------------------------------------------------------
 
 
+def _groups(world: World) -> tuple[int, int, list[float]]:
+    world.share_batches(2)
+    return world.batch_rank, world.batch_ranks, world.sums([1.0, float(world.batch_rank)])
+
+
+def test_processes_that_share_their_batches_count_once() -> None:
+    assert values(_groups, size=4) == [(rank // 2, 2, [2.0, 1.0]) for rank in range(4)]
+
+
 def _agree(world: World) -> dict[str, Any]:
     rank = world.rank
     made: list[int] = []

@@ -150,19 +150,19 @@ UNAVAILABLE = [
         "rl", "rl: dpo\n", "line 4: rl: dpo is not yet available: only supervised training so far"
     ),
     good(
-        "tensor parallelism",
-        "tensor_parallel_size: 2\n",
-        "line 4: tensor_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
+        "expert parallelism",
+        "expert_parallel_size: 2\n",
+        "line 4: expert_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
     ),
     good(
         "context parallelism, by its older name",
         "sequence_parallel_degree: 2\n",
-        "4: context_parallel_size: 2 is not yet available: leave it out; gradient_checkpointing",
+        "4: context_parallel_size: needs FSDP, which adds up what the parts of a sequence give",
     ),
     good(
         "context",
         "context_parallel_size: 2\n",
-        "line 4: context_parallel_size: 2 is not yet available",
+        "line 4: context_parallel_size: needs FSDP",
     ),
     good(
         "optimizer",

@@ -238,14 +238,62 @@ def test_offload_as_a_word() -> None:
             "dp_replicate_size: DeepSpeed shards the model over all processes",
         ),
         (
-            {"tensor_parallel_size": 2, "fsdp": True},
-            "tensor_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
+            {"tensor_parallel_size": 2, "deepspeed": "zero3.json"},
+            "tensor_parallel_size: DeepSpeed does not go with it here: use fsdp_config in place of",
+        ),
+        (
+            {"tensor_parallel_size": 2, "dp_replicate_size": 2},
+            "dp_replicate_size: needs FSDP beside tensor_parallel_size: set fsdp: true",
+        ),
+        (
+            {"tensor_parallel_size": 2, **QLORA},
+            "tensor_parallel_size: quantized weights cannot be divided: use fsdp_config in its",
+        ),
+        (
+            {
+                "tensor_parallel_size": 2,
+                "adapter": "lora",
+                "lora_target_linear": True,
+                "peft_use_dora": True,
+            },
+            "tensor_parallel_size: peft_use_dora needs whole weights: remove one of the two",
+        ),
+        (
+            {"context_parallel_size": 2},
+            "context_parallel_size: needs FSDP, which adds up what the parts of a sequence give",
+        ),
+        (
+            {"context_parallel": {"size": 2}, "deepspeed": "zero2.json"},
+            "context_parallel.size: DeepSpeed does not go with it here: use fsdp_config in place",
+        ),
+        (
+            {"context_parallel": {"size": 2}, "context_parallel_size": 4, "fsdp": True},
+            "context_parallel.size: contradicts context_parallel_size: 4",
+        ),
+        (
+            {"context_parallel_size": 2, "fsdp": True, "sample_packing": True},
+            "sample_packing: the samples of a pack would see each other: torch's ring attention (c",
+        ),
+        (
+            {"context_parallel_size": 2, "fsdp": True, "attn_implementation": "eager"},
+            "attn_implementation: context_parallel_size needs sdpa, torch's own attention",
+        ),
+        (
+            {"context_parallel_size": 2, "fsdp": True, "flex_attention": True},
+            "flex_attention: context_parallel_size needs sdpa, torch's own attention: set it to",
+        ),
+        (
+            {"context_parallel_size": 2, "fsdp": True, "label_smoothing_factor": 0.1},
+            "label_smoothing_factor: is not there for parts of sequences (context_parallel_size)",
+        ),
+        (
+            {"context_parallel_size": 2, "fsdp": True, "sample_prompt": "Why?"},
+            "sample_prompt: context_parallel_size leaves the model without the masks that answ",
         ),
         (
             {"expert_parallel_size": 2},
             "expert_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
         ),
-        ({"context_parallel_size": 2}, "2 is not yet available: leave it out; gradient_checkp"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size: must be greater than or equal to 1"),
         ({"fsdp": "full_shrad"}, "fsdp.0: must be 'full_shard', 'shard_grad_op', "),
         ({"fsdp": 3}, "fsdp: must be a list or true or false, not 3"),
@@ -318,7 +366,72 @@ SIZES: list[tuple[dict[str, Any], int | None, list[int], dict[int, str]]] = [
         {3: "dp_replicate_size: 2 copies of the model cannot share the processes, of which 3"},
     ),
     ({"deepspeed": "deepspeed_configs/zero3.json"}, None, [1, 2, 8], {}),
+    (
+        {"tensor_parallel_size": 2},
+        2,
+        [2],
+        {
+            1: "tensor_parallel_size: 2 needs 2 processes, but 1 process runs: start 2 (e.g. --np",
+            4: "or set fsdp: true to train on several groups",
+        },
+    ),
+    (
+        {"tensor_parallel_size": 2, "fsdp": True},
+        None,
+        [2, 4, 6],
+        {3: "tensor_parallel_size: 2 needs a multiple of 2 processes, but 3 processes run"},
+    ),
+    (
+        {"tensor_parallel_size": 2, "fsdp": True, "dp_shard_size": 2, "dp_replicate_size": 2},
+        8,
+        [8],
+        {4: "2 times dp_shard_size: 2 times dp_replicate_size: 2 is 8 processes, but 4 processes"},
+    ),
+    (
+        {"context_parallel_size": 8, "fsdp": True, "dp_shard_size": 1},
+        None,
+        [8, 16],
+        {4: "context_parallel_size: 8 needs a multiple of 8 processes, but 4 processes run"},
+    ),
 ]
+
+
+PARALLEL = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "offload_params": False, "state_dict_type": "FULL_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    },
+    "bf16": True, "tf32": True, "flash_attention": True, "gradient_checkpointing": True,
+}  # fmt: skip
+
+
+def test_recipes_of_several_dimensions_need_no_change() -> None:
+    """Axolotl's examples: copies, shards and layers; and long sequences over all devices."""
+    keys = {"dp_shard_size": 2, "dp_replicate_size": 2, "tensor_parallel_size": 2}
+    found = recipe(**PARALLEL, **keys, sample_packing=True).strategy()
+    assert (found.shard, found.replicate, found.tensor, found.world()) == (2, 2, 2, 8)
+    ring = {"size": 8, "backend": "auto", "load_balance": "auto", "ring_impl": "auto"}
+    long = recipe(**PARALLEL, dp_shard_size=1, context_parallel=ring, sample_packing=False)
+    assert (long.strategy().context, long.attention()) == (8, "sdpa")
+    said = status(**PARALLEL, context_parallel=ring)
+    assert said["context_parallel.size"] == ("honoured", "")
+    assert said["context_parallel.backend"] == ("subsumed", "torch's own ring attention")
+    three = {"dp_shard_size": 2, "context_parallel_size": 2, "tensor_parallel_size": 2}
+    options = {**PARALLEL, **three, "heads_k_stride": 1, "ring_attn_func": "varlen_llama3"}
+    del options["flash_attention"]
+    asked = recipe(**options, attn_implementation="flash_attention_2")
+    assert asked.strategy().world() == 8
+    assert asked.attention() == "sdpa"
+    kind, note = status(**options, attn_implementation="flash_attention_2")["attn_implementation"]
+    assert kind == "not applicable"
+    assert (
+        note == "context_parallel_size needs torch's own attention, which has a flash kernel, too"
+    )
+    assert {status(**options)[key][0] for key in ("heads_k_stride", "ring_attn_func")} == {
+        "subsumed"
+    }
 
 
 @pytest.mark.parametrize(("keys", "world", "right", "wrong"), SIZES)

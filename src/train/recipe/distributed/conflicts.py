@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ..keys.distributed import DistributedKeys
 from ..keys.fsdp import FsdpKeys
 from . import sharding
+from .groups import context_key, contexts, group_conflicts
 from .sharding import is_sharded, names_fsdp, settings, strategies
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def distributed_conflicts(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _strategies(recipe)
         yield from _options(recipe)
     yield from _sizes(recipe)
+    yield from group_conflicts(values, recipe)
 
 
 def distributed_without_effect(
@@ -60,6 +62,12 @@ def distributed_without_effect(
     if recipe is None:
         return
     config, engine = settings(recipe), _engine(recipe)
+    if contexts(recipe) > 1 and values.get("attn_implementation") != "sdpa":
+        yield (
+            ("attn_implementation",),
+            f"{'.'.join(context_key(recipe))} needs torch's own attention, which has a flash "
+            "kernel, too",
+        )
     if engine:
         yield _OF_DDP, f"only DDP reads it, and {engine} shards the model"
     if not is_sharded(recipe):
@@ -88,7 +96,7 @@ def _keys(values: Mapping[str, Any]) -> DistributedKeys | None:
     own: dict[str, Any] = {}
     for name in DistributedKeys.model_fields:
         value = values.get(name)
-        if name == "fsdp_config" and isinstance(value, Mapping):
+        if name in ("fsdp_config", "context_parallel") and isinstance(value, Mapping):
             value = {k: v for k, v in value.items() if v is not None}
         if value is not None:
             own[name] = value

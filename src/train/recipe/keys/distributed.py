@@ -19,9 +19,7 @@ _LAUNCHER = (
     "the launcher sets it: torchrun, accelerate launch, deepspeed, SLURM, or fusewright train "
     "--nproc"
 )
-_SHARD = (
-    "leave it out, and use fsdp_config (with dp_shard_size), which shares {} between devices, too"
-)
+_RING = "torch's own ring attention"
 
 
 def _words(value: Any) -> Any:
@@ -31,6 +29,24 @@ def _words(value: Any) -> Any:
     if isinstance(value, list):
         return [word.lower() if isinstance(word, str) else word for word in value]
     return value
+
+
+class ContextParallelKeys(Keys):
+    """Settings of context parallelism."""
+
+    size: Int | None = key(ge=1)
+    """The same as ``context_parallel_size``. Unset: see there."""
+
+    backend: str | None = subsumed(_RING)
+    """How attention crosses the parts of a sequence. Unset: ring attention."""
+
+    load_balance: str | bool | None = subsumed(
+        "torch's ring attention, which gives each device a part from either end"
+    )
+    """Which parts a device gets. Unset: see there."""
+
+    ring_impl: str | None = subsumed(_RING)
+    """Which ring attention. Unset: torch's."""
 
 
 class DistributedKeys(Keys):
@@ -69,26 +85,32 @@ class DistributedKeys(Keys):
     dp_replicate_size: Int | None = key(ge=1)
     """Number of copies of the weights: with FSDP, each is sharded (hybrid sharding). Unset: 1."""
 
-    tensor_parallel_size: Int = not_yet(_SHARD.format("the weights of each layer"), 1, ge=1)
-    """Devices that share each layer."""
+    tensor_parallel_size: Int = key(1, ge=1)
+    """Devices that share each layer, by the plan that transformers has for the model. With FSDP
+    they may be several groups; ``dp_shard_size`` and ``dp_replicate_size`` count groups then."""
 
-    context_parallel_size: Int = not_yet(
-        "leave it out; gradient_checkpointing: true and fsdp_config leave more memory for long "
-        "sequences",
+    context_parallel_size: Int = key(1, aliases=["sequence_parallel_degree"], ge=1)
+    """Devices that share each sequence, by torch's ring attention. GPUs only."""
+
+    context_parallel: ContextParallelKeys | None = not_applicable(
+        "what it holds has a status of its own"
+    )
+    """The same with settings of its own. Unset: see ``context_parallel_size``."""
+
+    expert_parallel_size: Int = not_yet(
+        "leave it out, and use fsdp_config (with dp_shard_size), which shares the weights of the "
+        "experts between devices, too: transformers can only place experts while it loads a model, "
+        "before adapters and new tokens are there",
         1,
-        aliases=["sequence_parallel_degree"],
         ge=1,
     )
-    """Devices that share each sequence."""
-
-    expert_parallel_size: Int = not_yet(_SHARD.format("the weights of the experts"), 1, ge=1)
     """Devices that share the experts."""
 
-    heads_k_stride: Int | None = not_applicable("only context_parallel_size reads it")
-    """Heads per exchange of ring attention. Unset: 1."""
+    heads_k_stride: Int | None = subsumed("torch's ring attention, which exchanges all heads")
+    """Heads per exchange of ring attention. Unset: all."""
 
-    ring_attn_func: str | None = not_applicable("only context_parallel_size reads it")
-    """Which ring attention. Unset: by ``sample_packing``."""
+    ring_attn_func: str | None = subsumed(_RING)
+    """Which ring attention. Unset: torch's."""
 
     ddp: bool | None = None
     """Gradients are averaged over processes, which all have the whole model; false: one process is

@@ -1,0 +1,114 @@
+"""The processes of a run as accelerate's mesh: copies, shards, parts of sequences and of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import RecipeError
+from ..recipe.distributed.deepspeed_config import stage
+from ..recipe.strategy import Strategy
+from .world import World
+
+
+def uses_fsdp(strategy: Strategy, world: World) -> bool:
+    """Whether FSDP has anything to share: it does not where one group has all processes."""
+    return strategy.fsdp is not None and world.size > strategy.tensor
+
+
+def parallelism(strategy: Strategy, world: World) -> Any:
+    """Accelerate's mesh of processes; None: DeepSpeed, or all of them share one copy of the weights.
+
+    Of tensor parallelism beside FSDP, accelerate is told nothing: what it does then are things of
+    older versions of transformers. Its mesh has the dimension ``tp`` all the same, over which
+    nothing is sharded or averaged.
+
+    Raises:
+        RecipeError: nothing would be left to shard.
+    """
+    if not world.several or strategy.engine == "deepspeed":
+        return None
+    if strategy.replicate == 1 and strategy.group == 1:
+        return None
+    from accelerate.parallelism_config import ParallelismConfig
+
+    groups = {"tp_size": strategy.tensor, "cp_size": strategy.context}
+    if not uses_fsdp(strategy, world):
+        found = ParallelismConfig(**groups) if strategy.group > 1 else None
+    else:
+        copies = strategy.replicate
+        shard = strategy.shard or world.size // copies // strategy.group
+        if strategy.group > 1 and copies > 1 and shard == 1:
+            raise RecipeError(
+                f"dp_replicate_size: {copies} copies leave each group of processes nothing to "
+                "shard: lower it, or start more processes"
+            )
+        sizes = {"dp_replicate_size": copies, "dp_shard_size": shard}
+        found = ParallelismConfig(**sizes, **groups)
+        if strategy.tensor > 1:
+            whole = found.get_device_mesh(device_type())
+            found = ParallelismConfig(**sizes, cp_size=strategy.context)
+            found.device_mesh = whole
+    if found is not None:
+        found.get_device_mesh(device_type())
+    return found
+
+
+def is_sharded(strategy: Strategy, world: World) -> bool:
+    """Whether each process has only a part of the weights."""
+    if not world.several:
+        return False
+    if strategy.engine == "deepspeed":
+        return bool(stage(strategy.deepspeed or {}) == 3)
+    return strategy.tensor > 1 or uses_fsdp(strategy, world)
+
+
+def processes_message(strategy: Strategy, world: World) -> str | None:
+    """What to say about the processes of a run; None: there is nothing to say."""
+    if not world.several:
+        if strategy.engine == "ddp":
+            return None
+        return f"{strategy.engine}: one process has all the weights, so they are not sharded"
+    said = [f"processes: {world.size}"]
+    if strategy.engine == "deepspeed":
+        said.append(f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}")
+    elif uses_fsdp(strategy, world):
+        several = strategy.replicate > 1
+        what = f"{strategy.replicate} copies of the weights, each" if several else "weights are"
+        said.append(f"{what} sharded (FSDP2)")
+    elif strategy.group == 1:
+        said.append("each has all the weights (DDP)")
+    if strategy.tensor > 1:
+        said.append(f"{strategy.tensor} share each layer (tensor parallelism)")
+    if strategy.context > 1:
+        said.append(f"{strategy.context} share each sequence (context parallelism)")
+    return "; ".join(said)
+
+
+def device_type() -> str:
+    """Where the processes of a run compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_mesh(accelerator: Any, plugin: Any, mesh: Any) -> None:
+    """Make an accelerator shard by FSDP, or over a mesh, as it would not by itself.
+
+    It thinks that there must be a GPU for either, and that it knows of all dimensions of a mesh.
+
+    Args:
+        accelerator: made without them, or with them.
+        plugin: from ``fsdp_plugin``; None: nothing is sharded by FSDP.
+        mesh: from ``parallelism``.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    state = accelerator.state
+    if plugin is not None and getattr(state, "fsdp_plugin", None) is None:
+        for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+            shared["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if mesh is not None and getattr(state, "parallelism_config", None) is not mesh:
+        AcceleratorState._shared_state["parallelism_config"] = mesh
+        AcceleratorState._shared_state["device_mesh"] = mesh.get_device_mesh(device_type())
