@@ -159,7 +159,10 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     first: _Ended | None = None
     since, announced = 0.0, False
     while any(child.poll() is None for child in children):
-        first = first or _failed(children)
+        found = _failed(children)
+        killed = found is not None and found.code == -signal.SIGKILL
+        if first is None or (killed and not announced):  # nobody here has killed it by then
+            first = found
         if first is not None:
             since = since or time.monotonic()
             waited = time.monotonic() - since

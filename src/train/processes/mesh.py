@@ -18,7 +18,7 @@ def uses_fsdp(strategy: Strategy, world: World) -> bool:
 
 
 def parallelism(strategy: Strategy, world: World) -> Any:
-    """Accelerate's mesh of processes; None: with DeepSpeed, or if all share one copy of the weights.
+    """Accelerate's mesh of processes; None with DeepSpeed, or if all share one copy.
 
     Of tensor parallelism beside FSDP, accelerate is told nothing: what it does then are things of
     older versions of transformers. Its mesh has the dimension ``tp`` all the same, over which

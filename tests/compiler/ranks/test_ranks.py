@@ -281,6 +281,7 @@ def _many(world: World, count: int) -> dict[str, Any]:
     return {"made": made, "found": found, "silent": len(shared.silent)}
 
 
+@pytest.mark.slow
 def test_ranks_that_meet_sites_in_other_orders() -> None:
     ranks = values(_many, 60, size=4)
     assert sorted(n for r in ranks for n in r["made"]) == list(range(60))
