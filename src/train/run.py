@@ -137,12 +137,11 @@ class TrainingRun:
                 finish.write(self.result, self.run_log)
             self.world.wait_for_main()  # a signal goes to all, and must not end the others before
             interrupts.agree()
-        if not self.world.main:
-            return
-        finish.publish(trainer, self.result, self.run_log, interrupts)
-        self.result.print(self.console)
-        for line in self.result.ending(self.recipe.adapter is not None):
-            self.run_log.say(line)
+        if self.world.main:
+            finish.publish(trainer, self.result, self.run_log, interrupts)
+            self.result.print(self.console)
+            for line in self.result.ending(self.recipe.adapter is not None):
+                self.run_log.say(line)
 
     # --- in the order of `run` -------------------------------------------------------------------
 
