@@ -201,9 +201,10 @@ def _train(
         announce("importing PyTorch and transformers")
     from ..train.processes.launch import launch, number_of_processes
 
-    number = number_of_processes(nproc)
+    strategy = checked.strategy()
+    number = number_of_processes(nproc, alone=strategy.world() == 1)
     if number > 1:
-        checked.strategy().require_world(number)
+        strategy.require_world(number)
         switches = ["--overwrite"] * overwrite + consent.switches()
         return launch(number, ["train", recipe, *switches, *arguments])
     from ..train.run import run  # slow to import: only for a recipe that is right

@@ -127,18 +127,21 @@ class TrainingRun:
                 finish.examine(trainer, self.sequences, self.result, self.run_log)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.interrupt(stopped.signal)
-            if self.world.main:
-                self._finish(trainer, interrupts)
+            self._finish(trainer, interrupts)
         return self.result
 
     def _finish(self, trainer: FineTuner, interrupts: Interrupts) -> None:
-        """Write and print what sums the run up."""
+        """Let rank 0 write and print what sums the run up."""
         with interrupts.deferring_signals(interrupts.WRITING):
-            finish.write(self.result, self.run_log)
-        finish.publish(trainer, self.result, self.run_log, interrupts)
-        self.result.print(self.console)
-        for line in self.result.ending(self.recipe.adapter is not None):
-            self.run_log.say(line)
+            if self.world.main:
+                finish.write(self.result, self.run_log)
+            self.world.wait_for_main()  # a signal goes to all, and must not end the others before
+            interrupts.agree()
+        if self.world.main:
+            finish.publish(trainer, self.result, self.run_log, interrupts)
+            self.result.print(self.console)
+            for line in self.result.ending(self.recipe.adapter is not None):
+                self.run_log.say(line)
 
     # --- in the order of `run` -------------------------------------------------------------------
 

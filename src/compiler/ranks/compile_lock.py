@@ -51,6 +51,7 @@ def first_one_compiles(graph: Any, examples: Sequence[Any]) -> Iterator[None]:
             _wait(lock)
         yield
     finally:
+        _release(lock)  # closing is not enough where a process was forked meanwhile
         os.close(lock)
 
 
@@ -107,12 +108,16 @@ def _wait(lock: int) -> None:
 
     So a graph that Inductor does not cache is compiled by them side by side.
     """
-    import fcntl
-
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if _take(lock, shared=True):
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)
+            _release(lock)
             return
         time.sleep(_PAUSE)
+
+
+def _release(lock: int) -> None:
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)

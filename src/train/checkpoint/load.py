@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from transformers.integrations import deepspeed as deepspeed_state
 from transformers.trainer_callback import TrainerState
 
 from ...errors import RecipeError
@@ -45,12 +48,14 @@ def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     Args:
         folder: of the checkpoint.
         model: which the checkpoint is of; only its names are read.
+
+    Raises:
+        ValueError: it does not have all that is trained.
     """
     if in_shards(folder):
         return dict(Shards.read(folder).weights())
     if not hasattr(model, "peft_config"):
-        files = sorted(folder.glob("model*.safetensors"))
-        return {name: value for file in files for name, value in load_file(file).items()}
+        return _of_whole_model(folder, model)
     from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -60,6 +65,51 @@ def trained_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     numbers = get_peft_model_state_dict(model, state_dict=numbers, save_embedding_layers=False)
     stored = load_peft_weights(str(folder), device="cpu")
     return {names[int(number)]: stored[key] for key, number in numbers.items()}
+
+
+def load_trained(folder: Path, model: Any) -> None:
+    """Load the weights of a checkpoint into a whole model without adapters."""
+    model.load_state_dict(trained_weights(folder, model), strict=False)
+
+
+def _of_whole_model(folder: Path, model: Any) -> dict[str, Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if stored and trained - set(stored):
+        stored = _with_own_names(stored, model)
+    if missing := sorted(trained - set(stored)):
+        raise ValueError(f"its weights have no {missing[0]}")
+    return stored
+
+
+def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Weights as the model has them: transformers saves experts, for one, in an older form.
+
+    ``load_state_dict`` does not know that form, and would leave the weights as they are.
+    """
+    kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
+    dtypes = [value.dtype for value in stored.values() if value.is_floating_point()]
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    with _without_zero3():
+        made, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
+            None, config=copy.deepcopy(model.config), state_dict=stored, dtype=widest,
+            output_loading_info=True,
+        )  # fmt: skip
+    invented = set(info["missing_keys"])  # which have random numbers
+    return {name: value for name, value in made.state_dict().items() if name not in invented}
+
+
+@contextlib.contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Let transformers load weights whole; under ZeRO-3 it would divide them."""
+    state: Any = deepspeed_state
+    before = state._hf_deepspeed_config_weak_ref
+    state.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        state._hf_deepspeed_config_weak_ref = before
 
 
 class ResumableTrainer(Trainer):
@@ -83,8 +133,11 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         with readable(resume_from_checkpoint):
-            if in_shards(Path(resume_from_checkpoint)):
-                load_weights(Path(resume_from_checkpoint), self.model)
+            folder, own = Path(resume_from_checkpoint), self.model
+            if in_shards(folder):
+                load_weights(folder, own)
+            elif not hasattr(own, "peft_config"):
+                load_trained(folder, own)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -67,3 +67,13 @@ def seed_rank(seed: int, world: World) -> None:
     """
     if world.several:
         torch.manual_seed(seed + world.batch_rank)
+
+
+def share_in_groups(world: World) -> None:
+    """Give the processes of each group the state of its first one; a collective.
+
+    Those that read a checkpoint of another strategy would else draw numbers of their own.
+    """
+    if world.group > 1:
+        first = world.rank - world.rank % world.group
+        world.gather(RngState.now())[first].restore()

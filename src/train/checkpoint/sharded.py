@@ -150,6 +150,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
     parameters = dict(model.named_parameters())
     there = sizes(shards.place)
     made: dict[str, Any] = {}
+    begun: Any = None
     for full, (size, dtype) in there.items():
         kind, _, name = full.partition("/")
         if kind == WEIGHTS:
@@ -158,7 +159,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any, groups: Group
         if like.shape == size:
             value: Any = torch.zeros_like(like, dtype=dtype)
         else:  # of rows or columns, say; only the optimizer knows how it shares them
-            value = _begun(model, optimizer)[name][key]
+            begun = begun or _begun(model, optimizer)
+            value = begun[name][key]
         made[full] = named["state"][name][key] = value
     read(shards.place, made)
     optimizer.load_state_dict(by_number(named, groups))

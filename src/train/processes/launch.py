@@ -50,19 +50,20 @@ class _Ended:
         return self.code if self.code >= 0 else 128 - self.code
 
 
-def number_of_processes(wanted: str | None) -> int:
+def number_of_processes(wanted: str | None, alone: bool = False) -> int:
     """How many processes ``train`` starts; 1: it does the work itself.
 
     Args:
         wanted: the value of ``--nproc``: a number, or ``gpu`` for one per GPU. None: one per GPU
             where there are several, unless a launcher has started this process.
+        alone: whether the recipe is for one process, where nothing else is wanted.
 
     Raises:
         RecipeError: it is neither, or a launcher is there already.
     """
     launched = placement(os.environ).size > 1 or "RANK" in os.environ
     if wanted is None:
-        return 1 if launched else max(1, _gpus())
+        return 1 if launched or alone else max(1, _gpus())
     if launched:
         raise RecipeError(
             "--nproc: a launcher (torchrun, accelerate, deepspeed, srun) has started this process "

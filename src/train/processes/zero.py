@@ -9,7 +9,7 @@ form of every other checkpoint. Where weights have 16 bits, the state of each pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -159,6 +159,15 @@ def own_schedule(state: dict[str, Any], groups: Groups) -> dict[str, Any]:
         return [entry for entry, names in zip(value, groups, strict=True) if names]
 
     return {key: own(value) for key, value in state.items()}
+
+
+def drop_masters(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Take the masters out of the states of parameters, for an optimizer that has none.
+
+    It would keep them as they are, and its checkpoints would give DeepSpeed back old weights.
+    """
+    for values in state.values():
+        values.pop(MASTER, None)
 
 
 def _begin_state(engine: Any, example: dict[str, Any], whole: Collection[str]) -> None:

@@ -110,7 +110,7 @@ def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> T
         **(_processes(recipe) if several else {}),
     }
     try:
-        return TrainingArguments(
+        made: Any = TrainingArguments(
             output_dir=str(Path(recipe.output_dir)),
             seed=recipe.seed,
             logging_steps=count.every(recipe.logging_steps, "logging_steps"),
@@ -136,6 +136,8 @@ def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> T
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
+    made._n_gpu = min(1, made.n_gpu)  # of several, one process would train on all: nn.DataParallel
+    return made  # type: ignore[no-any-return]  # 2026-11-27: for its private attribute
 
 
 def arguments_for(recipe: Recipe, sequences: Any, world: World | None = None) -> TrainingArguments:

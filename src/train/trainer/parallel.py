@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import seed_worker
 
 from ..checkpoint import sharded
-from ..checkpoint.load import ResumableTrainer, readable, trained_weights
+from ..checkpoint.load import ResumableTrainer, load_trained, readable, trained_weights
+from ..checkpoint.rng_state import share_in_groups
 from ..data.ranks import Fillable, RankBatches, RankStream
+from ..model.loss import causal_loss
 from ..model.precision import device_for_training
 from ..model.shard_files import in_shards
 from ..processes import tensor_parallel, zero
@@ -64,7 +64,8 @@ class ParallelTrainer(ResumableTrainer):
             tensor_parallel.divide(kwargs["model"], self._mesh.device_mesh["tp"])
         super().__init__(**kwargs)
         if world.several and not self.model_accepts_loss_kwargs:
-            self.compute_loss_func = causal_loss  # its own is a mean over the process's tokens
+            # its own is a mean over the process's tokens
+            self.compute_loss_func = functools.partial(causal_loss, smoother=self.label_smoother)
 
     @property
     def _module(self) -> Any:
@@ -138,7 +139,9 @@ class ParallelTrainer(ResumableTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         from_shards = checkpoint is not None and in_shards(Path(checkpoint))
         if checkpoint is None or not (self.shards or self.zero_stage or from_shards):
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            zero.drop_masters(self._stepped.state)
+            return
         folder = Path(checkpoint)
         with readable(folder):
             optimizer, names = self.optimizer_and_names()
@@ -152,14 +155,19 @@ class ParallelTrainer(ResumableTrainer):
             if self.zero_stage:
                 schedule = zero.own_schedule(schedule, self._names)
             self._schedule.load_state_dict(schedule)
-        return None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        share_in_groups(self.world)
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Give the optimizer a whole state, as every process has read it."""
         optimizer, names = self.optimizer_and_names()
         if self.zero_stage:
             zero.load_optimizer(self.deepspeed, state, names)
-        elif self.shards:
+            return
+        zero.drop_masters(state["state"])
+        if self.shards:
             load_optimizer(self._module, optimizer, state, names)
         else:
             optimizer.load_state_dict(state)
@@ -200,8 +208,12 @@ class ParallelTrainer(ResumableTrainer):
                 sharded.load_weights(folder, model)
             return
         if not (self.shards and in_parts(model)):
-            with self._of_whole_weights():
-                super()._load_best_model()
+            if hasattr(model, "peft_config"):
+                with self._of_whole_weights():
+                    super()._load_best_model()
+            else:
+                with readable(folder):
+                    load_trained(folder, model)
             return
         with readable(folder):
             state = trained_weights(folder, model)
@@ -297,21 +309,6 @@ class ParallelTrainer(ResumableTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return prepared
-
-
-def causal_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """The loss over the trained tokens of all processes, for a model that cannot be told of them.
-
-    Args:
-        outputs: of the model, with ``logits`` (B, T, V).
-        labels: (B, T), -100 where nothing is trained.
-        num_items_in_batch: trained tokens of the step, of all processes.
-    """
-    logits = outputs["logits"]
-    loss: Tensor = ForCausalLMLoss(
-        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
-    )
-    return loss
 
 
 def peak_of(model: Any, world: World) -> float | None:

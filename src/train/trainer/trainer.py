@@ -285,9 +285,9 @@ class FineTuner(ParallelTrainer):
             self._load_best_model()
 
     def _note_best(self) -> None:
-        """Look for the best checkpoint; the folders may have been moved since a state was saved."""
-        best = best_checkpoint(self, self._folder, self.resumed_from)
-        self.state.best_model_checkpoint = best
+        """Let rank 0 look for the best checkpoint; folders may have moved, or show up late."""
+        look = functools.partial(best_checkpoint, self, self._folder, self.resumed_from)
+        self.state.best_model_checkpoint = self.world.share(look)
 
     def _load_best_model(self) -> None:
         if self.ended() == "finished":  # else the last step's weights are what was asked for

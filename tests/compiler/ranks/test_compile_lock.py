@@ -77,6 +77,16 @@ def test_who_waits_for_whom() -> None:
     assert not _waits(_graph(), EXAMPLES, 30)
 
 
+def test_a_process_that_was_forked_meanwhile_keeps_no_lock() -> None:
+    """As the workers of a data loader: they have the open file, too."""
+    with first_one_compiles(_graph(), EXAMPLES):
+        forked = _CONTEXT.Process(target=time.sleep, args=(60,), daemon=True)
+        forked.start()
+    assert not _waits(_graph(), EXAMPLES, 30)
+    assert forked.is_alive()
+    forked.kill()
+
+
 def test_a_process_that_is_killed_leaves_no_lock() -> None:
     other = _Other(_graph())
     other.process.kill()

@@ -205,6 +205,25 @@ finish.save = signalled
     assert run.weights()
 
 
+def test_a_signal_to_all_while_rank_0_writes_the_last_files(runs: Runs) -> None:
+    """The others have nothing left to do, and must not end it."""
+    code = """
+import time
+from fusewright.train import finish
+write = finish.write
+def signalled(*given):
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(2)
+    write(*given)
+finish.write = signalled
+"""
+    run = _with_fault(runs, "while writing", code)
+    assert run.code == 0, run.text
+    assert run.json["status"] == "finished"
+    assert "another process" not in run.text
+    assert run.text.count("Writing the last files") == 1
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_disk_that_is_full_for_one_process(runs: Runs, which: int) -> None:
     code = f"""

@@ -45,6 +45,8 @@ def test_one_for_each_gpu(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_module, "_gpus", lambda: gpus)
     assert [number_of_processes(w) for w in (None, "gpu", "auto")] == [gpus] * 3
     assert number_of_processes("3") == 3
+    # a recipe with ddp: false
+    assert [number_of_processes(w, alone=True) for w in (None, "gpu", "3")] == [1, gpus, 3]
 
 
 @pytest.mark.parametrize("wanted", ["0", "-1", "two", "", "1.5", "²", "GPU"])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from transformers import TrainingArguments
 
 from fusewright.train.data.sample import IGNORED
-from fusewright.train.trainer.parallel import causal_loss
+from fusewright.train.model.loss import causal_loss
+from fusewright.train.processes.launchers import Placement
+from fusewright.train.processes.world import World
+from fusewright.train.recipe.strategy import Strategy
+from fusewright.train.trainer.parallel import ParallelTrainer
 
 from ..conftest import make_model
 
@@ -29,3 +36,22 @@ def test_a_batch_that_trains_nothing_adds_nothing() -> None:
     assert float(loss) == 0
     assert logits.grad is not None
     assert float(logits.grad.abs().max()) == 0
+
+
+def test_labels_are_smoothed_for_several_processes_as_for_one(tmp_path: Path) -> None:
+    model = make_model()
+    model.accepts_loss_kwargs = False
+    ids = torch.randint(3, 262, (2, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for size in (1, 2):
+        trainer = ParallelTrainer(
+            World(Placement(0, size, 0, size)),
+            Strategy("ddp"),
+            model=model,
+            args=TrainingArguments(str(tmp_path), use_cpu=True, label_smoothing_factor=0.3),
+        )
+        inputs = {"input_ids": ids, "labels": ids.clone()}
+        losses.append(trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(16)))
+    plain = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(losses[1], losses[0])
+    assert abs(float(losses[0] - plain)) > 1e-4

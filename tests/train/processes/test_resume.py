@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fusewright.errors import RecipeError
+from fusewright.train import train
 from fusewright.train.checkpoint import resume
+from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
+from fusewright.train.trainer.parallel import ParallelTrainer
+
+from .ranks import values
 
 
 def _checkpoint(
@@ -164,3 +171,37 @@ def test_a_record_whose_number_of_processes_is_damaged(
     for wrong in ("2", None, 0, -1, 1.5, True):
         record.write_text(json.dumps({**content, "processes": wrong}))
         assert "its fusewright.json is damaged" in _refused(made, recipe, 2), wrong
+
+
+def test_masters_of_deepspeed_do_not_stay_where_nothing_trains_them(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its next run would take them for the weights."""
+    keys = {**recipe, "save_steps": 2}
+    train(keys)
+    first = Path(recipe["output_dir"]) / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(first, weights_only=True)
+    for own in state["state"].values():
+        own["master"] = torch.zeros_like(own["exp_avg"])
+    torch.save(state, first)
+    train({**keys, "output_dir": str(tmp_path / "b"), "resume_from_checkpoint": str(first.parent)})
+    last = torch.load(tmp_path / "b" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert {len(values) for values in last["state"].values()} == {3}
+
+
+def _states(world: World, folder: str) -> float:
+    """The next random number, of two processes that train the same batch."""
+    world.share_batches(2)
+    torch.manual_seed(world.rank)
+    trainer: Any = object.__new__(ParallelTrainer)
+    trainer.world = world
+    trainer.args = SimpleNamespace(world_size=2, process_index=world.rank, parallel_mode=None)
+    trainer._save_rng_state(folder)
+    trainer._load_rng_state(folder)
+    return torch.rand(()).item()
+
+
+def test_processes_of_a_group_draw_the_same_whatever_a_checkpoint_has(tmp_path: Path) -> None:
+    """One of data parallelism has other random states for each."""
+    first, second = values(_states, str(tmp_path))
+    assert first == second

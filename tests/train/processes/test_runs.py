@@ -167,3 +167,15 @@ def test_any_strategy_resumes_what_any_other_has_saved(
         )
         if where == start:  # as if it had not been stopped
             assert difference(run.weights(), first.weights()) <= 2e-7, name
+
+
+@slow
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+def test_a_sharded_run_whose_steps_are_done_is_resumed(runs: Runs, name: str) -> None:
+    """As after a kill while the result is written: nothing is sharded any more."""
+    keys = {**SAVING, **FULL}
+    first = runs.several(f"done by {name}", **keys, **STRATEGIES[name])
+    keys["resume_from_checkpoint"] = str(first.folder / f"checkpoint-{first.json['steps']}")
+    run = runs.several(f"after {name}", **keys, **STRATEGIES[name])
+    assert "all steps are done; saving the result" in run.out
+    assert difference(run.weights(), first.weights()) == 0

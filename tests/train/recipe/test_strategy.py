@@ -291,6 +291,26 @@ def test_offload_as_a_word() -> None:
             "sample_prompt: context_parallel_size leaves the model without the masks that answ",
         ),
         (
+            {"fsdp": True, "optimizer": "paged_adamw_8bit"},
+            "optimizer: paged_adamw_8bit needs whole weights, which FSDP divides: use adamw",
+        ),
+        (
+            {"fsdp": True, "optimizer": "adafactor"},
+            "optimizer: adafactor needs whole weights, which FSDP divides: use adamw",
+        ),
+        (
+            {"tensor_parallel_size": 2, "optimizer": "rmsprop_bnb"},
+            "optimizer: rmsprop_bnb needs whole weights, which tensor_parallel_size divides",
+        ),
+        (
+            {"tensor_parallel_size": 2, "optimizer": "adamw_torch_8bit"},
+            "optimizer: adamw_torch_8bit needs whole weights, which tensor_parallel_size divides",
+        ),
+        (
+            {"deepspeed": "deepspeed_configs/zero2.json", "optimizer": "adamw_bnb_8bit"},
+            "optimizer: under DeepSpeed, checkpoints cannot hold the state of adamw_bnb_8bit",
+        ),
+        (
             {"expert_parallel_size": 2},
             "expert_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
         ),
@@ -770,3 +790,22 @@ def test_a_recorded_recipe_is_the_same() -> None:
     # what versions before recorded of each run
     older = {**recipe().recorded(), "sequence_parallel_degree": 1, "dp_shard_size": 1}
     assert Recipe.model_validate(written(older)).strategy() == Strategy("ddp")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"fsdp": True, "optimizer": "adamw_torch_8bit"},
+        {"fsdp": ["no_shard"], "optimizer": "adamw_bnb_8bit"},
+        {"optimizer": "adafactor"},
+        {"deepspeed": "deepspeed_configs/zero2.json", "optimizer": "paged_adamw_32bit"},
+        {
+            "deepspeed": "deepspeed_configs/zero2.json", "optimizer": "adamw_8bit",
+            "save_only_model": True,
+        },
+    ],
+)  # fmt: skip
+def test_optimizers_that_can_step_what_a_process_has(
+    recipe: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    assert load_recipe({**recipe, **keys}).optimizer == keys["optimizer"]

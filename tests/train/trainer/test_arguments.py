@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import TrainingArguments
 
 from fusewright.errors import RecipeError
 from fusewright.optim.flat import FlatOptimizer
@@ -53,6 +54,19 @@ def asked(tmp_path: Path, **keys: Any) -> Recipe:
 )
 def test_how_many_steps(tmp_path: Path, keys: dict[str, Any], total: int, per_epoch: int) -> None:
     assert steps(asked(tmp_path, **keys), 20) == Steps(total, per_epoch)
+
+
+def test_one_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would make the batch larger, and copies of the model that are not optimized."""
+    own = TrainingArguments.__post_init__
+
+    def with_gpus(self: Any) -> None:
+        own(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_gpus)
+    made = training_arguments(asked(tmp_path, micro_batch_size=3), Steps(40, 20))
+    assert (made.n_gpu, made.train_batch_size) == (1, 3)
 
 
 def test_steps_that_cannot_be_counted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ..keys.distributed import DistributedKeys
 from ..keys.fsdp import FsdpKeys
 from . import sharding
 from .groups import context_key, contexts, group_conflicts
+from .optimizers import optimizer_conflicts
 from .sharding import is_sharded, names_fsdp, settings, strategies
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def distributed_conflicts(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _options(recipe)
     yield from _sizes(recipe)
     yield from group_conflicts(values, recipe)
+    yield from optimizer_conflicts(values, recipe)
 
 
 def distributed_without_effect(

@@ -71,8 +71,6 @@ def _tensor(values: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("peft_use_dora", "lora_target_parameters"):
         if values.get(key):
             yield _TENSOR, f"{key} needs whole weights: remove one of the two"
-    if str(values.get("optimizer", "")).endswith(("bit", "8bit")):
-        yield _TENSOR, "the optimizers of bitsandbytes need whole weights: use adamw_torch_fused"
 
 
 def _context(values: Mapping[str, Any], key: str) -> Iterator[Problem]:
