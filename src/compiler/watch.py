@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as _globals
 
+from ..graph.opaque.quant_states import is_packed
 from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
 from .opaque_calls import ForwardCopies, forward_copies
 
@@ -79,6 +80,7 @@ class Watch:
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that stand in these modules themselves.
         blocks: those of these modules that run graphs of their own.
+        packed: those of these modules that are 4-bit layers.
         copies: what ``opaque_calls.forward_copies`` finds in them.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
@@ -93,6 +95,7 @@ class Watch:
         self._forwards = [d.get("forward") for d in self._dicts]
         self.blocks = [m for m in self._below if is_block(m)]
         self._called = [m.__dict__ for m in self._below if not is_container(m)]
+        self.packed = [m for m in self._below if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)

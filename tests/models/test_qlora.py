@@ -89,6 +89,27 @@ def test_a_model_that_was_prepared_for_kbit_training(autocast, checkpointing):
     assert model.get_base_model().model.norm.weight.dtype is F32
 
 
+def test_weights_that_are_made_anew_before_each_call_get_their_states_back():
+    """As FSDP2 does it, which puts a plain parameter into a layer when it gathers one."""
+    runs = []
+    for optimized in (False, True):
+        model = _adapted(_model("Llama", F32, storage=F32))
+        layers = [m for m in model.modules() if hasattr(m, "quant_state")]
+        assert layers
+
+        def gather(module: Any, *_: Any, layers: list[Any] = layers) -> None:
+            for layer in layers:
+                plain = layer.weight.detach().as_subclass(Tensor)
+                layer.weight = torch.nn.Parameter(plain, requires_grad=False)
+
+        model.register_forward_pre_hook(gather)
+        if optimized:
+            model = optimize(model, codegen="eager")
+        runs.append(_train(model))
+    assert runs[1] == pytest.approx(runs[0], rel=2e-5)
+    assert explain(model).by_rule()["mlp_block"] == SIZES["num_hidden_layers"]
+
+
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_no_copy_of_full_precision_is_left(codegen):
     """Neither kept for backward nor alive between forward and backward."""

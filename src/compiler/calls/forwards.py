@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...graph.opaque.quant_states import restore_states
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import Hooks, bypass_reason, hidden_hooks
 from ..opaque_calls import forward_copies, using_copies
@@ -76,6 +77,8 @@ def block_forward(
             return original(self, *args, **kwargs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
+        if watch.packed:
+            restore_states(watch.packed)
         graph_args, graph_kwargs = args, kwargs
         if inductor and torch.is_grad_enabled():
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)

@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,11 +107,15 @@ def test_copies_of_a_sharded_model(runs: Runs) -> None:
     assert len(run.json["ranks"]) == 4
 
 
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+
 @slow
-@pytest.mark.parametrize("method", ["LoRA", "full"])
+@pytest.mark.parametrize("method", ["LoRA", "full", "QLoRA"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
 def test_an_optimized_model_is_the_same_on_each_rank(runs: Runs, name: str, method: str) -> None:
-    keys = {"optimize": True, "codegen": "eager", **(FULL if method == "full" else {})}
+    more: dict[str, Any] = {"LoRA": {}, "full": FULL, "QLoRA": QLORA}[method]
+    keys = {"optimize": True, "codegen": "eager", **more}
     run, one = (
         runs.several(f"optimized-{name}-{method}", **keys, **STRATEGIES[name]),
         runs.alone(**keys),
