@@ -85,7 +85,7 @@ def _ended(context: typer.Context | None = None) -> Iterator[None]:
         _say(_usage(error, _command(context)))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as stopped:
-        _say(f"{_command(context)} was stopped; nothing was saved")
+        _say(f"{_command(context)} was stopped; nothing more was saved")
         raise typer.Exit(128 + int(getattr(stopped, "signal", 2))) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it flushes

@@ -29,6 +29,7 @@ from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
 
 if TYPE_CHECKING:
     from ..train.consent import Consent
+    from ..train.recipe.load import Checked
 
 
 class AdapterKind(StrEnum):
@@ -169,6 +170,19 @@ def main() -> None:
     app()
 
 
+def _show(checked: Checked, nproc: str | None) -> None:
+    """Print what a recipe means, and see that the number of processes fits, if it is known."""
+    from ..train.dry_run import show
+    from ..train.processes.launch import number_of_processes
+    from ..train.processes.launchers import placement
+
+    show(checked, Terminal(highlight=False))
+    launched = placement(os.environ).size
+    if nproc is not None or launched > 1:
+        number = launched if nproc is None else number_of_processes(nproc)
+        checked.recipe.strategy().require_world(number)
+
+
 def _train(
     recipe: str,
     overwrite: bool,
@@ -188,9 +202,8 @@ def _train(
     if overwrite:
         overrides["overwrite_output_dir"] = True
     if dry_run:
-        from ..train.dry_run import show
-
-        show(check(recipe, overrides, consent), Terminal(highlight=False))
+        if placement(os.environ).rank == 0:
+            _show(check(recipe, overrides, consent), nproc)
         return 0
     with said_once(os.environ):
         checked = load_recipe(recipe, overrides, consent)

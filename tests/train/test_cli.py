@@ -188,5 +188,5 @@ def test_stopped_before_the_first_step(file: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("fusewright.train.run.load_tokenizer", stop)
     result = fusewright("train", str(file))
     assert result.exit_code == 130
-    assert "nothing was saved" in result.stderr
+    assert "nothing more was saved" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ...errors import FusewrightError, ProcessLostError, first_line
+from ...errors import FusewrightError, ProcessLostError, RecipeError, first_line
 from .accelerate_settings import ignored
 from .launchers import Placement, device_index, placement
 from .network import HINT, choose_interface
@@ -239,6 +239,11 @@ def _group(timeout: float | None) -> Iterator[World]:
         store, rank, size = next(rendezvous("env://", timeout=wait))
     except (OSError, RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if placed.rank == 0 and "EADDRINUSE" in str(error):
+            raise RecipeError(
+                f"MASTER_PORT: {address} is in use by another program: set another port (torchrun: "
+                "--master-port)"
+            ) from error
         raise ProcessLostError(
             f"rank {placed.rank} of {placed.size} cannot reach rank 0 at {address}: "
             f"{first_line(error)}"

@@ -157,7 +157,7 @@ def test_a_signal_before_training_quits_at_once(runs: Runs) -> None:
     run = runs.end("early", process)
     assert run.code == 143, run.text
     assert not (run.folder / "run.json").exists()
-    assert run.err.count("was stopped; nothing was saved") == 1, run.err
+    assert run.err.count("was stopped; nothing more was saved") == 1, run.err
 
 
 def test_no_process_outlives_its_launcher(runs: Runs) -> None:

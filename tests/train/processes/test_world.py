@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -353,6 +354,19 @@ def test_rank_0_may_fail_before_the_others_are_connected(
 def test_one_that_never_comes(second_of_two: dist.HashStore) -> None:
     with pytest.raises(world_module.ProcessLostError, match="another process"), joined(1):
         raise AssertionError("joined nobody")
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for name, value in {
+            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1]),
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RecipeError, match="is in use by another program"), joined(1):
+            raise AssertionError("joined nobody")
 
 
 def test_nobody_to_join(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -728,6 +728,38 @@ fsdp_activation_checkpointing: true
 """
 
 
+@pytest.mark.parametrize(
+    ("words", "number", "said"),
+    [
+        (["--nproc", "3"], None, "start a multiple of 2"),
+        (["--nproc", "some"], None, "neither a number of processes nor gpu"),
+        ([], "3", "start a multiple of 2"),
+        (["--nproc", "4"], None, ""),
+        ([], None, ""),
+    ],
+)
+def test_a_dry_run_says_whether_the_number_of_processes_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], number: str | None, said: str
+) -> None:
+    if number is not None:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": number}.items():
+            monkeypatch.setenv(name, value)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{OLD}dp_replicate_size: 2\n", encoding="utf-8")
+    result = fusewright("train", str(path), "--dry-run", *words)
+    assert result.exit_code == (2 if said else 0), result.stderr
+    assert said in result.stderr
+
+
+def test_a_dry_run_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(OLD, encoding="utf-8")
+    result = fusewright("train", str(path), "--dry-run")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
 def test_a_dry_run_shows_keys_by_the_names_that_they_have_now(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(OLD, encoding="utf-8")
