@@ -7,6 +7,7 @@ finds that out and mends it; a captured graph does not run that code, and TorchD
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ def is_packed(module: nn.Module) -> bool:
     return "quant_state" in module.__dict__ and type(module).__module__.startswith("bitsandbytes.")
 
 
-def restore_states(layers: Iterable[nn.Module]) -> None:
+def restore_states(layers: Iterable[Any]) -> None:
     """Give each weight the state that its layer has, as bitsandbytes does before it multiplies."""
     for layer in layers:
         if getattr(layer.weight, "quant_state", None) is None and layer.quant_state is not None:
