@@ -173,13 +173,15 @@ def main() -> None:
 def _show(checked: Checked, nproc: str | None) -> None:
     """Print what a recipe means, and see that the number of processes fits, if it is known."""
     from ..train.dry_run import show
-    from ..train.processes.launch import number_of_processes
     from ..train.processes.launchers import placement
 
     show(checked, Terminal(highlight=False))
-    launched = placement(os.environ).size
-    if nproc is not None or launched > 1:
-        number = launched if nproc is None else number_of_processes(nproc)
+    number = placement(os.environ).size
+    if nproc is not None:
+        from ..train.processes.launch import number_of_processes  # imports PyTorch
+
+        number = number_of_processes(nproc)
+    if nproc is not None or number > 1:
         checked.recipe.strategy().require_world(number)
 
 
