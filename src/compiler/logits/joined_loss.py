@@ -65,6 +65,7 @@ class _Join:
         autocast: (whether it is on, its dtype), as in the forward pass.
         before: what tells whether an input of the logits was written to since.
         call: names it on every process.
+        reads: how often the logits were computed; it tells the reads of one call apart.
         made: the inputs of the logits and the history that leads to them, if they were computed.
     """
 
@@ -76,6 +77,7 @@ class _Join:
     autocast: tuple[bool, torch.dtype]
     before: tuple[list[int], list[Tensor]]
     call: str
+    reads: int = 0
     made: tuple[list[Any], Any] | None = None
 
     @contextmanager
@@ -92,7 +94,8 @@ class _Join:
 
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
-        with gathered(self.plan.model(), inputs, self.call):
+        self.reads += 1
+        with gathered(self.plan.model(), inputs, f"{self.call}-{self.reads}"):
             return self._compute(inputs, keep)
 
     def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:

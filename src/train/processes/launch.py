@@ -160,10 +160,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     first: _Ended | None = None
     since, announced = 0.0, False
     while any(child.poll() is None for child in children):
-        found = _failed(children)
-        killed = found is not None and found.code == -signal.SIGKILL
-        if first is None or (killed and not announced):  # nobody here has killed it by then
-            first = found
+        first = _cause(first, children, announced)
         if first is not None:
             since = since or time.monotonic()
             waited = time.monotonic() - since
@@ -173,13 +170,24 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
             if waited > _OWN_WORDS + _SAVING:
                 _signal(children, signal.SIGKILL)
         time.sleep(0.1)
-    first = first or _failed(children)
+    first = _cause(first, children, announced)
     if first is None:
         return 0
     if (reason := first.reason()) is not None:
         resume = "; start the run again with auto_resume_from_checkpoints: true to resume"
         print(f"fusewright: {reason}, and the others were stopped{resume}", file=sys.stderr)
     return first.exit_code
+
+
+def _cause(
+    first: _Ended | None, children: Sequence[subprocess.Popen[bytes]], announced: bool
+) -> _Ended | None:
+    """The process that the others ended because of; ``first`` was it when this was last asked."""
+    found = _failed(children)
+    killed = found is not None and found.code == -signal.SIGKILL
+    if first is None or (killed and not announced):  # nobody here has killed it by then
+        return found
+    return first
 
 
 def _failed(children: Sequence[subprocess.Popen[bytes]]) -> _Ended | None:

@@ -241,8 +241,11 @@ sys.exit(1)
     )
 
 
-def test_both_at_once(start: Launch, capfd: pytest.CaptureFixture[str]) -> None:
-    code = "if rank == 1:\n    os.kill(os.getpid(), 9)\nsys.exit(1)"
+@pytest.mark.parametrize("later", [0.0, 0.7])
+def test_one_that_was_killed_as_another_failed(
+    start: Launch, capfd: pytest.CaptureFixture[str], later: float
+) -> None:
+    code = f"if rank == 1:\n    time.sleep({later})\n    os.kill(os.getpid(), 9)\nsys.exit(1)"
     assert start(code) == 137
     assert "rank 1 (process" in capfd.readouterr().err
 
