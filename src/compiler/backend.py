@@ -107,7 +107,8 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
     if not hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    # a node that saves its own output would keep itself alive
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
 
 
 def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding]:

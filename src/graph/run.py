@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from . import facts, modes
+from .opaque.autograd_calls import free_in_backward
 
 
 def eager(module: fx.GraphModule) -> Callable[..., Any]:
@@ -20,23 +21,24 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
     Checkpointed parts are only tagged in a captured graph; here they are checkpointed for real.
     """
     placeholders = module.graph.find_nodes(op="placeholder")
-    _checkpoint(module, {n for n in placeholders if not facts.is_argument(n)})
+    _prepare(module, {n for n in placeholders if not facts.is_argument(n)})
     modes.restored_on_error(module)
     return module.forward
 
 
-def _checkpoint(module: fx.GraphModule, held: set[fx.Node]) -> None:
-    """Let the checkpoints in ``module``, and in the graphs within it, be real ones.
+def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
+    """Let the checkpoints and autograd functions in ``module``, and in graphs in it, be real ones.
 
     Args:
         module: the graph.
         held: those of its placeholders that stand for what a module holds.
     """
+    free_in_backward(module.graph)
     for node in module.graph.nodes:
         is_checkpoint = node.target is torch.ops.higher_order.tag_activation_checkpoint
         for inner in filter(None, map(facts.body, node.all_input_nodes)):
             own = zip(inner.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
-            _checkpoint(inner, {p for p, given in own if is_checkpoint and given in held})
+            _prepare(inner, {p for p, given in own if is_checkpoint and given in held})
         if is_checkpoint:
             node.target = _checkpointed
             where = tuple(i for i, given in enumerate(node.args[1:]) if given in held)

@@ -142,7 +142,8 @@ class Offload:
 
         def pack(t: Tensor) -> Tensor | Kept:
             found = kept.get(t.untyped_storage()._cdata)
-            return found if found is not None and found.holds(t) else t
+            # a node that saves its own output, and never runs backward, would keep itself alive
+            return found if found is not None and found.holds(t) else t.detach()
 
         def unpack(held: Tensor | Kept) -> Tensor:
             return held.get() if isinstance(held, Kept) else held

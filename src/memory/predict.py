@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graph import run
-from ..graph.fakes import hint
+from ..graph.fakes import fake, hint
 from .choice import PlanInputs
 from .levels import HOSTED, Level, keep
 from .offload import LEAST, carried
@@ -57,7 +58,7 @@ class Predicted:
         note: Callable[[str], None],
         least: int = LEAST,
     ) -> None:
-        self._graph, self._examples = copy.deepcopy(module), list(examples)
+        self._graph, self._examples = copy.deepcopy(module), [_shape_of(e) for e in examples]
         self._choice, self._note, self._least = choice, note, least
         self._found: dict[Level, Usage | None] = {}
 
@@ -99,6 +100,14 @@ class Predicted:
         if self._choice == "eager" and level != "all":  # the state of the random numbers
             found = replace(found, kept=found.kept + torch.get_rng_state().nbytes)
         return found
+
+
+def _shape_of(example: Any) -> Any:
+    """What stands for an input: nothing that is computed in a step may live as long as a plan."""
+    if isinstance(example, nn.Parameter):
+        return example
+    with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
+        return fake(example, hint)
 
 
 def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:

@@ -155,8 +155,8 @@ class _Site:
         real = real or c
         bodies = {str(n.target): b for n in c.interior if (b := facts.body(n))}
         original = c.original()
-        self.original, self.exact = Plain(original, bodies).run, Exact(original, bodies).run
-        self.replacement = Plain(c.replacement(), {}).run
+        self.original, self.exact = (run(original, bodies).outputs for run in (Plain, Exact))
+        self.replacement = Plain(c.replacement(), {}).outputs
         self.traced = traced
         self.packed = packed(c.interior)
         known = [facts.tensor(n) for n in c.inputs]

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ..graph.canon import canonical
-from ..graph.opaque.autograd_functions import is_wrapped
+from ..graph.opaque.autograd_calls import applied
+from ..graph.opaque.autograd_functions import is_captured, is_wrapped
 from ..graph.opaque.functions import is_leaf
 from ..graph.opaque.quantized import product
 from ..kernels.linear import quant_linear
@@ -42,6 +43,17 @@ class Plain(fx.Interpreter):
         super().__init__(holder, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
         graph.owning_module = holder  # type: ignore[assignment]  # where a body is looked up
+
+    def outputs(self, *args: Any) -> Any:
+        """Run the graph; of what lies between nothing is kept."""
+        try:
+            return self.run(*args)
+        finally:
+            self.env, self.args_iter = {}, iter(())
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call ``target``; what an autograd function saves is freed in backward."""
+        return super().call_function(applied if is_captured(target) else target, args, kwargs)
 
 
 class Exact(Plain):

@@ -180,7 +180,7 @@ def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[in
         storage = t.untyped_storage()
         if storage.data_ptr() not in inputs and tuple(t.shape) not in fixed:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # a node that saves its own output would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusewright.rewrite.sample_inputs import SUBNORMAL, draws
-from fusewright.rewrite.tolerance import EXCEEDS, PEAK, exceeded
+from fusewright.rewrite.tolerance import EXCEEDS, exceeded
 
 
 def _run(
@@ -56,14 +56,15 @@ def assert_parity(ours: Fn, reference: Fn, *inputs: Tensor, seed: int = 0) -> No
 
 
 def assert_parity_of_draws(ours: Fn, reference: Fn, draw: Callable[[], Sequence[Tensor]]) -> None:
-    """``assert_parity`` where a result has few elements: their largest error is a matter of luck.
+    """``assert_parity`` where a result has few elements: their error is a matter of luck.
 
-    What one draw finds outside the budget is judged by several together, as in ``verify.py``.
+    What one draw finds outside the budget is judged by several together, as in ``verify.py``; by
+    more than there, since each run of a test draws other shapes, and some have very few elements.
     """
     given = [draw()]
     problem = _problem(ours, reference, given, 0)
-    for count in draws(given[0]):
-        if problem is None or EXCEEDS not in problem or (len(given) > 1 and PEAK not in problem):
+    for count in (*draws(given[0]), 256):
+        if problem is None or EXCEEDS not in problem:
             break
         given += (draw() for _ in range(len(given), count))
         problem = _problem(ours, reference, given, 0)

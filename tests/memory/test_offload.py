@@ -202,6 +202,15 @@ def test_nothing_stays_on_the_device() -> None:
     assert all(reference() is not None for reference in inputs)
 
 
+def test_nothing_stays_of_a_forward_pass_alone() -> None:
+    """A softmax saves its own output, and where backward does not run, nothing frees that."""
+    out = _offload().around(lambda x: x.softmax(-1))(_x().requires_grad_())
+    alive = weakref.ref(out)
+    del out
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_second_backward_over_a_retained_graph() -> None:
     queue = Queue()
     ours, eager = _Stack(_offload(queue)), _Stack(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,20 @@ def _seen(
 
 def _x(*shape: int) -> Tensor:
     return torch.randn(*shape or S, generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_stays_of_a_run_that_failed() -> None:
+    """A softmax saves its own output, and where backward does not run, nothing frees that."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def fails(x: Tensor) -> Any:
+        made.append(weakref.ref(x.softmax(-1)))
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        _seen(fails, _x())
+    gc.collect()
+    assert [m() for m in made] == [None]
 
 
 # -------------------------------------------------------------------------------------- the values

@@ -21,7 +21,11 @@ _MODES = ("_enter_autocast", "_exit_autocast")
 
 def is_wrapped(node: Any) -> bool:
     """Whether a node is a captured autograd function."""
-    target = getattr(node, "target", None)
+    return is_captured(getattr(node, "target", None))
+
+
+def is_captured(target: Any) -> bool:
+    """Whether a node with this target is a captured autograd function."""
     return target is not None and target is torch.ops.higher_order.autograd_function_apply
 
 

@@ -1,0 +1,163 @@
+"""Captured autograd functions: what they save, and for how long; derivatives of derivatives."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusewright.graph.opaque.autograd_functions import is_wrapped
+from fusewright.graph.run import eager
+from fusewright.rewrite.verify_exact import Plain
+
+from ..capturing import capture
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class _Power(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, power: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.power = power
+        return x**power
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.power * x ** (ctx.power - 1) * grad, None
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a number and a tensor besides what it saves, and returns what has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        largest = x.amax(-1, keepdim=True)
+        ctx.save_for_backward(weight)
+        ctx.x, ctx.size = x, x.shape[-1]
+        ctx.mark_non_differentiable(largest)
+        return x * weight, largest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return grad * weight, (grad * ctx.x).sum(0) * (ctx.size / ctx.x.shape[-1])
+
+
+class _Doubled(torch.autograd.Function):
+    """Writes to its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.mul_(2)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def _power(x: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = _Power.apply(x * weight, 3)
+    return made.sin() + x
+
+
+def _kept(x: Tensor, weight: Tensor) -> Tensor:
+    product, largest = _Kept.apply(x, weight)
+    made: Tensor = product.sin() * largest
+    return made
+
+
+def _doubled(x: Tensor, weight: Tensor) -> Tensor:
+    h = x * weight
+    _Doubled.apply(h)
+    return h.sin()
+
+
+FUNCTIONS = (_power, _kept, _doubled)
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+def _by_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    module = capture(fn, *_inputs())
+    assert any(is_wrapped(node) for node in module.graph.nodes)
+    run = eager(module)
+    assert not any(is_wrapped(node) for node in module.graph.nodes)
+    return lambda *inputs: run(*inputs)[0]
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS)
+def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
+    found = []
+    for run in (fn, _by_graph(fn)):
+        inputs = _inputs()
+        out = run(*inputs)
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_derivatives_of_derivatives() -> None:
+    """A residual has a second derivative of its own: one that is lost beside it is not noticed."""
+
+    def penalty(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        inputs = _inputs()
+        grads = torch.autograd.grad(run(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    run = _by_graph(_power)
+    for _ in range(2):
+        for ours, theirs in zip(penalty(run), penalty(_power), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    inputs = _inputs()
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_under_a_transform() -> None:
+    (x, weight), run = _inputs(), _by_graph(_power)
+    found = torch.func.grad(lambda x: run(x, weight.detach()).square().sum())(x.detach())
+    exact = torch.autograd.grad(_power(x, weight).square().sum(), x)[0]
+    torch.testing.assert_close(found, exact)
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("verifying", [False, True])
+def test_backward_frees_what_was_saved(verifying: bool) -> None:
+    """At once, and not when Python's collector comes by."""
+    module = capture(lambda x: _Power.apply(x, 3).sin(), torch.randn(4, requires_grad=True))
+    bodies = dict(module.named_children())
+    run = Plain(module.graph, bodies).outputs if verifying else eager(module)
+    gc.collect()
+    leaf = torch.randn(4, requires_grad=True)
+    saved = leaf * 1.0
+    alive = weakref.ref(saved)
+    out = run(saved)[0]
+    del saved
+    assert alive() is not None
+    out.sum().backward()
+    del out
+    assert alive() is None
+    assert leaf.grad is not None
