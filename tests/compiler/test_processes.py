@@ -201,9 +201,15 @@ def _assert_right(ranks: list[dict[str, dict[str, Any]]]) -> None:
             assert rewrites.get("qkv_block", 0) == (2 if method == "LoRA" else 0), name
 
 
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-def test_losses_and_rewrites_of_several_processes(kind: str, tmp_path: pathlib.Path) -> None:
-    _assert_right(_run(tmp_path, *(name for name in WRAPPERS if name.startswith(kind))))
+USUAL = ("DDP, static", "FSDP2, norm and head")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow])
+    for name in WRAPPERS if name != "ZeRO-3"
+])  # fmt: skip
+def test_losses_and_rewrites_of_several_processes(name: str, tmp_path: pathlib.Path) -> None:
+    _assert_right(_run(tmp_path, name))
 
 
 @pytest.mark.skipif(

@@ -360,7 +360,9 @@ def _step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("level", "below"), [("offload", "input"), ("offload_tiles", "tiles")])
 @pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("family", [LLAMA, GEMMA], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "family", [LLAMA, pytest.param(GEMMA, marks=pytest.mark.slow)], ids=lambda f: f.name
+)
 def test_whole_models(
     family: Any, lora: bool, level: Any, below: Any, codegen: Any, sent: list[Kept]
 ) -> None:

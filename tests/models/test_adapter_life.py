@@ -102,7 +102,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "DoRA" else []) for n in MODELS]
+)
 def test_changes_between_steps_are_seen(name: str, dropout: float) -> None:
     model = MODELS[name](lora_dropout=dropout)
     eager = copy.deepcopy(model)

@@ -19,7 +19,11 @@ from .zoo import FAMILIES, Family, build
 
 TOLERANCE = 1e-5
 CODEGENS = ("eager", pytest.param("inductor", marks=pytest.mark.slow))
-CHOSEN = [f for f in FAMILIES if f.name in ("llama", "qwen3", "gemma2", "phi3")]
+CHOSEN = [
+    pytest.param(f, marks=[] if f.name in ("llama", "gemma2") else [pytest.mark.slow], id=f.name)
+    for f in FAMILIES
+    if f.name in ("llama", "qwen3", "gemma2", "phi3")
+]
 
 
 def _ids() -> Tensor:
@@ -55,8 +59,8 @@ def _levels(model: Any) -> set[str | None]:
 
 
 @pytest.mark.parametrize("codegen", CODEGENS)
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", CHOSEN, ids=lambda f: f.name)
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("family", CHOSEN)
 def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
     eager = build(family, lora=lora)
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory="min")
@@ -72,7 +76,7 @@ def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
     ("eager", "all"), ("eager", "tiles"), pytest.param("inductor", "tiles", marks=pytest.mark.slow),
     pytest.param("inductor", "products", marks=pytest.mark.slow),
 ])  # fmt: skip
-@pytest.mark.parametrize("family", CHOSEN, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", CHOSEN)
 def test_every_level(family: Family, codegen: Any, level: Any) -> None:
     eager = build(family, lora=True)
     ours = optimize(copy.deepcopy(eager), codegen=codegen, memory="100GB")

@@ -67,14 +67,25 @@ def _assert_alike(model: Any, rule_counts: int, tolerance: float, **options: Any
 
 
 @pytest.mark.parametrize("name", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-5), (BF16, 5e-3)], ids=["f32", "bf16"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_losses_are_those_of_eager(name, dtype, tolerance, kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        ("nf4", F32, 2e-5), ("int8", BF16, 5e-3),
+        pytest.param("nf4", BF16, 5e-3, marks=pytest.mark.slow),
+        pytest.param("int8", F32, 2e-5, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_losses_are_those_of_eager(name, kind, dtype, tolerance):
     _assert_alike(_adapted(_model(name, dtype, kind=kind)), 14, tolerance)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(
+    ("autocast", "checkpointing"),
+    [
+        (True, True), (False, False),
+        *(pytest.param(a, not a, marks=pytest.mark.slow) for a in (True, False)),
+    ],
+)  # fmt: skip
 def test_a_model_that_was_prepared_for_kbit_training(autocast, checkpointing):
     """Norms, embeddings and the head in fp32, the products in bf16; hooks of checkpointing."""
     model = _model("Llama")

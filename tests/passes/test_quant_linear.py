@@ -158,8 +158,14 @@ def _with_lora(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        ("nf4", 0.0), ("int8", 0.1),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in (("nf4", 0.1), ("int8", 0.0), ("fp4", 0.0), ("fp4", 0.1))),
+    ],
+)  # fmt: skip
 def test_all_layers_of_a_llama_with_adapters(kind, dropout):
     model = _with_lora(_llama(kind=kind), lora_dropout=dropout)
     model(input_ids=IDS, labels=IDS)
