@@ -69,7 +69,8 @@ def processes_message(strategy: Strategy, world: World) -> str | None:
     if not world.several:
         if strategy.engine == "ddp":
             return None
-        return f"{strategy.engine}: one process has all the weights, so they are not sharded"
+        alone = f"{strategy.engine}: one process has all the weights, so they are not sharded"
+        return "; ".join([alone, *_unused(strategy)])
     said = [f"processes: {world.size}"]
     if strategy.engine == "deepspeed":
         said.append(f"DeepSpeed ZeRO-{stage(strategy.deepspeed or {})}")
@@ -83,7 +84,22 @@ def processes_message(strategy: Strategy, world: World) -> str | None:
         said.append(f"{strategy.tensor} share each layer (tensor parallelism)")
     if strategy.context > 1:
         said.append(f"{strategy.context} share each sequence (context parallelism)")
+    if not uses_fsdp(strategy, world):
+        said += _unused(strategy)
     return "; ".join(said)
+
+
+def _unused(strategy: Strategy) -> list[str]:
+    """What was asked of FSDP that nothing does where it has nothing to shard."""
+    fsdp = strategy.fsdp
+    if fsdp is None:
+        return []
+    asked = {
+        "offload_params": fsdp.offload_params,
+        "mixed_precision_policy": fsdp.mixed_precision is not None,
+    }
+    names = [f"fsdp_config.{name}" for name, is_set in asked.items() if is_set]
+    return [f"{' and '.join(names)}: not used, nothing is sharded"] if names else []
 
 
 def device_type() -> str:

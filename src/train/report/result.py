@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..output_files import write_atomically
 from ..recipe.secrets import hide
-from .environment import peak_rss_mb
+from .environment import memory, peak_rss_mb
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -172,6 +172,8 @@ class RunResult:
                 self.history.append({"step": step, "eval_loss": loss})
         self.history.sort(key=lambda entry: entry["step"])
         self.peak_rss_mb = peak_rss_mb()
+        if self.ranks:
+            self.ranks[0] = memory()  # the others' are those at the end of training
         if torch.cuda.is_available():
             self.peak_cuda_mb = torch.cuda.max_memory_allocated() / 2**20
 
@@ -233,10 +235,10 @@ class RunResult:
             f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
             f"first step {self.first_step_s:.1f} s"
         )
-        memory = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
+        peaks = f"{self.peak_rss_mb:,.0f} MiB peak ({self.loaded_rss_mb:,.0f} MiB once loaded)"
         if self.peak_cuda_mb is not None:
-            memory += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
-        rows["memory"] = memory
+            peaks += f", GPU {self.peak_cuda_mb:,.0f} MiB peak"
+        rows["memory"] = peaks
         if self.ranks:
             each = [f"{rank.get('cuda_mb', rank['rss_mb']):,.0f}" for rank in self.ranks]
             rows["memory by rank"] = f"{', '.join(each)} MiB peak"

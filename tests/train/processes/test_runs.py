@@ -68,6 +68,7 @@ def test_two_processes_train_what_one_does(runs: Runs) -> None:
     found = run.json
     assert [set(rank) for rank in found["ranks"]] == [{"rss_mb"}] * 2
     assert all(rank["rss_mb"] > 100 for rank in found["ranks"])
+    assert found["ranks"][0]["rss_mb"] == pytest.approx(found["peak_rss_mb"], rel=0.01)
     assert one.json["ranks"] == []
     assert found["adapter_check"]["exact"]
     assert found["sample"] == one.json["sample"]
