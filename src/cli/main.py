@@ -25,6 +25,7 @@ from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as 
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
+from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
 from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
 
 if TYPE_CHECKING:
@@ -167,7 +168,12 @@ trained_commands.register(app)
 
 def main() -> None:
     """The entry point of the installed command."""
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
+            end_rank(ended.code)
+        raise
 
 
 def _show(checked: Checked, nproc: str | None) -> None:

@@ -27,7 +27,9 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
-    """Let the checkpoints and autograd functions in ``module``, and in graphs in it, be real ones.
+    """Replace what stands for checkpoints and autograd functions in ``module`` by what runs them.
+
+    So in the graphs within it, too.
 
     Args:
         module: the graph.

@@ -103,7 +103,8 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         def pack(t: Tensor) -> Tensor:
             if _place(t) not in parameters:
                 saved[_place(t)] = t.untyped_storage()
-            return t.detach()  # a node that saves its own output would keep itself alive
+            # a node that saves its own output would keep itself alive
+            return t if t.grad_fn is None else t.detach()
 
         with Living() as living, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             results = [t for t in tree_iter(call(*args, **kwargs)) if isinstance(t, Tensor)]

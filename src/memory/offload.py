@@ -142,8 +142,10 @@ class Offload:
 
         def pack(t: Tensor) -> Tensor | Kept:
             found = kept.get(t.untyped_storage()._cdata)
+            if found is not None and found.holds(t):
+                return found
             # a node that saves its own output, and never runs backward, would keep itself alive
-            return found if found is not None and found.holds(t) else t.detach()
+            return t if t.grad_fn is None else t.detach()
 
         def unpack(held: Tensor | Kept) -> Tensor:
             return held.get() if isinstance(held, Kept) else held

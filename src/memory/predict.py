@@ -58,7 +58,7 @@ class Predicted:
         note: Callable[[str], None],
         least: int = LEAST,
     ) -> None:
-        self._graph, self._examples = copy.deepcopy(module), [_shape_of(e) for e in examples]
+        self._graph, self._examples = copy.deepcopy(module), list(map(_shape_of, examples))
         self._choice, self._note, self._least = choice, note, least
         self._found: dict[Level, Usage | None] = {}
 
@@ -107,7 +107,10 @@ def _shape_of(example: Any) -> Any:
     if isinstance(example, nn.Parameter):
         return example
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
-        return fake(example, hint)
+        try:
+            return fake(example, hint)
+        except (NotImplementedError, RuntimeError):  # it has no strides: nothing is predicted then
+            return None
 
 
 def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:

@@ -155,7 +155,7 @@ class _Site:
         real = real or c
         bodies = {str(n.target): b for n in c.interior if (b := facts.body(n))}
         original = c.original()
-        self.original, self.exact = (run(original, bodies).outputs for run in (Plain, Exact))
+        self.original, self.exact = (kind(original, bodies).outputs for kind in (Plain, Exact))
         self.replacement = Plain(c.replacement(), {}).outputs
         self.traced = traced
         self.packed = packed(c.interior)

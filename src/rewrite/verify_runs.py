@@ -180,7 +180,8 @@ def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[in
         storage = t.untyped_storage()
         if storage.data_ptr() not in inputs and tuple(t.shape) not in fixed:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # a node that saves its own output would keep itself alive
+        # a node that saves its own output would keep itself alive
+        return t if t.grad_fn is None else t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from fusewright.graph.opaque import autograd_calls
 from fusewright.graph.opaque.autograd_functions import is_wrapped
 from fusewright.graph.run import eager
 from fusewright.rewrite.verify_exact import Plain
@@ -67,6 +69,22 @@ class _Doubled(torch.autograd.Function):
         return grad * 2
 
 
+class _Sigmoid(torch.autograd.Function):
+    """Saves its own output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = 1 / (1 + (-x).exp())
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            return grad * y * (1 - y)
+
+
 def _power(x: Tensor, weight: Tensor) -> Tensor:
     made: Tensor = _Power.apply(x * weight, 3)
     return made.sin() + x
@@ -84,7 +102,17 @@ def _doubled(x: Tensor, weight: Tensor) -> Tensor:
     return h.sin()
 
 
-FUNCTIONS = (_power, _kept, _doubled)
+def _sigmoid(x: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = _Sigmoid.apply(x * weight)
+    return made * x
+
+
+def _checkpointed(x: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = checkpoint(_sigmoid, x, weight, use_reentrant=False)
+    return made
+
+
+FUNCTIONS = (_power, _kept, _doubled, _sigmoid)
 
 
 def _inputs() -> tuple[Tensor, Tensor]:
@@ -107,12 +135,46 @@ def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
     for run in (fn, _by_graph(fn)):
         inputs = _inputs()
         out = run(*inputs)
-        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        loss = out.square().sum()
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        found.append([out, *first, *torch.autograd.grad(loss, inputs)])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_derivatives_of_derivatives() -> None:
+def test_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    own = autograd_calls._Applied.apply
+
+    def noted(*args: Any) -> Any:
+        calls.append(None)
+        return own(*args)
+
+    monkeypatch.setattr(autograd_calls._Applied, "apply", noted)
+    run = eager(capture(_checkpointed, *_inputs()))
+    inputs, others = _inputs(), _inputs()
+    ours = torch.autograd.grad(run(*inputs)[0].square().sum(), inputs)
+    theirs = torch.autograd.grad(_checkpointed(*others).square().sum(), others)
+    assert all(map(torch.equal, ours, theirs))
+    assert len(calls) == 2  # once in forward, once in backward
+
+
+def test_arguments_that_are_not_known_are_for_the_operator_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another version of PyTorch may have others."""
+    module = capture(_power, *_inputs())
+    call = next(node for node in module.graph.nodes if is_wrapped(node))
+    given: list[Any] = []
+    operator = torch.ops.higher_order.autograd_function_apply
+    monkeypatch.setattr(type(operator), "__call__", lambda self, *args, **kw: given.append(kw))
+    body: Any = None
+    autograd_calls.applied(body, body, **call.kwargs, another=[])
+    assert given == [{**call.kwargs, "another": []}]
+
+
+@pytest.mark.parametrize("fn", [_power, _sigmoid])
+def test_derivatives_of_derivatives(fn: Callable[..., Tensor]) -> None:
     """A residual has a second derivative of its own: one that is lost beside it is not noticed."""
 
     def penalty(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
@@ -120,9 +182,9 @@ def test_derivatives_of_derivatives() -> None:
         grads = torch.autograd.grad(run(*inputs).square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
-    run = _by_graph(_power)
+    run = _by_graph(fn)
     for _ in range(2):
-        for ours, theirs in zip(penalty(run), penalty(_power), strict=True):
+        for ours, theirs in zip(penalty(run), penalty(fn), strict=True):
             torch.testing.assert_close(ours, theirs)
     inputs = _inputs()
     assert torch.autograd.gradgradcheck(run, inputs)

@@ -26,45 +26,45 @@ def free_in_backward(graph: fx.Graph) -> None:
             node.target = applied
 
 
-def applied(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **places: Any) -> Any:
+def applied(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **indices: Any) -> Any:
     """What the higher-order operator ``autograd_function_apply`` returns, of the same arguments.
 
     Args:
         forward: of ``args``; returns the function's outputs, and what it saves.
         backward: of the outputs' gradients and of what was saved; returns those of ``args``.
         args: of the function.
-        places: which of what is saved the function gave to ``save_for_backward``, and which of its
+        indices: which of what is saved the function gave to ``save_for_backward``, and which of its
             outputs are not differentiable, or are inputs that it has written to.
     """
-    known = _NEEDED <= places.keys() <= _NEEDED | {"dirty_idx"}  # other versions have others
+    known = _NEEDED <= indices.keys() <= _NEEDED | {"dirty_idx"}  # other versions have others
     if not known or torch._C._are_functorch_transforms_active():
         original: Any = torch.ops.higher_order.autograd_function_apply
-        return original(forward, backward, *args, **places)
-    return _Applied.apply(forward, backward, places, *args)  # type: ignore[no-untyped-call]
+        return original(forward, backward, *args, **indices)
+    return _Applied.apply(forward, backward, indices, *args)  # type: ignore[no-untyped-call]
 
 
 class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, forward: fx.GraphModule, backward: fx.GraphModule, places: Any, *args: Any
+        ctx: Any, forward: fx.GraphModule, backward: fx.GraphModule, indices: Any, *args: Any
     ) -> Any:
         outputs, saved = forward(*args)
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        ctx.mark_dirty(*(results[i] for i in places.get("dirty_idx", ())))
-        ctx.mark_non_differentiable(*(results[i] for i in places["non_differentiable_idx"]))
-        checked = {i for i in places["saved_for_backward_idx"] if isinstance(saved[i], Tensor)}
-        ctx.save_for_backward(*(v for i, v in enumerate(saved) if i in checked))
+        ctx.mark_dirty(*(results[i] for i in indices.get("dirty_idx", ())))
+        ctx.mark_non_differentiable(*(results[i] for i in indices["non_differentiable_idx"]))
+        to_autograd = {i for i in indices["saved_for_backward_idx"] if isinstance(saved[i], Tensor)}
+        ctx.save_for_backward(*(v for i, v in enumerate(saved) if i in to_autograd))
         # a function that keeps a tensor as an attribute of its context keeps it as long as that
-        ctx.rest = tuple((i, v) for i, v in enumerate(saved) if i not in checked)
-        ctx.run = backward
+        ctx.attributes = tuple((i, v) for i, v in enumerate(saved) if i not in to_autograd)
+        ctx.body = backward
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         saved = list(ctx.saved_tensors)
-        for i, value in ctx.rest:
+        for i, value in ctx.attributes:
             saved.insert(i, value)
-        run = _differentiable(ctx.run) if torch.is_grad_enabled() else ctx.run
+        run = _differentiable(ctx.body) if torch.is_grad_enabled() else ctx.body
         found = run(*grads, *saved)
         return None, None, None, *(found if isinstance(found, (tuple, list)) else (found,))
 

@@ -109,6 +109,7 @@ def _write(world: World, part: Path, write: Callable[[Path], None]) -> None:
         reason = write_error_reason(error)
         if reason is None:
             raise
+    world.wait_for_main()  # whose files may take longer than a collective may
     reasons = [reason for reason in world.gather(reason) if reason is not None]
     if reasons and world.main:
         raise CheckpointWriteError(reasons[0])

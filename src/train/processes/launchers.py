@@ -109,9 +109,10 @@ def said_once(environ: Environment) -> Iterator[None]:
 def _read(environ: Environment, launcher: str, names: tuple[str, ...]) -> Placement:
     rank, size = _number(environ, names[0]), _number(environ, names[1])
     local_rank = _number(environ, names[2], rank)
-    local_size = _number(environ, names[3], 0) or _local_size(environ, launcher, size)
-    if launcher == "srun":  # which may be that of a job whose steps have fewer tasks
-        local_size = min(local_size, size)
+    if launcher == "srun":
+        local_size = min(_tasks_here(environ, size), size)
+    else:
+        local_size = _number(environ, names[3], 0) or _local_size(environ, launcher, size)
     if not (0 <= rank < size and 0 <= local_rank < max(local_size, 1)):
         raise RecipeError(
             f"{names[0]}={rank} and {names[1]}={size} ({names[2]}={local_rank}, "
@@ -149,10 +150,27 @@ def _job(environ: Environment, launcher: str) -> int:
 
 
 def _local_size(environ: Environment, launcher: str, size: int) -> int:
-    """Processes on this machine; DeepSpeed has its own name for them, SLURM counts machines."""
+    """Processes on this machine; DeepSpeed has its own name for them."""
     if launcher == "torchrun" and "LOCAL_SIZE" in environ:
         return _number(environ, "LOCAL_SIZE")
     return -(-size // _number(environ, "SLURM_STEP_NUM_NODES", 1))
+
+
+def _tasks_here(environ: Environment, size: int) -> int:
+    """The tasks of a SLURM step on this machine.
+
+    What says so of a job (``SLURM_NTASKS_PER_NODE``) need not be true of its step.
+    """
+    counts: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environ, "SLURM_NODEID", 0)
+    if node < len(counts):
+        return counts[node]
+    if "SLURM_STEP_NUM_NODES" in environ:
+        return -(-size // _number(environ, "SLURM_STEP_NUM_NODES"))
+    return _number(environ, "SLURM_NTASKS_PER_NODE", size)
 
 
 def _first_host(environ: Environment, launcher: str, one_machine: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import RecipeError
 from ..recipe.strategy import Fsdp
 
 
@@ -54,12 +56,18 @@ def block_classes(model: nn.Module) -> list[str]:
     return sorted({type(r.module).__name__ for r in find(model) if r.kind == "block"})
 
 
-def deepspeed_config(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(
+    given: Mapping[str, Any], dtype: torch.dtype, adapters: bool = False
+) -> dict[str, Any]:
     """The configuration that the Trainer hands to DeepSpeed, once it has filled in ``auto``.
 
     Args:
         given: the recipe's.
         dtype: of the weights. DeepSpeed trains a copy of 32 bits of those that have 16.
+        adapters: only those are trained: in 32 bits, as in one process, which DeepSpeed would cast.
+
+    Raises:
+        RecipeError: it names another dtype.
     """
     config = copy.deepcopy(dict(given))
     for name in _BY_RECIPE:
@@ -67,9 +75,26 @@ def deepspeed_config(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, 
     config.setdefault("zero_allow_untested_optimizer", True)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for name, kind in kinds.items():
-        if config.get(name, {}).get("enabled", "auto") == "auto":
-            config[name] = {**config.get(name, {}), "enabled": dtype is kind}
+        asked = config.get(name, {}).get("enabled", "auto")
+        if asked not in ("auto", dtype is kind):
+            raise RecipeError(
+                f"deepspeed: {name}.enabled is {json.dumps(asked)}, but the recipe trains in "
+                f"{str(dtype).removeprefix('torch.')}: write auto for it, or set {name}: "
+                f"{json.dumps(asked)}"
+            )
+        config[name] = {**config.get(name, {}), "enabled": dtype is kind and not adapters}
     return config
+
+
+def accept_dtype(arguments: Any) -> None:
+    """Let DeepSpeed's dtype be the weights'.
+
+    The Trainer compares it with that of its own autocast, which is off, and refuses any other.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is not None:
+        dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
+        config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
 
 
 _BY_RECIPE = (

@@ -90,6 +90,21 @@ def test_a_disk_that_is_full_when_all_have_written(tmp_path: Path) -> None:
     assert _there(tmp_path) == []
 
 
+def _slow(world: World, folder: str) -> list[float]:
+    def write(part: Path) -> None:
+        if world.main:
+            time.sleep(4.0)
+
+    write_together(world, Path(folder), 3, write)
+    return world.sums([1.0])
+
+
+def test_writing_takes_as_long_as_it_takes(tmp_path: Path) -> None:
+    """Rank 0 writes a whole model, and the others nothing: no collective waits for it."""
+    assert values(_slow, str(tmp_path), timeout=2.0) == [[2.0]] * 2
+    assert _there(tmp_path) == ["checkpoint-3"]
+
+
 def _broken(world: World, folder: str, which: int) -> None:
     def write(part: Path) -> None:
         if world.rank == which:

@@ -112,6 +112,21 @@ def test_tasks_per_machine(per_node: str | None) -> None:
     assert placement(environ) == Placement(5, 8, 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("step", "node", "local"),
+    [("4(x2)", "1", 4), ("6,2", "0", 6), ("6,2", "1", 2), ("2(x2),4", "2", 4), ("", "1", 4)],
+)
+def test_a_step_on_several_machines_of_a_job_with_more_tasks_on_each(
+    step: str, node: str, local: int
+) -> None:
+    """``srun`` passes on what ``sbatch --ntasks-per-node=8`` has said of the job."""
+    environ = _srun(
+        SLURM_NTASKS_PER_NODE="8", SLURM_STEP_TASKS_PER_NODE=step, SLURM_NODEID=node
+    )  # fmt: skip
+    assert placement(environ) == Placement(5, 8, 1, local)
+    assert environ["MASTER_ADDR"] == "gpu003"
+
+
 def test_a_step_that_is_smaller_than_its_job() -> None:
     environ = _srun(SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="1")
     assert placement(environ) == Placement(1, 2, 1, 2)
@@ -119,7 +134,8 @@ def test_a_step_that_is_smaller_than_its_job() -> None:
 
 
 def test_one_machine_needs_no_name() -> None:
-    environ = _without(_srun(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1"), "SLURM_STEP_NODELIST")
+    changes = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}
+    environ = _without(_srun(**changes), "SLURM_STEP_NODELIST")
     assert placement(environ) == Placement(1, 4, 1, 4)
     assert environ["MASTER_ADDR"] == "127.0.0.1"
 
@@ -237,7 +253,7 @@ def test_values_that_contradict_each_other(environ: dict[str, str], names: list[
         (_torchrun(WORLD_SIZE=""), "WORLD_SIZE="),
         (_torchrun(RANK="-1"), "RANK=-1"),
         (_torchrun(LOCAL_RANK="0.5"), "LOCAL_RANK=0.5"),
-        (_srun(SLURM_NTASKS_PER_NODE="4,3"), "SLURM_NTASKS_PER_NODE=4,3"),
+        (_srun(SLURM_STEP_NUM_NODES="2-4"), "SLURM_STEP_NUM_NODES=2-4"),
     ],
 )
 def test_values_that_are_no_numbers(environ: dict[str, str], said: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .runs import STRATEGIES, Run, Runs, difference
 
@@ -185,3 +186,19 @@ def test_a_sharded_run_whose_steps_are_done_is_resumed(runs: Runs, name: str) ->
     run = runs.several(f"after {name}", **keys, **STRATEGIES[name])
     assert "all steps are done; saving the result" in run.out
     assert difference(run.weights(), first.weights()) == 0
+
+
+@DEEPSPEED
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA", "full"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_in_16_bits(runs: Runs, stage: int, method: str) -> None:
+    """Its dtype is that of the weights, whatever the Trainer's autocast is."""
+    more: dict[str, Any] = {"LoRA": {}, "QLoRA": QLORA, "full": FULL}[method]
+    keys = {"bf16": True, **more}
+    run = runs.several(f"16 bits, {stage}, {method}", **keys, **STRATEGIES[f"zero{stage}"])
+    one = runs.alone(**keys)
+    assert run.json["val_loss_after"] == pytest.approx(one.json["val_loss_after"], rel=0.01)
+    assert run.json["val_loss_after"] < run.json["val_loss_before"] - 0.05
+    if method != "full":
+        assert {t.dtype for t in run.weights().values()} == {torch.float32}

@@ -125,7 +125,7 @@ def test_the_best_checkpoint_is_loaded_from_shards(runs: Runs) -> None:
     keys = {"save_steps": 4, "eval_steps": 4, "load_best_model_at_end": True,
             "greater_is_better": True}  # fmt: skip
     run = runs.several("best", 2, **keys, **SHARDED)
-    losses = dict(run.curve("eval_loss"))
+    losses = {step: loss for step, loss in run.curve("eval_loss") if step}
     best = max(losses, key=lambda step: losses[step])
     assert best < run.json["steps"]
     found = stored_adapter(run.folder / f"checkpoint-{best}")

@@ -503,6 +503,12 @@ def test_a_configuration_of_deepspeed_is_read_from_its_file(
         ('{"zero_optimization": 3}', "ds.json: zero_optimization must be keys and values, not 3"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage must be 0, 1, 2 or 3"),
         (
+            '{"optimizer": {"type": "AdamW"}}',
+            "ds.json: optimizer: the recipe's optimizer, learning_rate, weight_decay and adam_* "
+            "say this: remove the section",
+        ),
+        ('{"scheduler": {"type": "WarmupLR"}}', "scheduler: the recipe's lr_scheduler, warmup_"),
+        (
             '{"train_micro_batch_size_per_gpu": 4}',
             "train_micro_batch_size_per_gpu is 4, but micro_batch_size is 2: write auto for it in "
             "the configuration, or set micro_batch_size: 4",

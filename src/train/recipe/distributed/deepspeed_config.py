@@ -55,6 +55,14 @@ _SAME = {
 """What a recipe has a key for, too."""
 
 
+_OF_THE_RECIPE = {
+    "optimizer": "optimizer, learning_rate, weight_decay and adam_*",
+    "scheduler": "lr_scheduler, warmup_ratio and warmup_steps",
+    "amp": "bf16 and fp16",
+}
+"""Sections that a recipe has keys for, and those."""
+
+
 def built_in(name: str) -> dict[str, Any] | None:
     """Our equivalent of a file that recipes name, or None where we have none.
 
@@ -146,6 +154,9 @@ def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise RecipeError(f"{where}zero_optimization must be keys and values, not {zero!r}")
     if stage(config) not in (0, 1, 2, 3):
         raise RecipeError(f"{where}zero_optimization.stage must be 0, 1, 2 or 3")
+    for name, keys in _OF_THE_RECIPE.items():
+        if name in config:
+            raise RecipeError(f"{where}{name}: the recipe's {keys} say this: remove the section")
     return config
 
 
