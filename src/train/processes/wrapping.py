@@ -64,7 +64,8 @@ def deepspeed_config(
     Args:
         given: the recipe's.
         dtype: of the weights. DeepSpeed trains a copy of 32 bits of those that have 16.
-        adapters: only those are trained: in 32 bits, as in one process, which DeepSpeed would cast.
+        adapters: only those are trained: over bf16 in 32 bits, as in one process, which DeepSpeed
+            would cast. Over fp16, it scales the loss, so they have 16 bits, and a copy of 32.
 
     Raises:
         RecipeError: it names another dtype.
@@ -82,7 +83,8 @@ def deepspeed_config(
                 f"{str(dtype).removeprefix('torch.')}: write auto for it, or set {name}: "
                 f"{json.dumps(asked)}"
             )
-        config[name] = {**config.get(name, {}), "enabled": dtype is kind and not adapters}
+        left = adapters and kind is torch.bfloat16
+        config[name] = {**config.get(name, {}), "enabled": dtype is kind and not left}
     return config
 
 

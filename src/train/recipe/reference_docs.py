@@ -109,7 +109,8 @@ Several processes train with DDP, unless a key shards the model:
   what the recipe says. The files in `deepspeed_configs/` that Axolotl's recipes name need not be
   there. Without them, fusewright's own configurations of the same names are used, which have the
   same stage and offload the same: {deepspeed}. A section `optimizer`, `scheduler` or `amp` is
-  refused: the recipe has keys for those. Adapters are trained in 32 bits over weights of any dtype.
+  refused: the recipe has keys for those. Adapters over bf16 are trained in 32 bits, as they are by
+  one process.
 - `fsdp: true`, or any key in `fsdp_config`: FSDP2. Recipes that were written for FSDP1 run on it:
 
 {fsdp}

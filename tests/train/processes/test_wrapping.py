@@ -18,7 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     ("dtype", "adapters", "enabled"),
     [
         (FP32, False, []), (BF16, False, ["bf16"]), (FP16, False, ["fp16"]),
-        (FP32, True, []), (BF16, True, []),  # adapters have 32 bits over any weights
+        (FP32, True, []), (BF16, True, []), (FP16, True, ["fp16"]),  # the loss is scaled there
     ],
 )  # fmt: skip
 def test_its_dtype_is_that_of_what_is_trained(
