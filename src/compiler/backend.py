@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
 from ..graph.functionalize import remove_writes
+from ..graph.opaque.autograd_calls import require_marked_writes
 from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..memory.apply_plan import offloaded, planned
@@ -63,6 +64,7 @@ def compile_graph(
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
+        require_marked_writes(graph)
         if grad and accumulates_twice(graph, lambda: _is_shared(choices.planner.model(), region)):
             session.note_two_accumulations()
         remove_writes(graph)

@@ -47,7 +47,7 @@ def _merge_casts(graph: fx.Graph) -> int:
     if not all(facts.memories(t) for t in targets):
         return 0
     written = {m for t in targets for m in facts.memories(t)}
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
     casts: dict[object, fx.Node] = {}
     for node in list(graph.nodes):

@@ -84,7 +84,7 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
         (body, *env.values()),
         {"use_reentrant": False, "preserve_rng_state": True},
     )
-    outputs = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
+    outputs: Any = module.graph.output_node().args[0]
     taken = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
     graph.output(tuple(taken))
     return fx.GraphModule({"body": module}, graph)

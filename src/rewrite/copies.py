@@ -39,7 +39,7 @@ def copy_what_is_written(module: fx.GraphModule, open_to_writes: bool = False) -
             for target in writes(node):
                 last.update(dict.fromkeys(facts.memories(target), order[node]))
         if open_to_writes and inner is module:
-            output = next(reversed(inner.graph.nodes))
+            output = inner.graph.output_node()
             leaving = {m for n in output.all_input_nodes for m in facts.memories(n)}
             given = inner.graph.find_nodes(op="placeholder")  # copied by who calls the graph
             leaving -= {m for n in given for m in facts.memories(n)}

@@ -50,7 +50,7 @@ def inputs_to_copy(module: fx.GraphModule) -> list[int]:
     """
     graph = module.graph
     own = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
-    for n in next(reversed(graph.nodes)).all_input_nodes:
+    for n in graph.output_node().all_input_nodes:
         own |= facts.memories(n)
     return [
         i

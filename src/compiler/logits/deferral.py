@@ -60,7 +60,7 @@ def defer_logits(
         How many outputs were joined, or became lazy.
     """
     graph = module.graph
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
     made = 0
     for node in dict.fromkeys(output.all_input_nodes):

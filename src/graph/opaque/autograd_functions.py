@@ -87,7 +87,7 @@ def forward(node: fx.Node) -> Forward | None:
     inner = facts.body(call.args[0])
     if inner is None:
         return None
-    returned: Any = next(reversed(inner.graph.nodes)).args[0]
+    returned: Any = inner.graph.output_node().args[0]
     results = returned[0]
     if len(results) != 1 or not isinstance(results[0], fx.Node):
         return None
