@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def _run(
         with (
             hidden_hooks(hooks.idle),
             units.hidden(),
-            torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()),
+            _logging_ignored(),
         ):
             outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
@@ -170,6 +171,23 @@ def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@contextmanager
+def _logging_ignored() -> Iterator[None]:
+    """Let log calls break no graph.
+
+    PyTorch 2.11 cannot write functions that it ignores into its records of a compilation, and logs
+    a traceback about that, each time.
+    """
+    logger = logging.getLogger("torch._dynamo.metrics_context")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _logger_methods() -> set[Any]:
