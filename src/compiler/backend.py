@@ -11,8 +11,7 @@ from torch import fx, nn
 
 from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
-from ..graph.functionalize import remove_writes
-from ..graph.opaque.autograd_calls import require_marked_writes
+from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..memory.apply_plan import offloaded, planned

@@ -14,6 +14,22 @@ from . import facts
 from .canon import canonical
 from .edit import modes, prune
 from .effects import is_opaque, writes
+from .opaque.autograd_functions import is_wrapped
+
+
+def require_marked_writes(module: fx.GraphModule) -> None:
+    """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: its gradients would be wrong.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    for inner in facts.nested(module):
+        for node in inner.graph.nodes:
+            if is_wrapped(node) and "dirty_idx" not in node.kwargs and writes(node):
+                raise NotImplementedError(
+                    f"an autograd function writes to its input: PyTorch {torch.__version__} does "
+                    "not capture that"
+                )
 
 
 def remove_writes(module: fx.GraphModule) -> int:

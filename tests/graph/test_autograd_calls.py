@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fusewright.graph.functionalize import require_marked_writes
 from fusewright.graph.opaque import autograd_calls
 from fusewright.graph.opaque.autograd_functions import is_wrapped
 from fusewright.graph.run import eager
@@ -125,7 +126,7 @@ def _by_graph(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     module = capture(fn, *_inputs())
     assert any(is_wrapped(node) for node in module.graph.nodes)
     try:
-        autograd_calls.require_marked_writes(module)
+        require_marked_writes(module)
     except NotImplementedError as error:  # of another version of PyTorch
         pytest.skip(str(error))
     run = eager(module)
@@ -138,11 +139,11 @@ def test_a_write_that_is_not_marked_is_refused() -> None:
     module = capture(_doubled, *_inputs())
     call = next(node for node in module.graph.nodes if is_wrapped(node))
     if "dirty_idx" in call.kwargs:
-        autograd_calls.require_marked_writes(module)
+        require_marked_writes(module)
         call.kwargs = {k: v for k, v in call.kwargs.items() if k != "dirty_idx"}
     with pytest.raises(NotImplementedError, match="writes to its input"):
-        autograd_calls.require_marked_writes(module)
-    autograd_calls.require_marked_writes(capture(_power, *_inputs()))
+        require_marked_writes(module)
+    require_marked_writes(capture(_power, *_inputs()))
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS)

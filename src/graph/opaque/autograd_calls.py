@@ -13,27 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import facts
-from ..effects import writes
 from .autograd_functions import is_wrapped
 
 _DIFFERENTIABLE = "fusewright_differentiable"
 _NEEDED = {"saved_for_backward_idx", "non_differentiable_idx"}
-
-
-def require_marked_writes(module: fx.GraphModule) -> None:
-    """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: its gradients would be wrong.
-
-    Raises:
-        NotImplementedError: with the reason.
-    """
-    for inner in facts.nested(module):
-        for node in inner.graph.nodes:
-            if is_wrapped(node) and "dirty_idx" not in node.kwargs and writes(node):
-                raise NotImplementedError(
-                    f"an autograd function writes to its input: PyTorch {torch.__version__} does "
-                    "not capture that"
-                )
 
 
 def free_in_backward(graph: fx.Graph) -> None:

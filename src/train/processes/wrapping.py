@@ -74,6 +74,8 @@ def deepspeed_config(
     for name in _BY_RECIPE:
         config.setdefault(name, "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # which is compiled first
+    _require_known(config["zero_optimization"])
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     for name, kind in kinds.items():
         asked = config.get(name, {}).get("enabled", "auto")
@@ -88,15 +90,38 @@ def deepspeed_config(
     return config
 
 
-def accept_dtype(arguments: Any) -> None:
-    """Let DeepSpeed's dtype be the weights'.
+def check_deepspeed(arguments: Any) -> None:
+    """Let DeepSpeed's dtype be the weights', and all else what the recipe says.
 
-    The Trainer compares it with that of its own autocast, which is off, and refuses any other.
+    The Trainer compares the dtype with that of its own autocast, which is off.
+
+    Raises:
+        RecipeError: a number in DeepSpeed's file is not the recipe's.
     """
     config = getattr(arguments, "hf_deepspeed_config", None)
-    if config is not None:
-        dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
-        config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
+    if config is None:
+        return
+    dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
+    config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
+    for mismatch in config.mismatches:
+        given, _, own = mismatch.removeprefix("- ds ").partition(" vs hf ")
+        raise RecipeError(
+            f"deepspeed: {given} in its configuration, but the recipe and the number of processes "
+            f"give {own}: write auto"
+        )
+
+
+def _require_known(zero: Mapping[str, Any]) -> None:
+    """See that DeepSpeed knows the keys of ``zero_optimization``, and takes their values."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *found["loc"])))
+        raise RecipeError(f"deepspeed: {key}: {found['msg']}") from None
 
 
 _BY_RECIPE = (

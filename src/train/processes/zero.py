@@ -16,9 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...errors import RecipeError
 from .gather import Groups
 
 MASTER = "master"
+
+
+def require_one_dtype(model: nn.Module, arguments: Any) -> None:
+    """See that all weights that are trained have one dtype: ZeRO puts them into one buffer.
+
+    Args:
+        model: before DeepSpeed has it.
+        arguments: the Trainer's. Where DeepSpeed has a dtype of 16 bits, it casts all weights.
+
+    Raises:
+        RecipeError: they have several.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is None or config.dtype() is not torch.float32:
+        return
+    names = {p.dtype: name for name, p in model.named_parameters() if p.requires_grad}
+    if len(names) > 1:
+        several = " and ".join(
+            f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in names.items()
+        )
+        raise RecipeError(
+            f"deepspeed: trains weights of one dtype, but these have {several}: set "
+            "peft_autocast_adapter_dtype: false, so that adapters have the dtype of the other "
+            "weights, or train with FSDP"
+        )
 
 
 def whole_weights(model: nn.Module, trained_only: bool, keep: bool) -> dict[str, Tensor]:

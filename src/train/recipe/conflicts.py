@@ -268,7 +268,11 @@ def _output(values: Values) -> Iterator[Problem]:
     ]
     # auto_resume_from_checkpoints may stand in a recipe for good: overwriting begins anew
     if values.get("resume_from_checkpoint") is True and values.get("overwrite_output_dir"):
-        yield (resumes[0],), "set this or overwrite_output_dir (--overwrite), not both"
+        yield (
+            (resumes[0],),
+            "set this or overwrite_output_dir (--overwrite), not both; to resume a run that has "
+            "finished, name its checkpoint, e.g. RUN/checkpoint-8",
+        )
     if resumes and values.get("save_only_model"):
         yield (
             (resumes[0],),

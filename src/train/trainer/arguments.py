@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ...errors import RecipeError
 from ..model.precision import dtype_for_training
 from ..processes.world import World
-from ..processes.wrapping import accept_dtype, deepspeed_config, deepspeed_state
+from ..processes.wrapping import check_deepspeed, deepspeed_config, deepspeed_state
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
 
@@ -136,7 +136,7 @@ def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> T
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    accept_dtype(made)
+    check_deepspeed(made)
     made._n_gpu = min(1, made.n_gpu)  # of several, one process would train on all: nn.DataParallel
     return made  # type: ignore[no-any-return]  # 2026-11-27: for its private attribute
 
@@ -162,7 +162,8 @@ def _processes(recipe: Recipe) -> dict[str, Any]:
         found.setdefault("ddp_find_unused_parameters", not recipe.checkpointing())
     if strategy.deepspeed is not None:
         dtype = dtype_for_training(recipe.precision())
-        found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype, bool(recipe.adapter))
+        wide = bool(recipe.adapter) and recipe.peft_autocast_adapter_dtype
+        found["deepspeed"] = deepspeed_config(strategy.deepspeed, dtype, wide)
         found |= deepspeed_state()
     return found
 

@@ -119,6 +119,7 @@ class ParallelTrainer(ResumableTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's own; notes whose parameters the optimizer has, before they are sharded."""
+        zero.require_one_dtype(self._module, self.args)
         optimizer = super().create_optimizer(model)
         if self.divides:
             self._kernels = step_one_by_one(optimizer)

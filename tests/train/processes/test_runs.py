@@ -202,3 +202,15 @@ def test_deepspeed_in_16_bits(runs: Runs, stage: int, method: str) -> None:
     assert run.json["val_loss_after"] < run.json["val_loss_before"] - 0.05
     if method != "full":
         assert {t.dtype for t in run.weights().values()} == {torch.float32}
+
+
+@DEEPSPEED
+@pytest.mark.slow
+def test_deepspeed_with_weights_of_two_dtypes(runs: Runs) -> None:
+    """A head of 16 bits beside adapters of 32: refused before the first step, with what to do."""
+    keys = {"bf16": True, "lora_modules_to_save": ["lm_head"], **STRATEGIES["zero3"]}
+    refused = runs.end("two dtypes", runs.start("two dtypes", "--nproc", "2", **keys))
+    assert refused.code == 2, refused.text
+    assert "deepspeed: trains weights of one dtype, but these have" in refused.err
+    run = runs.several("one dtype", peft_autocast_adapter_dtype=False, **keys)
+    assert run.json["val_loss_after"] < run.json["val_loss_before"] - 0.05

@@ -182,7 +182,7 @@ def test_offload_as_a_word() -> None:
             "deepspeed: set this or fsdp, not both",
         ),
         (
-            {"fsdp_config": {"version": 2}, "deepspeed": {"bf16": {"enabled": "auto"}}},
+            {"fsdp_config": {"version": 2}, "deepspeed": {"zero_optimization": {"stage": 2}}},
             "deepspeed: set this or fsdp_config, not both",
         ),
         (
@@ -501,23 +501,37 @@ def test_a_configuration_of_deepspeed_is_read_from_its_file(
         ("[1]", "ds.json must hold one JSON object, a configuration of DeepSpeed"),
         (b"\xff\xfe", "ds.json cannot be read: "),
         ('{"zero_optimization": 3}', "ds.json: zero_optimization must be keys and values, not 3"),
-        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage must be 1, 2 or 3; r"),
         (
-            '{"optimizer": {"type": "AdamW"}}',
+            '{"gradient_clipping": 1.0}',
+            "ds.json: zero_optimization.stage must be 1, 2 or 3; remove ",
+        ),
+        (
+            '{"bf16": true}',
+            'ds.json: bf16 must be keys and values, such as {"enabled": "auto"}, not',
+        ),
+        (
+            '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}',
             "ds.json: optimizer: the recipe's optimizer, learning_rate, weight_decay and adam_* "
             "say this: remove the section",
         ),
-        ('{"scheduler": {"type": "WarmupLR"}}', "scheduler: the recipe's lr_scheduler, warmup_"),
         (
-            '{"train_micro_batch_size_per_gpu": 4}',
+            '{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}',
+            "scheduler: the recipe's lr_scheduler, warmup_",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}',
             "train_micro_batch_size_per_gpu is 4, but micro_batch_size is 2: write auto for it in "
             "the configuration, or set micro_batch_size: 4",
         ),
         (
-            '{"gradient_accumulation_steps": 2}',
+            '{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2}',
             "gradient_accumulation_steps is 2, but gradient_accumulation_steps is 3: write auto",
         ),
-        ('{"gradient_clipping": 0.5}', "gradient_clipping is 0.5, but max_grad_norm is 1.0: w"),
+        (
+            '{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}',
+            "gradient_clipping is 0.5, but max_grad_norm is 1.0: w",
+        ),
     ],
 )
 def test_a_file_that_is_no_configuration(
@@ -552,8 +566,8 @@ def test_the_names_that_recipes_use_need_no_file(
     assert any(f"deepspeed: {named}: there is no such file" in line for line in messages(found))
     # a file of that name is what counts
     (tmp_path / "deepspeed_configs").mkdir()
-    (tmp_path / named).write_text('{"zero_optimization": {"stage": 0}}', encoding="utf-8")
-    assert recipe(deepspeed=named).strategy().deepspeed == {"zero_optimization": {"stage": 0}}
+    (tmp_path / named).write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    assert recipe(deepspeed=named).strategy().deepspeed == {"zero_optimization": {"stage": 1}}
     assert status(deepspeed=named)["deepspeed"] == ("honoured", "")
     assert messages(recipe(deepspeed=named)) == []
 

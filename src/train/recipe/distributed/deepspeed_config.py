@@ -149,11 +149,16 @@ def mismatches(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str
 
 
 def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    zero = config.get("zero_optimization")
-    if zero is not None and not isinstance(zero, Mapping):
-        raise RecipeError(f"{where}zero_optimization must be keys and values, not {zero!r}")
-    if stage(config) not in (0, 1, 2, 3):
-        raise RecipeError(f"{where}zero_optimization.stage must be 0, 1, 2 or 3")
+    for name in ("zero_optimization", "bf16", "fp16"):
+        value = config.get(name, {})
+        if not isinstance(value, Mapping):
+            said = ', such as {"enabled": "auto"}' if name != "zero_optimization" else ""
+            raise RecipeError(f"{where}{name} must be keys and values{said}, not {value!r}")
+    if stage(config) not in (1, 2, 3):
+        raise RecipeError(
+            f"{where}zero_optimization.stage must be 1, 2 or 3; remove deepspeed to train without "
+            "ZeRO (DDP)"
+        )
     for name, keys in _OF_THE_RECIPE.items():
         if name in config:
             raise RecipeError(f"{where}{name}: the recipe's {keys} say this: remove the section")
