@@ -149,13 +149,13 @@ def _override(
     problems: list[tuple[Loc, str]] = []
     for dotted, value in overrides.items():
         loc = current(Recipe, dotted)
-        if _put(values, loc, value):
+        if _put(values, loc, _plain(value)):
             for n in range(1, len(loc)):
                 where.setdefault(loc[:n], "override")
             where[loc] = "override"
         else:
             problems.append((loc, "is not in the recipe, so it cannot be overridden"))
-    return problems
+    return problems + _rename(Recipe, values, where, ())  # a value may be a mapping
 
 
 def _put(values: Any, loc: Loc, value: Any) -> bool:

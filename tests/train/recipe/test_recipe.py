@@ -55,6 +55,15 @@ def test_a_path_beside_the_recipe_wins_over_the_current_folder(
     assert found == [str(tmp_path / "rows.jsonl"), str(here / "only_here.jsonl")]
 
 
+def test_a_mapping_on_the_command_line_may_have_older_names() -> None:
+    given = {"fsdp_transformer_layer_cls_to_wrap": "Block", "fsdp_offload_params": True}
+    keys = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
+    config = load_recipe(keys, {"fsdp_config": given}).fsdp_config
+    assert config is not None
+    assert (config.transformer_layer_cls_to_wrap, config.offload_params) == (["Block"], True)
+    assert set(given) == {"fsdp_transformer_layer_cls_to_wrap", "fsdp_offload_params"}
+
+
 def test_overrides_win_and_go_inside(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "lora_r: 4\n")
     overrides = {"lora_r": 8, "seed": 7, "datasets.0.field_messages": "turns"}
