@@ -21,6 +21,9 @@ from .opaque.autograd_functions import is_wrapped
 def require_marked_writes(module: fx.GraphModule) -> None:
     """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: its gradients would be wrong.
 
+    That version (2.11) also loses the gradient of a function that returns what it has made twice:
+    what it has written to is an output of its own there.
+
     Raises:
         NotImplementedError: with the reason.
     """
@@ -34,6 +37,25 @@ def require_marked_writes(module: fx.GraphModule) -> None:
                     f"an autograd function writes to its input: PyTorch {torch.__version__} does "
                     "not capture that"
                 )
+            if _returns_twice(node):
+                raise NotImplementedError(
+                    f"an autograd function writes to its output: PyTorch {torch.__version__} loses "
+                    "its gradient"
+                )
+
+
+def _returns_twice(call: fx.Node) -> bool:
+    body = facts.body(call.args[0])
+    if body is None:
+        return True
+    outputs: Any = body.graph.output_node().args[0]
+    seen: set[int] = set()
+    for node in outputs[0]:
+        memory = facts.memories(node) if isinstance(node, fx.Node) else set()
+        if memory & seen:
+            return True
+        seen |= memory
+    return False
 
 
 @functools.cache

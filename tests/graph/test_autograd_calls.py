@@ -146,6 +146,21 @@ def test_a_write_that_is_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -
     require_marked_writes(written)
 
 
+def test_what_is_returned_twice_is_refused_where_its_gradient_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch 2.11 makes an output of each value that a function computes."""
+    module = capture(_sigmoid, *_inputs())
+    body = module.fwd_body_0
+    returned: Any = body.graph.output_node()
+    (outputs, saved), made = returned.args[0], returned.args[0][0][0]
+    monkeypatch.setattr(functionalize, "_knows_mark_dirty", lambda: False)
+    require_marked_writes(module)
+    returned.args = (((*outputs, made), saved),)
+    with pytest.raises(NotImplementedError, match="loses its gradient"):
+        require_marked_writes(module)
+
+
 @pytest.mark.parametrize("fn", FUNCTIONS)
 def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
     found = []
