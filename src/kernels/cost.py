@@ -103,8 +103,7 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
         def pack(t: Tensor) -> Tensor:
             if _place(t) not in parameters:
                 saved[_place(t)] = t.untyped_storage()
-            # a node that saves its own output would keep itself alive
-            return t if t.grad_fn is None else t.detach()
+            return kept_by_hook(t)
 
         with Living() as living, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             results = [t for t in tree_iter(call(*args, **kwargs)) if isinstance(t, Tensor)]
@@ -114,6 +113,15 @@ def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
             flops=living.flops,
             bytes_saved=sum(storage.nbytes() for storage in saved.values()),
         )
+
+
+def kept_by_hook(t: Tensor) -> Tensor:
+    """What a hook on saved tensors may keep of ``t``, and give back to backward.
+
+    A node that saves its own output would keep itself alive, for good if backward never runs.
+    Weights stay what they are: ZeRO-3 frees one by way of its parameter.
+    """
+    return t if t.grad_fn is None else t.detach()
 
 
 def _place(t: Tensor) -> int:

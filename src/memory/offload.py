@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.fakes import hint
+from ..kernels.cost import kept_by_hook
 from .transport import Transfer, Transport, transport_of
 
 LEAST = 1 << 20
@@ -142,10 +143,7 @@ class Offload:
 
         def pack(t: Tensor) -> Tensor | Kept:
             found = kept.get(t.untyped_storage()._cdata)
-            if found is not None and found.holds(t):
-                return found
-            # a node that saves its own output, and never runs backward, would keep itself alive
-            return t if t.grad_fn is None else t.detach()
+            return found if found is not None and found.holds(t) else kept_by_hook(t)
 
         def unpack(held: Tensor | Kept) -> Tensor:
             return held.get() if isinstance(held, Kept) else held

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.cost import kept_by_hook
+
 KINDS = ("output", "gradient of input", "gradient by a second backward of input", "input")
 """What ``Outcome.results`` holds, in this order; the last is inputs that were written to."""
 
@@ -180,8 +182,7 @@ def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[in
         storage = t.untyped_storage()
         if storage.data_ptr() not in inputs and tuple(t.shape) not in fixed:
             kept[storage.data_ptr()] = storage.nbytes()
-        # a node that saves its own output would keep itself alive
-        return t if t.grad_fn is None else t.detach()
+        return kept_by_hook(t)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield

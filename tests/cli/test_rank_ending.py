@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
+
+COMMAND = importlib.import_module("fusewright.cli.main")  # its package has a function of that name
 
 CODE = """
 import atexit, sys, threading, time
@@ -30,3 +33,23 @@ def test_all_is_done_but_taking_modules_down(code: object, exit_code: int) -> No
     assert done.returncode == exit_code, done.stderr
     assert done.stdout == "begun thread\nat exit\n"
     assert done.stderr == ("no\n" if exit_code == 1 else "")
+
+
+@pytest.mark.parametrize(("size", "ended"), [("2", [3]), ("1", []), (None, [])])
+def test_only_one_of_several_ends_so(
+    size: str | None, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.distributed  # noqa: F401
+
+    def app() -> None:
+        raise SystemExit(3)
+
+    seen: list[object] = []
+    monkeypatch.setattr(COMMAND, "app", app)
+    monkeypatch.setattr(COMMAND, "end_rank", seen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(SystemExit):
+        COMMAND.main()
+    assert seen == ended

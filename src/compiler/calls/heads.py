@@ -181,13 +181,12 @@ def _logging_ignored() -> Iterator[None]:
     a traceback about that, each time.
     """
     logger = logging.getLogger("torch._dynamo.metrics_context")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    disabled, logger.disabled = logger.disabled, True  # a level would empty all loggers' caches
     try:
         with torch._dynamo.config.patch(ignore_logger_methods=_logger_methods()):
             yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 def _logger_methods() -> set[Any]:

@@ -103,8 +103,8 @@ def check_deepspeed(arguments: Any) -> None:
         return
     dtypes = ("- ds bf16.enabled=", "- ds fp16.enabled=")
     config.mismatches = [m for m in config.mismatches if not m.startswith(dtypes)]
-    for mismatch in config.mismatches:
-        given, _, own = mismatch.removeprefix("- ds ").partition(" vs hf ")
+    if config.mismatches:
+        given, _, own = config.mismatches[0].removeprefix("- ds ").partition(" vs hf ")
         raise RecipeError(
             f"deepspeed: {given} in its configuration, but the recipe and the number of processes "
             f"give {own}: write auto"

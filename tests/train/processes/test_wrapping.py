@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,10 @@ from fusewright.train.processes.zero import require_one_dtype
 
 ZERO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+THERE = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-
-
+@THERE
 @pytest.mark.parametrize("asked", [{}, {"bf16": {"enabled": "auto"}, "fp16": {}}])
 @pytest.mark.parametrize(
     ("dtype", "adapters", "enabled"),
@@ -36,6 +36,7 @@ def test_its_dtype_is_that_of_what_is_trained(
     assert found["train_batch_size"] == "auto"
 
 
+@THERE
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_dtype_that_it_names_is_the_recipes(adapters: bool) -> None:
     named = {"bf16": {"enabled": True}, "fp16": {"enabled": False, "loss_scale": 0}}
@@ -51,6 +52,7 @@ def test_a_dtype_that_it_names_is_the_recipes(adapters: bool) -> None:
         deepspeed_config({**ZERO, **off}, BF16, adapters)
 
 
+@THERE
 @pytest.mark.parametrize(
     ("zero", "said"),
     [
@@ -64,6 +66,7 @@ def test_what_deepspeed_does_not_know_is_named(zero: dict[str, Any], said: str) 
     deepspeed_config({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, FP32)
 
 
+@THERE
 def test_the_optimizer_is_the_recipes_and_needs_no_compiler() -> None:
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert deepspeed_config(offloaded, FP32)["zero_force_ds_cpu_optimizer"] is False
