@@ -13,8 +13,10 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _globals
+from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quant_states import is_packed
 from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
@@ -24,6 +26,10 @@ _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
 _CALL = nn.Module.__call__, nn.Module._call_impl
+_HELD = ("__closure__", "__defaults__", "__kwdefaults__")
+"""What else a function depends on than its code."""
+
+_HELD_IS_GUARDED = TorchVersion(torch.__version__) >= (2, 13)
 
 
 def global_hook_reason() -> str | None:
@@ -128,9 +134,16 @@ class Watch:
 
 
 def _code(forward: Any) -> Any:
-    """The code behind a forward; what a closure around it holds is guarded by TorchDynamo."""
+    """The code behind a forward, and what it holds where TorchDynamo does not guard that.
+
+    PyTorch 2.13 guards the closure and the defaults of a function that stands in a module; 2.11
+    takes any function with the same code for the one that it captured.
+    """
     function = getattr(forward, "func", forward)  # of a functools.partial
     function = getattr(function, "__func__", function)
+    holds = any(getattr(function, name, None) for name in _HELD)
+    if holds and not _HELD_IS_GUARDED:
+        return function
     return getattr(function, "__code__", type(function))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,13 +103,36 @@ def test_a_class_patched_after_the_first_step(
     _assert_equal(ours, eager)
 
 
-def test_a_forward_put_into_a_submodule_after_the_first_step() -> None:
+def _with_defaults(gate: nn.Module, factor: float) -> Callable[..., Any]:
+    return lambda x, gate=gate, factor=factor: factor * _other_forward(gate, x)
+
+
+def _with_keyword_defaults(gate: nn.Module, factor: float) -> Callable[..., Any]:
+    return lambda x, *, gate=gate, factor=factor: factor * _other_forward(gate, x)
+
+
+def _with_a_closure(gate: nn.Module, factor: float) -> Callable[..., Any]:
+    return lambda x: factor * _other_forward(gate, x)
+
+
+def _with_a_partial(gate: nn.Module, factor: float) -> Callable[..., Any]:
+    return functools.partial(_times_other_forward, gate, factor)
+
+
+def _times_other_forward(gate: nn.Module, factor: float, x: Tensor) -> Tensor:
+    return factor * _other_forward(gate, x)
+
+
+@pytest.mark.parametrize(
+    "make", [_with_defaults, _with_keyword_defaults, _with_a_closure, _with_a_partial]
+)
+def test_a_forward_put_into_a_submodule_after_the_first_step(make: Callable[..., Any]) -> None:
     ours, eager = _pair()
     _assert_equal(ours, eager)
     for factor in (2.0, 3.0):
         for model in (ours, eager):
             gate = model.layers[1].mlp
-            gate.forward = lambda x, gate=gate, factor=factor: factor * _other_forward(gate, x)
+            gate.forward = make(gate, factor)
         _assert_equal(ours, eager)
     for model in (ours, eager):
         del model.layers[1].mlp.forward
