@@ -118,7 +118,7 @@ def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding
     It is one call: a formula counts as missed only when the last rule has run, and the rules of
     both kinds run in one nested graph after the other.
     """
-    verify = None if choices.options.verify == "off" else choices.verifier
+    verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
     with quiet_randomness():
         return apply(graph, choices.rules, TABLE, verify, choices.fuel)
 
@@ -141,7 +141,7 @@ def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
 def _generate_code(
     graph: fx.GraphModule, examples: Sequence[Any], choice: str, session: Session
 ) -> Callable[..., Any]:
-    if choice == "inductor":
+    if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
         return codegen.inductor(graph, examples, session.state.preparation)
     return eager(graph)
 

@@ -16,15 +16,18 @@ from torch.autograd import forward_ad
 from .units import divided_by, is_unit
 
 
-def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -> str | None:
+def bypass_reason(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool = False
+) -> str | None:
     """Why this call of a region must run the original forward, or None.
 
     Args:
         args: of the call.
         kwargs: of the call.
         hooks: below the region.
+        fake: whether the model is made of fake tensors.
     """
-    reason = transform_reason(args, kwargs)
+    reason = transform_reason(args, kwargs, fake)
     if reason is not None:
         return reason
     for value in (*args, *kwargs.values()):
@@ -43,15 +46,20 @@ def bypass_reason(args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -
     return f"a hook is registered on its submodule {hooks.others}" if hooks.others else None
 
 
-def transform_reason(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def transform_reason(
+    args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool = False
+) -> str | None:
     """Why a call is no ordinary one: a transform runs the model, or its tensors have no values.
 
-    Neither can be captured, and neither says anything about the calls to come.
+    Neither can be captured, and neither says anything about the calls to come. Where the model
+    itself is made of ``fake`` tensors, no other calls will come.
     """
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func runs the model (grad, vmap, jacrev, ...)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation runs the model (jvp)"
+    if fake:
+        return None
     if torch._C._len_torch_dispatch_stack() and any(
         torch._C._get_dispatch_mode(key) is not None for key in _TRACERS
     ):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..memory.budget import Budget
@@ -104,6 +105,7 @@ def _choices(
         Fuel(environment.fuel),
         _planner(model, blocks, options.memory, chosen[0]),
         split=split,
+        fake=any(isinstance(p, FakeTensor) for p in model.parameters()),
     )
 
 

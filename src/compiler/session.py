@@ -44,6 +44,7 @@ class Choices:
         planner: says what each block keeps for backward.
         split: called with a module that could not be captured: makes regions of its parts, and
             returns what undoes that.
+        fake: whether the model has fake tensors for weights: its steps are counted, not computed.
     """
 
     options: Options
@@ -53,6 +54,7 @@ class Choices:
     fuel: Fuel
     planner: Planner
     split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
+    fake: bool = False
 
     @property
     def rules(self) -> list[Any]:
@@ -218,7 +220,8 @@ class Session:
 
     def _start(self, module: nn.Module) -> None:
         """Before the first call: let Inductor prepare beside the capture."""
-        if not self.state.started and self.choices.codegen[0] == "inductor":
+        compiles = self.choices.codegen[0] == "inductor" and not self.choices.fake
+        if not self.state.started and compiles:
             self.state.preparation = codegen.prepare(module)
         self.state.started = True
 

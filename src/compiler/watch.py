@@ -29,7 +29,7 @@ _CALL = nn.Module.__call__, nn.Module._call_impl
 _HELD = ("__closure__", "__defaults__", "__kwdefaults__")
 """What else a function depends on than its code."""
 
-_HELD_IS_GUARDED = TorchVersion(torch.__version__) >= (2, 13)
+_HELD_IS_GUARDED = TorchVersion(torch.__version__) >= "2.13"
 
 
 def global_hook_reason() -> str | None:

@@ -146,6 +146,10 @@ class Planner:
         usages: list[Usages] = [Scaled(self._usages(b), factor) for b in self.blocks]
         return usages, self._setting.scaled(factor)
 
+    def usages(self) -> list[tuple[nn.Module, Usages]]:
+        """The blocks whose graphs were captured, each with what it takes at each level."""
+        return list(self._known.items())
+
     def _usages(self, block: nn.Module) -> Usages:
         """Of a block, or of one of its class that is known, or of any."""
         known = self._known.get(block)

@@ -39,6 +39,16 @@ _OPERATIONS_PER_BYTE = 5000
 100 TFLOP/s of the device meanwhile. Assumed: it ranks blocks; copies run beside the work."""
 
 
+def compilation_bytes(choice: str) -> int:
+    """Bytes that capture and ``choice`` leave in a process on the CPU."""
+    return _COMPILATION[choice]
+
+
+def slack_of(device: str) -> float:
+    """Bytes that the allocator holds besides, for each byte that blocks keep."""
+    return _SLACK if device == "cpu" else 0.0
+
+
 class Predicted:
     """What a block's graph takes at each level, predicted when it is first asked for.
 
@@ -136,7 +146,7 @@ def setting(
     training = sum((2 + (p.grad is None)) * p.nbytes for p in own)
     on_cpu = planner.meter.device.type == "cpu"
     if on_cpu:
-        training += _COMPILATION[choice]
+        training += compilation_bytes(choice)
     limit = planner.budget.bytes
     if planner.budget.mode == "auto":
         there = planner.meter.capacity()
@@ -146,7 +156,7 @@ def setting(
         levels = levels[1:]
     host = int(_HOST * planner.meter.host())
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
-    slack = _SLACK if on_cpu else 0.0
+    slack = slack_of(planner.meter.device.type)
     return PlanInputs(base, training, head, limit, levels, host, logits, slack)
 
 

@@ -69,7 +69,7 @@ def block_forward(
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
         failed = session.failure(self)
-        reason = failed or _why_not(kind, args, kwargs, hooks)
+        reason = failed or _why_not(kind, args, kwargs, hooks, session.choices.fake)
         if reason is not None:
             if hooks.divided and kind == "block" and failed is None:
                 session.leave(self, reason)
@@ -110,9 +110,11 @@ def block_forward(
     return forward
 
 
-def _why_not(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks) -> str | None:
+def _why_not(
+    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool
+) -> str | None:
     """Why a call of a block or a norm is not captured, or None."""
-    reason = global_hook_reason() or bypass_reason(args, kwargs, hooks)
+    reason = global_hook_reason() or bypass_reason(args, kwargs, hooks, fake)
     if reason is None and kind == "norm" and not torch.is_grad_enabled():
         return "evaluation: a lone norm is not worth a graph of its own"
     return reason

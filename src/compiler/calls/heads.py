@@ -125,7 +125,8 @@ def head_forward(
 
 def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:
     """Why a call with labels is not captured, as far as the blocks have no say in it."""
-    reason = session.log.failed.get(head) or transform_reason((), kwargs) or global_hook_reason()
+    reason = session.log.failed.get(head) or global_hook_reason()
+    reason = reason or transform_reason((), kwargs, session.choices.fake)
     if reason is None and hooked:
         return f"a hook is registered on its submodule {hooked}"
     return reason

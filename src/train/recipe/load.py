@@ -15,7 +15,7 @@ from ..consent import Consent
 from ..printable import odd_characters
 from .conflicts import conflicts
 from .keys.base import Keys, aliases, current, moved, nested
-from .paths import with_paths
+from .paths import DATA, with_paths
 from .problems import Loc, explained, listed, nearest_key
 from .recipe import Recipe
 from .status import refusals
@@ -65,8 +65,15 @@ def check(
     source: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
     consent: Consent | None = None,
+    with_data: bool = True,
 ) -> Checked:
     """Read and check a recipe, but take keys that are not yet available.
+
+    Args:
+        source: as for ``load_recipe``.
+        overrides: likewise.
+        consent: likewise.
+        with_data: whether its rows have to be on this machine.
 
     Raises:
         RecipeError: lists every problem, with its key and line.
@@ -97,7 +104,7 @@ def check(
             problems.append((loc, problem))
     if recipe is not None and not odd:  # no path has such characters
         recipe, missing = with_paths(recipe.allowed(consent or Consent()), folder)
-        problems += missing
+        problems += [m for m in missing if with_data or m[0][0] not in DATA]
     if problems or recipe is None:
         known = {loc for loc, _ in problems}
         problems += [found for found in refusals(values) if found[0] not in known]

@@ -22,6 +22,9 @@ _D = TypeVar("_D", bound=Dataset)
 
 Problems = list[tuple[Loc, str]]
 
+DATA = ("datasets", "test_datasets", "pretraining_dataset")
+"""The keys that say where rows are."""
+
 
 def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     """Make the paths of a recipe absolute.
@@ -36,7 +39,7 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
     folders = list(dict.fromkeys([folder, Path.cwd()]))
     problems: Problems = []
     update: dict[str, Any] = {}
-    for name in ("datasets", "test_datasets", "pretraining_dataset"):
+    for name in DATA:
         if found := getattr(recipe, name):
             update[name] = [_dataset(d, folders, (name, i), problems) for i, d in enumerate(found)]
             if not recipe.consent.allow_builders:

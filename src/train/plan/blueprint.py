@@ -1,0 +1,120 @@
+"""The model of a recipe without its weights: one block of each kind, and how often it stands there.
+
+Models have dozens of equal blocks. What one of a kind holds and takes is found once, and counted as
+often as the kind stands in the model; only where a recipe adapts blocks by their number is every
+block kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...compiler.regions import find
+from ..model.adapters import add_adapter
+from ..model.from_pretrained import meta_model
+from ..model.load import load_config, quiet
+from ..recipe.recipe import Recipe
+
+Kind = tuple[Any, ...]
+"""What tells kinds of blocks apart: the class, and the names and shapes of the parameters."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model on the meta device, with its adapters.
+
+    Attributes:
+        model: with at least one block of each kind.
+        config: that of the whole model.
+        blocks: those of ``model``, by their paths in it.
+        times: how many blocks of the whole model each of them stands for.
+        depth: the number of blocks of the whole model.
+        fitted: whether the trained tokens fit into the vocabulary of ``model`` is not known here.
+    """
+
+    model: Any
+    config: Any
+    blocks: dict[str, nn.Module]
+    times: dict[str, int]
+    depth: int
+
+
+def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
+    """The model that ``recipe`` trains, without weights.
+
+    Args:
+        recipe: checked.
+        dtype: of the weights that are not adapters.
+
+    Raises:
+        RecipeError: there is no such model, or it has no such layers.
+    """
+    with quiet():
+        config = load_config(recipe)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        model = meta_model(recipe, config).to(dtype)
+        counts = _keep_one_of_each(model, _numbers_blocks(recipe))
+        model = add_adapter(model, recipe)
+    blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
+    times = dict(zip(blocks, counts or [1] * len(blocks), strict=True))
+    return Blueprint(model.train(), config, blocks, times, sum(times.values()))
+
+
+def kind_of(block: nn.Module) -> Kind:
+    """What tells the kind of ``block``."""
+    return type(block), tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
+
+
+_BY_NUMBER = ("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication")
+
+
+def _numbers_blocks(recipe: Recipe) -> bool:
+    """Whether a recipe names single blocks, so that equal ones are not alike any more."""
+    named = [
+        recipe.lora_target_modules, recipe.lora_exclude_modules, recipe.lora_target_parameters,
+        recipe.lora_modules_to_save, recipe.unfrozen_parameters,
+    ]  # fmt: skip
+    return any(getattr(recipe, key) for key in _BY_NUMBER) or any(
+        re.search(r"\d", str(value)) is not None for value in named if value
+    )
+
+
+def _keep_one_of_each(model: nn.Module, every: bool) -> list[int] | None:
+    """Take equal blocks but the first out of the model's lists.
+
+    Args:
+        model: it is changed.
+        every: keep them all the same.
+
+    Returns:
+        How many each of those that are left stands for; None: each for itself.
+    """
+    blocks = {id(r.module): kind_of(r.module) for r in find(model) if r.kind == "block"}
+    counts = Counter(blocks.values())
+    if every or len(counts) == len(blocks):
+        return None
+    left: list[int] = []
+    for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        kinds = [blocks.get(id(m)) for m in stack]
+        if not kinds or None in kinds:
+            continue
+        keep = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
+        # of one block alone it is not seen that it is one: a second stands beside it
+        if len(keep) == 1 and len(kinds) > 1:
+            keep.append(1)
+        own = Counter(kinds)
+        seen = Counter(kinds[i] for i in keep)
+        for i in keep:
+            share, more = divmod(own[kinds[i]], seen[kinds[i]])
+            left.append(share + (more if kinds.index(kinds[i]) == i else 0))
+        kept = [stack[i] for i in keep]
+        del stack[:]
+        stack.extend(kept)
+    return left

@@ -1,0 +1,158 @@
+"""The devices that a run may be planned for: how much memory, how fast, how they are connected."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from ...errors import RecipeError, did_you_mean
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device.
+
+    Attributes:
+        name: as one writes it.
+        memory: in bytes.
+        flops: peak of dense matrix products in bfloat16 (float16 where there is none), per second.
+        bandwidth: of its memory, in bytes per second.
+        link: to the other cards of a machine, in bytes per second and direction.
+        network: to other machines, for each card, in bytes per second and direction.
+        assumed: whether the name is not known, so that no more than the memory is.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    assumed: bool = False
+
+
+def _card(
+    name: str, memory: int, tflops: float, bandwidth: float, link: float, network: float = 50
+) -> Card:
+    return Card(name, memory * GIB, tflops * 1e12, bandwidth * GB, link * GB, network * GB)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        _card("T4", 16, 65, 320, 12, 3),
+        _card("V100", 32, 125, 900, 150, 12),
+        _card("A10", 24, 125, 600, 25, 12),
+        _card("L4", 24, 121, 300, 25, 12),
+        _card("RTX3090", 24, 71, 936, 25, 3),
+        _card("RTX4090", 24, 165, 1008, 25, 3),
+        _card("RTX5090", 32, 210, 1792, 50, 3),
+        _card("A6000", 48, 155, 768, 25, 12),
+        _card("L40S", 48, 362, 864, 25, 12),
+        _card("A100-40GB", 40, 312, 1555, 300, 25),
+        _card("A100", 80, 312, 2039, 300, 25),
+        _card("H100", 80, 989, 3350, 450),
+        _card("H200", 141, 989, 4800, 450),
+        _card("B200", 180, 2250, 8000, 900),
+        _card("MI300X", 192, 1307, 5300, 448),
+    )
+}
+"""Peaks of the vendors' data sheets, without sparsity; 1 GB is 2^30 bytes where memory is meant."""
+
+CARDS_OF_A_MACHINE = 8
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What a run gets.
+
+    Attributes:
+        count: the number of devices.
+        card: each of them.
+    """
+
+    count: int
+    card: Card
+
+    def __str__(self) -> str:
+        """As on the command line."""
+        return f"{self.count}x{self.card.name}"
+
+
+_WRITTEN = re.compile(r"(?:(\d+)\s*[xX*]\s*)?(.+)")
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)", re.IGNORECASE)
+
+
+def parse_devices(text: str, own: Card | None = None) -> Devices:
+    """Read ``8xH100``, ``8x80GB`` or ``24GB``.
+
+    Args:
+        text: as written on the command line.
+        own: a card of the user's, which its name stands for.
+
+    Raises:
+        RecipeError: there is no such card.
+    """
+    match = _WRITTEN.fullmatch(text.strip())
+    count, name = (match.group(1), match.group(2).strip()) if match else (None, text)
+    number = int(count or 1)
+    if number < 1:
+        raise RecipeError(f"--gpus {text}: a run needs at least one device")
+    if own is not None and name == own.name:
+        return Devices(number, own)
+    memory = _MEMORY.fullmatch(name)
+    if memory is not None:
+        return Devices(number, _of_size(float(memory.group(1)), name))
+    known = {key.lower(): card for key, card in CARDS.items()}
+    card = known.get(name.lower().replace(" ", "").replace("_", "-"))
+    if card is None:
+        hint = did_you_mean(name, list(CARDS)) or f"there are {', '.join(CARDS)}"
+        raise RecipeError(
+            f"--gpus {text}: the card {name!r} is not known here; {hint}. Write its memory, as in "
+            "8x80GB, or describe it with --card"
+        )
+    return Devices(number, card)
+
+
+def _of_size(gigabytes: float, name: str) -> Card:
+    """A card of which only the memory is known: as fast as the slowest that has as much."""
+    enough = [c for c in CARDS.values() if c.memory >= gigabytes * GIB] or list(CARDS.values())
+    like = min(enough, key=lambda c: (c.memory, c.flops))
+    return replace(like, name=name, memory=int(gigabytes * GIB), assumed=True)
+
+
+_FIELDS = ("name", "memory", "tflops", "bandwidth", "link", "network")
+
+
+def parse_card(text: str) -> Card:
+    """Read ``name=X,memory=48,tflops=100,bandwidth=900,link=50,network=12`` (GB, GB/s).
+
+    Raises:
+        RecipeError: a field is missing, unknown, or no number.
+    """
+    given = dict(part.partition("=")[::2] for part in text.split(",") if part.strip())
+    given = {key.strip(): value.strip() for key, value in given.items()}
+    unknown = [key for key in given if key not in _FIELDS]
+    missing = [key for key in _FIELDS[:3] if key not in given]
+    if unknown or missing:
+        said = f"has no field {unknown[0]!r}" if unknown else f"needs {', '.join(missing)}"
+        raise RecipeError(f"--card: {said}; it is written as {_EXAMPLE}")
+    try:
+        sizes = [float(given.get(key, default)) for key, default in _DEFAULTS.items()]
+    except ValueError as error:
+        raise RecipeError(f"--card: {error}; it is written as {_EXAMPLE}") from None
+    if min(sizes) <= 0:
+        raise RecipeError(f"--card: numbers must be positive; it is written as {_EXAMPLE}")
+    memory, tflops, bandwidth, link, network = sizes
+    return Card(
+        given["name"], int(memory * GIB), tflops * 1e12, bandwidth * GB, link * GB, network * GB
+    )
+
+
+_DEFAULTS: dict[str, float | str] = {
+    "memory": "", "tflops": "", "bandwidth": 900, "link": 25, "network": 12,
+}  # fmt: skip
+_EXAMPLE = "name=X,memory=48,tflops=100,bandwidth=900,link=50,network=12 (GB, TFLOP/s, GB/s)"

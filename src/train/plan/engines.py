@@ -1,0 +1,74 @@
+"""Which engines of the field would run a recipe, and what each lacks for it.
+
+What is said of others is what their documentation said on 2026-11-27: Unsloth 2026.11, Axolotl
+0.21, TRL 1.16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..recipe.keys.fusewright import FusewrightKeys
+from ..recipe.recipe import Recipe
+from .layout import Layout
+
+_UNSLOTH = (
+    "llama", "mistral", "gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "qwen3", "qwen3_moe",
+    "phi3", "cohere", "granite", "falcon_h1", "gpt_oss", "llama4",
+)  # fmt: skip
+"""Model types that Unsloth has patches for; it trains others at the speed of transformers."""
+
+
+def which_engines(recipe: Recipe, layout: Layout, model_type: str, on_gpu: bool) -> str:
+    """One sentence on who would run this recipe.
+
+    Args:
+        recipe: checked.
+        layout: how its work is shared.
+        model_type: of the model's configuration.
+        on_gpu: whether the run is planned for GPUs.
+    """
+    looks: dict[str, Callable[[], list[str]]] = {
+        "Axolotl": lambda: _axolotl(recipe, on_gpu),
+        "Unsloth": lambda: _unsloth(layout, model_type, on_gpu),
+        "TRL": lambda: _trl(recipe),
+    }
+    found = {name: look() for name, look in looks.items()}
+    runs = [name for name, lacks in found.items() if not lacks]
+    parts = [f"{name} would need {_and(lacks)}" for name, lacks in found.items() if lacks]
+    same = f"{_and(runs)} would run it, too" if runs else "no other engine runs it as it is"
+    return f"fusewright runs this recipe; {'; '.join([same, *parts])}."
+
+
+def _axolotl(recipe: Recipe, on_gpu: bool) -> list[str]:
+    lacks = [] if on_gpu else ["a GPU"]
+    written = recipe.model_fields_set & set(FusewrightKeys.model_fields)
+    if written:
+        lacks.append(f"the recipe without {_and(sorted(written))}")
+    if recipe.base_model.endswith(".gguf") or "package:" in recipe.base_model:
+        lacks.append("the weights as safetensors")
+    return lacks
+
+
+def _unsloth(layout: Layout, model_type: str, on_gpu: bool) -> list[str]:
+    lacks = ["a script in place of the recipe"]
+    if not on_gpu:
+        lacks.append("a GPU")
+    if layout.engine not in ("one process", "DDP"):
+        lacks.append(f"a strategy that it has ({layout.engine} is none)")
+    if model_type not in _UNSLOTH:
+        lacks.append(f"patches for {model_type}, which it trains at the speed of transformers")
+    return lacks
+
+
+def _trl(recipe: Recipe) -> list[str]:
+    lacks = ["a script in place of the recipe"]
+    if recipe.packs() and recipe.attention() in (None, "sdpa", "eager"):
+        lacks.append("flash attention to keep packed samples apart")
+    return lacks
+
+
+def _and(words: list[Any]) -> str:
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last

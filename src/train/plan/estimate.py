@@ -1,0 +1,250 @@
+"""The memory of one process, by what it is for, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from ...memory.budget import Budget
+from ...memory.choice import PlanInputs, Scaled, Usages, choose, on_host
+from ...memory.levels import Level, allowed
+from ...memory.usage import Usage
+from .blueprint import Blueprint
+from .layout import Held, Layout, held
+from .step import Step
+from .tensors import Unit, units
+
+MIB = 2**20
+
+_SPARE = 0.9
+"""The part of a device's memory that a plan may take."""
+
+
+_MAX_LIVE = 1e9
+"""Numbers of gathered weights that ZeRO-3 keeps (DeepSpeed's ``stage3_max_live_parameters``)."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a process takes before it has a model.
+
+    Attributes:
+        device: bytes on the device: on the CPU the interpreter and the libraries, on a GPU its
+            context and the libraries' workspaces.
+        compilation: bytes that capture, verification and code generation leave there.
+        slack: what the allocator holds besides, for each byte of activations.
+        is_host: whether the device is the host.
+    """
+
+    device: int
+    compilation: int
+    slack: float
+    is_host: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The peak of one process, in bytes on the device, by what it is for.
+
+    Attributes:
+        process: the interpreter and the libraries, or the context of a GPU.
+        weights: model and adapters, as far as this process has them.
+        gradients: of what is trained.
+        optimizer: states, and copies of the weights in 32 bits.
+        activations: what blocks keep for backward, and the hidden states around the head.
+        logits: two tiles of them.
+        working: what one block needs in passing.
+        communication: gathered weights, whole gradients of a block, buckets.
+        verification: with capture and code generation.
+        slack: what the allocator cannot use again.
+        host: bytes in the memory of the host besides.
+        levels: how many blocks keep what.
+    """
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    working: int
+    communication: int
+    verification: int
+    slack: int
+    host: int
+    levels: dict[Level, int]
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name, which add up to the peak."""
+        names = (
+            "process", "weights", "gradients", "optimizer", "activations", "logits", "working",
+            "communication", "verification", "slack",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def peak(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts().values())
+
+
+class _Known:
+    """Usages that are found once for each level."""
+
+    def __init__(self, usages: Usages) -> None:
+        self._usages = usages
+        self._found: dict[Level, Usage | None] = {}
+
+    def get(self, level: Level, /) -> Usage | None:
+        """The usage at one level."""
+        if level not in self._found:
+            self._found[level] = self._usages.get(level)
+        return self._found[level]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a peak is found from.
+
+    Attributes:
+        blueprint: the model.
+        units: its tensors.
+        step: what a step of one micro batch takes.
+        optimizer: its name.
+        passes: forward passes per optimizer step.
+        checkpointed: whether the recipe asks for gradient checkpointing.
+        memory: the recipe's key.
+        codegen: what runs the blocks: ``"eager"`` or ``"inductor"``.
+        process: what a process takes anyway.
+    """
+
+    blueprint: Blueprint
+    units: Sequence[Unit]
+    step: Step
+    optimizer: str
+    passes: int
+    checkpointed: bool
+    memory: str
+    codegen: str
+    process: Process
+
+    def blocks(self, factor: float) -> list[Usages]:
+        """What each block of the whole model takes, for ``factor`` times the tokens."""
+        return [
+            found
+            for path, times in self.blueprint.times.items()
+            for found in [_Known(Scaled(self.step.usages[path], factor))] * times
+        ]
+
+    def levels(self) -> tuple[Level, ...]:
+        """What a block may keep, the fastest first."""
+        mode = Budget.parse(self.memory).mode
+        if mode == "min":
+            return ("input",)
+        found = self.all_levels()
+        return found[:1] if mode == "speed" else found
+
+    def all_levels(self) -> tuple[Level, ...]:
+        """The same, if the planner were free to choose."""
+        found = allowed(self.codegen, host=not self.process.is_host)
+        return found[1:] if self.checkpointed and found[0] == "all" else found
+
+    def with_bits(self, bits: int | None) -> Job:
+        """The same job with frozen linear layers of ``bits`` bits; None: of their own dtype."""
+        return replace(self, units=units(self.blueprint, bits))
+
+
+def estimate(
+    job: Job, layout: Layout, room: int | None, factor: float = 1.0, level: Level | None = None
+) -> Memory:
+    """The peak of the first process of a run.
+
+    Args:
+        job: what is run.
+        layout: how its work is shared.
+        room: bytes that the process may take on its device; None: as much as it likes. Blocks keep
+            less where all that they keep does not fit.
+        factor: how many times the counted tokens a micro batch has.
+        level: what all blocks keep; None: what fits.
+    """
+    own = held(job.units, layout, job.optimizer, job.passes)
+    fixed = _fixed(job, own, layout)
+    setting = _setting(job, fixed, room, factor / layout.context)
+    usages = job.blocks(factor / layout.context)
+    levels = [level] * len(usages) if level else choose(usages, setting)
+    used = [found for u, v in zip(usages, levels, strict=True) if (found := u.get(v)) is not None]
+    kept = sum(u.kept for u in used)
+    passing = max((max(u.forward, u.backward) - u.kept for u in used), default=0)
+    logits = min(setting.logits, 2 * TILE_BYTES)
+    head = setting.head + logits
+    at_head = passing <= head
+    counts = {v: levels.count(v) for v in dict.fromkeys(levels)}
+    return replace(
+        fixed,
+        activations=kept + (setting.head if at_head else 0),
+        logits=logits if at_head else 0,
+        working=0 if at_head else passing,
+        slack=int(kept * setting.slack),
+        host=own.host + on_host(levels, usages),
+        levels=counts,
+    )
+
+
+def _fixed(job: Job, own: Held, layout: Layout) -> Memory:
+    """What does not depend on the batch."""
+    on_device = 0 if job.process.is_host else 1
+    moved = on_device * own.host
+    weights, gradients, optimizer = own.weights, own.gradients, own.optimizer
+    if moved and layout.weights_on_host:
+        weights = gradients = 0
+    if moved and layout.states_on_host:
+        optimizer = 0
+    return Memory(
+        process=job.process.device, weights=weights, gradients=gradients, optimizer=optimizer,
+        activations=0, logits=0, working=0,
+        communication=own.buffers + _gathered(job.units, layout),
+        verification=job.process.compilation, slack=0, host=0, levels={},
+    )  # fmt: skip
+
+
+def _gathered(units: Sequence[Unit], layout: Layout) -> int:
+    """Bytes of weights and gradients that are whole in passing.
+
+    Two blocks: the one in use, and the next, which is fetched meanwhile; what is outside of them
+    from forward to backward; and a block's gradients before and while they are reduced.
+    """
+    if not layout.shards_weights:
+        return 0
+    blocks = [u for u in units if u.name]
+    outside = sum(w.bytes for u in units if not u.name for w in u.weights)
+    largest = max((sum(w.bytes for w in u.weights) for u in blocks), default=0)
+    trained = max((_trained(u) for u in blocks), default=0)
+    whole: float = 2 * largest
+    if layout.engine == "ZeRO-3":  # which frees weights once this many are there
+        numbers = sum(u.times * w.numbers for u in units for w in u.weights)
+        whole = max(whole, min(_MAX_LIVE / max(numbers, 1), 1.0) * _stored(blocks))
+    elif not layout.reshards:
+        whole = _stored(blocks)
+    return round(outside + whole + 2 * trained)
+
+
+def _stored(units: Sequence[Unit]) -> int:
+    return sum(u.times * w.bytes for u in units for w in u.weights)
+
+
+def _trained(unit: Unit) -> int:
+    return sum(w.numbers * w.itemsize for w in unit.weights if w.trains)
+
+
+def _setting(job: Job, fixed: Memory, room: int | None, factor: float) -> PlanInputs:
+    """The same record that a run plans with, for the memory of another device."""
+    budget = None if room is None else int(_SPARE * room)
+    asked = Budget.parse(job.memory)
+    if asked.bytes is not None:
+        budget = asked.bytes
+    setting = job.step.setting.scaled(factor)
+    base = sum(fixed.parts().values())
+    return PlanInputs(
+        base, 0, setting.head, budget, job.levels(), setting.host, setting.logits, job.process.slack
+    )

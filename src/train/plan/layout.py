@@ -1,0 +1,200 @@
+"""How the work of a run lies on its processes, and what each holds of weights and states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...errors import RecipeError
+from ..recipe.distributed.deepspeed_config import stage
+from ..recipe.recipe import Recipe
+from ..recipe.strategy import Strategy
+from .optimizer_state import state_bytes
+from .tensors import Unit, Weight
+
+Engine = Literal["one process", "DDP", "FSDP2", "HSDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+
+_PERSISTENT = 100_000
+"""Numbers up to which ZeRO-3 leaves a parameter whole on every process (DeepSpeed's default)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who has what.
+
+    Attributes:
+        engine: what shares the work.
+        world: the number of processes.
+        shard: the number of processes that share one copy of the weights.
+        replicate: the number of such copies.
+        tensor: the number of processes that share each layer.
+        context: the number of processes that share each sequence.
+        reshards: whether gathered weights are freed after forward.
+        weights_on_host: whether shards, gradients and states are in the memory of the host.
+        states_on_host: whether the optimizer's states are.
+        persistent: up to how many numbers ZeRO-3 leaves a parameter whole.
+    """
+
+    engine: Engine
+    world: int = 1
+    shard: int = 1
+    replicate: int = 1
+    tensor: int = 1
+    context: int = 1
+    reshards: bool = True
+    weights_on_host: bool = False
+    states_on_host: bool = False
+    persistent: int = _PERSISTENT
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of them, that train batches of their own."""
+        return self.world // (self.tensor * self.context)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process has all weights."""
+        return self.engine in ("FSDP2", "HSDP", "ZeRO-3") and self.shard > 1
+
+
+def layout_of(recipe: Recipe, world: int) -> Layout:
+    """The layout of a recipe's run on ``world`` processes.
+
+    Raises:
+        RecipeError: the recipe needs another number.
+    """
+    strategy = recipe.strategy()
+    strategy.require_world(world)
+    if strategy.engine == "deepspeed":
+        return _zero(strategy, world)
+    tensor, context = strategy.tensor, strategy.context
+    if strategy.engine == "ddp" or strategy.fsdp is None:
+        engine: Engine = "DDP" if world > 1 else "one process"
+        copies = world // strategy.group
+        return Layout(engine, world, replicate=copies, tensor=tensor, context=context)
+    shard = strategy.shard or world // (strategy.replicate * strategy.group)
+    return Layout(
+        "HSDP" if strategy.replicate > 1 else "FSDP2",
+        world,
+        shard,
+        strategy.replicate,
+        tensor,
+        context,
+        reshards=strategy.fsdp.reshard_after_forward,
+        weights_on_host=strategy.fsdp.offload_params,
+        states_on_host=strategy.fsdp.offload_params,
+    )
+
+
+def _zero(strategy: Strategy, world: int) -> Layout:
+    zero: Any = (strategy.deepspeed or {}).get("zero_optimization", {})
+    number = stage(strategy.deepspeed or {})
+    if number not in (1, 2, 3):
+        raise RecipeError("deepspeed: plan knows stages 1, 2 and 3 of ZeRO")
+    names: dict[int, Engine] = {1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
+
+    def offloads(key: str) -> bool:
+        return str((zero.get(key) or {}).get("device", "none")) != "none"
+
+    kept = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
+    return Layout(
+        names[number], world, shard=world if number == 3 else 1,
+        weights_on_host=offloads("offload_param"), states_on_host=offloads("offload_optimizer"),
+        persistent=_PERSISTENT if kept == "auto" else int(kept),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one process holds from step to step; on the device, or on the host.
+
+    Attributes:
+        weights: of its weights.
+        gradients: of its gradients, once they are all there.
+        optimizer: of the optimizer's states, and of copies of the weights in 32 bits.
+        kept_gradients: those of the gradients' bytes that stay between steps.
+        buffers: of buffers that the engine keeps, for what it sends.
+        host: of all of these that are in the memory of the host.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    kept_gradients: int = 0
+    buffers: int = 0
+    host: int = 0
+
+    @property
+    def between_steps(self) -> int:
+        """Bytes of tensors between two steps, wherever they are."""
+        return self.weights + self.optimizer + self.kept_gradients + self.buffers
+
+
+def held(units: Sequence[Unit], layout: Layout, optimizer: str, passes: int = 1) -> Held:
+    """What the first process holds.
+
+    Args:
+        units: of the model.
+        layout: of the run.
+        optimizer: the name of the recipe's.
+        passes: forward passes per optimizer step. FSDP2 adds whole gradients up where there are
+            several, and reduces them in the last one.
+    """
+    total = Held(0, 0, 0)
+    for unit in units:
+        for w in unit.weights:
+            one = _held(w, layout, optimizer)
+            if passes > 1 and w.trains and layout.shards_weights and layout.engine != "ZeRO-3":
+                one = replace(one, gradients=one.gradients + w.numbers * w.itemsize)
+            total = Held(*(
+                a + unit.times * b for a, b in zip(_numbers(total), _numbers(one), strict=True)
+            ))  # fmt: skip
+    return _moved(total, layout)
+
+
+def _numbers(h: Held) -> tuple[int, ...]:
+    return h.weights, h.gradients, h.optimizer, h.kept_gradients, h.buffers, h.host
+
+
+def _held(w: Weight, layout: Layout, optimizer: str) -> Held:
+    """Of one parameter, before anything is moved to the host."""
+    part = 1 / layout.tensor if w.is_matrix else 1.0
+    if layout.engine.startswith("ZeRO"):
+        return _held_by_zero(w, layout, optimizer)
+    if layout.engine in ("FSDP2", "HSDP"):
+        part *= w.shard(layout.shard)
+    gradient = round(w.numbers * w.itemsize * part) if w.trains else 0
+    state = state_bytes(optimizer, w, part) if w.trains else 0
+    buckets = gradient if layout.engine == "DDP" else 0
+    return Held(round(w.bytes * part), gradient, state, buffers=buckets)
+
+
+def _held_by_zero(w: Weight, layout: Layout, optimizer: str) -> Held:
+    """DeepSpeed divides numbers, not rows; it trains a copy in 32 bits, whatever the dtype."""
+    part = math.ceil(w.numbers / layout.world) / max(w.numbers, 1)
+    if layout.engine != "ZeRO-3":
+        weights = float(w.bytes)
+    else:
+        weights = w.bytes * part + (w.bytes if w.numbers <= layout.persistent else 0)
+    if not w.trains:
+        return Held(round(weights), 0, 0)
+    wide = replace(w, itemsize=4)
+    master = 4 * w.numbers * part
+    own = round(w.numbers * 4 * part)
+    whole = w.numbers * w.itemsize if layout.engine == "ZeRO-1" else 0
+    return Held(
+        round(weights), own + whole, round(master) + state_bytes(optimizer, wide, part),
+        kept_gradients=own,
+    )  # fmt: skip
+
+
+def _moved(total: Held, layout: Layout) -> Held:
+    """The same with what the layout keeps on the host counted there."""
+    host = 0
+    if layout.weights_on_host:
+        host += total.weights + total.gradients
+    if layout.states_on_host:
+        host += total.optimizer
+    return replace(total, host=host)

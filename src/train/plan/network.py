@@ -1,0 +1,87 @@
+"""How many bytes a process sends in one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .layout import Layout
+from .tensors import Unit
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends (and receives) in an optimizer step.
+
+    With n processes a ring all-gather or reduce-scatter of S bytes sends (n - 1)/n S, an all-reduce
+    twice that (Patarasu & Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
+
+    Attributes:
+        weights: gathered for forward and backward, and after the optimizer's step.
+        gradients: reduced.
+        activations: of layers, or sequences, that several processes share.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.activations
+
+
+def traffic(
+    units: Sequence[Unit], layout: Layout, passes: int, tokens: int, hidden: int
+) -> Traffic:
+    """What a process sends in an optimizer step.
+
+    Args:
+        units: of the model.
+        layout: of the run.
+        passes: forward passes per optimizer step.
+        tokens: of a micro batch.
+        hidden: the size of a hidden state.
+    """
+    stored = sum(u.times * w.bytes for u in units for w in u.weights)
+    trained = sum(u.times * w.numbers * w.itemsize for u in units for w in u.weights if w.trains)
+    blocks = sum(u.times for u in units if u.name)
+    stored, trained = stored // layout.tensor, trained // layout.tensor
+    activations = _activations(layout, passes, tokens, hidden * _itemsize(units), blocks)
+    n, shard = layout.world, layout.shard
+    if layout.engine == "one process":
+        return Traffic()
+    if layout.engine == "DDP":
+        return Traffic(0, round(2 * _ring(layout.replicate) * trained), activations)
+    if layout.engine in ("ZeRO-1", "ZeRO-2"):
+        return Traffic(round(_ring(n) * trained), round(_ring(n) * trained))
+    gathers = 2 if layout.reshards else 1
+    outside = sum(w.bytes for u in units if not u.name for w in u.weights) // layout.tensor
+    # the unit around all others stays gathered until backward
+    gathered = stored * gathers - (outside if gathers == 2 and layout.engine != "ZeRO-3" else 0)
+    between = 2 * _ring(layout.replicate) * trained / max(shard, 1)
+    # FSDP2 reduces once an optimizer step: accelerate turns it off for the passes before
+    reduced = trained * (passes if layout.engine == "ZeRO-3" else 1)
+    return Traffic(
+        round(_ring(shard) * gathered * passes),
+        round(_ring(shard) * reduced + between),
+        activations,
+    )
+
+
+def _ring(n: int) -> float:
+    return (n - 1) / n if n > 1 else 0.0
+
+
+def _itemsize(units: Sequence[Unit]) -> int:
+    return max((w.itemsize for u in units for w in u.weights if not w.trains), default=0) or max(
+        w.itemsize for u in units for w in u.weights
+    )
+
+
+def _activations(layout: Layout, passes: int, tokens: int, row: int, blocks: int) -> int:
+    """Two all-reduces a block in forward and two in backward; keys and values around a ring."""
+    shared = 4 * 2 * _ring(layout.tensor) * tokens * row
+    ring = 4 * _ring(layout.context) * tokens * row
+    return round((shared + ring) * blocks * passes)

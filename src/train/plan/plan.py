@@ -1,0 +1,197 @@
+"""What a run will take, found from its recipe and the configuration of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from ...compiler.codegen import choose
+from ...compiler.options import Codegen
+from ...errors import RecipeError
+from ...memory.meter import Meter
+from ...memory.predict import compilation_bytes, slack_of
+from ..model.precision import dtype_for_training
+from ..recipe.recipe import Recipe
+from .blueprint import Blueprint, draw
+from .cards import Card, Devices
+from .estimate import Job, Memory, Process, estimate
+from .layout import Layout, held, layout_of
+from .network import Traffic, traffic
+from .recommend import Advice, advise
+from .search import Limits, fits, limits
+from .speed import Speed, speed, this_machine
+from .step import take
+from .tensors import units
+
+_GPU_CONTEXT = 600 << 20
+"""Bytes of a CUDA context with cuBLAS's workspaces on a GPU: assumed, until a GPU was measured."""
+
+_CPU_PROCESS = 690 << 20
+"""Bytes that a process on the CPU has without a model: the libraries, the rows, the tokenizer.
+Measured (torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        recipe: the recipe.
+        devices: what was asked for.
+        layout: how the work is shared.
+        parameters: of the model, adapters included.
+        trained: of these.
+        depth: the number of blocks.
+        between_steps: bytes of tensors that a process has between two steps.
+        memory: the peak of a process, by what it is for.
+        fits: whether that is at most nine tenths of the device.
+        limits: what would still fit.
+        traffic: bytes that a process sends in an optimizer step.
+        speed: how long a step takes.
+        steps: optimizer steps of the run; None: the recipe does not say.
+        rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
+        model_config: of the model.
+        advice: what to change, and how other methods compare.
+    """
+
+    recipe: Recipe
+    devices: Devices
+    layout: Layout
+    parameters: int
+    trained: int
+    depth: int
+    between_steps: int
+    memory: Memory
+    fits: bool
+    limits: Limits
+    traffic: Traffic
+    speed: Speed
+    steps: int | None
+    rewrites: dict[str, int]
+    model_config: Any
+    advice: Advice
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is planned for the CPU of this machine."""
+        return self.devices.card.name == "CPU"
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run; None where the recipe does not say how many steps."""
+        return None if self.steps is None else self.steps * self.speed.seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON; bytes, seconds and numbers of tokens."""
+        made: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            made[field.name] = dataclasses.asdict(value) if is_record else value
+        for name in ("recipe", "model_config"):
+            del made[name]
+        made["memory"]["peak"] = self.memory.peak
+        made["devices"] = {"count": self.devices.count, **dataclasses.asdict(self.devices.card)}
+        return {**made, "hours": self.hours}
+
+
+def make_plan(
+    recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = True
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: checked.
+        devices: what it gets; None: the CPU of this machine.
+        processes: of this machine; None: as many as the recipe needs.
+        compare: find out what to change, and how other methods compare, which takes longer.
+
+    Raises:
+        RecipeError: the recipe does not fit the number of devices, or names no such model.
+        ModelError: the model cannot be planned.
+    """
+    world = devices.count if devices else processes or recipe.strategy().world() or 1
+    layout = layout_of(recipe, world)
+    dtype = _dtype(recipe, on_gpu=devices is not None)
+
+    def make_job(recipe: Recipe) -> Job:
+        return _job(recipe, dtype, on_cpu=devices is None)
+
+    job = make_job(recipe)
+    asked = devices or Devices(world, _cpu(dtype, world))
+    advice = advise(job, recipe, layout, asked.card.memory, make_job) if compare else Advice()
+    return _planned(job, recipe, layout, asked, advice)
+
+
+def _planned(job: Job, recipe: Recipe, layout: Layout, devices: Devices, advice: Advice) -> Plan:
+    room = devices.card.memory
+    memory = estimate(job, layout, room)
+    own = held(job.units, layout, recipe.optimizer)
+    tokens = recipe.micro_batch_size * recipe.sequence_len
+    hidden = int(job.blueprint.model.get_input_embeddings().weight.shape[1])
+    sent = traffic(job.units, layout, job.passes, tokens, hidden)
+    return Plan(
+        recipe, devices, layout,
+        parameters=_count(job, trained=False), trained=_count(job, trained=True),
+        depth=job.blueprint.depth, between_steps=own.between_steps,
+        memory=memory, fits=fits(job, layout, room),
+        limits=limits(job, recipe, layout, room), traffic=sent,
+        speed=speed(job, memory, layout, sent, devices.card), steps=recipe.max_steps,
+        rewrites=dict(job.step.rewrites), model_config=job.blueprint.config, advice=advice,
+    )  # fmt: skip
+
+
+def _job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
+    blueprint = draw(recipe, dtype)
+    codegen = _codegen(recipe, blueprint)
+    step = take(blueprint, recipe, codegen)
+    bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
+    process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
+    if on_cpu:
+        process = Process(_CPU_PROCESS, compilation_bytes(codegen), slack_of("cpu"), True)
+    return Job(
+        blueprint, units(blueprint, bits), step, recipe.optimizer, recipe.accumulation(),
+        recipe.checkpointing(), recipe.memory, codegen, process,
+    )  # fmt: skip
+
+
+def _codegen(recipe: Recipe, blueprint: Blueprint) -> Codegen:
+    """What will run the blocks of the whole model, of which not all are here."""
+    whole: list[nn.Module] = [
+        block for path, block in blueprint.blocks.items() for _ in range(blueprint.times[path])
+    ]
+    return "inductor" if choose(recipe.codegen, whole)[0] == "inductor" else "eager"
+
+
+def _dtype(recipe: Recipe, on_gpu: bool) -> torch.dtype:
+    precision = recipe.precision()
+    if on_gpu:  # which is not here
+        wide = precision == "float32"
+        narrow = torch.float16 if precision == "float16" else torch.bfloat16
+        return torch.float32 if wide else narrow
+    return dtype_for_training(precision, recipe.adapter is not None)
+
+
+def _cpu(dtype: torch.dtype, processes: int) -> Card:
+    capacity = Meter(torch.device("cpu")).capacity() or psutil.virtual_memory().total
+    return this_machine(capacity, dtype, processes)
+
+
+def _count(job: Job, trained: bool) -> int:
+    """How many numbers the model has: adapters included, packed ones counted one by one."""
+    return sum(u.times * w.numbers for u in job.units for w in u.weights if w.trains or not trained)
+
+
+def require_known(recipe: Recipe) -> None:
+    """See that a recipe is of a kind that can be planned.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if recipe.peft_layer_replication:
+        raise RecipeError("peft_layer_replication: plan does not know repeated blocks")

@@ -1,0 +1,79 @@
+"""What would fit: how long a sequence, how large a batch, how many devices, how large a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import RecipeError
+from ..recipe.recipe import Recipe
+from .cards import GIB
+from .estimate import Job, estimate
+from .layout import Layout, layout_of
+
+_SPARE = 0.9
+SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141, 180, 192, 288)
+"""GiB that cards have."""
+
+WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What would still fit.
+
+    Attributes:
+        longest_sequence: in tokens, with the recipe's micro batch; 0: not even a short one.
+        largest_micro_batch: sequences, with the recipe's length; 0: not even one.
+        smallest_card: GiB of the smallest card that does, with the asked number; None: none does.
+        fewest_devices: of the asked card, of those that are powers of two; None: none does.
+    """
+
+    longest_sequence: int
+    largest_micro_batch: int
+    smallest_card: int | None
+    fewest_devices: int | None
+
+
+def fits(job: Job, layout: Layout, room: int, factor: float = 1.0) -> bool:
+    """Whether the first process of a run fits into ``room`` bytes, with a tenth to spare."""
+    peaks = (estimate(job, layout, room, factor, level).peak for level in job.levels())
+    return min(peaks) <= _SPARE * room
+
+
+def limits(job: Job, recipe: Recipe, layout: Layout, room: int) -> Limits:
+    """What would still fit into ``room`` bytes for each process.
+
+    Args:
+        job: what is run.
+        recipe: it.
+        layout: how the work is shared.
+        room: bytes of a device.
+    """
+    factor = _largest(lambda f: fits(job, layout, room, f))
+    length = int(recipe.sequence_len * factor) // 64 * 64
+    rows = int(recipe.micro_batch_size * factor)
+    card = next((s for s in SIZES if fits(job, layout, s * GIB)), None)
+    return Limits(length, rows, card, _fewest(job, recipe, room))
+
+
+def _fewest(job: Job, recipe: Recipe, room: int) -> int | None:
+    for world in WORLDS:
+        try:
+            layout = layout_of(recipe, world)
+        except RecipeError:  # the recipe says how many it needs
+            continue
+        if fits(job, layout, room):
+            return world
+    return None
+
+
+def _largest(holds: Callable[[float], bool]) -> float:
+    """The largest factor that holds, to a hundredth; 0 if none does."""
+    low, high = 0.0, 1.0
+    while holds(high) and high < 4096:
+        low, high = high, high * 2
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,123 @@
+"""How long a step takes, and a run: operations and bytes against what a device does in a second."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from .cards import CARDS_OF_A_MACHINE, Card
+from .estimate import Job, Memory
+from .layout import Layout
+from .network import Traffic
+
+_UTILIZATION = 0.45
+"""The part of a GPU's peak that a training step reaches: assumed, until a GPU has run it."""
+
+_CPU_UTILIZATION = 0.55
+"""The same of a CPU's matrix products: SmolLM2's step spends three fifths of its time in them."""
+
+_HIDDEN = 0.7
+"""The part of a step in which sending goes on beside computing: assumed."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one process does in an optimizer step, and how long that takes.
+
+    Attributes:
+        flops: floating-point operations, recomputation included.
+        sent: bytes that it sends.
+        compute_seconds: of the operations alone.
+        network_seconds: of the bytes alone.
+        seconds: of the step: sending goes on beside computing, in part.
+        tokens: of all processes.
+    """
+
+    flops: int
+    sent: int
+    compute_seconds: float
+    network_seconds: float
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all processes."""
+        return self.tokens / self.seconds
+
+
+def step_flops(job: Job, memory: Memory, layout: Layout, factor: float = 1.0) -> int:
+    """The floating-point operations of one process in one micro batch.
+
+    A multiply-add is two; attention is counted without its causal half left out, as PyTorch does.
+
+    Args:
+        job: what is run.
+        memory: says what each block keeps, and so what is computed again.
+        layout: how the work is shared.
+        factor: how many times the counted tokens a micro batch has.
+    """
+    left = Counter(memory.levels)
+    total = 0.0
+    for usages in job.blocks(factor):
+        level = next(v for v in left if left[v])
+        left[level] -= 1
+        found = usages.get(level)
+        total += found.flops if found is not None else 0
+    total += head_flops(job, round(job.step.tokens * factor))
+    return round(total / (layout.tensor * layout.context))
+
+
+def head_flops(job: Job, tokens: int) -> int:
+    """Of the output head, with every token trained: forward, and one or two products backward."""
+    head = job.blueprint.model.get_output_embeddings()
+    if head is None:
+        return 0
+    products = 3 if any(p.requires_grad for p in head.parameters()) else 2
+    numbers = sum(int(p.numel()) for p in head.parameters() if p.dim() > 1)
+    return 2 * products * tokens * numbers
+
+
+def speed(
+    job: Job, memory: Memory, layout: Layout, sent: Traffic, card: Card, factor: float = 1.0
+) -> Speed:
+    """How long an optimizer step takes.
+
+    Args:
+        job: what is run.
+        memory: its memory.
+        layout: how the work is shared.
+        sent: what a process sends.
+        card: the device of each process.
+        factor: how many times the counted tokens a micro batch has.
+    """
+    flops = job.passes * step_flops(job, memory, layout, factor)
+    part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION
+    compute = flops / (card.flops * part)
+    link = card.link if layout.world <= CARDS_OF_A_MACHINE else card.network
+    network = sent.total / link
+    seconds = max(compute, network) + (1 - _HIDDEN) * min(compute, network)
+    tokens = round(job.step.tokens * factor) * job.passes * layout.data_ranks
+    return Speed(flops, sent.total, compute, network, seconds, tokens)
+
+
+def this_machine(memory: int, dtype: torch.dtype, processes: int) -> Card:
+    """The CPU of this machine as a device, for one of several processes that share it.
+
+    Args:
+        memory: bytes that the run may take.
+        dtype: of the products, whose rate is measured: a tenth of a second.
+        processes: how many share the cores.
+    """
+    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    a @ b
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    rate = 2 * 1024**3 / best / processes
+    return Card("CPU", memory // processes, rate, 20e9, 5e9, 1e9)

@@ -1,0 +1,109 @@
+"""The tensors of a model, by the unit that is gathered at a time: how many numbers, how many bytes.
+
+Blocks are units of their own; what is outside of them (embeddings, final norm, head) is one more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blueprint import Blueprint
+
+_ABSMAX_BLOCK = 64
+"""Weights of 4 bits that share a scale (bitsandbytes' default)."""
+
+_NESTED_BLOCK = 256
+"""Scales that share a scale of their own, where they are quantized, too."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter.
+
+    Attributes:
+        numbers: how many it has.
+        rows: its size in the first dimension, which is what is divided between processes.
+        bytes: of the whole tensor, its scales included where it is quantized.
+        itemsize: bytes of a number as it is computed with.
+        trains: whether it has a gradient.
+        is_matrix: whether it has two dimensions or more.
+    """
+
+    numbers: int
+    rows: int
+    bytes: int
+    itemsize: int
+    trains: bool
+    is_matrix: bool
+
+    def shard(self, ranks: int) -> float:
+        """The part of it that the first of ``ranks`` processes has: whole rows, as in FSDP2."""
+        return math.ceil(self.rows / ranks) / self.rows if self.rows else 1.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is gathered at a time.
+
+    Attributes:
+        name: the path of its first block, or ``""`` for what is outside of all blocks.
+        times: how often it stands in the model.
+        weights: of one of them.
+    """
+
+    name: str
+    times: int
+    weights: tuple[Weight, ...]
+
+
+def units(blueprint: Blueprint, bits: int | None) -> list[Unit]:
+    """The units of a model.
+
+    Args:
+        blueprint: the model.
+        bits: of quantized linear layers, 4 or 8; None: nothing is quantized.
+    """
+    quantized = set() if bits is None else _quantized(blueprint.model)
+    inside = {id(p) for b in blueprint.blocks.values() for p in b.parameters()}
+    rest = [p for p in blueprint.model.parameters() if id(p) not in inside]
+    found = [
+        Unit(path, blueprint.times[path], tuple(_weights(block.parameters(), quantized, bits)))
+        for path, block in blueprint.blocks.items()
+    ]
+    return [*found, Unit("", 1, tuple(_weights(iter(rest), quantized, bits)))]
+
+
+def _weights(
+    own: Iterator[nn.Parameter], quantized: set[int], bits: int | None
+) -> Iterator[Weight]:
+    for p in own:
+        size = quantized_bytes(p, bits) if bits and id(p) in quantized else p.nbytes
+        yield Weight(p.numel(), p.shape[0] if p.dim() else 1, size, p.element_size(),
+                     p.requires_grad, p.dim() > 1)  # fmt: skip
+
+
+def _quantized(model: Any) -> set[int]:
+    """The weights that bitsandbytes replaces: of frozen linear layers, but the head."""
+    head = model.get_output_embeddings()
+    return {
+        id(m.weight)
+        for m in model.modules()
+        if type(m) is nn.Linear and m is not head and not m.weight.requires_grad
+    }
+
+
+def quantized_bytes(weight: Tensor, bits: int) -> int:
+    """The bytes of a quantized matrix (out, in), its scales included.
+
+    Four bits: two weights a byte, a scale of 8 bits for 64 of them, one of 32 bits for 256 of those
+    (double quantization), and a table. Eight bits: a byte each, and a scale for each row.
+    """
+    if bits == 8:
+        return weight.numel() + 4 * weight.shape[0]
+    scales = math.ceil(weight.numel() / _ABSMAX_BLOCK)
+    return math.ceil(weight.numel() / 2) + scales + 4 * math.ceil(scales / _NESTED_BLOCK)
