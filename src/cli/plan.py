@@ -41,8 +41,11 @@ def plan(
             "(GB, TFLOP/s, GB/s)."
         ),
     ] = None,
-    brief: Annotated[
-        bool, typer.Option("--brief", help="Leave out the comparison with other methods.")
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Compare full fine-tuning, LoRA and QLoRA, shared in each way."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     trust_remote_code: Trust = False,
@@ -51,7 +54,7 @@ def plan(
     from ..train.consent import Consent
 
     consent = Consent(trust_remote_code, False)
-    _plan(recipe, context.args, consent, gpus, nproc, card, brief, as_json)
+    _plan(recipe, context.args, consent, gpus, nproc, card, compare, as_json)
 
 
 def _plan(
@@ -61,7 +64,7 @@ def _plan(
     gpus: str | None,
     nproc: int | None,
     card: str | None,
-    brief: bool,
+    compare: bool,
     as_json: bool,
 ) -> None:
     from ..train.plan.cards import parse_card, parse_devices
@@ -77,7 +80,7 @@ def _plan(
     from ..train.plan.plan import make_plan  # slow to import
 
     announce("counting a training step on tensors without contents")
-    made = make_plan(checked.recipe, devices, nproc, compare=not brief)
+    made = make_plan(checked.recipe, devices, nproc, compare=compare)
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
         return

@@ -6,6 +6,7 @@ those of our opaque ops, by the formulas that ``launch.library_op`` gives it.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Living(TorchDispatchMode):
         """Run the operation and count what is new in its result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        formula = _formula(getattr(func, "_overloadpacket", None))
         self.flops += 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
         for t in tree_iter(out):
             if isinstance(t, Tensor):
@@ -83,6 +84,21 @@ class Living(TorchDispatchMode):
 
     def _end(self, size: int) -> None:
         self.bytes -= size
+
+
+@functools.cache
+def _formula(packet: Any) -> Any:
+    """How PyTorch's counter counts an operation, or the same one under another name; or None."""
+    name = getattr(packet, "__name__", "")
+    other = _SAME.get(name) or (name.removesuffix("_") if name in _IN_PLACE else None)
+    if other is not None and packet is getattr(torch.ops.aten, name, None):
+        packet = getattr(torch.ops.aten, other, packet)
+    return flop_registry.get(packet)
+
+
+_IN_PLACE = ("addmm_", "baddbmm_")
+_FLASH = "_scaled_dot_product_flash_attention"
+_SAME = {f"{_FLASH}_for_cpu": _FLASH, f"{_FLASH}_for_cpu_backward": f"{_FLASH}_backward"}
 
 
 def cost(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:

@@ -191,6 +191,20 @@ def test_the_first_call_may_be_on_tensors_without_values(
     _is_rewritten(ours)
 
 
+def test_a_model_made_of_fake_tensors_is_captured() -> None:
+    """Its steps are counted, not computed; nothing can be verified there, or compiled."""
+    made, _ = _pair()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in made.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    fake = torch.empty(p.shape, dtype=p.dtype)
+                    module._parameters[name] = nn.Parameter(fake, p.requires_grad)
+        optimize(made, codegen="inductor")
+        made(IDS, labels=IDS)[0].backward()
+    assert explain(made).by_rule() == RULES
+
+
 def test_a_whole_model_on_meta_with_a_budget() -> None:
     eager, _ = _pair()
     ours = optimize(copy.deepcopy(eager).to("meta"))

@@ -97,9 +97,12 @@ def meta_model(recipe: Recipe, config: Any) -> Any:
 
     auto: Any = AutoModelForCausalLM
     name = recipe.base_model
+    options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
+    if recipe.attention() in ("eager", "sdpa"):  # others need packages, or a GPU
+        options["attn_implementation"] = recipe.attention()
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=recipe.consent.trust_remote_code)
+            return auto.from_config(config, **options)
     except Exception as error:  # a model's code raises anything
         why = _explained(error, name, Path(name), "config")
         raise RecipeError(f"base_model: {why}") from error

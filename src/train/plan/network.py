@@ -18,18 +18,20 @@ class Traffic:
 
     Attributes:
         weights: gathered for forward and backward, and after the optimizer's step.
-        gradients: reduced.
+        gradients: reduced among those that share a copy of the weights.
+        copies: gradients that are averaged over the copies of the weights.
         activations: of layers, or sequences, that several processes share.
     """
 
     weights: int = 0
     gradients: int = 0
+    copies: int = 0
     activations: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.activations
+        return self.weights + self.gradients + self.copies + self.activations
 
 
 def traffic(
@@ -53,7 +55,7 @@ def traffic(
     if layout.engine == "one process":
         return Traffic()
     if layout.engine == "DDP":
-        return Traffic(0, round(2 * _ring(layout.replicate) * trained), activations)
+        return Traffic(copies=round(2 * _ring(n) * trained), activations=activations)
     if layout.engine in ("ZeRO-1", "ZeRO-2"):
         return Traffic(round(_ring(n) * trained), round(_ring(n) * trained))
     gathers = 2 if layout.reshards else 1
@@ -65,7 +67,8 @@ def traffic(
     reduced = trained * (passes if layout.engine == "ZeRO-3" else 1)
     return Traffic(
         round(_ring(shard) * gathered * passes),
-        round(_ring(shard) * reduced + between),
+        round(_ring(shard) * reduced),
+        round(between),
         activations,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .cards import Card, Devices
 from .estimate import Job, Memory, Process, estimate
 from .layout import Layout, held, layout_of
 from .network import Traffic, traffic
-from .recommend import Advice, advise
+from .recommend import Advice, advise, faster
 from .search import Limits, fits, limits
 from .speed import Speed, speed, this_machine
 from .step import take
@@ -101,7 +102,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = True
+    recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = False
 ) -> Plan:
     """Plan a run.
 
@@ -109,7 +110,8 @@ def make_plan(
         recipe: checked.
         devices: what it gets; None: the CPU of this machine.
         processes: of this machine; None: as many as the recipe needs.
-        compare: find out what to change, and how other methods compare, which takes longer.
+        compare: find out how other methods compare, which takes longer. It is done in any case
+            where the recipe's own does not fit.
 
     Raises:
         RecipeError: the recipe does not fit the number of devices, or names no such model.
@@ -119,12 +121,14 @@ def make_plan(
     layout = layout_of(recipe, world)
     dtype = _dtype(recipe, on_gpu=devices is not None)
 
-    def make_job(recipe: Recipe) -> Job:
-        return _job(recipe, dtype, on_cpu=devices is None)
-
-    job = make_job(recipe)
+    make = functools.partial(make_job, dtype=dtype, on_cpu=devices is None)
+    job = make(recipe)
     asked = devices or Devices(world, _cpu(dtype, world))
-    advice = advise(job, recipe, layout, asked.card.memory, make_job) if compare else Advice()
+    room = asked.card.memory
+    if compare or not fits(job, layout, room):  # then other methods may
+        advice = advise(job, recipe, layout, room, make)
+    else:
+        advice = faster(job, recipe, layout, room)
     return _planned(job, recipe, layout, asked, advice)
 
 
@@ -146,7 +150,14 @@ def _planned(job: Job, recipe: Recipe, layout: Layout, devices: Devices, advice:
     )  # fmt: skip
 
 
-def _job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
+def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
+    """Take a step of what a recipe trains, on fake tensors.
+
+    Args:
+        recipe: checked.
+        dtype: of the weights that are not adapters.
+        on_cpu: whether it is to run on the CPU.
+    """
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint)
     step = take(blueprint, recipe, codegen)

@@ -56,11 +56,10 @@ def advise(job: Job, recipe: Recipe, layout: Layout, room: int, make: MakeJob) -
     table = {
         method: [_cell(own, way, room) for way in ways.values()] for method, own in jobs.items()
     }
-    if fits(job, layout, room):
-        keys, reason = _faster(job, recipe, layout, room)
-    else:
-        keys, reason = _leaner(jobs, recipe, layout, room)
-    return Advice(keys, reason, tuple(ways), table)
+    own = faster(job, recipe, layout, room)
+    if not fits(job, layout, room):
+        own = Advice(*_leaner(jobs, recipe, layout, room))
+    return replace(own, columns=tuple(ways), table=table)
 
 
 def method_of(recipe: Recipe) -> str:
@@ -114,19 +113,21 @@ def _cell(job: Job, layout: Layout, room: int) -> tuple[int, int, bool]:
     return most, least, fits(job, layout, room)
 
 
-def _faster(job: Job, recipe: Recipe, layout: Layout, room: int) -> tuple[dict[str, Any], str]:
-    """For a run that fits: fewer, larger passes, where there is room for them."""
+def faster(job: Job, recipe: Recipe, layout: Layout, room: int) -> Advice:
+    """For a run that fits: the same batch in fewer, larger passes, where there is room for them."""
     passes = recipe.accumulation()
+    if passes == 1:
+        return Advice()
     rows = limits(job, recipe, layout, room).largest_micro_batch
-    factor = next((f for f in range(passes, 1, -1) if passes % f == 0
-                   and f * recipe.micro_batch_size <= rows), 1)  # fmt: skip
+    fewer = (f for f in range(passes, 1, -1) if passes % f == 0)
+    factor = next((f for f in fewer if f * recipe.micro_batch_size <= rows), 1)
     if factor == 1:
-        return {}, ""
+        return Advice()
     keys = {
         "micro_batch_size": recipe.micro_batch_size * factor,
         "gradient_accumulation_steps": passes // factor,
     }
-    return keys, "the same batch in fewer passes, which fits, too"
+    return Advice(keys, "the same batch in fewer passes, which fits, too")
 
 
 def _leaner(

@@ -97,11 +97,21 @@ def speed(
     flops = job.passes * step_flops(job, memory, layout, factor)
     part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION
     compute = flops / (card.flops * part)
-    link = card.link if layout.world <= CARDS_OF_A_MACHINE else card.network
-    network = sent.total / link
+    network = _seconds(sent, layout, card)
     seconds = max(compute, network) + (1 - _HIDDEN) * min(compute, network)
     tokens = round(job.step.tokens * factor) * job.passes * layout.data_ranks
     return Speed(flops, sent.total, compute, network, seconds, tokens)
+
+
+def _seconds(sent: Traffic, layout: Layout, card: Card) -> float:
+    """Of what is sent: inside of a machine as far as those fit into one that share a copy."""
+    inside = sent.weights + sent.gradients + sent.activations
+    shares = layout.shard * layout.tensor * layout.context
+    if layout.engine.startswith("ZeRO"):
+        shares = layout.world
+    near = card.link if shares <= CARDS_OF_A_MACHINE else card.network
+    far = card.link if layout.world <= CARDS_OF_A_MACHINE else card.network
+    return inside / near + sent.copies / far
 
 
 def this_machine(memory: int, dtype: torch.dtype, processes: int) -> Card:

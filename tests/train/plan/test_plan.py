@@ -1,0 +1,197 @@
+"""``fusewright plan`` as a user calls it: what fits, what does not, and what to do then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from fusewright.train.plan.cards import GIB
+from fusewright.train.plan.estimate import Process, estimate
+from fusewright.train.plan.layout import Layout
+from fusewright.train.plan.recommend import advise
+from fusewright.train.plan.search import fits, limits
+
+from ..commands import fusewright, snapshot
+from .conftest import LORA, MakeRecipe, make_job
+
+Write = Callable[..., Path]
+ONE = Layout("one process")
+
+
+@pytest.fixture
+def write(config: Path, tmp_path: Path) -> Write:
+    """Writes a recipe of the small model."""
+
+    def make(**keys: Any) -> Path:
+        given = {
+            "base_model": str(config), "datasets": [{"path": "elsewhere.jsonl"}], "bf16": True,
+            "sequence_len": 128, "micro_batch_size": 2, "codegen": "eager", "max_steps": 100,
+            "output_dir": str(tmp_path / "out"), **keys,
+        }  # fmt: skip
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(given))
+        return path
+
+    return make
+
+
+def test_a_plan_in_words(write: Write, tmp_path: Path) -> None:
+    path = write(**LORA)
+    before = snapshot(tmp_path)
+    result = fusewright("plan", str(path), "--gpus", "2x24GB", "--compare")
+    assert result.exit_code == 0, result.output
+    for said in ("LoRA", "DDP", "fits: ", "each optimizer step: 512 tokens", "the run: 100 steps",
+                 "QLoRA", "ZeRO-3", "Axolotl", "assumed: "):  # fmt: skip
+        assert said in result.stdout, said
+    assert snapshot(tmp_path) == before
+
+
+def test_a_plan_as_json(write: Write) -> None:
+    result = fusewright("plan", str(write()), "--gpus", "4xH100", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    parts = [v for k, v in found["memory"].items() if k not in ("peak", "host", "levels")]
+    assert found["memory"]["peak"] == sum(parts)
+    assert found["fits"] is True
+    assert found["layout"]["engine"] == "DDP"
+    assert found["devices"]["count"] == 4
+    assert found["parameters"] == found["trained"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpus", "8xH1000"), "did you mean H100"),
+        (("--card", "name=X"), "--card: needs memory"),
+        (("--sequence_len", "few"), "sequence_len"),
+    ],
+)
+def test_mistakes_end_in_one_message(words: tuple[str, ...], said: str, write: Write) -> None:
+    result = fusewright("plan", str(write()), *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_too_few_processes_for_the_recipe(write: Write) -> None:
+    keys = {"fsdp_version": 2, "fsdp_config": {}, "dp_shard_size": 4, "dp_replicate_size": 2}
+    result = fusewright("plan", str(write(**keys)), "--gpus", "3xH100")
+    assert result.exit_code == 2
+    assert "dp_shard_size: 4" in result.stderr
+
+
+# --- what fits ------------------------------------------------------------------------------------
+
+
+def test_the_limits_are_where_it_stops_to_fit(recipe: MakeRecipe) -> None:
+    made = recipe()
+    job = make_job(made)
+    room = int(2 * estimate(job, ONE, None).peak)
+    found = limits(job, made, ONE, room)
+    assert fits(job, ONE, room, found.longest_sequence / 128)
+    assert not fits(job, ONE, room, (found.longest_sequence + 192) / 128)
+    assert fits(job, ONE, room, found.largest_micro_batch / 2)
+    assert not fits(job, ONE, room, (found.largest_micro_batch + 2) / 2)
+    assert found.smallest_card == 8
+    assert found.fewest_devices == 1
+
+
+def test_blocks_keep_less_where_memory_is_short(recipe: MakeRecipe) -> None:
+    made = recipe(sequence_len=2048, memory="auto")
+    job = make_job(made)
+    whole = estimate(job, ONE, None)
+    assert whole.levels == {"all": 4}
+    least = min(estimate(job, ONE, None, level=v).peak for v in job.all_levels())
+    between = (whole.peak + least) / 2
+    tight = estimate(job, ONE, int(between / 0.9))
+    assert least <= tight.peak <= between
+    assert tight.levels != whole.levels
+
+
+@pytest.mark.parametrize(
+    ("scarce", "world", "expected"),
+    [("optimizer", 1, "adapter"), ("optimizer", 8, "fsdp_config"), ("activations", 1, "memory")],
+)
+def test_what_does_not_fit_is_told_what_would(
+    scarce: str, world: int, expected: str, recipe: MakeRecipe
+) -> None:
+    made = recipe(sequence_len=4096 if scarce == "activations" else 16, memory="speed")
+    job = make_job(made)
+    layout = Layout("DDP", world, replicate=world) if world > 1 else ONE
+    whole = estimate(job, layout, None)
+    room = int((whole.peak - getattr(whole, scarce) / 2) / 0.9)
+    advice = advise(job, made, layout, room, make_job)
+    assert expected in advice.keys
+    # and the recipe with these keys is one
+    recipe(**{"sequence_len": made.sequence_len, **advice.keys})
+
+
+def test_passes_are_put_together_where_there_is_room(recipe: MakeRecipe) -> None:
+    made = recipe(gradient_accumulation_steps=4)
+    advice = advise(make_job(made), made, ONE, 80 * GIB, make_job)
+    assert advice.keys == {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert list(advice.table) == ["full", "LoRA", "QLoRA"]
+
+
+def test_a_process_of_its_own_counts(recipe: MakeRecipe) -> None:
+    job = make_job(recipe())
+    more = replace(job, process=Process(1000, 10, 0.0, is_host=True))
+    assert estimate(more, ONE, None).peak == estimate(job, ONE, None).peak + 1010
+
+
+# --- large models ---------------------------------------------------------------------------------
+
+_LARGE = {
+    "8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128),
+}  # fmt: skip
+
+
+def _large(folder: Path, name: str) -> tuple[Path, int]:
+    """A recipe of a large Llama, and how many parameters that has."""
+    hidden, inner, depth, heads = _LARGE[name]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=depth,
+        num_attention_heads=heads, num_key_value_heads=8, vocab_size=128256,
+        tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder / name)
+    keys = {
+        "base_model": str(folder / name), "datasets": [{"path": "x.jsonl"}], "bf16": True,
+        "sequence_len": 4096, "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True},
+        "output_dir": str(folder / "out"), "codegen": "eager",
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    kv = 8 * hidden // heads
+    block = 2 * hidden**2 + 2 * hidden * kv + 3 * hidden * inner + 2 * hidden
+    return path, depth * block + 2 * 128256 * hidden + hidden
+
+
+def test_a_large_model_takes_no_memory_to_plan(tmp_path: Path) -> None:
+    path, parameters = _large(tmp_path, "405B")
+    code = (
+        "import resource, sys\n"
+        "from fusewright.cli import main\n"
+        f"sys.argv = ['fusewright', 'plan', {str(path)!r}, '--gpus', '1024xH100', '--json']\n"
+        "try:\n    main()\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["parameters"] == parameters
+    assert found["depth"] == 126
+    assert found["fits"] is True
+    shard = 2 * parameters / 1024
+    assert found["memory"]["weights"] == pytest.approx(shard, rel=0.01)
+    assert int(done.stderr.split()[-1]) < 2 * 2**20  # KiB

@@ -1,0 +1,109 @@
+"""A step on fake tensors: what it counts is what a real one takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fusewright import explain, optimize
+from fusewright.train.plan.blueprint import draw
+from fusewright.train.plan.estimate import estimate
+from fusewright.train.plan.layout import Layout
+from fusewright.train.plan.speed import step_flops
+from fusewright.train.plan.step import take
+
+from .conftest import LORA, SIZES, MakeRecipe, make_job
+
+ONE = Layout("one process")
+
+
+def _closed(tokens: int, length: int, trained_linears: bool, adapters: int) -> float:
+    """FLOPs of a Llama's step: 2 for each weight and product, and attention's two products.
+
+    Backward has one product for inputs and one for trained weights; attention's has five products
+    where forward has two (Dao et al., "FlashAttention", 2022).
+    """
+    h, i, v, n = (SIZES[k] for k in ("hidden_size", "intermediate_size", "vocab_size",
+                                     "num_hidden_layers"))  # fmt: skip
+    kv = h * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
+    linears = n * (2 * h * h + 2 * h * kv + 3 * h * i) + h * v
+    products = 6 if trained_linears else 4
+    attention = n * tokens * (4 + 10) * length * h
+    return products * linears * tokens + 6 * adapters * tokens + attention
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_flops_are_those_of_the_closed_formula(method: str, recipe: MakeRecipe) -> None:
+    made = recipe(**(LORA if method == "lora" else {}))
+    job = make_job(made)
+    adapters = sum(
+        u.times * w.numbers for u in job.units for w in u.weights if w.trains and method == "lora"
+    )
+    memory = estimate(job, ONE, None, level="all")
+    expected = _closed(256, 128, method == "full", adapters)
+    assert step_flops(job, memory, ONE) == pytest.approx(expected, rel=0.01)
+
+
+def test_flops_of_the_unoptimized_step_are_those_that_pytorch_counts(recipe: MakeRecipe) -> None:
+    made = recipe(optimize=False, attn_implementation="eager")
+    job = make_job(made)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SIZES), attn_implementation="eager", dtype=torch.bfloat16
+    )
+    ids = torch.randint(512, (2, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    memory = estimate(job, ONE, None, level="all")
+    assert step_flops(job, memory, ONE) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_one_block_of_each_kind_stands_for_all(recipe: MakeRecipe) -> None:
+    made = draw(recipe(**LORA), torch.bfloat16)
+    assert sum(made.times.values()) == made.depth == 4
+    assert len(made.blocks) == 2
+
+
+def test_every_block_is_kept_where_adapters_name_some(recipe: MakeRecipe) -> None:
+    made = draw(recipe(**LORA, peft_layers_to_transform=[1]), torch.bfloat16)
+    assert list(made.times.values()) == [1] * 4
+    trained = [any(p.requires_grad for p in b.parameters()) for b in made.blocks.values()]
+    assert trained == [False, True, False, False]
+
+
+def test_the_same_formulas_are_rewritten_as_in_a_real_model(recipe: MakeRecipe) -> None:
+    made = recipe()
+    step = take(draw(made, torch.bfloat16), made, "eager")
+    shallow = {**SIZES, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shallow), dtype=torch.bfloat16)
+    optimize(model.train(), codegen="eager")
+    assert dict(step.rewrites) == explain(model).by_rule()
+
+
+@pytest.mark.parametrize("level", ["all", "input"])
+def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeRecipe) -> None:
+    """Between forward and backward: the storages that came into being, weights not counted."""
+    made = recipe(sequence_len=512)
+    job = make_job(made)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).train()
+    optimize(model, codegen="eager", memory="speed" if level == "all" else "min")
+    ids = torch.randint(512, (2, 512))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # captures
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t if t.grad_fn is None else t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.model(input_ids=ids, use_cache=False)
+    memory = estimate(job, ONE, None, level=level)
+    hidden = 2 * 512 * SIZES["hidden_size"] * 2
+    # the first block's input, and what the final norm and rotary embeddings keep, are not blocks'
+    assert memory.activations == pytest.approx(sum(kept.values()), abs=6 * hidden)
