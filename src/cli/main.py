@@ -183,13 +183,15 @@ def _show(checked: Checked, nproc: str | None) -> None:
     from ..train.dry_run import show
     from ..train.processes.launchers import placement
 
-    show(checked, Terminal(highlight=False))
-    number = placement(os.environ).size
+    number: int | None = placement(os.environ).size
     if nproc is not None:
         from ..train.processes.launch import number_of_processes  # imports PyTorch
 
         number = number_of_processes(nproc)
-    if nproc is not None or number > 1:
+    elif number == 1:
+        number = None
+    show(checked, Terminal(highlight=False), number)
+    if number is not None:
         checked.recipe.strategy().require_world(number)
 
 

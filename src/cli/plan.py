@@ -28,11 +28,11 @@ def plan(
     gpus: Annotated[
         str | None,
         typer.Option(
-            help="What the run gets: 8xH100, 8x80GB, 24GB. Default: the CPU of this machine."
+            help="What the run gets: 8xH100, 8x80GB, 24GB. Default: what this machine has."
         ),
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes on this machine's CPU.")
+        int | None, typer.Option(min=1, help="Number of processes on this machine.")
     ] = None,
     card: Annotated[
         str | None,

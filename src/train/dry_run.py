@@ -31,13 +31,14 @@ _COLOURS = {
 }
 
 
-def show(checked: Checked, console: Console) -> None:
-    """Print the table of written keys, then the resolved recipe as YAML.
+def show(checked: Checked, console: Console, processes: int | None = None) -> None:
+    """Print the table of written keys, the resolved recipe as YAML, and whether it fits.
 
     Args:
         checked: what was read.
         console: where to print. What is printed below the table is itself a recipe, but for its
             secrets.
+        processes: how many will train it; None: as many as it needs.
 
     Raises:
         RecipeError: training would refuse the recipe; once all is printed.
@@ -54,6 +55,10 @@ def show(checked: Checked, console: Console) -> None:
     problems += obstacles(checked.recipe)
     if problems:
         raise RecipeError("train would refuse this: " + "\n  ".join(problems))
+    from .plan.verdict import verdict  # imports PyTorch, where there is something to plan
+
+    for line in verdict(checked.recipe, processes):
+        say(console, f"# {line}")
 
 
 def _table(checked: Checked, found: Sequence[Entry]) -> Table:

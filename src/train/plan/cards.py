@@ -105,7 +105,7 @@ def parse_devices(text: str, own: Card | None = None) -> Devices:
         return Devices(number, own)
     memory = _MEMORY.fullmatch(name)
     if memory is not None:
-        return Devices(number, _of_size(float(memory.group(1)), name))
+        return Devices(number, of_size(int(float(memory.group(1)) * GIB), name))
     known = {key.lower(): card for key, card in CARDS.items()}
     card = known.get(name.lower().replace(" ", "").replace("_", "-"))
     if card is None:
@@ -117,11 +117,11 @@ def parse_devices(text: str, own: Card | None = None) -> Devices:
     return Devices(number, card)
 
 
-def _of_size(gigabytes: float, name: str) -> Card:
+def of_size(memory: int, name: str) -> Card:
     """A card of which only the memory is known: as fast as the slowest that has as much."""
-    enough = [c for c in CARDS.values() if c.memory >= gigabytes * GIB] or list(CARDS.values())
+    enough = [c for c in CARDS.values() if c.memory >= memory] or list(CARDS.values())
     like = min(enough, key=lambda c: (c.memory, c.flops))
-    return replace(like, name=name, memory=int(gigabytes * GIB), assumed=True)
+    return replace(like, name=name, memory=memory, assumed=True)
 
 
 _FIELDS = ("name", "memory", "tflops", "bandwidth", "link", "network")

@@ -55,7 +55,8 @@ def traffic(
     if layout.engine == "one process":
         return Traffic()
     if layout.engine == "DDP":
-        return Traffic(copies=round(2 * _ring(n) * trained), activations=activations)
+        sent = 2 * _ring(layout.replicate) * trained
+        return Traffic(copies=round(sent), activations=activations)
     if layout.engine in ("ZeRO-1", "ZeRO-2"):
         return Traffic(round(_ring(n) * trained), round(_ring(n) * trained))
     gathers = 2 if layout.reshards else 1

@@ -59,6 +59,13 @@ def show(plan: Plan, console: Console) -> None:
     say(console, assumptions(plan))
 
 
+def verdict_lines(plan: Plan) -> list[str]:
+    """Whether it fits, what would fit, and how long a step takes."""
+    changes = [f"{key}: {value}" for key, value in plan.advice.keys.items()]
+    advice = [f"{plan.advice.reason}: {', '.join(changes)}"] if changes else []
+    return [_verdict(plan), *_limits(plan), *_work(plan), *advice]
+
+
 def _model(plan: Plan) -> str:
     share = plan.trained / plan.parameters
     method = _method(plan)
@@ -124,13 +131,14 @@ def _work(plan: Plan) -> list[str]:
         f"{s.network_seconds:,.2f} sending), {s.tokens_per_second:,.0f} tokens/s",
     ]
     if plan.hours is not None and plan.steps is not None:
+        by_size = " (by the size of the rows' files)" if plan.steps_are_estimated else ""
         lines.append(
-            f"the run: {plan.steps:,} steps, {plan.steps * s.tokens / 1e6:,.2f} M tokens, about "
-            f"{plan.hours:,.1f} h"
+            f"the run: {plan.steps:,} steps{by_size}, {plan.steps * s.tokens / 1e6:,.2f} M tokens, "
+            f"about {plan.hours:,.1f} h"
         )
     else:
         hours = 1e6 / s.tokens_per_second / 3600
-        lines.append(f"a million tokens: about {hours:,.2f} h (max_steps is not set)")
+        lines.append(f"a million tokens: about {hours:,.2f} h")
     return lines
 
 

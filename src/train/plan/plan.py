@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from ...compiler.codegen import choose
 from ...compiler.options import Codegen
 from ...errors import RecipeError
-from ...memory.meter import Meter
 from ...memory.predict import compilation_bytes, slack_of
 from ..model.precision import dtype_for_training
 from ..recipe.recipe import Recipe
 from .blueprint import Blueprint, draw
-from .cards import Card, Devices
+from .cards import Devices
 from .estimate import Job, Memory, Process, estimate
+from .here import CPU, devices_here
 from .layout import Layout, held, layout_of
 from .network import Traffic, traffic
 from .recommend import Advice, advise, faster
+from .rows import estimate_tokens
 from .search import Limits, fits, limits
-from .speed import Speed, speed, this_machine
+from .speed import Speed, speed
 from .step import take
 from .tensors import units
 
@@ -54,7 +55,8 @@ class Plan:
         limits: what would still fit.
         traffic: bytes that a process sends in an optimizer step.
         speed: how long a step takes.
-        steps: optimizer steps of the run; None: the recipe does not say.
+        steps: optimizer steps of the run; None: neither the recipe nor its rows say.
+        steps_are_estimated: whether they were found by the size of the rows' files.
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
         model_config: of the model.
         advice: what to change, and how other methods compare.
@@ -73,6 +75,7 @@ class Plan:
     traffic: Traffic
     speed: Speed
     steps: int | None
+    steps_are_estimated: bool
     rewrites: dict[str, int]
     model_config: Any
     advice: Advice
@@ -80,11 +83,11 @@ class Plan:
     @property
     def on_cpu(self) -> bool:
         """Whether the run is planned for the CPU of this machine."""
-        return self.devices.card.name == "CPU"
+        return self.devices.card.name == CPU
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run; None where the recipe does not say how many steps."""
+        """Of the whole run; None where the number of steps is not known."""
         return None if self.steps is None else self.steps * self.speed.seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def make_plan(
 
     Args:
         recipe: checked.
-        devices: what it gets; None: the CPU of this machine.
+        devices: what it gets; None: what this machine has.
         processes: of this machine; None: as many as the recipe needs.
         compare: find out how other methods compare, which takes longer. It is done in any case
             where the recipe's own does not fit.
@@ -117,14 +120,12 @@ def make_plan(
         RecipeError: the recipe does not fit the number of devices, or names no such model.
         ModelError: the model cannot be planned.
     """
-    world = devices.count if devices else processes or recipe.strategy().world() or 1
-    layout = layout_of(recipe, world)
-    dtype = _dtype(recipe, on_gpu=devices is not None)
-
-    make = functools.partial(make_job, dtype=dtype, on_cpu=devices is None)
-    job = make(recipe)
-    asked = devices or Devices(world, _cpu(dtype, world))
-    room = asked.card.memory
+    _require_known(recipe)
+    dtype = _dtype(recipe, elsewhere=devices is not None)
+    asked = devices or devices_here(dtype, processes or recipe.strategy().world())
+    layout = layout_of(recipe, asked.count)
+    make = functools.partial(make_job, dtype=dtype, on_cpu=asked.card.name == CPU)
+    job, room = make(recipe), asked.card.memory
     if compare or not fits(job, layout, room):  # then other methods may
         advice = advise(job, recipe, layout, room, make)
     else:
@@ -139,15 +140,23 @@ def _planned(job: Job, recipe: Recipe, layout: Layout, devices: Devices, advice:
     tokens = recipe.micro_batch_size * recipe.sequence_len
     hidden = int(job.blueprint.model.get_input_embeddings().weight.shape[1])
     sent = traffic(job.units, layout, job.passes, tokens, hidden)
+    pace = speed(job, memory, layout, sent, devices.card)
     return Plan(
         recipe, devices, layout,
         parameters=_count(job, trained=False), trained=_count(job, trained=True),
         depth=job.blueprint.depth, between_steps=own.between_steps,
         memory=memory, fits=fits(job, layout, room),
         limits=limits(job, recipe, layout, room), traffic=sent,
-        speed=speed(job, memory, layout, sent, devices.card), steps=recipe.max_steps,
+        speed=pace, steps=recipe.max_steps or _steps(recipe, pace.tokens),
+        steps_are_estimated=recipe.max_steps is None,
         rewrites=dict(job.step.rewrites), model_config=job.blueprint.config, advice=advice,
     )  # fmt: skip
+
+
+def _steps(recipe: Recipe, tokens: int) -> int | None:
+    """By the size of the rows' files; ``tokens`` are those of an optimizer step."""
+    epoch = estimate_tokens(recipe)
+    return None if epoch is None else math.ceil(epoch * recipe.num_epochs / tokens)
 
 
 def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
@@ -179,18 +188,13 @@ def _codegen(recipe: Recipe, blueprint: Blueprint) -> Codegen:
     return "inductor" if choose(recipe.codegen, whole)[0] == "inductor" else "eager"
 
 
-def _dtype(recipe: Recipe, on_gpu: bool) -> torch.dtype:
+def _dtype(recipe: Recipe, elsewhere: bool) -> torch.dtype:
     precision = recipe.precision()
-    if on_gpu:  # which is not here
+    if elsewhere:
         wide = precision == "float32"
         narrow = torch.float16 if precision == "float16" else torch.bfloat16
         return torch.float32 if wide else narrow
     return dtype_for_training(precision, recipe.adapter is not None)
-
-
-def _cpu(dtype: torch.dtype, processes: int) -> Card:
-    capacity = Meter(torch.device("cpu")).capacity() or psutil.virtual_memory().total
-    return this_machine(capacity, dtype, processes)
 
 
 def _count(job: Job, trained: bool) -> int:
@@ -198,7 +202,7 @@ def _count(job: Job, trained: bool) -> int:
     return sum(u.times * w.numbers for u in job.units for w in u.weights if w.trains or not trained)
 
 
-def require_known(recipe: Recipe) -> None:
+def _require_known(recipe: Recipe) -> None:
     """See that a recipe is of a kind that can be planned.
 
     Raises:

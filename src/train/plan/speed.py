@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass
-
-import torch
 
 from .cards import CARDS_OF_A_MACHINE, Card
 from .estimate import Job, Memory
@@ -112,22 +109,3 @@ def _seconds(sent: Traffic, layout: Layout, card: Card) -> float:
     near = card.link if shares <= CARDS_OF_A_MACHINE else card.network
     far = card.link if layout.world <= CARDS_OF_A_MACHINE else card.network
     return inside / near + sent.copies / far
-
-
-def this_machine(memory: int, dtype: torch.dtype, processes: int) -> Card:
-    """The CPU of this machine as a device, for one of several processes that share it.
-
-    Args:
-        memory: bytes that the run may take.
-        dtype: of the products, whose rate is measured: a tenth of a second.
-        processes: how many share the cores.
-    """
-    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    a @ b
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    rate = 2 * 1024**3 / best / processes
-    return Card("CPU", memory // processes, rate, 20e9, 5e9, 1e9)

@@ -18,6 +18,7 @@ from fusewright.train.plan.cards import GIB
 from fusewright.train.plan.estimate import Process, estimate
 from fusewright.train.plan.layout import Layout
 from fusewright.train.plan.recommend import advise
+from fusewright.train.plan.rows import estimate_tokens
 from fusewright.train.plan.search import fits, limits
 
 from ..commands import fusewright, snapshot
@@ -195,3 +196,13 @@ def test_a_large_model_takes_no_memory_to_plan(tmp_path: Path) -> None:
     shard = 2 * parameters / 1024
     assert found["memory"]["weights"] == pytest.approx(shard, rel=0.01)
     assert int(done.stderr.split()[-1]) < 2 * 2**20  # KiB
+
+
+def test_the_length_of_a_run_by_the_size_of_its_files(recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}\n' * 1000)  # 42 bytes each
+    given = [{"path": str(rows), "type": "completion"}]
+    assert estimate_tokens(recipe(datasets=given)) == 10_500
+    assert estimate_tokens(recipe(datasets=given, val_set_size=0.5)) == 5_250
+    assert estimate_tokens(recipe(datasets=[{**given[0], "weight": 2.0}])) == 21_000
+    assert estimate_tokens(recipe()) is None
