@@ -84,7 +84,10 @@ def test_mistakes_end_in_one_message(words: tuple[str, ...], said: str, write: W
 
 
 def test_too_few_processes_for_the_recipe(write: Write) -> None:
-    keys = {"fsdp_version": 2, "fsdp_config": {}, "dp_shard_size": 4, "dp_replicate_size": 2}
+    keys = {
+        "fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True},
+        "dp_shard_size": 4, "dp_replicate_size": 2,
+    }  # fmt: skip
     result = fusewright("plan", str(write(**keys)), "--gpus", "3xH100")
     assert result.exit_code == 2
     assert "dp_shard_size: 4" in result.stderr
@@ -187,8 +190,9 @@ def test_a_large_model_takes_no_memory_to_plan(tmp_path: Path) -> None:
         "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
     )
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["parameters"] == parameters
     assert found["depth"] == 126
