@@ -27,7 +27,10 @@ def verify(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps that each way trains.")] = 5,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes to compare with one; 1 leaves that out.")
+        int,
+        typer.Option(
+            "--processes", "--nproc", min=1, help="Processes to compare with one; 1 leaves it out."
+        ),
     ] = 2,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     keep: Annotated[

@@ -131,7 +131,7 @@ class Record:
             # in fp64: the difference of two near numbers
             changes = {name: (w.double() - start[name].double()) for name, w in now.items()}
             save_file(changes, self.folder / CHANGES)
-        (self.folder / _START).unlink(missing_ok=True)
+            (self.folder / _START).unlink()
 
     def _write(self, name: str, tensors: dict[str, Tensor], scale: float = 1.0) -> None:
         found = {key: chosen_elements(t, self.stride) for key, t in tensors.items()}

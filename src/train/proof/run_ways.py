@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from .worker import RESULT, Job
 _POLL = 0.1
 _OTHERS = 20.0
 """Seconds that the other processes of a way get to end, once one has failed."""
-_LINES = 15
-"""Lines of a failed process's messages that are kept."""
+_ERROR = re.compile(r"(?:\[rank\d+\]:\s)?(\w[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
+"""The last line of a traceback."""
 
 
 @dataclass
@@ -97,12 +98,14 @@ def _reason(folder: Path, code: int) -> str:
         hint = " (the system does that when memory is short)" if name == "SIGKILL" else ""
         return f"its process was killed by {name}{hint}"
     lines = [
-        line
+        line.rstrip()
         for path in sorted(folder.glob("*.err"))
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
-    said = "\n".join(lines[-_LINES:]) or "it printed nothing"
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    causes = [said for said in errors if "ProcessLostError" not in said] or errors
+    said = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
     return f"its process ended with exit code {code}: {said}"
 
 

@@ -130,7 +130,7 @@ class Comparison:
     def _advice(self, row: Row) -> str:
         name = row.run.way.name
         if row.run.status != "trained":
-            return "It did not run to its end; run it by itself with fusewright train"
+            return "It did not run to its end; --keep keeps all that it printed (*.err)"
         broken = {other.run.way.name for other in self.failed}
         if name == "optimized" or "optimized" not in {r.run.way.name for r in self.rows}:
             rules = row.run.figures.get("rewritten", {})

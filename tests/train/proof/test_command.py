@@ -162,7 +162,7 @@ def test_a_model_that_cannot_pack_says_so(
 def test_too_little_memory_is_no_bug(
     recipe: dict[str, Any], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*_: Any) -> None:
+    def none(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
 
     folder = _job(recipe, scratch)
@@ -253,7 +253,7 @@ def test_a_signal_ends_all_and_cleans_up(
         (["--steps", "0"], "--steps"),
         (["--json", "nowhere/figures.json"], "--json: the folder nowhere does not exist"),
         (["--lora_rr", "3"], "did you mean lora_r?"),
-        (["--nproc", "2"], "--nproc"),
+        (["--nproc", "0"], "--processes"),
     ],
 )
 def test_bad_input_is_refused(file: Path, scratch: Path, arguments: list[str], word: str) -> None:
