@@ -29,7 +29,7 @@ from ..report.throughput import flops_per_token, peak_flops
 from ..requirements import missing_packages
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
-from .compare import Deviations, Limits, deviations, exceeded
+from .compare import Allowed, Deviations, deviations, exceeded
 from .run_ways import Run, run_way
 from .settings import alone
 from .table import Comparison, Row
@@ -237,7 +237,7 @@ def _run(ways: Sequence[Way], chosen: Selection, runner: Runner) -> list[Run]:
     return runs
 
 
-def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Limits]:
+def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowed]:
     """A row for each run, the reference's first, and the limits that eager mode sets."""
     reference, eager, *others = runs
 
@@ -246,7 +246,7 @@ def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Limits
 
     measured = off(eager)
     each = chosen.trained // len(chosen.steps)
-    limits = Limits.of(measured, eager.figures["dtype"], each)
+    limits = Allowed.of(measured, eager.figures["dtype"], each)
     rows = [Row(reference, None, "reference"), Row(eager, measured, "limit")]
     for run in others:
         if run.status != "trained":

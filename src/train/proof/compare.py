@@ -172,7 +172,7 @@ def _nearest(distance: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Allowed:
     """How far a way may be from the reference.
 
     Attributes:
@@ -186,7 +186,7 @@ class Limits:
     change: float
 
     @classmethod
-    def of(cls, eager: Deviations, dtype: str, tokens: int) -> Limits:
+    def of(cls, eager: Deviations, dtype: str, tokens: int) -> Allowed:
         """The rule above.
 
         Args:
@@ -216,7 +216,7 @@ class Limits:
         return self.gradients.get(ALL, math.nan)
 
 
-def exceeded(found: Deviations, limits: Limits) -> list[str]:
+def exceeded(found: Deviations, limits: Allowed) -> list[str]:
     """What of a way is further from the reference than it may be: a clause each; none: it passes.
 
     A deviation that is NaN exceeds every limit, and a limit that is NaN is exceeded by everything.

@@ -15,7 +15,7 @@ from ...rewrite.tolerance import FACTOR
 from ..report.environment import machine, versions
 from ..report.format import memory
 from ..report.result import finite
-from .compare import LEFT_OUT, Deviations, Limits
+from .compare import LEFT_OUT, Allowed, Deviations
 from .run_ways import Run
 from .ways import Selection
 
@@ -54,7 +54,7 @@ class Comparison:
     recipe: str
     chosen: Selection
     rows: list[Row]
-    limits: Limits
+    limits: Allowed
 
     @property
     def failed(self) -> list[Row]:

@@ -21,7 +21,7 @@ Step = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How the samples of each step become batches.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layout:
     sequences: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, steps: Iterable[Step], packing: bool, rows: int, processes: int = 1) -> Layout:
+    def of(cls, steps: Iterable[Step], packing: bool, rows: int, processes: int = 1) -> BatchLayout:
         """Lay out steps in batches of ``rows``, all steps with the same number of batches."""
         given = [[tuple(sequence) for sequence in step] for step in steps]
         each = rows * processes
@@ -70,7 +70,7 @@ class Way:
 
     name: str
     optimize: bool
-    layout: Layout | None = None
+    layout: BatchLayout | None = None
     exact: bool = False
     skipped: str = ""
     optional: bool = False
@@ -144,7 +144,7 @@ def ways_of(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None)
         gpus: how many there are; None: training is on the CPU.
     """
     packs, rows = recipe.packs(), recipe.micro_batch_size
-    own = Layout.of(chosen.steps, packs, rows)
+    own = BatchLayout.of(chosen.steps, packs, rows)
     exact = Way("exact", optimize=False, layout=own, exact=True)
     return [
         exact,
@@ -161,7 +161,7 @@ def second_eager(way: Way, chosen: Selection) -> Way:
     assert way.layout is not None
     size = len(chosen.steps[0])
     rows = 1 if way.layout.rows > 1 else size
-    layout = Layout.of(chosen.steps, way.layout.packing, rows)
+    layout = BatchLayout.of(chosen.steps, way.layout.packing, rows)
     return replace(way, name="eager again", layout=layout, exact=False)
 
 
@@ -180,7 +180,9 @@ def _repacked(recipe: Recipe, chosen: Selection) -> Way:
         said = f"no two samples of a step fit into sequence_len: {recipe.sequence_len}"
     if skip:
         return Way(name, optimize=True, skipped=said)
-    return Way(name, optimize=True, layout=Layout.of(steps, name == "packed", rows), optional=True)
+    return Way(
+        name, optimize=True, layout=BatchLayout.of(steps, name == "packed", rows), optional=True
+    )
 
 
 def _packed(step: Step, samples: Sequence[Sample], recipe: Recipe) -> list[tuple[int, ...]]:
@@ -194,7 +196,7 @@ def _accumulated(chosen: Selection, packing: bool, rows: int) -> Way:
     """Each step in batches of one sequence; or in one batch, where the recipe has such batches."""
     size = len(chosen.steps[0])
     other = 1 if rows > 1 else size
-    layout = Layout.of(chosen.steps, packing, other)
+    layout = BatchLayout.of(chosen.steps, packing, other)
     return Way(f"{other} x {size // other}", optimize=True, layout=layout, optional=True)
 
 
@@ -204,7 +206,7 @@ def _shared(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None)
     if (said := _why_alone(recipe, processes, gpus)) is not None:
         return Way(name, optimize=True, skipped=said)
     rows = -(-len(chosen.steps[0]) // processes)
-    layout = Layout.of(chosen.steps, recipe.packs(), rows, processes)
+    layout = BatchLayout.of(chosen.steps, recipe.packs(), rows, processes)
     return Way(name, optimize=True, layout=layout, optional=True)
 
 

@@ -19,7 +19,7 @@ import yaml
 from fusewright.train.proof import command, worker
 from fusewright.train.proof.run_ways import run_way
 from fusewright.train.proof.settings import recipe_of
-from fusewright.train.proof.ways import Layout, Way, select
+from fusewright.train.proof.ways import BatchLayout, Way, select
 from fusewright.train.recipe.load import load_recipe
 
 from ..commands import fusewright, snapshot
@@ -131,6 +131,16 @@ def test_qlora_trains_the_same_on_a_cpu(scratch: Path, file: Path, precision: st
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_sharded_processes_train_the_same(scratch: Path, file: Path) -> None:
+    done, found = _verified(file, "--steps", "2", "--fsdp", "[full_shard, auto_wrap]")
+    assert done.exit_code == 0, done.output
+    shared = found["ways"][-1]
+    assert (shared["name"], shared["verdict"]) == ("2 processes", "passed")
+    assert len(shared["deviations"]["gradients"]) == 15
+    assert list(scratch.iterdir()) == []
+
+
 def _job(recipe: dict[str, Any], folder: Path, **keys: Any) -> Path:
     """A worker's folder."""
     from fusewright.train.data import Sample
@@ -139,7 +149,7 @@ def _job(recipe: dict[str, Any], folder: Path, **keys: Any) -> Path:
     ids = list(range(3, 19))
     chosen = select([[Sample(ids, [-100, *ids[1:]])]], 1, 2)
     worker.write_samples(folder / worker.SAMPLES, chosen.samples)
-    layout = Layout.of(chosen.steps, checked.packs(), 2)
+    layout = BatchLayout.of(chosen.steps, checked.packs(), 2)
     changed = recipe_of(checked, Way("a", optimize=False, layout=layout), 1, str(folder / "out"))
     own = folder / "a"
     own.mkdir()
@@ -181,7 +191,7 @@ def test_a_refused_way_is_left_out_if_it_may_be(
     code = "import json, pathlib, sys; p = pathlib.Path(sys.argv[-1]) / 'result.json'; "
     code += "p.write_text(json.dumps({'status': 'refused', 'reason': 'it does not'})); sys.exit(2)"
     _stub(tmp_path, monkeypatch, code)
-    layout = Layout(True, 2, 1, 1, ((0,), (0,)))
+    layout = BatchLayout(True, 2, 1, 1, ((0,), (0,)))
     way = Way("packed", optimize=True, layout=layout, optional=optional)
     checked = load_recipe(recipe)
     run = run_way(checked, way, 1, tmp_path, checked.consent, print)
@@ -200,7 +210,9 @@ def test_a_process_that_ends_otherwise_has_failed(
     recipe: dict[str, Any], tmp_path: Path, code: str, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stub(tmp_path, monkeypatch, code)
-    way = Way("packed", optimize=True, layout=Layout(True, 2, 1, 1, ((0,), (0,))), optional=True)
+    way = Way(
+        "packed", optimize=True, layout=BatchLayout(True, 2, 1, 1, ((0,), (0,))), optional=True
+    )
     checked = load_recipe(recipe)
     run = run_way(checked, way, 1, tmp_path, checked.consent, print)
     assert run.status == "failed"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fusewright.train.proof.compare import (
     ALL,
+    Allowed,
     Deviations,
-    Limits,
     deviations,
     exceeded,
     kind_of,
@@ -50,7 +50,7 @@ def _off(
     return deviations({"losses": losses}, folder, {"losses": [2.0, 1.0]}, reference)
 
 
-GOOD = Limits.of(
+GOOD = Allowed.of(
     Deviations((1e-6, 1e-6), {ALL: 1e-6, "q_proj": 1e-6}, 1e-6), "float32", tokens=1024
 )
 
@@ -67,7 +67,7 @@ def test_the_same_is_off_by_nothing(tmp_path: Path) -> None:
     assert found.losses == (0, 0)
     assert set(found.gradients.values()) == {0}
     assert found.change == 0
-    assert not exceeded(found, Limits.of(found, "float32", 100))
+    assert not exceeded(found, Allowed.of(found, "float32", 100))
 
 
 def test_a_factor_is_its_own_deviation_in_every_kind(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_kind_that_is_wrong_is_named_though_all_of_it_is_small(tmp_path: Path)
     figures = {"losses": [2.0, 1.0]}
     found = deviations(figures, folder, figures, reference)
     assert found.gradient < 1e-4
-    limits = Limits.of(Deviations((0, 0), dict.fromkeys(found.gradients, 1e-3), 0), "float32", 100)
+    limits = Allowed.of(Deviations((0, 0), dict.fromkeys(found.gradients, 1e-3), 0), "float32", 100)
     (said,) = exceeded(found, limits)
     assert "q_proj.lora_A" in said
     assert "q_proj.lora_B" not in said
@@ -126,7 +126,7 @@ def test_a_nan_gradient_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("losses", [[2.0, math.nan], [2.0, math.inf]])
 def test_a_loss_that_is_not_finite_fails_once(tmp_path: Path, losses: list[float]) -> None:
     found = _off(tmp_path, _tensors(), losses)
-    said = exceeded(found, Limits.of(_found(), "float32", 100))
+    said = exceeded(found, Allowed.of(_found(), "float32", 100))
     assert [clause for clause in said if "loss" in clause] == [f"the loss of step 2 is {losses[1]}"]
 
 
@@ -154,7 +154,7 @@ def test_no_gradients_at_all_fail() -> None:
 
 
 def test_the_limit_is_one_and_a_half_times_eager_and_a_unit() -> None:
-    limits = Limits.of(_found(), "bfloat16", tokens=1024)
+    limits = Allowed.of(_found(), "bfloat16", tokens=1024)
     unit = 2.0**-7
     assert limits.gradients["q_proj"] == pytest.approx(1.5e-6 + unit)
     assert limits.change == pytest.approx(1.5e-6 + unit)
@@ -163,7 +163,7 @@ def test_the_limit_is_one_and_a_half_times_eager_and_a_unit() -> None:
 
 def test_the_unit_of_later_losses_grows_as_the_weights_drift() -> None:
     eager = _found(losses=(0.0, 0.0), change=4e-6)
-    first, second = Limits.of(eager, "float32", tokens=1024).losses
+    first, second = Allowed.of(eager, "float32", tokens=1024).losses
     assert first == pytest.approx(6 * FP32)
     assert second == pytest.approx(4 * first)
 
@@ -192,7 +192,7 @@ def test_just_within_the_limit() -> None:
 
 def test_where_eager_is_nan_nothing_passes() -> None:
     eager = _found(losses=(1e-6, math.nan), gradients={ALL: math.nan}, change=math.nan)
-    said = exceeded(_found(gradients={ALL: 1e-6}), Limits.of(eager, "float32", 100))
+    said = exceeded(_found(gradients={ALL: 1e-6}), Allowed.of(eager, "float32", 100))
     assert len(said) == 3
 
 

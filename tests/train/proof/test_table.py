@@ -12,17 +12,17 @@ from rich.console import Console
 
 from fusewright.train.data import Sample
 from fusewright.train.proof.command import Runner, _run
-from fusewright.train.proof.compare import ALL, Deviations, Limits
+from fusewright.train.proof.compare import ALL, Allowed, Deviations
 from fusewright.train.proof.exact import NO_ROOM
 from fusewright.train.proof.run_ways import Run
 from fusewright.train.proof.table import Comparison, Row
-from fusewright.train.proof.ways import Layout, Way, select
+from fusewright.train.proof.ways import BatchLayout, Way, select
 
 from ..conftest import small_recipe
 
 SAMPLES = [[Sample([1] * n, [-100] + [1] * (n - 1))] for n in (10, 20, 30, 40)]
 CHOSEN = select(SAMPLES, 2, 2)
-LAYOUT = Layout.of(CHOSEN.steps, True, 2)
+LAYOUT = BatchLayout.of(CHOSEN.steps, True, 2)
 NEAR = Deviations((1e-3, 2e-3), {ALL: 3e-3, "q_proj": 3e-3}, 4e-3)
 
 
@@ -42,7 +42,7 @@ def _row(name: str, verdict: str, *exceeded: str, **changes: Any) -> Row:
 
 def _comparison(*rows: Row) -> Comparison:
     both = (_row("exact", "reference", dtype="float32"), _row("eager", "limit"))
-    return Comparison("r.yaml", CHOSEN, [*both, *rows], Limits.of(NEAR, "bfloat16", 50))
+    return Comparison("r.yaml", CHOSEN, [*both, *rows], Allowed.of(NEAR, "bfloat16", 50))
 
 
 def _printed(comparison: Comparison) -> list[str]:

@@ -12,7 +12,7 @@ from fusewright.train.data import IGNORED, Sample
 from fusewright.train.proof.settings import recipe_of
 from fusewright.train.proof.ways import (
     FILLER,
-    Layout,
+    BatchLayout,
     Selection,
     Way,
     second_eager,
@@ -41,7 +41,7 @@ PACKS = select([[_sample(9), _sample(5)], [_sample(7)], [_sample(4)] * 3, [_samp
 SINGLES = select([[_sample(n)] for n in (9, 5, 7, 4)], 2, 2)
 
 
-def _contents(chosen: Selection, layout: Layout) -> list[Counter[int]]:
+def _contents(chosen: Selection, layout: BatchLayout) -> list[Counter[int]]:
     """The numbers of the samples of each step."""
     each = layout.rows * layout.passes * layout.processes
     steps = [layout.sequences[i : i + each] for i in range(0, len(layout.sequences), each)]
