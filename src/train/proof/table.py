@@ -132,7 +132,7 @@ class Comparison:
         if row.run.status != "trained":
             return "It did not run to its end; --keep keeps all that it printed (*.err)"
         broken = {other.run.way.name for other in self.failed}
-        if name == "optimized" or "optimized" not in {r.run.way.name for r in self.rows}:
+        if name == "optimized":
             rules = row.run.figures.get("rewritten", {})
             shown = ", ".join(rules) or "none"
             return (
@@ -142,6 +142,12 @@ class Comparison:
             )
         if "optimized" in broken:
             return "The optimized model differs with the recipe's own batches, too: see there"
+        if not row.run.figures.get("weighs_tokens", True):
+            return (
+                "The forward of this model takes no num_items_in_batch, so the losses of the "
+                "batches of a step are averaged, however many tokens they train: use "
+                "gradient_accumulation_steps: 1"
+            )
         if name in ("packed", "unpacked"):
             return (
                 "The same samples train differently when they share a sequence: set "
@@ -150,12 +156,6 @@ class Comparison:
         if "processes" in name:
             return (
                 "Several processes do not train what one does: train with --nproc 1, and report it"
-            )
-        if not row.run.figures.get("weighs_tokens", True):
-            return (
-                "The forward of this model takes no num_items_in_batch, so the losses of the "
-                "batches of a step are averaged, however many tokens they train: use "
-                "gradient_accumulation_steps: 1"
             )
         return (
             "Batches of another size train differently: keep gradient_accumulation_steps: 1, and "

@@ -172,7 +172,7 @@ def _repacked(recipe: Recipe, chosen: Selection) -> Way:
         name = "unpacked"
         steps: list[Any] = [[(i,) for sequence in step for i in sequence] for step in chosen.steps]
         skip = all(len(sequence) == 1 for step in chosen.steps for sequence in step)
-        said = "each of these packs holds a single sample, so it would train the same batches"
+        said = "each of these packs holds a single sample; a larger --steps has others"
     else:
         name = "packed"
         steps = [_packed(step, chosen.samples, recipe) for step in chosen.steps]

@@ -123,7 +123,7 @@ def test_a_wrong_rule_fails(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
 def test_qlora_trains_the_same_on_a_cpu(scratch: Path, file: Path, precision: str) -> None:
-    done, found = _verified(file, "--steps", "2", "--adapter", "qlora", "--load_in_4bit", precision)
+    done, found = _verified(file, "--steps", "3", "--adapter", "qlora", "--load_in_4bit", precision)
     assert done.exit_code == 0, done.output
     assert [way["verdict"] for way in found["ways"]][2:] == ["passed"] * 4
     assert found["ways"][0]["dtype"] == {"--bf16": "float32"}.get(precision, "float64")
