@@ -24,9 +24,9 @@ bf16, 1.2e-7 in fp32. It is the rule by which the compiler judges each rewrite, 
   trained tokens, so log2(n) / 2 units of rounding of fp32 are added to ``unit``. From the second
   step on both grow as eager's error grows from its gradients to the change of its weights.
 
-In fp32 this finds an error of one in a million. In bf16, eager mode loses so much by itself (some
-percent of the gradients of a small model) that an error below that cannot be seen: there, run the
-recipe with ``bf16: false`` as well. Each single rewrite is verified far more closely anyway.
+In fp32 this finds gradients that are off by one in a million. In bf16, eager mode loses so much by
+itself (some percent of the gradients of a small model) that less than that cannot be seen: there,
+run the recipe with ``bf16: false`` as well. Each rewrite is verified far more closely anyway.
 
 Where the reference does not fit into memory, it is a second eager run whose sums are in another
 order (other batches of the same samples). d is then the distance of two runs that both round.
