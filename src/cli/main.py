@@ -26,6 +26,7 @@ from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
 from . import plan as plan_command  # noqa: E402  # 2026-11-27: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
+from . import verify as verify_command  # noqa: E402  # 2026-11-27: as above
 from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
 from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
 
@@ -166,6 +167,7 @@ def explain(
 plan_command.register(app)
 data_commands.register(app)
 trained_commands.register(app)
+verify_command.register(app)
 
 
 def main() -> None:

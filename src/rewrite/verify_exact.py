@@ -21,7 +21,7 @@ from ..kernels.linear import quant_linear
 from ..kernels.linear.quantized import Quantized
 
 
-class _Wide(TorchFunctionMode):
+class Wide(TorchFunctionMode):
     """Makes casts to a floating-point dtype casts to fp64, in code that is no graph."""
 
     def __torch_function__(
@@ -66,7 +66,7 @@ class Exact(Plain):
     def run_node(self, n: fx.Node) -> Any:
         """Run ``n``; its casts are to fp64, and quantized products run as their reference does."""
         if is_leaf(n.target):
-            with _Wide():
+            with Wide():
                 return super().run_node(n)
         if n.op == "call_method" and n.target in ("float", "half", "bfloat16"):
             return self.fetch_args_kwargs_from_env(n)[0][0].double()

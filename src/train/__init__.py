@@ -6,7 +6,7 @@ In processing order: ``recipe/`` (the keys, their status, reading and checking) 
 ``trainer/`` (batches, arguments, optimizer, schedule, and the optimizer steps), which writes with
 ``checkpoint/`` → ``finish`` (the files of a finished run) → ``report/`` (the result, the page, the
 model card). ``run`` calls them one after the other. ``inference/`` and ``merge/`` work with a
-finished run.
+finished run; ``proof/`` trains a few steps in several ways and compares them.
 """
 
 from __future__ import annotations

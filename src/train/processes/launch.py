@@ -111,13 +111,20 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     children: list[subprocess.Popen[bytes]] = []
     with _forwarding(children):
         for rank in range(number):
-            environ = _environment(rank, number, store.port)
+            environ = rank_environment(rank, number, store.port)
             # in a session of its own: what a terminal sends comes once, through this process
             children.append(subprocess.Popen(command, env=environ, start_new_session=True))
         return _wait(children)
 
 
-def _environment(rank: int, number: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, number: int, port: int) -> dict[str, str]:
+    """The variables of a process that this one starts as one of several.
+
+    Args:
+        rank: its number.
+        number: how many there are.
+        port: of a store of this process, at which they meet.
+    """
     threads = max(1, (os.cpu_count() or 1) // number)
     return {
         "OMP_NUM_THREADS": str(threads),

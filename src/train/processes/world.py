@@ -233,7 +233,7 @@ def _group(timeout: float | None) -> Iterator[World]:
         yield World()
         return
     if PARENT in os.environ:
-        _end_with_parent()
+        end_with_parent()
     wait = datetime.timedelta(seconds=timeout) if timeout else dist.default_pg_timeout
     try:
         store, rank, size = next(rendezvous("env://", timeout=wait))
@@ -306,7 +306,7 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, kinds) or bool(_LOST.search(str(error)))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Get SIGTERM, and so save, when the process that has started this one is killed."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -212,7 +212,7 @@ class RunResult:
     def write(self) -> None:
         """Write ``run.json``, whole or not at all."""
         content = {**asdict(self), "output_dir": str(self.output_dir)}
-        text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.output_dir / "run.json", text + "\n")
 
     def print(self, console: Console) -> None:
@@ -278,10 +278,10 @@ def rows_message(data: dict[str, int]) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: write them as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

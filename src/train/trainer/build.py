@@ -63,6 +63,7 @@ def make_trainer(
     packs: Any,
     resumed: Saved | None = None,
     on_first_step: Callable[[], None] | None = None,
+    kind: type[FineTuner] = FineTuner,
 ) -> FineTuner:
     """Set up the trainer; ``trainer.train()`` runs it.
 
@@ -72,6 +73,7 @@ def make_trainer(
         packs: the sequences to train on; a stream of them has no length.
         resumed: what the checkpoint kept that the run resumes from.
         on_first_step: called when the first step is complete.
+        kind: of trainer.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
@@ -94,7 +96,7 @@ def make_trainer(
         "callbacks": watchdogs(recipe),
     }
     try:
-        trainer = FineTuner(context, progress, resumed, on_first_step, **given)
+        trainer = kind(context, progress, resumed, on_first_step, **given)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise

@@ -163,9 +163,9 @@ note("told", json.dumps([sys.argv[1:], dict(os.environ), os.getppid(), os.getsid
 def test_processors_are_divided(number: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert launch_module._environment(0, number, 1)["OMP_NUM_THREADS"] == str(threads)
+    assert launch_module.rank_environment(0, number, 1)["OMP_NUM_THREADS"] == str(threads)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert launch_module._environment(0, number, 1)["OMP_NUM_THREADS"] == "7"
+    assert launch_module.rank_environment(0, number, 1)["OMP_NUM_THREADS"] == "7"
 
 
 def test_the_command_itself() -> None:

@@ -1,0 +1,256 @@
+"""How far each way is from the reference, and how far it may be.
+
+The reference is the same model in a higher precision (fp32 for 16 bits, dequantized weights;
+fp64 for fp32), trained in eager mode on the same batches. Low precision rounds, so eager mode in
+the recipe's own precision is not there either: what it loses is the measure for every other way.
+With d(x) for the deviation of x from the reference, relative to its size, a way passes if
+
+    d(way) <= 1.5 * d(eager) + unit
+
+for each of the following. ``unit`` is one unit of rounding of the recipe's precision: 7.8e-3 in
+bf16, 1.2e-7 in fp32. It is the rule by which the compiler judges each rewrite, too.
+
+- **Gradients of the first step**, before they are clipped: the weights are still the same in all
+  ways, so this is rounding alone, and the sharpest check. d is the norm of the difference over the
+  norm of the reference's: of all trained weights, and of each kind of weight (``q_proj.lora_A`` of
+  all layers is one kind), so that an error in a small one is not lost among the others.
+- **The change of the weights** from the first to the last step. From the second step on the weights
+  are not the same any more: Adam divides each gradient by its own size, so where one is almost
+  zero, rounding decides which way that weight goes, by a whole step. That can be any few weights,
+  and they would be all that a norm sees. So d leaves out the 1% of the weights that are furthest
+  off in each way; a wrong gradient moves far more of them.
+- **The loss of each step.** d(eager) is the largest of all its steps', because a single number can
+  be near the reference's by luck. Whatever the precision, a loss is a sum in fp32 over the step's n
+  trained tokens, so log2(n) / 2 units of rounding of fp32 are added to ``unit``. From the second
+  step on both grow as eager's error grows from its gradients to the change of its weights.
+
+In fp32 this finds gradients that are off by one in a million. In bf16, eager mode loses so much by
+itself (some percent of the gradients of a small model) that less than that cannot be seen: there,
+run the recipe with ``bf16: false`` as well. Each rewrite is verified far more closely anyway.
+
+Where the reference does not fit into memory, it is a second eager run whose sums are in another
+order (other batches of the same samples). d is then the distance of two runs that both round.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ...rewrite.tolerance import FACTOR, unit
+from .record import CHANGES, GRADIENTS
+
+LEFT_OUT = 0.01
+"""The share of the weights whose change is not compared."""
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """How far one way is from the reference; each relative to the reference's size.
+
+    Attributes:
+        losses: of each step.
+        gradients: of the first step, by the kind of weight, and of ``ALL``.
+        change: of the weights, from the first to the last step.
+        problems: why some of it could not be compared; each a clause.
+    """
+
+    losses: tuple[float, ...] = ()
+    gradients: dict[str, float] = field(default_factory=dict)
+    change: float = math.nan
+    problems: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The largest of all steps; NaN if there is none, or one of them is NaN."""
+        if not self.losses or any(math.isnan(d) for d in self.losses):
+            return math.nan
+        return max(self.losses)
+
+    @property
+    def gradient(self) -> float:
+        """That of all trained weights together."""
+        return self.gradients.get(ALL, math.nan)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a parameter: its name without numbers of layers, experts and adapters' names."""
+    short = re.sub(r"\.(default\.)?weight$", "", name)
+    return re.sub(r"(^|.*\.)\d+\.", "", short)
+
+
+def deviations(
+    figures: dict[str, Any], folder: Path, reference: dict[str, Any], reference_folder: Path
+) -> Deviations:
+    """Compare one way with the reference.
+
+    Args:
+        figures: of the way, as its worker has written them.
+        folder: with its tensors.
+        reference: the reference's figures.
+        reference_folder: with its tensors.
+    """
+    problems = list(_odd_losses(figures["losses"], reference["losses"]))
+    losses = [
+        _relative(abs(own - exact), abs(exact))
+        for own, exact in zip(figures["losses"], reference["losses"], strict=False)
+    ]
+    gradients, missing = _gradients(folder / GRADIENTS, reference_folder / GRADIENTS)
+    problems += missing
+    change = _change(folder / CHANGES, reference_folder / CHANGES)
+    return Deviations(tuple(losses), gradients, change, tuple(problems))
+
+
+def _odd_losses(own: Sequence[float], exact: Sequence[float]) -> Iterator[str]:
+    if len(own) != len(exact):
+        yield f"it has made {len(own)} steps and the reference {len(exact)}"
+    for step, loss in enumerate(own, start=1):
+        if not math.isfinite(loss):
+            yield f"the loss of step {step} is {loss}"
+            return
+
+
+def _relative(distance: float, size: float) -> float:
+    return distance / size if size else distance
+
+
+def _gradients(path: Path, reference: Path) -> tuple[dict[str, float], list[str]]:
+    off: dict[str, float] = defaultdict(float)
+    size: dict[str, float] = defaultdict(float)
+    problems = []
+    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
+        names, expected = set(own.keys()), list(exact.keys())
+        for some, words in (
+            (set(expected) - names, "no gradient for"),
+            (names - set(expected), "a gradient, which the reference has not, for"),
+        ):
+            if some:
+                problems.append(f"it has {words} {_first(sorted(some))}")
+        for name in expected:
+            if name not in names:
+                continue
+            truth = exact.get_tensor(name).double()
+            difference = own.get_tensor(name).double() - truth
+            for kind in (kind_of(name), ALL):
+                off[kind] += float(difference.square().sum())
+                size[kind] += float(truth.square().sum())
+    return {kind: _relative(off[kind] ** 0.5, size[kind] ** 0.5) for kind in size}, problems
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _change(path: Path, reference: Path) -> float:
+    with safe_open(path, "pt") as own, safe_open(reference, "pt") as exact:
+        names = sorted(set(exact.keys()) & set(own.keys()))
+        pairs = [(own.get_tensor(name), exact.get_tensor(name)) for name in names]
+    if not pairs:
+        return math.nan
+    distance = torch.cat([(a.double() - b.double()).abs().reshape(-1) for a, b in pairs])
+    size = sum(float(b.double().square().sum()) for _, b in pairs) ** 0.5
+    return _relative(float(_nearest(distance).square().sum()) ** 0.5, size)
+
+
+def _nearest(distance: Tensor) -> Tensor:
+    """``distance`` without its largest values; with them, if one is not finite."""
+    if not bool(torch.isfinite(distance).all()):
+        return distance
+    kept = max(1, round(distance.numel() * (1 - LEFT_OUT)))
+    return distance.sort().values[:kept]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far a way may be from the reference.
+
+    Attributes:
+        losses: in each step.
+        gradients: by the kind of weight, and of ``ALL``.
+        change: of the weights.
+    """
+
+    losses: tuple[float, ...]
+    gradients: dict[str, float]
+    change: float
+
+    @classmethod
+    def of(cls, eager: Deviations, dtype: str, tokens: int) -> Allowed:
+        """The rule above.
+
+        Args:
+            eager: how far eager mode is.
+            dtype: of the recipe's computation.
+            tokens: trained in a step, about.
+        """
+        slack = unit(getattr(torch, dtype))
+        of_loss = slack + unit(torch.float32) * math.log2(max(2, tokens)) / 2
+        growth = eager.change / eager.gradient if eager.gradient else 1.0
+        growth = growth if growth > 1 or math.isnan(growth) else 1.0
+        losses = [
+            FACTOR * eager.loss + of_loss * (growth if step else 1.0)
+            for step in range(len(eager.losses))
+        ]
+        gradients = {kind: FACTOR * d + slack for kind, d in eager.gradients.items()}
+        return cls(tuple(losses), gradients, FACTOR * eager.change + slack)
+
+    @property
+    def loss(self) -> float:
+        """That of the last step, which is the largest."""
+        return self.losses[-1] if self.losses else math.nan
+
+    @property
+    def gradient(self) -> float:
+        """That of all trained weights together."""
+        return self.gradients.get(ALL, math.nan)
+
+
+def exceeded(found: Deviations, limits: Allowed) -> list[str]:
+    """What of a way is further from the reference than it may be: a clause each; none: it passes.
+
+    A deviation that is NaN exceeds every limit, and a limit that is NaN is exceeded by everything.
+    """
+    said = list(found.problems)
+    kinds = {
+        kind: d
+        for kind, d in found.gradients.items()
+        if not d <= limits.gradients.get(kind, math.nan)
+    }
+    if not found.gradients:
+        said.append("it has no gradients")
+    elif kinds:
+        worst = sorted((kind for kind in kinds if kind != ALL), key=lambda k: -_order(kinds[k]))
+        shown = ", ".join(
+            f"{kind} (off by {kinds[kind]:.1e}, allowed {limits.gradients.get(kind, math.nan):.1e})"
+            for kind in (worst or [ALL])[:3]
+        )
+        more = f" and {len(worst) - 3} more kinds of weights" if len(worst) > 3 else ""
+        said.append(f"the gradients of the first step differ in {shown}{more}")
+    for step, (d, limit) in enumerate(zip(found.losses, limits.losses, strict=False), start=1):
+        if not d <= limit and not _is_said(step, found.problems):
+            said.append(f"the loss of step {step} is off by {d:.1e}, and {limit:.1e} is allowed")
+            break
+    if not found.change <= limits.change:
+        said.append(
+            f"the weights' change is off by {found.change:.1e}, and {limits.change:.1e} is allowed"
+        )
+    return said
+
+
+def _order(deviation: float) -> float:
+    return math.inf if math.isnan(deviation) else deviation
+
+
+def _is_said(step: int, problems: Sequence[str]) -> bool:
+    return any(f"the loss of step {step} is" in problem for problem in problems)

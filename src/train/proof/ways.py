@@ -1,0 +1,237 @@
+"""The ways in which the same samples are trained, and how each of them makes batches of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import RecipeError
+from ..data import Sample, pack
+from ..data.sample import IGNORED
+from ..recipe.recipe import Recipe
+
+FILLER = -1
+"""In a layout, a sequence that trains nothing and only fills a batch."""
+
+_FILLER_TOKENS = 8
+
+Step = Sequence[Sequence[int]]
+"""The sequences of an optimizer step, each as the numbers of its samples."""
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the samples of each step become batches.
+
+    Attributes:
+        packing: whether a sequence may hold several samples.
+        rows: sequences in a batch.
+        passes: batches of a step, in each process.
+        processes: how many processes share a step.
+        sequences: the numbers of each sequence's samples, batch by batch; ``FILLER`` stands alone.
+    """
+
+    packing: bool
+    rows: int
+    passes: int
+    processes: int
+    sequences: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, steps: Iterable[Step], packing: bool, rows: int, processes: int = 1) -> BatchLayout:
+        """Lay out steps in batches of ``rows``, all steps with the same number of batches."""
+        given = [[tuple(sequence) for sequence in step] for step in steps]
+        each = rows * processes
+        passes = max(-(-len(step) // each) for step in given)
+        filled = [[*step, *[(FILLER,)] * (passes * each - len(step))] for step in given]
+        return cls(packing, rows, passes, processes, tuple(s for step in filled for s in step))
+
+    def text(self) -> str:
+        """For people, e.g. ``2 x 1 packs``: rows of a batch, and batches of a step."""
+        return f"{self.rows} x {self.passes * self.processes} {_ROWS[self.packing]}"
+
+
+_ROWS = {True: "packs", False: "rows"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One run of the comparison.
+
+    Attributes:
+        name: short, and unlike all others.
+        optimize: whether the model is optimized.
+        layout: of its batches; None: it is not run.
+        exact: whether it computes in a higher precision than the recipe's.
+        skipped: why it is not run; empty: it is.
+        optional: whether a refusal of its settings is a reason to leave it out.
+    """
+
+    name: str
+    optimize: bool
+    layout: BatchLayout | None = None
+    exact: bool = False
+    skipped: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples that every way trains, and in which step.
+
+    Attributes:
+        samples: all of them, and last the one that only fills batches.
+        steps: the sequences of each step, as the recipe makes them.
+    """
+
+    samples: list[Sample]
+    steps: list[Step]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps, without padding."""
+        return sum(self.tokens_of(step) for step in range(len(self.steps)))
+
+    def tokens_of(self, step: int) -> int:
+        """Those of one step, counted from 0."""
+        sequences = self.steps[step]
+        return sum(len(self.samples[i].input_ids) for sequence in sequences for i in sequence)
+
+    @property
+    def trained(self) -> int:
+        """Those of them that have a label."""
+        return sum(self.samples[i].trained for s in self.steps for seq in s for i in seq)
+
+
+def select(sequences: Iterable[Sequence[Sample]], steps: int, size: int) -> Selection:
+    """Take the first steps of a recipe's data.
+
+    Args:
+        sequences: packs or single samples, in the order in which the recipe trains them; they are
+            taken again from the first one when they end.
+        steps: how many steps.
+        size: sequences of a step.
+    """
+    found: list[list[Sample]] = []
+    for sequence in sequences:
+        found.append(list(sequence))
+        if len(found) == steps * size:
+            break
+    flat = [sample for sequence in found for sample in sequence]
+    numbers, at = [], 0
+    for sequence in found:
+        numbers.append(tuple(range(at, at + len(sequence))))
+        at += len(sequence)
+    taken = [numbers[i % len(numbers)] for i in range(steps * size)]
+    ids = flat[0].input_ids[:_FILLER_TOKENS]
+    filler = Sample(ids, [IGNORED] * len(ids))
+    return Selection([*flat, filler], [taken[i : i + size] for i in range(0, len(taken), size)])
+
+
+def sequences_per_step(recipe: Recipe) -> int:
+    """How many sequences a compared step has: a batch of the recipe, and two at least."""
+    return max(2, recipe.micro_batch_size)
+
+
+def ways_of(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> list[Way]:
+    """All ways in which a recipe is compared, those that are skipped included.
+
+    Args:
+        recipe: checked.
+        chosen: the samples.
+        processes: how many the last way has.
+        gpus: how many there are; None: training is on the CPU.
+    """
+    packs, rows = recipe.packs(), recipe.micro_batch_size
+    own = BatchLayout.of(chosen.steps, packs, rows)
+    exact = Way("exact", optimize=False, layout=own, exact=True)
+    return [
+        exact,
+        replace(exact, name="eager", exact=False),
+        Way("optimized", optimize=True, layout=own),
+        _repacked(recipe, chosen),
+        _accumulated(chosen, packs, rows),
+        _shared(recipe, chosen, processes, gpus),
+    ]
+
+
+def second_eager(way: Way, chosen: Selection) -> Way:
+    """Eager again, with its sums in another order, for where no higher precision can be had."""
+    assert way.layout is not None
+    size = len(chosen.steps[0])
+    rows = 1 if way.layout.rows > 1 else size
+    layout = BatchLayout.of(chosen.steps, way.layout.packing, rows)
+    return replace(way, name="eager again", layout=layout, exact=False)
+
+
+def _repacked(recipe: Recipe, chosen: Selection) -> Way:
+    """The same samples packed if the recipe does not pack, and one by one if it does."""
+    rows = recipe.micro_batch_size
+    if recipe.packs():
+        name = "unpacked"
+        steps: list[Any] = [[(i,) for sequence in step for i in sequence] for step in chosen.steps]
+        skip = all(len(sequence) == 1 for step in chosen.steps for sequence in step)
+        said = "each of these packs holds a single sample; a larger --steps has others"
+    else:
+        name = "packed"
+        steps = [_packed(step, chosen.samples, recipe) for step in chosen.steps]
+        skip = all(len(new) == len(old) for new, old in zip(steps, chosen.steps, strict=True))
+        said = f"no two samples of a step fit into sequence_len: {recipe.sequence_len}"
+    if skip:
+        return Way(name, optimize=True, skipped=said)
+    return Way(
+        name, optimize=True, layout=BatchLayout.of(steps, name == "packed", rows), optional=True
+    )
+
+
+def _packed(step: Step, samples: Sequence[Sample], recipe: Recipe) -> list[tuple[int, ...]]:
+    numbers = [i for sequence in step for i in sequence]
+    lengths = [len(samples[i].input_ids) for i in numbers]
+    groups = pack(lengths, recipe.sequence_len, most=recipe.sample_packing_bin_size)
+    return [tuple(numbers[i] for i in group) for group in groups]
+
+
+def _accumulated(chosen: Selection, packing: bool, rows: int) -> Way:
+    """Each step in batches of one sequence; or in one batch, where the recipe has such batches."""
+    size = len(chosen.steps[0])
+    other = 1 if rows > 1 else size
+    layout = BatchLayout.of(chosen.steps, packing, other)
+    return Way(f"{other} x {size // other}", optimize=True, layout=layout, optional=True)
+
+
+def _shared(recipe: Recipe, chosen: Selection, processes: int, gpus: int | None) -> Way:
+    """Each step shared by several processes, as the recipe shares it."""
+    name = f"{processes} processes"
+    if (said := _why_alone(recipe, processes, gpus)) is not None:
+        return Way(name, optimize=True, skipped=said)
+    rows = -(-len(chosen.steps[0]) // processes)
+    layout = BatchLayout.of(chosen.steps, recipe.packs(), rows, processes)
+    return Way(name, optimize=True, layout=layout, optional=True)
+
+
+def _why_alone(recipe: Recipe, processes: int, gpus: int | None) -> str | None:
+    if processes == 1:
+        return "--processes 1 asks for one process only"
+    if gpus is not None and gpus < processes:
+        return f"{processes} processes need as many GPUs, and there {_are(gpus)} here"
+    strategy = recipe.strategy()
+    try:
+        strategy.require_world(processes)
+    except RecipeError as error:
+        return str(error)
+    if strategy.group > 1:
+        return (
+            "tensor_parallel_size and context_parallel_size: their processes train one batch "
+            "together, and only processes with batches of their own are compared"
+        )
+    if strategy.engine == "deepspeed":
+        return (
+            "deepspeed: it keeps gradients in buffers of its own, where they cannot be compared; "
+            "compare the loss curves of fusewright train with --nproc 1 and --nproc 2"
+        )
+    return None
+
+
+def _are(number: int) -> str:
+    return "is 1" if number == 1 else f"are {number}"

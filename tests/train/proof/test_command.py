@@ -1,0 +1,307 @@
+"""``fusewright verify``, called as a user would; each way is a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from fusewright.train.proof import command, worker
+from fusewright.train.proof.run_ways import run_way
+from fusewright.train.proof.settings import recipe_of
+from fusewright.train.proof.ways import BatchLayout, Way, select
+from fusewright.train.recipe.load import load_recipe
+
+from ..commands import fusewright, snapshot
+from ..processes.runs import kill_tree
+
+WRONG_RULE = """
+import sys
+if "fusewright.train.proof.worker" in sys.orig_argv:
+    from fusewright.passes.rms_norm import RMSNorm
+    from fusewright.rewrite.verify import Verdict, Verifier
+
+    def wrong(self, m, x, ops):  # weights of 1 become 1.01
+        return ops.rms_norm(x, m.get("w"), float(m.eps), 0.01, "inner")
+
+    RMSNorm._norm = wrong
+    Verifier.__call__ = lambda self, candidate: Verdict(None)
+"""
+"""Every worker begins with it: a rule with a wrong rewrite, and no verification."""
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
+
+
+@pytest.fixture
+def file(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "codegen": "eager", "use_tensorboard": True}))
+    return path
+
+
+def _verified(file: Path, *arguments: str) -> tuple[Any, dict[str, Any]]:
+    """The command's result, and its figures."""
+    figures = file.with_suffix(".json")
+    done = fusewright("verify", str(file), "--json", str(figures), *arguments)
+    assert figures.exists(), done.output
+    return done, json.loads(figures.read_text(encoding="utf-8"))
+
+
+@pytest.mark.usefixtures("scratch")
+def test_lora_trains_the_same_in_all_ways(file: Path, tmp_path: Path, scratch: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("not to be touched")
+    before = snapshot(output)
+    done, found = _verified(file, "--steps", "3", "--lora_dropout", "0.1")
+    assert done.exit_code == 0, done.output
+    assert found["passed"]
+    assert {way["name"]: way["verdict"] for way in found["ways"]} == {
+        "exact": "reference", "eager": "limit", "optimized": "passed", "unpacked": "passed",
+        "1 x 2": "passed", "2 processes": "passed",
+    }  # fmt: skip
+    ways = {way["name"]: way for way in found["ways"]}
+    assert ways["exact"]["dtype"] == "float64"
+    assert ways["optimized"]["rewritten"]["rms_norm"] == 5
+    assert ways["eager"]["rewritten"] == {}
+    assert len(ways["2 processes"]["memory"]) == 2
+    for way in found["ways"]:
+        assert len(way["losses"]) == len(way["norms"]) == len(way["seconds"]) == 3
+        assert way["losses"][2] < way["losses"][0]
+        assert way["tokens_per_s"] > 0
+    # fp32 against fp64: rounding, and nothing else
+    assert max(ways["optimized"]["deviations"]["gradients"].values()) < 2e-6
+    assert snapshot(output) == before
+    assert list(scratch.iterdir()) == []
+    for text in ("optimized", "2 x 1 packs", "allowed", "all ways that were run passed"):
+        assert text in done.stdout
+    assert "lora_dropout" in done.stdout
+    assert "6 ways, one after the other" in done.stderr
+    assert "2 processes: trained in" in done.stderr
+
+
+@pytest.mark.usefixtures("scratch")
+def test_a_wrong_rule_fails(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "sitecustomize.py").write_text(WRONG_RULE)
+    path = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    done, found = _verified(file, "--steps", "1", "--processes", "1", "--no-sample_packing")
+    assert done.exit_code == 1, done.output
+    assert not found["passed"]
+    ways = {way["name"]: way for way in found["ways"]}
+    assert ways["optimized"]["verdict"] == "failed"
+    assert ways["optimized"]["deviations"]["gradients"]["all"] > 1e-3
+    assert "FAILED" in done.stdout
+    assert "optimized: FAILED: the gradients of the first step differ in " in done.stdout
+    assert "FUSEWRIGHT_DISABLE=RULE (rewritten here: " in done.stdout
+    assert "1 processes: skipped: --processes 1 asks for one process only" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
+def test_qlora_trains_the_same_on_a_cpu(scratch: Path, file: Path, precision: str) -> None:
+    done, found = _verified(file, "--steps", "3", "--adapter", "qlora", "--load_in_4bit", precision)
+    assert done.exit_code == 0, done.output
+    assert [way["verdict"] for way in found["ways"]][2:] == ["passed"] * 4
+    assert found["ways"][0]["dtype"] == {"--bf16": "float32"}.get(precision, "float64")
+    assert found["ways"][2]["rewritten"]["lora_linear"]
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_the_same(scratch: Path, file: Path) -> None:
+    done, found = _verified(file, "--steps", "2", "--fsdp", "[full_shard, auto_wrap]")
+    assert done.exit_code == 0, done.output
+    shared = found["ways"][-1]
+    assert (shared["name"], shared["verdict"]) == ("2 processes", "passed")
+    assert len(shared["deviations"]["gradients"]) == 15
+    assert list(scratch.iterdir()) == []
+
+
+def _job(recipe: dict[str, Any], folder: Path, **keys: Any) -> Path:
+    """A worker's folder."""
+    from fusewright.train.data import Sample
+
+    checked = load_recipe({**recipe, **keys})
+    ids = list(range(3, 19))
+    chosen = select([[Sample(ids, [-100, *ids[1:]])]], 1, 2)
+    worker.write_samples(folder / worker.SAMPLES, chosen.samples)
+    layout = BatchLayout.of(chosen.steps, checked.packs(), 2)
+    changed = recipe_of(checked, Way("a", optimize=False, layout=layout), 1, str(folder / "out"))
+    own = folder / "a"
+    own.mkdir()
+    keys = changed.model_dump(mode="json", exclude_defaults=True)
+    worker.Job(keys, checked.consent, exact=False, sequences=layout.sequences).write(own)
+    return own
+
+
+def test_a_model_that_cannot_pack_says_so(
+    recipe: dict[str, Any], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _job(recipe, scratch, sample_packing=True)
+    monkeypatch.setattr("fusewright.train.trainer.ready.leaks", lambda *_: True)
+    assert worker.main(folder) == 2
+    result = json.loads((folder / worker.RESULT).read_text())
+    assert result["status"] == "refused"
+    assert "lets the samples of a pack see each other" in result["reason"]
+
+
+def test_too_little_memory_is_no_bug(
+    recipe: dict[str, Any], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+
+    folder = _job(recipe, scratch)
+    monkeypatch.setattr("fusewright.train.proof.worker.make_trainer", none)
+    assert worker.main(folder) == 3
+    result = json.loads((folder / worker.RESULT).read_text())
+    assert result == {"status": "refused", "reason": "there was not enough memory for this way"}
+
+
+@pytest.mark.parametrize(("optional", "status"), [(True, "skipped"), (False, "failed")])
+@pytest.mark.usefixtures("scratch")
+def test_a_refused_way_is_left_out_if_it_may_be(
+    recipe: dict[str, Any], tmp_path: Path, optional: bool, status: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    code = "import json, pathlib, sys; p = pathlib.Path(sys.argv[-1]) / 'result.json'; "
+    code += "p.write_text(json.dumps({'status': 'refused', 'reason': 'it does not'})); sys.exit(2)"
+    _stub(tmp_path, monkeypatch, code)
+    layout = BatchLayout(True, 2, 1, 1, ((0,), (0,)))
+    way = Way("packed", optimize=True, layout=layout, optional=optional)
+    checked = load_recipe(recipe)
+    run = run_way(checked, way, 1, tmp_path, checked.consent, print)
+    assert (run.status, run.reason) == (status, "it does not")
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("import sys; sys.exit('there is no such thing')", "no such thing"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        ("", "exit code 0: it printed nothing"),
+    ],
+)
+def test_a_process_that_ends_otherwise_has_failed(
+    recipe: dict[str, Any], tmp_path: Path, code: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stub(tmp_path, monkeypatch, code)
+    way = Way(
+        "packed", optimize=True, layout=BatchLayout(True, 2, 1, 1, ((0,), (0,))), optional=True
+    )
+    checked = load_recipe(recipe)
+    run = run_way(checked, way, 1, tmp_path, checked.consent, print)
+    assert run.status == "failed"
+    assert word in run.reason
+
+
+def _stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Run ``code`` in the place of a worker."""
+    script = tmp_path / "stub.py"
+    script.write_text(code)
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setattr("fusewright.train.proof.run_ways.sys.executable", str(stub))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_and_cleans_up(
+    file: Path, scratch: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    code = "from fusewright.cli import main; main()"
+    errors = tmp_path / "errors"
+    with errors.open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "verify", str(file), "--max_steps", "9"],
+            stdout=subprocess.DEVNULL, stderr=err, text=True,
+        )  # fmt: skip
+    try:
+        children: list[psutil.Process] = []
+        end = time.monotonic() + 200
+        while not children and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+            if "1/6 exact" in errors.read_text():
+                children = psutil.Process(process.pid).children(recursive=True)
+        assert children, errors.read_text()
+        assert list(scratch.iterdir())
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        kill_tree(process)
+    assert "verify was stopped" in errors.read_text()
+    assert not [child for child in children if child.is_running()]
+    assert list(scratch.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--json", "nowhere/figures.json"], "--json: the folder nowhere does not exist"),
+        (["--lora_rr", "3"], "did you mean lora_r?"),
+        (["--nproc", "0"], "--processes"),
+    ],
+)
+def test_bad_input_is_refused(file: Path, scratch: Path, arguments: list[str], word: str) -> None:
+    done = fusewright("verify", str(file), *arguments)
+    assert done.exit_code == 2, done.output
+    assert word in done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_launcher_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    done = fusewright("verify", str(file))
+    assert done.exit_code == 2
+    assert "without torchrun" in done.stderr
+
+
+def test_a_recipe_that_eager_mode_refuses(
+    file: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(recipe: Any, way: Way, *_: Any) -> Any:
+        from fusewright.train.proof.run_ways import Run
+
+        return Run(way, "failed", "sample_packing: the samples see each other")
+
+    monkeypatch.setattr(command, "run_way", refuses)
+    done = fusewright("verify", str(file))
+    assert done.exit_code == 2
+    assert "eager mode does not train this recipe" in done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_the_folder_is_kept_on_request(scratch: Path) -> None:
+    said: list[str] = []
+    with command._scratch(True, said.append) as folder:
+        pass
+    assert said == [f"kept {folder}"]
+    assert list(scratch.iterdir()) == [folder]
+    assert folder.stat().st_mode & 0o077 == 0
