@@ -15,6 +15,7 @@ _TRACKERS = {
     "comet_ml": ("comet_ml", "comet-ml"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "trackio": ("trackio", "trackio"),
+    "swanlab": ("swanlab", "swanlab"),
 }
 """The module of each tracker, and the package that has it."""
 
@@ -91,6 +92,7 @@ _KEYS = {
     "comet_ml": "comet_project_name",
     "tensorboard": "use_tensorboard",
     "trackio": "trackio_project_name",
+    "swanlab": "swanlab_project",
 }
 
 
@@ -115,7 +117,8 @@ def tracking(recipe: Recipe) -> Iterator[None]:
 
 def _environment(recipe: Recipe) -> dict[str, str]:
     """The variables that the trackers read, as far as the recipe sets them."""
-    api_key = recipe.comet_api_key
+    keys = recipe.comet_api_key, recipe.swanlab_api_key
+    comet_key, swanlab_key = (key.get_secret_value() if key else None for key in keys)
     named = {
         "WANDB_PROJECT": recipe.wandb_project,
         "WANDB_ENTITY": recipe.wandb_entity,
@@ -128,15 +131,22 @@ def _environment(recipe: Recipe) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": recipe.mlflow_tracking_uri,
         "MLFLOW_EXPERIMENT_NAME": recipe.mlflow_experiment_name,
         "HF_MLFLOW_LOG_ARTIFACTS": True if recipe.hf_mlflow_log_artifacts else None,
-        "COMET_API_KEY": api_key.get_secret_value() if api_key else None,
+        "COMET_API_KEY": comet_key,
         "COMET_WORKSPACE": recipe.comet_workspace,
         "COMET_PROJECT_NAME": recipe.comet_project_name,
         "COMET_EXPERIMENT_KEY": recipe.comet_experiment_key,
         "COMET_START_MODE": recipe.comet_mode,
         "COMET_START_ONLINE": recipe.comet_online,
         "TRACKIO_PROJECT": recipe.trackio_project_name,
+        "SWANLAB_PROJECT": recipe.swanlab_project,
+        "SWANLAB_WORKSPACE": recipe.swanlab_workspace,
+        "SWANLAB_MODE": recipe.swanlab_mode,
+        "SWANLAB_API_KEY": swanlab_key,
+        "SWANLAB_WEB_HOST": recipe.swanlab_web_host,
+        "SWANLAB_API_HOST": recipe.swanlab_api_host,
     }
-    trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml"}
+    trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml",
+                "SWANLAB": "swanlab"}  # fmt: skip
     used = set(recipe.reporters())
     found = {}
     for name, value in named.items():

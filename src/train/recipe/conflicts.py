@@ -43,7 +43,7 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
     longest, length = (values.get(k) for k in ("eval_sequence_len", "sequence_len"))
     if not validates:
         keys = ("evals_per_epoch", "eval_batch_size", "eval_sample_packing", "eval_sequence_len",
-                "early_stopping_patience", "load_best_model_at_end")  # fmt: skip
+                "early_stopping_patience", "load_best_model_at_end", "eval_on_start")  # fmt: skip
         idle.append((keys, "there are no rows to validate on: val_set_size is 0"))
     elif (
         values.get("val_set_size") and longest and longest > (length or longest)
@@ -82,9 +82,10 @@ def _first_set(values: Values, *keys: str) -> Any:
 
 
 _OF_NEW_ADAPTERS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
-    "lora_modules_to_save", "lora_fan_in_fan_out", "lora_exclude_modules", "peft_use_dora",
-    "peft_use_rslora", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
+    "lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern", "lora_dropout",
+    "lora_target_modules", "lora_target_linear", "lora_modules_to_save", "lora_fan_in_fan_out",
+    "lora_exclude_modules", "peft_use_dora", "peft_use_rslora", "peft_layers_to_transform",
+    "peft_layers_pattern", "peft_init_lora_weights",
 )  # fmt: skip
 _OF_ALL_ROWS = ("group_by_length", "sample_packing_sequentially", "sample_packing_group_size")
 
@@ -102,7 +103,7 @@ def _rates_without_effect(values: Values) -> Iterator[tuple[Sequence[str], str]]
     if values.get("loraplus_lr_ratio") is None:
         yield ("loraplus_lr_embedding",), "only loraplus_lr_ratio reads it"
     else:
-        keys = ("embedding_lr", "embedding_lr_scale")
+        keys = ("embedding_lr", "embedding_lr_scale", "lr_groups")
         yield keys, "loraplus_lr_ratio sets all rates: use loraplus_lr_embedding"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..consent import CODE_SWITCH
 from .conflicts import without_effect
 from .distributed.deepspeed_config import uses_built_in
-from .keys.base import Keys, Status, extra_of, is_default, nested
+from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
@@ -117,7 +117,8 @@ def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[En
         if field is None:  # of a recipe that has been refused
             continue
         inner = nested(field.annotation)
-        groups = list(_groups(value)) if inner else []
+        whole = inner is None or issubclass(inner, UnreadKeys)
+        groups = [] if whole else list(_groups(value))
         for place, group in groups:
             assert inner is not None
             yield from _walk(inner, group, (*here, *place))

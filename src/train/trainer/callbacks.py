@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -48,23 +49,43 @@ class FlowCallback(TrainerCallback):
         self.trainer.on_step_end()
         control.should_training_stop |= self._stopping()
         control.should_save |= self.recipe.save_first_step and state.global_step == 1
-        every = self.recipe.gc_steps or 0
-        if every > 0 and state.global_step % every == 0:
+        control.should_save |= self._file_appeared(state.global_step)
+        every = self.recipe.gc_collect_steps or 0
+        if (every > 0 and state.global_step % every == 0) or (
+            every < 0 and control.should_evaluate
+        ):
             gc.collect()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the steps that no log will; leave a checkpoint of a loop that was ended."""
         self.trainer.guard.look()
-        if self.recipe.gc_steps == -1:
+        if self.recipe.gc_collect_steps == -1:
             gc.collect()
         if self.trainer.ended() in ("interrupted", "watchdog"):
             self.trainer.save_now()
+
+    def _file_appeared(self, step: int) -> bool:
+        """Whether the file that asks for a checkpoint is there; it is removed."""
+        asked = self.recipe.dynamic_checkpoint
+        if asked is None or not asked.enabled or step % asked.check_interval:
+            return False
+        file = Path(self.recipe.output_dir) / (asked.trigger_file_path or _TRIGGER)
+
+        def take() -> bool:
+            there = file.exists()
+            file.unlink(missing_ok=True)
+            return there
+
+        return self.interrupts.world.share(take)
 
     def _stopping(self) -> bool:
         """Whether a signal has come to any process of the run: all of them end at the same step."""
         self.interrupts.agree()
         return self.interrupts.signal is not None
 
+
+_TRIGGER = "axolotl_checkpoint.save"
+"""The file that asks for a checkpoint, where the recipe does not say."""
 
 _PATIENCE = 3
 """Of the loss watchdog, where the recipe does not say."""

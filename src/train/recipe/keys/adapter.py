@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet
+from .base import Float, Int, Keys, PositiveInt, key, not_applicable, not_yet, subsumed
+
+_MIXLORA = "only adapter: mixlora reads it"
 
 
 class LoftQ(Keys):
@@ -35,8 +37,12 @@ class PeftKeys(Keys):
 class AdapterKeys(Keys):
     """Small trained weights beside frozen ones."""
 
-    adapter: Literal["lora", "qlora", "llama-adapter"] | None = key(
-        values={"llama-adapter": ("not yet available", "use lora")}
+    adapter: Literal["lora", "qlora", "llama-adapter", "mora", "mixlora"] | None = key(
+        values={
+            "llama-adapter": ("not yet available", "use lora"),
+            "mora": ("not yet available", "use lora"),
+            "mixlora": ("not yet available", "use lora with lora_target_parameters"),
+        }
     )
     """``lora``, or ``qlora`` (the same on weights of 4 bits), or unset to train every weight."""
 
@@ -48,6 +54,13 @@ class AdapterKeys(Keys):
 
     lora_alpha: Int = key(16, gt=0)
     """Scale of the update, times ``lora_r``: it is multiplied by ``lora_alpha / lora_r``."""
+
+    lora_rank_pattern: dict[str, PositiveInt] | None = None
+    """Ranks of layers that have another one than ``lora_r``, by the end of the layer's name or a
+    regular expression for it, e.g. ``{down_proj: 32}``, as PEFT's ``rank_pattern``. Unset: none."""
+
+    lora_alpha_pattern: dict[str, PositiveInt] | None = None
+    """The same for ``lora_alpha``, as PEFT's ``alpha_pattern``. Unset: none."""
 
     lora_dropout: Float = key(0.0, ge=0, lt=1)
     """Probability of dropping an input feature of the adapter."""
@@ -101,6 +114,11 @@ class AdapterKeys(Keys):
     peft_autocast_adapter_dtype: bool = True
     """Keep the adapters in float32 beside weights of 16 bits."""
 
+    lora_fp32_gradients: bool = subsumed(
+        "adapters in float32, and so are their gradients (key peft_autocast_adapter_dtype)", False
+    )
+    """Add up the gradients of adapters in float32."""
+
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""
 
@@ -119,6 +137,12 @@ class AdapterKeys(Keys):
 
     lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
     """Load the adapter into CPU memory. Unset: no."""
+
+    nf4_backend: Literal["bitsandbytes", "torchao"] = subsumed(
+        "load_in_4bit, which is bitsandbytes'", "bitsandbytes",
+        values={"torchao": ("not yet available", "use bitsandbytes")},
+    )  # fmt: skip
+    """Who quantizes to 4 bits."""
 
     qlora_sharded_model_loading: bool | None = not_yet(
         "leave it out: each process reads the weights into CPU memory, and keeps its shards"
@@ -178,3 +202,27 @@ class AdapterKeys(Keys):
 
     llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
     """Added blocks that alone are trained. Unset: none."""
+
+    mixlora_num_experts: Int | None = not_applicable(_MIXLORA)
+    """Adapters of each MLP. Unset: 8."""
+
+    mixlora_top_k: Int | None = not_applicable(_MIXLORA)
+    """Adapters for each token. Unset: 2."""
+
+    mixlora_router_aux_loss_coef: Float | None = not_applicable(_MIXLORA)
+    """Weight of the router's balance. Unset: 0.01."""
+
+    mixlora_router_init_range: Float | None = not_applicable(_MIXLORA)
+    """Deviation of the router's first weights. Unset: 0.02."""
+
+    mixlora_jitter_noise: Float | None = not_applicable(_MIXLORA)
+    """Noise on the router's inputs. Unset: none."""
+
+    mixlora_expert_lora_r: Int | None = not_applicable(_MIXLORA)
+    """Rank of these adapters. Unset: ``lora_r``."""
+
+    mixlora_expert_lora_alpha: Int | None = not_applicable(_MIXLORA)
+    """Their scale. Unset: ``lora_alpha``."""
+
+    mixlora_expert_lora_dropout: Float | None = not_applicable(_MIXLORA)
+    """Their dropout. Unset: ``lora_dropout``."""

@@ -20,6 +20,7 @@ TYPES = (
 )  # fmt: skip
 """The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
 
+_SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
 _PREFERENCES = "only a preference method (key rl) reads it"
 
 
@@ -252,6 +253,33 @@ class Dataset(Keys):
 
     temperature: Float | None = not_yet("distillation; train on the answers only")
     """Temperature of a teacher's log probabilities. Unset: 1."""
+
+    length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: rows. Unset: 1000."""
+
+    sequence_length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: tokens of a row. Unset: ``sequence_len``."""
+
+    min_input_id: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: the smallest token. Unset: 100."""
+
+    max_input_id: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: the largest token. Unset: the last of the vocabulary."""
+
+    seed: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: seed of the tokens. Unset: none."""
+
+    min_turns: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: fewest turns of a row. Unset: 1."""
+
+    max_turns: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: most turns of a row. Unset: 1."""
+
+    min_turn_length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: shortest turn, in tokens. Unset: 32."""
+
+    input_fraction: Float | None = not_yet(_SYNTHETIC)
+    """For random tokens: part of a turn that is not trained. Unset: 0."""
 
 
 class PretrainingDataset(Dataset):
