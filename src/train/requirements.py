@@ -45,7 +45,45 @@ _ATTENTIONS = {
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
     "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
 }
-"""The same for attentions."""
+"""The same for attentions of transformers, which all need a GPU."""
+
+OTHER_ATTENTIONS = ("xformers", "sage", "varlen", "flash_attention_torch", "fp8")
+"""Attentions that transformers does not have, by Axolotl's names: they compute the same, some of
+them with rounded products."""
+
+
+def attention(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The attention that a model is loaded with, and what to say where it is another than asked.
+
+    Implementations differ in speed, not in values. What cannot be had here is replaced by the
+    model's own choice, which is ``sdpa`` for nearly all.
+
+    Returns:
+        Its name in transformers, or None for the model's own choice; and a message, or None.
+    """
+    name = recipe.attention()
+    if name in (None, "eager", "sdpa"):
+        return name, None
+    why = _not_here(str(name))
+    if why is None:
+        return name, None
+    key = "flex_attention" if recipe.attn_implementation is None else "attn_implementation"
+    instead = "the model's own attention computes the same values (sdpa, for nearly all models)"
+    return None, f"{key}: {name} {why}; {instead}"
+
+
+def _not_here(name: str) -> str | None:
+    """Why an attention cannot be had on this machine; None: it can, or it has no such name."""
+    if name in OTHER_ATTENTIONS:
+        return "is not an attention of transformers"
+    module, package = _ATTENTIONS.get(name, ("", ""))
+    if module and not _is_there(module):
+        return f"needs the package {package}, which is not installed (pip install {package})"
+    if not module and name != "flex_attention":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a GPU"
 
 
 def missing_packages(recipe: Recipe) -> list[str]:
@@ -62,9 +100,6 @@ def missing_packages(recipe: Recipe) -> list[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
             wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
-    attention = recipe.attention() or ""
-    if attention in _ATTENTIONS:
-        wanted.append(("attn_implementation", attention, _ATTENTIONS[attention]))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(

@@ -15,9 +15,13 @@ from ...errors import RecipeError
 from ..consent import require_consent
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
+from ..requirements import attention
 from .from_pretrained import clear_gguf_marks, pretrained
 from .precision import device_for_training, dtype_for_training
 from .quantize import quantization, quantize, stay_trainable
+
+OTHER_EXPERTS = ("scattermoe", "sonicmoe")
+"""Implementations of experts that transformers does not have: kernels of others."""
 
 _NOT_OURS = (
     "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
@@ -96,8 +100,10 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
     dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
     config = quantization(recipe, dtype)
     options: dict[str, Any] = {"dtype": dtype, **_hub(recipe)}
-    if recipe.attention():
-        options["attn_implementation"] = recipe.attention()
+    if (name := attention(recipe)[0]) is not None:
+        options["attn_implementation"] = name
+    if recipe.experts_implementation not in (None, *OTHER_EXPERTS):
+        options["experts_implementation"] = recipe.experts_implementation
     dense = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
     if config is not None and not dense:
         options |= {"quantization_config": config, "device_map": {"": quantizing}}

@@ -69,6 +69,8 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         idle.append((_OF_ALL_ROWS, "streamed rows cannot be sorted or counted in advance"))
         if not values.get("test_datasets"):
             idle.append((("dataset_prepared_path",), "streamed rows are not cached"))
+    if not values.get("do_causal_lm_eval"):
+        idle.append((("eval_causal_lm_metrics",), "only do_causal_lm_eval reads it"))
     if values.get("loss_watchdog_threshold") is None:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     idle += distributed_without_effect(values)
@@ -257,6 +259,8 @@ def _output(values: Values) -> Iterator[Problem]:
     for key in ("eval_steps", "eval_strategy"):
         if values.get(key, "no") not in ("no", False) and not validates:
             yield (key,), "needs val_set_size or test_datasets: there are no rows to validate on"
+    if values.get("do_causal_lm_eval") and not values.get("eval_causal_lm_metrics"):
+        yield ("do_causal_lm_eval",), "needs eval_causal_lm_metrics: [perplexity]"
     evaluated = any(values.get(k) for k in ("eval_steps", "evals_per_epoch", "eval_strategy"))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if values.get(key) and validates and not evaluated:

@@ -25,7 +25,7 @@ from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
-from .evaluation import validate
+from .evaluation import validate, with_perplexity
 from .optimizer import make_optimizer
 from .parallel import ParallelTrainer
 from .progress import ProgressCallback
@@ -205,11 +205,12 @@ class FineTuner(ParallelTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss per trained token of the validation rows."""
-        metrics = validate(self.model, self.context.validation, self.context.say, self.world)
+        context = self.context
+        figures = validate(self.model, context.validation, context.say, self.world)
+        metrics = with_perplexity(figures, context.recipe)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        flow = self.args, self.state, self.control
+        self.control = self.callback_handler.on_evaluate(*flow, metrics)
         return metrics
 
     # --- checkpoints -----------------------------------------------------------------------------
@@ -245,9 +246,7 @@ class FineTuner(ParallelTrainer):
 
     def _saved(self) -> Saved:
         recipe, step = self.context.recipe, self.state.global_step
-        pending = self._tr_loss
-        if self._midway and self._after_step is not None:
-            pending = self._after_step[1]
+        pending = self._after_step[1] if self._midway and self._after_step else self._tr_loss
         logged = self._globalstep_last_logged == step
         return Saved(
             recipe=recipe.recorded(),

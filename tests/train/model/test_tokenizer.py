@@ -86,6 +86,15 @@ def test_templates_by_name(load: Any, tmp_path: Path) -> None:
         find_template(None, str(tmp_path / "none.jinja"), bare)
 
 
+def test_a_name_whose_template_the_tokenizer_brings(load: Any) -> None:
+    assert load(chat_template="qwen3").chat_template == CHATML
+    with pytest.raises(RecipeError, match="gemma3: the tokenizer's own template is of another"):
+        load(chat_template="gemma3")
+    for name in ("qwen3", "tokenizer_default_fallback_qwen3"):
+        with pytest.raises(RecipeError, match="qwen3 is what the tokenizers of these models bring"):
+            find_template(name, None, make_tokenizer(None))
+
+
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi?"},

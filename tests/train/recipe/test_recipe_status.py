@@ -68,7 +68,7 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("nf4_backend", "torchao", "not yet available"),
         ("balance_labels", True, "not yet available"),
         ("swanlab_project", "tests", "honoured"),
-        ("eval_on_start", False, "not applicable"),
+        ("eval_on_start", True, "not applicable"),
         ("evals_per_epoch", 4, "not applicable"),
         ("lora_r", 4, "not applicable"),
         ("loss_watchdog_patience", 3, "not applicable"),

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from .base import Float, Int, Keys, PositiveInt, key, not_applicable, not_yet, subsumed
+
+
+def _off(value: Any) -> Any:
+    return None if value is False else value
+
+
+StepsOrOff = Annotated[Int | None, BeforeValidator(_off)]
+"""A number of steps; false is unset."""
 
 _MIXLORA = "only adapter: mixlora reads it"
 
@@ -182,13 +192,13 @@ class AdapterKeys(Keys):
     relora_cpu_offload: bool | None = not_applicable("only relora reads it")
     """Merge on the CPU at a restart. Unset: no."""
 
-    jagged_restart_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
+    jagged_restart_steps: StepsOrOff = not_yet("use lr_scheduler: cosine_with_restarts")
     """Steps between two restarts of the learning rate. Unset: none."""
 
-    jagged_restart_warmup_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
+    jagged_restart_warmup_steps: StepsOrOff = not_applicable("only jagged_restart_steps reads it")
     """Warm-up after such a restart, in steps. Unset: none."""
 
-    jagged_restart_anneal_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
+    jagged_restart_anneal_steps: StepsOrOff = not_applicable("only jagged_restart_steps reads it")
     """Steps over which the learning rate decays before such a restart. Unset: none."""
 
     lisa_n_layers: Int | None = not_yet("use adapter: lora")

@@ -8,13 +8,17 @@ from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
 
 _OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
+_EXPERTS = "fusewright's rewrite moe_experts (key optimize)"
+_SHARED_EXPERTS = "use fsdp_config, which shares the weights of experts between devices, too"
+
 
 class AttentionKeys(Keys):
     """Which implementations a model has, and what it keeps where."""
 
     attn_implementation: str | None = None
-    """The attention of transformers, e.g. ``sdpa``, ``eager`` or ``flash_attention_2``. Unset: the
-    model's own choice, which is ``sdpa`` for nearly all."""
+    """The attention of transformers, e.g. ``sdpa``, ``eager`` or ``flash_attention_2``. One whose
+    package or GPU is not there is replaced by the model's own choice, with a message: the values
+    are the same. Unset: the model's own choice, which is ``sdpa`` for nearly all."""
 
     sdp_attention: bool = False
     """The same as ``attn_implementation: sdpa``."""
@@ -42,16 +46,24 @@ class AttentionKeys(Keys):
     s2_attention: bool | None = not_yet("leave it out, and lower sequence_len if memory is short")
     """Shifted sparse attention (LongLoRA). Unset: no."""
 
-    sage_attention: bool | None = not_yet("use sdp_attention: true")
+    sage_attention: bool | None = subsumed(
+        "torch's scaled dot-product attention, which rounds no products to 8 bits"
+    )
     """Attention with quantized products (SageAttention). Unset: no."""
 
     gemma4_hybrid_attn_impl: bool | None = subsumed("torch's scaled dot-product attention")
     """Two kinds of attention in one model. Unset: no."""
 
-    experts_implementation: str | None = not_yet(
-        "set it in overrides_of_model_kwargs: {experts_implementation: ...}"
+    experts_implementation: str | None = key(
+        values={
+            "scattermoe": ("subsumed", _EXPERTS),
+            "sonicmoe": ("subsumed", _EXPERTS),
+            "expert_parallel": ("not yet available", _SHARED_EXPERTS),
+            "deep_ep": ("not yet available", _SHARED_EXPERTS),
+        }
     )
-    """The experts of transformers, e.g. ``grouped_mm``. Unset: the model's own choice."""
+    """The experts of transformers: ``eager``, ``batched_mm`` or ``grouped_mm``. Unset: the model's
+    own choice."""
 
     quantize_moe_experts: bool = not_yet("leave it out: linear layers are quantized", False)
     """Quantize bare weights of experts, too."""

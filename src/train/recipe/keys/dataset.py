@@ -15,8 +15,10 @@ TYPES = (
     "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
     "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
     "alpaca_w_system.load_open_orca_chatml",
-    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml",
-    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml",
+    "alpaca:phi", "alpaca_chat.load_concise", "alpaca_chat.load_camel_ai", "summarizetldr",
+    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml", "gpteacher:phi",
+    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml", "oasst:phi",
+    "jeopardy", "jeopardy:instruct", "jeopardy:chat", "jeopardy:chatml", "jeopardy:phi",
 )  # fmt: skip
 """The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
 

@@ -78,7 +78,8 @@ class ModelKeys(Keys):
     on. Unset: none are replaced."""
 
     tokens: list[str] | None = None
-    """Tokens to add to the vocabulary. Unset: none."""
+    """Tokens to add to the vocabulary; with keys and values: the old spelling of
+    ``special_tokens``. Unset: none."""
 
     added_tokens_overrides: dict[int, str] | None = None
     """New texts for reserved tokens of the vocabulary, by their ids. Unset: none."""
@@ -94,7 +95,8 @@ class ModelKeys(Keys):
 
     chat_template: str | None = None
     """The chat template: ``tokenizer_default``, a name such as ``chatml`` or ``llama3``,
-    ``tokenizer_default_fallback_NAME``, or ``jinja``. Unset: the tokenizer's own."""
+    ``tokenizer_default_fallback_NAME``, or ``jinja``. Names of templates that only the tokenizers
+    of some models bring, such as ``qwen3``, take the tokenizer's own. Unset: the same."""
 
     chat_template_jinja: str | None = None
     """The template itself, as Jinja text or as the path of a file. Unset: see

@@ -16,6 +16,9 @@ def _no(value: Any) -> Any:
 Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 
 
+Metrics = Literal["perplexity", "sacrebleu", "comet", "ter", "chrf"]
+
+
 class DynamicCheckpointKeys(Keys):
     """``dynamic_checkpoint``: a checkpoint whenever a file appears."""
 
@@ -106,7 +109,9 @@ class OutputKeys(Keys):
     greater_is_better: bool | None = None
     """Whether higher is better. Unset: not for losses."""
 
-    eval_table_size: Int | None = not_yet("use sample_prompt")
+    eval_table_size: Int | None = not_applicable(
+        "no table is logged; sample_prompt shows an answer before and after training"
+    )
     """Validation rows whose predictions are logged as a table. Unset: none."""
 
     eval_max_new_tokens: Int | None = not_applicable(
@@ -114,11 +119,17 @@ class OutputKeys(Keys):
     )
     """Longest prediction in that table, in tokens. Unset: 128."""
 
-    do_causal_lm_eval: bool | None = not_yet("use fusewright eval RUN afterwards")
-    """Compute ``eval_causal_lm_metrics``. Unset: no."""
+    do_causal_lm_eval: bool | None = None
+    """Compute ``eval_causal_lm_metrics`` at each validation. Unset: no."""
 
-    eval_causal_lm_metrics: list[str] | None = not_applicable("only do_causal_lm_eval reads it")
-    """Metrics of generated text, e.g. ``[chrf, perplexity]``. Unset: none."""
+    eval_causal_lm_metrics: list[Metrics] | None = key(
+        values={
+            name: ("not yet available", "evaluate generated text with a tool of its own")
+            for name in ("sacrebleu", "comet", "ter", "chrf")
+        }
+    )
+    """Which: ``perplexity`` is that of the trained tokens. Unset: all that Axolotl has, of which
+    only this one can be had: it must be set."""
 
     do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
     """Run a benchmark at validation. Unset: no."""
