@@ -100,6 +100,9 @@ def missing_packages(recipe: Recipe) -> list[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
             wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
+    if recipe.tokenizer_use_mistral_common:
+        mistral = ("mistral_common", "mistral-common")
+        wanted.append(("tokenizer_use_mistral_common", "true", mistral))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(

@@ -21,19 +21,18 @@ from ..checkpoint.rng_state import RngState, seed_rank
 from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import order_of
-from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
 from .evaluation import validate, with_perplexity
 from .optimizer import make_optimizer
-from .parallel import ParallelTrainer
 from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import LossWatchdog, NonFiniteGuard
+from .weighted import WeighingTrainer
 
 
-class FineTuner(ParallelTrainer):
+class FineTuner(WeighingTrainer):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     The loop itself is Trainer's. It makes the optimizer, the schedule and the order of the rows,
@@ -66,7 +65,7 @@ class FineTuner(ParallelTrainer):
         on_first_step: Callable[[], None] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(context.world, strategy_of(context.recipe), **kwargs)
+        super().__init__(context.recipe, context.world, **kwargs)
         self.remove_callback(PrinterCallback)
         for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
             self.add_callback(callback)

@@ -97,6 +97,27 @@ def test_a_strategy_trains_what_one_process_does(runs: Runs, name: str, method: 
     assert difference(run.weights(), one.weights()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("ddp", "full"),
+        pytest.param("ddp", "LoRA", marks=slow),
+        pytest.param("fsdp", "LoRA", marks=slow),
+        pytest.param("fsdp", "full", marks=slow),
+        pytest.param("zero3", "full", marks=[slow, DEEPSPEED]),
+    ],
+)  # fmt: skip
+def test_a_loss_that_weighs_tokens_is_the_same_in_two_processes(
+    runs: Runs, name: str, method: str
+) -> None:
+    """Its tiles gather the head's weights together; gradients weigh tokens, not processes."""
+    keys: dict[str, Any] = {"use_dft": True, **(FULL if method == "full" else {})}
+    run = runs.several(f"dft-{name}-{method}", **keys, **STRATEGIES[name])
+    one = runs.alone(**keys)
+    assert_as_one(run, one)
+    assert difference(run.weights(), one.weights()) < 1e-4
+
+
 @slow
 def test_copies_of_a_sharded_model(runs: Runs) -> None:
     """Two copies of the weights, each shared by two of four processes."""

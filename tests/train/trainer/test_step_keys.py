@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,3 +155,69 @@ def test_swanlab_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
                      "SWANLAB_API_KEY": "s3cr3t"}  # fmt: skip
     assert load_recipe({**keys, "swanlab_mode": "disabled"}).reporters() == []
     assert load_recipe({**keys, "use_swanlab": False}).reporters() == []
+
+
+def test_a_few_blocks_train_at_a_time(base: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Within an interval only what was drawn changes; a run that resumes has the same blocks."""
+    from transformers import AutoModelForCausalLM
+
+    full = {k: v for k, v in recipe.items() if k != "adapter" and not k.startswith("lora_")}
+    keys = {"lisa_n_layers": 1, "lisa_step_interval": 2, "save_steps": 1, "val_set_size": 0,
+            "optimizer": "adamw_torch"}  # fmt: skip
+    whole = run(full, **keys).output_dir
+    states = [AutoModelForCausalLM.from_pretrained(folder).state_dict()
+              for folder in (base, *(whole / f"checkpoint-{n}" for n in (1, 2, 3, 4)))]  # fmt: skip
+    changed = [
+        {i for i in (0, 1) for name in old if f"layers.{i}." in name
+         and not torch.equal(old[name], new[name])}
+        for old, new in itertools.pairwise(states)
+    ]  # fmt: skip
+    assert all(len(blocks) == 1 for blocks in changed)
+    assert changed[0] == changed[1]
+    assert changed[2] == changed[3]
+    assert not torch.equal(states[0]["lm_head.weight"], states[1]["lm_head.weight"])
+    again = {"resume_from_checkpoint": str(whole / "checkpoint-1"), "output_dir": tmp_path / "on"}
+    resumed = run(full, **{**keys, **again, "output_dir": str(tmp_path / "on")}).output_dir
+    end = AutoModelForCausalLM.from_pretrained(resumed).state_dict()
+    assert all(torch.equal(states[-1][name], end[name]) for name in end)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"lisa_n_layers": 3}, "the model has only 2 blocks"),
+        (
+            {"lisa_n_layers": 1, "lisa_layers_attribute": "model.blocks"},
+            "no blocks in model.blocks",
+        ),
+    ],
+)
+def test_blocks_that_are_not_there(recipe: dict[str, Any], keys: dict[str, Any], said: str) -> None:
+    full = {k: v for k, v in recipe.items() if k != "adapter" and not k.startswith("lora_")}
+    with pytest.raises(RecipeError, match=said):
+        run(full, **keys, lisa_step_interval=2)
+
+
+def test_restarts_of_the_learning_rate(recipe: dict[str, Any]) -> None:
+    keys = {"jagged_restart_steps": 4, "jagged_restart_warmup_steps": 2,
+            "jagged_restart_anneal_steps": 1, "max_steps": 10, "lr_scheduler": "linear",
+            "learning_rate": 1.0, "val_set_size": 0}  # fmt: skip
+    from fusewright.train.trainer.schedule import own_schedule, try_schedule
+
+    loaded = load_recipe({**recipe, **keys})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = own_schedule(loaded, optimizer, 0, 10)
+    assert schedule is not None
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    linear = [1 - step / 10 for step in range(10)]
+    shares = [1, 1, 1, 1, 0.001, 0.5005, 1, 1, 0.001, 0.5005]
+    assert rates == pytest.approx([a * b for a, b in zip(linear, shares, strict=True)])
+    odd = load_recipe({**recipe, **keys, "lr_scheduler": "one_cycle"})
+    from fusewright.train.trainer.arguments import steps
+
+    with pytest.raises(RecipeError, match="needs a schedule that only depends on the step"):
+        try_schedule(odd, training_arguments(odd, steps(odd, 4)))

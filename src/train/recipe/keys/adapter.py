@@ -192,23 +192,25 @@ class AdapterKeys(Keys):
     relora_cpu_offload: bool | None = not_applicable("only relora reads it")
     """Merge on the CPU at a restart. Unset: no."""
 
-    jagged_restart_steps: StepsOrOff = not_yet("use lr_scheduler: cosine_with_restarts")
-    """Steps between two restarts of the learning rate. Unset: none."""
+    jagged_restart_steps: StepsOrOff = key(gt=0)
+    """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
+    of the schedule. Unset, or false: none."""
 
-    jagged_restart_warmup_steps: StepsOrOff = not_applicable("only jagged_restart_steps reads it")
-    """Warm-up after such a restart, in steps. Unset: none."""
+    jagged_restart_warmup_steps: StepsOrOff = key(ge=0)
+    """Warm-up after such a restart, in steps. Unset, or false: none."""
 
-    jagged_restart_anneal_steps: StepsOrOff = not_applicable("only jagged_restart_steps reads it")
-    """Steps over which the learning rate decays before such a restart. Unset: none."""
+    jagged_restart_anneal_steps: StepsOrOff = key(ge=0)
+    """Steps over which the learning rate decays before such a restart. Unset, or false: 1."""
 
-    lisa_n_layers: Int | None = not_yet("use adapter: lora")
-    """Number of blocks that train at a time (LISA). Unset: all."""
+    lisa_n_layers: Int | None = key(gt=0)
+    """Number of blocks that train at a time, drawn at random, while the others are frozen (LISA).
+    The embeddings and the output head always train. One process, and no adapter. Unset: all."""
 
-    lisa_step_interval: Int | None = not_applicable("only lisa_n_layers reads it")
-    """Steps until LISA draws other blocks. Unset: never."""
+    lisa_step_interval: Int | None = key(gt=0)
+    """Steps until LISA draws other blocks. Unset: needed by ``lisa_n_layers``."""
 
-    lisa_layers_attribute: str = not_applicable("only lisa_n_layers reads it", "model.layers")
-    """Where LISA finds the blocks."""
+    lisa_layers_attribute: str = "model.layers"
+    """Where LISA finds the list of blocks."""
 
     llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
     """Added blocks that alone are trained. Unset: none."""

@@ -65,8 +65,10 @@ class AttentionKeys(Keys):
     """The experts of transformers: ``eager``, ``batched_mm`` or ``grouped_mm``. Unset: the model's
     own choice."""
 
-    quantize_moe_experts: bool = not_yet("leave it out: linear layers are quantized", False)
-    """Quantize bare weights of experts, too."""
+    quantize_moe_experts: bool = False
+    """Quantize the bare weights of experts, too, as ``load_in_4bit`` or ``load_in_8bit`` does with
+    linear layers. They are unpacked whenever they are read, so ``gradient_checkpointing`` saves
+    memory."""
 
     scaling_softmax: bool | None = not_yet("leave it out")
     """Scale the scores by the logarithm of the length (SSMax). Unset: no."""

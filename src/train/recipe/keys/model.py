@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Keys, key, not_applicable, not_yet
+from .base import Keys, key, not_applicable
 
 
 class SpecialTokens(Keys):
@@ -110,10 +110,9 @@ class ModelKeys(Keys):
     """The system message of chats (and of questions to the trained model) that have none, for
     templates that use one. Unset: the template's own."""
 
-    tokenizer_use_mistral_common: bool | None = not_yet(
-        "leave it out: the tokenizer of transformers is used"
-    )
-    """Use the tokenizer of the package ``mistral-common``. Unset: no."""
+    tokenizer_use_mistral_common: bool = False
+    """Take tokens and chats from a ``tekken.json``, as the package ``mistral-common`` writes them.
+    It must be installed."""
 
     tokenizer_save_jinja_files: bool = not_applicable(
         "transformers keeps the template in a file of its own", True

@@ -242,17 +242,17 @@ class OptimizationKeys(Keys):
     loss_watchdog_patience: Int | None = key(gt=0)
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
-    use_eaft: bool | None = not_yet("leave it out: all trained tokens have the same weight")
-    """Weigh tokens by their entropy (EAFT). Unset: no."""
+    use_dft: bool = False
+    """Weigh the loss of each token by the probability that the model gives to it (DFT)."""
 
-    eaft_alpha: Float | None = not_applicable("only use_eaft reads it")
-    """Exponent of that weight. Unset: 1."""
+    use_eaft: bool = False
+    """Weigh the loss of each token by the entropy of the most probable ones (EAFT)."""
 
-    eaft_k: Int | None = not_applicable("only use_eaft reads it")
-    """Logits that the entropy is estimated from. Unset: 20."""
+    eaft_alpha: Float | None = key(ge=0)
+    """Exponent of that entropy. Unset: 1."""
 
-    use_dft: bool | None = not_yet("leave it out: all trained tokens have the same weight")
-    """Weigh tokens by their probability (DFT). Unset: no."""
+    eaft_k: Int | None = key(gt=1)
+    """How many tokens the entropy is of. Unset: 20."""
 
     trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
     """A Python class that trains. Unset: fusewright's own."""

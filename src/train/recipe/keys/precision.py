@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, not_applicable, not_yet
+from .base import Float, Int, Keys, key, not_applicable, not_yet
 from .peers.compression import Fp8Keys
 
 
@@ -60,12 +60,13 @@ class PrecisionKeys(Keys):
     fp8_enable_fsdp_float8_all_gather: bool | None = not_applicable("only fp8 with FSDP reads it")
     """Send 8-bit weights between devices. Unset: no."""
 
-    fp32_norms: bool | None = not_yet("leave it out, or set float32: true")
-    """Keep the weights of norms in float32, and compute them in it. Unset: no."""
+    fp32_norms: bool = False
+    """Keep the weights of norms in float32, train them and compute in it, where all else is in 16
+    bits. Not with FSDP or DeepSpeed, whose shards have one dtype."""
 
-    fp32_norm_classes: list[str] | None = not_applicable("only fp32_norms reads it")
-    """Which modules are norms: ends of the names of their classes. Unset: ``RMSNorm`` and
-    ``LayerNorm``."""
+    fp32_norm_classes: list[str] | None = key(min_length=1)
+    """Which modules are norms: ends of the names of their classes, or names with their modules and
+    dots. Unset: ``RMSNorm`` and ``LayerNorm``."""
 
     nonexpert_quantization: Literal["none", "bf16", "fp8_blockwise", "nf4"] | None = not_yet(
         "use load_in_4bit or load_in_8bit",
@@ -99,8 +100,9 @@ class PrecisionKeys(Keys):
     reinit_weights: bool | None = not_yet("save a model with random weights, and name its folder")
     """Initialize the weights randomly. Unset: no."""
 
-    model_quantization_config: str | None = not_yet("use load_in_4bit or load_in_8bit")
-    """Another quantization of transformers, e.g. ``Mxfp4Config``. Unset: none."""
+    model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
+    """The configuration of transformers for a base model in MXFP4 or blocks of FP8, which is
+    unpacked while it is loaded: it needs ``{dequantize: true}``. Unset: the model's own."""
 
-    model_quantization_config_kwargs: dict[str, Any] | None = not_yet("use bnb_config_kwargs")
+    model_quantization_config_kwargs: dict[str, Any] | None = None
     """Arguments for ``model_quantization_config``. Unset: none."""
