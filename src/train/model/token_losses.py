@@ -82,8 +82,8 @@ def causal_loss(
 class TokenLoss:
     """Lets a causal LM compute a weighted loss in training, in place of its cross entropy.
 
-    Processes that share weights gather the head's for each tile, so all of them must have as many
-    tiles: their number is that of the largest batch of the recipe.
+    It does so inside the model's forward, where DDP looks for what a step uses. All processes have
+    as many tiles: their number is that of the largest batch of the recipe.
 
     Args:
         recipe: which asks for such a loss.

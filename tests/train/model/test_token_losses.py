@@ -149,6 +149,8 @@ def test_a_model_that_computes_its_own_loss_is_refused() -> None:
         {"use_dft": True, "use_eaft": True},
         {"use_dft": True, "label_smoothing_factor": 0.1},
         {"use_eaft": True, "context_parallel_size": 2},
+        {"use_dft": True, "fsdp_config": {"version": 2}},
+        {"use_eaft": True, "deepspeed": {"zero_optimization": {"stage": 2}}},
     ],
 )
 def test_keys_that_do_not_go_together(keys: dict[str, Any]) -> None:

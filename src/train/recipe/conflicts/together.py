@@ -194,6 +194,10 @@ def _steps(values: Values) -> Iterator[Problem]:
         for key in ("label_smoothing_factor", "tensor_parallel_size", "context_parallel_size"):
             if (values.get(key) or 0) > (0 if key.startswith("label") else 1):
                 yield (key,), f"set this or {weighed}, not both"
+        for key in ("fsdp", "fsdp_config", "deepspeed"):
+            if values.get(key):
+                said = "whose tiles need the whole output head in each process (DDP)"
+                yield (key,), f"set this or {weighed}, not both: {weighed} is a loss {said}"
     size, micro = values.get("batch_size"), values.get("micro_batch_size", 1)
     if isinstance(size, int) and isinstance(micro, int) and micro > 0 and size % micro:
         yield ("batch_size",), f"must be a multiple of micro_batch_size, which is {micro}"

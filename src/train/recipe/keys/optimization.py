@@ -243,10 +243,11 @@ class OptimizationKeys(Keys):
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
     use_dft: bool = False
-    """Weigh the loss of each token by the probability that the model gives to it (DFT)."""
+    """Weigh the loss of each token by the probability that the model gives to it (DFT). Validation
+    has the plain loss. Several processes train with DDP."""
 
     use_eaft: bool = False
-    """Weigh the loss of each token by the entropy of the most probable ones (EAFT)."""
+    """Weigh the loss of each token by the entropy of the most probable ones (EAFT), likewise."""
 
     eaft_alpha: Float | None = key(ge=0)
     """Exponent of that entropy. Unset: 1."""
