@@ -101,8 +101,8 @@ def missing_packages(recipe: Recipe) -> list[str]:
         if getattr(recipe, key):
             wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
     if recipe.tokenizer_use_mistral_common:
-        mistral = ("mistral_common", "mistral-common")
-        wanted.append(("tokenizer_use_mistral_common", "true", mistral))
+        tokens = ("mistral_common", "mistral-common")
+        wanted.append(("tokenizer_use_mistral_common", "true", tokens))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(

@@ -107,7 +107,9 @@ class PackedExperts(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # 2026-11-27
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operation on unpacked numbers; what only looks at the tensor keeps it packed."""
         first = args[0] if args else None
         aten = torch.ops.aten

@@ -243,7 +243,9 @@ class _Pending(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _ABOUT:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(  # type: ignore[no-untyped-call]  # 2026-11-27
+                func, types, args, kwargs
+            )
         first, *rest = args or (None,)
         if isinstance(first, _Pending):
             if name in _POINTWISE and all(map(_of_features, [*rest, *kwargs.values()])):
@@ -257,7 +259,9 @@ class _Pending(torch.Tensor):
         return func(*real, **named)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"{func} of logits that are not computed")
 
 

@@ -221,3 +221,15 @@ def test_restarts_of_the_learning_rate(recipe: dict[str, Any]) -> None:
 
     with pytest.raises(RecipeError, match="needs a schedule that only depends on the step"):
         try_schedule(odd, training_arguments(odd, steps(odd, 4)))
+
+
+def test_a_run_resumes_with_the_loss_that_it_began_with(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Other keys that begin with ``use_`` may differ."""
+    start = run(recipe, save_steps=2, max_steps=2, val_set_size=0).output_dir / "checkpoint-2"
+    more = {"resume_from_checkpoint": str(start), "output_dir": str(tmp_path / "on"),
+            "max_steps": 2, "save_steps": 2, "val_set_size": 0}  # fmt: skip
+    with pytest.raises(RecipeError, match="use_dft"):
+        run(recipe, **more, use_dft=True)
+    assert run(recipe, **more, use_wandb=False, gc_collect_steps=3).status == "finished"
