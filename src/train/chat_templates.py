@@ -83,6 +83,31 @@ TEMPLATES: dict[str, str] = {
 ALIASES = {"inst": "mistral_v1", "mistral": "mistral_v1", "gemma2": "gemma", "phi3": "phi_3"}
 """Other names of the same templates."""
 
+_CHATML, _COHERE, _GEMMA = ("<|im_start|>",), ("<|START_OF_TURN_TOKEN|>",), ("<start_of_turn>",)
+
+TOKENIZERS_OWN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("qwen_25", "qwen3", "qwen3_5", "qwen2_vl", "falcon_h1"), _CHATML),
+    **dict.fromkeys(("cohere", "aya"), _COHERE),
+    **dict.fromkeys(("command_a", "command_a_tool_use", "command_a_rag"), _COHERE),
+    **dict.fromkeys(("gemma3", "gemma3n"), _GEMMA),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), ("<|turn>",)),
+    **dict.fromkeys(("exaone", "exaone4"), ("[|assistant|]",)),
+    "nemotron_h": ("<|im_start|>", "<SPECIAL_11>"),
+    "deepseek_v2": ("<｜User｜>", "User: "),
+    "deepseek_v3": ("<｜User｜>",),
+    "jamba": ("<|bom|>",),
+    "llama3_2_vision": ("<|start_header_id|>",),
+    "llama4": ("<|header_start|>",),
+    "llava": ("USER:",),
+    "metharme": ("<|model|>",),
+    "mistral_v7_tekken": ("[SYSTEM_PROMPT]",),
+    "phi_35": ("<|user|>",),
+    "phi_4": ("<|im_sep|>",),
+    "pixtral": ("[INST]",),
+}
+"""Names of templates that the tokenizers of these models bring: the tokenizer's own is taken. One
+of the marks is in it."""
+
 _FALLBACK = "tokenizer_default_fallback_"
 
 
@@ -109,13 +134,13 @@ def find_template(name: str | None, jinja: str | None, tokenizer: Any) -> Any:
         raise RecipeError("chat_template: jinja needs chat_template_jinja, the template itself")
     if name.startswith(_FALLBACK):
         return own or _named(name.removeprefix(_FALLBACK))
-    return _named(name)
+    return _own(name, own) if name in TOKENIZERS_OWN else _named(name)
 
 
 def unknown_template(name: str) -> str | None:
     """What is wrong with a value of ``chat_template``, or None."""
     name = name.removeprefix(_FALLBACK)
-    known = sorted([*TEMPLATES, *ALIASES])
+    known = sorted([*TEMPLATES, *ALIASES, *TOKENIZERS_OWN])
     if name in known or name in ("tokenizer_default", "jinja"):
         return None
     hint = did_you_mean(name, known) or f"there are {', '.join(known)}."
@@ -125,7 +150,30 @@ def unknown_template(name: str) -> str | None:
     )
 
 
+def _own(name: str, own: Any) -> Any:
+    """The tokenizer's own template, which must be of the kind that the recipe names.
+
+    Raises:
+        RecipeError: the tokenizer has none, or one of another kind.
+    """
+    if own is None:
+        raise RecipeError(
+            f"chat_template: {name} is what the tokenizers of these models bring, and this one "
+            "brings no template: name another in tokenizer_config, such as that of the instruct "
+            "model, or write the template out in chat_template_jinja"
+        )
+    if not any(mark in str(own) for mark in TOKENIZERS_OWN[name]):
+        raise RecipeError(
+            f"chat_template: {name}: the tokenizer's own template is of another kind (it has no "
+            f"{TOKENIZERS_OWN[name][0]}): leave chat_template out to take it, or write the one "
+            "that you want out in chat_template_jinja"
+        )
+    return own
+
+
 def _named(name: str) -> str:
+    if name in TOKENIZERS_OWN:  # as a fallback, for a tokenizer without a template
+        return str(_own(name, None))
     found = TEMPLATES.get(ALIASES.get(name, name))
     if found is None:
         raise RecipeError(f"chat_template: {unknown_template(name)}")

@@ -39,7 +39,9 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
 
 
 def validate_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
-    """Validate, unless the resumed run has done so."""
+    """Validate, unless the resumed run has done so, or the recipe does not want it."""
+    if context.recipe.eval_on_start is False:
+        return
     if not context.validation or result.val_loss_before is not None:
         return
     run_log.say("validating")

@@ -15,7 +15,7 @@ from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
 from .recipe.recipe import Recipe
-from .requirements import missing_packages
+from .requirements import OTHER_ATTENTIONS, attention, missing_packages
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
@@ -57,22 +57,16 @@ def _precision(recipe: Recipe) -> Iterator[str]:
 
 
 def _attention(recipe: Recipe) -> Iterator[str]:
-    name = recipe.attention()
-    if name in (None, "eager", "sdpa"):
+    name, said = attention(recipe)
+    if name in (None, "eager", "sdpa") or said is not None:
         return
-    if any(said.startswith("attn_implementation") for said in missing_packages(recipe)):
-        return
-    import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     kinds: Any = ALL_ATTENTION_FUNCTIONS
-    key = "flex_attention" if recipe.flex_attention else "attn_implementation"
-    known = ["eager", *kinds.valid_keys()]
-    if name not in known and "/" not in name:  # a kernel of the hub has a / in its name
-        hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
-        yield f"{key}: transformers has no attention {name!r}; {hint}"
-    elif name.startswith("fl") and not torch.cuda.is_available():
-        yield f"{key}: {name} cannot be trained without a GPU; use sdp_attention: true"
+    known = ["eager", *kinds.valid_keys(), *OTHER_ATTENTIONS]
+    if name not in known and "/" not in str(name):  # a kernel of the hub has a / in its name
+        hint = did_you_mean(str(name), known) or f"there are {', '.join(known)}"
+        yield f"attn_implementation: there is no attention {name!r}; {hint}"
 
 
 def _model(recipe: Recipe) -> Iterator[str]:

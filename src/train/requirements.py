@@ -15,6 +15,7 @@ _TRACKERS = {
     "comet_ml": ("comet_ml", "comet-ml"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "trackio": ("trackio", "trackio"),
+    "swanlab": ("swanlab", "swanlab"),
 }
 """The module of each tracker, and the package that has it."""
 
@@ -44,7 +45,45 @@ _ATTENTIONS = {
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
     "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
 }
-"""The same for attentions."""
+"""The same for attentions of transformers, which all need a GPU."""
+
+OTHER_ATTENTIONS = ("xformers", "sage", "varlen", "flash_attention_torch", "fp8")
+"""Attentions that transformers does not have, by Axolotl's names: they compute the same, some of
+them with rounded products."""
+
+
+def attention(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The attention that a model is loaded with, and what to say where it is another than asked.
+
+    Implementations differ in speed, not in values. What cannot be had here is replaced by the
+    model's own choice, which is ``sdpa`` for nearly all.
+
+    Returns:
+        Its name in transformers, or None for the model's own choice; and a message, or None.
+    """
+    name = recipe.attention()
+    if name in (None, "eager", "sdpa"):
+        return name, None
+    why = _not_here(str(name))
+    if why is None:
+        return name, None
+    key = "flex_attention" if recipe.attn_implementation is None else "attn_implementation"
+    instead = "the model's own attention computes the same values (sdpa, for nearly all models)"
+    return None, f"{key}: {name} {why}; {instead}"
+
+
+def _not_here(name: str) -> str | None:
+    """Why an attention cannot be had on this machine; None: it can, or it has no such name."""
+    if name in OTHER_ATTENTIONS:
+        return "is not an attention of transformers"
+    module, package = _ATTENTIONS.get(name, ("", ""))
+    if module and not _is_there(module):
+        return f"needs the package {package}, which is not installed (pip install {package})"
+    if not module and name != "flex_attention":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a GPU"
 
 
 def missing_packages(recipe: Recipe) -> list[str]:
@@ -61,9 +100,9 @@ def missing_packages(recipe: Recipe) -> list[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if getattr(recipe, key):
             wanted.append((key, "true", ("bitsandbytes", "bitsandbytes")))
-    attention = recipe.attention() or ""
-    if attention in _ATTENTIONS:
-        wanted.append(("attn_implementation", attention, _ATTENTIONS[attention]))
+    if recipe.tokenizer_use_mistral_common:
+        tokens = ("mistral_common", "mistral-common")
+        wanted.append(("tokenizer_use_mistral_common", "true", tokens))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(
@@ -91,6 +130,7 @@ _KEYS = {
     "comet_ml": "comet_project_name",
     "tensorboard": "use_tensorboard",
     "trackio": "trackio_project_name",
+    "swanlab": "swanlab_project",
 }
 
 
@@ -115,7 +155,8 @@ def tracking(recipe: Recipe) -> Iterator[None]:
 
 def _environment(recipe: Recipe) -> dict[str, str]:
     """The variables that the trackers read, as far as the recipe sets them."""
-    api_key = recipe.comet_api_key
+    keys = recipe.comet_api_key, recipe.swanlab_api_key
+    comet_key, swanlab_key = (key.get_secret_value() if key else None for key in keys)
     named = {
         "WANDB_PROJECT": recipe.wandb_project,
         "WANDB_ENTITY": recipe.wandb_entity,
@@ -128,15 +169,22 @@ def _environment(recipe: Recipe) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": recipe.mlflow_tracking_uri,
         "MLFLOW_EXPERIMENT_NAME": recipe.mlflow_experiment_name,
         "HF_MLFLOW_LOG_ARTIFACTS": True if recipe.hf_mlflow_log_artifacts else None,
-        "COMET_API_KEY": api_key.get_secret_value() if api_key else None,
+        "COMET_API_KEY": comet_key,
         "COMET_WORKSPACE": recipe.comet_workspace,
         "COMET_PROJECT_NAME": recipe.comet_project_name,
         "COMET_EXPERIMENT_KEY": recipe.comet_experiment_key,
         "COMET_START_MODE": recipe.comet_mode,
         "COMET_START_ONLINE": recipe.comet_online,
         "TRACKIO_PROJECT": recipe.trackio_project_name,
+        "SWANLAB_PROJECT": recipe.swanlab_project,
+        "SWANLAB_WORKSPACE": recipe.swanlab_workspace,
+        "SWANLAB_MODE": recipe.swanlab_mode,
+        "SWANLAB_API_KEY": swanlab_key,
+        "SWANLAB_WEB_HOST": recipe.swanlab_web_host,
+        "SWANLAB_API_HOST": recipe.swanlab_api_host,
     }
-    trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml"}
+    trackers = {"WANDB": "wandb", "MLFLOW": "mlflow", "HF": "mlflow", "COMET": "comet_ml",
+                "SWANLAB": "swanlab"}  # fmt: skip
     used = set(recipe.reporters())
     found = {}
     for name, value in named.items():

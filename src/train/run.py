@@ -34,13 +34,13 @@ from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
-from .requirements import tracking
+from .requirements import attention, tracking
 from .terminal import Terminal
 from .trainer.arguments import arguments_for
 from .trainer.batches import training_sequences
 from .trainer.build import make_context, make_trainer
 from .trainer.context import Context
-from .trainer.evaluation import require_figure
+from .trainer.evaluation import require_figure, wants_perplexity
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
@@ -150,9 +150,9 @@ class TrainingRun:
         recipe, world = self.recipe, self.world
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
-        said = processes_message(recipe.strategy(), world)
-        precision = precision_warning(recipe.precision())
-        for line in filter(None, (world.unread, *messages(recipe), precision, said)):
+        said = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
+        other = attention(recipe)[1]
+        for line in filter(None, (world.unread, *messages(recipe), other, *said)):
             self.run_log.say(line)
         found = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(found) if found else None
@@ -173,7 +173,7 @@ class TrainingRun:
         # say now what does not go together
         args = arguments_for(recipe, self.sequences, world)
         try_schedule(recipe, args)
-        require_figure(args.metric_for_best_model, prepared.validation)
+        require_figure(args.metric_for_best_model, prepared.validation, wants_perplexity(recipe))
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)

@@ -28,7 +28,8 @@ _MAY_DIFFER = frozenset({
     "dataset_prepared_path", "dataset_processes", "dataset_keep_in_memory",
     "low_cpu_mem_usage", "device_map", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_pin_memory", "eval_batch_size", "early_stopping_patience",
-    "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "torch_empty_cache_steps",
+    "loss_watchdog_threshold", "loss_watchdog_patience", "gc_steps", "gc_collect_steps",
+    "torch_empty_cache_steps", "dynamic_checkpoint",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "world_size", "local_rank", "deepspeed", "dp_shard_size", "dp_replicate_size",
     "tensor_parallel_size", "context_parallel_size", "context_parallel",
@@ -37,10 +38,12 @@ _MAY_DIFFER = frozenset({
 })  # fmt: skip
 _MAY_DIFFER_TOO = (
     "ddp", "fsdp", "save", "eval", "logging", "log_", "hub", "wandb", "mlflow", "comet", "trackio",
-    "use_", "hf_",
+    "swanlab", "use_", "hf_",
 )  # fmt: skip
 """Keys, and beginnings of keys, that do not change what is trained. The rows themselves are
 compared by their content."""
+_OF_THE_LOSS = frozenset({"use_dft", "use_eaft"})
+"""Keys that do, though they begin so."""
 _OF_A_STEP = ("gradient_accumulation_steps", "batch_size")
 """Keys that are compared together with the number of processes."""
 _OF_A_STREAM = ("dataloader_num_workers",)
@@ -289,5 +292,7 @@ def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
 
 def _may_differ(key: str, streams: bool) -> bool:
     if streams and key in _OF_A_STREAM:
+        return False
+    if key in _OF_THE_LOSS:
         return False
     return key in _MAY_DIFFER or key.startswith(_MAY_DIFFER_TOO)

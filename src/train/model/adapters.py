@@ -79,6 +79,8 @@ def _config(model: Any, recipe: Recipe) -> Any:
     given: dict[str, Any] = {
         "r": recipe.lora_r,
         "lora_alpha": recipe.lora_alpha,
+        "rank_pattern": recipe.lora_rank_pattern,
+        "alpha_pattern": recipe.lora_alpha_pattern,
         "lora_dropout": recipe.lora_dropout,
         "target_modules": _targets(model, recipe),
         "target_parameters": _listed(recipe.lora_target_parameters),

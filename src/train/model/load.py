@@ -15,9 +15,14 @@ from ...errors import RecipeError
 from ..consent import require_consent
 from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
+from ..requirements import attention
 from .from_pretrained import clear_gguf_marks, pretrained
-from .precision import device_for_training, dtype_for_training
-from .quantize import quantization, quantize, stay_trainable
+from .precision import device_for_training, dtype_for_training, keep_norms_in_float32
+from .quantize import clear_marks, quantization, quantize, stay_trainable, unpacking
+from .quantized_experts import quantize_experts
+
+OTHER_EXPERTS = ("scattermoe", "sonicmoe")
+"""Implementations of experts that transformers does not have: kernels of others."""
 
 _NOT_OURS = (
     "fan_in_fan_out is set to",  # PEFT adapts the Conv1D of GPT-2 as it should
@@ -96,11 +101,15 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
     dtype = dtype_for_training(recipe.precision(), recipe.adapter is not None)
     config = quantization(recipe, dtype)
     options: dict[str, Any] = {"dtype": dtype, **_hub(recipe)}
-    if recipe.attention():
-        options["attn_implementation"] = recipe.attention()
+    if (name := attention(recipe)[0]) is not None:
+        options["attn_implementation"] = name
+    if recipe.experts_implementation not in (None, *OTHER_EXPERTS):
+        options["experts_implementation"] = recipe.experts_implementation
     dense = locate(recipe.base_model, [Path.cwd()]).gguf_file is not None
     if config is not None and not dense:
         options |= {"quantization_config": config, "device_map": {"": quantizing}}
+    if (unpacked := unpacking(recipe)) is not None:
+        options["quantization_config"] = unpacked
     if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
         options["config"] = load_config(recipe)
     model = pretrained(
@@ -109,6 +118,9 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
         **{**options, **(recipe.overrides_of_model_kwargs or {})},
     )
     clear_gguf_marks(model)
+    if unpacked is not None:
+        clear_marks(model)
+    keep_norms_in_float32(model, recipe)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
     if recipe.checkpointing():
@@ -120,7 +132,9 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
     stay_trainable(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(quantizing) if dense else model
+    model = model.to(quantizing) if dense else model
+    quantize_experts(model, recipe, config)
+    return model
 
 
 def _hub(recipe: Recipe) -> dict[str, Any]:

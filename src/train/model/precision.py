@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import RecipeError
+from ..recipe.recipe import Recipe
 
 
 def device_for_training() -> torch.device:
@@ -67,3 +70,48 @@ def precision_warning(precision: str) -> str | None:
         "not rewritten can be many times slower than in float32; with bf16: auto a run takes what "
         "the machine has"
     )
+
+
+_NORMS = ("RMSNorm", "LayerNorm")
+"""How the names of the classes of norms end, where the recipe does not say."""
+
+
+def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
+    """Let norms have weights of float32, and compute in it, where the recipe wants that.
+
+    What they return has the dtype that they were given, so that all else computes as before.
+
+    Args:
+        model: in the dtype of the recipe; changed in place.
+        recipe: which says whether to, and which modules are norms.
+
+    Raises:
+        RecipeError: the model has no such modules.
+    """
+    if not recipe.fp32_norms:
+        return
+    names = tuple(recipe.fp32_norm_classes or _NORMS)
+    norms = [m for m in model.modules() if _is_one_of(type(m), names)]
+    if not norms:
+        raise RecipeError(f"fp32_norm_classes: the model has no {' or '.join(names)}")
+    for norm in norms:
+        dtype = next((p.dtype for p in norm.parameters()), torch.float32)
+        if dtype in (torch.bfloat16, torch.float16):
+            norm.float()
+            norm.register_forward_pre_hook(_widen)
+            norm.register_forward_hook(functools.partial(_narrow, dtype=dtype))
+
+
+def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
+    """Whether a class has one of these names: its end, or with a dot the whole path."""
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return any(path == n if "." in n else kind.__name__.endswith(n) for n in names)
+
+
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    wide = torch.Tensor.float
+    return tuple(wide(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def _narrow(module: nn.Module, inputs: Any, output: Any, dtype: torch.dtype) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) else output

@@ -47,6 +47,26 @@ def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
         raise RecipeError(f"bnb_config_kwargs: {error}") from error
 
 
+def unpacking(recipe: Recipe) -> Any:
+    """The configuration of transformers that unpacks the base model while it is loaded, or None.
+
+    Raises:
+        RecipeError: it does not take ``model_quantization_config_kwargs``.
+    """
+    if recipe.model_quantization_config is None:
+        return None
+    import transformers
+
+    name = recipe.model_quantization_config
+    make: Any = getattr(transformers, name, None)
+    if make is None:
+        raise RecipeError(f"model_quantization_config: this transformers has no {name}")
+    try:
+        return make(**(recipe.model_quantization_config_kwargs or {}))
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"model_quantization_config_kwargs: {error}") from error
+
+
 def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
     """Quantize the linear layers of a loaded model in place, all but the output head.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..chat_templates import find_template
+from ..recipe.locate import locate
 from ..recipe.recipe import Recipe
 
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<unk>")
@@ -34,11 +35,15 @@ def load_tokenizer(recipe: Recipe) -> Any:
         options["legacy"] = recipe.tokenizer_legacy
     if recipe.revision_of_model and name == recipe.base_model and not Path(name).exists():
         options["revision"] = recipe.revision_of_model
+    if recipe.tokenizer_use_mistral_common:
+        options["mistral_format"] = False  # as a fast tokenizer, which tells where tokens come from
     factory = class_by_name(
         recipe.tokenizer_type, "AutoTokenizer", "PreTrainedTokenizerBase", "tokenizer_type"
     )
     key = "tokenizer_config" if recipe.tokenizer_config else "base_model"
     tokenizer = pretrained(factory, name, kind="tokenizer", key=key, **options)
+    if recipe.tokenizer_use_mistral_common:
+        _complete_from_tekken(tokenizer, name, options.get("revision"))
     _override(tokenizer, recipe)
     _add(tokenizer, recipe)
     _choose_pad(tokenizer)
@@ -46,6 +51,37 @@ def load_tokenizer(recipe: Recipe) -> Any:
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+_OF_TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+def _complete_from_tekken(tokenizer: Any, name: str, revision: str | None) -> None:
+    """Give a tokenizer of a ``tekken.json`` what the package mistral-common does with it.
+
+    transformers has made a fast tokenizer of the file, with the same tokens; the chat template is
+    the one that mistral-common writes for the file's version.
+
+    Raises:
+        RecipeError: there is no such file, or no template for its version.
+    """
+    from mistral_common.integrations.chat_templates import chat_templates
+    from transformers.integrations.mistral.tokenizer import resolve_mistral_format
+
+    key = "tokenizer_use_mistral_common"
+    source = locate(name, [Path.cwd()]).name
+    try:
+        _, file = resolve_mistral_format(source, mistral_format=True, revision=revision)
+    except OSError:
+        raise RecipeError(f"{key}: {name} has no tekken.json: leave the key out") from None
+    try:
+        tokenizer.chat_template = chat_templates.convert_tokenizer_to_chat_template(file)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise RecipeError(f"{key}: there is no chat template for {file}: {error}") from error
+    missing = {k: v for k, v in _OF_TEKKEN.items() if getattr(tokenizer, k) is None}
+    tokenizer.add_special_tokens({k: v for k, v in missing.items() if v in tokenizer.get_vocab()})
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
 
 
 def _override(tokenizer: Any, recipe: Recipe) -> None:

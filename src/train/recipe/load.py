@@ -86,6 +86,7 @@ def check(
         values, lines = read(path)
         name, folder = str(source), path.resolve().parent
     where: dict[Loc, str] = {loc: f"line {line}" for loc, line in lines.items()}
+    _move_tokens(values, where)
     problems = _rename(Recipe, values, where, ())
     problems += _override(values, overrides or {}, where)
     given = _without_nulls(values)
@@ -147,6 +148,16 @@ def _rename(
         if inner is not None and isinstance(values.get(name), dict):
             problems += _rename(inner, values[name], where, (*loc, name))
     return problems
+
+
+def _move_tokens(values: dict[str, Any], where: dict[Loc, str]) -> None:
+    """Read ``tokens`` with keys and values as ``special_tokens``, whose old spelling it is."""
+    old, new = values.get("tokens"), values.get("special_tokens")
+    if not isinstance(old, dict) or (isinstance(new, dict | list) and new):
+        return  # a list, or one that is set twice: a problem of its own
+    values["special_tokens"] = values.pop("tokens")
+    for at in [at for at in where if at[:1] == ("tokens",)]:
+        where["special_tokens", *at[1:]] = where[at]
 
 
 def _override(

@@ -12,31 +12,34 @@ from pydantic import PrivateAttr
 
 from ..consent import Consent
 from .keys.adapter import AdapterKeys
+from .keys.attention import AttentionKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
 from .keys.distributed import DistributedKeys
 from .keys.fusewright import FusewrightKeys
-from .keys.methods import MethodKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
-from .keys.subsumed import SubsumedKeys
+from .keys.peers.kernels import SubsumedKeys
+from .keys.peers.methods import MethodKeys
+from .keys.peers.plugins import PluginKeys
+from .keys.precision import PrecisionKeys
 from .keys.tracking import TrackingKeys
 from .strategy import Strategy, strategy_of
 
 __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
-    ModelKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys, TrackingKeys, FusewrightKeys,
-    SubsumedKeys, DistributedKeys, MethodKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
-    ModelKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys, TrackingKeys, FusewrightKeys,
-    SubsumedKeys, DistributedKeys, MethodKeys,
+    ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 
@@ -134,6 +137,8 @@ class Recipe(
             "comet_ml": _either(self.use_comet, self.comet_project_name),
             "tensorboard": self.use_tensorboard,
             "trackio": _either(self.use_trackio, self.trackio_project_name),
+            "swanlab": _either(self.use_swanlab, self.swanlab_project)
+            and self.swanlab_mode != "disabled",
         }
         return [name for name, wanted in asked.items() if wanted]
 

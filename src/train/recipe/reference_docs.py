@@ -14,11 +14,13 @@ from pydantic.fields import FieldInfo
 
 from .distributed.deepspeed_config import built_in_names
 from .keys.adapter import LoftQ, PeftKeys
-from .keys.base import Keys, extra_of
+from .keys.base import Keys, UnreadKeys, extra_of, nested
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
 from .keys.distributed import ContextParallelKeys
 from .keys.fsdp import FsdpKeys
 from .keys.model import SpecialTokens
+from .keys.optimization import LrGroupKeys
+from .keys.output import DynamicCheckpointKeys
 from .recipe import GROUPS, Recipe
 
 _INTRODUCTION = """\
@@ -160,6 +162,8 @@ _FSDP1 = {
 
 _GROUPS = {
     "ModelKeys": "Model and tokenizer",
+    "PrecisionKeys": "Precision and quantization",
+    "AttentionKeys": "Attention and memory",
     "AdapterKeys": "Adapters",
     "DataKeys": "Data",
     "OptimizationKeys": "Optimization",
@@ -169,6 +173,7 @@ _GROUPS = {
     "SubsumedKeys": "Other engines' speed-ups",
     "DistributedKeys": "Several devices",
     "MethodKeys": "Other methods",
+    "PluginKeys": "Axolotl's plugins",
 }
 
 _INNER: dict[type[Keys], str] = {
@@ -178,6 +183,8 @@ _INNER: dict[type[Keys], str] = {
     SpecialTokens: "`special_tokens`",
     PeftKeys: "`peft`",
     LoftQ: "`peft.loftq_config`",
+    LrGroupKeys: "An entry of `lr_groups`",
+    DynamicCheckpointKeys: "`dynamic_checkpoint`",
     ContextParallelKeys: "`context_parallel`",
     FsdpKeys: "`fsdp_config`; older names of its keys begin with `fsdp_`",
 }
@@ -198,7 +205,27 @@ def page() -> str:
     for model, title in _INNER.items():
         own = {k: f for k, f in model.model_fields.items() if k in model.__annotations__}
         parts.append(_section(f"## {title}", own))
+    parts.append(_whole_groups())
     return "\n".join(parts)
+
+
+def _whole_groups() -> str:
+    """The groups that nothing reads, with the names that are taken in each."""
+    lines = ["## Groups with one status as a whole", "", "| group | status | its keys |",
+             "|---|---|---|"]  # fmt: skip
+    for dotted, field, inner in _unread(Recipe, ""):
+        names = ", ".join(f"`{name}`" for name in inner.model_fields)
+        lines.append(f"| `{dotted}` | {_status(field)} | {names} |")
+    return "\n".join([*lines, ""])
+
+
+def _unread(model: type[Keys], prefix: str) -> Iterator[tuple[str, FieldInfo, type[Keys]]]:
+    """The groups of a class that nothing reads, and those inside of them."""
+    for name, field in model.model_fields.items():
+        inner = nested(field.annotation)
+        if inner is not None and issubclass(inner, UnreadKeys):
+            yield prefix + name, field, inner
+            yield from _unread(inner, f"{prefix}{name}.")
 
 
 def _section(title: str, fields: dict[str, FieldInfo]) -> str:

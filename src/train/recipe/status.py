@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..chat_templates import TOKENIZERS_OWN
 from ..consent import CODE_SWITCH
 from .conflicts import without_effect
 from .distributed.deepspeed_config import uses_built_in
-from .keys.base import Keys, Status, extra_of, is_default, nested
+from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
@@ -21,6 +22,7 @@ from .secrets import hide
 _ORDER: tuple[Status, ...] = ("honoured", "subsumed", "not applicable", "not yet available")
 
 
+_OWN_TEMPLATE = "the tokenizer's own template, which is of that kind, is taken"
 _BUILT_IN = "there is no such file here: fusewright's own configuration of that name is used"
 
 
@@ -61,6 +63,8 @@ def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Ent
     for entry in _walk(Recipe, values, ()):
         if entry.key == "deepspeed" and recipe is not None and uses_built_in(recipe.deepspeed):
             entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
+        if entry.loc[-1] == "chat_template" and entry.value in TOKENIZERS_OWN:
+            entry = Entry(entry.loc, entry.value, entry.status, _OWN_TEMPLATE, entry.asks)
         if entry.key in idle and entry.status == "honoured" and entry.asks:
             entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
         found.append(entry)
@@ -117,7 +121,8 @@ def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[En
         if field is None:  # of a recipe that has been refused
             continue
         inner = nested(field.annotation)
-        groups = list(_groups(value)) if inner else []
+        whole = inner is None or issubclass(inner, UnreadKeys)
+        groups = [] if whole else list(_groups(value))
         for place, group in groups:
             assert inner is not None
             yield from _walk(inner, group, (*here, *place))

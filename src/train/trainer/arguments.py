@@ -116,7 +116,7 @@ def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> T
             logging_steps=count.every(recipe.logging_steps, "logging_steps"),
             logging_first_step=recipe.logging_first_step,
             log_on_each_node=recipe.log_on_each_node,
-            logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+            logging_nan_inf_filter=recipe.logging_nan_inf_filter,
             dataloader_num_workers=recipe.dataloader_num_workers,
             dataloader_prefetch_factor=recipe.dataloader_prefetch_factor,
             dataloader_pin_memory=_pinned(recipe),
@@ -293,7 +293,10 @@ def _hub(recipe: Recipe) -> dict[str, Any]:
 
 
 def _tracking(recipe: Recipe) -> dict[str, Any]:
-    names = (recipe.wandb_name, recipe.mlflow_run_name, recipe.trackio_run_name)
+    names = (
+        recipe.wandb_name, recipe.mlflow_run_name, recipe.trackio_run_name,
+        recipe.swanlab_experiment_name,
+    )  # fmt: skip
     found: dict[str, Any] = {"report_to": recipe.reporters() or "none"}
     if any(names):
         found["run_name"] = next(name for name in names if name)

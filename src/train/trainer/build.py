@@ -18,7 +18,7 @@ from ..recipe.recipe import Recipe
 from ..report.throughput import ThroughputMeter, flops_per_token
 from .arguments import arguments_for
 from .batches import training_batch, typical_context, validation_batches
-from .callbacks import watchdogs
+from .callbacks import LayerSampler, watchdogs
 from .context import Context
 from .parallel import peak_of
 from .progress import ProgressCallback
@@ -86,6 +86,11 @@ def make_trainer(
         context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip
+    if recipe.lisa_n_layers and context.world.several:
+        raise RecipeError(
+            "lisa_n_layers: LISA trains with one process; start one, or use an adapter"
+        )
+    samplers = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
     given = {
         "model": model,
         "args": args,
@@ -93,7 +98,7 @@ def make_trainer(
         # asked for; evaluate() is ours
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
-        "callbacks": watchdogs(recipe),
+        "callbacks": [*watchdogs(recipe), *samplers],
     }
     try:
         trainer = kind(context, progress, resumed, on_first_step, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...errors import RecipeError
 from ..data import IGNORED
 from ..processes.world import World
+from ..recipe.recipe import Recipe
 
 Batch = dict[str, Tensor]
 
@@ -89,18 +91,36 @@ def validate(
     return found
 
 
-def require_figure(metric: str | None, names: Iterable[str]) -> None:
+def with_perplexity(figures: dict[str, float], recipe: Recipe) -> dict[str, float]:
+    """The figures of a validation, and the perplexity of the trained tokens if it is wanted."""
+    if not wants_perplexity(recipe):
+        return figures
+    try:
+        perplexity = math.exp(figures["eval_loss"])
+    except OverflowError:
+        perplexity = math.inf
+    return {**figures, "eval_perplexity": perplexity}
+
+
+def wants_perplexity(recipe: Recipe) -> bool:
+    """Whether validations have ``eval_perplexity``."""
+    return bool(recipe.do_causal_lm_eval and "perplexity" in (recipe.eval_causal_lm_metrics or ()))
+
+
+def require_figure(metric: str | None, names: Iterable[str], perplexity: bool = False) -> None:
     """See that validations have the figure that is to judge them.
 
     Args:
         metric: its name, with or without ``eval_``; None: nothing judges them.
         names: of the datasets.
+        perplexity: whether that is one of the figures.
 
     Raises:
         RecipeError: they have not.
     """
     sets = list(names)
     figures = ["eval_loss", *(f"eval_{name}_loss" for name in sets if len(sets) > 1)]
+    figures += ["eval_perplexity"] * perplexity
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in figures:
         raise RecipeError(
             f"metric_for_best_model: validation has no {metric}; it has {', '.join(figures)}"

@@ -40,7 +40,8 @@ def make_optimizer(trainer: Trainer, model: Any, recipe: Recipe) -> Any:
 
 def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
     rate = embedding_rate(recipe)
-    if recipe.loraplus_lr_ratio is None and rate is None and not divided(model):
+    several = rate is not None or recipe.lr_groups is not None
+    if recipe.loraplus_lr_ratio is None and not several and not divided(model):
         return Trainer.create_optimizer(trainer, model)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     if recipe.loraplus_lr_ratio is not None:
@@ -52,7 +53,7 @@ def _made(trainer: Trainer, model: Any, recipe: Recipe) -> Optimizer:
             loraplus_weight_decay=recipe.weight_decay, **options,
         )  # type: ignore[no-any-return]  # fmt: skip  # 2026-11-25: PEFT has no types
     decayed = set(trainer.get_decay_parameter_names(model))
-    make = _groups if rate is not None else _two_groups
+    make = _groups if several else _two_groups
     groups = make(model, decayed, recipe, rate)
     return kind(groups, **options)  # type: ignore[no-any-return]  # 2026-11-25: chosen by name
 
@@ -105,21 +106,28 @@ def embedding_rate(recipe: Recipe) -> float | None:
 def _groups(
     model: Any, decayed: set[str], recipe: Recipe, rate: float | None
 ) -> list[dict[str, Any]]:
-    """Groups with and without decay, and those again for the embeddings with their rate."""
-    embedded = {id(p) for p in _embeddings(model)}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Groups with and without decay, for each learning rate."""
+    embedded = {id(p) for p in _embeddings(model)} if rate is not None else set()
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = name in decayed, id(parameter) in embedded
+            own = rate if id(parameter) in embedded else _group_rate(name, recipe)
+            kind = name in decayed, recipe.learning_rate if own is None else own
             groups.setdefault(kind, []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": recipe.weight_decay if decays else 0.0,
-            "lr": rate if embedding else recipe.learning_rate,
+            "lr": own,
         }
-        for (decays, embedding), parameters in groups.items()
+        for (decays, own), parameters in groups.items()
     ]
+
+
+def _group_rate(name: str, recipe: Recipe) -> float | None:
+    """The learning rate of the group in ``lr_groups`` that a parameter is of, if any."""
+    groups = recipe.lr_groups or ()
+    return next((g.lr for g in groups if any(part in name for part in g.modules)), None)
 
 
 def _embeddings(model: Any) -> Iterable[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -47,6 +48,50 @@ def own_schedule(
         warmup: steps of warm-up.
         total: steps of the run.
     """
+    if recipe.jagged_restart_steps:
+        return _restarted(recipe, optimizer, warmup, total)
+    return _own(recipe, optimizer, warmup, total)
+
+
+def _restarted(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler:
+    """A schedule that decays before each restart and warms up after it, as ReLoRA's does.
+
+    Raises:
+        ValueError: the schedule has no rate for each step.
+    """
+    inner = _own(recipe, optimizer, warmup, total) or get_scheduler(
+        recipe.lr_scheduler, optimizer, warmup, total,
+        scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
+    )  # fmt: skip
+    if not isinstance(inner, LambdaLR):
+        raise ValueError("jagged_restart_steps needs a schedule that only depends on the step")
+    every = recipe.jagged_restart_steps or 1
+    rise = recipe.jagged_restart_warmup_steps or 0
+    fall = recipe.jagged_restart_anneal_steps or 1
+
+    def share(step: int) -> float:
+        progress = step % every
+        if step < every - fall:  # the schedule's own warm-up
+            return 1.0
+        if progress < rise:
+            part = progress / rise
+        elif progress > every - fall:
+            part = (every - progress) / fall
+        else:
+            part = 1.0
+        return _LEAST + (1 - _LEAST) * part
+
+    def scaled(own: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: own(step) * share(step)
+
+    return LambdaLR(optimizer, [scaled(own) for own in inner.lr_lambdas])
+
+
+_LEAST = 0.001
+"""The part of the learning rate that a restart begins with."""
+
+
+def _own(recipe: Recipe, optimizer: Optimizer, warmup: int, total: int) -> LRScheduler | None:
     if recipe.lr_scheduler == "one_cycle":
         options = {"div_factor": recipe.lr_div_factor or 25.0, **(recipe.lr_scheduler_kwargs or {})}
         if warmup:

@@ -21,19 +21,18 @@ from ..checkpoint.rng_state import RngState, seed_rank
 from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import order_of
-from ..recipe.strategy import strategy_of
 from ..report.environment import rss_mb
 from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
-from .evaluation import validate
+from .evaluation import validate, with_perplexity
 from .optimizer import make_optimizer
-from .parallel import ParallelTrainer
 from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import LossWatchdog, NonFiniteGuard
+from .weighted import WeighingTrainer
 
 
-class FineTuner(ParallelTrainer):
+class FineTuner(WeighingTrainer):
     """``Trainer`` that counts and validates by token, and whose checkpoints are whole or not there.
 
     The loop itself is Trainer's. It makes the optimizer, the schedule and the order of the rows,
@@ -66,7 +65,7 @@ class FineTuner(ParallelTrainer):
         on_first_step: Callable[[], None] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(context.world, strategy_of(context.recipe), **kwargs)
+        super().__init__(context.recipe, context.world, **kwargs)
         self.remove_callback(PrinterCallback)
         for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
             self.add_callback(callback)
@@ -205,11 +204,12 @@ class FineTuner(ParallelTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The loss per trained token of the validation rows."""
-        metrics = validate(self.model, self.context.validation, self.context.say, self.world)
+        context = self.context
+        figures = validate(self.model, context.validation, context.say, self.world)
+        metrics = with_perplexity(figures, context.recipe)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        flow = self.args, self.state, self.control
+        self.control = self.callback_handler.on_evaluate(*flow, metrics)
         return metrics
 
     # --- checkpoints -----------------------------------------------------------------------------
@@ -245,9 +245,7 @@ class FineTuner(ParallelTrainer):
 
     def _saved(self) -> Saved:
         recipe, step = self.context.recipe, self.state.global_step
-        pending = self._tr_loss
-        if self._midway and self._after_step is not None:
-            pending = self._after_step[1]
+        pending = self._after_step[1] if self._midway and self._after_step else self._tr_loss
         logged = self._globalstep_last_logged == step
         return Saved(
             recipe=recipe.recorded(),

@@ -20,6 +20,11 @@ HEAD = (
     "the request.\n\n"
 )
 
+CONCISE = (
+    "Below is an instruction from a USER that describes a task. The ASSISTANT writes a response "
+    "that appropriately and concisely completes the request.\n\n"
+)
+
 
 def encoded(type_: Any, row: Any, recipe: dict[str, Any] | None = None, **keys: Any) -> list[Any]:
     """The pieces of a row's samples: ``(text, trained)``."""
@@ -58,7 +63,15 @@ INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
         ("alpaca_instruct.load_no_prompt", INSTRUCTION,
          "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3"),
         ("alpaca_chat.load_qa", {"question": "Why?", "answer": "So."},
-         f"SYSTEM: {HEAD[:-2]}\nUSER: Why?\nASSISTANT:", "So."),
+         f"SYSTEM: {CONCISE}\nUSER: Why?\nASSISTANT:", "So."),
+        ("alpaca_chat.load_camel_ai", {"message_1": "Why?", "message_2": "So."},
+         f"SYSTEM: {CONCISE}\nUSER: Why?\nASSISTANT:", "So."),
+        ("alpaca:phi", {**INSTRUCTION, "input": ""},
+         f"<|system|>\n{HEAD[:-2]}<|end|>\n<|user|>\nAdd.<|end|>\n<|assistant|>\n", "3"),
+        ("jeopardy", {"question": "It sums.", "category": "", "answer": "an adder"},
+         f"{HEAD}### Instruction:\nIt sums.\n\n### Response:\n", "what is an adder"),
+        ("summarizetldr", {"article": "Long.", "summary": "Short."},
+         "USER: Summarize the following article as a TL;DR.\nLong.\nASSISTANT:", "Short."),
         ("alpaca_w_system", {**INSTRUCTION, "system": "Be exact."},
          "SYSTEM: Be exact.\nUSER: Add.\n1 2\nASSISTANT:", "3"),
         ("alpaca_w_system.load_open_orca",

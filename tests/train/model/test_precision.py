@@ -11,11 +11,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fusewright import optimize
+from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge.merge import MergeOptions, merge
 from fusewright.train.model import precision
+from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training, has_bfloat16, precision_warning
+from fusewright.train.recipe.load import load_recipe
+
+from ..conftest import make_model
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a CPU can do")
 
@@ -81,3 +87,54 @@ def test_merged_weights_have_the_dtype_of_the_run_wherever_they_are_merged(
     folder = merge(open_run(tmp_path / "out"), MergeOptions(), quiet)
     (file,) = folder.glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_norms_in_float32_among_weights_of_16_bits(tmp_path: Path) -> None:
+    """What they compute is that of float32, and small updates of their weights are not lost."""
+    make_model().save_pretrained(tmp_path)
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "bf16": True}
+    models = [load_model(load_recipe({**keys, "fp32_norms": wanted})) for wanted in (True, False)]
+    wide, narrow = models
+    norms = {n for n, _ in wide.named_parameters() if "norm" in n}
+    assert len(norms) == 5
+    for name, parameter in wide.named_parameters():
+        assert (parameter.dtype == torch.float32) == (name in norms), name
+    norm = wide.model.norm
+    values = torch.randn(2, 3, 32, dtype=torch.bfloat16)
+    exact = narrow.model.norm.double()(values.double())
+    torch.testing.assert_close(norm(values), exact.to(torch.bfloat16), rtol=0, atol=0)
+    assert norm(values).dtype == torch.bfloat16
+    narrow.model.norm.bfloat16()
+    ids = torch.arange(3, 23)[None]
+    moved = []
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        before = model.model.norm.weight.detach().clone()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        moved.append(bool((model.model.norm.weight != before).any()))
+    assert moved == [True, False]
+
+
+def test_norms_in_float32_under_the_compiler(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "bf16": True}
+    ids = torch.arange(3, 23)[None].repeat(2, 1)
+    losses = []
+    for change in (lambda m: m, lambda m: optimize(m, codegen="eager")):
+        model = change(load_model(load_recipe({**keys, "fp32_norms": True})))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert model.model.norm.weight.grad.dtype == torch.float32
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_norms_that_are_not_there_or_cannot_be_had(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "fp32_norms": True}
+    chosen = load_recipe({**keys, "fp32_norm_classes": ["transformers.nowhere.RMSNorm"]})
+    with pytest.raises(RecipeError, match=r"has no transformers\.nowhere\.RMSNorm"):
+        load_model(chosen)
+    with pytest.raises(RecipeError, match="fp32_norms: not with fsdp_config"):
+        load_recipe({**keys, "fsdp_config": {"version": 2}})

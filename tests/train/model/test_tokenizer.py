@@ -12,6 +12,7 @@ from fusewright.train.chat_templates import TEMPLATES, find_template
 from fusewright.train.data.chat.encoder import ChatEncoder
 from fusewright.train.data.chat.template import Chat
 from fusewright.train.model.tokenizer import load_tokenizer
+from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import CHATML, make_tokenizer
@@ -86,6 +87,15 @@ def test_templates_by_name(load: Any, tmp_path: Path) -> None:
         find_template(None, str(tmp_path / "none.jinja"), bare)
 
 
+def test_a_name_whose_template_the_tokenizer_brings(load: Any) -> None:
+    assert load(chat_template="qwen3").chat_template == CHATML
+    with pytest.raises(RecipeError, match="gemma3: the tokenizer's own template is of another"):
+        load(chat_template="gemma3")
+    for name in ("qwen3", "tokenizer_default_fallback_qwen3"):
+        with pytest.raises(RecipeError, match="qwen3 is what the tokenizers of these models bring"):
+            find_template(name, None, make_tokenizer(None))
+
+
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi?"},
@@ -133,3 +143,40 @@ def test_what_templates_write(name: str) -> None:
     (tokens,) = ChatEncoder(tokenizer).encode([Chat("x", MESSAGES)])
     answers = [tokenizer.decode(tokens.ids[a:b]).strip()[:3] for a, b in tokens.spans]
     assert answers == ["Yo.", "So."]  # also where the system message moves with the last question
+
+
+def test_tokens_and_chats_of_mistral_common(tmp_path: Path) -> None:
+    """With a ``tekken.json`` that the package brings."""
+    common = pytest.importorskip("mistral_common", reason="the package mistral-common is optional")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    (file,) = Path(common.__file__).parent.glob("data/tekken_240911.json")
+    (tmp_path / "tekken.json").write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}]}
+    recipe = load_recipe({**keys, "tokenizer_use_mistral_common": True})
+    tokenizer = load_tokenizer(recipe)
+    theirs = MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+    expected = theirs.encode_chat_completion(ChatCompletionRequest(messages=MESSAGES)).tokens
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    plain = theirs.instruct_tokenizer.tokenizer
+    for text in ("It's 12345 \u65e5\u672c\u8a9e!\r\n\t ", "Q: <s> no token </s>"[:5], "a"):
+        assert tokenizer(text)["input_ids"] == plain.encode(text, bos=True, eos=False)
+    (tmp_path / "tekken.json").unlink()
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"tokenizer_use_mistral_common: .* has no tekken\.json"):
+        load_tokenizer(recipe)
+
+
+def test_mistral_common_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusewright.train import requirements
+
+    monkeypatch.setattr(requirements, "_is_there", lambda module: False)
+    keys = {"base_model": "a/b", "datasets": [{"path": "a/b"}]}
+    recipe = load_recipe({**keys, "tokenizer_use_mistral_common": True})
+    (said,) = requirements.missing_packages(recipe)
+    assert "tokenizer_use_mistral_common: true needs the package mistral-common" in said
+    assert "pip install mistral-common" in said

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from fusewright.train.data.sample import IGNORED
-from fusewright.train.model.loss import causal_loss
+from fusewright.train.model.token_losses import causal_loss
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 from fusewright.train.recipe.strategy import Strategy

@@ -13,12 +13,12 @@ from transformers.training_args import OptimizerNames
 from fusewright.train.data.formats.instruction import PROMPTS
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.adapter import PeftKeys
-from fusewright.train.recipe.keys.base import Keys, aliases, extra_of
+from fusewright.train.recipe.keys.base import Keys, UnreadKeys, aliases, extra_of, moved, nested
 from fusewright.train.recipe.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
 from fusewright.train.recipe.keys.fsdp import FsdpKeys
 from fusewright.train.recipe.keys.model import SpecialTokens
-from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS
-from fusewright.train.recipe.keys.output import OutputKeys
+from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS, LrGroupKeys
+from fusewright.train.recipe.keys.output import DynamicCheckpointKeys, OutputKeys
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import GROUPS, Recipe
 from fusewright.train.recipe.reference_docs import page
@@ -26,6 +26,7 @@ from fusewright.train.recipe.reference_docs import page
 ROOT = Path(__file__).resolve().parents[3]
 MODELS: list[type[Keys]] = [
     Recipe, Dataset, PretrainingDataset, PromptFormat, SpecialTokens, PeftKeys, FsdpKeys,
+    LrGroupKeys, DynamicCheckpointKeys,
 ]  # fmt: skip
 STATUSES = ("honoured", "subsumed", "not applicable", "not yet available")
 
@@ -85,6 +86,50 @@ def test_honoured_keys_are_read() -> None:
         assert honoured - read == set()
 
 
+def _axolotl_keys() -> list[str]:
+    """The dotted names of the keys of Axolotl's newest release."""
+    names: list[str] = []
+    group = ""
+    lines = Path(__file__).with_name("axolotl_keys.txt").read_text(encoding="utf-8").splitlines()
+    for line in lines[2:]:
+        if line.endswith(":"):
+            group = line.removesuffix(":").lstrip(".")
+        else:
+            names += [f"{group}.{name}".lstrip(".") for name in line.split()]
+    return names
+
+
+def test_each_key_of_axolotl_has_a_status() -> None:
+    names = _axolotl_keys()
+    assert len(names) > 850
+    for dotted in names:
+        model: type[Keys] | None = Recipe
+        for part in dotted.split("."):
+            assert model is not None, f"{dotted}: there is no such group"
+            name = aliases(model).get(part, part)
+            if name in moved(model):
+                continue
+            assert name in model.model_fields, f"{dotted} has no status"
+            assert extra_of(model.model_fields[name]).get("status", "honoured") in STATUSES
+            model = nested(model.model_fields[name].annotation)
+
+
+def _groups(model: type[Keys]) -> list[tuple[str, type[UnreadKeys]]]:
+    inner = {name: nested(field.annotation) for name, field in model.model_fields.items()}
+    return [(n, g) for n, g in inner.items() if g is not None and issubclass(g, UnreadKeys)]
+
+
+def test_a_group_that_nothing_reads_has_the_status_of_its_keys() -> None:
+    found = _groups(Recipe)
+    assert len(found) >= 15
+    for name, group in found:
+        extra = extra_of(Recipe.model_fields[name])
+        assert extra["status"] != "honoured", name
+        for key, field in group.model_fields.items():
+            own = extra_of(field)
+            assert (own["status"], own["note"]) == (extra["status"], extra["note"]), (name, key)
+
+
 def test_names_are_those_of_transformers() -> None:
     assert {o.value for o in OptimizerNames} <= set(get_args(OPTIMIZERS))
     assert {s.value for s in SchedulerType} <= set(get_args(SCHEDULERS))
@@ -124,6 +169,7 @@ def test_older_names(old: str, new: str) -> None:
     value = 1 if new == "context_parallel_size" else value
     value = "main" if "revision" in new or new == "model_type" else value
     value = {"eval_strategy": "no"}.get(new, value)
-    value = 3 if new in ("dataset_processes", "eval_max_new_tokens") or "buffer" in new else value
+    whole = ("dataset_processes", "eval_max_new_tokens", "gc_collect_steps")
+    value = 3 if new in whole or "buffer" in new else value
     recipe = load_recipe({"base_model": "a/b", "datasets": [{"path": "a/b"}], old: value})
     assert getattr(recipe, new) == value

@@ -92,12 +92,12 @@ TYPES = [
         "4: sample_packing: must be true or false, not",
     ),
     good(
-        "no such value", "adapter: loar\n", "4: adapter: must be 'lora', 'qlora' or 'llama-adapter'"
+        "no such value", "adapter: loar\n", "4: adapter: must be 'lora', 'qlora', 'llama-adapter',"
     ),
     good(
         "no such name",
         "optimizer: adamw\n",
-        "line 4: optimizer: must be one of 51 names (fusewright schema lists them), not 'adamw'; "
+        "line 4: optimizer: must be one of 62 names (fusewright schema lists them), not 'adamw'; "
         "did you mean adamw_torch?",
     ),
     good(

@@ -52,6 +52,23 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("lr_scheduler", "rex", "not yet available"),
         ("plugins", ["axolotl.integrations.liger.LigerPlugin"], "subsumed"),
         ("plugins", ["axolotl.integrations.liger.LigerPlugin", "a.B"], "not yet available"),
+        ("plugins", ["axolotl.integrations.swanlab.SwanLabPlugin"], "subsumed"),
+        ("plugins", ["axolotl.integrations.kd.KDPlugin"], "not yet available"),
+        ("liger_rms_norm_gated", True, "subsumed"),
+        ("use_scattermoe", True, "subsumed"),
+        ("dsv4_fp4_grouped_mode", "nvfp4", "subsumed"),
+        ("selective_checkpointing", True, "subsumed"),
+        ("selective_checkpointing", {"save": ["attention"], "offload": True}, "subsumed"),
+        ("torch_compile_options", {"max_autotune": True}, "subsumed"),
+        ("nonexpert_quantization", "none", "not applicable"),
+        ("nonexpert_quantization", "nf4", "not yet available"),
+        ("qat", {"weight_dtype": "int4"}, "not yet available"),
+        ("trl", {"num_generations": 4}, "not applicable"),
+        ("optimizer", "sinkgd", "not yet available"),
+        ("nf4_backend", "torchao", "not yet available"),
+        ("balance_labels", True, "not yet available"),
+        ("swanlab_project", "tests", "honoured"),
+        ("eval_on_start", True, "not applicable"),
         ("evals_per_epoch", 4, "not applicable"),
         ("lora_r", 4, "not applicable"),
         ("loss_watchdog_patience", 3, "not applicable"),
@@ -71,6 +88,11 @@ def test_keys_inside_others_have_one_too() -> None:
     assert found["datasets.0.trust_remote_code"][0] == "not applicable"
     assert found["datasets.0.type.format"][0] == "honoured"
     assert found["special_tokens.pad_token"][0] == "honoured"
+
+
+def test_a_misspelt_key_of_a_group_that_nothing_reads_is_an_error() -> None:
+    with pytest.raises(RecipeError, match=r"qat\.wieght_dtype: .* did you mean weight_dtype"):
+        load_recipe({**BASE, "qat": {"wieght_dtype": "int4"}})
 
 
 def test_the_same_key_counts_with_what_it_needs() -> None:

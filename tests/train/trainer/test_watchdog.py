@@ -184,8 +184,8 @@ def test_when_garbage_is_collected(
     collected: list[int] = []
     state = SimpleNamespace(global_step=0)
     monkeypatch.setattr("gc.collect", lambda: collected.append(state.global_step))
-    flow = FlowCallback(MagicMock(), Recipe(base_model="x", gc_steps=every), Interrupts())
-    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    flow = FlowCallback(MagicMock(), Recipe(base_model="x", gc_collect_steps=every), Interrupts())
+    control = SimpleNamespace(should_training_stop=False, should_save=False, should_evaluate=False)
     for step in range(1, 5):
         state.global_step = step
         flow.on_step_end(None, state, control)

@@ -21,6 +21,15 @@ _WITHOUT_INPUT = (
 )
 
 
+_CONCISE = (
+    "Below is an instruction from a USER that describes a task, paired with an input that provides "
+    "further context. The ASSISTANT writes a response that concisely and appropriately completes "
+    "the request.\n\n",
+    "Below is an instruction from a USER that describes a task. The ASSISTANT writes a response "
+    "that appropriately and concisely completes the request.\n\n",
+)
+
+
 @dataclass(frozen=True)
 class Style:
     """The text around the fields; ``{system}``, ``{instruction}`` and ``{input}`` stand for them.
@@ -52,6 +61,16 @@ STYLES = {
         "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
     ),
+    "phi": Style(
+        "<|system|>\n{system}<|end|>\n",
+        "<|user|>\n{instruction}<|end|>{input}<|assistant|>",
+        "<|user|>\n{instruction}<|end|>\n<|assistant|>\n",
+    ),
+    "tldr": Style(
+        "{system}",
+        "USER: Summarize the following article as a TL;DR.\n{instruction}\n{input}\nASSISTANT:",
+        "USER: Summarize the following article as a TL;DR.\n{instruction}\nASSISTANT:",
+    ),
     "orca": Style(
         "### System:\n{system}\n",
         "### Human:\n{instruction}\n### Additional Context:\n{input}\n### Assistant:\n",
@@ -78,11 +97,13 @@ class Prompt:
         fields: where things are.
         style: the text around them.
         defaults: the system messages of rows with and without an input that have none themselves.
+        answer: what every answer begins with, before the row's own.
     """
 
     fields: Fields
     style: Style
     defaults: tuple[str, str] = (_WITH_INPUT, _WITHOUT_INPUT)
+    answer: str = ""
 
     def read(self, row: Any, where: str) -> Segments:
         """The prompt, which is not trained, and the answer, which is, with the end of the text.
@@ -100,13 +121,14 @@ class Prompt:
         head = _filled(self.style.system, {"system": system}) if system else ""
         form = self.style.turn if given else self.style.bare
         prompt = head + _filled(form, {"instruction": instruction, "input": given})
-        return Segments(where, ((prompt, False), (output, True)), bos=True, eos=True)
+        return Segments(where, ((prompt, False), (self.answer + output, True)), bos=True, eos=True)
 
 
 _NONE = ("", "")
 _WITH_SYSTEM = Fields(system="system")
 _ORCA = Fields("question", "", "response", "system_prompt")
 _TEACHER = Fields(output="response")
+_JEOPARDY = Fields("question", "category", "answer")
 _OASST = Fields("INSTRUCTION", "", "RESPONSE")
 
 PROMPTS: dict[str, Prompt] = {
@@ -114,8 +136,12 @@ PROMPTS: dict[str, Prompt] = {
     "alpaca_instruct": Prompt(Fields(), STYLES["instruct"]),
     "alpaca_instruct.load_no_prompt": Prompt(Fields(), STYLES["instruct"], _NONE),
     "alpaca_chat": Prompt(Fields(), STYLES["chat"]),
-    "alpaca_chat.load_qa": Prompt(Fields("question", "", "answer"), STYLES["chat"]),
+    "alpaca_chat.load_qa": Prompt(Fields("question", "", "answer"), STYLES["chat"], _CONCISE),
     "alpaca_chat.load_no_prompt": Prompt(Fields(), STYLES["chat"], _NONE),
+    "alpaca_chat.load_concise": Prompt(Fields(), STYLES["chat"], _CONCISE),
+    "alpaca_chat.load_camel_ai": Prompt(
+        Fields("message_1", "", "message_2"), STYLES["chat"], _CONCISE
+    ),
     "alpaca_w_system": Prompt(_WITH_SYSTEM, STYLES["chat"], _NONE),
     "alpaca_w_system.load_chat": Prompt(_WITH_SYSTEM, STYLES["chat"], _NONE),
     "alpaca_w_system.load_instruct": Prompt(_WITH_SYSTEM, STYLES["instruct"], _NONE),
@@ -123,11 +149,13 @@ PROMPTS: dict[str, Prompt] = {
     "alpaca_w_system.load_open_orca_chatml": Prompt(_ORCA, STYLES["chatml"], _NONE),
     "gpteacher": Prompt(_TEACHER, STYLES["instruct"]),
     "oasst": Prompt(_OASST, STYLES["instruct"]),
+    "jeopardy": Prompt(_JEOPARDY, STYLES["instruct"], answer="what is "),
+    "summarizetldr": Prompt(Fields("article", "", "summary"), STYLES["tldr"], _NONE),
 }
 """The types, by Axolotl's names."""
 
-for _name in ("alpaca", "gpteacher", "oasst"):
-    for _style in ("instruct", "chat", "chatml"):
+for _name in ("alpaca", "gpteacher", "oasst", "jeopardy"):
+    for _style in ("instruct", "chat", "chatml", "phi"):
         PROMPTS[f"{_name}:{_style}"] = replace(PROMPTS[_name], style=STYLES[_style])
 
 

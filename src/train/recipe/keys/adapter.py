@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet
+from pydantic import BeforeValidator
+
+from .base import Float, Int, Keys, PositiveInt, key, not_applicable, not_yet, subsumed
+
+
+def _off(value: Any) -> Any:
+    return None if value is False else value
+
+
+StepsOrOff = Annotated[Int | None, BeforeValidator(_off)]
+"""A number of steps; false is unset."""
+
+_MIXLORA = "only adapter: mixlora reads it"
 
 
 class LoftQ(Keys):
@@ -35,8 +47,12 @@ class PeftKeys(Keys):
 class AdapterKeys(Keys):
     """Small trained weights beside frozen ones."""
 
-    adapter: Literal["lora", "qlora", "llama-adapter"] | None = key(
-        values={"llama-adapter": ("not yet available", "use lora")}
+    adapter: Literal["lora", "qlora", "llama-adapter", "mora", "mixlora"] | None = key(
+        values={
+            "llama-adapter": ("not yet available", "use lora"),
+            "mora": ("not yet available", "use lora"),
+            "mixlora": ("not yet available", "use lora with lora_target_parameters"),
+        }
     )
     """``lora``, or ``qlora`` (the same on weights of 4 bits), or unset to train every weight."""
 
@@ -48,6 +64,13 @@ class AdapterKeys(Keys):
 
     lora_alpha: Int = key(16, gt=0)
     """Scale of the update, times ``lora_r``: it is multiplied by ``lora_alpha / lora_r``."""
+
+    lora_rank_pattern: dict[str, PositiveInt] | None = None
+    """Ranks of layers that have another one than ``lora_r``, by the end of the layer's name or a
+    regular expression for it, e.g. ``{down_proj: 32}``, as PEFT's ``rank_pattern``. Unset: none."""
+
+    lora_alpha_pattern: dict[str, PositiveInt] | None = None
+    """The same for ``lora_alpha``, as PEFT's ``alpha_pattern``. Unset: none."""
 
     lora_dropout: Float = key(0.0, ge=0, lt=1)
     """Probability of dropping an input feature of the adapter."""
@@ -101,6 +124,11 @@ class AdapterKeys(Keys):
     peft_autocast_adapter_dtype: bool = True
     """Keep the adapters in float32 beside weights of 16 bits."""
 
+    lora_fp32_gradients: bool = subsumed(
+        "adapters in float32, and so are their gradients (key peft_autocast_adapter_dtype)", False
+    )
+    """Add up the gradients of adapters in float32."""
+
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""
 
@@ -119,6 +147,12 @@ class AdapterKeys(Keys):
 
     lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
     """Load the adapter into CPU memory. Unset: no."""
+
+    nf4_backend: Literal["bitsandbytes", "torchao"] = subsumed(
+        "load_in_4bit, which is bitsandbytes'", "bitsandbytes",
+        values={"torchao": ("not yet available", "use bitsandbytes")},
+    )  # fmt: skip
+    """Who quantizes to 4 bits."""
 
     qlora_sharded_model_loading: bool | None = not_yet(
         "leave it out: each process reads the weights into CPU memory, and keeps its shards"
@@ -158,23 +192,49 @@ class AdapterKeys(Keys):
     relora_cpu_offload: bool | None = not_applicable("only relora reads it")
     """Merge on the CPU at a restart. Unset: no."""
 
-    jagged_restart_steps: Int | None = not_yet("use lr_scheduler: cosine_with_restarts")
-    """Steps between two restarts of the learning rate. Unset: none."""
+    jagged_restart_steps: StepsOrOff = key(gt=0)
+    """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
+    of the schedule. Unset, or false: none."""
 
-    jagged_restart_warmup_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
-    """Warm-up after such a restart, in steps. Unset: none."""
+    jagged_restart_warmup_steps: StepsOrOff = key(ge=0)
+    """Warm-up after such a restart, in steps. Unset, or false: none."""
 
-    jagged_restart_anneal_steps: Int | None = not_applicable("only jagged_restart_steps reads it")
-    """Steps over which the learning rate decays before such a restart. Unset: none."""
+    jagged_restart_anneal_steps: StepsOrOff = key(ge=0)
+    """Steps over which the learning rate decays before such a restart. Unset, or false: 1."""
 
-    lisa_n_layers: Int | None = not_yet("use adapter: lora")
-    """Number of blocks that train at a time (LISA). Unset: all."""
+    lisa_n_layers: Int | None = key(gt=0)
+    """Number of blocks that train at a time, drawn at random, while the others are frozen (LISA).
+    The embeddings and the output head always train. One process, and no adapter. Unset: all."""
 
-    lisa_step_interval: Int | None = not_applicable("only lisa_n_layers reads it")
-    """Steps until LISA draws other blocks. Unset: never."""
+    lisa_step_interval: Int | None = key(gt=0)
+    """Steps until LISA draws other blocks. Unset: needed by ``lisa_n_layers``."""
 
-    lisa_layers_attribute: str = not_applicable("only lisa_n_layers reads it", "model.layers")
-    """Where LISA finds the blocks."""
+    lisa_layers_attribute: str = "model.layers"
+    """Where LISA finds the list of blocks."""
 
     llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
     """Added blocks that alone are trained. Unset: none."""
+
+    mixlora_num_experts: Int | None = not_applicable(_MIXLORA)
+    """Adapters of each MLP. Unset: 8."""
+
+    mixlora_top_k: Int | None = not_applicable(_MIXLORA)
+    """Adapters for each token. Unset: 2."""
+
+    mixlora_router_aux_loss_coef: Float | None = not_applicable(_MIXLORA)
+    """Weight of the router's balance. Unset: 0.01."""
+
+    mixlora_router_init_range: Float | None = not_applicable(_MIXLORA)
+    """Deviation of the router's first weights. Unset: 0.02."""
+
+    mixlora_jitter_noise: Float | None = not_applicable(_MIXLORA)
+    """Noise on the router's inputs. Unset: none."""
+
+    mixlora_expert_lora_r: Int | None = not_applicable(_MIXLORA)
+    """Rank of these adapters. Unset: ``lora_r``."""
+
+    mixlora_expert_lora_alpha: Int | None = not_applicable(_MIXLORA)
+    """Their scale. Unset: ``lora_alpha``."""
+
+    mixlora_expert_lora_dropout: Float | None = not_applicable(_MIXLORA)
+    """Their dropout. Unset: ``lora_dropout``."""

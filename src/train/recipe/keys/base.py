@@ -34,7 +34,9 @@ _MOST = 2**63 - 1
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
+PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(gt=0)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
 
 
 class Keys(BaseModel):
@@ -46,6 +48,10 @@ class Keys(BaseModel):
 
     older_prefix: ClassVar[str] = ""
     """What the older names of all its keys begin with, here and outside of the group."""
+
+
+class UnreadKeys(Keys):
+    """A group of keys of Axolotl that nothing reads: it has one status as a whole."""
 
 
 Reasons = Mapping[Any, tuple[Status, str]]
@@ -91,6 +97,12 @@ def not_yet(
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
     extra = _extra("not yet available", instead, values, aliases)
     return Field(default, json_schema_extra=extra, **limits)
+
+
+def unread(status: Status, note: str) -> Any:
+    """A key of a group that has one status as a whole, which is the key's, too."""
+    about = "As in Axolotl. Unset: its default there."
+    return Field(None, description=about, json_schema_extra=_extra(status, note))
 
 
 def _extra(

@@ -137,6 +137,14 @@ class DataKeys(Keys):
     group_by_length: bool = False
     """Put rows of similar length into a batch, to save padding."""
 
+    balance_labels: bool = not_yet(
+        "leave it out: a gradient weighs tokens, however they are spread over batches", False
+    )
+    """Give all batches of a step about as many trained tokens."""
+
+    label_balance_window_optim_steps: Int = not_applicable("only balance_labels reads it", 1)
+    """Steps whose batches are balanced together."""
+
     train_on_inputs: bool = False
     """Train every token, not only the assistant's."""
 

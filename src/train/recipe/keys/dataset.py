@@ -15,11 +15,14 @@ TYPES = (
     "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
     "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
     "alpaca_w_system.load_open_orca_chatml",
-    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml",
-    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml",
+    "alpaca:phi", "alpaca_chat.load_concise", "alpaca_chat.load_camel_ai", "summarizetldr",
+    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml", "gpteacher:phi",
+    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml", "oasst:phi",
+    "jeopardy", "jeopardy:instruct", "jeopardy:chat", "jeopardy:chatml", "jeopardy:phi",
 )  # fmt: skip
 """The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
 
+_SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
 _PREFERENCES = "only a preference method (key rl) reads it"
 
 
@@ -252,6 +255,33 @@ class Dataset(Keys):
 
     temperature: Float | None = not_yet("distillation; train on the answers only")
     """Temperature of a teacher's log probabilities. Unset: 1."""
+
+    length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: rows. Unset: 1000."""
+
+    sequence_length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: tokens of a row. Unset: ``sequence_len``."""
+
+    min_input_id: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: the smallest token. Unset: 100."""
+
+    max_input_id: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: the largest token. Unset: the last of the vocabulary."""
+
+    seed: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: seed of the tokens. Unset: none."""
+
+    min_turns: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: fewest turns of a row. Unset: 1."""
+
+    max_turns: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: most turns of a row. Unset: 1."""
+
+    min_turn_length: Int | None = not_yet(_SYNTHETIC)
+    """For random tokens: shortest turn, in tokens. Unset: 32."""
+
+    input_fraction: Float | None = not_yet(_SYNTHETIC)
+    """For random tokens: part of a turn that is not trained. Unset: 0."""
 
 
 class PretrainingDataset(Dataset):

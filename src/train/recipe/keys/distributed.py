@@ -19,6 +19,7 @@ _LAUNCHER = (
     "the launcher sets it: torchrun, accelerate launch, deepspeed, SLURM, or fusewright train "
     "--nproc"
 )
+_SHARED_EXPERTS = "only expert_parallel_size reads it"
 _RING = "torch's own ring attention"
 
 
@@ -47,6 +48,18 @@ class ContextParallelKeys(Keys):
 
     ring_impl: str | None = subsumed(_RING)
     """Which ring attention. Unset: torch's."""
+
+    ring_size: Int | None = subsumed(_RING)
+    """Devices of one ring. Unset: all."""
+
+    ulysses_size: Int | None = subsumed(_RING)
+    """Devices that exchange heads in place of tokens. Unset: none."""
+
+    rotate_method: Literal["allgather", "alltoall"] | None = subsumed(_RING)
+    """How parts go around the ring. Unset: ``allgather``."""
+
+    shard_in_collator: bool | None = not_applicable("batches are divided as they reach the model")
+    """Divide a batch when it is made. Unset: yes."""
 
 
 class DistributedKeys(Keys):
@@ -106,6 +119,27 @@ class DistributedKeys(Keys):
     )
     """Devices that share the experts."""
 
+    expert_parallel_backend: str | None = not_applicable(_SHARED_EXPERTS)
+    """Who sends tokens to the experts. Unset: by the GPU."""
+
+    expert_parallel_dispatch_chunks: Int | None = not_applicable(_SHARED_EXPERTS)
+    """Parts in which they are sent. Unset: 1."""
+
+    expert_parallel_save_dispatch: bool | None = not_applicable(_SHARED_EXPERTS)
+    """Keep what was sent for backward. Unset: no."""
+
+    expert_parallel_token_capacity: Int | None = not_applicable(_SHARED_EXPERTS)
+    """Most tokens of an expert. Unset: no limit."""
+
+    expert_parallel_fallback_on_unsupported: bool | None = not_applicable(_SHARED_EXPERTS)
+    """Share experts otherwise where this is not possible. Unset: yes."""
+
+    expert_parallel_num_nvl_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
+    """Size of a buffer within a machine. Unset: 256 MiB."""
+
+    expert_parallel_num_rdma_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
+    """Size of a buffer between machines. Unset: 0."""
+
     heads_k_stride: Int | None = subsumed("torch's ring attention, which exchanges all heads")
     """Heads per exchange of ring attention. Unset: all."""
 
@@ -145,6 +179,3 @@ class DistributedKeys(Keys):
 
     resources_per_worker: dict[str, Any] | None = not_applicable("Ray is not used")
     """What Ray gives to each process. Unset: one GPU."""
-
-    dynamic_checkpoint: dict[str, Any] | None = not_yet("Ctrl-C saves and ends")
-    """Save when a file appears. Unset: no."""

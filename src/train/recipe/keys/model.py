@@ -1,12 +1,10 @@
-"""The keys of the model: where it is, its tokenizer, its dtype, its attention."""
+"""The keys of the model and of its tokenizer: where they are, and what is changed in them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
-
-_OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
+from .base import Keys, key, not_applicable
 
 
 class SpecialTokens(Keys):
@@ -29,7 +27,7 @@ class SpecialTokens(Keys):
 
 
 class ModelKeys(Keys):
-    """Where the model and the tokenizer come from, and how they are loaded."""
+    """Where the model and the tokenizer come from."""
 
     base_model: str
     """A Hugging Face id, a folder, a ``.gguf`` file, or ``package:NAME`` for the model that an
@@ -80,7 +78,8 @@ class ModelKeys(Keys):
     on. Unset: none are replaced."""
 
     tokens: list[str] | None = None
-    """Tokens to add to the vocabulary. Unset: none."""
+    """Tokens to add to the vocabulary; with keys and values: the old spelling of
+    ``special_tokens``. Unset: none."""
 
     added_tokens_overrides: dict[int, str] | None = None
     """New texts for reserved tokens of the vocabulary, by their ids. Unset: none."""
@@ -96,7 +95,8 @@ class ModelKeys(Keys):
 
     chat_template: str | None = None
     """The chat template: ``tokenizer_default``, a name such as ``chatml`` or ``llama3``,
-    ``tokenizer_default_fallback_NAME``, or ``jinja``. Unset: the tokenizer's own."""
+    ``tokenizer_default_fallback_NAME``, or ``jinja``. Names of templates that only the tokenizers
+    of some models bring, such as ``qwen3``, take the tokenizer's own. Unset: the same."""
 
     chat_template_jinja: str | None = None
     """The template itself, as Jinja text or as the path of a file. Unset: see
@@ -110,179 +110,11 @@ class ModelKeys(Keys):
     """The system message of chats (and of questions to the trained model) that have none, for
     templates that use one. Unset: the template's own."""
 
-    tokenizer_use_mistral_common: bool | None = not_yet(
-        "leave it out: the tokenizer of transformers is used"
-    )
-    """Use the tokenizer of the package ``mistral-common``. Unset: no."""
+    tokenizer_use_mistral_common: bool = False
+    """Take tokens and chats from a ``tekken.json``, as the package ``mistral-common`` writes them.
+    It must be installed."""
 
     tokenizer_save_jinja_files: bool = not_applicable(
         "transformers keeps the template in a file of its own", True
     )
     """Save the chat template as a file of its own; false: inside ``tokenizer_config.json``."""
-
-    # --- numbers ---------------------------------------------------------------------------------
-
-    bf16: bool | Literal["auto", "full"] = "auto"
-    """Weights and computation in bfloat16 (adapters stay in float32); false: see ``fp16``, else
-    float32. ``auto``: bfloat16 where the GPU or CPU has instructions for it, else float32."""
-
-    bfloat16: bool = False
-    """The same as ``bf16: true``."""
-
-    fp16: bool = False
-    """Weights in float16, with loss scaling. Needs a GPU."""
-
-    float16: bool = False
-    """The same as ``fp16: true``."""
-
-    float32: bool = False
-    """Weights and computation in float32."""
-
-    tf32: bool | Literal["auto"] = "auto"
-    """TensorFloat-32 for float32 matrix products on GPUs of Ampere or later. ``auto``: torch's
-    default. No effect on a CPU."""
-
-    fp8: bool | None = not_yet("set bf16: true")
-    """Matrix products in 8-bit floating point. Unset: no."""
-
-    load_in_4bit: bool = False
-    """Keep the frozen weights in 4 bits (bitsandbytes; NF4 with double quantization)."""
-
-    load_in_8bit: bool = False
-    """Keep the frozen weights in 8 bits (bitsandbytes LLM.int8())."""
-
-    bnb_config_kwargs: dict[str, Any] | None = None
-    """Arguments of transformers' ``BitsAndBytesConfig`` that replace ours, e.g.
-    ``{bnb_4bit_quant_type: fp4}``; ``bnb_4bit_quant_storage`` is the dtype of the weights where
-    FSDP or ZeRO-3 shards them. Unset: none."""
-
-    gptq: bool | None = not_yet("use a base model that is not quantized, with adapter: qlora")
-    """The base model is quantized by GPTQ. Unset: no."""
-
-    gptq_groupsize: Int | None = not_applicable("only gptq reads it")
-    """Weights of a GPTQ model that share a scale. Unset: the model's own."""
-
-    gptq_model_v1: bool | None = not_applicable("only gptq reads it")
-    """The GPTQ model is in the old format. Unset: no."""
-
-    fp8_enable_fsdp_float8_all_gather: bool | None = not_applicable("only fp8 with FSDP reads it")
-    """Send 8-bit weights between devices. Unset: no."""
-
-    reinit_weights: bool | None = not_yet("save a model with random weights, and name its folder")
-    """Initialize the weights randomly. Unset: no."""
-
-    model_quantization_config: str | None = not_yet("use load_in_4bit or load_in_8bit")
-    """Another quantization of transformers, e.g. ``Mxfp4Config``. Unset: none."""
-
-    model_quantization_config_kwargs: dict[str, Any] | None = not_yet("use bnb_config_kwargs")
-    """Arguments for ``model_quantization_config``. Unset: none."""
-
-    # --- attention -------------------------------------------------------------------------------
-
-    attn_implementation: str | None = None
-    """The attention of transformers, e.g. ``sdpa``, ``eager`` or ``flash_attention_2``. Unset: the
-    model's own choice, which is ``sdpa`` for nearly all."""
-
-    sdp_attention: bool = False
-    """The same as ``attn_implementation: sdpa``."""
-
-    eager_attention: bool = False
-    """The same as ``attn_implementation: eager``."""
-
-    flex_attention: bool = False
-    """The same as ``attn_implementation: flex_attention``."""
-
-    flex_attn_compile_kwargs: dict[str, Any] | None = not_applicable(
-        "whole blocks are compiled: see codegen"
-    )
-    """Arguments of ``torch.compile`` for flex attention. Unset: none."""
-
-    flash_attention: bool | None = subsumed(
-        "torch's scaled dot-product attention, which has a flash kernel on GPUs; "
-        "attn_implementation: flash_attention_2 asks for the package itself"
-    )
-    """Flash attention, which never stores the matrix of scores. Unset: not requested."""
-
-    xformers_attention: bool | None = subsumed("torch's scaled dot-product attention")
-    """The attention of the package xFormers. Unset: not requested."""
-
-    s2_attention: bool | None = not_yet("leave it out, and lower sequence_len if memory is short")
-    """Shifted sparse attention (LongLoRA). Unset: no."""
-
-    sage_attention: bool | None = not_yet("use sdp_attention: true")
-    """Attention with quantized products (SageAttention). Unset: no."""
-
-    gemma4_hybrid_attn_impl: bool | None = subsumed("torch's scaled dot-product attention")
-    """Two kinds of attention in one model. Unset: no."""
-
-    experts_implementation: str | None = not_yet(
-        "set it in overrides_of_model_kwargs: {experts_implementation: ...}"
-    )
-    """The experts of transformers, e.g. ``grouped_mm``. Unset: the model's own choice."""
-
-    quantize_moe_experts: bool = not_yet("leave it out: linear layers are quantized", False)
-    """Quantize bare weights of experts, too."""
-
-    scaling_softmax: bool | None = not_yet("leave it out")
-    """Scale the scores by the logarithm of the length (SSMax). Unset: no."""
-
-    scaling_softmax_factor: Float | None = not_applicable("only scaling_softmax reads it")
-    """The factor of that scale. Unset: 0.43."""
-
-    scaling_softmax_bias: Float | None = not_applicable("only scaling_softmax reads it")
-    """The bias of that scale. Unset: 0."""
-
-    # --- memory and place ------------------------------------------------------------------------
-
-    gradient_checkpointing: bool | Literal["unsloth", "offload", "offload_disk"] = key(
-        False,
-        values={
-            "unsloth": ("subsumed", _OWN_MEMORY),
-            "offload": ("subsumed", _OWN_MEMORY),
-            "offload_disk": ("subsumed", _OWN_MEMORY),
-        },
-    )
-    """Gradient checkpointing: keep only the inputs of each block, and recompute the rest in
-    backward. ``unsloth`` and ``offload`` are read as true."""
-
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    """Arguments for torch's checkpointing, e.g. ``{use_reentrant: false}``. Unset:
-    ``use_reentrant: false``."""
-
-    activation_offloading: bool | Literal["legacy", "disk"] | None = subsumed(_OWN_MEMORY)
-    """Keep activations in CPU memory. Unset: no."""
-
-    layer_offloading: bool | None = not_yet("use adapter: qlora, which needs less memory")
-    """Keep frozen layers in CPU memory until they are used. Unset: no."""
-
-    low_cpu_mem_usage: bool | None = subsumed("transformers, which always loads shard by shard")
-    """Load the weights without a second copy in CPU memory. Unset: yes."""
-
-    device: Any = not_applicable("the trainer uses the GPU if there is one, else the CPU")
-    """The device of the model. Unset: chosen by the machine."""
-
-    device_map: Any = not_yet(
-        "leave it out: a process trains on one device; fsdp_config or deepspeed shards the model "
-        "over several",
-        values={"auto": ("not applicable", "the whole model is on the training device")},
-    )
-    """Which layers are on which device, as in transformers. Unset: all on the training device."""
-
-    max_memory: dict[int | Literal["cpu", "disk"], int | str] | None = not_yet(
-        "use memory: 8GB for the whole budget of the process"
-    )
-    """The maximum memory for weights, by device. Unset: all that is free."""
-
-    gpu_memory_limit: Int | str | None = not_yet("use memory: 8GB for the process")
-    """The maximum memory for weights on each GPU. Unset: all that is free."""
-
-    embeddings_skip_upcast: bool | None = not_applicable("embeddings keep the dtype of the weights")
-    """Leave the embeddings in 16 bits where weights are quantized. Unset: yes."""
-
-    use_kernels: bool | None = subsumed("fusewright's own kernels (key optimize)")
-    """Kernels from the hub's package ``kernels``. Unset: no."""
-
-    experimental_skip_move_to_device: bool | None = not_applicable(
-        "weights are loaded onto the training device"
-    )
-    """Do not move the model before it is sharded. Unset: yes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, Status, key, not_applicable, not_yet
+from .base import Float, Int, Keys, PositiveFloat, Status, key, not_applicable, not_yet
 
 OPTIMIZERS = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
@@ -20,7 +20,8 @@ OPTIMIZERS = Literal[
     "lomo", "adalomo", "grokadamw", "stable_adamw",
     "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
     "optimi_adamw", "ao_adamw_4bit", "ao_adamw_8bit", "ao_adamw_fp8", "adopt_adamw",
-    "came_pytorch", "muon", "dion",
+    "came_pytorch", "muon", "dion", "adamc", "muon_8bit", "sinkgd", "polora", "scao",
+    "q_galore_adamw8bit", "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion",
 ]  # fmt: skip
 """What transformers has, then Axolotl's own."""
 
@@ -30,6 +31,8 @@ SCHEDULERS = Literal[
     "warmup_stable_decay", "greedy", "one_cycle", "rex",
 ]  # fmt: skip
 """What transformers has, then Axolotl's own."""
+
+_QGALORE = "only the optimizer q_galore_adamw8bit reads it"
 
 _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
     name: ("not yet available", instead)
@@ -44,8 +47,33 @@ _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
         "came_pytorch": "use adafactor",
         "muon": "use adamw_torch_fused",
         "dion": "use adamw_torch_fused",
+        "adamc": "use adamw_torch_fused",
+        "muon_8bit": "use adamw_8bit",
+        "sinkgd": "use adafactor",
+        "polora": "use adamw_torch_fused",
+        "scao": "use adamw_torch_fused",
+        "q_galore_adamw8bit": "use galore_adamw_8bit",
+        "flash_adamw": "use adamw_torch_fused",
+        "flash_adam": "use adamw_torch_fused with weight_decay: 0",
+        "flash_sgd": "use sgd",
+        "flash_sgdw": "use sgd",
+        "flash_lion": "use lion_32bit",
     }.items()
 }
+
+
+class LrGroupKeys(Keys):
+    """An entry of ``lr_groups``."""
+
+    name: str | None = None
+    """What the group is called. Unset: it has no name."""
+
+    modules: list[str]
+    """Parts of the names of parameters, e.g. ``[q_proj, k_proj]``. The first group that has a part
+    of a parameter's name is the parameter's."""
+
+    lr: PositiveFloat
+    """Their learning rate."""
 
 
 class OptimizationKeys(Keys):
@@ -122,6 +150,36 @@ class OptimizationKeys(Keys):
     dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
     """The rank is rounded to a multiple of this. Unset: 1."""
 
+    qgalore_rank: Int | None = not_applicable(_QGALORE)
+    """Rank of the projected gradient. Unset: 256."""
+
+    qgalore_update_proj_gap: Int | None = not_applicable(_QGALORE)
+    """Steps between two projections, at most. Unset: 200."""
+
+    qgalore_scale: Float | None = not_applicable(_QGALORE)
+    """Scale of the update. Unset: 0.25."""
+
+    qgalore_proj_type: str | None = not_applicable(_QGALORE)
+    """Which side is projected. Unset: ``std``."""
+
+    qgalore_proj_quant: bool | None = not_applicable(_QGALORE)
+    """Quantize the projection. Unset: yes."""
+
+    qgalore_proj_bits: Int | None = not_applicable(_QGALORE)
+    """Bits of the quantized projection. Unset: 4."""
+
+    qgalore_proj_group_size: Int | None = not_applicable(_QGALORE)
+    """Its numbers that share a scale. Unset: 256."""
+
+    qgalore_cos_threshold: Float | None = not_applicable(_QGALORE)
+    """Similarity from which a projection is kept. Unset: 0.4."""
+
+    qgalore_gamma_proj: Float | None = not_applicable(_QGALORE)
+    """Factor of the steps between two projections once it is. Unset: 2."""
+
+    qgalore_queue_size: Int | None = not_applicable(_QGALORE)
+    """Projections that are compared. Unset: 5."""
+
     torchdistx_path: str | None = not_applicable("torchdistx is no longer maintained")
     """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
 
@@ -136,7 +194,7 @@ class OptimizationKeys(Keys):
     embedding_lr_scale: Float | None = key(gt=0)
     """The same as a multiple of ``learning_rate``. Unset: 1."""
 
-    lr_groups: list[dict[str, Any]] | None = not_yet("use embedding_lr or loraplus_lr_ratio")
+    lr_groups: list[LrGroupKeys] | None = key(min_length=1)
     """Learning rates by group of modules. Unset: one for all."""
 
     lr_scheduler: SCHEDULERS = key(
@@ -184,14 +242,18 @@ class OptimizationKeys(Keys):
     loss_watchdog_patience: Int | None = key(gt=0)
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
-    use_eaft: bool | None = not_yet("leave it out: all trained tokens have the same weight")
-    """Weigh tokens by their entropy (EAFT). Unset: no."""
+    use_dft: bool = False
+    """Weigh the loss of each token by the probability that the model gives to it (DFT). Validation
+    has the plain loss. Several processes train with DDP."""
 
-    eaft_alpha: Float | None = not_applicable("only use_eaft reads it")
-    """Exponent of that weight. Unset: 1."""
+    use_eaft: bool = False
+    """Weigh the loss of each token by the entropy of the most probable ones (EAFT), likewise."""
 
-    eaft_k: Int | None = not_applicable("only use_eaft reads it")
-    """Logits that the entropy is estimated from. Unset: 20."""
+    eaft_alpha: Float | None = key(ge=0)
+    """Exponent of that entropy. Unset: 1."""
+
+    eaft_k: Int | None = key(gt=1)
+    """How many tokens the entropy is of. Unset: 20."""
 
     trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
     """A Python class that trains. Unset: fusewright's own."""
@@ -202,9 +264,9 @@ class OptimizationKeys(Keys):
     full_determinism: bool | None = not_yet("leave it out; runs on a CPU are deterministic anyway")
     """Use only deterministic algorithms on a GPU. Unset: no."""
 
-    gc_steps: Int | None = key(ge=-1)
-    """Steps between two collections of Python's garbage; -1: at the end of each epoch. Unset or 0:
-    Python's own choice."""
+    gc_collect_steps: Int | None = key(ge=-1, aliases=["gc_steps"])
+    """Steps between two collections of Python's garbage; -1: at the end of each epoch, and before
+    each validation. Unset or 0: Python's own choice."""
 
     torch_empty_cache_steps: Int | None = key(gt=0)
     """Steps between two calls of ``torch.cuda.empty_cache``. Unset: never."""

@@ -16,6 +16,23 @@ def _no(value: Any) -> Any:
 Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_no)]
 
 
+Metrics = Literal["perplexity", "sacrebleu", "comet", "ter", "chrf"]
+
+
+class DynamicCheckpointKeys(Keys):
+    """``dynamic_checkpoint``: a checkpoint whenever a file appears."""
+
+    enabled: bool = False
+    """Look for the file."""
+
+    check_interval: Int = key(10, gt=0)
+    """Steps between two looks."""
+
+    trigger_file_path: str | None = None
+    """The name of the file in ``output_dir``; it is removed once the checkpoint is asked for.
+    Unset: ``axolotl_checkpoint.save``."""
+
+
 class OutputKeys(Keys):
     """What is saved, validated and logged, and when."""
 
@@ -56,6 +73,11 @@ class OutputKeys(Keys):
     save_first_step: bool = False
     """Make a checkpoint after the first step, to see that it works."""
 
+    dynamic_checkpoint: DynamicCheckpointKeys | None = not_applicable(
+        "what it holds has a status of its own"
+    )
+    """Make a checkpoint whenever a file appears. Unset: no."""
+
     save_safetensors: bool = not_applicable("transformers writes only safetensors", True)
     """Save weights as safetensors."""
 
@@ -75,6 +97,9 @@ class OutputKeys(Keys):
     eval_delay: Float | None = key(ge=0)
     """Steps or epochs (as ``eval_strategy``) before the first validation. Unset: none."""
 
+    eval_on_start: bool | None = None
+    """Validate before the first step. Unset: yes."""
+
     load_best_model_at_end: bool = False
     """Load the best checkpoint at the end."""
 
@@ -84,7 +109,9 @@ class OutputKeys(Keys):
     greater_is_better: bool | None = None
     """Whether higher is better. Unset: not for losses."""
 
-    eval_table_size: Int | None = not_yet("use sample_prompt")
+    eval_table_size: Int | None = not_applicable(
+        "no table is logged; sample_prompt shows an answer before and after training"
+    )
     """Validation rows whose predictions are logged as a table. Unset: none."""
 
     eval_max_new_tokens: Int | None = not_applicable(
@@ -92,11 +119,17 @@ class OutputKeys(Keys):
     )
     """Longest prediction in that table, in tokens. Unset: 128."""
 
-    do_causal_lm_eval: bool | None = not_yet("use fusewright eval RUN afterwards")
-    """Compute ``eval_causal_lm_metrics``. Unset: no."""
+    do_causal_lm_eval: bool | None = None
+    """Compute ``eval_causal_lm_metrics`` at each validation. Unset: no."""
 
-    eval_causal_lm_metrics: list[str] | None = not_applicable("only do_causal_lm_eval reads it")
-    """Metrics of generated text, e.g. ``[chrf, perplexity]``. Unset: none."""
+    eval_causal_lm_metrics: list[Metrics] | None = key(
+        values={
+            name: ("not yet available", "evaluate generated text with a tool of its own")
+            for name in ("sacrebleu", "comet", "ter", "chrf")
+        }
+    )
+    """Which: ``perplexity`` is that of the trained tokens. Unset: all that Axolotl has, of which
+    only this one can be had: it must be set."""
 
     do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
     """Run a benchmark at validation. Unset: no."""
@@ -146,6 +179,10 @@ class OutputKeys(Keys):
     log_on_each_node: bool = True
     """Let every machine of a run log, not only the first."""
 
+    logging_nan_inf_filter: bool = False
+    """Log the mean of the losses so far in place of a NaN or infinite one. Such a step ends the
+    run anyway, except where loss scaling (``fp16``) skips it."""
+
     include_tokens_per_second: bool | None = not_applicable("tokens per second are always logged")
     """Log tokens per second. Unset: yes."""
 
@@ -157,6 +194,12 @@ class OutputKeys(Keys):
 
     profiler_steps_start: Int | None = not_applicable("only profiler_steps reads it")
     """The first profiled step. Unset: 0."""
+
+    sync_profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
+    """Steps whose waits for the GPU are counted. Unset: none."""
+
+    sync_profiler_start_step: Int = not_applicable("only sync_profiler_steps reads it", 2)
+    """The first of these steps."""
 
     debug: bool | None = not_applicable("fusewright preprocess --debug shows tokens and labels")
     """Print some prepared rows. Unset: no."""

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 from .base import Float, Int, Keys, not_applicable
 
 _NOT_SERVED = "figures are not served while training; use one of the trackers above"
+_COMPLETIONS = "only a preference method (key rl) has such answers"
 _CHAT = "chatting is a command: fusewright chat RUN"
 
 
@@ -94,6 +95,51 @@ class TrackingKeys(Keys):
 
     trackio_space_id: str | None = None
     """The space on the hub that shows the log. Unset: only here."""
+
+    use_swanlab: bool | None = None
+    """Log to SwanLab. Unset: if ``swanlab_project`` is set."""
+
+    swanlab_project: str | None = None
+    """The project there. Unset: its default."""
+
+    swanlab_experiment_name: str | None = None
+    """The name of the run. Unset: a random one."""
+
+    swanlab_workspace: str | None = None
+    """The user or team there. Unset: one's own."""
+
+    swanlab_description: str | None = not_applicable("the tracker of transformers passes none on")
+    """What the run is about. Unset: nothing."""
+
+    swanlab_mode: Literal["cloud", "local", "offline", "disabled"] | None = None
+    """``local`` and ``offline`` keep the log here, ``disabled`` logs nothing. Unset: ``cloud``."""
+
+    swanlab_api_key: SecretStr | None = None
+    """Your API key; ``swanlab login`` is the better place for it. Unset: from there."""
+
+    swanlab_log_model: bool | None = not_applicable("SwanLab stores no models yet")
+    """Upload the model at the end. Unset: no."""
+
+    swanlab_web_host: str | None = None
+    """The address of a server of one's own, for browsers. Unset: SwanLab's."""
+
+    swanlab_api_host: str | None = None
+    """The same for programs. Unset: SwanLab's."""
+
+    swanlab_lark_webhook_url: str | None = not_applicable("nobody is notified")
+    """A chat that is told of the run. Unset: none."""
+
+    swanlab_lark_secret: str | None = not_applicable("nobody is notified")
+    """The secret of that chat. Unset: none."""
+
+    swanlab_log_completions: bool | None = not_applicable(_COMPLETIONS)
+    """Log answers as a table. Unset: yes."""
+
+    swanlab_completion_log_interval: Int | None = not_applicable(_COMPLETIONS)
+    """Steps between two such tables. Unset: 100."""
+
+    swanlab_completion_max_buffer: Int | None = not_applicable(_COMPLETIONS)
+    """Answers that are kept for a table. Unset: 128."""
 
     use_otel_metrics: bool | None = not_applicable(_NOT_SERVED)
     """Serve the figures as OpenTelemetry metrics. Unset: no."""

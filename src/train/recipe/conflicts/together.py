@@ -1,15 +1,15 @@
-"""Keys of a recipe that are valid alone, but conflict or have no effect together."""
+"""Keys of a recipe that are valid alone, but conflict together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ...errors import did_you_mean
-from ..chat_templates import unknown_template
-from .distributed.conflicts import distributed_conflicts, distributed_without_effect
-from .keys.dataset import TYPES
-from .problems import Loc
+from ....errors import did_you_mean
+from ...chat_templates import unknown_template
+from ..distributed.conflicts import distributed_conflicts
+from ..keys.dataset import TYPES
+from ..problems import Loc
 
 Values = Mapping[str, Any]
 Problem = tuple[Loc, str]
@@ -31,81 +31,6 @@ def conflicts(values: Values) -> Iterator[Problem]:
         yield from check(values)
 
 
-def without_effect(values: Values) -> Iterator[tuple[str, str]]:
-    """Yield the keys that nothing reads beside the others, each with the reason.
-
-    Args:
-        values: the recipe as written; unset keys may be None.
-    """
-    validates = values.get("val_set_size") or values.get("test_datasets")
-    idle: list[tuple[Sequence[str], str]] = []
-    keys: Sequence[str]
-    longest, length = (values.get(k) for k in ("eval_sequence_len", "sequence_len"))
-    if not validates:
-        keys = ("evals_per_epoch", "eval_batch_size", "eval_sample_packing", "eval_sequence_len",
-                "early_stopping_patience", "load_best_model_at_end")  # fmt: skip
-        idle.append((keys, "there are no rows to validate on: val_set_size is 0"))
-    elif (
-        values.get("val_set_size") and longest and longest > (length or longest)
-        and not _first_set(values, "eval_sample_packing", "sample_packing")
-    ):  # fmt: skip
-        keys = ("eval_sequence_len",)
-        idle.append((keys, "held-out rows are never longer than sequence_len"))
-    if not str(values.get("optimizer")).startswith(("galore", "apollo")):
-        idle.append((("optim_target_modules",), "only the galore and apollo optimizers use it"))
-    if values.get("adapter") is None:
-        keys = [k for k in values if k.startswith(("lora_", "peft_", "loraplus_"))]
-        idle.append((keys, "adapter is unset: every weight is trained"))
-    elif values.get("unfrozen_parameters"):
-        idle.append((("unfrozen_parameters",), "with an adapter, only the adapter is trained"))
-    if values.get("sample_packing"):
-        idle.append((("group_by_length",), "sample_packing leaves no padding to save"))
-    if values.get("max_steps") is not None:
-        idle.append((("num_epochs",), "max_steps takes precedence"))
-    idle += _rates_without_effect(values)
-    if values.get("adapter") is not None and values.get("lora_model_dir") is not None:
-        idle.append((_OF_NEW_ADAPTERS, "the adapter in lora_model_dir has settings of its own"))
-    if values.get("streaming") or values.get("pretraining_dataset"):
-        idle.append((_OF_ALL_ROWS, "streamed rows cannot be sorted or counted in advance"))
-        if not values.get("test_datasets"):
-            idle.append((("dataset_prepared_path",), "streamed rows are not cached"))
-    if values.get("loss_watchdog_threshold") is None:
-        idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
-    idle += distributed_without_effect(values)
-    for keys, reason in idle:
-        yield from ((key, reason) for key in keys if key.partition(".")[0] in values)
-
-
-def _first_set(values: Values, *keys: str) -> Any:
-    """The value of the first of the keys that has one."""
-    return next((values[k] for k in keys if values.get(k) is not None), None)
-
-
-_OF_NEW_ADAPTERS = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
-    "lora_modules_to_save", "lora_fan_in_fan_out", "lora_exclude_modules", "peft_use_dora",
-    "peft_use_rslora", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
-)  # fmt: skip
-_OF_ALL_ROWS = ("group_by_length", "sample_packing_sequentially", "sample_packing_group_size")
-
-
-def _rates_without_effect(values: Values) -> Iterator[tuple[Sequence[str], str]]:
-    """Keys of learning rates that another key leaves without a reader."""
-    scheduler = str(values.get("lr_scheduler") or "cosine")
-    ours = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")
-    if scheduler != "cosine":
-        yield ours, "only lr_scheduler: cosine reads it"
-    elif any(values.get(k) for k in ours):
-        yield ("lr_scheduler_kwargs",), "the cosine keys say what the schedule is"
-    if scheduler != "one_cycle":
-        yield ("lr_div_factor",), "only lr_scheduler: one_cycle reads it"
-    if values.get("loraplus_lr_ratio") is None:
-        yield ("loraplus_lr_embedding",), "only loraplus_lr_ratio reads it"
-    else:
-        keys = ("embedding_lr", "embedding_lr_scale")
-        yield keys, "loraplus_lr_ratio sets all rates: use loraplus_lr_embedding"
-
-
 def _model(values: Values) -> Iterator[Problem]:
     named = [k for k in _ATTENTIONS if values.get(k)]
     if "attn_implementation" in values:
@@ -124,6 +49,23 @@ def _model(values: Values) -> Iterator[Problem]:
                 (key,),
                 f"quantized weights cannot be trained: set adapter, or {key}: false",
             )
+    if values.get("quantize_moe_experts"):
+        if not (values.get("load_in_4bit") or values.get("load_in_8bit")):
+            yield ("quantize_moe_experts",), "needs load_in_4bit: true or load_in_8bit: true"
+        elif any(values.get(k) for k in ("fsdp", "fsdp_config", "deepspeed")):
+            said = "packed experts cannot be sharded: leave it out, or train with DDP"
+            yield ("quantize_moe_experts",), said
+    if (config := values.get("model_quantization_config")) is not None:
+        given = values.get("model_quantization_config_kwargs")
+        if not (isinstance(given, Mapping) and given.get("dequantize")):
+            said = f"{config} needs model_quantization_config_kwargs: {{dequantize: true}}: weights"
+            yield ("model_quantization_config",), f"{said} that stay packed cannot be trained"
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if values.get(key):
+                yield (key,), "set this or model_quantization_config, not both"
+    sharded = next((k for k in ("fsdp", "fsdp_config", "deepspeed") if values.get(k)), None)
+    if values.get("fp32_norms") and sharded:
+        yield ("fp32_norms",), f"not with {sharded}, whose shards have one dtype: leave it out"
     yield from _template(values, ())
 
 
@@ -163,6 +105,18 @@ def _adapter(values: Values) -> Iterator[Problem]:
         yield ("peft_layers_pattern",), "needs peft_layers_to_transform"
     if adapter and values.get("unfrozen_parameters") and "peft_layers_to_transform" in values:
         yield ("unfrozen_parameters",), "set this or peft_layers_to_transform, not both"
+
+
+def _lisa(values: Values) -> Iterator[Problem]:
+    if not values.get("lisa_n_layers"):
+        return
+    if values.get("adapter"):
+        yield ("lisa_n_layers",), "trains whole blocks: set this or adapter, not both"
+    if not values.get("lisa_step_interval"):
+        yield ("lisa_n_layers",), "needs lisa_step_interval"
+    for key in ("fsdp", "fsdp_config", "deepspeed"):
+        if values.get(key):
+            yield (key,), "set this or lisa_n_layers, not both: LISA trains with one process"
 
 
 def _rows(values: Values) -> Iterator[Problem]:
@@ -234,6 +188,16 @@ def _steps(values: Values) -> Iterator[Problem]:
     yield from _either(values, "warmup_ratio", "warmup_steps")
     yield from _either(values, "batch_size", "gradient_accumulation_steps")
     yield from _either(values, "embedding_lr_scale", "embedding_lr")
+    yield from _either(values, "use_eaft", "use_dft")
+    weighed = next((k for k in ("use_dft", "use_eaft") if values.get(k)), None)
+    if weighed:
+        for key in ("label_smoothing_factor", "tensor_parallel_size", "context_parallel_size"):
+            if (values.get(key) or 0) > (0 if key.startswith("label") else 1):
+                yield (key,), f"set this or {weighed}, not both"
+        for key in ("fsdp", "fsdp_config", "deepspeed"):
+            if values.get(key):
+                said = "whose tiles need the whole output head in each process (DDP)"
+                yield (key,), f"set this or {weighed}, not both: {weighed} is a loss {said}"
     size, micro = values.get("batch_size"), values.get("micro_batch_size", 1)
     if isinstance(size, int) and isinstance(micro, int) and micro > 0 and size % micro:
         yield ("batch_size",), f"must be a multiple of micro_batch_size, which is {micro}"
@@ -256,6 +220,8 @@ def _output(values: Values) -> Iterator[Problem]:
     for key in ("eval_steps", "eval_strategy"):
         if values.get(key, "no") not in ("no", False) and not validates:
             yield (key,), "needs val_set_size or test_datasets: there are no rows to validate on"
+    if values.get("do_causal_lm_eval") and not values.get("eval_causal_lm_metrics"):
+        yield ("do_causal_lm_eval",), "needs eval_causal_lm_metrics: [perplexity]"
     evaluated = any(values.get(k) for k in ("eval_steps", "evals_per_epoch", "eval_strategy"))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if values.get(key) and validates and not evaluated:
@@ -286,5 +252,5 @@ def _either(values: Values, key: str, other: str) -> Iterator[Problem]:
 
 
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
-    _model, _adapter, _rows, _steps, _output, distributed_conflicts,
+    _model, _adapter, _lisa, _rows, _steps, _output, distributed_conflicts,
 )  # fmt: skip

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from .base import Float, Int, Keys, not_applicable, not_yet
+from ..base import Float, Int, Keys, not_applicable, not_yet
+from .compression import AFTERWARDS, QAT, QatKeys, QuantizationKeys
+from .diffusion import DIFFUSION, DiffusionDecisionKeys, DiffusionKeys, DiffusionLmKeys
+from .preferences import ONLY as _ONLY
+from .preferences import EbftKeys, TrlKeys, VllmKeys
 
 _SFT = "only supervised training so far; use TRL's trainer on an optimized model"
-_ONLY = "only a preference method (key rl) reads it"
+_TEACHER = "only distillation reads it"
 
 
 class MethodKeys(Keys):
@@ -18,10 +22,10 @@ class MethodKeys(Keys):
     )
     """A method that learns from preferences or rewards. Unset: supervised training."""
 
-    trl: dict[str, Any] | None = not_applicable(_ONLY)
+    trl: TrlKeys | None = not_applicable(_ONLY)
     """Settings of TRL's trainers. Unset: none."""
 
-    vllm: dict[str, Any] | None = not_applicable(_ONLY)
+    vllm: VllmKeys | None = not_applicable(_ONLY)
     """Settings of vLLM, which generates for GRPO. Unset: none."""
 
     reward_model: bool | None = not_yet(_SFT)
@@ -63,6 +67,9 @@ class MethodKeys(Keys):
     dpo_generate_during_eval: bool | None = not_applicable(_ONLY)
     """Generate at validation. Unset: no."""
 
+    dpo_ld_alpha: Float | None = not_applicable(_ONLY)
+    """Weight of what the longer answer has more than the shorter one (LD-DPO). Unset: 1."""
+
     precompute_ref_log_probs: bool | None = not_applicable(_ONLY)
     """Compute the reference's probabilities before training. Unset: no."""
 
@@ -87,29 +94,56 @@ class MethodKeys(Keys):
     dpo_use_liger_kernel: bool | None = not_applicable(_ONLY)
     """Liger's loss for DPO. Unset: no."""
 
-    ebft: dict[str, Any] | None = not_applicable(_ONLY)
+    ebft: EbftKeys | None = not_applicable(_ONLY)
     """Settings of energy-based tuning. Unset: none."""
 
-    qat: dict[str, Any] | None = not_yet("use adapter: qlora")
+    qat: QatKeys | None = not_yet(QAT)
     """Quantization-aware training. Unset: no."""
 
-    quantization: dict[str, Any] | None = not_yet("quantize the saved model with its own tool")
+    quantization: QuantizationKeys | None = not_yet(AFTERWARDS)
     """Quantization after training. Unset: none."""
 
-    diffusion: dict[str, Any] | None = not_yet(_SFT)
+    diffusion: DiffusionKeys | None = not_yet(DIFFUSION)
     """Train a language model by diffusion. Unset: no."""
+
+    diffusion_lm: DiffusionLmKeys | None = not_yet(DIFFUSION)
+    """The same with the settings of newer releases. Unset: no."""
+
+    diffusion_decision: DiffusionDecisionKeys | None = not_yet(DIFFUSION)
+    """Train a diffusion model to decide between answers. Unset: no."""
 
     kd_trainer: bool | None = not_yet("train on the teacher's answers")
     """Learn from a teacher's probabilities. Unset: no."""
 
-    kd_ce_alpha: Float | None = not_applicable("only distillation reads it")
+    kd_ce_alpha: Float | None = not_applicable(_TEACHER)
     """Weight of the labels beside the teacher. Unset: 1."""
 
-    kd_top_k_before_softmax: bool | None = not_applicable("only distillation reads it")
+    kd_top_k_before_softmax: bool | None = not_applicable(_TEACHER)
     """Cut the logits before the softmax. Unset: no."""
 
-    kd_alpha: Float | None = not_applicable("only distillation reads it")
+    kd_alpha: Float | None = not_applicable(_TEACHER)
     """Weight of the teacher. Unset: 1."""
 
-    kd_temperature: Float | None = not_applicable("only distillation reads it")
+    kd_temperature: Float | None = not_applicable(_TEACHER)
     """Temperature of the teacher. Unset: 1."""
+
+    kd_temperature_min: Float | None = not_applicable(_TEACHER)
+    """The temperature that it falls to. Unset: it stays."""
+
+    kd_beta: Float | None = not_applicable(_TEACHER)
+    """0 for the teacher's divergence, 1 for the model's, between: both. Unset: 0."""
+
+    kd_normalize_topk: bool | None = not_applicable(_TEACHER)
+    """Let the teacher's probabilities add up to 1. Unset: no."""
+
+    kd_online_server_base_url: str | None = not_applicable(_TEACHER)
+    """The address of a teacher that is asked during training. Unset: rows have its answers."""
+
+    kd_online_server: str | None = not_applicable(_TEACHER)
+    """Who serves that teacher. Unset: ``vllm``."""
+
+    kd_online_topk: Int | None = not_applicable(_TEACHER)
+    """Tokens whose probabilities it is asked for. Unset: none."""
+
+    kd_online_timeout: Int | None = not_applicable(_TEACHER)
+    """Longest wait for it, in seconds. Unset: 120."""
