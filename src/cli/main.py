@@ -23,6 +23,7 @@ import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
 from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as above
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
+from . import doctor as doctor_command  # noqa: E402  # 2026-11-27: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
 from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
@@ -164,6 +165,7 @@ def explain(
 
 data_commands.register(app)
 trained_commands.register(app)
+doctor_command.register(app)
 
 
 def main() -> None:
