@@ -25,6 +25,7 @@ from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as 
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
 from . import doctor as doctor_command  # noqa: E402  # 2026-11-27: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
+from . import init as init_command  # noqa: E402  # 2026-11-27: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
 from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
 from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
@@ -166,6 +167,7 @@ def explain(
 data_commands.register(app)
 trained_commands.register(app)
 doctor_command.register(app)
+init_command.register(app)
 
 
 def main() -> None:
