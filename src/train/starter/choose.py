@@ -11,8 +11,8 @@ from typing import Any
 from ...errors import RecipeError
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
-from .fits import Fits, Sizes, Verdict, smallest
-from .look import Rows
+from .fits import Fits, MemoryVerdict, ModelSizes, smallest
+from .look import RowsRead
 from .measure import Lengths
 
 _LEAST, _STEP = 128, 128
@@ -46,7 +46,7 @@ class Draft:
 
     values: Values
     why: dict[str, str]
-    verdict: Verdict
+    verdict: MemoryVerdict
 
 
 @dataclass
@@ -63,9 +63,9 @@ class Chooser:
     """
 
     base: Mapping[str, tuple[Any, str]]
-    rows: Rows
+    rows: RowsRead
     lengths: Lengths
-    sizes: Sizes | None
+    sizes: ModelSizes | None
     budget: tuple[str, int] | None
     fits: Fits
     _why: dict[str, str] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Chooser:
             reasons["base_model"] += f"; {why}"
         for key, value, reason in [*before, *chosen]:
             values[key], reasons[key] = value, reason
-        return Draft(values, reasons, Verdict(None, None, ""))
+        return Draft(values, reasons, MemoryVerdict(None, None, ""))
 
     def _sequences(self, length: int) -> int:
         """Sequences of an epoch, as far as rows were read."""

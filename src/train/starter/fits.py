@@ -36,7 +36,7 @@ _LORA = 4 + 4 + 8
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MemoryVerdict:
     """Whether a recipe fits.
 
     Attributes:
@@ -53,13 +53,13 @@ class Verdict:
 class Fits(Protocol):
     """Judges a recipe."""
 
-    def __call__(self, recipe: Recipe, memory: int | None) -> Verdict:
+    def __call__(self, recipe: Recipe, memory: int | None) -> MemoryVerdict:
         """Whether ``recipe`` trains in ``memory`` bytes; None: in what this machine has."""
         ...
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """What is known of a model without its weights.
 
     Attributes:
@@ -83,13 +83,13 @@ class Sizes:
     positions: int | None
 
 
-def sizes_of(recipe: Recipe) -> Sizes | None:
+def sizes_of(recipe: Recipe) -> ModelSizes | None:
     """The sizes of the recipe's model; None where its configuration is not to be had."""
     return _sizes(recipe.base_model)
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(name: str) -> Sizes | None:
+def _sizes(name: str) -> ModelSizes | None:
     recipe = Recipe(base_model=name)
     with quiet():
         try:
@@ -102,7 +102,7 @@ def _sizes(name: str) -> Sizes | None:
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     shapes = tuple((m.out_features, m.in_features) for m in layers)
     weights = {id(p): p.numel() for p in model.parameters()}  # tied ones once
-    return Sizes(
+    return ModelSizes(
         weights=sum(weights.values()),
         linear=sum(out * into for out, into in shapes),
         shapes=shapes,
@@ -114,20 +114,20 @@ def _sizes(name: str) -> Sizes | None:
     )
 
 
-def judge(recipe: Recipe, memory: int | None) -> Verdict:
+def judge(recipe: Recipe, memory: int | None) -> MemoryVerdict:
     """Whether a recipe fits, estimated from the sizes of its model."""
     device = device_for_training()
     budget = memory if memory is not None else Meter(device).capacity()
     sizes = sizes_of(recipe)
     if sizes is None or budget is None:
         what = "the model's configuration" if sizes is None else "the memory of this machine"
-        return Verdict(None, None, f"not checked: {what} is not known here")
+        return MemoryVerdict(None, None, f"not checked: {what} is not known here")
     needs = _PROCESS[device.type] + _of_weights(sizes, recipe) + _of_step(sizes, recipe)
     said = f"about {gigabytes(needs)} of {gigabytes(budget)}, by an estimate"
-    return Verdict(needs <= _SPARE * budget, needs, said)
+    return MemoryVerdict(needs <= _SPARE * budget, needs, said)
 
 
-def _of_weights(sizes: Sizes, recipe: Recipe) -> int:
+def _of_weights(sizes: ModelSizes, recipe: Recipe) -> int:
     """Bytes of the weights, and of all that training keeps for each that is trained."""
     each = dtype_for_training(recipe.precision(), recipe.adapter is not None).itemsize
     if recipe.adapter is None:
@@ -139,7 +139,7 @@ def _of_weights(sizes: Sizes, recipe: Recipe) -> int:
     return sizes.weights * each + adapter
 
 
-def _of_step(sizes: Sizes, recipe: Recipe) -> int:
+def _of_step(sizes: ModelSizes, recipe: Recipe) -> int:
     """Bytes of a step that keeps only the inputs of blocks: the least that ``memory`` can plan."""
     each = dtype_for_training(recipe.precision(), recipe.adapter is not None).itemsize
     tokens = recipe.micro_batch_size * recipe.sequence_len

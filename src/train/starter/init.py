@@ -18,7 +18,7 @@ from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
 from .choose import Chooser, Draft
 from .fits import Fits, judge, sizes_of
-from .look import SAMPLE, Rows, look
+from .look import SAMPLE, RowsRead, look
 from .measure import Lengths, measure, tokenizer_of
 from .write import to_yaml
 
@@ -113,11 +113,11 @@ def _dataset(path: str, model: str) -> Dataset:
     return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
 
 
-def _entry(options: InitOptions, rows: Rows) -> dict[str, Any]:
+def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
     """The entry of ``datasets``; its path is as it was given, if the file will be found by it."""
     apart = options.output is not None and options.output.resolve().parent != Path.cwd()
     local = Path(rows.dataset.path).is_absolute()
-    entry = {"path": rows.dataset.path if apart and local else options.data}
+    entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
     entry |= rows.shape.entry()
     if rows.features.thinking not in (None, "reasoning_content"):
         entry["field_thinking"] = rows.features.thinking
@@ -127,7 +127,7 @@ def _entry(options: InitOptions, rows: Rows) -> dict[str, Any]:
 
 
 def _measured(
-    model: str, why: str, entry: dict[str, Any], rows: Rows
+    model: str, why: str, entry: dict[str, Any], rows: RowsRead
 ) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
     """The lengths of the rows, and the keys that say how they are read.
 
@@ -163,7 +163,7 @@ _PREFERENCES = (
 )
 
 
-def _rows_why(rows: Rows) -> str:
+def _rows_why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
     said = [f"{kind}, by the fields of all {rows.count:,} rows that were read"]
     if features.roles and kind == "chat":
@@ -184,7 +184,7 @@ def _rows_why(rows: Rows) -> str:
     return ". ".join(said)
 
 
-def _head(options: InitOptions, rows: Rows, lengths: Lengths, draft: Draft) -> list[str]:
+def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) -> list[str]:
     given = ["fusewright init", options.data]
     given += ["--model", options.model] if options.model else []
     given += ["--memory", options.memory] if options.memory else []

@@ -27,7 +27,7 @@ _MARKS = ("<think>", "<reasoning>", "<|begin_of_thought|>")
 
 
 @dataclass
-class Features:
+class ChatFeatures:
     """What the chats of the rows have.
 
     Attributes:
@@ -80,7 +80,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsRead:
     """What was read.
 
     Attributes:
@@ -97,14 +97,14 @@ class Rows:
     count: int
     complete: bool
     sample: list[Row]
-    features: Features
+    features: ChatFeatures
 
 
 def _of(message: Mapping[str, Any], *names: str) -> Any:
     return next((message[name] for name in names if message.get(name) is not None), "")
 
 
-def look(dataset: Dataset) -> Rows:
+def look(dataset: Dataset) -> RowsRead:
     """Read the rows of a dataset, as many as are needed to know them.
 
     Args:
@@ -116,7 +116,7 @@ def look(dataset: Dataset) -> Rows:
     """
     source = sources.find(dataset, "DATA", streaming=True)
     most = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
-    draw, sample, features = random.Random(0), list[Row](), Features()
+    draw, sample, features = random.Random(0), list[Row](), ChatFeatures()
     first: tuple[str, Shape] | None = None
     count = 0
     for where, row in replace(source, limit=most + 1).rows():
@@ -138,7 +138,7 @@ def look(dataset: Dataset) -> Rows:
         most += 1
     if first is None:
         raise DataError(f"{dataset.path}: the dataset is empty")
-    return Rows(dataset, first[1], count, count < most, sample, features)
+    return RowsRead(dataset, first[1], count, count < most, sample, features)
 
 
 def _field(row: Mapping[str, Any], shape: Shape) -> str:

@@ -13,7 +13,7 @@ from ..data.chat.template import Chat
 from ..data.formats.registry import Encoder, format_of
 from ..data.sample import Tokens
 from ..recipe.recipe import Recipe
-from .look import Rows
+from .look import RowsRead
 
 _CHARACTERS = 3.5
 """Characters of a token, where there is no tokenizer to ask: of English text; others have less."""
@@ -55,7 +55,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Any, str]:
         return None, str(error)
 
 
-def measure(recipe: Recipe, rows: Rows, tokenizer: Any) -> Lengths:
+def measure(recipe: Recipe, rows: RowsRead, tokenizer: Any) -> Lengths:
     """Count the tokens of the sample.
 
     Args:

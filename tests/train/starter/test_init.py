@@ -15,7 +15,7 @@ from fusewright.memory.budget import Budget
 from fusewright.train import train
 from fusewright.train.data.readers.files import SUFFIXES
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.starter.fits import Verdict
+from fusewright.train.starter.fits import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 
 from ..commands import fusewright
@@ -238,9 +238,9 @@ def test_who_judges_decides(
     write(tmp_path / "rows.jsonl", ROWS["chat"] * 40)
     asked: list[tuple[int, int | None]] = []
 
-    def only_one(recipe: Recipe, memory: int | None) -> Verdict:
+    def only_one(recipe: Recipe, memory: int | None) -> MemoryVerdict:
         asked.append((recipe.micro_batch_size, memory))
-        return Verdict(recipe.micro_batch_size == 1, None, "judged")
+        return MemoryVerdict(recipe.micro_batch_size == 1, None, "judged")
 
     run(InitOptions("rows.jsonl", str(model), "24GB"), only_one)
     assert yaml.safe_load(capsys.readouterr().out)["micro_batch_size"] == 1
