@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig
 
 from fusewright.train.plan.cards import GIB, parse_devices
-from fusewright.train.plan.estimate import Job, estimate
-from fusewright.train.plan.layout import Layout
-from fusewright.train.plan.network import traffic
+from fusewright.train.plan.count.layout import ProcessLayout
+from fusewright.train.plan.count.network import traffic
+from fusewright.train.plan.estimate import TrainingJob, estimate
 from fusewright.train.plan.plan import make_job
 from fusewright.train.plan.search import fits
 from fusewright.train.plan.speed import speed
@@ -56,7 +56,7 @@ def write(folder: Path, size: str, method: str) -> Recipe:
     return check(keys, with_data=False).recipe
 
 
-def row(job: Job, layout: Layout, gpus: str) -> list[str]:
+def row(job: TrainingJob, layout: ProcessLayout, gpus: str) -> list[str]:
     """Peak, what blocks keep, bytes sent, seconds, tokens/s for each device."""
     devices = parse_devices(gpus)
     room = devices.card.memory
@@ -96,9 +96,9 @@ def main() -> None:
             for method in METHODS:
                 job = make_job(write(Path(name), size, method), torch.bfloat16, on_cpu=False)
                 for world in map(int, args.worlds.split(",")):
-                    ways = {"FSDP2": Layout("FSDP2", world, shard=world)}
+                    ways = {"FSDP2": ProcessLayout("FSDP2", world, shard=world)}
                     if world > 8:
-                        ways["HSDP"] = Layout("HSDP", world, shard=8, replicate=world // 8)
+                        ways["HSDP"] = ProcessLayout("HSDP", world, shard=8, replicate=world // 8)
                     for way, layout in ways.items():
                         cells = row(job, layout, f"{world}x{args.card}")
                         print(

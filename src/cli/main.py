@@ -23,7 +23,9 @@ import typer  # noqa: E402  # 2026-11-24: after the check that it is there
 
 from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as above
 from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
+from . import doctor as doctor_command  # noqa: E402  # 2026-11-27: as above
 from . import group  # noqa: E402  # 2026-11-25: as above
+from . import init as init_command  # noqa: E402  # 2026-11-27: as above
 from . import plan as plan_command  # noqa: E402  # 2026-11-27: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
 from . import verify as verify_command  # noqa: E402  # 2026-11-27: as above
@@ -168,6 +170,8 @@ plan_command.register(app)
 data_commands.register(app)
 trained_commands.register(app)
 verify_command.register(app)
+doctor_command.register(app)
+init_command.register(app)
 
 
 def main() -> None:

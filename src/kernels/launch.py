@@ -21,6 +21,13 @@ _LIBRARY = torch.library.Library("fusewright", "DEF")
 TEMPORARY_BYTES: dict[Any, Callable[..., int]] = {}
 """Library op -> the bytes that a call with these arguments holds only while it runs."""
 
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""Library op -> the function that implements it, unless that is a Triton kernel's launcher."""
+
+LAUNCHES: dict[Any, Callable[..., bool]] = {}
+"""Library op -> whether a call with these arguments launches a Triton kernel, where that is known
+without looking at what it calls."""
+
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -67,6 +74,7 @@ def library_op(
     fake: Callable[..., Any],
     flops: Callable[..., int] | None = None,
     temporary: Callable[..., int] | None = None,
+    launches: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
 
@@ -82,6 +90,8 @@ def library_op(
             ``FlopCounterMode``, ``Op.cost`` and the memory planner count them. Without it they
             count none, which is right for an op without matrix products.
         temporary: same signature; the bytes that a call holds only while it runs.
+        launches: same signature; whether a function that is given as ``implementation`` launches
+            Triton kernels itself, not by way of other library ops.
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
@@ -97,6 +107,12 @@ def library_op(
     torch.library.register_fake(f"fusewright::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.fusewright, name)
     op: Callable[..., Any] = packet.default
+    if isinstance(implementation, str):
+        LAUNCHES[op] = lambda *args: True
+    else:
+        IMPLEMENTATIONS[op] = implementation
+    if launches is not None:
+        LAUNCHES[op] = launches
     if flops is not None:
         formula = flops
         register_flop_formula(packet, get_raw=True)(lambda *a, out_val=None, **k: formula(*a, **k))

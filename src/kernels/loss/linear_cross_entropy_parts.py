@@ -52,6 +52,7 @@ _forward = library_op(
     _implementation,
     _fake,
     _flops,
+    launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
 )
 
 

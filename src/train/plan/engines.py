@@ -11,7 +11,7 @@ from typing import Any
 
 from ..recipe.keys.fusewright import FusewrightKeys
 from ..recipe.recipe import Recipe
-from .layout import Layout
+from .count.layout import ProcessLayout
 
 _UNSLOTH = (
     "llama", "mistral", "gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "qwen3", "qwen3_moe",
@@ -20,7 +20,7 @@ _UNSLOTH = (
 """Model types that Unsloth has patches for; it trains others at the speed of transformers."""
 
 
-def which_engines(recipe: Recipe, layout: Layout, model_type: str, on_gpu: bool) -> str:
+def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu: bool) -> str:
     """One sentence on who would run this recipe.
 
     Args:
@@ -51,7 +51,7 @@ def _axolotl(recipe: Recipe, on_gpu: bool) -> list[str]:
     return lacks
 
 
-def _unsloth(layout: Layout, model_type: str, on_gpu: bool) -> list[str]:
+def _unsloth(layout: ProcessLayout, model_type: str, on_gpu: bool) -> list[str]:
     lacks = ["a script in place of the recipe"]
     if not on_gpu:
         lacks.append("a GPU")

@@ -10,10 +10,10 @@ from ...memory.budget import Budget
 from ...memory.choice import PlanInputs, Scaled, Usages, choose, on_host
 from ...memory.levels import Level, allowed
 from ...memory.usage import Usage
-from .blueprint import Blueprint
-from .layout import Held, Layout, held
-from .step import Step
-from .tensors import Unit, units
+from .count.blueprint import Blueprint
+from .count.layout import Held, ProcessLayout, held
+from .count.step import Step
+from .count.tensors import Unit, units
 
 MIB = 2**20
 
@@ -104,7 +104,7 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """All that a peak is found from.
 
     Attributes:
@@ -150,13 +150,17 @@ class Job:
         found = allowed(self.codegen, host=not self.process.is_host)
         return found[1:] if self.checkpointed and found[0] == "all" else found
 
-    def with_bits(self, bits: int | None) -> Job:
+    def with_bits(self, bits: int | None) -> TrainingJob:
         """The same job with frozen linear layers of ``bits`` bits; None: of their own dtype."""
         return replace(self, units=units(self.blueprint, bits))
 
 
 def estimate(
-    job: Job, layout: Layout, room: int | None, factor: float = 1.0, level: Level | None = None
+    job: TrainingJob,
+    layout: ProcessLayout,
+    room: int | None,
+    factor: float = 1.0,
+    level: Level | None = None,
 ) -> Memory:
     """The peak of the first process of a run.
 
@@ -191,7 +195,7 @@ def estimate(
     )
 
 
-def _fixed(job: Job, own: Held, layout: Layout) -> Memory:
+def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
     """What does not depend on the batch."""
     on_device = 0 if job.process.is_host else 1
     moved = on_device * own.host
@@ -208,7 +212,7 @@ def _fixed(job: Job, own: Held, layout: Layout) -> Memory:
     )  # fmt: skip
 
 
-def _gathered(units: Sequence[Unit], layout: Layout) -> int:
+def _gathered(units: Sequence[Unit], layout: ProcessLayout) -> int:
     """Bytes of weights and gradients that are whole in passing.
 
     Two blocks: the one in use, and the next, which is fetched meanwhile; what is outside of them
@@ -237,7 +241,7 @@ def _trained(unit: Unit) -> int:
     return sum(w.numbers * w.itemsize for w in unit.weights if w.trains)
 
 
-def _setting(job: Job, fixed: Memory, room: int | None, factor: float) -> PlanInputs:
+def _setting(job: TrainingJob, fixed: Memory, room: int | None, factor: float) -> PlanInputs:
     """The same record that a run plans with, for the memory of another device."""
     budget = None if room is None else int(_SPARE * room)
     asked = Budget.parse(job.memory)

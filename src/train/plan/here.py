@@ -49,7 +49,7 @@ def _rate(dtype: torch.dtype) -> float:
     a @ b
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best

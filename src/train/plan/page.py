@@ -10,7 +10,7 @@ from ...memory.levels import Level
 from ..terminal import say
 from .cards import GIB
 from .engines import which_engines
-from .plan import Plan
+from .plan import RunPlan
 from .recommend import Advice
 
 _KEPT: dict[Level, str] = {
@@ -36,7 +36,7 @@ _MEANING = {
 }
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: RunPlan, console: Console) -> None:
     """Print a plan.
 
     Args:
@@ -59,14 +59,14 @@ def show(plan: Plan, console: Console) -> None:
     say(console, assumptions(plan))
 
 
-def verdict_lines(plan: Plan) -> list[str]:
+def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
     changes = [f"{key}: {value}" for key, value in plan.advice.keys.items()]
     advice = [f"{plan.advice.reason}: {', '.join(changes)}"] if changes else []
     return [_verdict(plan), *_limits(plan), *_work(plan), *advice]
 
 
-def _model(plan: Plan) -> str:
+def _model(plan: RunPlan) -> str:
     share = plan.trained / plan.parameters
     method = _method(plan)
     return (
@@ -76,14 +76,14 @@ def _model(plan: Plan) -> str:
     )
 
 
-def _method(plan: Plan) -> str:
+def _method(plan: RunPlan) -> str:
     if plan.recipe.adapter is None:
         return "full fine-tuning"
     bits = 4 if plan.recipe.load_in_4bit else 8 if plan.recipe.load_in_8bit else None
     return f"LoRA over {bits}-bit weights" if bits else "LoRA"
 
 
-def _parts(plan: Plan) -> Table:
+def _parts(plan: RunPlan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("memory of each process", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
@@ -97,14 +97,14 @@ def _parts(plan: Plan) -> Table:
     return table
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: RunPlan) -> str:
     has = plan.devices.card.memory
     says = "fits" if plan.fits else "DOES NOT FIT"
     kept = "; ".join(f"{n} blocks {_KEPT[level]}" for level, n in plan.memory.levels.items())
     return f"{says}: {_gib(plan.memory.peak)} of {_gib(has)} GiB on each of {plan.devices}; {kept}"
 
 
-def _limits(plan: Plan) -> list[str]:
+def _limits(plan: RunPlan) -> list[str]:
     found = plan.limits
     name = plan.devices.card.name
     card = f"{found.smallest_card} GiB" if found.smallest_card else "none of the known cards"
@@ -122,7 +122,7 @@ def _limits(plan: Plan) -> list[str]:
     return [smallest, most]
 
 
-def _work(plan: Plan) -> list[str]:
+def _work(plan: RunPlan) -> list[str]:
     s = plan.speed
     lines = [
         f"each optimizer step: {s.tokens:,} tokens in all; {s.flops / 1e12:,.2f} TFLOP and "
@@ -157,7 +157,7 @@ def _cell(most: int, least: int, fits: bool) -> str:
     return f"{_gib(most)} / {_gib(least)}{'' if fits else ' no'}"
 
 
-def assumptions(plan: Plan) -> str:
+def assumptions(plan: RunPlan) -> str:
     """What a plan takes for granted."""
     card = plan.devices.card
     said = "every token is trained, sequences are full"

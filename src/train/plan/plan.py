@@ -17,18 +17,18 @@ from ...errors import RecipeError
 from ...memory.predict import compilation_bytes, slack_of
 from ..model.precision import dtype_for_training
 from ..recipe.recipe import Recipe
-from .blueprint import Blueprint, draw
 from .cards import Devices
-from .estimate import Job, Memory, Process, estimate
+from .count.blueprint import Blueprint, draw
+from .count.layout import ProcessLayout, held, layout_of
+from .count.network import Traffic, traffic
+from .count.step import take
+from .count.tensors import units
+from .estimate import Memory, Process, TrainingJob, estimate
 from .here import CPU, devices_here
-from .layout import Layout, held, layout_of
-from .network import Traffic, traffic
 from .recommend import Advice, advise, faster
 from .rows import estimate_tokens
-from .search import Limits, fits, limits
+from .search import Headroom, fits, limits
 from .speed import Speed, speed
-from .step import take
-from .tensors import units
 
 _GPU_CONTEXT = 600 << 20
 """Bytes of a CUDA context with cuBLAS's workspaces on a GPU: assumed, until a GPU was measured."""
@@ -39,7 +39,7 @@ Measured (torch 2.13, transformers 5.24, SmolLM2's tokenizer, 2026-11-27)."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What was found.
 
     Attributes:
@@ -64,14 +64,14 @@ class Plan:
 
     recipe: Recipe
     devices: Devices
-    layout: Layout
+    layout: ProcessLayout
     parameters: int
     trained: int
     depth: int
     between_steps: int
     memory: Memory
     fits: bool
-    limits: Limits
+    limits: Headroom
     traffic: Traffic
     speed: Speed
     steps: int | None
@@ -106,8 +106,8 @@ class Plan:
 
 def make_plan(
     recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = False
-) -> Plan:
-    """Plan a run.
+) -> RunPlan:
+    """RunPlan a run.
 
     Args:
         recipe: checked.
@@ -133,7 +133,9 @@ def make_plan(
     return _planned(job, recipe, layout, asked, advice)
 
 
-def _planned(job: Job, recipe: Recipe, layout: Layout, devices: Devices, advice: Advice) -> Plan:
+def _planned(
+    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, devices: Devices, advice: Advice
+) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
     own = held(job.units, layout, recipe.optimizer)
@@ -141,7 +143,7 @@ def _planned(job: Job, recipe: Recipe, layout: Layout, devices: Devices, advice:
     hidden = int(job.blueprint.model.get_input_embeddings().weight.shape[1])
     sent = traffic(job.units, layout, job.passes, tokens, hidden)
     pace = speed(job, memory, layout, sent, devices.card)
-    return Plan(
+    return RunPlan(
         recipe, devices, layout,
         parameters=_count(job, trained=False), trained=_count(job, trained=True),
         depth=job.blueprint.depth, between_steps=own.between_steps,
@@ -159,7 +161,7 @@ def _steps(recipe: Recipe, tokens: int) -> int | None:
     return None if epoch is None else math.ceil(epoch * recipe.num_epochs / tokens)
 
 
-def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
+def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     """Take a step of what a recipe trains, on fake tensors.
 
     Args:
@@ -174,7 +176,7 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> Job:
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
     if on_cpu:
         process = Process(_CPU_PROCESS, compilation_bytes(codegen), slack_of("cpu"), True)
-    return Job(
+    return TrainingJob(
         blueprint, units(blueprint, bits), step, recipe.optimizer, recipe.accumulation(),
         recipe.checkpointing(), recipe.memory, codegen, process,
     )  # fmt: skip
@@ -197,7 +199,7 @@ def _dtype(recipe: Recipe, elsewhere: bool) -> torch.dtype:
     return dtype_for_training(precision, recipe.adapter is not None)
 
 
-def _count(job: Job, trained: bool) -> int:
+def _count(job: TrainingJob, trained: bool) -> int:
     """How many numbers the model has: adapters included, packed ones counted one by one."""
     return sum(u.times * w.numbers for u in job.units for w in u.weights if w.trains or not trained)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..recipe.recipe import Recipe
-from .estimate import Job, estimate
-from .layout import Layout
+from .count.layout import ProcessLayout
+from .estimate import TrainingJob, estimate
 from .search import fits, limits
 
-MakeJob = Callable[[Recipe], Job]
+MakeJob = Callable[[Recipe], TrainingJob]
 """Takes a step of another method's model; slow."""
 
 _METHODS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,9 @@ class Advice:
     table: dict[str, list[tuple[int, int, bool]]] = field(default_factory=dict)
 
 
-def advise(job: Job, recipe: Recipe, layout: Layout, room: int, make: MakeJob) -> Advice:
+def advise(
+    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int, make: MakeJob
+) -> Advice:
     """What to change, and how other methods compare.
 
     Args:
@@ -69,7 +71,7 @@ def method_of(recipe: Recipe) -> str:
     return "QLoRA" if recipe.load_in_4bit or recipe.load_in_8bit else "LoRA"
 
 
-def _jobs(job: Job, recipe: Recipe, make: MakeJob) -> Iterator[tuple[str, Job]]:
+def _jobs(job: TrainingJob, recipe: Recipe, make: MakeJob) -> Iterator[tuple[str, TrainingJob]]:
     """The job of each method: LoRA's step serves QLoRA, too."""
     own = method_of(recipe)
     adapted = job if own != "full" else make(recipe.model_copy(update=_changes("LoRA", recipe)))
@@ -89,31 +91,31 @@ def _changes(method: str, recipe: Recipe) -> dict[str, Any]:
     return {**_METHODS[method], **added}
 
 
-def _ways(world: int) -> dict[str, Layout]:
+def _ways(world: int) -> dict[str, ProcessLayout]:
     """The ways in which ``world`` processes can share the work."""
     if world == 1:
-        return {"one process": Layout("one process")}
+        return {"one process": ProcessLayout("one process")}
     ways = {
-        "DDP": Layout("DDP", world, replicate=world),
-        "FSDP2": Layout("FSDP2", world, shard=world),
-        "ZeRO-1": Layout("ZeRO-1", world),
-        "ZeRO-2": Layout("ZeRO-2", world),
-        "ZeRO-3": Layout("ZeRO-3", world, shard=world),
+        "DDP": ProcessLayout("DDP", world, replicate=world),
+        "FSDP2": ProcessLayout("FSDP2", world, shard=world),
+        "ZeRO-1": ProcessLayout("ZeRO-1", world),
+        "ZeRO-2": ProcessLayout("ZeRO-2", world),
+        "ZeRO-3": ProcessLayout("ZeRO-3", world, shard=world),
     }
     if world % 2 == 0 and world > 2:
         shard = min(8, world // 2)
-        ways["HSDP"] = Layout("HSDP", world, shard=shard, replicate=world // shard)
+        ways["HSDP"] = ProcessLayout("HSDP", world, shard=shard, replicate=world // shard)
     return ways
 
 
-def _cell(job: Job, layout: Layout, room: int) -> tuple[int, int, bool]:
+def _cell(job: TrainingJob, layout: ProcessLayout, room: int) -> tuple[int, int, bool]:
     levels = job.all_levels()
     most = estimate(job, layout, None, level=levels[0]).peak
     least = min(estimate(job, layout, None, level=v).peak for v in levels)
     return most, least, fits(job, layout, room)
 
 
-def faster(job: Job, recipe: Recipe, layout: Layout, room: int) -> Advice:
+def faster(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -> Advice:
     """For a run that fits: the same batch in fewer, larger passes, where there is room for them."""
     passes = recipe.accumulation()
     if passes == 1:
@@ -131,12 +133,12 @@ def faster(job: Job, recipe: Recipe, layout: Layout, room: int) -> Advice:
 
 
 def _leaner(
-    jobs: dict[str, Job], recipe: Recipe, layout: Layout, room: int
+    jobs: dict[str, TrainingJob], recipe: Recipe, layout: ProcessLayout, room: int
 ) -> tuple[dict[str, Any], str]:
     """For a run that does not fit: the least change after which it does."""
     own = method_of(recipe)
     order = ["full", "LoRA", "QLoRA"]
-    sharded = Layout("FSDP2", layout.world, shard=layout.world)
+    sharded = ProcessLayout("FSDP2", layout.world, shard=layout.world)
     fsdp = {} if layout.shards_weights or layout.world == 1 else _FSDP
     for method in order[order.index(own) :]:
         keys = {} if method == own else _written(method, recipe)
@@ -157,7 +159,9 @@ def _written(method: str, recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value not in (None, False)}
 
 
-def _fewer_tokens(job: Job, recipe: Recipe, layout: Layout, room: int) -> dict[str, Any]:
+def _fewer_tokens(
+    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int
+) -> dict[str, Any]:
     lean = replace(job, memory="auto")
     rows = recipe.micro_batch_size
     if rows > 1 and fits(lean, layout, room, 1 / rows):

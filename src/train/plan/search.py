@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ...errors import RecipeError
 from ..recipe.recipe import Recipe
 from .cards import GIB
-from .estimate import Job, estimate
-from .layout import Layout, layout_of
+from .count.layout import ProcessLayout, layout_of
+from .estimate import TrainingJob, estimate
 
 _SPARE = 0.9
 SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141, 180, 192, 288)
@@ -19,7 +19,7 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
-class Limits:
+class Headroom:
     """What would still fit.
 
     Attributes:
@@ -35,13 +35,13 @@ class Limits:
     fewest_devices: int | None
 
 
-def fits(job: Job, layout: Layout, room: int, factor: float = 1.0) -> bool:
+def fits(job: TrainingJob, layout: ProcessLayout, room: int, factor: float = 1.0) -> bool:
     """Whether the first process of a run fits into ``room`` bytes, with a tenth to spare."""
     peaks = (estimate(job, layout, room, factor, level).peak for level in job.levels())
     return min(peaks) <= _SPARE * room
 
 
-def limits(job: Job, recipe: Recipe, layout: Layout, room: int) -> Limits:
+def limits(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -> Headroom:
     """What would still fit into ``room`` bytes for each process.
 
     Args:
@@ -54,10 +54,10 @@ def limits(job: Job, recipe: Recipe, layout: Layout, room: int) -> Limits:
     length = int(recipe.sequence_len * factor) // 64 * 64
     rows = int(recipe.micro_batch_size * factor)
     card = next((s for s in SIZES if fits(job, layout, s * GIB)), None)
-    return Limits(length, rows, card, _fewest(job, recipe, room))
+    return Headroom(length, rows, card, _fewest(job, recipe, room))
 
 
-def _fewest(job: Job, recipe: Recipe, room: int) -> int | None:
+def _fewest(job: TrainingJob, recipe: Recipe, room: int) -> int | None:
     for world in WORLDS:
         try:
             layout = layout_of(recipe, world)

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .cards import CARDS_OF_A_MACHINE, Card
-from .estimate import Job, Memory
-from .layout import Layout
-from .network import Traffic
+from .count.layout import ProcessLayout
+from .count.network import Traffic
+from .estimate import Memory, TrainingJob
 
 _UTILIZATION = 0.45
 """The part of a GPU's peak that a training step reaches: assumed, until a GPU has run it."""
@@ -46,7 +46,7 @@ class Speed:
         return self.tokens / self.seconds
 
 
-def step_flops(job: Job, memory: Memory, layout: Layout, factor: float = 1.0) -> int:
+def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: float = 1.0) -> int:
     """The floating-point operations of one process in one micro batch.
 
     A multiply-add is two; attention is counted without its causal half left out, as PyTorch does.
@@ -68,7 +68,7 @@ def step_flops(job: Job, memory: Memory, layout: Layout, factor: float = 1.0) ->
     return round(total / (layout.tensor * layout.context))
 
 
-def head_flops(job: Job, tokens: int) -> int:
+def head_flops(job: TrainingJob, tokens: int) -> int:
     """Of the output head, with every token trained: forward, and one or two products backward."""
     head = job.blueprint.model.get_output_embeddings()
     if head is None:
@@ -79,7 +79,12 @@ def head_flops(job: Job, tokens: int) -> int:
 
 
 def speed(
-    job: Job, memory: Memory, layout: Layout, sent: Traffic, card: Card, factor: float = 1.0
+    job: TrainingJob,
+    memory: Memory,
+    layout: ProcessLayout,
+    sent: Traffic,
+    card: Card,
+    factor: float = 1.0,
 ) -> Speed:
     """How long an optimizer step takes.
 
@@ -100,7 +105,7 @@ def speed(
     return Speed(flops, sent.total, compute, network, seconds, tokens)
 
 
-def _seconds(sent: Traffic, layout: Layout, card: Card) -> float:
+def _seconds(sent: Traffic, layout: ProcessLayout, card: Card) -> float:
     """Of what is sent: inside of a machine as far as those fit into one that share a copy."""
     inside = sent.weights + sent.gradients + sent.activations
     shares = layout.shard * layout.tensor * layout.context

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from fusewright.train.plan.blueprint import Blueprint, draw
-from fusewright.train.plan.estimate import Job, Process
-from fusewright.train.plan.step import take
-from fusewright.train.plan.tensors import units
+from fusewright.train.plan.count.blueprint import Blueprint, draw
+from fusewright.train.plan.count.step import take
+from fusewright.train.plan.count.tensors import units
+from fusewright.train.plan.estimate import Process, TrainingJob
 from fusewright.train.recipe.load import check
 from fusewright.train.recipe.recipe import Recipe
 
@@ -52,12 +52,12 @@ def recipe(config: Path, tmp_path: Path) -> MakeRecipe:
 LORA = {"adapter": "lora", "lora_r": 4, "lora_target_linear": True}
 
 
-def make_job(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> Job:
+def make_job(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> TrainingJob:
     """What a recipe runs, in a process that takes nothing itself."""
     blueprint: Blueprint = draw(recipe, dtype)
     step = take(blueprint, recipe, "eager")
     bits = 4 if recipe.load_in_4bit else None
-    return Job(
+    return TrainingJob(
         blueprint, units(blueprint, bits), step, recipe.optimizer, recipe.accumulation(),
         recipe.checkpointing(), recipe.memory, "eager", Process(0, 0, 0.0, True),
     )  # fmt: skip

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fusewright.errors import RecipeError
-from fusewright.train.plan.blueprint import draw
-from fusewright.train.plan.layout import Layout, held, layout_of
-from fusewright.train.plan.network import traffic
-from fusewright.train.plan.optimizer_state import state_bytes
-from fusewright.train.plan.tensors import Weight, quantized_bytes, units
+from fusewright.train.plan.count.blueprint import draw
+from fusewright.train.plan.count.layout import ProcessLayout, held, layout_of
+from fusewright.train.plan.count.network import traffic
+from fusewright.train.plan.count.optimizer_state import state_bytes
+from fusewright.train.plan.count.tensors import Weight, quantized_bytes, units
 
 from .conftest import LORA, MakeRecipe
 
@@ -37,7 +37,9 @@ def fake_group(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_shards_are_those_of_fully_shard(method: str, fake_group: int, recipe: MakeRecipe) -> None:
     made = draw(recipe(**(LORA if method == "lora" else {})), torch.bfloat16)
-    planned = held(units(made, None), Layout("FSDP2", fake_group, shard=fake_group), "adamw_torch")
+    planned = held(
+        units(made, None), ProcessLayout("FSDP2", fake_group, shard=fake_group), "adamw_torch"
+    )
     mesh = init_device_mesh("cpu", (fake_group,))
     for block in made.blocks.values():
         fully_shard(block, mesh=mesh)
@@ -55,18 +57,20 @@ def test_shards_are_those_of_fully_shard(method: str, fake_group: int, recipe: M
 def test_zero_has_a_copy_in_32_bits_of_what_it_trains(recipe: MakeRecipe) -> None:
     made = draw(recipe(), torch.bfloat16)
     numbers = sum(u.times * w.numbers for u in units(made, None) for w in u.weights)
-    found = held(units(made, None), Layout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch")
+    found = held(
+        units(made, None), ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch"
+    )
     assert found.weights == pytest.approx(2 * numbers / 2, rel=1e-3)
     assert found.optimizer == pytest.approx(12 * numbers / 2, rel=1e-3)
-    first = held(units(made, None), Layout("ZeRO-1", 2), "adamw_torch")
+    first = held(units(made, None), ProcessLayout("ZeRO-1", 2), "adamw_torch")
     assert first.weights == 2 * numbers
     assert first.optimizer == pytest.approx(12 * numbers / 2, rel=1e-3)
 
 
 def test_small_weights_stay_whole_under_zero_3(recipe: MakeRecipe) -> None:
     parts = units(draw(recipe(**LORA), torch.bfloat16), None)
-    small = held(parts, Layout("ZeRO-3", 2, shard=2), "adamw_torch").weights
-    none = held(parts, Layout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch").weights
+    small = held(parts, ProcessLayout("ZeRO-3", 2, shard=2), "adamw_torch").weights
+    none = held(parts, ProcessLayout("ZeRO-3", 2, shard=2, persistent=0), "adamw_torch").weights
     persistent = sum(u.times * w.bytes for u in parts for w in u.weights if w.numbers <= 100_000)
     assert small - none == persistent
 
@@ -155,20 +159,20 @@ def test_traffic_is_that_of_the_closed_formulas(recipe: MakeRecipe) -> None:
     parts = units(draw(recipe(), torch.bfloat16), None)
     whole = sum(u.times * w.bytes for u in parts for w in u.weights)
     outside = sum(w.bytes for u in parts if not u.name for w in u.weights)
-    ddp = traffic(parts, Layout("DDP", 8, replicate=8), 4, 256, 64)
+    ddp = traffic(parts, ProcessLayout("DDP", 8, replicate=8), 4, 256, 64)
     assert ddp.total == round(2 * 7 / 8 * whole)
-    fsdp = traffic(parts, Layout("FSDP2", 8, shard=8), 4, 256, 64)
+    fsdp = traffic(parts, ProcessLayout("FSDP2", 8, shard=8), 4, 256, 64)
     assert fsdp.weights == pytest.approx(7 / 8 * (2 * whole - outside) * 4, abs=1)
     assert fsdp.gradients == pytest.approx(7 / 8 * whole, abs=1)
-    hsdp = traffic(parts, Layout("HSDP", 8, shard=4, replicate=2), 1, 256, 64)
+    hsdp = traffic(parts, ProcessLayout("HSDP", 8, shard=4, replicate=2), 1, 256, 64)
     assert hsdp.gradients == pytest.approx(3 / 4 * whole, abs=1)
     assert hsdp.copies == pytest.approx(2 * 1 / 2 / 4 * whole, abs=1)
-    zero = traffic(parts, Layout("ZeRO-3", 8, shard=8), 4, 256, 64)
+    zero = traffic(parts, ProcessLayout("ZeRO-3", 8, shard=8), 4, 256, 64)
     assert zero.weights == pytest.approx(7 / 8 * 2 * whole * 4, abs=1)
-    assert traffic(parts, Layout("one process"), 4, 256, 64).total == 0
+    assert traffic(parts, ProcessLayout("one process"), 4, 256, 64).total == 0
 
 
 def test_only_what_is_trained_is_reduced(recipe: MakeRecipe) -> None:
     parts = units(draw(recipe(**LORA), torch.bfloat16), None)
     trained = sum(u.times * w.numbers * w.itemsize for u in parts for w in u.weights if w.trains)
-    assert traffic(parts, Layout("DDP", 2, replicate=2), 1, 256, 64).total == trained
+    assert traffic(parts, ProcessLayout("DDP", 2, replicate=2), 1, 256, 64).total == trained

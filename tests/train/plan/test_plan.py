@@ -15,8 +15,8 @@ import yaml
 from transformers import LlamaConfig
 
 from fusewright.train.plan.cards import GIB
+from fusewright.train.plan.count.layout import ProcessLayout
 from fusewright.train.plan.estimate import Process, estimate
-from fusewright.train.plan.layout import Layout
 from fusewright.train.plan.recommend import advise
 from fusewright.train.plan.rows import estimate_tokens
 from fusewright.train.plan.search import fits, limits
@@ -25,7 +25,7 @@ from ..commands import fusewright, snapshot
 from .conftest import LORA, MakeRecipe, make_job
 
 Write = Callable[..., Path]
-ONE = Layout("one process")
+ONE = ProcessLayout("one process")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_told_what_would(
 ) -> None:
     made = recipe(sequence_len=4096 if scarce == "activations" else 16, memory="speed")
     job = make_job(made)
-    layout = Layout("DDP", world, replicate=world) if world > 1 else ONE
+    layout = ProcessLayout("DDP", world, replicate=world) if world > 1 else ONE
     whole = estimate(job, layout, None)
     room = int((whole.peak - getattr(whole, scarce) / 2) / 0.9)
     advice = advise(job, made, layout, room, make_job)

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusewright import explain, optimize
-from fusewright.train.plan.blueprint import draw
+from fusewright.train.plan.count.blueprint import draw
+from fusewright.train.plan.count.layout import ProcessLayout
+from fusewright.train.plan.count.step import take
 from fusewright.train.plan.estimate import estimate
-from fusewright.train.plan.layout import Layout
 from fusewright.train.plan.speed import step_flops
-from fusewright.train.plan.step import take
 
 from .conftest import LORA, SIZES, MakeRecipe, make_job
 
-ONE = Layout("one process")
+ONE = ProcessLayout("one process")
 
 
 def _closed(tokens: int, length: int, trained_linears: bool, adapters: int) -> float:

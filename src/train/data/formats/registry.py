@@ -167,7 +167,7 @@ class Encoder:
             or (None if dataset.chat_template else recipe.chat_template_jinja),
             tokenizer,
         )
-        self.format = _format(dataset, recipe, source, len(tokenizer))
+        self.format = format_of(dataset, recipe, source, len(tokenizer))
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
@@ -253,7 +253,18 @@ class Encoder:
             )
 
 
-def _format(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
+def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:
+    """What reads the rows of a dataset.
+
+    Args:
+        dataset: how they are read.
+        recipe: what holds for all datasets.
+        template: the chat template, whose own roles need no mapping; None: there is none.
+        size: of the tokenizer's vocabulary.
+
+    Raises:
+        RecipeError: there is no such type.
+    """
     kind_ = dataset.type
     if isinstance(kind_, PromptFormat):
         return spelled_out(kind_)

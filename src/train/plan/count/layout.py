@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...errors import RecipeError
-from ..recipe.distributed.deepspeed_config import stage
-from ..recipe.recipe import Recipe
-from ..recipe.strategy import Strategy
+from ....errors import RecipeError
+from ...recipe.distributed.deepspeed_config import stage
+from ...recipe.recipe import Recipe
+from ...recipe.strategy import Strategy
 from .optimizer_state import state_bytes
 from .tensors import Unit, Weight
 
@@ -21,7 +21,7 @@ _PERSISTENT = 100_000
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """Who has what.
 
     Attributes:
@@ -59,7 +59,7 @@ class Layout:
         return self.engine in ("FSDP2", "HSDP", "ZeRO-3") and self.shard > 1
 
 
-def layout_of(recipe: Recipe, world: int) -> Layout:
+def layout_of(recipe: Recipe, world: int) -> ProcessLayout:
     """The layout of a recipe's run on ``world`` processes.
 
     Raises:
@@ -73,9 +73,9 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
     if strategy.engine == "ddp" or strategy.fsdp is None:
         engine: Engine = "DDP" if world > 1 else "one process"
         copies = world // strategy.group
-        return Layout(engine, world, replicate=copies, tensor=tensor, context=context)
+        return ProcessLayout(engine, world, replicate=copies, tensor=tensor, context=context)
     shard = strategy.shard or world // (strategy.replicate * strategy.group)
-    return Layout(
+    return ProcessLayout(
         "HSDP" if strategy.replicate > 1 else "FSDP2",
         world,
         shard,
@@ -88,7 +88,7 @@ def layout_of(recipe: Recipe, world: int) -> Layout:
     )
 
 
-def _zero(strategy: Strategy, world: int) -> Layout:
+def _zero(strategy: Strategy, world: int) -> ProcessLayout:
     zero: Any = (strategy.deepspeed or {}).get("zero_optimization", {})
     number = stage(strategy.deepspeed or {})
     if number not in (1, 2, 3):
@@ -99,7 +99,7 @@ def _zero(strategy: Strategy, world: int) -> Layout:
         return str((zero.get(key) or {}).get("device", "none")) != "none"
 
     kept = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
-    return Layout(
+    return ProcessLayout(
         names[number], world, shard=world if number == 3 else 1,
         weights_on_host=offloads("offload_param"), states_on_host=offloads("offload_optimizer"),
         persistent=_PERSISTENT if kept == "auto" else int(kept),
@@ -132,7 +132,7 @@ class Held:
         return self.weights + self.optimizer + self.kept_gradients + self.buffers
 
 
-def held(units: Sequence[Unit], layout: Layout, optimizer: str, passes: int = 1) -> Held:
+def held(units: Sequence[Unit], layout: ProcessLayout, optimizer: str, passes: int = 1) -> Held:
     """What the first process holds.
 
     Args:
@@ -158,7 +158,7 @@ def _numbers(h: Held) -> tuple[int, ...]:
     return h.weights, h.gradients, h.optimizer, h.kept_gradients, h.buffers, h.host
 
 
-def _held(w: Weight, layout: Layout, optimizer: str) -> Held:
+def _held(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
     """Of one parameter, before anything is moved to the host."""
     part = 1 / layout.tensor if w.is_matrix else 1.0
     if layout.engine.startswith("ZeRO"):
@@ -171,7 +171,7 @@ def _held(w: Weight, layout: Layout, optimizer: str) -> Held:
     return Held(round(w.bytes * part), gradient, state, buffers=buckets)
 
 
-def _held_by_zero(w: Weight, layout: Layout, optimizer: str) -> Held:
+def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
     """DeepSpeed divides numbers, not rows; it trains a copy in 32 bits, whatever the dtype."""
     part = math.ceil(w.numbers / layout.world) / max(w.numbers, 1)
     if layout.engine != "ZeRO-3":
@@ -190,7 +190,7 @@ def _held_by_zero(w: Weight, layout: Layout, optimizer: str) -> Held:
     )  # fmt: skip
 
 
-def _moved(total: Held, layout: Layout) -> Held:
+def _moved(total: Held, layout: ProcessLayout) -> Held:
     """The same with what the layout keeps on the host counted there."""
     host = 0
     if layout.weights_on_host:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...compiler.options import Codegen
-from ...compiler.pipeline import explain, optimize, planner_of
-from ...errors import ModelError
-from ...memory.choice import PlanInputs, Usages
-from ...passes import PIPELINE
-from ..model.load import quiet
-from ..recipe.recipe import Recipe
+from ....compiler.options import Codegen
+from ....compiler.pipeline import explain, optimize, planner_of
+from ....errors import ModelError
+from ....memory.choice import PlanInputs, Usages
+from ....passes import PIPELINE
+from ...model.load import quiet
+from ...recipe.recipe import Recipe
 from .blueprint import Blueprint, kind_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .layout import Layout
+from .layout import ProcessLayout
 from .tensors import Unit
 
 
@@ -35,7 +35,7 @@ class Traffic:
 
 
 def traffic(
-    units: Sequence[Unit], layout: Layout, passes: int, tokens: int, hidden: int
+    units: Sequence[Unit], layout: ProcessLayout, passes: int, tokens: int, hidden: int
 ) -> Traffic:
     """What a process sends in an optimizer step.
 
@@ -84,7 +84,7 @@ def _itemsize(units: Sequence[Unit]) -> int:
     )
 
 
-def _activations(layout: Layout, passes: int, tokens: int, row: int, blocks: int) -> int:
+def _activations(layout: ProcessLayout, passes: int, tokens: int, row: int, blocks: int) -> int:
     """Two all-reduces a block in forward and two in backward; keys and values around a ring."""
     shared = 4 * 2 * _ring(layout.tensor) * tokens * row
     ring = 4 * _ring(layout.context) * tokens * row

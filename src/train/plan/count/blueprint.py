@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...compiler.regions import find
-from ..model.adapters import add_adapter
-from ..model.from_pretrained import meta_model
-from ..model.load import load_config, quiet
-from ..recipe.recipe import Recipe
+from ....compiler.regions import find
+from ...model.adapters import add_adapter
+from ...model.from_pretrained import meta_model
+from ...model.load import load_config, quiet
+from ...recipe.recipe import Recipe
 
 Kind = tuple[Any, ...]
 """What tells kinds of blocks apart: the class, and the names and shapes of the parameters."""

@@ -1,0 +1,179 @@
+"""Checks in a process of their own: a broken library may raise, hang, print, or end the process.
+
+The child writes a line of JSON before and after each check. If it ends in one, that is what was
+found, and another child makes the checks that are left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, try_import
+from .result import CheckResult, reason
+
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
+)
+
+_ENDS = "it ends the process"
+"""How the note of a check begins in which the child ended."""
+
+_EACH = 15
+"""Seconds that one check may take."""
+
+Sections = dict[str, list[dict[str, Any]]]
+"""Name of a check -> the records that it made."""
+
+
+def ask(names: Sequence[str], seconds: float) -> Sections:
+    """Make checks, each as far as it gets.
+
+    Args:
+        names: of ``CHECKS``, in order.
+        seconds: how long all may take together.
+    """
+    found: Sections = {}
+    end = time.monotonic() + seconds
+    left = list(names)
+    while left:
+        for name, records in _child(left, end):
+            found[name] = records
+        found |= _skipped(left, found)
+        left = [name for name in left if name not in found]
+        if left and time.monotonic() >= end:
+            note = f"not looked at: {seconds:.0f} seconds were over"
+            found |= {name: [asdict(CheckResult(name, "unknown", "broken", note))] for name in left}
+            break
+    return {name: found[name] for name in names}
+
+
+def _skipped(names: Sequence[str], found: Sections) -> Sections:
+    """The imports that are not tried: one before them has ended the process, and so would they."""
+    imports = [name for name in names if name.startswith("import ")]
+    bad = next((n for n in imports if n in found and found[n][0]["note"].startswith(_ENDS)), None)
+    if bad is None:
+        return {}
+    note = f"not tried: {bad} ends the process"
+    skipped = imports[imports.index(bad) + 1 :]
+    return {name: [asdict(CheckResult(name, "unknown", "unused", note))] for name in skipped}
+
+
+def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Run one child; yield what it finds, and for the check in which it ended, that."""
+    start = _START.format(module=__name__)
+    command = [sys.executable, "-c", start, json.dumps(sys.path), *names]
+    current, nothing = names[0], subprocess.DEVNULL
+    with (
+        tempfile.TemporaryDirectory(prefix="fusewright-") as folder,
+        subprocess.Popen(
+            command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, env=_environment(folder)
+        ) as child,
+    ):
+        for line in _lines(child, end):
+            message = json.loads(line)
+            if "found" in message:
+                yield message["name"], message["found"]
+                current = ""
+            else:
+                current = message["name"]
+        child.kill()
+        code = child.wait()
+    if current:
+        yield current, [asdict(_ended(current, code))]
+
+
+def _ended(name: str, code: int) -> CheckResult:
+    """The finding of a check that the child did not survive."""
+    module = name.removeprefix("import ")
+    by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    note = "it took too long" if code == -signal.SIGKILL else f"{_ENDS} ({by})"
+    mend = f"pip install --force-reinstall {NEEDED.get(module, module)}"
+    if module in NEEDED:
+        mend = f"python -X faulthandler -c 'import {module}' shows which library does that"
+    return CheckResult(name, "fails", "broken", note, mend, needed=module in NEEDED)
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """The variables of a child that leaves nothing behind, and asks nobody on the network."""
+    kept = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    return {**os.environ, **kept, **dict.fromkeys(caches, folder)}
+
+
+def _lines(child: subprocess.Popen[bytes], end: float) -> Iterator[bytes]:
+    """The lines of the child, until it closes its output or the time is over."""
+    assert child.stdout is not None  # it is a pipe
+    rest = b""
+    while (left := end - time.monotonic()) > 0:
+        ready, _, _ = select.select([child.stdout], [], [], min(left, _EACH))
+        if not ready:
+            return
+        data = os.read(child.stdout.fileno(), 1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+
+
+# --- in the child --------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Make the checks that the command line names, and write what they find."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not for the other process
+    for name in sys.argv[2:]:
+        print(json.dumps({"name": name}), file=out, flush=True)
+        try:
+            found = CHECKS[name]()
+        except Exception as error:  # what a check did not expect is found, too
+            found = [_failed(name, error)]
+        records = [one if isinstance(one, dict) else asdict(one) for one in found]
+        print(json.dumps({"name": name, "found": records}), file=out, flush=True)
+    out.close()
+    os._exit(0)  # threads of broken libraries are not waited for
+
+
+def _failed(name: str, error: Exception) -> CheckResult:
+    """The finding of a check that could not be made."""
+    first = first_cause(error)
+    if isinstance(first, ImportError) or culprit(first) in OPTIONAL:
+        return broken(name, "torch", error)
+    return CheckResult(name, "fails", "broken", reason(error))
+
+
+def _lazily(module: str, function: str) -> Callable[[], Sequence[Any]]:
+    """A check that is imported when it is made, with all that it needs."""
+
+    def check() -> Sequence[Any]:
+        made: Sequence[Any] = getattr(import_module(f".{module}", __package__), function)()
+        return made
+
+    return check
+
+
+CHECKS: dict[str, Callable[[], Sequence[Any]]] = {
+    "packages": _lazily("packages", "packages"),
+    **{f"import {module}": partial(try_import, module) for module in NEEDED},
+    "machine": _lazily("machine", "machine"),
+    "compiler": _lazily("compiler", "compiler"),
+    "Triton": _lazily("libraries", "triton"),
+    "bitsandbytes": _lazily("libraries", "bitsandbytes"),
+    "attention": _lazily("libraries", "attention"),
+    "communication": _lazily("libraries", "communication"),
+    "codegen": _lazily("rules", "codegen"),
+    "rules": _lazily("rules", "rules"),
+}
+"""Name -> what it calls."""

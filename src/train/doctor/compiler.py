@@ -1,0 +1,85 @@
+"""The C++ compiler that Inductor uses on a CPU: found as Inductor finds it, and tried out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from .result import CheckResult, reason
+
+_PROGRAM = """
+#include <Python.h>
+#include <omp.h>
+#include <cstdio>
+int main() { return std::printf("%d", omp_get_max_threads() > 0 ? PY_MAJOR_VERSION : 0) != 1; }
+"""
+"""Needs what Inductor's kernels need: the headers of Python, and OpenMP."""
+
+_MENDS = {
+    "Python.h": "sudo apt-get install python3-dev",
+    "omp": "sudo apt-get install g++ libgomp1 (for clang++: libomp-dev)",
+    "": "sudo apt-get install --reinstall g++ libc6-dev",
+}
+"""What an error of the compiler names, and what mends that."""
+
+_EAGER = "blocks run in eager PyTorch (codegen: eager), which is slower"
+
+
+def compiler() -> list[CheckResult]:
+    """The compiler, after it has compiled a small program that has run."""
+    path = _found()
+    if path is None:
+        return [_missing()]
+    with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
+        failed = _try(path, Path(folder))
+    if failed is None:
+        where = shutil.which(path) or path
+        return [CheckResult("C++ compiler", where, note="compiles and runs a program with OpenMP")]
+    mend = next(line for word, line in _MENDS.items() if word in failed)
+    note = f"{failed}; set codegen: eager until it works"
+    return [CheckResult("C++ compiler", f"{path} fails", "broken", note, mend)]
+
+
+def _found() -> str | None:
+    """The compiler that Inductor would call, or None."""
+    try:
+        from torch._inductor import cpp_builder
+    except Exception:  # a broken library that it imports, which is found elsewhere
+        return next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except Exception:  # InvalidCxxCompiler, in whichever module a version has it
+        return None
+
+
+def _missing() -> CheckResult:
+    import torch
+
+    if torch.cuda.is_available():  # there Triton compiles
+        return CheckResult("C++ compiler", "none", "unused", "GPUs need none")
+    mend = "sudo apt-get install g++, or name one in the variable CXX"
+    return CheckResult("C++ compiler", "none", "missing", _EAGER, mend)
+
+
+def _try(path: str, folder: Path) -> str | None:
+    """Compile and run the program; the first thing that goes wrong, or None."""
+    source, program = folder / "try.cpp", folder / "try"
+    source.write_text(_PROGRAM)
+    include = sysconfig.get_paths()["include"]
+    steps = (
+        [path, "-std=c++17", "-O1", "-fopenmp", f"-I{include}", str(source), "-o", str(program)],
+        [str(program)],
+    )
+    for step in steps:
+        try:
+            done = subprocess.run(step, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.SubprocessError) as error:
+            return reason(error)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            lines += done.stderr.splitlines()
+            return lines[0][:200] if lines else f"{step[0]} ended with {done.returncode}"
+    return None if done.stdout == "3" else f"the program printed {done.stdout!r}"

@@ -1,0 +1,78 @@
+"""Whether the libraries that training is made of can be imported, and which one keeps them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .result import CheckResult, reason
+
+NEEDED = {
+    "torch": "torch",
+    "torch._dynamo": "torch",
+    "transformers.trainer": "transformers",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "datasets": "datasets",
+}
+"""The modules that every run imports, and the package of each."""
+
+_PACKAGES = {"yaml": "pyyaml", "flash_attn": "flash-attn"}
+"""Packages that are not called as their modules."""
+
+OPTIONAL = ("triton", "bitsandbytes", "flash_attn", "xformers", "deepspeed")
+"""What can also be taken out, if nothing else helps: training works without."""
+
+
+_NOBODYS = ("", "fusewright", "__main__")
+"""Modules in which an error is not that of a library."""
+
+
+def try_import(module: str) -> list[CheckResult]:
+    """Import one of ``NEEDED``; if that fails, it is reported with the library that failed."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken library raises anything
+        return [broken(f"import {module}", NEEDED[module], error, needed=True)]
+    return [CheckResult(f"import {module}", "works")]
+
+
+def broken(name: str, package: str, error: BaseException, needed: bool = False) -> CheckResult:
+    """The finding of something that failed because a library cannot be imported.
+
+    Args:
+        name: what failed.
+        package: that it belongs to.
+        error: what was raised.
+        needed: training does not work without it.
+    """
+    error = first_cause(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        mend = f"pip install {_PACKAGES.get(missing, missing)}"
+        return CheckResult(name, "fails", "missing", reason(error), mend, needed)
+    module = culprit(error) or package
+    found = _PACKAGES.get(module, module)
+    mend = f"pip install --force-reinstall {found}"
+    if module in OPTIONAL:
+        mend += f", or do without it: pip uninstall {found}"
+    note = f"importing {found} raises {reason(error)}"
+    return CheckResult(name, "fails", "broken", note, mend, needed)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that led to this one: libraries that import others raise their own."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def culprit(error: BaseException) -> str | None:
+    """The library in which an error was raised."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if name not in _NOBODYS and name not in sys.stdlib_module_names:
+            found = name
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,87 @@
+"""What trains: GPUs, the CPU with its instructions, and the memory that is free."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...memory.meter import Meter
+from ..report.format import memory
+from .result import CheckResult
+
+_INSTRUCTIONS = {
+    "AVX2": "_is_avx2_supported",
+    "AVX-512": "_is_avx512_supported",
+    "AVX-512 bf16": "_is_avx512_bf16_supported",
+    "AMX": "_is_amx_tile_supported",
+}
+"""What products on a CPU are fast by, and PyTorch's test for each."""
+
+
+def machine() -> list[CheckResult]:
+    """The GPUs, the CPU, the memory, and the dtype that ``bf16: auto`` means here."""
+    import torch
+
+    return [*_gpus(torch), *_cpu(torch), _memory(torch), _precision()]
+
+
+def _gpus(torch: Any) -> list[CheckResult]:
+    if not torch.cuda.is_available():
+        return [_no_gpu(torch)]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        free, total = torch.cuda.mem_get_info(i)
+        sizes = f"{memory(total / 2**20)}, {memory(free / 2**20)} free"
+        found.append(
+            CheckResult(f"GPU {i}", f"{about.name}, {sizes}", note=f"sm_{about.major}{about.minor}")
+        )
+    return found
+
+
+def _no_gpu(torch: Any) -> CheckResult:
+    """Why PyTorch sees no GPU: there is none, or it was built without them."""
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if not driver:
+        return CheckResult("GPU", "none", "unused", "the CPU trains")
+    if torch.version.cuda is None:
+        note = f"there is an NVIDIA driver, and torch {torch.__version__} was built for the CPU"
+        mend = (
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        )
+        return CheckResult("GPU", "not used", "missing", note, mend)
+    note = "there is an NVIDIA driver, but PyTorch finds no device"
+    return CheckResult("GPU", "not used", "broken", note, "nvidia-smi says what the driver sees")
+
+
+def _cpu(torch: Any) -> list[CheckResult]:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = f"{usable} of {os.cpu_count()} cores usable, {torch.get_num_threads()} threads"
+    has = [name for name, test in _INSTRUCTIONS.items() if getattr(torch.cpu, test, bool)()]
+    said = CheckResult("instructions", ", ".join(has) or "none of AVX2, AVX-512, AMX")
+    return [CheckResult("CPU", model, note=cores), said]
+
+
+def _memory(torch: Any) -> CheckResult:
+    free = Meter(torch.device("cpu")).host()
+    if not free:
+        return CheckResult("memory", "unknown", "unused")
+    return CheckResult(
+        "memory", f"{memory(free / 2**20)} free", note="within the container's limit"
+    )
+
+
+def _precision() -> CheckResult:
+    from ..model.precision import dtype_for_training, has_bfloat16
+
+    name = str(dtype_for_training("auto")).removeprefix("torch.")
+    note = "" if has_bfloat16() else "no instructions for bfloat16: bf16: true would be slow"
+    return CheckResult("bf16: auto", name, note=note)

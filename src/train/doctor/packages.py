@@ -1,0 +1,99 @@
+"""The versions of packages, and whether they are those that fusewright asks for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from .result import CheckResult
+
+_OTHERS = ("trl", "tokenizers", "safetensors", "huggingface-hub", "deepspeed", "flash-attn")
+"""Packages that fusewright works with and whose versions it does not limit."""
+
+_PLAIN = ("", "train")
+"""The extras without which ``fusewright train`` does not start."""
+
+_FOR = {
+    "quant": "weights of 4 and 8 bits (adapter: qlora, load_in_8bit)",
+    "distributed": "DeepSpeed (key deepspeed)",
+}
+"""What another extra is for."""
+
+
+def packages() -> list[CheckResult]:
+    """Python, the packages that fusewright names as its own needs, and some others."""
+    found = [_python()]
+    named = _named()
+    found += [_package(name, *wanted) for name, wanted in named.items()]
+    for name in _OTHERS:
+        if name not in named and (version := _version(name)) is not None:
+            found.append(CheckResult(name, version))
+    return found
+
+
+def _python() -> CheckResult:
+    about: Any = importlib.metadata.metadata("fusewright")
+    wanted = str(about.get("Requires-Python", ""))
+    version = platform.python_version()
+    if wanted and not _is_in(version, wanted):
+        mend = f"use a Python {wanted}"
+        return CheckResult("python", version, "broken", f"wanted: {wanted}", mend, needed=True)
+    return CheckResult("python", version, note=f"wanted: {wanted}" if wanted else "")
+
+
+def _named() -> dict[str, tuple[str, str]]:
+    """Each package that fusewright needs here, with the range of versions and the extra."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # of transformers' own needs; that one's absence is found, too
+        return {name: ("", "") for name in ("torch", "transformers", "peft", "accelerate")}
+    found: dict[str, tuple[str, str]] = {}
+    for line in importlib.metadata.requires("fusewright") or ():
+        one = Requirement(line)
+        for extra in (*_PLAIN, *_FOR):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                found.setdefault(one.name, (str(one.specifier), extra))
+    return found
+
+
+def _package(name: str, wanted: str, extra: str) -> CheckResult:
+    version, needed = _version(name), extra in _PLAIN
+    note = f"wanted: {wanted}" if wanted else ""
+    # PyTorch runs without Triton, and uses no kernel of it where there is no GPU
+    needed = needed and name != "triton"
+    install = f"pip install '{name}{wanted}'"
+    if version is None:
+        note = "; ".join(filter(None, (note, f"for {_FOR[extra]}" if extra in _FOR else "")))
+        if name == "triton" and not _has_gpu():
+            return CheckResult(name, "not installed", "unused", note)
+        return CheckResult(name, "not installed", "missing", note, install, needed)
+    if wanted and not _is_in(version, wanted):
+        return CheckResult(name, version, "broken", f"{note}: does not fit", install, needed)
+    return CheckResult(name, version, note=note)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is_in(version: str, wanted: str) -> bool:
+    """Whether a version is in a range; builds such as ``2.13.0+cpu`` and pre-releases count."""
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _has_gpu() -> bool:
+    torch: Any
+    try:
+        import torch
+
+        return bool(torch.cuda.is_available())
+    except Exception:  # which the check of imports reports
+        return False

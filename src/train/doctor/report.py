@@ -1,0 +1,143 @@
+"""``fusewright doctor``: make all checks, print what they find, and say what mends each gap."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..terminal import Terminal, announce, say
+from .child import CHECKS, ask
+from .imports import NEEDED
+from .result import CheckResult
+
+_SECONDS = 27
+"""How long all checks may take together."""
+
+_TITLES = {
+    "Versions": ("packages",),
+    "Machine": ("machine",),
+    "Libraries": (
+        *(f"import {module}" for module in NEEDED),
+        "compiler",
+        "Triton",
+        "bitsandbytes",
+        "attention",
+        "communication",
+    ),
+    "What runs": ("codegen",),
+}
+"""The tables, each with the checks that it shows."""
+
+_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim"}
+
+_LEGEND = (
+    "Triton, CPU: our kernel. ATen: our formula in PyTorch's operators. reference: the model's own "
+    "operations stay."
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found.
+
+    Attributes:
+        sections: name of a check -> its findings.
+        rules: one row for each rewrite and op.
+    """
+
+    sections: dict[str, list[CheckResult]]
+    rules: list[dict[str, str]] = field(default_factory=list)
+
+    def gaps(self) -> list[CheckResult]:
+        """What is to be mended; what training needs comes first, and each line once."""
+        every = [f for found in self.sections.values() for f in found if f.is_gap()]
+        lines = {one.mend or f"{one.name}: {one.note}": one for one in reversed(every)}
+        return sorted(reversed(lines.values()), key=lambda one: not one.needed)
+
+    def can_train(self) -> bool:
+        """Whether nothing is missing that training needs."""
+        return not any(gap.needed for gap in self.gaps())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON has it."""
+        sections = {name: [asdict(f) for f in found] for name, found in self.sections.items()}
+        gaps = [asdict(gap) for gap in self.gaps()]
+        return {**sections, "rules": self.rules, "gaps": gaps, "can_train": self.can_train()}
+
+
+def run(as_json: bool = False, console: Console | None = None) -> int:
+    """Make all checks and print what they find.
+
+    Args:
+        as_json: print JSON and nothing else.
+        console: where to print; None for standard output.
+
+    Returns:
+        The exit code: 1 if something is missing that training needs.
+    """
+    announce("looking at this machine; this takes up to half a minute")
+    found = diagnose()
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(found, console or Terminal(highlight=False))
+    return 0 if found.can_train() else 1
+
+
+def diagnose() -> Diagnosis:
+    """Make all checks. Nothing on the machine is changed."""
+    found = ask(list(CHECKS), _SECONDS)
+    rows = found.pop("rules")
+    if rows and "rule" not in rows[0]:  # the ops could not be asked
+        found["codegen"] += rows
+        rows = []
+    sections = {name: [CheckResult.of(one) for one in records] for name, records in found.items()}
+    return Diagnosis(sections, rows)
+
+
+def show(found: Diagnosis, console: Console) -> None:
+    """Print the tables, then the gaps with the lines that mend them."""
+    for title, names in _TITLES.items():
+        say(console, title)
+        console.print(_table([f for name in names for f in found.sections[name]]))
+    if found.rules:
+        say(console, "Rewrites, and what runs them here")
+        console.print(_rules(found.rules))
+        say(console, f"{_LEGEND}\n")
+    gaps = found.gaps()
+    if not gaps:
+        say(console, "no gaps: everything that this machine can use is there")
+    for gap in gaps:
+        what = "training needs this" if gap.needed else "optional"
+        notes = f": {gap.note}" if gap.note else ""
+        say(console, f"{gap.name}: {gap.value} ({what}){notes}")
+        if gap.mend:
+            say(console, f"  mend: {gap.mend}")
+
+
+def _table(findings: Sequence[CheckResult]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("", "found", "state"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("note", min_width=30)
+    for one in findings:
+        state = f"[{_COLOURS[one.state]}]{one.state}[/]"
+        table.add_row(escape(one.name), escape(one.value), state, escape(one.note))
+    return table
+
+
+def _rules(rows: Sequence[dict[str, str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("rewrite", "op", "float32", "bfloat16"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("note", min_width=20)
+    for row in rows:
+        table.add_row(*(escape(row[k]) for k in ("rule", "op", "float32", "bfloat16", "note")))
+    return table

@@ -1,0 +1,45 @@
+"""What the doctor finds: one record for each thing that was looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+State = Literal["ok", "missing", "broken", "unused"]
+"""``unused``: it is not there, or does not run here, and nothing on this machine would use it."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what it is.
+        value: what was found, in a few words.
+        state: how it is.
+        note: what follows from that.
+        mend: the command, or the key of a recipe, that closes the gap; empty where there is none.
+        needed: training does not work at all without it.
+    """
+
+    name: str
+    value: str
+    state: State = "ok"
+    note: str = ""
+    mend: str = ""
+    needed: bool = False
+
+    def is_gap(self) -> bool:
+        """Whether something is to be mended."""
+        return self.state in ("missing", "broken")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> CheckResult:
+        """The record of ``dataclasses.asdict``."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, with its class."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__

@@ -1,0 +1,119 @@
+"""Which implementation each rewrite has here, as the ops themselves choose it; and who compiles.
+
+Each op is called as a model would call it, with tensors that have shapes and no contents: what it
+cannot take it says itself (``Op.unsupported``), and whether it launches one of our Triton kernels
+shows in the operators that it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...compiler.codegen import choose
+from ...compiler.options import Environment
+from ...kernels.launch import IMPLEMENTATIONS, LAUNCHES
+from ...kernels.op import Op
+from ...passes import PIPELINE
+from ...rewrite.op_table import OPS
+from ..model.precision import device_for_training
+from .result import CheckResult, reason
+from .samples import CALLS, Maker
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""The dtypes that are asked about."""
+
+_PARTS = {
+    "glu": ("glu", "glu_packed"),
+    "lora_linear": ("lora_linear", "quant_lora_linear", "dora", "dora_row_norms"),
+    "moe_experts": ("moe_up", "moe_down"),
+    "selective_scan": ("selective_scan", "ssd"),
+}
+"""The ops of a rule that calls others than the one of its name."""
+
+
+class _Launches(TorchDispatchMode):
+    """Notes the operators that launch a Triton kernel, also inside of opaque ones.
+
+    Attributes:
+        found: how many were called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # 2026-11-27: torch is not typed here
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, or in its place what implements it."""
+        launches, implementation = LAUNCHES.get(func), IMPLEMENTATIONS.get(func)
+        if launches is not None:
+            self.found += launches(*args)
+        elif implementation is not None:
+            with self:
+                return implementation(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of_rules() -> Iterator[tuple[str, Op]]:
+    """The rules' names in the order of the pipeline, each with the ops that it calls."""
+    ops = {op.name: op for op in OPS}
+    for name in dict.fromkeys(rule.name for rule in PIPELINE):
+        for part in _PARTS.get(name, (name,)):
+            yield name, ops[part]
+
+
+def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """What would run of an op.
+
+    Args:
+        op: its record.
+        dtype: of activations and weights.
+        device: where they are.
+
+    Returns:
+        ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
+        model's own operations); and why it is that one.
+    """
+    with FakeTensorMode():
+        args = CALLS[op.name](Maker(dtype, device))
+        if reasons := op.unsupported(*args):
+            return "reference", "; ".join(reasons)
+        with _Launches() as launches:
+            op.call(*args)
+    if launches.found:
+        return "Triton", ""
+    return ("CPU" if device.type == "cpu" else "ATen"), ""
+
+
+def rules() -> list[dict[str, str]]:
+    """One row for each rule and op: ``rule``, ``op``, both dtypes, and a note."""
+    device, disabled = device_for_training(), Environment.read().disable
+    found = []
+    for rule, op in ops_of_rules():
+        row: dict[str, str] = {"rule": rule, "op": op.name}
+        notes: dict[str, None] = {}
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            try:
+                row[name], note = implementation(op, dtype, device)
+            except Exception as error:  # of a library, a driver, a compiler
+                row[name], note = "unknown", reason(error)
+            if rule in disabled:
+                row[name], note = "off", "in FUSEWRIGHT_DISABLE"
+            if note:
+                notes[note] = None
+        found.append({**row, "note": "; ".join(notes)})
+    return found
+
+
+def codegen() -> list[CheckResult]:
+    """What ``codegen: auto`` chooses for a model of usual size."""
+    with FakeTensorMode():
+        block = torch.nn.Linear(4096, 4096, device=device_for_training())
+    chosen, why = choose("auto", [block])
+    note = f"{why}; models whose blocks have less than 10 M parameters run in eager PyTorch"
+    return [CheckResult("codegen: auto", chosen, note=note if chosen == "inductor" else why)]

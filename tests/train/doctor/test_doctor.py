@@ -1,0 +1,203 @@
+"""What the doctor says of this machine, and of machines where something is really not there.
+
+A package is hidden by a folder of links to all the others, or broken by a package of its name in
+front of it; a compiler is hidden by a ``PATH`` without one. Nothing of fusewright is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import site
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusewright.kernels.launch import has_triton
+from fusewright.passes import PIPELINE
+from fusewright.rewrite.op_table import OPS
+from fusewright.train.doctor.rules import implementation, ops_of_rules
+from fusewright.train.doctor.samples import CALLS
+
+SOURCE = Path(sys.modules["fusewright"].__path__[0]).parent
+COMMAND = [sys.executable, "-m", "fusewright.cli", "doctor"]
+
+
+def diagnose(
+    folder: Path, *front: Path, json_: bool = True, **variables: str
+) -> tuple[int, Any, float]:
+    """Run the command; its exit code, what it prints, and its seconds."""
+    places = [*map(str, front), str(SOURCE)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), **variables}
+    environment.pop("CXX", None)
+    start = time.monotonic()
+    done = subprocess.run(
+        [*COMMAND, *["--json"] * json_],
+        capture_output=True, text=True, check=False, timeout=120, cwd=folder, env=environment,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    found = json.loads(done.stdout) if json_ else done.stdout
+    return done.returncode, found, time.monotonic() - start
+
+
+def broken(folder: Path, name: str, line: str) -> Path:
+    """A folder with a package that does ``line`` where it is imported."""
+    package = folder / "broken" / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(line)
+    return package.parent
+
+
+def of(found: dict[str, Any], section: str) -> dict[str, Any]:
+    return {one["name"]: one for one in found[section]}
+
+
+def mends(found: dict[str, Any]) -> str:
+    return "\n".join(gap["mend"] for gap in found["gaps"])
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    code, found, seconds = diagnose(tmp_path)
+    assert code == 0
+    assert found["can_train"] is True
+    assert seconds < 30
+    assert list(tmp_path.iterdir()) == []
+    versions = of(found, "packages")
+    assert versions["torch"]["value"] == torch.__version__
+    assert versions["torch"]["note"] == "wanted: >=2.11"
+    assert {row["rule"] for row in found["rules"]} == {rule.name for rule in PIPELINE}
+    assert of(found, "attention")["sdpa"]["value"].endswith("math")
+    assert of(found, "communication")["gloo"]["state"] == "ok"
+    expected = "Triton" if torch.cuda.is_available() and has_triton() else "CPU"
+    assert next(r for r in found["rules"] if r["op"] == "rms_norm")["float32"] == expected
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, found, _ = diagnose(tmp_path, PATH=str(empty))
+    assert code == 0
+    if torch.cuda.is_available():  # where Triton compiles
+        assert found["compiler"][0]["state"] == "unused"
+        return
+    assert found["compiler"][0]["state"] == "missing"
+    assert "apt-get install g++" in mends(found)
+    assert found["codegen"][0]["value"] == "eager"
+    assert "no C++ compiler" in found["codegen"][0]["note"]
+
+
+@pytest.mark.slow
+def test_a_compiler_that_cannot_compile(tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        "#!/bin/sh\n[ $# -eq 1 ] && echo 'g++ 13.2.0' && exit 0\n"
+        "echo 'try.cpp:2:10: fatal error: Python.h: No such file or directory' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    code, found, _ = diagnose(tmp_path, PATH=f"{compiler.parent}:/usr/bin:/bin")
+    assert code == 0
+    assert found["compiler"][0]["state"] == "broken"
+    assert "Python.h" in found["compiler"][0]["note"]
+    assert "python3-dev" in mends(found)
+
+
+def test_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
+    links = tmp_path / "packages"
+    links.mkdir()
+    for place in site.getsitepackages():
+        for entry in Path(place).iterdir():
+            if not entry.name.lower().startswith(("triton", "bitsandbytes")):
+                (links / entry.name).symlink_to(entry)
+    runner = (
+        "import sys; from fusewright.cli import main; sys.argv[1:] = ['doctor', '--json']; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), str(links)])}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", runner, "doctor", "--json"],
+        capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert of(found, "packages")["triton"]["value"] == "not installed"
+    assert of(found, "bitsandbytes")["bitsandbytes"]["state"] == "missing"
+    assert 'pip install "fusewright[quant]"' in mends(found)
+    assert found["rules"], "the rewrites do not need either"
+    if not torch.cuda.is_available():
+        assert done.returncode == 0
+        assert of(found, "Triton")["Triton"]["state"] == "unused"
+        assert "triton" not in mends(found)
+
+
+def test_a_broken_bitsandbytes_keeps_adapters_from_training(tmp_path: Path) -> None:
+    front = broken(tmp_path, "bitsandbytes", "raise RuntimeError('libbitsandbytes: no symbol')")
+    code, text, _ = diagnose(tmp_path, front, json_=False)
+    assert code == 1
+    gaps = text[text.index("reference: the model's own") :]
+    assert "training needs this" in gaps
+    assert "RuntimeError: libbitsandbytes: no symbol" in gaps
+    assert "mend: pip install --force-reinstall bitsandbytes" in gaps
+    assert gaps.count("mend:") == 1, "one line for one fault"
+
+
+def test_a_broken_triton_keeps_everything_from_training(tmp_path: Path) -> None:
+    front = broken(tmp_path, "triton", "raise RuntimeError('libtriton.so: cannot open')")
+    code, found, _ = diagnose(tmp_path, front)
+    assert code == 1
+    assert of(found, "import torch._dynamo")["import torch._dynamo"]["needed"] is True
+    assert "pip install --force-reinstall triton" in mends(found)
+    assert of(found, "machine")["CPU"]["state"] == "ok", "the other checks are still made"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "said", "expected"),
+    [
+        ("import os; os.abort()", "SIGABRT", 1),
+        ("raise ImportError('built for CUDA 11')", "built for CUDA 11", 0),  # PEFT does without
+    ],
+)
+def test_what_else_a_package_may_do(tmp_path: Path, line: str, said: str, expected: int) -> None:
+    code, found, _ = diagnose(tmp_path, broken(tmp_path, "bitsandbytes", line))
+    assert said in found["bitsandbytes"][0]["note"]
+    assert code == expected
+    assert found["gaps"]
+    assert of(found, "communication")["gloo"]["state"] == "ok"
+    assert expected or found["rules"], "they import what does not end the process"
+
+
+@pytest.mark.slow
+def test_a_missing_need(tmp_path: Path) -> None:
+    line = "raise ModuleNotFoundError(\"No module named 'peft'\", name='peft')"
+    code, found, _ = diagnose(tmp_path, broken(tmp_path, "peft", line))
+    assert code == 1
+    assert found["gaps"][0]["mend"] == "pip install peft"
+
+
+def test_each_op_has_a_call() -> None:
+    assert set(CALLS) == {op.name for op in OPS}
+    assert {op.name for _, op in ops_of_rules()} == set(CALLS)
+
+
+OF_TRITON = {op.name for op in OPS} - {"attention", "dora", "dora_row_norms"}
+"""The ops that have kernels of Triton."""
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_what_triton_runs(tmp_path: Path) -> None:
+    """In its interpreter, tensors on the CPU get the kernels that they would get on a GPU."""
+    code, found, _ = diagnose(tmp_path, TRITON_INTERPRET="1")
+    assert code == 0
+    assert "runs a kernel" in found["Triton"][0]["note"]
+    assert {row["op"] for row in found["rules"] if row["bfloat16"] == "Triton"} == OF_TRITON
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_what_a_gpu_runs(op: Any) -> None:
+    found, _ = implementation(op, torch.bfloat16, torch.device("cuda"))
+    assert (found == "Triton") is (op.name in OF_TRITON)
