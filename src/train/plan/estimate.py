@@ -17,7 +17,7 @@ from .count.tensors import Unit, units
 
 MIB = 2**20
 
-_SPARE = 0.9
+SPARE = 0.9
 """The part of a device's memory that a plan may take."""
 
 
@@ -195,6 +195,13 @@ def estimate(
     )
 
 
+def smallest_peak(
+    job: TrainingJob, layout: ProcessLayout, room: int | None, factor: float = 1.0
+) -> int:
+    """The peak where all blocks keep as little as they may; arguments as for ``estimate``."""
+    return min(estimate(job, layout, room, factor, level).peak for level in job.levels())
+
+
 def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
     """What does not depend on the batch."""
     on_device = 0 if job.process.is_host else 1
@@ -243,7 +250,7 @@ def _trained(unit: Unit) -> int:
 
 def _setting(job: TrainingJob, fixed: Memory, room: int | None, factor: float) -> PlanInputs:
     """The same record that a run plans with, for the memory of another device."""
-    budget = None if room is None else int(_SPARE * room)
+    budget = None if room is None else int(SPARE * room)
     asked = Budget.parse(job.memory)
     if asked.bytes is not None:
         budget = asked.bytes

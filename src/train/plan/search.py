@@ -9,9 +9,8 @@ from ...errors import RecipeError
 from ..recipe.recipe import Recipe
 from .cards import GIB
 from .count.layout import ProcessLayout, layout_of
-from .estimate import TrainingJob, estimate
+from .estimate import SPARE, TrainingJob, smallest_peak
 
-_SPARE = 0.9
 SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 141, 180, 192, 288)
 """GiB that cards have."""
 
@@ -37,8 +36,7 @@ class Headroom:
 
 def fits(job: TrainingJob, layout: ProcessLayout, room: int, factor: float = 1.0) -> bool:
     """Whether the first process of a run fits into ``room`` bytes, with a tenth to spare."""
-    peaks = (estimate(job, layout, room, factor, level).peak for level in job.levels())
-    return min(peaks) <= _SPARE * room
+    return smallest_peak(job, layout, room, factor) <= SPARE * room
 
 
 def limits(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -> Headroom:

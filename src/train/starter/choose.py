@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
-from .fits import Fits, MemoryVerdict, ModelSizes, smallest
+from .fits import Fits, MemoryVerdict, smallest
 from .look import RowsRead
 from .measure import Lengths
 
@@ -57,7 +57,7 @@ class Chooser:
         base: ``base_model`` and ``datasets``, and why.
         rows: what was read.
         lengths: of the rows.
-        sizes: of the model, if they are known.
+        longest: the longest text that the model can read, if that is known.
         budget: ``--memory`` as it was given, and in bytes; None: none was given.
         fits: judges.
     """
@@ -65,7 +65,7 @@ class Chooser:
     base: Mapping[str, tuple[Any, str]]
     rows: RowsRead
     lengths: Lengths
-    sizes: ModelSizes | None
+    longest: int | None
     budget: tuple[str, int] | None
     fits: Fits
     _why: dict[str, str] = field(default_factory=dict)
@@ -110,9 +110,8 @@ class Chooser:
         wanted = _TEXT if self._is_text() else _rounded(self.lengths.at(99))
         if self._packs(wanted):
             wanted = max(wanted, _PACK)
-        limit = self.sizes.positions if self.sizes else None
-        if limit is not None:
-            wanted = min(wanted, limit)
+        if self.longest is not None:
+            wanted = min(wanted, self.longest)
         found = [wanted]
         while found[-1] > 2 * _LEAST:
             found.append(_rounded(found[-1] // 2))

@@ -17,7 +17,7 @@ from ..recipe.load import check
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
 from .choose import Chooser, Draft
-from .fits import Fits, judge, sizes_of
+from .fits import Fits, PlanJudge, positions_of
 from .look import SAMPLE, RowsRead, look
 from .measure import Lengths, measure, tokenizer_of
 from .write import to_yaml
@@ -47,12 +47,12 @@ class InitOptions:
     overwrite: bool = False
 
 
-def run(options: InitOptions, fits: Fits = judge) -> None:
+def run(options: InitOptions, fits: Fits | None = None) -> None:
     """Write the recipe.
 
     Args:
         options: what was asked for.
-        fits: judges whether a recipe fits.
+        fits: judges whether a recipe fits; None: ``fusewright plan``.
 
     Raises:
         RecipeError: an option is wrong, nothing fits, or the file is there already.
@@ -67,8 +67,9 @@ def run(options: InitOptions, fits: Fits = judge) -> None:
     announce(f"loading the tokenizer of {model}")
     entry = _entry(options, rows)
     recipe, base, lengths = _measured(model, why, entry, rows)
-    sizes = sizes_of(recipe)
-    draft = Chooser(base, rows, lengths, sizes, budget, fits).choose()
+    announce("counting a training step, to see what fits")
+    longest = positions_of(recipe)
+    draft = Chooser(base, rows, lengths, longest, budget, fits or PlanJudge()).choose()
     text = to_yaml(draft, _head(options, rows, lengths, draft))
     check(yaml.safe_load(text))  # what is written is what was judged
     if options.output is None:

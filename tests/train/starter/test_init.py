@@ -48,8 +48,18 @@ def refused(*arguments: Any) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("memory", ["4GB", "24GB"])
-@pytest.mark.parametrize("name", ROWS)
+_QUICK = {("tools", "24GB"), ("preferences", "4GB")}
+"""What the default tests try; CI tries the others, too."""
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        pytest.param(name, memory, marks=() if (name, memory) in _QUICK else pytest.mark.slow)
+        for name in ROWS
+        for memory in ("4GB", "24GB")
+    ],
+)
 def test_each_recipe_trains_its_first_steps(
     model: Path, tmp_path: Path, name: str, memory: str
 ) -> None:
