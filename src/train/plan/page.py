@@ -45,6 +45,7 @@ def show(plan: RunPlan, console: Console) -> None:
     """
     advice = plan.advice
     say(console, _model(plan))
+    say(console, f"rewritten: {', '.join(sorted(plan.rewrites)) or 'nothing'}")
     console.print(_parts(plan))
     for line in (_verdict(plan), *_limits(plan), *_work(plan)):
         say(console, line)

@@ -27,7 +27,8 @@ class Speed:
     Attributes:
         flops: floating-point operations, recomputation included.
         sent: bytes that it sends.
-        compute_seconds: of the operations alone.
+        compute_seconds: of the operations, or of reading and writing weights and states, whichever
+            takes longer.
         network_seconds: of the bytes alone.
         seconds: of the step: sending goes on beside computing, in part.
         tokens: of all processes.
@@ -98,11 +99,21 @@ def speed(
     """
     flops = job.passes * step_flops(job, memory, layout, factor)
     part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION
-    compute = flops / (card.flops * part)
+    compute = max(flops / (card.flops * part), _moved(job, memory, layout) / card.bandwidth)
     network = _seconds(sent, layout, card)
     seconds = max(compute, network) + (1 - _HIDDEN) * min(compute, network)
     tokens = round(job.step.tokens * factor) * job.passes * layout.data_ranks
     return Speed(flops, sent.total, compute, network, seconds, tokens)
+
+
+def _moved(job: TrainingJob, memory: Memory, layout: ProcessLayout) -> int:
+    """Bytes of weights and states that a step reads and writes at least.
+
+    Each pass reads all weights once forward, and once or twice backward; the optimizer reads and
+    writes its states, and what is trained.
+    """
+    stored = sum(u.times * w.bytes for u in job.units for w in u.weights) // layout.tensor
+    return 3 * job.passes * stored + 2 * (memory.optimizer + memory.gradients)
 
 
 def _seconds(sent: Traffic, layout: ProcessLayout, card: Card) -> float:

@@ -35,7 +35,6 @@ class Blueprint:
         blocks: those of ``model``, by their paths in it.
         times: how many blocks of the whole model each of them stands for.
         depth: the number of blocks of the whole model.
-        fitted: whether the trained tokens fit into the vocabulary of ``model`` is not known here.
     """
 
     model: Any
