@@ -164,8 +164,8 @@ def _fewer_tokens(
 ) -> dict[str, Any]:
     lean = replace(job, memory="auto")
     rows = recipe.micro_batch_size
-    if rows > 1 and fits(lean, layout, room, 1 / rows):
-        passes = recipe.accumulation() * rows
+    passes = recipe.accumulation() * rows
+    if rows > 1 and fits(replace(lean, passes=passes), layout, room, 1 / rows):
         return {"memory": "auto", "micro_batch_size": 1, "gradient_accumulation_steps": passes}
     longest = limits(lean, recipe, layout, room).longest_sequence
     return {"memory": "auto", "sequence_len": longest} if longest else {}
