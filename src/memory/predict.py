@@ -44,11 +44,6 @@ def compilation_bytes(choice: str) -> int:
     return _COMPILATION[choice]
 
 
-def slack_of(device: str) -> float:
-    """Bytes that the allocator holds besides, for each byte that blocks keep."""
-    return _SLACK if device == "cpu" else 0.0
-
-
 class Predicted:
     """What a block's graph takes at each level, predicted when it is first asked for.
 
@@ -156,7 +151,7 @@ def setting(
         levels = levels[1:]
     host = int(_HOST * planner.meter.host())
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
-    slack = slack_of(planner.meter.device.type)
+    slack = _SLACK if on_cpu else 0.0
     return PlanInputs(base, training, head, limit, levels, host, logits, slack)
 
 

@@ -32,13 +32,7 @@ def quantize_experts(model: nn.Module, recipe: Recipe, config: Any) -> None:
     """
     if not recipe.quantize_moe_experts:
         return
-    found = [
-        (module, name, parameter)
-        for path, module in model.named_modules()
-        if "expert" in path.lower()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
-    ]
+    found = bare_experts(model)
     if not found:
         raise RecipeError(
             "quantize_moe_experts: the model has no bare weights of experts; leave it out: its "
@@ -47,6 +41,17 @@ def quantize_experts(model: nn.Module, recipe: Recipe, config: Any) -> None:
     for module, name, parameter in found:
         packed = _four(parameter, config) if config.load_in_4bit else _eight(parameter)
         setattr(module, name, nn.Parameter(packed, requires_grad=False))
+
+
+def bare_experts(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The bare weights of a model's experts: the module, the name in it, and the parameter."""
+    return [
+        (module, name, parameter)
+        for path, module in model.named_modules()
+        if "expert" in path.lower()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    ]
 
 
 def _four(weights: Tensor, config: Any) -> PackedExperts:

@@ -1,7 +1,6 @@
 """Which engines of the field would run a recipe, and what each lacks for it.
 
-What is said of others is what their documentation said on 2026-11-27: Unsloth 2026.11, Axolotl
-0.21, TRL 1.16.
+It follows the documentation of Unsloth 2026.11, Axolotl 0.21 and TRL 1.16 (2026-11-27).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _UNSLOTH = (
 
 
 def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu: bool) -> str:
-    """One sentence on who would run this recipe.
+    """One sentence on who else would run this recipe.
 
     Args:
         recipe: checked.
@@ -34,38 +33,38 @@ def which_engines(recipe: Recipe, layout: ProcessLayout, model_type: str, on_gpu
         "Unsloth": lambda: _unsloth(layout, model_type, on_gpu),
         "TRL": lambda: _trl(recipe),
     }
-    found = {name: look() for name, look in looks.items()}
-    runs = [name for name, lacks in found.items() if not lacks]
-    parts = [f"{name} would need {_and(lacks)}" for name, lacks in found.items() if lacks]
-    same = f"{_and(runs)} would run it, too" if runs else "no other engine runs it as it is"
-    return f"fusewright runs this recipe; {'; '.join([same, *parts])}."
+    parts = []
+    for name, look in looks.items():
+        lacks = look()
+        parts.append(f"{name} {'would run it' if not lacks else f'would need {_and(lacks)}'}")
+    return f"other engines: {'; '.join(parts)}."
 
 
 def _axolotl(recipe: Recipe, on_gpu: bool) -> list[str]:
     lacks = [] if on_gpu else ["a GPU"]
     written = recipe.model_fields_set & set(FusewrightKeys.model_fields)
     if written:
-        lacks.append(f"the recipe without {_and(sorted(written))}")
+        lacks.append(f"the keys {_and(sorted(written))} removed")
     if recipe.base_model.endswith(".gguf") or "package:" in recipe.base_model:
         lacks.append("the weights as safetensors")
     return lacks
 
 
 def _unsloth(layout: ProcessLayout, model_type: str, on_gpu: bool) -> list[str]:
-    lacks = ["a script in place of the recipe"]
+    lacks = ["a Python script (it reads no recipes)"]
     if not on_gpu:
         lacks.append("a GPU")
     if layout.engine not in ("one process", "DDP"):
-        lacks.append(f"a strategy that it has ({layout.engine} is none)")
+        lacks.append(f"another strategy than {layout.engine}")
     if model_type not in _UNSLOTH:
         lacks.append(f"patches for {model_type}, which it trains at the speed of transformers")
     return lacks
 
 
 def _trl(recipe: Recipe) -> list[str]:
-    lacks = ["a script in place of the recipe"]
+    lacks = ["a Python script"]
     if recipe.packs() and recipe.attention() in (None, "sdpa", "eager"):
-        lacks.append("flash attention to keep packed samples apart")
+        lacks.append("flash attention, to keep packed samples apart")
     return lacks
 
 

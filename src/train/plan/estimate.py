@@ -59,6 +59,7 @@ class Memory:
         verification: with capture and code generation.
         slack: what the allocator cannot use again.
         host: bytes in the memory of the host besides.
+        offloaded: of these, inputs of blocks, which are copied in each pass.
         levels: how many blocks keep what.
     """
 
@@ -74,6 +75,7 @@ class Memory:
     slack: int
     host: int
     levels: dict[Level, int]
+    offloaded: int = 0
 
     def parts(self) -> dict[str, int]:
         """Bytes by name, which add up to the peak."""
@@ -114,6 +116,8 @@ class TrainingJob:
         optimizer: its name.
         passes: forward passes per optimizer step.
         checkpointed: whether the recipe asks for gradient checkpointing.
+        optimized: whether the recipe's model is optimized: only then blocks have levels.
+        experts: whether bare weights of experts are quantized, too.
         memory: the recipe's key.
         codegen: what runs the blocks: ``"eager"`` or ``"inductor"``.
         process: what a process takes anyway.
@@ -128,6 +132,9 @@ class TrainingJob:
     memory: str
     codegen: str
     process: Process
+    optimized: bool = True
+    experts: bool = False
+    rate: float = 1.0
 
     def blocks(self, factor: float) -> list[Usages]:
         """What each block of the whole model takes, for ``factor`` times the tokens."""
@@ -140,19 +147,46 @@ class TrainingJob:
     def levels(self) -> tuple[Level, ...]:
         """What a block may keep, the fastest first."""
         mode = Budget.parse(self.memory).mode
+        found = self.all_levels()
         if mode == "min":
             return ("input",)
-        found = self.all_levels()
         return found[:1] if mode == "speed" else found
 
     def all_levels(self) -> tuple[Level, ...]:
         """The same, if the planner were free to choose."""
+        if not self.optimized:
+            return ("input",) if self.checkpointed else ("all",)
         found = allowed(self.codegen, host=not self.process.is_host)
+        counted = [usages.get(found[0]) for usages in self.step.usages.values()]
+        if None in counted:  # a block that was counted in eager mode
+            found = ("all", *found[1:])
         return found[1:] if self.checkpointed and found[0] == "all" else found
 
     def with_bits(self, bits: int | None) -> TrainingJob:
-        """The same job with frozen linear layers of ``bits`` bits; None: of their own dtype."""
-        return replace(self, units=units(self.blueprint, bits))
+        """The same job with frozen weights of ``bits`` bits; None: of their own dtype."""
+        return replace(self, units=units(self.blueprint, bits, self.experts))
+
+    @property
+    def hidden(self) -> int:
+        """The size of a hidden state."""
+        return int(self.blueprint.model.get_input_embeddings().weight.shape[1])
+
+    def head_bytes(self, factor: float) -> int:
+        """Bytes of the hidden states around the head, before and after the final norm."""
+        return round(12 * self.step.tokens * self.hidden * factor)
+
+    def logits_bytes(self, factor: float) -> int:
+        """Bytes of the logits that exist at one time: tiles of them where the loss is fused."""
+        head = self.blueprint.model.get_output_embeddings()
+        rows = 0 if head is None else max((p.shape[0] for p in head.parameters()), default=0)
+        if "linear_cross_entropy" not in self.step.rewrites:  # in fp32, softmax, and gradient
+            return round(12 * self.step.tokens * rows * factor)
+        return min(round(8 * self.step.tokens * rows * factor), 2 * TILE_BYTES)
+
+    def dequantized_bytes(self) -> int:
+        """Bytes of the largest quantized weight as it is multiplied."""
+        packed = [w for u in self.units for w in u.weights if w.scales]
+        return max((w.numbers * w.itemsize for w in packed), default=0)
 
 
 def estimate(
@@ -174,24 +208,25 @@ def estimate(
     """
     own = held(job.units, layout, job.optimizer, job.passes)
     fixed = _fixed(job, own, layout)
-    setting = _setting(job, fixed, room, factor / layout.context)
-    usages = job.blocks(factor / layout.context)
+    part = factor / layout.context
+    usages = job.blocks(part)
+    head, logits = job.head_bytes(part), job.logits_bytes(part)
+    setting = _setting(job, fixed, room, head, logits)
     levels = [level] * len(usages) if level else choose(usages, setting)
     used = [found for u, v in zip(usages, levels, strict=True) if (found := u.get(v)) is not None]
     kept = sum(u.kept for u in used)
     passing = max((max(u.forward, u.backward) - u.kept for u in used), default=0)
-    logits = min(setting.logits, 2 * TILE_BYTES)
-    head = setting.head + logits
-    at_head = passing <= head
-    counts = {v: levels.count(v) for v in dict.fromkeys(levels)}
+    passing += job.dequantized_bytes()
+    at_head = passing <= head + logits
     return replace(
         fixed,
-        activations=kept + (setting.head if at_head else 0),
+        activations=kept + (head if at_head else 0),
         logits=logits if at_head else 0,
         working=0 if at_head else passing,
-        slack=int(kept * setting.slack),
+        slack=int(kept * job.process.slack),
         host=own.host + on_host(levels, usages),
-        levels=counts,
+        offloaded=on_host(levels, usages),
+        levels={v: levels.count(v) for v in dict.fromkeys(levels)},
     )
 
 
@@ -248,14 +283,17 @@ def _trained(unit: Unit) -> int:
     return sum(w.numbers * w.itemsize for w in unit.weights if w.trains)
 
 
-def _setting(job: TrainingJob, fixed: Memory, room: int | None, factor: float) -> PlanInputs:
-    """The same record that a run plans with, for the memory of another device."""
+def _setting(
+    job: TrainingJob, fixed: Memory, room: int | None, head: int, logits: int
+) -> PlanInputs:
+    """The same record that a run plans with, for the memory of another device.
+
+    The host is taken to have as much memory for each device as the device has.
+    """
     budget = None if room is None else int(SPARE * room)
     asked = Budget.parse(job.memory)
     if asked.bytes is not None:
         budget = asked.bytes
-    setting = job.step.setting.scaled(factor)
     base = sum(fixed.parts().values())
-    return PlanInputs(
-        base, 0, setting.head, budget, job.levels(), setting.host, setting.logits, job.process.slack
-    )
+    # all of these logits exist at one time: none are left for the record's own tiles
+    return PlanInputs(base, 0, head + logits, budget, job.levels(), room or 0, 0, job.process.slack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 
@@ -30,9 +31,9 @@ def _gpu() -> Card:
     """The first GPU: as fast as the card of its name, or of its size."""
     found = torch.cuda.get_device_properties(0)
     name = str(found.name)
-    alike = [card for card in CARDS.values() if card.name.lower() in name.lower().replace(" ", "")]
-    if alike:
-        like = max(alike, key=lambda c: len(c.name))
+    words = re.split(r"[\s-]+", name.lower().replace("rtx ", "rtx"))
+    like = next((card for card in CARDS.values() if card.name.lower() in words), None)
+    if like is not None:
         return replace(like, name=name, memory=int(found.total_memory))
     return replace(of_size(found.total_memory, name), name=name)
 

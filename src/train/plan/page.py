@@ -25,11 +25,11 @@ _KEPT: dict[Level, str] = {
 _MEANING = {
     "process": "interpreter and libraries, or the context of a GPU",
     "weights": "model and adapters",
-    "gradients": "of what is trained",
+    "gradients": "of the trainable parameters",
     "optimizer": "its states, and copies of the weights in 32 bits",
-    "activations": "what blocks keep for backward",
-    "logits": "two tiles of them",
-    "working": "what one block needs in passing",
+    "activations": "what blocks keep for backward, and hidden states around the head",
+    "logits": "those that exist at one time",
+    "working": "temporary memory of one block",
     "communication": "gathered weights, buckets",
     "verification": "with capture and code generation",
     "slack": "what the allocator cannot use again",
@@ -45,7 +45,9 @@ def show(plan: RunPlan, console: Console) -> None:
     """
     advice = plan.advice
     say(console, _model(plan))
-    say(console, f"rewritten: {', '.join(sorted(plan.rewrites)) or 'nothing'}")
+    say(console, f"rewritten formulas: {', '.join(sorted(plan.rewrites)) or 'none'}")
+    for path, reason in plan.uncaptured.items():
+        say(console, f"runs as it is: {path}, and blocks like it: {reason}")
     console.print(_parts(plan))
     for line in (_verdict(plan), *_limits(plan), *_work(plan)):
         say(console, line)
@@ -111,13 +113,16 @@ def _limits(plan: RunPlan) -> list[str]:
     card = f"{found.smallest_card} GiB" if found.smallest_card else "none of the known cards"
     smallest = f"smallest that fits: {card} for each process"
     if not plan.on_cpu:
-        fewest = found.fewest_devices or "more than 1,024"
-        smallest = f"smallest that fits: {plan.devices.count} of {card}, or {fewest} of {name}"
+        number = found.fewest_devices
+        fewest = f"{number} of {name}" if number else f"no number of {name} as it is shared"
+        smallest = f"smallest that fits: {plan.devices.count} of {card}, or {fewest}"
     if not found.longest_sequence:
         return [smallest]
+    read = " (what the model has learnt to read)"
+    by_model = read if found.longest_sequence == found.positions else ""
     most = (
         f"with micro_batch_size {plan.recipe.micro_batch_size}, sequence_len up to "
-        f"{found.longest_sequence:,}; with sequence_len {plan.recipe.sequence_len:,}, "
+        f"{found.longest_sequence:,}{by_model}; with sequence_len {plan.recipe.sequence_len:,}, "
         f"micro_batch_size up to {found.largest_micro_batch:,}"
     )
     return [smallest, most]
@@ -165,8 +170,10 @@ def assumptions(plan: RunPlan) -> str:
     if plan.on_cpu:
         return f"assumed: {said}; the rate of matrix products was measured here"
     like = " of a card that is as large" if card.assumed else ""
+    if plan.recipe.optimizer.startswith(("galore", "apollo")):
+        said += f"; {plan.recipe.optimizer} keeps what AdamW does"
     return (
-        f"assumed: {said}; 45% of the peak{like} ({card.flops / 1e12:,.0f} TFLOP/s), "
+        f"assumed: {said}; 45% of the peak{like} ({card.flops / 1e12:,.0f} TFLOP/s in bf16), "
         f"{(card.link if plan.devices.count <= 8 else card.network) / 1e9:,.0f} GB/s between cards"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from ...compiler.codegen import choose
 from ...compiler.options import Codegen
 from ...errors import RecipeError
-from ...memory.predict import compilation_bytes, slack_of
+from ...memory.predict import compilation_bytes
+from ..model.positions import positions
 from ..model.precision import dtype_for_training
 from ..recipe.recipe import Recipe
 from .cards import Devices
@@ -26,12 +27,16 @@ from .count.tensors import units
 from .estimate import Memory, Process, TrainingJob, estimate
 from .here import CPU, devices_here
 from .recommend import Advice, advise, faster
-from .rows import estimate_tokens
+from .rows import count_rows, estimate_tokens
 from .search import Headroom, fits, limits
 from .speed import Speed, speed
 
 _GPU_CONTEXT = 600 << 20
 """Bytes of a CUDA context with cuBLAS's workspaces on a GPU: assumed, until a GPU was measured."""
+
+_CPU_SLACK = 0.9
+"""On the CPU, bytes that malloc holds besides, for each byte of activations, after some dozen steps
+with sequences of different lengths (measured: 0.1 to 1.4)."""
 
 _CPU_PROCESS = 690 << 20
 """Bytes that a process on the CPU has without a model: the libraries, the rows, the tokenizer.
@@ -58,6 +63,7 @@ class RunPlan:
         steps: optimizer steps of the run; None: neither the recipe nor its rows say.
         steps_are_estimated: whether they were found by the size of the rows' files.
         rewrites: formulas that are rewritten, by rule, in one block of each kind and the head.
+        uncaptured: paths of blocks that run as they are, each with the reason.
         model_config: of the model.
         advice: what to change, and how other methods compare.
     """
@@ -77,6 +83,7 @@ class RunPlan:
     steps: int | None
     steps_are_estimated: bool
     rewrites: dict[str, int]
+    uncaptured: dict[str, str]
     model_config: Any
     advice: Advice
 
@@ -107,7 +114,7 @@ class RunPlan:
 def make_plan(
     recipe: Recipe, devices: Devices | None, processes: int | None = None, compare: bool = False
 ) -> RunPlan:
-    """RunPlan a run.
+    """Plan a run.
 
     Args:
         recipe: checked.
@@ -126,39 +133,60 @@ def make_plan(
     layout = layout_of(recipe, asked.count)
     make = functools.partial(make_job, dtype=dtype, on_cpu=asked.card.name == CPU)
     job, room = make(recipe), asked.card.memory
+    limit = limits(job, recipe, layout, room)
+    known = positions(job.blueprint.config)
+    if known is not None:
+        limit = replace(limit, longest_sequence=min(limit.longest_sequence, known), positions=known)
     if compare or not fits(job, layout, room):  # then other methods may
-        advice = advise(job, recipe, layout, room, make)
+        advice = advise(job, recipe, layout, asked.card, make)
     else:
-        advice = faster(job, recipe, layout, room)
-    return _planned(job, recipe, layout, asked, advice)
+        advice = faster(job, recipe, layout, asked.card)
+    return _planned(job, recipe, layout, asked, advice, limit)
 
 
 def _planned(
-    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, devices: Devices, advice: Advice
+    job: TrainingJob,
+    recipe: Recipe,
+    layout: ProcessLayout,
+    devices: Devices,
+    advice: Advice,
+    limit: Headroom,
 ) -> RunPlan:
     room = devices.card.memory
     memory = estimate(job, layout, room)
     own = held(job.units, layout, recipe.optimizer)
     tokens = recipe.micro_batch_size * recipe.sequence_len
-    hidden = int(job.blueprint.model.get_input_embeddings().weight.shape[1])
-    sent = traffic(job.units, layout, job.passes, tokens, hidden)
+    keys = _keys_width(job)
+    sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
     pace = speed(job, memory, layout, sent, devices.card)
     return RunPlan(
         recipe, devices, layout,
         parameters=_count(job, trained=False), trained=_count(job, trained=True),
         depth=job.blueprint.depth, between_steps=own.between_steps,
-        memory=memory, fits=fits(job, layout, room),
-        limits=limits(job, recipe, layout, room), traffic=sent,
-        speed=pace, steps=recipe.max_steps or _steps(recipe, pace.tokens),
+        memory=memory, fits=fits(job, layout, room), limits=limit, traffic=sent, speed=pace,
+        steps=recipe.max_steps or _steps(recipe, pace.tokens, layout),
         steps_are_estimated=recipe.max_steps is None,
-        rewrites=dict(job.step.rewrites), model_config=job.blueprint.config, advice=advice,
+        rewrites=dict(job.step.rewrites), uncaptured=dict(job.step.uncaptured),
+        model_config=job.blueprint.config, advice=advice,
     )  # fmt: skip
 
 
-def _steps(recipe: Recipe, tokens: int) -> int | None:
+def _keys_width(job: TrainingJob) -> int | None:
+    """The size of a token's keys, of all heads, where the configuration says it."""
+    config = job.blueprint.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None)
+    size = getattr(config, "head_dim", None)
+    return heads * size if isinstance(heads, int) and isinstance(size, int) else None
+
+
+def _steps(recipe: Recipe, tokens: int, layout: ProcessLayout) -> int | None:
     """By the size of the rows' files; ``tokens`` are those of an optimizer step."""
-    epoch = estimate_tokens(recipe)
-    return None if epoch is None else math.ceil(epoch * recipe.num_epochs / tokens)
+    if recipe.packs():
+        epoch, each = estimate_tokens(recipe), tokens
+    else:  # a step has so many rows, whatever their length
+        epoch = count_rows(recipe)
+        each = recipe.micro_batch_size * recipe.accumulation() * layout.data_ranks
+    return None if epoch is None else math.ceil(epoch * recipe.num_epochs / each)
 
 
 def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
@@ -170,33 +198,44 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
         on_cpu: whether it is to run on the CPU.
     """
     blueprint = draw(recipe, dtype)
-    codegen = _codegen(recipe, blueprint)
+    codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
     step = take(blueprint, recipe, codegen)
     bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
     if on_cpu:
-        process = Process(_CPU_PROCESS, compilation_bytes(codegen), slack_of("cpu"), True)
+        process = Process(_CPU_PROCESS, compilation_bytes(codegen), _CPU_SLACK, is_host=True)
+    experts = recipe.quantize_moe_experts
     return TrainingJob(
-        blueprint, units(blueprint, bits), step, recipe.optimizer, recipe.accumulation(),
-        recipe.checkpointing(), recipe.memory, codegen, process,
+        blueprint, units(blueprint, bits, experts), step, recipe.optimizer, recipe.accumulation(),
+        recipe.checkpointing(), recipe.memory, codegen, process, recipe.optimize, experts,
+        _rate(recipe, dtype),
     )  # fmt: skip
 
 
-def _codegen(recipe: Recipe, blueprint: Blueprint) -> Codegen:
+def _rate(recipe: Recipe, dtype: torch.dtype) -> float:
+    """The part of a GPU's peak in bfloat16 that ``dtype`` has: as on an A100."""
+    if dtype is not torch.float32:
+        return 1.0
+    return 1 / 2 if recipe.tf32 is True else 1 / 16
+
+
+def _codegen(recipe: Recipe, blueprint: Blueprint, device: str) -> Codegen:
     """What will run the blocks of the whole model, of which not all are here."""
+    if not recipe.optimize:
+        return "eager"
     whole: list[nn.Module] = [
         block for path, block in blueprint.blocks.items() for _ in range(blueprint.times[path])
     ]
-    return "inductor" if choose(recipe.codegen, whole)[0] == "inductor" else "eager"
+    return "inductor" if choose(recipe.codegen, whole, device)[0] == "inductor" else "eager"
 
 
 def _dtype(recipe: Recipe, elsewhere: bool) -> torch.dtype:
-    precision = recipe.precision()
-    if elsewhere:
-        wide = precision == "float32"
-        narrow = torch.float16 if precision == "float16" else torch.bfloat16
-        return torch.float32 if wide else narrow
-    return dtype_for_training(precision, recipe.adapter is not None)
+    precision, adapters = recipe.precision(), recipe.adapter is not None
+    if not elsewhere:
+        return dtype_for_training(precision, adapters)
+    if precision == "float16":  # weights that are trained themselves stay in 32 bits
+        return torch.float16 if adapters else torch.float32
+    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def _count(job: TrainingJob, trained: bool) -> int:

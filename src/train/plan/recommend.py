@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...errors import RecipeError
+from ..recipe.load import check
 from ..recipe.recipe import Recipe
+from .cards import Card
 from .count.layout import ProcessLayout
+from .count.network import traffic
 from .estimate import TrainingJob, estimate
 from .search import fits, limits
+from .speed import speed
 
 MakeJob = Callable[[Recipe], TrainingJob]
 """Takes a step of another method's model; slow."""
@@ -19,6 +24,9 @@ _METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": False},
     "QLoRA": {"adapter": "qlora", "load_in_4bit": True, "load_in_8bit": False},
 }
+_WORTH = 0.97
+"""Advice has to save at least three seconds of a hundred."""
+
 _EVERY_LINEAR = {"lora_target_linear": True, "lora_r": 16, "lora_alpha": 32}
 _FSDP = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
 
@@ -42,7 +50,7 @@ class Advice:
 
 
 def advise(
-    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int, make: MakeJob
+    job: TrainingJob, recipe: Recipe, layout: ProcessLayout, card: Card, make: MakeJob
 ) -> Advice:
     """What to change, and how other methods compare.
 
@@ -50,17 +58,18 @@ def advise(
         job: what is run.
         recipe: it.
         layout: how its work is shared.
-        room: bytes of a device.
+        card: a device.
         make: for other methods.
     """
-    jobs = dict(_jobs(job, recipe, make))
+    jobs, room = dict(_jobs(job, recipe, make)), card.memory
     ways = _ways(layout.world)
     table = {
         method: [_cell(own, way, room) for way in ways.values()] for method, own in jobs.items()
     }
-    own = faster(job, recipe, layout, room)
-    if not fits(job, layout, room):
-        own = Advice(*_leaner(jobs, recipe, layout, room))
+    if fits(job, layout, room):
+        own = faster(job, recipe, layout, card)
+    else:
+        own = _leaner(jobs, recipe, layout, room)
     return replace(own, columns=tuple(ways), table=table)
 
 
@@ -115,42 +124,68 @@ def _cell(job: TrainingJob, layout: ProcessLayout, room: int) -> tuple[int, int,
     return most, least, fits(job, layout, room)
 
 
-def faster(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, room: int) -> Advice:
-    """For a run that fits: the same batch in fewer, larger passes, where there is room for them."""
+def faster(job: TrainingJob, recipe: Recipe, layout: ProcessLayout, card: Card) -> Advice:
+    """For a run that fits: the same batch in fewer, larger passes, where that takes less time."""
     passes = recipe.accumulation()
-    if passes == 1:
-        return Advice()
-    rows = limits(job, recipe, layout, room).largest_micro_batch
-    fewer = (f for f in range(passes, 1, -1) if passes % f == 0)
-    factor = next((f for f in fewer if f * recipe.micro_batch_size <= rows), 1)
-    if factor == 1:
-        return Advice()
-    keys = {
-        "micro_batch_size": recipe.micro_batch_size * factor,
-        "gradient_accumulation_steps": passes // factor,
-    }
-    return Advice(keys, "the same batch in fewer passes, which fits, too")
+    best, found = _WORTH * _seconds(job, layout, card, 1), Advice()
+    for factor in (f for f in range(2, passes + 1) if passes % f == 0):
+        if not fits(replace(job, passes=passes // factor), layout, card.memory, factor):
+            break
+        seconds = _seconds(job, layout, card, factor)
+        if seconds < best:
+            keys = {
+                "micro_batch_size": recipe.micro_batch_size * factor,
+                "gradient_accumulation_steps": passes // factor,
+            }
+            best, found = seconds, Advice(keys, "the same batch in fewer passes takes less time")
+    return found
+
+
+def _seconds(job: TrainingJob, layout: ProcessLayout, card: Card, factor: int) -> float:
+    """Of an optimizer step with micro batches ``factor`` times as large, and as many fewer."""
+    own = replace(job, passes=job.passes // factor)
+    memory = estimate(own, layout, card.memory, factor)
+    tokens = job.step.tokens * factor
+    sent = traffic(job.units, layout, own.passes, tokens, job.hidden)
+    return speed(own, memory, layout, sent, card, factor).seconds
 
 
 def _leaner(
     jobs: dict[str, TrainingJob], recipe: Recipe, layout: ProcessLayout, room: int
-) -> tuple[dict[str, Any], str]:
+) -> Advice:
     """For a run that does not fit: the least change after which it does."""
-    own = method_of(recipe)
-    order = ["full", "LoRA", "QLoRA"]
-    sharded = ProcessLayout("FSDP2", layout.world, shard=layout.world)
-    fsdp = {} if layout.shards_weights or layout.world == 1 else _FSDP
+    for keys, job, way in _candidates(jobs, recipe, layout):
+        if keys and fits(job, way, room) and _is_valid(recipe, keys):
+            return Advice(keys, "with these it fits")
+    smaller = _fewer_tokens(jobs[method_of(recipe)], recipe, layout, room)
+    return Advice(smaller, "with fewer tokens at a time it fits") if smaller else Advice()
+
+
+def _candidates(
+    jobs: dict[str, TrainingJob], recipe: Recipe, layout: ProcessLayout
+) -> Iterator[tuple[dict[str, Any], TrainingJob, ProcessLayout]]:
+    """Keys to change, with what they make of the run: what changes least comes first."""
+    own, order = method_of(recipe), list(_METHODS)
+    ways: list[tuple[ProcessLayout, dict[str, Any]]] = [(layout, {})]
+    if layout.engine == "DDP":
+        world = layout.world
+        ways.append((ProcessLayout("FSDP2", world, shard=world), _FSDP))
     for method in order[order.index(own) :]:
         keys = {} if method == own else _written(method, recipe)
-        for way, more in ((layout, {}), (sharded, fsdp)):
+        for way, more in ways:
             for lean in ({}, {"memory": "auto"}):
                 job = replace(jobs[method], memory=lean.get("memory", jobs[method].memory))
-                if (keys or more or lean) and fits(job, way, room):
-                    return {**keys, **more, **lean}, "with these it fits"
-    smaller = _fewer_tokens(jobs[own], recipe, layout, room)
-    if smaller:
-        return smaller, "with fewer tokens at a time it fits"
-    return {}, ""
+                yield {**keys, **more, **lean}, job, way
+
+
+def _is_valid(recipe: Recipe, keys: dict[str, Any]) -> bool:
+    """Whether the recipe with these keys is one."""
+    values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"consent"})
+    try:
+        check({**values, **keys}, with_data=False)
+    except RecipeError:
+        return False
+    return True
 
 
 def _written(method: str, recipe: Recipe) -> dict[str, Any]:

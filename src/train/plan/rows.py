@@ -1,4 +1,4 @@
-"""How many tokens a recipe's rows have, by the size of their files."""
+"""How many rows and tokens a recipe has, by its files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..recipe.recipe import Recipe
 _BYTES_PER_TOKEN = 4
 """Of text, with what JSON puts around it: assumed."""
 
+_LINES = {".jsonl", ".csv", ".tsv"}
 _TEXT = {".jsonl", ".json", ".csv", ".tsv", ".txt"}
 
 
@@ -30,6 +31,31 @@ def estimate_tokens(recipe: Recipe) -> int | None:
         total += size / _BYTES_PER_TOKEN * (dataset.weight or 1) / (dataset.shards or 1)
     held_out = recipe.val_set_size if 0 < recipe.val_set_size < 1 else 0
     return round(total * (1 - held_out)) or None
+
+
+def count_rows(recipe: Recipe) -> int | None:
+    """The rows of an epoch, by the lines of their files.
+
+    Args:
+        recipe: checked.
+
+    Returns:
+        None where some rows are not in files of one row a line on this machine.
+    """
+    total = 0.0
+    for dataset in recipe.datasets:
+        files = _files(Path(dataset.path))
+        if not files or any(file.suffix not in _LINES for file in files):
+            return None
+        rows = sum(_lines(file) for file in files)
+        total += rows * (dataset.weight or 1) / (dataset.shards or 1)
+    held_out = recipe.val_set_size
+    return round(total * (1 - held_out) if held_out < 1 else total - held_out) or None
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as opened:
+        return sum(1 for line in opened if line.strip()) - (file.suffix in (".csv", ".tsv"))
 
 
 def _files(path: Path) -> list[Path]:

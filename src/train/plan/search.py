@@ -26,12 +26,14 @@ class Headroom:
         largest_micro_batch: sequences, with the recipe's length; 0: not even one.
         smallest_card: GiB of the smallest card that does, with the asked number; None: none does.
         fewest_devices: of the asked card, of those that are powers of two; None: none does.
+        positions: how long a text the model has learnt to read, which limits a sequence, too.
     """
 
     longest_sequence: int
     largest_micro_batch: int
     smallest_card: int | None
     fewest_devices: int | None
+    positions: int | None = None
 
 
 def fits(job: TrainingJob, layout: ProcessLayout, room: int, factor: float = 1.0) -> bool:

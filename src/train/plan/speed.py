@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from ...memory.levels import HOSTED
 from .cards import CARDS_OF_A_MACHINE, Card
 from .count.layout import ProcessLayout
 from .count.network import Traffic
@@ -18,6 +19,10 @@ _CPU_UTILIZATION = 0.55
 
 _HIDDEN = 0.7
 """The part of a step in which sending goes on beside computing: assumed."""
+
+
+_HOST_LINK = 20e9
+"""Bytes per second of copies between a GPU and its host (PCIe 4 x16): they run beside the work."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,23 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
     for usages in job.blocks(factor):
         level = next(v for v in left if left[v])
         left[level] -= 1
-        found = usages.get(level)
+        found = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
         total += found.flops if found is not None else 0
     total += head_flops(job, round(job.step.tokens * factor))
     return round(total / (layout.tensor * layout.context))
 
 
 def head_flops(job: TrainingJob, tokens: int) -> int:
-    """Of the output head, with every token trained: forward, and one or two products backward."""
+    """Of the output head, with every token trained.
+
+    Each of its matrices has a product in forward and one in backward, and one more if it is trained.
+    """
     head = job.blueprint.model.get_output_embeddings()
-    if head is None:
-        return 0
-    products = 3 if any(p.requires_grad for p in head.parameters()) else 2
-    numbers = sum(int(p.numel()) for p in head.parameters() if p.dim() > 1)
-    return 2 * products * tokens * numbers
+    total = 0
+    for name, p in () if head is None else head.named_parameters():
+        if p.dim() > 1 and "original_module" not in name:  # of a copy that is trained
+            total += 2 * tokens * p.numel() * (3 if p.requires_grad else 2)
+    return total
 
 
 def speed(
@@ -98,8 +106,9 @@ def speed(
         factor: how many times the counted tokens a micro batch has.
     """
     flops = job.passes * step_flops(job, memory, layout, factor)
-    part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION
+    part = _CPU_UTILIZATION if job.process.is_host else _UTILIZATION * job.rate
     compute = max(flops / (card.flops * part), _moved(job, memory, layout) / card.bandwidth)
+    compute = max(compute, 2 * job.passes * memory.offloaded / _HOST_LINK)
     network = _seconds(sent, layout, card)
     seconds = max(compute, network) + (1 - _HIDDEN) * min(compute, network)
     tokens = round(job.step.tokens * factor) * job.passes * layout.data_ranks

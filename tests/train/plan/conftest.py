@@ -58,6 +58,7 @@ def make_job(recipe: Recipe, dtype: torch.dtype = torch.bfloat16) -> TrainingJob
     step = take(blueprint, recipe, "eager")
     bits = 4 if recipe.load_in_4bit else None
     return TrainingJob(
-        blueprint, units(blueprint, bits), step, recipe.optimizer, recipe.accumulation(),
-        recipe.checkpointing(), recipe.memory, "eager", Process(0, 0, 0.0, True),
+        blueprint, units(blueprint, bits, recipe.quantize_moe_experts), step, recipe.optimizer,
+        recipe.accumulation(), recipe.checkpointing(), recipe.memory, "eager",
+        Process(0, 0, 0.0, True), recipe.optimize, recipe.quantize_moe_experts,
     )  # fmt: skip

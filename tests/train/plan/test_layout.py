@@ -149,10 +149,10 @@ def test_quantized_weights_are_as_large_as_those_of_bitsandbytes(
     found = quantized_bytes(weight, bits)
     if bits == 8:
         made, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        assert found == made.nbytes + scales.nbytes
+        assert found == (made.nbytes, scales.nbytes)
         return
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    assert found == packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert found == (packed.nbytes, state.absmax.nbytes + state.state2.absmax.nbytes)
 
 
 def test_traffic_is_that_of_the_closed_formulas(recipe: MakeRecipe) -> None:
@@ -170,6 +170,28 @@ def test_traffic_is_that_of_the_closed_formulas(recipe: MakeRecipe) -> None:
     zero = traffic(parts, ProcessLayout("ZeRO-3", 8, shard=8), 4, 256, 64)
     assert zero.weights == pytest.approx(7 / 8 * 2 * whole * 4, abs=1)
     assert traffic(parts, ProcessLayout("one process"), 4, 256, 64).total == 0
+
+
+def test_zero_2_reduces_in_each_pass(recipe: MakeRecipe) -> None:
+    parts = units(draw(recipe(), torch.bfloat16), None)
+    one, four = (traffic(parts, ProcessLayout("ZeRO-2", 8), n, 256, 64).gradients for n in (1, 4))
+    assert four == pytest.approx(4 * one, abs=4)
+
+
+def test_keys_and_values_go_around_the_ring(recipe: MakeRecipe) -> None:
+    parts = units(draw(recipe(), torch.bfloat16), None)
+    layout = ProcessLayout("FSDP2", 4, shard=1, context=4)
+    found = traffic(parts, layout, 1, 256, 64, keys=32).activations
+    assert found == 4 * 6 * 3 * (256 // 4) * 32 * 2  # blocks, tensors, hops, tokens, width, bytes
+
+
+def test_scales_of_quantized_weights_are_not_divided(recipe: MakeRecipe) -> None:
+    made = recipe(**LORA | {"adapter": "qlora", "load_in_4bit": True})
+    parts = units(draw(made, torch.bfloat16), 4)
+    scales = sum(u.times * w.scales for u in parts for w in u.weights)
+    stored = sum(u.times * w.bytes for u in parts for w in u.weights)
+    found = held(parts, ProcessLayout("FSDP2", 1024, shard=1024), "adamw_torch").weights
+    assert scales < found < scales + stored / 8
 
 
 def test_only_what_is_trained_is_reduced(recipe: MakeRecipe) -> None:

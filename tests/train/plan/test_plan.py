@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig
+from peft import LoraConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
-from fusewright.train.plan.cards import GIB
-from fusewright.train.plan.count.layout import ProcessLayout
+from fusewright.errors import RecipeError
+from fusewright.train.plan.cards import CARDS
+from fusewright.train.plan.count.layout import ProcessLayout, layout_of
 from fusewright.train.plan.estimate import Process, estimate
-from fusewright.train.plan.recommend import advise
-from fusewright.train.plan.rows import estimate_tokens
+from fusewright.train.plan.recommend import advise, faster
+from fusewright.train.plan.rows import count_rows, estimate_tokens
 from fusewright.train.plan.search import fits, limits
+from fusewright.train.plan.speed import head_flops
 
 from ..commands import fusewright, snapshot
 from .conftest import LORA, MakeRecipe, make_job
@@ -133,17 +136,130 @@ def test_what_does_not_fit_is_told_what_would(
     layout = ProcessLayout("DDP", world, replicate=world) if world > 1 else ONE
     whole = estimate(job, layout, None)
     room = int((whole.peak - getattr(whole, scarce) / 2) / 0.9)
-    advice = advise(job, made, layout, room, make_job)
+    advice = advise(job, made, layout, replace(CARDS["H100"], memory=room), make_job)
     assert expected in advice.keys
-    # and the recipe with these keys is one
-    recipe(**{"sequence_len": made.sequence_len, **advice.keys})
+    # the recipe with these keys is one, and fits
+    changed = recipe(**{"sequence_len": made.sequence_len, "memory": "speed", **advice.keys})
+    assert fits(make_job(changed), layout_of(changed, world), room)
 
 
-def test_passes_are_put_together_where_there_is_room(recipe: MakeRecipe) -> None:
+def test_advice_that_is_no_recipe_is_not_given(recipe: MakeRecipe) -> None:
+    made = recipe(memory="speed", sequence_len=16, optimizer="adamw_bnb_8bit")
+    job = make_job(made)
+    layout = ProcessLayout("DDP", 8, replicate=8)
+    whole = estimate(job, layout, None)
+    room = int((whole.peak - whole.optimizer / 2) / 0.9)
+    advice = advise(job, made, layout, replace(CARDS["H100"], memory=room), make_job)
+    assert "fsdp_config" not in advice.keys
+
+
+def test_passes_are_put_together_only_where_that_is_faster(recipe: MakeRecipe) -> None:
+    """Weights are read in each pass: with few tokens, fewer passes take less time."""
     made = recipe(gradient_accumulation_steps=4)
-    advice = advise(make_job(made), made, ONE, 80 * GIB, make_job)
-    assert advice.keys == {"micro_batch_size": 8, "gradient_accumulation_steps": 1}
-    assert list(advice.table) == ["full", "LoRA", "QLoRA"]
+    job, card = make_job(made), replace(CARDS["H100"], bandwidth=1e6)
+    assert faster(job, made, ONE, card).keys == {
+        "micro_batch_size": 8, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    assert not faster(job, made, ONE, replace(card, bandwidth=1e30)).keys
+    assert list(advise(job, made, ONE, card, make_job).table) == ["full", "LoRA", "QLoRA"]
+
+
+# --- what recipes change --------------------------------------------------------------------------
+
+
+def test_without_rewrites_nothing_is_planned_and_logits_are_whole(recipe: MakeRecipe) -> None:
+    plain, ours = make_job(recipe(optimize=False)), make_job(recipe())
+    assert plain.all_levels() == ("all",)
+    assert make_job(recipe(optimize=False, gradient_checkpointing=True)).all_levels() == ("input",)
+    assert plain.logits_bytes(1000) == 12 * 256 * 512 * 1000
+    assert ours.logits_bytes(1000) == 128 << 20
+    assert estimate(plain, ONE, None).activations > estimate(ours, ONE, None).activations
+
+
+def test_weights_that_train_in_float16_have_32_bits(write: Write) -> None:
+    full, lora = (
+        json.loads(
+            fusewright(
+                "plan", str(write(bf16=False, fp16=True, **more)), "--gpus", "1x24GB", "--json"
+            ).stdout
+        )
+        for more in ({}, LORA)
+    )
+    assert full["memory"]["weights"] == pytest.approx(4 * full["parameters"], rel=0.01)
+    assert lora["memory"]["weights"] < 3 * lora["parameters"]
+
+
+def test_a_copy_of_the_head_that_is_trained_counts_once(recipe: MakeRecipe) -> None:
+    plain = make_job(recipe(**LORA))
+    saved = make_job(recipe(**LORA, lora_modules_to_save=["lm_head"]))
+    assert head_flops(saved, 256) == 3 / 2 * head_flops(plain, 256) == 6 * 256 * 512 * 64
+
+
+@pytest.mark.parametrize("initial", ["pissa", "olora"])
+def test_adapters_that_begin_from_the_weights(initial: str, recipe: MakeRecipe) -> None:
+    job = make_job(recipe(**LORA, peft_init_lora_weights=initial))
+    assert any(w.trains for u in job.units for w in u.weights)
+
+
+def test_an_adapter_to_train_on(recipe: MakeRecipe, tmp_path: Path) -> None:
+    LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(
+        tmp_path / "a"
+    )
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    job = make_job(recipe(adapter="lora", lora_model_dir=str(tmp_path / "a")))
+    trained = sum(u.times * w.numbers for u in job.units for w in u.weights if w.trains)
+    assert trained == 4 * 4 * (64 + 64)
+
+
+def test_weights_that_are_quantized_already_are_refused(recipe: MakeRecipe, config: Path) -> None:
+    path = config / "config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps({**given, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(RecipeError, match=r"quantized already \(gptq\)"):
+        make_job(recipe())
+
+
+MOE: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+    "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "architectures": ["Qwen3MoeForCausalLM"],
+}  # fmt: skip
+
+
+def test_experts_of_4_bits(recipe: MakeRecipe, tmp_path: Path) -> None:
+    Qwen3MoeConfig(**MOE).save_pretrained(tmp_path / "moe")
+    keys = {
+        "base_model": str(tmp_path / "moe"), "adapter": "qlora", "load_in_4bit": True,
+        "lora_target_modules": ["q_proj"],
+    }  # fmt: skip
+    dense, packed = (
+        make_job(recipe(**keys, quantize_moe_experts=experts)) for experts in (False, True)
+    )
+    own = 4 * 3 * 8 * 64 * 32 * 2  # blocks, matrices, experts, sizes, bytes
+    saved = estimate(dense, ONE, None).weights - estimate(packed, ONE, None).weights
+    assert saved == pytest.approx(own * (1 - 0.258), rel=0.02)
+
+
+def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
+    recipe: MakeRecipe, tmp_path: Path, write: Write
+) -> None:
+    """Adapters on a router make its block one that is not captured as a whole."""
+    Qwen3MoeConfig(**MOE).save_pretrained(tmp_path / "moe")
+    keys = {"base_model": str(tmp_path / "moe"), **LORA}
+    job = make_job(recipe(**keys))
+    assert job.step.uncaptured
+    assert estimate(job, ONE, None).activations > 0
+    said = fusewright("plan", str(write(**keys)), "--gpus", "24GB")
+    assert said.exit_code == 0, said.output
+    assert "runs as it is: " in said.stdout
+
+
+def test_rows_that_are_not_packed_are_counted(recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n' * 1000)
+    given = [{"path": str(rows), "type": "completion"}]
+    assert count_rows(recipe(datasets=given, val_set_size=100)) == 900
+    assert count_rows(recipe()) is None
 
 
 def test_a_process_of_its_own_counts(recipe: MakeRecipe) -> None:

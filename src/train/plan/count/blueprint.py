@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ....compiler.regions import find
+from ....errors import RecipeError
 from ...model.adapters import add_adapter
 from ...model.from_pretrained import meta_model
 from ...model.load import load_config, quiet
@@ -56,14 +57,45 @@ def draw(recipe: Recipe, dtype: torch.dtype) -> Blueprint:
     """
     with quiet():
         config = load_config(recipe)
+        _require_plain(config)
         if hasattr(config, "use_cache"):
             config.use_cache = False
         model = meta_model(recipe, config).to(dtype)
-        counts = _keep_one_of_each(model, _numbers_blocks(recipe))
-        model = add_adapter(model, recipe)
+        times = _keep_one_of_each(model, _numbers_blocks(recipe))
+        model = _adapted(model, recipe)
     blocks = {r.path: r.module for r in find(model) if r.kind == "block"}
-    times = dict(zip(blocks, counts or [1] * len(blocks), strict=True))
-    return Blueprint(model.train(), config, blocks, times, sum(times.values()))
+    own = {path: times.get(id(block), 1) for path, block in blocks.items()}
+    return Blueprint(model.train(), config, blocks, own, sum(own.values()))
+
+
+def _require_plain(config: Any) -> None:
+    """See that the weights are not quantized already.
+
+    Raises:
+        RecipeError: they are.
+    """
+    given = getattr(config, "quantization_config", None)
+    if given:
+        named = given.get("quant_method") if isinstance(given, dict) else None
+        raise RecipeError(
+            f"base_model: its weights are quantized already ({named or 'quantization_config'}), "
+            "which plan cannot count: plan the model that they were made from"
+        )
+
+
+def _adapted(model: Any, recipe: Recipe) -> Any:
+    """The model with its adapters, as far as these need no weights."""
+    if recipe.adapter is not None and recipe.lora_model_dir:
+        from peft import PeftConfig, get_peft_model
+
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        config = PeftConfig.from_pretrained(recipe.lora_model_dir)
+        config.inference_mode = False
+        wide = recipe.peft_autocast_adapter_dtype
+        return get_peft_model(model, config, autocast_adapter_dtype=wide)
+    # what adapters begin with may be made from the weights, which are not here
+    return add_adapter(model, recipe.model_copy(update={"peft_init_lora_weights": True}))
 
 
 def kind_of(block: nn.Module) -> Kind:
@@ -85,7 +117,7 @@ def _numbers_blocks(recipe: Recipe) -> bool:
     )
 
 
-def _keep_one_of_each(model: nn.Module, every: bool) -> list[int] | None:
+def _keep_one_of_each(model: nn.Module, every: bool) -> dict[int, int]:
     """Take equal blocks but the first out of the model's lists.
 
     Args:
@@ -93,13 +125,13 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> list[int] | None:
         every: keep them all the same.
 
     Returns:
-        How many each of those that are left stands for; None: each for itself.
+        How many blocks each of those that are left stands for, by ``id``; one for those that are
+        not named.
     """
     blocks = {id(r.module): kind_of(r.module) for r in find(model) if r.kind == "block"}
-    counts = Counter(blocks.values())
-    if every or len(counts) == len(blocks):
-        return None
-    left: list[int] = []
+    if every or len(set(blocks.values())) == len(blocks):
+        return {}
+    times: dict[int, int] = {}
     for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         kinds = [blocks.get(id(m)) for m in stack]
         if not kinds or None in kinds:
@@ -108,12 +140,11 @@ def _keep_one_of_each(model: nn.Module, every: bool) -> list[int] | None:
         # of one block alone it is not seen that it is one: a second stands beside it
         if len(keep) == 1 and len(kinds) > 1:
             keep.append(1)
-        own = Counter(kinds)
-        seen = Counter(kinds[i] for i in keep)
+        whole, kept = Counter(kinds), Counter(kinds[i] for i in keep)
         for i in keep:
-            share, more = divmod(own[kinds[i]], seen[kinds[i]])
-            left.append(share + (more if kinds.index(kinds[i]) == i else 0))
-        kept = [stack[i] for i in keep]
+            share, more = divmod(whole[kinds[i]], kept[kinds[i]])
+            times[id(stack[i])] = share + (more if kinds.index(kinds[i]) == i else 0)
+        modules = [stack[i] for i in keep]
         del stack[:]
-        stack.extend(kept)
-    return left
+        stack.extend(modules)
+    return times

@@ -168,7 +168,7 @@ def _held(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
     gradient = round(w.numbers * w.itemsize * part) if w.trains else 0
     state = state_bytes(optimizer, w, part) if w.trains else 0
     buckets = gradient if layout.engine == "DDP" else 0
-    return Held(round(w.bytes * part), gradient, state, buffers=buckets)
+    return Held(round(w.bytes * part) + w.scales, gradient, state, buffers=buckets)
 
 
 def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
@@ -178,6 +178,7 @@ def _held_by_zero(w: Weight, layout: ProcessLayout, optimizer: str) -> Held:
         weights = float(w.bytes)
     else:
         weights = w.bytes * part + (w.bytes if w.numbers <= layout.persistent else 0)
+    weights += w.scales
     if not w.trains:
         return Held(round(weights), 0, 0)
     wide = replace(w, itemsize=4)
@@ -197,4 +198,6 @@ def _moved(total: Held, layout: ProcessLayout) -> Held:
         host += total.weights + total.gradients
     if layout.states_on_host:
         host += total.optimizer
+        if layout.engine.startswith("ZeRO") and not layout.weights_on_host:
+            host += total.gradients
     return replace(total, host=host)

@@ -35,7 +35,12 @@ class Traffic:
 
 
 def traffic(
-    units: Sequence[Unit], layout: ProcessLayout, passes: int, tokens: int, hidden: int
+    units: Sequence[Unit],
+    layout: ProcessLayout,
+    passes: int,
+    tokens: int,
+    hidden: int,
+    keys: int | None = None,
 ) -> Traffic:
     """What a process sends in an optimizer step.
 
@@ -45,12 +50,21 @@ def traffic(
         passes: forward passes per optimizer step.
         tokens: of a micro batch.
         hidden: the size of a hidden state.
+        keys: the size of a token's keys, of all heads; None: that of a hidden state.
     """
     stored = sum(u.times * w.bytes for u in units for w in u.weights)
     trained = sum(u.times * w.numbers * w.itemsize for u in units for w in u.weights if w.trains)
     blocks = sum(u.times for u in units if u.name)
     stored, trained = stored // layout.tensor, trained // layout.tensor
-    activations = _activations(layout, passes, tokens, hidden * _itemsize(units), blocks)
+    size, own = _itemsize(units), tokens // layout.context
+    activations = (
+        passes
+        * blocks
+        * round(
+            _all_reduces(layout, own * hidden * size)
+            + _ring_of_keys(layout, own, keys or hidden, size)
+        )
+    )
     n, shard = layout.world, layout.shard
     if layout.engine == "one process":
         return Traffic()
@@ -58,7 +72,8 @@ def traffic(
         sent = 2 * _ring(layout.replicate) * trained
         return Traffic(copies=round(sent), activations=activations)
     if layout.engine in ("ZeRO-1", "ZeRO-2"):
-        return Traffic(round(_ring(n) * trained), round(_ring(n) * trained))
+        times = passes if layout.engine == "ZeRO-2" else 1  # it keeps no whole gradients
+        return Traffic(round(_ring(n) * trained), round(_ring(n) * trained * times))
     gathers = 2 if layout.reshards else 1
     outside = sum(w.bytes for u in units if not u.name for w in u.weights) // layout.tensor
     # the unit around all others stays gathered until backward
@@ -84,8 +99,11 @@ def _itemsize(units: Sequence[Unit]) -> int:
     )
 
 
-def _activations(layout: ProcessLayout, passes: int, tokens: int, row: int, blocks: int) -> int:
-    """Two all-reduces a block in forward and two in backward; keys and values around a ring."""
-    shared = 4 * 2 * _ring(layout.tensor) * tokens * row
-    ring = 4 * _ring(layout.context) * tokens * row
-    return round((shared + ring) * blocks * passes)
+def _all_reduces(layout: ProcessLayout, hidden_bytes: int) -> float:
+    """Of tensor parallelism: two in a block's forward and two in its backward."""
+    return 4 * 2 * _ring(layout.tensor) * hidden_bytes
+
+
+def _ring_of_keys(layout: ProcessLayout, tokens: int, keys: int, itemsize: int) -> float:
+    """Of ring attention: keys and values go round in forward, with their gradients in backward."""
+    return 6 * (layout.context - 1) * tokens * keys * itemsize

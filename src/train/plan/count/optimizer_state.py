@@ -46,8 +46,3 @@ def _states(optimizer: str) -> int:
     if optimizer.startswith(_ONE) or optimizer.startswith("paged_lion"):
         return 1
     return 2
-
-
-def is_paged(optimizer: str) -> bool:
-    """Whether its states may leave a GPU for the host when memory is short."""
-    return optimizer.startswith("paged_")

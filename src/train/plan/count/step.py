@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from ....compiler.options import Codegen
-from ....compiler.pipeline import explain, optimize, planner_of
+from ....compiler.pipeline import explain, optimize, planner_of, restore
 from ....errors import ModelError
-from ....memory.choice import PlanInputs, Usages
-from ....passes import PIPELINE
+from ....kernels.cost import Living
+from ....memory.choice import Usages
+from ....memory.levels import Level
+from ....memory.usage import Usage
 from ...model.load import quiet
 from ...recipe.recipe import Recipe
 from .blueprint import Blueprint, kind_of
@@ -26,19 +29,22 @@ class Step:
 
     Attributes:
         usages: of each block of the blueprint, by its path.
-        setting: what the head needs, and what the allocator and the compiler take besides.
         rewrites: how many formulas of the blueprint's blocks and head are rewritten, by rule.
         tokens: of the micro batch that was counted.
+        uncaptured: paths of the blocks that run as they are, each with the reason.
     """
 
     usages: Mapping[str, Usages]
-    setting: PlanInputs
     rewrites: Mapping[str, int]
     tokens: int
+    uncaptured: Mapping[str, str] = field(default_factory=dict)
 
 
 def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen) -> Step:
     """Run one step of the blueprint on fake tensors.
+
+    Blocks that are captured are counted as graphs, at each level of what they may keep. Others, and
+    all of them with ``optimize: false``, are counted as they run in eager mode.
 
     Args:
         blueprint: its model's tensors become fake ones.
@@ -49,28 +55,97 @@ def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen) -> Step:
         ModelError: the model cannot run on tensors without contents.
     """
     model, (rows, length) = blueprint.model, (recipe.micro_batch_size, recipe.sequence_len)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, quiet():
+    known: dict[Any, Usages] = {}
+    rewrites: Mapping[str, int] = {}
+    reasons: dict[str, str] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
         _make_fake(model)
-        passes = PIPELINE if recipe.optimize else ()
-        optimize(model, codegen=codegen, memory="auto", passes=passes)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-        except Exception as error:  # a model's own code raises anything
-            raise ModelError(f"the model cannot be planned without its weights: {error}") from error
-    planner = planner_of(model)
-    outlook = None if planner is None else planner.outlook(1.0)
-    if planner is None or outlook is None:
-        raise ModelError("none of the model's blocks was captured, so that nothing can be planned")
-    known = {kind_of(block): usages for block, usages in planner.usages()}
-    any_known = next(iter(known.values()))
-    return Step(
-        {path: known.get(kind_of(b), any_known) for path, b in blueprint.blocks.items()},
-        outlook[1],
-        explain(model).by_rule(),
-        rows * length,
-    )
+        if recipe.optimize:
+            optimize(model, codegen=codegen, memory="auto")
+            _run(model, ids)
+            planner, report = planner_of(model), explain(model)
+            known = {kind_of(b): u for b, u in (planner.usages() if planner else ())}
+            rewrites, reasons = report.by_rule(), _reasons(report)
+            restore(model)
+        left = {p: b for p, b in blueprint.blocks.items() if kind_of(b) not in known}
+        if left:
+            known |= _counted(model, left, ids)
+    usages = {path: known[kind_of(block)] for path, block in blueprint.blocks.items()}
+    why = {path: reasons.get(path, "it was not captured") for path in left if recipe.optimize}
+    return Step(usages, rewrites, rows * length, why)
+
+
+def _run(model: nn.Module, ids: Tensor) -> None:
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    except Exception as error:  # a model's own code raises anything
+        raise ModelError(
+            f"the model cannot be planned without its weights: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _reasons(report: Any) -> dict[str, str]:
+    """Why blocks run as they were, by their paths."""
+    found: dict[str, str] = {}
+    for bypass in report.bypasses:
+        found.setdefault(bypass.module, bypass.reason)
+    return found
+
+
+# --- in eager mode --------------------------------------------------------------------------------
+
+
+def _counted(model: nn.Module, blocks: Mapping[str, nn.Module], ids: Tensor) -> dict[Any, Usages]:
+    """What blocks take in eager mode, by their kinds; under a fake mode."""
+    calls: dict[int, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.setdefault(id(module), (args, kwargs))
+
+    handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks.values()]
+    try:
+        _run(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[Any, Usages] = {}
+    for path, block in blocks.items():
+        if id(block) not in calls:
+            raise ModelError(f"{path} is a block that no training step calls: it cannot be planned")
+        if kind_of(block) not in found:
+            found[kind_of(block)] = _usages(block, *calls[id(block)])
+    return found
+
+
+def _usages(block: nn.Module, args: Any, kwargs: Any) -> Usages:
+    """Of one call: where it keeps what eager mode keeps, and where it keeps its inputs."""
+    given = [t.detach() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    inputs = sum(t.nbytes for t in given if t.is_floating_point())
+    args, kwargs = torch.utils._pytree.tree_map(_leaf, (args, kwargs))
+    living = Living()
+    living.exclude(tree_iter((args, kwargs)))
+    living.exclude(block.parameters())
+    with living:
+        made = [t for t in tree_iter(block(*args, **kwargs)) if isinstance(t, Tensor)]
+        forward, kept, flops = living.most, living.bytes, living.flops
+        living.most = 0
+        wanted = [t for t in made if t.requires_grad]
+        if wanted:
+            torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
+    gradients = sum(p.grad.nbytes for p in block.parameters() if p.grad is not None)
+    block.zero_grad()
+    whole = Usage(kept, forward, living.most, gradients, living.flops)
+    lean = Usage(inputs, forward, living.most, gradients, living.flops + flops)
+    levels: dict[Level, Usage] = {"all": whole, "input": lean}
+    return levels
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor that has a gradient of its own, as what a block is given has."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_()
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...model.quantized_experts import bare_experts
 from .blueprint import Blueprint
 
 _ABSMAX_BLOCK = 64
@@ -28,7 +29,8 @@ class Weight:
     Attributes:
         numbers: how many it has.
         rows: its size in the first dimension, which is what is divided between processes.
-        bytes: of the whole tensor, its scales included where it is quantized.
+        bytes: of the whole tensor, its scales not included where it is quantized.
+        scales: bytes of those, which no strategy divides.
         itemsize: bytes of a number as it is computed with.
         trains: whether it has a gradient.
         is_matrix: whether it has two dimensions or more.
@@ -40,6 +42,7 @@ class Weight:
     itemsize: int
     trains: bool
     is_matrix: bool
+    scales: int = 0
 
     def shard(self, ranks: int) -> float:
         """The part of it that the first of ``ranks`` processes has: whole rows, as in FSDP2."""
@@ -61,14 +64,15 @@ class Unit:
     weights: tuple[Weight, ...]
 
 
-def units(blueprint: Blueprint, bits: int | None) -> list[Unit]:
+def units(blueprint: Blueprint, bits: int | None, experts: bool = False) -> list[Unit]:
     """The units of a model.
 
     Args:
         blueprint: the model.
         bits: of quantized linear layers, 4 or 8; None: nothing is quantized.
+        experts: whether bare weights of experts are quantized, too.
     """
-    quantized = set() if bits is None else _quantized(blueprint.model)
+    quantized = set() if bits is None else _quantized(blueprint.model, experts)
     inside = {id(p) for b in blueprint.blocks.values() for p in b.parameters()}
     rest = [p for p in blueprint.model.parameters() if id(p) not in inside]
     found = [
@@ -82,28 +86,34 @@ def _weights(
     own: Iterator[nn.Parameter], quantized: set[int], bits: int | None
 ) -> Iterator[Weight]:
     for p in own:
-        size = quantized_bytes(p, bits) if bits and id(p) in quantized else p.nbytes
-        yield Weight(p.numel(), p.shape[0] if p.dim() else 1, size, p.element_size(),
-                     p.requires_grad, p.dim() > 1)  # fmt: skip
+        size, scales = p.nbytes, 0
+        if bits and id(p) in quantized:
+            size, scales = quantized_bytes(p, bits)
+        rows = p.shape[0] if p.dim() else 1
+        yield Weight(p.numel(), rows, size, p.element_size(), p.requires_grad, p.dim() > 1, scales)
 
 
-def _quantized(model: Any) -> set[int]:
-    """The weights that bitsandbytes replaces: of frozen linear layers, but the head."""
+def _quantized(model: Any, experts: bool) -> set[int]:
+    """The weights that are replaced: of frozen linear layers but the head, and of experts."""
     head = model.get_output_embeddings()
-    return {
+    heads = set() if head is None else set(head.modules())
+    found = {
         id(m.weight)
         for m in model.modules()
-        if type(m) is nn.Linear and m is not head and not m.weight.requires_grad
+        if type(m) is nn.Linear and m not in heads and not m.weight.requires_grad
     }
+    if experts:
+        found |= {id(p) for _, _, p in bare_experts(model) if not p.requires_grad}
+    return found
 
 
-def quantized_bytes(weight: Tensor, bits: int) -> int:
-    """The bytes of a quantized matrix (out, in), its scales included.
+def quantized_bytes(weight: Tensor, bits: int) -> tuple[int, int]:
+    """The bytes of a quantized tensor (..., out, in), and those of its scales.
 
     Four bits: two weights a byte, a scale of 8 bits for 64 of them, one of 32 bits for 256 of those
-    (double quantization), and a table. Eight bits: a byte each, and a scale for each row.
+    (double quantization). Eight bits: a byte each, and a scale of 32 bits for each row.
     """
     if bits == 8:
-        return weight.numel() + 4 * weight.shape[0]
+        return weight.numel(), 4 * (weight.numel() // max(weight.shape[-1], 1))
     scales = math.ceil(weight.numel() / _ABSMAX_BLOCK)
-    return math.ceil(weight.numel() / 2) + scales + 4 * math.ceil(scales / _NESTED_BLOCK)
+    return math.ceil(weight.numel() / 2), scales + 4 * math.ceil(scales / _NESTED_BLOCK)
