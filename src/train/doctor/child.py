@@ -20,7 +20,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, try_import
+from .compiler import REINSTALL
+from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, reinstall, try_import
 from .result import CheckResult, reason
 
 _START = (
@@ -32,6 +33,13 @@ _ENDS = "it ends the process"
 
 _EACH = 15
 """Seconds that one check may take."""
+
+_LIBRARY_OF = {
+    **dict.fromkeys(("machine", "attention", "communication", "codegen", "rules"), "torch"),
+    "Triton": "triton",
+    "bitsandbytes": "bitsandbytes",
+}
+"""Name of a check -> the library that is at fault where the check ends the process."""
 
 Sections = dict[str, list[dict[str, Any]]]
 """Name of a check -> the records that it made."""
@@ -99,7 +107,9 @@ def _ended(name: str, code: int) -> CheckResult:
     module = name.removeprefix("import ")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     note = "it took too long" if code == -signal.SIGKILL else f"{_ENDS} ({by})"
-    mend = f"pip install --force-reinstall {NEEDED.get(module, module)}"
+    mend = REINSTALL if name == "compiler" else ""
+    if name in _LIBRARY_OF:
+        mend = reinstall(_LIBRARY_OF[name])
     if module in NEEDED:
         mend = f"python -X faulthandler -c 'import {module}' shows which library does that"
     return CheckResult(name, "fails", "broken", note, mend, needed=module in NEEDED)

@@ -18,10 +18,13 @@ int main() { return std::printf("%d", omp_get_max_threads() > 0 ? PY_MAJOR_VERSI
 """
 """Needs what Inductor's kernels need: the headers of Python, and OpenMP."""
 
+REINSTALL = "sudo apt-get install --reinstall g++ libc6-dev"
+"""Mends a compiler that fails for no reason that is known."""
+
 _MENDS = {
     "Python.h": "sudo apt-get install python3-dev",
     "omp": "sudo apt-get install g++ libgomp1 (for clang++: libomp-dev)",
-    "": "sudo apt-get install --reinstall g++ libc6-dev",
+    "": REINSTALL,
 }
 """What an error of the compiler names, and what mends that."""
 

@@ -52,12 +52,17 @@ def broken(name: str, package: str, error: BaseException, needed: bool = False) 
         mend = f"pip install {_PACKAGES.get(missing, missing)}"
         return CheckResult(name, "fails", "missing", reason(error), mend, needed)
     module = culprit(error) or package
-    found = _PACKAGES.get(module, module)
-    mend = f"pip install --force-reinstall {found}"
+    note = f"importing {_PACKAGES.get(module, module)} raises {reason(error)}"
+    return CheckResult(name, "fails", "broken", note, reinstall(module), needed)
+
+
+def reinstall(module: str) -> str:
+    """The command that installs the package of a module again."""
+    package = _PACKAGES.get(module, module)
+    mend = f"pip install --force-reinstall {package}"
     if module in OPTIONAL:
-        mend += f", or do without it: pip uninstall {found}"
-    note = f"importing {found} raises {reason(error)}"
-    return CheckResult(name, "fails", "broken", note, mend, needed)
+        mend += f", or remove it, since it is optional: pip uninstall {package}"
+    return mend
 
 
 def first_cause(error: BaseException) -> BaseException:
