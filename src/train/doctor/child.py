@@ -22,7 +22,7 @@ from typing import Any
 
 from .compiler import REINSTALL
 from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, reinstall, try_import
-from .result import CheckResult, reason
+from .result import AGAIN, CheckResult, reason
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
@@ -33,6 +33,12 @@ _ENDS = "it ends the process"
 
 _EACH = 15
 """Seconds that one check may take."""
+
+_SLOW = 60
+"""Seconds that a check may take which reads libraries from a disk, or compiles."""
+
+_READ = (*(f"import {module}" for module in NEEDED), "compiler", "Triton", "bitsandbytes")
+"""The checks that may take so long; so may the first one of each process."""
 
 _LIBRARY_OF = {
     **dict.fromkeys(("machine", "attention", "communication", "codegen", "rules"), "torch"),
@@ -61,8 +67,8 @@ def ask(names: Sequence[str], seconds: float) -> Sections:
         found |= _skipped(left, found)
         left = [name for name in left if name not in found]
         if left and time.monotonic() >= end:
-            note = f"not looked at: {seconds:.0f} seconds were over"
-            found |= {name: [asdict(CheckResult(name, "unknown", "broken", note))] for name in left}
+            note = f"not checked: doctor reached its limit of {seconds:.0f} seconds"
+            found |= {name: [asdict(_unknown(name, note))] for name in left}
             break
     return {name: found[name] for name in names}
 
@@ -82,31 +88,43 @@ def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[st
     """Run one child; yield what it finds, and for the check in which it ended, that."""
     start = _START.format(module=__name__)
     command = [sys.executable, "-c", start, json.dumps(sys.path), *names]
-    current, nothing = names[0], subprocess.DEVNULL
+    current, late, nothing = names[0], "", subprocess.DEVNULL
+
+    def limit() -> int:
+        return _SLOW if current in (names[0], *_READ) else _EACH
+
     with (
         tempfile.TemporaryDirectory(prefix="fusewright-") as folder,
         subprocess.Popen(
             command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, env=_environment(folder)
         ) as child,
     ):
-        for line in _lines(child, end):
-            message = json.loads(line)
-            if "found" in message:
-                yield message["name"], message["found"]
-                current = ""
-            else:
-                current = message["name"]
+        try:
+            for line in _lines(child, limit, end):
+                message = json.loads(line)
+                if "found" in message:
+                    yield message["name"], message["found"]
+                    current = ""
+                else:
+                    current = message["name"]
+        except TimeoutError as error:
+            late = str(error)
         child.kill()
         code = child.wait()
     if current:
-        yield current, [asdict(_ended(current, code))]
+        yield current, [asdict(_unknown(current, late) if late else _ended(current, code))]
+
+
+def _unknown(name: str, note: str) -> CheckResult:
+    """The finding of a check that was not made, or not finished."""
+    return CheckResult(name, "not known", "unknown", note, AGAIN)
 
 
 def _ended(name: str, code: int) -> CheckResult:
     """The finding of a check that the child did not survive."""
     module = name.removeprefix("import ")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    note = "it took too long" if code == -signal.SIGKILL else f"{_ENDS} ({by})"
+    note = f"{_ENDS} ({by})"
     mend = REINSTALL if name == "compiler" else ""
     if name in _LIBRARY_OF:
         mend = reinstall(_LIBRARY_OF[name])
@@ -122,14 +140,26 @@ def _environment(folder: str) -> dict[str, str]:
     return {**os.environ, **kept, **dict.fromkeys(caches, folder)}
 
 
-def _lines(child: subprocess.Popen[bytes], end: float) -> Iterator[bytes]:
-    """The lines of the child, until it closes its output or the time is over."""
+def _lines(
+    child: subprocess.Popen[bytes], limit: Callable[[], float], end: float
+) -> Iterator[bytes]:
+    """The lines of the child, until it closes its output.
+
+    Args:
+        child: whose output is a pipe.
+        limit: seconds that may pass until it writes something.
+        end: of all checks.
+
+    Raises:
+        TimeoutError: one of the two limits was reached.
+    """
     assert child.stdout is not None  # it is a pipe
     rest = b""
-    while (left := end - time.monotonic()) > 0:
-        ready, _, _ = select.select([child.stdout], [], [], min(left, _EACH))
+    while True:
+        seconds = max(0.0, min(end - time.monotonic(), limit()))
+        ready, _, _ = select.select([child.stdout], [], [], seconds)
         if not ready:
-            return
+            raise TimeoutError(f"not finished after {seconds:.0f} seconds")
         data = os.read(child.stdout.fileno(), 1 << 16)
         if not data:
             return

@@ -8,7 +8,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from .result import CheckResult, reason
+from .result import AGAIN, CheckResult, reason
 
 _PROGRAM = """
 #include <Python.h>
@@ -28,6 +28,9 @@ _MENDS = {
 }
 """What an error of the compiler names, and what mends that."""
 
+_SECONDS = 25
+"""How long compiling may take, and how long the program: together less than the check."""
+
 _EAGER = "blocks run in eager PyTorch (codegen: eager), which is slower"
 
 
@@ -36,8 +39,12 @@ def compiler() -> list[CheckResult]:
     path = _found()
     if path is None:
         return [_missing()]
-    with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
-        failed = _try(path, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
+            failed = _try(path, Path(folder))
+    except subprocess.TimeoutExpired as error:
+        note = f"not finished after {error.timeout:.0f} seconds"
+        return [CheckResult("C++ compiler", f"{path}: not known", "unknown", note, AGAIN)]
     if failed is None:
         where = shutil.which(path) or path
         return [CheckResult("C++ compiler", where, note="compiles and runs a program with OpenMP")]
@@ -68,7 +75,11 @@ def _missing() -> CheckResult:
 
 
 def _try(path: str, folder: Path) -> str | None:
-    """Compile and run the program; the first thing that goes wrong, or None."""
+    """Compile and run the program; the first thing that goes wrong, or None.
+
+    Raises:
+        subprocess.TimeoutExpired: a step took too long.
+    """
     source, program = folder / "try.cpp", folder / "try"
     source.write_text(_PROGRAM)
     include = sysconfig.get_paths()["include"]
@@ -78,8 +89,8 @@ def _try(path: str, folder: Path) -> str | None:
     )
     for step in steps:
         try:
-            done = subprocess.run(step, capture_output=True, text=True, check=False, timeout=20)
-        except (OSError, subprocess.SubprocessError) as error:
+            done = subprocess.run(step, capture_output=True, text=True, check=False, timeout=_SECONDS)
+        except OSError as error:
             return reason(error)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line]

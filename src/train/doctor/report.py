@@ -15,10 +15,10 @@ from rich.table import Table
 from ..terminal import Terminal, announce, say
 from .child import CHECKS, ask
 from .imports import NEEDED
-from .result import CheckResult
+from .result import AGAIN, CheckResult
 
-_SECONDS = 27
-"""How long all checks may take together."""
+_SECONDS = 180
+"""How long all checks may take together: half a minute, unless a disk is slow or a library hangs."""
 
 _TITLES = {
     "Versions": ("packages",),
@@ -35,7 +35,7 @@ _TITLES = {
 }
 """The tables, each with the checks that it shows."""
 
-_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim"}
+_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim", "unknown": "yellow"}
 
 _LEGEND = (
     "Triton, CPU: our kernel. ATen: our formula in PyTorch's operators. reference: the model's own "
@@ -65,6 +65,10 @@ class Diagnosis:
         """Whether nothing is missing that training needs."""
         return not any(gap.needed for gap in self.gaps())
 
+    def unknown(self) -> list[CheckResult]:
+        """The checks that did not finish in time."""
+        return [f for found in self.sections.values() for f in found if f.state == "unknown"]
+
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON has it."""
         sections = {name: [asdict(f) for f in found] for name, found in self.sections.items()}
@@ -80,9 +84,10 @@ def run(as_json: bool = False, console: Console | None = None) -> int:
         console: where to print; None for standard output.
 
     Returns:
-        The exit code: 1 if something is missing that training needs.
+        The exit code: 1 if something that training needs is missing or broken. What is not known
+        does not count.
     """
-    announce("looking at this machine; this takes up to half a minute")
+    announce("checking this machine: up to half a minute, longer where libraries load slowly")
     found = diagnose()
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -111,8 +116,8 @@ def show(found: Diagnosis, console: Console) -> None:
         say(console, "Rewrites, and what runs them here")
         console.print(_rules(found.rules))
         say(console, f"{_LEGEND}\n")
-    gaps = found.gaps()
-    if not gaps:
+    gaps, unknown = found.gaps(), found.unknown()
+    if not gaps and not unknown:
         say(console, "no gaps: everything that this machine can use is there")
     for gap in gaps:
         what = "training needs this" if gap.needed else "optional"
@@ -120,6 +125,8 @@ def show(found: Diagnosis, console: Console) -> None:
         say(console, f"{gap.name}: {gap.value} ({what}){notes}")
         if gap.mend:
             say(console, f"  mend: {gap.mend}")
+    if unknown:
+        say(console, f"not known: {', '.join(one.name for one in unknown)}; {AGAIN}")
 
 
 def _table(findings: Sequence[CheckResult]) -> Table:

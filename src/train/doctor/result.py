@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-State = Literal["ok", "missing", "broken", "unused"]
-"""``unused``: it is not there, or does not run here, and nothing on this machine would use it."""
+State = Literal["ok", "missing", "broken", "unused", "unknown"]
+"""``unused``: it is not there, or does not run here, and nothing on this machine would use it.
+``unknown``: the check did not finish in time."""
+
+AGAIN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
+"""What to do about a check that did not finish in time."""
 
 
 @dataclass(frozen=True)
