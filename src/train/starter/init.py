@@ -16,6 +16,7 @@ from ..output_files import write_atomically
 from ..recipe.load import check
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
+from .candidates import Candidates
 from .choose import Chooser, Draft
 from .fits import Fits, PlanJudge, positions_of
 from .look import SAMPLE, RowsRead, look
@@ -69,7 +70,8 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     recipe, base, lengths = _measured(model, why, entry, rows)
     announce("counting a training step, to see what fits")
     longest = positions_of(recipe)
-    draft = Chooser(base, rows, lengths, longest, budget, fits or PlanJudge()).choose()
+    candidates = Candidates(rows, lengths, longest)
+    draft = Chooser(base, candidates, budget, fits or PlanJudge()).choose()
     text = to_yaml(draft, _head(options, rows, lengths, draft))
     check(yaml.safe_load(text))  # what is written is what was judged
     if options.output is None:
