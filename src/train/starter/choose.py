@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
-from .candidates import Candidates, has_bitsandbytes
+from .candidates import LORA, LORA_WHY, Candidates, has_bitsandbytes
 from .fits import Fits, MemoryVerdict, smallest
 from .look import RowsRead
 
@@ -18,6 +18,11 @@ _ROWS_PER_STEP, _STEPS = 16, 50
 """Sequences of an optimizer step; fewer where an epoch would have less than so many steps."""
 
 _MICRO = (8, 4, 2, 1)
+
+_UNCHECKED = (
+    "Chosen with micro_batch_size 1 because that needs little memory: what fits is NOT CHECKED, for "
+    "the reason under Memory above. fusewright plan checks a larger batch once the model is here"
+)
 
 _PACKING = "several rows in one sequence, which saves padding; none sees another"
 
@@ -62,6 +67,8 @@ class Chooser:
     def choose(self) -> Draft:
         """The first of the candidates that fits, each with the largest batch that does.
 
+        Where the judge cannot say, LoRA with the smallest batch.
+
         Raises:
             RecipeError: none of them fits, or no row is short enough for the model.
         """
@@ -73,14 +80,25 @@ class Chooser:
                 if draft is None:
                     continue
                 verdict = self.fits(_recipe(draft.values), memory)
-                if verdict.fits is not False:
+                if verdict.fits:
                     return Draft(draft.values, draft.why, verdict)
+                if verdict.fits is None:  # and so it is for smaller batches
+                    break
+        if verdict is not None and verdict.fits is None:
+            return self._unchecked(verdict)
         least = "QLoRA" if has_bitsandbytes() else "LoRA"
         need = f" ({verdict.note})" if verdict else ""
         raise RecipeError(
             f"--memory: not even {least}, at the shortest length that keeps any row, fits into "
             f"{smallest(memory)}{need}; choose a smaller --model, or more memory"
         )
+
+    def _unchecked(self, verdict: MemoryVerdict) -> Draft:
+        """What needs little memory, as it is not known what fits."""
+        why = f"{LORA_WHY}. {_UNCHECKED}"
+        draft = self._draft(LORA, why, self.candidates.usable()[0], 1)
+        assert draft is not None  # a batch of 1 is never more than a step has
+        return Draft(draft.values, draft.why, verdict)
 
     # --- one candidate ---------------------------------------------------------------------------
 

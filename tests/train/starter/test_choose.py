@@ -92,3 +92,24 @@ def test_a_model_that_can_read_few_rows_or_none(choose: Any) -> None:
     assert "ROWS ARE LOST, because of the positions of the model: 50.0%" in text
     with pytest.raises(RecipeError, match="reads up to 8 tokens, and the shortest row has"):
         choose(ROWS["chat"], lambda r: True, positions=8)
+
+
+@pytest.mark.parametrize("name", ["completion", "chat"])
+def test_what_needs_little_memory_where_nobody_knows(choose: Any, name: str) -> None:
+    asked: list[str | None] = []
+
+    def nobody_knows(recipe: Recipe) -> bool | None:
+        asked.append(recipe.adapter)
+        return None
+
+    found, text = choose(ROWS[name] * 100, nobody_knows)
+    assert (found["adapter"], found["micro_batch_size"]) == ("lora", 1)
+    assert found["gradient_accumulation_steps"] > 1
+    assert "because that needs little memory: what fits is NOT CHECKED" in text
+    assert (None in asked) is (name == "completion")
+
+
+def test_one_method_that_cannot_be_judged_is_passed_over(choose: Any) -> None:
+    found, text = choose(ROWS["completion"] * 100, lambda r: True if r.adapter else None)
+    assert (found["adapter"], found["micro_batch_size"]) == ("lora", 8)
+    assert "NOT CHECKED" not in text
