@@ -1,7 +1,7 @@
-"""Checks in a process of their own: a broken library may raise, hang, print, or end the process.
+"""Runs the checks in a child process: a broken library may raise, hang, print, or end the process.
 
-The child writes a line of JSON before and after each check. If it ends in one, that is what was
-found, and another child makes the checks that are left.
+The child writes a line of JSON before and after each check. If it ends during a check, that is the
+finding of this check, and another child makes the remaining ones.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _START = (
 )
 
 _ENDS = "it ends the process"
-"""How the note of a check begins in which the child ended."""
+"""How the note begins of a check during which the child ended."""
 
 _EACH = 15
 """Seconds that one check may take."""
 
 _SLOW = 60
-"""Seconds that a check may take which reads libraries from a disk, or compiles."""
+"""Seconds that a check may take that reads libraries from a disk, or compiles."""
 
 _READ = (*(f"import {module}" for module in NEEDED), "compiler", "Triton", "bitsandbytes")
 """The checks that may take so long; so may the first one of each process."""
@@ -52,11 +52,11 @@ Sections = dict[str, list[dict[str, Any]]]
 
 
 def ask(names: Sequence[str], seconds: float) -> Sections:
-    """Make checks, each as far as it gets.
+    """Make checks.
 
     Args:
         names: of ``CHECKS``, in order.
-        seconds: how long all may take together.
+        seconds: how long all of them may take together.
     """
     found: Sections = {}
     end = time.monotonic() + seconds
@@ -74,18 +74,18 @@ def ask(names: Sequence[str], seconds: float) -> Sections:
 
 
 def _skipped(names: Sequence[str], found: Sections) -> Sections:
-    """The imports that are not tried: one before them has ended the process, and so would they."""
+    """The imports not to try: an earlier one ended the process, and they would, too."""
     imports = [name for name in names if name.startswith("import ")]
     bad = next((n for n in imports if n in found and found[n][0]["note"].startswith(_ENDS)), None)
     if bad is None:
         return {}
-    note = f"not tried: {bad} ends the process"
+    note = f"{bad} ends the process"
     skipped = imports[imports.index(bad) + 1 :]
-    return {name: [asdict(CheckResult(name, "unknown", "unused", note))] for name in skipped}
+    return {name: [asdict(CheckResult(name, "not tried", "unused", note))] for name in skipped}
 
 
 def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run one child; yield what it finds, and for the check in which it ended, that."""
+    """Run one child; yield what each check finds, or how the child ended during it."""
     start = _START.format(module=__name__)
     command = [sys.executable, "-c", start, json.dumps(sys.path), *names]
     current, late, nothing = names[0], "", subprocess.DEVNULL
@@ -134,7 +134,7 @@ def _ended(name: str, code: int) -> CheckResult:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """The variables of a child that leaves nothing behind, and asks nobody on the network."""
+    """The variables of a child that leaves no files behind and does not use the network."""
     kept = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return {**os.environ, **kept, **dict.fromkeys(caches, folder)}
@@ -173,17 +173,17 @@ def _lines(
 def serve() -> None:
     """Make the checks that the command line names, and write what they find."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not for the other process
+    os.dup2(2, 1)  # keeps what libraries print out of the JSON
     for name in sys.argv[2:]:
         print(json.dumps({"name": name}), file=out, flush=True)
         try:
             found = CHECKS[name]()
-        except Exception as error:  # what a check did not expect is found, too
+        except Exception as error:  # a check did not expect it
             found = [_failed(name, error)]
         records = [one if isinstance(one, dict) else asdict(one) for one in found]
         print(json.dumps({"name": name, "found": records}), file=out, flush=True)
     out.close()
-    os._exit(0)  # threads of broken libraries are not waited for
+    os._exit(0)  # does not wait for the threads of broken libraries
 
 
 def _failed(name: str, error: Exception) -> CheckResult:
@@ -195,7 +195,7 @@ def _failed(name: str, error: Exception) -> CheckResult:
 
 
 def _lazily(module: str, function: str) -> Callable[[], Sequence[Any]]:
-    """A check that is imported when it is made, with all that it needs."""
+    """A check whose module is imported when it is made."""
 
     def check() -> Sequence[Any]:
         made: Sequence[Any] = getattr(import_module(f".{module}", __package__), function)()

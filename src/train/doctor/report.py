@@ -18,7 +18,7 @@ from .imports import NEEDED
 from .result import AGAIN, CheckResult
 
 _SECONDS = 180
-"""How long all checks may take together: half a minute, unless a disk is slow or a library hangs."""
+"""How long all checks may take together; they do where a disk is slow or a library hangs."""
 
 _TITLES = {
     "Versions": ("packages",),
@@ -31,15 +31,21 @@ _TITLES = {
         "attention",
         "communication",
     ),
-    "What runs": ("codegen",),
+    "Code generation": ("codegen",),
 }
-"""The tables, each with the checks that it shows."""
+"""Title of a table -> the checks that it shows."""
 
-_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim", "unknown": "yellow"}
+_COLOURS = {
+    "ok": "green",
+    "missing": "yellow",
+    "broken": "red",
+    "unused": "dim",
+    "unknown": "yellow",
+}
 
 _LEGEND = (
-    "Triton, CPU: our kernel. ATen: our formula in PyTorch's operators. reference: the model's own "
-    "operations stay."
+    "Triton, CPU: fusewright's kernel. ATen: fusewright's formula in PyTorch operators. reference: "
+    "the model's own operations are kept."
 )
 
 
@@ -56,7 +62,7 @@ class Diagnosis:
     rules: list[dict[str, str]] = field(default_factory=list)
 
     def gaps(self) -> list[CheckResult]:
-        """What is to be mended; what training needs comes first, and each line once."""
+        """What to mend: first what training needs, and no command twice."""
         every = [f for found in self.sections.values() for f in found if f.is_gap()]
         lines = {one.mend or f"{one.name}: {one.note}": one for one in reversed(every)}
         return sorted(reversed(lines.values()), key=lambda one: not one.needed)
@@ -70,7 +76,7 @@ class Diagnosis:
         return [f for found in self.sections.values() for f in found if f.state == "unknown"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """The content of ``--json``."""
         sections = {name: [asdict(f) for f in found] for name, found in self.sections.items()}
         gaps = [asdict(gap) for gap in self.gaps()]
         return {**sections, "rules": self.rules, "gaps": gaps, "can_train": self.can_train()}
@@ -113,12 +119,12 @@ def show(found: Diagnosis, console: Console) -> None:
         say(console, title)
         console.print(_table([f for name in names for f in found.sections[name]]))
     if found.rules:
-        say(console, "Rewrites, and what runs them here")
+        say(console, "Rewrites, and what runs each of them here")
         console.print(_rules(found.rules))
         say(console, f"{_LEGEND}\n")
     gaps, unknown = found.gaps(), found.unknown()
     if not gaps and not unknown:
-        say(console, "no gaps: everything that this machine can use is there")
+        say(console, "no gaps: everything that this machine can use is installed and works")
     for gap in gaps:
         what = "training needs this" if gap.needed else "optional"
         notes = f": {gap.note}" if gap.note else ""

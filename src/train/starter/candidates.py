@@ -129,7 +129,10 @@ class Candidates:
 
     def _adapters(self) -> Iterator[tuple[dict[str, Any], str]]:
         if self.rows.shape.kind == "text (completion)":
-            yield {}, "no adapter: texts teach knowledge, which training all weights learns better"
+            yield (
+                {},
+                "no adapter: texts teach knowledge, for which training all weights works better",
+            )
         yield LORA, LORA_WHY
         if has_bitsandbytes():
             yield _QLORA, "qlora: LoRA on 4-bit weights, because 16-bit weights do not fit"

@@ -1,4 +1,4 @@
-"""Picks the keys of the recipe, each with the reason that the file gives for it."""
+"""Chooses the keys of the recipe, each with the reason that the file gives for it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ROWS_PER_STEP, _STEPS = 16, 50
 _MICRO = (8, 4, 2, 1)
 
 _UNCHECKED = (
-    "Chosen with micro_batch_size 1 because that needs little memory: what fits is NOT CHECKED, for "
-    "the reason under Memory above. fusewright plan checks a larger batch once the model is here"
+    "Chosen with micro_batch_size 1 because that needs little memory: what fits is NOT CHECKED, "
+    "for the reason under Memory above. Once that is resolved, fusewright plan says what fits"
 )
 
-_PACKING = "several rows in one sequence, which saves padding; none sees another"
+_PACKING = "puts several rows into one sequence, which saves padding; rows do not see each other"
 
 Values = dict[str, Any]
 
@@ -124,11 +124,15 @@ class Chooser:
             ),
             ("num_epochs", epochs, epochs_why),
             ("learning_rate", 2e-4 if adapter else 2e-5, _rate_why(adapter)),
-            ("lr_scheduler", "cosine", "falls to 0 at the end"),
-            ("warmup_ratio", 0.05, "rises in the first steps"),
+            ("lr_scheduler", "cosine", "decays to 0 at the end"),
+            ("warmup_ratio", 0.05, "warms up over the first 5% of the steps"),
             ("bf16", "auto", _precision_why()),
             ("memory", self.budget[0] if self.budget else "auto", self._memory_why()),
-            ("output_dir", _free_folder(self._rows.dataset.path), "a new folder"),
+            (
+                "output_dir",
+                _free_folder(self._rows.dataset.path),
+                "a folder that does not exist yet",
+            ),
         ]
         before = [(key, value, why if key == "adapter" else "") for key, value in adapter.items()]
         if not adapter:
@@ -148,19 +152,17 @@ class Chooser:
     def _held(self) -> tuple[int | float, str]:
         count = self._rows.count
         if count < 20:
-            return 0, f"{count} rows are too few to hold some out: the loss is of training rows"
+            return 0, f"{count} rows are too few to hold any out for validation"
         if count < 400:
-            return max(2, count // 10), "a tenth of the rows is held out, for validation"
-        return 0.05, "5% of the rows are held out, for validation"
+            return max(2, count // 10), "a tenth of the rows is held out for validation"
+        return 0.05, "5% of the rows are held out for validation"
 
     def _epochs(self) -> tuple[int, str]:
         if not self._rows.complete:
-            return 1, "there are many rows: once through them"
+            return 1, "there are many rows: one pass"
         if self._rows.count < 10_000:
-            return (
-                3,
-                f"{self._rows.count:,} rows are few: three passes. Watch eval_loss: less may do",
-            )
+            few = f"{self._rows.count:,} rows are few: three passes"
+            return 3, f"{few}. Watch eval_loss: fewer may be enough"
         return (
             (2, "two passes") if self._rows.count < 50_000 else (1, "there are many rows: one pass")
         )
@@ -169,8 +171,8 @@ class Chooser:
 
     def _memory_why(self) -> str:
         if self.budget:
-            return "the whole of what the process may use (--memory); planned at the first step"
-        return "plans with the memory that is free when the run starts"
+            return "all that the process may use (--memory); the run plans for it at its first step"
+        return "plans for the memory that is free when the run starts"
 
 
 def _recipe(values: Values) -> Recipe:
@@ -178,18 +180,18 @@ def _recipe(values: Values) -> Recipe:
 
 
 def _rate_why(adapter: Values) -> str:
-    return "usual for adapters" if adapter else "usual for all weights: ten times less than LoRA's"
+    return "usual for adapters" if adapter else "usual for full fine-tuning: a tenth of LoRA's"
 
 
 def _precision_why() -> str:
     from ..model.precision import has_bfloat16
 
-    has = "which this machine has" if has_bfloat16() else "which this machine lacks: float32 here"
-    return f"bfloat16 where there are instructions for it, {has}"
+    has = "is the case here" if has_bfloat16() else "is not the case here: float32"
+    return f"bfloat16 where the hardware supports it, which {has}"
 
 
 def _free_folder(path: str) -> str:
-    """A folder of this name that is not there yet."""
+    """A folder with the name of the rows that does not exist yet."""
     stem = Path(path.replace(":", "-")).name.partition(".")[0] or "run"
     name, number = f"outputs/{stem}", 1
     while Path(name).exists():

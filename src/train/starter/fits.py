@@ -75,7 +75,9 @@ class PlanJudge:
         job = self._job(recipe)
         tokens = recipe.micro_batch_size * recipe.sequence_len
         needs = smallest_peak(job, layout_of(recipe, 1), room, tokens / job.step.tokens)
-        said = f"at least {gigabytes(needs)} of {gigabytes(room)}, by fusewright plan"
+        said = (
+            f"needs at least {gigabytes(needs)} of {gigabytes(room)}, according to fusewright plan"
+        )
         return MemoryVerdict(needs <= SPARE * room, needs, said)
 
     def _job(self, recipe: Recipe) -> TrainingJob:
@@ -91,7 +93,7 @@ class PlanJudge:
 
 
 def positions_of(recipe: Recipe) -> int | None:
-    """How long a text the recipe's model can read; None: it does not say, or is not here."""
+    """How many tokens the recipe's model can read; None: it does not say, or is not here."""
     with quiet():
         try:
             return positions(load_config(recipe))
