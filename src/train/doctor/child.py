@@ -1,7 +1,7 @@
-"""Checks in a process of their own: a broken library may raise, hang, print, or end the process.
+"""Runs the checks in a child process: a broken library may raise, hang, print, or end the process.
 
-The child writes a line of JSON before and after each check. If it ends in one, that is what was
-found, and another child makes the checks that are left.
+The child writes a line of JSON before and after each check. If it ends during a check, that is the
+finding of this check, and another child makes the remaining ones.
 """
 
 from __future__ import annotations
@@ -20,29 +20,43 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, try_import
-from .result import CheckResult, reason
+from .compiler import REINSTALL
+from .imports import NEEDED, OPTIONAL, broken, culprit, first_cause, reinstall, try_import
+from .result import AGAIN, CheckResult, reason
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
 )
 
 _ENDS = "it ends the process"
-"""How the note of a check begins in which the child ended."""
+"""How the note begins of a check during which the child ended."""
 
 _EACH = 15
 """Seconds that one check may take."""
+
+_SLOW = 60
+"""Seconds that a check may take that reads libraries from a disk, or compiles."""
+
+_READ = (*(f"import {module}" for module in NEEDED), "compiler", "Triton", "bitsandbytes")
+"""The checks that may take so long; so may the first one of each process."""
+
+_LIBRARY_OF = {
+    **dict.fromkeys(("machine", "attention", "communication", "codegen", "rules"), "torch"),
+    "Triton": "triton",
+    "bitsandbytes": "bitsandbytes",
+}
+"""Name of a check -> the library that is at fault where the check ends the process."""
 
 Sections = dict[str, list[dict[str, Any]]]
 """Name of a check -> the records that it made."""
 
 
 def ask(names: Sequence[str], seconds: float) -> Sections:
-    """Make checks, each as far as it gets.
+    """Make checks.
 
     Args:
         names: of ``CHECKS``, in order.
-        seconds: how long all may take together.
+        seconds: how long all of them may take together.
     """
     found: Sections = {}
     end = time.monotonic() + seconds
@@ -53,73 +67,99 @@ def ask(names: Sequence[str], seconds: float) -> Sections:
         found |= _skipped(left, found)
         left = [name for name in left if name not in found]
         if left and time.monotonic() >= end:
-            note = f"not looked at: {seconds:.0f} seconds were over"
-            found |= {name: [asdict(CheckResult(name, "unknown", "broken", note))] for name in left}
+            note = f"not checked: doctor reached its limit of {seconds:.0f} seconds"
+            found |= {name: [asdict(_unknown(name, note))] for name in left}
             break
     return {name: found[name] for name in names}
 
 
 def _skipped(names: Sequence[str], found: Sections) -> Sections:
-    """The imports that are not tried: one before them has ended the process, and so would they."""
+    """The imports not to try: an earlier one ended the process, and they would, too."""
     imports = [name for name in names if name.startswith("import ")]
     bad = next((n for n in imports if n in found and found[n][0]["note"].startswith(_ENDS)), None)
     if bad is None:
         return {}
-    note = f"not tried: {bad} ends the process"
+    note = f"{bad} ends the process"
     skipped = imports[imports.index(bad) + 1 :]
-    return {name: [asdict(CheckResult(name, "unknown", "unused", note))] for name in skipped}
+    return {name: [asdict(CheckResult(name, "not tried", "unused", note))] for name in skipped}
 
 
 def _child(names: Sequence[str], end: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run one child; yield what it finds, and for the check in which it ended, that."""
+    """Run one child; yield what each check finds, or how the child ended during it."""
     start = _START.format(module=__name__)
     command = [sys.executable, "-c", start, json.dumps(sys.path), *names]
-    current, nothing = names[0], subprocess.DEVNULL
+    current, late, nothing = names[0], "", subprocess.DEVNULL
+
+    def limit() -> int:
+        return _SLOW if current in (names[0], *_READ) else _EACH
+
     with (
         tempfile.TemporaryDirectory(prefix="fusewright-") as folder,
         subprocess.Popen(
             command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, env=_environment(folder)
         ) as child,
     ):
-        for line in _lines(child, end):
-            message = json.loads(line)
-            if "found" in message:
-                yield message["name"], message["found"]
-                current = ""
-            else:
-                current = message["name"]
+        try:
+            for line in _lines(child, limit, end):
+                message = json.loads(line)
+                if "found" in message:
+                    yield message["name"], message["found"]
+                    current = ""
+                else:
+                    current = message["name"]
+        except TimeoutError as error:
+            late = str(error)
         child.kill()
         code = child.wait()
     if current:
-        yield current, [asdict(_ended(current, code))]
+        yield current, [asdict(_unknown(current, late) if late else _ended(current, code))]
+
+
+def _unknown(name: str, note: str) -> CheckResult:
+    """The finding of a check that was not made, or not finished."""
+    return CheckResult(name, "not known", "unknown", note, AGAIN)
 
 
 def _ended(name: str, code: int) -> CheckResult:
     """The finding of a check that the child did not survive."""
     module = name.removeprefix("import ")
     by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    note = "it took too long" if code == -signal.SIGKILL else f"{_ENDS} ({by})"
-    mend = f"pip install --force-reinstall {NEEDED.get(module, module)}"
+    note = f"{_ENDS} ({by})"
+    mend = REINSTALL if name == "compiler" else ""
+    if name in _LIBRARY_OF:
+        mend = reinstall(_LIBRARY_OF[name])
     if module in NEEDED:
         mend = f"python -X faulthandler -c 'import {module}' shows which library does that"
     return CheckResult(name, "fails", "broken", note, mend, needed=module in NEEDED)
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """The variables of a child that leaves nothing behind, and asks nobody on the network."""
+    """The variables of a child that leaves no files behind and does not use the network."""
     kept = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return {**os.environ, **kept, **dict.fromkeys(caches, folder)}
 
 
-def _lines(child: subprocess.Popen[bytes], end: float) -> Iterator[bytes]:
-    """The lines of the child, until it closes its output or the time is over."""
+def _lines(
+    child: subprocess.Popen[bytes], limit: Callable[[], float], end: float
+) -> Iterator[bytes]:
+    """The lines of the child, until it closes its output.
+
+    Args:
+        child: whose output is a pipe.
+        limit: seconds that may pass until it writes something.
+        end: of all checks.
+
+    Raises:
+        TimeoutError: one of the two limits was reached.
+    """
     assert child.stdout is not None  # it is a pipe
     rest = b""
-    while (left := end - time.monotonic()) > 0:
-        ready, _, _ = select.select([child.stdout], [], [], min(left, _EACH))
+    while True:
+        seconds = max(0.0, min(end - time.monotonic(), limit()))
+        ready, _, _ = select.select([child.stdout], [], [], seconds)
         if not ready:
-            return
+            raise TimeoutError(f"not finished after {seconds:.0f} seconds")
         data = os.read(child.stdout.fileno(), 1 << 16)
         if not data:
             return
@@ -133,17 +173,17 @@ def _lines(child: subprocess.Popen[bytes], end: float) -> Iterator[bytes]:
 def serve() -> None:
     """Make the checks that the command line names, and write what they find."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not for the other process
+    os.dup2(2, 1)  # keeps what libraries print out of the JSON
     for name in sys.argv[2:]:
         print(json.dumps({"name": name}), file=out, flush=True)
         try:
             found = CHECKS[name]()
-        except Exception as error:  # what a check did not expect is found, too
+        except Exception as error:  # a check did not expect it
             found = [_failed(name, error)]
         records = [one if isinstance(one, dict) else asdict(one) for one in found]
         print(json.dumps({"name": name, "found": records}), file=out, flush=True)
     out.close()
-    os._exit(0)  # threads of broken libraries are not waited for
+    os._exit(0)  # does not wait for the threads of broken libraries
 
 
 def _failed(name: str, error: Exception) -> CheckResult:
@@ -155,7 +195,7 @@ def _failed(name: str, error: Exception) -> CheckResult:
 
 
 def _lazily(module: str, function: str) -> Callable[[], Sequence[Any]]:
-    """A check that is imported when it is made, with all that it needs."""
+    """A check whose module is imported when it is made."""
 
     def check() -> Sequence[Any]:
         made: Sequence[Any] = getattr(import_module(f".{module}", __package__), function)()

@@ -8,7 +8,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from .result import CheckResult, reason
+from .result import AGAIN, CheckResult, reason
 
 _PROGRAM = """
 #include <Python.h>
@@ -18,23 +18,33 @@ int main() { return std::printf("%d", omp_get_max_threads() > 0 ? PY_MAJOR_VERSI
 """
 """Needs what Inductor's kernels need: the headers of Python, and OpenMP."""
 
+REINSTALL = "sudo apt-get install --reinstall g++ libc6-dev"
+"""What mends a compiler that fails for an unknown reason."""
+
 _MENDS = {
     "Python.h": "sudo apt-get install python3-dev",
     "omp": "sudo apt-get install g++ libgomp1 (for clang++: libomp-dev)",
-    "": "sudo apt-get install --reinstall g++ libc6-dev",
+    "": REINSTALL,
 }
-"""What an error of the compiler names, and what mends that."""
+"""A word in the compiler's error -> what mends that."""
+
+_SECONDS = 25
+"""How long the compiler may take, and how long the program: together less than the check may."""
 
 _EAGER = "blocks run in eager PyTorch (codegen: eager), which is slower"
 
 
 def compiler() -> list[CheckResult]:
-    """The compiler, after it has compiled a small program that has run."""
+    """The compiler, tried out: it compiles a small program, which is run."""
     path = _found()
     if path is None:
         return [_missing()]
-    with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
-        failed = _try(path, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
+            failed = _try(path, Path(folder))
+    except subprocess.TimeoutExpired as error:
+        note = f"not finished after {error.timeout:.0f} seconds"
+        return [CheckResult("C++ compiler", f"{path}: not known", "unknown", note, AGAIN)]
     if failed is None:
         where = shutil.which(path) or path
         return [CheckResult("C++ compiler", where, note="compiles and runs a program with OpenMP")]
@@ -47,25 +57,29 @@ def _found() -> str | None:
     """The compiler that Inductor would call, or None."""
     try:
         from torch._inductor import cpp_builder
-    except Exception:  # a broken library that it imports, which is found elsewhere
+    except Exception:  # it imports a broken library, which another check reports
         return next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     try:
         return cpp_builder.get_cpp_compiler()
-    except Exception:  # InvalidCxxCompiler, in whichever module a version has it
+    except Exception:  # InvalidCxxCompiler, whose module depends on the version
         return None
 
 
 def _missing() -> CheckResult:
     import torch
 
-    if torch.cuda.is_available():  # there Triton compiles
-        return CheckResult("C++ compiler", "none", "unused", "GPUs need none")
-    mend = "sudo apt-get install g++, or name one in the variable CXX"
+    if torch.cuda.is_available():
+        return CheckResult("C++ compiler", "none", "unused", "not needed: Triton compiles for GPUs")
+    mend = "sudo apt-get install g++, or set the variable CXX to another compiler"
     return CheckResult("C++ compiler", "none", "missing", _EAGER, mend)
 
 
 def _try(path: str, folder: Path) -> str | None:
-    """Compile and run the program; the first thing that goes wrong, or None."""
+    """Compile and run the program; the first thing that goes wrong, or None.
+
+    Raises:
+        subprocess.TimeoutExpired: a step took too long.
+    """
     source, program = folder / "try.cpp", folder / "try"
     source.write_text(_PROGRAM)
     include = sysconfig.get_paths()["include"]
@@ -75,8 +89,10 @@ def _try(path: str, folder: Path) -> str | None:
     )
     for step in steps:
         try:
-            done = subprocess.run(step, capture_output=True, text=True, check=False, timeout=20)
-        except (OSError, subprocess.SubprocessError) as error:
+            done = subprocess.run(
+                step, capture_output=True, text=True, check=False, timeout=_SECONDS
+            )
+        except OSError as error:
             return reason(error)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line]

@@ -1,4 +1,4 @@
-"""Whether the libraries that training is made of can be imported, and which one keeps them."""
+"""Whether the libraries that training needs can be imported, and which one is at fault."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ NEEDED = {
 """The modules that every run imports, and the package of each."""
 
 _PACKAGES = {"yaml": "pyyaml", "flash_attn": "flash-attn"}
-"""Packages that are not called as their modules."""
+"""Module -> its package, where that has another name."""
 
 OPTIONAL = ("triton", "bitsandbytes", "flash_attn", "xformers", "deepspeed")
-"""What can also be taken out, if nothing else helps: training works without."""
+"""Modules that can also be removed if nothing else helps: training works without them."""
 
-
-_NOBODYS = ("", "fusewright", "__main__")
-"""Modules in which an error is not that of a library."""
+_NO_LIBRARIES = ("", "fusewright", "__main__")
+"""Modules whose errors are not those of a library."""
 
 
 def try_import(module: str) -> list[CheckResult]:
-    """Import one of ``NEEDED``; if that fails, it is reported with the library that failed."""
+    """Import one of ``NEEDED``; if that fails, report the library that failed."""
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken library raises anything
@@ -38,11 +37,11 @@ def try_import(module: str) -> list[CheckResult]:
 
 
 def broken(name: str, package: str, error: BaseException, needed: bool = False) -> CheckResult:
-    """The finding of something that failed because a library cannot be imported.
+    """The finding of a check that failed because a library cannot be imported.
 
     Args:
-        name: what failed.
-        package: that it belongs to.
+        name: of the check.
+        package: the library at fault, unless the error shows another one.
         error: what was raised.
         needed: training does not work without it.
     """
@@ -52,12 +51,17 @@ def broken(name: str, package: str, error: BaseException, needed: bool = False) 
         mend = f"pip install {_PACKAGES.get(missing, missing)}"
         return CheckResult(name, "fails", "missing", reason(error), mend, needed)
     module = culprit(error) or package
-    found = _PACKAGES.get(module, module)
-    mend = f"pip install --force-reinstall {found}"
+    note = f"importing {_PACKAGES.get(module, module)} raises {reason(error)}"
+    return CheckResult(name, "fails", "broken", note, reinstall(module), needed)
+
+
+def reinstall(module: str) -> str:
+    """The command that installs the package of a module again."""
+    package = _PACKAGES.get(module, module)
+    mend = f"pip install --force-reinstall {package}"
     if module in OPTIONAL:
-        mend += f", or do without it: pip uninstall {found}"
-    note = f"importing {found} raises {reason(error)}"
-    return CheckResult(name, "fails", "broken", note, mend, needed)
+        mend += f", or remove it, since it is optional: pip uninstall {package}"
+    return mend
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -72,7 +76,7 @@ def culprit(error: BaseException) -> str | None:
     found, trace = None, error.__traceback__
     while trace is not None:
         name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        if name not in _NOBODYS and name not in sys.stdlib_module_names:
+        if name not in _NO_LIBRARIES and name not in sys.stdlib_module_names:
             found = name
         trace = trace.tb_next
     return found

@@ -1,4 +1,4 @@
-"""Libraries that a machine may have: imported, and made to do what training does with them."""
+"""Libraries that a machine may have: each is imported, and used as training uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from .imports import broken
 from .result import CheckResult, reason
 
-_BITS = "weights of 4 and 8 bits (load_in_4bit, load_in_8bit, adapter: qlora)"
+_BITS = "4-bit and 8-bit weights (load_in_4bit, load_in_8bit, adapter: qlora)"
 
 
 def triton() -> list[CheckResult]:
@@ -22,13 +22,13 @@ def triton() -> list[CheckResult]:
 
     gpu, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
-        note = "no fused kernel runs on the GPU" if gpu else "only GPUs use it"
+        note = "no fused kernel runs on the GPU" if gpu else "only used on GPUs"
         state, mend = ("missing", "pip install triton") if gpu else ("unused", "")
         return [CheckResult("Triton", "not installed", state, note, mend)]  # type: ignore[arg-type]
     try:
         version = str(importlib.import_module("triton").__version__)
     except Exception as error:  # a broken library raises anything
-        return [_unusable("Triton", "triton", error, "no kernel of it can run")]
+        return [_unusable("Triton", "triton", error, "its kernels cannot run")]
     if not gpu and not interpreted:
         note = "no GPU: its kernels are not used (TRITON_INTERPRET=1 is for tests)"
         return [CheckResult("Triton", version, "unused", note)]
@@ -40,7 +40,7 @@ def triton() -> list[CheckResult]:
         return [CheckResult("Triton", f"{version}, fails", "broken", reason(raised), mend)]
     if error_ > 1e-4:
         mend = "pip install --force-reinstall triton"
-        note = f"a kernel is wrong by {error_:.1g}"
+        note = f"the result of a kernel is off by {error_:.1g}"
         return [CheckResult("Triton", f"{version}, fails", "broken", note, mend)]
     return [CheckResult("Triton", version, note=f"runs a kernel on {where}")]
 
@@ -57,31 +57,29 @@ def _kernel_error(device: Any) -> float:
 
 
 def bitsandbytes() -> list[CheckResult]:
-    """Quantize a matrix to 4 and to 8 bits, and multiply with it, on the training device."""
+    """Quantize a matrix to 4 and 8 bits, and multiply by it, on the training device."""
     if importlib.util.find_spec("bitsandbytes") is None:
         mend = 'pip install "fusewright[quant]"'
         return [
-            CheckResult("bitsandbytes", "not installed", "missing", f"without it: no {_BITS}", mend)
+            CheckResult("bitsandbytes", "not installed", "missing", f"needed for {_BITS}", mend)
         ]
     try:
         module = importlib.import_module("bitsandbytes")
     except Exception as error:  # a broken library raises anything
-        return [_unusable("bitsandbytes", "bitsandbytes", error, f"no {_BITS}")]
+        return [_unusable("bitsandbytes", "bitsandbytes", error, f"needed for {_BITS}")]
     version, failed = str(module.__version__), []
     for bits, error_of in (("4 bits", _error_of_4), ("8 bits", _error_of_8)):
         try:
             wrong = error_of(module)
             if wrong > 0.2:
-                failed.append(f"{bits}: a product is wrong by {wrong:.0%}")
+                failed.append(f"{bits}: the result of a product is off by {wrong:.0%}")
         except Exception as raised:  # of a device that it was not built for
             failed.append(f"{bits}: {reason(raised)}")
     if failed:
         mend = "pip install --upgrade bitsandbytes, or train with adapter: lora"
         note = "; ".join(failed)
         return [CheckResult("bitsandbytes", f"{version}, fails", "broken", note, mend)]
-    return [
-        CheckResult("bitsandbytes", version, note="quantizes and multiplies in 4 and in 8 bits")
-    ]
+    return [CheckResult("bitsandbytes", version, note="quantizes and multiplies in 4 and 8 bits")]
 
 
 def _operands() -> tuple[Any, Any]:
@@ -117,12 +115,12 @@ def _unusable(name: str, package: str, error: Exception, note: str) -> CheckResu
 
 
 def attention() -> list[CheckResult]:
-    """Which kernels of PyTorch's attention run here, and the packages that have others."""
+    """Which of PyTorch's attention kernels run here, and which packages provide others."""
     import torch
 
     works, gpu = [], torch.cuda.is_available()
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        with contextlib.suppress(Exception):  # said by being left out
+        with contextlib.suppress(Exception):  # then the kernel is not listed
             _attend(name)
             works.append(name.removesuffix("_ATTENTION").lower())
     state: Any = "ok" if works else "broken"
@@ -140,7 +138,7 @@ def attention() -> list[CheckResult]:
 
 
 def _attend(name: str) -> None:
-    """Run one kernel forward and backward; it raises what it cannot do."""
+    """Run one kernel forward and backward; it raises if it does not run here."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -153,7 +151,7 @@ def _attend(name: str) -> None:
 
 
 def _imported(name: str, module: str, package: str) -> CheckResult:
-    """A library that is only imported; one that is not there is no gap: sdpa does the same."""
+    """A library that is only imported. If it is missing, that is no gap: sdpa takes its place."""
     try:
         if importlib.util.find_spec(module) is None:
             return CheckResult(name, "not installed", "unused", "sdpa is used")
@@ -167,24 +165,24 @@ _KEYS = {"flex": "flex_attention", "flash-attn": "flash_attention_2"}
 
 
 def communication() -> list[CheckResult]:
-    """Whether processes can talk: each backend adds up a number, with itself."""
+    """Whether processes can communicate: each backend runs an all-reduce in a group of one."""
     import torch
     from torch import distributed as dist
 
     if not dist.is_available():
-        note, mend = "no run of several processes", "pip install torch, from pytorch.org"
+        note, mend = "needed for several processes", "install torch from pytorch.org"
         return [CheckResult("gloo", "not built in", "missing", note, mend)]
     mend = "set GLOO_SOCKET_IFNAME to a network interface, e.g. lo"
     found = [_try("gloo", "cpu", mend)]
     if not torch.cuda.is_available():
-        return [*found, CheckResult("nccl", "not used", "unused", "only GPUs use it")]
+        return [*found, CheckResult("nccl", "not used", "unused", "only used on GPUs")]
     if not dist.is_nccl_available():
-        mend = "use a torch that is built with NCCL"
+        mend = "install a build of torch that has NCCL"
         return [
             *found,
-            CheckResult("nccl", "not built in", "missing", "no run of several GPUs", mend),
+            CheckResult("nccl", "not built in", "missing", "needed for several GPUs", mend),
         ]
-    return [*found, _try("nccl", "cuda", "NCCL_DEBUG=INFO says what fails")]
+    return [*found, _try("nccl", "cuda", "set NCCL_DEBUG=INFO to see what fails")]
 
 
 def _try(backend: str, device: str, mend: str) -> CheckResult:
@@ -199,7 +197,7 @@ def _try(backend: str, device: str, mend: str) -> CheckResult:
     try:
         for step in steps:
             step()
-    except Exception as error:  # of the network, each system has its own
+    except Exception as error:  # of the network, which differs between systems
         return CheckResult(backend, "fails", "broken", reason(error), mend)
     finally:
         if dist.is_initialized():

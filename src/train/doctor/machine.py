@@ -1,4 +1,4 @@
-"""What trains: GPUs, the CPU with its instructions, and the memory that is free."""
+"""The hardware: GPUs, the CPU with its instructions, and the free memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INSTRUCTIONS = {
     "AVX-512 bf16": "_is_avx512_bf16_supported",
     "AMX": "_is_amx_tile_supported",
 }
-"""What products on a CPU are fast by, and PyTorch's test for each."""
+"""Instructions that make matrix products fast on a CPU -> PyTorch's test for each."""
 
 
 def machine() -> list[CheckResult]:
@@ -47,15 +47,17 @@ def _no_gpu(torch: Any) -> CheckResult:
     """Why PyTorch sees no GPU: there is none, or it was built without them."""
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
     if not driver:
-        return CheckResult("GPU", "none", "unused", "the CPU trains")
+        return CheckResult("GPU", "none", "unused", "training runs on the CPU")
     if torch.version.cuda is None:
-        note = f"there is an NVIDIA driver, and torch {torch.__version__} was built for the CPU"
+        note = f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU"
         mend = (
             "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
         )
         return CheckResult("GPU", "not used", "missing", note, mend)
     note = "there is an NVIDIA driver, but PyTorch finds no device"
-    return CheckResult("GPU", "not used", "broken", note, "nvidia-smi says what the driver sees")
+    return CheckResult(
+        "GPU", "not used", "broken", note, "run nvidia-smi to see what the driver finds"
+    )
 
 
 def _cpu(torch: Any) -> list[CheckResult]:
@@ -83,5 +85,7 @@ def _precision() -> CheckResult:
     from ..model.precision import dtype_for_training, has_bfloat16
 
     name = str(dtype_for_training("auto")).removeprefix("torch.")
-    note = "" if has_bfloat16() else "no instructions for bfloat16: bf16: true would be slow"
+    note = (
+        "" if has_bfloat16() else "the CPU has no bfloat16 instructions: bf16: true would be slow"
+    )
     return CheckResult("bf16: auto", name, note=note)

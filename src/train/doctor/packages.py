@@ -1,4 +1,4 @@
-"""The versions of packages, and whether they are those that fusewright asks for."""
+"""The versions of packages, and whether they are in the ranges that fusewright requires."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = ("", "train")
 """The extras without which ``fusewright train`` does not start."""
 
 _FOR = {
-    "quant": "weights of 4 and 8 bits (adapter: qlora, load_in_8bit)",
+    "quant": "4-bit and 8-bit weights (adapter: qlora, load_in_8bit)",
     "distributed": "DeepSpeed (key deepspeed)",
 }
 """What another extra is for."""
@@ -46,7 +46,7 @@ def _named() -> dict[str, tuple[str, str]]:
     """Each package that fusewright needs here, with the range of versions and the extra."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # of transformers' own needs; that one's absence is found, too
+    except ImportError:  # transformers needs it, too, and fails without it
         return {name: ("", "") for name in ("torch", "transformers", "peft", "accelerate")}
     found: dict[str, tuple[str, str]] = {}
     for line in importlib.metadata.requires("fusewright") or ():
@@ -69,7 +69,9 @@ def _package(name: str, wanted: str, extra: str) -> CheckResult:
             return CheckResult(name, "not installed", "unused", note)
         return CheckResult(name, "not installed", "missing", note, install, needed)
     if wanted and not _is_in(version, wanted):
-        return CheckResult(name, version, "broken", f"{note}: does not fit", install, needed)
+        return CheckResult(
+            name, version, "broken", f"{note}; this version is outside that range", install, needed
+        )
     return CheckResult(name, version, note=note)
 
 

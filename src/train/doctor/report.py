@@ -15,10 +15,10 @@ from rich.table import Table
 from ..terminal import Terminal, announce, say
 from .child import CHECKS, ask
 from .imports import NEEDED
-from .result import CheckResult
+from .result import AGAIN, CheckResult
 
-_SECONDS = 27
-"""How long all checks may take together."""
+_SECONDS = 180
+"""How long all checks may take together; they do where a disk is slow or a library hangs."""
 
 _TITLES = {
     "Versions": ("packages",),
@@ -31,15 +31,21 @@ _TITLES = {
         "attention",
         "communication",
     ),
-    "What runs": ("codegen",),
+    "Code generation": ("codegen",),
 }
-"""The tables, each with the checks that it shows."""
+"""Title of a table -> the checks that it shows."""
 
-_COLOURS = {"ok": "green", "missing": "yellow", "broken": "red", "unused": "dim"}
+_COLOURS = {
+    "ok": "green",
+    "missing": "yellow",
+    "broken": "red",
+    "unused": "dim",
+    "unknown": "yellow",
+}
 
 _LEGEND = (
-    "Triton, CPU: our kernel. ATen: our formula in PyTorch's operators. reference: the model's own "
-    "operations stay."
+    "Triton, CPU: fusewright's kernel. ATen: fusewright's formula in PyTorch operators. reference: "
+    "the model's own operations are kept."
 )
 
 
@@ -56,7 +62,7 @@ class Diagnosis:
     rules: list[dict[str, str]] = field(default_factory=list)
 
     def gaps(self) -> list[CheckResult]:
-        """What is to be mended; what training needs comes first, and each line once."""
+        """What to mend: first what training needs, and no command twice."""
         every = [f for found in self.sections.values() for f in found if f.is_gap()]
         lines = {one.mend or f"{one.name}: {one.note}": one for one in reversed(every)}
         return sorted(reversed(lines.values()), key=lambda one: not one.needed)
@@ -65,8 +71,12 @@ class Diagnosis:
         """Whether nothing is missing that training needs."""
         return not any(gap.needed for gap in self.gaps())
 
+    def unknown(self) -> list[CheckResult]:
+        """The checks that did not finish in time."""
+        return [f for found in self.sections.values() for f in found if f.state == "unknown"]
+
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """The content of ``--json``."""
         sections = {name: [asdict(f) for f in found] for name, found in self.sections.items()}
         gaps = [asdict(gap) for gap in self.gaps()]
         return {**sections, "rules": self.rules, "gaps": gaps, "can_train": self.can_train()}
@@ -80,9 +90,10 @@ def run(as_json: bool = False, console: Console | None = None) -> int:
         console: where to print; None for standard output.
 
     Returns:
-        The exit code: 1 if something is missing that training needs.
+        The exit code: 1 if something that training needs is missing or broken. What is not known
+        does not count.
     """
-    announce("looking at this machine; this takes up to half a minute")
+    announce("checking this machine: up to half a minute, longer where libraries load slowly")
     found = diagnose()
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -108,18 +119,20 @@ def show(found: Diagnosis, console: Console) -> None:
         say(console, title)
         console.print(_table([f for name in names for f in found.sections[name]]))
     if found.rules:
-        say(console, "Rewrites, and what runs them here")
+        say(console, "Rewrites, and what runs each of them here")
         console.print(_rules(found.rules))
         say(console, f"{_LEGEND}\n")
-    gaps = found.gaps()
-    if not gaps:
-        say(console, "no gaps: everything that this machine can use is there")
+    gaps, unknown = found.gaps(), found.unknown()
+    if not gaps and not unknown:
+        say(console, "no gaps: everything that this machine can use is installed and works")
     for gap in gaps:
         what = "training needs this" if gap.needed else "optional"
         notes = f": {gap.note}" if gap.note else ""
         say(console, f"{gap.name}: {gap.value} ({what}){notes}")
         if gap.mend:
             say(console, f"  mend: {gap.mend}")
+    if unknown:
+        say(console, f"not known: {', '.join(one.name for one in unknown)}; {AGAIN}")
 
 
 def _table(findings: Sequence[CheckResult]) -> Table:

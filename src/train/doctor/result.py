@@ -1,24 +1,28 @@
-"""What the doctor finds: one record for each thing that was looked at."""
+"""What doctor finds: one record for each thing that it checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-State = Literal["ok", "missing", "broken", "unused"]
-"""``unused``: it is not there, or does not run here, and nothing on this machine would use it."""
+State = Literal["ok", "missing", "broken", "unused", "unknown"]
+"""``unused``: it is missing or does not run here, but nothing on this machine would use it.
+``unknown``: the check did not finish in time."""
+
+AGAIN = "run fusewright doctor again: it is faster once the libraries are in the page cache"
+"""What to do about a check that did not finish in time."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at.
+    """One thing that was checked.
 
     Attributes:
-        name: what it is.
+        name: of the thing.
         value: what was found, in a few words.
-        state: how it is.
-        note: what follows from that.
-        mend: the command, or the key of a recipe, that closes the gap; empty where there is none.
+        state: whether it works.
+        note: the reason, or what follows from it.
+        mend: the command, or the key of a recipe, that closes the gap; empty if there is none.
         needed: training does not work at all without it.
     """
 
@@ -30,7 +34,7 @@ class CheckResult:
     needed: bool = False
 
     def is_gap(self) -> bool:
-        """Whether something is to be mended."""
+        """Whether there is something to mend."""
         return self.state in ("missing", "broken")
 
     @classmethod

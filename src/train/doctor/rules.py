@@ -115,5 +115,5 @@ def codegen() -> list[CheckResult]:
     with FakeTensorMode():
         block = torch.nn.Linear(4096, 4096, device=device_for_training())
     chosen, why = choose("auto", [block])
-    note = f"{why}; models whose blocks have less than 10 M parameters run in eager PyTorch"
+    note = f"{why}; models whose blocks have fewer than 10 M parameters run in eager PyTorch"
     return [CheckResult("codegen: auto", chosen, note=note if chosen == "inductor" else why)]

@@ -1,35 +1,30 @@
-"""Picks the keys of the recipe, each with the reason that the file gives for it."""
+"""Chooses the keys of the recipe, each with the reason that the file gives for it."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import RecipeError
 from ..recipe.load import check
 from ..recipe.recipe import Recipe
+from .candidates import LORA, LORA_WHY, Candidates, has_bitsandbytes
 from .fits import Fits, MemoryVerdict, smallest
 from .look import RowsRead
-from .measure import Lengths
-
-_LEAST, _STEP = 128, 128
-"""The shortest ``sequence_len``, and what it is a multiple of."""
-
-_PACK = 1024
-"""A pack is at least so long, where the model and the memory allow it."""
-
-_TEXT = 2048
-"""Texts are cut to this length."""
 
 _ROWS_PER_STEP, _STEPS = 16, 50
 """Sequences of an optimizer step; fewer where an epoch would have less than so many steps."""
 
 _MICRO = (8, 4, 2, 1)
 
-_PACKING = "several rows in one sequence, which saves padding; none sees another"
+_UNCHECKED = (
+    "Chosen with micro_batch_size 1 because that needs little memory: what fits is NOT CHECKED, "
+    "for the reason under Memory above. Once that is resolved, fusewright plan says what fits"
+)
+
+_PACKING = "puts several rows into one sequence, which saves padding; rows do not see each other"
 
 Values = dict[str, Any]
 
@@ -55,73 +50,55 @@ class Chooser:
 
     Args:
         base: ``base_model`` and ``datasets``, and why.
-        rows: what was read.
-        lengths: of the rows.
-        longest: the longest text that the model can read, if that is known.
+        candidates: what to try; with the rows and their lengths.
         budget: ``--memory`` as it was given, and in bytes; None: none was given.
         fits: judges.
     """
 
     base: Mapping[str, tuple[Any, str]]
-    rows: RowsRead
-    lengths: Lengths
-    longest: int | None
+    candidates: Candidates
     budget: tuple[str, int] | None
     fits: Fits
-    _why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _rows(self) -> RowsRead:
+        return self.candidates.rows
 
     def choose(self) -> Draft:
-        """The first of the candidates that fits: the best adapter, then the largest batch.
+        """The first of the candidates that fits, each with the largest batch that does.
+
+        Where the judge cannot say, LoRA with the smallest batch.
 
         Raises:
-            RecipeError: none of them fits.
+            RecipeError: none of them fits, or no row is short enough for the model.
         """
         memory = self.budget[1] if self.budget else None
         verdict = None
-        for adapter, why in self._adapters():
-            for length in self._lengths():
-                for micro in _MICRO:
-                    draft = self._draft(adapter, why, length, micro)
-                    if draft is None:
-                        continue
-                    verdict = self.fits(_recipe(draft.values), memory)
-                    if verdict.fits is not False:
-                        return Draft(draft.values, draft.why, verdict)
+        for adapter, why, length in self.candidates.in_order():
+            for micro in _MICRO:
+                draft = self._draft(adapter, why, length, micro)
+                if draft is None:
+                    continue
+                verdict = self.fits(_recipe(draft.values), memory)
+                if verdict.fits:
+                    return Draft(draft.values, draft.why, verdict)
+                if verdict.fits is None:  # and so it is for smaller batches
+                    break
+        if verdict is not None and verdict.fits is None:
+            return self._unchecked(verdict)
+        least = "QLoRA" if has_bitsandbytes() else "LoRA"
         need = f" ({verdict.note})" if verdict else ""
         raise RecipeError(
-            f"--memory: not even weights of 4 bits and the shortest rows fit into "
+            f"--memory: not even {least}, at the shortest length that keeps any row, fits into "
             f"{smallest(memory)}{need}; choose a smaller --model, or more memory"
         )
 
-    # --- candidates ------------------------------------------------------------------------------
-
-    def _adapters(self) -> Iterator[tuple[Values, str]]:
-        lora = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
-        quant = importlib.util.find_spec("bitsandbytes") is not None
-        if self.rows.shape.kind == "text (completion)":
-            yield {}, "no adapter: texts teach knowledge, which all weights learn better"
-        yield lora, "lora: small weights beside frozen ones; learns formats and tasks as well"
-        if quant:
-            why = "qlora: the same beside weights of 4 bits, because 16 bits do not fit"
-            yield {**lora, "adapter": "qlora", "load_in_4bit": True}, why
-
-    def _lengths(self) -> list[int]:
-        """Sequence lengths to try: what the rows need first, then shorter ones."""
-        wanted = _TEXT if self._is_text() else _rounded(self.lengths.at(99))
-        if self._packs(wanted):
-            wanted = max(wanted, _PACK)
-        if self.longest is not None:
-            wanted = min(wanted, self.longest)
-        found = [wanted]
-        while found[-1] > 2 * _LEAST:
-            found.append(_rounded(found[-1] // 2))
-        return found
-
-    def _is_text(self) -> bool:
-        return self.rows.shape.entry().get("type") == "completion"
-
-    def _packs(self, length: int) -> bool:
-        return self._is_text() or self.lengths.at(50) <= length // 2 or length < _PACK
+    def _unchecked(self, verdict: MemoryVerdict) -> Draft:
+        """What needs little memory, as it is not known what fits."""
+        why = f"{LORA_WHY}. {_UNCHECKED}"
+        draft = self._draft(LORA, why, self.candidates.usable()[0], 1)
+        assert draft is not None  # a batch of 1 is never more than a step has
+        return Draft(draft.values, draft.why, verdict)
 
     # --- one candidate ---------------------------------------------------------------------------
 
@@ -136,7 +113,7 @@ class Chooser:
         epochs, epochs_why = self._epochs()
         chosen: list[tuple[str, Any, str]] = [
             ("val_set_size", held, held_why),
-            ("sequence_len", length, self._length_why(length)),
+            ("sequence_len", length, self.candidates.why(length)),
             ("sample_packing", True, _PACKING),
             ("micro_batch_size", micro, "sequences per forward pass"),
             (
@@ -147,11 +124,15 @@ class Chooser:
             ),
             ("num_epochs", epochs, epochs_why),
             ("learning_rate", 2e-4 if adapter else 2e-5, _rate_why(adapter)),
-            ("lr_scheduler", "cosine", "falls to 0 at the end"),
-            ("warmup_ratio", 0.05, "rises in the first steps"),
+            ("lr_scheduler", "cosine", "decays to 0 at the end"),
+            ("warmup_ratio", 0.05, "warms up over the first 5% of the steps"),
             ("bf16", "auto", _precision_why()),
             ("memory", self.budget[0] if self.budget else "auto", self._memory_why()),
-            ("output_dir", _free_folder(self.rows.dataset.path), "a new folder"),
+            (
+                "output_dir",
+                _free_folder(self._rows.dataset.path),
+                "a folder that does not exist yet",
+            ),
         ]
         before = [(key, value, why if key == "adapter" else "") for key, value in adapter.items()]
         if not adapter:
@@ -162,79 +143,55 @@ class Chooser:
 
     def _sequences(self, length: int) -> int:
         """Sequences of an epoch, as far as rows were read."""
-        tokens = self.lengths.tokens
-        kept = tokens if self._is_text() else tokens[tokens <= length]
-        if not len(kept):
-            return self.rows.count
+        tokens = self.candidates.lengths.tokens
+        kept = tokens if self.candidates.is_text else tokens[tokens <= length]
         mean = float(kept.mean())
         share = len(kept) / len(tokens)
-        return max(1, int(self.rows.count * share * mean / length * 1.05))
+        return max(1, int(self._rows.count * share * mean / length * 1.05))
 
     def _held(self) -> tuple[int | float, str]:
-        count = self.rows.count
+        count = self._rows.count
         if count < 20:
-            return 0, f"{count} rows are too few to hold some out: the loss is of training rows"
+            return 0, f"{count} rows are too few to hold any out for validation"
         if count < 400:
-            return max(2, count // 10), "a tenth of the rows is held out, for validation"
-        return 0.05, "5% of the rows are held out, for validation"
+            return max(2, count // 10), "a tenth of the rows is held out for validation"
+        return 0.05, "5% of the rows are held out for validation"
 
     def _epochs(self) -> tuple[int, str]:
-        if not self.rows.complete:
-            return 1, "there are many rows: once through them"
-        if self.rows.count < 10_000:
-            return (
-                3,
-                f"{self.rows.count:,} rows are few: three passes. Watch eval_loss: less may do",
-            )
+        if not self._rows.complete:
+            return 1, "there are many rows: one pass"
+        if self._rows.count < 10_000:
+            few = f"{self._rows.count:,} rows are few: three passes"
+            return 3, f"{few}. Watch eval_loss: fewer may be enough"
         return (
-            (2, "two passes") if self.rows.count < 50_000 else (1, "there are many rows: one pass")
+            (2, "two passes") if self._rows.count < 50_000 else (1, "there are many rows: one pass")
         )
 
     # --- reasons ---------------------------------------------------------------------------------
 
-    def _length_why(self, length: int) -> str:
-        if self._is_text():
-            return "longer texts become several samples"
-        over = float((self.lengths.tokens > length).mean())
-        how = (
-            "counted by the tokenizer"
-            if self.lengths.counted
-            else ("ESTIMATED from characters: the tokenizer is not on this disk")
-        )
-        said = (
-            f"half of the rows have up to {self.lengths.at(50):,} tokens, 99% up to "
-            f"{self.lengths.at(99):,} ({how})"
-        )
-        cut = f"; {over:.1%} are longer and are left out" if over else "; none is longer"
-        return said + cut
-
     def _memory_why(self) -> str:
         if self.budget:
-            return "the whole of what the process may use (--memory); planned at the first step"
-        return "plans with the memory that is free when the run starts"
+            return "all that the process may use (--memory); the run plans for it at its first step"
+        return "plans for the memory that is free when the run starts"
 
 
 def _recipe(values: Values) -> Recipe:
     return check(values).recipe
 
 
-def _rounded(length: int) -> int:
-    return max(_LEAST, -(-length // _STEP) * _STEP)
-
-
 def _rate_why(adapter: Values) -> str:
-    return "usual for adapters" if adapter else "usual for all weights: ten times less than LoRA's"
+    return "usual for adapters" if adapter else "usual for full fine-tuning: a tenth of LoRA's"
 
 
 def _precision_why() -> str:
     from ..model.precision import has_bfloat16
 
-    has = "which this machine has" if has_bfloat16() else "which this machine lacks: float32 here"
-    return f"bfloat16 where there are instructions for it, {has}"
+    has = "is the case here" if has_bfloat16() else "is not the case here: float32"
+    return f"bfloat16 where the hardware supports it, which {has}"
 
 
 def _free_folder(path: str) -> str:
-    """A folder of this name that is not there yet."""
+    """A folder with the name of the rows that does not exist yet."""
     stem = Path(path.replace(":", "-")).name.partition(".")[0] or "run"
     name, number = f"outputs/{stem}", 1
     while Path(name).exists():

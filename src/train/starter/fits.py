@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ...errors import ModelError, RecipeError
+from ...errors import FusewrightError, first_line
 from ...memory.budget import GB, gigabytes
 from ..model.load import load_config, quiet
 from ..model.positions import positions
@@ -52,19 +52,32 @@ class PlanJudge:
 
     def __init__(self) -> None:
         self._jobs: dict[str, TrainingJob] = {}
+        self._failed: dict[str, MemoryVerdict] = {}
         self._devices = devices_here(torch.float32, 1)
 
     def __call__(self, recipe: Recipe, memory: int | None) -> MemoryVerdict:
-        """Whether ``recipe`` trains in ``memory`` bytes; None: in what this machine has."""
+        """Whether ``recipe`` trains in ``memory`` bytes; None: in what this machine has.
+
+        A method whose step cannot be planned is tried once: the model may be on the hub, which
+        cannot be reached, and its code may raise anything.
+        """
+        method = method_of(recipe)
+        if method not in self._failed:
+            try:
+                with quiet():
+                    return self._planned(recipe, memory)
+            except Exception as error:
+                self._failed[method] = MemoryVerdict(None, None, f"not checked: {_reason(error)}")
+        return self._failed[method]
+
+    def _planned(self, recipe: Recipe, memory: int | None) -> MemoryVerdict:
         room = self._devices.card.memory if memory is None else memory
-        try:
-            with quiet():
-                job = self._job(recipe)
-        except (RecipeError, ModelError) as error:  # it is on the hub, which cannot be reached
-            return MemoryVerdict(None, None, f"not checked: {error}")
+        job = self._job(recipe)
         tokens = recipe.micro_batch_size * recipe.sequence_len
         needs = smallest_peak(job, layout_of(recipe, 1), room, tokens / job.step.tokens)
-        said = f"at least {gigabytes(needs)} of {gigabytes(room)}, by fusewright plan"
+        said = (
+            f"needs at least {gigabytes(needs)} of {gigabytes(room)}, according to fusewright plan"
+        )
         return MemoryVerdict(needs <= SPARE * room, needs, said)
 
     def _job(self, recipe: Recipe) -> TrainingJob:
@@ -80,12 +93,20 @@ class PlanJudge:
 
 
 def positions_of(recipe: Recipe) -> int | None:
-    """How long a text the recipe's model can read; None: it does not say, or is not here."""
+    """How many tokens the recipe's model can read; None: it does not say, or is not here."""
     with quiet():
         try:
             return positions(load_config(recipe))
-        except RecipeError:  # it is on the hub, which cannot be reached
+        except Exception:  # it is on the hub, or not readable, which planning says
             return None
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; with its class, unless it is one of ours."""
+    line = first_line(error)
+    if isinstance(error, FusewrightError) or line == type(error).__name__:
+        return line
+    return f"{type(error).__name__}: {line}"
 
 
 def smallest(budget: int | None) -> str:

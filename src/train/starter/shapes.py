@@ -49,7 +49,7 @@ def shape_of(row: Any, where: str) -> Shape:
             return found
     has = ", ".join(map(repr, row)) or "no fields"
     raise DataError(
-        f"{where}: no known format has these fields ({has}). Known are messages; instruction and "
+        f"{where}: no known format has these fields ({has}). Known are: messages; instruction and "
         "output; prompt and completion; text; segments; input_ids and labels; prompt, chosen and "
         "rejected. Rename the fields, or spell the format out in datasets: type, with "
         "field_instruction, field_output and format"

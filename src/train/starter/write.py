@@ -1,4 +1,4 @@
-"""The recipe as YAML, each choice under the comment that says why."""
+"""The recipe as YAML, with a comment above each choice that says why."""
 
 from __future__ import annotations
 

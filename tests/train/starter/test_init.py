@@ -231,7 +231,7 @@ def test_the_adapter_is_what_fits(large: Path, tmp_path: Path) -> None:
     assert chosen[1]["load_in_4bit"] is True
     assert chosen[0]["micro_batch_size"] >= chosen[1]["micro_batch_size"]
     said = refused("rows.jsonl", "--model", large, "--memory", "2GB")
-    assert "not even weights of 4 bits" in said
+    assert "not even QLoRA" in said
 
 
 def test_texts_train_all_weights_where_they_fit(large: Path, tmp_path: Path) -> None:

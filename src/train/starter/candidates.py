@@ -1,0 +1,153 @@
+"""The adapters and sequence lengths to try, in order, and what each length does to the rows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import RecipeError
+from .look import RowsRead
+from .measure import Lengths
+
+_LEAST, _STEP = 128, 128
+"""The shortest ``sequence_len``, and what it is a multiple of."""
+
+_PACK = 1024
+"""A pack is at least this long, where the model and the memory allow it."""
+
+_TEXT = 2048
+"""Texts are cut to this length."""
+
+_KEPT = 0.95
+"""A length that keeps this fraction of the rows is long enough: all adapters are tried there before
+any shorter length is."""
+
+LORA: dict[str, Any] = {
+    "adapter": "lora",
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_linear": True,
+}
+_QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True}
+
+LORA_WHY = (
+    "lora: trains small matrices beside the frozen weights, which is enough to learn formats and "
+    "tasks"
+)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What to try.
+
+    Args:
+        rows: what was read.
+        lengths: of the rows.
+        longest: the longest text that the model can read, if that is known.
+    """
+
+    rows: RowsRead
+    lengths: Lengths
+    longest: int | None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows that are longer than a sequence are cut, and not left out."""
+        return self.rows.shape.entry().get("type") == "completion"
+
+    def in_order(self) -> Iterator[tuple[dict[str, Any], str, int]]:
+        """Adapters, with the reason for each, and lengths.
+
+        All adapters are tried at lengths that keep enough rows before any shorter length is: 4-bit
+        weights lose less than rows that are left out.
+
+        Raises:
+            RecipeError: no length keeps a row.
+        """
+        lengths = self.usable()
+        enough = [length for length in lengths if self.kept(length) >= _KEPT]
+        if self.is_text:  # a shorter length loses context
+            enough = lengths[:1]
+        for adapter, why in self._adapters():
+            yield from ((adapter, why, length) for length in enough)
+        for length in lengths:
+            if length not in enough:
+                yield from ((adapter, why, length) for adapter, why in self._adapters())
+
+    def usable(self) -> list[int]:
+        """Sequence lengths that keep a row: what the rows need first, then shorter ones.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        wanted = self._wanted()
+        if self.longest is not None:
+            wanted = min(wanted, self.longest)
+        found = [wanted]
+        while found[-1] > _LEAST:
+            found.append(_rounded(found[-1] // 2))
+        if not self.is_text:  # the shortest one that keeps enough
+            found.append(min(wanted, _rounded(self.lengths.at(100 * _KEPT))))
+        usable = sorted({length for length in found if self.kept(length)}, reverse=True)
+        if not usable:
+            raise RecipeError(
+                f"--model: the model reads up to {self.longest:,} tokens, and the shortest row has "
+                f"{self.lengths.at(0):,}; choose a model that reads longer texts, or split the rows"
+            )
+        return usable
+
+    def kept(self, length: int) -> float:
+        """The fraction of the rows that a length keeps."""
+        return 1.0 if self.is_text else float((self.lengths.tokens <= length).mean())
+
+    def why(self, length: int) -> str:
+        """The reason for a length, with what is lost by it."""
+        limit = "the positions of the model" if length == self.longest else "memory"
+        if self.is_text:
+            said = "longer texts become several samples"
+            if length < self._wanted():
+                said += f", each with LESS CONTEXT than {_TEXT:,} tokens, because of {limit}"
+            return said
+        how = "counted by the tokenizer"
+        if not self.lengths.counted:
+            how = "ESTIMATED from characters: the tokenizer is not on this disk"
+        said = (
+            f"half of the rows have up to {self.lengths.at(50):,} tokens, 99% up to "
+            f"{self.lengths.at(99):,} ({how})"
+        )
+        kept = self.kept(length)
+        if kept == 1:
+            return f"{said}; none is longer"
+        cut = f"{1 - kept:.1%} are longer and are left out"
+        if kept >= _KEPT:
+            return f"{said}; {cut}"
+        tokens = self.lengths.tokens
+        lost = float(tokens[tokens > length].sum() / tokens.sum())
+        return f"{said}. ROWS ARE LOST, because of {limit}: {cut}, with {lost:.1%} of all tokens"
+
+    def _adapters(self) -> Iterator[tuple[dict[str, Any], str]]:
+        if self.rows.shape.kind == "text (completion)":
+            yield (
+                {},
+                "no adapter: texts teach knowledge, for which training all weights works better",
+            )
+        yield LORA, LORA_WHY
+        if has_bitsandbytes():
+            yield _QLORA, "qlora: LoRA on 4-bit weights, because 16-bit weights do not fit"
+
+    def _wanted(self) -> int:
+        """The length that is best for the rows, whatever the model and the memory allow."""
+        wanted = _TEXT if self.is_text else _rounded(self.lengths.at(99))
+        packs = self.is_text or self.lengths.at(50) <= wanted // 2 or wanted < _PACK
+        return max(wanted, _PACK) if packs else wanted
+
+
+def has_bitsandbytes() -> bool:
+    """Whether weights of 4 bits can be asked for."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _rounded(length: int) -> int:
+    return max(_LEAST, -(-length // _STEP) * _STEP)
