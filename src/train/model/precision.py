@@ -108,7 +108,7 @@ def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
 
 
 @functools.cache
-def _with_own_dtype(kind: type) -> type:
+def _with_own_dtype(kind: Any) -> Any:
     """A subclass of a norm that computes in the dtype of its weights, whatever it is given.
 
     A class rather than hooks: a block with a hook inside cannot be captured. Its objects are copied
@@ -116,7 +116,7 @@ def _with_own_dtype(kind: type) -> type:
     """
 
     class Norm(kind):  # type: ignore[misc]  # 2026-11-27: a class that only the model knows
-        @functools.wraps(kind.forward)  # type: ignore[attr-defined]  # 2026-11-27: of a module
+        @functools.wraps(kind.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             own = next(self.parameters()).dtype
             given = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -124,7 +124,8 @@ def _with_own_dtype(kind: type) -> type:
             return _as(super().forward(*[_as(v, own) for v in args], **named), given)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _empty, (kind,), self.__getstate__()
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (_empty, (kind,), *state)
 
     Norm.__name__, Norm.__qualname__ = kind.__name__, kind.__qualname__
     Norm.__module__, Norm.__doc__ = kind.__module__, kind.__doc__
@@ -137,7 +138,7 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_float else value
 
 
-def _empty(kind: type) -> Any:
+def _empty(kind: Any) -> Any:
     """An object of the subclass whose attributes are yet to be set."""
     made = _with_own_dtype(kind)
     return made.__new__(made)
