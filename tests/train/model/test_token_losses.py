@@ -116,6 +116,12 @@ def test_value_and_gradients(
     assert not hasattr(model, "_loss_function")
 
 
+def test_token_scaling_of_liger_is_dft() -> None:
+    recipe = load_recipe({**BASE, "liger_use_token_scaling": True})
+    assert weigher(recipe) is by_probability
+    assert weigher(load_recipe({**BASE, "liger_use_token_scaling": False})) is None
+
+
 def test_an_optimized_model_has_the_same_loss() -> None:
     recipe = load_recipe({**BASE, "use_dft": True})
     given = batch(262)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..base import Int, Keys, UnreadKeys, not_applicable, not_yet, subsumed, unread
+from ..base import Int, Keys, UnreadKeys, not_applicable, subsumed, unread
 
 _RULE = "fusewright's rewrite {} (key optimize)"
 _CE = _RULE.format("linear_cross_entropy")
@@ -55,11 +55,6 @@ class SubsumedKeys(Keys):
 
     liger_fused_linear_cross_entropy: bool | None = subsumed(_CE)
     """Liger's output head and cross entropy in one. Unset: no."""
-
-    liger_use_token_scaling: bool | None = not_yet(
-        "leave it out: each trained token weighs the same"
-    )
-    """Weigh tokens by how sure the model is of them. Unset: no."""
 
     liger_kernel_impl: Literal["cutile", "cutedsl"] | None = subsumed("fusewright's own kernels")
     """In which language Liger's kernels are written. Unset: Triton."""
