@@ -41,6 +41,8 @@ def _recipe(tmp_path: Path, **keys: Any) -> Recipe:
     return load_recipe({**small_recipe(tmp_path, rows, tmp_path / "out"), **keys})
 
 
+FULL: dict[str, Any] = {"adapter": None, "lora_target_linear": None, "lora_r": None}
+
 PACKS = select([[_sample(9), _sample(5)], [_sample(7)], [_sample(4)] * 3, [_sample(8)]], 2, 2)
 SINGLES = select([[_sample(n)] for n in (9, 5, 7, 4)], 2, 2)
 
@@ -123,6 +125,7 @@ def test_samples_too_long_to_share_a_sequence(tmp_path: Path) -> None:
     [
         ({}, 1, "2 processes need as many GPUs, and there is 1 here"),
         ({"ddp": False}, None, "ddp: false means one process"),
+        ({"lisa_n_layers": 1, "lisa_step_interval": 2, **FULL}, None, "lisa_n_layers: 1 means one"),
         ({"dp_replicate_size": 3}, None, "dp_replicate_size"),
         ({"tensor_parallel_size": 2}, None, "tensor_parallel_size"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, None, "deepspeed: it keeps"),
