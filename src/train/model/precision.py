@@ -94,6 +94,7 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
     norms = [m for m in model.modules() if _is_one_of(type(m), names)]
     if not norms:
         raise RecipeError(f"fp32_norm_classes: the model has no {' or '.join(names)}")
+    norm: Any
     for norm in norms:
         dtype = next((p.dtype for p in norm.parameters()), torch.float32)
         if dtype in (torch.bfloat16, torch.float16):
