@@ -94,12 +94,12 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
     norms = [m for m in model.modules() if _is_one_of(type(m), names)]
     if not norms:
         raise RecipeError(f"fp32_norm_classes: the model has no {' or '.join(names)}")
-    norm: Any
     for norm in norms:
+        kind: Any = type(norm)
         dtype = next((p.dtype for p in norm.parameters()), torch.float32)
         if dtype in (torch.bfloat16, torch.float16):
             norm.float()
-            norm.__class__ = _with_own_dtype(type(norm))
+            norm.__class__ = _with_own_dtype(kind)
 
 
 def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
