@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import RecipeError
 from ..recipe.recipe import Recipe
@@ -95,11 +95,11 @@ def keep_norms_in_float32(model: nn.Module, recipe: Recipe) -> None:
     if not norms:
         raise RecipeError(f"fp32_norm_classes: the model has no {' or '.join(names)}")
     for norm in norms:
+        kind: Any = type(norm)
         dtype = next((p.dtype for p in norm.parameters()), torch.float32)
         if dtype in (torch.bfloat16, torch.float16):
             norm.float()
-            norm.register_forward_pre_hook(_widen)
-            norm.register_forward_hook(functools.partial(_narrow, dtype=dtype))
+            norm.__class__ = _with_own_dtype(kind)
 
 
 def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
@@ -108,10 +108,38 @@ def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
     return any(path == n if "." in n else kind.__name__.endswith(n) for n in names)
 
 
-def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    wide = torch.Tensor.float
-    return tuple(wide(x) if isinstance(x, torch.Tensor) else x for x in inputs)
+@functools.cache
+def _with_own_dtype(kind: Any) -> Any:
+    """A subclass of a norm that computes in the dtype of its weights, whatever it is given.
+
+    A class rather than hooks: a block with a hook inside cannot be captured. Its objects are copied
+    and pickled as those of ``kind``, by a function that makes the subclass again.
+    """
+
+    class Norm(kind):  # type: ignore[misc]  # 2026-11-27: a class that only the model knows
+        @functools.wraps(kind.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            own = next(self.parameters()).dtype
+            given = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            named = {name: _as(v, own) for name, v in kwargs.items()}
+            return _as(super().forward(*[_as(v, own) for v in args], **named), given)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            _, _, *state = super().__reduce_ex__(protocol)
+            return (_empty, (kind,), *state)
+
+    Norm.__name__, Norm.__qualname__ = kind.__name__, kind.__qualname__
+    Norm.__module__, Norm.__doc__ = kind.__module__, kind.__doc__
+    return Norm
 
 
-def _narrow(module: nn.Module, inputs: Any, output: Any, dtype: torch.dtype) -> Any:
-    return output.to(dtype) if isinstance(output, torch.Tensor) else output
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of numbers in another dtype; anything else as it is."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+def _empty(kind: Any) -> Any:
+    """An object of the subclass whose attributes are yet to be set."""
+    made = _with_own_dtype(kind)
+    return made.__new__(made)

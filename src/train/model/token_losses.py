@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -253,16 +254,22 @@ class _Pending(torch.Tensor):
             if name == "__getitem__" and _all_rows(rest[0]):
                 return first.then(func, *rest)
             if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-                raise NotImplementedError(f"use_dft, use_eaft: {name} of logits in place")
-        real = [x.finish(x.rows) if isinstance(x, _Pending) else x for x in args]
-        named = {k: x.finish(x.rows) if isinstance(x, _Pending) else x for k, x in kwargs.items()}
+                raise _unsupported(f"changes logits in place ({name})")
+        real, named = tree_map_only(_Pending, lambda x: x.finish(x.rows), (args, kwargs))
         return func(*real, **named)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-27: torch has it for instances
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise NotImplementedError(f"{func} of logits that are not computed")
+        raise _unsupported(f"calls {func} with logits where Python does not see it")
+
+
+def _unsupported(what: str) -> RecipeError:
+    return RecipeError(
+        f"use_dft, use_eaft: the code of this model {what}, and so its logits cannot be computed "
+        "in tiles: leave the key out"
+    )
 
 
 def _of_features(value: Any) -> bool:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..recipe.keys.base import Keys
+from ..recipe.keys.output import OutputKeys
+from ..recipe.keys.tracking import TrackingKeys
 from ..recipe.recipe import Recipe
 from .ways import Way
 
+
+def _defaults(group: type[Keys]) -> dict[str, Any]:
+    """The keys of a group, each as if it were unset."""
+    fields = group.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields}
+
+
 _OFF: dict[str, Any] = {
-    # where results would go
-    "hub_model_id": None, "overwrite_output_dir": False, "resume_from_checkpoint": None,
-    "auto_resume_from_checkpoints": False, "save_strategy": "no", "save_steps": None,
-    "saves_per_epoch": None, "save_first_step": False, "load_best_model_at_end": False,
-    "dataset_prepared_path": None,
-    # trackers
-    "use_wandb": False, "use_mlflow": False, "use_comet": False, "use_tensorboard": False,
-    "use_trackio": False, "wandb_name": None, "mlflow_run_name": None, "trackio_run_name": None,
-    "trackio_project_name": None, "trackio_space_id": None, "comet_api_key": None,
-    # validation, and what ends a run early
-    "val_set_size": 0.0, "test_datasets": [], "eval_strategy": None, "eval_steps": None,
-    "evals_per_epoch": None, "early_stopping_patience": None, "loss_watchdog_threshold": None,
-    "metric_for_best_model": None,
+    # trackers: each has a switch, without which other keys would imply it
+    **{
+        name: False if name.startswith("use_") else default
+        for name, default in _defaults(TrackingKeys).items()
+    },
+    # where results would go, when they would be saved, validation, and what is logged
+    **_defaults(OutputKeys), "save_strategy": "no", "dataset_prepared_path": None,
+    "val_set_size": 0.0, "test_datasets": [],
+    # what ends a run early
+    "early_stopping_patience": None, "loss_watchdog_threshold": None,
     # the rows are prepared, and come in order
     "streaming": False, "pretraining_dataset": [], "curriculum_sampling": True,
     "group_by_length": False, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
@@ -30,8 +37,8 @@ _OFF: dict[str, Any] = {
     # every step moves the weights
     "lr_scheduler": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0,
     "warmup_ratio": None, "cosine_min_lr_ratio": None, "cosine_constant_lr_ratio": None,
-    "lr_quadratic_warmup": False, "lr_div_factor": None,
-    "logging_steps": 1, "logging_first_step": True,
+    "lr_quadratic_warmup": False, "lr_div_factor": None, "jagged_restart_steps": None,
+    "jagged_restart_warmup_steps": None, "jagged_restart_anneal_steps": None,
 }  # fmt: skip
 """Keys that no way has, with the values that turn them off."""
 

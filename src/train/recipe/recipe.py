@@ -21,6 +21,7 @@ from .keys.fusewright import FusewrightKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
+from .keys.peers.clouds import CloudKeys
 from .keys.peers.kernels import SubsumedKeys
 from .keys.peers.methods import MethodKeys
 from .keys.peers.plugins import PluginKeys
@@ -33,6 +34,7 @@ __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 GROUPS: tuple[type[Keys], ...] = (
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
     TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
+    CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
@@ -40,6 +42,7 @@ GROUPS: tuple[type[Keys], ...] = (
 class Recipe(
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
     TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
+    CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 

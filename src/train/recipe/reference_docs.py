@@ -174,6 +174,7 @@ _GROUPS = {
     "DistributedKeys": "Several devices",
     "MethodKeys": "Other methods",
     "PluginKeys": "Axolotl's plugins",
+    "CloudKeys": "Axolotl's cloud services",
 }
 
 _INNER: dict[type[Keys], str] = {

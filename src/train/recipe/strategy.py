@@ -65,6 +65,7 @@ class Strategy:
         replicate: number of copies of the weights.
         tensor: number of processes that share each layer (tensor parallelism).
         context: number of processes that share each sequence (context parallelism).
+        alone: the key, as it is written, that means one process; None: no key does.
     """
 
     engine: Literal["ddp", "fsdp", "deepspeed"]
@@ -74,6 +75,7 @@ class Strategy:
     replicate: int = 1
     tensor: int = 1
     context: int = 1
+    alone: str | None = None
 
     @property
     def group(self) -> int:
@@ -107,7 +109,7 @@ class Strategy:
                 "key"
             )
         elif self.engine == "ddp" and needed == 1:
-            said = f"ddp: false means one process, but {run}: remove it, or start one"
+            said = f"{self.alone} means one process, but {run}: remove it, or start one"
         elif self.engine == "ddp":
             said = (
                 f"dp_replicate_size: {needed} processes are needed, but {run}: {start}, or remove "
@@ -160,9 +162,13 @@ def strategy_of(recipe: Recipe) -> Strategy:
             shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
         )  # fmt: skip
     # what DDP averages over are all processes, so there is one group
-    fixed = replicate > 1 or recipe.ddp is False or tensor * context > 1
-    shard = 1 if fixed else 0
-    return Strategy("ddp", shard=shard, replicate=replicate, tensor=tensor, context=context)
+    alone = "ddp: false" if recipe.ddp is False else None
+    if recipe.lisa_n_layers:  # each process would draw blocks, and DDP looks for all gradients
+        alone = f"lisa_n_layers: {recipe.lisa_n_layers}"
+    shard = 1 if replicate > 1 or alone or tensor * context > 1 else 0
+    return Strategy(
+        "ddp", shard=shard, replicate=replicate, tensor=tensor, context=context, alone=alone
+    )
 
 
 def ddp_arguments(recipe: Recipe) -> dict[str, Any]:

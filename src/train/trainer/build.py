@@ -86,10 +86,6 @@ def make_trainer(
         context.meter, context.interrupts, context.console, args.max_steps,
         lambda: memory.used() / 2**20,
     )  # fmt: skip
-    if recipe.lisa_n_layers and context.world.several:
-        raise RecipeError(
-            "lisa_n_layers: LISA trains with one process; start one, or use an adapter"
-        )
     samplers = [LayerSampler(recipe, model)] if recipe.lisa_n_layers else []
     given = {
         "model": model,

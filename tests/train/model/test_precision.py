@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fusewright import optimize
+from fusewright import explain, optimize
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.inference.run_folder import open_run
@@ -120,14 +122,73 @@ def test_norms_in_float32_under_the_compiler(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "bf16": True}
     ids = torch.arange(3, 23)[None].repeat(2, 1)
-    losses = []
+    losses, gradients = [], []
     for change in (lambda m: m, lambda m: optimize(m, codegen="eager")):
         model = change(load_model(load_recipe({**keys, "fp32_norms": True})))
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         assert model.model.norm.weight.grad.dtype == torch.float32
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
+        gradients.append(model.model.norm.weight.grad)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    torch.testing.assert_close(*gradients, rtol=5e-2, atol=1e-4)
+
+
+def test_norms_in_float32_leave_the_rewrites(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "bf16": True}
+    ids = torch.arange(3, 23)[None].repeat(2, 1)
+    reports = []
+    for wanted in (False, True):
+        model = load_model(load_recipe({**keys, "fp32_norms": wanted}))
+        optimize(model, codegen="eager")
+        model(input_ids=ids, labels=ids).loss.backward()
+        reports.append(explain(model))
+    assert reports[0].by_rule() == reports[1].by_rule()
+
+
+@pytest.mark.parametrize("codegen", [None, "eager"])
+def test_norms_in_float32_follow_the_model_to_another_dtype(tmp_path: Path, codegen: Any) -> None:
+    """``fusewright verify`` widens the whole model for its reference."""
+    make_model().save_pretrained(tmp_path)
+    keys = {"base_model": str(tmp_path), "datasets": [{"path": "a/b"}], "bf16": True}
+    ids = torch.arange(3, 23)[None].repeat(2, 1)
+    losses = []
+    for wanted in (False, True):
+        model: Any = load_model(load_recipe({**keys, "fp32_norms": wanted})).to(torch.float32)
+        if codegen is not None:
+            optimize(model, codegen=codegen)
+        losses.append(float(model(input_ids=ids, labels=ids).loss.detach()))
+        assert model.model.norm(torch.ones(1, 1, 32)).dtype == torch.float32
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_copies_have_norms_in_float32(tmp_path: Path, optimized: bool) -> None:
+    make_model().save_pretrained(tmp_path / "base")
+    keys = {"base_model": str(tmp_path / "base"), "datasets": [{"path": "a/b"}], "bf16": True}
+    plain = load_model(load_recipe(keys))
+    model: Any = load_model(load_recipe({**keys, "fp32_norms": True}))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    ids = torch.arange(3, 23)[None].repeat(2, 1)
+    if optimized:
+        optimize(model, codegen="eager")
+    expected = model(input_ids=ids, labels=ids).loss
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(copy.model.norm, type(plain.model.norm))
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)  # the copies have weights of their own
+        loss = copy(input_ids=ids, labels=ids).loss
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
+        loss.backward()
+        assert copy.model.norm.weight.grad.dtype == torch.float32
+        with torch.no_grad():
+            model.model.norm.weight.div_(2)
+    model.save_pretrained(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    assert {n for n, t in load_file(file).items() if t.dtype == torch.float32} == {
+        n for n in plain.state_dict() if "norm" in n
+    }
 
 
 def test_norms_that_are_not_there_or_cannot_be_had(tmp_path: Path) -> None:

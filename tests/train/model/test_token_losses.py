@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.data import IGNORED
 from fusewright.train.model import token_losses
-from fusewright.train.model.token_losses import TokenLoss, by_entropy, weigher
+from fusewright.train.model.token_losses import TokenLoss, by_entropy, by_probability, weigher
 from fusewright.train.recipe.load import load_recipe
 from tests.models.zoo import FAMILIES, build
 
@@ -115,6 +116,12 @@ def test_value_and_gradients(
     assert not hasattr(model, "_loss_function")
 
 
+def test_token_scaling_of_liger_is_dft() -> None:
+    recipe = load_recipe({**BASE, "liger_use_token_scaling": True})
+    assert weigher(recipe) is by_probability
+    assert weigher(load_recipe({**BASE, "liger_use_token_scaling": False})) is None
+
+
 def test_an_optimized_model_has_the_same_loss() -> None:
     recipe = load_recipe({**BASE, "use_dft": True})
     given = batch(262)
@@ -141,6 +148,61 @@ def test_a_model_that_computes_its_own_loss_is_refused() -> None:
         TokenLoss(recipe, by_entropy).on(model),
     ):
         model(input_ids=batch(262)["input_ids"])
+
+
+class _Changing(LlamaForCausalLM):
+    """A model whose code changes its logits before the loss."""
+
+    change: Any
+
+    def forward(self, input_ids: Any, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.change(self.lm_head(self.model(input_ids).last_hidden_state))
+        return self.loss_function(logits, labels, vocab_size=logits.shape[-1])
+
+
+def _masked(logits: torch.Tensor) -> torch.Tensor:
+    logits[..., 3] = -100.0
+    return logits
+
+
+def _unseen(logits: torch.Tensor) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits * 2
+
+
+def _changing(change: Any) -> Any:
+    model = make_model()
+    model.__class__ = _Changing
+    model.change = change
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_masked, "changes logits in place .__setitem__."),
+        (lambda x: x.clamp_(-1, 1), "changes logits in place .clamp_."),
+        (_unseen, "calls aten.mul.Tensor"),
+    ],
+)
+def test_logits_that_cannot_wait_are_refused(change: Any, said: str) -> None:
+    model = _changing(change)
+    given = {k: v for k, v in batch(262).items() if k in ("input_ids", "labels")}
+    with (
+        pytest.raises(RecipeError, match=f"use_dft, use_eaft: .*{said}.*: leave the key out"),
+        TokenLoss(load_recipe({**BASE, "use_dft": True}), by_probability).on(model),
+    ):
+        model(**given)
+
+
+def test_logits_in_a_list_are_computed() -> None:
+    losses = []
+    given = {k: v for k, v in batch(262).items() if k in ("input_ids", "labels")}
+    for change in (lambda x: x, lambda x: torch.cat([x[..., :9], x[..., 9:]], -1)):
+        model = _changing(change)
+        with TokenLoss(load_recipe({**BASE, "use_dft": True}), by_probability).on(model):
+            losses.append(float(model(**given).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

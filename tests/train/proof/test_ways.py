@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fusewright.train.data import IGNORED, Sample
-from fusewright.train.proof.settings import recipe_of
+from fusewright.train.proof.settings import alone, recipe_of
 from fusewright.train.proof.ways import (
     FILLER,
     BatchLayout,
@@ -20,8 +21,11 @@ from fusewright.train.proof.ways import (
     sequences_per_step,
     ways_of,
 )
+from fusewright.train.recipe.keys.base import extra_of
+from fusewright.train.recipe.keys.tracking import TrackingKeys
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer.schedule import own_schedule
 
 from ..conftest import small_recipe
 
@@ -36,6 +40,8 @@ def _recipe(tmp_path: Path, **keys: Any) -> Recipe:
     (tmp_path / "config.json").write_text("{}")
     return load_recipe({**small_recipe(tmp_path, rows, tmp_path / "out"), **keys})
 
+
+FULL: dict[str, Any] = {"adapter": None, "lora_target_linear": None, "lora_r": None}
 
 PACKS = select([[_sample(9), _sample(5)], [_sample(7)], [_sample(4)] * 3, [_sample(8)]], 2, 2)
 SINGLES = select([[_sample(n)] for n in (9, 5, 7, 4)], 2, 2)
@@ -119,6 +125,7 @@ def test_samples_too_long_to_share_a_sequence(tmp_path: Path) -> None:
     [
         ({}, 1, "2 processes need as many GPUs, and there is 1 here"),
         ({"ddp": False}, None, "ddp: false means one process"),
+        ({"lisa_n_layers": 1, "lisa_step_interval": 2, **FULL}, None, "lisa_n_layers: 1 means one"),
         ({"dp_replicate_size": 3}, None, "dp_replicate_size"),
         ({"tensor_parallel_size": 2}, None, "tensor_parallel_size"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, None, "deepspeed: it keeps"),
@@ -179,6 +186,53 @@ def test_nothing_is_written_where_the_recipe_says(tmp_path: Path) -> None:
         assert changed.neftune_noise_alpha is None
         assert (changed.warmup_steps, changed.lr_scheduler) == (0, "constant")
         assert (changed.max_steps, changed.optimize) == (3, way.optimize)
+
+
+def _every_tracker() -> dict[str, Any]:
+    """Keys that turn on each tracker there is, in one way or another."""
+    found: dict[str, Any] = {}
+    for name, field in TrackingKeys.model_fields.items():
+        if name.startswith("use_"):
+            found[name] = True
+        elif field.annotation == str | None:
+            found[name] = "mine"
+    return found
+
+
+def test_no_tracker_is_left_on(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, **_every_tracker())
+    implied = _recipe(
+        tmp_path, **{k: v for k, v in _every_tracker().items() if not k.startswith("use_")}
+    )
+    switches = [
+        name for name, field in TrackingKeys.model_fields.items()
+        if name.startswith("use_") and extra_of(field).get("status", "honoured") == "honoured"
+    ]  # fmt: skip
+    assert len(recipe.reporters()) == len(switches) >= 6
+    assert "swanlab" in implied.reporters()
+    way = ways_of(recipe, PACKS, 2, None)[1]
+    for asked in (recipe, implied):
+        assert recipe_of(asked, way, 3, str(tmp_path / "scratch")).reporters() == []
+        assert alone(asked).reporters() == []
+
+
+def test_nothing_is_saved_validated_or_scheduled(tmp_path: Path) -> None:
+    """Whatever the recipe says in one of the keys of what comes out."""
+    recipe = _recipe(
+        tmp_path, dynamic_checkpoint={"enabled": True}, val_set_size=0.2, eval_steps=2,
+        eval_on_start=True, do_causal_lm_eval=True, eval_causal_lm_metrics=["perplexity"],
+        logging_nan_inf_filter=True, jagged_restart_steps=2, jagged_restart_warmup_steps=1,
+        jagged_restart_anneal_steps=1,
+    )  # fmt: skip
+    way = ways_of(recipe, PACKS, 2, None)[1]
+    changed = recipe_of(recipe, way, 3, str(tmp_path / "scratch"))
+    assert changed.dynamic_checkpoint is None
+    assert changed.eval_on_start is None
+    assert changed.do_causal_lm_eval is None
+    assert not changed.logging_nan_inf_filter
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    assert own_schedule(recipe, optimizer, 0, 3) is not None
+    assert own_schedule(changed, optimizer, 0, 3) is None
 
 
 def test_the_keys_survive_as_json(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ TOGETHER = [
         "line 4: adapter: qlora needs load_in_4bit: true",
     ),
     good(
+        "gradients of adapters in 16 bits",
+        "adapter: lora\nlora_target_linear: true\nlora_fp32_gradients: true\n"
+        "peft_autocast_adapter_dtype: false\n",
+        "line 6: lora_fp32_gradients: needs peft_autocast_adapter_dtype: true",
+    ),
+    good(
+        "blocks drawn by several processes",
+        "lisa_n_layers: 1\nlisa_step_interval: 2\ntensor_parallel_size: 2\n",
+        "line 6: tensor_parallel_size: set this or lisa_n_layers, not both",
+    ),
+    good(
         "two quantizations",
         "adapter: lora\nlora_target_linear: true\nload_in_4bit: true\nload_in_8bit: true\n",
         "line 7: load_in_8bit: set this or load_in_4bit, not both",

@@ -72,6 +72,12 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("evals_per_epoch", 4, "not applicable"),
         ("lora_r", 4, "not applicable"),
         ("loss_watchdog_patience", 3, "not applicable"),
+        ("image_build", {"context": ".", "tag": "a/b"}, "not yet available"),
+        ("docker_auth", {"auth_method": "REGISTRY_SECRET"}, "not yet available"),
+        ("volumes", [{"source": "disk", "mount": "/data"}], "not yet available"),
+        ("image_registry", {"provider": "aws_ecr", "secret": "name"}, "not yet available"),
+        ("preset", "8gpu", "not yet available"),
+        ("dry_run", False, "honoured"),
     ],
 )
 def test_one_of_four(key: str, value: Any, expected: str) -> None:

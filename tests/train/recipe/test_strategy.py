@@ -362,6 +362,12 @@ SIZES: list[tuple[dict[str, Any], int | None, list[int], dict[int, str]]] = [
     ({"ddp": True}, None, [1, 2], {}),
     ({"ddp": False}, 1, [1], {2: "ddp: false means one process, but 2 processes run: remove it"}),
     (
+        {"lisa_n_layers": 1, "lisa_step_interval": 2},
+        1,
+        [1],
+        {2: "lisa_n_layers: 1 means one process, but 2 processes run: remove it, or start one"},
+    ),
+    (
         {"dp_replicate_size": 4},
         4,
         [4],

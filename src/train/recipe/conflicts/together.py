@@ -99,12 +99,20 @@ def _adapter(values: Values) -> Iterator[Problem]:
             "one text cannot add to lora_target_linear: write a list, or set lora_target_linear to "
             "false",
         )
+    narrow = values.get("peft_autocast_adapter_dtype") is False
+    if adapter and values.get("lora_fp32_gradients") and narrow:
+        said = "gradients have the dtype of the adapters"
+        yield ("lora_fp32_gradients",), f"needs peft_autocast_adapter_dtype: true: {said}"
     if values.get("lora_target_parameters") and values.get("lora_dropout"):
         yield ("lora_target_parameters",), "needs lora_dropout: 0"
     if values.get("peft_layers_pattern") and "peft_layers_to_transform" not in values:
         yield ("peft_layers_pattern",), "needs peft_layers_to_transform"
     if adapter and values.get("unfrozen_parameters") and "peft_layers_to_transform" in values:
         yield ("unfrozen_parameters",), "set this or peft_layers_to_transform, not both"
+
+
+_ALONE = "set this or lisa_n_layers, not both: LISA trains with one process"
+_SIZES = ("dp_replicate_size", "dp_shard_size", "tensor_parallel_size", "context_parallel_size")
 
 
 def _lisa(values: Values) -> Iterator[Problem]:
@@ -116,7 +124,10 @@ def _lisa(values: Values) -> Iterator[Problem]:
         yield ("lisa_n_layers",), "needs lisa_step_interval"
     for key in ("fsdp", "fsdp_config", "deepspeed"):
         if values.get(key):
-            yield (key,), "set this or lisa_n_layers, not both: LISA trains with one process"
+            yield (key,), _ALONE
+    for key in _SIZES:
+        if isinstance(values.get(key), int) and values[key] > 1:
+            yield (key,), _ALONE
 
 
 def _rows(values: Values) -> Iterator[Problem]:

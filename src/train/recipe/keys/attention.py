@@ -9,7 +9,7 @@ from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
 _OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
 _EXPERTS = "fusewright's rewrite moe_experts (key optimize)"
-_SHARED_EXPERTS = "use fsdp_config, which shares the weights of experts between devices, too"
+_SHARED_EXPERTS = "use fsdp_config, which also shards the weights of experts"
 
 
 class AttentionKeys(Keys):

@@ -242,7 +242,7 @@ class OptimizationKeys(Keys):
     loss_watchdog_patience: Int | None = key(gt=0)
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
-    use_dft: bool = False
+    use_dft: bool = key(False, aliases=["liger_use_token_scaling"])
     """Weigh the loss of each token by the probability that the model gives to it (DFT). Validation
     has the plain loss. Several processes train with DDP."""
 

@@ -1,4 +1,4 @@
-"""The groups of keys of quantized training, and of what is made of a trained model."""
+"""The groups of keys for quantized training, and for compressing or exporting a trained model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from ..base import UnreadKeys, unread
 
-QAT = "train on plain weights, or on those of 4 bits with adapter: qlora"
+QAT = "train unquantized weights, or an adapter on 4-bit weights with adapter: qlora"
 AFTERWARDS = "quantize the saved model with its own tool"
 PRUNED = "prune or compress the saved model with LLM Compressor itself"
-EXPORT = "exporting is not training: llama.cpp converts the saved model"
+EXPORT = "convert the saved model with llama.cpp's own tools"
 _TRAINED = unread("not yet available", QAT)
 _AFTERWARDS = unread("not yet available", AFTERWARDS)
 _PRUNED = unread("not yet available", PRUNED)
@@ -28,7 +28,7 @@ class QatKeys(UnreadKeys):
 
 
 class QuantizationKeys(UnreadKeys):
-    """``quantization``: quantization after training."""
+    """``quantization``: post-training quantization."""
 
     activation_dtype: Any = _AFTERWARDS
     group_size: Any = _AFTERWARDS
@@ -37,14 +37,14 @@ class QuantizationKeys(UnreadKeys):
 
 
 class CompressionKeys(UnreadKeys):
-    """``llmcompressor``: sparse and quantized training by LLM Compressor."""
+    """``llmcompressor``: sparse and quantized training with LLM Compressor."""
 
     recipe: Any = _PRUNED
     save_compressed: Any = _PRUNED
 
 
 class ExportKeys(UnreadKeys):
-    """``export``: a file for llama.cpp."""
+    """``export``: exporting the model to llama.cpp."""
 
     format: Any = _EXPORTED
     llama_cpp_dir: Any = _EXPORTED
@@ -54,6 +54,6 @@ class ExportKeys(UnreadKeys):
 
 
 class Fp8Keys(UnreadKeys):
-    """``fp8_config``: how 8-bit products are scaled."""
+    """``fp8_config``: the scaling of 8-bit matrix products."""
 
     recipe: Any = _FP8

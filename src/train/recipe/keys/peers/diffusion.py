@@ -1,4 +1,4 @@
-"""The groups of keys of language models that are trained by diffusion."""
+"""The groups of keys for training diffusion language models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from ..base import UnreadKeys, unread
 
-DIFFUSION = "only supervised training of causal models so far"
+DIFFUSION = "only causal language models can be trained so far"
 _KEY = unread("not yet available", DIFFUSION)
 
 
 class DiffusionKeys(UnreadKeys):
-    """``diffusion``: the older settings."""
+    """``diffusion``: the settings of older releases."""
 
     eps: Any = _KEY
     generate_samples: Any = _KEY
@@ -45,7 +45,7 @@ class UnrollKeys(UnreadKeys):
 
 
 class DiffusionLmKeys(UnreadKeys):
-    """``diffusion_lm``: the settings."""
+    """``diffusion_lm``: the settings of newer releases."""
 
     allow_native_vocab_resize: Any = _KEY
     alpha: Any = _KEY
@@ -119,7 +119,7 @@ class DecisionCarryKeys(UnreadKeys):
 
 
 class DiffusionDecisionKeys(UnreadKeys):
-    """``diffusion_decision``: models that decide between answers."""
+    """``diffusion_decision``: models that choose between given answers."""
 
     allow_manifest_mismatch: Any = _KEY
     answer_format: Any = _KEY

@@ -1,10 +1,10 @@
-"""The keys that switch on other engines' kernels and patches. The compiler does what they do."""
+"""The keys that enable other engines' kernels and patches, whose work the compiler does."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..base import Int, Keys, UnreadKeys, not_applicable, not_yet, subsumed, unread
+from ..base import Int, Keys, UnreadKeys, not_applicable, subsumed, unread
 
 _RULE = "fusewright's rewrite {} (key optimize)"
 _CE = _RULE.format("linear_cross_entropy")
@@ -14,7 +14,7 @@ _EXPERTS = _RULE.format("moe_experts")
 _ATTENTION = _RULE.format("attention")
 _CODEGEN = "code generation for each block (key codegen)"
 _OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
-_TUNED = "only the kernels of Axolotl read it"
+_TUNED = "only Axolotl's kernels use it"
 _SAVED = unread("subsumed", _OWN_MEMORY)
 
 
@@ -33,201 +33,209 @@ class SubsumedKeys(Keys):
     """Kernels and patches of other engines."""
 
     liger_rope: bool | None = subsumed(_RULE.format("rope"))
-    """Liger's rotary embedding. Unset: no."""
+    """Use Liger's kernel for rotary embeddings. Unset: no."""
 
     liger_rms_norm: bool | None = subsumed(_NORM)
-    """Liger's RMS norm. Unset: no."""
+    """Use Liger's RMSNorm kernel. Unset: no."""
 
     liger_rms_norm_gated: bool | None = subsumed(_NORM)
-    """Liger's RMS norm with a gate. Unset: no."""
+    """Use Liger's gated RMSNorm kernel. Unset: no."""
 
     liger_layer_norm: bool | None = subsumed(_RULE.format("layer_norm"))
-    """Liger's layer norm. Unset: no."""
+    """Use Liger's LayerNorm kernel. Unset: no."""
 
     liger_swiglu: bool | None = subsumed(_RULE.format("glu"))
-    """Liger's SwiGLU, by its old name. Unset: no."""
+    """The older name of ``liger_glu_activation``. Unset: no."""
 
     liger_glu_activation: bool | None = subsumed(_RULE.format("glu"))
-    """Liger's gated activations. Unset: no."""
+    """Use Liger's kernels for SwiGLU and GeGLU. Unset: no."""
 
     liger_cross_entropy: bool | None = subsumed(_CE)
-    """Liger's cross entropy. Unset: no."""
+    """Use Liger's cross-entropy kernel. Unset: no."""
 
     liger_fused_linear_cross_entropy: bool | None = subsumed(_CE)
-    """Liger's output head and cross entropy in one. Unset: no."""
-
-    liger_use_token_scaling: bool | None = not_yet(
-        "leave it out: each trained token weighs the same"
-    )
-    """Weigh tokens by how sure the model is of them. Unset: no."""
+    """Use Liger's kernel that fuses the output head and the cross entropy. Unset: no."""
 
     liger_kernel_impl: Literal["cutile", "cutedsl"] | None = subsumed("fusewright's own kernels")
-    """In which language Liger's kernels are written. Unset: Triton."""
+    """The language that Liger's kernels are written in. Unset: Triton."""
 
     cut_cross_entropy: bool | None = subsumed(_CE)
-    """Apple's cross entropy without logits. Unset: no."""
+    """Use Apple's Cut Cross-Entropy, which never materializes the logits. Unset: no."""
 
     cut_cross_entropy_impl: str | None = subsumed(_CE)
-    """Which implementation of it. Unset: its default."""
+    """The implementation of Cut Cross-Entropy. Unset: its default."""
 
-    cut_cross_entropy_accum_c_fp32: bool | None = subsumed(f"{_CE}, which adds up in float32")
-    """Add up the gradient of the output head in float32. Unset: no."""
+    cut_cross_entropy_accum_c_fp32: bool | None = subsumed(f"{_CE}, which accumulates in float32")
+    """Accumulate the gradient of the output head in float32. Unset: no."""
 
     cut_cross_entropy_c_grad_chunk_size: Int | Literal["auto"] | None = not_applicable(
-        "tiles are chosen by size"
+        "tile sizes are chosen automatically"
     )
-    """Rows of that gradient that are added up at a time. Unset: all."""
+    """Number of vocabulary rows of that gradient that are accumulated at a time. Unset: all."""
 
     chunked_cross_entropy: bool | None = subsumed(_CE)
-    """Cross entropy in chunks. Unset: no."""
+    """Compute the cross entropy in chunks. Unset: no."""
 
-    chunked_cross_entropy_num_chunks: Int | None = not_applicable("tiles are chosen by size")
-    """How many chunks. Unset: 8."""
+    chunked_cross_entropy_num_chunks: Int | None = not_applicable(
+        "tile sizes are chosen automatically"
+    )
+    """Number of chunks of the cross entropy. Unset: 8."""
 
     lora_mlp_kernel: bool | None = subsumed(_LORA)
-    """Axolotl's fused MLP with LoRA. Unset: no."""
+    """Use Axolotl's fused LoRA kernel for MLPs. Unset: no."""
 
     lora_qkv_kernel: bool | None = subsumed(_LORA)
-    """Axolotl's fused projections with LoRA. Unset: no."""
+    """Use Axolotl's fused LoRA kernel for the query, key and value projections. Unset: no."""
 
     lora_o_kernel: bool | None = subsumed(_LORA)
-    """Axolotl's fused output projection with LoRA. Unset: no."""
+    """Use Axolotl's fused LoRA kernel for the output projection of attention. Unset: no."""
 
     lora_embedding_kernel: bool | None = subsumed(_LORA)
-    """Axolotl's fused embedding with LoRA. Unset: no."""
+    """Use Axolotl's fused LoRA kernel for embeddings. Unset: no."""
 
     unsloth_cross_entropy_loss: bool | None = subsumed(_CE)
-    """Unsloth's cross entropy. Unset: no."""
+    """Use Unsloth's cross-entropy kernel. Unset: no."""
 
     unsloth_lora_mlp: bool | None = subsumed(_LORA)
-    """Unsloth's MLP with LoRA. Unset: no."""
+    """Use Unsloth's LoRA kernel for MLPs. Unset: no."""
 
     unsloth_lora_qkv: bool | None = subsumed(_LORA)
-    """Unsloth's projections with LoRA. Unset: no."""
+    """Use Unsloth's LoRA kernel for the query, key and value projections. Unset: no."""
 
     unsloth_lora_o: bool | None = subsumed(_LORA)
-    """Unsloth's output projection with LoRA. Unset: no."""
+    """Use Unsloth's LoRA kernel for the output projection of attention. Unset: no."""
 
     unsloth_rms_norm: bool | None = subsumed(_NORM)
-    """Unsloth's RMS norm. Unset: no."""
+    """Use Unsloth's RMSNorm kernel. Unset: no."""
 
     unsloth_rope: bool | None = subsumed(_RULE.format("rope"))
-    """Unsloth's rotary embedding. Unset: no."""
+    """Use Unsloth's kernel for rotary embeddings. Unset: no."""
 
     flash_attn_cross_entropy: bool | None = subsumed(_CE)
-    """Flash attention's cross entropy. Unset: no."""
+    """Use the cross-entropy kernel of the package flash-attn. Unset: no."""
 
     flash_attn_rms_norm: bool | None = subsumed(_NORM)
-    """Flash attention's RMS norm. Unset: no."""
+    """Use the RMSNorm kernel of the package flash-attn. Unset: no."""
 
     flash_attn_fuse_qkv: bool | None = subsumed(_LORA)
-    """Query, key and value as one matrix product. Unset: no."""
+    """Compute queries, keys and values with one matrix product. Unset: no."""
 
     flash_attn_fuse_mlp: bool | None = subsumed(_RULE.format("glu"))
-    """The MLP as one operation. Unset: no."""
+    """Compute the MLP with one fused operation. Unset: no."""
 
     flash_optimum: bool | None = subsumed("torch's scaled dot-product attention")
-    """BetterTransformer of the package optimum. Unset: no."""
+    """Use BetterTransformer from the package optimum. Unset: no."""
 
     torch_compile: bool | Literal["auto"] | None = subsumed(_CODEGEN)
-    """Compile the model with torch. Unset: no."""
+    """Compile the model with ``torch.compile``. Unset: no."""
 
     torch_compile_backend: str | None = subsumed(_CODEGEN)
-    """With which backend. Unset: Inductor."""
+    """The backend of ``torch.compile``. Unset: ``inductor``."""
 
     torch_compile_mode: str | None = subsumed(_CODEGEN)
-    """In which mode. Unset: ``default``."""
+    """The mode of ``torch.compile``. Unset: ``default``."""
 
     torch_compile_regional: bool | None = subsumed(_CODEGEN)
-    """Compile each block by itself. Unset: no."""
+    """Compile each block separately. Unset: no."""
 
     torch_compile_options: dict[str, bool | int | float | str] | None = subsumed(_CODEGEN)
-    """Settings of Inductor. Unset: its own."""
+    """Options for Inductor. Unset: its defaults."""
 
     selective_checkpointing: SelectiveCheckpointingKeys | bool | None = subsumed(_OWN_MEMORY)
-    """Keep some results in checkpointed blocks, e.g. of attention. Unset: none."""
+    """Keep selected activations of checkpointed blocks, e.g. the output of attention, instead of
+    recomputing them. Unset: none."""
 
     fused_attn_kernel: bool | None = subsumed(_RULE.format("qk_norm_rope"))
-    """Norm and rotary embedding of queries and keys as one kernel. Unset: no."""
+    """Fuse the norm and the rotary embedding of queries and keys into one kernel. Unset: no."""
 
-    sdpa_varlen: bool | None = subsumed(f"{_ATTENTION}, which skips what a pack's samples hide")
-    """Attention with the boundaries of a pack in place of a mask. Unset: no."""
+    sdpa_varlen: bool | None = subsumed(
+        f"{_ATTENTION}, which skips what the mask of a packed sequence hides"
+    )
+    """In packed sequences, use variable-length attention instead of a mask. Unset: no."""
 
     fa_varlen_kwargs_in_collator: bool | None = subsumed(
-        f"{_ATTENTION}, which reads boundaries once for each batch"
+        f"{_ATTENTION}, which reads the boundaries once per batch"
     )
-    """Find the boundaries of a pack once for each batch. Unset: yes."""
+    """Compute the sample boundaries of packed sequences once per batch instead of once per layer.
+    Unset: yes."""
 
     large_head_attention: Literal["sdpa", "auto", "triton_flash"] | None = subsumed(_ATTENTION)
-    """The kernel of attention with heads of more than 256 features. Unset: ``sdpa``."""
+    """The attention kernel for head sizes above 256. Unset: ``sdpa``."""
 
     flash_attn_d512: bool | None = subsumed(_ATTENTION)
     """The older name of ``large_head_attention: auto``. Unset: no."""
 
     use_scattermoe: bool | None = subsumed(_EXPERTS)
-    """The experts of ScatterMoE. Unset: no."""
+    """Use ScatterMoE's kernels for mixture-of-experts layers. Unset: no."""
 
     use_sonicmoe: bool | None = subsumed(_EXPERTS)
-    """The experts of SonicMoE. Unset: no."""
+    """Use SonicMoE's kernels for mixture-of-experts layers. Unset: no."""
 
     expert_backend: Literal["scattermoe", "sonicmoe", "eager", "builtin"] | None = subsumed(
         _EXPERTS
     )
-    """Which kernels experts have. Unset: the model's own."""
+    """The kernels of mixture-of-experts layers. Unset: the model's own code."""
 
     moe_grouped_backend: str | None = subsumed(_EXPERTS)
-    """Who multiplies the experts' groups. Unset: chosen by the GPU."""
+    """The backend of the experts' grouped matrix multiplication. Unset: chosen according to the
+    GPU."""
 
     moe_bnb_fast: bool | None = subsumed(_EXPERTS)
-    """Experts of 4 bits in one launch. Unset: yes."""
+    """Run 4-bit experts with a single kernel launch. Unset: yes."""
 
-    moe_dequant_chunk_size: Int | None = not_applicable("tiles are chosen by size")
-    """Experts of 4 bits that are unpacked at a time. Unset: a fixed number."""
+    moe_dequant_chunk_size: Int | None = not_applicable("tile sizes are chosen automatically")
+    """Number of 4-bit experts that are dequantized at a time. Unset: a fixed number."""
 
     use_dsv4_kernels: bool | None = subsumed("fusewright's own kernels (key optimize)")
-    """Kernels for DeepSeek-V4. Unset: no."""
+    """Use Axolotl's kernels for DeepSeek-V4. Unset: no."""
 
     use_glm_dsa_kernels: bool | None = subsumed("fusewright's own kernels (key optimize)")
-    """Kernels for the sparse attention of GLM. Unset: no."""
+    """Use Axolotl's kernels for the sparse attention of GLM. Unset: no."""
 
     dsv4_fp8_lora_kernel: bool | None = subsumed(_LORA)
-    """A fused LoRA kernel for weights of 8 bits. Unset: no."""
+    """Use a fused LoRA kernel for 8-bit weights. Unset: no."""
 
     dsv4_shared_mlp_lora_kernel: bool | None = subsumed(_LORA)
-    """A fused LoRA kernel for shared experts. Unset: no."""
+    """Use a fused LoRA kernel for shared experts. Unset: no."""
 
     dsv4_fp4_grouped_mode: Literal["nvfp4", "fp8"] | None = subsumed(
-        f"{_EXPERTS}, which rounds no activations to 4 or 8 bits"
+        f"{_EXPERTS}, which does not round activations to 4 or 8 bits"
     )
-    """Round the experts' inputs to 4 or 8 bits, to multiply faster. Unset: no."""
+    """Round the inputs of the experts to 4 or 8 bits, for faster matrix products. Unset: no."""
 
     dsv4_fp8_nonexpert_mode: Literal["float8tensor", "bf16"] | None = not_applicable(
-        "weights keep the dtype that they are loaded in"
+        "weights keep the dtype that they are loaded with"
     )
-    """How weights of 8 bits are stored. Unset: ``float8tensor``."""
+    """How 8-bit weights outside the experts are stored. Unset: ``float8tensor``."""
 
     dsv4_bf16_all: bool | None = not_applicable(
-        "no kernel needs one dtype: what a model keeps in float32 stays so"
+        "no kernel needs a single dtype: what a model keeps in float32 stays in float32"
     )
-    """Give all weights the dtype of computation, for kernels that need that. Unset: no."""
+    """Convert all weights to bfloat16, for kernels that need a single dtype. Unset: no."""
 
     autotune_cache_path: str | None = not_applicable(_TUNED)
-    """A file with tile sizes that were measured before. Unset: none."""
+    """A file with tuned tile sizes, which is read before training and updated afterwards. Unset:
+    none."""
 
     autotune_profiles: list[dict[str, Any]] | None = not_applicable(_TUNED)
-    """Tile sizes that are tried, by kernel. Unset: all."""
+    """The tile sizes to try, for each kernel. Unset: all."""
 
     autotune_neighborhood: Int | None = not_applicable(_TUNED)
-    """How far a new size's tiles may be from those of the nearest size. Unset: any distance."""
+    """For a new input size, only try tile sizes that differ from the best known ones in at most
+    this many parameters. Unset: try all."""
 
-    llama4_linearized_experts: bool | None = subsumed("adapters on experts: lora_target_parameters")
-    """Experts of Llama 4 as single layers. Unset: no."""
+    llama4_linearized_experts: bool | None = subsumed(
+        "lora_target_parameters, which adapts experts as they are stored"
+    )
+    """Store each expert of Llama 4 as separate linear layers. Unset: no."""
 
-    tiled_mlp: bool | None = subsumed("the memory planner, and smaller tiles of long sequences")
-    """The MLP in pieces of the sequence. Unset: no."""
+    tiled_mlp: bool | None = subsumed(
+        "fusewright's memory planner, which uses smaller tiles for long sequences"
+    )
+    """Compute the MLP in tiles along the sequence. Unset: no."""
 
-    tiled_mlp_num_shards: Int | None = not_applicable("pieces are chosen by size")
-    """How many pieces. Unset: by size."""
+    tiled_mlp_num_shards: Int | None = not_applicable("tile sizes are chosen automatically")
+    """Number of tiles. Unset: depends on the sequence length."""
 
     tiled_mlp_use_original_mlp: bool | None = not_applicable("the model keeps its own MLP")
-    """Leave the model's own MLP in the pieces. Unset: yes."""
+    """Use the model's own MLP code in the tiles, instead of Llama's. Unset: yes."""

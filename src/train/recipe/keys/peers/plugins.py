@@ -1,4 +1,4 @@
-"""The keys of Axolotl's plugins, of images, and what Axolotl notes in its own files."""
+"""The keys of Axolotl's plugins, of images, and what Axolotl records in its own files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .services import (
     RoleBoundaryKeys,
 )
 
-_LABEL = "the model is read as a graph, whatever it derives from"
+_LABEL = "models are compiled from their graphs, whatever they are derived from"
 _COUNTED = "counted when the rows are prepared"
-_NOTE = "Axolotl's own note"
+_NOTE = "Axolotl records it for its own use"
 _BENCHMARK = "use a benchmark harness on the saved model"
 _FILTER = "leave it out: gradients are not filtered"
-_DENSE = "leave it out: a router's gradient is that of the experts that it chose"
-_ROUTED = "use adapter: lora with lora_target_parameters, which adapts the experts of the model"
-_GYM = "only the plugin of NeMo Gym, with a preference method (key rl), reads it"
-_EXPERTS = "use fsdp_config, which shares the weights of experts between devices, too"
+_DENSE = "leave it out: routers only receive gradients from the experts that they chose"
+_ROUTED = "use adapter: lora with lora_target_parameters, which adapts the model's own experts"
+_GYM = "only NeMo Gym's plugin reads it, with a reinforcement learning method (key rl)"
+_EXPERTS = "use fsdp_config, which also shards the weights of experts"
 
 
 KERNEL_PLUGINS = (
@@ -35,7 +35,7 @@ KERNEL_PLUGINS = (
     "axolotl.integrations.kernels.KernelsPlugin",
     "axolotl.integrations.fla_sm120_shim.FlaSm120ShimPlugin",
 )
-"""The plugins that change no result."""
+"""The plugins that do not change results."""
 
 _PLUGINS: Reasons = {
     **{name: ("subsumed", "fusewright's rewrites (key optimize)") for name in KERNEL_PLUGINS},
@@ -64,144 +64,144 @@ _PLUGINS: Reasons = {
         }.items()
     },
 }  # fmt: skip
-"""What to do in place of each plugin."""
+"""What to do instead of loading each plugin."""
 
 
 class PluginKeys(Keys):
-    """What extensions of Axolotl read, and what it notes by itself."""
+    """Keys that Axolotl's plugins read, and what Axolotl records in its own files."""
 
     plugins: list[str] | None = not_yet("plugins are not loaded: remove it", values=_PLUGINS)
-    """Python classes that extend Axolotl. Those that only bring kernels are subsumed. Unset:
-    none."""
+    """Python classes that extend Axolotl. Those that only add kernels are subsumed. Unset: none."""
 
     spectrum_top_fraction: Float | None = not_yet("use unfrozen_parameters")
-    """Share of the layers that are trained, by signal and noise. Unset: all."""
+    """Fraction of the layers to train, those with the highest signal-to-noise ratio. Unset: all."""
 
     spectrum_model_name: str | None = not_applicable("only spectrum_top_fraction reads it")
-    """The model that the layers are chosen for. Unset: ``base_model``."""
+    """The model whose signal-to-noise ratios are used. Unset: ``base_model``."""
 
     lm_eval_tasks: list[str] | None = not_yet(_BENCHMARK)
-    """Benchmarks to run at the end. Unset: none."""
+    """Benchmarks to run after training. Unset: none."""
 
     lm_eval_batch_size: Int | None = not_applicable("only lm_eval_tasks reads it")
-    """Batch size of these benchmarks. Unset: 8."""
+    """Batch size of the benchmarks. Unset: 8."""
 
     lm_eval_model: str | None = not_applicable("only lm_eval_tasks reads it")
-    """The model that these benchmarks are run on. Unset: the result."""
+    """The model to run the benchmarks on. Unset: the trained model."""
 
     lm_eval_post_train: bool | None = not_applicable("only lm_eval_tasks reads it")
-    """Run them after training. Unset: yes."""
+    """Run the benchmarks right after training. Unset: yes."""
 
     llmcompressor: CompressionKeys | None = not_yet(PRUNED)
-    """Train sparse weights by LLM Compressor. Unset: no."""
+    """Train sparse weights with LLM Compressor. Unset: no."""
 
     export: ExportKeys | None = not_applicable(EXPORT)
-    """How the result is exported for llama.cpp. Unset: not at all."""
+    """Settings for exporting the trained model to llama.cpp. Unset: it is not exported."""
 
     mora: MoraKeys | None = not_yet(MORA)
-    """Adapters with a square matrix (MoRA). Unset: none."""
+    """Settings for MoRA adapters, which have a square matrix. Unset: none."""
 
     hatchery: HatcheryKeys | None = not_yet(ELSEWHERE)
-    """A service that trains. Unset: none."""
+    """Settings for training on a remote service. Unset: none."""
 
     coreweave: CoreWeaveKeys | None = not_yet(PUBLISH)
-    """A service that serves each checkpoint. Unset: none."""
+    """Settings for serving checkpoints on CoreWeave. Unset: none."""
 
     grokfast_alpha: Float | None = not_applicable("only Grokfast's plugin reads it")
-    """Decay of the gradient's slow part (Grokfast). Unset: 0.98."""
+    """Decay of the moving average of the gradients (Grokfast). Unset: 0.98."""
 
     grokfast_lamb: Float | None = not_applicable("only Grokfast's plugin reads it")
-    """How much that part is amplified. Unset: 2."""
+    """Factor by which that average is amplified. Unset: 2."""
 
     dense_mixer: bool | None = not_applicable("only DenseMixer's plugin reads it")
-    """Let the router learn from all experts. Unset: yes, with the plugin."""
+    """Let the router receive gradients from all experts. Unset: yes, with the plugin."""
 
     nemo_gym_auto_clone: bool | None = not_applicable(_GYM)
-    """Download NeMo Gym. Unset: no."""
+    """Clone the repository of NeMo Gym. Unset: no."""
 
     nemo_gym_auto_start: bool | None = not_applicable(_GYM)
-    """Start its servers. Unset: yes."""
+    """Start the servers of NeMo Gym. Unset: yes."""
 
     nemo_gym_config_paths: list[str] | None = not_applicable(_GYM)
-    """Configurations of its servers. Unset: none."""
+    """Configuration files of the servers. Unset: none."""
 
     nemo_gym_datasets: list[dict[str, Any]] | None = not_applicable(_GYM)
-    """Its datasets. Unset: none."""
+    """Datasets of NeMo Gym. Unset: none."""
 
     nemo_gym_dir: str | None = not_applicable(_GYM)
-    """The folder of NeMo Gym. Unset: ``~/Gym``."""
+    """Folder of NeMo Gym. Unset: ``~/Gym``."""
 
     nemo_gym_enabled: bool | None = not_applicable(_GYM)
-    """Take rewards from NeMo Gym. Unset: yes, with the plugin."""
+    """Compute rewards with NeMo Gym. Unset: yes, with the plugin."""
 
     nemo_gym_head_port: Int | None = not_applicable(_GYM)
-    """The port of its main server. Unset: 11000."""
+    """Port of the head server. Unset: 11000."""
 
     nemo_gym_max_turns: Int | None = not_applicable(_GYM)
-    """Longest conversation, in turns. Unset: 10."""
+    """Maximum number of turns of a conversation. Unset: 10."""
 
     nemo_gym_model_name: str | None = not_applicable(_GYM)
-    """The name that its servers have for the model. Unset: ``base_model``."""
+    """Name under which the servers address the model. Unset: ``base_model``."""
 
     nemo_gym_multi_turn: bool | None = not_applicable(_GYM)
-    """Let it hold whole conversations. Unset: no."""
+    """Run conversations of several turns. Unset: no."""
 
     nemo_gym_run_timeout: Int | None = not_applicable(_GYM)
-    """Longest conversation, in seconds. Unset: 300."""
+    """Timeout of a conversation, in seconds. Unset: 300."""
 
     nemo_gym_server_timeout: Int | None = not_applicable(_GYM)
-    """Longest wait for its servers, in seconds. Unset: 360."""
+    """Timeout for starting the servers, in seconds. Unset: 360."""
 
     nemo_gym_verify_timeout: Int | None = not_applicable(_GYM)
-    """Longest judgement, in seconds. Unset: 30."""
+    """Timeout for scoring an answer, in seconds. Unset: 30."""
 
     is_llama_derived_model: bool | None = not_applicable(_LABEL)
-    """The model is built like Llama. Unset: seen by itself."""
+    """Whether the model is derived from Llama. Unset: detected."""
 
     is_mistral_derived_model: bool | None = not_applicable(_LABEL)
-    """The model is built like Mistral. Unset: seen by itself."""
+    """Whether the model is derived from Mistral. Unset: detected."""
 
     is_falcon_derived_model: bool | None = not_applicable(_LABEL)
-    """The model is built like Falcon. Unset: seen by itself."""
+    """Whether the model is derived from Falcon. Unset: detected."""
 
     is_qwen_derived_model: bool | None = not_applicable(_LABEL)
-    """The model is built like Qwen. Unset: seen by itself."""
+    """Whether the model is derived from Qwen. Unset: detected."""
 
     freeze_mm_modules: bool | None = not_applicable("only the language model is loaded")
-    """Do not train the parts for images and sound. Unset: train them."""
+    """Freeze the vision and audio modules. Unset: no."""
 
-    is_multimodal: bool | None = not_yet("train the language model by itself")
-    """The model takes images, too. Unset: no."""
+    is_multimodal: bool | None = not_yet("images are not supported: train on text only")
+    """Whether the model also takes images. Unset: no."""
 
-    processor_type: str | None = not_yet("train the language model by itself")
-    """The class of transformers that prepares images. Unset: none."""
+    processor_type: str | None = not_yet("images are not supported: train on text only")
+    """The transformers class that preprocesses images. Unset: none."""
 
     image_size: Int | list[Int] | None = not_applicable(IMAGES)
-    """The size that images are brought to, in pixels. Unset: as they are."""
+    """The size that images are resized to, in pixels. Unset: they are not resized."""
 
     image_resize_algorithm: str | None = not_applicable(IMAGES)
-    """How images are resized. Unset: bilinear."""
+    """The algorithm that images are resized with. Unset: bilinear."""
 
     axolotl_config_path: Any = not_applicable(_NOTE)
-    """The path of an Axolotl recipe. Unset: none."""
+    """Path of the recipe, as recorded by Axolotl. Unset: not recorded."""
 
     total_num_tokens: Int | None = not_applicable(_COUNTED)
-    """Tokens of the rows, as counted before. Unset: counted."""
+    """Number of tokens in the dataset. Unset: counted."""
 
     total_supervised_tokens: Int | None = not_applicable(_COUNTED)
-    """Trained tokens of the rows, as counted before. Unset: counted."""
+    """Number of trained tokens in the dataset. Unset: counted."""
 
     sample_packing_eff_est: Float | None = not_applicable("sequences are packed before training")
-    """Estimate of how full packs are. Unset: known exactly."""
+    """Estimated fraction of each packed sequence that is filled. Unset: known exactly."""
 
     role_boundaries: list[RoleBoundaryKeys] | None = not_applicable(IMAGES)
-    """The marks of each role in a chat with images. Unset: those of the template's name."""
+    """The tokens that begin and end each role's turns in chats with images. Unset: those of the
+    chat template."""
 
     processor_kwargs: dict[str, Any] | None = not_applicable("only processor_type reads it")
-    """Arguments for the class that prepares images. Unset: none."""
+    """Arguments for the class that preprocesses images. Unset: none."""
 
     capabilities: Any = not_applicable(_NOTE)
-    """What Axolotl has found of the GPU. Unset: not written."""
+    """Properties of the GPU, as recorded by Axolotl. Unset: not recorded."""
 
     env_capabilities: Any = not_applicable(_NOTE)
-    """What Axolotl has found of the packages. Unset: not written."""
+    """Versions of packages, as recorded by Axolotl. Unset: not recorded."""

@@ -11,7 +11,7 @@ _KEY = unread("not applicable", ONLY)
 
 
 class TrlKeys(UnreadKeys):
-    """``trl``: settings of TRL's trainers."""
+    """``trl``: settings for TRL's trainers."""
 
     async_prefetch: Any = _KEY
     beta: Any = _KEY
@@ -78,7 +78,7 @@ class TrlKeys(UnreadKeys):
 
 
 class VllmKeys(UnreadKeys):
-    """``vllm``: settings of vLLM, which generates for GRPO."""
+    """``vllm``: settings for vLLM, which generates completions for GRPO."""
 
     data_parallel_size: Any = _KEY
     device: Any = _KEY
@@ -97,7 +97,7 @@ class VllmKeys(UnreadKeys):
 
 
 class EbftKeys(UnreadKeys):
-    """``ebft``: settings of energy-based tuning."""
+    """``ebft``: settings for energy-based fine-tuning."""
 
     adaptive_max_tokens: Any = _KEY
     advantage_estimator: Any = _KEY

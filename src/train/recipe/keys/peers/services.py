@@ -1,4 +1,4 @@
-"""The groups of keys of services that train or serve elsewhere, and of their adapters."""
+"""The groups of keys for remote services, and for adapters and images of Axolotl's plugins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from ..base import UnreadKeys, unread
 
-ELSEWHERE = "training runs on this machine: remove it"
+ELSEWHERE = "fusewright trains on this machine: remove it"
 PUBLISH = "upload output_dir yourself, or use hub_model_id"
 MORA = "use adapter: lora"
 IMAGES = "only is_multimodal reads it"
@@ -19,7 +19,7 @@ _IMAGES = unread("not applicable", IMAGES)
 
 
 class HatcheryKeys(UnreadKeys):
-    """``hatchery``: training by a service."""
+    """``hatchery``: training on a remote service."""
 
     api_key: SecretStr | None = _ELSEWHERE
     backend: Any = _ELSEWHERE
@@ -42,7 +42,7 @@ class HatcheryKeys(UnreadKeys):
 
 
 class CoreWeaveKeys(UnreadKeys):
-    """``coreweave``: checkpoints that a service serves."""
+    """``coreweave``: serving checkpoints on CoreWeave."""
 
     api_token_env: Any = _PUBLISHED
     api_url: Any = _PUBLISHED
@@ -69,7 +69,7 @@ class MoraKeys(UnreadKeys):
 
 
 class RoleBoundaryKeys(UnreadKeys):
-    """An entry of ``role_boundaries``: the marks of a role in a chat with images."""
+    """An entry of ``role_boundaries``: the tokens around a role's turns in chats with images."""
 
     end: Any = _IMAGES
     include_end: Any = _IMAGES
