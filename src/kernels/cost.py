@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from .launch import TEMPORARY_BYTES
 
@@ -91,9 +91,23 @@ def _formula(packet: Any) -> Any:
     """How PyTorch's counter counts an operation, or the same one under another name; or None."""
     name = getattr(packet, "__name__", "")
     other = _SAME.get(name) or (name.removesuffix("_") if name in _IN_PLACE else None)
+    if packet is torch.ops.aten.convolution_backward:
+        return _of_convolution_backward
     if other is not None and packet is getattr(torch.ops.aten, name, None):
         packet = getattr(torch.ops.aten, other, packet)
     return flop_registry.get(packet)
+
+
+def _of_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_: Any
+) -> int:
+    """As many as forward has, for each of both gradients that is wanted.
+
+    PyTorch's counter takes the weight's for that of one group (torch 2.13).
+    """
+    transposed, mask = rest[4], rest[7]
+    forward = conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed)
+    return forward * (bool(mask[0]) + bool(mask[1]))
 
 
 _IN_PLACE = ("addmm_", "baddbmm_")

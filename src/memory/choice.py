@@ -62,9 +62,11 @@ class Scaled:
             return None
         larger = {
             name: int(getattr(found, name) * self.factor)
-            for name in ("kept", "forward", "backward", "flops", "host")
+            for name in ("kept", "forward", "flops", "host")
         }
-        return replace(found, **larger)
+        # the gradients of parameters are as large whatever the batch
+        backward = int((found.backward - found.gradients) * self.factor) + found.gradients
+        return replace(found, **larger, backward=backward)
 
 
 def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs) -> int:

@@ -107,14 +107,20 @@ def parse_devices(text: str, own: Card | None = None) -> Devices:
     if memory is not None:
         return Devices(number, of_size(int(float(memory.group(1)) * GIB), name))
     known = {key.lower(): card for key, card in CARDS.items()}
-    card = known.get(name.lower().replace(" ", "").replace("_", "-"))
+    plain = name.lower().replace(" ", "").replace("_", "-").replace("rtx-", "rtx")
+    own_size = next((c for c in CARDS.values() if plain == f"{c.name.lower()}-{_size(c)}gb"), None)
+    card = known.get(plain) or known.get(f"rtx{plain}") or own_size
     if card is None:
         hint = did_you_mean(name, list(CARDS)) or f"there are {', '.join(CARDS)}"
         raise RecipeError(
-            f"--gpus {text}: the card {name!r} is not known here; {hint}. Write its memory, as in "
-            "8x80GB, or describe it with --card"
+            f"--gpus {text}: the card {name!r} is not known here; write its memory, as in 8x80GB, "
+            f"or describe it with --card; {hint}"
         )
     return Devices(number, card)
+
+
+def _size(card: Card) -> int:
+    return card.memory // GIB
 
 
 def of_size(memory: int, name: str) -> Card:

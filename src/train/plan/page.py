@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from ...memory.levels import Level
 from ..terminal import say
 from .cards import GIB
 from .engines import which_engines
+from .estimate import SPARE
 from .plan import RunPlan
 from .recommend import Advice
 
@@ -32,7 +34,7 @@ _MEANING = {
     "working": "temporary memory of one block",
     "communication": "gathered weights, buckets",
     "verification": "with capture and code generation",
-    "slack": "what the allocator cannot use again",
+    "slack": "lost to fragmentation",
 }
 
 
@@ -55,8 +57,8 @@ def show(plan: RunPlan, console: Console) -> None:
         console.print(_comparison(advice))
     if advice.keys:
         say(console, f"\nrecommended: {advice.reason}")
-        for key, value in advice.keys.items():
-            say(console, f"  {key}: {value}")
+        for line in yaml.safe_dump(advice.keys, sort_keys=False).splitlines():
+            say(console, f"  {line}")
     model_type = str(getattr(plan.model_config, "model_type", "this model"))
     say(console, "\n" + which_engines(plan.recipe, plan.layout, model_type, not plan.on_cpu))
     say(console, assumptions(plan))
@@ -64,9 +66,11 @@ def show(plan: RunPlan, console: Console) -> None:
 
 def verdict_lines(plan: RunPlan) -> list[str]:
     """Whether it fits, what would fit, and how long a step takes."""
-    changes = [f"{key}: {value}" for key, value in plan.advice.keys.items()]
-    advice = [f"{plan.advice.reason}: {', '.join(changes)}"] if changes else []
-    return [_verdict(plan), *_limits(plan), *_work(plan), *advice]
+    lines = [_verdict(plan), *_limits(plan), *_work(plan)]
+    if plan.advice.keys:
+        changes = yaml.safe_dump(plan.advice.keys, sort_keys=False).splitlines()
+        lines += [f"{plan.advice.reason}:", *(f"  {line}" for line in changes)]
+    return lines
 
 
 def _model(plan: RunPlan) -> str:
@@ -102,23 +106,25 @@ def _parts(plan: RunPlan) -> Table:
 
 def _verdict(plan: RunPlan) -> str:
     has = plan.devices.card.memory
-    says = "fits" if plan.fits else "DOES NOT FIT"
     kept = "; ".join(f"{n} blocks {_KEPT[level]}" for level, n in plan.memory.levels.items())
-    return f"{says}: {_gib(plan.memory.peak)} of {_gib(has)} GiB on each of {plan.devices}; {kept}"
+    room = f"the {_gib(SPARE * has)} GiB that a run may take ({SPARE:.0%} of {_gib(has)})"
+    if plan.fits:
+        return f"fits: {_gib(plan.memory.peak)} of {room}; {kept}"
+    return f"DOES NOT FIT: {_gib(plan.memory.peak)} GiB are more than {room}; {kept}"
 
 
 def _limits(plan: RunPlan) -> list[str]:
     found = plan.limits
-    name = plan.devices.card.name
-    card = f"{found.smallest_card} GiB" if found.smallest_card else "none of the known cards"
-    smallest = f"smallest that fits: {card} for each process"
+    name, count = plan.devices.card.name, plan.devices.count
+    card = f"{found.smallest_card} GiB" if found.smallest_card else "no known card is large enough"
+    smallest = f"smallest memory of each device: {card}"
     if not plan.on_cpu:
         number = found.fewest_devices
-        fewest = f"{number} of {name}" if number else f"no number of {name} as it is shared"
-        smallest = f"smallest that fits: {plan.devices.count} of {card}, or {fewest}"
+        fewest = f"fewest devices: {number}" if number else "more devices do not help"
+        smallest = f"{smallest} (with {count}); {fewest} (of {name}, with {plan.layout.engine})"
     if not found.longest_sequence:
         return [smallest]
-    read = " (what the model has learnt to read)"
+    read = " (the model's max_position_embeddings)"
     by_model = read if found.longest_sequence == found.positions else ""
     most = (
         f"with micro_batch_size {plan.recipe.micro_batch_size}, sequence_len up to "
@@ -130,22 +136,31 @@ def _limits(plan: RunPlan) -> list[str]:
 
 def _work(plan: RunPlan) -> list[str]:
     s = plan.speed
+    sent = f" and {_gib(s.sent)} GiB sent" if s.sent else ""
+    parts = f" ({_time(s.compute_seconds)} computing, {_time(s.network_seconds)} sending)"
+    work = f"{s.flops / 1e12:,.2f} TFLOP{sent}"
     lines = [
-        f"each optimizer step: {s.tokens:,} tokens in all; {s.flops / 1e12:,.2f} TFLOP and "
-        f"{_gib(s.sent)} GiB sent by each process",
-        f"about {s.seconds:,.2f} s per step ({s.compute_seconds:,.2f} computing, "
-        f"{s.network_seconds:,.2f} sending), {s.tokens_per_second:,.0f} tokens/s",
+        f"each optimizer step: {s.tokens:,} tokens in all; {work} by each process",
+        f"about {_time(s.seconds)} for a step{parts if s.sent else ''}, "
+        f"{s.tokens_per_second:,.0f} tokens/s in all",
     ]
     if plan.hours is not None and plan.steps is not None:
         by_size = " (by the size of the rows' files)" if plan.steps_are_estimated else ""
         lines.append(
-            f"the run: {plan.steps:,} steps{by_size}, {plan.steps * s.tokens / 1e6:,.2f} M tokens, "
-            f"about {plan.hours:,.1f} h"
+            f"the run: {plan.steps:,} steps{by_size}, {_count(plan.steps * s.tokens)} tokens, "
+            f"about {_time(3600 * plan.hours)}"
         )
     else:
-        hours = 1e6 / s.tokens_per_second / 3600
-        lines.append(f"a million tokens: about {hours:,.2f} h")
+        lines.append(f"a million tokens: about {_time(1e6 / s.tokens_per_second)}")
     return lines
+
+
+def _time(seconds: float) -> str:
+    """``12.3 s``, ``4 min``, ``5.1 h`` or ``3.2 days``."""
+    for size, unit, digits in ((86400 * 2, "days", 1), (3600 * 2, "h", 1), (120, "min", 0)):
+        if seconds >= size:
+            return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:,.{digits}f} {unit}"
+    return f"{seconds:,.2f} s"
 
 
 def _comparison(advice: Advice) -> Table:
@@ -160,7 +175,7 @@ def _comparison(advice: Advice) -> Table:
 
 def _cell(most: int, least: int, fits: bool) -> str:
     """The peak where blocks keep all, and where they keep least."""
-    return f"{_gib(most)} / {_gib(least)}{'' if fits else ' no'}"
+    return f"{_gib(most)} / {_gib(least)}{'' if fits else ' (does not fit)'}"
 
 
 def assumptions(plan: RunPlan) -> str:
@@ -172,10 +187,12 @@ def assumptions(plan: RunPlan) -> str:
     like = " of a card that is as large" if card.assumed else ""
     if plan.recipe.optimizer.startswith(("galore", "apollo")):
         said += f"; {plan.recipe.optimizer} keeps what AdamW does"
-    return (
-        f"assumed: {said}; 45% of the peak{like} ({card.flops / 1e12:,.0f} TFLOP/s in bf16), "
-        f"{(card.link if plan.devices.count <= 8 else card.network) / 1e9:,.0f} GB/s between cards"
-    )
+    between = ""
+    if plan.devices.count > 1:
+        link = card.link if plan.devices.count <= 8 else card.network
+        between = f", {link / 1e9:,.0f} GB/s between cards"
+    peak = f"{card.flops / 1e12:,.0f} TFLOP/s in bf16"
+    return f"assumed: {said}; 45% of the peak{like} ({peak}){between}"
 
 
 def _gib(size: float) -> str:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusewright import explain, optimize
+from fusewright.kernels.cost import Living
 from fusewright.train.plan.count.blueprint import draw
 from fusewright.train.plan.count.layout import ProcessLayout
 from fusewright.train.plan.count.step import take
@@ -107,3 +108,24 @@ def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeReci
     hidden = 2 * 512 * SIZES["hidden_size"] * 2
     # the first block's input, and what the final norm and rotary embeddings keep, are not blocks'
     assert memory.activations == pytest.approx(sum(kept.values()), abs=6 * hidden)
+
+
+def test_a_larger_batch_is_the_same_multiple_wherever_it_is_counted_from(
+    recipe: MakeRecipe,
+) -> None:
+    """The gradients of parameters do not grow with the batch; temporaries of their size are left."""
+    small, large = make_job(recipe(micro_batch_size=1)), make_job(recipe(micro_batch_size=64))
+    for level in ("all", "input"):
+        counted = estimate(large, ONE, None, level=level).peak
+        assert estimate(small, ONE, None, 64, level).peak == pytest.approx(counted, rel=0.05)
+
+
+def test_the_gradient_of_a_depthwise_convolution_is_that_of_its_groups() -> None:
+    x = torch.randn(1, 64, 32, requires_grad=True)
+    conv = torch.nn.Conv1d(64, 64, 4, groups=64, bias=False)
+    with Living() as living:
+        y = conv(x)
+        forward = living.flops
+        y.sum().backward()
+    assert forward == 2 * 64 * 4 * y.shape[-1]
+    assert living.flops == 3 * forward
