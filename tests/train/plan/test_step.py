@@ -113,7 +113,7 @@ def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeReci
 def test_a_larger_batch_is_the_same_multiple_wherever_it_is_counted_from(
     recipe: MakeRecipe,
 ) -> None:
-    """The gradients of parameters do not grow with the batch; temporaries of their size are left."""
+    """The gradients of parameters do not grow with the batch; their temporaries are left."""
     small, large = make_job(recipe(micro_batch_size=1)), make_job(recipe(micro_batch_size=64))
     for level in ("all", "input"):
         counted = estimate(large, ONE, None, level=level).peak
