@@ -68,6 +68,7 @@ def _verified(file: Path, *arguments: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("scratch")
+@pytest.mark.slow
 def test_lora_trains_the_same_in_all_ways(file: Path, tmp_path: Path, scratch: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -223,6 +223,7 @@ def large(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_adapter_is_what_fits(large: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="weights of 4 bits need bitsandbytes")
     write(tmp_path / "rows.jsonl", ROWS["chat"] * 20)
@@ -234,6 +235,7 @@ def test_the_adapter_is_what_fits(large: Path, tmp_path: Path) -> None:
     assert "not even QLoRA" in said
 
 
+@pytest.mark.slow
 def test_texts_train_all_weights_where_they_fit(large: Path, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", ROWS["completion"])
     found = init("rows.jsonl", "--model", large, "--memory", "200GB")
