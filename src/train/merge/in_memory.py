@@ -12,7 +12,7 @@ from ..inference.load_run import with_adapter
 from ..inference.past_recipe import recipe_for
 from ..inference.run_folder import RunFolder
 from ..model.load import load_model
-from ..model.quantize import clear_marks
+from ..model.quantize import dequantize_linears
 
 
 def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
@@ -36,7 +36,7 @@ def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool
         recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     model = load_model(recipe)
     if dequantize:
-        _dequantize(model)
+        dequantize_linears(model, model.dtype)
     merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
     merged.config.use_cache = True  # load_model has switched it off
     if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
@@ -57,24 +57,6 @@ def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
 
 def _quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
-
-
-def _dequantize(model: Any) -> None:
-    """Make every quantized linear a plain one, in place."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    parent: Any
-    layer: Any
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if not type(layer).__module__.startswith("bitsandbytes."):
-                continue
-            weight = dequantize_module_weight(layer)
-            plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-            plain.weight = nn.Parameter(weight.to(model.dtype), requires_grad=False)
-            plain.bias = layer.bias
-            setattr(parent, name, plain)
-    clear_marks(model)
 
 
 def _untie(model: Any) -> None:

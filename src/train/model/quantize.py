@@ -110,6 +110,29 @@ def clear_marks(model: Any) -> None:
         del model.config.quantization_config
 
 
+def dequantize_linears(model: Any, dtype: torch.dtype) -> None:
+    """Make every quantized linear a plain one, in place.
+
+    Args:
+        model: with layers of bitsandbytes, adapters around them or not.
+        dtype: of the new weights. The numbers are those of the layers' own dtype.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    parent: Any
+    layer: Any
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not type(layer).__module__.startswith("bitsandbytes."):
+                continue
+            weight = dequantize_module_weight(layer).detach()
+            plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+            plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            plain.bias = layer.bias
+            setattr(parent, name, plain.train(layer.training))
+    clear_marks(model.get_base_model() if hasattr(model, "peft_config") else model)
+
+
 def stay_trainable(model: nn.Module) -> None:
     """Let weights of 4 bits keep the layout that gradients go through.
 

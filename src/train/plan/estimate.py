@@ -294,6 +294,6 @@ def _setting(
     asked = Budget.parse(job.memory)
     if asked.bytes is not None:
         budget = asked.bytes
-    base = sum(fixed.parts().values())
+    base = sum(fixed.parts().values()) + job.dequantized_bytes()
     # all of these logits exist at one time: none are left for the record's own tiles
     return PlanInputs(base, 0, head + logits, budget, job.levels(), room or 0, 0, job.process.slack)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import RecipeError
 from ...rewrite.verify_exact import Wide
-from ..model.quantize import clear_marks
+from ..model.quantize import dequantize_linears
 from ..recipe.recipe import Recipe
 
 _ROOM = 0.6
@@ -93,19 +93,8 @@ def _rounds_activations(model: nn.Module) -> bool:
 
 def _dequantize(model: Any) -> None:
     """Make every quantized linear a plain one, without a rounding to the computation's dtype."""
-    parent: Any
-    layer: Any
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if not type(layer).__module__.startswith("bitsandbytes."):
-                continue
-            from peft.utils.integrations import dequantize_module_weight
-
-            if (state := getattr(layer.weight, "quant_state", None)) is not None:
-                state.dtype = torch.float32
-            weight = dequantize_module_weight(layer)
-            plain = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-            plain.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
-            plain.bias = layer.bias
-            setattr(parent, name, plain.train(layer.training))
-    clear_marks(model.get_base_model() if hasattr(model, "peft_config") else model)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            state.dtype = torch.float32
+    dequantize_linears(model, torch.float32)

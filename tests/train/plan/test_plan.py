@@ -18,7 +18,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from fusewright.errors import RecipeError
 from fusewright.train.plan.cards import CARDS
 from fusewright.train.plan.count.layout import ProcessLayout, layout_of
-from fusewright.train.plan.estimate import Process, estimate
+from fusewright.train.plan.estimate import SPARE, Process, estimate
 from fusewright.train.plan.recommend import advise, faster
 from fusewright.train.plan.rows import count_rows, estimate_tokens
 from fusewright.train.plan.search import fits, limits
@@ -252,6 +252,17 @@ def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
     said = fusewright("plan", str(write(**keys)), "--gpus", "24GB")
     assert said.exit_code == 0, said.output
     assert "runs as it is: " in said.stdout
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_what_fits_stays_below_what_a_run_may_take(method: str, recipe: MakeRecipe) -> None:
+    """The verdict asks whether the leanest plan fits; the plan that is shown is another one."""
+    keys = {**LORA, "adapter": "qlora", "load_in_4bit": True} if method == "qlora" else {}
+    job = make_job(recipe(sequence_len=2048, memory="auto", **keys))
+    least = min(estimate(job, ONE, None, level=v).peak for v in job.all_levels())
+    for room in range(int(least / SPARE) - 100_000, 4 * least, least // 7):
+        if fits(job, ONE, room):
+            assert estimate(job, ONE, room).peak <= SPARE * room
 
 
 def test_rows_that_are_not_packed_are_counted(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -113,11 +113,12 @@ def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeReci
 def test_a_larger_batch_is_the_same_multiple_wherever_it_is_counted_from(
     recipe: MakeRecipe,
 ) -> None:
-    """The gradients of parameters do not grow with the batch; their temporaries are left."""
+    """Never too low; too high by no more than a temporary of a weight's size, which is scaled."""
     small, large = make_job(recipe(micro_batch_size=1)), make_job(recipe(micro_batch_size=64))
+    weight = max(w.bytes for u in small.units if u.name for w in u.weights)
     for level in ("all", "input"):
         counted = estimate(large, ONE, None, level=level).peak
-        assert estimate(small, ONE, None, 64, level).peak == pytest.approx(counted, rel=0.05)
+        assert 0 <= estimate(small, ONE, None, 64, level).peak - counted <= 63 * weight
 
 
 def test_the_gradient_of_a_depthwise_convolution_is_that_of_its_groups() -> None:
