@@ -17,7 +17,6 @@ import functools
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -134,6 +133,7 @@ def live() -> float:
 def work(recipe: str) -> int:
     """One process of a run: train, count the tensors at the last step, and write the figures."""
     from fusewright.cli import main
+    from fusewright.train.report.environment import peak_rss_mb
     from fusewright.train.trainer.trainer import FineTuner
 
     last = yaml.safe_load(Path(recipe).read_text())["max_steps"]
@@ -155,7 +155,7 @@ def work(recipe: str) -> int:
         if "began" in found:
             found["steps"].append(time.perf_counter() - found.pop("began"))
         elif found["tensors"]:
-            found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            found["peak"] = peak_rss_mb()
             path = Path(os.environ["FIGURES"], f"rank-{os.environ.get('RANK', '0')}.json")
             path.write_text(json.dumps(found))
         own_end(self)

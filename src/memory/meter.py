@@ -22,7 +22,7 @@ class Meter:
         """Bytes in use now; 0 where that is not known."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        return _status("VmRSS") or 0
+        return process_status("VmRSS") or 0
 
     def start(self) -> None:
         """Remember the peak so far. It is not set back: others may be measuring, too."""
@@ -36,7 +36,7 @@ class Meter:
     def _highest(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
+        return process_status("VmHWM")
 
     def capacity(self) -> int | None:
         """Bytes that this process can use in all: what it uses, and what is free; or None."""
@@ -51,8 +51,8 @@ class Meter:
         return _available() or 0
 
 
-def _status(field: str) -> int | None:
-    """A field of ``/proc/self/status``, in bytes."""
+def process_status(field: str) -> int | None:
+    """A field of ``/proc/self/status`` such as ``VmHWM``, in bytes; None where there is none."""
     with contextlib.suppress(OSError):
         for line in (_OWN / "status").read_text().splitlines():
             if line.startswith(f"{field}:"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,24 +150,14 @@ class PeakMemory:
 
     def __init__(self) -> None:
         gc.collect()
-        self._reset = False
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
-            try:
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-                self._reset = True
-            except OSError:
-                pass
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> dict[str, float]:
         """In MiB: ``rss_mb``, and ``cuda_mb`` on a GPU."""
-        found = memory()
-        if self._reset:
-            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-            match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-            if match is not None:
-                found["rss_mb"] = int(match[1]) / 2**10
-        return found
+        return memory()

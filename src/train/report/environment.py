@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...memory.meter import process_status
+
 
 def versions() -> dict[str, str]:
     """The versions that matter for a run."""
@@ -35,8 +37,11 @@ def machine() -> dict[str, Any]:
 
 def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    if (peak := process_status("VmHWM")) is not None:
+        return peak / 2**20
+    # on Linux this would count the peak of the process that started this one, too
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest / 2**20 if sys.platform == "darwin" else highest / 2**10
 
 
 def memory() -> dict[str, float]:
