@@ -16,7 +16,7 @@ from fusewright.kernels.cost import cost
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.linear import dora, quant_linear
 from fusewright.kernels.loss import linear_cross_entropy
-from fusewright.kernels.mlp import glu
+from fusewright.kernels.mlp import glu, mlp_block_tiles
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
 from fusewright.kernels.op import Op
@@ -218,3 +218,38 @@ def test_an_opaque_op_may_take_arguments_by_name() -> None:
         flops=lambda x, scale: x.numel(),
     )
     assert cost(op, _x(5, 7), scale=2.0).flops == 35
+
+
+WEIGHT, ADAPTER, FROZEN = (True, False, False, False), (False, False, True, True), (False,) * 4
+
+
+@pytest.mark.parametrize("from_above", [True, False], ids=["gradient of x", "no gradient of x"])
+@pytest.mark.parametrize(
+    ("adapted", "ins", "down"),
+    [
+        (False, WEIGHT, WEIGHT),
+        (False, FROZEN, WEIGHT),
+        (False, WEIGHT, FROZEN),
+        (True, ADAPTER, ADAPTER),
+        (True, FROZEN, ADAPTER),
+        (True, ADAPTER, FROZEN),
+        (True, (True, False, True, True), WEIGHT),
+    ],
+)
+def test_operations_of_tiles(
+    adapted: bool, ins: tuple[bool, ...], down: tuple[bool, ...], from_above: bool
+) -> None:
+    """Counted by a formula as many as their products make."""
+    tensors: list[Tensor | None] = []
+    for out, into in ((OUT, WIDE), (OUT, WIDE), (WIDE, OUT)):
+        pair = [torch.randn(RANK, into), torch.randn(out, RANK)] if adapted else [None, None]
+        tensors += [torch.randn(out, into), None, *pair]
+    x, grad, scales = torch.randn(ROWS, WIDE), torch.randn(ROWS, WIDE), [2.0] * 3
+    needed = [from_above, *ins, *ins, *down]
+    tiled = (tensors, scales, [], [], "silu", "two")
+    with FlopCounterMode(display=False) as counted:
+        mlp_block_tiles._tiled_forward(x, *tiled)
+    assert mlp_block_tiles._forward_flops(x, *tiled) == counted.get_total_flops()
+    with FlopCounterMode(display=False) as counted:
+        mlp_block_tiles._tiled_backward(grad, x, *tiled, needed)
+    assert mlp_block_tiles._backward_flops(grad, x, *tiled, needed) == counted.get_total_flops()

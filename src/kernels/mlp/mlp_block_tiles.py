@@ -208,14 +208,41 @@ def _backward_fake(
     return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
 
 
-def _flops(
+def _matrices(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], count: int
+) -> list[tuple[int, int, int]]:
+    """Elements of the weight, of A and of B of each linear; 0 of what is not there."""
+    packed = elements_of(list(sizes))
+    found = []
+    for i in range(count):
+        weight, _, a, b = tensors[4 * i : 4 * i + 4]
+        whole = packed[i] if packed else 0 if weight is None else weight.numel()
+        found.append((whole, 0 if a is None else a.numel(), 0 if b is None else b.numel()))
+    return found
+
+
+def _forward_flops(
     x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
 ) -> int:
-    own = tensors[: 4 * len(scales)]
-    plain = [t for i, t in enumerate(own) if t is not None and not (sizes and i % 4 == 0)]
-    return (
-        2 * x.shape[0] * (sum(elements_of(sizes)) + sum(t.numel() for t in plain if t.dim() == 2))
-    )
+    return 2 * x.shape[0] * sum(map(sum, _matrices(tensors, sizes, len(scales))))
+
+
+def _backward_flops(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], *_: Any,
+) -> int:  # fmt: skip
+    """Gate and up again, what flows back through the linears, and the gradients of parameters."""
+    matrices = _matrices(tensors, sizes, len(scales))
+    needs = wanted(needed[1:], len(scales))
+    to_gate = needed[0] or any(any(need) for need in needs[:-1])
+    passed = [needed[0]] * (len(needs) - 1) + [to_gate]
+    total = sum(map(sum, matrices[:-1]))
+    if needs[-1].lora_b:
+        total += matrices[-1][1]  # its narrow product again
+    for (weight, a, b), need, through in zip(matrices, needs, passed, strict=True):
+        total += weight * (through + bool(need.weight))
+        total += a * (through + bool(need.lora_a)) + b * ((through or need.lora_a) + need.lora_b)
+    return 2 * x.shape[0] * total
 
 
 _SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
@@ -224,7 +251,7 @@ _forward_op = library_op(
     f"mlp_block_forward(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
     _tiled_forward,
     _forward_fake,
-    _flops,
+    _forward_flops,
     temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * sum(elements_of(sizes)),
 )
 _backward_op = library_op(
@@ -232,8 +259,7 @@ _backward_op = library_op(
     "ScalarType? wide=None) -> Tensor[]",
     _tiled_backward,
     _backward_fake,
-    # gate and up again, and what flows back through all three
-    lambda grad, *rest: 2 * _flops(*rest),
+    _backward_flops,
     temporary=lambda grad, x, tensors, scales, sizes, *_: (
         x.element_size() * sum(elements_of(sizes))
     ),

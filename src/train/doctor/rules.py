@@ -1,8 +1,8 @@
 """Which implementation each rewrite has here, as the ops themselves choose it; and who compiles.
 
-Each op is called as a model would call it, with tensors that have shapes and no contents: what it
-cannot take it says itself (``Op.unsupported``), and whether it launches one of our Triton kernels
-shows in the operators that it calls.
+Each op is called as a model would call it, with tensors that have shapes and, unless it has to
+read them, no contents: what it cannot take it says itself (``Op.unsupported``), and whether it
+launches one of our Triton kernels shows in the operators that it calls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...compiler.codegen import choose
@@ -78,12 +78,19 @@ def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[st
         ``Triton``, ``CPU``, ``ATen`` (plain operators of PyTorch, on a GPU) or ``reference`` (the
         model's own operations); and why it is that one.
     """
-    with FakeTensorMode():
-        args = CALLS[op.name](Maker(dtype, device))
-        if reasons := op.unsupported(*args):
-            return "reference", "; ".join(reasons)
-        with _Launches() as launches:
-            op.call(*args)
+    try:
+        with FakeTensorMode():
+            return _called(op, dtype, device)
+    except DataDependentOutputException:  # reads numbers, such as the experts' shares of the rows
+        return _called(op, dtype, device)
+
+
+def _called(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    args = CALLS[op.name](Maker(dtype, device))
+    if reasons := op.unsupported(*args):
+        return "reference", "; ".join(reasons)
+    with _Launches() as launches:
+        op.call(*args)
     if launches.found:
         return "Triton", ""
     return ("CPU" if device.type == "cpu" else "ATen"), ""

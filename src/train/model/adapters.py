@@ -47,7 +47,10 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
             model, config, autocast_adapter_dtype=recipe.peft_autocast_adapter_dtype
         )
     except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
-        raise RecipeError(f"adapter: PEFT refuses these settings: {first_line(error)}") from error
+        said = f"adapter: PEFT refuses these settings: {first_line(error)}"
+        if recipe.lora_target_linear and "target_modules" in said:
+            said += " Beside lora_target_linear, a list lora_exclude_modules does that."
+        raise RecipeError(said) from error
 
 
 def require_names(model: Any, recipe: Recipe) -> None:

@@ -151,7 +151,10 @@ def _work(plan: RunPlan) -> list[str]:
             f"about {_time(3600 * plan.hours)}"
         )
     else:
-        lines.append(f"a million tokens: about {_time(1e6 / s.tokens_per_second)}")
+        lines.append(
+            f"a million tokens: about {_time(1e6 / s.tokens_per_second)} (how many the run has is "
+            "not known: max_steps is unset, and not all rows are in plain files on this machine)"
+        )
     return lines
 
 

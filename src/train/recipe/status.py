@@ -65,7 +65,7 @@ def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Ent
             entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
         if entry.loc[-1] == "chat_template" and entry.value in TOKENIZERS_OWN:
             entry = Entry(entry.loc, entry.value, entry.status, _OWN_TEMPLATE, entry.asks)
-        if entry.key in idle and entry.status == "honoured" and entry.asks:
+        if entry.key in idle and entry.status in ("honoured", "subsumed") and entry.asks:
             entry = Entry(entry.loc, entry.value, "not applicable", idle[entry.key], True)
         found.append(entry)
     return found

@@ -73,6 +73,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {row["rule"] for row in found["rules"]} == {rule.name for rule in PIPELINE}
     assert of(found, "attention")["sdpa"]["value"].endswith("math")
     assert of(found, "communication")["gloo"]["state"] == "ok"
+    assert not [row for row in found["rules"] if "unknown" in (row["float32"], row["bfloat16"])]
     expected = "Triton" if torch.cuda.is_available() and has_triton() else "CPU"
     assert next(r for r in found["rules"] if r["op"] == "rms_norm")["float32"] == expected
 

@@ -12,10 +12,16 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
+from fusewright.train.model.adapters import add_adapter
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training
 from fusewright.train.model.quantize import quantize, stay_trainable
@@ -236,3 +242,18 @@ def test_checkpointed_blocks(recipe: dict[str, Any], keys: dict[str, Any]) -> No
         recipe, console=QUIET, gradient_checkpointing="unsloth", gradient_checkpointing_kwargs=keys
     )
     assert learned(result)
+
+
+def test_layers_that_peft_does_not_adapt_can_be_left_out() -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8, state_size=4)
+    keys: dict[str, Any] = {
+        "base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2,
+        "lora_target_linear": True,
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=r"'out_proj'.* a list lora_exclude_modules does that"):
+        add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
+    keys["lora_exclude_modules"] = ["out_proj"]
+    adapted = add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
+    assert {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad} == {
+        "in_proj", "x_proj", "dt_proj",
+    }  # fmt: skip

@@ -74,6 +74,8 @@ def distributed_without_effect(
         yield _OF_DDP, f"only DDP reads it, and {engine} shards the model"
     if not is_sharded(recipe):
         yield ("state_dict_type",), "only FSDP reads it"
+        if not engine and recipe.fsdp is None and recipe.fsdp_config is None:
+            yield ("fsdp_version",), "by itself it shards nothing: set fsdp: true or fsdp_config"
         why = "NO_SHARD is DDP: each process has the whole model"
         if recipe.fsdp is False:
             why = "fsdp is false"
