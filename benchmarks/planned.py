@@ -53,7 +53,8 @@ def command(*words: str, **options: Any) -> str:
 
 def measure(recipe: Path, processes: int) -> list[float]:
     """Train, and return the peak of each process, in MiB."""
-    environ = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
     command("train", str(recipe), "--nproc", str(processes), env=environ)
     found = json.loads((recipe.parent / "run" / "run.json").read_text())
     ranks = found.get("ranks") or [{"rss_mb": found["peak_rss_mb"]}]
