@@ -114,6 +114,7 @@ CALLS: Mapping[str, Callable[[Maker], tuple[Any, ...]]] = {
     "moe_up": _up,
     "moe_down": _down,
     "linear_cross_entropy": lambda m: (m.x(_ROWS, _WIDE), m.w(1000, _WIDE), None, m.whole(_ROWS)),
+    "linear_logprob": lambda m: (m.x(_ROWS, _WIDE), m.w(1000, _WIDE), None, m.whole(_ROWS)),
     "selective_scan": _scan,
     "ssd": _chunked,
 }  # fmt: skip
