@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from ..kernels.loss.head_tiles import TILE_BYTES
 from .levels import Level
 from .usage import Usage
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from fusewright.kernels.loss import linear_cross_entropy_tiles as tiles
+from fusewright.kernels.loss import head_tiles as tiles
 from fusewright.kernels.loss.linear_cross_entropy import OP, linear_cross_entropy, reference
 
 from .util import assert_parity

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import matmul
+from fusewright.kernels.loss import head_tiles
 from fusewright.kernels.loss import linear_cross_entropy_tiles as tiles
 from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
@@ -42,9 +43,9 @@ def run_tiles(x: Tensor, w: Tensor, labels: Tensor, wanted: list[bool]) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_logits_exist_only_in_tiles(monkeypatch, dtype):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 1 << 18)
-    monkeypatch.setattr(tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(tiles, "STRIP_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
+    monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 1 << 14)
     monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 1 << 14)
     monkeypatch.setattr(matmul, "LEAST", 16)
     x, w, _ = operands((1000, 16), 2000, dtype)
@@ -55,11 +56,14 @@ def test_logits_exist_only_in_tiles(monkeypatch, dtype):
 
 
 def test_a_tile_keeps_enough_rows_for_the_matmuls():
-    assert tiles._tiles(1024, 49152 * 2) == [(0, 512), (512, 1024)]
-    assert tiles._tiles(1024, 131072 * 2)[0] == (0, 512)  # past the usual size, within twice
-    assert tiles._tiles(500, 262144 * 4)[0] == (0, 125)
-    assert tiles._tiles(5, 1 << 30) == [(i, i + 1) for i in range(5)]
-    assert tiles._tiles(0, 1000) == []
+    assert head_tiles.row_tiles(1024, 49152 * 2) == [(0, 512), (512, 1024)]
+    assert head_tiles.row_tiles(1024, 131072 * 2)[0] == (
+        0,
+        512,
+    )  # past the usual size, within twice
+    assert head_tiles.row_tiles(500, 262144 * 4)[0] == (0, 125)
+    assert head_tiles.row_tiles(5, 1 << 30) == [(i, i + 1) for i in range(5)]
+    assert head_tiles.row_tiles(0, 1000) == []
 
 
 def test_ignored_rows_are_never_multiplied():

@@ -21,6 +21,7 @@ from fusewright.rewrite.tolerance import unit
 from . import (
     test_attention,
     test_linear_cross_entropy,
+    test_linear_logprob,
     test_lora_linear,
     test_mlp_block,
     test_moe_experts,
@@ -34,6 +35,7 @@ HALF = st.sampled_from([torch.bfloat16, torch.float16])
 OPS = [
     test_attention.test_parity,
     test_linear_cross_entropy.test_parity,
+    test_linear_logprob.test_parity,
     test_lora_linear.test_parity,
     test_mlp_block.test_parity,
     test_moe_experts.test_parity,

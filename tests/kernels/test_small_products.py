@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from fusewright.kernels.loss.linear_cross_entropy import linear_cross_entropy
 from fusewright.kernels.loss.linear_cross_entropy import reference as loss_reference
+from fusewright.kernels.loss.linear_logprob import linear_logprob
+from fusewright.kernels.loss.linear_logprob import reference as logprob_reference
 from fusewright.kernels.norms.rms_norm_linear import OP as NORM
 from fusewright.rewrite.tolerance import exceeded
 
@@ -44,6 +46,10 @@ CASES: dict[str, tuple[Fn, Fn]] = {
     "linear_cross_entropy": (
         lambda x, w, b, *_: linear_cross_entropy(x, w, b, LABELS[: len(x)]),
         lambda x, w, b, *_: loss_reference(x, w, b, LABELS[: len(x)]),
+    ),
+    "linear_logprob": (
+        lambda x, w, b, *_: linear_logprob(x, w, b, LABELS[: len(x)])[0],
+        lambda x, w, b, *_: logprob_reference(x, w, b, LABELS[: len(x)])[0],
     ),
 }
 

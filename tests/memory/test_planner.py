@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
-from fusewright.kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from fusewright.kernels.loss.head_tiles import TILE_BYTES
 from fusewright.memory.budget import GB, Budget
 from fusewright.memory.choice import PlanInputs, Scaled, choose, on_host, peak
 from fusewright.memory.levels import HOSTED, Level

@@ -35,6 +35,9 @@ _PARTS = {
 }
 """The ops of a rule that calls others than the one of its name."""
 
+_OF_LOGITS = ("linear_logprob", "linear_divergence")
+"""Ops without a rule: what is read of logits that do not exist ends in them."""
+
 
 class _Launches(TorchDispatchMode):
     """Notes the operators that launch a Triton kernel, also inside of opaque ones.
@@ -59,11 +62,16 @@ class _Launches(TorchDispatchMode):
 
 
 def ops_of_rules() -> Iterator[tuple[str, Op]]:
-    """The rules' names in the order of the pipeline, each with the ops that it calls."""
+    """The rules' names in the order of the pipeline, each with the ops that it calls.
+
+    At the end come the ops that no rule calls, each under its own name.
+    """
     ops = {op.name: op for op in OPS}
     for name in dict.fromkeys(rule.name for rule in PIPELINE):
         for part in _PARTS.get(name, (name,)):
             yield name, ops[part]
+    for name in _OF_LOGITS:
+        yield name, ops[name]
 
 
 def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...kernels.loss.linear_cross_entropy_tiles import TILE_BYTES
+from ...kernels.loss.head_tiles import TILE_BYTES
 from ...memory.budget import Budget
 from ...memory.choice import PlanInputs, Scaled, Usages, choose, on_host
 from ...memory.levels import Level, allowed

@@ -1,0 +1,143 @@
+"""What the ops over a head share: logits in tiles of rows, element-wise work in strips of tiles.
+
+A *tile* is some hundred rows of logits over the whole vocabulary: enough rows for an efficient
+matmul, in memory of a fixed size whatever the batch. A *strip* is the few rows of a tile whose fp32
+softmax fits the cores' caches: all element-wise work happens there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..matmul import addmm, mm
+
+TILE_BYTES = 64 << 20
+"""What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
+
+TILE_ROWS = 512
+"""Fewer rows than this and the matmuls lose speed."""
+
+STRIP_ELEMENTS = 1 << 18
+"""fp32 elements of a strip per thread: with its softmax they fill a 2 MiB second-level cache."""
+
+FEW_ROWS = 16
+"""With fewer rows than about 12, MKL's fp32 matmul sums in one long chain: ten times the error."""
+
+FEW_CLASSES = 4096
+"""Classes that are multiplied at once with few rows: on one thread 8,192 are too long a chain."""
+
+CHUNK_CLASSES = 8192
+"""Classes that are multiplied at once where the sum over all must be better than the matmul's."""
+
+
+def row_tiles(rows: int, row_bytes: int, part: int = 1) -> list[tuple[int, int]]:
+    """Split ``rows`` into tiles of nearly equal height.
+
+    Args:
+        rows: how many count.
+        row_bytes: what the logits of one row take.
+        part: how many times less memory a tile shall take. At 4, two matmuls per tile are as fast
+            (1,024 x 576 x 49,152 in bf16, one thread); the gradient of the head, added up over the
+            tiles, is not.
+
+    Returns:
+        (start, stop) of each tile.
+    """
+    size, least = TILE_BYTES // part, TILE_ROWS // part
+    most = max(1, size // row_bytes, min(least, 2 * size // row_bytes))
+    count = -(-rows // most)
+    edges = [i * rows // count for i in range(count + 1)] if count else [0]
+    return list(itertools.pairwise(edges))
+
+
+def row_strips(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Split a tile of ``rows`` into strips; the first is the highest."""
+    height = max(1, STRIP_ELEMENTS * torch.get_num_threads() // vocabulary)
+    return (slice(start, min(rows, start + height)) for start in range(0, rows, height))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``x·Wᵀ + bias`` in the memory of ``out``."""
+    w = weight.t()
+    return mm(x, w, out=out) if bias is None else addmm(bias, x, w, out=out)
+
+
+def project_back(dlogits: Tensor, weight: Tensor) -> Tensor:
+    """``dlogits · weight`` (R, hidden), a sum over the whole vocabulary."""
+    rows = dlogits.shape[0]
+    if rows >= FEW_ROWS or dlogits.dtype is not torch.float32:
+        return mm(dlogits, weight)
+    padded = pad(dlogits, (0, 0, 0, FEW_ROWS - rows))
+    parts = zip(padded.split(FEW_CLASSES, 1), weight.split(FEW_CLASSES), strict=True)
+    return torch.stack([mm(d, w) for d, w in parts]).sum(0)[:rows]
+
+
+def accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """``total (vocabulary, hidden) + dlogitsᵀ · x``; the sum over tiles is fp32 or wider."""
+    if total is None:
+        return mm(dlogits.t(), x)
+    if total.dtype is not wide:
+        total = total.to(wide)
+    if x.dtype is wide:
+        return total.addmm_(dlogits.t(), x)
+    for start in range(0, total.shape[0], CHUNK_CLASSES):
+        part = slice(start, start + CHUNK_CLASSES)
+        total[part] += mm(dlogits[:, part].t(), x)
+    return total
+
+
+def scale_and_cap(
+    strip: Tensor, scale: Tensor | float, softcap: float, slope: Tensor | None = None
+) -> None:
+    """Scale and cap logits in place, in their own dtype, rounding where the model rounds.
+
+    Args:
+        strip: (R, vocabulary).
+        scale: factor on the logits.
+        softcap: their bound, or 0.
+        slope: (R, vocabulary), fp32 or fp64; takes the derivative of the capped logits.
+    """
+    if isinstance(scale, Tensor) or scale != 1.0:
+        strip.mul_(scale)
+    if softcap:
+        strip.div_(softcap).tanh_()
+        if slope is not None:  # of tanh itself: where it is near 1, another rounding is too much
+            slope.copy_(strip).square_().neg_().add_(1.0)
+        strip.mul_(softcap)
+
+
+def softmax_into(f: Tensor, out: Tensor, exact: bool) -> Tensor:
+    """The softmax of each row of ``f`` in the memory of ``out``.
+
+    Args:
+        f: (R, vocabulary), fp32 or fp64.
+        out: likewise.
+        exact: whether the logits have not been rounded to fewer bits before.
+    """
+    p = torch.softmax(f, 1, out=out)
+    if exact:  # its running sum over a large vocabulary is 1e-6 off: divide by a better one
+        p.div_(p.sum(1, keepdim=True))
+    return p
+
+
+def target_logprobs(f: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    """The log-probabilities (R,) of targets ``y`` (R, 1); ``p`` is the softmax of logits ``f``."""
+    target_p = p.gather(1, y).squeeze(1)
+    found = target_p.log()  # l_y - lse, without another pass over f
+    lost = target_p < 1e-30  # too near the end of fp32's range: read it from the logits
+    if bool(lost.any()):
+        these = f[lost]
+        found[lost] = these.gather(1, y[lost]).squeeze(1) - these.logsumexp(1)
+    return found
+
+
+def require_classes(targets: Tensor, vocabulary: int) -> None:
+    """Raise what PyTorch's cross entropy raises for the first target that is no class."""
+    wrong = (targets < 0).logical_or_(targets >= vocabulary)
+    if bool(wrong.any()):
+        raise IndexError(f"Target {int(targets[wrong][0])} is out of bounds.")

@@ -1,0 +1,160 @@
+"""What ``linear_logprob`` is made of: its settings and its opaque ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..launch import library_op
+from .linear_logprob_strips import INTEGERS
+from .linear_logprob_tiles import compute, differentiate
+
+OUTPUTS = {
+    "logprob": "log p of the target",
+    "entropy": "-Σ p·log p",
+    "sum_p2": "Σ p²",
+    "mean_logit": "the mean of the final logits over the vocabulary",
+    "logsumexp": "the log of the sum of exponentials of the final logits",
+    "argmax": "the class of the highest logit; not differentiable",
+    "topk_values": "the top_k highest final logits",
+    "topk_indices": "their classes; not differentiable",
+}
+"""What the op can return; ``p`` is the softmax of a row's final logits."""
+
+MADE_IN_FORWARD = ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp")
+"""Outputs whose gradient for one row of x is one vector, times the upstream gradient."""
+
+MOST_TERMS = 2
+"""With more of them, projecting once more in backward costs less."""
+
+
+class LogprobSettings(NamedTuple):
+    """What is computed of the logits; ``softcap`` is 0 where there is none."""
+
+    outputs: tuple[str, ...]
+    top_k: int
+    ignore_index: int
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+
+def settings(
+    outputs: Sequence[str],
+    targets: Tensor | None,
+    vocabulary: int,
+    top_k: int,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: Tensor | float,
+) -> LogprobSettings:
+    """The settings of ``linear_logprob``; raises ValueError where they have no meaning."""
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs or len(set(outputs)) < len(outputs):
+        known = ", ".join(OUTPUTS)
+        raise ValueError(f"outputs must be some of {known}, once each, not {tuple(outputs)}")
+    if "logprob" in outputs and targets is None:
+        raise ValueError("the output 'logprob' needs targets")
+    if any(name.startswith("topk") for name in outputs) and not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k must be between 1 and {vocabulary}, not {top_k}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
+    return LogprobSettings(
+        tuple(outputs), top_k, ignore_index, float(temperature), float(softcap or 0.0), scale
+    )
+
+
+def terms(chosen: LogprobSettings, deferred: Sequence[str], wanted: Sequence[bool]) -> list[str]:
+    """The outputs whose gradient terms forward makes.
+
+    Args:
+        chosen: the settings.
+        deferred: outputs whose gradients are seldom asked for.
+        wanted: whether the gradients of x, weight, bias and the learnt scale are.
+    """
+    if not wanted[0] or any(wanted[1:]):
+        return []
+    made = [n for n in chosen.outputs if n in MADE_IN_FORWARD and n not in deferred]
+    return made if len(made) <= MOST_TERMS else []
+
+
+def _implementation(x: Tensor, *rest: Any) -> list[Tensor]:
+    return compute(x, *rest)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Any, targets: Any, factor: Any, outputs: list[str],
+    made: list[str], top_k: int, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    rows = x.shape[0]
+    return [
+        *(
+            x.new_empty(
+                (rows, top_k) if name.startswith("topk") else (rows,),
+                dtype=torch.int64 if name in INTEGERS else wide,
+            )
+            for name in outputs
+        ),
+        *(x.new_empty(x.shape) for _ in made),
+    ]
+
+
+def _flops(
+    x: Tensor, weight: Tensor, bias: Any, targets: Any, factor: Any, outputs: Any, made: Any,
+    *rest: Any,
+) -> int:  # fmt: skip
+    """The logits, and the gradients that are made with them; of all rows, ignored ones too."""
+    return 2 * x.shape[0] * weight.numel() * (1 + len(made))
+
+
+forward_op = library_op(
+    "linear_logprob_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? targets, "
+    "Tensor? factor, str[] outputs, str[] made, int top_k, int ignore_index, float temperature, "
+    "float softcap, float logit_scale) -> Tensor[]",
+    _implementation,
+    _fake,
+    _flops,
+)
+
+
+def _implementation_backward(grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
+    return differentiate(grads, *rest)
+
+
+def _fake_backward(
+    grads: Any, picked: Any, x: Tensor, weight: Tensor, bias: Any, targets: Any, factor: Any,
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    wanted = rest[-1]
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    vocabulary, hidden = weight.shape
+    return [
+        x.new_empty(x.shape if wanted[0] else (0, hidden)),
+        x.new_empty((vocabulary if wanted[1] else 0, hidden)),
+        x.new_empty((vocabulary if wanted[2] else 0,), dtype=wide),
+        x.new_empty((), dtype=wide),
+    ]
+
+
+def _flops_backward(grads: Any, picked: Any, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    """The logits once more, and the gradients of x and of the head."""
+    products: int = 1 + sum(rest[-1][:2])
+    return 2 * x.shape[0] * weight.numel() * products
+
+
+backward_op = library_op(
+    "linear_logprob_backward(Tensor?[] grads, Tensor? picked, Tensor x, Tensor weight, "
+    "Tensor? bias, Tensor? targets, Tensor? factor, str[] outputs, int ignore_index, "
+    "float temperature, float softcap, float logit_scale, bool[] wanted) -> Tensor[]",
+    _implementation_backward,
+    _fake_backward,
+    _flops_backward,
+)
