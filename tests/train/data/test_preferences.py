@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fusewright.errors import DataError, RecipeError
-from fusewright.train.data import Samples, prepare
+from fusewright.train.data import Sample, Samples, prepare
 from fusewright.train.data.preferences.examples import Examples
 from fusewright.train.data.prepare import _work
 from fusewright.train.data.readers.limits import warnings
 from fusewright.train.recipe.keys.preferences.names import ROW_TYPES, type_problem
+from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import make_tokenizer
 from .preference_rows import TOKENIZER, assistant, examples, prepared, recipe, texts, user
@@ -57,6 +60,9 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str]] = {
         "chat_template",
         {"messages": [{"role": "system", "content": "Be brief."}, user("Why?")], **TALK},
         SYSTEM + ASKED,
+    ),
+    "a field of supervised training": (
+        "chat_template", {"prompt": "Why?", "messages": TALK["chosen"], **TALK}, ASKED,
     ),
     "no prompt but what both begin with": ("chat_template", TALK, ASKED),
     "a system message in a field": (
@@ -162,6 +168,19 @@ def test_conversations_differ_in_the_last_answer_only(tmp_path: Path) -> None:
         assert texts(example)["chosen_ids"] == "d" + END
     (example,) = examples(tmp_path, [{"prompt": "a", **row}], DPO, type="chatml.ultra")
     assert texts(example)["prompt_ids"] == expected
+
+
+def test_an_answer_may_have_several_messages(tmp_path: Path) -> None:
+    row = {
+        "chosen": [user("Why?"), assistant("a"), assistant("b")],
+        "rejected": [user("Why?"), assistant("a"), assistant("c")],
+    }
+    (example,) = examples(tmp_path, [row], DPO)
+    assert texts(example) == {
+        "prompt_ids": ASKED,
+        "chosen_ids": "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>",
+        "rejected_ids": "a<|im_end|>\n<|im_start|>assistant\nc<|im_end|>",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("template", ["chatml", "thinker"])
@@ -453,13 +472,13 @@ def test_duplicates_are_equal_in_all(tmp_path: Path) -> None:
 def test_other_processes_prepare_the_same(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     rows = [("rows.jsonl, line 1", {"question": "Why?", "answer": "7"})]
-    for keys, kind, given in (
+    for keys, kind, batch in (
         (GRPO, f"{tmp_path}/own.py:short", rows),
         (DPO, "chatml", [("rows.jsonl, line 1", {"prompt": "a", **PAIR})]),
     ):
         whole = recipe(tmp_path, [], keys, {"type": kind})
         work = _work(whole.datasets[0], whole, TOKENIZER, "datasets", "2026-01-01")
-        here, there = work.part(given), pickle.loads(pickle.dumps(work)).part(given)
+        here, there = work.part(batch), pickle.loads(pickle.dumps(work)).part(batch)
         assert here.ids.tolist() == there.ids.tolist()
         assert here.labels.tolist() == there.labels.tolist()
         assert here.extra == there.extra
@@ -494,3 +513,36 @@ def test_rows_may_come_from_parquet(tmp_path: Path) -> None:
 def test_types(name: str, rows: str, said: str | None) -> None:
     problem = type_problem(name, rows)
     assert problem is None if said is None else said in (problem or "")
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(row=st.tuples(TEXT, TEXT, TEXT), most=st.integers(4, 60), prompt=st.integers(2, 30))
+def test_what_is_kept_is_a_part_of_what_was_given(
+    row: tuple[str, str, str], most: int, prompt: int
+) -> None:
+    keys = {
+        "base_model": "x", "rl": "dpo", "sequence_len": most, "max_prompt_len": prompt,
+        "excess_length_strategy": "truncate", "datasets": [{"path": "a/b"}],
+    }  # fmt: skip
+    whole = Recipe.model_validate(keys)
+    work = _work(whole.datasets[0], whole, TOKENIZER, "datasets", "2026-01-01")
+    names = ("prompt", "chosen", "rejected")
+    part = work.part([("f, line 1", dict(zip(names, row, strict=True)))])
+    given_ids = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in row]
+    if not len(part.lengths):
+        assert part.counts["empty"] + part.counts["nothing_to_train"] == 1
+        return
+    sample = Sample(part.ids.tolist(), part.labels.tolist())
+    example = Examples([sample], "pairs")[0]
+    kept = [example[f"{name}_ids"] for name in names]
+    assert given_ids[0][len(given_ids[0]) - len(kept[0]) :] == kept[0]
+    assert len(kept[0]) <= prompt
+    for ids, answer in zip(given_ids[1:], kept[1:], strict=True):
+        ended = [*ids, *([2] if ids[-1] != 2 else [])]
+        assert ended[: len(answer)] == answer
+        assert 0 < len(answer) <= most - len(kept[0])
+    cut = any(len(kept[0]) + len(k) == most for k in kept[1:]) or len(kept[0]) < len(given_ids[0])
+    assert cut or not part.counts["truncated"]

@@ -207,6 +207,9 @@ def test_keys_that_the_method_does_not_read() -> None:
     assert dict(without_effect({"rl_beta": 0.1}))["rl_beta"] == (
         "only a preference method (key rl) reads it"
     )
+    compared = dict(without_effect({"rl": "dpo", "train_on_inputs": True}))
+    assert compared["train_on_inputs"] == "only answers are compared, never prompts"
+    assert dict(without_effect({"train_on_inputs": True})) == {}
     vllm = {"rl": "grpo", "trl": {"vllm_mode": "server"}, "vllm": {"port": 1}}
     assert dict(without_effect(vllm))["trl.vllm_mode"] == "only trl.use_vllm: true reads it"
     assert "vllm" not in dict(without_effect({**vllm, "trl": {"use_vllm": True}}))

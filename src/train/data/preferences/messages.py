@@ -9,8 +9,8 @@ from ....errors import DataError
 from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
-from ..formats.fields import fields_of, kind, need
-from .rows import JudgedAnswer, Preference, judgement, spoken
+from ..formats.fields import fields_of, kind
+from .rows import JudgedAnswer, Preference, judgement, part_of, spoken
 
 _PROMPT = "prompt"
 
@@ -49,13 +49,13 @@ class MessageReader:
     def read(self, row: Any, where: str) -> Preference:
         """The prompt and the answers of a row."""
         row = fields_of(row, where, self.answers[0])
-        values = [need(row, name, where) for name in self.answers]
+        values = [part_of(row, name, where) for name in self.answers]
         for name, value in zip(self.answers, values, strict=True):
             _require_answer(value, name, where)
         good = [True, False]
         if self.labelled:
-            good = [judgement(need(row, "label", where), "label", where)]
-        field = None if self.whole else self._prompt_field(row)
+            good = [judgement(part_of(row, "label", where), "label", where)]
+        field = None if self.whole else self._prompt_field(row, values[0])
         prompt = row.get(field) if field is not None else None
         if prompt is not None and not isinstance(prompt, str | list):
             raise DataError(
@@ -72,9 +72,10 @@ class MessageReader:
         )
         return Preference(where, chat.messages, answers, chat.tools)
 
-    def _prompt_field(self, row: Mapping[str, Any]) -> str | None:
+    def _prompt_field(self, row: Mapping[str, Any], answer: Any) -> str | None:
+        """The field with the prompt; one that repeats the answer is of supervised training."""
         names = self.prompts or (self.asked, _PROMPT)
-        return next((name for name in names if row.get(name) is not None), None)
+        return next((n for n in names if row.get(n) is not None and row[n] != answer), None)
 
     def _as_messages(self, field: str | None, prompt: Any, values: list[Any]) -> bool:
         """Whether a row is a conversation, not a text that goes on."""
@@ -150,6 +151,8 @@ class MessageReader:
         first, second = found
         same = (i for i in range(least) if first[i] != second[i])
         count = next(same, least)
+        while count and first[count - 1]["role"] == "assistant":
+            count -= 1
         if count == 0:
             raise DataError(
                 f"{where}: {self.answers[0]!r} and {self.answers[1]!r} do not begin with the same "

@@ -8,8 +8,8 @@ from typing import Any
 from ....errors import DataError
 from ...recipe.recipe import Dataset
 from ..formats.conversation import Conversation
-from ..formats.fields import fields_of, kind, need
-from .rows import Preference, spoken
+from ..formats.fields import fields_of, kind
+from .rows import Preference, part_of, spoken
 
 _TAKEN = (
     "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra",
@@ -33,7 +33,7 @@ class PromptReader:
         """The prompt of a row, and its other fields."""
         row = fields_of(row, where, "prompt")
         field = self.field if row.get(self.field) is not None else "prompt"
-        value = need(row, field, where)
+        value = part_of(row, field, where)
         if not isinstance(value, str) and not (isinstance(value, list) and value):
             raise DataError(
                 f"{where}: the field {field!r} must be text or a list of messages, not "

@@ -86,6 +86,52 @@ def _blank(content: str | Messages) -> bool:
     return not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in content)
 
 
+_NAMED_BY = {
+    "chosen": "field_chosen", "rejected": "field_rejected", "completion": "field_model",
+}  # fmt: skip
+"""The keys of a dataset that name a field, by its usual name."""
+
+_OTHERS = (
+    ({"chosen", "rejected"}, "rl: dpo, orpo, simpo, cpo or reward_model"),
+    ({"completion", "label"}, "rl: kto"),
+    ({"completions", "labels"}, "process_reward_model"),
+)
+"""Fields that tell what rows are for."""
+
+
+def part_of(row: Mapping[str, Any], field: str, where: str) -> Any:
+    """A field that must be there.
+
+    Raises:
+        DataError: it is missing; the message says what to do.
+    """
+    if field in row:
+        return row[field]
+    has = ", ".join(map(repr, row)) or "no fields"
+    other = ""
+    if any(field in fields for fields, _ in _OTHERS):
+        other = next((use for fields, use in _OTHERS if fields <= set(row)), "")
+    named = _NAMED_BY.get(field)
+    todo = f"name the field that has it with {named}" if named else "rename the field that has it"
+    hint = f"such rows are for {other}" if other else todo
+    raise DataError(f"{where}: the field {field!r} is missing (the row has {has}); {hint}")
+
+
+def text_of_part(row: Mapping[str, Any], field: str, where: str) -> str:
+    """A field with text in it.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    value = part_of(row, field, where)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: the field {field!r} must be text, not {kind(value)}; for messages, use a "
+            "type that reads them, such as chat_template"
+        )
+    return value
+
+
 def spoken(text: str, role: str, conversation: Conversation) -> dict[str, str]:
     """A text as a message, in the names that the messages of the dataset have."""
     names = conversation.mappings

@@ -6,8 +6,8 @@ from typing import Any
 
 from ....errors import DataError
 from ...recipe.recipe import Dataset
-from ..formats.fields import fields_of, kind, need, need_text
-from .rows import JudgedSteps
+from ..formats.fields import fields_of, kind
+from .rows import JudgedSteps, part_of, text_of_part
 
 
 class StepReader:
@@ -26,8 +26,8 @@ class StepReader:
     def read(self, row: Any, where: str) -> JudgedSteps:
         """The steps of a row, each with the separator behind it."""
         row = fields_of(row, where, "completions")
-        prompt = need_text(row, "prompt", where)
-        steps, labels = need(row, "completions", where), need(row, "labels", where)
+        prompt = text_of_part(row, "prompt", where)
+        steps, labels = part_of(row, "completions", where), part_of(row, "labels", where)
         for name, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, list) or not value:
                 said = "an empty list" if value == [] else kind(value)

@@ -10,9 +10,9 @@ from ....errors import DataError
 from ...recipe.recipe import Dataset, PromptFormat
 from ..chat.template import Messages
 from ..formats.conversation import Conversation
-from ..formats.fields import fields_of, kind, may_text, need, need_text
+from ..formats.fields import fields_of, kind, may_text
 from ..formats.instruction import filled, require_fillable
-from .rows import JudgedAnswer, Preference, judgement
+from .rows import JudgedAnswer, Preference, judgement, part_of, text_of_part
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class FormReader:
         names = [_first(row, choice) for choice in self.answers]
         good = [True, False]
         if self.labelled:
-            good = [judgement(need(row, "label", where), "label", where)]
+            good = [judgement(part_of(row, "label", where), "label", where)]
         contents, history = [], None
         for name in names:
-            before, text = self._answer(need(row, name, where), name, where)
+            before, text = self._answer(part_of(row, name, where), name, where)
             contents.append(text)
             history = before if history is None else history
         if history and self.prompts and len(history) == 1:
@@ -123,7 +123,7 @@ class FormReader:
                 f"{where}: {answer!r} has no question before the answer; this type needs both in "
                 "it, as messages"
             )
-        return need_text(row, _first(row, self.prompts), where)
+        return text_of_part(row, _first(row, self.prompts), where)
 
     def _answer(self, value: Any, name: str, where: str) -> tuple[Messages, str]:
         """The messages before an answer, and its text."""
@@ -178,12 +178,12 @@ class SpelledOutReader:
     def read(self, row: Any, where: str) -> Preference:
         """The prompt and the answers of a row, as texts."""
         row = fields_of(row, where, self.fields["prompt"])
-        asked = need_text(row, self.fields["prompt"], where)
+        asked = text_of_part(row, self.fields["prompt"], where)
         system = may_text(row, self.system, where)
-        texts = [need_text(row, self.fields[name], where) for name in self.forms]
+        texts = [text_of_part(row, self.fields[name], where) for name in self.forms]
         good = [True, False]
         if self.labelled:
-            good = [judgement(need(row, self.label, where), self.label, where)]
+            good = [judgement(part_of(row, self.label, where), self.label, where)]
         answers = (
             JudgedAnswer(filled(form, {name: text}) if text.strip() else "", flag)
             for (name, form), text, flag in zip(self.forms.items(), texts, good, strict=True)

@@ -100,6 +100,8 @@ def preferences_without_effect(values: Values) -> Iterator[tuple[Sequence[str], 
     for key, readers in _READERS.items():
         if method not in readers:
             yield (key,), f"only {_named(readers)} it"
+    if method is not None:
+        yield ("train_on_inputs",), "only answers are compared, never prompts"
     trl = values.get("trl")
     if not isinstance(trl, Mapping) or method not in _READERS["trl"]:
         return

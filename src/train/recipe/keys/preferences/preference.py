@@ -32,7 +32,14 @@ class PreferenceKeys(Keys):
     rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = (
         not_yet(_SFT, values={"ebft": ("not yet available", _EBFT)})
     )
-    """The preference or reinforcement learning method. Unset: supervised training."""
+    """The preference or reinforcement learning method. Unset: supervised training.
+
+    The rows of ``datasets`` have types of their own: ``chat_template`` (and ``.argilla``,
+    ``.argilla_chat``), which also reads TRL's plain fields; ``chatml`` and ``llama3``, and their
+    variants (``.intel``, ``.icr``, ``.argilla``, ``.argilla_chat``, ``.prompt_pairs``, ``.ultra``);
+    the format spelled out as keys; ``bradley_terry.chat_template`` and ``bradley_terry.llama3.icr``
+    for reward models; ``stepwise_supervised`` for process reward models; or a Python function,
+    ``module.function``, which changes rows and runs only with ``--allow-code``."""
 
     rl_beta: _NotNegative | None = not_applicable(ONLY, aliases=["dpo_beta", "beta"])
     """Strength of the penalty for moving away from the reference model. Unset: the method's
