@@ -20,9 +20,8 @@ def end_rank(code: Any) -> NoReturn:
     Args:
         code: of a ``SystemExit``.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # as the interpreter ends: idle threads of pools are told to end, then all threads are awaited
+    threading._shutdown()  # type: ignore[attr-defined]  # 2026-11-27: not in typeshed
     atexit._run_exitfuncs()
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)

@@ -35,6 +35,19 @@ def test_all_is_done_but_taking_modules_down(code: object, exit_code: int) -> No
     assert done.stderr == ("no\n" if exit_code == 1 else "")
 
 
+def test_idle_threads_of_a_pool_end() -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from fusewright.cli.rank_ending import end_rank\n"
+        "pool = ThreadPoolExecutor(2)\n"
+        "pool.submit(print, 'worked').result()\n"
+        "end_rank(0)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "worked\n"), done.stderr
+
+
 @pytest.mark.parametrize(("size", "ended"), [("2", [3]), ("1", []), (None, [])])
 def test_only_one_of_several_ends_so(
     size: str | None, ended: list[int], monkeypatch: pytest.MonkeyPatch
