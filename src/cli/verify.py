@@ -10,7 +10,7 @@ import typer
 
 from ..errors import RecipeError
 from ..train.terminal import announce
-from .switches import Builders, Code, Trust
+from .switches import Builders, Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,6 @@ def verify(
     ] = False,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
-    allow_code: Code = False,
 ) -> None:
     """Train a few steps of a recipe in several ways, and compare losses and gradients.
 
@@ -51,7 +50,7 @@ def verify(
 
     if recipe.startswith("--"):
         raise RecipeError(f"verify: name the recipe first: fusewright verify RECIPE.yaml {recipe}")
-    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    consent = Consent(trust_remote_code, allow_builders)
     checked = load_recipe(recipe, parse_overrides(context.args), consent)
     if placement(os.environ).size > 1:
         raise RecipeError(

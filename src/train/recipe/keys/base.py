@@ -81,12 +81,9 @@ def subsumed(by: str, default: Any = None, *, values: Reasons | None = None) -> 
     return Field(default, json_schema_extra=_extra("subsumed", by, values))
 
 
-def not_applicable(
-    why: str, default: Any = None, *, aliases: Sequence[str] = (), **limits: Any
-) -> Any:
+def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
     """A key that cannot change the run here; ``why`` says the reason."""
-    extra = _extra("not applicable", why, aliases=aliases)
-    return Field(default, json_schema_extra=extra, **limits)
+    return Field(default, json_schema_extra=_extra("not applicable", why, aliases=aliases))
 
 
 def not_yet(
