@@ -49,7 +49,7 @@ def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
     except (ValueError, TypeError, ImportError) as error:  # TypeError: pissa on quantized weights
         said = f"adapter: PEFT refuses these settings: {first_line(error)}"
         if recipe.lora_target_linear and "target_modules" in said:
-            said += " Beside lora_target_linear, a list lora_exclude_modules does that."
+            said += " List it in lora_exclude_modules, which lora_target_linear leaves out."
         raise RecipeError(said) from error
 
 

@@ -250,7 +250,7 @@ def test_layers_that_peft_does_not_adapt_can_be_left_out() -> None:
         "base_model": "x", "datasets": [{"path": "x"}], "adapter": "lora", "lora_r": 2,
         "lora_target_linear": True,
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"'out_proj'.* a list lora_exclude_modules does that"):
+    with pytest.raises(RecipeError, match=r"'out_proj'.* List it in lora_exclude_modules"):
         add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
     keys["lora_exclude_modules"] = ["out_proj"]
     adapted = add_adapter(MambaForCausalLM(config), Recipe.model_validate(keys))
