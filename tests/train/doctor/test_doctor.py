@@ -70,7 +70,8 @@ def test_this_machine(tmp_path: Path) -> None:
     versions = of(found, "packages")
     assert versions["torch"]["value"] == torch.__version__
     assert versions["torch"]["note"] == "wanted: >=2.11"
-    assert {row["rule"] for row in found["rules"]} == {rule.name for rule in PIPELINE}
+    without_rule = {"linear_logprob", "linear_divergence"}
+    assert {r["rule"] for r in found["rules"]} == {rule.name for rule in PIPELINE} | without_rule
     assert of(found, "attention")["sdpa"]["value"].endswith("math")
     assert of(found, "communication")["gloo"]["state"] == "ok"
     assert not [row for row in found["rules"] if "unknown" in (row["float32"], row["bfloat16"])]

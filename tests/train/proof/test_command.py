@@ -255,7 +255,8 @@ def test_a_signal_ends_all_and_cleans_up(
     finally:
         kill_tree(process)
     assert "verify was stopped" in errors.read_text()
-    assert not [child for child in children if child.is_running()]
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "out").exists()
 
