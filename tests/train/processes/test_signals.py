@@ -22,7 +22,7 @@ def _train(world: World, plan: dict[tuple[int, int], list[str]]) -> dict[str, An
     with Interrupts(world) as interrupts, interrupts.deferring_signals():
         for step in range(STEPS):
             for name in plan.get((world.rank, step), ()):
-                os.kill(os.getpid(), getattr(signal, name))
+                signal.raise_signal(getattr(signal, name))
                 seen.append(interrupts.signal)
             interrupts.agree()
             if interrupts.signal is not None:
@@ -52,7 +52,7 @@ def _between(world: World) -> dict[str, Any]:
             interrupts.agree()
             before = interrupts.signal
             if world.rank == 1:
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
             world.sums([1.0])
         waiting = interrupts.signal
         interrupts.agree()
@@ -75,7 +75,7 @@ def test_a_second_signal_quits_that_process_and_with_it_the_others() -> None:
 def _loading(world: World) -> None:
     with Interrupts(world):
         if world.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         world.share(lambda: 0)
 
 
@@ -88,7 +88,7 @@ def test_outside_of_training_a_signal_quits_at_once() -> None:
 def _loading_both(world: World) -> None:
     world.most(0)  # connected
     with Interrupts(world):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_to_all_of_them_is_said_once() -> None:
@@ -108,7 +108,7 @@ def _says(world: World) -> bool:
     os.dup2(writing, 2)
     try:
         with Interrupts(world) as interrupts, interrupts.deferring_signals():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             interrupts.agree()
     finally:
         os.dup2(kept, 2)
@@ -124,12 +124,12 @@ def test_one_process_needs_no_agreement() -> None:
     with Interrupts() as interrupts, interrupts.deferring_signals():
         interrupts.agree()
         assert interrupts.signal is None
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert interrupts.signal == signal.SIGTERM
         interrupts.agree()
         assert interrupts.signal == signal.SIGTERM
         with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_terminal_that_is_closed_under_nohup_ends_nothing() -> None:
@@ -140,7 +140,7 @@ def test_a_terminal_that_is_closed_under_nohup_ends_nothing() -> None:
         signal.signal(hangup, signal.SIG_IGN)
         assert heeded() == [signal.SIGINT, signal.SIGTERM]
         with Interrupts() as interrupts, interrupts.deferring_signals():
-            os.kill(os.getpid(), hangup)
+            signal.raise_signal(hangup)
             assert interrupts.signal is None
         assert signal.getsignal(hangup) == signal.SIG_IGN
     finally:
