@@ -41,13 +41,18 @@ def run_tiles(x: Tensor, w: Tensor, labels: Tensor, wanted: list[bool]) -> None:
     tiles.compute(x.detach(), w.detach(), None, labels, -100, 0.0, 0.0, 1.0, wanted)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_logits_exist_only_in_tiles(monkeypatch, dtype):
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 256 KiB, and products and strips of a few rows."""
     monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 18)
     monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
     monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 1 << 14)
     monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 1 << 14)
     monkeypatch.setattr(matmul, "LEAST", 16)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_logits_exist_only_in_tiles(monkeypatch, dtype):
+    use_small_tiles(monkeypatch)
     x, w, _ = operands((1000, 16), 2000, dtype)
     with Record() as seen:
         run_tiles(x, w, targets(1000, 2000)[0], [True, True, False])

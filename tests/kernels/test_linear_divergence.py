@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusewright.kernels import matmul
-from fusewright.kernels.loss import head_tiles
 from fusewright.kernels.loss.linear_divergence import KINDS, OP, linear_divergence, reference
 from fusewright.kernels.loss.linear_divergence_tiles import compute, differentiate
 
 from .test_linear_cross_entropy import operands
-from .test_linear_cross_entropy_tiles import Record
+from .test_linear_cross_entropy_tiles import Record, use_small_tiles
 from .test_linear_logprob import small_tiles, some_targets
 from .util import assert_parity_of_draws
 
@@ -174,11 +172,7 @@ def test_the_teacher_gets_no_gradient_and_autocast_casts_both():
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_logits_exist_only_in_tiles(monkeypatch, dtype):
-    monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 18)
-    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(matmul, "LEAST", 16)
+    use_small_tiles(monkeypatch)
     student = [t.detach() for t in operands((1000, 16), 2000, dtype)]
     rest = (*student, *teacher_of((1000, 16), 2000, dtype), None, "jsd", 0.5, 1.0, -100)
     with Record() as seen:

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fusewright.kernels import matmul
-from fusewright.kernels.loss import head_tiles
 from fusewright.kernels.loss.linear_logprob import linear_logprob
 from fusewright.kernels.loss.linear_logprob_tiles import compute, differentiate
 
 from .test_linear_cross_entropy import BF16, F32, operands
-from .test_linear_cross_entropy_tiles import Record
+from .test_linear_cross_entropy_tiles import Record, use_small_tiles
 from .test_linear_logprob import EVERY, some_targets
 
 
@@ -37,11 +35,7 @@ def run_backward(wanted: list[bool], *given: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_logits_exist_only_in_tiles(monkeypatch, dtype):
-    monkeypatch.setattr(head_tiles, "TILE_BYTES", 1 << 18)
-    monkeypatch.setattr(head_tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(head_tiles, "STRIP_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(matmul, "LEAST", 16)
+    use_small_tiles(monkeypatch)
     x, w, _ = operands((1000, 16), 2000, dtype)
     given = x, w, some_targets((1000,), 2000, 0.0)
     with Record() as seen:

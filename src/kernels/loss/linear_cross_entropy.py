@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from ..op import Op
 from ..second_order import differentiable, gradients
-from .linear_cross_entropy_parts import Settings, found, operands, scaled, settings
+from .linear_cross_entropy_parts import Settings, found, misfits, operands, scaled, settings
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -117,7 +117,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: another reduction, a smoothing outside [0, 1], or a softcap that is not above 0.
         IndexError: on the CPU, a label that is no class. On a GPU, where looking would stall the
-            stream, the loss is nan instead.
+            stream, the loss is nan instead; in fp64, which no kernel takes, it is
+            PyTorch's own assertion on the device.
     """
     chosen = settings(ignore_index, reduction, label_smoothing, softcap, logit_scale)
     x, weight, bias = operands(x, weight, bias)
@@ -142,18 +143,7 @@ def unsupported(
     logit_scale: float = 1.0,
 ) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, those of ``linear_cross_entropy``."""
-    if any(t is not None and not t.is_floating_point() for t in (x, weight, bias)):
-        return ["an operand is not of a floating-point dtype (a quantized head?)"]
-    reasons = []
-    tensors = [t for t in operands(x, weight, bias) if t is not None]
-    if len({t.dtype for t in tensors}) > 1:
-        reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
-    if labels.dtype is not torch.int64:
-        reasons.append(f"the labels are {labels.dtype} instead of torch.int64")
-    if len({t.device for t in (*tensors, labels)}) > 1:
-        reasons.append("the operands are on several devices")
-    if labels.shape != x.shape[:-1]:
-        reasons.append(f"labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+    reasons = misfits(x, weight, bias, labels, "labels")
     if reduction not in ("mean", "sum"):
         reasons.append(f"the reduction {reduction!r} keeps one loss per row")
     return reasons

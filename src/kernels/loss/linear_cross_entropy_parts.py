@@ -94,6 +94,25 @@ def operands(
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def misfits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, name: str
+) -> list[str]:
+    """Say why rows, an output head and classes called ``name`` do not go together."""
+    if any(t is not None and not t.is_floating_point() for t in (x, weight, bias)):
+        return ["an operand is not of a floating-point dtype (a quantized head?)"]
+    reasons = []
+    tensors = [t for t in operands(x, weight, bias) if t is not None]
+    if len({t.dtype for t in tensors}) > 1:
+        reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
+    if len({t.device for t in (*tensors, labels) if t is not None}) > 1:
+        reasons.append("the operands are on several devices")
+    if labels is not None and labels.dtype is not torch.int64:
+        reasons.append(f"the {name} are {labels.dtype} instead of torch.int64")
+    if labels is not None and labels.shape != x.shape[:-1]:
+        reasons.append(f"{name} {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+    return reasons
+
+
 Found = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """The gradients of the *sum* of x, weight and bias, and how many rows count if that matters."""
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from ..op import Op
 from ..second_order import differentiable, gradients
-from .linear_cross_entropy_parts import operands
+from .linear_cross_entropy_parts import misfits, operands
 from .linear_logprob_parts import LogprobSettings, backward_op, forward_op, settings, terms
 from .linear_logprob_strips import INTEGERS, unit_upstream
 
@@ -206,7 +206,8 @@ def linear_logprob(
     Raises:
         ValueError: an unknown output, ``"logprob"`` without targets, or a setting out of its range.
         IndexError: on the CPU, a target that is no class. On a GPU, where looking would stall the
-            stream, the log-probability is nan instead.
+            stream, the log-probability is nan instead; in fp64, which no kernel takes, it is
+            PyTorch's own assertion on the device.
     """
     chosen = settings(
         outputs, targets, weight.shape[0], top_k, ignore_index, temperature, softcap, logit_scale
@@ -237,21 +238,11 @@ def unsupported(
     deferred: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, those of ``linear_logprob``."""
-    if any(t is not None and not t.is_floating_point() for t in (x, weight, bias)):
-        return ["an operand is not of a floating-point dtype (a quantized head?)"]
-    reasons = []
-    tensors = [t for t in operands(x, weight, bias) if t is not None]
-    if len({t.dtype for t in tensors}) > 1:
-        reasons.append(f"x is {x.dtype}, the head {[str(t.dtype) for t in tensors[1:]]}")
-    if targets is not None and targets.dtype is not torch.int64:
-        reasons.append(f"the targets are {targets.dtype} instead of torch.int64")
-    if targets is not None and targets.shape != x.shape[:-1]:
-        reasons.append(f"targets {tuple(targets.shape)} do not fit x {tuple(x.shape)}")
+    reasons = misfits(x, weight, bias, targets, "targets")
     if isinstance(logit_scale, Tensor) and logit_scale.dim():
         reasons.append(f"the logits' factor has the shape {tuple(logit_scale.shape)}")
-    given = [t for t in (*tensors, targets, logit_scale) if isinstance(t, Tensor)]
-    if len({t.device for t in given}) > 1:
-        reasons.append("the operands are on several devices")
+    if isinstance(logit_scale, Tensor) and logit_scale.device != x.device:
+        reasons.append("the logits' factor is on another device")
     return reasons
 
 
