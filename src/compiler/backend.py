@@ -75,7 +75,8 @@ def compile_graph(
         findings = _recognise_and_fuse(graph, choices)
         stages.dump(graph, "fused")
         lazy = choices.options.logits == "lazy"
-        defer_logits(graph, eager_losses, findings, lazy, choices.planner.model)
+        model, reads = choices.planner.model, session.log.reads
+        defer_logits(graph, eager_losses, findings, lazy, model, reads, kind == "head")
         stages.dump(graph, "logits")
         copy_what_is_written(graph, caller_writes)
         graph.recompile()

@@ -1,0 +1,159 @@
+"""What is computed of lazy logits in tiles, as autograd sees it in eager mode.
+
+The operation's result is made of rows and head, and its history is eager mode's: it leads to the
+lazy logits that were asked. What flows back is a ``LazyGradient``. Where that arrives as it was
+sent, rows and head get the gradients of the tiled operation; where somebody has changed it, or
+wants to see it, its values are those of the plain formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels.second_order import differentiable, gradients
+from ..head_parts import Operands
+from ..lazy_gradient import LazyGradient
+from ..lazy_logits import LazyLogits
+from .rows import Rows, WrongArguments, rows_of
+
+
+@dataclass(frozen=True, eq=False)
+class Ending:
+    """Something that is computed of logits, or of what was recorded of them.
+
+    Attributes:
+        name: for the report.
+        tiled: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
+        formula: computes the same from the values.
+    """
+
+    name: str
+    tiled: Callable[[Operands], Tensor]
+    formula: Callable[[Tensor], Tensor]
+
+
+def compute(z: LazyLogits, ending: Ending) -> Tensor:
+    """The result of ``ending``, with a history that leads to ``z``.
+
+    Raises:
+        WrongArguments: it cannot be computed from the operands of the head now.
+    """
+    rows = rows_of(z)
+    if rows.factor <= 0 or not rows.call.can_end_in_tiles(rows.inputs):
+        raise WrongArguments
+    rows.call.plan.reads.note_tiles(ending.name)
+    if torch.is_grad_enabled() and z.requires_grad:
+        made: Tensor = _Ended.apply(ending, rows, z)  # type: ignore[no-untyped-call]
+        return made
+    with rows.call.mode(False):
+        return ending.tiled(_operands(rows, rows.inputs))
+
+
+def _operands(rows: Rows, inputs: Any) -> Operands:
+    head = rows.call.plan.head
+    assert head is not None
+    return head.of(inputs, rows.index, rows.factor)
+
+
+def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None
+    z = ctx.z.materialize() if isinstance(ctx.z, LazyLogits) else ctx.z
+    with ctx.autocast():
+        return None, None, *gradients(ctx.ending.formula, (z,), (True,), (grad,))
+
+
+class _Ended(torch.autograd.Function):
+    """The tiled operation. Its own history, from the operands on, is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, ending: Ending, rows: Rows, z: LazyLogits) -> Tensor:
+        leaves = [_leaf(t) for t in rows.inputs]
+        with rows.call.mode(True):
+            made = ending.tiled(_operands(rows, leaves))
+        ctx.ending, ctx.rows, ctx.z, ctx.leaves = ending, rows, z, leaves
+        ctx.made, ctx.autocast = made, _autocast(z.device.type)
+        ctx.set_materialize_grads(False)
+        return made.detach()
+
+    @staticmethod
+    @differentiable(_double_backward)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None
+        z, made = ctx.z, ctx.made
+
+        def values() -> Tensor:
+            if not isinstance(z, LazyLogits):
+                raise RuntimeError(
+                    "the gradient of these logits cannot be computed: they were written to since. "
+                    "Use fusewright.optimize(model, logits='always')."
+                )
+            with torch.no_grad(), ctx.autocast():
+                own = z.values().detach().requires_grad_()
+                found: Tensor = gradients(ctx.ending.formula, (own,), (True,), (grad,))[0]
+            return found
+
+        def direct() -> list[Any]:
+            wanted = [
+                i for i, t in enumerate(ctx.leaves)
+                if isinstance(t, Tensor) and t.requires_grad
+            ]  # fmt: skip
+            inputs = [ctx.leaves[i] for i in wanted]
+            found = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
+            pairs = dict(zip(wanted, found, strict=True))
+            return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
+
+        lazy = LazyGradient(values, tuple(z.shape), z.dtype, z.device)
+        lazy.direct = direct  # type: ignore[attr-defined]  # 2026-11-27: __new__ gives its class
+        return None, None, lazy
+
+
+def _leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def _autocast(device: str) -> Callable[[], Any]:
+    """The autocast at hand, to be entered again."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with torch.autocast(device, dtype, enabled):
+            yield
+
+    return again
+
+
+class Pick(torch.autograd.Function):
+    """Single logits before scale and soft cap: ``x[n] · weight[index[n, k]]``, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """Compute one product per row and column; x (N, H), weight (V, H), index (N, K)."""
+        ctx.save_for_backward(x, weight, index)
+        return torch.stack([(x * weight.index_select(0, i)).sum(-1) for i in index.unbind(-1)], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows, and of the head in the precision of ``grad``."""
+        x, weight, index = ctx.saved_tensors
+        dx = dweight = None
+        columns = list(zip(grad.unbind(-1), index.unbind(-1), strict=True))
+        if ctx.needs_input_grad[0]:
+            dx = torch.zeros_like(x)
+            for g, i in columns:
+                dx += g.unsqueeze(-1) * weight[i]
+        if ctx.needs_input_grad[1]:
+            wide = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
+            for g, i in columns:
+                wide.index_add_(0, i, (g.unsqueeze(-1) * x).to(grad.dtype))
+            dweight = wide.to(weight.dtype)
+        return dx, dweight, None
