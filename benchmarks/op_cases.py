@@ -185,6 +185,12 @@ def _linear_logprob(m: Maker) -> Case:
     return Case((*case.args, ("logprob", "entropy")), case.parameters)
 
 
+def _linear_divergence(m: Maker) -> Case:
+    x, weight, bias, labels = _linear_cross_entropy(m).args
+    teacher = m.weight(m.sizes.vocab, m.sizes.hidden).detach()
+    return Case((x, weight, bias, x.detach(), teacher, None, labels), (weight, teacher))
+
+
 def _attention(m: Maker) -> Case:
     q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
     return Case((q, k, v, m.sizes.head_dim**-0.5, True))
@@ -248,6 +254,7 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "qkv_block": _qkv_block,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_logprob": _linear_logprob,
+    "linear_divergence": _linear_divergence,
     "attention": _attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,

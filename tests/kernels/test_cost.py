@@ -15,7 +15,7 @@ from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.cost import cost
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.linear import dora, quant_linear
-from fusewright.kernels.loss import linear_cross_entropy, linear_logprob
+from fusewright.kernels.loss import linear_cross_entropy, linear_divergence, linear_logprob
 from fusewright.kernels.mlp import glu, mlp_block_tiles
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
@@ -118,6 +118,17 @@ CASES: dict[str, tuple[Op, Callable[[], tuple[Any, ...]]]] = {
             None,
             torch.randint(0, 50, (ROWS,)),
             ("logprob", "argmax"),
+        ),
+    ),
+    "linear_divergence": (
+        linear_divergence.OP,
+        lambda: (
+            _x(ROWS, 16),
+            _w(50, 16),
+            None,
+            _x(ROWS, 8).detach(),
+            _w(50, 8).requires_grad_(False),
+            None,
         ),
     ),
     "selective_scan": (selective_scan.OP, _scan),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.linear import lora_linear, qkv_block
 from fusewright.kernels.linear.linears import Linear
-from fusewright.kernels.loss import linear_cross_entropy, linear_logprob
+from fusewright.kernels.loss import linear_cross_entropy, linear_divergence, linear_logprob
 from fusewright.kernels.mlp import glu, mlp_block
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
 from fusewright.kernels.op import Op
@@ -186,6 +186,16 @@ def _logprob(d: Draw, names: tuple[str, ...], softcap: float | None) -> Call:
     )
 
 
+def _divergence(d: Draw, kind: str) -> Call:
+    x, w, labels = _loss(d, 0.0, None).inputs
+    teacher = d.rows(96).detach(), d.weight(1231, 96).detach()
+    return Call(
+        linear_divergence.OP,
+        lambda x, w, other_x, other_w, y: (x, w, None, other_x, other_w, None, y, kind, 0.3, 2.0),
+        (x, w, *teacher, labels),
+    )
+
+
 def _attention(d: Draw) -> Call:
     inputs = (d.heads(6, 48), d.heads(2, 48), d.heads(2, 48))
     return Call(attention.OP, lambda q, k, v: (q, k, v, 48**-0.5, True), inputs)
@@ -264,6 +274,9 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "linear_logprob-all": lambda d: _logprob(
         d, ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp", "topk_values"), 30.0
     ),
+    "linear_divergence-forward": lambda d: _divergence(d, "forward_kl"),
+    "linear_divergence-reverse": lambda d: _divergence(d, "reverse_kl"),
+    "linear_divergence-jsd": lambda d: _divergence(d, "jsd"),
     "attention": _attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,

@@ -82,6 +82,12 @@ CALLS: dict[str, Call] = {
     "linear_logprob, frozen": lambda: TABLE["linear_logprob"](
         _x(6, 16), _x(32, 16).detach(), None, torch.randint(0, 32, (6,)), ("logprob", "entropy")
     ),
+    "linear_divergence": lambda: TABLE["linear_divergence"](
+        _x(2, 3, 16), _x(32, 16), None, _x(2, 3, 8), _x(32, 8), None
+    ),
+    "linear_divergence, frozen": lambda: TABLE["linear_divergence"](
+        _x(6, 16), _x(32, 16).detach(), None, _x(6, 8), _x(32, 8), None
+    ),
     "selective_scan": lambda: TABLE["selective_scan"](
         _x(2, 4, 5), _x(2, 4, 5), -torch.rand(4, 3), _x(2, 3, 5), _x(2, 3, 5), _x(4), _x(2, 4, 5)
     ),

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fusewright.kernels.attention import attention, rope
 from fusewright.kernels.linear import quant_linear
 from fusewright.kernels.linear.quantized import Quantized
-from fusewright.kernels.loss import linear_cross_entropy, linear_logprob
+from fusewright.kernels.loss import linear_cross_entropy, linear_divergence, linear_logprob
 from fusewright.kernels.mlp import glu
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
@@ -70,6 +70,8 @@ _LABELS = torch.tensor([[1, -100, 3], [0, 2, 2]])
 _LOGPROB = (
     ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp", "topk_values"), 2, -100, 0.7, 5.0,
 )  # fmt: skip
+_TEACHER = _t(2, 3, 6, grad=False), _t(5, 6, grad=False), None
+_DISTILLED = *_TEACHER, _LABELS, "jsd", 0.3
 _INDEX = torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0]])
 _THREE = ((3, 4), (5, 4), (3, 4))
 _MLP = ((6, 4), (6, 4), (4, 6))
@@ -235,6 +237,16 @@ CASES: dict[str, tuple[Fn, Fn, Sequence[Tensor]]] = {
     "linear_logprob over a frozen head": (
         lambda x, w: linear_logprob.linear_logprob(x, w, None, _LABELS),
         lambda x, w: linear_logprob.reference(x, w, None, _LABELS),
+        (_t(2, 3, 4), _t(5, 4, grad=False)),
+    ),
+    "linear_divergence": (
+        lambda x, w, b: linear_divergence.linear_divergence(x, w, b, *_DISTILLED),
+        lambda x, w, b: linear_divergence.reference(x, w, b, *_DISTILLED),
+        (_t(2, 3, 4), _t(5, 4), _t(5)),
+    ),
+    "linear_divergence over a frozen head": (
+        lambda x, w: linear_divergence.linear_divergence(x, w, None, *_TEACHER),
+        lambda x, w: linear_divergence.reference(x, w, None, *_TEACHER),
         (_t(2, 3, 4), _t(5, 4, grad=False)),
     ),
     "selective_scan": (

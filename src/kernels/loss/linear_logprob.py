@@ -83,9 +83,9 @@ def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     chosen: LogprobSettings = ctx.chosen
 
     def formula(x: Tensor, weight: Tensor, bias: Any, factor: Any) -> tuple[Tensor, ...]:
-        *most, softcap, scale = chosen
-        most += [softcap or None, scale if factor is None else factor]
-        return reference(x, weight, bias, targets, *most)
+        scale = chosen.logit_scale if factor is None else factor
+        rest: list[Any] = [*chosen[:4], chosen.softcap or None, scale]
+        return reference(x, weight, bias, targets, *rest)
 
     return gradients(formula, (x, weight, bias, factor), ctx.needs_input_grad, grads)
 

@@ -54,7 +54,7 @@ def compute(
         for name, shape in shapes.items()
     }
     terms = [x.new_zeros(x.shape) for _ in made]
-    tiles, height = _tiles(count, weight, x)
+    tiles, height = _tiles(count, weight, x, 4)
     # the last term replaces the logits
     buffers = [x.new_empty(height, weight.shape[0]) for _ in made[1:]]
     for span, rows, _, logits in _each_tile(x, weight, bias, kept, tiles, height):
@@ -110,23 +110,13 @@ def differentiate(
     dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
     dfactor = torch.zeros((), dtype=wide, device=x.device)
     dweight: Tensor | None = None
-    tiles, height = _tiles(x.shape[0] if kept is None else kept.numel(), weight, x)
-    needed = [n for n in ("entropy", "sum_p2") if n in given]
+    tiles, height = _tiles(
+        x.shape[0] if kept is None else kept.numel(), weight, x, 1 if wanted[1] else 4
+    )
     for span, rows, xt, logits in _each_tile(x, weight, bias, kept, tiles, height):
         y = None if targets is None else targets[rows]
-        for part, strip in each_strip(logits, transform, y, True, keep_raw=wanted[3]):
-            here = {name: t[span][part] for name, t in given.items()}
-            find_statistics(strip, needed, 0)
-            if "topk_indices" in here:
-                strip.stats["topk_indices"] = here.pop("topk_indices")
-            dl = slope(strip, here, may_write=True)
-            if strip.raw is not None:
-                dfactor += strip.raw.mul_(dl).sum()
-            if isinstance(transform.scale, Tensor) or transform.scale != 1.0:
-                dl.mul_(transform.scale)
-            if wanted[2]:
-                dbias += dl.sum(0)
-            logits[part] = dl
+        here = {name: t[span] for name, t in given.items()}
+        dfactor += _to_gradient(logits, transform, y, here, wanted[3], dbias)
         if wanted[0]:
             dx[rows] = project_back(logits, weight)
         if wanted[1]:
@@ -134,6 +124,29 @@ def differentiate(
     if dweight is None:
         dweight = x.new_zeros((vocabulary if wanted[1] else 0, hidden))
     return [dx, dweight.to(x.dtype), dbias, dfactor]
+
+
+def _to_gradient(
+    logits: Tensor, transform: Transform, y: Tensor | None, given: dict[str, Tensor],
+    of_factor: bool, dbias: Tensor,
+) -> Tensor:  # fmt: skip
+    """Replace a tile's logits by their gradient, and add it to ``dbias``; returns the factor's."""
+    needed = [name for name in ("entropy", "sum_p2") if name in given]
+    dfactor = torch.zeros((), dtype=dbias.dtype, device=dbias.device)
+    for part, strip in each_strip(logits, transform, y, True, keep_raw=of_factor):
+        here = {name: t[part] for name, t in given.items()}
+        find_statistics(strip, needed, 0)
+        if "topk_indices" in here:
+            strip.stats["topk_indices"] = here.pop("topk_indices")
+        dl = slope(strip, here, may_write=True)
+        if strip.raw is not None:
+            dfactor += strip.raw.mul_(dl).sum()
+        if isinstance(transform.scale, Tensor) or transform.scale != 1.0:
+            dl.mul_(transform.scale)
+        if dbias.numel():
+            dbias += dl.sum(0)
+        logits[part] = dl
+    return dfactor
 
 
 def _columns(
@@ -167,8 +180,9 @@ def _spread(t: Tensor, kept: Tensor, rows: int) -> Tensor:
     return t.new_zeros(rows, *t.shape[1:]).index_copy_(0, kept, t)
 
 
-def _tiles(rows: int, weight: Tensor, x: Tensor) -> tuple[list[tuple[int, int]], int]:
-    tiles = row_tiles(rows, weight.shape[0] * x.element_size())
+def _tiles(rows: int, weight: Tensor, x: Tensor, part: int) -> tuple[list[tuple[int, int]], int]:
+    """The tiles, and the height of the highest."""
+    tiles = row_tiles(rows, weight.shape[0] * x.element_size(), part)
     return tiles, max((stop - start for start, stop in tiles), default=0)
 
 

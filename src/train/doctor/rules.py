@@ -35,7 +35,7 @@ _PARTS = {
 }
 """The ops of a rule that calls others than the one of its name."""
 
-_OF_LOGITS = ("linear_logprob",)
+_OF_LOGITS = ("linear_logprob", "linear_divergence")
 """Ops without a rule: what is read of logits that do not exist ends in them."""
 
 

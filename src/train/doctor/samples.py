@@ -115,6 +115,9 @@ CALLS: Mapping[str, Callable[[Maker], tuple[Any, ...]]] = {
     "moe_down": _down,
     "linear_cross_entropy": lambda m: (m.x(_ROWS, _WIDE), m.w(1000, _WIDE), None, m.whole(_ROWS)),
     "linear_logprob": lambda m: (m.x(_ROWS, _WIDE), m.w(1000, _WIDE), None, m.whole(_ROWS)),
+    "linear_divergence": lambda m: (
+        m.x(_ROWS, _WIDE), m.w(1000, _WIDE), None, m.table(_ROWS, 64), m.table(1000, 64), None,
+    ),
     "selective_scan": _scan,
     "ssd": _chunked,
 }  # fmt: skip

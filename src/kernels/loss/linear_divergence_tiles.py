@@ -1,0 +1,167 @@
+"""How ``linear_divergence`` runs in plain PyTorch: tiles of rows of both heads, strips of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .head_tiles import accumulate, project, project_back, row_strips, row_tiles
+
+Head = tuple[Tensor, Tensor, Tensor | None]
+"""Rows (N, hidden), weight (vocabulary, hidden), and bias (vocabulary,) or None."""
+
+
+def compute(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor,
+    other_bias: Tensor | None, targets: Tensor | None, kind: str, beta: float, temperature: float,
+    ignore_index: int, made: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The divergences, and their gradients for x.
+
+    Args:
+        x: (N, hidden), the student's rows.
+        weight: (vocabulary, hidden).
+        bias: (vocabulary,) or None.
+        other_x: (N, other hidden), the teacher's rows.
+        other_weight: (vocabulary, other hidden).
+        other_bias: (vocabulary,) or None.
+        targets: (N,) or None, then all rows count.
+        kind: ``"forward_kl"``, ``"reverse_kl"`` or ``"jsd"``.
+        beta: weight of the teacher in the mixture of ``"jsd"``, between 0 and 1.
+        temperature: what both logits are divided by.
+        ignore_index: the target of rows to leave out.
+        made: whether the gradient for x is.
+
+    Returns:
+        values (N,) in fp32 or fp64; the gradient of each row's value for its x, times the
+        temperature, (N, hidden) in x's dtype, or without rows.
+    """
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    student, teacher = (x, weight, bias), (other_x, other_weight, other_bias)
+    values = torch.zeros(x.shape[0], dtype=wide, device=x.device)
+    term = x.new_zeros(x.shape if made else (0, x.shape[1]))
+    for rows, logits, others in _each_tile(student, teacher, targets, ignore_index, 4):
+        found = torch.empty(logits.shape[0], dtype=wide, device=x.device)
+        for part in row_strips(*logits.shape):
+            s = _log_softmax(logits[part], temperature, wide)
+            t = _log_softmax(others[part], temperature, wide)
+            found[part], slope = _divergence(s, t, kind, beta, made)
+            if slope is not None:
+                logits[part] = slope
+        values[rows] = found
+        if made:
+            term[rows] = project_back(logits, weight)
+    return values, term
+
+
+def differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor,
+    other_weight: Tensor, other_bias: Tensor | None, targets: Tensor | None, kind: str, beta: float,
+    temperature: float, ignore_index: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, ``weight`` and ``bias``, from one more projection of both heads.
+
+    Args:
+        grad: (N,), of the values.
+        x: as in ``compute``, and so all to ``ignore_index``.
+        weight: likewise.
+        bias: likewise.
+        other_x: likewise.
+        other_weight: likewise.
+        other_bias: likewise.
+        targets: likewise.
+        kind: likewise.
+        beta: likewise.
+        temperature: likewise.
+        ignore_index: likewise.
+        wanted: whether the gradients of x, ``weight`` and ``bias`` are.
+
+    Returns:
+        dx (N, hidden) and dweight (vocabulary, hidden) in x's dtype, dbias (vocabulary,) in fp32
+        or fp64. A gradient that is not wanted has no rows.
+    """
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    vocabulary, hidden = weight.shape
+    student, teacher = (x, weight, bias), (other_x, other_weight, other_bias)
+    dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
+    dbias = torch.zeros(vocabulary if wanted[2] else 0, dtype=wide, device=x.device)
+    dweight: Tensor | None = None
+    tiles = _each_tile(student, teacher, targets, ignore_index, 1 if wanted[1] else 4)
+    for rows, logits, others in tiles:
+        upstream = (grad[rows] / temperature).unsqueeze(1)
+        for part in row_strips(*logits.shape):
+            s = _log_softmax(logits[part], temperature, wide)
+            t = _log_softmax(others[part], temperature, wide)
+            _, slope = _divergence(s, t, kind, beta, True)
+            assert slope is not None
+            slope.mul_(upstream[part])
+            if wanted[2]:
+                dbias += slope.sum(0)
+            logits[part] = slope
+        if wanted[0]:
+            dx[rows] = project_back(logits, weight)
+        if wanted[1]:
+            dweight = accumulate(dweight, logits, x[rows], wide)
+    if dweight is None:
+        dweight = x.new_zeros((vocabulary if wanted[1] else 0, hidden))
+    return dx, dweight.to(x.dtype), dbias
+
+
+def _each_tile(
+    student: Head, teacher: Head, targets: Tensor | None, ignore_index: int, part: int
+) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """Each tile: the places of its rows, the student's logits, the teacher's."""
+    kept: Tensor | None = None
+    count, vocabulary = student[0].shape[0], student[1].shape[0]
+    if targets is not None:
+        found = (targets != ignore_index).nonzero().squeeze(1)
+        kept, count = (None if found.numel() == count else found), found.numel()
+    row_bytes = vocabulary * (student[0].element_size() + teacher[0].element_size())
+    tiles = row_tiles(count, row_bytes, part)
+    height = max((stop - start for start, stop in tiles), default=0)
+    # one buffer for all: fresh memory of this size would be faulted in page by page, tile by tile
+    buffers = [head[0].new_empty(height, vocabulary) for head in (student, teacher)]
+    for start, stop in tiles:
+        rows = slice(start, stop) if kept is None else kept[start:stop]
+        logits, others = (
+            project(x[rows], weight, bias, buffer[: stop - start])
+            for (x, weight, bias), buffer in zip((student, teacher), buffers, strict=True)
+        )
+        yield rows, logits, others
+
+
+def _log_softmax(strip: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    f = strip.to(wide)
+    return torch.log_softmax(f if temperature == 1.0 else f / temperature, 1)
+
+
+def _divergence(
+    student: Tensor, teacher: Tensor, kind: str, beta: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The divergences (R,) of log-probabilities (R, V), and the gradient of the student's logits.
+
+    With ``s`` the student's probabilities, ``t`` the teacher's, ``m = (1 - beta)·s + beta·t``:
+    ``forward_kl = Σ t·log(t/s)``, its gradient ``s - t``; ``reverse_kl = Σ s·log(s/t)``, its
+    gradient ``s·(log(s/t) - reverse_kl)``; ``jsd = beta·Σ t·log(t/m) + (1 - beta)·Σ s·log(s/m)``,
+    its gradient ``(1 - beta)·s·(log(s/m) - Σ s·log(s/m))``.
+    """
+    if kind == "forward_kl":
+        t = teacher.exp()
+        values = teacher.sub_(student).mul_(t).sum(1)
+        return values, student.exp_().sub_(t) if gradient else None
+    s = student.exp()
+    if kind == "reverse_kl":
+        ratio = student.sub_(teacher)
+        values = (s * ratio).sum(1)
+        return values, s.mul_(ratio.sub_(values.unsqueeze(1))) if gradient else None
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    ratio = student.sub_(mixture)
+    own = (s * ratio).sum(1)
+    t = teacher.exp()
+    values = (1.0 - beta) * own + beta * t.mul_(teacher.sub_(mixture)).sum(1)
+    if not gradient:
+        return values, None
+    return values, s.mul_(ratio.sub_(own.unsqueeze(1))).mul_(1.0 - beta)
