@@ -76,7 +76,9 @@ def compile_graph(
         stages.dump(graph, "fused")
         lazy = choices.options.logits == "lazy"
         model, reads = choices.planner.model, session.log.reads
-        defer_logits(graph, eager_losses, findings, lazy, model, reads, kind == "head")
+        call = session.state.replay
+        is_alone = kind == "head" and call is not None and not call.is_labelled
+        defer_logits(graph, eager_losses, findings, lazy, model, reads, is_alone)
         stages.dump(graph, "logits")
         copy_what_is_written(graph, caller_writes)
         graph.recompile()

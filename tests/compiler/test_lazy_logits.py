@@ -178,6 +178,7 @@ REAL: dict[str, Callable[[Tensor], Tensor]] = {
     "half detached": lambda z: (z.softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
     "negative": lambda z: (-z).logsumexp(-1),
     "amax": lambda z: z.amax(-1),
+    "joined": lambda z: torch.cat([z[:, 1:], z[:, :1]], 1).logsumexp(-1),
     "flat": lambda z: z.view(-1)[5:9],
     "a product": lambda z: (z.softmax(-1) * z.roll(1, 0).log_softmax(-1)).sum(-1),
     "some of it in tiles": lambda z: _pick(z.log_softmax(-1)) + z.exp().sum(-1),
@@ -437,6 +438,10 @@ def test_a_part_that_is_read_after_a_step_is_an_error_or_what_it_was() -> None:
     torch.testing.assert_close(kept + 0, before)
     with pytest.raises(RuntimeError, match="before the weights"):
         rows.logsumexp(-1)
+
+
+def test_more_reads_than_python_recurses() -> None:
+    _compare(*_pair(frozen=True), lambda z: sum(z[0, i % 7].logsumexp(-1) for i in range(1100)))
 
 
 def test_only_training_steps_are_lazy() -> None:

@@ -47,6 +47,16 @@ class _Signature:
         wrong = len(named) < len(args) or named.keys() & kwargs.keys()
         return None if wrong else {**named, **kwargs}
 
+    def fills_unused_cache(
+        self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices
+    ) -> bool:
+        """Whether a call with labels fills a cache that nobody reads.
+
+        Without labels its caller makes the loss, and may make something of the cache as well.
+        """
+        fills = kwargs.get("labels") is not None and self.has_cache and uses_cache(head)
+        return fills and cache_is_unused(kwargs) and not indices.any_in(head)
+
 
 class _Signatures:
     """That of a module's original forward, found anew where somebody has replaced it."""
@@ -91,19 +101,16 @@ def head_forward(
         if is_inactive(self):
             return original(self, *args, **kwargs)
         parameters = signatures.of(self)
-        if args:
-            named = parameters.by_name(args, kwargs)
-            if named is None:
-                return original(self, *args, **kwargs)  # raises the TypeError that it always raised
-            args, kwargs = (), named
+        named = parameters.by_name(args, kwargs)
+        if named is None:
+            return original(self, *args, **kwargs)  # raises the TypeError that it always raised
+        args, kwargs = (), named
         if kwargs.get(ASKED):
             return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
         if kwargs.get("labels") is None and not (lazy and _is_step(self, kwargs)):
             return original(self, *args, **kwargs)
-        labelled = kwargs.get("labels") is not None  # who makes the loss may use the cache as well
-        fills_cache = labelled and training and parameters.has_cache and uses_cache(self)
-        if fills_cache and cache_is_unused(kwargs) and not cache_indices.any_in(self):
+        if training and parameters.fills_unused_cache(self, kwargs, cache_indices):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
         hooks = watch.find_hooks(self)
@@ -117,14 +124,10 @@ def head_forward(
         if reason is not None:
             session.log.note(self, reason)
             return original(self, *args, **kwargs)
-        ids = next((v for v in map(kwargs.get, _TOKENS) if v is not None), None)
-        if isinstance(ids, Tensor) and ids.dim() >= 2:
-            mark_dynamic(kwargs.values(), (ids.shape[0], ids.shape[1]))
-        # each set of arguments has its own graphs: a guard on one that is not there cannot fail
-        given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
+        _mark_sizes(kwargs)
 
         def find_compiled() -> Any:
-            return compiled(self, given, watch.code)
+            return compiled(self, _given(kwargs), watch.code)
 
         run = functools.partial(_run, session, self, kwargs, hooks, find_compiled, original)
         return retrying(session.choices.planner, run) if training else run()
@@ -134,6 +137,21 @@ def head_forward(
 
 _TOKENS = ("labels", "input_ids", "inputs_embeds")
 _CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def _given(kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of a call: each set of them has its own graphs.
+
+    A guard on one that is not there cannot fail.
+    """
+    return tuple(sorted(k for k, v in kwargs.items() if v is not None))
+
+
+def _mark_sizes(kwargs: dict[str, Any]) -> None:
+    """Tell Dynamo which sizes are batch and sequence."""
+    ids = next((v for v in map(kwargs.get, _TOKENS) if v is not None), None)
+    if isinstance(ids, Tensor) and ids.dim() >= 2:
+        mark_dynamic(kwargs.values(), (ids.shape[0], ids.shape[1]))
 
 
 def _is_step(head: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -165,7 +183,7 @@ def _run(
 ) -> Any:
     """The captured form; the original one where the capture fails."""
     state, units = session.state, Units(hooks.units.values())
-    replay = Replay(session.choices.planner.meter.device)
+    replay = Replay(session.choices.planner.meter.device, kwargs.get("labels") is not None)
 
     def run_original() -> Any:
         state.in_head, state.units = False, None

@@ -41,7 +41,7 @@ def defer_logits(
     lazy: bool,
     model: Callable[[], nn.Module | None] = lambda: None,
     reads: Reads | None = None,
-    is_head: bool = False,
+    is_alone: bool = False,
 ) -> int:
     """Join fused losses with the logits that are returned beside them.
 
@@ -58,7 +58,7 @@ def defer_logits(
         lazy: whether the logits are computed only when they are read.
         model: gives the model that the graph is of, whose weights may be sharded.
         reads: counts what is read of the logits.
-        is_head: whether it is the graph of a causal LM's head.
+        is_alone: whether it is of a causal LM's head in a call without labels.
 
     Returns:
         How many outputs were joined, or became lazy.
@@ -66,17 +66,10 @@ def defer_logits(
     graph = module.graph
     output = graph.output_node()
     written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
-    made, counts = 0, Reads() if reads is None else reads
-
-    def plan(chain: list[fx.Node], inputs: list[fx.Node], lazy: bool, others: int) -> Plan:
-        dtype, small = facts.dtype(chain[-1]), history_is_small(chain)
-        assert dtype is not None
-        parts = head_parts(chain[-1], inputs)
-        return Plan(lazy, small, dtype, len(inputs), others, model, parts, counts)
-
+    made, plan = 0, _planner(model, Reads() if reads is None else reads)
     for node in dict.fromkeys(output.all_input_nodes):
         fused = [n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"]
-        heads = None if is_head and not before else {n.args[1] for n in fused}
+        heads = None if is_alone and not before else {n.args[1] for n in fused}
         chain = logits_chain(node, heads)
         if not chain or any(u is not output and u not in chain for n in chain for u in n.users):
             continue
@@ -97,6 +90,18 @@ def defer_logits(
         graph.lint()
         module.recompile()
     return made
+
+
+def _planner(model: Callable[[], nn.Module | None], reads: Reads) -> Callable[..., Plan]:
+    """What makes the plan of logits from their chain and inputs."""
+
+    def plan(chain: list[fx.Node], inputs: list[fx.Node], lazy: bool, others: int) -> Plan:
+        dtype, small = facts.dtype(chain[-1]), history_is_small(chain)
+        assert dtype is not None
+        parts = head_parts(chain[-1], inputs)
+        return Plan(lazy, small, dtype, len(inputs), others, model, parts, reads)
+
+    return plan
 
 
 def _restore_losses(

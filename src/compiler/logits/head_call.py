@@ -16,7 +16,7 @@ from .head_parts import HeadParts
 from .lazy_logits import LazyLogits
 from .reads import Reads
 from .recorded.endings import HANDLERS
-from .recorded.rows import Rows
+from .recorded.rows import HeadRows
 from .sharded import gathered, is_released
 
 Body = Callable[..., Tensor]
@@ -114,7 +114,7 @@ class HeadCall:
         made = LazyLogits(
             lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
         )
-        made.recorded = Rows(self, inputs, HANDLERS)
+        made.recorded = HeadRows(self, inputs, HANDLERS)
         return made
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:

@@ -64,7 +64,7 @@ class _Logits(torch.autograd.Function):
         if grad is None:
             return (None,) * len(needed)
         if isinstance(grad, LazyGradient) and not grad.is_written:
-            return None, *(grad.direct() or [None] * (len(needed) - 1))
+            return None, *grad.direct(len(needed) - 1)
         if isinstance(grad, LazyLogits):
             grad = grad.values()
         if ctx.join.made is None:
@@ -116,11 +116,13 @@ class _Loss(torch.autograd.Function):
             made: Tensor = join.gradient(inputs, others, grad, False)
             return made
 
-        lazy = LazyGradient(values, join.shape, join.plan.dtype, join.device)
-        nothing = [None] * join.plan.inputs
-        lazy.direct = lambda: [
-            *op.scaled(found, grad, like, needed, settings.logit_scale), *nothing
-        ]  # fmt: skip
+        def part() -> list[Any]:
+            made = op.scaled(found, grad, like, needed, settings.logit_scale)
+            return [*made, *(None for _ in range(join.plan.inputs))]
+
+        shape, dtype = join.shape, join.plan.dtype
+        logits = torch.empty((), dtype=dtype, device=join.device).expand(shape)
+        lazy = LazyGradient.of(logits, values, [part])
         return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,26 +13,29 @@ from ...kernels.second_order import differentiable, gradients
 from .deferred import Change
 from .lazy_logits import LazyLogits
 
+Part = Callable[[], list[Any]]
+"""A part of the gradients of operands and inputs; None in it where there is nothing to add."""
+
 
 class LazyGradient(LazyLogits):
     """The gradient of logits; what it makes of the gradients before it is known without values.
 
     Attributes:
-        direct: gives these, as long as nobody has written to the values: for each operand of the
-            fused loss, then for each input of the logits; None where there are none.
+        parts: give these, as long as nobody has written to the values: for each operand of the
+            fused loss, then for each input of the logits. They are to be added up.
+        addends: the gradients that this is the sum of, if it is one.
     """
 
-    direct: Callable[[], list[Any] | None]
+    parts: list[Part]
+    addends: list[LazyGradient]
 
-    def passed_on(
-        self, function: Callable[[Tensor], Tensor], like: Tensor, with_direct: bool
-    ) -> LazyGradient:
-        """The gradient of ``like``, of which the tensor was made that this is the gradient of."""
-        made = LazyGradient(
-            lambda: function(self.values()), tuple(like.shape), like.dtype, like.device
-        )
-        made.direct = self.direct if with_direct else lambda: None
-        return made  # type: ignore[return-value]  # 2026-11-27: __new__ gives its class
+    @staticmethod
+    def of(like: Tensor, compute: Callable[[], Tensor], parts: list[Part]) -> LazyGradient:
+        """The gradient of ``like``; ``compute`` gives its values."""
+        made = LazyGradient(compute, tuple(like.shape), like.dtype, like.device)
+        assert isinstance(made, LazyGradient)
+        made.parts, made.addends = parts, []
+        return made
 
     def plus(self, other: Any) -> Any:
         """The sum, if it is lazy as well; else NotImplemented."""
@@ -40,18 +43,37 @@ class LazyGradient(LazyLogits):
             return NotImplemented
         if self.shape != other.shape or self.dtype != other.dtype:
             return NotImplemented
-        total = LazyGradient(
-            lambda: self.values() + other.values(), tuple(self.shape), self.dtype, self.device
-        )
-        total.direct = lambda: _sums(self.direct(), other.direct())
+        addends = [*(self.addends or [self]), *(other.addends or [other])]
+
+        def compute() -> Tensor:
+            total = addends[0].values().clone()
+            for addend in addends[1:]:
+                total += addend.values()
+            return total
+
+        total = LazyGradient.of(self, compute, [*self.parts, *other.parts])
+        total.addends = addends
         return total
 
+    def direct(self, count: int) -> list[Any]:
+        """The gradients of ``count`` operands and inputs, added up in fp32."""
+        if len(self.parts) == 1:
+            return self.parts[0]()
+        totals: list[Any] = [None] * count
+        dtypes: list[Any] = [None] * count
+        for part in self.parts:
+            for i, grad in enumerate(part()):
+                if grad is None:
+                    continue
+                if totals[i] is None:
+                    totals[i], dtypes[i] = _wide_copy(grad), grad.dtype
+                else:
+                    totals[i] += grad
+        return [t if t is None else t.to(d) for t, d in zip(totals, dtypes, strict=True)]
 
-def _sums(one: list[Any] | None, other: list[Any] | None) -> list[Any] | None:
-    if one is None or other is None:
-        return one or other
-    pairs = zip(one, other, strict=True)
-    return [b if a is None else a if b is None else a + b for a, b in pairs]
+
+def _wide_copy(t: Tensor) -> Tensor:
+    return t.clone() if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def apply_change(change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
@@ -69,7 +91,7 @@ def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad
     if grad is None:
         return (None,) * len(needed)
-    _require_unwritten(ctx)
+    require_unwritten(ctx.inputs, ctx.writes)
     real = [z.materialize() if isinstance(z, LazyLogits) else z for z in (grad, *ctx.inputs)]
     return None, *gradients(ctx.change.function, real[1:], needed[1:], real[:1])
 
@@ -81,7 +103,7 @@ class _Changed(torch.autograd.Function):
     def forward(ctx: Any, change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
         made = z.changed(change, *others)
         ctx.change, ctx.inputs, ctx.made = change, (z, *others), made._source
-        ctx.writes = [t._family.writes for t in ctx.inputs]
+        ctx.writes = [t.writes for t in ctx.inputs]
         ctx.set_materialize_grads(False)
         return made
 
@@ -97,10 +119,16 @@ class _Changed(torch.autograd.Function):
             function = functools.partial(_gradient, ctx, i)
             if isinstance(grad, LazyGradient) and not grad.is_written:
                 # one of them has the whole: so it is there once, as long as both are lazy
-                found[i + 1] = grad.passed_on(function, ctx.inputs[i], i == wanted[0])
+                parts = grad.parts if i == wanted[0] else []
+                compute = functools.partial(_gradient_of, function, grad)
+                found[i + 1] = LazyGradient.of(ctx.inputs[i], compute, parts)
             else:
                 found[i + 1] = function(grad.values() if isinstance(grad, LazyLogits) else grad)
         return tuple(found)
+
+
+def _gradient_of(function: Callable[[Tensor], Tensor], grad: LazyGradient) -> Tensor:
+    return function(grad.values())
 
 
 def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
@@ -111,7 +139,7 @@ def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
     if change.is_linear:
         own = [torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape) for z in ctx.inputs]
     else:
-        _require_unwritten(ctx)
+        require_unwritten(ctx.inputs, ctx.writes)
         own = [z.values().detach() for z in ctx.inputs]
     wanted = [j == i for j in range(len(own))]
     with torch.no_grad():
@@ -120,9 +148,18 @@ def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
     return result
 
 
-def _require_unwritten(ctx: Any) -> None:
-    for z, writes in zip(ctx.inputs, ctx.writes, strict=True):
-        if not isinstance(z, LazyLogits) or z._family.writes != writes:
+def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
+    """Raise where logits, whose values a gradient is computed of, are no longer what they were.
+
+    Args:
+        tensors: the logits.
+        writes: how often they had been written to.
+
+    Raises:
+        RuntimeError: one was written to since.
+    """
+    for z, before in zip(tensors, writes, strict=True):
+        if not isinstance(z, LazyLogits) or z.writes != before:
             raise RuntimeError(
                 "the gradient of these logits cannot be computed: they were written to since. "
                 "Write to logits.clone(), or use fusewright.optimize(model, logits='always')."

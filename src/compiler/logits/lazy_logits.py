@@ -89,6 +89,11 @@ class LazyLogits(Tensor):
         base = self._view_of[0]
         return isinstance(base, LazyLogits) and base.is_pending
 
+    @property
+    def writes(self) -> int:
+        """How often somebody has written to its values, or to what shares memory with them."""
+        return self._family.writes
+
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
         return self._source.values()
@@ -245,15 +250,19 @@ def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """What is known without values, from the first of the arguments that are lazy."""
     for z in (*args, *kwargs.values()):
         if isinstance(z, LazyLogits):
-            if z.recorded is not None and z.is_pending:
-                return z.recorded.answer(func, args, kwargs)
-            break
+            if z.recorded is None or not z.is_pending:
+                break
+            if torch._C._are_functorch_transforms_active():  # what a tile computes has no batches
+                break
+            return z.recorded.answer(func, args, kwargs)
     return NotImplemented
 
 
-def _note_reads(func: Any, values: tuple[Any, ...]) -> None:
+def _note_reads(func: Any, values: Any) -> None:
     for z in values:
-        if isinstance(z, LazyLogits) and z.recorded is not None and z.is_pending:
+        if isinstance(z, (tuple, list)):
+            _note_reads(func, z)
+        elif isinstance(z, LazyLogits) and z.recorded is not None and z.is_pending:
             z.recorded.note_read(func)
 
 

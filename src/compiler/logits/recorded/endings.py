@@ -14,7 +14,7 @@ from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ....kernels.loss.linear_logprob import linear_logprob
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
-from .in_tiles import Ending, Pick, compute
+from .in_tiles import Pick, Tiled, compute
 from .rows import CHOICES, Handlers, WrongArguments, handler, is_last, result_dtype, rows_of
 from .scalings import SCALINGS
 
@@ -82,7 +82,7 @@ def _gather(z: LazyLogits, dim: Any, index: Tensor, sparse_grad: bool = False) -
         return _flat(values).gather(-1, flat)
 
     name = "log-probabilities" if kind == "log_probs" else "single logits"
-    return compute(z, Ending(name, tiled, formula)).view(index.shape).to(z.dtype)
+    return compute(z, Tiled(name, tiled, formula)).view(index.shape).to(z.dtype)
 
 
 def _picked(o: Operands, index: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _cross_entropy(
             _wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
         )
 
-    return compute(z, Ending("cross entropy", tiled, formula)).to(dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
 
 
 @handler
@@ -152,7 +152,7 @@ def _nll_loss(
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(_wide(values), target, None, None, ignore_index, None, reduction)
 
-    return compute(z, Ending("cross entropy", tiled, formula)).to(z.dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula)).to(z.dtype)
 
 
 def _reduced(logprob: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -176,7 +176,7 @@ def _of_rows(
     formula: Callable[[Tensor], Tensor], keepdim: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """One number per row."""
-    made = compute(z, Ending(name, tiled, lambda v: formula(_flat(v))))
+    made = compute(z, Tiled(name, tiled, lambda v: formula(_flat(v))))
     made = made.view(z.shape[:-1]).to(dtype)
     return made.unsqueeze(-1) if keepdim else made
 
@@ -244,7 +244,7 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
     if dim is not None or keepdim:
         return NotImplemented
     made = result_dtype(lambda t: t.mean(dtype=dtype), z)
-    ending = Ending("mean logit", lambda o: per_row(o).mean(), lambda v: _wide(v).mean())
+    ending = Tiled("mean logit", lambda o: per_row(o).mean(), lambda v: _wide(v).mean())
     return compute(z, ending).to(made)
 
 
@@ -254,7 +254,7 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
 def _constant(z: LazyLogits, name: str, measure: str, **more: Any) -> Tensor:
     """Indices of classes, which have no gradient."""
     with torch.no_grad():
-        return compute(z, Ending(name, lambda o: _measure(o, measure, **more), _no_formula))
+        return compute(z, Tiled(name, lambda o: _measure(o, measure, **more), _no_formula))
 
 
 def _no_formula(values: Tensor) -> Tensor:

@@ -18,28 +18,28 @@ from torch import Tensor
 
 from ....kernels.second_order import differentiable, gradients
 from ..head_parts import Operands
-from ..lazy_gradient import LazyGradient
+from ..lazy_gradient import LazyGradient, require_unwritten
 from ..lazy_logits import LazyLogits
-from .rows import Rows, WrongArguments, rows_of
+from .rows import HeadRows, WrongArguments, rows_of
 
 
 @dataclass(frozen=True, eq=False)
-class Ending:
+class Tiled:
     """Something that is computed of logits, or of what was recorded of them.
 
     Attributes:
         name: for the report.
-        tiled: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
+        compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
         formula: computes the same from the values.
     """
 
     name: str
-    tiled: Callable[[Operands], Tensor]
+    compute: Callable[[Operands], Tensor]
     formula: Callable[[Tensor], Tensor]
 
 
-def compute(z: LazyLogits, ending: Ending) -> Tensor:
-    """The result of ``ending``, with a history that leads to ``z``.
+def compute(z: LazyLogits, tiled: Tiled) -> Tensor:
+    """The result of ``tiled``, with a history that leads to ``z``.
 
     Raises:
         WrongArguments: it cannot be computed from the operands of the head now.
@@ -47,15 +47,15 @@ def compute(z: LazyLogits, ending: Ending) -> Tensor:
     rows = rows_of(z)
     if rows.factor <= 0 or not rows.call.can_end_in_tiles(rows.inputs):
         raise WrongArguments
-    rows.call.plan.reads.note_tiles(ending.name)
+    rows.call.plan.reads.note_tiles(tiled.name)
     if torch.is_grad_enabled() and z.requires_grad:
-        made: Tensor = _Ended.apply(ending, rows, z)  # type: ignore[no-untyped-call]
+        made: Tensor = _Ended.apply(tiled, rows, z)  # type: ignore[no-untyped-call]
         return made
     with rows.call.mode(False):
-        return ending.tiled(_operands(rows, rows.inputs))
+        return tiled.compute(_operands(rows, rows.inputs))
 
 
-def _operands(rows: Rows, inputs: Any) -> Operands:
+def _operands(rows: HeadRows, inputs: Any) -> Operands:
     head = rows.call.plan.head
     assert head is not None
     return head.of(inputs, rows.index, rows.factor)
@@ -64,21 +64,22 @@ def _operands(rows: Rows, inputs: Any) -> Operands:
 def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return None, None, None
-    z = ctx.z.materialize() if isinstance(ctx.z, LazyLogits) else ctx.z
+    require_unwritten([ctx.z], [ctx.writes])
     with ctx.autocast():
-        return None, None, *gradients(ctx.ending.formula, (z,), (True,), (grad,))
+        return None, None, *gradients(ctx.tiled.formula, (ctx.z.materialize(),), (True,), (grad,))
 
 
 class _Ended(torch.autograd.Function):
     """The tiled operation. Its own history, from the operands on, is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, ending: Ending, rows: Rows, z: LazyLogits) -> Tensor:
+    def forward(ctx: Any, tiled: Tiled, rows: HeadRows, z: LazyLogits) -> Tensor:
         leaves = [_leaf(t) for t in rows.inputs]
         with rows.call.mode(True):
-            made = ending.tiled(_operands(rows, leaves))
-        ctx.ending, ctx.rows, ctx.z, ctx.leaves = ending, rows, z, leaves
+            made = tiled.compute(_operands(rows, leaves))
+        ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
         ctx.made, ctx.autocast = made, _autocast(z.device.type)
+        ctx.writes = z.writes
         ctx.set_materialize_grads(False)
         return made.detach()
 
@@ -90,17 +91,13 @@ class _Ended(torch.autograd.Function):
         z, made = ctx.z, ctx.made
 
         def values() -> Tensor:
-            if not isinstance(z, LazyLogits):
-                raise RuntimeError(
-                    "the gradient of these logits cannot be computed: they were written to since. "
-                    "Use fusewright.optimize(model, logits='always')."
-                )
+            require_unwritten([z], [ctx.writes])
             with torch.no_grad(), ctx.autocast():
                 own = z.values().detach().requires_grad_()
-                found: Tensor = gradients(ctx.ending.formula, (own,), (True,), (grad,))[0]
+                found: Tensor = gradients(ctx.tiled.formula, (own,), (True,), (grad,))[0]
             return found
 
-        def direct() -> list[Any]:
+        def part() -> list[Any]:
             wanted = [
                 i for i, t in enumerate(ctx.leaves)
                 if isinstance(t, Tensor) and t.requires_grad
@@ -110,9 +107,7 @@ class _Ended(torch.autograd.Function):
             pairs = dict(zip(wanted, found, strict=True))
             return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
 
-        lazy = LazyGradient(values, tuple(z.shape), z.dtype, z.device)
-        lazy.direct = direct  # type: ignore[attr-defined]  # 2026-11-27: __new__ gives its class
-        return None, None, lazy
+        return None, None, LazyGradient.of(z, values, [part])
 
 
 def _leaf(x: Any) -> Any:

@@ -29,7 +29,7 @@ Handlers = dict[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class HeadRows:
     """What lazy logits, or what was made of them, consist of.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rows:
             return self.index
         return torch.arange(prod(shape[:-1]), device=self.call.device).view(shape[:-1])
 
-    def is_same(self, other: Rows) -> bool:
+    def is_same(self, other: HeadRows) -> bool:
         """Whether two are about the same logits."""
         return self.call is other.call and self.index is other.index and self.factor == other.factor
 
@@ -91,7 +91,7 @@ def handler(function: Callable[..., Any]) -> Callable[..., Any]:
         if not args or not isinstance(args[0], LazyLogits):
             raise WrongArguments
         z = args[0]
-        if not isinstance(z.recorded, Rows) or not z.is_pending:
+        if not isinstance(z.recorded, HeadRows) or not z.is_pending:
             raise WrongArguments
         try:
             signature.bind(*args, **kwargs)
@@ -102,9 +102,9 @@ def handler(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def rows_of(z: LazyLogits) -> Rows:
+def rows_of(z: LazyLogits) -> HeadRows:
     """What is recorded of ``z``."""
-    assert isinstance(z.recorded, Rows)
+    assert isinstance(z.recorded, HeadRows)
     return z.recorded
 
 

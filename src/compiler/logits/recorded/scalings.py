@@ -13,11 +13,15 @@ from torch import Tensor
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .rows import Handlers, Rows, handler, is_last, result_dtype, rows_of
+from .rows import Handlers, HeadRows, handler, is_last, result_dtype, rows_of
 
 
 def _changed(
-    z: LazyLogits, function: Callable[..., Tensor], rows: Rows, *others: LazyLogits, **given: Any
+    z: LazyLogits,
+    function: Callable[..., Tensor],
+    rows: HeadRows,
+    *others: LazyLogits,
+    **given: Any,
 ) -> Any:
     dtype = given.pop("dtype", z.dtype)
     return apply_change(Change(function, tuple(z.shape), dtype, rows, **given), z, *others)
@@ -60,7 +64,7 @@ def _mul(a: Any, b: Any) -> Any:
 def _product(z: LazyLogits, other: Any) -> Any:
     if _is_number(other):
         return _scaled(z, float(other), lambda t: t * other)
-    if not isinstance(other, LazyLogits) or not isinstance(other.recorded, Rows):
+    if not isinstance(other, LazyLogits) or not isinstance(other.recorded, HeadRows):
         return NotImplemented
     a, b = (z, other) if rows_of(z).kind == "probs" else (other, z)
     p, q = rows_of(a), rows_of(b)
