@@ -57,11 +57,12 @@ class LazyGradient(LazyLogits):
 
     def direct(self, count: int) -> list[Any]:
         """The gradients of ``count`` operands and inputs, added up in fp32."""
-        if len(self.parts) == 1:
-            return self.parts[0]()
+        parts = _joined(self.parts)
+        if len(parts) == 1:
+            return parts[0]()
         totals: list[Any] = [None] * count
         dtypes: list[Any] = [None] * count
-        for part in self.parts:
+        for part in parts:
             for i, grad in enumerate(part()):
                 if grad is None:
                     continue
@@ -70,6 +71,14 @@ class LazyGradient(LazyLogits):
                 else:
                     totals[i] += grad
         return [t if t is None else t.to(d) for t, d in zip(totals, dtypes, strict=True)]
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """The parts, where those that have a ``key`` in common are made ``together``."""
+    groups: dict[Any, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(getattr(part, "key", id(part)), []).append(part)
+    return [g[0] if len(g) == 1 else functools.partial(g[0].together, g) for g in groups.values()]
 
 
 def _wide_copy(t: Tensor) -> Tensor:

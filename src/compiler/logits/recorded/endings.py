@@ -11,35 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
-from ....kernels.loss.linear_logprob import linear_logprob
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
-from .in_tiles import Pick, Tiled, compute
+from .in_tiles import Tiled, compute
+from .measures import mean_logit, measure, picked, weighted_sum, wide
 from .rows import CHOICES, Handlers, WrongArguments, handler, is_last, result_dtype, rows_of
 from .scalings import SCALINGS
+from .together import Measures
 
-_NEVER = -(1 << 31)
-"""An index that is never ignored: ``gather`` knows none."""
 _MOST_PICKED = 64
 """Columns of a gather, at most, that are computed one by one."""
 
 
-def _measure(o: Operands, name: str, targets: Tensor | None = None, **more: Any) -> Tensor:
-    """One output of ``linear_logprob``."""
-    settings = {"ignore_index": _NEVER, **more}
-    found: Tensor = linear_logprob(
-        o.x, o.weight, o.bias, targets, (name,), temperature=o.temperature, softcap=o.softcap,
-        logit_scale=o.scale, **settings,
-    )[0]  # fmt: skip
-    return found
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype is torch.float64 else t.float()
-
-
 def _flat(t: Tensor) -> Tensor:
-    return _wide(t).reshape(-1, t.shape[-1])
+    return wide(t).reshape(-1, t.shape[-1])
 
 
 def _weighted(z: LazyLogits, made: Tensor) -> Tensor:
@@ -72,28 +57,19 @@ def _gather(z: LazyLogits, dim: Any, index: Tensor, sparse_grad: bool = False) -
 
     def tiled(o: Operands) -> Tensor:
         if kind == "log_probs" and columns == 1:
-            return _measure(o, "logprob", flat[:, 0]).unsqueeze(-1) * weight
-        picked = _picked(o, flat)
+            return measure(o, "logprob", flat[:, 0]).unsqueeze(-1) * weight
+        chosen = picked(o, flat)
         if kind == "log_probs":
-            picked = picked - _measure(o, "logsumexp").unsqueeze(-1)
-        return picked * weight
+            chosen = chosen - measure(o, "logsumexp").unsqueeze(-1)
+        return chosen * weight
 
     def formula(values: Tensor) -> Tensor:
         return _flat(values).gather(-1, flat)
 
     name = "log-probabilities" if kind == "log_probs" else "single logits"
-    return compute(z, Tiled(name, tiled, formula)).view(index.shape).to(z.dtype)
-
-
-def _picked(o: Operands, index: Tensor) -> Tensor:
-    """(N, K): some logits of each row."""
-    made: Tensor = Pick.apply(_wide(o.x), o.weight, index)  # type: ignore[no-untyped-call]
-    if o.bias is not None:
-        made = made + _wide(o.bias)[index]
-    made = made * (_wide(o.scale) if isinstance(o.scale, Tensor) else o.scale)
-    if o.softcap is not None:
-        made = torch.tanh(made / o.softcap) * o.softcap
-    return made / o.temperature
+    is_one = kind == "log_probs" and columns == 1
+    measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
+    return compute(z, Tiled(name, tiled, formula, measures)).view(index.shape).to(z.dtype)
 
 
 @handler
@@ -113,11 +89,11 @@ def _cross_entropy(
 
     def tiled(o: Operands) -> Tensor:
         if reduction == "none":
-            return -_measure(o, "logprob", target, ignore_index=ignore_index)
+            return -measure(o, "logprob", target, ignore_index=ignore_index)
         if o.softcap is not None and o.temperature != 1.0:
             if label_smoothing:
                 raise WrongArguments
-            return _reduced(_measure(o, "logprob", target, ignore_index=ignore_index), target,
+            return _reduced(measure(o, "logprob", target, ignore_index=ignore_index), target,
                             ignore_index, reduction)  # fmt: skip
         x, scale = o.x, o.scale
         if isinstance(scale, Tensor):
@@ -129,7 +105,7 @@ def _cross_entropy(
 
     def formula(values: Tensor) -> Tensor:
         return F.cross_entropy(
-            _wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
+            wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
         )
 
     return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
@@ -146,11 +122,11 @@ def _nll_loss(
     factor = rows_of(z).weight
 
     def tiled(o: Operands) -> Tensor:
-        made = _measure(o, "logprob", target, ignore_index=ignore_index) * factor
+        made = measure(o, "logprob", target, ignore_index=ignore_index) * factor
         return -made if reduction == "none" else _reduced(made, target, ignore_index, reduction)
 
     def formula(values: Tensor) -> Tensor:
-        return F.nll_loss(_wide(values), target, None, None, ignore_index, None, reduction)
+        return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
 
     return compute(z, Tiled("cross entropy", tiled, formula)).to(z.dtype)
 
@@ -174,9 +150,10 @@ def _is_loss(z: LazyLogits, target: Any, average: Any, reduce: Any, reduction: A
 def _of_rows(
     z: LazyLogits, name: str, tiled: Callable[[Operands], Tensor],
     formula: Callable[[Tensor], Tensor], keepdim: bool, dtype: torch.dtype,
+    measures: Measures | None = None,
 ) -> Tensor:  # fmt: skip
     """One number per row."""
-    made = compute(z, Tiled(name, tiled, lambda v: formula(_flat(v))))
+    made = compute(z, Tiled(name, tiled, lambda v: formula(_flat(v)), measures))
     made = made.view(z.shape[:-1]).to(dtype)
     return made.unsqueeze(-1) if keepdim else made
 
@@ -188,8 +165,9 @@ def _logsumexp(z: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     if not is_last(z, dim):
         return NotImplemented
     dtype = result_dtype(lambda t: t.logsumexp(-1), z)
-    tiled = functools.partial(_measure, name="logsumexp")
-    return _of_rows(z, "log-sum-exp", tiled, lambda v: v.logsumexp(-1), keepdim, dtype)
+    tiled = functools.partial(measure, name="logsumexp")
+    measures = Measures({"logsumexp": 1.0})
+    return _of_rows(z, "log-sum-exp", tiled, lambda v: v.logsumexp(-1), keepdim, dtype, measures)
 
 
 @handler
@@ -200,28 +178,22 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
         return NotImplemented
     rows, size = rows_of(z), z.shape[-1]
 
+    w = rows.weight
+    weights = {
+        "p_log_p": {"entropy": -w},
+        "p_z": {"logsumexp": w, "entropy": -w},
+        "p_p": {"sum_p2": w},
+        "log_probs": {"logsumexp": -w * size, "mean_logit": w * size},
+    }[kind]
+
     def tiled(o: Operands) -> Tensor:
-        if kind == "p_log_p":
-            return -_measure(o, "entropy") * rows.weight
-        if kind == "p_z":
-            return (_measure(o, "logsumexp") - _measure(o, "entropy")) * rows.weight
-        if kind == "p_p":
-            return _measure(o, "sum_p2") * rows.weight
-        return (_mean_logit(o) - _measure(o, "logsumexp")) * (size * rows.weight)
+        return weighted_sum(o, weights)
 
     made = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
     name = {"p_p": "sum of squared probabilities", "log_probs": "sum of log-probabilities"}
-    return _of_rows(z, name.get(kind, "entropy"), tiled, lambda v: v.sum(-1), keepdim, made)
-
-
-def _mean_logit(o: Operands) -> Tensor:
-    """(N,): the mean over the vocabulary; linear in the rows where nothing caps it."""
-    if o.softcap is not None:
-        return _measure(o, "mean_logit")
-    made = _wide(o.x) @ o.weight.mean(0, dtype=_wide(o.x).dtype)
-    if o.bias is not None:
-        made = made + _wide(o.bias).mean()
-    return made * (_wide(o.scale) if isinstance(o.scale, Tensor) else o.scale) / o.temperature
+    return _of_rows(
+        z, name.get(kind, "entropy"), tiled, lambda v: v.sum(-1), keepdim, made, Measures(weights)
+    )
 
 
 @handler
@@ -233,9 +205,9 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
     rows = rows_of(z)
 
     def per_row(o: Operands) -> Tensor:
-        made = _mean_logit(o)
+        made = mean_logit(o)
         if rows.kind == "log_probs":
-            made = made - _measure(o, "logsumexp")
+            made = made - measure(o, "logsumexp")
         return made * rows.weight
 
     if is_last(z, dim):
@@ -244,17 +216,17 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
     if dim is not None or keepdim:
         return NotImplemented
     made = result_dtype(lambda t: t.mean(dtype=dtype), z)
-    ending = Tiled("mean logit", lambda o: per_row(o).mean(), lambda v: _wide(v).mean())
+    ending = Tiled("mean logit", lambda o: per_row(o).mean(), lambda v: wide(v).mean())
     return compute(z, ending).to(made)
 
 
 # ------------------------------------------------------------------------------------- top classes
 
 
-def _constant(z: LazyLogits, name: str, measure: str, **more: Any) -> Tensor:
+def _constant(z: LazyLogits, name: str, output: str, **more: Any) -> Tensor:
     """Indices of classes, which have no gradient."""
     with torch.no_grad():
-        return compute(z, Tiled(name, lambda o: _measure(o, measure, **more), _no_formula))
+        return compute(z, Tiled(name, lambda o: measure(o, output, **more), _no_formula))
 
 
 def _no_formula(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..head_parts import Operands
 from ..lazy_gradient import LazyGradient, require_unwritten
 from ..lazy_logits import LazyLogits
 from .rows import HeadRows, WrongArguments, rows_of
+from .together import LatePart, Measures
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +32,13 @@ class Tiled:
         name: for the report.
         compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
         formula: computes the same from the values.
+        measures: what it is a sum of, or None.
     """
 
     name: str
     compute: Callable[[Operands], Tensor]
     formula: Callable[[Tensor], Tensor]
+    measures: Measures | None = None
 
 
 def compute(z: LazyLogits, tiled: Tiled) -> Tensor:
@@ -74,9 +77,13 @@ class _Ended(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tiled: Tiled, rows: HeadRows, z: LazyLogits) -> Tensor:
-        leaves = [_leaf(t) for t in rows.inputs]
-        with rows.call.mode(True):
+        head = rows.call.plan.head
+        assert head is not None
+        is_late = tiled.measures is not None and rows.inputs[head.weight].requires_grad
+        leaves = rows.inputs if is_late else [_leaf(t) for t in rows.inputs]
+        with rows.call.mode(not is_late):
             made = tiled.compute(_operands(rows, leaves))
+        ctx.is_late = is_late
         ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
         ctx.made, ctx.autocast = made, _autocast(z.device.type)
         ctx.writes = z.writes
@@ -107,6 +114,9 @@ class _Ended(torch.autograd.Function):
             pairs = dict(zip(wanted, found, strict=True))
             return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
 
+        if ctx.is_late:
+            late = LatePart(ctx.rows, ctx.tiled.measures, grad, len(ctx.leaves))
+            return None, None, LazyGradient.of(z, values, [late])
         return None, None, LazyGradient.of(z, values, [part])
 
 
@@ -124,31 +134,3 @@ def _autocast(device: str) -> Callable[[], Any]:
             yield
 
     return again
-
-
-class Pick(torch.autograd.Function):
-    """Single logits before scale and soft cap: ``x[n] · weight[index[n, k]]``, in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        """Compute one product per row and column; x (N, H), weight (V, H), index (N, K)."""
-        ctx.save_for_backward(x, weight, index)
-        return torch.stack([(x * weight.index_select(0, i)).sum(-1) for i in index.unbind(-1)], -1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the rows, and of the head in the precision of ``grad``."""
-        x, weight, index = ctx.saved_tensors
-        dx = dweight = None
-        columns = list(zip(grad.unbind(-1), index.unbind(-1), strict=True))
-        if ctx.needs_input_grad[0]:
-            dx = torch.zeros_like(x)
-            for g, i in columns:
-                dx += g.unsqueeze(-1) * weight[i]
-        if ctx.needs_input_grad[1]:
-            wide = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
-            for g, i in columns:
-                wide.index_add_(0, i, (g.unsqueeze(-1) * x).to(grad.dtype))
-            dweight = wide.to(weight.dtype)
-        return dx, dweight, None
