@@ -11,7 +11,10 @@ from fusewright import kernels
 from fusewright.kernels import aot
 from fusewright.kernels.launch import has_triton, interpreting
 
-SHARED = ("rms_norm_kernels_triton", "ssd_backward_triton", "ssd_tiles_triton")
+SHARED = (
+    "linear_logprob_kernels_triton", "rms_norm_kernels_triton", "ssd_backward_triton",
+    "ssd_tiles_triton",
+)  # fmt: skip
 """What others are made of: it is compiled with them."""
 
 MODULES = sorted(

@@ -33,7 +33,7 @@ def _tanh(u):
 
 
 @triton.jit
-def _logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
+def capped_logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
     """Scaled and capped logits, rounded where the model rounds; minus infinity outside."""
     raw = tl.load(pointers, mask=inside, other=0.0)
     value = (raw.to(tl.float32) * scale).to(raw.dtype).to(tl.float32)
@@ -64,14 +64,14 @@ def loss_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = v < vocabulary
-        value = _logits(logits + v, inside, softcap, scale, SOFTCAP)
+        value = capped_logits(logits + v, inside, softcap, scale, SOFTCAP)
         higher = tl.maximum(peak, tl.max(value, 0))
         mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), 0)
         peak = higher
         total += tl.sum(tl.where(inside, value, 0.0), 0)
     lse = peak + tl.log(mass)
     known = (label >= 0) & (label < vocabulary)
-    own = _logits(logits + label, known, softcap, scale, SOFTCAP)
+    own = capped_logits(logits + label, known, softcap, scale, SOFTCAP)
     loss = lse - (1.0 - smoothing) * own - smoothing * (total / vocabulary)
     tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
@@ -79,7 +79,7 @@ def loss_kernel(
         for start in range(0, vocabulary, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             inside = v < vocabulary
-            value = _logits(logits + v, inside, softcap, scale, SOFTCAP)
+            value = capped_logits(logits + v, inside, softcap, scale, SOFTCAP)
             grad = tl.exp(value - lse) - smoothing / vocabulary
             grad = tl.where(v == label, grad - (1.0 - smoothing), grad)
             if SOFTCAP:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch import library_op
+from ..launch import library_op, use_triton
 from .linear_logprob_strips import INTEGERS
 from .linear_logprob_tiles import compute, differentiate
 
@@ -85,8 +85,12 @@ def terms(chosen: LogprobSettings, deferred: Sequence[str], wanted: Sequence[boo
     return made if len(made) <= MOST_TERMS else []
 
 
-def _implementation(x: Tensor, *rest: Any) -> list[Tensor]:
-    return compute(x, *rest)
+def _implementation(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    if use_triton(x, weight, bias):
+        from .linear_logprob_triton import compute as run
+    else:
+        run = compute
+    return run(x, weight, bias, *rest)
 
 
 def _fake(
@@ -122,11 +126,18 @@ forward_op = library_op(
     _implementation,
     _fake,
     _flops,
+    launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
 )
 
 
-def _implementation_backward(grads: list[Tensor | None], *rest: Any) -> list[Tensor]:
-    return differentiate(grads, *rest)
+def _implementation_backward(
+    grads: list[Tensor | None], picked: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
+) -> list[Tensor]:
+    if use_triton(x, weight, rest[0]):
+        from .linear_logprob_triton import differentiate as run
+    else:
+        run = differentiate
+    return run(grads, picked, x, weight, *rest)
 
 
 def _fake_backward(
@@ -157,4 +168,5 @@ backward_op = library_op(
     _implementation_backward,
     _fake_backward,
     _flops_backward,
+    launches=lambda grads, picked, x, weight, bias, *rest: use_triton(x, weight, bias),
 )
