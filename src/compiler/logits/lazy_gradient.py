@@ -75,7 +75,7 @@ class LazyGradient(LazyLogits):
 
 def _joined(parts: list[Part]) -> list[Part]:
     """The parts, where those that have a ``key`` in common are made ``together``."""
-    groups: dict[Any, list[Part]] = {}
+    groups: dict[Any, list[Any]] = {}
     for part in parts:
         groups.setdefault(getattr(part, "key", id(part)), []).append(part)
     return [g[0] if len(g) == 1 else functools.partial(g[0].together, g) for g in groups.values()]
