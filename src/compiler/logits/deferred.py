@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Deferred:
@@ -98,23 +97,22 @@ class Family:
     writes = 0
 
 
-_kept: weakref.WeakSet[Deferred] = weakref.WeakSet()
+class Kept:
+    """Values that somebody may want when the weights that make them have changed.
 
-
-def keep_until_step(values: Deferred) -> None:
-    """Let an optimizer that is about to change the weights compute ``values`` first.
-
-    Who detaches a tensor may keep it for later, where logits with a history are used up by then.
+    Who detaches a tensor may keep it for later, past the optimizer's step. A step needs a backward
+    pass of the model, so that is where the values are computed of which there still is somebody.
     """
-    if _hook[0] is None:
-        _hook[0] = register_optimizer_step_pre_hook(_compute_kept)
-    _kept.add(values)
 
+    def __init__(self) -> None:
+        self._pending: weakref.WeakSet[Deferred] = weakref.WeakSet()
 
-_hook: list[Any] = [None]
+    def add(self, values: Deferred) -> None:
+        """Compute ``values`` at the next backward pass, if anybody has them then."""
+        self._pending.add(values)
 
-
-def _compute_kept(*_: Any) -> None:
-    for values in list(_kept):
-        values.values()
-    _kept.clear()
+    def compute(self) -> None:
+        """Compute them."""
+        pending, self._pending = self._pending, weakref.WeakSet()
+        for values in list(pending):
+            values.values()

@@ -61,6 +61,7 @@ class _Logits(torch.autograd.Function):
     @differentiable(_logits_double_backward)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
+        ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
         if grad is None:
             return (None,) * len(needed)
         if isinstance(grad, LazyGradient) and not grad.is_written:

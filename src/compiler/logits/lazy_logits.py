@@ -19,7 +19,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
-from .deferred import Change, Deferred, Family, Recorded, keep_until_step
+from .deferred import Change, Deferred, Family, Kept, Recorded
 
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
@@ -119,9 +119,9 @@ class LazyLogits(Tensor):
             made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
         return made
 
-    def keep_until_step(self) -> None:
-        """Let the values be computed at the latest when an optimizer changes the weights."""
-        keep_until_step(self._source)
+    def keep(self, kept: Kept) -> None:
+        """Let the values be among those that are ``kept``."""
+        kept.add(self._source)
 
     def plus(self, other: Any) -> Any:
         """The sum, if it is lazy as well; else NotImplemented."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .deferred import Kept
+
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
@@ -24,11 +26,13 @@ class Reads:
         tensors: (what was asked, of which kind of values, by whom) -> how often that made a tensor
             of rows x vocabulary.
         heads: a trainer's own fused head that computes in our tiles now -> how often it did.
+        kept: detached values that nobody has read yet.
     """
 
     tiles: Counter[str] = field(default_factory=Counter)
     tensors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
+    kept: Kept = field(default_factory=Kept)
 
     def note_tiles(self, name: str) -> None:
         """Remember that ``name`` was computed in tiles."""

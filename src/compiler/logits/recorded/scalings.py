@@ -163,7 +163,9 @@ def _exp(z: LazyLogits) -> Any:
 def _detach(z: LazyLogits) -> Any:
     made = z.changed(Change(torch.detach, tuple(z.shape), z.dtype, rows_of(z), is_view=True))
     z.share(made, torch.detach)
-    made.keep_until_step()
+    call = rows_of(z).call
+    if call.before[1]:  # its weights are trained
+        made.keep(call.plan.reads.kept)
     return made
 
 
