@@ -20,7 +20,7 @@ from fusewright import explain, optimize
 from fusewright.compiler.install import active
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.reads import Reads
-from fusewright.rewrite.tolerance import exceeded
+from fusewright.rewrite.tolerance import errors, exceeded
 
 from .test_logits import _LM, IDS, LABELS, USES, V, _plain
 
@@ -383,19 +383,25 @@ def test_without_gradients(use: str) -> None:
         torch.testing.assert_close(TILED[use](b), a)
 
 
-@pytest.mark.parametrize(
-    "use", ["log_softmax, gather", "gather, logsumexp", "loss and entropy", "halves"]
-)
-def test_under_autocast(use: str) -> None:
-    eager, ours = _pair()
-    exact = copy.deepcopy(eager).double()
-    found = []
-    for m in (eager, ours, exact):
-        with torch.autocast("cpu", torch.bfloat16, enabled=m is not exact):
-            found.append(_run(m, TILED[use]))
-    for theirs, mine, oracle in zip(*found, strict=True):
-        assert mine.dtype is theirs.dtype
-        assert exceeded(mine, theirs, oracle) is None
+def test_under_autocast() -> None:
+    """Over several models: in one of them, roundings of these few numbers may cancel by luck."""
+    off = {use: [0.0, 0.0] for use in TILED}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        eager = _LM(_plain, False, False)
+        ours, exact = optimize(copy.deepcopy(eager), codegen="eager"), copy.deepcopy(eager).double()
+        for use, function in TILED.items():
+            found = []
+            for m in (eager, ours, exact):
+                with torch.autocast("cpu", torch.bfloat16, enabled=m is not exact):
+                    found.append(_run(m, function))
+            for theirs, mine, oracle in zip(*found, strict=True):
+                assert mine.dtype is theirs.dtype
+                off[use][0] += errors(mine, oracle).rms ** 2
+                off[use][1] += errors(theirs, oracle).rms ** 2
+        torch._dynamo.reset()
+    for use, (mine, theirs) in off.items():
+        assert mine**0.5 <= 1.5 * theirs**0.5, use
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -83,9 +83,7 @@ def _cross_entropy(
         return NotImplemented
     if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and reduction == "none"):
         return NotImplemented
-    dtype = result_dtype(
-        lambda t: F.cross_entropy(t, torch.zeros(1, dtype=torch.int64, device=z.device)), z
-    )
+    dtype = _loss_dtype(F.cross_entropy, z)
 
     def tiled(o: Operands) -> Tensor:
         if reduction == "none":
@@ -119,7 +117,7 @@ def _nll_loss(
     _kind(z, "log_probs")
     if weight is not None or not _is_loss(z, target, size_average, reduce, reduction):
         return NotImplemented
-    factor = rows_of(z).weight
+    factor, dtype = rows_of(z).weight, _loss_dtype(F.nll_loss, z)
 
     def tiled(o: Operands) -> Tensor:
         made = measure(o, "logprob", target, ignore_index=ignore_index) * factor
@@ -128,7 +126,12 @@ def _nll_loss(
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
 
-    return compute(z, Tiled("cross entropy", tiled, formula)).to(z.dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+
+
+def _loss_dtype(function: Callable[..., Tensor], z: LazyLogits) -> torch.dtype:
+    target = torch.zeros(1, dtype=torch.int64, device=z.device)
+    return result_dtype(lambda t: function(t, target), z)
 
 
 def _reduced(logprob: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:

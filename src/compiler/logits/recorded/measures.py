@@ -41,7 +41,8 @@ def mean_logit(o: Operands) -> Tensor:
     """(N,): the mean over the vocabulary; linear in the rows where nothing caps it."""
     if o.softcap is not None:
         return measure(o, "mean_logit")
-    made = wide(o.x) @ o.weight.mean(0, dtype=wide(o.x).dtype)
+    # no matrix product: autocast would round that
+    made = (wide(o.x) * o.weight.mean(0, dtype=wide(o.x).dtype)).sum(-1)
     if o.bias is not None:
         made = made + wide(o.bias).mean()
     return made * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale) / o.temperature

@@ -75,14 +75,15 @@ def together(parts: Sequence[LatePart]) -> list[Any]:
             "changed since. Call backward before the optimizer, or use "
             "fusewright.optimize(model, logits='always')."
         )
-    given = [head.of(inputs, p.rows.index, p.rows.factor) for p in parts]
+    read = _merged(parts)
+    given = [head.of(inputs, r.index, rows.factor) for r in read]
     with call.mode(False):
         x, weight, bias = operands(torch.cat([o.x for o in given]), *given[0][1:3])
     scale, softcap, temperature = given[0][3:]
     factor = scale if isinstance(scale, Tensor) else None
-    names = list(dict.fromkeys(n for p in parts for n in p.measures.weights))
-    columns = [torch.cat([_column(p, name) for p in parts]) for name in names]
-    targets = torch.cat([_targets(p, len(o.x)) for p, o in zip(parts, given, strict=True)])
+    names = list(dict.fromkeys(n for r in read for n in r.columns))
+    columns: list[Any] = [torch.cat([r.column(name) for r in read]) for name in names]
+    targets = torch.cat([r.whole_targets() for r in read])
     places = (head.x, head.weight, head.bias, head.factor)
     wanted = [i is not None and inputs[i].requires_grad for i in places]
     with torch.autocast(x.device.type, enabled=False):
@@ -93,25 +94,77 @@ def together(parts: Sequence[LatePart]) -> list[Any]:
     gradients: list[Any] = [None] * (3 + parts[0].count)
     for i, grad, need in zip(places, found, wanted, strict=True):
         if i is not None and need:
-            grad = _scattered(parts, inputs[i], grad) if i == head.x else grad
+            grad = _scattered(read, inputs[i], grad) if i == head.x else grad
             gradients[3 + i] = grad.to(inputs[i].dtype).view(inputs[i].shape)
     return gradients
 
 
-def _column(part: LatePart, name: str) -> Tensor:
-    return part.grad.reshape(-1) * part.measures.weights.get(name, 0.0)
+@dataclass(eq=False)
+class _RowsRead:
+    """Rows, and the gradients of what was computed of them.
+
+    Attributes:
+        index: which rows, or None for all of them.
+        columns: output of ``linear_logprob`` -> its gradients, (N,).
+        targets: (N,), for the log-probability, or None.
+    """
+
+    index: Tensor | None
+    columns: dict[str, Tensor]
+    targets: Tensor | None
+
+    def column(self, name: str) -> Tensor:
+        """The gradients of an output; 0 where there are none."""
+        found = self.columns.get(name)
+        return torch.zeros_like(next(iter(self.columns.values()))) if found is None else found
+
+    def whole_targets(self) -> Tensor:
+        """The targets; some class where there are none."""
+        if self.targets is not None:
+            return self.targets
+        like = next(iter(self.columns.values()))
+        return torch.zeros(len(like), dtype=torch.int64, device=like.device)
+
+    def takes(self, other: _RowsRead) -> bool:
+        """Whether ``other`` is of the same rows, and of no other targets."""
+        return _equal(self.index, other.index) and (
+            self.targets is None or other.targets is None or _equal(self.targets, other.targets)
+        )
+
+    def add(self, other: _RowsRead) -> None:
+        """Let what was computed of the same rows be one backward pass, which rounds once."""
+        for one in (self, other):  # a row that does not count in one may count in the other
+            if one.targets is not None:
+                ignored = one.targets == NEVER
+                one.columns = {n: c.masked_fill(ignored, 0) for n, c in one.columns.items()}
+                one.targets = one.targets.masked_fill(ignored, 0)
+        for name, column in other.columns.items():
+            self.columns[name] = self.columns[name] + column if name in self.columns else column
+        self.targets = other.targets if self.targets is None else self.targets
 
 
-def _targets(part: LatePart, rows: int) -> Tensor:
-    if part.measures.targets is not None:
-        return part.measures.targets
-    return torch.zeros(rows, dtype=torch.int64, device=part.grad.device)
+def _merged(parts: Sequence[LatePart]) -> list[_RowsRead]:
+    found: list[_RowsRead] = []
+    for part in parts:
+        grad, weights = part.grad.reshape(-1), part.measures.weights
+        columns = {name: grad * weight for name, weight in weights.items()}
+        read = _RowsRead(part.rows.index, columns, part.measures.targets)
+        same = next((one for one in found if one.takes(read)), None)
+        if same is None:
+            found.append(read)
+        else:
+            same.add(read)
+    return found
 
 
-def _scattered(parts: Sequence[LatePart], x: Tensor, grad: Tensor) -> Tensor:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _scattered(read: Sequence[_RowsRead], x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of all rows from those of the rows that were read."""
     count = x.numel() // x.shape[-1]
     every = torch.arange(count, device=x.device)
-    index = [every if p.rows.index is None else p.rows.index.reshape(-1) for p in parts]
+    index = [every if r.index is None else r.index.reshape(-1) for r in read]
     wide = grad if grad.dtype is torch.float64 else grad.float()
     return wide.new_zeros(count, x.shape[-1]).index_add_(0, torch.cat(index), wide)
