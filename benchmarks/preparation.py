@@ -179,6 +179,7 @@ def _with_fusewright(file: Path, tokenizer: Any) -> tuple[Any, float, float, flo
 def _with_trl(file: Path, tokenizer: Any) -> tuple[Any, float, float, float]:
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()

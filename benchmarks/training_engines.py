@@ -38,6 +38,7 @@ def trl_without_checkpointing(job: TrainingJob, turns: Any) -> None:
 
 def _trl(job: TrainingJob, turns: Any, **options: Any) -> None:
     from datasets import Dataset
+
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = adapted(job)

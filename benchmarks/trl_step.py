@@ -21,8 +21,9 @@ class SFTLoss:
 
     def __init__(self, model: Any, job: Job) -> None:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        from trl import SFTConfig, SFTTrainer
 
         self._folder = tempfile.TemporaryDirectory(prefix="fusewright-bench-trl-")
         config = SFTConfig(

@@ -96,6 +96,7 @@ class Report:
         codegen: what runs the nodes that no rule claimed, with the reason for the choice.
         bandwidth: bytes per second that the model's device copies, or None when not measured.
         memory: what the blocks keep for backward, and the predicted and measured peak.
+        logits: what was computed of the logits in tiles, without making them, and how often.
     """
 
     sites: tuple[Site, ...]
@@ -105,6 +106,7 @@ class Report:
     codegen: str = ""
     bandwidth: float | None = None
     memory: str = ""
+    logits: str = ""
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -184,6 +186,8 @@ class Report:
         lines += [f"  {line}" for line in self.gains()]
         if self.memory:
             lines.append(f"  memory {self.memory}")
+        if self.logits:
+            lines.append(f"  logits {self.logits}")
         for status, rule, text in self.remarks():
             lines.append(f"  {status}: {rule} in {text}" if rule else f"  {status}: {text}")
         return "\n".join(lines)

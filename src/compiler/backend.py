@@ -75,7 +75,10 @@ def compile_graph(
         findings = _recognise_and_fuse(graph, choices)
         stages.dump(graph, "fused")
         lazy = choices.options.logits == "lazy"
-        defer_logits(graph, eager_losses, findings, lazy, choices.planner.model)
+        model, reads = choices.planner.model, session.log.reads
+        call = session.state.replay
+        is_alone = kind == "head" and call is not None and not call.is_labelled
+        defer_logits(graph, eager_losses, findings, lazy, model, reads, is_alone)
         stages.dump(graph, "logits")
         copy_what_is_written(graph, caller_writes)
         graph.recompile()

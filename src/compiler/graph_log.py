@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..graph import printer
 from ..rewrite.findings import Finding
+from .logits.reads import Reads
 from .sharing import SharedFunctions
 
 _numbers = itertools.count(1)
@@ -103,6 +104,7 @@ class GraphLog:
         restored: modules that were restored; a forward of theirs that others have wrapped is idle.
         outer_compile: whether somebody's torch.compile has traced the original model.
         keeps_code: whether each graph's code is kept beside it, for people to read.
+        reads: what was read of the model's logits.
     """
 
     graphs: weakref.WeakKeyDictionary[nn.Module, list[CapturedGraph]] = field(
@@ -119,6 +121,7 @@ class GraphLog:
     restored: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
     outer_compile: bool = False
     keeps_code: bool = False
+    reads: Reads = field(default_factory=Reads)
 
     def record(self, module: nn.Module, graph: CapturedGraph) -> None:
         """Remember that ``module`` ran ``graph``."""

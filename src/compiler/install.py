@@ -22,6 +22,7 @@ from .backend import backend
 from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
+from .calls.trainer_heads import TrainerHead, replaced_forward, unwatch_training, watch_training
 from .opaque_calls import cell_contents, with_opaque_calls
 from .regions import Region, undivided_parts
 from .session import Session
@@ -66,6 +67,7 @@ def replaced_by(module: nn.Module) -> str | None:
     """
     if (
         installed(module, wrapped=True) is None
+        or replaced_forward(module) is not None
         or _innermost_record(module, wrapped=True) is not None
     ):
         return None
@@ -104,11 +106,13 @@ def install(regions: Iterable[Region], session: Session) -> None:
     for region in regions:
         if region.kind == "head":
             own = None if region.backbone else results
-            make = functools.partial(head_forward, session, region.outside, own)
+            fused = TrainerHead(region.module, session.log.reads)
+            make = functools.partial(head_forward, session, region.outside, own, fused)
             _install_forward(region.module, session, "head", make)
             for module in region.backbone:
-                outside = functools.partial(backbone_forward, session)
+                outside = functools.partial(backbone_forward, session, fused)
                 _install_forward(module, session, "backbone", outside)
+                watch_training(module, fused)
         else:
             make = functools.partial(block_forward, session, region.kind)
             _install_forward(
@@ -143,6 +147,10 @@ def uninstall(module: nn.Module) -> bool:
     if hidden is not None:
         hidden.session.log.restored.add(module)
         module.__dict__.pop(_REPLICATE, None)
+    theirs = replaced_forward(module)
+    if theirs is not None:
+        module.__dict__["forward"] = _rebind(theirs, module)
+    unwatch_training(module)
     record = installed(module)
     if record is None:
         return False

@@ -101,7 +101,7 @@ def _copy(function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
     outer |= {function}
     cells = function.__closure__ or ()
     wrapped = [_copy(cell_contents(cell), outer, read) for cell in cells]
-    names, scope = _names(function.__code__), function.__globals__
+    names, scope = names_in(function.__code__), function.__globals__
     found = {n: made for n in names if (made := _replacement(scope.get(n))) is not None}
     if not found and not any(wrapped):
         return None
@@ -148,10 +148,10 @@ def _is_opaque(function: Any) -> bool:
         return False
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_in(code: types.CodeType) -> set[str]:
     """The names of globals and attributes in ``code`` and in what it defines."""
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*(_names(c) for c in inner))
+    return set(code.co_names).union(*(names_in(c) for c in inner))
 
 
 def cell_contents(cell: types.CellType) -> Any:

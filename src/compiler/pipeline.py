@@ -63,8 +63,8 @@ def optimize(
             fastest; ``"min"``: their input, and everything else is computed again; a size such as
             ``"8GB"``: as much as a training step may keep without the process (on a GPU: the
             tensors on it) taking more than that; ``"auto"``: as much as the device has memory for.
-        logits: ``"lazy"``: in a call with labels, ``outputs.logits`` is computed when it is read;
-            ``"always"``: it is computed at once.
+        logits: ``"lazy"``: in training, ``outputs.logits`` is computed when it is read, and what
+            losses need of it in tiles; ``"always"``: it is computed at once.
         verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
             installed, ``"always"`` every one, ``"off"`` none.
         strict: capture now, and raise when a formula was refused or missed.
@@ -188,12 +188,17 @@ def explain(model: nn.Module) -> Report:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))
         bypasses += [Bypass(path, reason) for reason in log.notes.get(module, {})]
+        if record.kind == "head":
+            bypasses += [Bypass(path, reason) for reason in log.reads.reasons()]
     captured = {id(g) for _, m, _ in places for g in log.graphs.get(m, [])}
     regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
     speed = _bandwidth(model) if sites else None
     kept = session.choices.planner.describe()
-    return Report(tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept)
+    read = log.reads.describe()
+    return Report(
+        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept, read
+    )
 
 
 def _captured(model: nn.Module, heads_wait: Callable[[], bool]) -> list[Bypass]:

@@ -18,6 +18,33 @@ from ..rewrite.match.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 
+def _capped_head(p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern) -> Pattern:
+    """The logits before the last cast: linear, factor or scale, soft cap."""
+    linear = p.linear(x, w, bias)
+    factor = p.var("factor", lambda v: isinstance(v, fx.Node))
+    raw = p.either(p.mul(p.maybe_cast(linear), factor), p.either(p.contiguous(linear), linear))
+    scale = p.var("scale", lambda v: isinstance(v, (int, float)))
+    divided = p.capture("divided", p.div(raw, scale))
+    scaled = p.either(p.mul(raw, scale), divided, raw)
+    return p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
+
+
+class _Head(Rule):
+    """The logits alone, without a loss: it only finds them."""
+
+    name = op = "linear_logprob"
+
+    def patterns(
+        self, p: Builder, x: Pattern, w: Pattern, bias: Pattern, cap: Pattern
+    ) -> Iterable[Any]:
+        """As in the loss."""
+        yield p.maybe_cast(_capped_head(p, x, w, bias, cap))
+
+
+HEAD = _Head()
+"""Finds the parts of a head, for whoever reads its logits in another way than by a loss."""
+
+
 class LinearCrossEntropy(Rule):
     """Linear, scale, soft cap, cast, flatten, cross entropy, whatever of them is there.
 
@@ -40,13 +67,7 @@ class LinearCrossEntropy(Rule):
         def dense(logits: Any) -> Any:
             return p.either(p.contiguous(logits), logits)
 
-        linear = p.linear(x, w, bias)
-        factor = p.var("factor", lambda v: isinstance(v, fx.Node))
-        raw = p.either(p.mul(p.maybe_cast(linear), factor), dense(linear))
-        scale = p.var("scale", lambda v: isinstance(v, (int, float)))
-        divided = p.capture("divided", p.div(raw, scale))
-        scaled = p.either(p.mul(raw, scale), divided, raw)
-        capped = p.either(p.tanh(scaled / cap) * cap, p.tanh(raw / cap) * cap, scaled)
+        capped = _capped_head(p, x, w, bias, cap)
 
         def loss(logits: Any) -> Any:
             flat = dense(p.either(p.reshape(logits, p.anything), logits))

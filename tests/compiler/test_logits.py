@@ -19,7 +19,7 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
-from fusewright.compiler.logits import joined_loss as joined
+from fusewright.compiler.logits.head_call import HeadCall
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 from fusewright.compiler.logits.sharded import gathered
 from fusewright.rewrite.tolerance import exceeded
@@ -281,13 +281,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What of the logits' size was computed."""
     calls: list[str] = []
     for name in ("compute", "gradient"):
-        was = getattr(joined._Join, name)
+        was = getattr(HeadCall, name)
 
         def counted(*args: Any, name: str = name, was: Any = was, **kwargs: Any) -> Any:
             calls.append(name)
             return was(*args, **kwargs)
 
-        monkeypatch.setattr(joined._Join, name, counted)
+        monkeypatch.setattr(HeadCall, name, counted)
     return calls
 
 

@@ -109,7 +109,7 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 def _read(logits: Any) -> Any:
     try:
-        return logits.detach().double()
+        return logits.detach().double().clone()
     except RuntimeError as error:
         return str(error)
 

@@ -28,6 +28,7 @@ from .default_cache import (
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 from .replay import Replay
+from .trainer_heads import ASKED, TrainerHead
 
 
 class _Signature:
@@ -45,6 +46,16 @@ class _Signature:
         named = dict(zip(self._positional, args, strict=False))
         wrong = len(named) < len(args) or named.keys() & kwargs.keys()
         return None if wrong else {**named, **kwargs}
+
+    def fills_unused_cache(
+        self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices
+    ) -> bool:
+        """Whether a call with labels fills a cache that nobody reads.
+
+        Without labels its caller makes the loss, and may make something of the cache as well.
+        """
+        fills = kwargs.get("labels") is not None and self.has_cache and uses_cache(head)
+        return fills and cache_is_unused(kwargs) and not indices.any_in(head)
 
 
 class _Signatures:
@@ -66,35 +77,40 @@ def head_forward(
     session: Session,
     outside: Sequence[str],
     results: Results | None,
+    fused: TrainerHead,
     original: Original,
     compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The forward of a causal LM: head, shift and loss in one graph, in calls with labels.
+    """The forward of a causal LM: head, shift and loss in one graph.
+
+    So it is in calls with labels, and in those of a training step whose caller makes the loss.
 
     Args:
         session: the session it belongs to.
         outside: the path, name by name, to the submodule that is not captured with it.
         results: what the blocks return, where the head calls them itself.
+        fused: what runs where a trainer asks for log-probabilities.
         original: the module's original forward.
         compiled: the captured form; one for each set of given arguments.
     """
     cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
     signatures = _Signatures(original, outside if results is None else None)
+    lazy = session.choices.options.logits == "lazy" and results is None
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
         parameters = signatures.of(self)
-        if args:
-            named = parameters.by_name(args, kwargs)
-            if named is None:
-                return original(self, *args, **kwargs)  # raises the TypeError that it always raised
-            args, kwargs = (), named
-        if kwargs.get("labels") is None:
-            return original(self, *args, **kwargs)
+        named = parameters.by_name(args, kwargs)
+        if named is None:
+            return original(self, *args, **kwargs)  # raises the TypeError that it always raised
+        args, kwargs = (), named
+        if kwargs.get(ASKED):
+            return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        fills_cache = training and parameters.has_cache and uses_cache(self)
-        if fills_cache and cache_is_unused(kwargs) and not cache_indices.any_in(self):
+        if kwargs.get("labels") is None and not (lazy and _is_step(self, kwargs)):
+            return original(self, *args, **kwargs)
+        if training and parameters.fills_unused_cache(self, kwargs, cache_indices):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
         hooks = watch.find_hooks(self)
@@ -108,19 +124,44 @@ def head_forward(
         if reason is not None:
             session.log.note(self, reason)
             return original(self, *args, **kwargs)
-        labels = kwargs["labels"]
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            mark_dynamic(kwargs.values(), (labels.shape[0], labels.shape[1]))
-        # each set of arguments has its own graphs: a guard on one that is not there cannot fail
-        given = tuple(sorted(k for k, v in kwargs.items() if v is not None))
+        _mark_sizes(kwargs)
 
         def find_compiled() -> Any:
-            return compiled(self, given, watch.code)
+            return compiled(self, _given(kwargs), watch.code)
 
         run = functools.partial(_run, session, self, kwargs, hooks, find_compiled, original)
         return retrying(session.choices.planner, run) if training else run()
 
     return forward
+
+
+_TOKENS = ("labels", "input_ids", "inputs_embeds")
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def _given(kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of a call: each set of them has its own graphs.
+
+    A guard on one that is not there cannot fail.
+    """
+    return tuple(sorted(k for k, v in kwargs.items() if v is not None))
+
+
+def _mark_sizes(kwargs: dict[str, Any]) -> None:
+    """Tell Dynamo which sizes are batch and sequence."""
+    ids = next((v for v in map(kwargs.get, _TOKENS) if v is not None), None)
+    if isinstance(ids, Tensor) and ids.dim() >= 2:
+        mark_dynamic(kwargs.values(), (ids.shape[0], ids.shape[1]))
+
+
+def _is_step(head: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without labels is a part of training: its caller makes the loss.
+
+    One without gradients (a reference) says that it wants no cache: otherwise it may be generation.
+    """
+    if not head.training or any(kwargs.get(name) is not None for name in _CACHES):
+        return False
+    return torch.is_grad_enabled() or kwargs.get("use_cache") is False
 
 
 def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:
@@ -142,7 +183,7 @@ def _run(
 ) -> Any:
     """The captured form; the original one where the capture fails."""
     state, units = session.state, Units(hooks.units.values())
-    replay = Replay(session.choices.planner.meter.device)
+    replay = Replay(session.choices.planner.meter.device, kwargs.get("labels") is not None)
 
     def run_original() -> Any:
         state.in_head, state.units = False, None
@@ -209,7 +250,7 @@ def _gathered(outputs: Any, units: Units) -> Any:
 
 
 def backbone_forward(
-    session: Session, original: Original, compiled: Callable[..., Any]
+    session: Session, fused: TrainerHead, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The backbone inside a head: a graph break while the head is captured, itself otherwise."""
 
@@ -234,6 +275,8 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
+        if self not in session.log.restored and not torch.compiler.is_compiling():
+            fused.adopt(self)
         found = session.state.replayed(self)
         if found is not None:
             return found[0]

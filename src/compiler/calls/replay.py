@@ -20,11 +20,12 @@ class Replay:
 
     Attributes:
         is_on: whether the original code runs now.
+        is_labelled: whether the head was called with labels.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, is_labelled: bool = True) -> None:
         """Note the random numbers of ``device`` and of the host."""
-        self.is_on = False
+        self.is_on, self.is_labelled = False, is_labelled
         self._start = RandomState.now(device)
         self._ran: list[tuple[nn.Module, Any, RandomState]] = []
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ...graph import facts
 from ...graph.canon import canonical
 from ...graph.edit import prune
 from ...graph.effects import writes
-from ...graph.opaque.autograd_functions import is_wrapped
 from ...rewrite.findings import Finding
-from .joined_loss import Plan, logits_alone, loss_and_logits
-
-_CHAIN = ("mul", "div", "tanh", "cast", "contiguous")
+from .bodies import descendants, history_is_small, logits_chain, logits_graph, loss_graph
+from .head_call import Plan
+from .head_parts import head_parts
+from .joined_loss import logits_alone, loss_and_logits
+from .reads import Reads
 
 NodesBefore = Mapping[str, fx.Node]
 """The nodes of a graph before it was rewritten, by their names."""
@@ -41,13 +40,16 @@ def defer_logits(
     findings: Sequence[Finding],
     lazy: bool,
     model: Callable[[], nn.Module | None] = lambda: None,
+    reads: Reads | None = None,
+    is_alone: bool = False,
 ) -> int:
     """Join fused losses with the logits that are returned beside them.
 
     A returned value is logits when it is a projection (and scalings, soft cap and casts of it) that
     reads the same head as a ``linear_cross_entropy`` of this graph, and when nothing but the
     graph's output uses it. In eager mode the loss is computed from them: so hooks on them, and
-    gradients with respect to them, are the loss's. ``joined_loss.py`` makes it so.
+    gradients with respect to them, are the loss's. ``joined_loss.py`` makes it so. The graph of a
+    head without a loss returns logits alone: then no projection needs to read the same head.
 
     Args:
         module: the graph after the rules; changed in place.
@@ -55,6 +57,8 @@ def defer_logits(
         findings: what they did.
         lazy: whether the logits are computed only when they are read.
         model: gives the model that the graph is of, whose weights may be sharded.
+        reads: counts what is read of the logits.
+        is_alone: whether it is of a causal LM's head in a call without labels.
 
     Returns:
         How many outputs were joined, or became lazy.
@@ -62,10 +66,11 @@ def defer_logits(
     graph = module.graph
     output = graph.output_node()
     written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
-    made = 0
+    made, plan = 0, _planner(model, Reads() if reads is None else reads)
     for node in dict.fromkeys(output.all_input_nodes):
         fused = [n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"]
-        chain = _logits_chain(node, {n.args[1] for n in fused})
+        heads = None if is_alone and not before else {n.args[1] for n in fused}
+        chain = logits_chain(node, heads)
         if not chain or any(u is not output and u not in chain for n in chain for u in n.users):
             continue
         if any(facts.memories(n) & written for c in chain for n in (c, *c.all_input_nodes)):
@@ -76,15 +81,27 @@ def defer_logits(
             if (root := _replaced_loss(n, before, findings, node)) is not None
         ]
         if len(ours) == 1:
-            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, model)
+            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, plan)
         else:
-            done = lazy and not ours and _defer(module, node, chain, model)
+            done = lazy and not ours and _defer(module, node, chain, plan)
         made += done
     undone = _restore_losses(module, before, findings, output)
     if made or undone:
         graph.lint()
         module.recompile()
     return made
+
+
+def _planner(model: Callable[[], nn.Module | None], reads: Reads) -> Callable[..., Plan]:
+    """What makes the plan of logits from their chain and inputs."""
+
+    def plan(chain: list[fx.Node], inputs: list[fx.Node], lazy: bool, others: int) -> Plan:
+        dtype, small = facts.dtype(chain[-1]), history_is_small(chain)
+        assert dtype is not None
+        parts = head_parts(chain[-1], inputs)
+        return Plan(lazy, small, dtype, len(inputs), others, model, parts, reads)
+
+    return plan
 
 
 def _restore_losses(
@@ -106,7 +123,7 @@ def _restore_losses(
         lost = [
             n for n in output.all_input_nodes
             if n.name in before
-            and root in _descendants(before[n.name]) and fused not in _descendants(n)
+            and root in descendants(before[n.name]) and fused not in descendants(n)
         ]  # fmt: skip
         if not lost or not _restore_loss(module, fused, root):
             continue
@@ -140,22 +157,6 @@ def _restore_loss(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool
     return True
 
 
-def _logits_chain(node: fx.Node, heads: set[Any]) -> list[fx.Node]:
-    """The nodes from the projection to ``node``, or nothing when they are no logits."""
-    chain: list[fx.Node] = []
-    while True:
-        canon = canonical(node)
-        if canon is None:
-            return []
-        chain.append(node)
-        if canon.name == "linear":
-            return chain[::-1] if canon.args[1] in heads else []
-        inner = [a for a in canon.args if isinstance(a, fx.Node)]
-        if canon.name not in _CHAIN or len(inner) != 1:
-            return []
-        node = inner[0]
-
-
 def _replaced_loss(
     fused: fx.Node, before: NodesBefore, findings: Sequence[Finding], logits: fx.Node
 ) -> fx.Node | None:
@@ -163,18 +164,7 @@ def _replaced_loss(
     root = next((before.get(f.node) for f in findings if fused.name in f.claimed), None)
     if root is None or logits.name not in before:
         return None
-    return root if root in _descendants(before[logits.name]) else None
-
-
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    """All that is computed from a node."""
-    found: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        new = [u for u in queue.pop().users if u not in found]
-        found.update(new)
-        queue += new
-    return found
+    return root if root in descendants(before[logits.name]) else None
 
 
 def _join_loss(
@@ -185,25 +175,27 @@ def _join_loss(
     root: fx.Node,
     was: fx.Node,
     lazy: bool,
-    model: Callable[[], nn.Module | None],
+    plan: Callable[..., Plan],
 ) -> bool:
     """Let the fused loss and the logits be one node; False where that cannot be."""
     graph, canon = module.graph, canonical(fused)
     order = {n: i for i, n in enumerate(graph.nodes)}
     present = {n.name: n for n in graph.nodes}
-    tail, names = _loss_graph(root, was, present)
+    tail, names = loss_graph(root, was, present)
     others = [present[name] for name in names]
-    logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(chain[0]), facts.dtype(node)
-    if canon is None or linear is None or dtype is None:
+    logits, inputs = logits_graph(chain)
+    linear = canonical(chain[0])
+    if canon is None or linear is None or facts.dtype(node) is None:
         return False
     if any(order[n] > order[fused] for n in (*inputs, *others)):
         return False
     if any(writes(n) for n in tail.nodes):
         return False
-    plan = Plan(lazy, _history_is_small(chain), dtype, len(inputs), len(others), model)
     with graph.inserting_before(fused):
-        bodies = _add_submodule(module, logits, plan), _add_submodule(module, tail, None)
+        bodies = (
+            _add_submodule(module, logits, plan(chain, inputs, lazy, len(others))),
+            _add_submodule(module, tail, None),
+        )
         pair = graph.call_function(
             loss_and_logits, (*bodies, *linear.args[:2], *inputs, *others, *canon.args)
         )
@@ -219,80 +211,21 @@ def _defer(
     module: fx.GraphModule,
     node: fx.Node,
     chain: list[fx.Node],
-    model: Callable[[], nn.Module | None],
+    plan: Callable[..., Plan],
 ) -> bool:
     """Let logits that no loss is computed from be lazy."""
     graph = module.graph
-    logits, inputs = _logits_graph(chain)
-    linear, dtype = canonical(chain[0]), facts.dtype(node)
-    if linear is None or dtype is None:
+    logits, inputs = logits_graph(chain)
+    linear = canonical(chain[0])
+    if linear is None or facts.dtype(node) is None:
         return False
-    plan = Plan(True, _history_is_small(chain), dtype, len(inputs), 0, model)
     with graph.inserting_after(node):
-        body = _add_submodule(module, logits, plan)
+        body = _add_submodule(module, logits, plan(chain, inputs, True, 0))
     with graph.inserting_after(body):
         made = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
     _replace(node, made)
     prune(graph, [*reversed(chain), *linear.via])
     return True
-
-
-def _logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-    """The logits as a graph of their inputs, and these."""
-    body = fx.Graph()
-    own = _own_function(chain[0])  # an autograd function's, whose numbers are no tensors to save
-    first = chain[0].all_input_nodes if own is None else [a for a in own if a is not None]
-    later = (i for n in chain[1:] for i in n.all_input_nodes if i not in chain)
-    inputs = list(dict.fromkeys([*first, *later]))
-    env = {n: body.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
-    for n in chain:
-        if own is not None and n is chain[0]:
-            args = tuple(None if a is None else env[a] for a in own)
-            env[n] = body.call_function(F.linear, args)
-            continue
-        env[n] = body.node_copy(n, lambda a: env[a])
-    body.output(env[chain[-1]])
-    return body, inputs
-
-
-def _own_function(node: fx.Node) -> tuple[Any, ...] | None:
-    """The arguments of a linear that is an autograd function; None for any other linear."""
-    canon = canonical(node)
-    return canon.args if canon is not None and any(map(is_wrapped, canon.via)) else None
-
-
-def _loss_graph(
-    root: fx.Node, logits: fx.Node, present: Mapping[str, fx.Node]
-) -> tuple[fx.Graph, list[str]]:
-    """The loss as a graph of the logits and of nodes that there still are, and their names."""
-    body, inside = fx.Graph(), _descendants(logits)
-    env = {logits: body.placeholder("logits")}
-    needed, queue = {root}, [root]
-    inputs: list[fx.Node] = []
-    while queue:
-        for n in queue.pop().all_input_nodes:
-            if n in needed or n is logits:
-                continue
-            needed.add(n)
-            if n.op == "placeholder" or (n not in inside and n.name in present):
-                inputs.append(n)
-            else:
-                queue.append(n)
-    for i, n in enumerate(inputs):
-        env[n] = body.placeholder(f"input_{i}")
-    for n in root.graph.nodes:
-        if n in needed and n not in env:
-            env[n] = body.node_copy(n, lambda a: env[a])
-    body.output(env[root])
-    return body, [n.name for n in inputs]
-
-
-def _history_is_small(chain: list[fx.Node]) -> bool:
-    """Whether the history of the logits keeps nothing of their size."""
-    return all(
-        (c := canonical(n)) is not None and c.name != "tanh" and len(n.all_input_nodes) == 1
-        for n in chain[1:]
-    )
 
 
 def _add_submodule(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) -> fx.Node:

@@ -12,138 +12,20 @@ added to another gradient, its values are computed, and sent back through the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor, fx
 
 from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
-from .changes import is_unchanged, versions
-from .lazy_logits import LazyGradient, LazyLogits
-from .sharded import call_name, gathered
-
-Body = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What of a loss and its logits is known from the graph.
-
-    Attributes:
-        lazy: whether the logits are computed only when they are read.
-        keeps: whether the logits' history keeps nothing of their size, so that it may stay.
-        dtype: of the logits.
-        inputs: how many inputs the logits have.
-        others: how many inputs the loss has besides its logits.
-        model: gives the model that the graph is of, or None once that is gone.
-    """
-
-    lazy: bool
-    keeps: bool
-    dtype: torch.dtype
-    inputs: int
-    others: int
-    model: Callable[[], nn.Module | None]
-
-
-@dataclass(eq=False)
-class _Join:
-    """One call: its two formulas, and what they are computed in.
-
-    Attributes:
-        plan: of the graph.
-        logits: computes the logits from their inputs.
-        loss: computes the loss from the logits and its other inputs, as the model does.
-        shape: of the logits.
-        device: of everything.
-        autocast: (whether it is on, its dtype), as in the forward pass.
-        before: what tells whether an input of the logits was written to since.
-        call: names it on every process.
-        reads: how often the logits were computed; it tells the reads of one call apart.
-        made: the inputs of the logits and the history that leads to them, if they were computed.
-    """
-
-    plan: Plan
-    logits: Body
-    loss: Body
-    shape: tuple[int, ...]
-    device: torch.device
-    autocast: tuple[bool, torch.dtype]
-    before: tuple[list[int], list[Tensor]]
-    call: str
-    reads: int = 0
-    made: tuple[list[Any], Any] | None = None
-
-    @contextmanager
-    def mode(self, grad: bool) -> Iterator[None]:
-        """The mode of the forward pass, with gradients or without."""
-        enabled, dtype = self.autocast
-        with (
-            torch.set_grad_enabled(grad),
-            torch.autocast(self.device.type, dtype, enabled),
-            # what is kept here is nothing that a checkpoint around a reader should count
-            torch.autograd.graph.saved_tensors_hooks(_detached, _identity),
-        ):
-            yield
-
-    def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
-        """The values of the logits, without a history."""
-        self.reads += 1
-        with gathered(self.plan.model(), inputs, f"{self.call}-{self.reads}"):
-            return self._compute(inputs, keep)
-
-    def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
-        if not is_unchanged(inputs, self.before):
-            raise RuntimeError(
-                "these logits were not read before the weights that make them were changed (by an "
-                "optimizer, most likely). Read them earlier, or use "
-                "fusewright.optimize(model, logits='always')."
-            )
-        if not (keep and self.plan.keeps):
-            with self.mode(False):
-                return self.logits(*inputs)
-        own = [_as_leaf(t) for t in inputs]
-        with self.mode(True):
-            made = self.logits(*own)
-        self.made = own, get_gradient_edge(made)
-        return made.detach()
-
-    def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
-        """The logits, computed when they are read; with a history to ``keep`` if possible."""
-        return LazyLogits(
-            lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
-        )
-
-    def gradient(
-        self, inputs: tuple[Any, ...], others: tuple[Any, ...], grad: Tensor, differentiable: bool
-    ) -> Tensor:
-        """The gradient of the logits from the one of the loss."""
-        with self.mode(differentiable):
-            logits = self.logits(*inputs)
-        if not logits.requires_grad:
-            logits = logits.detach().requires_grad_()
-        with self.mode(True):
-            loss = self.loss(logits, *others)
-        found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
-        return found[0]
-
-
-def _detached(t: Tensor) -> Tensor:
-    return t.detach()
-
-
-def _identity(t: Tensor) -> Tensor:
-    return t
-
-
-def _as_leaf(x: Any) -> Any:
-    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+from .changes import versions
+from .head_call import HeadCall, Plan
+from .lazy_gradient import LazyGradient
+from .lazy_logits import LazyLogits
+from .sharded import call_name
 
 
 def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -166,7 +48,7 @@ class _Logits(torch.autograd.Function):
     """The logits; ``fused`` are the loss's operands, which its gradients are sent to."""
 
     @staticmethod
-    def forward(ctx: Any, join: _Join, *tensors: Any) -> Tensor:
+    def forward(ctx: Any, join: HeadCall, *tensors: Any) -> Tensor:
         """``tensors`` are the fused loss's operands, three, and the inputs of the logits."""
         inputs = tensors[3:]
         ctx.join = join
@@ -179,10 +61,11 @@ class _Logits(torch.autograd.Function):
     @differentiable(_logits_double_backward)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
+        ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
         if grad is None:
             return (None,) * len(needed)
         if isinstance(grad, LazyGradient) and not grad.is_written:
-            return None, *grad.direct(), *(None for _ in needed[4:])
+            return None, *grad.direct(len(needed) - 1)
         if isinstance(grad, LazyLogits):
             grad = grad.values()
         if ctx.join.made is None:
@@ -207,7 +90,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, join: _Join, logits: Tensor, needed: list[bool], operands: tuple[Any, ...],
+        ctx: Any, join: HeadCall, logits: Tensor, needed: list[bool], operands: tuple[Any, ...],
         settings: op.Settings, *others: Any,
     ) -> Tensor:  # fmt: skip
         """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
@@ -234,8 +117,13 @@ class _Loss(torch.autograd.Function):
             made: Tensor = join.gradient(inputs, others, grad, False)
             return made
 
-        lazy = LazyGradient(values, join.shape, join.plan.dtype, join.device)
-        lazy.direct = lambda: op.scaled(found, grad, like, needed, settings.logit_scale)
+        def part() -> list[Any]:
+            made = op.scaled(found, grad, like, needed, settings.logit_scale)
+            return [*made, *(None for _ in range(join.plan.inputs))]
+
+        shape, dtype = join.shape, join.plan.dtype
+        logits = torch.empty((), dtype=dtype, device=join.device).expand(shape)
+        lazy = LazyGradient.of(logits, values, [part])
         return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
 
 
@@ -248,13 +136,15 @@ def _saved_tensors(node: Any) -> tuple[Any, ...] | None:
     return kept
 
 
-def _make_join(logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any) -> _Join:
+def _make_join(
+    logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any
+) -> HeadCall:
     device = rows.device
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
     plan: Plan = logits.meta["plan"]
     call = call_name(plan.model())
-    return _Join(plan, logits, loss, shape, device, autocast, versions(inputs), call)
+    return HeadCall(plan, logits, loss, shape, device, autocast, versions(inputs), call)
 
 
 def _needs_history(tensors: Iterable[Any]) -> bool:

@@ -9,7 +9,6 @@ are missing.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
+
+from .deferred import Change, Deferred, Family, Kept, Recorded
 
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
@@ -34,67 +35,40 @@ _CASTS = {"float", "double", "half", "bfloat16", "to"}
 _COPIES = {"clone", "detach"}
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
 _WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
+_add = torch.ops.aten.add.Tensor
 _lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
 _clone = torch.ops.aten.clone.default
 _detach = torch.ops.aten.detach.default
 
 
-class _Deferred:
-    """Values that are computed at the first use of them, and what is to be derived from them."""
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._compute: Callable[[], Tensor] | None = compute
-        self._values: Tensor | None = None
-        self._derived: list[weakref.ref[_Deferred]] = []
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether nobody has used them yet."""
-        return self._values is None
-
-    def values(self) -> Tensor:
-        """The values, without a history."""
-        if self._values is None:
-            assert self._compute is not None
-            self._values, self._compute = self._compute().detach(), None
-        return self._values
-
-    def derive(self, function: Callable[[Tensor], Tensor]) -> _Deferred:
-        """What ``function`` makes of the values, deferred as well."""
-        derived = _Deferred(lambda: function(self.values()))
-        self._derived.append(weakref.ref(derived))
-        return derived
-
-    def settle(self) -> None:
-        """Compute what was derived, for somebody gets the values and may write to them."""
-        for reference in self._derived:
-            derived = reference()
-            if derived is not None:
-                derived.values()
-        self._derived.clear()
-
-
 class LazyLogits(Tensor):
     """A tensor whose values are computed at the first use of them.
 
-    Shape, dtype, device and history are known at once, and hooks can be registered. Everything else
-    (indexing, arithmetic, printing, ``detach``, ``numpy``) computes the values, with their history,
-    and keeps them. Casts to another dtype stay lazy, as mixed-precision wrappers cast every output;
-    so do the copies that wrappers for several processes make.
+    Shape, dtype, device and history are known at once, and hooks can be registered. What is
+    ``recorded`` of them answers some calls without the values: rows are chosen, scales noted,
+    log-probabilities computed in tiles. Everything else (arithmetic, printing, ``numpy``) computes
+    the values, with their history, and keeps them. Casts to another dtype stay lazy, as
+    mixed-precision wrappers cast every output; so do the copies that wrappers for several
+    processes make.
 
     Attributes:
         is_written: whether somebody has written to the values.
+        recorded: what is known of them, or None.
     """
 
     is_written = False
-    _source: _Deferred
+    recorded: Recorded | None = None
+    _source: Deferred
     _made: Tensor | None
+    _family: Family
+    _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
+    _writes_seen = 0
 
     @staticmethod
     def __new__(
         cls,
-        compute: Callable[[], Tensor],
+        compute: Callable[[], Tensor] | Deferred,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
@@ -103,25 +77,71 @@ class LazyLogits(Tensor):
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=device
         )
-        made._source, made._made = _Deferred(compute), None
+        made._source = compute if isinstance(compute, Deferred) else Deferred(compute)
+        made._made, made._family = None, Family()
         return made
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether nobody has used its values yet, nor those that it is a view of."""
+        if not self._source.is_pending or self._view_of is None:
+            return self._source.is_pending
+        base = self._view_of[0]
+        return isinstance(base, LazyLogits) and base.is_pending
+
+    @property
+    def writes(self) -> int:
+        """How often somebody has written to its values, or to what shares memory with them."""
+        return self._family.writes
 
     def values(self) -> Tensor:
         """The values without a history: computed now, or at the first call."""
         return self._source.values()
 
-    def _alias(self) -> LazyLogits:
-        """One that shares the values, as ``detach`` does: what is written to one is in both."""
-        made = LazyLogits(self.values, tuple(self.shape), self.dtype, self.device)
-        made._source = self._source
+    def changed(self, change: Change, *others: LazyLogits) -> LazyLogits:
+        """What an operation makes of this and of ``others``; without a history."""
+        sources = [z._source for z in others]
+        source = self._source.derive(change.function, *sources, is_view=change.is_view)
+        made = LazyLogits(source, change.shape, change.dtype, self.device)
+        made.recorded = change.recorded
         return made
 
+    def share(self, made: LazyLogits, function: Callable[..., Tensor]) -> None:
+        """Note that ``made`` is a view of this: what is written to one is in both."""
+        made._view_of, made._family = (self, function), self._family
+        made._writes_seen = self._family.writes
+
+    def alias(self) -> LazyLogits:
+        """One that shares the values, as ``detach`` does: what is written to one is in both."""
+        made = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device)
+        made.recorded, made._family = self.recorded, self._family
+        if self._view_of is not None:
+            made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
+        return made
+
+    def keep(self, kept: Kept) -> None:
+        """Let the values be among those that are ``kept``."""
+        kept.add(self._source)
+
+    def plus(self, other: Any) -> Any:
+        """The sum, if it is lazy as well; else NotImplemented."""
+        return NotImplemented
+
     def _derive(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyLogits:
-        source = self._source.derive(function)
-        return LazyLogits(source.values, tuple(self.shape), dtype, self.device)
+        return self.changed(Change(function, tuple(self.shape), dtype, None))
+
+    def _as_view(self) -> Tensor:
+        """What it is now: computed from what it is a view of, as a real tensor."""
+        if self._view_of is None:
+            return self.materialize()
+        base, function = self._view_of
+        made: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
+        return made
 
     def materialize(self) -> Tensor:
         """The values as a tensor whose history leads to this one's."""
+        if self._writes_seen != self._family.writes and self._view_of is not None:
+            return self._as_view()
         data = self.values()
         self._source.settle()
         if not (self.requires_grad and torch.is_grad_enabled()):
@@ -136,6 +156,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        first = args[0] if args else None
+        if not (_is_for_autograd(func, name) or _writes(name)):
+            answer = _recorded_answer(func, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
         if (
             _is_for_autograd(func, name)
             or (name in _CASTS and not _casts_away(args, kwargs))
@@ -145,7 +170,7 @@ class LazyLogits(Tensor):
                 result = func(*args, **kwargs)
             # a gradient that is asked for is wanted now: later, the graph may be gone
             return tree_map(_materialized, result) if func is torch.autograd.grad else result
-        first = args[0] if args else None
+        _note_reads(func, (*args, *kwargs.values()))
         if isinstance(first, LazyLogits) and _writes(name):
             return first._run_write(func, args, kwargs)
         args, kwargs = tree_map(_materialized, (args, kwargs))
@@ -154,14 +179,15 @@ class LazyLogits(Tensor):
     def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write into the values: from then on this is an ordinary tensor, with its new history."""
         with torch.enable_grad():
-            real = self.materialize()
-        if real is self.values():  # which aliases hold, too
+            real = self._as_view()
+        if self._view_of is None and real is self.values():  # which aliases hold, too
             real = real.detach()
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
         )
         result = func(real, *rest, **kwargs)
-        self._made = None
+        self._family.writes += 1
+        self._made = self._view_of = None
         try:
             swap_tensors(self, real)
         except RuntimeError as error:  # autograd holds it, too, as it does in a hook
@@ -171,7 +197,7 @@ class LazyLogits(Tensor):
                     "use fusewright.optimize(model, logits='always')"
                 ) from error
             written = real.detach()
-            self._source, self.is_written = _Deferred(lambda: written), True
+            self._source, self.is_written = Deferred(lambda: written), True
         return self if result is real else result
 
     @classmethod
@@ -182,12 +208,16 @@ class LazyLogits(Tensor):
         if isinstance(first, LazyLogits):
             if func is _lift:  # a tensor of its own: its history is another one
                 return _as_tensor(first).detach()  # type: ignore[no-any-return]
+            if func is _add and not kwargs:
+                total = first.plus(args[1])
+                if total is not NotImplemented:
+                    return total
             if first._source.is_pending:
                 if func is _cast and set(kwargs or ()) == {"dtype"}:
                     dtype: torch.dtype = (kwargs or {})["dtype"]
                     return first._derive(lambda values: values.to(dtype), dtype)
                 if func is _detach:
-                    return first._alias()
+                    return first.alias()
                 if func is _clone and not kwargs:
                     return first._derive(torch.clone, first.dtype)
         args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
@@ -216,6 +246,26 @@ def _as_tensor(x: Any) -> Any:
         return x.values()
 
 
+def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is known without values, from the first of the arguments that are lazy."""
+    for z in (*args, *kwargs.values()):
+        if isinstance(z, LazyLogits):
+            if z.recorded is None or not z.is_pending:
+                break
+            if torch._C._are_functorch_transforms_active():  # what a tile computes has no batches
+                break
+            return z.recorded.answer(func, args, kwargs)
+    return NotImplemented
+
+
+def _note_reads(func: Any, values: Any) -> None:
+    for z in values:
+        if isinstance(z, (tuple, list)):
+            _note_reads(func, z)
+        elif isinstance(z, LazyLogits) and z.recorded is not None and z.is_pending:
+            z.recorded.note_read(func)
+
+
 def _is_for_autograd(func: Any, name: str) -> bool:
     """Whether a function reads or changes what autograd knows of a tensor, and no values."""
     if name in ("__get__", "__set__", "__delete__"):
@@ -235,13 +285,3 @@ def _asked_by_wrapper(caller: FrameType) -> bool:
 
 def _writes(name: str) -> bool:
     return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-
-
-class LazyGradient(LazyLogits):
-    """The gradient of logits; what it makes of the gradients before it is known without values.
-
-    Attributes:
-        direct: gives these, as long as nobody has written to the values.
-    """
-
-    direct: Callable[[], Any]

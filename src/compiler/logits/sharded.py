@@ -57,7 +57,7 @@ def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Itera
     engines = [
         _engine(model, value)
         for value in values
-        if isinstance(value, Tensor) and _is_released(value)
+        if isinstance(value, Tensor) and is_released(value)
     ]
     with ExitStack() as stack:
         if engines and not all_meet(call, engines[0].group):
@@ -72,7 +72,8 @@ def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Itera
         yield
 
 
-def _is_released(tensor: Tensor) -> bool:
+def is_released(tensor: Tensor) -> bool:
+    """Whether an engine that shards parameters has freed this one's memory."""
     status = getattr(tensor, "ds_status", None)  # DeepSpeed's, of ZeRO-3
     if status is not None:
         return getattr(status, "name", "") != "AVAILABLE"

@@ -1,0 +1,211 @@
+"""A head that a trainer puts in the place of a model's forward, computing in our tiles.
+
+TRL's trainers give a model a forward of their own, which runs the backbone and computes
+log-probabilities by an ``autograd.Function``. On an optimized model a copy of that forward runs,
+whose globals hold a stand-in for the function: ``linear_logprob``. The library, its modules and its
+forward stay what they are, and ``restore`` puts the forward back.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.loss.linear_logprob import linear_logprob
+from ..logits.reads import Reads
+from ..opaque_calls import cell_contents, names_in
+from .forwards import Original
+
+ASKED = "fused_lm_head"
+"""The argument that asks such a forward for log-probabilities in place of logits."""
+_REPLACED = "__fusewright_replaced__"
+_WATCH = "__fusewright_watch__"
+_ARGUMENTS = {"hidden", "weight", "bias", "targets", "temperature", "logit_scale", "outputs"}
+_COMPACTS = "_use_triton"
+"""Says whether only the rows that count are computed, which pays for tiles of any device."""
+
+
+def with_our_head(function: Any, reads: Reads) -> Any:
+    """A copy of a forward that computes log-probabilities in our tiles.
+
+    Args:
+        function: a forward, wrappers included.
+        reads: counts the calls.
+
+    Returns:
+        The copy; None if the forward has no such function.
+    """
+    return _copy(function, frozenset(), reads)
+
+
+def replaced_forward(module: nn.Module) -> Any:
+    """The forward of a trainer that a copy runs in the place of, or None."""
+    forward = module.__dict__.get("forward")
+    return getattr(getattr(forward, "__func__", None), _REPLACED, None)
+
+
+class TrainerHead:
+    """A head whose forward a trainer has replaced, or may replace."""
+
+    def __init__(self, head: nn.Module, reads: Reads) -> None:
+        self._head, self._reads = weakref.ref(head), reads
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._copies: dict[Any, Callable[..., Any]] = {}
+
+    def function(self, original: Original, head: nn.Module) -> Callable[..., Any]:
+        """What a call runs whose forward was such a one before the model was optimized."""
+        function = original.function(head)
+        if function not in self._copies:
+            made = with_our_head(function, self._reads) if original.is_method else None
+            self._copies[function] = original if made is None else made
+        found: Callable[..., Any] = self._copies[function]
+        return found
+
+    def adopt(self, backbone: nn.Module) -> None:
+        """Let such a forward compute in our tiles, from its next call on."""
+        head = self._head()
+        forward = None if head is None else head.__dict__.get("forward")
+        function = getattr(forward, "__func__", None)
+        if head is None or function is None or function in self._seen:
+            return
+        self._seen.add(function)
+        if not any(m is backbone for m in head.modules()):  # a copy of the model calls
+            return
+        made = with_our_head(function, self._reads)
+        if made is not None:
+            setattr(made, _REPLACED, forward)
+            self._seen.add(made)
+            head.__dict__["forward"] = types.MethodType(made, head)
+
+
+def watch_training(backbone: nn.Module, fused: TrainerHead) -> None:
+    """Let a trainer's forward be found before its first call: when a trainer says ``train()``."""
+
+    def train(self: nn.Module, mode: bool = True) -> Any:
+        fused.adopt(self)
+        return type(self).train(self, mode)
+
+    setattr(train, _WATCH, True)  # pickle stores a method by its name, which is the class's
+    backbone.__dict__["train"] = types.MethodType(train, backbone)
+
+
+def unwatch_training(module: nn.Module) -> None:
+    """Undo ``watch_training``."""
+    if hasattr(getattr(module.__dict__.get("train"), "__func__", None), _WATCH):
+        del module.__dict__["train"]
+
+
+def _copy(value: Any, outer: frozenset[int], reads: Reads) -> Any:
+    """A copy of a function, or of a callable object around one; None where nothing is replaced."""
+    if id(value) in outer:
+        return None
+    outer |= {id(value)}
+    if isinstance(value, types.FunctionType):
+        return _copy_function(value, outer, reads)
+    if isinstance(value, (type, nn.Module, types.ModuleType)) or not callable(value):
+        return None
+    held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "__wrapped__"}
+    made = {k: c for k, v in held.items() if (c := _copy(v, outer, reads)) is not None}
+    if not made:
+        return None
+    copied = object.__new__(type(value))
+    copied.__dict__.update({**value.__dict__, **made})
+    return copied
+
+
+def _copy_function(function: types.FunctionType, outer: frozenset[int], reads: Reads) -> Any:
+    scope, cells = function.__globals__, function.__closure__ or ()
+    found: dict[str, Any] = {
+        name: _StandIn(scope[name], reads)
+        for name in names_in(function.__code__)
+        if _is_fused_head(scope.get(name))
+    }
+    inner = [_copy(cell_contents(cell), outer, reads) for cell in cells]
+    if not found and not any(c is not None for c in inner):
+        return None
+    if found:
+        if any(i.opname == "STORE_GLOBAL" for i in dis.get_instructions(function)):
+            return None
+        if callable(scope.get(_COMPACTS)):
+            found[_COMPACTS] = lambda device: True
+    closure = tuple(
+        cell if copied is None else types.CellType(copied)
+        for cell, copied in zip(cells, inner, strict=True)
+    )
+    made = types.FunctionType(
+        function.__code__, {**scope, **found} if found else scope, function.__name__,
+        function.__defaults__, closure if function.__closure__ is not None else None,
+    )  # fmt: skip
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _is_fused_head(value: Any) -> bool:
+    """Whether a global is an autograd function of rows and a head, by its arguments."""
+    if not (isinstance(value, type) and issubclass(value, torch.autograd.Function)):
+        return False
+    return set(inspect.signature(value.forward).parameters) >= _ARGUMENTS
+
+
+class _StandIn:
+    """What is called as an autograd function is; the results are in fp32."""
+
+    def __init__(self, original: Any, reads: Reads) -> None:
+        self._original, self._reads = original, reads
+        self._signature = _without_ctx(original.forward)
+
+    def apply(self, *args: Any) -> tuple[Tensor | None, ...]:
+        """Log-probabilities, entropy, log of the sum of squares, mean logit, is it the top class.
+
+        As TRL's ``ChunkedLogProbFunction`` returns them; None where one is not asked for.
+        """
+        given = self._signature.bind(*args)
+        given.apply_defaults()
+        a = given.arguments
+        hidden, weight, bias, asked = a["hidden"], a["weight"], a["bias"], set(a["outputs"])
+        if hasattr(weight, "ds_status") or not asked <= set(_OUTPUTS):
+            made: tuple[Tensor | None, ...] = self._original.apply(*args)
+            return made
+        self._reads.note_head("log-probabilities of the trainer's fused head")
+        if not torch.is_autocast_enabled(hidden.device.type) and weight.dtype != hidden.dtype:
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        names = ["logprob", *(_OUTPUTS[name] for name in _OUTPUTS if name in asked)]
+        names = list(dict.fromkeys(names))
+        found = linear_logprob(
+            hidden, weight, bias, a["targets"], names, temperature=a["temperature"],
+            softcap=a["final_logit_softcapping"], logit_scale=a["logit_scale"],
+            deferred=("entropy", "sum_p2", "mean_logit"),
+        )  # fmt: skip
+        by_name = dict(zip(names, found, strict=True))
+        return (
+            by_name["logprob"],
+            by_name.get("entropy"),
+            None if "sum_p2" not in by_name else by_name["sum_p2"].detach().log(),
+            None if "mean_logit" not in by_name else by_name["mean_logit"].detach(),
+            None if "argmax" not in by_name else by_name["argmax"] == a["targets"],
+        )
+
+
+_OUTPUTS = {
+    "log_probs": "logprob",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "sum_p2",
+    "mean_logits": "mean_logit",
+    "is_top1": "argmax",
+}
+
+
+def _without_ctx(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a ``forward``, as ``apply`` is called."""
+    signature = inspect.signature(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -1,0 +1,118 @@
+"""Values that are computed at the first use of them, and what operations make of these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Deferred:
+    """Values that are computed at the first use of them, and what is to be derived from them."""
+
+    def __init__(self, compute: Callable[[], Tensor], is_view: bool = False) -> None:
+        """Make one; ``is_view`` of the values that these are derived from."""
+        self._compute: Callable[[], Tensor] | None = compute
+        self._values: Tensor | None = None
+        self._is_view = is_view
+        self._derived: list[weakref.ref[Deferred]] = []
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether nobody has used them yet."""
+        return self._values is None
+
+    def values(self) -> Tensor:
+        """The values, without a history."""
+        if self._values is None:
+            assert self._compute is not None
+            self._values, self._compute = self._compute().detach(), None
+        return self._values
+
+    def derive(
+        self, function: Callable[..., Tensor], *others: Deferred, is_view: bool = False
+    ) -> Deferred:
+        """What ``function`` makes of the values, and of those of ``others``; deferred as well."""
+
+        def compute() -> Tensor:
+            return function(self.values(), *(o.values() for o in others))
+
+        derived = Deferred(compute, is_view)
+        for source in (self, *others):
+            source._derived.append(weakref.ref(derived))
+        return derived
+
+    def settle(self) -> None:
+        """Compute what was derived, for somebody gets the values and may write to them."""
+        derived, self._derived = self._derived, []
+        for reference in derived:
+            made = reference()
+            if made is not None:
+                made.values()
+                if made._is_view:  # what was derived from it would change, too
+                    made.settle()
+
+
+class Recorded(Protocol):
+    """What is known of lazy logits besides their values: what they are made of."""
+
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What ``func`` returns, where that needs no values; else NotImplemented."""
+
+    def note_read(self, func: Any) -> None:
+        """Remember that ``func`` needs the values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """An operation that makes lazy logits of others.
+
+    Attributes:
+        function: computes the values from those of the others.
+        shape: of what it makes.
+        dtype: of what it makes.
+        recorded: what is known of that.
+        is_view: whether it is a view of the first of the others.
+        is_linear: whether its derivative does not depend on values.
+        backward: computes the gradient from its own and from the values that were made; None where
+            autograd is to find it.
+    """
+
+    function: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    recorded: Recorded | None
+    is_view: bool = False
+    is_linear: bool = True
+    backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class Family:
+    """Logits and their views, which share memory: ``writes`` counts how often it was written to."""
+
+    writes = 0
+
+
+class Kept:
+    """Values that somebody may want when the weights that make them have changed.
+
+    Who detaches a tensor may keep it for later, past the optimizer's step. A step needs a backward
+    pass of the model, so that is where the values are computed of which there still is somebody.
+    """
+
+    def __init__(self) -> None:
+        self._pending: weakref.WeakSet[Deferred] = weakref.WeakSet()
+
+    def add(self, values: Deferred) -> None:
+        """Compute ``values`` at the next backward pass, if anybody has them then."""
+        self._pending.add(values)
+
+    def compute(self) -> None:
+        """Compute them."""
+        pending, self._pending = self._pending, weakref.WeakSet()
+        for values in list(pending):
+            values.values()

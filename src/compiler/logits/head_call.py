@@ -1,0 +1,152 @@
+"""One call of a head: how its logits are computed, and what they are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from .changes import is_unchanged
+from .head_parts import HeadParts
+from .lazy_logits import LazyLogits
+from .reads import Reads
+from .recorded.endings import HANDLERS
+from .recorded.rows import HeadRows
+from .sharded import gathered, is_released
+
+Body = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a loss and its logits is known from the graph.
+
+    Attributes:
+        lazy: whether the logits are computed only when they are read.
+        keeps: whether the logits' history keeps nothing of their size, so that it may stay.
+        dtype: of the logits.
+        inputs: how many inputs the logits have.
+        others: how many inputs the loss has besides its logits.
+        model: gives the model that the graph is of, or None once that is gone.
+        head: what of the inputs is what; None where the logits are another formula.
+        reads: counts what is read of the logits.
+    """
+
+    lazy: bool
+    keeps: bool
+    dtype: torch.dtype
+    inputs: int
+    others: int
+    model: Callable[[], nn.Module | None]
+    head: HeadParts | None
+    reads: Reads
+
+
+@dataclass(eq=False)
+class HeadCall:
+    """One call: its two formulas, and what they are computed in.
+
+    Attributes:
+        plan: of the graph.
+        logits: computes the logits from their inputs.
+        loss: computes the loss from the logits and its other inputs, as the model does.
+        shape: of the logits.
+        device: of everything.
+        autocast: (whether it is on, its dtype), as in the forward pass.
+        before: what tells whether an input of the logits was written to since.
+        call: names it on every process.
+        reads: how often the logits were computed; it tells the reads of one call apart.
+        made: the inputs of the logits and the history that leads to them, if they were computed.
+    """
+
+    plan: Plan
+    logits: Body
+    loss: Body
+    shape: tuple[int, ...]
+    device: torch.device
+    autocast: tuple[bool, torch.dtype]
+    before: tuple[list[int], list[Tensor]]
+    call: str
+    reads: int = 0
+    made: tuple[list[Any], Any] | None = None
+
+    @contextmanager
+    def mode(self, grad: bool) -> Iterator[None]:
+        """The mode of the forward pass, with gradients or without."""
+        enabled, dtype = self.autocast
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(self.device.type, dtype, enabled),
+            # what is kept here is nothing that a checkpoint around a reader should count
+            torch.autograd.graph.saved_tensors_hooks(_detached, _identity),
+        ):
+            yield
+
+    def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
+        """The values of the logits, without a history."""
+        self.reads += 1
+        with gathered(self.plan.model(), inputs, f"{self.call}-{self.reads}"):
+            return self._compute(inputs, keep)
+
+    def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
+        if not is_unchanged(inputs, self.before):
+            raise RuntimeError(
+                "these logits were not read before the weights that make them were changed (by an "
+                "optimizer, most likely). Read them earlier, or use "
+                "fusewright.optimize(model, logits='always')."
+            )
+        if not (keep and self.plan.keeps):
+            with self.mode(False):
+                return self.logits(*inputs)
+        own = [_as_leaf(t) for t in inputs]
+        with self.mode(True):
+            made = self.logits(*own)
+        self.made = own, get_gradient_edge(made)
+        return made.detach()
+
+    def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
+        """The logits, computed when they are read; with a history to ``keep`` if possible."""
+        made = LazyLogits(
+            lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
+        )
+        made.recorded = HeadRows(self, inputs, HANDLERS)
+        return made
+
+    def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether the head's operands are known, whole, and what they were in the forward pass."""
+        return (
+            self.plan.head is not None
+            and self.plan.head.is_plain(inputs)
+            and not any(isinstance(t, Tensor) and is_released(t) for t in inputs)
+            and is_unchanged(inputs, self.before)
+        )
+
+    def gradient(
+        self, inputs: tuple[Any, ...], others: tuple[Any, ...], grad: Tensor, differentiable: bool
+    ) -> Tensor:
+        """The gradient of the logits from the one of the loss."""
+        with self.mode(differentiable):
+            logits = self.logits(*inputs)
+        if not logits.requires_grad:
+            logits = logits.detach().requires_grad_()
+        with self.mode(True):
+            loss = self.loss(logits, *others)
+        found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
+        return found[0]
+
+
+def _detached(t: Tensor) -> Tensor:
+    return t.detach()
+
+
+def _identity(t: Tensor) -> Tensor:
+    return t
+
+
+def _as_leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

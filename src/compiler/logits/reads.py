@@ -1,0 +1,83 @@
+"""What was read of logits: how often a tile was enough, and what made a real tensor, and where."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+
+from .deferred import Kept
+
+_HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+_INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
+
+
+@dataclass(eq=False)
+class Reads:
+    """The reads of one model's lazy logits.
+
+    Attributes:
+        tiles: what was computed in tiles -> how often.
+        tensors: (what was asked, of which kind of values, by whom) -> how often that made a tensor
+            of rows x vocabulary.
+        heads: a trainer's own fused head that computes in our tiles now -> how often it did.
+        kept: detached values that nobody has read yet.
+    """
+
+    tiles: Counter[str] = field(default_factory=Counter)
+    tensors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    heads: Counter[str] = field(default_factory=Counter)
+    kept: Kept = field(default_factory=Kept)
+
+    def note_tiles(self, name: str) -> None:
+        """Remember that ``name`` was computed in tiles."""
+        self.tiles[name] += 1
+
+    def note_tensor(self, func: Any, kind: str) -> None:
+        """Remember that ``func`` made a real tensor."""
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", name)
+        if len(self.tensors) < _MOST:
+            self.tensors[name, kind, _caller()] += 1
+
+    def note_head(self, name: str) -> None:
+        """Remember that a trainer's fused head computed in tiles of ours."""
+        self.heads[name] += 1
+
+    def describe(self) -> str:
+        """The reads that tiles answered, in a line; empty if there were none."""
+        parts = [f"{name} {count}x" for name, count in sorted(self.tiles.items())]
+        parts += [f"{name} {count}x" for name, count in sorted(self.heads.items())]
+        return f"in tiles: {', '.join(parts)}" if parts else ""
+
+    def reasons(self) -> list[str]:
+        """What made real tensors, a sentence each."""
+        return [
+            f"{_KINDS.get(kind, 'the logits')} were made as a real tensor by {name} at {where} "
+            f"({count}x)"
+            for (name, kind, where), count in self.tensors.items()
+        ]
+
+
+_MOST = 64
+_KINDS = {
+    "log_probs": "the log-probabilities of all tokens",
+    "probs": "the probabilities of all tokens",
+}
+
+
+def _caller() -> str:
+    """File and line of the code outside PyTorch and this package that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    parts = frame.f_code.co_filename.replace(os.sep, "/").split("/")
+    return f"{'/'.join(parts[-2:])}:{frame.f_lineno}"

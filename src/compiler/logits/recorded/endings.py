@@ -1,0 +1,290 @@
+"""The functions of logits that end in tiles: losses, log-probabilities, entropies, top classes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
+from ..head_parts import Operands
+from ..lazy_logits import LazyLogits
+from .in_tiles import Tiled, compute
+from .measures import mean_logit, measure, picked, weighted_sum, wide
+from .rows import CHOICES, Handlers, WrongArguments, handler, is_last, result_dtype, rows_of
+from .scalings import SCALINGS
+from .together import Measures
+
+_MOST_PICKED = 64
+"""Columns of a gather, at most, that are computed one by one."""
+
+
+def _flat(t: Tensor) -> Tensor:
+    return wide(t).reshape(-1, t.shape[-1])
+
+
+def _weighted(z: LazyLogits, made: Tensor) -> Tensor:
+    weight = rows_of(z).weight
+    return made if weight == 1.0 else made * weight
+
+
+def _kind(z: LazyLogits, *kinds: str) -> str:
+    kind = rows_of(z).kind
+    if kind not in kinds:
+        raise WrongArguments
+    return kind
+
+
+# -------------------------------------------------------------------------------------- the target
+
+
+@handler
+def _gather(z: LazyLogits, dim: Any, index: Tensor, sparse_grad: bool = False) -> Any:
+    kind = _kind(z, "logits", "log_probs")
+    if not is_last(z, dim) or sparse_grad or not isinstance(index, Tensor):
+        return NotImplemented
+    if index.dtype is not torch.int64 or index.dim() != z.dim() or index.device != z.device:
+        return NotImplemented
+    columns = index.shape[-1]
+    if index.shape[:-1] != z.shape[:-1] or not 0 < columns <= _MOST_PICKED:
+        return NotImplemented
+    flat = index.reshape(-1, columns)
+    weight = rows_of(z).weight
+
+    def tiled(o: Operands) -> Tensor:
+        if kind == "log_probs" and columns == 1:
+            return measure(o, "logprob", flat[:, 0]).unsqueeze(-1) * weight
+        chosen = picked(o, flat)
+        if kind == "log_probs":
+            chosen = chosen - measure(o, "logsumexp").unsqueeze(-1)
+        return chosen * weight
+
+    def formula(values: Tensor) -> Tensor:
+        return _flat(values).gather(-1, flat)
+
+    name = "log-probabilities" if kind == "log_probs" else "single logits"
+    is_one = kind == "log_probs" and columns == 1
+    measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
+    return compute(z, Tiled(name, tiled, formula, measures)).view(index.shape).to(z.dtype)
+
+
+@handler
+def _cross_entropy(
+    z: LazyLogits, target: Tensor, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    _kind(z, "logits")
+    if weight is not None or not _is_loss(z, target, size_average, reduce, reduction):
+        return NotImplemented
+    if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and reduction == "none"):
+        return NotImplemented
+    dtype = _loss_dtype(F.cross_entropy, z)
+
+    def tiled(o: Operands) -> Tensor:
+        if reduction == "none":
+            return -measure(o, "logprob", target, ignore_index=ignore_index)
+        if o.softcap is not None and o.temperature != 1.0:
+            if label_smoothing:
+                raise WrongArguments
+            return _reduced(measure(o, "logprob", target, ignore_index=ignore_index), target,
+                            ignore_index, reduction)  # fmt: skip
+        x, scale = o.x, o.scale
+        if isinstance(scale, Tensor):
+            x, scale = (x * scale).to(x.dtype), 1.0
+        return linear_cross_entropy(
+            x, o.weight, o.bias, target, ignore_index, reduction, float(label_smoothing),
+            o.softcap, scale / o.temperature,
+        )  # fmt: skip
+
+    def formula(values: Tensor) -> Tensor:
+        return F.cross_entropy(
+            wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
+        )
+
+    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+
+
+@handler
+def _nll_loss(
+    z: LazyLogits, target: Tensor, weight: Any = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
+) -> Any:  # fmt: skip
+    _kind(z, "log_probs")
+    if weight is not None or not _is_loss(z, target, size_average, reduce, reduction):
+        return NotImplemented
+    factor, dtype = rows_of(z).weight, _loss_dtype(F.nll_loss, z)
+
+    def tiled(o: Operands) -> Tensor:
+        made = measure(o, "logprob", target, ignore_index=ignore_index) * factor
+        return -made if reduction == "none" else _reduced(made, target, ignore_index, reduction)
+
+    def formula(values: Tensor) -> Tensor:
+        return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
+
+    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+
+
+def _loss_dtype(function: Callable[..., Tensor], z: LazyLogits) -> torch.dtype:
+    target = torch.zeros(1, dtype=torch.int64, device=z.device)
+    return result_dtype(lambda t: function(t, target), z)
+
+
+def _reduced(logprob: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    total = -logprob.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+def _is_loss(z: LazyLogits, target: Any, average: Any, reduce: Any, reduction: Any) -> bool:
+    return (
+        average is None and reduce is None and reduction in ("mean", "sum", "none")
+        and z.dim() == 2 and isinstance(target, Tensor) and target.dtype is torch.int64
+        and target.shape == z.shape[:1] and target.device == z.device
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- whole rows
+
+
+def _of_rows(
+    z: LazyLogits, name: str, tiled: Callable[[Operands], Tensor],
+    formula: Callable[[Tensor], Tensor], keepdim: bool, dtype: torch.dtype,
+    measures: Measures | None = None,
+) -> Tensor:  # fmt: skip
+    """One number per row."""
+    made = compute(z, Tiled(name, tiled, lambda v: formula(_flat(v)), measures))
+    made = made.view(z.shape[:-1]).to(dtype)
+    return made.unsqueeze(-1) if keepdim else made
+
+
+@handler
+def _logsumexp(z: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
+    _kind(z, "logits")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not is_last(z, dim):
+        return NotImplemented
+    dtype = result_dtype(lambda t: t.logsumexp(-1), z)
+    tiled = functools.partial(measure, name="logsumexp")
+    measures = Measures({"logsumexp": 1.0})
+    return _of_rows(z, "log-sum-exp", tiled, lambda v: v.logsumexp(-1), keepdim, dtype, measures)
+
+
+@handler
+def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    kind = _kind(z, "p_log_p", "p_z", "p_p", "log_probs")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not is_last(z, dim):
+        return NotImplemented
+    rows, size = rows_of(z), z.shape[-1]
+
+    w = rows.weight
+    weights = {
+        "p_log_p": {"entropy": -w},
+        "p_z": {"logsumexp": w, "entropy": -w},
+        "p_p": {"sum_p2": w},
+        "log_probs": {"logsumexp": -w * size, "mean_logit": w * size},
+    }[kind]
+
+    def tiled(o: Operands) -> Tensor:
+        return weighted_sum(o, weights)
+
+    made = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
+    name = {"p_p": "sum of squared probabilities", "log_probs": "sum of log-probabilities"}
+    return _of_rows(
+        z, name.get(kind, "entropy"), tiled, lambda v: v.sum(-1), keepdim, made, Measures(weights)
+    )
+
+
+@handler
+def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    _kind(z, "logits", "log_probs")
+    if z.numel() == 0:
+        return NotImplemented
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    rows = rows_of(z)
+
+    def per_row(o: Operands) -> Tensor:
+        made = mean_logit(o)
+        if rows.kind == "log_probs":
+            made = made - measure(o, "logsumexp")
+        return made * rows.weight
+
+    if is_last(z, dim):
+        made = result_dtype(lambda t: t.mean(-1, dtype=dtype), z)
+        return _of_rows(z, "mean logit", per_row, lambda v: v.mean(-1), keepdim, made)
+    if dim is not None or keepdim:
+        return NotImplemented
+    made = result_dtype(lambda t: t.mean(dtype=dtype), z)
+    ending = Tiled("mean logit", lambda o: per_row(o).mean(), lambda v: wide(v).mean())
+    return compute(z, ending).to(made)
+
+
+# ------------------------------------------------------------------------------------- top classes
+
+
+def _constant(z: LazyLogits, name: str, output: str, **more: Any) -> Tensor:
+    """Indices of classes, which have no gradient."""
+    with torch.no_grad():
+        return compute(z, Tiled(name, lambda o: measure(o, output, **more), _no_formula))
+
+
+def _no_formula(values: Tensor) -> Tensor:
+    raise NotImplementedError("indices have no gradient")
+
+
+@handler
+def _argmax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    _kind(z, "logits", "log_probs", "probs")
+    if not is_last(z, dim) or rows_of(z).weight <= 0:
+        return NotImplemented
+    made = _constant(z, "argmax", "argmax").view(z.shape[:-1])
+    return made.unsqueeze(-1) if keepdim else made
+
+
+@handler
+def _max(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    _kind(z, "logits", "log_probs")
+    indices = _argmax(z, dim, True)
+    if indices is NotImplemented:
+        return NotImplemented
+    values = _gather(z, -1, indices)
+    if values is NotImplemented:
+        return NotImplemented
+    if not keepdim:
+        values, indices = values.squeeze(-1), indices.squeeze(-1)
+    return torch.return_types.max((values, indices))  # type: ignore[attr-defined]
+
+
+@handler
+def _amax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    if torch.is_grad_enabled() and z.requires_grad:
+        return NotImplemented  # it shares the gradient among equal logits
+    found = _max(z, dim, keepdim)
+    return NotImplemented if found is NotImplemented else found.values
+
+
+@handler
+def _topk(z: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Any:
+    _kind(z, "logits", "log_probs")
+    if not is_last(z, dim) or not largest or rows_of(z).weight <= 0:
+        return NotImplemented
+    if not isinstance(k, int) or not 0 < k <= min(z.shape[-1], _MOST_PICKED):
+        return NotImplemented
+    indices = _constant(z, "top classes", "topk_indices", top_k=k).view(*z.shape[:-1], k)
+    values = _gather(z, -1, indices)
+    if values is NotImplemented:
+        return NotImplemented
+    return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
+
+
+HANDLERS: Handlers = {
+    **CHOICES, **SCALINGS,
+    "gather": _gather, "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
+    "logsumexp": _logsumexp, "sum": _sum, "mean": _mean, "argmax": _argmax, "max": _max,
+    "amax": _amax, "topk": _topk,
+}  # fmt: skip
+"""What is recorded, and what is computed in tiles, by the name of the function."""

@@ -1,0 +1,136 @@
+"""What is computed of lazy logits in tiles, as autograd sees it in eager mode.
+
+The operation's result is made of rows and head, and its history is eager mode's: it leads to the
+lazy logits that were asked. What flows back is a ``LazyGradient``. Where that arrives as it was
+sent, rows and head get the gradients of the tiled operation; where somebody has changed it, or
+wants to see it, its values are those of the plain formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels.second_order import differentiable, gradients
+from ..head_parts import Operands
+from ..lazy_gradient import LazyGradient, require_unwritten
+from ..lazy_logits import LazyLogits
+from .rows import HeadRows, WrongArguments, rows_of
+from .together import LatePart, Measures
+
+
+@dataclass(frozen=True, eq=False)
+class Tiled:
+    """Something that is computed of logits, or of what was recorded of them.
+
+    Attributes:
+        name: for the report.
+        compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
+        formula: computes the same from the values.
+        measures: what it is a sum of, or None.
+    """
+
+    name: str
+    compute: Callable[[Operands], Tensor]
+    formula: Callable[[Tensor], Tensor]
+    measures: Measures | None = None
+
+
+def compute(z: LazyLogits, tiled: Tiled) -> Tensor:
+    """The result of ``tiled``, with a history that leads to ``z``.
+
+    Raises:
+        WrongArguments: it cannot be computed from the operands of the head now.
+    """
+    rows = rows_of(z)
+    if rows.factor <= 0 or not rows.call.can_end_in_tiles(rows.inputs):
+        raise WrongArguments
+    rows.call.plan.reads.note_tiles(tiled.name)
+    if torch.is_grad_enabled() and z.requires_grad:
+        made: Tensor = _Ended.apply(tiled, rows, z)  # type: ignore[no-untyped-call]
+        return made
+    with rows.call.mode(False):
+        return tiled.compute(_operands(rows, rows.inputs))
+
+
+def _operands(rows: HeadRows, inputs: Any) -> Operands:
+    head = rows.call.plan.head
+    assert head is not None
+    return head.of(inputs, rows.index, rows.factor)
+
+
+def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None
+    require_unwritten([ctx.z], [ctx.writes])
+    with ctx.autocast():
+        return None, None, *gradients(ctx.tiled.formula, (ctx.z.materialize(),), (True,), (grad,))
+
+
+class _Ended(torch.autograd.Function):
+    """The tiled operation. Its own history, from the operands on, is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tiled: Tiled, rows: HeadRows, z: LazyLogits) -> Tensor:
+        head = rows.call.plan.head
+        assert head is not None
+        is_late = tiled.measures is not None and rows.inputs[head.weight].requires_grad
+        leaves = rows.inputs if is_late else [_leaf(t) for t in rows.inputs]
+        with rows.call.mode(not is_late):
+            made = tiled.compute(_operands(rows, leaves))
+        ctx.is_late = is_late
+        ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
+        ctx.made, ctx.autocast = made, _autocast(z.device.type)
+        ctx.writes = z.writes
+        ctx.set_materialize_grads(False)
+        return made.detach()
+
+    @staticmethod
+    @differentiable(_double_backward)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None
+        z, made = ctx.z, ctx.made
+
+        def values() -> Tensor:
+            require_unwritten([z], [ctx.writes])
+            with torch.no_grad(), ctx.autocast():
+                own = z.values().detach().requires_grad_()
+                found: Tensor = gradients(ctx.tiled.formula, (own,), (True,), (grad,))[0]
+            return found
+
+        def part() -> list[Any]:
+            wanted = [
+                i for i, t in enumerate(ctx.leaves)
+                if isinstance(t, Tensor) and t.requires_grad
+            ]  # fmt: skip
+            inputs = [ctx.leaves[i] for i in wanted]
+            found = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
+            pairs = dict(zip(wanted, found, strict=True))
+            return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
+
+        if ctx.is_late:
+            late = LatePart(ctx.rows, ctx.tiled.measures, grad, len(ctx.leaves))
+            return None, None, LazyGradient.of(z, values, [late])
+        return None, None, LazyGradient.of(z, values, [part])
+
+
+def _leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def _autocast(device: str) -> Callable[[], Any]:
+    """The autocast at hand, to be entered again."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with torch.autocast(device, dtype, enabled):
+            yield
+
+    return again

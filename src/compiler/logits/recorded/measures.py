@@ -1,0 +1,92 @@
+"""Numbers per row of a head's logits, from its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels.loss.linear_logprob import linear_logprob
+from ..head_parts import Operands
+from .together import NEVER
+
+
+def measure(o: Operands, name: str, targets: Tensor | None = None, **more: Any) -> Tensor:
+    """One output of ``linear_logprob``."""
+    settings = {"ignore_index": NEVER, **more}
+    found: Tensor = linear_logprob(
+        o.x, o.weight, o.bias, targets, (name,), temperature=o.temperature, softcap=o.softcap,
+        logit_scale=o.scale, **settings,
+    )[0]  # fmt: skip
+    return found
+
+
+def weighted_sum(o: Operands, weights: Mapping[str, float]) -> Tensor:
+    """A sum of several measures, in one pass over the logits."""
+    names = [n for n in weights if n != "mean_logit" or o.softcap is not None]
+    found = linear_logprob(
+        o.x, o.weight, o.bias, None, names, ignore_index=NEVER, temperature=o.temperature,
+        softcap=o.softcap, logit_scale=o.scale,
+    )  # fmt: skip
+    made = dict(zip(names, found, strict=True))
+    if "mean_logit" in weights and "mean_logit" not in made:
+        made["mean_logit"] = mean_logit(o)
+    total: Tensor = sum(made[n] * w for n, w in weights.items())  # type: ignore[assignment]
+    return total
+
+
+def mean_logit(o: Operands) -> Tensor:
+    """(N,): the mean over the vocabulary; linear in the rows where nothing caps it."""
+    if o.softcap is not None:
+        return measure(o, "mean_logit")
+    # no matrix product: autocast would round that
+    made = (wide(o.x) * o.weight.mean(0, dtype=wide(o.x).dtype)).sum(-1)
+    if o.bias is not None:
+        made = made + wide(o.bias).mean()
+    return made * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale) / o.temperature
+
+
+def picked(o: Operands, index: Tensor) -> Tensor:
+    """(N, K): some logits of each row."""
+    made: Tensor = Pick.apply(wide(o.x), o.weight, index)  # type: ignore[no-untyped-call]
+    if o.bias is not None:
+        made = made + wide(o.bias)[index]
+    made = made * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale)
+    if o.softcap is not None:
+        made = torch.tanh(made / o.softcap) * o.softcap
+    return made / o.temperature
+
+
+def wide(t: Tensor) -> Tensor:
+    """``t`` in fp32; fp64 stays."""
+    return t if t.dtype is torch.float64 else t.float()
+
+
+class Pick(torch.autograd.Function):
+    """Single logits before scale and soft cap: ``x[n] · weight[index[n, k]]``, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        """Compute one product per row and column; x (N, H), weight (V, H), index (N, K)."""
+        ctx.save_for_backward(x, weight, index)
+        return torch.stack([(x * weight.index_select(0, i)).sum(-1) for i in index.unbind(-1)], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the rows, and of the head in the precision of ``grad``."""
+        x, weight, index = ctx.saved_tensors
+        dx = dweight = None
+        columns = list(zip(grad.unbind(-1), index.unbind(-1), strict=True))
+        if ctx.needs_input_grad[0]:
+            dx = torch.zeros_like(x)
+            for g, i in columns:
+                dx += g.unsqueeze(-1) * weight[i]
+        if ctx.needs_input_grad[1]:
+            total = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
+            for g, i in columns:
+                total.index_add_(0, i, (g.unsqueeze(-1) * x).to(grad.dtype))
+            dweight = total.to(weight.dtype)
+        return dx, dweight, None
