@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..train.terminal import Terminal, announce
-from .switches import Builders, Trust
+from .switches import Builders, Code, Trust
 
 if TYPE_CHECKING:
     from ..train.consent import Consent
@@ -37,11 +37,12 @@ def preprocess(
     ] = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
+    allow_code: Code = False,
 ) -> None:
     """Read, tokenize and mask the data of a recipe, and cache it for later runs."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders)
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
     _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit, consent)
 
 

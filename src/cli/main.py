@@ -30,7 +30,7 @@ from . import plan as plan_command  # noqa: E402  # 2026-11-27: as above
 from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
 from . import verify as verify_command  # noqa: E402  # 2026-11-27: as above
 from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
-from .switches import Builders, Trust  # noqa: E402  # 2026-11-26: as above
+from .switches import Builders, Code, Trust  # noqa: E402  # 2026-11-26: as above
 
 if TYPE_CHECKING:
     from ..train.consent import Consent
@@ -108,11 +108,12 @@ def train(
     ] = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
+    allow_code: Code = False,
 ) -> None:
     """Fine-tune a model as described in a recipe."""
     from ..train.consent import Consent
 
-    consent = Consent(trust_remote_code, allow_builders)
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
     raise typer.Exit(_train(recipe, overwrite, dry_run, nproc, context.args, consent))
 
 

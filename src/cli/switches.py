@@ -13,6 +13,13 @@ Trust = Annotated[
         help="Run Python code that comes with the model. Recipes and folders cannot allow it.",
     ),
 ]
+Code = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the Python functions that the recipe names, as rewards or as types of rows.",
+    ),
+]
 Builders = Annotated[
     bool,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import RecipeError
 from ..train.terminal import announce
-from .switches import Builders, Trust
+from .switches import Builders, Code, Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +38,7 @@ def verify(
     ] = False,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
+    allow_code: Code = False,
 ) -> None:
     """Train a few steps of a recipe in several ways, and compare losses and gradients.
 
@@ -50,7 +51,7 @@ def verify(
 
     if recipe.startswith("--"):
         raise RecipeError(f"verify: name the recipe first: fusewright verify RECIPE.yaml {recipe}")
-    consent = Consent(trust_remote_code, allow_builders)
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
     checked = load_recipe(recipe, parse_overrides(context.args), consent)
     if placement(os.environ).size > 1:
         raise RecipeError(

@@ -29,6 +29,7 @@ def train(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     allow_builders: bool = False,
+    allow_code: bool = False,
     console: Console | None = None,
     **overrides: Any,
 ) -> RunResult:
@@ -40,6 +41,7 @@ def train(
         trust_remote_code: run the Python code that comes with the model. What the recipe says of
             that is not enough, because it may be anybody's.
         allow_builders: run the Python files that datasets name as ``builder``.
+        allow_code: run the Python functions that the recipe names, as rewards or as types of rows.
         console: where to print; None for standard output. ``Console(quiet=True)`` prints nothing.
         overrides: recipe keys that win over the file, e.g. ``max_steps=5``.
 
@@ -57,7 +59,8 @@ def train(
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
-    checked = load_recipe(recipe, overrides, Consent(trust_remote_code, allow_builders))
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    checked = load_recipe(recipe, overrides, consent)
 
     from .run import run  # slow to import: only for a recipe that is right
 

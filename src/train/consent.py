@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CODE_SWITCH = "--trust-remote-code"
 BUILDER_SWITCH = "--allow-builders"
+FUNCTION_SWITCH = "--allow-code"
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,20 @@ class Consent:
     Attributes:
         trust_remote_code: run the Python code that comes with the model and its tokenizer.
         allow_builders: run the Python files that datasets name as ``builder``.
+        allow_code: run the Python functions that the recipe names, as rewards or to change rows.
     """
 
     trust_remote_code: bool = False
     allow_builders: bool = False
+    allow_code: bool = False
 
     def switches(self) -> list[str]:
         """The switches of the command line that allow the same."""
-        allowed = {CODE_SWITCH: self.trust_remote_code, BUILDER_SWITCH: self.allow_builders}
+        allowed = {
+            CODE_SWITCH: self.trust_remote_code,
+            BUILDER_SWITCH: self.allow_builders,
+            FUNCTION_SWITCH: self.allow_code,
+        }
         return [switch for switch, yes in allowed.items() if yes]
 
 
@@ -61,6 +68,11 @@ def must_build(builder: str | Path, path: str | Path) -> bool:
 def refused_builder(builder: str | Path, path: str | Path) -> str:
     """The refusal to run a builder."""
     return why_not_run(f"{path} would be made by running {builder}", BUILDER_SWITCH)
+
+
+def refused_function(name: str) -> str:
+    """The refusal to run a function that a recipe names."""
+    return why_not_run(f"{name} is Python code", FUNCTION_SWITCH)
 
 
 def needs_consent(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

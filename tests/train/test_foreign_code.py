@@ -28,6 +28,7 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.inference.evaluate import evaluate
 from fusewright.train.inference.run_folder import open_run
+from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 
 from .conftest import small_recipe
@@ -359,3 +360,40 @@ def test_the_switches_have_one_name(command_: str) -> None:
     said = CliRunner().invoke(app, [command_, "--help"], env={"COLUMNS": "300"}).output
     assert SWITCH in said
     assert ("--allow-builders" in said) == (command_ in ("train", "preprocess", "eval"))
+
+
+# --- functions that a recipe names ----------------------------------------------------------------
+
+
+def test_functions_of_a_recipe_run_with_the_callers_word_alone(
+    base: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    keys = {
+        **small_recipe(base, rows, tmp_path / "out"), "rl": "grpo", "sample_packing": False,
+        "trl": {"reward_funcs": ["mine.judge"]},
+        "datasets": [{"path": str(rows), "type": "mine.change"}],
+    }  # fmt: skip
+    path = recipe_file(tmp_path, **keys)
+    for command_line in (("train", path), ("train", path, "--dry-run"), ("preprocess", path)):
+        said = refused(*command_line)
+        assert "trl.reward_funcs.0: mine.judge is Python code" in said
+        assert "datasets.0.type: mine.change is Python code" in said
+        assert "pass --allow-code" in said
+    assert "--allow-code" not in refused("train", path, "--allow-code")
+    assert not mark.exists()  # nor by a check, whatever the caller allows
+    recipe = load_recipe({**keys, "rl": None, "trl": None, "datasets": [{"path": str(rows)}]})
+    with pytest.raises(RecipeError, match="pass --allow-code"):
+        load_function("mine.judge", "key", recipe.consent)
+    with pytest.raises(RecipeError, match="mine has no function 'judge'"):
+        load_function("mine.judge", "key", Consent(allow_code=True))
+    assert mark.exists()
+    del sys.modules["mine"]
+
+
+def test_every_word_has_a_switch() -> None:
+    assert Consent(True, True, True).switches() == [SWITCH, "--allow-builders", "--allow-code"]
+    assert Consent(allow_code=True).switches() == ["--allow-code"]

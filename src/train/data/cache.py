@@ -27,6 +27,7 @@ FORMAT = 2
 
 _LIST = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("input_ids", _LIST), ("labels", _LIST), ("trained", pa.int32())])
+_EXTRA = pa.field("extra", pa.string())
 
 
 class Lease:
@@ -63,6 +64,7 @@ class Samples(Sequence[Sample]):
             for batch in batches
         ]
         counts = [batch.num_rows for batch in batches]
+        self._extra = [b.column("extra") for b in batches if "extra" in b.schema.names]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._total = int(self._starts[-1])
         empty = np.empty(0, np.int32)
@@ -104,7 +106,8 @@ class Samples(Sequence[Sample]):
             values[offsets[place] : offsets[place + 1]].tolist()
             for offsets, values in self._parts[part]
         ]
-        return Sample(*columns)
+        extra = self._extra[part][place].as_py() if self._extra else ""
+        return Sample(columns[0], columns[1], extra)
 
     def __copy__(self) -> Samples:
         some = object.__new__(type(self))
@@ -124,21 +127,26 @@ class ArrowWriter:
 
     Args:
         path: the file.
+        extra: whether samples keep more than tokens and labels.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, extra: bool = False) -> None:
         self.path = path
         self.count = 0
         self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._schema = _SCHEMA.append(_EXTRA) if extra else _SCHEMA
+        self._writer = pa.ipc.new_file(self._file, self._schema)
 
-    def add(self, ids: Array, labels: Array, lengths: Array) -> None:
+    def add(
+        self, ids: Array, labels: Array, lengths: Array, extra: Sequence[str] | None = None
+    ) -> None:
         """Write samples.
 
         Args:
             ids: the tokens of all, one after the other; int32 (T,).
             labels: the same for labels; int32 (T,).
             lengths: of each sample; int (N,), summing up to T.
+            extra: what else each keeps; None: nothing.
         """
         if not len(lengths):
             return
@@ -149,7 +157,10 @@ class ArrowWriter:
             pa.ListArray.from_buffers(_LIST, len(lengths), [None, lists], children=[_int32(flat)])
             for flat in (ids, labels)
         ]
-        self._writer.write_batch(pa.record_batch([*columns, _int32(trained)], schema=_SCHEMA))
+        columns.append(_int32(trained))
+        if extra:
+            columns.append(_texts(extra))
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.count += len(lengths)
 
     def __enter__(self) -> ArrowWriter:
@@ -168,6 +179,13 @@ class ArrowWriter:
 def _int32(values: Array) -> Any:
     # not pa.array(), which imports pandas to see whether it has got something of that
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+def _texts(values: Sequence[str]) -> Any:
+    parts = [text.encode() for text in values]
+    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+    buffers = (pa.py_buffer(offsets), pa.py_buffer(b"".join(parts)))
+    return pa.StringArray.from_buffers(len(parts), *buffers)
 
 
 class Cache:

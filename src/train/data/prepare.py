@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import DataError, RecipeError
+from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .fingerprint import fingerprint_of
 from .formats.registry import Encoder
+from .preferences.encoder import PreferenceEncoder
 from .progress import Progress
 from .readers import sources
 from .readers.duplicates import Duplicates
 from .readers.limits import Limits
 from .readers.sources import DataSource
 from .split import order
-from .workers import Work, parts
+from .workers import RowEncoder, Work, parts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,10 +138,14 @@ def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) 
     longest = recipe.sequence_len
     if key == "test_datasets":
         longest = recipe.eval_sequence_len or longest
-    encoder = Encoder(dataset, recipe, tokenizer, longest, day)
-    limits = Limits(
-        longest, recipe.min_sample_len or 2, recipe.excess_length_strategy, encoder.watched
-    )
+    encoder: RowEncoder
+    rows = rows_of(recipe)
+    if rows is None:
+        encoder = Encoder(dataset, recipe, tokenizer, longest, day)
+    else:
+        encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)
+    shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
+    limits = Limits(longest, shortest, recipe.excess_length_strategy, encoder.watched)
     return Work(encoder, limits)
 
 
@@ -168,17 +174,17 @@ def _store(
     try:
         counts: Counter[str] = Counter()
         sizes: list[int] = []
-        files = ["train.arrow"]
+        files, extra = ["train.arrow"], rows_of(recipe) == "prompts"
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
-            with ArrowWriter(made / "train.arrow") as writer:
+            with ArrowWriter(made / "train.arrow", extra) as writer:
                 for source, one in _pairs(found, work, "datasets"):
                     before = writer.count
                     counts += _write(source, one, writer, recipe, progress, duplicates)
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
-                with ArrowWriter(made / files[-1]) as writer:
+                with ArrowWriter(made / files[-1], extra) as writer:
                     _write(source, one, writer, recipe, progress, None)
         if sizes:
             order(sizes, recipe)  # rows that cannot be split are not worth keeping
@@ -222,7 +228,7 @@ def _write(
         if duplicates is not None:
             part = duplicates.without(part)
             counts["duplicates"] += part.counts["duplicates"]
-        writer.add(part.ids, part.labels, part.lengths)
+        writer.add(part.ids, part.labels, part.lengths, part.extra)
     if not counts["rows"]:
         raise DataError(f"{path}: the dataset is empty")
     if writer.count == before and not counts["duplicates"]:
@@ -238,6 +244,7 @@ def _nothing_left(counts: Counter[str], limits: Limits) -> str:
             ("too_long", f"are longer than {limits.longest} tokens (sequence_len)"),
             ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)"),
             ("nothing_to_train", "have nothing to train"),
+            ("empty", "have an empty prompt or answer"),
         )
         if counts[key]
     ]

@@ -17,10 +17,12 @@ class Sample:
         input_ids: the tokens of the whole row.
         labels: the same where trained, ``IGNORED`` elsewhere (always so for the first token, which
             has nothing to be predicted from).
+        extra: what else is kept of the row, as JSON; empty: nothing.
     """
 
     input_ids: list[int]
     labels: list[int]
+    extra: str = ""
 
     @property
     def trained(self) -> int:

@@ -5,27 +5,43 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ...errors import DataError
-from .formats.registry import Encoder
 from .readers.files import Row
-from .readers.limits import Limits, Part, keep
+from .readers.limits import Limits, Part
 
 _ROWS = 512
 _CHARACTERS = 1 << 22
 """A batch ends after so many rows, or so much text."""
 
 
+class RowEncoder(Protocol):
+    """Turns the rows of one dataset into samples."""
+
+    watched: frozenset[int]
+    """Tokens of which it is noted whether they are trained."""
+    settings: dict[str, Any]
+    """What the tokens depend on besides the dataset's own keys and the tokenizer."""
+
+    def part(self, rows: Sequence[Row], limits: Limits) -> Part:
+        """The samples of rows that can be trained on; raises a DataError for one that is wrong."""
+        ...
+
+    def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
+        """See that the model learns to stop; raises a DataError where it does not."""
+        ...
+
+
 @dataclass(frozen=True)
 class Work:
     """What is done to the rows of one dataset; goes to other processes as a whole."""
 
-    encoder: Encoder
+    encoder: RowEncoder
     limits: Limits
 
     def part(self, rows: list[Row]) -> Part:
@@ -34,7 +50,7 @@ class Work:
         Raises:
             DataError: a row is not right.
         """
-        made = keep(self.encoder.encode(rows), self.limits)
+        made = self.encoder.part(rows, self.limits)
         made.counts["rows"] = len(rows)
         return made
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import RecipeError
-from ..consent import must_build, needs_consent, refused_builder
+from ..consent import must_build, needs_consent, refused_builder, refused_function
 from ..output_files import why_not_ours_to_write
+from ..own_functions import located, module_of
 from ..package_rows import is_own, why_none
 from .distributed.deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
+from .keys.preferences.names import is_function, is_own_type
 from .locate import find_file, locate
+from .preferences import rows_of
 from .problems import Loc
 from .recipe import Recipe
 
@@ -45,6 +48,7 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
             if not recipe.consent.allow_builders:
                 problems += _unallowed(update[name], name)
     update |= _models(recipe, folders, problems)
+    update |= _functions(recipe.model_copy(update=update), folders, problems)
     for name in ("output_dir", "dataset_prepared_path"):
         if (path := getattr(recipe, name)) is not None:
             update[name] = str(Path(path).expanduser().resolve())
@@ -66,6 +70,40 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
         update["deepspeed"] = _deepspeed(recipe, recipe.deepspeed, folders, problems)
     problems += needs_consent(recipe)
     return recipe.model_copy(update=update), problems
+
+
+def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
+    """The Python functions that a recipe names, with the paths of their files."""
+    update: dict[str, Any] = {}
+    rows = rows_of(recipe)
+    if rows is None:
+        return update
+    for key in ("datasets", "test_datasets"):
+        datasets = list(getattr(recipe, key))
+        for i, dataset in enumerate(datasets):
+            if isinstance(dataset.type, str) and is_own_type(dataset.type, rows):
+                name = _function(recipe, dataset.type, folders, (key, i, "type"), problems)
+                datasets[i] = dataset.model_copy(update={"type": name})
+        update[key] = datasets
+    if rows == "prompts" and recipe.trl is not None:
+        names = list(recipe.trl.reward_funcs or ())
+        for i, name in enumerate(names):
+            if is_function(name):
+                loc = ("trl", "reward_funcs", i)
+                names[i] = _function(recipe, name, folders, loc, problems)
+        update["trl"] = recipe.trl.model_copy(update={"reward_funcs": names or None})
+    return update
+
+
+def _function(recipe: Recipe, name: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
+    found = located(name, folders)
+    if not recipe.consent.allow_code:
+        problems.append((loc, refused_function(name)))
+    elif (missing := module_of(found)) is not None:
+        problems.append(
+            (loc, f"there is no {missing}.py in {_either(folders)}, and no such package")
+        )
+    return found
 
 
 def _unallowed(datasets: list[Dataset], key: str) -> Problems:

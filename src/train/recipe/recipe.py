@@ -26,6 +26,7 @@ from .keys.peers.kernels import SubsumedKeys
 from .keys.peers.methods import MethodKeys
 from .keys.peers.plugins import PluginKeys
 from .keys.precision import PrecisionKeys
+from .keys.preferences.preference import PreferenceKeys
 from .keys.tracking import TrackingKeys
 from .strategy import Strategy, strategy_of
 
@@ -33,16 +34,16 @@ __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
-    CloudKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, MethodKeys,
+    PluginKeys, CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, MethodKeys, PluginKeys,
-    CloudKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, MethodKeys,
+    PluginKeys, CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 

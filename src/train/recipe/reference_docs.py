@@ -21,6 +21,8 @@ from .keys.fsdp import FsdpKeys
 from .keys.model import SpecialTokens
 from .keys.optimization import LrGroupKeys
 from .keys.output import DynamicCheckpointKeys
+from .keys.preferences.trl import TrlKeys
+from .keys.preferences.vllm import VllmKeys
 from .recipe import GROUPS, Recipe
 
 _INTRODUCTION = """\
@@ -77,6 +79,8 @@ whatever they say. Only you can allow that, on the command line:
   have it.
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
+- `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`
+  of rows of preferences (`train`, `preprocess`, `verify`).
 
 Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
 enough: if transformers has a class for the model, that class is used. From Python, call
@@ -172,6 +176,7 @@ _GROUPS = {
     "FusewrightKeys": "Fusewright's own",
     "SubsumedKeys": "Other engines' speed-ups",
     "DistributedKeys": "Several devices",
+    "PreferenceKeys": "Preferences and rewards",
     "MethodKeys": "Other methods",
     "PluginKeys": "Axolotl's plugins",
     "CloudKeys": "Axolotl's cloud services",
@@ -187,6 +192,8 @@ _INNER: dict[type[Keys], str] = {
     LrGroupKeys: "An entry of `lr_groups`",
     DynamicCheckpointKeys: "`dynamic_checkpoint`",
     ContextParallelKeys: "`context_parallel`",
+    TrlKeys: "`trl`",
+    VllmKeys: "`vllm`",
     FsdpKeys: "`fsdp_config`; older names of its keys begin with `fsdp_`",
 }
 

@@ -264,6 +264,7 @@ def rows_message(data: dict[str, int]) -> str:
         "too_long": "too long",
         "too_short": "too short",
         "nothing_to_train": "with nothing to train",
+        "empty": "with an empty prompt or answer",
         "duplicates": "duplicates",
     }
     left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]

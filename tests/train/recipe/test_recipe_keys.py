@@ -19,6 +19,8 @@ from fusewright.train.recipe.keys.fsdp import FsdpKeys
 from fusewright.train.recipe.keys.model import SpecialTokens
 from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS, LrGroupKeys
 from fusewright.train.recipe.keys.output import DynamicCheckpointKeys, OutputKeys
+from fusewright.train.recipe.keys.preferences.trl import TrlKeys
+from fusewright.train.recipe.keys.preferences.vllm import VllmKeys
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import GROUPS, Recipe
 from fusewright.train.recipe.reference_docs import page
@@ -26,7 +28,7 @@ from fusewright.train.recipe.reference_docs import page
 ROOT = Path(__file__).resolve().parents[3]
 MODELS: list[type[Keys]] = [
     Recipe, Dataset, PretrainingDataset, PromptFormat, SpecialTokens, PeftKeys, FsdpKeys,
-    LrGroupKeys, DynamicCheckpointKeys,
+    LrGroupKeys, DynamicCheckpointKeys, TrlKeys, VllmKeys,
 ]  # fmt: skip
 STATUSES = ("honoured", "subsumed", "not applicable", "not yet available")
 

@@ -63,7 +63,7 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("nonexpert_quantization", "none", "not applicable"),
         ("nonexpert_quantization", "nf4", "not yet available"),
         ("qat", {"weight_dtype": "int4"}, "not yet available"),
-        ("trl", {"num_generations": 4}, "not applicable"),
+        ("ebft", {"stride": 4}, "not applicable"),
         ("optimizer", "sinkgd", "not yet available"),
         ("nf4_backend", "torchao", "not yet available"),
         ("balance_labels", True, "not yet available"),
@@ -85,6 +85,15 @@ def test_one_of_four(key: str, value: Any, expected: str) -> None:
     assert found == expected
     if expected != "honoured":
         assert note
+
+
+def test_keys_of_trl_have_one_each() -> None:
+    trl = {"num_generations": 4, "use_liger_loss": True, "async_prefetch": True}
+    found = status(trl=trl)
+    assert found["trl.num_generations"][0] == "not applicable"
+    assert found["trl.use_liger_loss"][0] == "subsumed"
+    assert found["trl.async_prefetch"][0] == "not yet available"
+    assert status(trl={"async_prefetch": False})["trl.async_prefetch"][0] == "honoured"
 
 
 def test_keys_inside_others_have_one_too() -> None:

@@ -98,13 +98,28 @@ class ChatEncoder:
             for chat, text, places, encoding in zip(chats, texts, turns, encodings, strict=True)
         ]
 
+    def question(self, chat: Chat) -> list[int]:
+        """The tokens of a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        name = "tool_use" if chat.tools and "tool_use" in self.templates else "default"
+        self.features[name].require(chat)
+        text = self.templates[name].render(chat.messages, chat.tools, True, chat.where)
+        ids: list[int] = tokenize(self.tokenizer, [text])[0].ids
+        return ids
+
+    def has_special(self, chat: Chat) -> bool:
+        """Whether others than the assistant write special tokens."""
+        if self.special is None:
+            return False
+        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
+        return any(isinstance(text, str) and self.special.search(text) for text in others)
+
     def _flagged(self, chat: Chat, tokens: Tokens) -> Tokens:
         """The tokens, with a note if others than the assistant write special ones."""
-        if self.special is None:
-            return tokens
-        others = (m.get("content") for m in chat.messages if m["role"] != "assistant")
-        found = any(isinstance(text, str) and self.special.search(text) for text in others)
-        return replace(tokens, specials=True) if found else tokens
+        return replace(tokens, specials=True) if self.has_special(chat) else tokens
 
     def _rendered(self, chats: list[Chat]) -> tuple[list[str], list[list[Placed]]]:
         """The texts and turns of conversations with the same tools."""

@@ -78,14 +78,26 @@ class Conversation:
 
     def chat(self, turns: list[Any], row: Mapping[str, Any], where: str) -> Chat:
         """Make a conversation of a row's messages."""
-        pair = self._pair(turns[0])
-        messages = [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
+        messages = self.messages(turns, where)
         train: list[bool | list[Detail] | None] = [None] * len(messages)
         if any(self._flags):
             train = [self._training(t, i, where) for i, t in enumerate(turns, start=1)]
         self._system(messages, train, row, where)
         flagged = any(flag is not None for flag in train)
         return Chat(where, messages, self._tools(row, where), train if flagged else None)
+
+    def messages(self, turns: list[Any], where: str) -> list[dict[str, Any]]:
+        """Messages with the names that templates have for roles and fields.
+
+        Args:
+            turns: at least one message, as rows have them.
+            where: file and line, for the error.
+
+        Raises:
+            DataError: one of them is not right.
+        """
+        pair = self._pair(turns[0])
+        return [self._message(t, i, where, pair) for i, t in enumerate(turns, start=1)]
 
     def _field(self, row: Mapping[str, Any]) -> str:
         field: str = self.dataset.field_messages or "messages"

@@ -118,9 +118,9 @@ class Prompt:
         system = may_text(row, self.fields.system, where) if self.fields.system else ""
         if not system:
             system = self.defaults[0] if given else self.defaults[1]
-        head = _filled(self.style.system, {"system": system}) if system else ""
+        head = filled(self.style.system, {"system": system}) if system else ""
         form = self.style.turn if given else self.style.bare
-        prompt = head + _filled(form, {"instruction": instruction, "input": given})
+        prompt = head + filled(form, {"instruction": instruction, "input": given})
         return Segments(where, ((prompt, False), (self.answer + output, True)), bos=True, eos=True)
 
 
@@ -179,7 +179,7 @@ def named(name: str, dataset: Dataset) -> Prompt:
     fields = replace(prompt.fields, **{k: v for k, v in own.items() if v})
     style = prompt.style
     if form := dataset.input_format:
-        _require_fillable("input_format", form, _PROMPT)
+        require_fillable("input_format", form, _PROMPT)
         style = replace(style, turn=form, bare=form)
     return replace(prompt, fields=fields, style=style)
 
@@ -193,9 +193,9 @@ def spelled_out(form: PromptFormat) -> Prompt:
     turn = form.format if form.format is not None else "{instruction} {input}"
     bare = form.no_input_format if form.no_input_format is not None else turn
     style = Style(form.system_format or "{system}", turn, bare)
-    _require_fillable("type.system_format", style.system, ("system",))
-    _require_fillable("type.format", turn, _PROMPT)
-    _require_fillable("type.no_input_format", bare, _PROMPT)
+    require_fillable("type.system_format", style.system, ("system",))
+    require_fillable("type.format", turn, _PROMPT)
+    require_fillable("type.no_input_format", bare, _PROMPT)
     fields = Fields(
         form.field_instruction or "instruction",
         form.field_input or "input",
@@ -205,14 +205,14 @@ def spelled_out(form: PromptFormat) -> Prompt:
     return Prompt(fields, style, (form.system_prompt or "",) * 2)
 
 
-def _require_fillable(key: str, text: str, known: Sequence[str]) -> None:
+def require_fillable(key: str, text: str, known: Sequence[str]) -> None:
     """See that a format asks only for the fields that there are.
 
     Raises:
         RecipeError: it does not, or its braces do not match.
     """
     try:
-        _filled(text, dict.fromkeys(known, ""))
+        filled(text, dict.fromkeys(known, ""))
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         shown = " and ".join(f"{{{k}}}" for k in known)
         raise RecipeError(
@@ -221,5 +221,6 @@ def _require_fillable(key: str, text: str, known: Sequence[str]) -> None:
         ) from None
 
 
-def _filled(form: str, values: Mapping[str, str]) -> str:
+def filled(form: str, values: Mapping[str, str]) -> str:
+    """A format with values for what it asks for in braces."""
     return form.format(**values)

@@ -15,8 +15,10 @@ from ..chat.encoder import ChatEncoder
 from ..chat.lost_features import THOUGHTS
 from ..chat.mask import Rules
 from ..chat.template import Chat
+from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
+from .ends import require_ends
 from .fields import fields_of, kind, need, need_text
 from .instruction import PROMPTS, named, spelled_out
 from .segments import SegmentEncoder, Segments
@@ -161,21 +163,13 @@ class Encoder:
         everything = recipe.train_on_inputs
         if dataset.train_on_inputs is not None:
             everything = dataset.train_on_inputs
-        source = find_template(
-            dataset.chat_template or recipe.chat_template,
-            dataset.chat_template_jinja
-            or (None if dataset.chat_template else recipe.chat_template_jinja),
-            tokenizer,
-        )
+        source = template_of(dataset, recipe, tokenizer)
         self.format = format_of(dataset, recipe, source, len(tokenizer))
         self.chats: ChatEncoder | None = None
         day = day or today()
         if isinstance(self.format, Conversation | PromptCompletion) and source is not None:
-            self.chats = ChatEncoder(
-                tokenizer, source, _rules(dataset, recipe, everything),
-                recipe.chat_template_kwargs or {}, day,
-                dataset.template_thinking_key or THOUGHTS[0],
-            )  # fmt: skip
+            rules = _rules(dataset, recipe, everything)
+            self.chats = chat_encoder(dataset, recipe, tokenizer, source, rules, day)
         elif isinstance(self.format, Conversation):
             ChatEncoder(tokenizer, None)  # says that there is no template
         self.segments = SegmentEncoder(tokenizer, everything, longest or recipe.sequence_len)
@@ -188,13 +182,9 @@ class Encoder:
             "eot_tokens": recipe.eot_tokens,
             "everything": everything,
             "prepared": recipe.skip_prepare_dataset,
-            "day": day if self._asks_for_day() else None,
+            "day": day if writes_day(self.chats) else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""
-
-    def _asks_for_day(self) -> bool:
-        templates = self.chats.templates.values() if self.chats else ()
-        return any(asks_for_day(template.source) for template in templates)
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
         """Read, render, tokenize and mask rows.
@@ -221,36 +211,40 @@ class Encoder:
                 samples += self.segments.encode([one])
         return samples
 
-    def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
-        """See that the model learns to stop.
-
-        Args:
-            path: the dataset, for messages.
-            ends: tokens that end a trained turn.
-            trained: those of them, and of ``watched``, that are trained.
+    def part(self, rows: Sequence[Row], limits: Limits) -> Part:
+        """Encode rows, and keep what can be trained on.
 
         Raises:
-            DataError: one is never trained; the message names it.
+            DataError: a row is not right; the message has its file and line.
         """
-        rules = self.chats.rules if self.chats else Rules()
-        if rules.everything:
-            return
-        eos = self.tokenizer.eos_token_id
-        wanted = set(self.watched) | ends
-        if self.chats and not wanted and eos is not None:
-            wanted = {eos}
-        policies = {t: rules.eos if t == eos else rules.eot for t in wanted}
-        for token in sorted(wanted - trained):
-            if policies[token] == "none":
-                continue
-            text = self.tokenizer.convert_ids_to_tokens(token)
-            where = "that follows answers" if token in ends else "that should end answers"
-            raise DataError(
-                f"{path}: no row trains {text!r}, the token {where}, so the model would never "
-                "learn to stop: let the chat template write it right after the answer (and in its "
-                "generation marks, if it has any), name the token that ends turns in eot_tokens, "
-                "or set train_on_eos: none for this dataset"
-            )
+        return keep(self.encode(rows), limits)
+
+    def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
+        """See that the model learns to stop, as ``require_ends`` does."""
+        require_ends(path, self.tokenizer, self.chats, ends, trained)
+
+
+def template_of(dataset: Dataset, recipe: Recipe, tokenizer: Any) -> Any:
+    """The chat template of a dataset: its own, the recipe's, or the tokenizer's; None: none."""
+    jinja = None if dataset.chat_template else recipe.chat_template_jinja
+    name = dataset.chat_template or recipe.chat_template
+    return find_template(name, dataset.chat_template_jinja or jinja, tokenizer)
+
+
+def chat_encoder(
+    dataset: Dataset, recipe: Recipe, tokenizer: Any, source: Any, rules: Rules, day: str
+) -> ChatEncoder:
+    """What renders, tokenizes and masks the conversations of a dataset."""
+    return ChatEncoder(
+        tokenizer, source, rules, recipe.chat_template_kwargs or {}, day,
+        dataset.template_thinking_key or THOUGHTS[0],
+    )  # fmt: skip
+
+
+def writes_day(chats: ChatEncoder | None) -> bool:
+    """Whether a template writes the date."""
+    templates = chats.templates.values() if chats else ()
+    return any(asks_for_day(template.source) for template in templates)
 
 
 def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> Format:

@@ -24,6 +24,7 @@ class Duplicates:
             begin = end - length
             key = hashlib.blake2b(part.ids[begin:end].tobytes(), digest_size=16)
             key.update(part.labels[begin:end].tobytes())
+            key.update(part.extra[i].encode() if part.extra else b"")
             new[i] = key.digest() not in self._seen
             self._seen.add(key.digest())
         counts = part.counts.copy()
@@ -34,5 +35,6 @@ class Duplicates:
             ids=part.ids[tokens],
             labels=part.labels[tokens],
             lengths=part.lengths[new],
+            extra=[text for text, kept in zip(part.extra, new, strict=False) if kept],
             counts=counts,
         )

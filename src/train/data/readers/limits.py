@@ -44,6 +44,7 @@ class Part:
             ``nothing_to_train``, ``special_tokens_in_text``.
         ends: tokens that end a trained turn of these rows.
         trained: tokens of these, and of those that are watched, that are trained at least once.
+        extra: what each sample keeps besides its tokens; empty: none keeps anything.
     """
 
     ids: Array
@@ -52,18 +53,34 @@ class Part:
     counts: Counter[str] = field(default_factory=Counter)
     ends: set[int] = field(default_factory=set)
     trained: set[int] = field(default_factory=set)
+    extra: list[str] = field(default_factory=list)
 
 
 def warnings(counts: Mapping[str, int]) -> list[str]:
     """What to say of rows that are trained, though something is odd about them."""
-    number = counts.get("special_tokens_in_text", 0)
-    if not number:
-        return []
-    rows = "1 row has" if number == 1 else f"{number:,} rows have"
-    return [
-        f"warning: {rows} special tokens in user, tool or prompt text, where they can end or begin "
-        "a turn; preprocess --debug shows them"
+    said = [
+        f"warning: {rows_have(counts[key])} {words}"
+        for key, words in _ODD.items()
+        if counts.get(key)
     ]
+    good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
+    if bool(good) != bool(bad):
+        kind = "desirable" if good else "undesirable"
+        said.append(f"warning: all {good + bad:,} answers are {kind}: KTO compares both kinds")
+    return said
+
+
+_ODD = {
+    "special_tokens_in_text": "special tokens in user, tool or prompt text, where they can end or "
+    "begin a turn; preprocess --debug shows them",
+    "equal_answers": "the same text as chosen and as rejected answer, from which nothing is learnt",
+    "empty": "an empty prompt or answer, and are left out",
+}
+
+
+def rows_have(number: int) -> str:
+    """So many rows, as the subject of a sentence."""
+    return "1 row has" if number == 1 else f"{number:,} rows have"
 
 
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:

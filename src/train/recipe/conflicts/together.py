@@ -10,6 +10,7 @@ from ...chat_templates import unknown_template
 from ..distributed.conflicts import distributed_conflicts
 from ..keys.dataset import TYPES
 from ..problems import Loc
+from .preferences import method_in, preference_conflicts
 
 Values = Mapping[str, Any]
 Problem = tuple[Loc, str]
@@ -160,12 +161,12 @@ def _rows(values: Values) -> Iterator[Problem]:
         yield ("dataset_shard_idx",), f"must be less than dataset_shard_num, which is {parts}"
     if part and parts is None:
         yield ("dataset_shard_idx",), "needs dataset_shard_num"
-    names = () if values.get("rl") else ("datasets", "test_datasets", "pretraining_dataset")
-    for name in names:  # preferences have types of their own
+    supervised = not values.get("rl") and method_in(values) is None
+    for name in ("datasets", "test_datasets", "pretraining_dataset"):
         listed = values.get(name)
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
             if isinstance(dataset, Mapping):
-                yield from _dataset(dataset, (name, i))
+                yield from _dataset(dataset, (name, i), supervised)
 
 
 def _weights(values: Values) -> Iterator[Loc]:
@@ -177,9 +178,9 @@ def _weights(values: Values) -> Iterator[Loc]:
                 yield (name, i, "weight")
 
 
-def _dataset(values: Values, loc: Loc) -> Iterator[Problem]:
+def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     yield from _template(values, loc)
-    kind = values.get("type")
+    kind = values.get("type") if supervised else None  # preferences have types of their own
     if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
         hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
         yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
@@ -263,5 +264,5 @@ def _either(values: Values, key: str, other: str) -> Iterator[Problem]:
 
 
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
-    _model, _adapter, _lisa, _rows, _steps, _output, distributed_conflicts,
+    _model, _adapter, _lisa, _rows, _steps, _output, preference_conflicts, distributed_conflicts,
 )  # fmt: skip

@@ -81,9 +81,12 @@ def subsumed(by: str, default: Any = None, *, values: Reasons | None = None) -> 
     return Field(default, json_schema_extra=_extra("subsumed", by, values))
 
 
-def not_applicable(why: str, default: Any = None, *, aliases: Sequence[str] = ()) -> Any:
+def not_applicable(
+    why: str, default: Any = None, *, aliases: Sequence[str] = (), **limits: Any
+) -> Any:
     """A key that cannot change the run here; ``why`` says the reason."""
-    return Field(default, json_schema_extra=_extra("not applicable", why, aliases=aliases))
+    extra = _extra("not applicable", why, aliases=aliases)
+    return Field(default, json_schema_extra=extra, **limits)
 
 
 def not_yet(

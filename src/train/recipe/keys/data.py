@@ -96,7 +96,8 @@ class DataKeys(Keys):
     """Shortest row, in tokens; shorter ones are left out. Unset: 2."""
 
     max_prompt_len: Int | None = not_applicable("only a preference method (key rl) reads it")
-    """Longest prompt of preference tuning, in tokens. Unset: 512."""
+    """Longest prompt of a preference, in tokens; with ``excess_length_strategy: truncate``, longer
+    ones lose their beginning. Unset: ``sequence_len``."""
 
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What happens to a row of more than ``sequence_len`` tokens."""

@@ -60,19 +60,20 @@ class PromptFormat(Keys):
     """The field with a judged answer. Unset: ``completion``."""
 
     field_label: str | bool | None = not_applicable(_PREFERENCES)
-    """The field with its judgement. Unset: ``label``."""
+    """The field with its label: true for a desirable answer. Unset: ``label``."""
 
     prompt_format: str | None = not_applicable(_PREFERENCES)
-    """The form of a prompt. Unset: as it is."""
+    """The form of a prompt; ``{prompt}`` and ``{system}`` stand for the fields. Unset: the prompt
+    as it is."""
 
     chosen_format: str | None = not_applicable(_PREFERENCES)
-    """The form of the better answer. Unset: as it is."""
+    """The form of the better answer, with ``{chosen}`` in it. Unset: as it is."""
 
     rejected_format: str | None = not_applicable(_PREFERENCES)
-    """The form of the worse answer. Unset: as it is."""
+    """The form of the worse answer, with ``{rejected}`` in it. Unset: as it is."""
 
     completion_format: str | None = not_applicable(_PREFERENCES)
-    """The form of a judged answer. Unset: as it is."""
+    """The form of a judged answer, with ``{completion}`` in it. Unset: as it is."""
 
     format: str | None = None
     """The prompt; ``{instruction}`` and ``{input}`` stand for the fields. Unset: these two as they
@@ -148,10 +149,10 @@ class Dataset(Keys):
     """The field of a message that holds the reasoning before the answer."""
 
     field_chosen: str | None = not_applicable(_PREFERENCES)
-    """The field of a row that holds the better answer. Unset: ``chosen``."""
+    """The field of a row that holds the better answer. Unset: the type's own, ``chosen``."""
 
     field_rejected: str | None = not_applicable(_PREFERENCES)
-    """The field of a row that holds the worse answer. Unset: ``rejected``."""
+    """The field of a row that holds the worse answer. Unset: the type's own, ``rejected``."""
 
     template_thinking_key: str | None = None
     """The name that the template has for the reasoning. Unset: ``field_thinking``."""

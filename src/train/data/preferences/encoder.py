@@ -1,0 +1,280 @@
+"""From rows of preferences to tokens: what reads each type, and what the parts of a row become.
+
+Conversations are rendered and tokenized as those of supervised training are, whole and once for
+each answer: what comes before the answer is the prompt, and the answer ends with the token that
+ends its turn. Texts are tokenized part by part, and end with the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ....errors import DataError, RecipeError
+from ...recipe.keys.preferences.names import ROW_TYPES, is_own_type, plain_type
+from ...recipe.preferences import RowKind, preference_settings
+from ...recipe.recipe import Dataset, PromptFormat, Recipe
+from ..chat.date import today
+from ..chat.encoder import ChatEncoder, tokenize
+from ..chat.mask import Rules
+from ..chat.template import Chat, Messages
+from ..formats.conversation import Conversation
+from ..formats.ends import require_ends
+from ..formats.registry import Row, chat_encoder, template_of, writes_day
+from ..formats.segments import SegmentEncoder
+from ..readers.limits import Limits, Part
+from ..sample import IGNORED, Tokens
+from .limits import TokenizedAnswer, TokenizedRow, keep_answers
+from .messages import MessageReader
+from .own_type import OwnTypeReader
+from .prompts import PromptReader
+from .rows import JudgedSteps, Preference, PreferenceReader
+from .steps import StepReader
+from .texts import FORMS, FormReader, SpelledOutReader
+
+
+class PreferenceEncoder:
+    """Turns the rows of one dataset of preferences into tokens.
+
+    Args:
+        dataset: how its rows are read.
+        recipe: what holds for all datasets, with a preference method or a reward model.
+        tokenizer: a fast tokenizer; it can be pickled together with this.
+        day: the date that a chat template writes where it asks for it; None: today's.
+
+    Raises:
+        RecipeError: there is no such type or template, or the tokenizer lacks what it needs.
+    """
+
+    def __init__(
+        self, dataset: Dataset, recipe: Recipe, tokenizer: Any, day: str | None = None
+    ) -> None:
+        settings = preference_settings(recipe)
+        assert settings is not None  # the recipe of a preference method
+        day = day or today()
+        source = template_of(dataset, recipe, tokenizer)
+        text = source if isinstance(source, str) else str(source or "")
+        conversation = Conversation(dataset, text, recipe.default_system_message)
+        self.reader = reader_of(dataset, recipe, settings.rows, conversation, settings.num_labels)
+        self.tokenizer = tokenizer
+        self.chats: ChatEncoder | None = None
+        texts_only = isinstance(self.reader, FormReader | SpelledOutReader | StepReader)
+        if source is not None and not texts_only:
+            self.chats = chat_encoder(
+                dataset, recipe, tokenizer, source, _rules(dataset, recipe), day
+            )
+        self.segments = SegmentEncoder(tokenizer, False, recipe.sequence_len)
+        self.watched = frozenset(self.chats.masker.eot if self.chats else ())
+        self.answered = settings.rows in ("pairs", "labelled")
+        self.longest_prompt, self.longest_answer = recipe.max_prompt_len, None
+        if settings.rows == "steps":
+            self.longest_answer = dataset.max_completion_length
+        own = self.reader.digest() if isinstance(self.reader, OwnTypeReader) else None
+        self.settings = {
+            "rows": settings.rows,
+            "classes": settings.num_labels,
+            "longest_prompt": self.longest_prompt,
+            "template": source,
+            "variables": recipe.chat_template_kwargs,
+            "system": recipe.default_system_message,
+            "eot_tokens": recipe.eot_tokens,
+            "function": own,
+            "day": day if writes_day(self.chats) else None,
+        }
+        """What the tokens depend on besides the dataset's own keys and the tokenizer."""
+
+    def part(self, rows: Sequence[Row], limits: Limits) -> Part:
+        """Encode rows, and keep what can be trained on.
+
+        Raises:
+            DataError: a row is not right; the message has its file and line.
+        """
+        return keep_answers(self.encode(rows), limits, self.longest_prompt, self.longest_answer)
+
+    def check_ends(self, path: str, ends: set[int], trained: set[int]) -> None:
+        """See that answers end with the token that ends them, as ``require_ends`` does."""
+        if self.answered:
+            require_ends(path, self.tokenizer, self.chats, ends, trained)
+
+    def encode(self, rows: Sequence[Row]) -> list[TokenizedRow]:
+        """Read and tokenize rows.
+
+        Raises:
+            DataError: a row is not right; the message has its file and line.
+        """
+        read = [self.reader.read(row, where) for where, row in rows]
+        chats = [c for r in read for c in _chats(r)]
+        encoded = iter(self._required_chats(chats).encode(chats) if chats else ())
+        pieces = iter(e.ids for e in tokenize(self.tokenizer, [t for r in read for t in _texts(r)]))
+        return [self._row(row, encoded, pieces) for row in read]
+
+    def _row(
+        self,
+        row: Preference | JudgedSteps,
+        encoded: Iterator[Tokens],
+        pieces: Iterator[list[int]],
+    ) -> TokenizedRow:
+        """The tokens of a row, which takes its own from what has been tokenized."""
+        if isinstance(row, JudgedSteps):
+            return self._steps(row, pieces)
+        if row.empty:
+            return TokenizedRow(row.where, [], empty=True)
+        if isinstance(row.prompt, str):
+            return self._text(row, pieces)
+        if not row.answers:
+            chat = Chat(row.where, row.prompt, row.tools)
+            chats = self._required_chats([chat])
+            return TokenizedRow(
+                row.where, chats.question(chat), specials=chats.has_special(chat),
+                extra=_kept(row),
+            )  # fmt: skip
+        return _joined(row, [next(encoded) for _ in row.answers])
+
+    def _required_chats(self, chats: Sequence[Chat]) -> ChatEncoder:
+        if self.chats is None:
+            raise RecipeError(
+                f"{chats[0].where} has messages, and the tokenizer of base_model has no chat "
+                "template; name one with chat_template, for example chat_template: chatml"
+            )
+        return self.chats
+
+    def _text(self, row: Preference, pieces: Iterator[list[int]]) -> TokenizedRow:
+        assert isinstance(row.prompt, str)
+        prompt = [*self.segments.bos, *next(pieces)]
+        special = self.segments.special
+        marked = special is not None and special.search(row.prompt) is not None
+        answers = []
+        for answer in row.answers:
+            ids = list(next(pieces))
+            if not ids or ids[-1] != self._eos():
+                ids.append(self._eos())
+            answers.append(TokenizedAnswer(ids, answer.good))
+        return TokenizedRow(
+            row.where, prompt, tuple(answers),
+            ends=frozenset({self._eos()} if answers else ()), equal=row.equal,
+            # the forms of chats have special tokens of their own
+            specials=marked and not isinstance(self.reader, FormReader | SpelledOutReader),
+            extra="" if answers else _kept(row),
+        )  # fmt: skip
+
+    def _eos(self) -> int:
+        if self.segments.eos is None:
+            raise RecipeError(
+                "the tokenizer of base_model has no end-of-text token; name one with "
+                "special_tokens: {eos_token: ...}"
+            )
+        end: int = self.segments.eos
+        return end
+
+    def _steps(self, row: JudgedSteps, pieces: Iterator[list[int]]) -> TokenizedRow:
+        prompt = [*self.segments.bos, *next(pieces)]
+        ids: list[int] = []
+        labels: list[int] = []
+        for label in row.labels:
+            step = next(pieces)
+            ids += step
+            labels += [IGNORED] * len(step)
+            if step and label is not None:
+                labels[-1] = label
+        empty = not row.prompt.strip() or any(not step.strip() for step in row.steps)
+        answer = TokenizedAnswer(ids, True)
+        return TokenizedRow(row.where, prompt, (answer,), labels=tuple(labels), empty=empty)
+
+
+def reader_of(
+    dataset: Dataset, recipe: Recipe, rows: RowKind, conversation: Conversation, classes: int = 2
+) -> PreferenceReader:
+    """What reads the rows of a dataset.
+
+    Args:
+        dataset: how they are read.
+        recipe: what holds for all datasets.
+        rows: what they are.
+        conversation: reads messages.
+        classes: the labels of judged steps.
+
+    Raises:
+        RecipeError: there is no such type.
+    """
+    labelled = rows == "labelled"
+    if isinstance(dataset.type, PromptFormat):
+        return SpelledOutReader(dataset.type, labelled)
+    name = plain_type(dataset.type)
+    if is_own_type(dataset.type, rows):
+        plain = dataset.model_copy(update={"type": "chat_template"})
+        inner = reader_of(plain, recipe, rows, conversation, classes)
+        return OwnTypeReader(dataset.type, inner, recipe)
+    if rows == "steps" and name in ("chat_template", "stepwise_supervised"):
+        return StepReader(dataset, classes)
+    if name not in ROW_TYPES[rows]:
+        known = ", ".join(ROW_TYPES[rows])
+        raise RecipeError(f"datasets: type: {dataset.type!r} is not one of {known}")
+    if rows == "prompts":
+        return PromptReader(dataset, conversation)
+    family, _, variant = name.removeprefix("bradley_terry.").partition(".")
+    if family in FORMS:
+        return FormReader(FORMS[family], variant, dataset, conversation, labelled)
+    if name == "bradley_terry.chat_template":
+        prompts = ("input", "prompt", "question", "instruction")
+        return MessageReader(dataset, conversation, prompts=prompts)
+    return MessageReader(dataset, conversation, labelled, whole=variant.startswith("argilla"))
+
+
+def _rules(dataset: Dataset, recipe: Recipe) -> Rules:
+    eos, eot = dataset.train_on_eos, dataset.train_on_eot or dataset.train_on_eos
+    return Rules(
+        eos="none" if eos == "none" else "turn",
+        eot="none" if eot == "none" else "turn",
+        eot_tokens=tuple(dataset.eot_tokens or recipe.eot_tokens or ()),
+    )
+
+
+def _chats(row: Preference | JudgedSteps) -> Iterator[Chat]:
+    """The conversations of a row: one for each answer."""
+    if isinstance(row, JudgedSteps) or row.empty or isinstance(row.prompt, str):
+        return
+    for answer in row.answers:
+        content: Messages = [m for m in answer.content if isinstance(m, dict)]
+        train = [False] * len(row.prompt) + [True] * len(content)
+        yield Chat(row.where, [*row.prompt, *content], row.tools, train)
+
+
+def _texts(row: Preference | JudgedSteps) -> Iterator[str]:
+    """The texts of a row: its prompt, and each answer or step."""
+    if isinstance(row, JudgedSteps):
+        yield from (row.prompt, *row.steps)
+    elif isinstance(row.prompt, str) and not row.empty:
+        yield row.prompt
+        yield from (a.content for a in row.answers if isinstance(a.content, str))
+
+
+def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
+    """A row whose conversations have been tokenized, one for each answer.
+
+    The prompt is what they have in common before the answers: templates may write an earlier turn
+    differently, depending on what comes later.
+    """
+    if any(not tokens.spans for tokens in encoded):
+        raise DataError(
+            f"{row.where}: the chat template leaves the answer out: compare what it writes with "
+            "preprocess --debug, or name another with chat_template"
+        )
+    count = min(tokens.spans[0][0] for tokens in encoded)
+    for tokens in encoded[1:]:
+        pairs = enumerate(zip(encoded[0].ids[:count], tokens.ids, strict=False))
+        count = next((i for i, (a, b) in pairs if a != b), count)
+    answers = (
+        TokenizedAnswer(tokens.ids[count : tokens.spans[-1][1]], answer.good)
+        for tokens, answer in zip(encoded, row.answers, strict=True)
+    )
+    return TokenizedRow(
+        row.where, encoded[0].ids[:count], tuple(answers),
+        ends=frozenset().union(*(tokens.ends for tokens in encoded)), equal=row.equal,
+        specials=any(tokens.specials for tokens in encoded),
+    )  # fmt: skip
+
+
+def _kept(row: Preference) -> str:
+    """What is kept of a prompt besides its tokens, as JSON."""
+    return json.dumps({"prompt": row.prompt, "columns": dict(row.columns)})

@@ -1,0 +1,125 @@
+"""The keys of a recipe that trains on preferences or rewards, or a model of rewards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..base import Float, Int, Keys, PositiveFloat, not_applicable, not_yet, subsumed
+from .trl import ONLY, TrlKeys
+from .vllm import VllmKeys
+
+_SFT = "only supervised training so far; use TRL's trainer on an optimized model"
+_EBFT = "it samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function"
+_DPO = "only rl: dpo reads it"
+_KTO = "only rl: kto reads it"
+_REWARDS = "only a reward model (reward_model, process_reward_model) reads it"
+_GONE = "TRL no longer has it"
+
+_Fraction = Annotated[Float, Field(ge=0, le=1)]
+_NotNegative = Annotated[Float, Field(ge=0)]
+DpoLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""The losses that TRL's trainer of DPO has."""
+
+
+class PreferenceKeys(Keys):
+    """Preferences and rewards."""
+
+    rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = (
+        not_yet(_SFT, values={"ebft": ("not yet available", _EBFT)})
+    )
+    """The preference or reinforcement learning method. Unset: supervised training.
+
+    The rows of ``datasets`` have types of their own: ``chat_template`` (and ``.argilla``,
+    ``.argilla_chat``), which also reads TRL's plain fields; ``chatml`` and ``llama3``, and their
+    variants (``.intel``, ``.icr``, ``.argilla``, ``.argilla_chat``, ``.prompt_pairs``, ``.ultra``);
+    the format spelled out as keys; ``bradley_terry.chat_template`` and ``bradley_terry.llama3.icr``
+    for reward models; ``stepwise_supervised`` for process reward models; or a Python function,
+    ``module.function``, which changes rows and runs only with ``--allow-code``."""
+
+    rl_beta: _NotNegative | None = not_applicable(ONLY, aliases=["dpo_beta", "beta"])
+    """Strength of the penalty for moving away from the reference model. Unset: the method's
+    default."""
+
+    reward_model: bool | None = not_yet(_SFT)
+    """Train a reward model. Unset: no."""
+
+    process_reward_model: bool | None = not_yet(_SFT)
+    """Train a reward model that scores each reasoning step. Unset: no."""
+
+    num_labels: Int | None = not_applicable(_REWARDS, gt=0)
+    """Number of outputs of a reward model. Unset: 1 for ``reward_model``, 2 for
+    ``process_reward_model``."""
+
+    center_rewards_coefficient: _NotNegative | None = not_applicable("only reward_model reads it")
+    """Coefficient of the loss term that keeps the mean reward close to 0. Unset: 0."""
+
+    # --- DPO and IPO -----------------------------------------------------------------------------
+
+    dpo_loss_type: list[DpoLoss] | DpoLoss | None = not_applicable(_DPO)
+    """The loss, or losses, of DPO. Unset: ``sigmoid``."""
+
+    dpo_loss_weights: list[Float] | None = not_applicable(_DPO, min_length=1)
+    """Weights of several DPO losses. Unset: 1 each."""
+
+    dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = not_applicable(_DPO)
+    """Probability that the two answers of a pair are swapped. Unset: 0."""
+
+    dpo_use_weighting: bool | None = not_applicable(_DPO)
+    """Weight each pair by its probability under the model. Unset: no."""
+
+    dpo_ld_alpha: _Fraction | None = not_applicable(_DPO)
+    """Weight of the tokens that an answer has beyond the length of the shorter one (LD-DPO). Unset:
+    1."""
+
+    dpo_padding_free: bool | None = not_applicable(_DPO)
+    """Concatenate the sequences of a batch instead of padding them. Unset: no."""
+
+    precompute_ref_log_probs: bool | None = not_applicable("only rl: dpo, ipo and kto read it")
+    """Compute the log probabilities of the reference model before training. Unset: no."""
+
+    dpo_use_liger_kernel: bool | None = subsumed("the compiler's own loss, which makes no logits")
+    """Use Liger's kernel for the DPO loss. Unset: no."""
+
+    dpo_use_logits_to_keep: bool | None = subsumed("the compiler's own loss, which makes no logits")
+    """Compute logits for the answers only. Unset: no."""
+
+    dpo_norm_loss: bool | None = not_yet(f"{_GONE}: use dpo_loss_type: sigmoid_norm")
+    """Normalize the loss by the length of the answer. Unset: no."""
+
+    dpo_generate_during_eval: bool | None = not_yet(f"{_GONE}: set sample_prompt")
+    """Generate answers during validation. Unset: no."""
+
+    rpo_alpha: Float | None = not_yet(
+        f"{_GONE}: use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights: [1.0, ALPHA]"
+    )
+    """Weight of the log-likelihood term of RPO. Unset: none."""
+
+    # --- the other methods -----------------------------------------------------------------------
+
+    orpo_alpha: PositiveFloat | None = not_applicable("only rl: orpo reads it")
+    """Weight of the odds-ratio term of ORPO. Unset: 0.1."""
+
+    cpo_alpha: _NotNegative | None = not_applicable("only rl: cpo and simpo read it")
+    """Weight of the log-likelihood term of CPO. Unset: 1."""
+
+    simpo_gamma: _NotNegative | None = not_applicable("only rl: simpo reads it")
+    """Target reward margin of SimPO. Unset: 0.5."""
+
+    kto_desirable_weight: PositiveFloat | None = not_applicable(_KTO)
+    """Weight of desirable answers in KTO. Unset: 1."""
+
+    kto_undesirable_weight: PositiveFloat | None = not_applicable(_KTO)
+    """Weight of undesirable answers in KTO. Unset: 1."""
+
+    # --- groups ----------------------------------------------------------------------------------
+
+    trl: TrlKeys | None = not_applicable(ONLY)
+    """Settings for TRL's trainers. Unset: none."""
+
+    vllm: VllmKeys | None = not_applicable(ONLY)
+    """Settings for vLLM, which generates completions for GRPO. Unset: none."""

@@ -1,0 +1,170 @@
+"""Rewards by name: exact match, a regular expression, a format, a length.
+
+Each is called as TRL calls the functions that judge completions: with the completions, and one list
+for every field of the rows; it returns one number per completion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ...errors import DataError, RecipeError
+from ..recipe.keys.preferences.names import reward_problem
+
+Generated = str | Sequence[dict[str, Any]]
+"""A completion: text, or messages where the prompt is messages."""
+
+
+class Reward(Protocol):
+    """A function that judges completions."""
+
+    @property
+    def __name__(self) -> str:
+        """What it is called in logs."""
+        ...
+
+    def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
+        """The reward of each completion; None: it is not judged."""
+        ...
+
+
+def text_of(completion: Generated) -> str:
+    """The text of a completion; of messages, that of the last one."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1].get("content") or "") if completion else ""
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """1 for a completion that is the right answer, 0 for any other.
+
+    Case and white space around count for nothing. Of a completion with ``<answer>`` marks, what is
+    between the last ones is compared; of a right answer with ``####``, as GSM8K has it, what comes
+    after that.
+
+    Args:
+        field: the field of a row that holds the right answer.
+    """
+
+    field: str = "answer"
+    __name__ = "exact_match"
+
+    def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
+        """1 or 0 for each completion; None for a row without an answer."""
+        if self.field not in columns:
+            raise DataError(
+                f"the reward exact_match needs the field {self.field!r} with the right answer, and "
+                "no row has it; name another field with exact_match:FIELD"
+            )
+        right = columns[self.field]
+        return [
+            None if r is None else float(_given(text_of(c)) == _plain(str(r).split("####")[-1]))
+            for c, r in zip(completions, right, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """1 for a completion in which a regular expression is found, 0 for any other.
+
+    Args:
+        pattern: the expression; a dot stands for line breaks, too.
+    """
+
+    pattern: str
+    __name__ = "regex"
+
+    def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
+        """1 or 0 for each completion."""
+        found = re.compile(self.pattern, re.DOTALL)
+        return [float(found.search(text_of(c)) is not None) for c in completions]
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """How far a completion consists of tagged parts, such as ``<think>...</think>``.
+
+    1 if it is exactly that, each part once, in order, and with something in it. Otherwise 0.5 times
+    the fraction of marks that are there once, so that there is something to learn from.
+
+    Args:
+        tags: the names of the parts, in order.
+    """
+
+    tags: tuple[str, ...] = ("think", "answer")
+    __name__ = "format"
+
+    def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
+        """From 0 to 1 for each completion."""
+        whole = re.compile(
+            r"\s*".join(rf"<{t}>(.*?)</{t}>" for t in map(re.escape, self.tags)), re.S
+        )
+        return [self._reward(text_of(c).strip(), whole) for c in completions]
+
+    def _reward(self, text: str, whole: re.Pattern[str]) -> float:
+        marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
+        once = sum(text.count(mark) == 1 for mark in marks)
+        found = whole.fullmatch(text)
+        if found and once == len(marks) and all(part.strip() for part in found.groups()):
+            return 1.0
+        return 0.5 * once / len(marks)
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """1 for a completion of the right length, less the further it is from that, down to 0.
+
+    Args:
+        most: tokens of the longest completion that is right.
+        least: tokens of the shortest one.
+    """
+
+    most: int
+    least: int = 0
+    __name__ = "length"
+
+    def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
+        """From 0 to 1 for each completion, by the number of its tokens (``completion_ids``)."""
+        if "completion_ids" not in columns:
+            raise DataError("the reward length needs the tokens of completions (completion_ids)")
+        return [self._reward(len(ids)) for ids in columns["completion_ids"]]
+
+    def _reward(self, count: int) -> float:
+        off = max(count - self.most, self.least - count, 0)
+        return max(0.0, 1.0 - off / self.most)
+
+
+def built_in(name: str) -> Reward:
+    """The reward of a name in a recipe, e.g. ``exact_match`` or ``length:200``.
+
+    Raises:
+        RecipeError: there is none, or what comes after the colon is not right.
+    """
+    if (problem := reward_problem(name)) is not None:
+        raise RecipeError(f"trl.reward_funcs: {problem}")
+    kind, _, argument = name.partition(":")
+    match kind:
+        case "exact_match":
+            return ExactMatch(argument.strip() or "answer")
+        case "regex":
+            return Matches(argument)
+        case "format":
+            tags = tuple(tag.strip() for tag in argument.split(",") if tag.strip())
+            return Tagged(tags) if tags else Tagged()
+        case "length":
+            least, _, most = argument.rpartition("-")
+            return TokenCount(int(most), int(least or 0))
+    raise RecipeError(f"trl.reward_funcs: {name!r} is a function, not a reward of that name")
+
+
+def _given(text: str) -> str:
+    marked = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return _plain(marked[-1] if marked else text)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

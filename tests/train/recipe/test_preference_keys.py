@@ -1,0 +1,374 @@
+"""Keys of preferences and rewards: which conflict, which nothing reads, what trainers get."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from fusewright.errors import RecipeError
+from fusewright.train.consent import Consent
+from fusewright.train.recipe.conflicts import conflicts, without_effect
+from fusewright.train.recipe.keys.preferences.preference import DpoLoss, PreferenceKeys
+from fusewright.train.recipe.keys.preferences.trl import TrlKeys
+from fusewright.train.recipe.keys.preferences.vllm import VllmKeys
+from fusewright.train.recipe.load import check, load_recipe
+from fusewright.train.recipe.preferences import ROWS, method_of, preference_settings, rows_of
+from fusewright.train.recipe.recipe import Recipe
+
+ROW: dict[str, Any] = {"datasets": [{"path": "a/b"}]}
+REWARDS: dict[str, Any] = {"trl": {"reward_funcs": ["format"]}}
+
+CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
+    "two methods": ({"rl": "dpo", "reward_model": True}, "reward_model: set this or rl, not both"),
+    "two models": (
+        {"reward_model": True, "process_reward_model": True},
+        "process_reward_model: set this or reward_model, not both: a run trains with one method",
+    ),
+    "a teacher, too": ({"rl": "dpo", "kd_trainer": True}, "kd_trainer: set this or rl, not both"),
+    "packs": (
+        {"rl": "kto", "sample_packing": True}, "sample_packing: rows of kto are not packed: leave",
+    ),
+    "packs to validate on": (
+        {"reward_model": True, "eval_sample_packing": True},
+        "eval_sample_packing: rows of reward_model are not packed",
+    ),
+    "a stream": (
+        {"rl": "dpo", "streaming": True, "max_steps": 2}, "streaming: rows of dpo are not streamed",
+    ),
+    "tokenized rows": (
+        {"rl": "dpo", "skip_prepare_dataset": True}, "skip_prepare_dataset: rows of dpo are alway",
+    ),
+    "losses of another method": (
+        {"rl": "ipo", "dpo_loss_type": ["hinge"]},
+        "dpo_loss_type: needs rl: dpo, and this recipe has rl: ipo",
+    ),
+    "weights without losses": (
+        {"rl": "dpo", "dpo_loss_weights": [1.0]}, "dpo_loss_weights: needs dpo_loss_type",
+    ),
+    "fewer weights than losses": (
+        {"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0]},
+        "dpo_loss_weights: has 1 weights, and dpo_loss_type has 2 losses",
+    ),
+    "a loss that there is not": (
+        {"rl": "dpo", "dpo_loss_type": "sigmoids"}, "did you mean sigmoid?",
+    ),
+    "padding": (
+        {"rl": "dpo", "dpo_padding_free": True, "precompute_ref_log_probs": True},
+        "dpo_padding_free: set this or precompute_ref_log_probs, not both",
+    ),
+    "two weights of ORPO": (
+        {"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.2}, "orpo_alpha: set this or rl_beta, not",
+    ),
+    "two betas": (
+        {"rl": "dpo", "rl_beta": 0.1, "trl": {"beta": 0.2}},
+        "trl.beta: is another value than rl_beta, which is 0.1",
+    ),
+    "no rewards": ({"rl": "grpo"}, "trl.reward_funcs: is missing: rl: grpo needs at least one"),
+    "one completion": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "num_generations": 1}},
+        "trl.num_generations: must be greater than 1, not 1",
+    ),
+    "completions that do not fit": (
+        {"rl": "grpo", **{"trl": {"reward_funcs": ["format"], "num_generations": 4,
+                                  "generation_batch_size": 6}}},
+        "trl.generation_batch_size: must be a multiple of num_generations, which is 4",
+    ),
+    "fewer weights than rewards": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "reward_weights": [1, 2]}},
+        "trl.reward_weights: has 2 weights, and reward_funcs has 1 rewards",
+    ),
+    "a reward that there is not": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["exact_mach"]}},
+        "trl.reward_funcs.0: 'exact_mach' is neither a reward (did you mean exact_match?) nor",
+    ),
+    "a pattern that is none": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["regex:("]}},
+        "trl.reward_funcs.0: '(' is not a regular expression: missing )",
+    ),
+    "no pattern": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["regex"]}}, "needs a pattern: write regex:PATTERN",
+    ),
+    "no length": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["length:9-3"]}}, "needs a number of tokens",
+    ),
+    "an empty name": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["format:think,"]}}, "has nothing after the colon",
+    ),
+    "a model for a reward": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["some/model"]}}, "a reward model cannot be named y",
+    ),
+    "a sum for GDPO": (
+        {"rl": "gdpo", "trl": {"reward_funcs": ["format"],
+                               "multi_objective_aggregation": "sum_then_normalize"}},
+        "trl.multi_objective_aggregation: is that of rl: grpo",
+    ),
+    "a cap twice": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "vllm_importance_sampling_cap": 2.0,
+                               "vllm_importance_sampling_clip_max": 3.0}},
+        "trl.vllm_importance_sampling_cap: is the older name of",
+    ),
+    "whole sequences": (
+        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "loss_type": "luspo"}},
+        "trl.loss_type: luspo needs importance_sampling_level: sequence",
+    ),
+    "several rewards of a model": (
+        {"reward_model": True, "num_labels": 2}, "num_labels: must be 1: a reward model gives one",
+    ),
+    "one label of steps": (
+        {"process_reward_model": True, "num_labels": 1}, "num_labels: must be 2 or more",
+    ),
+    "another class": (
+        {"reward_model": True, "type_of_model": "AutoModelForTokenClassification"},
+        "model_type: must be AutoModelForSequenceClassification, or left out",
+    ),
+    "a type of other rows": (
+        {"rl": "kto", "datasets": [{"path": "a/b", "type": "chatml.icr"}]},
+        "datasets.0.type: 'chatml.icr' is not a type of such rows; ",
+    ),
+    "a type of supervised training": (
+        {"rl": "dpo", "datasets": [{"path": "a/b", "type": "alpaca"}]},
+        "datasets.0.type: 'alpaca' is not a type of such rows; there are",
+    ),
+    "a type of preferences": (
+        {"datasets": [{"path": "a/b", "type": "chatml.intel"}]},
+        "datasets.0.type: 'chatml.intel' is not a type of rows",
+    ),
+    "formats of other rows": (
+        {"rl": "kto", "datasets": [{"path": "a/b", "type": {"chosen_format": "{chosen}"}}]},
+        "datasets.0.type.chosen_format: is not read with rl: kto; there are prompt_format, compl",
+    ),
+    "formats of prompts": (
+        {"rl": "grpo", "datasets": [{"path": "a/b", "type": {"prompt_format": "{prompt}"}}],
+         **REWARDS},
+        "datasets.0.type: a type written as keys cannot describe rows of grpo",
+    ),
+    "a misspelt key of trl": (
+        {"rl": "grpo", "trl": {"num_generation": 4}}, "did you mean num_generations?",
+    ),
+    "a wrong type in trl": (
+        {"rl": "grpo", "trl": {"epsilon": "much"}}, "trl.epsilon: must be a number, not 'much'",
+    ),
+    "a wrong port": (
+        {"rl": "grpo", "vllm": {"port": 70000}}, "vllm.port: must be less than 65536, not 70000",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFLICTS)
+def test_conflicts(name: str) -> None:
+    keys, said = CONFLICTS[name]
+    with pytest.raises(RecipeError) as refused:
+        check({"base_model": "a/b", "output_dir": "o", **ROW, **keys})
+    assert said in str(refused.value)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dpo": {"rl": "dpo"}, "ipo": {"rl": "ipo"}, "orpo": {"rl": "orpo"}, "kto": {"rl": "kto"},
+    "simpo": {"rl": "simpo"}, "cpo": {"rl": "cpo"}, "grpo": {"rl": "grpo", **REWARDS},
+    "gdpo": {"rl": "gdpo", **REWARDS}, "reward": {"reward_model": True},
+    "process_reward": {"process_reward_model": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_alone_has_no_conflict_but_is_not_yet_available(method: str) -> None:
+    keys = {"base_model": "a/b", "output_dir": "o", **ROW, **METHODS[method]}
+    assert list(conflicts(keys)) == []
+    recipe = check(keys).recipe
+    assert method_of(recipe) == method
+    assert rows_of(recipe) == ROWS[method]
+    with pytest.raises(RecipeError, match="is not yet available: only supervised training so far"):
+        load_recipe(keys)
+
+
+def test_supervised_training_has_no_settings() -> None:
+    assert preference_settings(Recipe(base_model="a/b")) is None
+    assert rows_of(Recipe(base_model="a/b", rl="ebft")) is None
+
+
+def test_keys_that_the_method_does_not_read() -> None:
+    values = {
+        "rl": "kto", "kto_desirable_weight": 2.0, "orpo_alpha": 0.1, "num_labels": 1,
+        "trl": {"beta": 0.1, "epsilon": 0.2, "ref_model_sync_steps": 9}, "vllm": {"port": 1},
+        "precompute_ref_log_probs": True, "dpo_ld_alpha": 0.5,
+    }  # fmt: skip
+    found = dict(without_effect(values))
+    assert found["orpo_alpha"] == "only rl: orpo reads it"
+    assert found["num_labels"] == "only reward_model and process_reward_model read it"
+    assert found["trl.epsilon"] == "only rl: grpo and gdpo read it"
+    assert found["trl.ref_model_sync_steps"] == "only trl.sync_ref_model: true reads it"
+    assert found["vllm"] == "only rl: grpo, gdpo read it"
+    assert found["dpo_ld_alpha"] == "only rl: dpo, ipo read it"
+    assert {"kto_desirable_weight", "trl.beta", "precompute_ref_log_probs"} & set(found) == set()
+    assert dict(without_effect({"rl_beta": 0.1}))["rl_beta"] == (
+        "only a preference method (key rl) reads it"
+    )
+    compared = dict(without_effect({"rl": "dpo", "train_on_inputs": True}))
+    assert compared["train_on_inputs"] == "only answers are compared, never prompts"
+    assert dict(without_effect({"train_on_inputs": True})) == {}
+    vllm = {"rl": "grpo", "trl": {"vllm_mode": "server"}, "vllm": {"port": 1}}
+    assert dict(without_effect(vllm))["trl.vllm_mode"] == "only trl.use_vllm: true reads it"
+    assert "vllm" not in dict(without_effect({**vllm, "trl": {"use_vllm": True}}))
+
+
+# --- what the trainers get ------------------------------------------------------------------------
+
+CONFIGS = {
+    "dpo": "trl:DPOConfig", "ipo": "trl:DPOConfig", "kto": "trl:KTOConfig",
+    "orpo": "trl.experimental.orpo:ORPOConfig", "cpo": "trl.experimental.cpo:CPOConfig",
+    "simpo": "trl.experimental.cpo:CPOConfig", "grpo": "trl:GRPOConfig", "gdpo": "trl:GRPOConfig",
+    "reward": "trl:RewardConfig",
+}  # fmt: skip
+
+EVERYTHING: dict[str, Any] = {
+    "rl_beta": 0.3, "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.5],
+    "dpo_label_smoothing": 0.1, "dpo_use_weighting": True, "dpo_ld_alpha": 0.5,
+    "dpo_padding_free": True, "precompute_ref_log_probs": False, "cpo_alpha": 0.7,
+    "simpo_gamma": 0.9, "kto_desirable_weight": 2.0, "kto_undesirable_weight": 0.5,
+    "center_rewards_coefficient": 0.01,
+    "trl": {
+        "max_completion_length": 64, "num_generations": 4, "generation_batch_size": 8,
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
+        "generation_kwargs": {"seed": 1}, "mask_truncated_completions": True,
+        "reward_funcs": ["format", "exact_match"], "reward_weights": [1.0, 2.0],
+        "loss_type": "dr_grpo", "num_iterations": 2, "epsilon": 0.1, "epsilon_high": 0.3,
+        "importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.5,
+        "use_bias_correction_kl": True, "entropy_coef": 0.01, "use_adaptive_entropy": True,
+        "entropy_target": 0.3, "entropy_coef_delta": 0.01, "entropy_coef_min": 0.0,
+        "entropy_coef_max": 0.5, "log_completions": True, "num_completions_to_print": 3,
+        "scale_rewards": False, "chat_template_kwargs": {"enable_thinking": False},
+        "sync_ref_model": True, "use_vllm": True, "vllm_server_port": 9000,
+        "vllm_guided_decoding_regex": "a+", "vllm_server_timeout": 60,
+        "vllm_importance_sampling_cap": 2.0, "vllm_importance_sampling_clip_min": 0.5,
+        "vllm_importance_sampling_correction": True, "vllm_enable_sleep_mode": True,
+        "vllm_importance_sampling_mode": "token_mask",
+    },
+    "vllm": {"host": "h", "gpu_memory_utilization": 0.4, "tensor_parallel_size": 2,
+             "max_model_len": 99},
+}  # fmt: skip
+
+
+def settings_of(method: str, **keys: Any) -> Any:
+    recipe = Recipe.model_validate({"base_model": "a/b", **EVERYTHING, **METHODS[method], **keys})
+    return preference_settings(recipe)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+def test_arguments_are_those_of_trl(method: str, mode: str) -> None:
+    pytest.importorskip("trl", reason="the configurations are TRL's, which only benchmarks need")
+    module, _, name = CONFIGS[method].partition(":")
+    names = {f.name for f in dataclasses.fields(getattr(importlib.import_module(module), name))}
+    trl = {**EVERYTHING["trl"], "vllm_mode": mode}
+    found = settings_of(method, trl=trl)
+    assert set(found.arguments) - names == set()
+    assert None not in found.arguments.values()
+
+
+def test_values_of_arguments() -> None:
+    dpo = settings_of("dpo").arguments
+    assert dpo["loss_type"] == ["sigmoid", "sft"]
+    assert (dpo["beta"], dpo["label_smoothing"], dpo["ld_alpha"]) == (0.3, 0.1, 0.5)
+    assert (dpo["ref_model_mixup_alpha"], dpo["ref_model_sync_steps"]) == (0.9, 64)
+    ipo = settings_of("ipo", dpo_loss_type=None, dpo_loss_weights=None).arguments
+    assert ipo["loss_type"] == ["ipo"]
+    assert "label_smoothing" not in ipo
+    assert settings_of("orpo").arguments == {"beta": 0.3}
+    assert settings_of("orpo", rl_beta=None, orpo_alpha=0.2).arguments == {"beta": 0.2}
+    simpo = settings_of("simpo").arguments
+    assert (simpo["loss_type"], simpo["simpo_gamma"], simpo["cpo_alpha"]) == ("simpo", 0.9, 0.7)
+    kto = settings_of("kto").arguments
+    assert (kto["desirable_weight"], kto["undesirable_weight"]) == (2.0, 0.5)
+    assert settings_of("reward").arguments == {"center_rewards_coefficient": 0.01}
+    server = settings_of("grpo", trl=EVERYTHING["trl"]).arguments
+    assert server["scale_rewards"] == "none"
+    assert (server["vllm_server_host"], server["vllm_server_port"]) == ("h", 9000)
+    assert server["vllm_importance_sampling_clip_max"] == 2.0
+    assert server["vllm_structured_outputs_regex"] == "a+"
+    plain = settings_of("gdpo").arguments
+    assert plain["scale_rewards"] == "group"
+    assert plain["multi_objective_aggregation"] == "normalize_then_sum"
+    assert not any(name.startswith("vllm") for name in plain)
+    assert settings_of("dpo", dpo_loss_type="hinge", dpo_loss_weights=None).arguments[
+        "loss_type"
+    ] == ["hinge"]
+
+
+def test_what_else_the_settings_say() -> None:
+    assert settings_of("dpo").reference
+    assert not settings_of("simpo").reference
+    assert settings_of("grpo", rl_beta=0.1).reference
+    assert not settings_of("grpo", rl_beta=None).reference
+    assert settings_of("grpo").reward_functions == ("format",)
+    assert settings_of("dpo", trl=EVERYTHING["trl"]).reward_functions == ()
+    assert settings_of("reward").num_labels == 1
+    assert settings_of("process_reward").num_labels == 2
+    assert settings_of("process_reward", num_labels=3).num_labels == 3
+
+
+def test_losses_are_those_of_trl() -> None:
+    pytest.importorskip("trl", reason="the losses are TRL's, which only benchmarks need")
+    from trl import DPOConfig
+
+    text = DPOConfig.__doc__ or ""
+    listed = text.partition("loss_type (")[2].partition("loss_weights (")[0]
+    assert all(f"'{loss}'" in listed for loss in get_args(DpoLoss))
+    assert listed.count("`'") == len(get_args(DpoLoss))
+
+
+def test_every_key_of_the_groups_is_read_or_says_why_not() -> None:
+    from fusewright.train.recipe import preferences
+    from fusewright.train.recipe.keys.base import extra_of
+
+    text = Path(preferences.__file__).read_text(encoding="utf-8")
+    waiting = ("only rl: grpo and rl: gdpo read it", "only a preference method (key rl) reads it")
+    for group in (PreferenceKeys, TrlKeys, VllmKeys):
+        for name, field in group.model_fields.items():
+            extra = extra_of(field)
+            if extra["note"] in waiting or name in ("host", "port", "num_labels"):
+                assert f".{name}" in text or f'"{name}"' in text, name
+
+
+# --- functions of the recipe's own ----------------------------------------------------------------
+
+
+def grpo(folder: Path, name: str, **dataset: Any) -> dict[str, Any]:
+    (folder / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    return {
+        "base_model": "a/b", "output_dir": str(folder / "out"), "rl": "grpo",
+        "datasets": [{"path": str(folder / "rows.jsonl"), **dataset}],
+        "trl": {"reward_funcs": ["format", name]},
+    }  # fmt: skip
+
+
+def test_functions_need_the_callers_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rwd.py").write_text("raise SystemExit('it was run')")
+    keys = grpo(tmp_path, "rwd.good", type="rwd.change")
+    with pytest.raises(RecipeError) as refused:
+        check(keys)
+    said = str(refused.value)
+    assert (
+        "trl.reward_funcs.1: rwd.good is Python code; it is run only with your permission" in said
+    )
+    assert "datasets.0.type: rwd.change is Python code" in said
+    assert "pass --allow-code if you trust it" in said
+    recipe = check(keys, consent=Consent(allow_code=True)).recipe
+    assert recipe.trl is not None
+    assert recipe.trl.reward_funcs == ["format", f"{tmp_path}/rwd.py:good"]
+    assert recipe.datasets[0].type == f"{tmp_path}/rwd.py:change"
+
+
+def test_functions_must_be_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"trl\.reward_funcs\.1: there is no nowhere\.py in .* and"
+    ):
+        check(grpo(tmp_path, "nowhere.good"), consent=Consent(allow_code=True))
+    installed = check(grpo(tmp_path, "json.loads"), consent=Consent(allow_code=True)).recipe
+    assert installed.trl is not None
+    assert installed.trl.reward_funcs == ["format", "json.loads"]
