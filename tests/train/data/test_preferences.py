@@ -170,6 +170,11 @@ def test_conversations_differ_in_the_last_answer_only(tmp_path: Path) -> None:
     assert texts(example)["prompt_ids"] == expected
 
 
+def test_a_text_may_be_its_own_answer(tmp_path: Path) -> None:
+    (example,) = examples(tmp_path, [{"prompt": "a", "chosen": "a", "rejected": "b"}], DPO)
+    assert texts(example)["prompt_ids"] == "a"
+
+
 def test_an_answer_may_have_several_messages(tmp_path: Path) -> None:
     row = {
         "chosen": [user("Why?"), assistant("a"), assistant("b")],

@@ -73,9 +73,10 @@ class MessageReader:
         return Preference(where, chat.messages, answers, chat.tools)
 
     def _prompt_field(self, row: Mapping[str, Any], answer: Any) -> str | None:
-        """The field with the prompt; one that repeats the answer is of supervised training."""
+        """The field with the prompt, which is not the conversation that has the answer, too."""
+        whole = answer if isinstance(answer, list) else None
         names = self.prompts or (self.asked, _PROMPT)
-        return next((n for n in names if row.get(n) is not None and row[n] != answer), None)
+        return next((n for n in names if row.get(n) is not None and row[n] != whole), None)
 
     def _as_messages(self, field: str | None, prompt: Any, values: list[Any]) -> bool:
         """Whether a row is a conversation, not a text that goes on."""
