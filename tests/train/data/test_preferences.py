@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -357,6 +359,56 @@ def test_a_function_changes_rows(tmp_path: Path) -> None:
         examples(tmp_path, rows, GRPO, type=f"{named}:broken")
     with pytest.raises(DataError, match=r"line 1: .*own\.py:short failed: 'question'"):
         examples(tmp_path, [{}], GRPO, type=f"{named}:short")
+
+
+IMPORTING = """
+from told_apart import ANSWER
+
+def change(cfg, **kwargs):
+    return lambda row, tokenizer=None: {"prompt": ANSWER * cfg["micro_batch_size"]}
+"""
+
+
+def test_rows_that_a_function_changes_are_prepared_by_each_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_import.py").write_text(IMPORTING)
+    monkeypatch.setitem(sys.modules, "told_apart", told := ModuleType("told_apart"))
+    cache = tmp_path / "cache"
+    found = []
+    for answer, size in (("a", 1), ("b", 1), ("b", 2), ("b", 2)):
+        told.ANSWER = answer  # type: ignore[attr-defined]
+        keys = {**GRPO, "dataset_prepared_path": str(cache), "micro_batch_size": size}
+        for name in [name for name in sys.modules if name.startswith("_of_recipe_")]:
+            del sys.modules[name]  # another process
+        made = prepared(tmp_path, [{"q": 1}], keys, type=f"{tmp_path}/own_import.py:change")
+        assert isinstance(made.train, Samples)
+        assert TOKENIZER.decode(made.train[0].input_ids) == answer * size
+        found.append(made.fingerprint)
+    assert not cache.exists()
+    assert len(set(found)) == 3
+    assert found[2] == found[3]  # so that a run can be resumed
+
+
+def test_processes_of_a_run_share_the_rows_that_a_function_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "own_random.py").write_text(RANDOM)
+    whole = recipe(tmp_path, [{"q": 1}], GRPO, {"type": f"{tmp_path}/own_random.py:change"})
+    first = prepare(whole, TOKENIZER)
+    assert isinstance(first.train, Samples)
+    same = whole.model_copy(update={"dataset_prepared_path": str(first.train.path.parent.parent)})
+    second = prepare(same, TOKENIZER, shared=True)
+    assert second.train[0] == first.train[0]
+    assert second.fingerprint == first.fingerprint
+    assert prepare(same, TOKENIZER).fingerprint != first.fingerprint
+
+
+RANDOM = """
+import uuid
+
+def change(cfg, **kwargs):
+    return lambda row, tokenizer=None: {"prompt": str(uuid.uuid4())}
+"""
 
 
 # --- limits, warnings, the cache ------------------------------------------------------------------
