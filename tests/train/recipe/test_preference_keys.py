@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -365,10 +367,15 @@ def test_functions_need_the_callers_word(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_functions_must_be_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    made = ModuleType("made_in_this_process")  # without a spec, as __main__ may be
+    monkeypatch.setitem(sys.modules, made.__name__, made)
     with pytest.raises(
         RecipeError, match=r"trl\.reward_funcs\.1: there is no nowhere\.py in .* and"
     ):
         check(grpo(tmp_path, "nowhere.good"), consent=Consent(allow_code=True))
+    for absent in ("__main__", "made_in_this_process"):
+        with pytest.raises(RecipeError, match=rf"funcs\.1: there is no {absent}\.py in"):
+            check(grpo(tmp_path, f"{absent}.good"), consent=Consent(allow_code=True))
     installed = check(grpo(tmp_path, "json.loads"), consent=Consent(allow_code=True)).recipe
     assert installed.trl is not None
     assert installed.trl.reward_funcs == ["format", "json.loads"]
