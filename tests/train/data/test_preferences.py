@@ -88,6 +88,11 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str]] = {
     "chatml.prompt_pairs": ("chatml.prompt_pairs", {"prompt": "Why?", **PAIR}, ASKED),
     "chatml.ultra": ("chatml.ultra", {"prompt": "Why?", **TALK}, ASKED),
     "chatml.argilla_chat": ("chatml.argilla_chat", TALK, ASKED),
+    "chatml, the question in the answers alone": ("chatml", TALK, ASKED),
+    "chatml, the question in the better answer alone": (
+        "chatml.ultra", {**TALK, "rejected": "Bad."}, ASKED,
+    ),
+    "llama3, the question in the answers alone": ("llama3.icr", TALK, LLAMA),
     "llama3": ("llama3", {"prompt": "Why?", **PAIR}, LLAMA),
     "llama3.ultra": ("llama3.ultra", {"prompt": "Why?", **TALK}, LLAMA),
     "llama3.icr": ("llama3.icr", {"input": "Why?", **PAIR}, LLAMA),
