@@ -447,6 +447,24 @@ def test_rows_that_are_too_long(tmp_path: Path) -> None:
         prepared(tmp_path, rows[3:4], {**DPO, "sequence_len": 30})
 
 
+def test_answers_that_are_cut_are_counted(tmp_path: Path) -> None:
+    steps = [{"prompt": "ab", "completions": [step, step], "labels": [True, False]}
+             for step in ("abc", "abcdefgh")]  # fmt: skip
+    short = prepared(tmp_path, steps, PRM, type="stepwise_supervised", max_completion_length=12)
+    assert (short.counts["too_long"], short.counts["truncated"]) == (1, 1)
+    assert short.counts["train_samples"] == 2
+    long = prepared(
+        tmp_path, steps, {**PRM, "sequence_len": 8, "excess_length_strategy": "truncate"},
+        type="stepwise_supervised", max_completion_length=12,
+    )  # fmt: skip
+    assert long.counts["too_long"] == 2  # each of them once
+    pair = {"prompt": "ab", "chosen": "abcdefgh", "rejected": "abcdefxy"}
+    cut = {**DPO, "sequence_len": 8, "excess_length_strategy": "truncate"}
+    rows = [pair, {"prompt": "ab", "chosen": "c", "rejected": "d"}]
+    assert prepared(tmp_path, rows, cut).counts["equal_answers"] == 1
+    assert prepared(tmp_path, rows, DPO).counts.get("equal_answers", 0) == 0
+
+
 def test_the_end_of_a_prompt_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "abcdefgh?", "chosen": "y", "rejected": "n"}
     keys = {**DPO, "max_prompt_len": 4, "excess_length_strategy": "truncate"}
