@@ -80,7 +80,7 @@ def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[
         key, i = str(loc[0]), loc[-1]
         found = _function(name, folders, loc, problems)
         if key == "trl":
-            trl = update.get(key, recipe.trl)
+            trl: Any = update.get(key, recipe.trl)
             names = [found if place == i else n for place, n in enumerate(trl.reward_funcs)]
             update[key] = trl.model_copy(update={"reward_funcs": names})
         else:

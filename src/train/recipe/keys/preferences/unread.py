@@ -40,7 +40,7 @@ def loose_types(*groups: type[Keys]) -> dict[str, TypeAdapter[Any]]:
     found["dpo_loss_weights"] = TypeAdapter(list[Float] | None)
     for name, group in zip(("trl", "vllm"), groups, strict=True):
         fields: Any = {key: (Any, None) for key in group.model_fields}
-        unread = create_model(group.__name__, __base__=UnreadKeys, **fields)
+        unread: Any = create_model(group.__name__, __base__=UnreadKeys, **fields)
         found[name] = TypeAdapter(unread | None)
     return found
 
