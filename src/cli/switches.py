@@ -17,7 +17,8 @@ Code = Annotated[
     bool,
     typer.Option(
         "--allow-code",
-        help="Run the Python functions that the recipe names, as rewards or as types of rows.",
+        help="Run the Python functions that the recipe names, as rewards or as types of rows. "
+        "Not yet of use: the methods that read them (key rl) are not yet available.",
     ),
 ]
 Builders = Annotated[

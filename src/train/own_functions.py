@@ -42,7 +42,11 @@ def module_of(name: str) -> str | None:
     if ".py:" in name:
         return None if Path(_parts(name)[0]).is_file() else Path(_parts(name)[0]).stem
     top = name.partition(".")[0]
-    return None if importlib.util.find_spec(top) else top  # which runs nothing
+    try:
+        found = importlib.util.find_spec(top) if top != "__main__" else None  # which runs nothing
+    except ValueError:  # a module that this process has made, not found
+        found = None
+    return None if found else top
 
 
 def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
@@ -65,17 +69,10 @@ def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
         raise RecipeError(f"{key}: {name} cannot be imported: {first_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise RecipeError(f"{key}: {module.__name__} has no function {function!r}")
+        where = Path(file).name if ".py:" in name else module.__name__
+        raise RecipeError(f"{key}: {where} has no function {function!r}")
     loaded: Callable[..., Any] = found
     return loaded
-
-
-def digest(name: str) -> str:
-    """A hash of the code of a function, as far as it is in the file of its name."""
-    file = Path(_parts(name)[0])
-    if ".py:" not in name:
-        return name
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -93,11 +90,10 @@ def _module(name: str) -> ModuleType:
 
 
 def _file_module(path: Path) -> ModuleType:
-    """The module in a file, which is imported once, by its own name if that is not taken."""
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    name = path.stem if loaded is None else f"{path.stem}_of_recipe"
+    """The module in a file, which is imported once, by a name that no other module has."""
+    name = f"_of_recipe_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..recipe.recipe import Recipe
-from .cache import FORMAT
+from .cache import FORMAT, Cache
 from .readers.sources import DataSource
 from .workers import Work
 
@@ -50,4 +51,16 @@ def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[DataSou
         ],
     }
     text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def with_content(fingerprint: str, root: Path) -> str:
+    """A hash that depends on the prepared rows themselves, too.
+
+    Args:
+        fingerprint: of the rows.
+        root: the folder of caches that they are in.
+    """
+    about = Cache(root, fingerprint).load() or {}
+    text = f"{fingerprint} {json.dumps(about.get('files'), sort_keys=True)}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]

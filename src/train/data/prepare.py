@@ -16,7 +16,7 @@ from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
 from .cache import ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
-from .fingerprint import fingerprint_of
+from .fingerprint import fingerprint_of, with_content
 from .formats.registry import Encoder
 from .preferences.encoder import PreferenceEncoder
 from .progress import Progress
@@ -64,8 +64,12 @@ def prepare(
     keep: bool = False,
     limit: int | None = None,
     day: str | None = None,
+    shared: bool = False,
 ) -> PreparedData:
     """Prepare the rows of a recipe, or take them from the cache.
+
+    What a function of the recipe makes of rows depends on more than can be hashed: such rows are
+    prepared by each run.
 
     Args:
         recipe: checked, with absolute paths.
@@ -74,6 +78,7 @@ def prepare(
         keep: store the rows for later runs even if the recipe names no folder for that.
         limit: take only so many rows of each dataset; None: all.
         day: the date that chat templates write where they ask for it; None: today's.
+        shared: ``dataset_prepared_path`` is of this run alone, so that all rows may be taken.
 
     Raises:
         RecipeError: a dataset cannot be read as the recipe says, or the tokenizer lacks something.
@@ -92,7 +97,13 @@ def prepare(
     work = {
         key: [_work(s.dataset, recipe, tokenizer, key, day) for s in f] for key, f in found.items()
     }
-    ready = _load(recipe, tokenizer, found, work, console, keep) if any(found.values()) else None
+    own = any(one.encoder.settings.get("function") for w in work.values() for one in w)
+    root = _root(recipe, keep, fresh=own and not shared)
+    ready = _load(recipe, tokenizer, found, work, console, root) if any(found.values()) else None
+    if own and ready is not None:
+        assert isinstance(ready.train, Samples)
+        content = with_content(ready.fingerprint, ready.train.path.parent.parent)
+        ready = replace(ready, fingerprint=content)
     if not streams:
         assert ready is not None  # a recipe has datasets, or it streams
         return ready
@@ -110,12 +121,12 @@ def _load(
     found: dict[str, list[DataSource]],
     work: dict[str, list[Work]],
     console: Console | None,
-    keep: bool,
+    place: tuple[Path, bool],
 ) -> PreparedData:
     """Take the rows from the cache, after putting them there if need be."""
     every = [pair for key in found for pair in _pairs(found, work, key)]
     fingerprint = fingerprint_of(recipe, tokenizer, every)
-    root, temporary = _root(recipe, keep)
+    root, temporary = place
     try:
         cache = Cache(root, fingerprint)
         about = cache.load()
@@ -149,12 +160,12 @@ def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) 
     return Work(encoder, limits)
 
 
-def _root(recipe: Recipe, keep: bool) -> tuple[Path, bool]:
-    """The folder of caches, and whether it goes with this process."""
+def _root(recipe: Recipe, keep: bool, fresh: bool) -> tuple[Path, bool]:
+    """The folder of caches, and whether it goes with this process; ``fresh``: an empty one."""
     named = recipe.dataset_prepared_path or (
         DEFAULT_CACHE if keep or Path(DEFAULT_CACHE).is_dir() else None
     )
-    if named:
+    if named and not fresh:
         return Path(named).expanduser().resolve(), False
     return Path(tempfile.mkdtemp(prefix="fusewright-data-")), True
 

@@ -43,7 +43,10 @@ def prepare_together(
     if not world.main:
         kept = {"dataset_prepared_path": root} if root else {}
         same = recipe.model_copy(update=kept)
-        world.one_per_machine(lambda: mine.append(prepare(same, tokenizer, None, day=day)))
+        shared = bool(root)
+        world.one_per_machine(
+            lambda: mine.append(prepare(same, tokenizer, None, day=day, shared=shared))
+        )
     return mine[0]
 
 

@@ -15,7 +15,7 @@ from ..consent import Consent
 from ..printable import odd_characters
 from .conflicts import conflicts
 from .keys.base import Keys, aliases, current, moved, nested
-from .paths import DATA, with_paths
+from .paths import DATA, unallowed_functions, with_paths
 from .problems import Loc, explained, listed, nearest_key
 from .recipe import Recipe
 from .status import refusals
@@ -56,7 +56,7 @@ def load_recipe(
             yet available, or that would run foreign code without the caller's permission.
     """
     checked = check(source, overrides, consent)
-    if problems := refusals(checked.values):
+    if problems := [*refusals(checked.values), *unallowed_functions(checked.recipe)]:
         raise RecipeError(listed(checked.name, problems, checked.where))
     return checked.recipe
 
@@ -68,6 +68,8 @@ def check(
     with_data: bool = True,
 ) -> Checked:
     """Read and check a recipe, but take keys that are not yet available.
+
+    Functions that it names need no permission here, because nothing is run.
 
     Args:
         source: as for ``load_recipe``.

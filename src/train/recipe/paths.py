@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,35 +76,54 @@ def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
 def _functions(recipe: Recipe, folders: list[Path], problems: Problems) -> dict[str, Any]:
     """The Python functions that a recipe names, with the paths of their files."""
     update: dict[str, Any] = {}
-    rows = rows_of(recipe)
-    if rows is None:
-        return update
-    for key in ("datasets", "test_datasets"):
-        datasets = list(getattr(recipe, key))
-        for i, dataset in enumerate(datasets):
-            if isinstance(dataset.type, str) and is_own_type(dataset.type, rows):
-                name = _function(recipe, dataset.type, folders, (key, i, "type"), problems)
-                datasets[i] = dataset.model_copy(update={"type": name})
-        update[key] = datasets
-    if rows == "prompts" and recipe.trl is not None:
-        names = list(recipe.trl.reward_funcs or ())
-        for i, name in enumerate(names):
-            if is_function(name):
-                loc = ("trl", "reward_funcs", i)
-                names[i] = _function(recipe, name, folders, loc, problems)
-        update["trl"] = recipe.trl.model_copy(update={"reward_funcs": names or None})
+    for loc, name in _named_functions(recipe):
+        key, i = str(loc[0]), loc[-1]
+        found = _function(name, folders, loc, problems)
+        if key == "trl":
+            trl: Any = update.get(key, recipe.trl)
+            names = [found if place == i else n for place, n in enumerate(trl.reward_funcs)]
+            update[key] = trl.model_copy(update={"reward_funcs": names})
+        else:
+            datasets = list(update.get(key, getattr(recipe, key)))
+            place = int(loc[1])
+            datasets[place] = datasets[place].model_copy(update={"type": found})
+            update[key] = datasets
     return update
 
 
-def _function(recipe: Recipe, name: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
+def _named_functions(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
+    """The Python functions that a recipe names, with their places."""
+    rows = rows_of(recipe)
+    if rows is None:
+        return
+    for key in ("datasets", "test_datasets"):
+        for i, dataset in enumerate(getattr(recipe, key)):
+            if isinstance(dataset.type, str) and is_own_type(dataset.type, rows):
+                yield (key, i, "type"), dataset.type
+    if rows == "prompts" and recipe.trl is not None:
+        for i, name in enumerate(recipe.trl.reward_funcs or ()):
+            if is_function(name):
+                yield ("trl", "reward_funcs", i), name
+
+
+def _function(name: str, folders: list[Path], loc: Loc, problems: Problems) -> str:
     found = located(name, folders)
-    if not recipe.consent.allow_code:
-        problems.append((loc, refused_function(name)))
-    elif (missing := module_of(found)) is not None:
+    if (missing := module_of(found)) is not None:
         problems.append(
             (loc, f"there is no {missing}.py in {_either(folders)}, and no such package")
         )
     return found
+
+
+def unallowed_functions(recipe: Recipe) -> Problems:
+    """The Python functions that a run of the recipe would call without the caller's permission.
+
+    Args:
+        recipe: with absolute paths.
+    """
+    if recipe.consent.allow_code:
+        return []
+    return [(loc, refused_function(name)) for loc, name in _named_functions(recipe)]
 
 
 def _unallowed(datasets: list[Dataset], key: str) -> Problems:

@@ -7,7 +7,7 @@ recipe. A value that asks for nothing (unset, false, the default) is honoured wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..chat_templates import TOKENIZERS_OWN
@@ -15,6 +15,9 @@ from ..consent import CODE_SWITCH
 from .conflicts import without_effect
 from .distributed.deepspeed_config import uses_built_in
 from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
+from .keys.preferences.preference import PreferenceKeys
+from .keys.preferences.trl import ONLY
+from .keys.preferences.unread import METHOD_KEYS, has_method
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
@@ -60,7 +63,7 @@ def entries(values: Mapping[str, Any], recipe: Recipe | None = None) -> list[Ent
     """
     idle = dict(without_effect(values))
     found = []
-    for entry in _walk(Recipe, values, ()):
+    for entry in _every(values):
         if entry.key == "deepspeed" and recipe is not None and uses_built_in(recipe.deepspeed):
             entry = Entry(entry.loc, entry.value, entry.status, _BUILT_IN, entry.asks)
         if entry.loc[-1] == "chat_template" and entry.value in TOKENIZERS_OWN:
@@ -82,7 +85,7 @@ def refusals(values: Mapping[str, Any]) -> list[tuple[Loc, str]]:
             entry.loc,
             f"{_short(without_secrets(entry))} is not yet available: {entry.note}",
         )
-        for entry in _walk(Recipe, values, ())
+        for entry in _every(values)
         if entry.status == "not yet available"
     ]
 
@@ -113,6 +116,19 @@ def messages(recipe: Recipe) -> list[str]:
             "line: transformers' own classes are used"
         )
     return said
+
+
+def _every(values: Mapping[str, Any]) -> Iterator[Entry]:
+    """Every key with its own status; those of preference methods have none without a method."""
+    read = has_method(values)
+    for entry in _walk(Recipe, values, ()):
+        if not read and entry.loc[0] in _OF_METHODS and entry.value is not None:
+            note = entry.note if entry.status == "not applicable" else ONLY
+            entry = replace(entry, status="not applicable", note=note)
+        yield entry
+
+
+_OF_METHODS = PreferenceKeys.model_fields.keys() - METHOD_KEYS
 
 
 def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[Entry]:

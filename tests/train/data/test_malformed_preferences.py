@@ -17,6 +17,13 @@ GOOD: dict[str, Any] = {"prompt": "Why?", "chosen": "a", "rejected": "b"}
 TALK: dict[str, Any] = {"prompt": [user("Why?")], "chosen": [assistant("a")], "rejected": "b"}
 JUDGED: dict[str, Any] = {"prompt": "Why?", "completion": "a", "label": True}
 STEPS: dict[str, Any] = {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}
+TWICE: dict[str, Any] = {
+    "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")],
+}  # fmt: skip
+DIFFERENT: dict[str, Any] = {**TWICE, "rejected": [user("d"), assistant("c")]}
+CALL: dict[str, Any] = {
+    "role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}],
+}  # fmt: skip
 
 DPO: dict[str, Any] = {"rl": "dpo"}
 KTO: dict[str, Any] = {"rl": "kto"}
@@ -107,6 +114,35 @@ CASES: dict[str, Case] = {
          "rejected": [user("a"), assistant("x"), user("c"), assistant("d")]},
         "'chosen' has a message of the role 'user' behind the prompt",
     ),
+    "whole conversations of two questions": (
+        DPO, "chat_template.argilla", TWICE, DIFFERENT,
+        "the messages before the answer differ in 'chosen' and 'rejected'; only answers to the",
+    ),
+    "two questions in ChatML": (
+        DPO, "chatml.argilla_chat", TWICE, DIFFERENT, "the messages before the answer differ in",
+    ),
+    "two questions beside a prompt": (
+        DPO, "llama3.ultra", {"prompt": "a", **TWICE}, {"prompt": "a", **DIFFERENT},
+        "the messages before the answer differ in",
+    ),
+    "two questions of messages beside a prompt": (
+        DPO, "chat_template", {"prompt": [user("a")], **TWICE},
+        {"prompt": [user("a")], **DIFFERENT},
+        "'rejected' has a message of the role 'user' behind the prompt",
+    ),
+    "calls in an answer": (
+        DPO, "chatml.ultra", GOOD, {**GOOD, "chosen": [user("a"), CALL]},
+        "'chosen' has tool_calls, which this type cannot write; use type: chat_template",
+    ),
+    "calls before an answer": (
+        DPO, "llama3", GOOD,
+        {**GOOD, "rejected": [user("a"), {**CALL, "content": "hm"}, assistant("b")]},
+        "'rejected' has tool_calls, which this type cannot write; use type: chat_template",
+    ),
+    "calls in a labelled answer": (
+        KTO, "chatml", JUDGED, {**JUDGED, "completion": [user("a"), CALL]},
+        "'completion' has tool_calls, which this type cannot write; use type: chat_template",
+    ),
     "a list for a row": (
         DPO, "chat_template", GOOD, [], "must be an object with the field 'chosen', not a list",
     ),
@@ -188,6 +224,15 @@ CASES: dict[str, Case] = {
     "a name that the trainer needs": (
         GRPO, "chat_template", {"prompt": "ab"}, {"prompt": "ab", "completions": ["a"]},
         "the field 'completions' has a name that the trainer itself hands to rewards; rename it",
+    ),
+    "tokens of a prompt": (
+        GRPO, "chat_template", {"prompt": "ab"}, {"prompt": "ab", "prompt_ids": [1]},
+        "the field 'prompt_ids' has a name that the trainer itself hands to rewards; rename it",
+    ),
+    "another prompt": (
+        GRPO, "chat_template", {"messages": [user("a")]},
+        {"messages": [user("a")], "prompt": "ab"},
+        "the field 'prompt' has a name that the trainer itself hands to rewards; rename it",
     ),
     # --- steps ---
     "no steps": (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -86,6 +88,11 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str]] = {
     "chatml.prompt_pairs": ("chatml.prompt_pairs", {"prompt": "Why?", **PAIR}, ASKED),
     "chatml.ultra": ("chatml.ultra", {"prompt": "Why?", **TALK}, ASKED),
     "chatml.argilla_chat": ("chatml.argilla_chat", TALK, ASKED),
+    "chatml, the question in the answers alone": ("chatml", TALK, ASKED),
+    "chatml, the question in the better answer alone": (
+        "chatml.ultra", {**TALK, "rejected": "Bad."}, ASKED,
+    ),
+    "llama3, the question in the answers alone": ("llama3.icr", TALK, LLAMA),
     "llama3": ("llama3", {"prompt": "Why?", **PAIR}, LLAMA),
     "llama3.ultra": ("llama3.ultra", {"prompt": "Why?", **TALK}, LLAMA),
     "llama3.icr": ("llama3.icr", {"input": "Why?", **PAIR}, LLAMA),
@@ -359,6 +366,56 @@ def test_a_function_changes_rows(tmp_path: Path) -> None:
         examples(tmp_path, [{}], GRPO, type=f"{named}:short")
 
 
+IMPORTING = """
+from told_apart import ANSWER
+
+def change(cfg, **kwargs):
+    return lambda row, tokenizer=None: {"prompt": ANSWER * cfg["micro_batch_size"]}
+"""
+
+
+def test_rows_that_a_function_changes_are_prepared_by_each_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_import.py").write_text(IMPORTING)
+    monkeypatch.setitem(sys.modules, "told_apart", told := ModuleType("told_apart"))
+    cache = tmp_path / "cache"
+    found = []
+    for answer, size in (("a", 1), ("b", 1), ("b", 2), ("b", 2)):
+        told.ANSWER = answer  # type: ignore[attr-defined]
+        keys = {**GRPO, "dataset_prepared_path": str(cache), "micro_batch_size": size}
+        for name in [name for name in sys.modules if name.startswith("_of_recipe_")]:
+            del sys.modules[name]  # another process
+        made = prepared(tmp_path, [{"q": 1}], keys, type=f"{tmp_path}/own_import.py:change")
+        assert isinstance(made.train, Samples)
+        assert TOKENIZER.decode(made.train[0].input_ids) == answer * size
+        found.append(made.fingerprint)
+    assert not cache.exists()
+    assert len(set(found)) == 3
+    assert found[2] == found[3]  # so that a run can be resumed
+
+
+def test_processes_of_a_run_share_the_rows_that_a_function_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "own_random.py").write_text(RANDOM)
+    whole = recipe(tmp_path, [{"q": 1}], GRPO, {"type": f"{tmp_path}/own_random.py:change"})
+    first = prepare(whole, TOKENIZER)
+    assert isinstance(first.train, Samples)
+    same = whole.model_copy(update={"dataset_prepared_path": str(first.train.path.parent.parent)})
+    second = prepare(same, TOKENIZER, shared=True)
+    assert second.train[0] == first.train[0]
+    assert second.fingerprint == first.fingerprint
+    assert prepare(same, TOKENIZER).fingerprint != first.fingerprint
+
+
+RANDOM = """
+import uuid
+
+def change(cfg, **kwargs):
+    return lambda row, tokenizer=None: {"prompt": str(uuid.uuid4())}
+"""
+
+
 # --- limits, warnings, the cache ------------------------------------------------------------------
 
 
@@ -388,6 +445,24 @@ def test_rows_that_are_too_long(tmp_path: Path) -> None:
         prepared(tmp_path, rows[4:], keys)
     with pytest.raises(DataError, match=r"of 1, 1 are longer than 30 tokens \(sequence_len\)"):
         prepared(tmp_path, rows[3:4], {**DPO, "sequence_len": 30})
+
+
+def test_answers_that_are_cut_are_counted(tmp_path: Path) -> None:
+    steps = [{"prompt": "ab", "completions": [step, step], "labels": [True, False]}
+             for step in ("abc", "abcdefgh")]  # fmt: skip
+    short = prepared(tmp_path, steps, PRM, type="stepwise_supervised", max_completion_length=12)
+    assert (short.counts["too_long"], short.counts["truncated"]) == (1, 1)
+    assert short.counts["train_samples"] == 2
+    long = prepared(
+        tmp_path, steps, {**PRM, "sequence_len": 8, "excess_length_strategy": "truncate"},
+        type="stepwise_supervised", max_completion_length=12,
+    )  # fmt: skip
+    assert long.counts["too_long"] == 2  # each of them once
+    pair = {"prompt": "ab", "chosen": "abcdefgh", "rejected": "abcdefxy"}
+    cut = {**DPO, "sequence_len": 8, "excess_length_strategy": "truncate"}
+    rows = [pair, {"prompt": "ab", "chosen": "c", "rejected": "d"}]
+    assert prepared(tmp_path, rows, cut).counts["equal_answers"] == 1
+    assert prepared(tmp_path, rows, DPO).counts.get("equal_answers", 0) == 0
 
 
 def test_the_end_of_a_prompt_is_kept(tmp_path: Path) -> None:

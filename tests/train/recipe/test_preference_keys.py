@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -350,14 +352,15 @@ def test_functions_need_the_callers_word(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "rwd.py").write_text("raise SystemExit('it was run')")
     keys = grpo(tmp_path, "rwd.good", type="rwd.change")
     with pytest.raises(RecipeError) as refused:
-        check(keys)
+        load_recipe(keys)
     said = str(refused.value)
-    assert (
-        "trl.reward_funcs.1: rwd.good is Python code; it is run only with your permission" in said
-    )
-    assert "datasets.0.type: rwd.change is Python code" in said
+    assert f"trl.reward_funcs.1: {tmp_path}/rwd.py:good is Python code; it is run only with" in said
+    assert f"datasets.0.type: {tmp_path}/rwd.py:change is Python code" in said
     assert "pass --allow-code if you trust it" in said
-    recipe = check(keys, consent=Consent(allow_code=True)).recipe
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(keys, consent=Consent(allow_code=True))
+    assert "Python code" not in str(refused.value)
+    recipe = check(keys).recipe  # which runs nothing, so that it needs no permission
     assert recipe.trl is not None
     assert recipe.trl.reward_funcs == ["format", f"{tmp_path}/rwd.py:good"]
     assert recipe.datasets[0].type == f"{tmp_path}/rwd.py:change"
@@ -365,10 +368,15 @@ def test_functions_need_the_callers_word(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_functions_must_be_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    made = ModuleType("made_in_this_process")  # without a spec, as __main__ may be
+    monkeypatch.setitem(sys.modules, made.__name__, made)
     with pytest.raises(
         RecipeError, match=r"trl\.reward_funcs\.1: there is no nowhere\.py in .* and"
     ):
         check(grpo(tmp_path, "nowhere.good"), consent=Consent(allow_code=True))
+    for absent in ("__main__", "made_in_this_process"):
+        with pytest.raises(RecipeError, match=rf"funcs\.1: there is no {absent}\.py in"):
+            check(grpo(tmp_path, f"{absent}.good"), consent=Consent(allow_code=True))
     installed = check(grpo(tmp_path, "json.loads"), consent=Consent(allow_code=True)).recipe
     assert installed.trl is not None
     assert installed.trl.reward_funcs == ["format", "json.loads"]

@@ -88,12 +88,16 @@ def test_one_of_four(key: str, value: Any, expected: str) -> None:
 
 
 def test_keys_of_trl_have_one_each() -> None:
-    trl = {"num_generations": 4, "use_liger_loss": True, "async_prefetch": True}
-    found = status(trl=trl)
+    trl: dict[str, Any] = {"num_generations": 4, "use_liger_loss": True, "async_prefetch": True}
+    unread = status(trl=trl)
+    assert {unread[f"trl.{key}"][0] for key in trl} == {"not applicable"}
+    trl["reward_funcs"] = ["format"]
+    found = status(trl=trl, rl="grpo")
     assert found["trl.num_generations"][0] == "not applicable"
     assert found["trl.use_liger_loss"][0] == "subsumed"
     assert found["trl.async_prefetch"][0] == "not yet available"
-    assert status(trl={"async_prefetch": False})["trl.async_prefetch"][0] == "honoured"
+    trl["async_prefetch"] = False
+    assert status(trl=trl, rl="grpo")["trl.async_prefetch"][0] == "honoured"
 
 
 def test_keys_inside_others_have_one_too() -> None:

@@ -165,18 +165,25 @@ def test_a_file_is_imported_once(module: str) -> None:
 
 
 def test_a_file_does_not_take_the_name_of_another_module(tmp_path: Path) -> None:
-    (tmp_path / "json.py").write_text("def steady(completions, **columns): return [1.0]")
-    before = sys.modules["json"]
-    assert load_function(f"{tmp_path}/json.py:steady", "key", ALLOWED)(["a"]) == [1.0]
-    assert sys.modules["json"] is before
-    sys.modules.pop("json_of_recipe")
+    before = dict(sys.modules)
+    for name in ("json", "this", "numpy"):  # loaded, not yet loaded, installed
+        (tmp_path / f"{name}.py").write_text(f"def steady(completions): return [{name!r}]")
+        loaded = load_function(f"{tmp_path}/{name}.py:steady", "key", ALLOWED)
+        assert loaded(["a"]) == [name]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "json.py").write_text("def steady(completions): return [2.0]")
+    assert load_function(f"{tmp_path}/other/json.py:steady", "key", ALLOWED)(["a"]) == [2.0]
+    assert "this" not in sys.modules
+    assert all(sys.modules[name] is module for name, module in before.items())
+    for name in set(sys.modules) - set(before):
+        del sys.modules[name]
 
 
 def test_functions_that_cannot_be_had(module: str, tmp_path: Path) -> None:
     (tmp_path / "broken_rewards.py").write_text("1 / 0")
     for name, problem in (
-        (f"{module}:nothing", "key: rewards_of_mine has no function 'nothing'"),
-        (f"{module}:number", "key: rewards_of_mine has no function 'number'"),
+        (f"{module}:nothing", "key: rewards_of_mine.py has no function 'nothing'"),
+        (f"{module}:number", "key: rewards_of_mine.py has no function 'number'"),
         (f"{tmp_path}/broken_rewards.py:f", "broken_rewards.py:f cannot be imported: division by"),
         (f"{tmp_path}/absent.py:f", "absent.py:f cannot be imported: "),
         ("no_such_package.f", "no_such_package.f cannot be imported: No module named"),
@@ -184,7 +191,7 @@ def test_functions_that_cannot_be_had(module: str, tmp_path: Path) -> None:
         with pytest.raises(RecipeError) as refused:
             load_function(name, "key", ALLOWED)
         assert problem in str(refused.value)
-    assert "broken_rewards" not in sys.modules
+    assert not any("broken_rewards" in str(m) for m in list(sys.modules.values()))
 
 
 def test_other_methods_have_no_rewards() -> None:

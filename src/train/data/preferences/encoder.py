@@ -70,7 +70,6 @@ class PreferenceEncoder:
         self.longest_prompt, self.longest_answer = recipe.max_prompt_len, None
         if settings.rows == "steps":
             self.longest_answer = dataset.max_completion_length
-        own = self.reader.digest() if isinstance(self.reader, OwnTypeReader) else None
         self.settings = {
             "rows": settings.rows,
             "classes": settings.num_labels,
@@ -79,7 +78,7 @@ class PreferenceEncoder:
             "variables": recipe.chat_template_kwargs,
             "system": recipe.default_system_message,
             "eot_tokens": recipe.eot_tokens,
-            "function": own,
+            "function": isinstance(self.reader, OwnTypeReader),
             "day": day if writes_day(self.chats) else None,
         }
         """What the tokens depend on besides the dataset's own keys and the tokenizer."""

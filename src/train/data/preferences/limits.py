@@ -82,9 +82,8 @@ def keep_answers(
     """
     counts: Counter[str] = Counter()
     kept: list[TokenizedRow] = []
-    for row in rows:
-        if answer is not None:
-            row = _cut_answers(row, answer)
+    for whole in rows:
+        row = whole if answer is None else _cut_answers(whole, answer)
         if row.empty:
             counts["empty"] += 1
             if limits.excess == "raise":
@@ -93,18 +92,24 @@ def keep_answers(
         fitting = _fitted(row, limits, prompt, counts)
         if fitting is None:
             continue
+        counts["too_long"] += fitting is row is not whole  # else it is counted
         if fitting.shortest < limits.shortest:
             counts["too_short"] += 1
         elif any(len(a.ids) == 0 for a in fitting.answers) or not _has_labels(fitting):
             counts["nothing_to_train"] += 1
         else:
-            counts["truncated"] += fitting is not row
+            counts["truncated"] += fitting is not whole
             counts["special_tokens_in_text"] += row.specials
-            counts["equal_answers"] += row.equal
+            counts["equal_answers"] += row.equal or _same_tokens(fitting)
             if len(row.answers) == 1 and row.labels is None:
                 counts["desirable" if row.answers[0].good else "undesirable"] += 1
             kept.append(fitting)
     return _laid_out(kept, counts, limits.watched)
+
+
+def _same_tokens(row: TokenizedRow) -> bool:
+    """Whether what is left of both answers is the same."""
+    return len(row.answers) == 2 and row.answers[0].ids == row.answers[1].ids
 
 
 def _has_labels(row: TokenizedRow) -> bool:

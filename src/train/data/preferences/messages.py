@@ -10,7 +10,7 @@ from ...recipe.recipe import Dataset
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import fields_of, kind
-from .rows import JudgedAnswer, Preference, judgement, part_of, spoken
+from .rows import JudgedAnswer, Preference, judgement, part_of, require_same_question, spoken
 
 _PROMPT = "prompt"
 
@@ -113,6 +113,8 @@ class MessageReader:
         found = [self._messages(v, n, where) for v, n in zip(values, self.answers, strict=True)]
         if prompt is None or (isinstance(prompt, str) and self._repeats(found)):
             count = self._shared(found, where)
+            if self.whole:
+                require_same_question([m[:-1] for m in found], self.answers, where)
             turns = self._turns(values[0])[:count]
             found = [messages[-1:] if self.whole else messages[count:] for messages in found]
             field = self.answers[0]

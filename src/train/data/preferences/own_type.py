@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ....errors import DataError, RecipeError, first_line
-from ...own_functions import digest, load_function
+from ...own_functions import load_function
 from ...recipe.recipe import Recipe
 from ..formats.fields import fields_of, kind
 from .rows import JudgedSteps, Preference, PreferenceReader
@@ -48,10 +48,6 @@ class OwnTypeReader:
             )
         self.change: Callable[..., Any] = made
         self.removed = options.get("remove_columns") or ()
-
-    def digest(self) -> str:
-        """A hash of the function's code."""
-        return digest(self.name)
 
     def read(self, row: Any, where: str) -> Preference | JudgedSteps:
         """The content of a row, after the function has changed it."""

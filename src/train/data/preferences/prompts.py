@@ -12,8 +12,8 @@ from ..formats.fields import fields_of, kind
 from .rows import Preference, part_of, spoken
 
 _TAKEN = (
-    "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra",
-    "log_metric", "environments",
+    "prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
+    "trainer_state", "log_extra", "log_metric", "environments",
 )  # fmt: skip
 """What the trainer itself hands to the functions that judge completions."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -130,6 +130,25 @@ def text_of_part(row: Mapping[str, Any], field: str, where: str) -> str:
             "type that reads them, such as chat_template"
         )
     return value
+
+
+def require_same_question(before: Sequence[Messages], names: Sequence[str], where: str) -> None:
+    """See that the answers of a row are to the same question.
+
+    Args:
+        before: the messages before each answer; none where the answer is alone.
+        names: the fields of the answers.
+        where: file and line, for the error.
+
+    Raises:
+        DataError: they are not.
+    """
+    asked = [messages for messages in before if messages]
+    if len(asked) == 2 and asked[0] != asked[1]:
+        raise DataError(
+            f"{where}: the messages before the answer differ in {names[0]!r} and {names[1]!r}; "
+            "only answers to the same question are compared: leave the row out"
+        )
 
 
 def spoken(text: str, role: str, conversation: Conversation) -> dict[str, str]:

@@ -12,7 +12,14 @@ from ..chat.template import Messages
 from ..formats.conversation import Conversation
 from ..formats.fields import fields_of, kind, may_text
 from ..formats.instruction import filled, require_fillable
-from .rows import JudgedAnswer, Preference, judgement, part_of, text_of_part
+from .rows import (
+    JudgedAnswer,
+    Preference,
+    judgement,
+    part_of,
+    require_same_question,
+    text_of_part,
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,12 @@ class FormReader:
         good = [True, False]
         if self.labelled:
             good = [judgement(part_of(row, "label", where), "label", where)]
-        contents, history = [], None
-        for name in names:
-            before, text = self._answer(part_of(row, name, where), name, where)
-            contents.append(text)
-            history = before if history is None else history
-        if history and self.prompts and len(history) == 1:
-            history = None  # the same question again
+        found = [self._answer(part_of(row, name, where), name, where) for name in names]
+        contents = [text for _, text in found]
+        require_same_question([before for before, _ in found], names, where)
+        history = found[0][0]
+        if len(history) == 1 and any(name in row for name in self.prompts):
+            history = []  # the same question again
         if not history:
             history = [{"role": "user", "content": self._prompt(row, names[0], where)}]
         system = may_text(row, self.system, where)
@@ -135,6 +141,11 @@ class FormReader:
                 f"{where}: the field {name!r} must be text or a list of messages, not {said}"
             )
         messages = self.conversation.messages(value, f"{where}: {name!r}")
+        if any(m.get("tool_calls") or m.get("function_call") for m in messages):
+            raise DataError(
+                f"{where}: {name!r} has tool_calls, which this type cannot write; use "
+                "type: chat_template, with a template that writes them"
+            )
         if messages[-1]["role"] != "assistant":
             raise DataError(
                 f"{where}: {name!r} ends with a message of the role {messages[-1]['role']!r}; it "

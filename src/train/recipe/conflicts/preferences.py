@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..keys.preferences.names import reward_problem, type_problem
+from ..keys.preferences.unread import has_method
 from ..preferences import ROWS
 from ..problems import Loc
 
@@ -41,9 +42,10 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
     asked = [k for k in ("rl", *_SWITCHES) if values.get(k)]
     if len(asked) > 1:
         yield (asked[1],), f"set this or {asked[0]}, not both: a run trains with one method"
-    yield from _losses(values)
-    trl = values.get("trl")
-    yield from _trl(values, trl if isinstance(trl, Mapping) else {})
+    if has_method(values):  # else nothing reads these keys
+        yield from _losses(values)
+        trl = values.get("trl")
+        yield from _trl(values, trl if isinstance(trl, Mapping) else {})
     method = method_in(values)
     if method is None:
         return

@@ -93,7 +93,8 @@ class DataKeys(Keys):
     """The same for validation. Unset: ``sequence_len``."""
 
     min_sample_len: Int | None = key(gt=0)
-    """Shortest row, in tokens; shorter ones are left out. Unset: 2."""
+    """Shortest row, in tokens; shorter ones are left out. Unset: 2, or 1 for rows that are
+    prompts (``rl: grpo``, ``gdpo``)."""
 
     max_prompt_len: Int | None = not_applicable("only a preference method (key rl) reads it")
     """Longest prompt of a preference, in tokens; with ``excess_length_strategy: truncate``, longer

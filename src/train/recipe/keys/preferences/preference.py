@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
 from ..base import Float, Int, Keys, PositiveFloat, not_applicable, not_yet, subsumed
 from .trl import ONLY, TrlKeys
+from .unread import METHOD_KEYS, loose_types
 from .vllm import VllmKeys
 
 _SFT = "only supervised training so far; use TRL's trainer on an optimized model"
 _EBFT = "it samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function"
 _DPO = "only rl: dpo reads it"
+_PAIRED = "only rl: dpo and ipo read it"
 _KTO = "only rl: kto reads it"
 _REWARDS = "only a reward model (reward_model, process_reward_model) reads it"
 _GONE = "TRL no longer has it"
@@ -24,6 +27,9 @@ DpoLoss = Literal[
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 """The losses that TRL's trainer of DPO has."""
+
+
+_LOOSE = loose_types(TrlKeys, VllmKeys)
 
 
 class PreferenceKeys(Keys):
@@ -39,17 +45,18 @@ class PreferenceKeys(Keys):
     variants (``.intel``, ``.icr``, ``.argilla``, ``.argilla_chat``, ``.prompt_pairs``, ``.ultra``);
     the format spelled out as keys; ``bradley_terry.chat_template`` and ``bradley_terry.llama3.icr``
     for reward models; ``stepwise_supervised`` for process reward models; or a Python function,
-    ``module.function``, which changes rows and runs only with ``--allow-code``."""
-
-    rl_beta: _NotNegative | None = not_applicable(ONLY, aliases=["dpo_beta", "beta"])
-    """Strength of the penalty for moving away from the reference model. Unset: the method's
-    default."""
+    ``module.function``, which changes rows and runs only with ``--allow-code``. No command reads
+    such rows yet."""
 
     reward_model: bool | None = not_yet(_SFT)
     """Train a reward model. Unset: no."""
 
     process_reward_model: bool | None = not_yet(_SFT)
     """Train a reward model that scores each reasoning step. Unset: no."""
+
+    rl_beta: _NotNegative | None = not_applicable(ONLY, aliases=["dpo_beta", "beta"])
+    """Strength of the penalty for moving away from the reference model. Unset: the method's
+    default."""
 
     num_labels: Int | None = not_applicable(_REWARDS, gt=0)
     """Number of outputs of a reward model. Unset: 1 for ``reward_model``, 2 for
@@ -69,14 +76,14 @@ class PreferenceKeys(Keys):
     dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = not_applicable(_DPO)
     """Probability that the two answers of a pair are swapped. Unset: 0."""
 
-    dpo_use_weighting: bool | None = not_applicable(_DPO)
+    dpo_use_weighting: bool | None = not_applicable(_PAIRED)
     """Weight each pair by its probability under the model. Unset: no."""
 
-    dpo_ld_alpha: _Fraction | None = not_applicable(_DPO)
+    dpo_ld_alpha: _Fraction | None = not_applicable(_PAIRED)
     """Weight of the tokens that an answer has beyond the length of the shorter one (LD-DPO). Unset:
     1."""
 
-    dpo_padding_free: bool | None = not_applicable(_DPO)
+    dpo_padding_free: bool | None = not_applicable(_PAIRED)
     """Concatenate the sequences of a batch instead of padding them. Unset: no."""
 
     precompute_ref_log_probs: bool | None = not_applicable("only rl: dpo, ipo and kto read it")
@@ -123,3 +130,21 @@ class PreferenceKeys(Keys):
 
     vllm: VllmKeys | None = not_applicable(ONLY)
     """Settings for vLLM, which generates completions for GRPO. Unset: none."""
+
+    # The keys that ask for a method stand first, so that their values are known here.
+    @field_validator(*_LOOSE, mode="wrap")
+    @classmethod
+    def _read_by_a_method(
+        cls, value: Any, within_limits: Callable[[Any], Any], info: ValidationInfo
+    ) -> Any:
+        """Keep values within their limits if there is a method that reads them."""
+        assert info.field_name is not None
+        # one that asks for what there is not has no value
+        if any(info.data.get(key, True) for key in METHOD_KEYS):
+            return within_limits(value)
+        return _LOOSE[info.field_name].validate_python(value)
+
+    @field_serializer(*_LOOSE)
+    def _as_it_is(self, value: Any) -> Any:
+        """Take values of any type, without a warning."""
+        return value

@@ -111,7 +111,7 @@ class TrlKeys(Keys):
     """Leave out completions whose KL divergence from the policy is larger. Unset: none."""
 
     use_bias_correction_kl: bool | None = not_applicable(_GRPO)
-    """Weigh the KL term by the ratio of new to old probabilities. Unset: no."""
+    """Weigh the KL term by the ratio of new to old probabilities. Unset: yes."""
 
     entropy_coef: _NotNegative | None = not_applicable(_GRPO)
     """Weight of an entropy bonus. Unset: 0."""
