@@ -97,7 +97,7 @@ class Family:
     writes = 0
 
 
-class Kept:
+class KeptLogits:
     """Values that somebody may want when the weights that make them have changed.
 
     Who detaches a tensor may keep it for later, past the optimizer's step. A step needs a backward

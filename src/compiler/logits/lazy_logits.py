@@ -19,7 +19,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
-from .deferred import Change, Deferred, Family, Kept, Recorded
+from .deferred import Change, Deferred, Family, KeptLogits, Recorded
 
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
@@ -119,7 +119,7 @@ class LazyLogits(Tensor):
             made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
         return made
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: KeptLogits) -> None:
         """Let the values be among those that are ``kept``."""
         kept.add(self._source)
 

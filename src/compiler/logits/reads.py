@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .deferred import Kept
+from .deferred import KeptLogits
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
@@ -32,7 +32,7 @@ class Reads:
     tiles: Counter[str] = field(default_factory=Counter)
     tensors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
-    kept: Kept = field(default_factory=Kept)
+    kept: KeptLogits = field(default_factory=KeptLogits)
 
     def note_tiles(self, name: str) -> None:
         """Remember that ``name`` was computed in tiles."""
