@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +11,10 @@ from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
 from .checkpoint.rng_state import same_draws
 from .inference import generation
-from .model.tokenizer import pad_token
 from .processes.signals import Interrupts
 from .report.result import RunResult
 from .report.run_log import RunLog
-from .trainer.batches import training_batch
 from .trainer.context import Context
-from .trainer.evaluation import validate
 from .trainer.trainer import FineTuner
 
 
@@ -38,16 +35,24 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
     run_log.say(f"answer before training: {text}")
 
 
-def validate_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
-    """Validate, unless the resumed run has done so, or the recipe does not want it."""
+def validate_before(
+    context: Context, result: RunResult, run_log: RunLog, figures: Callable[[], dict[str, float]]
+) -> None:
+    """Validate, unless the resumed run has done so, or the recipe does not want it.
+
+    Args:
+        context: has the rows.
+        result: of the run.
+        run_log: prints.
+        figures: validates.
+    """
     if context.recipe.eval_on_start is False:
         return
     if not context.validation or result.val_loss_before is not None:
         return
     run_log.say("validating")
     with run_log.timed("validation before"):
-        validated = validate(model, context.validation, run_log.say, context.world)
-        result.val_loss_before = validated["eval_loss"]
+        result.val_loss_before = figures()["eval_loss"]
     run_log.say(f"validation loss before: {result.val_loss_before:.3f}")
 
 
@@ -70,7 +75,7 @@ def save(trainer: FineTuner, result: RunResult) -> None:
         result.problems.append({"part": "saving", "error": failed})
 
 
-def examine(trainer: FineTuner, sequences: Any, result: RunResult, run_log: RunLog) -> None:
+def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     """Explain the model; if training finished, validate, check the saved adapter, and answer.
 
     A part that fails costs none of the others. Of several processes, all take part in what needs
@@ -99,7 +104,7 @@ def examine(trainer: FineTuner, sequences: Any, result: RunResult, run_log: RunL
             loss = None if recipe.load_best_model_at_end else _validated_last(result)
             if loss is None:
                 run_log.say("validating again")
-                loss = validate(model, context.validation, run_log.say, world)["eval_loss"]
+                loss = trainer.figures()["eval_loss"]
             result.val_loss_after = loss
     if trainer.shards:
         if result.sample:
@@ -112,22 +117,22 @@ def examine(trainer: FineTuner, sequences: Any, result: RunResult, run_log: RunL
             )
         return
     if world.main:
-        _examine_alone(model, context, sequences, result, run_log)
+        _examine_alone(trainer, result, run_log)
 
 
-def _examine_alone(
-    model: Any, context: Context, sequences: Any, result: RunResult, run_log: RunLog
-) -> None:
+def _examine_alone(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     """Check the saved adapter, and answer."""
-    recipe, tokenizer = context.recipe, context.tokenizer
+    model: Any = trainer.model
+    context, recipe = trainer.context, trainer.context.recipe
     unchecked = save_model.uncheckable(model) if recipe.adapter else None
     if unchecked is not None:
         run_log.say(f"adapter check skipped: {unchecked}")
     elif recipe.adapter:
         with run_log.guarded("adapter check"):
             run_log.say("checking the saved adapter")
-            probe = training_batch([next(iter(sequences))], recipe, pad_token(tokenizer))
-            model, check = save_model.check_adapter(model, recipe, result.output_dir, probe)
+            model, check = save_model.check_adapter(
+                model, recipe, result.output_dir, trainer.probe()
+            )
             result.adapter_check = asdict(check)
     if result.sample:
         with run_log.guarded("answer after"):

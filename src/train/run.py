@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .checkpoint.rng_state import same_draws
 from .checkpoint.together import require_shared
 from .data.readers.limits import warnings
 from .data.together import prepare_together
+from .methods.task import task_of
 from .model.adapters import parameters
 from .model.load import quiet
 from .model.positions import require_reach
@@ -36,11 +38,9 @@ from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
 from .requirements import attention, tracking
 from .terminal import Terminal
-from .trainer.arguments import arguments_for
-from .trainer.batches import training_sequences
-from .trainer.build import make_context, make_trainer
+from .trainer.build import make_context
 from .trainer.context import Context
-from .trainer.evaluation import require_figure, wants_perplexity
+from .trainer.evaluation import validate
 from .trainer.ready import ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
@@ -81,6 +81,7 @@ class TrainingRun:
         self.recipe, self.world = recipe, world or World()
         self.console = console
         self.folder = Path(recipe.output_dir)
+        self.task = task_of(recipe)
         self.sequences: Any = ()
         self.resumed: resume.Resumed | None = None
         self._cleared = False  # whether the folder is this run's alone
@@ -118,13 +119,13 @@ class TrainingRun:
             context = self._context(model, tokenizer, prepared, interrupts)
             self._before(model, context)
             saved = self.resumed.saved if self.resumed else None
-            trainer = make_trainer(context, model, self.sequences, saved, self._clear)
+            trainer = self.task.trainer(context, model, self.sequences, saved, self._clear)
             with interrupts.deferring_signals():  # without a gap: what is trained must be saved
                 self._train(trainer, interrupts)
                 self._save(trainer, interrupts)
             try:
                 self._measure(trainer)
-                finish.examine(trainer, self.sequences, self.result, self.run_log)
+                finish.examine(trainer, self.result, self.run_log)
             except Stopped as stopped:  # what was trained has been saved
                 self.result.interrupt(stopped.signal)
             self._finish(trainer, interrupts)
@@ -169,11 +170,11 @@ class TrainingRun:
         prepared = prepare_together(recipe, tokenizer, self.console, day, world)
         if self.resumed is not None:
             resume.require_same_data(self.resumed, prepared.fingerprint)
-        self.sequences = training_sequences(prepared, recipe)
+        self.sequences = self.task.sequences(prepared)
         # say now what does not go together
-        args = arguments_for(recipe, self.sequences, world)
+        args = self.task.arguments(self.sequences, world)
         try_schedule(recipe, args)
-        require_figure(args.metric_for_best_model, prepared.validation, wants_perplexity(recipe))
+        self.task.require_figure(args, prepared.validation)
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
@@ -201,7 +202,7 @@ class TrainingRun:
     ) -> Context:
         """What the trainer needs besides the model and the rows."""
         made = make_context(
-            self.recipe, model, tokenizer, prepared, interrupts, self.console, self.result.carried
+            self.task, model, tokenizer, prepared, interrupts, self.console, self.result.carried
         )
         for name, batches in made.validation.items():
             self.result.data[f"{name}_sequences"] = len(batches.packs)
@@ -217,14 +218,17 @@ class TrainingRun:
             from ..compiler.pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
-        if not shards:
-            finish.validate_before(model, context, self.result, self.run_log)
+        validates = functools.partial(finish.validate_before, context, self.result, self.run_log)
+        if not shards and self.task.validates_first:
+            say = self.run_log.say
+            validates(lambda: validate(model, context.validation, say, self.world))
             return
 
-        def on_ready(sharded: Any) -> None:
-            with same_draws(recipe.seed):
-                finish.answer_before(sharded, context, self.result, self.run_log)
-            finish.validate_before(sharded, context, self.result, self.run_log)
+        def on_ready(trainer: FineTuner) -> None:
+            if shards:
+                with same_draws(recipe.seed):
+                    finish.answer_before(trainer.model, context, self.result, self.run_log)
+            validates(trainer.figures)
 
         context.on_ready = on_ready
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fusewright.errors import RecipeError
 from fusewright.train.processes.signals import Interrupts, Stopped
 from fusewright.train.recipe.overrides import parse_overrides
-from fusewright.train.trainer import progress
+from fusewright.train.report import progress
 
 from .commands import fusewright, refused
 from .conftest import chat

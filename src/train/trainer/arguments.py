@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +17,16 @@ from ..processes.world import World
 from ..processes.wrapping import check_deepspeed, deepspeed_config, deepspeed_state
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
+from .steps import Steps, steps
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How many optimizer steps there are.
-
-    Attributes:
-        total: of the whole run.
-        per_epoch: of one pass over the data; None for a stream, which has no end.
-    """
-
-    total: int
-    per_epoch: int | None
-
-    def every(self, interval: float, key: str) -> int:
-        """An interval in whole steps.
-
-        Args:
-            interval: a number of steps; below 1, a share of all steps.
-            key: the recipe's, for the message.
-
-        Raises:
-            RecipeError: it is a number above 1 that is not whole.
-        """
-        if interval < 1:
-            return max(1, math.ceil(self.total * interval))
-        if interval != int(interval):
-            raise RecipeError(
-                f"{key}: {interval:g} is neither a number of steps nor a fraction below 1"
-            )
-        return int(interval)
-
-    def times_per_epoch(self, times: int, key: str) -> int:
-        """The interval, in steps, of what happens so many times in an epoch.
-
-        Raises:
-            RecipeError: the data is a stream, which has no epochs.
-        """
-        if self.per_epoch is None:
-            raise RecipeError(f"{key}: streamed data has no epochs; give a number of steps instead")
-        return max(1, math.ceil(self.per_epoch / times))
-
-
-def steps(recipe: Recipe, sequences: int | None, processes: int = 1) -> Steps:
-    """Count the optimizer steps that the recipe makes of the data.
-
-    Args:
-        recipe: the recipe.
-        sequences: how many there are in an epoch; None for a stream.
-        processes: each of them makes the recipe's forward passes in a step, with its own batches.
-
-    Raises:
-        RecipeError: a stream without ``max_steps``, or too few sequences for one batch.
-    """
-    if sequences is None:
-        if recipe.max_steps is None:
-            raise RecipeError("max_steps: streamed data has no end, so this must be set")
-        return Steps(recipe.max_steps, None)
-    rounded = math.floor if recipe.dataloader_drop_last else math.ceil
-    batches = rounded(sequences / recipe.micro_batch_size)
-    if not batches:
-        raise RecipeError(
-            f"micro_batch_size: {sequences} sequences do not fill a batch of "
-            f"{recipe.micro_batch_size}, and dataloader_drop_last drops incomplete batches"
-        )
-    each = math.ceil(batches / processes)
-    per_epoch = math.ceil(each / recipe.accumulation())
-    total = recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
-    return Steps(total, per_epoch)
-
-
-def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe,
+    count: Steps,
+    several: bool = False,
+    kind: type[TrainingArguments] = TrainingArguments,
+    own: Mapping[str, Any] | None = None,
+) -> Any:
     """The arguments of transformers' Trainer.
 
     Intervals are given in whole steps: ends of epochs are steps, too, and so whatever happens
@@ -97,55 +36,93 @@ def training_arguments(recipe: Recipe, count: Steps, several: bool = False) -> T
         recipe: the recipe.
         count: of its steps.
         several: whether there are several processes.
+        kind: the class of the arguments; what the recipe does not say is as in
+            ``TrainingArguments``, also where this class has another default.
+        own: what else ``kind`` is made with.
 
     Raises:
         RecipeError: keys that do not go together.
     """
+    among = _processes(recipe) if several else {}
     given = {
+        **_plain_defaults(kind),
         **_steps(recipe, count),
         **_saving(recipe, count),
         **_validation(recipe, count),
         **_hub(recipe),
         **_tracking(recipe),
-        **(_processes(recipe) if several else {}),
+        **_logging(recipe, count),
+        **_loading(recipe, among.pop("accelerator_config", {})),
+        **among,
+        "output_dir": str(Path(recipe.output_dir)),
+        "seed": recipe.seed,
+        "torch_empty_cache_steps": recipe.torch_empty_cache_steps,
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        **(own or {}),
     }
     try:
-        made: Any = TrainingArguments(
-            output_dir=str(Path(recipe.output_dir)),
-            seed=recipe.seed,
-            logging_steps=count.every(recipe.logging_steps, "logging_steps"),
-            logging_first_step=recipe.logging_first_step,
-            log_on_each_node=recipe.log_on_each_node,
-            logging_nan_inf_filter=recipe.logging_nan_inf_filter,
-            dataloader_num_workers=recipe.dataloader_num_workers,
-            dataloader_prefetch_factor=recipe.dataloader_prefetch_factor,
-            dataloader_pin_memory=_pinned(recipe),
-            dataloader_drop_last=recipe.dataloader_drop_last,
-            # a stream is read by whoever trains on it
-            accelerator_config={
-                "dispatch_batches": False,
-                **(recipe.accelerator_config or {}),
-                **given.pop("accelerator_config", {}),
-            },
-            torch_empty_cache_steps=recipe.torch_empty_cache_steps,
-            restore_callback_states_from_checkpoint=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            disable_tqdm=True,
-            **given,
-        )
+        made: Any = kind(**given)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
     check_deepspeed(made)
     made._n_gpu = min(1, made.n_gpu)  # of several, one process would train on all: nn.DataParallel
-    return made  # type: ignore[no-any-return]  # 2026-11-27: for its private attribute
+    return made
 
 
-def arguments_for(recipe: Recipe, sequences: Any, world: World | None = None) -> TrainingArguments:
+def _plain_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The defaults of ``TrainingArguments`` where ``kind`` has others."""
+    plain = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    found = {}
+    for f in dataclasses.fields(kind):
+        base = plain.get(f.name)
+        if base is None or not f.init:
+            continue
+        if (f.default, f.default_factory) != (base.default, base.default_factory):
+            factory: Any = base.default_factory
+            found[f.name] = base.default if factory is dataclasses.MISSING else factory()
+    return found
+
+
+def _logging(recipe: Recipe, count: Steps) -> dict[str, Any]:
+    return {
+        "logging_steps": count.every(recipe.logging_steps, "logging_steps"),
+        "logging_first_step": recipe.logging_first_step,
+        "log_on_each_node": recipe.log_on_each_node,
+        "logging_nan_inf_filter": recipe.logging_nan_inf_filter,
+    }
+
+
+def _loading(recipe: Recipe, among: Mapping[str, Any]) -> dict[str, Any]:
+    """How batches are brought to the model."""
+    return {
+        "dataloader_num_workers": recipe.dataloader_num_workers,
+        "dataloader_prefetch_factor": recipe.dataloader_prefetch_factor,
+        "dataloader_pin_memory": _pinned(recipe),
+        "dataloader_drop_last": recipe.dataloader_drop_last,
+        # a stream is read by whoever trains on it
+        "accelerator_config": {
+            "dispatch_batches": False,
+            **(recipe.accelerator_config or {}),
+            **among,
+        },
+    }
+
+
+def arguments_for(
+    recipe: Recipe,
+    sequences: Any,
+    world: World | None = None,
+    kind: type[TrainingArguments] = TrainingArguments,
+    own: Mapping[str, Any] | None = None,
+) -> Any:
     """The same for the sequences at hand; a stream of them has no length."""
     world = world or World()
     number = len(sequences) if hasattr(sequences, "__len__") else None
-    return training_arguments(recipe, steps(recipe, number, world.batch_ranks), world.several)
+    count = steps(recipe, number, world.batch_ranks)
+    return training_arguments(recipe, count, world.several, kind, own)
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:

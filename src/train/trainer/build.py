@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,22 +11,65 @@ from rich.console import Console
 from ...errors import RecipeError
 from ...memory.meter import Meter
 from ..checkpoint.resume import Saved
+from ..model.precision import device_for_training
 from ..model.tokenizer import pad_token
 from ..processes.signals import Interrupts
 from ..processes.tensor_parallel import left_whole
+from ..processes.world import World
 from ..recipe.recipe import Recipe
-from ..report.throughput import ThroughputMeter, flops_per_token
+from ..report.progress import ProgressCallback
+from ..report.throughput import ThroughputMeter, flops_per_token, peak_flops
 from .arguments import arguments_for
-from .batches import training_batch, typical_context, validation_batches
+from .batches import training_batch, training_sequences, typical_context, validation_batches
 from .callbacks import LayerSampler, watchdogs
 from .context import Context
-from .parallel import peak_of
-from .progress import ProgressCallback
+from .evaluation import Batches, require_figure, wants_perplexity
 from .trainer import FineTuner
 
 
+class SupervisedTask:
+    """Training on rows some of whose tokens have labels.
+
+    Args:
+        recipe: checked.
+    """
+
+    validates_first = True
+    """Whether validation needs nothing but the model, so that it can come before the trainer."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def sequences(self, prepared: Any) -> Any:
+        """What an epoch is made of, from the prepared rows."""
+        return training_sequences(prepared, self.recipe)
+
+    def arguments(self, sequences: Any, world: World) -> Any:
+        """The arguments of the trainer."""
+        return arguments_for(self.recipe, sequences, world)
+
+    def require_figure(self, args: Any, names: Iterable[str]) -> None:
+        """See that validations of the datasets have the figure that is to judge them."""
+        require_figure(args.metric_for_best_model, names, wants_perplexity(self.recipe))
+
+    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+        """The batches to validate on, by the name of their dataset."""
+        return validation_batches(prepared, self.recipe, pad_token(tokenizer), world)
+
+    def trainer(
+        self,
+        context: Context,
+        model: Any,
+        sequences: Any,
+        resumed: Saved | None,
+        on_first_step: Callable[[], None],
+    ) -> FineTuner:
+        """The trainer; see ``make_trainer``."""
+        return make_trainer(context, model, sequences, resumed, on_first_step)
+
+
 def make_context(
-    recipe: Recipe,
+    task: SupervisedTask,
     model: Any,
     tokenizer: Any,
     prepared: Any,
@@ -37,7 +80,7 @@ def make_context(
     """Bring together what the trainer needs besides the model and the rows.
 
     Args:
-        recipe: checked.
+        task: what is done with the rows.
         model: which is trained.
         tokenizer: of the run.
         prepared: the rows, as ``prepare`` has made them.
@@ -45,12 +88,12 @@ def make_context(
         console: where to print.
         carried: says what else of the run a checkpoint has to keep.
     """
-    world = interrupts.world
+    world, recipe = interrupts.world, task.recipe
     meter = ThroughputMeter(
         flops=flops_per_token(model, typical_context(prepared, recipe)),
-        peak=peak_of(model, world),
+        peak=_peak(model, world),
     )
-    sets = validation_batches(prepared, recipe, pad_token(tokenizer), world)
+    sets = task.validation(prepared, tokenizer, world)
     return Context(
         recipe, tokenizer, console, interrupts, meter,
         validation=sets, data=prepared.fingerprint, carried=carried, world=world,
@@ -64,6 +107,8 @@ def make_trainer(
     resumed: Saved | None = None,
     on_first_step: Callable[[], None] | None = None,
     kind: type[FineTuner] = FineTuner,
+    args: Any = None,
+    own: Mapping[str, Any] | None = None,
 ) -> FineTuner:
     """Set up the trainer; ``trainer.train()`` runs it.
 
@@ -74,12 +119,14 @@ def make_trainer(
         resumed: what the checkpoint kept that the run resumes from.
         on_first_step: called when the first step is complete.
         kind: of trainer.
+        args: its arguments; None: those of the recipe for ``transformers.Trainer``.
+        own: what else it is made with, or with something else.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
     """
     recipe = context.recipe
-    args = arguments_for(recipe, packs, context.world)
+    args = arguments_for(recipe, packs, context.world) if args is None else args
     pad_id = pad_token(context.tokenizer)
     memory = Meter(model.device)
     progress = ProgressCallback(
@@ -95,6 +142,7 @@ def make_trainer(
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
         "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
         "callbacks": [*watchdogs(recipe), *samplers],
+        **(own or {}),
     }
     try:
         trainer = kind(context, progress, resumed, on_first_step, **given)
@@ -105,3 +153,9 @@ def make_trainer(
     if trainer.divides and (experts := left_whole(model)):
         context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
     return trainer
+
+
+def _peak(model: Any, world: World) -> float | None:
+    """Operations per second that the devices of all processes can do; None: not known."""
+    peak = peak_flops(device_for_training(), model.dtype)
+    return None if peak is None else peak * world.size

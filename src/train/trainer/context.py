@@ -30,7 +30,7 @@ class Context:
         data: the fingerprint of the prepared rows.
         carried: says what else of the run a checkpoint has to keep.
         world: the processes of the run.
-        on_ready: called with the model once it is sharded, before the first step; or None.
+        on_ready: called with the trainer once its model is wrapped, before the first step; or None.
     """
 
     recipe: Recipe

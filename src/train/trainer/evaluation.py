@@ -19,6 +19,10 @@ from ..recipe.recipe import Recipe
 Batch = dict[str, Tensor]
 
 
+def _without_labels(batch: Batch) -> None:
+    batch["labels"].fill_(IGNORED)
+
+
 class Batches:
     """The batches of a dataset, in order, each made when it is asked for.
 
@@ -30,6 +34,7 @@ class Batches:
         size: sequences in a batch.
         collate: makes a batch of them.
         world: the processes of the run.
+        blank: makes a batch count for nothing.
     """
 
     def __init__(
@@ -38,8 +43,9 @@ class Batches:
         size: int,
         collate: Callable[[list[Any]], Batch],
         world: World | None = None,
+        blank: Callable[[Batch], None] = _without_labels,
     ) -> None:
-        self.packs, self.size, self.collate = packs, size, collate
+        self.packs, self.size, self.collate, self.blank = packs, size, collate, blank
         self.world = world or World()
 
     def _whole(self) -> int:
@@ -50,13 +56,22 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for turn in range(len(self)):
-            number = turn * self.world.batch_ranks + self.world.batch_rank
-            start = min(number, self._whole() - 1) * self.size
-            stop = min(start + self.size, len(self.packs))
-            batch = self.collate([self.packs[i] for i in range(start, stop)])
-            if number >= self._whole():
-                batch["labels"].fill_(IGNORED)
+            batch = self.collate([self.packs[i] for i in self._indices(turn)])
+            if self._number(turn) >= self._whole():
+                self.blank(batch)
             yield batch
+
+    def rows(self, turn: int) -> int:
+        """Sequences in a batch of this process."""
+        return len(self._indices(turn))
+
+    def _number(self, turn: int) -> int:
+        """The number of a batch of this process among those of all."""
+        return turn * self.world.batch_ranks + self.world.batch_rank
+
+    def _indices(self, turn: int) -> range:
+        start = min(self._number(turn), self._whole() - 1) * self.size
+        return range(start, min(start + self.size, len(self.packs)))
 
 
 QUIET = 30.0

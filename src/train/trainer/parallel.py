@@ -17,7 +17,6 @@ from ..checkpoint import sharded
 from ..checkpoint.load import ResumableTrainer, load_trained, readable, trained_weights
 from ..checkpoint.rng_state import share_in_groups
 from ..data.ranks import Fillable, RankBatches, RankStream
-from ..model.precision import device_for_training
 from ..model.shard_files import in_shards
 from ..model.token_losses import causal_loss
 from ..processes import tensor_parallel, zero
@@ -34,7 +33,6 @@ from ..processes.mesh import is_sharded, parallelism, use_mesh, uses_fsdp
 from ..processes.world import World
 from ..processes.wrapping import fsdp_plugin
 from ..recipe.strategy import Strategy
-from ..report.throughput import peak_flops
 from .optimizer import step_one_by_one
 
 
@@ -50,6 +48,9 @@ class ParallelTrainer(ResumableTrainer):
         kwargs: Trainer's own.
     """
 
+    _weighs_tokens = True
+    """Whether the loss of a step is the mean over its trained tokens, whatever their batches."""
+
     def __init__(self, world: World, strategy: Strategy, **kwargs: Any) -> None:
         # before Trainer's own, which makes the accelerator
         self.world, self.strategy = world, strategy
@@ -63,7 +64,7 @@ class ParallelTrainer(ResumableTrainer):
         if self.divides:
             tensor_parallel.divide(kwargs["model"], self._mesh.device_mesh["tp"])
         super().__init__(**kwargs)
-        if world.several and not self.model_accepts_loss_kwargs:
+        if world.several and self._weighs_tokens and not self.model_accepts_loss_kwargs:
             # its own is a mean over the process's tokens
             self.compute_loss_func = functools.partial(causal_loss, smoother=self.label_smoother)
 
@@ -283,6 +284,10 @@ class ParallelTrainer(ResumableTrainer):
         state: dict[str, Any] = self._schedule.state_dict()
         return zero.whole_schedule(state, self._names) if self.zero_stage else state
 
+    def _fillable(self, packs: Any) -> Any:
+        """The sequences, where those with an inverted index train nothing."""
+        return Fillable(packs)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of this process."""
         if not self.world.several:
@@ -304,15 +309,9 @@ class ParallelTrainer(ResumableTrainer):
             options["worker_init_fn"] = functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.batch_rank
             )
-            loader = DataLoader(Fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
+            loader = DataLoader(self._fillable(packs), batch_sampler=batches, **options)  # type: ignore[arg-type]  # 2026-11-27: a sequence is a dataset
         # for the device, and for the number of the epoch; each process has its own batches already
         prepared: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return prepared
-
-
-def peak_of(model: Any, world: World) -> float | None:
-    """Operations per second that the devices of all processes can do; None: not known."""
-    peak = peak_flops(device_for_training(), model.dtype)
-    return None if peak is None else peak * world.size

@@ -22,11 +22,10 @@ from ..checkpoint.together import write_together
 from ..checkpoint.write import best_checkpoint, write_checkpoint
 from ..data.order import order_of
 from ..report.environment import rss_mb
+from ..report.progress import ProgressCallback
 from .callbacks import FlowCallback, apply_limits, out_of_patience
 from .context import Context
-from .evaluation import validate, with_perplexity
 from .optimizer import make_optimizer
-from .progress import ProgressCallback
 from .schedule import own_schedule
 from .watchdog import LossWatchdog, NonFiniteGuard
 from .weighted import WeighingTrainer
@@ -65,11 +64,11 @@ class FineTuner(WeighingTrainer):
         on_first_step: Callable[[], None] | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(context.recipe, context.world, **kwargs)
+        super().__init__(context, **kwargs)
         self.remove_callback(PrinterCallback)
         for callback in (FlowCallback(self, context.recipe, context.interrupts), progress):
             self.add_callback(callback)
-        self.context, self.progress, self.guard = context, progress, NonFiniteGuard()
+        self.progress, self.guard = progress, NonFiniteGuard()
         self._folder = Path(context.recipe.output_dir)
         self._notify_first_step = on_first_step
         self.write_error: str | None = None
@@ -119,7 +118,7 @@ class FineTuner(WeighingTrainer):
         The meter is there already, for it also counts where no step is left to make.
         """
         if self.context.on_ready is not None:
-            self.context.on_ready(self.model)
+            self.context.on_ready(self)
         seed_rank(self.args.seed, self.world)
         if self._resumed is not None:
             # the state of a checkpoint brings its own intervals along
@@ -203,10 +202,8 @@ class FineTuner(WeighingTrainer):
         return next((int(e["step"]) for e in entries if "loss" in e), 0)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss per trained token of the validation rows."""
-        context = self.context
-        figures = validate(self.model, context.validation, context.say, self.world)
-        metrics = with_perplexity(figures, context.recipe)
+        """The figures of the validation rows."""
+        metrics = self.figures()
         self.log(metrics)
         flow = self.args, self.state, self.control
         self.control = self.callback_handler.on_evaluate(*flow, metrics)

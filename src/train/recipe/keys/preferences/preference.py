@@ -7,17 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
-from ..base import Float, Int, Keys, PositiveFloat, not_applicable, not_yet, subsumed
-from .trl import ONLY, TrlKeys
+from ..base import Float, Int, Keys, PositiveFloat, Status, key, not_applicable, not_yet, subsumed
+from .trl import TrlKeys
 from .unread import METHOD_KEYS, loose_types
 from .vllm import VllmKeys
 
-_SFT = "only supervised training so far; use TRL's trainer on an optimized model"
+_GRPO: tuple[Status, str] = ("not yet available", "use TRL's trainer on an optimized model")
 _EBFT = "it samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function"
-_DPO = "only rl: dpo reads it"
-_PAIRED = "only rl: dpo and ipo read it"
-_KTO = "only rl: kto reads it"
-_REWARDS = "only a reward model (reward_model, process_reward_model) reads it"
 _GONE = "TRL no longer has it"
 
 _Fraction = Annotated[Float, Field(ge=0, le=1)]
@@ -35,8 +31,8 @@ _LOOSE = loose_types(TrlKeys, VllmKeys)
 class PreferenceKeys(Keys):
     """Preferences and rewards."""
 
-    rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = (
-        not_yet(_SFT, values={"ebft": ("not yet available", _EBFT)})
+    rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = key(
+        values={"ebft": ("not yet available", _EBFT), "grpo": _GRPO, "gdpo": _GRPO}
     )
     """The preference or reinforcement learning method. Unset: supervised training.
 
@@ -45,48 +41,47 @@ class PreferenceKeys(Keys):
     variants (``.intel``, ``.icr``, ``.argilla``, ``.argilla_chat``, ``.prompt_pairs``, ``.ultra``);
     the format spelled out as keys; ``bradley_terry.chat_template`` and ``bradley_terry.llama3.icr``
     for reward models; ``stepwise_supervised`` for process reward models; or a Python function,
-    ``module.function``, which changes rows and runs only with ``--allow-code``. No command reads
-    such rows yet."""
+    ``module.function``, which changes rows and runs only with ``--allow-code``."""
 
-    reward_model: bool | None = not_yet(_SFT)
+    reward_model: bool | None = None
     """Train a reward model. Unset: no."""
 
-    process_reward_model: bool | None = not_yet(_SFT)
+    process_reward_model: bool | None = not_yet("use TRL's trainer on an optimized model")
     """Train a reward model that scores each reasoning step. Unset: no."""
 
-    rl_beta: _NotNegative | None = not_applicable(ONLY, aliases=["dpo_beta", "beta"])
+    rl_beta: _NotNegative | None = key(aliases=["dpo_beta", "beta"])
     """Strength of the penalty for moving away from the reference model. Unset: the method's
     default."""
 
-    num_labels: Int | None = not_applicable(_REWARDS, gt=0)
+    num_labels: Int | None = key(gt=0)
     """Number of outputs of a reward model. Unset: 1 for ``reward_model``, 2 for
     ``process_reward_model``."""
 
-    center_rewards_coefficient: _NotNegative | None = not_applicable("only reward_model reads it")
+    center_rewards_coefficient: _NotNegative | None = None
     """Coefficient of the loss term that keeps the mean reward close to 0. Unset: 0."""
 
     # --- DPO and IPO -----------------------------------------------------------------------------
 
-    dpo_loss_type: list[DpoLoss] | DpoLoss | None = not_applicable(_DPO)
+    dpo_loss_type: list[DpoLoss] | DpoLoss | None = None
     """The loss, or losses, of DPO. Unset: ``sigmoid``."""
 
-    dpo_loss_weights: list[Float] | None = not_applicable(_DPO, min_length=1)
+    dpo_loss_weights: list[Float] | None = key(min_length=1)
     """Weights of several DPO losses. Unset: 1 each."""
 
-    dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = not_applicable(_DPO)
+    dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
     """Probability that the two answers of a pair are swapped. Unset: 0."""
 
-    dpo_use_weighting: bool | None = not_applicable(_PAIRED)
+    dpo_use_weighting: bool | None = None
     """Weight each pair by its probability under the model. Unset: no."""
 
-    dpo_ld_alpha: _Fraction | None = not_applicable(_PAIRED)
+    dpo_ld_alpha: _Fraction | None = None
     """Weight of the tokens that an answer has beyond the length of the shorter one (LD-DPO). Unset:
     1."""
 
-    dpo_padding_free: bool | None = not_applicable(_PAIRED)
+    dpo_padding_free: bool | None = not_applicable("TRL's trainer pads the sequences of a batch")
     """Concatenate the sequences of a batch instead of padding them. Unset: no."""
 
-    precompute_ref_log_probs: bool | None = not_applicable("only rl: dpo, ipo and kto read it")
+    precompute_ref_log_probs: bool | None = None
     """Compute the log probabilities of the reference model before training. Unset: no."""
 
     dpo_use_liger_kernel: bool | None = subsumed("the compiler's own loss, which makes no logits")
@@ -108,27 +103,27 @@ class PreferenceKeys(Keys):
 
     # --- the other methods -----------------------------------------------------------------------
 
-    orpo_alpha: PositiveFloat | None = not_applicable("only rl: orpo reads it")
+    orpo_alpha: PositiveFloat | None = None
     """Weight of the odds-ratio term of ORPO. Unset: 0.1."""
 
-    cpo_alpha: _NotNegative | None = not_applicable("only rl: cpo and simpo read it")
+    cpo_alpha: _NotNegative | None = None
     """Weight of the log-likelihood term of CPO. Unset: 1."""
 
-    simpo_gamma: _NotNegative | None = not_applicable("only rl: simpo reads it")
+    simpo_gamma: _NotNegative | None = None
     """Target reward margin of SimPO. Unset: 0.5."""
 
-    kto_desirable_weight: PositiveFloat | None = not_applicable(_KTO)
+    kto_desirable_weight: PositiveFloat | None = None
     """Weight of desirable answers in KTO. Unset: 1."""
 
-    kto_undesirable_weight: PositiveFloat | None = not_applicable(_KTO)
+    kto_undesirable_weight: PositiveFloat | None = None
     """Weight of undesirable answers in KTO. Unset: 1."""
 
     # --- groups ----------------------------------------------------------------------------------
 
-    trl: TrlKeys | None = not_applicable(ONLY)
+    trl: TrlKeys | None = None
     """Settings for TRL's trainers. Unset: none."""
 
-    vllm: VllmKeys | None = not_applicable(ONLY)
+    vllm: VllmKeys | None = None
     """Settings for vLLM, which generates completions for GRPO. Unset: none."""
 
     # The keys that ask for a method stand first, so that their values are known here.

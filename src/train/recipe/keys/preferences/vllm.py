@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from ..base import Int, Keys, PositiveFloat, PositiveInt, not_applicable
+from ..base import Int, Keys, PositiveFloat, PositiveInt, key, not_applicable
 
-_ONLY = "only a method that generates completions (rl: grpo, gdpo) reads it"
 _SERVER = "it sets up a server, which is started apart, with vllm serve"
 
 
 class VllmKeys(Keys):
     """``vllm``: settings for vLLM, which generates completions for GRPO."""
 
-    host: str | None = not_applicable(_ONLY)
+    host: str | None = None
     """Host of the server. Unset: ``trl.vllm_server_host``."""
 
-    port: Int | None = not_applicable(_ONLY, gt=0, lt=65536)
+    port: Int | None = key(gt=0, lt=65536)
     """Port of the server. Unset: ``trl.vllm_server_port``."""
 
-    gpu_memory_utilization: PositiveFloat | None = not_applicable(_ONLY, le=1)
+    gpu_memory_utilization: PositiveFloat | None = key(le=1)
     """Fraction of a GPU's memory that vLLM beside the trainer takes. Unset: 0.3."""
 
-    tensor_parallel_size: PositiveInt | None = not_applicable(_ONLY)
+    tensor_parallel_size: PositiveInt | None = None
     """Processes that share each layer of vLLM beside the trainer. Unset: 1."""
 
-    max_model_len: PositiveInt | None = not_applicable(_ONLY)
+    max_model_len: PositiveInt | None = None
     """Longest prompt and completion, in tokens. Unset: what the model was made for."""
 
     data_parallel_size: PositiveInt | None = not_applicable(_SERVER)

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from fusewright.train.processes.signals import Interrupts
 from fusewright.train.report.format import Smooth, duration, memory, millions
+from fusewright.train.report.progress import ProgressCallback
 from fusewright.train.report.throughput import ThroughputMeter
-from fusewright.train.trainer.progress import ProgressCallback
 
 
 class Screen:

@@ -23,9 +23,9 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..processes.signals import Interrupts
-from ..report.format import Smooth, duration, memory
-from ..report.throughput import ThroughputMeter
 from ..terminal import say
+from .format import Smooth, duration, memory
+from .throughput import ThroughputMeter
 
 RECENT = 10
 """Steps that rates and the time left are taken over."""

@@ -1,0 +1,35 @@
+"""ORPO, CPO and SimPO: pairs of answers, and no reference model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .experimental import CPOTrainer, ORPOTrainer
+from .tuner import MethodTuner
+
+
+class _OddsTuner(MethodTuner):
+    """What TRL's trainers of these methods have in common."""
+
+    def evaluated_loss(self, batch: Any) -> Any:
+        """The loss; these trainers measure everything as training unless told otherwise."""
+        own: Any = self
+        loss, measured = own.get_batch_loss_metrics(self.model, batch, train_eval="eval")
+        own.store_metrics(measured, train_eval="eval")
+        return loss
+
+
+class OrpoTuner(_OddsTuner, ORPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
+    """TRL's trainer of odds ratio preference optimization (Hong et al. 2024) in this engine's loop.
+
+    Args:
+        kwargs: those of ``MethodTuner``.
+    """
+
+
+class CpoTuner(_OddsTuner, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
+    """TRL's trainer of CPO (Xu et al. 2024) and SimPO (Meng et al. 2024) in this engine's loop.
+
+    Args:
+        kwargs: those of ``MethodTuner``.
+    """

@@ -1,0 +1,53 @@
+"""The model that another one is compared with while it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..model.load import fit_embeddings, load_model
+from ..recipe.recipe import Recipe
+
+_COPY = "ref"
+"""The adapter in which TRL keeps what the trained one was at first."""
+
+_IDLE = ("lora_A", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save")
+"""Weights of an adapter that change nothing as long as LoRA's B is zero."""
+
+
+def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The base model as it is before training, without gradients; optimized if the recipe is.
+
+    Args:
+        recipe: without an adapter.
+        tokenizer: whose tokens the embeddings need rows for.
+    """
+    model = load_model(recipe)
+    fit_embeddings(model, tokenizer, recipe)
+    model.requires_grad_(False)
+    model.eval()
+    if recipe.optimize:
+        from ...compiler.pipeline import optimize
+
+        optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
+    return model
+
+
+def drop_idle_copy(model: Any) -> None:
+    """Remove TRL's copy of an adapter that changes nothing yet: the model without it is the same.
+
+    Args:
+        model: as TRL's trainer has left it.
+    """
+    if _COPY not in getattr(model, "peft_config", {}):
+        return
+    if all(_is_idle(name, p) for name, p in model.named_parameters() if f".{_COPY}." in name):
+        model.delete_adapter(_COPY)
+
+
+@torch.no_grad()
+def _is_idle(name: str, weight: torch.Tensor) -> bool:
+    if any(part in name for part in _IDLE):
+        return True
+    return ("lora_B" in name or "lora_embedding_B" in name) and not bool(weight.any())

@@ -1,0 +1,165 @@
+"""Prepared rows as TRL's trainers take them, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..data import IGNORED
+from ..data.preferences.examples import Example, Examples
+
+_CHUNK = 1_000
+"""Rows that are made into columns at a time."""
+
+FILLS = "fills"
+"""Marks an example that only fills the batch of a process."""
+
+
+def as_dataset(
+    examples: Examples,
+    change: Callable[[Sequence[Example]], list[Example]] = list,
+    size: int = _CHUNK,
+) -> Dataset:
+    """The examples as a dataset in memory, with their columns.
+
+    Args:
+        examples: the rows.
+        change: is called with ``size`` of them at a time, and returns as many.
+        size: how many.
+    """
+    columns: dict[str, list[pa.Array]] = {}
+    for start in range(0, len(examples), size):
+        rows = change([examples[i] for i in range(start, min(start + size, len(examples)))])
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            kind = pa.list_(pa.int32()) if isinstance(values[0], list) else pa.bool_()
+            columns.setdefault(name, []).append(pa.array(values, type=kind))
+    table = pa.table({name: pa.chunked_array(parts) for name, parts in columns.items()})
+    return PreparedDataset(table)
+
+
+class PreparedDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has no types
+    """Rows that are tokenized: what a trainer would do to prepare them is done already."""
+
+    def map(self, function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The rows as they are; functions that add figures to them are applied."""
+        if kwargs.get("cache_file_name") is None:
+            return self
+        return super().map(function, *args, **kwargs)
+
+
+class FillableExamples(Sequence[Example]):
+    """Examples by their index; those by an inverted index count for nothing.
+
+    Args:
+        examples: by their index.
+    """
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= 0:
+            return self.examples[index]
+        return {**self.examples[~index], FILLS: True}
+
+
+def blank(batch: dict[str, Any]) -> None:
+    """Make a batch count for nothing."""
+    batch["trained"] = 0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Makes batches as ``collate`` does, with the numbers of their ``tokens`` and ``trained`` ones.
+
+    Attributes:
+        collate: makes tensors of examples.
+        tokens: the mask, or masks, of all tokens.
+        trained: the mask, or masks, of those that the loss is of.
+    """
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+    tokens: tuple[str, ...] = ("attention_mask",)
+    trained: tuple[str, ...] = ("completion_mask",)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch; of an example that only fills it, both numbers are 0."""
+        batch = self.collate(examples)
+        fills = any(FILLS in example for example in examples)
+        tokens = sum(int(batch[name].sum()) for name in self.tokens)
+        trained = sum(int(batch[name].sum()) for name in self.trained)
+        return {**batch, "tokens": 0 if fills else tokens, "trained": 0 if fills else trained}
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of numbers as one tensor, (rows, longest), int64, ``value`` behind the shorter ones."""
+    return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+
+
+@dataclass(frozen=True)
+class SeparateAnswers:
+    """Makes batches in which the better and the worse answers are tensors of their own.
+
+    So read them TRL's trainers of ORPO and CPO: ``chosen_input_ids``, ``chosen_attention_mask``
+    and ``chosen_labels``, and the same for ``rejected`` and, without labels, for ``prompt``.
+
+    Attributes:
+        pad_id: the token that fills up.
+    """
+
+    pad_id: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The tensors of a batch."""
+        prompts = [example["prompt_ids"] for example in examples]
+        found = dict(self._part("prompt", prompts))
+        for name in ("chosen", "rejected"):
+            answers = [example[f"{name}_ids"] for example in examples]
+            both = list(zip(prompts, answers, strict=True))
+            found |= self._part(name, [[*prompt, *answer] for prompt, answer in both])
+            labels = [[IGNORED] * len(prompt) + list(answer) for prompt, answer in both]
+            found[f"{name}_labels"] = padded(labels, IGNORED)
+        return found
+
+    def _part(self, name: str, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+        yield f"{name}_input_ids", padded(rows, self.pad_id)
+        yield f"{name}_attention_mask", padded([[1] * len(row) for row in rows], 0)
+
+
+@dataclass(frozen=True)
+class MismatchedAnswers:
+    """Lets KTO compare prompts with the answers to other prompts of their batch.
+
+    Its estimate of the divergence from the reference model is made of such pairs (Ethayarajh et
+    al. 2024, section 4): each prompt with the answer before its own.
+
+    Attributes:
+        collate: TRL's, which reads them in ``KL_completion_ids``.
+    """
+
+    collate: Callable[[Sequence[Example]], dict[str, Any]]
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch with those pairs."""
+        return self.collate(mismatched(examples))
+
+
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Examples with the answer before their own, where they have none such (``KL_completion_ids``).
+
+    The first one has the last one's.
+    """
+    answers = [example["completion_ids"] for example in examples]
+    others = [answers[-1], *answers[:-1]]
+    return [{"KL_completion_ids": a, **e} for e, a in zip(examples, others, strict=True)]

@@ -1,0 +1,189 @@
+"""What the trainers of all methods have in common, before TRL's own of a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..checkpoint.resume import Saved
+from ..trainer.trainer import FineTuner
+from .rows import FillableExamples
+
+Metrics = dict[str, list[float]]
+"""What was measured since the last log, by name."""
+
+_PENDING = "pending_metrics"
+
+
+class MethodTuner(FineTuner):
+    """The loop, checkpoints and validation of ``FineTuner``, with the loss of another trainer.
+
+    Classes of methods inherit from this one and then from TRL's trainer, which thus is what
+    ``super()`` means here: it computes the loss and what is measured beside it.
+
+    Attributes:
+        factor: in several processes, what a loss is multiplied by so that a step's gradient is the
+            mean over all its batches, although some processes may have had none left.
+
+    Args:
+        kwargs: those of ``FineTuner`` and of TRL's trainer.
+    """
+
+    _weighs_tokens = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.factor, self._counts = 1.0, True
+        with kept_dtypes(kwargs["model"]):
+            super().__init__(*args, **kwargs)
+        self._measured: tuple[Metrics, int] | None = None
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def _fillable(self, packs: Any) -> Any:
+        return FillableExamples(packs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; the processes agree on how many batches the step has."""
+        found = super().get_batch_samples(*args, **kwargs)
+        if self.world.several:
+            number = len(found[0])
+            counting = sum(bool(batch["trained"]) for batch in found[0])
+            whole = self.world.sums([counting])[0]
+            self.factor = number * self.world.batch_ranks / max(1.0, whole)
+        return found
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward of one batch."""
+        self._counts = bool(inputs["trained"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The method's own; of a batch that only takes part, nothing counts."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (self.world.several and model.training):
+            return loss
+        return loss * (self.factor if self._counts else 0.0)
+
+    def on_step_end(self) -> None:
+        """Record what a checkpoint would need if the next step does not finish."""
+        super().on_step_end()
+        tokens = int(getattr(self, "_total_train_tokens", 0))
+        self._measured = copy.deepcopy(dict(self.pending("train"))), tokens
+
+    # --- what is measured ------------------------------------------------------------------------
+
+    def pending(self, mode: str) -> Metrics:
+        """What the method has measured since the last log, in ``"train"`` or ``"eval"``."""
+        own = self.__dict__.get("_metrics")
+        if own is None:
+            own = self.__dict__["_stored_metrics"]
+        found: Metrics = own[mode]
+        return found
+
+    def _saved(self) -> Saved:
+        saved = super()._saved()
+        if self._measured is None:
+            return saved
+        metrics, tokens = self._measured
+        logged = self._globalstep_last_logged == self.state.global_step
+        kept = {"metrics": {} if logged else metrics, "tokens": tokens}
+        return replace(saved, carried={**saved.carried, _PENDING: kept})
+
+    def start(self) -> None:
+        """Restore what was measured before the checkpoint and not yet logged."""
+        super().start()
+        kept = self._resumed.carried.get(_PENDING) if self._resumed is not None else None
+        if isinstance(kept, Mapping):
+            self.pending("train").update(kept["metrics"])
+            if hasattr(self, "_total_train_tokens"):
+                self._total_train_tokens = kept["tokens"]
+
+    # --- validation ------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The figures of the validation rows; the mode says that they are not training's."""
+        with self._evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        model: Any = self.model
+        training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+    def figures(self) -> dict[str, float]:
+        """The mean loss per row, ``eval_loss``, and what the method measures beside it.
+
+        Several datasets also have ``eval_NAME_loss`` each. With several processes, a collective;
+        what is measured beside the loss then weighs the last rows twice where they do not go round.
+        """
+        sums: dict[str, tuple[float, float]] = {}
+        with self._evaluating(), torch.no_grad():
+            for name in self.context.validation:
+                sums[name] = self._sum(name)
+            measured = self.pending("eval")
+            found = {
+                f"eval_{name.removeprefix('eval_')}": sum(values) / len(values)
+                for name, values in measured.items()
+                if values
+            }
+            measured.clear()
+        total, rows = (sum(part) for part in zip(*sums.values(), strict=True))
+        if len(sums) > 1:
+            found |= {f"eval_{name}_loss": a / b for name, (a, b) in sums.items()}
+        return {"eval_loss": total / rows, **found}
+
+    def _sum(self, name: str) -> tuple[float, float]:
+        """The losses of the rows of a dataset, added up, and their number."""
+        batches = copy.copy(self.context.validation[name])
+        batches.packs = self.validation_rows(name)
+        total = rows = 0.0
+        for turn, made in enumerate(batches):
+            batch: Any = self._prepare_inputs(made)
+            batch.pop("tokens")
+            counts = bool(batch.pop("trained"))
+            with self.compute_loss_context_manager():
+                loss = float(self.evaluated_loss(batch))
+            number = batches.rows(turn) if counts else 0
+            total, rows = total + loss * number, rows + number
+        both = self.world.sums([total, rows])
+        return both[0], both[1]
+
+    def validation_rows(self, name: str) -> Any:
+        """The rows of a dataset to validate on, with what the trainer has added to them."""
+        rows: Any = self.eval_dataset
+        return rows[name] if isinstance(rows, Mapping) else self.context.validation[name].packs
+
+    def evaluated_loss(self, batch: Any) -> Any:
+        """The loss of a batch that is not trained; what is measured goes to ``eval``."""
+        return self.compute_loss(self.model, batch)
+
+    def probe(self) -> dict[str, Any]:
+        """A batch of one row, to compare models on."""
+        rows: Any = self.train_dataset
+        batch = self.data_collator([rows[0]])
+        ids = next(value for name, value in batch.items() if name.endswith("input_ids"))
+        return {"input_ids": ids[:1]}
+
+
+@contextmanager
+def kept_dtypes(model: Any) -> Iterator[None]:
+    """Keep the trained weights as they are: TRL would round those beside 4-bit weights to bfloat16.
+
+    Args:
+        model: whose trained weights are kept.
+    """
+    trained = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in trained:
+        if parameter.dtype != data.dtype:
+            parameter.data = data
