@@ -179,10 +179,11 @@ class PreferenceTask(SupervisedTask):
         }
         if self.settings.reference and not self.recipe.adapter and not _precomputes(args):
             own["ref_model"] = reference_model(self.recipe, context.tokenizer)
-        if args.eval_strategy != "no" or context.validation:
-            own["eval_dataset"] = {
-                name: self._dataset(batches.packs) for name, batches in context.validation.items()
-            }
+        sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
+        if sets and self.settings.reference:  # they may compute the reference's part beforehand
+            own["eval_dataset"] = sets
+        elif sets:
+            own["eval_dataset"] = next(iter(sets.values()))  # asked for; validation is ours
         return make_trainer(
             context, model, self._dataset(sequences), resumed, on_first_step,
             self.parts.tuner, args, own,
