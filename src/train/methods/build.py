@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_config import KTOConfig
@@ -30,9 +31,10 @@ from .labelled import LabelledTuner
 from .odds import CpoTuner, OrpoTuner
 from .pairs import PairTuner
 from .reference import reference_model
-from .rewards import RewardTuner
+from .rewards import RewardTuner, StepTuner
 from .rows import (
     Counted,
+    JudgedStepBatches,
     MismatchedAnswers,
     SeparateAnswers,
     as_dataset,
@@ -80,6 +82,10 @@ def _separate(pad: int) -> Counted:
     return Counted(SeparateAnswers(pad), masks, masks)
 
 
+def _of_steps(pad: int) -> Counted:
+    return Counted(JudgedStepBatches(pad), trained=("label_mask",))
+
+
 def _of_rewards(pad: int) -> Counted:
     return Counted(DataCollatorForRewards(pad), trained=("attention_mask",))
 
@@ -101,6 +107,7 @@ _PARTS: dict[str, MethodParts] = {
         RewardTuner, RewardConfig, _of_rewards, ("accuracy", "margin", "mean_reward"),
         {"max_length": None},
     ),
+    "process_reward": MethodParts(StepTuner, TrainingArguments, _of_steps, ("accuracy",)),
 }  # fmt: skip
 """What each method is made of."""
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from .experimental import CPOTrainer, ORPOTrainer
+from .float_logits import FloatLogits
 from .tuner import MethodTuner
 
 
 class _OddsTuner(MethodTuner):
     """What TRL's trainers of these methods have in common."""
+
+    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+        """Both answers of each pair in one forward pass, and their log-probabilities."""
+        own: Any = super()
+        return own.concatenated_forward(FloatLogits(model), batch)
 
     def evaluated_loss(self, batch: Any) -> Any:
         """The loss; these trainers measure everything as training unless told otherwise."""

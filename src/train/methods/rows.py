@@ -138,6 +138,28 @@ class SeparateAnswers:
 
 
 @dataclass(frozen=True)
+class JudgedStepBatches:
+    """Makes batches of answers whose steps are judged at their last tokens.
+
+    Attributes:
+        pad_id: the token that fills up.
+    """
+
+    pad_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` and the mask of these, (rows, longest)."""
+        ids = [example["input_ids"] for example in examples]
+        labels = padded([example["labels"] for example in examples], IGNORED)
+        return {
+            "input_ids": padded(ids, self.pad_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": labels,
+            "label_mask": labels != IGNORED,
+        }
+
+
+@dataclass(frozen=True)
 class MismatchedAnswers:
     """Lets KTO compare prompts with the answers to other prompts of their batch.
 

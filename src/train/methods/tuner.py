@@ -64,7 +64,14 @@ class MethodTuner(FineTuner):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The method's own; of a batch that only takes part, nothing counts."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(self._called(model), inputs, *args, **kwargs)
+        return self._weighed(model, loss)
+
+    def _called(self, model: Any) -> Any:
+        """What computes the outputs of ``model``."""
+        return model
+
+    def _weighed(self, model: Any, loss: Any) -> Any:
         if not (self.world.several and model.training):
             return loss
         return loss * (self.factor if self._counts else 0.0)

@@ -46,7 +46,7 @@ class PreferenceKeys(Keys):
     reward_model: bool | None = None
     """Train a reward model. Unset: no."""
 
-    process_reward_model: bool | None = not_yet("use TRL's trainer on an optimized model")
+    process_reward_model: bool | None = None
     """Train a reward model that scores each reasoning step. Unset: no."""
 
     rl_beta: _NotNegative | None = key(aliases=["dpo_beta", "beta"])
