@@ -16,6 +16,7 @@ from .report.result import RunResult
 from .report.run_log import RunLog
 from .trainer.context import Context
 from .trainer.trainer import FineTuner
+from .trainer.watchdog import NonFiniteStepError
 
 
 def answer_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
@@ -73,6 +74,15 @@ def save(trainer: FineTuner, result: RunResult) -> None:
     if failed is not None:
         result.end("disk full", failed)
         result.problems.append({"part": "saving", "error": failed})
+
+
+def save_batch(
+    bad: NonFiniteStepError, trainer: FineTuner, result: RunResult, run_log: RunLog
+) -> None:
+    """Keep the rows of a step that ended training, for somebody to look at."""
+    with run_log.guarded("saving the batch"):
+        text = bad.save(result.output_dir, trainer.context.tokenizer)
+        result.end("nan", f"{bad}; its rows are in {text}")
 
 
 def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
