@@ -47,6 +47,20 @@ class PreferenceSettings:
     reward_functions: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row puts into a training step."""
+        return 2 if self.rows == "pairs" else 1
+
+    @property
+    def passes_beside(self) -> int:
+        """Forward passes without gradients, beside that of each sequence which is trained.
+
+        KTO also compares each prompt with another one's answer.
+        """
+        beside = int(self.reference and not self.arguments.get("precompute_ref_log_probs"))
+        return 2 * beside + 1 if self.method == "kto" else beside
+
 
 def method_of(recipe: Recipe) -> Method | None:
     """The method of a recipe; None: supervised training."""
