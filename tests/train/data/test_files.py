@@ -41,7 +41,10 @@ def read(dataset: Dataset) -> list[Chat]:
             ", line 1: the field 'messages' is missing (the row has 'text', 'id')",
         ),
         ('{"messages": []}\n', ", line 1: the field 'messages' must be a list of messages"),
-        ('{"messages": ["a"]}\n', ", line 1: message 1 needs the field 'role', with text in it"),
+        (
+            '{"messages": ["a"]}\n',
+            ", line 1: message 1 must be an object with the fields",
+        ),
         ('{"messages": [{"role": "user"}]}\n', ", line 1: message 1 needs the field 'content'"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}\n',
