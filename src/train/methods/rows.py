@@ -55,6 +55,11 @@ class PreparedDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets ha
         return super().map(function, *args, **kwargs)
 
 
+def tokens_of(example: Example) -> int:
+    """How long an example is: the tokens of its prompt and of all its answers."""
+    return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
+
+
 class FillableExamples(Sequence[Example]):
     """Examples by their index; those by an inverted index count for nothing.
 

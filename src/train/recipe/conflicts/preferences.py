@@ -60,6 +60,8 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
     if values.get("skip_prepare_dataset"):
         yield ("skip_prepare_dataset",), f"rows of {named} are always tokenized: leave it out"
     yield from _labels(values, method)
+    yield from _reference(values, method)
+    yield from _engine(values, method, named)
     for name in ("datasets", "test_datasets"):
         listed = values.get(name)
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
@@ -172,6 +174,31 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
     luspo = trl.get("loss_type") == "luspo"
     if luspo and trl.get("importance_sampling_level") != "sequence":
         yield ("trl", "loss_type"), "luspo needs importance_sampling_level: sequence"
+
+
+def _reference(values: Values, method: str) -> Iterator[Problem]:
+    trl = values.get("trl")
+    if not (isinstance(trl, Mapping) and trl.get("sync_ref_model")):
+        return
+    place = ("trl", "sync_ref_model")
+    if values.get("adapter"):
+        yield place, "needs adapter to be unset: with one, the reference is the model without it"
+    if values.get("precompute_ref_log_probs"):
+        yield place, "set this or precompute_ref_log_probs, not both"
+
+
+def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
+    """What only supervised training can do."""
+    for key in ("tensor_parallel_size", "context_parallel_size"):
+        if isinstance(size := values.get(key), int) and size > 1:
+            said = f"{named} is not trained with it: use fsdp_config or deepspeed"
+            yield (key,), said
+    for key in ("use_dft", "use_eaft"):
+        if values.get(key):
+            yield (key,), f"weighs tokens of supervised training, and {named} has its own loss"
+    if method == "kto" and values.get("micro_batch_size") in (None, 1):
+        said = "must be 2 or more: KTO compares a prompt with the answer to another one"
+        yield ("micro_batch_size",), said
 
 
 def _labels(values: Values, method: str) -> Iterator[Problem]:
