@@ -336,7 +336,7 @@ def _ranked(model: Any, rows: list[dict[str, Tensor]], folder: Path) -> Resumabl
         str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2, use_cpu=True,
         report_to=[], disable_tqdm=True, learning_rate=1e-2, seed=0, save_strategy="steps",
     )  # fmt: skip
-    return ResumableTrainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]  # 2026-11-30: a list will do
+    return ResumableTrainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]  # 2026-11-27: a list will do
 
 
 def _rows(label: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:
