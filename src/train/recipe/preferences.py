@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .keys.preferences.trl import TrlKeys
@@ -23,6 +23,40 @@ ROWS: dict[str, RowKind] = {
     "process_reward": "steps",
 }  # fmt: skip
 """The rows of each method."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of the model that a recipe trains.
+
+    Attributes:
+        auto: the Auto class of transformers whose models have it.
+        task: PEFT's name of its task.
+        labels: its outputs; None: as many as the vocabulary, or the model's configuration, has.
+        key: the key that asks for it; None: it is that of a language model.
+    """
+
+    auto: str
+    task: str
+    labels: int | None = None
+    key: str | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it gives scores to a text or its tokens, and not the next token."""
+        return self.key is not None
+
+    def belongs_to(self, name: str) -> bool:
+        """Whether a class of transformers has it: an Auto class, or that of an architecture."""
+        return name.endswith(self.auto.removeprefix("AutoModel"))
+
+
+HEADS = {
+    "reward": Head("AutoModelForSequenceClassification", "SEQ_CLS", 1, "reward_model"),
+    "process_reward": Head("AutoModelForTokenClassification", "TOKEN_CLS", 2,
+                           "process_reward_model"),
+}  # fmt: skip
+"""The heads of the methods that do not train a language model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +111,24 @@ def rows_of(recipe: Recipe) -> RowKind | None:
     return None if method is None else ROWS[method]
 
 
+def head_of(recipe: Recipe) -> Head:
+    """The head of the model that a recipe trains.
+
+    ``num_labels`` alone asks for none, because recipes of supervised training keep it without
+    effect; with a ``model_type`` that classifies it does.
+
+    Args:
+        recipe: checked.
+    """
+    method, labels = method_of(recipe), recipe.num_labels or None
+    if method in HEADS:
+        return replace(HEADS[method], labels=labels or HEADS[method].labels)
+    for head in HEADS.values():
+        if method is None and head.belongs_to(recipe.model_type or ""):
+            return replace(head, labels=labels, key="model_type")
+    return Head("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
     """What a recipe says of training on preferences or rewards.
 
@@ -91,7 +143,6 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
         return None
     trl = recipe.trl or TrlKeys()
     arguments: dict[str, Any] = {}
-    labels = 0
     if method in ("dpo", "ipo"):
         arguments = _dpo(recipe, trl)
     elif method == "kto":
@@ -111,16 +162,14 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
             arguments |= {"loss_type": "simpo", "simpo_gamma": recipe.simpo_gamma}
     elif method in ("grpo", "gdpo"):
         arguments = _grpo(recipe, trl, method)
-    else:
-        labels = recipe.num_labels or (1 if method == "reward" else 2)
-        if method == "reward":
-            arguments = {"center_rewards_coefficient": recipe.center_rewards_coefficient}
+    elif method == "reward":
+        arguments = {"center_rewards_coefficient": recipe.center_rewards_coefficient}
     generates = ROWS[method] == "prompts"
     return PreferenceSettings(
         method,
         ROWS[method],
         reference=method in ("dpo", "ipo", "kto") or (generates and bool(_beta(recipe, trl))),
-        num_labels=labels,
+        num_labels=head_of(recipe).labels or 0,
         reward_functions=tuple(trl.reward_funcs or ()) if generates else (),
         arguments={name: value for name, value in arguments.items() if value is not None},
     )

@@ -127,6 +127,14 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"reward_model": True, "type_of_model": "AutoModelForTokenClassification"},
         "model_type: must be AutoModelForSequenceClassification, or left out",
     ),
+    "a class without a head for rewards": (
+        {"reward_model": True, "model_type": "LlamaForCausalLM"},
+        "model_type: must be AutoModelForSequenceClassification, or left out, with reward_model:",
+    ),
+    "a head that supervised rows have no labels for": (
+        {"model_type": "AutoModelForSequenceClassification", "num_labels": 3},
+        "has no language head, which is trained here: leave it out, or set reward_model: true",
+    ),
     "a type of other rows": (
         {"rl": "kto", "datasets": [{"path": "a/b", "type": "chatml.icr"}]},
         "datasets.0.type: 'chatml.icr' is not a type of such rows; ",

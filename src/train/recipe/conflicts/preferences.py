@@ -7,15 +7,13 @@ from typing import Any
 
 from ..keys.preferences.names import reward_problem, type_problem
 from ..keys.preferences.unread import has_method
-from ..preferences import ROWS
+from ..preferences import HEADS, ROWS
 from ..problems import Loc
 
 Values = Mapping[str, Any]
 Problem = tuple[Loc, str]
 
 _SWITCHES = ("reward_model", "process_reward_model", "kd_trainer")
-_CLASSES = {"reward": "AutoModelForSequenceClassification",
-            "process_reward": "AutoModelForTokenClassification"}  # fmt: skip
 _FORMS = {
     "pairs": ("prompt_format", "chosen_format", "rejected_format"),
     "labelled": ("prompt_format", "completion_format"),
@@ -47,6 +45,7 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
         trl = values.get("trl")
         yield from _trl(values, trl if isinstance(trl, Mapping) else {})
     method = method_in(values)
+    yield from _class(values, method)
     if method is None:
         return
     named = method if values.get("rl") == method else f"{method}_model"
@@ -207,10 +206,20 @@ def _labels(values: Values, method: str) -> Iterator[Problem]:
         yield ("num_labels",), "must be 1: a reward model gives one number to an answer"
     if method == "process_reward" and labels == 1:
         yield ("num_labels",), "must be 2 or more: a step is right or wrong"
-    wanted = _CLASSES.get(method)
+
+
+def _class(values: Values, method: str | None) -> Iterator[Problem]:
+    """A ``model_type`` with another head than what the recipe trains."""
     given = values.get("model_type")
-    if wanted and isinstance(given, str) and given.startswith("AutoModel") and given != wanted:
-        yield ("model_type",), f"must be {wanted}, or left out, with {method}_model: true"
+    if not isinstance(given, str):
+        return
+    wanted = HEADS.get(method or "")
+    if wanted is not None and not wanted.belongs_to(given):
+        yield ("model_type",), f"must be {wanted.auto}, or left out, with {wanted.key}: true"
+    found = next((head for head in HEADS.values() if head.belongs_to(given)), None)
+    if wanted is None and found is not None:
+        said = "has no language head, which is trained here: leave it out, or set"
+        yield ("model_type",), f"{said} {found.key}: true"
 
 
 def _dataset(values: Values, method: str, loc: Loc) -> Iterator[Problem]:
