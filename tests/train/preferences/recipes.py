@@ -39,6 +39,8 @@ methods without an example have the keys of the documentation. ``rl: ebft`` has 
 and no trainer but Axolotl's own."""
 
 _OF_THE_MODEL: dict[str, dict[str, Any]] = {
+    # of a model that has learnt nothing, the loss is above any threshold
+    "mistral-orpo-qlora": {"loss_watchdog_threshold": 100.0},
     "falcon-e-dpo": {"use_onebitllms": False},  # its weights have 1.58 bits, a tiny model's do not
 }
 """Keys that describe the model that a tiny one replaces."""
