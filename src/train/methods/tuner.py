@@ -47,6 +47,9 @@ class MethodTuner(FineTuner):
             self.accelerator.gather = self.accelerator.gather_for_metrics = gather
         self._measured: tuple[Metrics, int] | None = None
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would tell the hub what is trained."""
+
     # --- a step ----------------------------------------------------------------------------------
 
     def _fillable(self, packs: Any) -> Any:
