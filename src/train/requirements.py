@@ -103,6 +103,8 @@ def missing_packages(recipe: Recipe) -> list[str]:
     if recipe.tokenizer_use_mistral_common:
         tokens = ("mistral_common", "mistral-common")
         wanted.append(("tokenizer_use_mistral_common", "true", tokens))
+    if recipe.rl in ("grpo", "gdpo") and recipe.trl is not None and recipe.trl.use_vllm:
+        wanted.append(("trl.use_vllm", "true", ("vllm", "vllm")))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(

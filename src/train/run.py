@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import DataError
+from ..errors import DataError, RewardError
 from ..optim.flat import FlatOptimizer
 from . import finish
 from .checkpoint import output_folder, resume
@@ -91,6 +91,7 @@ class TrainingRun:
             versions=versions(),
             machine=machine(),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            figure=self.task.figure,
         )
         self.run_log = RunLog(self.result, console)
 
@@ -273,7 +274,7 @@ class TrainingRun:
                 with self.run_log.guarded("saving the batch"):
                     text = bad.save(self.folder, trainer.context.tokenizer)
                     result.end("nan", f"{bad}; its rows are in {text}")
-        except DataError:  # a row of a stream, which nobody had read before
+        except (DataError, RewardError):  # a row of a stream, or a function that has failed
             trainer.save_now()
             raise
 
@@ -307,6 +308,7 @@ class TrainingRun:
             result.data.update(self.sequences.counts)  # else other processes have counted
             self.run_log.say(rows_message(result.data))
         result.measure(trainer.context.meter, trainer.state.log_history)
+        result.completions = trainer.completions
         result.ranks = self.world.gather(memory()) if self.world.several else []
         there = checkpoints(self.folder)
         result.checkpoint = str(there[-1]) if there else None

@@ -52,10 +52,14 @@ class MethodTuner(FineTuner):
         found = super().get_batch_samples(*args, **kwargs)
         if self.world.several:
             number = len(found[0])
-            counting = sum(bool(batch["trained"]) for batch in found[0])
+            counting = sum(self._trains(batch) for batch in found[0])
             whole = self.world.sums([counting])[0]
             self.factor = number * self.world.batch_ranks / max(1.0, whole)
         return found
+
+    def _trains(self, batch: Any) -> bool:
+        """Whether a batch counts; one that only takes part does not."""
+        return bool(batch["trained"])
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
