@@ -101,11 +101,11 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
         return
     if context.validation:
         with run_log.guarded("validation after"):
-            found = None if recipe.load_best_model_at_end else _validated_last(result)
-            if found is None:
+            figures = None if recipe.load_best_model_at_end else _validated_last(result)
+            if figures is None:
                 run_log.say("validating again")
-                found = trainer.figures()
-            result.validate("after", found)
+                figures = trainer.figures()
+            result.validate("after", figures)
     if trainer.shards:
         if result.sample:
             with run_log.guarded("answer after"), same_draws(recipe.seed):
@@ -209,7 +209,7 @@ def write(result: RunResult, run_log: RunLog) -> None:
     folder = result.output_dir
     result.complete()
     with run_log.guarded("plot"):
-        save_model.plot(result.history, folder / "loss.png")
+        save_model.plot(result.history, folder / "loss.png", result.figure)
     with run_log.guarded("report page"):
         page.write(result, folder)
     with run_log.guarded("model card"):

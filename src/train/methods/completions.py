@@ -91,8 +91,8 @@ class CompletionTask(PreferenceTask):
         """
         if (args.metric_for_best_model or "").removeprefix("eval_") == "loss":
             raise RecipeError(
-                f"metric_for_best_model: the loss of rl: {self.settings.method} says nothing of how "
-                "good the model is; use eval_reward"
+                f"metric_for_best_model: the loss of {self.settings.method} does not say how good "
+                "the model is; use eval_reward"
             )
         super().require_figure(args, names)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head, nanstd
+from trl.trainer.utils import add_fused_lm_head
 
 from ..checkpoint.pending_batches import read_batches, write_batches
 from ..checkpoint.resume import Saved
@@ -24,6 +24,7 @@ from ..checkpoint.rng_state import same_draws
 from ..data.chat.stops import stop_tokens
 from ..data.order import RepeatedOrder, kind_of
 from ..recipe.preferences import generation_sizes
+from ..rewards.figures import reward_figures
 from ..rewards.judge import require_rewards
 from ..rewards.texts import Shown, shown
 from ..trainer.evaluation import reporter
@@ -66,6 +67,14 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         kwargs: those of ``MethodTuner``.
     """
 
+    args: Any  # TRL's and Trainer's own attributes
+    ref_model: Any
+    reward_funcs: Any
+    generation_config: Any
+    num_generations: Any
+    num_generations_eval: Any
+    _buffered_inputs: Any
+
     def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any) -> None:
         del kwargs["data_collator"]  # TRL has its own, which leaves the rows as they are
         given: Any = kwargs["args"]
@@ -87,8 +96,13 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         variables = self.context.recipe.chat_template_kwargs or {}
         self.eos_token_ids = stop_tokens(self.model, self.processing_class, variables)
         if not self.use_vllm:
-            self.generation_config.eos_token_id = self.eos_token_ids
-            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self._set_generation(eos_token_id=self.eos_token_ids)
+            if self.generation_config.use_cache is None:  # not what the model says for training
+                self._set_generation(use_cache=True)
+
+    def _set_generation(self, **values: Any) -> None:
+        self.generation_config.update(**values)
+        self.generation_kwargs.update(values)
 
     def _add_reference(self, model: Any) -> None:
         """Compare the trained model with another one, as TRL does with the one that it loads."""
@@ -150,8 +164,9 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         return self._prompt_ids, None, {}  # as they were prepared
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        generate: Any = super()._generate_single_turn
         with self._evaluating():  # without dropout
-            return super()._generate_single_turn(*args, **kwargs)
+            return generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
@@ -210,7 +225,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
 
     def _is_midway(self, passes: int) -> bool:
         """Whether more is trained of what was generated before so many passes."""
-        return passes % (self.args.steps_per_generation * self.num_iterations) != 0
+        return bool(passes % (self.args.steps_per_generation * self.num_iterations))
 
     def start(self) -> None:
         """Restore what was generated before the checkpoint and is not yet trained."""
@@ -253,13 +268,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
                 and (finite := [v for v in values if not math.isnan(v)])
             }
             measured.clear()
-        everything = torch.cat(list(sets.values()))
-        total = self._total(everything)
-        rewards = {"eval_reward": _mean(total), "eval_reward_std": float(nanstd(total))}
-        for i, name in enumerate(self.reward_func_names):
-            rewards[f"eval_rewards/{name}/mean"] = _mean(everything[:, i])
-        if len(sets) > 1:
-            rewards |= {f"eval_{name}_reward": _mean(self._total(r)) for name, r in sets.items()}
+        rewards = reward_figures(sets, self.reward_func_names, self.reward_weights)
         return {**rewards, **found}
 
     @contextmanager
@@ -292,17 +301,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
             on_batch()
         return torch.cat(found)
 
-    def _total(self, rewards: Tensor) -> Tensor:
-        """The weighted sum of the rewards of each completion; NaN where none has judged it."""
-        total = (rewards * self.reward_weights.cpu()).nansum(dim=1)
-        total[rewards.isnan().all(dim=1)] = math.nan
-        return total
-
     def probe(self) -> dict[str, Any]:
         """A prompt, to compare models on."""
         rows: Any = self.train_dataset
         return {"input_ids": torch.tensor([rows[0]["prompt_ids"]])}
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.nanmean())

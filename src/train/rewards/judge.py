@@ -62,11 +62,11 @@ class Judge:
     def _checked(self, found: Any, given: dict[str, Any]) -> Judgement:
         count = len(given["completions"])
         if isinstance(found, str | bytes) or not hasattr(found, "__iter__"):
-            said = f"returned a {type(found).__name__}, not a list with a number for each completion"
+            said = f"returned a {type(found).__name__}, not a list with one number each"
             return self._refused(said, given)
         values = list(found)
         if len(values) != count:
-            said = f"returned {len(values)} rewards for {count} completions; it must return one each"
+            said = f"returned {len(values)} rewards for {count} completions, not one each"
             return self._refused(said, given)
         rewards: Judgement = []
         for value in values:
