@@ -18,7 +18,7 @@ Code = Annotated[
     typer.Option(
         "--allow-code",
         help="Run the Python functions that the recipe names, as rewards or as types of rows. "
-        "Not yet of use: the methods that read them (key rl) are not yet available.",
+        "Recipes cannot allow it.",
     ),
 ]
 Builders = Annotated[

@@ -42,7 +42,6 @@ def train(
             that is not enough, because it may be anybody's.
         allow_builders: run the Python files that datasets name as ``builder``.
         allow_code: run the Python functions that the recipe names, as rewards or as types of rows.
-            Not yet of use: the methods that read them (key ``rl``) are not yet available.
         console: where to print; None for standard output. ``Console(quiet=True)`` prints nothing.
         overrides: recipe keys that win over the file, e.g. ``max_steps=5``.
 

@@ -16,6 +16,7 @@ from .report.result import RunResult
 from .report.run_log import RunLog
 from .trainer.context import Context
 from .trainer.trainer import FineTuner
+from .trainer.watchdog import NonFiniteStepError
 
 
 def answer_before(model: Any, context: Context, result: RunResult, run_log: RunLog) -> None:
@@ -75,6 +76,15 @@ def save(trainer: FineTuner, result: RunResult) -> None:
         result.problems.append({"part": "saving", "error": failed})
 
 
+def save_batch(
+    bad: NonFiniteStepError, trainer: FineTuner, result: RunResult, run_log: RunLog
+) -> None:
+    """Keep the rows of a step that ended training, for somebody to look at."""
+    with run_log.guarded("saving the batch"):
+        text = bad.save(result.output_dir, trainer.context.tokenizer)
+        result.end("nan", f"{bad}; its rows are in {text}")
+
+
 def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     """Explain the model; if training finished, validate, check the saved adapter, and answer.
 
@@ -84,6 +94,7 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     model: Any = trainer.model
     context, world = trainer.context, trainer.context.world
     recipe = context.recipe
+    result.completions = trainer.completions
     if recipe.optimize:
         found: Report | None = None
         with run_log.guarded("explaining"):

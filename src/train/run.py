@@ -187,12 +187,11 @@ class TrainingRun:
     def _model(self, tokenizer: Any) -> Any:
         """The model with its adapters, seeded and checked."""
         recipe, result = self.recipe, self.result
-        shards = is_sharded(recipe.strategy(), self.world)
-        model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu=shards)
+        on_cpu = is_sharded(recipe.strategy(), self.world)
+        model = ready_model(recipe, tokenizer, self.run_log.say, on_cpu)
         trained, total = parameters(model)
         result.parameters = {"trained": trained, "total": total}
-        result.dtype = str(model.dtype).removeprefix("torch.")
-        result.loaded_rss_mb = rss_mb()
+        result.dtype, result.loaded_rss_mb = str(model.dtype).removeprefix("torch."), rss_mb()
         sizes = parameter_counts(trained, total, recipe.adapter is not None)
         self.run_log.say(f"model: {recipe.base_model}, {result.dtype} on {model.device}")
         self.run_log.say(f"parameters: {sizes}")
@@ -219,16 +218,16 @@ class TrainingRun:
             from ..compiler.pipeline import optimize
 
             optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
-        validates = functools.partial(finish.validate_before, context, self.result, self.run_log)
+        result, log = self.result, self.run_log
+        validates = functools.partial(finish.validate_before, context, result, log)
         if not shards and self.task.validates_first:
-            say = self.run_log.say
-            validates(lambda: validate(model, context.validation, say, self.world))
+            validates(lambda: validate(model, context.validation, context.say, self.world))
             return
 
         def on_ready(trainer: FineTuner) -> None:
             if shards:
                 with same_draws(recipe.seed):
-                    finish.answer_before(trainer.model, context, self.result, self.run_log)
+                    finish.answer_before(trainer.model, context, result, log)
             validates(trainer.figures)
 
         context.on_ready = on_ready
@@ -271,9 +270,7 @@ class TrainingRun:
             self._clear()
             trainer.abandon()
             if self.world.main:
-                with self.run_log.guarded("saving the batch"):
-                    text = bad.save(self.folder, trainer.context.tokenizer)
-                    result.end("nan", f"{bad}; its rows are in {text}")
+                finish.save_batch(bad, trainer, result, self.run_log)
         except (DataError, RewardError):  # a row of a stream, or a function that has failed
             trainer.save_now()
             raise
@@ -308,10 +305,8 @@ class TrainingRun:
             result.data.update(self.sequences.counts)  # else other processes have counted
             self.run_log.say(rows_message(result.data))
         result.measure(trainer.context.meter, trainer.state.log_history)
-        result.completions = trainer.completions
         result.ranks = self.world.gather(memory()) if self.world.several else []
-        there = checkpoints(self.folder)
-        result.checkpoint = str(there[-1]) if there else None
+        result.checkpoint = next(map(str, checkpoints(self.folder)[-1:]), None)
 
 
 def run(recipe: Recipe, console: Console | None = None) -> RunResult:

@@ -60,8 +60,12 @@ def save(model: Any, tokenizer: Any, folder: Path, state: dict[str, Any] | None 
     """
     given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if hasattr(model, "peft_config"):
-        # "auto" would ask the hub whether the vocabulary grew
-        model.save_pretrained(folder, save_embedding_layers=False, **given)
+        # of adapters, that which is trained: a reference's may be there, too; "auto" would ask the
+        # hub whether the vocabulary grew
+        chosen = list(model.active_adapters)
+        model.save_pretrained(
+            folder, save_embedding_layers=False, selected_adapters=chosen, **given
+        )
     else:
         with _with_cache(model):
             model.save_pretrained(folder, **given)

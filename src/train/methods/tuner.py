@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint.resume import Saved
 from ..trainer.trainer import FineTuner
+from .gathering import UnevenGather
 from .rows import FillableExamples
 
 Metrics = dict[str, list[float]]
@@ -40,6 +41,9 @@ class MethodTuner(FineTuner):
         self.factor, self._counts = 1.0, True
         with kept_dtypes(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        if self.world.several:  # of this trainer's own accelerator, which TRL asks for its figures
+            gather = UnevenGather(lambda: self._counts)
+            self.accelerator.gather = self.accelerator.gather_for_metrics = gather
         self._measured: tuple[Metrics, int] | None = None
 
     # --- a step ----------------------------------------------------------------------------------
@@ -63,7 +67,7 @@ class MethodTuner(FineTuner):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
-        self._counts = bool(inputs["trained"])
+        self._counts = self._trains(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +138,7 @@ class MethodTuner(FineTuner):
     def figures(self) -> dict[str, float]:
         """The mean loss per row, ``eval_loss``, and what the method measures beside it.
 
-        Several datasets also have ``eval_NAME_loss`` each. With several processes, a collective;
-        what is measured beside the loss then weighs the last rows twice where they do not go round.
+        Several datasets also have ``eval_NAME_loss`` each. With several processes, a collective.
         """
         sums: dict[str, tuple[float, float]] = {}
         with self._evaluating(), torch.no_grad():
@@ -161,7 +164,7 @@ class MethodTuner(FineTuner):
         for turn, made in enumerate(batches):
             batch: Any = self._prepare_inputs(made)
             batch.pop("tokens")
-            counts = bool(batch.pop("trained"))
+            counts = self._counts = bool(batch.pop("trained"))
             with self.compute_loss_context_manager():
                 loss = float(self.evaluated_loss(batch))
             number = batches.rows(turn) if counts else 0

@@ -52,7 +52,7 @@ def _between(world: World) -> dict[str, Any]:
             interrupts.agree()
             before = interrupts.signal
             if world.rank == 1:
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
             world.sums([1.0])
         waiting = interrupts.signal
         interrupts.agree()
@@ -63,7 +63,7 @@ def _between(world: World) -> dict[str, Any]:
 
 def test_a_signal_between_two_agreements_is_not_lost() -> None:
     for found in values(_between):
-        assert found["signals"] == [None, None, signal.SIGHUP, signal.SIGHUP]
+        assert found["signals"] == [None, None, signal.SIGTERM, signal.SIGTERM]
 
 
 def test_a_second_signal_quits_that_process_and_with_it_the_others() -> None:

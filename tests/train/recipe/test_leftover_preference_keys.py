@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.recipe.conflicts import without_effect
-from fusewright.train.recipe.keys.base import extra_of
-from fusewright.train.recipe.keys.preferences.preference import PreferenceKeys
 from fusewright.train.recipe.keys.preferences.trl import TrlKeys
 from fusewright.train.recipe.load import check, load_recipe
-from fusewright.train.recipe.reference_docs import page
 from fusewright.train.recipe.status import entries, messages, refusals
 
 BASE: dict[str, Any] = {"base_model": "a/b", "output_dir": "o", "datasets": [{"path": "a/b"}]}
@@ -98,23 +94,6 @@ def test_a_method_has_limits(method: dict[str, Any]) -> None:
     said = str(refused.value)
     assert "dpo_label_smoothing: must be less than 0.5, not 0.5" in said
     assert "trl.top_k: must be" in said
-
-
-def test_the_switch_for_functions_says_that_nothing_calls_them_yet() -> None:
-    switch = page().partition("- `--allow-code`")[2].partition("\n\n")[0]
-    assert "no command reads such rows" in " ".join(switch.split())
-    with pytest.raises(RecipeError, match="rl: dpo is not yet available"):
-        load_recipe({**BASE, "rl": "dpo"})
-
-
-def test_keys_say_which_methods_read_them() -> None:
-    notes = {name: extra_of(field).get("note", "") for name, field in
-             PreferenceKeys.model_fields.items()}  # fmt: skip
-    for method in ("dpo", "ipo"):
-        values = {**dict.fromkeys(PreferenceKeys.model_fields), "rl": method}
-        idle = {key for key, _ in without_effect(values)}
-        for key in ("dpo_use_weighting", "dpo_ld_alpha", "dpo_padding_free", "dpo_label_smoothing"):
-            assert (method in notes[key]) == (key not in idle), key
 
 
 def test_a_default_is_that_of_trl() -> None:

@@ -157,9 +157,7 @@ TOGETHER = [
 ]
 
 UNAVAILABLE = [
-    good(
-        "rl", "rl: dpo\n", "line 4: rl: dpo is not yet available: only supervised training so far"
-    ),
+    good("rl", "rl: ebft\n", "line 4: rl: ebft is not yet available: it samples and embeds with"),
     good(
         "expert parallelism",
         "expert_parallel_size: 2\n",

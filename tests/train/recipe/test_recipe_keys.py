@@ -152,7 +152,7 @@ def test_the_schema_says_all_about_each_key() -> None:
     learning_rate = schema["properties"]["learning_rate"]
     assert learning_rate["anyOf"] == [{"exclusiveMinimum": 0, "type": "number"}, {"type": "null"}]
     assert learning_rate["default"] == 2e-4
-    assert schema["properties"]["rl"]["status"] == "not yet available"
+    assert schema["properties"]["rl"]["status"] == "honoured"
     assert schema["required"] == ["base_model"]
     assert schema["properties"]["model_config"]["deprecated"]
     assert schema["additionalProperties"] is False

@@ -36,7 +36,7 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("context_parallel_size", 1, "honoured"),
         ("expert_parallel_size", 2, "not yet available"),
         ("reward_model", False, "honoured"),
-        ("reward_model", True, "not yet available"),
+        ("reward_model", True, "honoured"),
         ("deepspeed", "zero2.json", "honoured"),
         ("tensor_parallel_size", 2, "honoured"),
         ("auto_find_batch_size", False, "honoured"),
@@ -93,7 +93,7 @@ def test_keys_of_trl_have_one_each() -> None:
     assert {unread[f"trl.{key}"][0] for key in trl} == {"not applicable"}
     trl["reward_funcs"] = ["format"]
     found = status(trl=trl, rl="grpo")
-    assert found["trl.num_generations"][0] == "not applicable"
+    assert found["trl.num_generations"][0] == "honoured"
     assert found["trl.use_liger_loss"][0] == "subsumed"
     assert found["trl.async_prefetch"][0] == "not yet available"
     trl["async_prefetch"] = False
@@ -155,10 +155,10 @@ def test_a_key_that_another_leaves_without_a_reader_says_so(
 
 
 def test_only_what_changes_the_run_is_refused() -> None:
-    keys = {"rl": "dpo", "liger_rope": True, "fsdp": None, "reward_model": False}
+    keys = {"rl": "ebft", "liger_rope": True, "fsdp": None, "reward_model": False}
     checked = check({**BASE, **keys})
     assert [loc for loc, _ in refusals(checked.values)] == [("rl",)]
-    with pytest.raises(RecipeError, match="rl: dpo is not yet available"):
+    with pytest.raises(RecipeError, match="rl: ebft is not yet available"):
         load_recipe({**BASE, **keys})
 
 
@@ -190,7 +190,7 @@ model_config:
 liger_rope: true
 wandb_project:
 learning_rate: 1e-4
-rl: dpo
+rl: ebft
 """
 
 
@@ -215,11 +215,11 @@ def test_a_dry_run_shows_each_key_with_its_line(file: Path, tmp_path: Path) -> N
     assert "6 honoured, 1 subsumed, 1 not applicable, 1 not yet available, 1 unset" in table
     assert "sample_packing set honoured false" in table
     assert any(line.startswith("liger_rope 7 subsumed true fusewright's rewrite") for line in table)
-    assert any(line.startswith("rl 10 not yet available dpo only supervised") for line in table)
+    assert any(line.startswith("rl 10 not yet available ebft it samples") for line in table)
     assert any(line.startswith("lora_r set not applicable 4 adapter is unset") for line in table)
     assert result.stderr == (
-        f"fusewright: train would refuse this: {file}, line 10: rl: dpo is not yet available: only "
-        "supervised training so far; use TRL's trainer on an optimized model\n"
+        f"fusewright: train would refuse this: {file}, line 10: rl: ebft is not yet available: it "
+        "samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function\n"
     )
 
 
@@ -273,7 +273,7 @@ def test_a_dry_run_prints_no_secret_and_tells_what_is_not_installed(
     assert "comet_api_key" not in result.stdout.partition("# the recipe")[2]
     refused = result.stderr.splitlines()
     assert refused[0].startswith("fusewright: train would refuse this: ")
-    assert "rl: dpo is not yet available" in refused[0]
+    assert "rl: ebft is not yet available" in refused[0]
     assert "load_in_4bit: true needs the package bitsandbytes" in refused[1]
 
 

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from fusewright.errors import RecipeError
-from fusewright.train import finish, train
-from fusewright.train.trainer.evaluation import require_figure, validate
+from fusewright.train import train
+from fusewright.train.trainer.evaluation import require_figure
+from fusewright.train.trainer.trainer import FineTuner
 
 QUIET = Console(quiet=True)
 
@@ -99,13 +100,16 @@ def test_the_last_step_is_validated_once(
     """
     called = []
 
-    def counted(*args: Any) -> dict[str, float]:
-        called.append(args)
-        return validate(*args)
+    def counted(self: Any) -> dict[str, float]:
+        called.append(self.state.global_step)
+        return figures(self)
 
-    monkeypatch.setattr(finish, "validate", counted)
+    figures = FineTuner.figures
+    monkeypatch.setattr(FineTuner, "figures", counted)
     result = train(recipe, console=QUIET, **{"max_steps": 3, **keys})
-    assert len(called) == times
+    assert called == [e["step"] for e in result.history if "eval_loss" in e and e["step"]]
+    assert (len(called) == 1) == (times == 2)
+    assert result.val_loss_before is not None
     assert result.steps == 3 or result.steps < result.steps_planned
     last = next(e for e in result.history if e["step"] == result.steps and "eval_loss" in e)
     assert result.val_loss_after == last["eval_loss"]

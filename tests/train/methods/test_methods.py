@@ -1,0 +1,128 @@
+"""Whole runs of each method: what they learn, report and save, and how they resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fusewright.errors import RecipeError
+from fusewright.train import train
+
+from .recipes import METHODS, PAIRED, method_recipe
+
+pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
+
+QUIET = Console(quiet=True)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> None:
+    keys = {"eval_steps": 6, "max_steps": 12}
+    result = train(method_recipe(method, base, tmp_path, **keys), console=QUIET)
+    assert result.status == "finished"
+    assert result.val_loss_after < result.val_loss_before
+    steps = [entry for entry in result.history if "loss" in entry]
+    assert len(steps) == 12
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    if method in ("dpo", "ipo", "kto"):  # else a margin is mostly that of the answers' lengths
+        assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
+    validations = [entry for entry in result.history if "eval_rewards/margins" in entry]
+    assert [entry["step"] for entry in validations] == [6, 12]
+    assert not any("eval_rewards/margins" in entry for entry in steps)
+    assert result.adapter_check["exact"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("adapter*")) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert written["data"]["train_sequences"] == 34
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_resumes_ends_with_the_same_weights(
+    method: str, base: Path, tmp_path: Path
+) -> None:
+    """Also the figures that were measured before the checkpoint and logged after it."""
+    keys = {"save_steps": 3, "eval_steps": 3, "max_steps": 6, "logging_steps": 2}
+    whole = train(
+        method_recipe(method, base, tmp_path, output_dir=str(tmp_path / "whole"), **keys),
+        console=QUIET,
+    )
+    rest = train(
+        method_recipe(method, base, tmp_path, output_dir=str(tmp_path / "rest"), **keys),
+        console=QUIET, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"),
+    )  # fmt: skip
+    one, other = adapter(tmp_path / "whole"), adapter(tmp_path / "rest")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    same = ("loss", "rewards/margins", "eval_loss", "eval_rewards/margins", "num_tokens")
+    for entry, again in zip(whole.history, rest.history, strict=True):
+        assert {k: entry[k] for k in same if k in entry} == {
+            k: again[k] for k in same if k in again
+        }
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_the_whole_model_beside_a_reference(method: str, base: Path, tmp_path: Path) -> None:
+    full = {"adapter": None, "lora_r": None, "lora_target_linear": None, "learning_rate": 1e-3}
+    beside = train(method_recipe(method, base, tmp_path, **full), console=QUIET)
+    before = train(
+        method_recipe(method, base, tmp_path, **full, precompute_ref_log_probs=True),
+        console=QUIET, overwrite=True,
+    )  # fmt: skip
+    assert beside.history[0]["eval_loss"] == before.history[0]["eval_loss"]
+    if method == "dpo":  # KTO's pairs of prompts and other answers are not the same
+        for one, other in zip(beside.history, before.history, strict=True):
+            assert ("loss" in one) == ("loss" in other)
+            assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-5)
+    losses = [entry["loss"] for entry in beside.history if "loss" in entry]
+    assert len(set(losses)) == len(losses)
+
+
+def test_an_adapter_to_begin_with_is_the_reference(base: Path, tmp_path: Path) -> None:
+    first = train(method_recipe("dpo", base, tmp_path), console=QUIET)
+    keys = {"lora_model_dir": str(first.output_dir), "output_dir": str(tmp_path / "second")}
+    second = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET)
+    assert second.val_loss_before == pytest.approx(0.6931, abs=1e-3)  # both are the same at first
+    assert abs(first.val_loss_after - 0.6931) > 1e-2  # it has learnt something
+    names = sorted(str(p.relative_to(tmp_path / "second")) for p in
+                   (tmp_path / "second").rglob("adapter_model*"))  # fmt: skip
+    assert names == ["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_optimized_run_learns_the_same(
+    method: str, dtype: str, base: Path, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"bf16": dtype == "bfloat16", "learning_rate": 1e-3}
+    plain = train(method_recipe(method, base, tmp_path, **keys), console=QUIET)
+    fast = train(
+        method_recipe(method, base, tmp_path, **keys, optimize=True), console=QUIET, overwrite=True
+    )
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    for one, other in zip(plain.history, fast.history, strict=True):
+        for name in {"loss", "eval_loss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=tolerance), name
+    assert fast.optimize["sites"]
+    assert fast.optimize["logits"].startswith("in tiles: ")
+    assert not [b for b in fast.optimize["bypasses"] if "real tensor" in str(b)]
+
+
+@pytest.mark.parametrize("method", PAIRED)
+def test_the_figure_that_judges(method: str, base: Path, tmp_path: Path) -> None:
+    keys = {"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    recipe = method_recipe(method, base, tmp_path, **keys)
+    result = train(recipe, console=QUIET, metric_for_best_model="rewards/margins",
+                   greater_is_better=True)  # fmt: skip
+    assert result.status == "finished"
+    with pytest.raises(RecipeError, match="metric_for_best_model: validation has no accuracy"):
+        train(recipe, console=QUIET, overwrite=True, metric_for_best_model="accuracy")
