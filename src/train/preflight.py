@@ -125,6 +125,14 @@ def _require_groups(model: Any, recipe: Recipe) -> None:
         require_causal(model)
 
 
+def _reference(recipe: Recipe) -> Iterator[str]:
+    """Whether a reference model that moves is whole in each process, as checkpoints keep it."""
+    strategy = recipe.strategy()
+    whole = strategy.engine == "ddp" and strategy.tensor == 1
+    if recipe.trl is not None and recipe.trl.sync_ref_model and not whole:
+        yield "trl.sync_ref_model: needs whole weights in each process: train without sharding them"
+
+
 def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Whether completions can be generated in whole groups, by processes that can do so."""
     if rows_of(recipe) != "prompts":
@@ -175,5 +183,5 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
-    _precision, _attention, _model, _tokenizer, _adapter,
+    _precision, _attention, _model, _tokenizer, _adapter, _reference,
 )  # fmt: skip

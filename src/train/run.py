@@ -278,9 +278,8 @@ class TrainingRun:
     def _clear(self) -> None:
         """Remove what an earlier run left, once the first step is complete.
 
-        This cannot be undone, and much can still be refused before that, such as a memory budget
-        that is too small for any plan. A NaN loss in the first step also leaves a batch and a
-        report.
+        This cannot be undone, and much can still be refused before that, such as too small a memory
+        budget. A NaN loss in the first step also leaves a batch and a report.
         """
         if not self._cleared:
             self._cleared = True

@@ -24,7 +24,7 @@ from ..checkpoint.rng_state import same_draws
 from ..data.chat.stops import stop_tokens
 from ..data.order import RepeatedOrder, kind_of
 from ..recipe.preferences import generation_sizes
-from ..rewards.figures import reward_figures
+from ..rewards.figures import means, reward_figures
 from ..rewards.judge import require_rewards
 from ..rewards.texts import Shown, shown
 from ..trainer.evaluation import reporter
@@ -256,20 +256,20 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         and of the model; and, of several datasets, ``eval_NAME_reward`` each. The draws are the
         same each time. With several processes, a collective.
         """
-        sets: dict[str, Tensor] = {}
+        judged: dict[str, list[Tensor]] = {}
         with self._evaluating(), torch.no_grad(), self._apart():
             for name, batches in self.context.validation.items():
-                sets[name] = self._judged(name, batches.packs)
+                judged[name] = list(self._judged(batches.packs))
             measured = self.pending("eval")
-            found = {
-                f"eval_{name}": sum(finite) / len(finite)
-                for name, values in measured.items()
-                if not name.startswith(_UNLIKE_TRAINING)
-                and (finite := [v for v in values if not math.isnan(v)])
-            }
+            sizes = [len(rewards) for batches in judged.values() for rewards in batches]
+            found = means(measured, sizes)
             measured.clear()
-        rewards = reward_figures(sets, self.reward_func_names, self.reward_weights)
-        return {**rewards, **found}
+        sets = {name: torch.cat(rewards) for name, rewards in judged.items()}
+        others = {k: v for k, v in found.items() if not k.startswith(_UNLIKE_TRAINING)}
+        return {
+            **reward_figures(sets, self.reward_func_names, self.reward_weights),
+            **{f"eval_{name}": value for name, value in others.items()},
+        }
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -281,12 +281,12 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         finally:
             self._logs = logs
 
-    def _judged(self, name: str, rows: Any) -> Tensor:
-        """The rewards of completions of all rows, (completions, rewards)."""
+    def _judged(self, rows: Any) -> Iterator[Tensor]:
+        """The rewards of completions of all rows, (completions, rewards) of each batch."""
         each = self.num_generations_eval
         most = max(1, self.args.per_device_eval_batch_size // each)
         ranks, rank = self.world.batch_ranks, self.world.batch_rank
-        found, start = [], 0
+        start = 0
         on_batch = reporter(-(-len(rows) // (most * ranks)), self.context.say)
         while start < len(rows):
             size = min(most, -(-(len(rows) - start) // ranks))
@@ -294,12 +294,12 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
             # all processes have as many; those past the end do not count
             own = [rows[i if i < len(rows) else 0] for i in range(at, at + size)]
             batch = self._generate_and_score_completions([row for row in own for _ in range(each)])
+            batch["completion_mask"][max(0, len(rows) - at) * each :] = 0
             with self.compute_loss_context_manager():
                 self.compute_loss(self.model, batch)
-            found.append(self._rewards[: (len(rows) - start) * each].cpu())
+            yield self._rewards[: (len(rows) - start) * each].cpu()
             start += size * ranks
             on_batch()
-        return torch.cat(found)
 
     def probe(self) -> dict[str, Any]:
         """A prompt, to compare models on."""

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from ..checkpoint.resume import Saved
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
+from .reference import read_reference, write_reference
 from .rows import FillableExamples
 
 Metrics = dict[str, list[float]]
@@ -90,6 +92,23 @@ class MethodTuner(FineTuner):
         tokens = int(getattr(self, "_total_train_tokens", 0))
         self._measured = copy.deepcopy(dict(self.pending("train"))), tokens
 
+    # --- a reference model that moves ------------------------------------------------------------
+
+    @property
+    def _moving_reference(self) -> Any:
+        """The reference model if it follows the trained one; else None."""
+        moves = getattr(self.args, "sync_ref_model", False)
+        return getattr(self, "ref_model", None) if moves else None
+
+    def _write_checkpoint(self, part: Path) -> None:
+        super()._write_checkpoint(part)
+        if self._moving_reference is not None and self.world.main:
+            write_reference(self._moving_reference, part)
+
+    def _restore_reference(self) -> None:
+        if self._moving_reference is not None and self.resumed_from is not None:
+            read_reference(self._moving_reference, self.resumed_from)
+
     # --- what is measured ------------------------------------------------------------------------
 
     def pending(self, mode: str) -> Metrics:
@@ -111,6 +130,7 @@ class MethodTuner(FineTuner):
 
     def start(self) -> None:
         """Restore what was measured before the checkpoint and not yet logged."""
+        self._restore_reference()
         super().start()
         kept = self._resumed.carried.get(_PENDING) if self._resumed is not None else None
         if isinstance(kept, Mapping):

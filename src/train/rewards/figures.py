@@ -36,6 +36,22 @@ def reward_figures(
     return found
 
 
+def means(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> dict[str, float]:
+    """The means of what was measured of each batch, by the sizes of the batches; NaN is left out.
+
+    Args:
+        measured: the figures of the batches, by name.
+        sizes: completions of each batch. What was not measured once for each is not weighed.
+    """
+    found = {}
+    for name, values in measured.items():
+        weights = sizes if len(values) == len(sizes) else [1] * len(values)
+        parts = [(v, n) for v, n in zip(values, weights, strict=True) if not math.isnan(v)]
+        if parts:
+            found[name] = sum(v * n for v, n in parts) / sum(n for _, n in parts)
+    return found
+
+
 def _total(rewards: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the rewards of each completion; NaN where none has judged it."""
     total = (rewards * weights).nansum(dim=1)

@@ -92,7 +92,7 @@ class NonFiniteStepError(Exception):
         from safetensors.torch import save_file
 
         tensors = {
-            f"{i}.{name}": value.detach().cpu().contiguous()
+            f"{i}.{name}": value.detach().cpu().clone()
             for i, batch in enumerate(self.batches)
             for name, value in batch.items()
         }
