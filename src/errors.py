@@ -25,6 +25,10 @@ class DataError(FusewrightError):
     """A dataset that cannot be used. The message has file, line and field."""
 
 
+class RewardError(FusewrightError):
+    """A reward that has failed, or has not judged each completion. The message has its name."""
+
+
 class ModelError(FusewrightError):
     """A model that cannot be found, built or loaded. The message has its name."""
 

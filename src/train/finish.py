@@ -49,12 +49,12 @@ def validate_before(
     """
     if context.recipe.eval_on_start is False:
         return
-    if not context.validation or result.val_loss_before is not None:
+    if not context.validation or result.validated("before") is not None:
         return
     run_log.say("validating")
     with run_log.timed("validation before"):
-        result.val_loss_before = figures()["eval_loss"]
-    run_log.say(f"validation loss before: {result.val_loss_before:.3f}")
+        result.validate("before", figures())
+    run_log.say(f"validation {result.figure} before: {result.validated('before'):.3f}")
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:
@@ -94,6 +94,7 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     model: Any = trainer.model
     context, world = trainer.context, trainer.context.world
     recipe = context.recipe
+    result.completions = trainer.completions
     if recipe.optimize:
         found: Report | None = None
         with run_log.guarded("explaining"):
@@ -111,11 +112,11 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
         return
     if context.validation:
         with run_log.guarded("validation after"):
-            loss = None if recipe.load_best_model_at_end else _validated_last(result)
-            if loss is None:
+            figures = None if recipe.load_best_model_at_end else _validated_last(result)
+            if figures is None:
                 run_log.say("validating again")
-                loss = trainer.figures()["eval_loss"]
-            result.val_loss_after = loss
+                figures = trainer.figures()
+            result.validate("after", figures)
     if trainer.shards:
         if result.sample:
             with run_log.guarded("answer after"), same_draws(recipe.seed):
@@ -195,10 +196,10 @@ def differences(ranks: Sequence[Statuses | None]) -> list[str]:
     return lines
 
 
-def _validated_last(result: RunResult) -> float | None:
-    """The validation loss of the last step, if the loop has validated there."""
-    losses = {h["step"]: h["eval_loss"] for h in result.history if "eval_loss" in h}
-    return losses.get(result.steps)
+def _validated_last(result: RunResult) -> dict[str, float] | None:
+    """The figures of the last step's validation, if the loop has validated there."""
+    validations = {h["step"]: h for h in result.history if f"eval_{result.figure}" in h}
+    return validations.get(result.steps)
 
 
 def summary(found: Report) -> str:
@@ -219,7 +220,7 @@ def write(result: RunResult, run_log: RunLog) -> None:
     folder = result.output_dir
     result.complete()
     with run_log.guarded("plot"):
-        save_model.plot(result.history, folder / "loss.png")
+        save_model.plot(result.history, folder / "loss.png", result.figure)
     with run_log.guarded("report page"):
         page.write(result, folder)
     with run_log.guarded("model card"):

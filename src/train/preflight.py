@@ -14,6 +14,7 @@ from ..errors import RecipeError, did_you_mean
 from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
+from .recipe.preferences import generation_sizes, rows_of
 from .recipe.recipe import Recipe
 from .requirements import OTHER_ATTENTIONS, attention, missing_packages
 
@@ -42,7 +43,7 @@ def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
     found = missing_packages(recipe)
     for look in _LOOKS:
         found += look(recipe)
-    return [*found, *_output(recipe, processes)]
+    return [*found, *_generation(recipe, processes), *_output(recipe, processes)]
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -124,6 +125,26 @@ def _require_groups(model: Any, recipe: Recipe) -> None:
         require_causal(model)
 
 
+def _reference(recipe: Recipe) -> Iterator[str]:
+    """Whether a reference model that moves is whole in each process, as checkpoints keep it."""
+    strategy = recipe.strategy()
+    whole = strategy.engine == "ddp" and strategy.tensor == 1
+    if recipe.trl is not None and recipe.trl.sync_ref_model and not whole:
+        yield "trl.sync_ref_model: needs whole weights in each process: train without sharding them"
+
+
+def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
+    """Whether completions can be generated in whole groups."""
+    if rows_of(recipe) != "prompts":
+        return
+    if processes is None:
+        return
+    try:
+        generation_sizes(recipe, processes)
+    except RecipeError as error:
+        yield str(error)
+
+
 def _output(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Where the results go, and which checkpoint a run resumes from."""
     from .checkpoint import resume
@@ -156,5 +177,5 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
 
 
 _LOOKS: tuple[Callable[[Recipe], Iterator[str]], ...] = (
-    _precision, _attention, _model, _tokenizer, _adapter,
+    _precision, _attention, _model, _tokenizer, _adapter, _reference,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import DataError
+from ..errors import DataError, RewardError
 from ..optim.flat import FlatOptimizer
 from . import finish
 from .checkpoint import output_folder, resume
@@ -36,7 +36,7 @@ from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
-from .requirements import attention, tracking
+from .requirements import notices, tracking
 from .terminal import Terminal
 from .trainer.build import make_context
 from .trainer.context import Context
@@ -91,6 +91,7 @@ class TrainingRun:
             versions=versions(),
             machine=machine(),
             started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            figure=self.task.figure,
         )
         self.run_log = RunLog(self.result, console)
 
@@ -152,8 +153,8 @@ class TrainingRun:
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
         said = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
-        other = attention(recipe)[1]
-        for line in filter(None, (world.unread, *messages(recipe), other, *said)):
+        others = notices(recipe)
+        for line in filter(None, (world.unread, *messages(recipe), *others, *said)):
             self.run_log.say(line)
         found = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(found) if found else None
@@ -270,16 +271,15 @@ class TrainingRun:
             trainer.abandon()
             if self.world.main:
                 finish.save_batch(bad, trainer, result, self.run_log)
-        except DataError:  # a row of a stream, which nobody had read before
+        except (DataError, RewardError):  # a row of a stream, or a function that has failed
             trainer.save_now()
             raise
 
     def _clear(self) -> None:
         """Remove what an earlier run left, once the first step is complete.
 
-        This cannot be undone, and much can still be refused before that, such as a memory budget
-        that is too small for any plan. A NaN loss in the first step also leaves a batch and a
-        report.
+        This cannot be undone, and much can still be refused before that, such as too small a memory
+        budget. A NaN loss in the first step also leaves a batch and a report.
         """
         if not self._cleared:
             self._cleared = True

@@ -63,13 +63,13 @@ def results(folder: Path) -> Iterator[Path]:
     if (folder / card.NAME).exists() and card.is_generated(folder / card.NAME):
         yield folder / card.NAME
     yield from checkpoints(folder)
-    for pattern in ("model-*-of-*.safetensors", "nan-batch-*"):
+    for pattern in ("model-*-of-*.safetensors", "nan-batch-*", "completions/completions_*.parquet"):
         yield from sorted(folder.glob(pattern))
 
 
 def link_in(folder: Path) -> Path | None:
     """A link under a name that a run writes to: it would write somewhere else."""
-    names = [*RESULTS, card.NAME, PART, *(f"{name}.part" for name in RESULTS)]
+    names = [*RESULTS, card.NAME, PART, "completions", *(f"{name}.part" for name in RESULTS)]
     named = [folder / name for name in names]
     return next((p for p in [*named, *folder.glob("nan-batch-*")] if p.is_symlink()), None)
 

@@ -148,12 +148,13 @@ def check_adapter(
     return plain, AdapterCheck(torch.equal(trained, saved), float(difference))
 
 
-def plot(history: Sequence[dict[str, float]], path: Path) -> None:
+def plot(history: Sequence[dict[str, float]], path: Path, name: str = "loss") -> None:
     """Draw training and validation loss over the steps as a PNG.
 
     Args:
         history: entries with ``step`` and ``loss`` or ``eval_loss``.
         path: the file.
+        name: another figure to draw in place of the loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,12 +162,12 @@ def plot(history: Sequence[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for key, style, name in (("loss", "-", "training"), ("eval_loss", "o--", "validation")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    for key, style, label in ((name, "-", "training"), (f"eval_{name}", "o--", "validation")):
+        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name)
+            axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per trained token")
+    axes.set_ylabel("loss per trained token" if name == "loss" else name)
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()

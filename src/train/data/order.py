@@ -61,6 +61,48 @@ class Order(Sampler[int]):
         return -self.lengths[index]
 
 
+class RepeatedOrder(Order):
+    """The order of prompts whose completions are generated in batches, and compared.
+
+    Each prompt of a batch stands there as often as it has completions; and a batch as often as
+    parts of it are trained, for whoever reads it takes one part each time. Prompts at the end that
+    fill no batch are left out.
+
+    Args:
+        lengths: tokens of each prompt.
+        seed: of the run.
+        kind: see ``Order``.
+        prompts: of a batch.
+        each: completions of a prompt.
+        repeats: how often a batch is read.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], seed: int, kind: Kind, prompts: int, each: int, repeats: int
+    ) -> None:
+        super().__init__(lengths, seed, kind, prompts)
+        self.each, self.repeats = each, repeats
+
+    def __len__(self) -> int:
+        whole = super().__len__() // self.batch
+        return whole * self.batch * self.each * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        for start in range(0, len(order) - self.batch + 1, self.batch):
+            prompts = order[start : start + self.batch]
+            batch = [index for index in prompts for _ in range(self.each)]
+            for _ in range(self.repeats):
+                yield from batch
+
+
+def kind_of(recipe: Recipe) -> Kind:
+    """Which kind of order a recipe asks for."""
+    if recipe.curriculum_sampling:
+        return "in order"
+    return "by length" if recipe.group_by_length else "shuffled"
+
+
 def _tokens(pack: Any) -> int:
     return sum(len(sample.input_ids) for sample in pack)
 
@@ -76,8 +118,7 @@ def order_of(
         batch: sequences in a batch.
         length: the tokens of a sequence.
     """
-    kind: Kind = "by length" if recipe.group_by_length else "shuffled"
-    kind = "in order" if recipe.curriculum_sampling else kind
+    kind = kind_of(recipe)
     lengths = [0] * len(packs)
     if kind == "by length":
         lengths = [length(packs[i]) for i in range(len(packs))]

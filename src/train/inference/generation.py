@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ...errors import ModelError, RecipeError
-from ..data.chat.template import REFUSALS
+from ..data.chat.stops import render_chat, stop_tokens
 from ..model.chat_prompt import ChatPrompt, Message
 from ..model.tokenizer import pad_token
 from ..recipe.recipe import Recipe
@@ -80,7 +80,7 @@ class TextGenerator:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.variables = dict(variables or {})
         self.chats = bool(getattr(tokenizer, "chat_template", None))
-        self.stops = self._stops()
+        self.stops = stop_tokens(model, tokenizer, self.variables)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that the model continues.
@@ -192,41 +192,16 @@ class TextGenerator:
         count = len(ids) if end is None else end + 1
         return Answer(text.strip(), count, "length" if end is None else "stop")
 
-    def _render(self, messages: Sequence[Message], prompt: bool = True) -> str:
-        """The text of a conversation, with the header of the next answer if ``prompt``.
+    def _render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, with the header of the next answer.
 
         Raises:
             ModelError: the chat template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
-        options = {**self.variables, "tokenize": False, "add_generation_prompt": prompt}
         try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), **options)
-        except (TemplateError, *REFUSALS) as error:
+            return render_chat(self.tokenizer, messages, self.variables, prompt=True)
+        except ValueError as error:
             raise ModelError(f"the chat template refuses this conversation: {error}") from None
-        return text
-
-    def _stops(self) -> list[int]:
-        """The tokens that end an answer: those of model and tokenizer, and the template's own."""
-        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        found = configured if isinstance(configured, list) else [configured]
-        found = [*found, self.tokenizer.eos_token_id, self._end_of_turn()]
-        return list(dict.fromkeys(token for token in found if token is not None))
-
-    def _end_of_turn(self) -> int | None:
-        """The first special token that the chat template writes after an answer, or None."""
-        if not self.chats:
-            return None
-        probe = "zebra"
-        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]
-        try:
-            _, found, after = self._render(turns, prompt=False).rpartition(probe)
-        except ModelError:  # it says so again, with the conversation that it refuses
-            return None
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        ids = self.tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-        return next((token for token in ids if token in special), None)
 
 
 def answer(model: Any, tokenizer: Any, question: str, recipe: Recipe) -> str:

@@ -26,9 +26,8 @@ from ..trainer.build import SupervisedTask, make_trainer
 from ..trainer.context import Context
 from ..trainer.evaluation import Batches
 from ..trainer.trainer import FineTuner
-from .experimental import CPOConfig, ORPOConfig
 from .labelled import LabelledTuner
-from .odds import CpoTuner, OrpoTuner
+from .odds import CPOConfig, CpoTuner, ORPOConfig, OrpoTuner
 from .pairs import PairTuner
 from .reference import reference_model
 from .rewards import RewardTuner, StepTuner
@@ -57,7 +56,7 @@ class MethodParts:
 
     tuner: type[FineTuner]
     arguments: type[Any]
-    collate: Callable[[int], Counted]
+    collate: Callable[[int], Any]
     figures: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -118,19 +117,17 @@ class PreferenceTask(SupervisedTask):
     Args:
         recipe: checked.
         settings: what it says of the method.
-
-    Raises:
-        RecipeError: the method cannot be trained yet.
+        parts: what the method is made of, if it is none of those above.
     """
 
     validates_first = False
 
-    def __init__(self, recipe: Recipe, settings: PreferenceSettings) -> None:
+    def __init__(
+        self, recipe: Recipe, settings: PreferenceSettings, parts: MethodParts | None = None
+    ) -> None:
         super().__init__(recipe)
         self.settings = settings
-        if settings.method not in _PARTS:
-            raise RecipeError(f"rl: {settings.method} is not yet available")
-        self.parts = _PARTS[settings.method]
+        self.parts = parts or _PARTS[settings.method]
 
     def sequences(self, prepared: Any) -> Any:
         """The rows of an epoch, by TRL's names for their parts."""
@@ -152,10 +149,9 @@ class PreferenceTask(SupervisedTask):
         Raises:
             RecipeError: they have not.
         """
-        metric = args.metric_for_best_model
-        known = ["eval_loss", *(f"eval_{name}" for name in self.parts.figures)]
-        sets = list(names)
-        known += [f"eval_{name}_loss" for name in sets if len(sets) > 1]
+        metric, sets = args.metric_for_best_model, list(names)
+        known = [f"eval_{self.figure}", *(f"eval_{name}" for name in self.parts.figures)]
+        known += [f"eval_{name}_{self.figure}" for name in sets if len(sets) > 1]
         if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
             raise RecipeError(
                 f"metric_for_best_model: validation has no {metric}; it has {', '.join(known)}"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from ..checkpoint.load import readable
 from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
 
 _COPY = "ref"
 """The adapter in which TRL keeps what the trained one was at first."""
+
+_FILE = "reference.safetensors"
+"""The weights of a reference model in a checkpoint."""
 
 _IDLE = ("lora_A", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save")
 """Weights of an adapter that change nothing as long as LoRA's B is zero."""
@@ -32,6 +38,27 @@ def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
 
         optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
     return model
+
+
+def write_reference(model: Any, folder: Path) -> None:
+    """Write the weights of a reference model that moves into a checkpoint.
+
+    Args:
+        model: the reference model, whole.
+        folder: of the checkpoint.
+    """
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, folder / _FILE)
+
+
+def read_reference(model: Any, folder: Path) -> None:
+    """Give a reference model the weights that it had at a checkpoint.
+
+    Raises:
+        RecipeError: the checkpoint has none, or those of another model.
+    """
+    with readable(folder):
+        model.load_state_dict(load_file(folder / _FILE), strict=False)
 
 
 def drop_idle_copy(model: Any) -> None:

@@ -60,6 +60,27 @@ def tokens_of(example: Example) -> int:
     return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
 
 
+class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has no types
+    """Prompts with the other fields of their rows, which are read when they are asked for.
+
+    The fields may hold anything that JSON does; as columns they would all need one type each.
+
+    Args:
+        examples: the rows.
+    """
+
+    def __init__(self, examples: Examples) -> None:
+        super().__init__(pa.table({"row": pa.array(range(len(examples)))}))
+        self.examples = examples
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """The rows of a batch."""
+        return [self.examples[i] for i in indices]
+
+
 class FillableExamples(Sequence[Example]):
     """Examples by their index; those by an inverted index count for nothing.
 

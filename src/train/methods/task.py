@@ -16,6 +16,11 @@ def task_of(recipe: Recipe) -> SupervisedTask:
     settings = preference_settings(recipe)
     if settings is None:
         return SupervisedTask(recipe)
-    from .build import PreferenceTask  # TRL is an extra, and takes a second to import
+    # TRL is an extra, and takes a second to import
+    if settings.rows == "prompts":
+        from .completions import CompletionTask
+
+        return CompletionTask(recipe, settings)
+    from .build import PreferenceTask
 
     return PreferenceTask(recipe, settings)

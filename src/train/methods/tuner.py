@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..checkpoint.resume import Saved
 from ..data.order import order_of
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
+from .reference import read_reference, write_reference
 from .rows import FillableExamples, tokens_of
 
 Metrics = dict[str, list[float]]
@@ -64,14 +66,18 @@ class MethodTuner(FineTuner):
         found = super().get_batch_samples(*args, **kwargs)
         if self.world.several:
             number = len(found[0])
-            counting = sum(bool(batch["trained"]) for batch in found[0])
+            counting = sum(self._trains(batch) for batch in found[0])
             whole = self.world.sums([counting])[0]
             self.factor = number * self.world.batch_ranks / max(1.0, whole)
         return found
 
+    def _trains(self, batch: Any) -> bool:
+        """Whether a batch counts; one that only takes part does not."""
+        return bool(batch["trained"])
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
-        self._counts = bool(inputs["trained"])
+        self._counts = self._trains(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +100,23 @@ class MethodTuner(FineTuner):
         tokens = int(getattr(self, "_total_train_tokens", 0))
         self._measured = copy.deepcopy(dict(self.pending("train"))), tokens
 
+    # --- a reference model that moves ------------------------------------------------------------
+
+    @property
+    def _moving_reference(self) -> Any:
+        """The reference model if it follows the trained one; else None."""
+        moves = getattr(self.args, "sync_ref_model", False)
+        return getattr(self, "ref_model", None) if moves else None
+
+    def _write_checkpoint(self, part: Path) -> None:
+        super()._write_checkpoint(part)
+        if self._moving_reference is not None and self.world.main:
+            write_reference(self._moving_reference, part)
+
+    def _restore_reference(self) -> None:
+        if self._moving_reference is not None and self.resumed_from is not None:
+            read_reference(self._moving_reference, self.resumed_from)
+
     # --- what is measured ------------------------------------------------------------------------
 
     def pending(self, mode: str) -> Metrics:
@@ -115,6 +138,7 @@ class MethodTuner(FineTuner):
 
     def start(self) -> None:
         """Restore what was measured before the checkpoint and not yet logged."""
+        self._restore_reference()
         super().start()
         kept = self._resumed.carried.get(_PENDING) if self._resumed is not None else None
         if isinstance(kept, Mapping):

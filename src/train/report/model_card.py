@@ -170,8 +170,9 @@ def _use(facts: Facts) -> Iterator[str]:
 def _training(facts: Facts, picture: bool) -> Iterator[str]:
     rows = [(k, v) for k, v in model(facts) if k not in ("base model", "method")]
     sets, others = data(facts)
+    figure = facts.figure
     for name, first, last in (
-        ("validation loss", "val_loss_before", "val_loss_after"),
+        (f"validation {figure}", f"val_{figure}_before", f"val_{figure}_after"),
         ("training loss", "loss_first", "loss_last"),
     ):
         before, after = facts.number(first), facts.number(last)
@@ -194,7 +195,7 @@ def _training(facts: Facts, picture: bool) -> Iterator[str]:
         yield "## Training\n"
         yield _table(("", ""), rows)
     if picture:
-        yield "![Training and validation loss over the optimizer steps](loss.png)\n"
+        yield f"![Training and validation {figure} over the optimizer steps](loss.png)\n"
     if sets or others:
         yield "## Data\n"
         if sets:

@@ -29,7 +29,8 @@ from .run_facts import Facts
 NAME = "report.html"
 
 _CONTENTS = (
-    ("curves", "Curves", "charts"), ("sample", "Answers", "sample"), ("use", "Use it", "usage"),
+    ("curves", "Curves", "charts"), ("sample", "Answers", "sample"),
+    ("completions", "Completions", "completions"), ("use", "Use it", "usage"),
     ("data", "Data and model", "data"), ("optimize", "Rewrites", "optimize"),
     ("resources", "Memory and time", "resources"), ("keys", "Worth knowing", "warnings"),
     ("recipe", "Recipe", "recipe"), ("machine", "Versions", "machine"),
@@ -58,6 +59,7 @@ class Page:
     charts: list[Chart] = field(default_factory=list)
     numbers: sections.Table | None = None
     sample: dict[str, str | None] | None = None
+    completions: list[sections.ShownCompletion] = field(default_factory=list)
     usage: sections.Rows = field(default_factory=list)
     sets: sections.Table | None = None
     data: sections.Rows = field(default_factory=list)
@@ -142,6 +144,7 @@ def compose(facts: Facts) -> Page:
         }
         if sample
         else None,
+        completions=sections.completions(facts),
         usage=usage,
         sets=sets,
         data=counts,
@@ -181,19 +184,21 @@ def _headline(facts: Facts) -> list[Headline]:
 
 
 def _loss(facts: Facts) -> Headline | None:
-    checks = [point for point in facts.history("eval_loss") if math.isfinite(point[1])]
-    if facts.number("val_loss_after") is None and len(checks) > 1:  # stopped between two
+    figure = facts.figure
+    validation, validated = f"Validation {figure}", f"val_{figure}"
+    checks = [point for point in facts.history(f"eval_{figure}") if math.isfinite(point[1])]
+    if facts.number(f"{validated}_after") is None and len(checks) > 1:  # stopped between two
         (_, begun), (step, at) = checks[0], checks[-1]
-        return _fall("Validation loss", begun, at, f"at step {step:,.0f}")
+        return _fall(validation, begun, at, f"at step {step:,.0f}")
     for name, first, last in (
-        ("Validation loss", "val_loss_before", "val_loss_after"),
+        (validation, f"{validated}_before", f"{validated}_after"),
         ("Training loss", "loss_first", "loss_last"),
     ):
         before, after = facts.number(first), facts.number(last)
         if before is not None and after is not None:
             return _fall(name, before, after, "over the run")
-    only = facts.number("val_loss_before")
-    return None if only is None else Headline("Validation loss before", f"{only:.3f}", "")
+    only = facts.number(f"{validated}_before")
+    return None if only is None else Headline(f"{validation} before", f"{only:.3f}", "")
 
 
 def _fall(name: str, before: float, after: float, where: str) -> Headline:
@@ -251,6 +256,7 @@ class _Curve:
     series: list[Series]
     show: Callable[[float], str]
     from_zero: bool = True
+    what: str = "loss"
 
     def lay_out(self) -> Chart | None:
         return chart(self.title, self.series, self.show, self.from_zero)
@@ -259,17 +265,25 @@ class _Curve:
         """The curves for a table: what the title says belongs to the name."""
         if len(self.series) == 1 and self.from_zero:
             return [Series(self.title, self.series[0].points)]
-        return [Series(f"{s.name} loss", s.points) for s in self.series]
+        return [Series(f"{s.name} {self.what}", s.points) for s in self.series]
 
 
 def _curves(facts: Facts) -> list[_Curve]:
     def three(value: float) -> str:
         return f"{value:.3f}"
 
-    losses = [Series("training", facts.history("loss"), smoothed=True)]
-    losses += [Series(name, facts.history(k), dots=True) for k, name in facts.validations()]
-    found = [_Curve("Loss per trained token", losses, three, from_zero=False)]
+    figure = facts.figure
+    judged = [Series("training", facts.history(figure), smoothed=True)]
+    judged += [Series(name, facts.history(k), dots=True) for k, name in facts.validations()]
+    title = "Loss" if facts.recipe.get("rl") else "Loss per trained token"
+    found = [_Curve(title if figure == "loss" else "Reward", judged, three, False, figure)]
+    if figure != "loss":
+        found.append(_Curve(title, [Series("training", facts.history("loss"), True)], three, False))
     for title, key, show in (
+        ("Margin of rewards", "rewards/margins", three),
+        ("Divergence from the reference model", "kl", three),
+        ("Entropy of a token", "entropy", three),
+        ("Tokens of a completion", "completions/mean_length", lambda v: f"{v:,.0f}"),
         ("Learning rate", "learning_rate", lambda v: f"{v:.2e}"),
         ("Gradient norm", "grad_norm", three),
         ("Trained tokens per second", "trained_tokens_per_s", lambda v: f"{v:,.0f}"),
@@ -281,7 +295,7 @@ def _curves(facts: Facts) -> list[_Curve]:
     gib = [(step, mib / 1024) for step, mib in used]
     found.append(_Curve("Memory in use, GiB", [Series("memory", gib)], lambda v: f"{v:.2f}"))
     return [
-        _Curve(c.title, [s for s in c.series if s.points], c.show, c.from_zero)
+        _Curve(c.title, [s for s in c.series if s.points], c.show, c.from_zero, c.what)
         for c in found
         if any(s.points for s in c.series)
     ]

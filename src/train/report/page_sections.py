@@ -51,6 +51,16 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class ShownCompletion:
+    """A completion that was generated in training, and its rewards."""
+
+    step: str
+    prompt: str
+    text: str
+    rewards: str
+
+
+@dataclass(frozen=True)
 class Rewrites:
     """The optimize report."""
 
@@ -163,6 +173,20 @@ def model(facts: Facts) -> Rows:
             text += f"; the optimized model's differ by {difference:.1e} of the largest"
         rows.append(("saved adapter", text))
     return rows
+
+
+def completions(facts: Facts) -> list[ShownCompletion]:
+    """Completions to look at, of the first generation and of the last one."""
+    found = []
+    for entry in facts.rows("completions"):
+        if not isinstance(entry, Mapping):
+            continue
+        rewards = entry.get("rewards")
+        known = rewards if isinstance(rewards, Mapping) else {}
+        said = [f"{name} {_figure(number(value))}" for name, value in known.items()]
+        step, prompt, text = (str(entry.get(k) or "") for k in ("step", "prompt", "completion"))
+        found.append(ShownCompletion(step, prompt, text, ", ".join(said)))
+    return found
 
 
 def rewrites(facts: Facts) -> Rewrites | None:

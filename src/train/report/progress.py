@@ -120,6 +120,7 @@ class ProgressCallback(TrainerCallback):
         self.smooth = Smooth()
         self.last = math.nan
         self.rate: float | None = None
+        self.reward: float | None = None
         self.mib: float | None = None
         self.validated: dict[str, float] = {}
         self.bar: _Bar | None = None
@@ -170,6 +171,8 @@ class ProgressCallback(TrainerCallback):
         fields: list[tuple[int, str]] = []
         if not self.meter.seconds:
             fields.append((0, "the first step takes longer than the others"))
+        if self.reward is not None:
+            fields.append((0, f"reward {self.reward:.3f}"))
         if self.smooth.weight:
             fields.append((0, f"loss {self.smooth.value:.3f}"))
         if self.smooth.weight and f"{self.last:.3f}" != f"{self.smooth.value:.3f}":
@@ -232,24 +235,26 @@ class ProgressCallback(TrainerCallback):
         """Take in the logged figures."""
         logs = kwargs.get("logs") or {}
         for key, value in logs.items():
-            if key.startswith("eval_") and key.endswith("loss"):
+            if key.startswith("eval_") and key.endswith(("loss", "_reward")):
                 self._validation(state.global_step, key, float(value))
         if "loss" not in logs:
             return
         self.last = float(logs["loss"])
         self.smooth.add(self.last)
+        self.reward = logs.get("reward", self.reward)
         self.rate = logs.get("learning_rate", self.rate)
         self._show(state)
         if self.due:
             self._line(state)
 
-    def _validation(self, step: int, key: str, loss: float) -> None:
+    def _validation(self, step: int, key: str, value: float) -> None:
         """A line on one validation set, with the change since the one before."""
-        name = key.removeprefix("eval_").removesuffix("loss").strip("_")
-        text = f"  step {step}: validation loss{f' of {name}' if name else ''} {loss:.3f}"
+        figure = key.rpartition("_")[2]
+        name = key.removeprefix("eval_").removesuffix(figure).strip("_")
+        text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:.3f}"
         if key in self.validated:
-            text += f" ({loss - self.validated[key]:+.3f})"
-        self.validated[key] = loss
+            text += f" ({value - self.validated[key]:+.3f})"
+        self.validated[key] = value
         self.say(text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

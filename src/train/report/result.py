@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from .environment import memory, peak_rss_mb
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
-_CARRIED = ("val_loss_before", "sample", "started", "seconds")
+Figure = Literal["loss", "reward"]
+_CARRIED = ("val_loss_before", "val_reward_before", "sample", "started", "seconds")
 """The figures that a resumed run cannot compute again."""
 
 
@@ -54,6 +55,12 @@ class RunResult:
         loss_last: training loss of the last logged step.
         val_loss_before: validation loss per trained token before the first step.
         val_loss_after: the same after the last step.
+        val_reward_before: mean reward of the completions of validation prompts before the first
+            step, for methods that learn from rewards.
+        val_reward_after: the same after the last step.
+        figure: what validations judge the run by, ``loss`` or ``reward``.
+        completions: some of those that were generated in training, first and last, each with
+            ``step``, ``prompt``, ``completion``, ``rewards`` by name and ``advantage``.
         sample: ``question``, and the answers ``before`` and ``after``.
         peak_rss_mb: largest resident memory of the process, in MiB.
         loaded_rss_mb: resident memory once the model was loaded, in MiB.
@@ -64,7 +71,8 @@ class RunResult:
         seconds: of each part of the run.
         history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
             ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
-            of training until then); or ``eval_loss`` (and ``eval_NAME_loss`` of several datasets).
+            of training until then), and what a method measures; or ``eval_loss`` (and
+            ``eval_NAME_loss`` of several datasets), or ``eval_reward``.
         versions: of Python and the libraries.
         machine: processor, cores, GPU.
         started: date and time, UTC.
@@ -93,6 +101,10 @@ class RunResult:
     loss_last: float | None = None
     val_loss_before: float | None = None
     val_loss_after: float | None = None
+    val_reward_before: float | None = None
+    val_reward_after: float | None = None
+    figure: Figure = "loss"
+    completions: list[dict[str, Any]] = field(default_factory=list)
     sample: dict[str, str] | None = None
     peak_rss_mb: float = 0.0
     loaded_rss_mb: float = 0.0
@@ -159,17 +171,28 @@ class RunResult:
         self.trained_tokens_per_s = meter.rate(meter.trained)
         if meter.seconds:
             self.first_step_s, self.median_step_s = meter.seconds[0], meter.median_step()
-        self.history = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+        validated = f"eval_{self.figure}"
+        self.history = [entry for entry in log if "loss" in entry or validated in entry]
         losses = [entry["loss"] for entry in self.history if "loss" in entry]
         if losses:
             self.loss_first, self.loss_last = losses[0], losses[-1]
 
+    def validated(self, when: Literal["before", "after"]) -> float | None:
+        """What a validation has given for the figure that judges the run, if there was one."""
+        value: float | None = getattr(self, f"val_{self.figure}_{when}")
+        return value
+
+    def validate(self, when: Literal["before", "after"], figures: Mapping[str, float]) -> None:
+        """Take it from the figures of a validation."""
+        setattr(self, f"val_{self.figure}_{when}", figures[f"eval_{self.figure}"])
+
     def complete(self) -> None:
         """Take what is known at the end: both validations as entries, and the peak memory."""
-        logged = {entry["step"] for entry in self.history if "eval_loss" in entry}
-        for step, loss in ((0, self.val_loss_before), (self.steps, self.val_loss_after)):
-            if loss is not None and step not in logged:
-                self.history.append({"step": step, "eval_loss": loss})
+        name = f"eval_{self.figure}"
+        logged = {entry["step"] for entry in self.history if name in entry}
+        for step, value in ((0, self.validated("before")), (self.steps, self.validated("after"))):
+            if value is not None and step not in logged:
+                self.history.append({"step": step, name: value})
         self.history.sort(key=lambda entry: entry["step"])
         self.peak_rss_mb = peak_rss_mb()
         if self.ranks:
@@ -225,10 +248,13 @@ class RunResult:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = {"steps": f"{self.steps} of {self.steps_planned}"}
-        if self.val_loss_before is not None and self.val_loss_after is not None:
-            change = self.val_loss_after - self.val_loss_before
-            text = f"{self.val_loss_before:.3f} → {self.val_loss_after:.3f} ({change:+.3f})"
-            rows["validation loss"] = text
+        before, after = self.validated("before"), self.validated("after")
+        if before is not None and after is not None:
+            text = f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
+            rows[f"validation {self.figure}"] = text
+        rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
+        if self.figure == "reward" and rewards:
+            rows["training reward"] = f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
         if self.loss_first is not None and self.loss_last is not None:
             rows["training loss"] = f"{self.loss_first:.3f} → {self.loss_last:.3f}"
         rows["speed"] = (

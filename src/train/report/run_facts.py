@@ -56,11 +56,12 @@ class Facts:
         return cls(entries)
 
     def published(self) -> Facts:
-        """The same without the folders of this machine, except in questions and answers."""
+        """The same without the folders of this machine, except in what the model has written."""
         names: dict[str, str] = {}  # of the recipe's paths: they may have spaces elsewhere, too
         recipe = _changed(self.entries.get("recipe"), lambda text: _whole_path(text, names))
         rest = _changed(self.entries, lambda text: _without_paths(text, names))
-        return Facts({**rest, "recipe": recipe, "sample": self.entries.get("sample")})
+        written = {key: self.entries.get(key) for key in ("sample", "completions")}
+        return Facts({**rest, "recipe": recipe, **written})
 
     def number(self, key: str) -> float | None:
         """A number that is set, even an infinite one; None for everything else."""
@@ -95,12 +96,17 @@ class Facts:
         return sorted(found.items())
 
     def validations(self) -> Iterator[tuple[str, str]]:
-        """``(key, name)`` of each validation loss in the history."""
+        """``(key, name)`` of each validation's loss, or reward, in the history."""
         keys = {k: None for e in self.rows("history") if isinstance(e, Mapping) for k in e}
         for key in keys:
-            if key.startswith("eval_") and key.endswith("loss"):
-                name = key.removeprefix("eval_").removesuffix("loss").strip("_")
+            if key.startswith("eval_") and key.endswith(self.figure):
+                name = key.removeprefix("eval_").removesuffix(self.figure).strip("_")
                 yield key, f"validation {name}".strip()
+
+    @property
+    def figure(self) -> str:
+        """What validations judge the run by: ``loss`` or ``reward``."""
+        return "reward" if self.text("figure") == "reward" else "loss"
 
     # --- what a run is called --------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ..processes.tensor_parallel import left_whole
 from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..report.progress import ProgressCallback
+from ..report.result import Figure
 from ..report.throughput import ThroughputMeter, flops_per_token, peak_flops
 from .arguments import arguments_for
 from .batches import training_batch, training_sequences, typical_context, validation_batches
@@ -33,6 +34,9 @@ class SupervisedTask:
     Args:
         recipe: checked.
     """
+
+    figure: Figure = "loss"
+    """What validations judge the model by: ``eval_loss``, or ``eval_reward``."""
 
     validates_first = True
     """Whether validation needs nothing but the model, so that it can come before the trainer."""

@@ -96,7 +96,7 @@ def validate(
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
     """
     count = sum(operator.length_hint(batches) for batches in sets.values())
-    on_batch = _reporter(count, say) if say is not None else None
+    on_batch = reporter(count, say) if say is not None else None
     world = world or World()
     sums = {name: _sum(model, batches, on_batch, world) for name, batches in sets.items()}
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
@@ -142,8 +142,13 @@ def require_figure(metric: str | None, names: Iterable[str], perplexity: bool = 
         )
 
 
-def _reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
-    """To be called after each batch: says how many there were, now and then."""
+def reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
+    """What is to be called after each batch: it says how many there were, now and then.
+
+    Args:
+        total: batches.
+        say: prints a line.
+    """
     done, last = 0, time.perf_counter()
 
     def on_batch() -> None:

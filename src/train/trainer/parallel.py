@@ -284,6 +284,10 @@ class ParallelTrainer(ResumableTrainer):
         state: dict[str, Any] = self._schedule.state_dict()
         return zero.whole_schedule(state, self._names) if self.zero_stage else state
 
+    @property
+    def _rows_per_batch(self) -> int:
+        return int(self._train_batch_size)
+
     def _fillable(self, packs: Any) -> Any:
         """The sequences, where those with an inverted index train nothing."""
         return Fillable(packs)
@@ -293,7 +297,7 @@ class ParallelTrainer(ResumableTrainer):
         if not self.world.several:
             return super().get_train_dataloader()
         args, packs = self.args, self.train_dataset
-        place = self.world.batch_rank, self.world.batch_ranks
+        place = self._rows_per_batch, self.world.batch_rank, self.world.batch_ranks
         options: dict[str, Any] = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -301,11 +305,10 @@ class ParallelTrainer(ResumableTrainer):
             "prefetch_factor": args.dataloader_prefetch_factor,
         }
         if isinstance(packs, IterableDataset):
-            own = RankStream(packs, self._train_batch_size, *place)
-            loader = DataLoader(own, batch_size=self._train_batch_size, **options)
+            loader = DataLoader(RankStream(packs, *place), batch_size=place[0], **options)
         else:
             order: Any = self._get_train_sampler(packs)
-            batches = RankBatches(order, self._train_batch_size, *place, args.dataloader_drop_last)
+            batches = RankBatches(order, *place, args.dataloader_drop_last)
             options["worker_init_fn"] = functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=self.world.batch_rank
             )

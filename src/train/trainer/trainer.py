@@ -79,6 +79,11 @@ class FineTuner(WeighingTrainer):
         self._after_step: tuple[RngState, Tensor] | None = None
         self._midway = False
 
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """Texts to look at, of methods that generate."""
+        return []
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; it gives the terminal back, whatever happens."""
         with contextlib.closing(self.progress):
@@ -153,7 +158,7 @@ class FineTuner(WeighingTrainer):
         if self.accelerator.scaler is not None:  # it skips such steps by itself, at first often
             return norm
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return self.guard.judge(norm, optimizer, self._logs(self.state.global_step + 1))
+        return self.guard.judge(norm, optimizer, self._logs_at(self.state.global_step + 1))
 
     def on_step_end(self) -> None:
         """Record what a checkpoint would need if the next step does not finish."""
@@ -192,7 +197,7 @@ class FineTuner(WeighingTrainer):
                 logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20
         super().log(logs, start_time)
 
-    def _logs(self, step: int) -> bool:
+    def _logs_at(self, step: int) -> bool:
         first = self.args.logging_first_step and step == 1
         return first or step % self.state.logging_steps == 0
 

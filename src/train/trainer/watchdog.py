@@ -50,6 +50,10 @@ class LossWatchdog(TrainerCallback, ExportableState):
         }
 
 
+_TEXTS = ("input_ids", "prompt_ids", "completion_ids")
+"""How the names of tensors of tokens end; a row may have several."""
+
+
 class NonFiniteStepError(Exception):
     """A step whose loss or gradient is not a finite number; its update was not made.
 
@@ -88,7 +92,7 @@ class NonFiniteStepError(Exception):
         from safetensors.torch import save_file
 
         tensors = {
-            f"{i}.{name}": value.detach().cpu().contiguous()
+            f"{i}.{name}": value.detach().cpu().clone()
             for i, batch in enumerate(self.batches)
             for name, value in batch.items()
         }
@@ -97,9 +101,10 @@ class NonFiniteStepError(Exception):
         save_file(tensors, stem.with_suffix(".safetensors"), metadata=losses)
         lines = [str(self)]
         for i, (batch, loss) in enumerate(zip(self.batches, self.losses, strict=True)):
-            for j, ids in enumerate(batch["input_ids"].tolist()):
+            texts = [t.tolist() for name, t in batch.items() if name.endswith(_TEXTS)]
+            for j, parts in enumerate(zip(*texts, strict=True)):
                 lines.append(f"\n--- forward pass {i}, row {j}, loss of the forward pass {loss}\n")
-                lines.append(tokenizer.decode(ids))
+                lines += [tokenizer.decode(ids) for ids in parts]
         path = stem.with_suffix(".txt")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path

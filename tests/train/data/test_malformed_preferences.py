@@ -230,16 +230,16 @@ CASES: dict[str, Case] = {
     ),
     "a name that the trainer needs": (
         GRPO, "chat_template", {"prompt": "ab"}, {"prompt": "ab", "completions": ["a"]},
-        "the field 'completions' has a name that the trainer itself hands to rewards; rename it",
+        "the field 'completions' has a name that the trainer keeps for itself; rename it",
     ),
     "tokens of a prompt": (
         GRPO, "chat_template", {"prompt": "ab"}, {"prompt": "ab", "prompt_ids": [1]},
-        "the field 'prompt_ids' has a name that the trainer itself hands to rewards; rename it",
+        "the field 'prompt_ids' has a name that the trainer keeps for itself; rename it",
     ),
     "another prompt": (
         GRPO, "chat_template", {"messages": [user("a")]},
         {"messages": [user("a")], "prompt": "ab"},
-        "the field 'prompt' has a name that the trainer itself hands to rewards; rename it",
+        "the field 'prompt' has a name that the trainer keeps for itself; rename it",
     ),
     # --- steps ---
     "no steps": (

@@ -13,7 +13,7 @@ from typing import Any
 
 from ....errors import DataError, RecipeError
 from ...recipe.keys.preferences.names import ROW_TYPES, is_own_type, plain_type
-from ...recipe.preferences import RowKind, preference_settings
+from ...recipe.preferences import RowKind, preference_settings, rows_of
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
 from ..chat.date import today
 from ..chat.encoder import ChatEncoder, tokenize
@@ -53,6 +53,7 @@ class PreferenceEncoder:
         settings = preference_settings(recipe)
         assert settings is not None  # the recipe of a preference method
         day = day or today()
+        recipe = _with_prompt_variables(recipe)
         source = template_of(dataset, recipe, tokenizer)
         text = source if isinstance(source, str) else str(source or "")
         conversation = Conversation(dataset, text, recipe.default_system_message)
@@ -278,3 +279,11 @@ def _joined(row: Preference, encoded: Sequence[Tokens]) -> TokenizedRow:
 def _kept(row: Preference) -> str:
     """What is kept of a prompt besides its tokens, as JSON."""
     return json.dumps({"prompt": row.prompt, "columns": dict(row.columns)})
+
+
+def _with_prompt_variables(recipe: Recipe) -> Recipe:
+    """A recipe whose ``chat_template_kwargs`` are those of its prompts, where it has some."""
+    variables = recipe.trl.chat_template_kwargs if recipe.trl is not None else None
+    if rows_of(recipe) != "prompts" or variables is None:
+        return recipe
+    return recipe.model_copy(update={"chat_template_kwargs": variables})

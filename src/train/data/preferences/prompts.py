@@ -13,9 +13,9 @@ from .rows import Preference, part_of, spoken
 
 _TAKEN = (
     "prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids",
-    "trainer_state", "log_extra", "log_metric", "environments",
+    "trainer_state", "log_extra", "log_metric", "environments", "image", "images",
 )  # fmt: skip
-"""What the trainer itself hands to the functions that judge completions."""
+"""What the trainer itself hands to the functions that judge completions, or reads."""
 
 
 class PromptReader:
@@ -63,8 +63,7 @@ def _require_column(name: str, value: Any, where: str) -> None:
     """
     if name in _TAKEN:
         raise DataError(
-            f"{where}: the field {name!r} has a name that the trainer itself hands to rewards; "
-            "rename it"
+            f"{where}: the field {name!r} has a name that the trainer keeps for itself; rename it"
         )
     try:
         json.dumps(value)

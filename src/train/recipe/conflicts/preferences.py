@@ -59,7 +59,6 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
     if values.get("skip_prepare_dataset"):
         yield ("skip_prepare_dataset",), f"rows of {named} are always tokenized: leave it out"
     yield from _labels(values, method)
-    yield from _reference(values, method)
     yield from _engine(values, method, named)
     for name in ("datasets", "test_datasets"):
         listed = values.get(name)
@@ -166,6 +165,7 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
     if method == "gdpo" and trl.get("multi_objective_aggregation") == "sum_then_normalize":
         said = "is that of rl: grpo: leave it out, or set rl: grpo"
         yield ("trl", "multi_objective_aggregation"), said
+    yield from _moving_reference(values, trl)
     cap, most = (trl.get(f"vllm_importance_sampling_{k}") for k in ("cap", "clip_max"))
     if cap is not None and most is not None:
         said = "is the older name of vllm_importance_sampling_clip_max, which is set, too"
@@ -175,15 +175,18 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
         yield ("trl", "loss_type"), "luspo needs importance_sampling_level: sequence"
 
 
-def _reference(values: Values, method: str) -> Iterator[Problem]:
-    trl = values.get("trl")
-    if not (isinstance(trl, Mapping) and trl.get("sync_ref_model")):
+def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
+    if not trl.get("sync_ref_model"):
         return
-    place = ("trl", "sync_ref_model")
+    said = None
     if values.get("adapter"):
-        yield place, "needs adapter to be unset: with one, the reference is the model without it"
-    if values.get("precompute_ref_log_probs"):
-        yield place, "set this or precompute_ref_log_probs, not both"
+        said = "needs a reference model of its own, and an adapter has the model without it"
+    elif values.get("precompute_ref_log_probs"):
+        said = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
+    elif values.get("rl") in _GENERATING and not (trl.get("beta") or values.get("rl_beta")):
+        said = "needs rl_beta above 0: without it there is no reference model"
+    if said is not None:
+        yield ("trl", "sync_ref_model"), f"{said}; leave one of them out"
 
 
 def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
-from ..base import Float, Int, Keys, PositiveFloat, Status, key, not_applicable, not_yet, subsumed
+from ..base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet, subsumed
 from .trl import TrlKeys
 from .unread import METHOD_KEYS, loose_types
 from .vllm import VllmKeys
 
-_GRPO: tuple[Status, str] = ("not yet available", "use TRL's trainer on an optimized model")
 _EBFT = "it samples and embeds with Axolotl's own trainer; use rl: grpo with a reward function"
 _GONE = "TRL no longer has it"
 
@@ -32,7 +31,7 @@ class PreferenceKeys(Keys):
     """Preferences and rewards."""
 
     rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = key(
-        values={"ebft": ("not yet available", _EBFT), "grpo": _GRPO, "gdpo": _GRPO}
+        values={"ebft": ("not yet available", _EBFT)}
     )
     """The preference or reinforcement learning method. Unset: supervised training.
 

@@ -1,0 +1,62 @@
+"""The tokens that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .template import REFUSALS
+
+_ANSWER = "zebra"
+_TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _ANSWER}]
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Any], variables: Mapping[str, Any], prompt: bool
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: of the conversation.
+        variables: what the template reads besides them.
+        prompt: whether the header of the next answer follows.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    options = {**variables, "tokenize": False, "add_generation_prompt": prompt}
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), **options)
+    except (TemplateError, *REFUSALS) as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def stop_tokens(model: Any, tokenizer: Any, variables: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer: those of model and tokenizer, and the template's own.
+
+    Args:
+        model: which answers.
+        tokenizer: its tokenizer.
+        variables: what the chat template reads besides the messages.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    found = [*found, tokenizer.eos_token_id, _end_of_turn(tokenizer, variables)]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def _end_of_turn(tokenizer: Any, variables: Mapping[str, Any]) -> int | None:
+    """The first special token that the chat template writes after an answer, or None."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        _, found, after = render_chat(tokenizer, _TURNS, variables, False).rpartition(_ANSWER)
+    except ValueError:  # whoever asks the model says so, with the conversation that it refuses
+        return None
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in ids if token in special), None)
