@@ -43,7 +43,8 @@ def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
     found = missing_packages(recipe)
     for look in _LOOKS:
         found += look(recipe)
-    return [*found, *_generation(recipe, processes), *_output(recipe, processes)]
+    found += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
+    return [*found, *_output(recipe, processes)]
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -131,6 +132,15 @@ def _reference(recipe: Recipe) -> Iterator[str]:
     whole = strategy.engine == "ddp" and strategy.tensor == 1
     if recipe.trl is not None and recipe.trl.sync_ref_model and not whole:
         yield "trl.sync_ref_model: needs whole weights in each process: train without sharding them"
+
+
+def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
+    """Whether the reference's part can be computed before training."""
+    if recipe.precompute_ref_log_probs and processes is not None and processes > 1:
+        yield (
+            "precompute_ref_log_probs: works in one process only, and there are "
+            f"{processes}: leave it out"
+        )
 
 
 def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:

@@ -81,7 +81,7 @@ class CompletionTask(PreferenceTask):
 
     def _asked(self) -> dict[str, Any]:
         """What the recipe says, without vLLM where that is not installed; the run tells so."""
-        asked = self.settings.arguments
+        asked = super()._asked()
         return {k: v for k, v in asked.items() if has_vllm() or "vllm" not in k}
 
     def _validated_at_a_time(self, sizes: GenerationSizes, world: World) -> int:

@@ -38,6 +38,29 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"reward_model": True, "eval_sample_packing": True},
         "eval_sample_packing: rows of reward_model are not packed",
     ),
+    "a swap of sorted pairs": (
+        {"rl": "dpo", "dpo_loss_type": "aot", "dpo_use_weighting": True},
+        "dpo_use_weighting: has no meaning with aot",
+    ),
+    "a loss that needs smoothing": (
+        {"rl": "dpo", "dpo_loss_type": "exo_pair"}, "exo_pair needs dpo_label_smoothing above 0",
+    ),
+    "a division by zero": ({"rl": "ipo", "rl_beta": 0}, "rl_beta: must be above 0"),
+    "rows without others": (
+        {"rl": "kto", "micro_batch_size": 2, "eval_batch_size": 1},
+        "eval_batch_size: must be 2 or more: KTO compares",
+    ),
+    "an adapter of the head": (
+        {"rl": "dpo", "adapter": "lora", "lora_target_modules": ["q_proj", "lm_head"]},
+        "lora_target_modules: lm_head: dpo reads the head's weights without adapters",
+    ),
+    "divided layers": (
+        {"rl": "dpo", "tensor_parallel_size": 2}, "tensor_parallel_size: dpo is not trained with",
+    ),
+    "a moving reference beside an adapter": (
+        {"rl": "dpo", "adapter": "lora", "trl": {"sync_ref_model": True}},
+        "trl.sync_ref_model: needs a reference model of its own",
+    ),
     "a stream": (
         {"rl": "dpo", "streaming": True, "max_steps": 2}, "streaming: rows of dpo are not streamed",
     ),

@@ -104,6 +104,12 @@ def preferences_without_effect(values: Values) -> Iterator[tuple[Sequence[str], 
             yield (key,), f"only {_named(readers)} it"
     if method is not None:
         yield ("train_on_inputs",), "only answers are compared, never prompts"
+        smoothing = "the method's loss has no smoothing of labels"
+        yield ("label_smoothing_factor",), smoothing
+        perplexity = "validation has the figures of the method, without perplexity"
+        yield ("do_causal_lm_eval", "eval_causal_lm_metrics"), perplexity
+        if method not in (*_GENERATING, "process_reward"):
+            yield ("lora_dropout",), "TRL trains this method without dropout"
     trl = values.get("trl")
     if not isinstance(trl, Mapping) or method not in _READERS["trl"]:
         return
@@ -138,6 +144,14 @@ def _losses(values: Values) -> Iterator[Problem]:
     if isinstance(losses, list) and isinstance(weights, list) and len(losses) != len(weights):
         said = f"has {len(weights)} weights, and dpo_loss_type has {len(losses)} losses"
         yield ("dpo_loss_weights",), said
+    named = [losses] if isinstance(losses, str) else list(losses or ())
+    if values.get("dpo_use_weighting") and {"aot", "aot_unpaired"} & set(named):
+        yield ("dpo_use_weighting",), "has no meaning with aot, which sorts the pairs: leave it out"
+    if "exo_pair" in named and not values.get("dpo_label_smoothing"):
+        yield ("dpo_loss_type",), "exo_pair needs dpo_label_smoothing above 0, for example 1e-3"
+    divides = values.get("rl") in ("ipo", "simpo") or "sppo_hard" in named or "ipo" in named
+    if divides and values.get("rl_beta") == 0:
+        yield ("rl_beta",), "must be above 0: this loss divides by it"
     if values.get("dpo_padding_free") and values.get("precompute_ref_log_probs"):
         yield ("dpo_padding_free",), "set this or precompute_ref_log_probs, not both"
     if values.get("rl") == "orpo" and values.get("rl_beta") and values.get("orpo_alpha"):
@@ -198,9 +212,18 @@ def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
     for key in ("use_dft", "use_eaft"):
         if values.get(key):
             yield (key,), f"weighs tokens of supervised training, and {named} has its own loss"
-    if method == "kto" and values.get("micro_batch_size") in (None, 1):
+    if method == "kto":
         said = "must be 2 or more: KTO compares a prompt with the answer to another one"
-        yield ("micro_batch_size",), said
+        if values.get("micro_batch_size") in (None, 1):
+            yield ("micro_batch_size",), said
+        if values.get("eval_batch_size") == 1:
+            yield ("eval_batch_size",), said
+    targets = values.get("lora_target_modules")
+    if method in (*_PAIRED, "kto", *_GENERATING) and targets and "lm_head" in targets:
+        yield (
+            ("lora_target_modules",),
+            f"lm_head: {named} reads the head's weights without adapters",
+        )
 
 
 def _labels(values: Values, method: str) -> Iterator[Problem]:

@@ -156,7 +156,7 @@ class TrlKeys(Keys):
     """Log prompts and completions. Unset: no."""
 
     num_completions_to_print: PositiveInt | None = None
-    """How many of them. Unset: all."""
+    """How many of them. Unset: 4."""
 
     log_multimodal: bool | None = not_applicable("only text is trained")
     """Log pictures beside completions. Unset: yes."""
