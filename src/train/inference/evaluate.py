@@ -88,7 +88,7 @@ def evaluate(
         RecipeError: the base of the run cannot be loaded.
     """
     console = console or Terminal(highlight=False)
-    recorded = None if files else run.facts.get("val_loss_after", run.facts.get("val_reward_after"))
+    recorded = None if files else _recorded(run)
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
         tokenizer = load_tokenizer(run)
@@ -229,6 +229,12 @@ def _whole(found: dict[str, EvalMetrics]) -> float:
     """What judges all datasets together: the loss per trained token, or a method's per row."""
     rows = {n: of.samples if of.figures else of.trained_tokens for n, of in found.items()}
     return sum(of.judged * rows[name] for name, of in found.items()) / sum(rows.values())
+
+
+def _recorded(run: RunFolder) -> float | None:
+    """What the run's last validation gave."""
+    loss = run.facts.get("val_loss_after")
+    return run.facts.get("val_reward_after") if loss is None else loss
 
 
 def _figure(found: dict[str, EvalMetrics]) -> str:

@@ -24,6 +24,7 @@ from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
 from fusewright.train.trainer.callbacks import FlowCallback
 
+from ..runs import fusewright
 from .completions import drawn, grpo_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
@@ -502,3 +503,14 @@ def test_without_vllm_the_model_generates(base: Path, tmp_path: Path) -> None:
     result = train(recipe, console=Console(file=text, width=300), allow_code=True)
     assert result.status == "finished"
     assert "trl.use_vllm: needs the package vllm, which is not installed" in text.getvalue()
+
+
+def test_a_finished_run_is_evaluated_by_its_rewards(base: Path, tmp_path: Path) -> None:
+    recipe = grpo_recipe(base, tmp_path, ("length:4",), load_best_model_at_end=True, eval_steps=2,
+                         save_steps=2)  # fmt: skip
+    result = train(recipe, console=QUIET)
+    assert fusewright("eval", tmp_path / "out").exit_code == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert found["reward"] == pytest.approx(result.val_reward_after, abs=0.5)
+    assert found["recorded_val_reward"] == result.val_reward_after
+    assert "loss" not in found
