@@ -92,6 +92,29 @@ _READ_BY_ALL = ("beta", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sy
 """The keys of ``trl`` that not only GRPO reads."""
 
 
+_OF_ROWS = (
+    "chosen_format", "completion_format", "field_chosen", "field_completion",
+    "field_label", "field_prompt", "field_rejected", "max_completion_length",
+    "prompt_format", "rejected_format", "step_separator", "train_on_last_step_only",
+)  # fmt: skip
+"""The keys of a dataset that say how rows of preferences are read."""
+
+
+def _keys_of_rows(values: Values) -> list[str]:
+    """Those that are written, with their places."""
+    found = []
+    for name in ("datasets", "test_datasets"):
+        listed = values.get(name)
+        for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
+            if not isinstance(dataset, Mapping):
+                continue
+            kind = dataset.get("type")
+            found += [f"{name}.{i}.{key}" for key in dataset if key in _OF_ROWS]
+            if isinstance(kind, Mapping):
+                found += [f"{name}.{i}.type.{key}" for key in kind if key in _OF_ROWS]
+    return found
+
+
 def preferences_without_effect(values: Values) -> Iterator[tuple[Sequence[str], str]]:
     """Yield keys of preference methods that the recipe's own method does not read, with the reason.
 
@@ -102,7 +125,9 @@ def preferences_without_effect(values: Values) -> Iterator[tuple[Sequence[str], 
     for key, readers in _READERS.items():
         if method not in readers:
             yield (key,), f"only {_named(readers)} it"
-    if method is not None:
+    if method is None:
+        yield ["max_prompt_len", *_keys_of_rows(values)], f"only {_named(_READERS['trl'])} it"
+    else:
         yield ("train_on_inputs",), "only answers are compared, never prompts"
         smoothing = "the method's loss has no smoothing of labels"
         yield ("label_smoothing_factor",), smoothing

@@ -96,7 +96,7 @@ class DataKeys(Keys):
     """Shortest row, in tokens; shorter ones are left out. Unset: 2, or 1 for rows that are
     prompts (``rl: grpo``, ``gdpo``)."""
 
-    max_prompt_len: Int | None = not_applicable("only a preference method (key rl) reads it")
+    max_prompt_len: Int | None = None
     """Longest prompt of a preference, in tokens; with ``excess_length_strategy: truncate``, longer
     ones lose their beginning. Unset: ``sequence_len``."""
 

@@ -23,7 +23,6 @@ TYPES = (
 """The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
 
 _SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
-_PREFERENCES = "only a preference method (key rl) reads it"
 
 
 class PromptFormat(Keys):
@@ -47,32 +46,32 @@ class PromptFormat(Keys):
     field_output: str | None = None
     """The field with the answer. Unset: ``output``."""
 
-    field_prompt: str | None = not_applicable(_PREFERENCES)
+    field_prompt: str | None = None
     """The field with the prompt of a preference. Unset: ``prompt``."""
 
-    field_chosen: str | None = not_applicable(_PREFERENCES)
+    field_chosen: str | None = None
     """The field with the better answer. Unset: ``chosen``."""
 
-    field_rejected: str | None = not_applicable(_PREFERENCES)
+    field_rejected: str | None = None
     """The field with the worse answer. Unset: ``rejected``."""
 
-    field_completion: str | None = not_applicable(_PREFERENCES)
+    field_completion: str | None = None
     """The field with a judged answer. Unset: ``completion``."""
 
-    field_label: str | bool | None = not_applicable(_PREFERENCES)
+    field_label: str | bool | None = None
     """The field with its label: true for a desirable answer. Unset: ``label``."""
 
-    prompt_format: str | None = not_applicable(_PREFERENCES)
+    prompt_format: str | None = None
     """The form of a prompt; ``{prompt}`` and ``{system}`` stand for the fields. Unset: the prompt
     as it is."""
 
-    chosen_format: str | None = not_applicable(_PREFERENCES)
+    chosen_format: str | None = None
     """The form of the better answer, with ``{chosen}`` in it. Unset: as it is."""
 
-    rejected_format: str | None = not_applicable(_PREFERENCES)
+    rejected_format: str | None = None
     """The form of the worse answer, with ``{rejected}`` in it. Unset: as it is."""
 
-    completion_format: str | None = not_applicable(_PREFERENCES)
+    completion_format: str | None = None
     """The form of a judged answer, with ``{completion}`` in it. Unset: as it is."""
 
     format: str | None = None
@@ -150,10 +149,10 @@ class Dataset(Keys):
     field_thinking: str = "reasoning_content"
     """The field of a message that holds the reasoning before the answer."""
 
-    field_chosen: str | None = not_applicable(_PREFERENCES)
+    field_chosen: str | None = None
     """The field of a row that holds the better answer. Unset: the type's own, ``chosen``."""
 
-    field_rejected: str | None = not_applicable(_PREFERENCES)
+    field_rejected: str | None = None
     """The field of a row that holds the worse answer. Unset: the type's own, ``rejected``."""
 
     template_thinking_key: str | None = None
@@ -244,13 +243,13 @@ class Dataset(Keys):
     skip: Int = key(0, ge=0)
     """Rows to leave out at the beginning."""
 
-    step_separator: str | None = not_applicable(_PREFERENCES)
+    step_separator: str | None = None
     """What separates the steps of reasoning. Unset: a line break."""
 
-    max_completion_length: Int | None = not_applicable(_PREFERENCES)
+    max_completion_length: Int | None = None
     """Longest answer, in tokens. Unset: none."""
 
-    train_on_last_step_only: bool | None = not_applicable(_PREFERENCES)
+    train_on_last_step_only: bool | None = None
     """Judge the last step only. Unset: all."""
 
     logprobs_field: str | None = not_yet("distillation; train on the answers only")

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from .base import Float, Int, Keys, not_applicable
 
 _NOT_SERVED = "figures are not served while training; use one of the trackers above"
-_COMPLETIONS = "only a preference method (key rl) has such answers"
+_COMPLETIONS = "completions of rl: grpo are in run.json and the report"
 _CHAT = "chatting is a command: fusewright chat RUN"
 
 
