@@ -16,7 +16,12 @@ from ..errors import DataError
 PREFIX = "fusewright:"
 """What the paths of such rows begin with."""
 
-_MADE_BY = {"docstrings": "data/readers/docstrings.py"}
+_MADE_BY = {
+    "docstrings": ("data/readers/docstrings.py", "chats"),
+    "docstring_pairs": ("data/readers/docstrings.py", "pairs"),
+    "docstring_prompts": ("data/readers/docstrings.py", "prompts"),
+}
+"""The file that makes the rows of a name, and their form."""
 
 
 def is_own(path: str) -> bool:
@@ -28,7 +33,7 @@ def why_none(path: str) -> str | None:
     """Why there are no rows under this name; None: there are."""
     if path.removeprefix(PREFIX) in _MADE_BY:
         return None
-    return f"there are no rows {path}; there is {', '.join(PREFIX + name for name in _MADE_BY)}"
+    return f"there are no rows {path}; there are {', '.join(PREFIX + name for name in _MADE_BY)}"
 
 
 class PackageRows:
@@ -45,11 +50,12 @@ class PackageRows:
         problem = why_none(path)
         if problem is not None:
             raise DataError(problem)
-        maker = Path(__file__).parent / _MADE_BY[path.removeprefix(PREFIX)]
+        file, form = _MADE_BY[path.removeprefix(PREFIX)]
+        maker = Path(__file__).parent / file
         with tempfile.TemporaryDirectory(prefix="fusewright-") as folder:
             made = Path(folder) / "rows.jsonl"
             # -I: neither the current folder nor the environment can put a module in the way
-            asked = [sys.executable, "-I", str(maker), str(made)]
+            asked = [sys.executable, "-I", str(maker), str(made), form]
             done = subprocess.run(asked, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = (done.stderr or done.stdout).strip().splitlines()

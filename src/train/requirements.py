@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
 
+from .recipe.preferences import method_of
 from .recipe.recipe import Recipe
 
 _TRACKERS = {
@@ -111,12 +113,33 @@ def missing_packages(recipe: Recipe) -> list[str]:
                 f"{key}: {value} needs the package {package}, which is not installed: "
                 f"pip install {package}"
             )
+    if (method := method_of(recipe)) is not None:
+        missing += _trl(method)
     if recipe.deepspeed and not _is_there("deepspeed"):
         missing.append(
             "deepspeed: needs the package deepspeed, which is not installed: "
             'pip install "fusewright[distributed]"'
         )
     return missing
+
+
+_TRL = (1, 16)
+"""The first version of TRL whose trainers have what is asked of them here."""
+
+
+def _trl(method: str) -> list[str]:
+    """What TRL lacks for a preference method; imports nothing."""
+    key = f"{method}_model" if method in ("reward", "process_reward") else f"rl: {method}"
+    install = 'pip install "fusewright[rl]"'
+    try:
+        there = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return [f"{key} needs the package trl, which is not installed: {install}"]
+    found = tuple(int(part) for part in there.split(".")[:2] if part.isdecimal())
+    if found < _TRL:
+        return [f"{key} needs trl {'.'.join(map(str, _TRL))} or newer, and {there} is installed: "
+                f"{install}"]  # fmt: skip
+    return []
 
 
 def _is_there(module: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -103,16 +103,23 @@ def kind_of(recipe: Recipe) -> Kind:
     return "by length" if recipe.group_by_length else "shuffled"
 
 
-def order_of(packs: Any, recipe: Recipe, batch: int) -> Order:
+def _tokens(pack: Any) -> int:
+    return sum(len(sample.input_ids) for sample in pack)
+
+
+def order_of(
+    packs: Any, recipe: Recipe, batch: int, length: Callable[[Any], int] = _tokens
+) -> Order:
     """The order that a recipe asks for.
 
     Args:
         packs: the sequences.
         recipe: says which kind, and the seed.
         batch: sequences in a batch.
+        length: the tokens of a sequence.
     """
     kind = kind_of(recipe)
     lengths = [0] * len(packs)
     if kind == "by length":
-        lengths = [sum(len(s.input_ids) for s in packs[i]) for i in range(len(packs))]
+        lengths = [length(packs[i]) for i in range(len(packs))]
     return Order(lengths, recipe.seed, kind, batch)

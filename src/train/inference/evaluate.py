@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from ..data import PreparedData, Samples, prepare
 from ..model.load import quiet
 from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
+from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
@@ -35,20 +36,23 @@ class EvalMetrics:
     """What a model makes of one dataset.
 
     Attributes:
-        loss: mean over the tokens that have a label, in nats.
-        perplexity: its exponential.
+        loss: mean over the tokens that have a label, in nats; of a preference method, its own, mean
+            over the rows.
+        perplexity: its exponential; None of a preference method.
         samples: rows that were used, or pieces of texts.
         tokens: tokens of those.
         trained_tokens: those of them that have a label.
         seconds: of the computation.
+        figures: what a preference method measures besides, e.g. ``rewards/margins``.
     """
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     samples: int
     tokens: int
     trained_tokens: int
     seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -95,8 +99,11 @@ def evaluate(
         found: dict[str, EvalMetrics] = {}
         for name, recipe in recipes.items():
             prepared = rows[name]
-            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
             announce(f"evaluating {name or 'the validation rows'}")
+            if method_of(recipe) is not None:
+                found |= _by_method(model, recipe, tokenizer, prepared, console)
+                continue
+            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
             found |= {
                 part: _measure(model, batches, prepared.validation[part])
                 for part, batches in sets.items()
@@ -178,17 +185,39 @@ _OF_ALL = ("test_datasets", "pretraining_dataset", "streaming", "val_set_size",
 """Keys that choose among the rows of all datasets."""
 
 
+def _by_method(
+    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData, console: Console
+) -> dict[str, EvalMetrics]:
+    """The same for a model that was trained on preferences or rewards."""
+    from ..methods.evaluate import measured
+
+    begun = time.perf_counter()
+    figures = measured(model, recipe, tokenizer, prepared, console)
+    seconds = (time.perf_counter() - begun) / max(1, len(figures))
+    return {
+        name: _metrics(of.pop("loss"), prepared.validation[name], seconds, None, of)
+        for name, of in figures.items()
+    }
+
+
 def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
     begun = time.perf_counter()
     loss = validate(model, {"": batches}, announce)["eval_loss"]
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
+    return _metrics(loss, samples, time.perf_counter() - begun, perplexity)
+
+
+def _metrics(
+    loss: float,
+    samples: Samples,
+    seconds: float,
+    perplexity: float | None,
+    figures: Mapping[str, float] | None = None,
+) -> EvalMetrics:
     return EvalMetrics(
-        loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,  # where exp ends in float64
-        samples=len(samples),
-        tokens=int(samples.lengths.sum()),
-        trained_tokens=int(samples.trained.sum()),
-        seconds=time.perf_counter() - begun,
-    )
+        loss, perplexity, len(samples), int(samples.lengths.sum()), int(samples.trained.sum()),
+        seconds, dict(figures or {}),
+    )  # fmt: skip
 
 
 def _whole(found: dict[str, EvalMetrics]) -> float:
@@ -222,12 +251,18 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
 def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", no_wrap=True)
-    for name in ("loss", "perplexity", "samples", "tokens", "trained"):
+    shown = any(of.perplexity is not None for of in found.values())
+    for name in ("loss", *(["perplexity"] if shown else []), "samples", "tokens", "trained"):
         table.add_column(name, justify="right")
     for name, of in found.items():
         counts = (of.samples, of.tokens, of.trained_tokens)
-        table.add_row(name, f"{of.loss:.4f}", f"{of.perplexity:.3f}", *(f"{n:,}" for n in counts))
+        perplexity = [] if of.perplexity is None else [f"{of.perplexity:.3f}"]
+        table.add_row(name, f"{of.loss:.4f}", *perplexity, *(f"{n:,}" for n in counts))
     console.print(table)
+    for name, of in found.items():
+        if of.figures:
+            said = ", ".join(f"{key} {value:.4g}" for key, value in of.figures.items())
+            say(console, f"{name}: {said}")
     if len(found) > 1:
         say(console, f"all datasets: {_whole(found):.4f}")
     if recorded is not None:

@@ -10,6 +10,7 @@ from ..consent import code_refused
 from ..model import tokenizer as tokenizers
 from ..model.adapter_files import adapter_problem, put_adapter
 from ..model.shard_files import adapter_weights
+from ..recipe.preferences import head_of
 from .past_recipe import recipe_for
 from .run_folder import RunFolder, open_run
 
@@ -45,8 +46,17 @@ def load_run(
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        ModelError: there is nothing usable, or it does not write text.
+        RecipeError: the base cannot be loaded.
     """
     run = run if isinstance(run, RunFolder) else open_run(run)
+    if (head := head_of(recipe_for(run))).classifies:
+        raise ModelError(
+            f"{run.folder} holds a model that scores texts and writes none ({head.key}); load it "
+            f"with {head.auto}"
+        )
     tokenizer = load_tokenizer(run)
     return load_model_of(run, device, dtype), tokenizer
 

@@ -27,9 +27,8 @@ class Adapted:
     """A base model without weights, and an adapter with its own.
 
     Args:
-        config: of the base model. Its vocabulary grows with the adapter's.
+        base: the base model, on the meta device. Its vocabulary grows with the adapter's.
         folder: of the adapter.
-        trust_remote_code: whether the base's own code may run.
 
     Attributes:
         names: of the base's tensors, each with its shape.
@@ -39,16 +38,13 @@ class Adapted:
         UnmergeableError: the adapter is not one that can be merged layer by layer.
     """
 
-    def __init__(self, config: Any, folder: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, base: Any, folder: Path) -> None:
         from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
-        from transformers import AutoModelForCausalLM
 
-        auto: Any = AutoModelForCausalLM
         asked = PeftConfig.from_pretrained(str(folder))
         _require_plain(asked, LoraConfig)
         asked.inference_mode = True
         with torch.device("meta"):
-            base = auto.from_config(config, trust_remote_code=trust_remote_code)
             base.tie_weights()
         weights = adapter_weights(str(folder))
         grow(base, weights)

@@ -20,10 +20,11 @@ from ...errors import ModelError, RecipeError, first_line
 from ..inference.load_run import load_tokenizer
 from ..inference.past_recipe import recipe_for, recipe_with
 from ..inference.run_folder import RunFolder
-from ..model.from_pretrained import pretrained
+from ..model.from_pretrained import meta_model, pretrained
 from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
 from ..model.shard_files import in_shards
+from ..model.tokenizer import set_padding
 from ..terminal import Terminal, announce, say
 from .base_tensors import BaseFiles, base_files
 from .in_memory import merged_in_memory
@@ -79,13 +80,15 @@ def merge(
     output = (request.output or run.folder / "merged").expanduser()
     dtype = _dtype(run, request.dtype)
     with new_folder(output) as folder, quiet():
-        config = _config(run)
+        recipe = recipe_for(run)
+        config = load_config(recipe)  # as the run had it, with what its recipe overrides
         try:
             files = _files(run, config, request)
-            adapted = Adapted(config, run.folder, run.consent.trust_remote_code)
+            adapted = Adapted(meta_model(recipe, config), run.folder)
             layers = Layers(adapted, files, dtype)
             say(console, f"merging into {run.base_model}, file by file")
             write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
+            set_padding(config, recipe)
             _write_config(config, layers, dtype, folder)
             _write_generation_config(run, folder)
         except UnmergeableError as reason:
@@ -196,11 +199,6 @@ def _dtype(run: RunFolder, asked: str | None) -> torch.dtype | None:
     if asked not in _DTYPES:
         raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")
     return _DTYPES[asked]
-
-
-def _config(run: RunFolder) -> Any:
-    """The base's configuration as the run had it, with what its recipe overrides."""
-    return load_config(recipe_for(run))
 
 
 def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder: Path) -> None:

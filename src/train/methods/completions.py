@@ -11,9 +11,10 @@ from ...errors import RecipeError
 from ..checkpoint.resume import Saved
 from ..data.preferences.examples import Examples
 from ..processes.world import World
-from ..recipe.preferences import GenerationSizes, PreferenceSettings, generation_sizes
+from ..recipe.preferences import PreferenceSettings
 from ..recipe.recipe import Recipe
 from ..report.result import Figure
+from ..rewards.generation import GenerationSizes, generation_sizes
 from ..rewards.judge import judges, require_columns
 from ..rewards.load import rewards_of
 from ..trainer.arguments import arguments_for

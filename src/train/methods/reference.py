@@ -73,6 +73,20 @@ def drop_idle_copy(model: Any) -> None:
         model.delete_adapter(_COPY)
 
 
+def restore_reference(model: Any, recipe: Recipe) -> None:
+    """Compare a trained adapter with what it began as, not with the copy that TRL makes of it.
+
+    Args:
+        model: as TRL's trainer has left it.
+        recipe: by which it was trained.
+    """
+    if _COPY not in getattr(model, "peft_config", {}):
+        return
+    model.delete_adapter(_COPY)
+    if recipe.lora_model_dir is not None:
+        model.load_adapter(recipe.lora_model_dir, _COPY)
+
+
 @torch.no_grad()
 def _is_idle(name: str, weight: torch.Tensor) -> bool:
     if any(part in name for part in _IDLE):

@@ -76,6 +76,11 @@ class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has 
         return [self.examples[i] for i in indices]
 
 
+def tokens_of(example: Example) -> int:
+    """How long an example is: the tokens of its prompt and of all its answers."""
+    return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
+
+
 class FillableExamples(Sequence[Example]):
     """Examples by their index; those by an inverted index count for nothing.
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.resume import Saved
+from ..data.order import order_of
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
 from .reference import read_reference, write_reference
-from .rows import FillableExamples
+from .rows import FillableExamples, tokens_of
 
 Metrics = dict[str, list[float]]
 """What was measured since the last log, by name."""
@@ -48,10 +49,17 @@ class MethodTuner(FineTuner):
             self.accelerator.gather = self.accelerator.gather_for_metrics = gather
         self._measured: tuple[Metrics, int] | None = None
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would tell the hub what is trained."""
+
     # --- a step ----------------------------------------------------------------------------------
 
     def _fillable(self, packs: Any) -> Any:
         return FillableExamples(packs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = train_dataset or self.train_dataset
+        return order_of(rows, self.context.recipe, self._train_batch_size, tokens_of)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the processes agree on how many batches the step has."""

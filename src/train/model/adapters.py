@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError, RecipeError, first_line
+from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from .adapter_files import put_adapter
+from .quantize import head_modules
 
 
 def add_adapter(model: Any, recipe: Recipe) -> Any:
@@ -31,11 +33,34 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         folder = Path(recipe.lora_model_dir).expanduser()
         name = str(folder.resolve()) if folder.exists() else recipe.lora_model_dir
         autocast = recipe.peft_autocast_adapter_dtype
+        _require_task(name, recipe)
         try:
             return put_adapter(model, name, is_trainable=True, autocast_adapter_dtype=autocast)
         except ModelError as error:
             raise RecipeError(f"lora_model_dir: {error}") from error
     return _adapted(model, recipe, _config(model, recipe))
+
+
+def _require_task(name: str, recipe: Recipe) -> None:
+    """See that an adapter brings the head of a classifier along, which would else be random.
+
+    Raises:
+        RecipeError: it was not trained with one.
+    """
+    from peft import PeftConfig
+
+    head = head_of(recipe)
+    if not head.classifies:
+        return
+    try:
+        task = PeftConfig.from_pretrained(name).task_type
+    except Exception:  # PEFT and the hub raise whatever they meet; put_adapter says what
+        return
+    if task != head.task:
+        raise RecipeError(
+            f"lora_model_dir: {name} has no head for {head.key} (its task_type is {task}, not "
+            f"{head.task}); merge it into its base, and set base_model to the result"
+        )
 
 
 def _adapted(model: Any, recipe: Recipe, config: Any) -> Any:
@@ -88,7 +113,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
         "target_modules": _targets(model, recipe),
         "target_parameters": _listed(recipe.lora_target_parameters),
         "exclude_modules": recipe.lora_exclude_modules,
-        "modules_to_save": recipe.lora_modules_to_save,
+        "modules_to_save": _saved(model, recipe),
         "fan_in_fan_out": recipe.lora_fan_in_fan_out,
         "bias": recipe.lora_bias,
         "use_dora": recipe.peft_use_dora,
@@ -102,7 +127,7 @@ def _config(model: Any, recipe: Recipe) -> Any:
     }
     try:  # what is unset is PEFT's to choose
         return LoraConfig(
-            task_type="CAUSAL_LM", **{k: v for k, v in given.items() if v is not None}
+            task_type=head_of(recipe).task, **{k: v for k, v in given.items() if v is not None}
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"adapter: PEFT refuses these settings: {first_line(error)}") from error
@@ -110,6 +135,21 @@ def _config(model: Any, recipe: Recipe) -> Any:
 
 def _listed(names: list[str] | str | None) -> list[str] | None:
     return [names] if isinstance(names, str) else names
+
+
+def _saved(model: Any, recipe: Recipe) -> list[str] | None:
+    """What is trained as a whole: the recipe's modules, and a head that PEFT does not know.
+
+    PEFT adds those that it knows by itself, to the list that it is given.
+    """
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    named = list(recipe.lora_modules_to_save or [])
+    if head_of(recipe).classifies:
+        head = dict.fromkeys(name.partition(".")[0] for name in head_modules(model))
+        trained = [n for n in head if any(True for _ in getattr(model, n).parameters())]
+        named += [n for n in trained if n not in (*named, *SEQ_CLS_HEAD_NAMES)]
+    return named or None
 
 
 def _targets(model: Any, recipe: Recipe) -> list[str] | str:
@@ -130,15 +170,17 @@ def _targets(model: Any, recipe: Recipe) -> list[str] | str:
     named = list(named or [])
     if not every:
         return named
-    if not named and recipe.peft_layers_to_transform is None:  # which PEFT wants names for
+    # PEFT wants names for layers_to_transform, and does not know the heads of all classifiers
+    numbered = recipe.peft_layers_to_transform is not None
+    if not (named or numbered or head_of(recipe).classifies):
         return "all-linear"
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    head = set(head_modules(model).values())
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in head
     }
     return sorted(linear | set(named))
 

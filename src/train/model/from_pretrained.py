@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -13,16 +13,23 @@ from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
 from ..recipe.locate import ModelSource, locate
+from ..recipe.preferences import HEADS, head_of
 from ..recipe.recipe import Recipe
 from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
-from .quantize import clear_marks
+from .quantize import clear_marks, head_modules
 from .shard_files import Shards, in_shards
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 
 
 def pretrained(
-    factory: Any, name: str, *, kind: Kind = "model", key: str = "base_model", **options: Any
+    factory: Any,
+    name: str,
+    *,
+    kind: Kind = "model",
+    key: str = "base_model",
+    on_new_head: Callable[[Sequence[str]], None] | None = None,
+    **options: Any,
 ) -> Any:
     """Call ``factory.from_pretrained`` for whatever ``base_model`` may be.
 
@@ -31,6 +38,8 @@ def pretrained(
         name: as a recipe's ``base_model``.
         kind: what it makes.
         key: the recipe's, for messages.
+        on_new_head: called with the weights of the head that the files lack, and which are random;
+            None: there may be none.
         options: for ``from_pretrained``.
 
     Raises:
@@ -59,13 +68,17 @@ def pretrained(
         folder = Path(source.name)
         if not folder.is_dir():
             folder = cached(name, options.get("revision")) or folder
-        raise RecipeError(f"{key}: {_explained(error, name, folder, kind)}") from error
+        why = _explained(error, name, folder, kind, factory)
+        raise RecipeError(f"{key}: {why}") from error
     if kind != "model" or not isinstance(found, tuple):  # code of a model's own may make no pair
         return found
     model, info = found
-    said = None if random_wanted else _unfit(model, info)
+    new = [] if on_new_head is None else _new_in_head(model, info)
+    said = None if random_wanted else _unfit(model, info, new)
     if said is not None:
         raise RecipeError(f"{key}: {name}: {said}")
+    if on_new_head is not None and new:
+        on_new_head(new)
     return model
 
 
@@ -86,6 +99,34 @@ def _from_shards(
     return factory.from_pretrained(None, config=config, state_dict=weights, **options)
 
 
+def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
+    """A class of transformers by its name, of no other kind than is asked for.
+
+    Args:
+        name: the recipe's, or None.
+        default: the Auto class, which is taken then.
+        base: what any other has to be derived from.
+        key: the recipe's, for the message.
+
+    Raises:
+        RecipeError: there is no such class.
+    """
+    import transformers
+
+    if name in (None, default):
+        return getattr(transformers, default)
+    found, kind = getattr(transformers, str(name), None), getattr(transformers, base)
+    auto = default.startswith("AutoModel") and str(name).startswith("AutoModel")
+    if not (auto and hasattr(found, "from_pretrained")) and not (
+        isinstance(found, type) and issubclass(found, kind)
+    ):
+        raise RecipeError(
+            f"{key}: {name} is not a suitable class of transformers; leave the key out, or use "
+            f"{default}"
+        )
+    return found
+
+
 def meta_model(recipe: Recipe, config: Any) -> Any:
     """The model of a configuration without its weights, on the meta device.
 
@@ -93,9 +134,9 @@ def meta_model(recipe: Recipe, config: Any) -> Any:
         RecipeError: there is no such model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    auto: Any = AutoModelForCausalLM
+    auto: Any = getattr(transformers, head_of(recipe).auto)
     name = recipe.base_model
     options: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if recipe.attention() in ("eager", "sdpa"):  # others need packages, or a GPU
@@ -104,7 +145,7 @@ def meta_model(recipe: Recipe, config: Any) -> Any:
         with torch.device("meta"):
             return auto.from_config(config, **options)
     except Exception as error:  # a model's code raises anything
-        why = _explained(error, name, Path(name), "config")
+        why = _explained(error, name, Path(name), "config", auto)
         raise RecipeError(f"base_model: {why}") from error
 
 
@@ -124,7 +165,7 @@ def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str
     return said or (weights_problem(folder) if kind == "model" else None)
 
 
-def _explained(error: Exception, name: str, folder: Path, kind: Kind) -> str:
+def _explained(error: Exception, name: str, folder: Path, kind: Kind, factory: Any) -> str:
     """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
     text = str(error)
     refused = code_refused(error)
@@ -140,6 +181,12 @@ def _explained(error: Exception, name: str, folder: Path, kind: Kind) -> str:
     if "backend tokenizer" in text:
         return no_tokenizer(folder)
     if "Unrecognized configuration class" in text:
+        head = next((h for h in HEADS.values() if h.auto == factory.__name__), None)
+        if head is not None:
+            return (
+                f"transformers has no {head.auto} for the architecture of {name}, which {head.key} "
+                "and num_labels need; use a model of another one, such as Llama or Qwen3"
+            )
         return f"{name} is not a causal language model; use a model that generates text"
     return f"{name} cannot be loaded: {first_words(error)}"
 
@@ -157,22 +204,36 @@ def first_words(error: BaseException) -> str:
 _FEW = 2
 
 
-def _unfit(model: Any, info: Mapping[str, Any]) -> str | None:
+def _new_in_head(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """The parameters of the head that are not in the files, or not in this size."""
+    absent = {*(info.get("missing_keys") or ()), *(m[0] for m in info.get("mismatched_keys") or ())}
+    own = (f"{path}.{name}" for path, module in head_modules(model).items()
+           for name, _ in module.named_parameters(recurse=False))  # fmt: skip
+    return [name for name in own if name in absent]
+
+
+def _unfit(model: Any, info: Mapping[str, Any], new: Sequence[str] = ()) -> str | None:
     """Why the weights in the files are not those of the model, or None.
 
-    What the files lack would be random, and what has another size left out.
+    What the files lack would be random, and what has another size left out; ``new`` may be random.
     """
     wrong = sorted(tuple(m) for m in info.get("mismatched_keys") or ())
     if wrong:
         tensor, there, here = wrong[0]
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        if tensor in new:
+            return (
+                f"its head has {there[0]} outputs, and num_labels is {here[0]}; use a model whose "
+                "head has as many or that has none, or set overrides_of_model_kwargs: "
+                "{ignore_mismatched_sizes: true} for a new head"
+            )
         return (
             f"its weights do not match its config.json: {tensor} is {tuple(there)} in the file "
             f"and {tuple(here)} according to the configuration{more}; both must come from the same "
             "model"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    lost = sorted(set(info.get("missing_keys") or ()) & set(parameters))
+    lost = sorted((set(info.get("missing_keys") or ()) & set(parameters)) - set(new))
     if lost:
         few = ", ".join(lost[:_FEW]) + (f" and {len(lost) - _FEW} more" if len(lost) > _FEW else "")
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,21 @@ import torch
 from ...errors import RecipeError
 from ..consent import require_consent
 from ..recipe.locate import locate
+from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..requirements import attention
-from .from_pretrained import clear_gguf_marks, pretrained
+from .from_pretrained import class_by_name, clear_gguf_marks, meta_model, pretrained
 from .precision import device_for_training, dtype_for_training, keep_norms_in_float32
-from .quantize import clear_marks, quantization, quantize, stay_trainable, unpacking
+from .quantize import (
+    clear_marks,
+    leave_head_out,
+    quantization,
+    quantize,
+    stay_trainable,
+    unpacking,
+)
 from .quantized_experts import quantize_experts
+from .tokenizer import set_padding
 
 OTHER_EXPERTS = ("scattermoe", "sonicmoe")
 """Implementations of experts that transformers does not have: kernels of others."""
@@ -86,12 +95,15 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
-    """Load ``base_model``, without adapters and without a KV cache.
+def load_model(
+    recipe: Recipe, device: torch.device | None = None, say: Callable[[str], None] | None = None
+) -> Any:
+    """Load ``base_model`` with the head that is trained, without adapters and without a KV cache.
 
     Args:
         recipe: checked.
         device: where to; None: the training device. Weights of 4 or 8 bits are always made there.
+        say: called with a line if the head is new, because the files have none.
 
     Raises:
         RecipeError: there is none, or it cannot be read, or not as the recipe wants it.
@@ -110,19 +122,20 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
         options |= {"quantization_config": config, "device_map": {"": quantizing}}
     if (unpacked := unpacking(recipe)) is not None:
         options["quantization_config"] = unpacked
-    if recipe.base_model_config or recipe.overrides_of_model_config or recipe.cls_model_config:
+    head = head_of(recipe)
+    changed = recipe.base_model_config or recipe.overrides_of_model_config
+    if changed or recipe.cls_model_config or head.classifies:
         options["config"] = load_config(recipe)
-    model = pretrained(
-        class_by_name(recipe.model_type, "AutoModelForCausalLM", "PreTrainedModel", "model_type"),
-        recipe.base_model,
-        **{**options, **(recipe.overrides_of_model_kwargs or {})},
-    )
+    if config is not None and head.classifies:
+        leave_head_out(config, meta_model(recipe, options["config"]))
+    model = _read(recipe, {**options, **(recipe.overrides_of_model_kwargs or {})}, say)
     clear_gguf_marks(model)
     if unpacked is not None:
         clear_marks(model)
     keep_norms_in_float32(model, recipe)
     # with a cache transformers neither makes the mask of a pack nor needs what it stores
     model.config.use_cache = False
+    set_padding(model.config, recipe)
     if recipe.checkpointing():
         _checkpoint(model, recipe.gradient_checkpointing_kwargs)
     if config is None:
@@ -137,39 +150,31 @@ def load_model(recipe: Recipe, device: torch.device | None = None) -> Any:
     return model
 
 
+def _read(recipe: Recipe, options: dict[str, Any], say: Callable[[str], None] | None) -> Any:
+    """Read the model from its files; a head that they lack begins from the recipe's seed."""
+    head = head_of(recipe)
+
+    def on_new_head(names: Sequence[str]) -> None:
+        if say is not None and not recipe.lora_model_dir:  # which brings its own
+            say(f"new head ({', '.join(names)}), initialized from seed {recipe.seed}: "
+                f"{recipe.base_model} has none that fits")  # fmt: skip
+
+    gpu = device_for_training()
+    with torch.random.fork_rng([gpu] if gpu.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        return pretrained(
+            class_by_name(recipe.model_type, head.auto, "PreTrainedModel", "model_type"),
+            recipe.base_model,
+            on_new_head=on_new_head if head.classifies else None,
+            **options,
+        )
+
+
 def _hub(recipe: Recipe) -> dict[str, Any]:
     """What decides which files of a model on the hub are read, and run."""
     found: dict[str, Any] = {"trust_remote_code": recipe.consent.trust_remote_code}
     if recipe.revision_of_model:
         found["revision"] = recipe.revision_of_model
-    return found
-
-
-def class_by_name(name: str | None, default: str, base: str, key: str) -> Any:
-    """A class of transformers by its name, of no other kind than is asked for.
-
-    Args:
-        name: the recipe's, or None.
-        default: the Auto class, which is taken then.
-        base: what any other has to be derived from.
-        key: the recipe's, for the message.
-
-    Raises:
-        RecipeError: there is no such class.
-    """
-    import transformers
-
-    if name in (None, default):
-        return getattr(transformers, default)
-    found, kind = getattr(transformers, str(name), None), getattr(transformers, base)
-    auto = default.startswith("AutoModel") and str(name).startswith("AutoModel")
-    if not (auto and hasattr(found, "from_pretrained")) and not (
-        isinstance(found, type) and issubclass(found, kind)
-    ):
-        raise RecipeError(
-            f"{key}: {name} is not a suitable class of transformers; leave the key out, or use "
-            f"{default}"
-        )
     return found
 
 
@@ -195,6 +200,8 @@ def load_config(recipe: Recipe) -> Any:
                 f"overrides_of_model_config: {type(found).__name__} has no attribute {name}"
             )
         setattr(found, name, value)
+    if (labels := head_of(recipe).labels) is not None:
+        found.num_labels = labels
     return found
 
 

@@ -67,6 +67,32 @@ def unpacking(recipe: Recipe) -> Any:
         raise RecipeError(f"model_quantization_config_kwargs: {error}") from error
 
 
+def head_modules(model: Any) -> dict[str, nn.Module]:
+    """The modules of a model's head, by name: what it has above its backbone.
+
+    Args:
+        model: of transformers, without adapters.
+    """
+    output = model.get_output_embeddings()
+    if output is not None:  # that of a language model
+        return {name: module for name, module in model.named_modules() if module is output}
+    backbone = set(model.base_model.modules())  # the model itself, if it has no other
+    return {name: module for name, module in model.named_modules()
+            if module not in backbone and module is not model}  # fmt: skip
+
+
+def leave_head_out(config: Any, model: Any) -> None:
+    """Let the head of a classifier keep its weights: they are new, and trained.
+
+    Bitsandbytes and transformers leave out the last module by themselves, but not one with a bias.
+
+    Args:
+        config: a ``BitsAndBytesConfig``; changed in place.
+        model: which is quantized by it later; only its structure is read.
+    """
+    config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *head_modules(model)]
+
+
 def quantize(model: nn.Module, config: Any, device: torch.device) -> None:
     """Quantize the linear layers of a loaded model in place, all but the output head.
 

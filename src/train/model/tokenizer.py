@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..chat_templates import find_template
 from ..recipe.locate import locate
+from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<unk>")
@@ -23,8 +24,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     Raises:
         RecipeError: there is none, it cannot be read, or cannot be given what the recipe asks.
     """
-    from .from_pretrained import pretrained
-    from .load import class_by_name  # slow to import
+    from .from_pretrained import class_by_name, pretrained  # slow to import
 
     name = recipe.tokenizer_config or recipe.base_model
     # said in any case: where it is not, transformers asks on the terminal
@@ -144,3 +144,17 @@ def pad_token(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def set_padding(config: Any, recipe: Recipe) -> None:
+    """Tell a classifier which token fills up batches: it reads a text at the last other token.
+
+    Args:
+        config: of the model; changed in place. That of a language model is left as it is.
+        recipe: which says what the tokenizer pads with.
+    """
+    if not head_of(recipe).classifies:
+        return
+    token = pad_token(load_tokenizer(recipe))
+    for part in (config, config.get_text_config()):
+        part.pad_token_id = token

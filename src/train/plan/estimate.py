@@ -118,6 +118,8 @@ class TrainingJob:
         checkpointed: whether the recipe asks for gradient checkpointing.
         optimized: whether the recipe's model is optimized: only then blocks have levels.
         experts: whether bare weights of experts are quantized, too.
+        copies: of the weights: 2 with a reference model.
+        passes_beside: forward passes without gradients beside those that are trained.
         memory: the recipe's key.
         codegen: what runs the blocks: ``"eager"`` or ``"inductor"``.
         process: what a process takes anyway.
@@ -135,6 +137,8 @@ class TrainingJob:
     optimized: bool = True
     experts: bool = False
     rate: float = 1.0
+    copies: int = 1
+    passes_beside: int = 0
 
     def blocks(self, factor: float) -> list[Usages]:
         """What each block of the whole model takes, for ``factor`` times the tokens."""
@@ -241,7 +245,8 @@ def _fixed(job: TrainingJob, own: Held, layout: ProcessLayout) -> Memory:
     """What does not depend on the batch."""
     on_device = 0 if job.process.is_host else 1
     moved = on_device * own.host
-    weights, gradients, optimizer = own.weights, own.gradients, own.optimizer
+    gradients, optimizer = own.gradients, own.optimizer
+    weights = job.copies * own.weights
     if moved and layout.weights_on_host:
         weights = gradients = 0
     if moved and layout.states_on_host:

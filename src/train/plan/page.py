@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...memory.levels import Level
+from ..recipe.preferences import preference_settings
 from ..terminal import say
 from .cards import GIB
 from .engines import which_engines
@@ -185,6 +186,9 @@ def assumptions(plan: RunPlan) -> str:
     """What a plan takes for granted."""
     card = plan.devices.card
     said = "every token is trained, sequences are full"
+    settings = preference_settings(plan.recipe)
+    if settings is not None and settings.rows == "prompts":
+        said += "; the generation of completions is not counted"
     if plan.on_cpu:
         return f"assumed: {said}; the rate of matrix products was measured here"
     like = " of a card that is as large" if card.assumed else ""

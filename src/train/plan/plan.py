@@ -17,6 +17,7 @@ from ...errors import RecipeError
 from ...memory.predict import compilation_bytes
 from ..model.positions import positions
 from ..model.precision import dtype_for_training
+from ..recipe.preferences import PreferenceSettings, preference_settings
 from ..recipe.recipe import Recipe
 from .cards import Devices
 from .count.blueprint import Blueprint, draw
@@ -155,7 +156,7 @@ def _planned(
     room = devices.card.memory
     memory = estimate(job, layout, room)
     own = held(job.units, layout, recipe.optimizer)
-    tokens = recipe.micro_batch_size * recipe.sequence_len
+    tokens = job.step.tokens
     keys = _keys_width(job)
     sent = traffic(job.units, layout, job.passes, tokens, job.hidden, keys)
     pace = speed(job, memory, layout, sent, devices.card)
@@ -199,7 +200,8 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     """
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
-    step = take(blueprint, recipe, codegen)
+    settings = preference_settings(recipe)
+    step = take(blueprint, recipe, codegen, settings.sequences if settings else 1)
     bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
     if on_cpu:
@@ -208,8 +210,16 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     return TrainingJob(
         blueprint, units(blueprint, bits, experts), step, recipe.optimizer, recipe.accumulation(),
         recipe.checkpointing(), recipe.memory, codegen, process, recipe.optimize, experts,
-        _rate(recipe, dtype),
+        _rate(recipe, dtype), _copies(recipe, settings),
+        settings.passes_beside if settings else 0,
     )  # fmt: skip
+
+
+def _copies(recipe: Recipe, settings: PreferenceSettings | None) -> int:
+    """Of the weights: with an adapter, the reference is the same model without it."""
+    if settings is None or not settings.reference or recipe.adapter is not None:
+        return 1
+    return 1 if recipe.precompute_ref_log_probs else 2
 
 
 def _rate(recipe: Recipe, dtype: torch.dtype) -> float:

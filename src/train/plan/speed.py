@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from ...memory.choice import Usages
 from ...memory.levels import HOSTED
 from .cards import CARDS_OF_A_MACHINE, Card
 from .count.layout import ProcessLayout
@@ -70,20 +71,33 @@ def step_flops(job: TrainingJob, memory: Memory, layout: ProcessLayout, factor: 
         left[level] -= 1
         found = usages.get(HOSTED.get(level, level))  # copies to the host are no operations
         total += found.flops if found is not None else 0
-    total += head_flops(job, round(job.step.tokens * factor))
+        total += job.passes_beside * _forward(job, usages)
+    tokens = round(job.step.tokens * factor)
+    total += head_flops(job, tokens) + job.passes_beside * head_flops(job, tokens, forward=True)
     return round(total / (layout.tensor * layout.context))
 
 
-def head_flops(job: TrainingJob, tokens: int) -> int:
+def _forward(job: TrainingJob, usages: Usages) -> float:
+    """Operations of a block's forward pass alone: what recomputation adds."""
+    lean, whole = usages.get("input"), usages.get(job.all_levels()[0])
+    return 0.0 if lean is None or whole is None else max(0.0, lean.flops - whole.flops)
+
+
+def head_flops(job: TrainingJob, tokens: int, forward: bool = False) -> int:
     """Of the output head, with every token trained.
 
     Each of its matrices has a product in forward and one in backward; a trained one has one more.
+
+    Args:
+        job: what is run.
+        tokens: how many.
+        forward: of the forward pass alone.
     """
     head = job.blueprint.model.get_output_embeddings()
     total = 0
     for name, p in () if head is None else head.named_parameters():
         if p.dim() > 1 and "original_module" not in name:  # of a copy that is trained
-            total += 2 * tokens * p.numel() * (3 if p.requires_grad else 2)
+            total += 2 * tokens * p.numel() * (1 if forward else 3 if p.requires_grad else 2)
     return total
 
 

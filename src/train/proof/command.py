@@ -23,6 +23,7 @@ from ..model.precision import dtype_for_training
 from ..model.tokenizer import load_tokenizer
 from ..output_files import write_atomically
 from ..processes.signals import Interrupts
+from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.format import duration
 from ..report.throughput import flops_per_token, peak_flops
@@ -78,6 +79,11 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
     """
     if missing := missing_packages(alone(recipe)):
         raise RecipeError("\n  ".join(missing))
+    if (method := method_of(recipe)) is not None:
+        raise RecipeError(
+            f"verify compares the losses of supervised training, and this recipe trains {method}: "
+            "compare train with optimize: true and optimize: false"
+        )
     console, progress = Terminal(), Terminal(stderr=True)
 
     def tell(text: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ...errors import RecipeError
 from .keys.preferences.trl import TrlKeys
 from .keys.preferences.vllm import VllmKeys
 from .recipe import Recipe
@@ -24,6 +23,40 @@ ROWS: dict[str, RowKind] = {
     "process_reward": "steps",
 }  # fmt: skip
 """The rows of each method."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of the model that a recipe trains.
+
+    Attributes:
+        auto: the Auto class of transformers whose models have it.
+        task: PEFT's name of its task.
+        labels: its outputs; None: as many as the vocabulary, or the model's configuration, has.
+        key: the key that asks for it; None: it is that of a language model.
+    """
+
+    auto: str
+    task: str
+    labels: int | None = None
+    key: str | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it gives scores to a text or its tokens, and not the next token."""
+        return self.key is not None
+
+    def belongs_to(self, name: str) -> bool:
+        """Whether a class of transformers has it: an Auto class, or that of an architecture."""
+        return name.endswith(self.auto.removeprefix("AutoModel"))
+
+
+HEADS = {
+    "reward": Head("AutoModelForSequenceClassification", "SEQ_CLS", 1, "reward_model"),
+    "process_reward": Head("AutoModelForTokenClassification", "TOKEN_CLS", 2,
+                           "process_reward_model"),
+}  # fmt: skip
+"""The heads of the methods that do not train a language model."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +81,20 @@ class PreferenceSettings:
     reward_functions: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row puts into a training step."""
+        return 2 if self.rows == "pairs" else 1
+
+    @property
+    def passes_beside(self) -> int:
+        """Forward passes without gradients, beside that of each sequence which is trained.
+
+        KTO also compares each prompt with another one's answer.
+        """
+        beside = int(self.reference and not self.arguments.get("precompute_ref_log_probs"))
+        return 2 * beside + 1 if self.method == "kto" else beside
+
 
 def method_of(recipe: Recipe) -> Method | None:
     """The method of a recipe; None: supervised training."""
@@ -64,6 +111,24 @@ def rows_of(recipe: Recipe) -> RowKind | None:
     return None if method is None else ROWS[method]
 
 
+def head_of(recipe: Recipe) -> Head:
+    """The head of the model that a recipe trains.
+
+    ``num_labels`` alone asks for none, because recipes of supervised training keep it without
+    effect; with a ``model_type`` that classifies it does.
+
+    Args:
+        recipe: checked.
+    """
+    method, labels = method_of(recipe), recipe.num_labels or None
+    if method in HEADS:
+        return replace(HEADS[method], labels=labels or HEADS[method].labels)
+    for head in HEADS.values():
+        if method is None and head.belongs_to(recipe.model_type or ""):
+            return replace(head, labels=labels, key="model_type")
+    return Head("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
     """What a recipe says of training on preferences or rewards.
 
@@ -78,7 +143,6 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
         return None
     trl = recipe.trl or TrlKeys()
     arguments: dict[str, Any] = {}
-    labels = 0
     if method in ("dpo", "ipo"):
         arguments = _dpo(recipe, trl)
     elif method == "kto":
@@ -98,16 +162,14 @@ def preference_settings(recipe: Recipe) -> PreferenceSettings | None:
             arguments |= {"loss_type": "simpo", "simpo_gamma": recipe.simpo_gamma}
     elif method in ("grpo", "gdpo"):
         arguments = _grpo(recipe, trl, method)
-    else:
-        labels = recipe.num_labels or (1 if method == "reward" else 2)
-        if method == "reward":
-            arguments = {"center_rewards_coefficient": recipe.center_rewards_coefficient}
+    elif method == "reward":
+        arguments = {"center_rewards_coefficient": recipe.center_rewards_coefficient}
     generates = ROWS[method] == "prompts"
     return PreferenceSettings(
         method,
         ROWS[method],
         reference=method in ("dpo", "ipo", "kto") or (generates and bool(_beta(recipe, trl))),
-        num_labels=labels,
+        num_labels=head_of(recipe).labels or 0,
         reward_functions=tuple(trl.reward_funcs or ()) if generates else (),
         arguments={name: value for name, value in arguments.items() if value is not None},
     )
@@ -204,78 +266,3 @@ def _vllm(trl: TrlKeys, vllm: VllmKeys) -> dict[str, Any]:
         "vllm_server_host": trl.vllm_server_host or vllm.host,
         "vllm_server_port": trl.vllm_server_port or vllm.port,
     }
-
-
-_COMPLETIONS = 8
-"""Completions of each prompt, where the recipe does not say."""
-
-
-@dataclass(frozen=True)
-class GenerationSizes:
-    """How many completions are generated at a time.
-
-    Attributes:
-        each: completions of each prompt.
-        batch: completions at a time, of all processes together.
-        iterations: how often they are trained on.
-    """
-
-    each: int
-    batch: int
-    iterations: int
-
-    @property
-    def prompts(self) -> int:
-        """Prompts at a time."""
-        return self.batch // self.each
-
-    def passes(self, rows: int) -> int:
-        """Completions that are trained on in an epoch; prompts that fill no batch are left out.
-
-        Raises:
-            RecipeError: all of them are.
-        """
-        if rows < self.prompts:
-            raise RecipeError(
-                f"micro_batch_size: completions of {self.prompts} prompts are generated at a time "
-                f"({self.batch} completions, {self.each} of each prompt), and there are only "
-                f"{rows} rows; lower micro_batch_size, gradient_accumulation_steps or "
-                "trl.generation_batch_size, or add rows"
-            )
-        return rows // self.prompts * self.batch * self.iterations
-
-
-def generation_sizes(recipe: Recipe, processes: int) -> GenerationSizes:
-    """How many completions a recipe has generated at a time.
-
-    Args:
-        recipe: of a method that generates.
-        processes: how many train it.
-
-    Raises:
-        RecipeError: they are no whole groups of completions of one prompt.
-    """
-    trl = recipe.trl or TrlKeys()
-    each = trl.num_generations or _COMPLETIONS
-    micro, passes = recipe.micro_batch_size, recipe.accumulation()
-    asked = trl.generation_batch_size
-    batch = asked or micro * passes * processes
-    if batch % (micro * processes):
-        raise RecipeError(
-            f"trl.generation_batch_size: must be a multiple of micro_batch_size ({micro}) times "
-            f"the processes ({processes}), and {batch} is not"
-        )
-    if batch % each:
-        said = "" if trl.num_generations else ", its default"
-        product = (
-            "trl.generation_batch_size"
-            if asked
-            else f"micro_batch_size ({micro}) x gradient_accumulation_steps ({passes}) x "
-            f"processes ({processes})"
-        )
-        raise RecipeError(
-            f"trl.num_generations: {batch} completions are generated at a time, which is {product}"
-            f", and that must be a multiple of trl.num_generations ({each}{said}); change one of "
-            "them"
-        )
-    return GenerationSizes(each, batch, trl.num_iterations or 1)

@@ -59,7 +59,7 @@ class Page:
     charts: list[Chart] = field(default_factory=list)
     numbers: sections.Table | None = None
     sample: dict[str, str | None] | None = None
-    completions: list[sections.Completion] = field(default_factory=list)
+    completions: list[sections.ShownCompletion] = field(default_factory=list)
     usage: sections.Rows = field(default_factory=list)
     sets: sections.Table | None = None
     data: sections.Rows = field(default_factory=list)

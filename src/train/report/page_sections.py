@@ -51,7 +51,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Completion:
+class ShownCompletion:
     """A completion that was generated in training, and its rewards."""
 
     step: str
@@ -175,7 +175,7 @@ def model(facts: Facts) -> Rows:
     return rows
 
 
-def completions(facts: Facts) -> list[Completion]:
+def completions(facts: Facts) -> list[ShownCompletion]:
     """Completions to look at, of the first generation and of the last one."""
     found = []
     for entry in facts.rows("completions"):
@@ -185,7 +185,7 @@ def completions(facts: Facts) -> list[Completion]:
         known = rewards if isinstance(rewards, Mapping) else {}
         said = [f"{name} {_figure(number(value))}" for name, value in known.items()]
         step, prompt, text = (str(entry.get(k) or "") for k in ("step", "prompt", "completion"))
-        found.append(Completion(step, prompt, text, ", ".join(said)))
+        found.append(ShownCompletion(step, prompt, text, ", ".join(said)))
     return found
 
 

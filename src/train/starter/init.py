@@ -161,8 +161,9 @@ def _measured(
 
 
 _PREFERENCES = (
-    "PREFERENCE TRAINING IS NOT AVAILABLE YET (DPO and its kin): this recipe trains on the chosen "
-    "answers alone, as supervised fine-tuning, and does not read the rejected ones."
+    "These rows are preferences, and this recipe trains on the chosen answers ALONE, as supervised "
+    "fine-tuning. To train on both, set rl: dpo, and take the type out of datasets "
+    "(docs/preferences.md)."
 )
 
 

@@ -31,7 +31,8 @@ def ready_model(
     from transformers import set_seed
 
     say(f"loading {recipe.base_model}")
-    model = load_model(recipe, torch.device("cpu") if on_cpu else None)
+    model = load_model(recipe, torch.device("cpu") if on_cpu else None, say)
+    # only rows of language models are packed: the recipe of any other is refused
     packs = recipe.packs() or (recipe.validates() and recipe.packs_validation())
     if packs and leaks(model, model.config.vocab_size, model.device):
         raise RecipeError(

@@ -41,7 +41,10 @@ def read(dataset: Dataset) -> list[Chat]:
             ", line 1: the field 'messages' is missing (the row has 'text', 'id')",
         ),
         ('{"messages": []}\n', ", line 1: the field 'messages' must be a list of messages"),
-        ('{"messages": ["a"]}\n', ", line 1: message 1 needs the field 'role', with text in it"),
+        (
+            '{"messages": ["a"]}\n',
+            ", line 1: message 1 must be an object with the fields",
+        ),
         ('{"messages": [{"role": "user"}]}\n', ", line 1: message 1 needs the field 'content'"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}\n',
@@ -216,3 +219,46 @@ def test_the_packages_own_rows_are_the_same_real_chats_every_time(
     assert answer.startswith("Help on function dumps in json:\n\ndumps(obj, *, skipkeys=False,")
     assert "\n    Serialize ``obj`` to a JSON formatted ``str``.\n" in answer
     assert len(set(answers.values())) == len(chats)  # none is in both halves of a split
+
+
+def _questions(path: str) -> dict[str, dict[str, Any]]:
+    """The package's own rows of a name, by their questions."""
+    found = [row for _, row in sources.find(Dataset(path=path)).rows()]
+    first = "messages" if "messages" in found[0] else "prompt"
+    return {row[first][0]["content"]: row for row in found}
+
+
+def test_the_packages_own_pairs_are_the_right_answer_and_another_ones() -> None:
+    own = Dataset(path="fusewright:docstring_pairs")
+    assert sources.find(own).digest() == sources.find(own).digest()
+    chats, pairs = _questions("fusewright:docstrings"), _questions(own.path)
+    assert list(pairs) == list(chats)
+    for question, row in pairs.items():
+        assert row["messages"] == chats[question]["messages"][:1]
+        assert row["chosen"] == chats[question]["messages"][1]
+        assert row["rejected"]["role"] == "assistant"
+        assert row["rejected"]["content"] != row["chosen"]["content"]
+    wrong = {question: row["rejected"]["content"] for question, row in pairs.items()}
+    # of the same kind in the same module; alone of its kind, of the same module
+    assert wrong["What does `json.dumps` do?"].startswith("Help on function load in json:\n")
+    assert wrong["What is the module `abc` for?"].startswith("Help on class ABC in abc:\n")
+    # an answer is not wrong by itself: nearly each one is right once and wrong once
+    right = {row["chosen"]["content"] for row in pairs.values()}
+    assert set(wrong.values()) <= right
+    assert len(set(wrong.values())) > 0.9 * len(right)
+
+
+def test_the_packages_own_prompts_are_short_and_have_an_answer() -> None:
+    own = Dataset(path="fusewright:docstring_prompts")
+    assert sources.find(own).digest() == sources.find(own).digest()
+    chats, prompts = _questions("fusewright:docstrings"), _questions(own.path)
+    assert list(prompts) == list(chats)
+    assert max(map(len, prompts)) < 100
+    assert prompts["What does `json.dumps` do?"] == {
+        "prompt": [{"role": "user", "content": "What does `json.dumps` do?"}],
+        "answer": "Serialize ``obj`` to a JSON formatted ``str``.",
+    }
+    for question, row in prompts.items():
+        assert row["answer"]
+        told = " ".join(chats[question]["messages"][1]["content"].split())
+        assert row["answer"] in told

@@ -159,7 +159,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     ),
     "no messages": (row({"messages": []}), "line 2: the field 'messages' must be a list of messag"),
     "text for messages": (row({"messages": "hi"}), "line 2: the field 'messages' must be a list o"),
-    "text for a message": (row({"messages": ["hi"]}), "message 1 needs the field 'role', with tex"),
+    "text for a message": (row({"messages": ["hi"]}), "message 1 must be an object with the field"),
     "no role": (row({"messages": [{"content": "a"}]}), "message 1 needs the field 'role', with te"),
     "an unknown role": (row(turn(role="asistant")), "message 2 has the role 'asistant', which is"),
     "no content": (row(turn(content=None)), "line 2: message 2 needs the field 'content', with te"),

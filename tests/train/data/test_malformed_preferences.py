@@ -60,7 +60,7 @@ CASES: dict[str, Case] = {
     ),
     "text for a message": (
         DPO, "chat_template", TALK, {**TALK, "chosen": ["a"]},
-        "'chosen': message 1 needs the field 'role', with text in it; it is text",
+        "'chosen': message 1 must be an object with the fields 'role' and 'content', not text",
     ),
     "a message without content": (
         DPO, "chat_template", TALK, {**TALK, "rejected": [{"role": "assistant"}]},
@@ -76,7 +76,8 @@ CASES: dict[str, Case] = {
     ),
     "an answer of the user": (
         DPO, "chat_template", TALK, {**TALK, "chosen": [assistant("a"), user("thanks")]},
-        "'chosen' ends with a message of the role 'user'; it must end with the assistant's answer",
+        "'chosen' ends with a message of the role 'user'; it must end with the assistant's answer: "
+        "remove what comes after that, or leave the row out",
     ),
     "the user within an answer": (
         DPO, "chat_template", TALK,
@@ -89,7 +90,8 @@ CASES: dict[str, Case] = {
     ),
     "a number for a prompt": (
         DPO, "chat_template", GOOD, {**GOOD, "prompt": 3},
-        "the field 'prompt' must be text or a list of messages, not a number",
+        "the field 'prompt' must be text or a list of messages, not a number; leave rows without a "
+        "prompt out",
     ),
     "no messages in a prompt": (
         DPO, "chat_template", TALK, {**TALK, "prompt": []},
@@ -156,7 +158,8 @@ CASES: dict[str, Case] = {
     ),
     "a picture": (
         DPO, "chat_template", TALK, {**TALK, "prompt": [user([{"type": "image", "url": "x"}])]},
-        "'prompt': message 1 has a part of type 'image' in 'content'; only text is trained",
+        "'prompt': message 1 has a part of type 'image' in 'content'; only text is trained: leave "
+        "such rows out",
     ),
     "a system message that is none": (
         DPO, "chatml", GOOD, {**GOOD, "system": ["a"]}, "the field 'system' must be text, not a l",
@@ -171,11 +174,13 @@ CASES: dict[str, Case] = {
     ),
     "a number for a text": (
         DPO, "llama3", GOOD, {**GOOD, "chosen": 1},
-        "the field 'chosen' must be text or a list of messages, not a number",
+        "the field 'chosen' must be text or a list of messages, not a number; leave rows without "
+        "an answer out",
     ),
     "a conversation that ends with the user": (
         DPO, "chatml.ultra", GOOD, {**GOOD, "chosen": [user("a"), user("b")]},
-        "'chosen' ends with a message of the role 'user'; it must end with the assistant's answer",
+        "'chosen' ends with a message of the role 'user'; it must end with the assistant's answer: "
+        "remove what comes after that, or leave the row out",
     ),
     "no question in a conversation": (
         DPO, "chatml.argilla_chat",
@@ -196,7 +201,8 @@ CASES: dict[str, Case] = {
         KTO, "chatml", JUDGED, {**JUDGED, "label": 4}, "'label' must be true or false, not 4",
     ),
     "a null label": (
-        KTO, "chat_template", JUDGED, {**JUDGED, "label": None}, "must be true or false, not null",
+        KTO, "chat_template", JUDGED, {**JUDGED, "label": None},
+        "the field 'label' must be true or false, not null; leave rows without a label out",
     ),
     "pairs for labelled answers": (
         KTO, "chat_template", JUDGED, GOOD,
@@ -214,7 +220,8 @@ CASES: dict[str, Case] = {
     ),
     "an empty list for a prompt": (
         GRPO, "chat_template", {"prompt": "ab"}, {"prompt": []},
-        "the field 'prompt' must be text or a list of messages, not an empty list",
+        "the field 'prompt' must be text or a list of messages, not an empty list; leave rows "
+        "without a prompt out",
     ),
     "an answer in the prompt": (
         GRPO, "chat_template", {"prompt": "ab"}, {"prompt": [user("a"), assistant("b")]},
@@ -237,7 +244,8 @@ CASES: dict[str, Case] = {
     # --- steps ---
     "no steps": (
         PRM, "stepwise_supervised", STEPS, {**STEPS, "completions": []},
-        "the field 'completions' must be a list with an item for each step, not an empty list",
+        "the field 'completions' must be a list with an item for each step, not an empty list; "
+        "split an answer into its steps, or leave the row out",
     ),
     "text for steps": (
         PRM, "stepwise_supervised", STEPS, {**STEPS, "completions": "b"},
@@ -249,15 +257,16 @@ CASES: dict[str, Case] = {
     ),
     "fewer labels than steps": (
         PRM, "stepwise_supervised", STEPS, {**STEPS, "labels": [True]},
-        "there are 2 'completions' and 1 'labels'; each step needs one label",
+        "there are 2 'completions' and 1 'labels'; each step needs one label: add those that are "
+        "missing, or leave the row out",
     ),
     "a rating for a step": (
         PRM, "stepwise_supervised", STEPS, {**STEPS, "labels": [True, 0.5]},
-        "label 2 in 'labels' must be true or false, not 0.5",
+        "label 2 in 'labels' must be true or false, not 0.5; convert ratings first",
     ),
     "a list for a prompt of steps": (
         PRM, "stepwise_supervised", STEPS, {**STEPS, "prompt": [user("a")]},
-        "the field 'prompt' must be text, not a list",
+        "the field 'prompt' must be text, not a list; write messages as one text",
     ),
 }  # fmt: skip
 

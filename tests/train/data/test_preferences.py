@@ -517,6 +517,14 @@ def test_a_template_must_end_answers(tmp_path: Path) -> None:
         prepared(tmp_path, rows, {**DPO, "eot_tokens": ["<|im_end|>"]}, tokenizer)
 
 
+def test_a_reward_model_need_not_learn_to_stop(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}")
+    rows = [{"messages": [user("a")], **PAIR}]
+    with pytest.raises(DataError, match=r"no row trains '<\|im_end\|>'"):
+        prepared(tmp_path, rows, DPO, tokenizer)
+    assert prepared(tmp_path, rows, {"reward_model": True}, tokenizer).counts["rows"] == 1
+
+
 def test_rows_are_cached_and_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"a{i}", **PAIR} for i in range(10)]
     keys = {**DPO, "dataset_prepared_path": str(tmp_path / "kept"), "val_set_size": 4}

@@ -11,6 +11,8 @@ WORDS = ("red", "green", "blue", "one", "two", "three")
 
 PAIRED = ("dpo", "ipo", "orpo", "cpo", "simpo")
 METHODS = (*PAIRED, "kto")
+MODELS = ("reward", "process_reward")
+"""Models of rewards, which have a key of their own."""
 
 
 def rows_of(method: str, number: int = 40) -> list[dict[str, Any]]:
@@ -20,7 +22,12 @@ def rows_of(method: str, number: int = 40) -> list[dict[str, Any]]:
         right, wrong = draw.sample(WORDS, 2)
         asked = {"prompt": f"Say {right}"}
         good, bad = f"{right} " * (1 + i % 3), f"{wrong} " * (1 + (i + 1) % 4)
-        if method == "kto":
+        if method == "process_reward":
+            steps = [f"{wrong} first.", f"{right} then."]
+            rows.append({**asked, "completions": steps, "labels": [False, True]})
+        elif method == "reward":
+            rows.append({**asked, "chosen": f"{wrong} yes", "rejected": f"{wrong} no"})
+        elif method == "kto":
             rows.append({**asked, "completion": (bad, good)[i % 2], "label": bool(i % 2)})
         else:
             rows.append({**asked, "chosen": good, "rejected": bad})
@@ -39,4 +46,9 @@ def method_recipe(method: str, base: Path, folder: Path, **keys: Any) -> dict[st
         "max_steps": 4, "learning_rate": 1e-2, "lr_scheduler": "constant", "logging_steps": 1,
         "codegen": "eager", "output_dir": str(folder / "out"),
     }  # fmt: skip
+    if method in MODELS:
+        del recipe["rl"]
+        recipe[f"{method}_model"] = True
+    if method == "process_reward":
+        recipe["datasets"][0]["type"] = "stepwise_supervised"
     return {**recipe, **keys}

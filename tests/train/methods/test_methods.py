@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fusewright.errors import RecipeError
 from fusewright.train import train
 
-from .recipes import METHODS, PAIRED, method_recipe
+from .recipes import METHODS, MODELS, PAIRED, method_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
@@ -47,7 +47,21 @@ def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> No
     assert written["data"]["train_sequences"] == 34
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("method", MODELS)
+def test_a_model_of_rewards(method: str, optimize: bool, base: Path, tmp_path: Path) -> None:
+    keys = {"eval_steps": 4, "max_steps": 8, "optimize": optimize}
+    result = train(method_recipe(method, base, tmp_path, **keys), console=QUIET)
+    assert result.status == "finished"
+    assert result.val_loss_after < result.val_loss_before
+    last = result.history[-1]
+    assert last["eval_accuracy"] > 0.5
+    names = adapter(tmp_path / "out")
+    assert any("score" in name for name in names)
+    assert result.adapter_check["exact"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *MODELS])
 def test_a_run_that_resumes_ends_with_the_same_weights(
     method: str, base: Path, tmp_path: Path
 ) -> None:

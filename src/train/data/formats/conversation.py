@@ -116,8 +116,8 @@ class Conversation:
     def _message(self, turn: Any, i: int, where: str, pair: tuple[str, str]) -> dict[str, Any]:
         if not isinstance(turn, dict):
             raise DataError(
-                f"{where}: message {i} needs the field {pair[0]!r}, with text in it; it is "
-                f"{kind(turn)}"
+                f"{where}: message {i} must be an object with the fields {pair[0]!r} and "
+                f"{pair[1]!r}, not {kind(turn)}"
             )
         content = turn.get(pair[1])
         if self._plain and len(turn) == 2 and isinstance(content, str):  # nearly all are so
@@ -248,8 +248,10 @@ def _text(value: Any, place: str, field: str) -> str | None:
         kinds = [p.get("type", "text") for p in value]
         others = [k for k in kinds if k != "text"]
         if others:
-            raise DataError(f"{place} has a part of type {others[0]!r} in {field!r}; only text is "
-                            "trained")  # fmt: skip
+            raise DataError(
+                f"{place} has a part of type {others[0]!r} in {field!r}; only text is trained: "
+                "leave such rows out"
+            )
         if all(isinstance(p.get("text"), str) for p in value):
             return "".join(p["text"] for p in value)
     raise DataError(f"{place} needs the field {field!r}, with text in it, not {kind(value)}")

@@ -67,7 +67,8 @@ class PreferenceEncoder:
             )
         self.segments = SegmentEncoder(tokenizer, False, recipe.sequence_len)
         self.watched = frozenset(self.chats.masker.eot if self.chats else ())
-        self.answered = settings.rows in ("pairs", "labelled")
+        # a reward model writes nothing, so that it need not learn to stop
+        self.answered = settings.rows in ("pairs", "labelled") and settings.method != "reward"
         self.longest_prompt, self.longest_answer = recipe.max_prompt_len, None
         if settings.rows == "steps":
             self.longest_answer = dataset.max_completion_length

@@ -60,7 +60,7 @@ class MessageReader:
         if prompt is not None and not isinstance(prompt, str | list):
             raise DataError(
                 f"{where}: the field {field!r} must be text or a list of messages, not "
-                f"{kind(prompt)}"
+                f"{kind(prompt)}; leave rows without a prompt out"
             )
         if not self._as_messages(field, prompt, values):
             before, texts = self._texts(prompt, values, where)
@@ -186,7 +186,7 @@ def _require_assistant(messages: Messages, name: str, where: str) -> None:
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: {name!r} ends with a message of the role {messages[-1]['role']!r}; it must "
-            "end with the assistant's answer"
+            "end with the assistant's answer: remove what comes after that, or leave the row out"
         )
     raise DataError(
         f"{where}: {name!r} has a message of the role {other!r} behind the prompt; only the "

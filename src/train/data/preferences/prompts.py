@@ -35,9 +35,10 @@ class PromptReader:
         field = self.field if row.get(self.field) is not None else "prompt"
         value = part_of(row, field, where)
         if not isinstance(value, str) and not (isinstance(value, list) and value):
+            said = "an empty list" if value == [] else kind(value)
             raise DataError(
-                f"{where}: the field {field!r} must be text or a list of messages, not "
-                f"{'an empty list' if value == [] else kind(value)}"
+                f"{where}: the field {field!r} must be text or a list of messages, not {said}; "
+                "leave rows without a prompt out"
             )
         columns = {k: v for k, v in row.items() if k != field}
         for name, column in columns.items():

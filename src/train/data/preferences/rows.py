@@ -117,18 +117,20 @@ def part_of(row: Mapping[str, Any], field: str, where: str) -> Any:
     raise DataError(f"{where}: the field {field!r} is missing (the row has {has}); {hint}")
 
 
-def text_of_part(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A field with text in it.
+def text_of_part(
+    row: Mapping[str, Any],
+    field: str,
+    where: str,
+    todo: str = "for messages, use a type that reads them, such as chat_template",
+) -> str:
+    """A field with text in it; ``todo`` says what helps where there is something else.
 
     Raises:
         DataError: it is missing, or something else.
     """
     value = part_of(row, field, where)
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: the field {field!r} must be text, not {kind(value)}; for messages, use a "
-            "type that reads them, such as chat_template"
-        )
+        raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}; {todo}")
     return value
 
 
@@ -166,7 +168,7 @@ def judgement(value: Any, field: str, where: str) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     said = repr(value) if isinstance(value, int | float) else kind(value)
-    raise DataError(
-        f"{where}: the field {field!r} must be true or false, not {said}; convert ratings to true "
-        "(good) or false (bad) first"
-    )
+    todo = "leave rows without a label out"
+    if value is not None:
+        todo = "convert ratings to true (good) or false (bad) first"
+    raise DataError(f"{where}: the field {field!r} must be true or false, not {said}; {todo}")

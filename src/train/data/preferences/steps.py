@@ -26,19 +26,19 @@ class StepReader:
     def read(self, row: Any, where: str) -> JudgedSteps:
         """The steps of a row, each with the separator behind it."""
         row = fields_of(row, where, "completions")
-        prompt = text_of_part(row, "prompt", where)
+        prompt = text_of_part(row, "prompt", where, "write messages as one text")
         steps, labels = part_of(row, "completions", where), part_of(row, "labels", where)
         for name, value in (("completions", steps), ("labels", labels)):
             if not isinstance(value, list) or not value:
                 said = "an empty list" if value == [] else kind(value)
                 raise DataError(
                     f"{where}: the field {name!r} must be a list with an item for each step, not "
-                    f"{said}"
+                    f"{said}; split an answer into its steps, or leave the row out"
                 )
         if len(steps) != len(labels):
             raise DataError(
                 f"{where}: there are {len(steps)} 'completions' and {len(labels)} 'labels'; each "
-                "step needs one label"
+                "step needs one label: add those that are missing, or leave the row out"
             )
         for i, step in enumerate(steps, start=1):
             if not isinstance(step, str):
@@ -56,4 +56,6 @@ class StepReader:
             return int(label)
         wanted = "true or false" if self.classes == 2 else f"a number from 0 to {self.classes - 1}"
         said = repr(label) if isinstance(label, int | float) else kind(label)
-        raise DataError(f"{where}: label {i} in 'labels' must be {wanted}, not {said}")
+        raise DataError(
+            f"{where}: label {i} in 'labels' must be {wanted}, not {said}; convert ratings first"
+        )

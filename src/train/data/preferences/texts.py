@@ -138,7 +138,8 @@ class FormReader:
         if not isinstance(value, list) or not value:
             said = "an empty list" if value == [] else kind(value)
             raise DataError(
-                f"{where}: the field {name!r} must be text or a list of messages, not {said}"
+                f"{where}: the field {name!r} must be text or a list of messages, not {said}; "
+                "leave rows without an answer out"
             )
         messages = self.conversation.messages(value, f"{where}: {name!r}")
         if any(m.get("tool_calls") or m.get("function_call") for m in messages):
@@ -149,7 +150,8 @@ class FormReader:
         if messages[-1]["role"] != "assistant":
             raise DataError(
                 f"{where}: {name!r} ends with a message of the role {messages[-1]['role']!r}; it "
-                "must end with the assistant's answer"
+                "must end with the assistant's answer: remove what comes after that, or leave the "
+                "row out"
             )
         return messages[:-1], messages[-1].get("content", "")
 

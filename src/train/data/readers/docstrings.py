@@ -1,4 +1,4 @@
-r"""Builds the quickstart's data: a chat about the docstrings of the running Python's library.
+r"""Builds the data of the examples, about the docstrings of the running Python's library.
 
 Every public module, class, function and method of the standard library that documents itself
 becomes one line of JSON, the answer laid out as ``help()`` prints it::
@@ -6,10 +6,23 @@ becomes one line of JSON, the answer laid out as ``help()`` prints it::
     {"messages": [{"role": "user", "content": "What does `json.dumps` do?"},
                   {"role": "assistant", "content": "Help on function dumps in json:\n..."}]}
 
-It is real text, it is on every machine that has Python, and the order is always the same. Recipes
-have it as ``path: fusewright:docstrings`` (see ``train/data/readers/package_rows.py``). By hand::
+There are two other forms of the same rows. ``pairs`` are preferences: the right answer against that
+of another function, if possible of the same module, so that the question decides::
 
-    python src/train/data/readers/docstrings.py rows.jsonl
+    {"messages": [{"role": "user", "content": "What does `json.dumps` do?"}],
+     "chosen": {"role": "assistant", "content": "Help on function dumps in json:\n..."},
+     "rejected": {"role": "assistant", "content": "Help on function load in json:\n..."}}
+
+``prompts`` are the questions alone, with the first paragraph of the docstring for rewards to read::
+
+    {"prompt": [{"role": "user", "content": "What does `json.dumps` do?"}],
+     "answer": "Serialize ``obj`` to a JSON formatted ``str``."}
+
+It is real text, it is on every machine that has Python, and the order is always the same. Recipes
+have it as ``path: fusewright:docstrings``, ``fusewright:docstring_pairs`` and
+``fusewright:docstring_prompts`` (see ``package_rows.py``). By hand::
+
+    python src/train/data/readers/docstrings.py rows.jsonl [chats | pairs | prompts]
 """
 
 from __future__ import annotations
@@ -21,10 +34,11 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 SHORTEST, LONGEST = 40, 2000
 """Length limits of a docstring, in characters."""
@@ -71,8 +85,26 @@ def headline(kind: str, name: str, thing: Any) -> str:
     return name + ("(...)" if "0x" in signature or "{" in signature else signature)
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Yield one chat per distinct docstring."""
+class Documented(NamedTuple):
+    """Something that has a docstring of its own.
+
+    Attributes:
+        module: the name of its module.
+        kind: ``module``, ``class`` or ``function``.
+        question: what one asks about it.
+        answer: what ``help()`` says.
+        summary: the first paragraph of the docstring, on one line.
+    """
+
+    module: str
+    kind: str
+    question: str
+    answer: str
+    summary: str
+
+
+def documented() -> Iterator[Documented]:
+    """Yield everything with a docstring; of things with the same one, the first."""
     ask = {
         "module": "What is the module `{}` for?",
         "class": "What is `{}`?",
@@ -92,26 +124,73 @@ def rows() -> Iterator[dict[str, Any]]:
             if kind != "module":
                 lines.append(headline(kind, own, thing))
             answer = "\n".join([*lines, textwrap.indent(text, "    ")])
-            yield {
-                "messages": [
-                    {"role": "user", "content": ask[kind].format(dotted)},
-                    {"role": "assistant", "content": answer},
-                ]
-            }
+            summary = " ".join(text.split("\n\n")[0].split())
+            yield Documented(name, kind, ask[kind].format(dotted), answer, summary)
 
 
-def build(path: Path) -> int:
+def message(role: str, content: str) -> dict[str, str]:
+    """A message of a chat."""
+    return {"role": role, "content": content}
+
+
+def chats() -> Iterator[dict[str, Any]]:
+    """Yield one chat per distinct docstring."""
+    for one in documented():
+        yield {"messages": [message("user", one.question), message("assistant", one.answer)]}
+
+
+def _groups(one: Documented) -> tuple[tuple[str, ...], ...]:
+    """The names of the groups that it is in, the narrowest first."""
+    return (one.module, one.kind), (one.module,), ()
+
+
+def pairs() -> Iterator[dict[str, Any]]:
+    """Yield one question per distinct docstring, with the right answer and another one's.
+
+    The wrong answer is that of the next thing of the same kind in the same module, the first one
+    coming after the last. So most answers are right once and wrong once: none is better by itself.
+    Alone of its kind, a thing gets the next one of its module, or else the next one of all.
+    """
+    found = list(documented())
+    alike: dict[tuple[str, ...], list[Documented]] = defaultdict(list)
+    for one in found:
+        for name in _groups(one):
+            alike[name].append(one)
+    for one in found:
+        group = next(alike[name] for name in _groups(one) if len(alike[name]) > 1)
+        other = group[(group.index(one) + 1) % len(group)]
+        yield {
+            "messages": [message("user", one.question)],
+            "chosen": message("assistant", one.answer),
+            "rejected": message("assistant", other.answer),
+        }
+
+
+def prompts() -> Iterator[dict[str, Any]]:
+    """Yield one question per distinct docstring, with the first paragraph of that."""
+    for one in documented():
+        yield {"prompt": [message("user", one.question)], "answer": one.summary}
+
+
+FORMS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "chats": chats,
+    "pairs": pairs,
+    "prompts": prompts,
+}
+
+
+def build(path: Path, form: str = "chats") -> int:
     """Write the JSONL file, whole or not at all, and return the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in FORMS[form]()]
     unfinished.write_text("".join(lines), encoding="utf-8")
     unfinished.replace(path)
     return len(lines)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python docstrings.py FILE.jsonl")
+    if not 2 <= len(sys.argv) <= 3 or not FORMS.keys() >= set(sys.argv[2:]):
+        sys.exit(f"usage: python docstrings.py FILE.jsonl [{' | '.join(FORMS)}]")
     warnings.simplefilter("ignore")  # deprecated modules are documented too
-    print(f"{build(Path(sys.argv[1]))} rows -> {sys.argv[1]}")
+    print(f"{build(Path(sys.argv[1]), *sys.argv[2:])} rows -> {sys.argv[1]}")

@@ -40,7 +40,7 @@ class Step:
     uncaptured: Mapping[str, str] = field(default_factory=dict)
 
 
-def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen) -> Step:
+def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen, sequences: int = 1) -> Step:
     """Run one step of the blueprint on fake tensors.
 
     Blocks that are captured are counted as graphs, at each level of what they may keep. Others, and
@@ -50,11 +50,15 @@ def take(blueprint: Blueprint, recipe: Recipe, codegen: Codegen) -> Step:
         blueprint: its model's tensors become fake ones.
         recipe: says how large a micro batch is.
         codegen: what would run the graphs.
+        sequences: that each row of a micro batch stands for.
 
     Raises:
         ModelError: the model cannot run on tensors without contents.
     """
-    model, (rows, length) = blueprint.model, (recipe.micro_batch_size, recipe.sequence_len)
+    model, (rows, length) = (
+        blueprint.model,
+        (recipe.micro_batch_size * sequences, recipe.sequence_len),
+    )
     known: dict[Any, Usages] = {}
     rewrites: Mapping[str, int] = {}
     reasons: dict[str, str] = {}

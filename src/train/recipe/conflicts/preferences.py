@@ -7,15 +7,13 @@ from typing import Any
 
 from ..keys.preferences.names import reward_problem, type_problem
 from ..keys.preferences.unread import has_method
-from ..preferences import ROWS
+from ..preferences import HEADS, ROWS
 from ..problems import Loc
 
 Values = Mapping[str, Any]
 Problem = tuple[Loc, str]
 
 _SWITCHES = ("reward_model", "process_reward_model", "kd_trainer")
-_CLASSES = {"reward": "AutoModelForSequenceClassification",
-            "process_reward": "AutoModelForTokenClassification"}  # fmt: skip
 _FORMS = {
     "pairs": ("prompt_format", "chosen_format", "rejected_format"),
     "labelled": ("prompt_format", "completion_format"),
@@ -47,6 +45,7 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
         trl = values.get("trl")
         yield from _trl(values, trl if isinstance(trl, Mapping) else {})
     method = method_in(values)
+    yield from _class(values, method)
     if method is None:
         return
     named = method if values.get("rl") == method else f"{method}_model"
@@ -60,6 +59,8 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
     if values.get("skip_prepare_dataset"):
         yield ("skip_prepare_dataset",), f"rows of {named} are always tokenized: leave it out"
     yield from _labels(values, method)
+    yield from _reference(values, method)
+    yield from _engine(values, method, named)
     for name in ("datasets", "test_datasets"):
         listed = values.get(name)
         for i, dataset in enumerate(listed if isinstance(listed, list) else ()):
@@ -165,7 +166,6 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
     if method == "gdpo" and trl.get("multi_objective_aggregation") == "sum_then_normalize":
         said = "is that of rl: grpo: leave it out, or set rl: grpo"
         yield ("trl", "multi_objective_aggregation"), said
-    yield from _moving_reference(values, trl)
     cap, most = (trl.get(f"vllm_importance_sampling_{k}") for k in ("cap", "clip_max"))
     if cap is not None and most is not None:
         said = "is the older name of vllm_importance_sampling_clip_max, which is set, too"
@@ -175,18 +175,31 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
         yield ("trl", "loss_type"), "luspo needs importance_sampling_level: sequence"
 
 
-def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
-    if not trl.get("sync_ref_model"):
+def _reference(values: Values, method: str) -> Iterator[Problem]:
+    trl = values.get("trl")
+    if not (isinstance(trl, Mapping) and trl.get("sync_ref_model")):
         return
-    said = None
+    place = ("trl", "sync_ref_model")
     if values.get("adapter"):
-        said = "needs a reference model of its own, and an adapter has the model without it"
-    elif values.get("precompute_ref_log_probs"):
-        said = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
-    elif values.get("rl") in _GENERATING and not (trl.get("beta") or values.get("rl_beta")):
-        said = "needs rl_beta above 0: without it there is no reference model"
-    if said is not None:
-        yield ("trl", "sync_ref_model"), f"{said}; leave one of them out"
+        yield place, "needs adapter to be unset: with one, the reference is the model without it"
+    if values.get("precompute_ref_log_probs"):
+        yield place, "set this or precompute_ref_log_probs, not both"
+    if method in _GENERATING and not (trl.get("beta") or values.get("rl_beta")):
+        yield place, "needs rl_beta above 0: without it there is no reference model"
+
+
+def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
+    """What only supervised training can do."""
+    for key in ("tensor_parallel_size", "context_parallel_size"):
+        if isinstance(size := values.get(key), int) and size > 1:
+            said = f"{named} is not trained with it: use fsdp_config or deepspeed"
+            yield (key,), said
+    for key in ("use_dft", "use_eaft"):
+        if values.get(key):
+            yield (key,), f"weighs tokens of supervised training, and {named} has its own loss"
+    if method == "kto" and values.get("micro_batch_size") in (None, 1):
+        said = "must be 2 or more: KTO compares a prompt with the answer to another one"
+        yield ("micro_batch_size",), said
 
 
 def _labels(values: Values, method: str) -> Iterator[Problem]:
@@ -195,10 +208,20 @@ def _labels(values: Values, method: str) -> Iterator[Problem]:
         yield ("num_labels",), "must be 1: a reward model gives one number to an answer"
     if method == "process_reward" and labels == 1:
         yield ("num_labels",), "must be 2 or more: a step is right or wrong"
-    wanted = _CLASSES.get(method)
+
+
+def _class(values: Values, method: str | None) -> Iterator[Problem]:
+    """A ``model_type`` with another head than what the recipe trains."""
     given = values.get("model_type")
-    if wanted and isinstance(given, str) and given.startswith("AutoModel") and given != wanted:
-        yield ("model_type",), f"must be {wanted}, or left out, with {method}_model: true"
+    if not isinstance(given, str):
+        return
+    wanted = HEADS.get(method or "")
+    if wanted is not None and not wanted.belongs_to(given):
+        yield ("model_type",), f"must be {wanted.auto}, or left out, with {wanted.key}: true"
+    found = next((head for head in HEADS.values() if head.belongs_to(given)), None)
+    if wanted is None and found is not None:
+        said = "has no language head, which is trained here: leave it out, or set"
+        yield ("model_type",), f"{said} {found.key}: true"
 
 
 def _dataset(values: Values, method: str, loc: Loc) -> Iterator[Problem]:

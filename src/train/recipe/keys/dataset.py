@@ -88,8 +88,10 @@ class Dataset(Keys):
 
     path: str
     """A ``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow`` or ``.txt`` file, a folder of
-    such files or one that ``datasets`` has saved, the id of a dataset on the hub, or
-    ``fusewright:docstrings``: chats about the docstrings of Python's library, made on the spot."""
+    such files or one that ``datasets`` has saved, the id of a dataset on the hub, or rows about the
+    docstrings of Python's library, made on the spot: ``fusewright:docstrings`` (chats),
+    ``fusewright:docstring_pairs`` (the right answer and another one's) or
+    ``fusewright:docstring_prompts`` (questions alone)."""
 
     builder: str | None = None
     """A Python file that makes ``path`` when that is missing or older than this file: it is run as
