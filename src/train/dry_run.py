@@ -20,7 +20,7 @@ from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
 from .recipe.secrets import hide, without_hidden
 from .recipe.status import Entry, entries, refusals, without_secrets
-from .requirements import attention
+from .requirements import notices
 from .terminal import say
 
 _COLOURS = {
@@ -50,8 +50,8 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
     console.print(_table(checked, found))
     counts = {status: sum(_status(e) == status for e in found) for status in _COLOURS}
     say(console, ", ".join(f"{n} {status}" for status, n in counts.items() if n))
-    if (other := attention(checked.recipe)[1]) is not None:
-        say(console, other)
+    for line in notices(checked.recipe):
+        say(console, line)
     say(console, "\n# the recipe with its defaults, without secrets and unset keys")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
     problems = [listed(checked.name, [one], checked.where) for one in refusals(checked.values)]

@@ -14,10 +14,9 @@ from ..errors import RecipeError, did_you_mean
 from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
-from .recipe.preferences import rows_of
+from .recipe.preferences import generation_sizes, rows_of
 from .recipe.recipe import Recipe
 from .requirements import OTHER_ATTENTIONS, attention, missing_packages
-from .rewards.generation import generation_sizes
 
 
 def require_startable(recipe: Recipe, processes: int = 1) -> None:
@@ -44,7 +43,8 @@ def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
     found = missing_packages(recipe)
     for look in _LOOKS:
         found += look(recipe)
-    return [*found, *_generation(recipe, processes), *_output(recipe, processes)]
+    found += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
+    return [*found, *_output(recipe, processes)]
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -134,9 +134,20 @@ def _reference(recipe: Recipe) -> Iterator[str]:
         yield "trl.sync_ref_model: needs whole weights in each process: train without sharding them"
 
 
+def _beforehand(recipe: Recipe, processes: int | None) -> Iterator[str]:
+    """Whether the reference's part can be computed before training."""
+    if recipe.precompute_ref_log_probs and processes is not None and processes > 1:
+        yield (
+            "precompute_ref_log_probs: works in one process only, and there are "
+            f"{processes}: leave it out"
+        )
+
+
 def _generation(recipe: Recipe, processes: int | None) -> Iterator[str]:
     """Whether completions can be generated in whole groups."""
-    if rows_of(recipe) != "prompts" or processes is None:
+    if rows_of(recipe) != "prompts":
+        return
+    if processes is None:
         return
     try:
         generation_sizes(recipe, processes)

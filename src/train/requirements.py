@@ -88,6 +88,28 @@ def _not_here(name: str) -> str | None:
     return None if torch.cuda.is_available() else "needs a GPU"
 
 
+def notices(recipe: Recipe) -> list[str]:
+    """What to say of what is replaced here, because it is not installed."""
+    attentions = attention(recipe)[1]
+    return [said for said in (attentions, _vllm_notice(recipe)) if said]
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return _is_there("vllm")
+
+
+def _vllm_notice(recipe: Recipe) -> str | None:
+    if recipe.rl not in ("grpo", "gdpo") or recipe.trl is None or not recipe.trl.use_vllm:
+        return None
+    if has_vllm():
+        return None
+    return (
+        "trl.use_vllm: needs the package vllm, which is not installed (pip install vllm); the "
+        "trained model itself generates the completions"
+    )
+
+
 def missing_packages(recipe: Recipe) -> list[str]:
     """What the recipe names and cannot be imported: a sentence each; imports nothing."""
     missing = []
@@ -105,8 +127,6 @@ def missing_packages(recipe: Recipe) -> list[str]:
     if recipe.tokenizer_use_mistral_common:
         tokens = ("mistral_common", "mistral-common")
         wanted.append(("tokenizer_use_mistral_common", "true", tokens))
-    if recipe.rl in ("grpo", "gdpo") and recipe.trl is not None and recipe.trl.use_vllm:
-        wanted.append(("trl.use_vllm", "true", ("vllm", "vllm")))
     for key, value, (module, package) in wanted:
         if not _is_there(module):
             missing.append(

@@ -36,7 +36,7 @@ from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts
 from .report.result import RunResult, rows_message
 from .report.run_log import RunLog
-from .requirements import attention, tracking
+from .requirements import notices, tracking
 from .terminal import Terminal
 from .trainer.build import make_context
 from .trainer.context import Context
@@ -153,8 +153,8 @@ class TrainingRun:
         world.share(lambda: require_startable(recipe, world.batch_ranks))
         require_shared(world, self.folder)
         said = precision_warning(recipe.precision()), processes_message(recipe.strategy(), world)
-        other = attention(recipe)[1]
-        for line in filter(None, (world.unread, *messages(recipe), other, *said)):
+        others = notices(recipe)
+        for line in filter(None, (world.unread, *messages(recipe), *others, *said)):
             self.run_log.say(line)
         found = world.share(lambda: str(resume.find(recipe) or ""))
         start = Path(found) if found else None

@@ -37,7 +37,7 @@ class EvalMetrics:
 
     Attributes:
         loss: mean over the tokens that have a label, in nats; of a preference method, its own, mean
-            over the rows.
+            over the rows; None of a method that is judged by rewards.
         perplexity: its exponential; None of a preference method.
         samples: rows that were used, or pieces of texts.
         tokens: tokens of those.
@@ -46,13 +46,18 @@ class EvalMetrics:
         figures: what a preference method measures besides, e.g. ``rewards/margins``.
     """
 
-    loss: float
+    loss: float | None
     perplexity: float | None
     samples: int
     tokens: int
     trained_tokens: int
     seconds: float
     figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> float:
+        """The loss; of a method that is judged by rewards, their mean."""
+        return self.figures["reward"] if self.loss is None else self.loss
 
 
 def evaluate(
@@ -83,7 +88,7 @@ def evaluate(
         RecipeError: the base of the run cannot be loaded.
     """
     console = console or Terminal(highlight=False)
-    recorded = None if files else run.facts.get("val_loss_after")
+    recorded = None if files else run.facts.get("val_loss_after", run.facts.get("val_reward_after"))
     recipes = {str(f): _reading(run, f) for f in files} if files else {"": _own(run)}
     with quiet():
         tokenizer = load_tokenizer(run)
@@ -195,7 +200,7 @@ def _by_method(
     figures = measured(model, recipe, tokenizer, prepared, console)
     seconds = (time.perf_counter() - begun) / max(1, len(figures))
     return {
-        name: _metrics(of.pop("loss"), prepared.validation[name], seconds, None, of)
+        name: _metrics(of.pop("loss", None), prepared.validation[name], seconds, None, of)
         for name, of in figures.items()
     }
 
@@ -208,7 +213,7 @@ def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
 
 
 def _metrics(
-    loss: float,
+    loss: float | None,
     samples: Samples,
     seconds: float,
     perplexity: float | None,
@@ -221,9 +226,13 @@ def _metrics(
 
 
 def _whole(found: dict[str, EvalMetrics]) -> float:
-    """The loss per trained token of all datasets together."""
-    tokens = sum(of.trained_tokens for of in found.values())
-    return sum(of.loss * of.trained_tokens for of in found.values()) / tokens
+    """What judges all datasets together: the loss per trained token, or a method's per row."""
+    rows = {n: of.samples if of.figures else of.trained_tokens for n, of in found.items()}
+    return sum(of.judged * rows[name] for name, of in found.items()) / sum(rows.values())
+
+
+def _figure(found: dict[str, EvalMetrics]) -> str:
+    return "reward" if any(of.loss is None for of in found.values()) else "loss"
 
 
 def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None) -> Path:
@@ -232,9 +241,9 @@ def _write(run: RunFolder, found: dict[str, EvalMetrics], recorded: float | None
     content = {
         "run": str(run.folder),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "loss": _whole(found),
+        _figure(found): _whole(found),
         "results": {name: asdict(figures) for name, figures in found.items()},
-        "recorded_val_loss": recorded,
+        f"recorded_val_{_figure(found)}": recorded,
         "versions": versions(),
         "machine": machine(),
     }
@@ -252,12 +261,18 @@ def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Conso
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", no_wrap=True)
     shown = any(of.perplexity is not None for of in found.values())
-    for name in ("loss", *(["perplexity"] if shown else []), "samples", "tokens", "trained"):
+    for name in (
+        _figure(found),
+        *(["perplexity"] if shown else []),
+        "samples",
+        "tokens",
+        "trained",
+    ):
         table.add_column(name, justify="right")
     for name, of in found.items():
         counts = (of.samples, of.tokens, of.trained_tokens)
         perplexity = [] if of.perplexity is None else [f"{of.perplexity:.3f}"]
-        table.add_row(name, f"{of.loss:.4f}", *perplexity, *(f"{n:,}" for n in counts))
+        table.add_row(name, f"{of.judged:.4f}", *perplexity, *(f"{n:,}" for n in counts))
     console.print(table)
     for name, of in found.items():
         if of.figures:

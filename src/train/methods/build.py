@@ -26,9 +26,8 @@ from ..trainer.build import SupervisedTask, make_trainer
 from ..trainer.context import Context
 from ..trainer.evaluation import Batches
 from ..trainer.trainer import FineTuner
-from .experimental import CPOConfig, ORPOConfig
 from .labelled import LabelledTuner
-from .odds import CpoTuner, OrpoTuner
+from .odds import CPOConfig, CpoTuner, ORPOConfig, OrpoTuner
 from .pairs import PairTuner
 from .reference import reference_model
 from .rewards import RewardTuner, StepTuner
@@ -139,10 +138,18 @@ class PreferenceTask(SupervisedTask):
 
     def arguments(self, sequences: Any, world: World) -> Any:
         """The arguments of TRL's trainer."""
-        own = {**self.parts.extra, **self.settings.arguments}
+        own = {**self.parts.extra, **self._asked()}
         if self.parts.tuner in (OrpoTuner, CpoTuner):
             own["max_length"] = self.recipe.sequence_len
         return arguments_for(self.recipe, sequences, world, self.parts.arguments, own)
+
+    def _asked(self) -> dict[str, Any]:
+        """What the recipe says of the method, by the names of TRL's arguments."""
+        kept = self.recipe.gradient_checkpointing_kwargs
+        return {
+            **self.settings.arguments,
+            **({"gradient_checkpointing_kwargs": kept} if kept else {}),
+        }
 
     def require_figure(self, args: Any, names: Iterable[str]) -> None:
         """See that validations have the figure that is to judge them.

@@ -11,10 +11,10 @@ from ...errors import RecipeError
 from ..checkpoint.resume import Saved
 from ..data.preferences.examples import Examples
 from ..processes.world import World
-from ..recipe.preferences import PreferenceSettings
+from ..recipe.preferences import GenerationSizes, PreferenceSettings, generation_sizes
 from ..recipe.recipe import Recipe
 from ..report.result import Figure
-from ..rewards.generation import GenerationSizes, generation_sizes
+from ..requirements import has_vllm
 from ..rewards.judge import judges, require_columns
 from ..rewards.load import rewards_of
 from ..trainer.arguments import arguments_for
@@ -64,7 +64,7 @@ class CompletionTask(PreferenceTask):
         """The arguments of TRL's trainer; its batches are of completions."""
         recipe, sizes = self.recipe, generation_sizes(self.recipe, world.size)
         own = {
-            **self.settings.arguments,
+            **self._asked(),
             "num_generations": sizes.each,
             "per_device_eval_batch_size": self._validated_at_a_time(sizes, world),
         }
@@ -78,6 +78,11 @@ class CompletionTask(PreferenceTask):
                 mode = "max" if args.greater_is_better else "min"
                 args.lr_scheduler_kwargs = {"mode": mode, **(args.lr_scheduler_kwargs or {})}
         return args
+
+    def _asked(self) -> dict[str, Any]:
+        """What the recipe says, without vLLM where that is not installed; the run tells so."""
+        asked = super()._asked()
+        return {k: v for k, v in asked.items() if has_vllm() or "vllm" not in k}
 
     def _validated_at_a_time(self, sizes: GenerationSizes, world: World) -> int:
         """Completions that each process generates at a time to validate, those of whole prompts."""

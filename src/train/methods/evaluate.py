@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from ..processes.signals import Interrupts
+from ..recipe.keys.preferences.trl import TrlKeys
+from ..recipe.preferences import generation_sizes, rows_of
 from ..recipe.recipe import Recipe
 from ..trainer.context import Context
 from .reference import restore_reference
@@ -29,7 +31,7 @@ def measured(
     Returns:
         The figures of each dataset, ``loss`` among them.
     """
-    recipe = recipe.model_copy(update={"hub_model_id": None})  # nothing is pushed
+    recipe = _alone(recipe)
     task, interrupts = task_of(recipe), Interrupts()
     sets = task.validation(prepared, tokenizer, interrupts.world)
     context = Context(recipe, tokenizer, console, interrupts, validation=sets)
@@ -42,3 +44,27 @@ def measured(
         figures = trainer.figures()
         found[name] = {key.removeprefix("eval_"): value for key, value in figures.items()}
     return found
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The recipe of a trainer that only validates, without what belongs to training.
+
+    Nothing is pushed, tracked, judged or computed beforehand, and any number of rows will do.
+    """
+    switches = ("wandb", "mlflow", "comet", "trackio", "swanlab", "tensorboard")
+    update: dict[str, Any] = {
+        **dict.fromkeys((f"use_{name}" for name in switches), False),
+        **dict.fromkeys(
+            ("hub_model_id", "precompute_ref_log_probs", "early_stopping_patience", "eval_steps",
+             "evals_per_epoch", "eval_strategy", "save_strategy", "metric_for_best_model")
+        ),
+        "load_best_model_at_end": False, "lr_scheduler": "constant", "max_steps": 1,
+    }  # fmt: skip
+    if rows_of(recipe) == "prompts":
+        trl = recipe.trl or TrlKeys()
+        update |= {
+            "micro_batch_size": generation_sizes(recipe, 1).each,
+            "gradient_accumulation_steps": 1,
+            "trl": trl.model_copy(update={"generation_batch_size": None}),
+        }
+    return recipe.model_copy(update=update)

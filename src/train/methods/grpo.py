@@ -23,8 +23,8 @@ from ..checkpoint.resume import Saved
 from ..checkpoint.rng_state import same_draws
 from ..data.chat.stops import stop_tokens
 from ..data.order import RepeatedOrder, kind_of
+from ..recipe.preferences import generation_sizes
 from ..rewards.figures import means, reward_figures
-from ..rewards.generation import generation_sizes
 from ..rewards.judge import require_rewards
 from ..rewards.texts import Shown, shown
 from ..trainer.evaluation import reporter

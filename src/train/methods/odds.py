@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from .experimental import CPOTrainer, ORPOTrainer
 from .float_logits import FloatLogits
 from .tuner import MethodTuner
+
+with warnings.catch_warnings():  # that TRL calls these trainers experimental: recipes name them
+    warnings.simplefilter("ignore")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+__all__ = ["CPOConfig", "CPOTrainer", "CpoTuner", "ORPOConfig", "ORPOTrainer", "OrpoTuner"]
 
 
 class _OddsTuner(MethodTuner):

@@ -23,3 +23,11 @@ class PairTuner(MethodTuner, DPOTrainer):  # type: ignore[misc]  # 2026-11-27: T
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # its rows are tokenized
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """The log-probabilities of the reference; TRL hands all else in a batch to the model."""
+        counts = ("tokens", "trained")
+        own: Any = super()
+        return own.compute_ref_log_probs(
+            model, {name: value for name, value in inputs.items() if name not in counts}
+        )

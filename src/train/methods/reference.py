@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint.load import readable
+from ..checkpoint.rng_state import same_draws
 from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
 
@@ -30,7 +31,8 @@ def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
         tokenizer: whose tokens the embeddings need rows for.
     """
     model = load_model(recipe)
-    fit_embeddings(model, tokenizer, recipe)
+    with same_draws(recipe.seed):  # as for the trained model
+        fit_embeddings(model, tokenizer, recipe)
     model.requires_grad_(False)
     model.eval()
     if recipe.optimize:

@@ -50,6 +50,7 @@ class StepTuner(MethodTuner):
         )
         loss = F.cross_entropy(outputs.logits[kept], labels[kept])
         right = (outputs.logits.detach().argmax(-1) == labels)[kept].float()
+        right = self.accelerator.gather(right) if self.world.several else right
         mode = "train" if model.training else "eval"
         self._metrics[mode].setdefault("accuracy", []).append(float(right.mean()))
         return self._weighed(model, loss)

@@ -55,6 +55,11 @@ class PreparedDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets ha
         return super().map(function, *args, **kwargs)
 
 
+def tokens_of(example: Example) -> int:
+    """How long an example is: the tokens of its prompt and of all its answers."""
+    return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
+
+
 class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has no types
     """Prompts with the other fields of their rows, which are read when they are asked for.
 
@@ -74,11 +79,6 @@ class PromptDataset(Dataset):  # type: ignore[misc]  # 2026-11-27: datasets has 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
         """The rows of a batch."""
         return [self.examples[i] for i in indices]
-
-
-def tokens_of(example: Example) -> int:
-    """How long an example is: the tokens of its prompt and of all its answers."""
-    return sum(len(value) for name, value in example.items() if name.endswith("_ids"))
 
 
 class FillableExamples(Sequence[Example]):

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from ...errors import RecipeError
 from ..checkpoint.resume import Saved
 from ..data.order import order_of
+from ..rewards.figures import means
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
 from .reference import read_reference, write_reference
@@ -48,6 +50,7 @@ class MethodTuner(FineTuner):
             gather = UnevenGather(lambda: self._counts)
             self.accelerator.gather = self.accelerator.gather_for_metrics = gather
         self._measured: tuple[Metrics, int] | None = None
+        self._sizes: list[int] = []
 
     def _send_telemetry(self) -> None:
         """Nothing: TRL would tell the hub what is trained."""
@@ -113,6 +116,11 @@ class MethodTuner(FineTuner):
         if self._moving_reference is not None and self.world.main:
             write_reference(self._moving_reference, part)
 
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load a checkpoint after which nothing is left to train, and its reference model."""
+        super().load_checkpoint(folder)
+        self._restore_reference()
+
     def _restore_reference(self) -> None:
         if self._moving_reference is not None and self.resumed_from is not None:
             read_reference(self._moving_reference, self.resumed_from)
@@ -151,7 +159,14 @@ class MethodTuner(FineTuner):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The figures of the validation rows; the mode says that they are not training's."""
         with self._evaluating():
-            return super().evaluate(*args, **kwargs)
+            found = super().evaluate(*args, **kwargs)
+        judged = self.args.metric_for_best_model
+        if judged is not None and f"eval_{judged.removeprefix('eval_')}" not in found:
+            raise RecipeError(
+                f"metric_for_best_model: these validation rows have no {judged}; they have "
+                f"{', '.join(found)}"
+            )
+        return found
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -169,15 +184,13 @@ class MethodTuner(FineTuner):
         Several datasets also have ``eval_NAME_loss`` each. With several processes, a collective.
         """
         sums: dict[str, tuple[float, float]] = {}
+        self._sizes = []
         with self._evaluating(), torch.no_grad():
             for name in self.context.validation:
                 sums[name] = self._sum(name)
             measured = self.pending("eval")
-            found = {
-                f"eval_{name.removeprefix('eval_')}": sum(values) / len(values)
-                for name, values in measured.items()
-                if values
-            }
+            by_name = means(measured, self._sizes)
+            found = {f"eval_{k.removeprefix('eval_')}": value for k, value in by_name.items()}
             measured.clear()
         total, rows = (sum(part) for part in zip(*sums.values(), strict=True))
         if len(sums) > 1:
@@ -196,6 +209,7 @@ class MethodTuner(FineTuner):
             with self.compute_loss_context_manager():
                 loss = float(self.evaluated_loss(batch))
             number = batches.rows(turn) if counts else 0
+            self._sizes.append(int(self.world.sums([number])[0]))
             total, rows = total + loss * number, rows + number
         both = self.world.sums([total, rows])
         return both[0], both[1]

@@ -1,6 +1,5 @@
 """What judges completions, for methods that learn from rewards.
 
 ``built_in`` has the rewards that a recipe can name without code of its own; ``load`` finds all
-those of a recipe, and ``judge`` calls them. ``generation`` says how many completions there are at a
-time; ``figures`` and ``texts`` are what a run reports of them.
+those of a recipe, and ``judge`` calls them.
 """

@@ -234,11 +234,16 @@ def _validation(recipe: Recipe, count: Steps) -> dict[str, Any]:
         delay *= count.per_epoch or 0
     found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": interval, "eval_delay": delay}
     if judged:
-        metric = recipe.metric_for_best_model or "eval_loss"
+        metric, greater = recipe.metric_for_best_model or "eval_loss", recipe.greater_is_better
+        if greater is None:
+            greater = not metric.endswith(("loss", "perplexity"))
+        if recipe.lr_scheduler in _BY_RESULT:
+            mode = {"mode": "max" if greater else "min"}
+            found["lr_scheduler_kwargs"] = mode | (recipe.lr_scheduler_kwargs or {})
         found |= {
             "load_best_model_at_end": recipe.load_best_model_at_end,
             "metric_for_best_model": metric,
-            "greater_is_better": bool(recipe.greater_is_better),
+            "greater_is_better": greater,
         }
     return found
 

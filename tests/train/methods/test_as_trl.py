@@ -1,4 +1,4 @@
-"""Each method against TRL's own trainer on the same batches: losses, figures and weights."""
+"""Each method against TRL's own trainer on the same batches: losses and figures of ten steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from fusewright.train import train
@@ -21,10 +20,12 @@ from .recipes import METHODS, method_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
-FIGURES = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/chosen")
+FIGURES = (
+    "loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/chosen", "margin", "accuracy",
+)  # fmt: skip
 
 
-def by_trl(given: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
     """Train a recipe by TRL's trainer as it is, on the tokens and in the order of the recipe."""
     from fusewright.train.methods.build import PreferenceTask
 
@@ -53,18 +54,16 @@ def by_trl(given: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, tor
         data_collator=counted.collate, processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return logs, {n: p for n, p in trained.items() if ".ref." not in n}
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("optimize", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "reward"])
 def test_ten_steps_are_those_of_trl(
     method: str, optimize: bool, base: Path, tmp_path: Path
 ) -> None:
     keys = {"max_steps": 10, "val_set_size": 0, "learning_rate": 1e-3, "lora_dropout": 0.0}
-    logs, _ = by_trl(method_recipe(method, base, tmp_path, **keys))
+    logs = by_trl(method_recipe(method, base, tmp_path, **keys))
     result = train(
         method_recipe(method, base, tmp_path, **keys, optimize=optimize),
         console=Console(quiet=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from fusewright.train.data import prepare
 from fusewright.train.model.tokenizer import load_tokenizer
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
+from fusewright.train.requirements import has_vllm
 from fusewright.train.trainer.callbacks import FlowCallback
 
 from .completions import drawn, grpo_recipe
@@ -404,10 +406,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few rows": (
         {"gradient_accumulation_steps": 40}, r"completions of 40 prompts .* only 16 rows",
     ),
-    "no vLLM": (
-        {"trl": {"use_vllm": True}},
-        "trl.use_vllm: true needs the package vllm, which is not installed: pip install vllm",
-    ),
     "the loss as a judge": (
         {"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
          "metric_for_best_model": "eval_loss"},
@@ -420,7 +418,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a reference that moves beside an adapter": (
         {"trl": {"sync_ref_model": True}, "rl_beta": 0.1},
-        "trl.sync_ref_model: needs adapter to be unset",
+        "trl.sync_ref_model: needs a reference model of its own, and an adapter has",
     ),
     "a reference that moves and is none": (
         {"trl": {"sync_ref_model": True}, **FULL}, "trl.sync_ref_model: needs rl_beta above 0",
@@ -439,6 +437,13 @@ def test_refused_before_the_model_is_loaded(
     with pytest.raises(RecipeError, match=said) as refused:
         run(grpo_recipe(base, tmp_path, **keys))
     assert "\n" not in str(refused.value).strip()
+
+
+def test_processes_that_share_layers_do_not_generate(base: Path, tmp_path: Path) -> None:
+    for key in ("tensor_parallel_size", "context_parallel_size"):
+        keys = {key: 2, "fsdp": True, "trl": {"reward_funcs": ["format"]}}
+        with pytest.raises(RecipeError, match=f"{key}: grpo is not trained with it"):
+            load_recipe(grpo_recipe(base, tmp_path, **keys))
 
 
 def test_a_field_with_the_answer_is_missing(base: Path, tmp_path: Path) -> None:
@@ -487,3 +492,13 @@ def test_the_rows_of_a_nan_loss(
     assert "Say" in text
     tensors = load_file(tmp_path / "out" / "nan-batch-2.safetensors")
     assert {"0.prompt_ids", "0.completion_ids", "0.advantages"} <= tensors.keys()
+
+
+@pytest.mark.skipif(has_vllm(), reason="vLLM is installed, and would generate")
+def test_without_vllm_the_model_generates(base: Path, tmp_path: Path) -> None:
+    keys = {"trl": {"use_vllm": True, "vllm_server_timeout": 5}, "max_steps": 1}
+    text = io.StringIO()
+    recipe = grpo_recipe(base, tmp_path, **keys)
+    result = train(recipe, console=Console(file=text, width=300), allow_code=True)
+    assert result.status == "finished"
+    assert "trl.use_vllm: needs the package vllm, which is not installed" in text.getvalue()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fusewright.errors import RecipeError
 from fusewright.train import train
 
+from ..runs import fusewright
 from .recipes import METHODS, MODELS, PAIRED, method_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
@@ -135,8 +136,33 @@ def test_an_optimized_run_learns_the_same(
 def test_the_figure_that_judges(method: str, base: Path, tmp_path: Path) -> None:
     keys = {"eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
     recipe = method_recipe(method, base, tmp_path, **keys)
-    result = train(recipe, console=QUIET, metric_for_best_model="rewards/margins",
-                   greater_is_better=True)  # fmt: skip
-    assert result.status == "finished"
+    train(recipe, console=QUIET, metric_for_best_model="rewards/margins")
+    state = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())
+    margins = {e["step"]: e["eval_rewards/margins"] for e in state["log_history"]
+               if "eval_rewards/margins" in e and e["step"]}  # fmt: skip
+    assert state["best_metric"] == max(margins.values())
+    assert state["best_global_step"] == max(margins, key=lambda step: margins[step])
     with pytest.raises(RecipeError, match="metric_for_best_model: validation has no accuracy"):
         train(recipe, console=QUIET, overwrite=True, metric_for_best_model="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("dpo", {}), ("dpo", {"precompute_ref_log_probs": True}),
+        ("kto", {"precompute_ref_log_probs": True}), ("orpo", {}), ("reward", {}),
+        ("process_reward", {}),
+    ],
+)  # fmt: skip
+def test_a_finished_run_is_evaluated_as_it_was_validated(
+    method: str, keys: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    result = train(method_recipe(method, base, tmp_path, **keys), console=QUIET)
+    assert fusewright("eval", tmp_path / "out").exit_code == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert found["loss"] == pytest.approx(result.val_loss_after, rel=1e-5)
+    last = result.history[-1]
+    figures = found["results"]["validation"]["figures"]
+    for name in ("rewards/margins", "accuracy"):
+        if f"eval_{name}" in last:
+            assert figures[name] == pytest.approx(last[f"eval_{name}"], rel=1e-4), name

@@ -57,9 +57,8 @@ def test_there_is_one_for_each_original() -> None:
 
 @each
 def test_no_key_is_unknown_or_without_a_trainer(path: Path) -> None:
-    """Only the keys that ask for the method itself may wait for it."""
     waiting = {e.key for e in entries(checked(path).values) if e.status == "not yet available"}
-    assert waiting <= {"rl", "reward_model", "process_reward_model"}
+    assert waiting == set()
 
 
 @each

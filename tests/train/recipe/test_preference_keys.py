@@ -38,6 +38,29 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"reward_model": True, "eval_sample_packing": True},
         "eval_sample_packing: rows of reward_model are not packed",
     ),
+    "a swap of sorted pairs": (
+        {"rl": "dpo", "dpo_loss_type": "aot", "dpo_use_weighting": True},
+        "dpo_use_weighting: has no meaning with aot",
+    ),
+    "a loss that needs smoothing": (
+        {"rl": "dpo", "dpo_loss_type": "exo_pair"}, "exo_pair needs dpo_label_smoothing above 0",
+    ),
+    "a division by zero": ({"rl": "ipo", "rl_beta": 0}, "rl_beta: must be above 0"),
+    "rows without others": (
+        {"rl": "kto", "micro_batch_size": 2, "eval_batch_size": 1},
+        "eval_batch_size: must be 2 or more: KTO compares",
+    ),
+    "an adapter of the head": (
+        {"rl": "dpo", "adapter": "lora", "lora_target_modules": ["q_proj", "lm_head"]},
+        "lora_target_modules: lm_head: dpo reads the head's weights without adapters",
+    ),
+    "divided layers": (
+        {"rl": "dpo", "tensor_parallel_size": 2}, "tensor_parallel_size: dpo is not trained with",
+    ),
+    "a moving reference beside an adapter": (
+        {"rl": "dpo", "adapter": "lora", "trl": {"sync_ref_model": True}},
+        "trl.sync_ref_model: needs a reference model of its own",
+    ),
     "a stream": (
         {"rl": "dpo", "streaming": True, "max_steps": 2}, "streaming: rows of dpo are not streamed",
     ),
@@ -177,10 +200,10 @@ def test_conflicts(name: str) -> None:
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "dpo": {"rl": "dpo"}, "ipo": {"rl": "ipo"}, "orpo": {"rl": "orpo"}, "kto": {"rl": "kto"},
-    "simpo": {"rl": "simpo"}, "cpo": {"rl": "cpo"}, "grpo": {"rl": "grpo", **REWARDS},
-    "gdpo": {"rl": "gdpo", **REWARDS}, "reward": {"reward_model": True},
-    "process_reward": {"process_reward_model": True},
+    "dpo": {"rl": "dpo"}, "ipo": {"rl": "ipo"}, "orpo": {"rl": "orpo"},
+    "kto": {"rl": "kto", "micro_batch_size": 2}, "simpo": {"rl": "simpo"}, "cpo": {"rl": "cpo"},
+    "grpo": {"rl": "grpo", **REWARDS}, "gdpo": {"rl": "gdpo", **REWARDS},
+    "reward": {"reward_model": True}, "process_reward": {"process_reward_model": True},
 }  # fmt: skip
 
 
@@ -331,8 +354,11 @@ def test_losses_are_those_of_trl() -> None:
 def test_every_key_of_the_groups_is_read_or_says_why_not() -> None:
     from fusewright.train.recipe import preferences
     from fusewright.train.recipe.keys.base import extra_of
+    from fusewright.train.recipe.keys.preferences import trl as trl_keys
+    from fusewright.train.recipe.keys.preferences import vllm as vllm_keys
 
-    text = Path(preferences.__file__).read_text(encoding="utf-8")
+    modules = (preferences, trl_keys, vllm_keys)
+    text = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in modules)
     for group in (PreferenceKeys, TrlKeys, VllmKeys):
         for name, field in group.model_fields.items():
             status = extra_of(field).get("status", "honoured")
@@ -362,7 +388,7 @@ def test_functions_need_the_callers_word(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"trl.reward_funcs.1: {tmp_path}/rwd.py:good is Python code; it is run only with" in said
     assert f"datasets.0.type: {tmp_path}/rwd.py:change is Python code" in said
     assert "pass --allow-code if you trust it" in said
-    load_recipe(keys, consent=Consent(allow_code=True))  # which runs nothing either
+    load_recipe(keys, consent=Consent(allow_code=True))
     recipe = check(keys).recipe  # which runs nothing, so that it needs no permission
     assert recipe.trl is not None
     assert recipe.trl.reward_funcs == ["format", f"{tmp_path}/rwd.py:good"]

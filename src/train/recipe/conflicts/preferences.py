@@ -59,7 +59,6 @@ def preference_conflicts(values: Values) -> Iterator[Problem]:
     if values.get("skip_prepare_dataset"):
         yield ("skip_prepare_dataset",), f"rows of {named} are always tokenized: leave it out"
     yield from _labels(values, method)
-    yield from _reference(values, method)
     yield from _engine(values, method, named)
     for name in ("datasets", "test_datasets"):
         listed = values.get(name)
@@ -105,6 +104,12 @@ def preferences_without_effect(values: Values) -> Iterator[tuple[Sequence[str], 
             yield (key,), f"only {_named(readers)} it"
     if method is not None:
         yield ("train_on_inputs",), "only answers are compared, never prompts"
+        smoothing = "the method's loss has no smoothing of labels"
+        yield ("label_smoothing_factor",), smoothing
+        perplexity = "validation has the figures of the method, without perplexity"
+        yield ("do_causal_lm_eval", "eval_causal_lm_metrics"), perplexity
+        if method not in (*_GENERATING, "process_reward"):
+            yield ("lora_dropout",), "TRL trains this method without dropout"
     trl = values.get("trl")
     if not isinstance(trl, Mapping) or method not in _READERS["trl"]:
         return
@@ -139,6 +144,14 @@ def _losses(values: Values) -> Iterator[Problem]:
     if isinstance(losses, list) and isinstance(weights, list) and len(losses) != len(weights):
         said = f"has {len(weights)} weights, and dpo_loss_type has {len(losses)} losses"
         yield ("dpo_loss_weights",), said
+    named = [losses] if isinstance(losses, str) else list(losses or ())
+    if values.get("dpo_use_weighting") and {"aot", "aot_unpaired"} & set(named):
+        yield ("dpo_use_weighting",), "has no meaning with aot, which sorts the pairs: leave it out"
+    if "exo_pair" in named and not values.get("dpo_label_smoothing"):
+        yield ("dpo_loss_type",), "exo_pair needs dpo_label_smoothing above 0, for example 1e-3"
+    divides = values.get("rl") in ("ipo", "simpo") or "sppo_hard" in named or "ipo" in named
+    if divides and values.get("rl_beta") == 0:
+        yield ("rl_beta",), "must be above 0: this loss divides by it"
     if values.get("dpo_padding_free") and values.get("precompute_ref_log_probs"):
         yield ("dpo_padding_free",), "set this or precompute_ref_log_probs, not both"
     if values.get("rl") == "orpo" and values.get("rl_beta") and values.get("orpo_alpha"):
@@ -166,6 +179,7 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
     if method == "gdpo" and trl.get("multi_objective_aggregation") == "sum_then_normalize":
         said = "is that of rl: grpo: leave it out, or set rl: grpo"
         yield ("trl", "multi_objective_aggregation"), said
+    yield from _moving_reference(values, trl)
     cap, most = (trl.get(f"vllm_importance_sampling_{k}") for k in ("cap", "clip_max"))
     if cap is not None and most is not None:
         said = "is the older name of vllm_importance_sampling_clip_max, which is set, too"
@@ -175,17 +189,18 @@ def _trl(values: Values, trl: Values) -> Iterator[Problem]:
         yield ("trl", "loss_type"), "luspo needs importance_sampling_level: sequence"
 
 
-def _reference(values: Values, method: str) -> Iterator[Problem]:
-    trl = values.get("trl")
-    if not (isinstance(trl, Mapping) and trl.get("sync_ref_model")):
+def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
+    if not trl.get("sync_ref_model"):
         return
-    place = ("trl", "sync_ref_model")
+    said = None
     if values.get("adapter"):
-        yield place, "needs adapter to be unset: with one, the reference is the model without it"
-    if values.get("precompute_ref_log_probs"):
-        yield place, "set this or precompute_ref_log_probs, not both"
-    if method in _GENERATING and not (trl.get("beta") or values.get("rl_beta")):
-        yield place, "needs rl_beta above 0: without it there is no reference model"
+        said = "needs a reference model of its own, and an adapter has the model without it"
+    elif values.get("precompute_ref_log_probs"):
+        said = "moves the reference model, and precompute_ref_log_probs keeps what it was at first"
+    elif values.get("rl") in _GENERATING and not (trl.get("beta") or values.get("rl_beta")):
+        said = "needs rl_beta above 0: without it there is no reference model"
+    if said is not None:
+        yield ("trl", "sync_ref_model"), f"{said}; leave one of them out"
 
 
 def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
@@ -197,9 +212,18 @@ def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
     for key in ("use_dft", "use_eaft"):
         if values.get(key):
             yield (key,), f"weighs tokens of supervised training, and {named} has its own loss"
-    if method == "kto" and values.get("micro_batch_size") in (None, 1):
+    if method == "kto":
         said = "must be 2 or more: KTO compares a prompt with the answer to another one"
-        yield ("micro_batch_size",), said
+        if values.get("micro_batch_size") in (None, 1):
+            yield ("micro_batch_size",), said
+        if values.get("eval_batch_size") == 1:
+            yield ("eval_batch_size",), said
+    targets = values.get("lora_target_modules")
+    if method in (*_PAIRED, "kto", *_GENERATING) and targets and "lm_head" in targets:
+        yield (
+            ("lora_target_modules",),
+            f"lm_head: {named} reads the head's weights without adapters",
+        )
 
 
 def _labels(values: Values, method: str) -> Iterator[Problem]:

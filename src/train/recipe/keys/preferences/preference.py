@@ -106,7 +106,7 @@ class PreferenceKeys(Keys):
     """Weight of the odds-ratio term of ORPO. Unset: 0.1."""
 
     cpo_alpha: _NotNegative | None = None
-    """Weight of the log-likelihood term of CPO. Unset: 1."""
+    """Weight of the log-likelihood term of CPO and SimPO; 0 is SimPO as published. Unset: 1."""
 
     simpo_gamma: _NotNegative | None = None
     """Target reward margin of SimPO. Unset: 0.5."""

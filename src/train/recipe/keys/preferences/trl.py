@@ -156,7 +156,7 @@ class TrlKeys(Keys):
     """Log prompts and completions. Unset: no."""
 
     num_completions_to_print: PositiveInt | None = None
-    """How many of them. Unset: all."""
+    """How many of them. Unset: 4."""
 
     log_multimodal: bool | None = not_applicable("only text is trained")
     """Log pictures beside completions. Unset: yes."""
@@ -239,3 +239,14 @@ class TrlKeys(Keys):
 
     skip_zero_advantage_batches: bool = not_applicable(_ASYNC, True)
     """Leave out forward and backward where all advantages are 0."""
+
+
+SAME_AS_GRPO = (
+    "max_completion_length", "num_generations", "generation_batch_size", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "generation_kwargs", "mask_truncated_completions",
+    "reward_weights", "loss_type", "num_iterations", "epsilon", "epsilon_high",
+    "importance_sampling_level", "off_policy_mask_threshold", "use_bias_correction_kl",
+    "entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta",
+    "entropy_coef_min", "entropy_coef_max", "log_completions", "num_completions_to_print",
+)  # fmt: skip
+"""The keys of ``trl`` that have the same name in TRL's configuration of GRPO."""
