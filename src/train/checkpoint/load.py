@@ -91,7 +91,7 @@ def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
     dtypes = [value.dtype for value in stored.values() if value.is_floating_point()]
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-    with _without_zero3():
+    with without_zero3():
         made, info = kind.from_pretrained(  # type: ignore[attr-defined]  # 2026-11-27: transformers
             None, config=copy.deepcopy(model.config), state_dict=stored, dtype=widest,
             output_loading_info=True,
@@ -101,7 +101,7 @@ def _with_own_names(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _without_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """Let transformers load weights whole; under ZeRO-3 it would divide them."""
     state: Any = deepspeed_state
     before = state._hf_deepspeed_config_weak_ref

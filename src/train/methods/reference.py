@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint.load import readable
+from ..checkpoint.load import readable, without_zero3
 from ..checkpoint.rng_state import same_draws
 from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
@@ -30,7 +30,8 @@ def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
         recipe: without an adapter.
         tokenizer: whose tokens the embeddings need rows for.
     """
-    model = load_model(recipe)
+    with without_zero3():  # TRL's trainer shards it as a whole
+        model = load_model(recipe)
     with same_draws(recipe.seed):  # as for the trained model
         fit_embeddings(model, tokenizer, recipe)
     model.requires_grad_(False)
