@@ -388,8 +388,12 @@ def test_functions_of_a_recipe_run_with_the_callers_word_alone(
         shown = command(*command_line)
         assert "Traceback" not in shown.output
         assert "Python code" not in shown.output
-    assert "--allow-code" not in refused("train", path, "--allow-code")
+    load_recipe(keys, consent=Consent(allow_code=True))
     assert not mark.exists()  # nor by a check, whatever the caller allows
+    said = refused("train", path, "--allow-code")
+    assert "trl.reward_funcs.0: mine.py has no function 'judge'" in said
+    assert mark.exists()
+    mark.unlink()
     recipe = load_recipe({**keys, "rl": None, "trl": None, "datasets": [{"path": str(rows)}]})
     with pytest.raises(RecipeError, match="pass --allow-code"):
         load_function("mine.judge", "key", recipe.consent)

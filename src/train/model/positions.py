@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...errors import RecipeError
+from ..recipe.keys.preferences.trl import TrlKeys
+from ..recipe.preferences import rows_of
 from ..recipe.recipe import Recipe
 from .from_pretrained import meta_model
+
+_COMPLETION = 512
+"""Tokens of the longest completion, where the recipe does not say."""
 
 _EXTRA = 8
 """Some tables of positions have a few rows more than there are positions."""
@@ -47,6 +52,27 @@ def require_reach(recipe: Recipe, prepared: Any, say: Callable[[str], None]) -> 
     parts = [*([] if recipe.streams() else [prepared.train]), *prepared.validation.values()]
     if (line := beyond(recipe, config, [part.lengths for part in parts])) is not None:
         say(line)
+    if rows_of(recipe) == "prompts":
+        _require_room(recipe, config, max(int(part.lengths.max()) for part in parts), say)
+
+
+def _require_room(recipe: Recipe, config: Any, prompt: int, say: Callable[[str], None]) -> None:
+    """See that the model has positions for completions of the longest prompt.
+
+    Raises:
+        RecipeError: it has no such positions.
+    """
+    known = positions(config)
+    completion = (recipe.trl or TrlKeys()).max_completion_length or _COMPLETION
+    if known is None or prompt + completion <= known:
+        return
+    said = (
+        f"trl.max_completion_length: prompts of up to {prompt} tokens and completions of "
+        f"{completion} are more than the {known} positions of the model"
+    )
+    if _has_table(config, known, recipe):
+        raise RecipeError(f"{said}; set it to {max(1, known - prompt)} or less")
+    say(f"{said}; it was not trained on longer ones")
 
 
 def too_long(recipe: Recipe, config: Any) -> str | None:

@@ -514,3 +514,24 @@ def test_a_finished_run_is_evaluated_by_its_rewards(base: Path, tmp_path: Path) 
     assert found["reward"] == pytest.approx(result.val_reward_after, abs=0.5)
     assert found["recorded_val_reward"] == result.val_reward_after
     assert "loss" not in found
+
+
+def test_completions_that_the_model_has_no_positions_for(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    trl = {"max_completion_length": 500}
+    recipe = grpo_recipe(base, tmp_path, trl=trl, max_steps=1, micro_batch_size=2)
+    train({**recipe, "trl": {**recipe["trl"], "num_generations": 2}}, allow_code=True)
+    said = capsys.readouterr().out
+    assert "trl.max_completion_length: prompts of up to 27 tokens and completions of 500" in said
+    folder = tmp_path / "table"
+    config = GPT2Config(vocab_size=262, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    for file in base.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        RecipeError, match=r"are more than the 64 positions .* set it to 37 or less"
+    ):
+        run(grpo_recipe(folder, tmp_path, trl={"max_completion_length": 40}), overwrite=True)

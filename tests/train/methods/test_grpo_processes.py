@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fusewright.train.checkpoint.pending_batches import read_batches, write_batc
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 
-from ..processes.runs import difference, launched_with, weights
+from ..processes.runs import STRATEGIES, difference, launched_with, weights
 from .completions import drawn, grpo_recipe
 
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
@@ -109,6 +110,37 @@ Judge.__call__ = failing
     message = "trl.reward_funcs.0: the reward letters returned 1 rewards for 4 completions"
     assert said.count(message) == 1, said
     assert (tmp_path / "two" / "checkpoint-1" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsdp",
+        pytest.param(
+            "zero3",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("optimize", [False, True])
+def test_sharded_weights_generate_and_train_the_same(
+    name: str, optimize: bool, base: Path, tmp_path: Path
+) -> None:
+    """Also the reference model, which is sharded as well."""
+    full = {"adapter": None, "lora_r": None, "lora_target_linear": None}
+    keys = grpo_recipe(base, tmp_path, **{**KEYS, "optimize": optimize}, **full)
+    found = {}
+    for kind in ("ddp", name):
+        code, said = in_two(tmp_path, "", kind, **keys, **STRATEGIES[kind])
+        assert code == 0, said
+        found[kind] = history(tmp_path / kind)
+    assert any(entry.get("kl", 0.0) > 0.0 for entry in found["ddp"])
+    for one, other in zip(found["ddp"], found[name], strict=True):
+        for figure in ("loss", "reward", "kl", "entropy", "eval_reward", "eval_kl"):
+            if figure in one:
+                assert other[figure] == pytest.approx(one[figure], rel=1e-3, abs=1e-5), figure
+    assert difference(weights(tmp_path / "ddp"), weights(tmp_path / name)) < 1e-4
 
 
 def world(rank: int, size: int) -> World:

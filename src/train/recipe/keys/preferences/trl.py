@@ -153,10 +153,11 @@ class TrlKeys(Keys):
     # --- logging ---------------------------------------------------------------------------------
 
     log_completions: bool | None = None
-    """Log prompts and completions. Unset: no."""
+    """Write the completions of each logged step to ``completions`` in ``output_dir``, and to
+    trackers. Unset: no; the report shows a few anyway."""
 
     num_completions_to_print: PositiveInt | None = None
-    """How many of them. Unset: 4."""
+    """Completions of the first and of the last generation that the report shows. Unset: 4."""
 
     log_multimodal: bool | None = not_applicable("only text is trained")
     """Log pictures beside completions. Unset: yes."""
