@@ -185,7 +185,7 @@ def _explained(error: Exception, name: str, folder: Path, kind: Kind, factory: A
         if head is not None:
             return (
                 f"transformers has no {head.auto} for the architecture of {name}, which {head.key} "
-                "and num_labels need; use a model of another one, such as Llama or Qwen3"
+                "and num_labels need; use a model of another architecture"
             )
         return f"{name} is not a causal language model; use a model that generates text"
     return f"{name} cannot be loaded: {first_words(error)}"

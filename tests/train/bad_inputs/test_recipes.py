@@ -59,8 +59,8 @@ CASES = {
         text("chat_template_jinja: no.jinja\n"), "4: chat_template_jinja", "there is no no.jinja in"
     ),
     "preferences": Bad(
-        text("    field_chosen: c\n    field_rejected: r\nrl: dpo\n"),
-        "line 6: rl: dpo is not yet available", "use TRL's trainer on an optimized model",
+        text("    field_chosen: c\n    field_rejected: r\nrl: ebft\n"),
+        "line 6: rl: ebft is not yet available", "use rl: grpo with a reward function",
     ),
     "a folder for a recipe": Bad(
         lambda box: ["train", str(box.folder)], "is a folder", "name the recipe's YAML file"
@@ -93,7 +93,7 @@ def test_all_problems_are_told_at_once_with_those_of_what_is_missing_here(
 ) -> None:
     from ..commands import fusewright
 
-    said = fusewright(*text("memory: lots\nrl: dpo\nlora_rank: 3\n")(box)).stderr.splitlines()
+    said = fusewright(*text("memory: lots\nrl: ebft\nlora_rank: 3\n")(box)).stderr.splitlines()
     assert said[0].endswith("recipe.yaml has 3 problems:")
     assert [line.split(":")[1].strip() for line in said[1:]] == ["memory", "rl", "lora_rank"]
 
