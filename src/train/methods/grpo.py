@@ -80,7 +80,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         given: Any = kwargs["args"]
         self._prompt_ids: list[list[int]] = []
         self._rewards = torch.empty(0)
-        self._texts: dict[str, list[Shown]] = {}
+        self._texts: dict[str, list[Shown]]
         self._state = _State()
         asked = given.beta, given.sync_ref_model, given.log_completions
         given.log_completions = False  # it would make a folder before the first step
@@ -93,6 +93,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         if ref_model is not None:
             self._add_reference(ref_model)
         drop_idle_copy(self.model)
+        self._texts = dict((self._kept or {}).get("texts", {}))
         variables = self.context.recipe.chat_template_kwargs or {}
         self.eos_token_ids = stop_tokens(self.model, self.processing_class, variables)
         if not self.use_vllm:
@@ -227,14 +228,19 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         """Whether more is trained of what was generated before so many passes."""
         return bool(passes % (self.args.steps_per_generation * self.num_iterations))
 
+    @property
+    def _kept(self) -> Mapping[str, Any] | None:
+        """What the checkpoint kept that the run resumes from."""
+        kept = self._resumed.carried.get(_CARRIED) if self._resumed is not None else None
+        return kept if isinstance(kept, Mapping) else None
+
     def start(self) -> None:
         """Restore what was generated before the checkpoint and is not yet trained."""
         super().start()
-        kept = self._resumed.carried.get(_CARRIED) if self._resumed is not None else None
-        if not isinstance(kept, Mapping) or self._resumed is None:
+        kept = self._kept
+        if kept is None or self._resumed is None:
             return
         self._step = kept["passes"] // self.world.batch_ranks
-        self._texts = dict(kept["texts"])
         if self.use_adaptive_entropy:
             coefficient, last = kept["entropy"]
             self.entropy_coef = coefficient

@@ -191,6 +191,31 @@ def test_no_logits_of_tokens_by_vocabulary_are_made_in_training(
     assert shapes == heads == []
 
 
+@pytest.mark.slow
+def test_no_step_captures_the_model_anew(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation, validation and training change modes; each has its graphs after a few steps."""
+    from torch._dynamo.utils import counters
+
+    from fusewright.train.methods.grpo import GrpoTuner
+
+    seen: list[int] = []
+    was = GrpoTuner.on_step_end
+
+    def noted(self: Any) -> None:
+        was(self)
+        seen.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(GrpoTuner, "on_step_end", noted)
+    torch._dynamo.reset()
+    trl = {"generation_kwargs": {"suppress_tokens": [0, 2]}}
+    keys = {"optimize": True, "rl_beta": 0.1, "max_steps": 16, "eval_steps": 1, "trl": trl}
+    run(grpo_recipe(base, tmp_path, **keys))
+    assert len(seen) == 16, seen
+    assert seen[-1] == seen[7] > 0, seen
+
+
 def test_the_draws_of_a_validation_are_the_same_and_its_own(base: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"learning_rate": 1e-12, "max_steps": 3}
     often = run(grpo_recipe(base, tmp_path, **keys, eval_steps=1))
@@ -283,6 +308,10 @@ def test_a_run_resumes_bit_for_bit_after_each_step(
         assert same(tmp_path / "whole", tmp_path / f"rest-{step}"), step
         assert curves(rest) == curves(whole)
         assert rest.completions == whole.completions
+    done = run(recipe, output_dir=str(tmp_path / "done"),
+               resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))  # fmt: skip
+    assert done.completions == whole.completions
+    assert curves(done) == curves(whole)
     there = [len(list((tmp_path / "whole" / f"checkpoint-{s}").glob("completions-*")))
              for s in range(1, 7)]  # fmt: skip
     assert there == ([1, 1, 0, 1, 1, 0] if "num_iterations" in trl else [0] * 6)
