@@ -85,7 +85,8 @@ def compile_graph(
         stages.dump(graph, "copied")
 
     copied = inputs_to_copy(graph) if caller_writes else ()
-    choice = _choose_codegen(graph, choices) if kind == "block" and grad else "eager"
+    compiled = kind == "block" and (grad or choices.options.compile_no_grad)
+    choice = _choose_codegen(graph, choices) if compiled else "eager"
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
@@ -127,10 +128,11 @@ def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding
 
 
 def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
-    """``"eager"`` or ``"inductor"``, for the graph of a block that was captured with gradients.
+    """``"eager"`` or ``"inductor"``, for the graph of a block.
 
-    Graphs without gradients serve evaluation: not worth a second compilation. And a compiler would
-    unroll what was captured whole and not rewritten.
+    Graphs without gradients mostly serve evaluation, which is not worth a second compilation; but
+    see ``Options.compile_no_grad``. And a compiler would unroll what was captured whole and not
+    rewritten.
     """
     choice = choices.codegen[0]
     if any(is_leaf(n.target) for inner in nested(graph) for n in inner.graph.nodes):

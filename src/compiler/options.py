@@ -24,6 +24,7 @@ class Options:
         logits: ``"lazy"`` computes ``outputs.logits`` when it is read, ``"always"`` at once.
         verify: ``"first"`` checks each distinct rewrite once, ``"always"`` at every capture.
         strict: raise when a site is refused or missed.
+        compile_no_grad: whether ``codegen`` also runs blocks that are called without gradients.
     """
 
     passes: tuple[Any, ...]
@@ -32,6 +33,7 @@ class Options:
     logits: Logits = "lazy"
     verify: Verify = "first"
     strict: bool = False
+    compile_no_grad: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("codegen", Codegen), ("logits", Logits), ("verify", Verify)):

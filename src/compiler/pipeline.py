@@ -48,6 +48,7 @@ def optimize(
     logits: Logits = "lazy",
     verify: Verify = "first",
     strict: bool = False,
+    compile_no_grad: bool = False,
 ) -> Any:
     """Make a model's training step faster and leaner, in place, without changing its results.
 
@@ -68,6 +69,9 @@ def optimize(
         verify: ``"first"`` runs each distinct rewrite against what it replaces before it is
             installed, ``"always"`` every one, ``"off"`` none.
         strict: capture now, and raise when a formula was refused or missed.
+        compile_no_grad: let ``codegen`` also run blocks that are called without gradients, which
+            otherwise run in eager code. Then both round alike: a loss that compares a model with
+            a reference in bfloat16 sees their difference alone. It costs a second compilation.
 
     Returns:
         The same object.
@@ -81,7 +85,7 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
     _require_rules(passes)
-    options = Options(tuple(passes), codegen, memory, logits, verify, strict)
+    options = Options(tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad)
     environment = Environment.read()
     restore(model)
     found = regions.find(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .canon import canonical
+from .effects import draws, is_opaque
 
 _VIEWS = ("view", "view_as", "unflatten", "view_as_complex", "view_as_real")
 """What may fail in another layout, but not in the contiguous one."""
@@ -23,7 +24,8 @@ _COPIED = ("reshape", "flatten")
 def layout_is_read(node: fx.Node) -> str:
     """How a user of ``node``, or of what takes its layout over, depends on its strides.
 
-    Who gets a result of the graph is not asked.
+    Random numbers are drawn in the order of memory, so the layout says which value gets which. What
+    nothing is known of, and who gets a result of the graph, may read or draw.
 
     Returns:
         ``"exactly"``; ``"for views"``, which the contiguous layout does for always; or ``""``.
@@ -37,7 +39,7 @@ def layout_is_read(node: fx.Node) -> str:
             continue
         seen.add(user)
         name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-        if name in _STRIDES:
+        if name in _STRIDES or user.op == "output" or draws(user) or is_opaque(user):
             return "exactly"
         if name in _VIEWS:
             found = "for views"

@@ -41,7 +41,7 @@ from .terminal import Terminal
 from .trainer.build import make_context
 from .trainer.context import Context
 from .trainer.evaluation import validate
-from .trainer.ready import ready_model
+from .trainer.ready import optimize_model, ready_model
 from .trainer.schedule import try_schedule
 from .trainer.trainer import FineTuner
 from .trainer.watchdog import NonFiniteStepError
@@ -214,10 +214,7 @@ class TrainingRun:
         shards = is_sharded(recipe.strategy(), self.world)
         if not shards:
             finish.answer_before(model, context, self.result, self.run_log)
-        if recipe.optimize:
-            from ..compiler.pipeline import optimize
-
-            optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
+        optimize_model(model, recipe)
         result, log = self.result, self.run_log
         validates = functools.partial(finish.validate_before, context, result, log)
         if not shards and self.task.validates_first:

@@ -51,12 +51,14 @@ def rows(n, batch, length):
     labels[0, : length // 2] = -100
     return ids, labels, torch.randn(batch, length, {DIM}, generator=g)
 
+def stack(m):
+    return m if hasattr(m, "layers") else m.model
+
 def block(m, n):
-    stack = m if hasattr(m, "layers") else m.model
-    return stack.layers[n % len(stack.layers)]
+    return stack(m).layers[n % len(stack(m).layers)]
 
 def leaf(m, n):
-    found = [c for c in block(m, n).modules() if isinstance(c, nn.Linear)] or [m.norm]
+    found = [c for c in block(m, n).modules() if isinstance(c, nn.Linear)] or [stack(m).norm]
     return found[n % len(found)]
 
 def adapt(m, names, settings):

@@ -107,7 +107,7 @@ def test_an_alias_that_is_lost() -> None:
             yield p.transpose(x, -2, -1)
 
     graph = capture(lambda x: x.transpose(-2, -1), *given("glu")[:1])
-    rule = View(lambda x: _turned(x.mT).clone(memory_format=torch.preserve_format))
+    rule = View(lambda x: x.mT.clone(memory_format=torch.preserve_format))
     found = verdict(rule, graph)
     assert found == "of the original only: output 0 shares memory with input 0"
 
@@ -245,16 +245,35 @@ def test_a_write_that_both_have_is_compared_by_its_values() -> None:
     (lambda y: y.reshape(-1), ""),
     (lambda y: y.sum() + 1, ""),
     (lambda y: y.contiguous().view(-1), ""),
+    (lambda y: F.dropout(y * 2, 0.5), "exactly"),
+    (lambda y: F.dropout(y * 2, 0.5, training=False), ""),
+    (lambda y: torch.rand_like(y), "exactly"),
 ])  # fmt: skip
 def test_who_reads_a_layout(reader: Any, kind: str) -> None:
-    graph = capture(lambda x: reader(x.clone()), torch.randn(2, 6, D))
+    graph = capture(lambda x: reader(x.clone()).sum(), torch.randn(2, 6, D))
     copy = next(n for n in graph.graph.nodes if n.target == "clone")
     assert layout_is_read(copy) == kind
 
 
+def test_a_caller_may_read_the_layout() -> None:
+    graph = capture(lambda x: x.clone() * 2, torch.randn(2, 6, D))
+    copy = next(n for n in graph.graph.nodes if n.target == "clone")
+    assert layout_is_read(copy) == "exactly"
+
+
+def test_random_numbers_are_drawn_in_the_order_of_memory() -> None:
+    turned = torch.randn(6, 2, D).transpose(0, 1)
+    graph = capture(lambda x: F.dropout(x.clone(), 0.5).sum(), turned)
+    assert verdict(Copy(torch.clone), graph) is None
+    dense = torch.contiguous_format
+    found = verdict(Copy(lambda x: x.clone(memory_format=dense)), graph)
+    assert found is not None
+    assert "has strides" in found
+
+
 def test_a_contiguous_layout_serves_every_view() -> None:
     turned = torch.randn(6, 2, D).transpose(0, 1)
-    graph = capture(lambda x: x.clone().view(2, 6, 4, 4), turned)
+    graph = capture(lambda x: x.clone().view(2, 6, 4, 4).sum(), turned)
     assert verdict(Copy(torch.clone), graph) is None
     dense = torch.contiguous_format
     assert verdict(Copy(lambda x: x.clone(memory_format=dense)), graph) is None

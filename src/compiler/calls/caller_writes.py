@@ -84,7 +84,9 @@ def _callers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
 
 def _function_may_write(owner: type, function: Any) -> bool:
     """Whether a method, or a function beside it that it names, has a write in its code."""
-    if not isinstance(function, types.FunctionType) or function.__module__.startswith("torch."):
+    if not isinstance(function, types.FunctionType):
+        return False
+    if (function.__module__ or "").startswith("torch."):  # a function of exec() is of no module
         return False
     if _writes_by_code(function.__code__):
         return True

@@ -26,9 +26,8 @@ from ..trainer.build import SupervisedTask, make_trainer
 from ..trainer.context import Context
 from ..trainer.evaluation import Batches
 from ..trainer.trainer import FineTuner
-from .labelled import LabelledTuner
+from .direct import LabelledTuner, PairTuner
 from .odds import CPOConfig, CpoTuner, ORPOConfig, OrpoTuner
-from .pairs import PairTuner
 from .reference import reference_model
 from .rewards import RewardTuner, StepTuner
 from .rows import (

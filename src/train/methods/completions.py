@@ -69,15 +69,7 @@ class CompletionTask(PreferenceTask):
             "per_device_eval_batch_size": self._validated_at_a_time(sizes, world),
         }
         passes = range(sizes.passes(len(sequences)))
-        args = arguments_for(recipe, passes, world, GRPOConfig, own)
-        if args.metric_for_best_model is not None:  # something is judged
-            args.metric_for_best_model = recipe.metric_for_best_model or "eval_reward"
-            if recipe.greater_is_better is None:
-                args.greater_is_better = "reward" in args.metric_for_best_model
-            if recipe.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
-                mode = "max" if args.greater_is_better else "min"
-                args.lr_scheduler_kwargs = {"mode": mode, **(args.lr_scheduler_kwargs or {})}
-        return args
+        return arguments_for(recipe, passes, world, GRPOConfig, own, self.figure)
 
     def _asked(self) -> dict[str, Any]:
         """What the recipe says, without vLLM where that is not installed; the run tells so."""

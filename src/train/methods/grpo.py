@@ -28,7 +28,6 @@ from ..rewards.figures import means, reward_figures
 from ..rewards.judge import require_rewards
 from ..rewards.texts import Shown, shown
 from ..trainer.evaluation import reporter
-from .reference import drop_idle_copy
 from .tuner import MethodTuner
 
 _CARRIED = "generation"
@@ -92,7 +91,6 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         self.num_completions_to_print = -1  # to the terminal; the report shows them
         if ref_model is not None:
             self._add_reference(ref_model)
-        drop_idle_copy(self.model)
         self._texts = dict((self._kept or {}).get("texts", {}))
         variables = self.context.recipe.chat_template_kwargs or {}
         self.eos_token_ids = stop_tokens(self.model, self.processing_class, variables)

@@ -12,6 +12,7 @@ from ..checkpoint.load import readable, without_zero3
 from ..checkpoint.rng_state import same_draws
 from ..model.load import fit_embeddings, load_model
 from ..recipe.recipe import Recipe
+from ..trainer.ready import optimize_model
 
 _COPY = "ref"
 """The adapter in which TRL keeps what the trained one was at first."""
@@ -36,10 +37,7 @@ def reference_model(recipe: Recipe, tokenizer: Any) -> Any:
         fit_embeddings(model, tokenizer, recipe)
     model.requires_grad_(False)
     model.eval()
-    if recipe.optimize:
-        from ...compiler.pipeline import optimize
-
-        optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
+    optimize_model(model, recipe)
     return model
 
 

@@ -18,9 +18,6 @@ class RewardTuner(MethodTuner, RewardTrainer):  # type: ignore[misc]  # 2026-11-
         kwargs: those of ``MethodTuner``.
     """
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # its rows are tokenized
-
     def _called(self, model: Any) -> Any:
         return FloatLogits(model)
 

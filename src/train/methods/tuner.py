@@ -17,7 +17,7 @@ from ..data.order import order_of
 from ..rewards.figures import means
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
-from .reference import read_reference, write_reference
+from .reference import drop_idle_copy, read_reference, write_reference
 from .rows import FillableExamples, tokens_of
 
 Metrics = dict[str, list[float]]
@@ -46,6 +46,7 @@ class MethodTuner(FineTuner):
         self.factor, self._counts = 1.0, True
         with kept_dtypes(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        drop_idle_copy(self.model)
         if self.world.several:  # of this trainer's own accelerator, which TRL asks for its figures
             gather = UnevenGather(lambda: self._counts)
             self.accelerator.gather = self.accelerator.gather_for_metrics = gather
@@ -54,6 +55,9 @@ class MethodTuner(FineTuner):
 
     def _send_telemetry(self) -> None:
         """Nothing: TRL would tell the hub what is trained."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # its rows are tokenized; TRL would do that, too
 
     # --- a step ----------------------------------------------------------------------------------
 

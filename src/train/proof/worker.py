@@ -31,7 +31,7 @@ from ..report.throughput import ThroughputMeter
 from ..terminal import Terminal
 from ..trainer.build import make_trainer
 from ..trainer.context import Context
-from ..trainer.ready import ready_model
+from ..trainer.ready import optimize_model, ready_model
 from .exact import exact_dtype, make_exact
 from .record import PeakMemory, ProofTrainer, Record, compared
 from .ways import FILLER
@@ -129,10 +129,7 @@ def _train(
         dtype = exact_dtype(model, dtype)
         recipe = make_exact(model, recipe, dtype)
     record = Record(model, folder, world.main)
-    if recipe.optimize:
-        from ...compiler.pipeline import optimize
-
-        optimize(model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict)
+    optimize_model(model, recipe)
     console = Terminal(quiet=True)
     context = Context(recipe, tokenizer, console, interrupts, ThroughputMeter(), world=world)
     samples = read_samples(folder.parent / SAMPLES)

@@ -88,6 +88,11 @@ class PreferenceSettings:
         return 2 if self.rows == "pairs" else 1
 
     @property
+    def generates(self) -> bool:
+        """Whether the model writes what it is trained on."""
+        return self.rows == "prompts"
+
+    @property
     def passes_beside(self) -> int:
         """Forward passes without gradients, beside that of each sequence which is trained.
 

@@ -17,6 +17,7 @@ from ..processes.world import World
 from ..processes.wrapping import check_deepspeed, deepspeed_config, deepspeed_state
 from ..recipe.recipe import Recipe
 from ..recipe.strategy import ddp_arguments, strategy_of
+from ..report.result import Figure
 from .steps import Steps, steps
 
 
@@ -26,6 +27,7 @@ def training_arguments(
     several: bool = False,
     kind: type[TrainingArguments] = TrainingArguments,
     own: Mapping[str, Any] | None = None,
+    figure: Figure = "loss",
 ) -> Any:
     """The arguments of transformers' Trainer.
 
@@ -39,6 +41,7 @@ def training_arguments(
         kind: the class of the arguments; what the recipe does not say is as in
             ``TrainingArguments``, also where this class has another default.
         own: what else ``kind`` is made with.
+        figure: what validations judge the model by if the recipe does not say.
 
     Raises:
         RecipeError: keys that do not go together.
@@ -48,7 +51,7 @@ def training_arguments(
         **_plain_defaults(kind),
         **_steps(recipe, count),
         **_saving(recipe, count),
-        **_validation(recipe, count),
+        **_validation(recipe, count, figure),
         **_hub(recipe),
         **_tracking(recipe),
         **_logging(recipe, count),
@@ -117,12 +120,13 @@ def arguments_for(
     world: World | None = None,
     kind: type[TrainingArguments] = TrainingArguments,
     own: Mapping[str, Any] | None = None,
+    figure: Figure = "loss",
 ) -> Any:
     """The same for the sequences at hand; a stream of them has no length."""
     world = world or World()
     number = len(sequences) if hasattr(sequences, "__len__") else None
     count = steps(recipe, number, world.batch_ranks)
-    return training_arguments(recipe, count, world.several, kind, own)
+    return training_arguments(recipe, count, world.several, kind, own, figure)
 
 
 def _processes(recipe: Recipe) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def _saving(recipe: Recipe, count: Steps) -> dict[str, Any]:
     }
 
 
-def _validation(recipe: Recipe, count: Steps) -> dict[str, Any]:
+def _validation(recipe: Recipe, count: Steps, figure: Figure) -> dict[str, Any]:
     kind = recipe.evaluation()
     best = recipe.load_best_model_at_end or recipe.saving() == "best"
     judged = best or recipe.early_stopping_patience or recipe.lr_scheduler in _BY_RESULT
@@ -234,9 +238,10 @@ def _validation(recipe: Recipe, count: Steps) -> dict[str, Any]:
         delay *= count.per_epoch or 0
     found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": interval, "eval_delay": delay}
     if judged:
-        metric, greater = recipe.metric_for_best_model or "eval_loss", recipe.greater_is_better
+        metric = recipe.metric_for_best_model or f"eval_{figure}"
+        greater = recipe.greater_is_better
         if greater is None:
-            greater = not metric.endswith(("loss", "perplexity"))
+            greater = not metric.endswith(_BETTER_WHEN_LESS)
         if recipe.lr_scheduler in _BY_RESULT:
             mode = {"mode": "max" if greater else "min"}
             found["lr_scheduler_kwargs"] = mode | (recipe.lr_scheduler_kwargs or {})
@@ -249,6 +254,7 @@ def _validation(recipe: Recipe, count: Steps) -> dict[str, Any]:
 
 
 _BY_RESULT = ("reduce_lr_on_plateau", "greedy")
+_BETTER_WHEN_LESS = ("loss", "perplexity", "kl", "clipped_ratio", "frac_reward_zero_std")
 
 
 def _judging(recipe: Recipe) -> list[tuple[str, Any]]:

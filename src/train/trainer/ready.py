@@ -11,6 +11,7 @@ from ...errors import RecipeError
 from ..data import leaks
 from ..model.adapters import add_adapter
 from ..model.load import fit_embeddings, load_model
+from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
 
 
@@ -44,3 +45,25 @@ def ready_model(
     if added:
         say(f"embeddings: {added:+,} rows, for the tokens of the tokenizer")
     return add_adapter(model, recipe)
+
+
+def optimize_model(model: Any, recipe: Recipe) -> None:
+    """Optimize a model as its recipe says, in place; nothing if it says no.
+
+    Where a loss compares the model with a reference, passes without gradients are compiled as
+    those with gradients are: else a difference of roundings is taken for one of models.
+
+    Args:
+        model: trained, or the reference of one that is.
+        recipe: checked.
+    """
+    if not recipe.optimize:
+        return
+    from ...compiler.pipeline import optimize
+
+    settings = preference_settings(recipe)
+    compared = settings is not None and settings.reference and not settings.generates
+    optimize(
+        model, codegen=recipe.codegen, memory=recipe.memory, strict=recipe.strict,
+        compile_no_grad=compared,
+    )  # fmt: skip

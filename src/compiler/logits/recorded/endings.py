@@ -205,22 +205,27 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
     if z.numel() == 0:
         return NotImplemented
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    rows = rows_of(z)
-
-    def per_row(o: Operands) -> Tensor:
-        made = mean_logit(o)
-        if rows.kind == "log_probs":
-            made = made - measure(o, "logsumexp")
-        return made * rows.weight
-
     if is_last(z, dim):
-        made = result_dtype(lambda t: t.mean(-1, dtype=dtype), z)
-        return _of_rows(z, "mean logit", per_row, lambda v: v.mean(-1), keepdim, made)
+        return _row_means(z, keepdim, result_dtype(lambda t: t.mean(-1, dtype=dtype), z))
     if dim is not None or keepdim:
         return NotImplemented
-    made = result_dtype(lambda t: t.mean(dtype=dtype), z)
-    ending = Tiled("mean logit", lambda o: per_row(o).mean(), lambda v: wide(v).mean())
-    return compute(z, ending).to(made)
+    whole = result_dtype(lambda t: t.mean(dtype=dtype), z)
+    return _row_means(z, False, wide(torch.empty(0, dtype=z.dtype)).dtype).mean().to(whole)
+
+
+def _row_means(z: LazyLogits, keepdim: bool, dtype: torch.dtype) -> Tensor:
+    rows, means = rows_of(z), functools.partial(torch.mean, dim=-1)
+    if rows.kind == "logits":
+        return _of_rows(
+            z, "mean logit", lambda o: mean_logit(o) * rows.weight, means, keepdim, dtype
+        )
+    weights = {"logsumexp": -rows.weight, "mean_logit": rows.weight}
+
+    def tiled(o: Operands) -> Tensor:
+        return weighted_sum(o, weights)
+
+    name = "mean log-probability"
+    return _of_rows(z, name, tiled, means, keepdim, dtype, Measures(weights))
 
 
 # ------------------------------------------------------------------------------------- top classes

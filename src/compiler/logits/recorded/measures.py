@@ -24,16 +24,18 @@ def measure(o: Operands, name: str, targets: Tensor | None = None, **more: Any) 
 
 
 def weighted_sum(o: Operands, weights: Mapping[str, float]) -> Tensor:
-    """A sum of several measures, in one pass over the logits."""
-    names = [n for n in weights if n != "mean_logit" or o.softcap is not None]
+    """A sum of several measures, in one pass over the logits.
+
+    The gradients of a mean logit and of a log-sum-exp nearly cancel: they are added before they
+    are multiplied with the head, by backward, and not as one term of each that forward has made.
+    """
+    names = list(weights)
     found = linear_logprob(
         o.x, o.weight, o.bias, None, names, ignore_index=NEVER, temperature=o.temperature,
         softcap=o.softcap, logit_scale=o.scale,
+        deferred=names if {"mean_logit", "logsumexp"} <= set(names) else (),
     )  # fmt: skip
-    made = dict(zip(names, found, strict=True))
-    if "mean_logit" in weights and "mean_logit" not in made:
-        made["mean_logit"] = mean_logit(o)
-    total: Tensor = sum(made[n] * w for n, w in weights.items())  # type: ignore[assignment]
+    total: Tensor = sum(t * weights[n] for n, t in zip(names, found, strict=True))  # type: ignore[assignment]
     return total
 
 

@@ -54,9 +54,18 @@ def need_text(row: Mapping[str, Any], field: str, where: str) -> str:
     Raises:
         DataError: it is missing, or something else.
     """
-    value = need(row, field, where)
+    return as_text(need(row, field, where), field, where)
+
+
+def as_text(value: Any, field: str, where: str, todo: str | None = None) -> str:
+    """The value of a field, which must be text; ``todo`` says what helps where it is not.
+
+    Raises:
+        DataError: it is something else.
+    """
     if not isinstance(value, str):
-        raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}")
+        hint = f"; {todo}" if todo else ""
+        raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}{hint}")
     return value
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ....errors import DataError
 from ..chat.template import Messages
 from ..formats.conversation import Conversation
-from ..formats.fields import kind
+from ..formats.fields import as_text, kind
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,7 @@ def text_of_part(
     Raises:
         DataError: it is missing, or something else.
     """
-    value = part_of(row, field, where)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the field {field!r} must be text, not {kind(value)}; {todo}")
-    return value
+    return as_text(part_of(row, field, where), field, where, todo)
 
 
 def require_same_question(before: Sequence[Messages], names: Sequence[str], where: str) -> None:

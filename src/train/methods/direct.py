@@ -1,12 +1,12 @@
-"""DPO and IPO: two answers to a prompt, and a model that learns which one is better."""
+"""DPO, IPO and KTO: answers compared with what another model thinks of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
-from .reference import drop_idle_copy
 from .tuner import MethodTuner
 
 
@@ -17,13 +17,6 @@ class PairTuner(MethodTuner, DPOTrainer):  # type: ignore[misc]  # 2026-11-27: T
         kwargs: those of ``MethodTuner``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        drop_idle_copy(self.model)
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset  # its rows are tokenized
-
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """The log-probabilities of the reference; TRL hands all else in a batch to the model."""
         counts = ("tokens", "trained")
@@ -31,3 +24,11 @@ class PairTuner(MethodTuner, DPOTrainer):  # type: ignore[misc]  # 2026-11-27: T
         return own.compute_ref_log_probs(
             model, {name: value for name, value in inputs.items() if name not in counts}
         )
+
+
+class LabelledTuner(MethodTuner, KTOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
+    """TRL's trainer of KTO (Ethayarajh et al. 2024) in this engine's loop.
+
+    Args:
+        kwargs: those of ``MethodTuner``.
+    """
