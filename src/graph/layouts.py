@@ -25,7 +25,7 @@ def layout_is_read(node: fx.Node) -> str:
     """How a user of ``node``, or of what takes its layout over, depends on its strides.
 
     Random numbers are drawn in the order of memory, so the layout says which value gets which. What
-    nothing is known of, and who gets a result of the graph, may read or draw.
+    nothing is known of may read or draw. Who gets a result of the graph is not asked.
 
     Returns:
         ``"exactly"``; ``"for views"``, which the contiguous layout does for always; or ``""``.
@@ -39,7 +39,7 @@ def layout_is_read(node: fx.Node) -> str:
             continue
         seen.add(user)
         name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-        if name in _STRIDES or user.op == "output" or draws(user) or is_opaque(user):
+        if name in _STRIDES or draws(user) or is_opaque(user):
             return "exactly"
         if name in _VIEWS:
             found = "for views"

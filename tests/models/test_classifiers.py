@@ -40,8 +40,12 @@ ARCHITECTURES: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
 
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 LENGTHS = ((7, 12), (12, 3), (20, 9, 1, 20))
-CASES = [(name, labels, lora) for name in ARCHITECTURES for labels in (1, 2)
-         for lora in (False, True) if lora or name in ("llama", "gpt2")]  # fmt: skip
+_FIRST = ("llama", "gpt2")
+CASES = [
+    pytest.param(name, labels, lora, marks=[] if name in _FIRST and lora else [pytest.mark.slow])
+    for name in ARCHITECTURES for labels in (1, 2) for lora in (False, True)
+    if lora or name in _FIRST
+]  # fmt: skip
 """One label: a text's score; two: the classes of a token."""
 
 

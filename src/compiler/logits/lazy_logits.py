@@ -157,14 +157,15 @@ class LazyLogits(Tensor):
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         first = args[0] if args else None
-        if not (_is_for_autograd(func, name) or _writes(name)):
+        is_for_wrapper = name in _COPIES and not kwargs and _asked_by_wrapper(sys._getframe(1))
+        if not (is_for_wrapper or _is_for_autograd(func, name) or _writes(name)):
             answer = _recorded_answer(func, args, kwargs)
             if answer is not NotImplemented:
                 return answer
         if (
             _is_for_autograd(func, name)
             or (name in _CASTS and not _casts_away(args, kwargs))
-            or (name in _COPIES and not kwargs and _asked_by_wrapper(sys._getframe(1)))
+            or is_for_wrapper
         ):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)

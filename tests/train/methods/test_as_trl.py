@@ -57,8 +57,14 @@ def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("optimize", [False, True])
-@pytest.mark.parametrize("method", [*METHODS, "reward"])
+@pytest.mark.parametrize(
+    ("method", "optimize"),
+    [
+        *((method, False) for method in (*METHODS, "reward")),
+        *((method, True) for method in ("dpo", "orpo", "reward")),
+        *(pytest.param(m, True, marks=pytest.mark.slow) for m in ("ipo", "cpo", "simpo", "kto")),
+    ],
+)
 def test_ten_steps_are_those_of_trl(
     method: str, optimize: bool, base: Path, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> No
     assert written["data"]["train_sequences"] == 34
 
 
-@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("optimize", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", MODELS)
 def test_a_model_of_rewards(method: str, optimize: bool, base: Path, tmp_path: Path) -> None:
     keys = {"eval_steps": 4, "max_steps": 8, "optimize": optimize}
@@ -113,8 +113,17 @@ def test_an_adapter_to_begin_with_is_the_reference(base: Path, tmp_path: Path) -
     assert names == ["adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("dpo", "bfloat16"), ("orpo", "float32"),
+        *(
+            pytest.param(m, d, marks=pytest.mark.slow)
+            for m in METHODS for d in ("float32", "bfloat16")
+            if (m, d) not in (("dpo", "bfloat16"), ("orpo", "float32"))
+        ),
+    ],
+)  # fmt: skip
 def test_an_optimized_run_learns_the_same(
     method: str, dtype: str, base: Path, tmp_path: Path
 ) -> None:

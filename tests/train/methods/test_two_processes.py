@@ -21,9 +21,9 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [
-        ("dpo", "ddp"), ("orpo", "ddp"),
+        ("dpo", "ddp"),
         *(pytest.param("dpo", s, marks=pytest.mark.slow) for s in ("fsdp", "zero2")),
-        *(pytest.param(m, "ddp", marks=pytest.mark.slow) for m in ("ipo", "cpo", "reward")),
+        *(pytest.param(m, "ddp", marks=pytest.mark.slow) for m in ("ipo", "orpo", "cpo", "reward")),
     ],
 )  # fmt: skip
 def test_two_processes_train_what_one_does(method: str, strategy: str, runs: Runs) -> None:
