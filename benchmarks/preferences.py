@@ -249,7 +249,8 @@ def _trainer(job: MethodJob, folder: str) -> Any:
     if job.engine == "fusewright":
         from fusewright import optimize
 
-        optimize(model, codegen=job.codegen)
+        compared = job.method in ("dpo", "kto")  # with a reference: as recipes do
+        optimize(model, codegen=job.codegen, compile_no_grad=compared)
     rows = job.batch // 2 if job.method in ("dpo", "orpo", "cpo", "reward") else job.batch
     args = configuration(
         output_dir=folder, per_device_train_batch_size=rows, use_cpu=True, max_steps=job.steps,

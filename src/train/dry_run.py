@@ -16,6 +16,7 @@ from ..errors import RecipeError
 from .preflight import obstacles
 from .recipe.keys.base import extra_of
 from .recipe.load import Checked
+from .recipe.paths import unallowed_functions
 from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
 from .recipe.secrets import hide, without_hidden
@@ -54,7 +55,8 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
         say(console, line)
     say(console, "\n# the recipe with its defaults, without secrets and unset keys")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
-    problems = [listed(checked.name, [one], checked.where) for one in refusals(checked.values)]
+    refused = [*refusals(checked.values), *unallowed_functions(checked.recipe)]
+    problems = [listed(checked.name, [one], checked.where) for one in refused]
     problems += obstacles(checked.recipe)
     if problems:
         raise RecipeError("train would refuse this: " + "\n  ".join(problems))

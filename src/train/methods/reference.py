@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...errors import RecipeError
 from ..checkpoint.load import readable, without_zero3
 from ..checkpoint.rng_state import same_draws
 from ..model.load import fit_embeddings, load_model
@@ -59,7 +60,13 @@ def read_reference(model: Any, folder: Path) -> None:
         RecipeError: the checkpoint has none, or those of another model.
     """
     with readable(folder):
-        model.load_state_dict(load_file(folder / _FILE), strict=False)
+        weights = load_file(folder / _FILE)
+        if weights.keys() != dict(model.named_parameters()).keys():
+            raise RecipeError(
+                f"{folder}: {_FILE} has the weights of another model than the reference; resume "
+                "from another checkpoint"
+            )
+        model.load_state_dict(weights, strict=False)  # buffers are not kept
 
 
 def drop_idle_copy(model: Any) -> None:

@@ -87,6 +87,20 @@ class MethodTuner(FineTuner):
         self._counts = self._trains(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def try_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One try of ``training_step``; of one that fails, nothing is measured."""
+        measured = self.pending("train")
+        lengths = {name: len(values) for name, values in measured.items()}
+        tokens = getattr(self, "_total_train_tokens", None)
+        try:
+            return super().try_step(*args, **kwargs)
+        except Exception:
+            for name, values in measured.items():
+                del values[lengths.get(name, 0) :]
+            if tokens is not None:
+                self._total_train_tokens = tokens
+            raise
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The method's own; of a batch that only takes part, nothing counts."""
         loss = super().compute_loss(self._called(model), inputs, *args, **kwargs)

@@ -160,7 +160,7 @@ def _use(facts: Facts) -> Iterator[str]:
     if not facts.number("steps"):
         return
     yield "## Use it\n"
-    yield _fenced(usage.COMMANDS, "sh") + "\n\nin a copy of this folder.\n"
+    yield _fenced(usage.commands(facts.recipe), "sh") + "\n\nin a copy of this folder.\n"
     code = usage.snippet(facts.recipe, ".")
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"

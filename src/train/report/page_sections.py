@@ -235,7 +235,12 @@ def use(facts: Facts) -> Rows:
     """Explanations, each with something to copy; none when nothing was trained."""
     if not facts.folder or not facts.number("steps"):
         return []
-    found = [("With fusewright, in a terminal, in the folder of this page:", usage.COMMANDS)]
+    found = [
+        (
+            "With fusewright, in a terminal, in the folder of this page:",
+            usage.commands(facts.recipe),
+        )
+    ]
     code = usage.snippet(facts.recipe, ".")
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"

@@ -87,6 +87,15 @@ class ThroughputMeter:
             return None
         return self.rate(self.tokens, last) * self.flops / self.peak
 
+    def entries(self, last: int) -> dict[str, float]:
+        """What the log says of the ``last`` steps: their speed, and the seconds of all steps."""
+        last = max(1, last)
+        found = {
+            "trained_tokens_per_s": self.rate(self.trained, last), "time": sum(self.seconds),
+        }  # fmt: skip
+        share = self.utilization(last)
+        return found if share is None else {**found, "mfu": share}
+
     def state_dict(self) -> dict[str, list[Any]]:
         """What a checkpoint keeps: the complete steps, without the current one."""
         done = len(self.seconds)

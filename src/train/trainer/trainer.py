@@ -145,12 +145,16 @@ class FineTuner(WeighingTrainer):
         """Forward and backward of one batch."""
         self.context.meter.add(inputs.pop("tokens"), inputs.pop("trained"))
         planner = planner_of(model)
-        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        step = functools.partial(self.try_step, model, inputs, *args, **kwargs)
         if self.world.several:  # the others would not try again
             planner = None
         loss = step() if planner is None else retrying(planner, step, model.parameters())
         self.guard.add(self.state.global_step + 1, inputs, loss)
         return loss
+
+    def try_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One try of ``training_step``; there are more where the first finds no memory."""
+        return super().training_step(*args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         own: Any = super()._get_grad_norm
@@ -185,13 +189,7 @@ class FineTuner(WeighingTrainer):
         """Add what the steps since the last entry took."""
         if "loss" in logs:
             self.guard.look()
-            meter = self.context.meter
-            since = self.state.global_step - self._last_loss()
-            logs["trained_tokens_per_s"] = meter.rate(meter.trained, last=max(1, since))
-            logs["time"] = sum(meter.seconds)
-            share = meter.utilization(last=max(1, since))
-            if share is not None:
-                logs["mfu"] = share
+            logs |= self.context.meter.entries(self.state.global_step - self._last_loss())
             logs["rss_mb"] = rss_mb()
             if torch.cuda.is_available():
                 logs["cuda_mb"] = torch.cuda.memory_allocated() / 2**20

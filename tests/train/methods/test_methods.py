@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("optimize", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", MODELS)
-def test_a_model_of_rewards(method: str, optimize: bool, base: Path, tmp_path: Path) -> None:
+def test_a_model_of_rewards(
+    method: str, optimize: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     keys = {"eval_steps": 4, "max_steps": 8, "optimize": optimize}
     result = train(method_recipe(method, base, tmp_path, **keys), console=QUIET)
     assert result.status == "finished"
@@ -60,6 +64,14 @@ def test_a_model_of_rewards(method: str, optimize: bool, base: Path, tmp_path: P
     names = adapter(tmp_path / "out")
     assert any("score" in name for name in names)
     assert result.adapter_check["exact"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "fusewright eval ." in card
+    assert "fusewright chat" not in card
+    monkeypatch.chdir(tmp_path / "out")
+    capsys.readouterr()
+    exec(card.partition("```python\n")[2].partition("```")[0], {})
+    found = capsys.readouterr().out
+    assert re.match(r"tensor\(\[\[\S+\]\]\)" if method == "reward" else r"tensor\(\[\[\[", found)
 
 
 @pytest.mark.parametrize("method", [*METHODS, *MODELS])
@@ -139,6 +151,30 @@ def test_an_optimized_run_learns_the_same(
     assert fast.optimize["sites"]
     assert fast.optimize["logits"].startswith("in tiles: ")
     assert not [b for b in fast.optimize["bypasses"] if "real tensor" in str(b)]
+
+
+def test_a_step_that_is_tried_again_is_measured_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.train.methods.direct import PairTuner
+
+    keys = {"optimize": True, "memory": "auto", "max_steps": 1, "val_set_size": 0}
+    whole = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET)
+    own, tries = PairTuner.compute_loss, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = own(self, *args, **kwargs)
+        tries.append(loss)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return loss
+
+    monkeypatch.setattr(PairTuner, "compute_loss", failing)
+    again = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET, overwrite=True)
+    (one,), (other,) = ([e for e in r.history if "loss" in e] for r in (whole, again))
+    assert len(tries) > 1
+    for name in ("loss", "num_tokens", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert one[name] == pytest.approx(other[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("method", PAIRED)
