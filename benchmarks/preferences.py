@@ -228,6 +228,7 @@ def _model(job: MethodJob) -> tuple[Any, Any]:
         config = MODELS[job.model].llama_config()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     task = "CAUSAL_LM"
+    torch.manual_seed(0)
     if job.method == "reward":
         config = model.config
         config.num_labels, task = 1, "SEQ_CLS"
@@ -235,7 +236,6 @@ def _model(job: MethodJob) -> tuple[Any, Any]:
         scored = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         scored.base_model.load_state_dict(model.base_model.state_dict())
         model = scored
-    torch.manual_seed(0)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task)
     return get_peft_model(model, lora), tokenizer
 
