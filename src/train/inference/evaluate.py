@@ -17,15 +17,15 @@ from rich.table import Table
 from ...errors import DataError, ModelError
 from ..checkpoint.ownership import link_in
 from ..data import PreparedData, Samples, prepare
+from ..methods.task import task_of
 from ..model.load import quiet
-from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
+from ..processes.world import World
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
-from ..trainer.batches import validation_batches
-from ..trainer.evaluation import Batches, validate
+from ..trainer.evaluation import Batches, Loss, validate
 from .load_run import load_model_of, load_tokenizer
 from .past_recipe import recipe_with, written
 from .run_folder import RunFolder
@@ -38,7 +38,7 @@ class EvalMetrics:
     Attributes:
         loss: mean over the tokens that have a label, in nats; of a preference method, its own, mean
             over the rows; None of a method that is judged by rewards.
-        perplexity: its exponential; None of a preference method.
+        perplexity: its exponential; None of a preference method, and of distillation.
         samples: rows that were used, or pieces of texts.
         tokens: tokens of those.
         trained_tokens: those of them that have a label.
@@ -108,9 +108,10 @@ def evaluate(
             if method_of(recipe) is not None:
                 found |= _by_method(model, recipe, tokenizer, prepared, console)
                 continue
-            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
+            task = task_of(recipe)
+            sets = task.validation(prepared, tokenizer, World())
             found |= {
-                part: _measure(model, batches, prepared.validation[part])
+                part: _measure(model, batches, prepared.validation[part], task.loss)
                 for part, batches in sets.items()
             }
     path = _write(run, found, recorded)
@@ -205,10 +206,12 @@ def _by_method(
     }
 
 
-def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
+def _measure(model: Any, batches: Batches, samples: Samples, own: Loss | None) -> EvalMetrics:
     begun = time.perf_counter()
-    loss = validate(model, {"": batches}, announce)["eval_loss"]
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
+    loss = validate(model, {"": batches}, announce, loss=own)["eval_loss"]
+    perplexity = None
+    if own is None:  # else it is no likelihood
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
     return _metrics(loss, samples, time.perf_counter() - begun, perplexity)
 
 
