@@ -178,7 +178,8 @@ class MeanLoss:
         labels = inputs.pop("labels")
         logits = model(**inputs).logits.float()
         number = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
-        return self.distillation.total(logits, labels, ids, teacher) / number
+        mean: Tensor = self.distillation.total(logits, labels, ids, teacher) / number
+        return mean
 
 
 class DistillationTask(SupervisedTask):

@@ -30,12 +30,8 @@ def taught_rows(number: int = 40, form: str = "vllm", most: int = 4) -> list[dic
             others = [t for t in draw.sample(range(3, 258), most) if t != token]
             named = [token, *others[: draw.randint(1, most - 1)]]
             weights = [6.0, *(draw.random() for _ in named[1:])]
-            entries.append(
-                [
-                    (t, math.log(0.99 * w / sum(weights)))
-                    for t, w in zip(named, weights, strict=True)
-                ]
-            )
+            values = [math.log(0.99 * w / sum(weights)) for w in weights]
+            entries.append(list(zip(named, values, strict=True)))
         row: dict[str, Any] = {
             "messages": [
                 {"role": "user", "content": f"Say {answer}"},

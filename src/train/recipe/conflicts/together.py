@@ -182,8 +182,8 @@ def _weights(values: Values) -> Iterator[Loc]:
 def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     yield from _template(values, loc)
     kind = values.get("type") if supervised else None  # preferences have types of their own
-    plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else kind
-    if isinstance(plain, str) and not (plain in TYPES or is_of_teacher(kind)):
+    plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else ""
+    if isinstance(kind, str) and not (plain in TYPES or is_of_teacher(kind)):
         hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
         yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
     shards, index = values.get("shards"), values.get("shards_idx", 0)
