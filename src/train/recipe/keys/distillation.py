@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet
 
-_SERVER = "only a teacher server (key kd_online_server_base_url) is asked with it"
+_SERVER = "only kd_online_server_base_url reads it"
 
 
 class DistillationKeys(Keys):
