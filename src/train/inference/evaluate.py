@@ -107,13 +107,8 @@ def evaluate(
             announce(f"evaluating {name or 'the validation rows'}")
             if method_of(recipe) is not None:
                 found |= _by_method(model, recipe, tokenizer, prepared, console)
-                continue
-            task = task_of(recipe)
-            sets = task.validation(prepared, tokenizer, World())
-            found |= {
-                part: _measure(model, batches, prepared.validation[part], task.loss)
-                for part, batches in sets.items()
-            }
+            else:
+                found |= _by_token(model, recipe, tokenizer, prepared)
     path = _write(run, found, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
@@ -203,6 +198,17 @@ def _by_method(
     return {
         name: _metrics(of.pop("loss", None), prepared.validation[name], seconds, None, of)
         for name, of in figures.items()
+    }
+
+
+def _by_token(
+    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData
+) -> dict[str, EvalMetrics]:
+    """The loss per trained token of each dataset, as the recipe's validation has it."""
+    task = task_of(recipe)
+    return {
+        name: _measure(model, batches, prepared.validation[name], task.loss)
+        for name, batches in task.validation(prepared, tokenizer, World()).items()
     }
 
 

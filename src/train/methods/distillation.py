@@ -147,7 +147,8 @@ class DistillationTuner(FineTuner):
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             total = self.distillation.total(outputs["logits"], labels, ids, teacher)
-            return total / num_items_in_batch
+            mean: Tensor = total / num_items_in_batch
+            return mean
 
         self.compute_loss_func = loss
         try:

@@ -106,11 +106,13 @@ def test_the_temperature_of_the_teacher_is_taken_out(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_cut_keeps_the_beginning(tmp_path: Path) -> None:
-    path = write(tmp_path, [row()])
-    whole = prepared(path)[0]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]
+    short = row(messages=messages, logprobs=entries(NAMES[:2]))  # whose end is trained
+    path = write(tmp_path, [row(), short])
+    whole = max(prepared(path), key=lambda sample: sample.trained)
     last = max(i for i, label in enumerate(whole.labels) if label != IGNORED)
     keys = {"sequence_len": last, "excess_length_strategy": "truncate"}
-    sample = prepared(path, **keys)[0]
+    sample = next(s for s in prepared(path, **keys) if s.input_ids == whole.input_ids[:last])
     assert sample.trained == 2
     batch = with_teacher(collate([[sample]], 0, False, 64), [[sample]])
     ids, values = take_teacher(batch)
@@ -158,7 +160,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "an empty list": ({"logprobs": []}, "is an empty list: leave the row out"),
     "too few": (
         {"logprobs": entries(NAMES[:2])},
-        "has 2 entries, and the row has 3 trained tokens of 34: there must be one for each trained",
+        "has 2 entries, and the row has 3 trained tokens of 25: there must be one for each trained",
     ),
     "an entry that is text": (
         {"logprobs": [*entries()[:2], "x"]}, ", entry 3 must be a list of tokens with log-prob",
@@ -206,7 +208,7 @@ def test_a_mistake_is_one_message_with_the_row_and_the_field(name: str, tmp_path
     with pytest.raises(DataError) as caught:
         prepared(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}:2: the field 'logprobs'")
+    assert message.startswith(f"{path}, line 2: the field 'logprobs'")
     assert said in message
     assert "\n" not in message
 
