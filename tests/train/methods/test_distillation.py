@@ -179,11 +179,13 @@ def test_a_run_that_resumes_ends_with_the_same_weights(base: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimized", [False, True])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_train_what_one_does(
     strategy: str, optimized: bool, base: Path, tmp_path: Path
 ) -> None:
     """The 17 batches of an epoch do not go round, nor do the 3 to validate on."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
     runs = Runs(base, tmp_path)
     keys = taught_recipe(base, tmp_path)
     for name in ("output_dir", "max_steps", "gradient_accumulation_steps"):
