@@ -134,7 +134,7 @@ def test_a_run_learns_what_the_teacher_says(optimized: bool, base: Path, tmp_pat
 def test_an_optimized_run_and_one_in_packs_train_what_a_plain_one_does(
     base: Path, tmp_path: Path
 ) -> None:
-    """Two rows a step, alone or in one pack, with one normalization."""
+    """All rows in each step, however they are divided; the logits are never computed."""
     keys = {"max_steps": 3, "val_set_size": 0}
     whole = {"micro_batch_size": 40, "gradient_accumulation_steps": 1}
     ways: dict[str, dict[str, Any]] = {
@@ -157,6 +157,8 @@ def test_an_optimized_run_and_one_in_packs_train_what_a_plain_one_does(
     for name in ways:
         assert losses[name] == pytest.approx(losses["plain"], rel=1e-4), name
         assert difference(weights[name], weights["plain"]) < 1e-3, name
+    written = json.loads((tmp_path / "optimized" / "run.json").read_text(encoding="utf-8"))
+    assert written["optimize"]["logits"] == "in tiles: cross entropy 3x, log-probabilities 3x"
 
 
 def test_a_run_that_resumes_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
