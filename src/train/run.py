@@ -218,7 +218,8 @@ class TrainingRun:
         result, log = self.result, self.run_log
         validates = functools.partial(finish.validate_before, context, result, log)
         if not shards and self.task.validates_first:
-            validates(lambda: validate(model, context.validation, context.say, self.world))
+            loss = self.task.loss
+            validates(lambda: validate(model, context.validation, context.say, self.world, loss))
             return
 
         def on_ready(trainer: FineTuner) -> None:

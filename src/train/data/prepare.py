@@ -17,7 +17,7 @@ from ..recipe.recipe import Dataset, Recipe
 from .cache import ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
 from .fingerprint import fingerprint_of, with_content
-from .formats.registry import Encoder
+from .formats.teacher import encoder_of
 from .preferences.encoder import PreferenceEncoder
 from .progress import Progress
 from .readers import sources
@@ -152,7 +152,7 @@ def _work(dataset: Dataset, recipe: Recipe, tokenizer: Any, key: str, day: str) 
     encoder: RowEncoder
     rows = rows_of(recipe)
     if rows is None:
-        encoder = Encoder(dataset, recipe, tokenizer, longest, day)
+        encoder = encoder_of(dataset, recipe, tokenizer, longest, day)
     else:
         encoder = PreferenceEncoder(dataset, recipe, tokenizer, day)
     shortest = recipe.min_sample_len or (1 if rows == "prompts" else 2)
@@ -185,7 +185,7 @@ def _store(
     try:
         counts: Counter[str] = Counter()
         sizes: list[int] = []
-        files, extra = ["train.arrow"], rows_of(recipe) == "prompts"
+        files, extra = ["train.arrow"], recipe.kd_trainer or rows_of(recipe) == "prompts"
         with Progress(console) as progress:
             duplicates = Duplicates() if recipe.dataset_exact_deduplication else None
             with ArrowWriter(made / "train.arrow", extra) as writer:

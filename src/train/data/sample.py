@@ -40,6 +40,7 @@ class Tokens:
         spans: what is trained, as (first, behind the last), in order.
         ends: the special tokens that end the trained turns, trained or not.
         specials: whether the text of a user, a tool or a prompt has special tokens in it.
+        extra: what else is kept of the row, as JSON; empty: nothing.
     """
 
     where: str
@@ -47,6 +48,7 @@ class Tokens:
     spans: list[tuple[int, int]]
     ends: frozenset[int] = frozenset()
     specials: bool = False
+    extra: str = ""
 
 
 def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -17,15 +17,15 @@ from rich.table import Table
 from ...errors import DataError, ModelError
 from ..checkpoint.ownership import link_in
 from ..data import PreparedData, Samples, prepare
+from ..methods.task import task_of
 from ..model.load import quiet
-from ..model.tokenizer import pad_token
 from ..output_files import write_atomically
+from ..processes.world import World
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
-from ..trainer.batches import validation_batches
-from ..trainer.evaluation import Batches, validate
+from ..trainer.evaluation import Batches, Loss, validate
 from .load_run import load_model_of, load_tokenizer
 from .past_recipe import recipe_with, written
 from .run_folder import RunFolder
@@ -38,7 +38,7 @@ class EvalMetrics:
     Attributes:
         loss: mean over the tokens that have a label, in nats; of a preference method, its own, mean
             over the rows; None of a method that is judged by rewards.
-        perplexity: its exponential; None of a preference method.
+        perplexity: its exponential; None of a preference method, and of distillation.
         samples: rows that were used, or pieces of texts.
         tokens: tokens of those.
         trained_tokens: those of them that have a label.
@@ -107,12 +107,8 @@ def evaluate(
             announce(f"evaluating {name or 'the validation rows'}")
             if method_of(recipe) is not None:
                 found |= _by_method(model, recipe, tokenizer, prepared, console)
-                continue
-            sets = validation_batches(prepared, recipe, pad_token(tokenizer))
-            found |= {
-                part: _measure(model, batches, prepared.validation[part])
-                for part, batches in sets.items()
-            }
+            else:
+                found |= _by_token(model, recipe, tokenizer, prepared)
     path = _write(run, found, recorded)
     if as_json:
         print(path.read_text(encoding="utf-8"), end="")
@@ -205,10 +201,23 @@ def _by_method(
     }
 
 
-def _measure(model: Any, batches: Batches, samples: Samples) -> EvalMetrics:
+def _by_token(
+    model: Any, recipe: Recipe, tokenizer: Any, prepared: PreparedData
+) -> dict[str, EvalMetrics]:
+    """The loss per trained token of each dataset, as the recipe's validation has it."""
+    task = task_of(recipe)
+    return {
+        name: _measure(model, batches, prepared.validation[name], task.loss)
+        for name, batches in task.validation(prepared, tokenizer, World()).items()
+    }
+
+
+def _measure(model: Any, batches: Batches, samples: Samples, own: Loss | None) -> EvalMetrics:
     begun = time.perf_counter()
-    loss = validate(model, {"": batches}, announce)["eval_loss"]
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
+    loss = validate(model, {"": batches}, announce, loss=own)["eval_loss"]
+    perplexity = None
+    if own is None:  # else it is no likelihood
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # where exp ends in float64
     return _metrics(loss, samples, time.perf_counter() - begun, perplexity)
 
 

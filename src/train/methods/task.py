@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
 from ..trainer.build import SupervisedTask
+from .distillation import DistillationTask
 
 
 def task_of(recipe: Recipe) -> SupervisedTask:
@@ -14,6 +15,8 @@ def task_of(recipe: Recipe) -> SupervisedTask:
         recipe: checked.
     """
     settings = preference_settings(recipe)
+    if recipe.kd_trainer:
+        return DistillationTask(recipe)
     if settings is None:
         return SupervisedTask(recipe)
     # TRL is an extra, and takes a second to import

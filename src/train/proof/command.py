@@ -79,7 +79,8 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
     """
     if missing := missing_packages(alone(recipe)):
         raise RecipeError("\n  ".join(missing))
-    if (method := method_of(recipe)) is not None:
+    method = "with a teacher (kd_trainer)" if recipe.kd_trainer else method_of(recipe)
+    if method is not None:
         raise RecipeError(
             f"verify compares the losses of supervised training, and this recipe trains {method}: "
             "compare train with optimize: true and optimize: false"

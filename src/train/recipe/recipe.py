@@ -16,6 +16,7 @@ from .keys.attention import AttentionKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from .keys.distillation import DistillationKeys
 from .keys.distributed import DistributedKeys
 from .keys.fusewright import FusewrightKeys
 from .keys.model import ModelKeys
@@ -34,16 +35,16 @@ __all__ = ["GROUPS", "Dataset", "PretrainingDataset", "PromptFormat", "Recipe"]
 
 GROUPS: tuple[type[Keys], ...] = (
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, MethodKeys,
-    PluginKeys, CloudKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
+    MethodKeys, PluginKeys, CloudKeys,
 )  # fmt: skip
 """The groups of keys, in the order of the documentation."""
 
 
 class Recipe(
     ModelKeys, PrecisionKeys, AttentionKeys, AdapterKeys, DataKeys, OptimizationKeys, OutputKeys,
-    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, MethodKeys,
-    PluginKeys, CloudKeys,
+    TrackingKeys, FusewrightKeys, DistributedKeys, SubsumedKeys, PreferenceKeys, DistillationKeys,
+    MethodKeys, PluginKeys, CloudKeys,
 ):  # fmt: skip
     """One training run. The methods say what several keys mean together."""
 

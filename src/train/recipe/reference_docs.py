@@ -177,6 +177,7 @@ _GROUPS = {
     "SubsumedKeys": "Other engines' speed-ups",
     "DistributedKeys": "Several devices",
     "PreferenceKeys": "Preferences and rewards",
+    "DistillationKeys": "Distillation",
     "MethodKeys": "Other methods",
     "PluginKeys": "Axolotl's plugins",
     "CloudKeys": "Axolotl's cloud services",

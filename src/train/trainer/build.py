@@ -24,7 +24,7 @@ from .arguments import arguments_for
 from .batches import training_batch, training_sequences, typical_context, validation_batches
 from .callbacks import LayerSampler, watchdogs
 from .context import Context
-from .evaluation import Batches, require_figure, wants_perplexity
+from .evaluation import Batches, Loss, require_figure, wants_perplexity
 from .trainer import FineTuner
 
 
@@ -40,6 +40,9 @@ class SupervisedTask:
 
     validates_first = True
     """Whether validation needs nothing but the model, so that it can come before the trainer."""
+
+    loss: Loss | None = None
+    """The mean over the trained tokens of a batch that is validated; None: the model's own."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

@@ -17,6 +17,8 @@ from ..processes.world import World
 from ..recipe.recipe import Recipe
 
 Batch = dict[str, Tensor]
+Loss = Callable[[Any, Batch], Tensor]
+"""The loss of a model for a batch: the mean over its trained tokens."""
 
 
 def _without_labels(batch: Batch) -> None:
@@ -83,6 +85,7 @@ def validate(
     sets: Mapping[str, Iterable[Batch]],
     say: Callable[[str], None] | None = None,
     world: World | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, float]:
     """The loss per trained token of every dataset, and of all together.
 
@@ -91,6 +94,7 @@ def validate(
         sets: the batches of each dataset; of several processes, those of this one.
         say: prints a line; called from time to time where it takes long.
         world: the processes that validate together; None: this one alone.
+        loss: of a batch; None: the model's own.
 
     Returns:
         ``eval_loss``; and, where there are several datasets, ``eval_NAME_loss`` of each.
@@ -98,7 +102,9 @@ def validate(
     count = sum(operator.length_hint(batches) for batches in sets.values())
     on_batch = reporter(count, say) if say is not None else None
     world = world or World()
-    sums = {name: _sum(model, batches, on_batch, world) for name, batches in sets.items()}
+    sums = {
+        name: _sum(model, batches, on_batch, world, loss or _own) for name, batches in sets.items()
+    }
     total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
     found = {"eval_loss": _mean(total, tokens)}
     if len(sums) > 1:
@@ -161,9 +167,18 @@ def reporter(total: int, say: Callable[[str], None]) -> Callable[[], None]:
     return on_batch
 
 
+def _own(model: Any, batch: Batch) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
 @torch.no_grad()
 def _sum(
-    model: Any, batches: Iterable[Batch], on_batch: Callable[[], None] | None, world: World
+    model: Any,
+    batches: Iterable[Batch],
+    on_batch: Callable[[], None] | None,
+    world: World,
+    mean: Loss,
 ) -> tuple[float, int]:
     """The losses of all trained tokens, added up, and their number."""
     training = model.training
@@ -174,7 +189,7 @@ def _sum(
             here = {k: v.to(model.device) for k, v in batch.items()}
             number = int((batch["labels"][:, 1:] != IGNORED).sum())
             if number or world.several:  # all processes take part in fetching sharded weights
-                loss = float(model(**here).loss)
+                loss = float(mean(model, here))
                 total += loss * number if number else 0.0
             tokens += number
             if on_batch is not None:

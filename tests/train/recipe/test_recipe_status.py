@@ -53,7 +53,7 @@ def status(**keys: Any) -> dict[str, tuple[str, str]]:
         ("plugins", ["axolotl.integrations.liger.LigerPlugin"], "subsumed"),
         ("plugins", ["axolotl.integrations.liger.LigerPlugin", "a.B"], "not yet available"),
         ("plugins", ["axolotl.integrations.swanlab.SwanLabPlugin"], "subsumed"),
-        ("plugins", ["axolotl.integrations.kd.KDPlugin"], "not yet available"),
+        ("plugins", ["axolotl.integrations.mora.MoraPlugin"], "not yet available"),
         ("liger_rms_norm_gated", True, "subsumed"),
         ("use_scattermoe", True, "subsumed"),
         ("dsv4_fp4_grouped_mode", "nvfp4", "subsumed"),

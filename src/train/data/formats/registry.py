@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
 from ...chat_templates import find_template
-from ...recipe.keys.dataset import TYPES
+from ...recipe.keys.dataset import TEACHER_TYPES, TYPES
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
 from ..chat.date import asks_for_day, today
 from ..chat.encoder import ChatEncoder
@@ -271,6 +271,8 @@ def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> For
     conversation = Conversation(dataset, text, recipe.default_system_message)
     match name:
         case "chat_template" | "sharegpt":
+            return conversation
+        case _ if name in TEACHER_TYPES:
             return conversation
         case "completion":
             return Completion(dataset.field or "text")

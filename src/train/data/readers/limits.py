@@ -129,4 +129,5 @@ def _laid_out(
         ends |= row.ends if length == len(row.ids) else frozenset()  # else it may be cut off
         begin += length
     trained = {token for token in ends | watched if bool((labels == token).any())}
-    return Part(ids, labels, lengths, counts, ends, trained)
+    extra = [row.extra for row, _ in kept if row.extra]
+    return Part(ids, labels, lengths, counts, ends, trained, extra)

@@ -10,6 +10,7 @@ from ...chat_templates import unknown_template
 from ..distributed.conflicts import distributed_conflicts
 from ..keys.dataset import TYPES
 from ..problems import Loc
+from .distillation import distillation_conflicts, is_of_teacher
 from .preferences import method_in, preference_conflicts
 
 Values = Mapping[str, Any]
@@ -181,7 +182,8 @@ def _weights(values: Values) -> Iterator[Loc]:
 def _dataset(values: Values, loc: Loc, supervised: bool) -> Iterator[Problem]:
     yield from _template(values, loc)
     kind = values.get("type") if supervised else None  # preferences have types of their own
-    if isinstance(kind, str) and kind.removesuffix(".load").removesuffix(".default") not in TYPES:
+    plain = kind.removesuffix(".load").removesuffix(".default") if isinstance(kind, str) else ""
+    if isinstance(kind, str) and not (plain in TYPES or is_of_teacher(kind)):
         hint = did_you_mean(kind, TYPES) or f"there are {', '.join(TYPES)}"
         yield (*loc, "type"), f"{kind!r} is not a type of rows; {hint}"
     shards, index = values.get("shards"), values.get("shards_idx", 0)
@@ -265,4 +267,5 @@ def _either(values: Values, key: str, other: str) -> Iterator[Problem]:
 
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
     _model, _adapter, _lisa, _rows, _steps, _output, preference_conflicts, distributed_conflicts,
+    distillation_conflicts,
 )  # fmt: skip

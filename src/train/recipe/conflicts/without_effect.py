@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..distributed.conflicts import distributed_without_effect
+from .distillation import distillation_without_effect
 from .preferences import preferences_without_effect
 
 Values = Mapping[str, Any]
@@ -66,6 +67,7 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
         idle.append((("loss_watchdog_patience",), "only loss_watchdog_threshold reads it"))
     idle += distributed_without_effect(values)
     idle += preferences_without_effect(values)
+    idle += distillation_without_effect(values)
     for keys, reason in idle:
         yield from ((key, reason) for key in keys if key.partition(".")[0] in values)
 

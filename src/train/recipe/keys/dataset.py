@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet
+from .base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet
 
 TYPES = (
     "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
@@ -21,6 +21,11 @@ TYPES = (
     "jeopardy", "jeopardy:instruct", "jeopardy:chat", "jeopardy:chatml", "jeopardy:phi",
 )  # fmt: skip
 """The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
+
+_KD = "axolotl.integrations.kd.chat_template"
+
+TEACHER_TYPES = (_KD, f"{_KD}.load_v2", f"{_KD}.load_legacy")
+"""Those of chats with a teacher's log-probabilities."""
 
 _SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
 
@@ -99,7 +104,8 @@ class Dataset(Keys):
 
     type: str | PromptFormat = "chat_template"
     """How a row is read: ``chat_template`` renders its messages; ``alpaca`` and its variants,
-    ``completion``, ``input_output``, ``prompt_completion``; or the format spelled out as keys."""
+    ``completion``, ``input_output``, ``prompt_completion``; or the format spelled out as keys. For
+    distillation, ``axolotl.integrations.kd.chat_template``: messages with a teacher's part."""
 
     name: str | None = None
     """Which configuration of a dataset on the hub. Unset: its only one."""
@@ -252,11 +258,11 @@ class Dataset(Keys):
     train_on_last_step_only: bool | None = None
     """Judge the last step only. Unset: all."""
 
-    logprobs_field: str | None = not_yet("distillation; train on the answers only")
-    """The field with a teacher's log probabilities. Unset: none."""
+    logprobs_field: str | None = None
+    """For distillation: the field with a teacher's log-probabilities. Unset: ``logprobs``."""
 
-    temperature: Float | None = not_yet("distillation; train on the answers only")
-    """Temperature of a teacher's log probabilities. Unset: 1."""
+    temperature: PositiveFloat | None = None
+    """For distillation: the temperature of these log-probabilities. Unset: 1."""
 
     length: Int | None = not_yet(_SYNTHETIC)
     """For random tokens: rows. Unset: 1000."""

@@ -40,6 +40,7 @@ KERNEL_PLUGINS = (
 _PLUGINS: Reasons = {
     **{name: ("subsumed", "fusewright's rewrites (key optimize)") for name in KERNEL_PLUGINS},
     "axolotl.integrations.swanlab.SwanLabPlugin": ("subsumed", "the keys swanlab_*"),
+    "axolotl.integrations.kd.KDPlugin": ("subsumed", "the keys kd_*"),
     "axolotl.integrations.context_parallel.ContextParallelPlugin": (
         "subsumed", "torch's own ring attention (key context_parallel_size)",
     ),
@@ -50,7 +51,6 @@ _PLUGINS: Reasons = {
             "spectrum.SpectrumPlugin": "use unfrozen_parameters",
             "lm_eval.LMEvalPlugin": _BENCHMARK,
             "llm_compressor.LLMCompressorPlugin": PRUNED,
-            "kd.KDPlugin": "train on the teacher's answers",
             "grokfast.GrokfastPlugin": _FILTER,
             "densemixer.DenseMixerPlugin": _DENSE,
             "mixlora.MixLoraPlugin": _ROUTED,

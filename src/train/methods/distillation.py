@@ -1,0 +1,223 @@
+"""Distillation: the divergence from a teacher's most likely tokens, in place of the model's loss.
+
+The loss is computed from the logits that the model returns. Those of an optimized model are lazy,
+and all that is read of them is what ends in tiles: the log-probabilities of the teacher's tokens,
+and the cross entropy.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint.resume import Saved
+from ..data import IGNORED
+from ..data.teacher import take_teacher, with_teacher
+from ..model.tokenizer import pad_token
+from ..processes.world import World
+from ..recipe.recipe import Recipe
+from ..trainer.batches import training_batch
+from ..trainer.build import SupervisedTask, make_trainer
+from ..trainer.context import Context
+from ..trainer.evaluation import Batches, validate
+from ..trainer.trainer import FineTuner
+from .float_logits import FloatLogits
+
+_MOST = 64
+"""Columns of the log-probabilities that lazy logits give without being computed, at most."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of a recipe with ``kd_trainer``.
+
+    Attributes:
+        alpha: weight of the divergence.
+        ce_alpha: weight of the cross entropy.
+        temperature: at which teacher and model are compared.
+        beta: 0 for the forward KL divergence, 1 for the reverse one, or something between.
+        normalizes: whether the model's probabilities are those among the teacher's tokens.
+    """
+
+    alpha: float = 1.0
+    ce_alpha: float = 0.0
+    temperature: float = 1.0
+    beta: float = 0.0
+    normalizes: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Distillation:
+        """What the keys of a recipe say."""
+        return cls(
+            1.0 if recipe.kd_alpha is None else recipe.kd_alpha,
+            recipe.kd_ce_alpha or 0.0,
+            recipe.kd_temperature or 1.0,
+            recipe.kd_beta or 0.0,
+            bool(recipe.kd_normalize_topk or recipe.kd_top_k_before_softmax),
+        )
+
+    def total(self, logits: Tensor, labels: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of all trained tokens, added up.
+
+        Args:
+            logits: (B, T, V), in float32.
+            labels: (B, T), ``IGNORED`` where nothing is trained.
+            ids: the teacher's tokens, each where its label is; (B, T, K).
+            teacher: their log-probabilities at temperature 1, up to a constant for each label, and
+                -inf where there are fewer than K; (B, T, K).
+        """
+        trained = labels[:, 1:] != IGNORED
+        some = bool(trained.any())
+        if not some:  # all processes compute the same operations, some of them for nothing
+            trained = torch.zeros_like(trained)
+            trained[0, 0], teacher = True, torch.zeros_like(teacher)
+        rows, targets = logits[:, :-1][trained], labels[:, 1:][trained].clamp(min=0)
+        ids, teacher = ids[:, 1:][trained], teacher[:, 1:][trained]
+        student, losses = self._read(rows, targets, ids)
+        total = self.alpha * self.temperature**2 * self._divergences(student, teacher).sum()
+        if losses is not None:
+            total = total + self.ce_alpha * losses.sum()
+        return total if some else total * 0.0
+
+    def _read(self, rows: Tensor, targets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All that is read of the logits (N, V).
+
+        Returns:
+            The log-probabilities of the teacher's tokens, at the temperature (N, K); and the cross
+            entropy of the labels (N,), if it counts.
+        """
+        if self.temperature == 1.0 and self.ce_alpha and ids.shape[-1] < _MOST:  # read once
+            columns = torch.cat([targets[:, None], ids], dim=-1)
+            chosen = F.log_softmax(rows, dim=-1).gather(-1, columns)
+            return chosen[:, 1:], -chosen[:, 0]
+        losses = F.cross_entropy(rows, targets, reduction="none") if self.ce_alpha else None
+        scaled = rows if self.temperature == 1.0 else rows / self.temperature
+        return F.log_softmax(scaled, dim=-1).gather(-1, ids), losses
+
+    def _divergences(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence of each row, over the teacher's tokens.
+
+        Args:
+            student: log-probabilities at the temperature; (N, K).
+            teacher: the same at temperature 1, not normalized, -inf where there is no token.
+        """
+        missing, q = ~torch.isfinite(teacher), student
+        if self.normalizes:
+            q = q - q.masked_fill(missing, -math.inf).logsumexp(-1, keepdim=True)
+        p = F.log_softmax(teacher / self.temperature, dim=-1).masked_fill(missing, 0.0)
+        if self.beta == 0.0:
+            parts = p.exp() * (p - q)
+        elif self.beta == 1.0:
+            parts = q.exp() * (q - p)
+        else:
+            of_p, of_q = self.beta, 1.0 - self.beta
+            mean = torch.logaddexp(p + math.log(of_p), q + math.log(of_q))
+            parts = of_p * p.exp() * (p - mean) + of_q * q.exp() * (q - mean)
+        return parts.masked_fill(missing, 0.0).sum(-1)
+
+
+class DistillationTuner(FineTuner):
+    """``FineTuner`` whose loss, in training and validation, is that of distillation.
+
+    Args:
+        args: those of ``FineTuner``.
+        kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = Distillation.of(self.context.recipe)
+        # whether there is one decides how Trainer counts and scales; each batch has its own
+        self.compute_loss_func = self._no_loss
+
+    def _no_loss(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a batch has come without its teacher")
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with the loss of distillation."""
+        batch = dict(inputs)
+        ids, teacher = take_teacher(batch)
+
+        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            total = self.distillation.total(outputs["logits"], labels, ids, teacher)
+            mean: Tensor = total / num_items_in_batch
+            return mean
+
+        self.compute_loss_func = loss
+        try:
+            return super().compute_loss(FloatLogits(model), batch, *args, **kwargs)
+        finally:
+            self.compute_loss_func = self._no_loss
+
+    def figures(self) -> dict[str, float]:
+        """The loss per trained token of the validation rows; a collective, as ``FineTuner``'s."""
+        context, loss = self.context, MeanLoss(self.distillation)
+        return validate(self.model, context.validation, context.say, self.world, loss)
+
+
+class MeanLoss:
+    """The loss per trained token of a batch.
+
+    Args:
+        distillation: the loss.
+    """
+
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation = distillation
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of ``model``."""
+        inputs = dict(batch)
+        ids, teacher = take_teacher(inputs)
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float()
+        number = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        mean: Tensor = self.distillation.total(logits, labels, ids, teacher) / number
+        return mean
+
+
+class DistillationTask(SupervisedTask):
+    """Training on rows with a teacher's log-probabilities.
+
+    Args:
+        recipe: checked.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.loss = MeanLoss(Distillation.of(recipe))
+
+    def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
+        """The batches to validate on, by the name of their dataset."""
+        sets = super().validation(prepared, tokenizer, world)
+        for batches in sets.values():
+            batches.collate = functools.partial(_with_teacher, batches.collate)
+        return sets
+
+    def trainer(
+        self,
+        context: Context,
+        model: Any,
+        sequences: Any,
+        resumed: Saved | None,
+        on_first_step: Callable[[], None],
+    ) -> FineTuner:
+        """The trainer; see ``make_trainer``."""
+        plain = functools.partial(
+            training_batch, recipe=self.recipe, pad_id=pad_token(context.tokenizer)
+        )
+        return make_trainer(
+            context, model, sequences, resumed, on_first_step, DistillationTuner,
+            own={"data_collator": functools.partial(_with_teacher, plain)},
+        )  # fmt: skip
+
+
+def _with_teacher(collate: Callable[[Any], dict[str, Any]], packs: Any) -> dict[str, Any]:
+    return with_teacher(collate(packs), packs)
