@@ -90,6 +90,16 @@ def test_the_forms_of_rows_are_recognized(kind: str, tmp_path: Path) -> None:
     assert found == [([[5, 7]] * 3, [[-0.5, -1.5]] * 3)] * 3
 
 
+def test_the_field_of_axolotls_example_is_found(tmp_path: Path) -> None:
+    taught = row(logprobs=entries([[("token_id:9", -1.0)]] * 3))
+    taught["llm_text_generation_vllm_logprobs"] = taught.pop("logprobs")
+    assert of(prepared(write(tmp_path, [taught]))[0])[0] == [[9]] * 3
+    both = {**taught, **row()}
+    named = {"logprobs_field": "llm_text_generation_vllm_logprobs"}
+    assert of(prepared(write(tmp_path, [both]), named)[0])[0] == [[9]] * 3
+    assert of(prepared(write(tmp_path, [both]))[0])[0] == [[5, 7]] * 3
+
+
 def test_rows_of_parquet_are_read_as_those_of_json(tmp_path: Path) -> None:
     rows = taught_rows(6)
     path = tmp_path / "rows.parquet"

@@ -17,6 +17,8 @@ from .registry import Encoder, Row
 Entry = tuple[list[int], list[float]]
 """The tokens that a teacher names in place of one, and their log-probabilities."""
 
+_FIELDS = ("logprobs", "llm_text_generation_vllm_logprobs")
+
 _ROUNDING = 1e-3
 """How far above 0 rounding may put a log-probability."""
 
@@ -38,7 +40,7 @@ class TaughtEncoder(Encoder):
     def __init__(self, dataset: Dataset, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset, *args, **kwargs)
         self.teacher = Teacher(
-            dataset.logprobs_field or "logprobs", dataset.temperature or 1.0, len(self.tokenizer)
+            dataset.logprobs_field, dataset.temperature or 1.0, len(self.tokenizer)
         )
 
     def encode(self, rows: Sequence[Row]) -> list[Tokens]:
@@ -58,12 +60,12 @@ class Teacher:
     """Reads what a teacher says of a row's tokens.
 
     Args:
-        field: where it is.
+        field: where it is; None: where Axolotl looks for it, or its example's rows have it.
         temperature: of its log-probabilities.
         size: of the tokenizer's vocabulary.
     """
 
-    def __init__(self, field: str, temperature: float, size: int) -> None:
+    def __init__(self, field: str | None, temperature: float, size: int) -> None:
         self.field, self.temperature, self.size = field, temperature, size
 
     def read(self, row: Any, tokens: Tokens) -> TopTokens:
@@ -75,14 +77,15 @@ class Teacher:
         Raises:
             DataError: it is not right; the message has file and line.
         """
-        where = f"{tokens.where}: the field {self.field!r}"
-        if self.field not in row:
+        field = self.field or next((name for name in _FIELDS if name in row), _FIELDS[0])
+        where = f"{tokens.where}: the field {field!r}"
+        if field not in row:
             has = ", ".join(map(repr, row)) or "no fields"
             raise DataError(
                 f"{where} is missing (the row has {has}); name the field with the teacher's "
                 "log-probabilities with logprobs_field"
             )
-        listed = row[self.field]
+        listed = row[field]
         if not isinstance(listed, list | tuple):
             raise DataError(f"{where} must be {_FORMS}, not {kind(listed)}")
         if not listed:

@@ -259,7 +259,8 @@ class Dataset(Keys):
     """Judge the last step only. Unset: all."""
 
     logprobs_field: str | None = None
-    """For distillation: the field with a teacher's log-probabilities. Unset: ``logprobs``."""
+    """For distillation: the field with a teacher's log-probabilities. Unset: ``logprobs``, or else
+    ``llm_text_generation_vllm_logprobs``."""
 
     temperature: PositiveFloat | None = None
     """For distillation: the temperature of these log-probabilities. Unset: 1."""
