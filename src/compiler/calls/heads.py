@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
+from ..logits.awaiting import another_awaits
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -108,12 +109,15 @@ def head_forward(
         if kwargs.get(ASKED):
             return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        if kwargs.get("labels") is None and not (lazy and _is_step(self, kwargs)):
+        is_teacher = lazy and _is_teacher(session, self, kwargs)
+        if kwargs.get("labels") is None and not (is_teacher or (lazy and _is_step(self, kwargs))):
             return original(self, *args, **kwargs)
         if training and parameters.fills_unused_cache(self, kwargs, cache_indices):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
         hooks = watch.find_hooks(self)
+        if is_teacher and hooks.units:
+            return original(self, *args, **kwargs)
         if results is not None and hooks.units:  # nothing says where its own part begins
             hooks.others = hooks.others or next(iter(hooks.units))
         reason = _why_not(session, self, kwargs, hooks.others)
@@ -162,6 +166,23 @@ def _is_step(head: nn.Module, kwargs: dict[str, Any]) -> bool:
     if not head.training or any(kwargs.get(name) is not None for name in _CACHES):
         return False
     return torch.is_grad_enabled() or kwargs.get("use_cache") is False
+
+
+def _is_teacher(session: Session, head: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call in evaluation is for the loss of another model, whose logits wait for it.
+
+    One that says that it wants a cache is generation.
+    """
+    if head.training or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    if any(kwargs.get(name) is not None for name in ("labels", *_CACHES)):
+        return False
+    if kwargs.get("use_cache") or not another_awaits(session.log.reads):
+        return False
+    # sharded ones would be gathered once more, by all processes
+    weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
+    is_whole = isinstance(weight, nn.Parameter) and not hasattr(weight, "ds_status")
+    return is_whole and not weight._is_view()
 
 
 def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:
