@@ -181,8 +181,9 @@ def _is_teacher(session: Session, head: nn.Module, kwargs: dict[str, Any]) -> bo
         return False
     # sharded ones would be gathered once more, by all processes
     weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
-    is_whole = isinstance(weight, nn.Parameter) and not hasattr(weight, "ds_status")
-    return is_whole and not weight._is_view()
+    if not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_status"):
+        return False
+    return not weight._is_view()
 
 
 def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:

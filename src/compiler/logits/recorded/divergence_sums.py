@@ -19,6 +19,7 @@ from .measures import wide
 from .rows import CHOICES, Handlers, HeadRows, WrongArguments, handler, is_last, result_dtype
 from .scalings import SCALINGS
 
+_IGNORED = -100
 _Part = tuple[str, float, float]
 """Kind, share of the teacher in its mixture, and weight in the sum."""
 
@@ -38,9 +39,9 @@ def _parts(rows: Divergence, dtype: torch.dtype) -> list[_Part]:
     beta = second / weight if weight else 0.0
     # in the mixture both shares are rounded to the dtype, and so were their logarithms
     near = 4 * torch.finfo(dtype).eps
-    if rows.shares is None or not 0.0 < beta < 1.0:
+    if rows.mixture is None or not 0.0 < beta < 1.0:
         raise WrongArguments
-    for share, exact in zip(rows.shares, (1.0 - beta, beta), strict=True):
+    for share, exact in zip(rows.mixture.shares, (1.0 - beta, beta), strict=True):
         if not math.isclose(share, exact, rel_tol=near * (1.0 - math.log(exact))):
             raise WrongArguments
     return [*found, ("jsd", beta, weight)]
@@ -71,7 +72,7 @@ def _selected(rows: HeadRows, index: Tensor | None) -> HeadRows:
     return replace(rows, index=index if rows.index is None else rows.index.reshape(-1)[index])
 
 
-def _require_second(first: HeadRows, second: HeadRows) -> Operands:
+def _require_second(first: HeadRows, second: HeadRows) -> tuple[Any, ...]:
     """The operands of the distribution that gets no gradient."""
     # the op has one temperature, and one autocast
     if not math.isclose(_temperature(first), _temperature(second), rel_tol=1e-9):
@@ -84,7 +85,28 @@ def _require_second(first: HeadRows, second: HeadRows) -> Operands:
     with first.call.mode(False):
         if unsupported(*mine[:3], *other[:3]):
             raise WrongArguments
-    return other
+    return other[:3]
+
+
+def _require_given(first: HeadRows, second: Given) -> tuple[Any, ...]:
+    """Log-probabilities in place of the operands, as the op takes them."""
+    mine, values = _operands(first), second.values()
+    given = values.reshape(-1, values.shape[-1]), None, None
+    if values.dtype is torch.float64 is not mine.x.dtype:
+        raise WrongArguments
+    with first.call.mode(False):
+        if unsupported(*mine[:3], *given):
+            raise WrongArguments
+    return given
+
+
+def _targets(second: Given, index: Tensor | None) -> Tensor | None:
+    """What leaves out all rows but those of ``index``: no row of a real tensor is copied."""
+    if index is None:
+        return None
+    values = second.tensor
+    targets = index.new_full((values.numel() // values.shape[-1],), _IGNORED)
+    return targets.index_fill_(0, index, 0)
 
 
 def _each_row(z: LazyLogits, rows: Divergence) -> Tensor:
@@ -92,16 +114,19 @@ def _each_row(z: LazyLogits, rows: Divergence) -> Tensor:
     parts, temperature = _parts(rows, z.dtype), _temperature(rows.first)
     index = None if rows.index is None else rows.index.reshape(-1)
     if isinstance(rows.second, Given):
-        raise WrongArguments
-    first, second = _selected(rows.first, index), _selected(rows.second, index)
-    other = _require_second(first, second)
+        first, targets = rows.first, _targets(rows.second, index)
+        other = _require_given(first, rows.second)
+    else:
+        first, targets = _selected(rows.first, index), None
+        other = _require_second(first, _selected(rows.second, index))
 
     def tiled(o: Operands) -> Tensor:
         found = [
-            linear_divergence(*o[:3], *other[:3], None, kind, beta, temperature) * weight
+            linear_divergence(*o[:3], *other, targets, kind, beta, temperature) * weight
             for kind, beta, weight in parts
         ]
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        total = torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        return total if targets is None else total[index]
 
     def formula(values: Tensor) -> Tensor:
         return wide(values).reshape(-1, values.shape[-1]).sum(-1)

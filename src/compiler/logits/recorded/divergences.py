@@ -67,6 +67,19 @@ class Mixed(HeadRows):
 
     parts: tuple[tuple[HeadRows, float], tuple[Side, float]]
 
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of both in the mixture; what was added to a real tensor is that of the rest."""
+        (_, a), (second, b) = self.parts
+        return math.exp(a), -math.expm1(a) if isinstance(second, Given) else math.exp(b)
+
+    def is_alike(self, other: Mixed) -> bool:
+        """Whether another one mixes the same distributions, in equal shares."""
+        (first, a), (second, b) = self.parts
+        (other_first, other_a), (other_second, other_b) = other.parts
+        is_equal = first.is_same(other_first) and _is_same(second, other_second)
+        return is_equal and (a, b) == (other_a, other_b)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Divergence(HeadRows):
@@ -79,13 +92,13 @@ class Divergence(HeadRows):
         second: the other.
         terms: ``"forward"``, KL(second || first); ``"reverse"``, KL(first || second); ``"first"``
             and ``"second"``, KL(... || mixture) -> its weight in the sum.
-        shares: of first and second in the mixture, or None.
+        mixture: of first and second, or None.
     """
 
     first: HeadRows
     second: Side
     terms: Mapping[str, float]
-    shares: tuple[float, float] | None
+    mixture: Mixed | None
 
 
 def number(x: Any) -> float | None:
@@ -192,7 +205,7 @@ def _stack(tensors: Any, dim: Any = 0) -> Any:
         return NotImplemented
     if tensors[0].dtype != tensors[1].dtype:
         return NotImplemented
-    rows = _mixed(*tensors, "stack")
+    rows = _mixed(tensors[0], tensors[1], "stack")
     shape = (2, *tensors[0].shape)
     return _record(lambda a, b: torch.stack([a, b]), tensors, shape, rows, is_linear=True)
 
@@ -222,20 +235,18 @@ def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers
     """
     if not isinstance(made, Tensor) or not isinstance(target, Tensor) or not made.dim():
         raise WrongArguments
-    mixture = made.recorded if isinstance(made, LazyLogits) else None
     side, shift = _side(target, made, "log_probs" if log_target else "probs")
     if shift:
         raise WrongArguments
-    shares = None
+    mixture = made.recorded if isinstance(made, LazyLogits) else None
     if isinstance(mixture, Mixed) and mixture.kind == "mixture":
-        assert isinstance(made, LazyLogits)
-        (first, a), (second, b) = mixture.parts
-        name, shares = _name_in_mixture(mixture, side), (math.exp(a), math.exp(b))
+        name = _name_in_mixture(mixture, side)
+        first, second = mixture.parts[0][0], side if name == "second" else mixture.parts[1][0]
         is_trained = _has_gradient(target)
         if not made.is_pending or is_trained != (_has_gradient(made) and name == "first"):
             raise WrongArguments  # the mixture, or the target, is a constant there
     else:
-        other, shift = _side(made, made)
+        mixture, (other, shift) = None, _side(made, made)
         if shift:
             raise WrongArguments
         name = "forward" if _leading(made, target) is made else "reverse"
@@ -243,7 +254,7 @@ def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers
     assert isinstance(first, HeadRows)
     rows = Divergence(
         first.call, first.inputs, handlers, None, "divergence", first=first, second=second,
-        terms={name: 1.0}, shares=shares,
+        terms={name: 1.0}, mixture=mixture,
     )  # fmt: skip
 
     def formula(a: Tensor, b: Tensor) -> Tensor:
@@ -253,10 +264,33 @@ def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers
 
 
 def _name_in_mixture(mixture: Mixed, side: Side) -> str:
-    for name, (part, _) in zip(("first", "second"), mixture.parts, strict=True):
-        if _is_same(part, side):
-            return name
+    (first, shift), (second, _) = mixture.parts
+    if _is_same(first, side):
+        return "first"
+    if isinstance(side, Given) and isinstance(second, Given):
+        # the mixture was made of a sum, which may be that of these and the rest's logarithm
+        if shift < 0.0 and _is_sum(second.tensor, side.tensor, math.log(-math.expm1(shift))):
+            return "second"
+    elif _is_same(second, side):
+        return "second"
     raise WrongArguments
+
+
+def _is_sum(total: Tensor, a: Tensor, b: float) -> bool:
+    """Whether ``total`` is ``a + b``, but for rounding."""
+    if total.dtype is not a.dtype:
+        return False
+    near = 4 * torch.finfo(a.dtype).eps
+    with torch.no_grad():
+        pairs = (t.reshape(-1, t.shape[-1]).split(_ROWS) for t in (total, a))
+        return all(
+            torch.allclose(x, y + b, rtol=near, atol=near * (1.0 - b))
+            for x, y in zip(*pairs, strict=True)
+        )
+
+
+_ROWS = 64
+"""Rows that are compared at once."""
 
 
 def _added(z: LazyLogits, other: LazyLogits) -> Any:
@@ -266,18 +300,21 @@ def _added(z: LazyLogits, other: LazyLogits) -> Any:
         return NotImplemented
     if not (z.is_pending and other.is_pending) or z.shape != other.shape or z.dtype != other.dtype:
         return NotImplemented
-    if not a.first.is_same(b.first) or not _is_same(a.second, b.second) or a.index is not b.index:
+    if not a.first.is_same(b.first) or a.index is not b.index:
         return NotImplemented
-    if (a.shares and b.shares and a.shares != b.shares) or _has_gradient(z) != _has_gradient(other):
+    is_mixed = a.mixture is not None and b.mixture is not None
+    if a.mixture is not None and b.mixture is not None and not a.mixture.is_alike(b.mixture):
+        return NotImplemented
+    if not is_mixed and not _is_same(a.second, b.second):
+        return NotImplemented
+    if _has_gradient(z) != _has_gradient(other):
         return NotImplemented
     terms = {
         name: a.weight * a.terms.get(name, 0.0) + b.weight * b.terms.get(name, 0.0)
         for name in (*a.terms, *b.terms)
     }
-    rows = Divergence(
-        a.call, a.inputs, a.handlers, a.index, "divergence", first=a.first, second=a.second,
-        terms=terms, shares=a.shares or b.shares,
-    )  # fmt: skip
+    second = b.second if "second" in b.terms else a.second
+    rows = replace(a, second=second, terms=terms, mixture=a.mixture or b.mixture, weight=1.0)
     return _record(torch.add, [z, other], tuple(z.shape), rows, is_linear=True)
 
 
