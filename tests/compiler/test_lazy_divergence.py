@@ -101,6 +101,14 @@ def _logp(z: Tensor, temperature: float = 1.0) -> Tensor:
     return (z.float() / temperature).log_softmax(-1)
 
 
+def _by_lerp(s: Tensor, t: Tensor, alpha: float) -> Tensor:
+    """As TRL's self-distillation does."""
+    a, b, share = s.log_softmax(-1), t.log_softmax(-1), torch.tensor(alpha, dtype=s.dtype)
+    mixture = torch.logsumexp(torch.stack([a + torch.log(1 - share), b + torch.log(share)]), dim=0)
+    there, back = (F.kl_div(mixture, z, reduction="none", log_target=True) for z in (b, a))
+    return torch.lerp(back, there, alpha).sum(-1)
+
+
 def _symmetric(s: Tensor, t: Tensor) -> Tensor:
     a, b = s.log_softmax(-1), t.log_softmax(-1)
     there = F.kl_div(a, b, reduction="none", log_target=True)
@@ -128,6 +136,7 @@ TILED: dict[str, Loss] = {
         _logp(s[:, 1:]), _logp(t[:, 1:]), reduction=name, log_target=True
     ) for name in ("sum", "mean", "batchmean")},
     "in both directions": _symmetric,
+    "by lerp": lambda s, t: _by_lerp(s, t, 0.3),
     "beside a cross entropy": lambda s, t: _shifted()(s, t)
     + 0.3 * F.cross_entropy(s[:, :-1].reshape(-1, V), LABELS[:, 1:].reshape(-1)),
 }  # fmt: skip

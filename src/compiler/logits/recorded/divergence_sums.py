@@ -13,7 +13,8 @@ from torch import Tensor
 from ....kernels.loss.linear_divergence import linear_divergence, unsupported
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
-from .divergences import MIXTURES, Divergence, Given, number, recorded_kl_div
+from .distributions import Divergence, Given, binding, number
+from .divergences import MIXTURES, recorded_kl_div
 from .in_tiles import Tiled, compute
 from .measures import wide
 from .rows import CHOICES, Handlers, HeadRows, WrongArguments, handler, is_last, result_dtype
@@ -166,8 +167,9 @@ def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any =
 def _by_number(name: str) -> Callable[..., Any]:
     """A product or quotient with a number, also one in a tensor without dimensions."""
 
-    def scaled(a: Any, b: Any) -> Any:
-        known = [number(x) if not isinstance(x, LazyLogits) else x for x in (a, b)]
+    @binding
+    def scaled(input: Any, other: Any) -> Any:
+        known = [number(x) if not isinstance(x, LazyLogits) else x for x in (input, other)]
         if any(x is None for x in known):
             return NotImplemented
         return SCALINGS[name](*known)
@@ -187,6 +189,7 @@ _ELEMENTS: Handlers = {
 }  # fmt: skip
 
 
+@binding
 def _kl_div(
     input: Any, target: Any, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean", log_target: bool = False,
