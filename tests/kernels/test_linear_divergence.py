@@ -275,6 +275,10 @@ def test_reasons_and_settings_without_meaning():
     assert "50 and 40 classes" in OP.unsupported(x, w, b, teacher[0], teacher[1][:40], None)[0]
     assert "rows of (10,) and (9,)" in OP.unsupported(x, w, b, teacher[0][1:], *teacher[1:])[0]
     assert "do not fit" in OP.unsupported(x, w, b, *teacher, torch.zeros(3, dtype=torch.int64))[0]
+    given = torch.zeros(10, 50)
+    assert OP.unsupported(x, w, b, given, None, None) == []
+    assert "50 and 40 classes" in OP.unsupported(x, w, b, given[:, :40], None, None)[0]
+    assert "have a bias" in OP.unsupported(x, w, b, given, None, b)[0]
     for bad in ({"kind": "kl"}, {"beta": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             linear_divergence(x, w, b, *teacher, **bad)

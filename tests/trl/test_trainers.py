@@ -98,7 +98,10 @@ def _same(kind: str, lora: bool, order: str, folder: Path) -> None:
         assert _reads(made.teacher_model).tensors.total() == 0
 
 
-QUICK = [("DPO", False, "before"), ("GRPO", True, "before"), ("ORPO", False, "after")]
+QUICK = [
+    ("DPO", False, "before"), ("GRPO", True, "before"), ("ORPO", False, "after"),
+    ("GKD", False, "before"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "lora", "order"), QUICK)

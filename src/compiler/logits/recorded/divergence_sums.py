@@ -20,6 +20,8 @@ from .measures import wide
 from .rows import CHOICES, Handlers, HeadRows, WrongArguments, handler, is_last, result_dtype
 from .scalings import SCALINGS
 
+_Second = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows, weight and bias; or log-probabilities alone."""
 _IGNORED = -100
 _Part = tuple[str, float, float]
 """Kind, share of the teacher in its mixture, and weight in the sum."""
@@ -73,7 +75,7 @@ def _selected(rows: HeadRows, index: Tensor | None) -> HeadRows:
     return replace(rows, index=index if rows.index is None else rows.index.reshape(-1)[index])
 
 
-def _require_second(first: HeadRows, second: HeadRows) -> tuple[Any, ...]:
+def _require_second(first: HeadRows, second: HeadRows) -> _Second:
     """The operands of the distribution that gets no gradient."""
     # the op has one temperature, and one autocast
     if not math.isclose(_temperature(first), _temperature(second), rel_tol=1e-9):
@@ -86,10 +88,10 @@ def _require_second(first: HeadRows, second: HeadRows) -> tuple[Any, ...]:
     with first.call.mode(False):
         if unsupported(*mine[:3], *other[:3]):
             raise WrongArguments
-    return other[:3]
+    return other.x, other.weight, other.bias
 
 
-def _require_given(first: HeadRows, second: Given) -> tuple[Any, ...]:
+def _require_given(first: HeadRows, second: Given) -> _Second:
     """Log-probabilities in place of the operands, as the op takes them."""
     mine, values = _operands(first), second.values()
     given = values.reshape(-1, values.shape[-1]), None, None
@@ -123,7 +125,8 @@ def _each_row(z: LazyLogits, rows: Divergence) -> Tensor:
 
     def tiled(o: Operands) -> Tensor:
         found = [
-            linear_divergence(*o[:3], *other, targets, kind, beta, temperature) * weight
+            linear_divergence(o.x, o.weight, o.bias, *other, targets, kind, beta, temperature)
+            * weight
             for kind, beta, weight in parts
         ]
         total = torch.stack(found).sum(0) if len(found) > 1 else found[0]

@@ -111,15 +111,17 @@ def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers
     side, shift = side_of(target, made, "log_probs" if log_target else "probs")
     if shift:
         raise WrongArguments
-    mixture = made.recorded if isinstance(made, LazyLogits) else None
-    if isinstance(mixture, Mixed) and mixture.kind == "mixture":
+    first: Side
+    second: Side
+    mixture = _mixture_of(made)
+    if isinstance(made, LazyLogits) and mixture is not None:
         name = _name_in_mixture(mixture, side)
         first, second = mixture.parts[0][0], side if name == "second" else mixture.parts[1][0]
         is_trained = has_gradient(target)
         if not made.is_pending or is_trained != (has_gradient(made) and name == "first"):
             raise WrongArguments  # the mixture, or the target, is a constant there
     else:
-        mixture, (other, shift) = None, side_of(made, made)
+        other, shift = side_of(made, made)
         if shift:
             raise WrongArguments
         name = "forward" if leading(made, target) is made else "reverse"
@@ -134,6 +136,11 @@ def recorded_kl_div(made: Any, target: Any, log_target: bool, handlers: Handlers
         return F.kl_div(a, b, reduction="none", log_target=log_target)
 
     return record(formula, [made, target], tuple(made.shape), rows)
+
+
+def _mixture_of(made: Tensor) -> Mixed | None:
+    rows = made.recorded if isinstance(made, LazyLogits) else None
+    return rows if isinstance(rows, Mixed) and rows.kind == "mixture" else None
 
 
 def _name_in_mixture(mixture: Mixed, side: Side) -> str:
