@@ -141,6 +141,38 @@ def test_a_student_that_is_the_teacher_has_no_divergence(kind):
     assert all(g.abs().max() < 1e-5 for g in grads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("are_whole", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_log_probabilities_in_place_of_a_teacher(kind, dtype, trained, are_whole):
+    torch.manual_seed(0)
+    labels = some_targets((90,), 507, 0.2)
+
+    def draw() -> list[Tensor]:
+        student = [t.detach() for t in operands((90, 33), 507, dtype)]
+        for i, t in enumerate(student):
+            t.requires_grad_(trained or i == 0)
+        given = torch.randn(90, 507)
+        return [*student, (given.log_softmax(-1) if are_whole else given - 7.0).to(dtype)]
+
+    def over_given(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *t: fn(*t, None, None, labels, kind=kind, beta=0.3, temperature=0.7)
+
+    assert_parity_of_draws(over_given(linear_divergence), over_given(reference), draw)
+
+
+def test_given_log_probabilities_are_not_written_to():
+    torch.manual_seed(0)
+    x, w, b = operands((20, 16), 50, F32)
+    given = torch.randn(20, 50).log_softmax(-1)
+    before = given.clone()
+    for kind in KINDS:
+        linear_divergence(x, w, b, given, None, None, None, kind).sum().backward()
+    assert torch.equal(given, before)
+
+
 def test_the_kinds_are_what_they_are_called():
     torch.manual_seed(0)
     x, w, b = (t.detach() for t in operands((20, 16), 50, F64))
@@ -243,6 +275,10 @@ def test_reasons_and_settings_without_meaning():
     assert "50 and 40 classes" in OP.unsupported(x, w, b, teacher[0], teacher[1][:40], None)[0]
     assert "rows of (10,) and (9,)" in OP.unsupported(x, w, b, teacher[0][1:], *teacher[1:])[0]
     assert "do not fit" in OP.unsupported(x, w, b, *teacher, torch.zeros(3, dtype=torch.int64))[0]
+    given = torch.zeros(10, 50)
+    assert OP.unsupported(x, w, b, given, None, None) == []
+    assert "50 and 40 classes" in OP.unsupported(x, w, b, given[:, :40], None, None)[0]
+    assert "have a bias" in OP.unsupported(x, w, b, given, None, b)[0]
     for bad in ({"kind": "kl"}, {"beta": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             linear_divergence(x, w, b, *teacher, **bad)

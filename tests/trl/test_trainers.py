@@ -29,8 +29,6 @@ from ..models.zoo import build
 from .trainers import KINDS, LLAMA, model_for, run, trainer
 
 VOCABULARY = 211
-WHOLE = ("GKD",)
-"""Trainers that compare all probabilities of two models, which no op of ours does."""
 OWN = ("Distillation",)
 """Trainers that compute without the model's forward, in tiles of their own."""
 
@@ -91,15 +89,19 @@ def _same(kind: str, lora: bool, order: str, folder: Path) -> None:
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=5e-5, msg=name)
     report, reads = explain(made.model), _reads(made.model)
     assert report.by_rule()["rms_norm"] == 5
-    if kind not in (*WHOLE, *OWN, "Reward"):
+    if kind not in (*OWN, "Reward"):
         assert report.logits.startswith("in tiles: ")
         assert reads.tensors.total() == 0, reads.reasons()
         assert not any("was put in the place" in b.reason for b in report.bypasses)
-    if kind in WHOLE:
-        assert any("generalized_jsd_loss" in r or "gkd_trainer.py" in r for r in reads.reasons())
+    if kind == "GKD":
+        assert reads.tiles["divergence"] == 3
+        assert _reads(made.teacher_model).tensors.total() == 0
 
 
-QUICK = [("DPO", False, "before"), ("GRPO", True, "before"), ("ORPO", False, "after")]
+QUICK = [
+    ("DPO", False, "before"), ("GRPO", True, "before"), ("ORPO", False, "after"),
+    ("GKD", False, "before"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "lora", "order"), QUICK)
@@ -126,6 +128,20 @@ def test_no_logits_and_no_gradients_of_logits_are_made(
     assert isinstance(z, LazyLogits)
     z.sum().backward()
     assert computed == [(2, 6, VOCABULARY)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation_makes_no_logits_of_student_or_teacher(
+    beta: float, tmp_path: Path, computed: list[tuple[int, ...]]
+) -> None:
+    model = _optimized(model_for("GKD"))
+    made = trainer("GKD", model, tmp_path, False, change=_optimized, beta=beta)
+    seen: list[type] = []
+    made.teacher_model.register_forward_hook(lambda m, args, out: seen.append(type(out.logits)))
+    run(made)
+    assert computed == []
+    assert seen == [LazyLogits] * 3
+    assert _reads(model).tiles["divergence"] == 3
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
+from ..logits.awaiting import another_awaits
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -108,7 +109,7 @@ def head_forward(
         if kwargs.get(ASKED):
             return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        if kwargs.get("labels") is None and not (lazy and _is_step(self, kwargs)):
+        if kwargs.get("labels") is None and not (lazy and _is_step(session, self, outside, kwargs)):
             return original(self, *args, **kwargs)
         if training and parameters.fills_unused_cache(self, kwargs, cache_indices):
             kwargs["use_cache"] = False
@@ -154,14 +155,35 @@ def _mark_sizes(kwargs: dict[str, Any]) -> None:
         mark_dynamic(kwargs.values(), (ids.shape[0], ids.shape[1]))
 
 
-def _is_step(head: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _is_step(
+    session: Session, head: nn.Module, outside: Sequence[str], kwargs: dict[str, Any]
+) -> bool:
     """Whether a call without labels is a part of training: its caller makes the loss.
 
     One without gradients (a reference) says that it wants no cache: otherwise it may be generation.
+    In evaluation mode it is one (of a teacher) where the loss of another model is to come.
     """
-    if not head.training or any(kwargs.get(name) is not None for name in _CACHES):
+    if any(kwargs.get(name) is not None for name in _CACHES):
         return False
+    if not head.training:
+        return not kwargs.get("use_cache") and _is_teacher(session, head, outside)
     return torch.is_grad_enabled() or kwargs.get("use_cache") is False
+
+
+def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bool:
+    """Whether a call in evaluation mode is compared with another model's logits.
+
+    Logits of a training call of that one wait for their loss. Parameters that are sharded would be
+    gathered once more when they are read, by all processes: such a teacher's logits are made.
+    """
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    if not another_awaits(session.log.reads):
+        return False
+    weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
+    if not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_status") or weight._is_view():
+        return False
+    return not session.state.watches.get(head, outside).find_hooks(head).units
 
 
 def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
+from .awaiting import stop_waiting
 from .changes import versions
 from .head_call import HeadCall, Plan
 from .lazy_gradient import LazyGradient
@@ -62,6 +63,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
+        stop_waiting(ctx.join.plan.reads)
         if grad is None:
             return (None,) * len(needed)
         if isinstance(grad, LazyGradient) and not grad.is_written:
@@ -159,6 +161,8 @@ def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: An
     if not _needs_history(inputs):
         return join.lazy(inputs)
     made: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
+    if isinstance(made, LazyLogits):
+        made.wait_for_loss(join.plan.reads)
     return made
 
 

@@ -19,7 +19,9 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
+from .awaiting import await_loss
 from .deferred import Change, Deferred, Family, KeptLogits, Recorded
+from .reads import Reads
 
 _METADATA = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
@@ -122,6 +124,10 @@ class LazyLogits(Tensor):
     def keep(self, kept: KeptLogits) -> None:
         """Let the values be among those that are ``kept``."""
         kept.add(self._source)
+
+    def wait_for_loss(self, reads: Reads) -> None:
+        """Note that they are a training call's, whose caller makes the loss."""
+        await_loss(self._source, reads)
 
     def plus(self, other: Any) -> Any:
         """The sum, if it is lazy as well; else NotImplemented."""
@@ -249,13 +255,16 @@ def _as_tensor(x: Any) -> Any:
 
 def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is known without values, from the first of the arguments that are lazy."""
-    for z in (*args, *kwargs.values()):
-        if isinstance(z, LazyLogits):
-            if z.recorded is None or not z.is_pending:
-                break
-            if torch._C._are_functorch_transforms_active():  # what a tile computes has no batches
-                break
-            return z.recorded.answer(func, args, kwargs)
+    for given in (*args, *kwargs.values()):
+        each = given if isinstance(given, (tuple, list)) else (given,)
+        z = next((z for z in each if isinstance(z, LazyLogits)), None)
+        if z is None:
+            continue
+        if z.recorded is None or not z.is_pending:
+            break
+        if torch._C._are_functorch_transforms_active():  # what a tile computes has no batches
+            break
+        return z.recorded.answer(func, args, kwargs)
     return NotImplemented
 
 

@@ -25,13 +25,16 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor | None,
     other_bias: Tensor | None, targets: Tensor | None = None, kind: str = "forward_kl",
     beta: float = 0.5, temperature: float = 1.0, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
     """The divergence of the softmax of fp32 logits; 0 for ignored rows."""
     with torch.no_grad():
-        teacher = _logp(linear(other_x, other_weight, other_bias), temperature)
+        if other_weight is None:
+            teacher = _wide(other_x)
+        else:
+            teacher = _logp(linear(other_x, other_weight, other_bias), temperature)
     student = _logp(linear(x, weight, bias), temperature)
     if kind == "jsd" and 0.0 < beta < 1.0:
         weights = torch.tensor([1.0 - beta, beta], dtype=student.dtype, device=x.device).log()
@@ -47,8 +50,11 @@ def reference(
 
 
 def _logp(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits if logits.dtype is torch.float64 else logits.float()
-    return (wide / temperature).log_softmax(-1)
+    return (_wide(logits) / temperature).log_softmax(-1)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype is torch.float64 else t.float()
 
 
 # -------------------------------------------------------------------------------- cpu and triton
@@ -67,16 +73,17 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _flops(
-    x: Tensor, weight: Tensor, bias: Any, other_x: Tensor, other_weight: Tensor, *rest: Any
+    x: Tensor, weight: Tensor, bias: Any, other_x: Tensor, other_weight: Tensor | None, *rest: Any
 ) -> int:
     """Both logits, and the gradient that is made with them; of all rows, ignored ones too."""
-    products = weight.numel() * (1 + rest[-1]) + other_weight.numel()
+    products = weight.numel() * (1 + rest[-1])
+    products += 0 if other_weight is None else other_weight.numel()
     return 2 * x.shape[0] * int(products)
 
 
 _forward = library_op(
     "linear_divergence_forward(Tensor x, Tensor weight, Tensor? bias, Tensor other_x, "
-    "Tensor other_weight, Tensor? other_bias, Tensor? targets, str kind, float beta, "
+    "Tensor? other_weight, Tensor? other_bias, Tensor? targets, str kind, float beta, "
     "float temperature, int ignore_index, bool made) -> (Tensor, Tensor)",
     _implementation,
     _fake,
@@ -98,17 +105,18 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
 
 
 def _flops_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Any, other_x: Tensor, other_weight: Tensor,
-    *rest: Any,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Any, other_x: Tensor,
+    other_weight: Tensor | None, *rest: Any,
 ) -> int:  # fmt: skip
     """Both logits once more, and the gradients of x and of the head."""
-    products = weight.numel() * (1 + sum(rest[-1][:2])) + other_weight.numel()
+    products = weight.numel() * (1 + sum(rest[-1][:2]))
+    products += 0 if other_weight is None else other_weight.numel()
     return 2 * x.shape[0] * int(products)
 
 
 _backward = library_op(
     "linear_divergence_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, "
-    "Tensor other_x, Tensor other_weight, Tensor? other_bias, Tensor? targets, str kind, "
+    "Tensor other_x, Tensor? other_weight, Tensor? other_bias, Tensor? targets, str kind, "
     "float beta, float temperature, int ignore_index, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _implementation_backward,
     _fake_backward,
@@ -170,7 +178,7 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def linear_divergence(
-    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor | None,
     other_bias: Tensor | None, targets: Tensor | None = None, kind: str = "forward_kl",
     beta: float = 0.5, temperature: float = 1.0, ignore_index: int = -100,
 ) -> Tensor:  # fmt: skip
@@ -183,8 +191,10 @@ def linear_divergence(
         x: (..., hidden), the student's rows.
         weight: (vocabulary, hidden), in x's dtype.
         bias: (vocabulary,) or None.
-        other_x: (..., other hidden), the teacher's rows.
-        other_weight: (vocabulary, other hidden), in ``other_x``'s dtype.
+        other_x: (..., other hidden), the teacher's rows; or (..., vocabulary), its
+            log-probabilities, taken as they are.
+        other_weight: (vocabulary, other hidden), in ``other_x``'s dtype; None where ``other_x`` are
+            log-probabilities.
         other_bias: (vocabulary,) or None.
         targets: (...), int64, which say by ``ignore_index`` which rows do not count; or None.
         kind: ``"forward_kl"``, KL(teacher || student); ``"reverse_kl"``, KL(student || teacher);
@@ -209,7 +219,9 @@ def linear_divergence(
     if kind == "jsd" and beta in (0.0, 1.0):
         kind = "reverse_kl" if beta else "forward_kl"
     x, weight, bias = operands(x, weight, bias)
-    other = [t if t is None else t.detach() for t in operands(other_x, other_weight, other_bias)]
+    if other_weight is not None:
+        other_x, other_weight, other_bias = operands(other_x, other_weight, other_bias)
+    other = [t if t is None else t.detach() for t in (other_x, other_weight, other_bias)]
     chosen = kind, float(beta), float(temperature), ignore_index
     with torch.autocast(x.device.type, enabled=False):
         values: Tensor = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
@@ -222,7 +234,7 @@ def linear_divergence(
 
 
 def unsupported(
-    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor | None,
     other_bias: Tensor | None, targets: Tensor | None = None, *settings: Any, **more: Any,
 ) -> list[str]:  # fmt: skip
     """Say why the op cannot take these arguments, those of ``linear_divergence``."""
@@ -234,10 +246,13 @@ def unsupported(
     for name, head in heads:
         if any(t is not None and not t.is_floating_point() for t in head):
             return [f"an operand of the {name} is not of a floating-point dtype"]
-        if len({t.dtype for t in operands(*head) if t is not None}) > 1:
+        if head[1] is not None and len({t.dtype for t in operands(*head) if t is not None}) > 1:
             reasons.append(f"the {name}'s rows are {head[0].dtype}, its head is not")
-    if other_weight.shape[0] != weight.shape[0]:
-        reasons.append(f"vocabularies of {weight.shape[0]} and {other_weight.shape[0]} classes")
+    classes = other_x.shape[-1] if other_weight is None else other_weight.shape[0]
+    if classes != weight.shape[0]:
+        reasons.append(f"vocabularies of {weight.shape[0]} and {classes} classes")
+    if other_weight is None and other_bias is not None:
+        reasons.append("the teacher's log-probabilities have a bias")
     if other_x.shape[:-1] != x.shape[:-1]:
         reasons.append(f"rows of {tuple(x.shape[:-1])} and {tuple(other_x.shape[:-1])}")
     if targets is not None and targets.shape != x.shape[:-1]:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from .head_tiles import accumulate, project, project_back, row_strips, row_tiles
 
-Head = tuple[Tensor, Tensor, Tensor | None]
-"""Rows (N, hidden), weight (vocabulary, hidden), and bias (vocabulary,) or None."""
+Head = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows (N, hidden), weight (vocabulary, hidden), and bias (vocabulary,) or None.
+
+A teacher without a weight is its log-probabilities (N, vocabulary).
+"""
 
 
 def compute(
-    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, other_x: Tensor, other_weight: Tensor | None,
     other_bias: Tensor | None, targets: Tensor | None, kind: str, beta: float, temperature: float,
     ignore_index: int, made: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -25,8 +28,8 @@ def compute(
         x: (N, hidden), the student's rows.
         weight: (vocabulary, hidden).
         bias: (vocabulary,) or None.
-        other_x: (N, other hidden), the teacher's rows.
-        other_weight: (vocabulary, other hidden).
+        other_x: (N, other hidden), the teacher's rows; or its log-probabilities (N, vocabulary).
+        other_weight: (vocabulary, other hidden); None for log-probabilities.
         other_bias: (vocabulary,) or None.
         targets: (N,) or None, then all rows count.
         kind: ``"forward_kl"``, ``"reverse_kl"`` or ``"jsd"``.
@@ -47,8 +50,8 @@ def compute(
         found = torch.empty(logits.shape[0], dtype=wide, device=x.device)
         for part in row_strips(*logits.shape):
             s = _log_softmax(logits[part], temperature, wide)
-            t = _log_softmax(others[part], temperature, wide)
-            found[part], slope = _divergence(s, t, kind, beta, made)
+            t, mass = _teacher(others[part], other_weight, temperature, wide)
+            found[part], slope = _divergence(s, t, mass, kind, beta, made)
             if slope is not None:
                 logits[part] = slope
         values[rows] = found
@@ -94,8 +97,8 @@ def differentiate(
         upstream = (grad[rows] / temperature).unsqueeze(1)
         for part in row_strips(*logits.shape):
             s = _log_softmax(logits[part], temperature, wide)
-            t = _log_softmax(others[part], temperature, wide)
-            _, slope = _divergence(s, t, kind, beta, True)
+            t, mass = _teacher(others[part], other_weight, temperature, wide)
+            _, slope = _divergence(s, t, mass, kind, beta, True)
             assert slope is not None
             slope.mul_(upstream[part])
             if wanted[2]:
@@ -115,6 +118,7 @@ def _each_tile(
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """Each tile: the places of its rows, the student's logits, the teacher's."""
     kept: Tensor | None = None
+    assert student[1] is not None
     count, vocabulary = student[0].shape[0], student[1].shape[0]
     if targets is not None:
         found = (targets != ignore_index).nonzero().squeeze(1)
@@ -123,14 +127,30 @@ def _each_tile(
     tiles = row_tiles(count, row_bytes, part)
     height = max((stop - start for start, stop in tiles), default=0)
     # one buffer for all: fresh memory of this size would be faulted in page by page, tile by tile
-    buffers = [head[0].new_empty(height, vocabulary) for head in (student, teacher)]
+    buffers = [
+        x.new_empty(0 if weight is None else height, vocabulary)
+        for x, weight, _ in (student, teacher)
+    ]
     for start, stop in tiles:
         rows = slice(start, stop) if kept is None else kept[start:stop]
         logits, others = (
-            project(x[rows], weight, bias, buffer[: stop - start])
+            x[rows] if weight is None else project(x[rows], weight, bias, buffer[: stop - start])
             for (x, weight, bias), buffer in zip((student, teacher), buffers, strict=True)
         )
         yield rows, logits, others
+
+
+def _teacher(
+    strip: Tensor, weight: Tensor | None, temperature: float, wide: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The teacher's log-probabilities, and the sums of its probabilities where they may not be 1.
+
+    Those that are given are taken as they are: rounded, or nothing that a softmax has made.
+    """
+    if weight is not None:
+        return _log_softmax(strip, temperature, wide), None
+    given = strip.to(wide, copy=True)
+    return given, given.exp().sum(1, keepdim=True)
 
 
 def _log_softmax(strip: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
@@ -139,19 +159,23 @@ def _log_softmax(strip: Tensor, temperature: float, wide: torch.dtype) -> Tensor
 
 
 def _divergence(
-    student: Tensor, teacher: Tensor, kind: str, beta: float, gradient: bool
+    student: Tensor, teacher: Tensor, mass: Tensor | None, kind: str, beta: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The divergences (R,) of log-probabilities (R, V), and the gradient of the student's logits.
 
     With ``s`` the student's probabilities, ``t`` the teacher's, ``m = (1 - beta)·s + beta·t``:
-    ``forward_kl = Σ t·log(t/s)``, its gradient ``s - t``; ``reverse_kl = Σ s·log(s/t)``, its
-    gradient ``s·(log(s/t) - reverse_kl)``; ``jsd = beta·Σ t·log(t/m) + (1 - beta)·Σ s·log(s/m)``,
-    its gradient ``(1 - beta)·s·(log(s/m) - Σ s·log(s/m))``.
+    ``forward_kl = Σ t·log(t/s)``, its gradient ``s·mass - t``, where ``mass = Σt`` is 1 if it is
+    None; ``reverse_kl = Σ s·log(s/t)``, its gradient ``s·(log(s/t) - reverse_kl)``;
+    ``jsd = beta·Σ t·log(t/m) + (1 - beta)·Σ s·log(s/m)``, its gradient
+    ``(1 - beta)·s·(log(s/m) - Σ s·log(s/m))``.
     """
     if kind == "forward_kl":
         t = teacher.exp()
         values = teacher.sub_(student).mul_(t).sum(1)
-        return values, student.exp_().sub_(t) if gradient else None
+        if not gradient:
+            return values, None
+        s = student.exp_()
+        return values, (s if mass is None else s.mul_(mass)).sub_(t)
     s = student.exp()
     if kind == "reverse_kl":
         ratio = student.sub_(teacher)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
+from .divergence_sums import DIVERGENCES
 from .in_tiles import Tiled, compute
 from .measures import mean_logit, measure, picked, weighted_sum, wide
 from .rows import CHOICES, Handlers, WrongArguments, handler, is_last, result_dtype, rows_of
@@ -287,7 +288,7 @@ def _topk(z: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bo
 
 
 HANDLERS: Handlers = {
-    **CHOICES, **SCALINGS,
+    **CHOICES, **SCALINGS, **DIVERGENCES,
     "gather": _gather, "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
     "logsumexp": _logsumexp, "sum": _sum, "mean": _mean, "argmax": _argmax, "max": _max,
     "amax": _amax, "topk": _topk,

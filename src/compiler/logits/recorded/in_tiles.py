@@ -41,13 +41,18 @@ class Tiled:
     measures: Measures | None = None
 
 
-def compute(z: LazyLogits, tiled: Tiled) -> Tensor:
+def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor:
     """The result of ``tiled``, with a history that leads to ``z``.
+
+    Args:
+        z: what it is computed of.
+        tiled: how it is.
+        rows: those of which it takes the operands; None for those that are recorded of ``z``.
 
     Raises:
         WrongArguments: it cannot be computed from the operands of the head now.
     """
-    rows = rows_of(z)
+    rows = rows_of(z) if rows is None else rows
     if rows.factor <= 0 or not rows.call.can_end_in_tiles(rows.inputs):
         raise WrongArguments
     rows.call.plan.reads.note_tiles(tiled.name)
