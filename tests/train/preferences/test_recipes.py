@@ -130,6 +130,8 @@ class SwanLab(ModuleType):
 @pytest.mark.slow
 @each
 def test_it_trains_three_steps(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "\ndeepspeed:" in path.read_text(encoding="utf-8"):
+        pytest.importorskip("deepspeed", reason="the recipe shards with it, and it is an extra")
     pytest.importorskip("trl", reason="its trainers train by preferences")
     tracker = SwanLab()
     if values(path).get("use_swanlab"):
