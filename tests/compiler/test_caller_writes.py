@@ -159,3 +159,20 @@ def test_what_one_call_did_not_write_the_next_one_may(kind: Any) -> None:
         reference = _step(exact, x.double())
         for a, b, o in zip(_step(ours, x), _step(eager, x), reference, strict=True):
             assert exceeded(a, b, o) is None
+
+
+def test_a_function_of_no_module() -> None:
+    """As ``exec`` makes it in a namespace without a name."""
+    space: dict[str, Any] = {"nn": nn}
+    exec(
+        "class Alone(nn.Module):\n"
+        "    def __init__(self, block):\n"
+        "        super().__init__()\n"
+        "        self.layers = nn.ModuleList([block])\n"
+        "    def forward(self, x):\n"
+        "        return self.layers[0](x)\n",
+        space,
+    )
+    model = space["Alone"](Block(False))
+    assert model.forward.__func__.__module__ is None
+    assert not may_write(model, model.layers[0])

@@ -262,6 +262,29 @@ def test_where_all_classes_are_nearly_as_likely(use: str, frozen: bool) -> None:
         assert exceeded(*map(torch.stack, (mine, theirs, oracle))) is None
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["torch.nn.parallel.any", "torch.distributed.any", "deepspeed.runtime.any"]
+)
+def test_what_a_wrapper_detaches_stays_lazy(wrapper: str) -> None:
+    """As the hooks do by which engines fetch weights before a backward pass."""
+    space: dict[str, Any] = {"__name__": wrapper}
+    exec("def forward(ctx, x):\n    return x.detach()", space)
+    hook: Any = type("Hook", (torch.autograd.Function,), {
+        "forward": staticmethod(space["forward"]), "backward": staticmethod(lambda ctx, g: g),
+    })  # fmt: skip
+    eager, ours = _pair()
+    before = _reads(ours).tensors.total()
+    for m in (eager, ours):
+        m.zero_grad()
+        z = hook.apply(m(IDS))
+        _pick(z.log_softmax(-1)).sum().backward()
+    assert isinstance(z, LazyLogits)
+    assert z._source.is_pending
+    assert _reads(ours).tensors.total() == before, _reads(ours).reasons()
+    for p, q in zip(eager.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=2e-4, atol=1e-6)
+
+
 def _used(m: _LM, loss: Callable[[Tensor], Tensor], use: Callable[..., Any]) -> list[Tensor]:
     m.zero_grad()
     z = m(IDS)

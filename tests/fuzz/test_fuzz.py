@@ -48,6 +48,10 @@ def test_random_models_do_through_inductor_what_eager_does(seed: int) -> None:
     _assert_right(seed, "inductor")
 
 
+def test_a_change_to_a_block_without_linears_finds_another_layer() -> None:
+    draw(62459)  # its model is a head on a stack, which has the norm
+
+
 def test_a_seed_gives_the_same_program_each_time() -> None:
     assert generate(11) == generate(11)
     assert generate(11).source != generate(12).source

@@ -17,15 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.resume import Saved
 from ..data import IGNORED
 from ..data.teacher import take_teacher, with_teacher
-from ..model.tokenizer import pad_token
 from ..processes.world import World
 from ..recipe.recipe import Recipe
-from ..trainer.batches import training_batch
-from ..trainer.build import SupervisedTask, make_trainer
-from ..trainer.context import Context
+from ..trainer.build import SupervisedTask
 from ..trainer.evaluation import Batches, validate
 from ..trainer.trainer import FineTuner
 from .float_logits import FloatLogits
@@ -190,6 +186,8 @@ class DistillationTask(SupervisedTask):
         recipe: checked.
     """
 
+    tuner = DistillationTuner
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.loss = MeanLoss(Distillation.of(recipe))
@@ -201,22 +199,9 @@ class DistillationTask(SupervisedTask):
             batches.collate = functools.partial(_with_teacher, batches.collate)
         return sets
 
-    def trainer(
-        self,
-        context: Context,
-        model: Any,
-        sequences: Any,
-        resumed: Saved | None,
-        on_first_step: Callable[[], None],
-    ) -> FineTuner:
-        """The trainer; see ``make_trainer``."""
-        plain = functools.partial(
-            training_batch, recipe=self.recipe, pad_id=pad_token(context.tokenizer)
-        )
-        return make_trainer(
-            context, model, sequences, resumed, on_first_step, DistillationTuner,
-            own={"data_collator": functools.partial(_with_teacher, plain)},
-        )  # fmt: skip
+    def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+        """What makes a batch of sequences, with the teacher's part."""
+        return functools.partial(_with_teacher, super().collate(tokenizer))
 
 
 def _with_teacher(collate: Callable[[Any], dict[str, Any]], packs: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Head:
         return name.endswith(self.auto.removeprefix("AutoModel"))
 
 
+LANGUAGE_HEAD = Head("AutoModelForCausalLM", "CAUSAL_LM")
 HEADS = {
     "reward": Head("AutoModelForSequenceClassification", "SEQ_CLS", 1, "reward_model"),
     "process_reward": Head("AutoModelForTokenClassification", "TOKEN_CLS", 2,
@@ -132,7 +133,7 @@ def head_of(recipe: Recipe) -> Head:
     for head in HEADS.values():
         if method is None and head.belongs_to(recipe.model_type or ""):
             return replace(head, labels=labels, key="model_type")
-    return Head("AutoModelForCausalLM", "CAUSAL_LM")
+    return LANGUAGE_HEAD
 
 
 def preference_settings(recipe: Recipe) -> PreferenceSettings | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..model.chat_prompt import ChatPrompt
 from ..recipe.locate import ModelSource, locate
-from ..recipe.preferences import HEADS, Head
+from ..recipe.preferences import HEADS, LANGUAGE_HEAD, Head
 
 _LANGUAGE = """\
 fusewright generate . "Your question"  # one answer
@@ -33,7 +33,7 @@ def commands(recipe: Mapping[str, Any]) -> str:
 
 def _head(recipe: Mapping[str, Any]) -> Head:
     trained = (head for head in HEADS.values() if head.key and recipe.get(head.key))
-    return next(trained, Head("AutoModelForCausalLM", "CAUSAL_LM"))
+    return next(trained, LANGUAGE_HEAD)
 
 
 def snippet(recipe: Mapping[str, Any], folder: str) -> str | None:

@@ -41,6 +41,9 @@ class SupervisedTask:
     validates_first = True
     """Whether validation needs nothing but the model, so that it can come before the trainer."""
 
+    tuner: type[FineTuner] = FineTuner
+    """The trainer."""
+
     loss: Loss | None = None
     """The mean over the trained tokens of a batch that is validated; None: the model's own."""
 
@@ -72,7 +75,12 @@ class SupervisedTask:
         on_first_step: Callable[[], None],
     ) -> FineTuner:
         """The trainer; see ``make_trainer``."""
-        return make_trainer(context, model, sequences, resumed, on_first_step)
+        own = {"data_collator": self.collate(context.tokenizer)}
+        return make_trainer(context, model, sequences, resumed, on_first_step, self.tuner, own=own)
+
+    def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+        """What makes a batch of sequences."""
+        return _collate(self.recipe, tokenizer)
 
 
 def make_context(
@@ -134,7 +142,6 @@ def make_trainer(
     """
     recipe = context.recipe
     args = arguments_for(recipe, packs, context.world) if args is None else args
-    pad_id = pad_token(context.tokenizer)
     memory = Meter(model.device)
     progress = ProgressCallback(
         context.meter, context.interrupts, context.console, args.max_steps,
@@ -147,7 +154,7 @@ def make_trainer(
         "train_dataset": packs,
         # asked for; evaluate() is ours
         "eval_dataset": [None] if args.eval_strategy != "no" else None,
-        "data_collator": functools.partial(training_batch, recipe=recipe, pad_id=pad_id),
+        "data_collator": _collate(recipe, context.tokenizer),
         "callbacks": [*watchdogs(recipe), *samplers],
         **(own or {}),
     }
@@ -160,6 +167,10 @@ def make_trainer(
     if trainer.divides and (experts := left_whole(model)):
         context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
     return trainer
+
+
+def _collate(recipe: Recipe, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
+    return functools.partial(training_batch, recipe=recipe, pad_id=pad_token(tokenizer))
 
 
 def _peak(model: Any, world: World) -> float | None:

@@ -211,3 +211,33 @@ def test_a_finished_run_is_evaluated_as_it_was_validated(
     for name in ("rewards/margins", "accuracy"):
         if f"eval_{name}" in last:
             assert figures[name] == pytest.approx(last[f"eval_{name}"], rel=1e-4), name
+
+
+def test_a_reference_of_another_model_is_refused(tmp_path: Path) -> None:
+    from fusewright.train.methods.reference import read_reference, write_reference
+
+    write_reference(torch.nn.Linear(3, 2), tmp_path)
+    read_reference(torch.nn.Linear(3, 2), tmp_path)
+    with pytest.raises(RecipeError, match="the weights of another model"):
+        read_reference(torch.nn.Linear(3, 2, bias=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "alike"),
+    [
+        *(({"rl": method}, True) for method in ("dpo", "ipo", "kto")),
+        *(({"rl": method}, False) for method in ("orpo", "simpo")), ({}, False),
+    ],
+)  # fmt: skip
+def test_models_that_are_compared_are_compiled_alike(
+    keys: dict[str, Any], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.compiler import pipeline
+    from fusewright.train.recipe.recipe import Recipe
+    from fusewright.train.trainer.ready import optimize_model
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline, "optimize", lambda model, **options: given.append(options))
+    rows = [{"path": "rows.jsonl", "type": "chat_template"}]
+    optimize_model(None, Recipe.model_validate({"base_model": "m", "datasets": rows, **keys}))
+    assert [options["compile_no_grad"] for options in given] == [alike]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from torch import Tensor
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
-from .rows import HeadRows, WrongArguments
+from .arguments import WrongArguments
+from .rows import HeadRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,21 +93,6 @@ class Divergence(HeadRows):
     second: Side
     terms: Mapping[str, float]
     mixture: Mixed | None
-
-
-def binding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function raise ``WrongArguments`` for a call with other arguments than its own."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError:
-            raise WrongArguments from None
-        return function(*args, **kwargs)
-
-    return run
 
 
 def number(x: Any) -> float | None:

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lazy_logits import LazyLogits
+from .arguments import WrongArguments, binding
 from .distributions import (
     Divergence,
     Given,
     Mixed,
     Shifted,
     Side,
-    binding,
     has_gradient,
     is_same_side,
     leading,
@@ -33,7 +33,7 @@ from .distributions import (
     record,
     side_of,
 )
-from .rows import Handlers, HeadRows, WrongArguments, handler, rows_of
+from .rows import Handlers, HeadRows, handler, rows_of
 
 # ------------------------------------------------------------------------------------- the mixture
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
+from .arguments import WrongArguments
 from .divergence_sums import DIVERGENCES
 from .in_tiles import Tiled, compute
 from .measures import mean_logit, measure, picked, weighted_sum, wide
-from .rows import CHOICES, Handlers, WrongArguments, handler, is_last, result_dtype, rows_of
+from .rows import CHOICES, Handlers, handler, is_last, result_dtype, rows_of
 from .scalings import SCALINGS
 from .together import Measures
 

@@ -20,7 +20,8 @@ from ....kernels.second_order import differentiable, gradients
 from ..head_parts import Operands
 from ..lazy_gradient import LazyGradient, require_unwritten
 from ..lazy_logits import LazyLogits
-from .rows import HeadRows, WrongArguments, rows_of
+from .arguments import WrongArguments
+from .rows import HeadRows, rows_of
 from .together import LatePart, Measures
 
 

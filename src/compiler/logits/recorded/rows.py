@@ -9,7 +9,6 @@ without them.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
+from .arguments import WrongArguments, binding
 
 if TYPE_CHECKING:
     from ..head_call import HeadCall
@@ -76,13 +76,9 @@ class HeadRows:
         return self.call is other.call and self.index is other.index and self.factor == other.factor
 
 
-class WrongArguments(Exception):
-    """A call that no handler is for."""
-
-
 def handler(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function of lazy logits pass on what it is not called for."""
-    signature = inspect.signature(function)
+    bound = binding(function)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -93,11 +89,7 @@ def handler(function: Callable[..., Any]) -> Callable[..., Any]:
         z = args[0]
         if not isinstance(z.recorded, HeadRows) or not z.is_pending:
             raise WrongArguments
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError:
-            raise WrongArguments from None
-        return function(*args, **kwargs)
+        return bound(*args, **kwargs)
 
     return run
 

@@ -104,10 +104,12 @@ class OutputKeys(Keys):
     """Load the best checkpoint at the end."""
 
     metric_for_best_model: str | None = None
-    """The figure that decides which checkpoint is the best. Unset: ``eval_loss``."""
+    """The figure that decides which checkpoint is the best. Unset: ``eval_loss``, and
+    ``eval_reward`` where completions are judged."""
 
     greater_is_better: bool | None = None
-    """Whether higher is better. Unset: not for losses."""
+    """Whether higher is better. Unset: not for losses, perplexities, divergences, and
+    shares of completions that are cut off or rewarded alike."""
 
     eval_table_size: Int | None = not_applicable(
         "no table is logged; sample_prompt shows an answer before and after training"
