@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from .units import divided_by, is_unit
 
+A_CACHE = "a cache was passed (generation; in training pass use_cache=False)"
+"""The reason that ``copies/decoding.py`` acts on."""
+
 
 def bypass_reason(
     args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool = False
@@ -34,7 +37,7 @@ def bypass_reason(
         if value is None or isinstance(value, (Tensor, int, float, str)):
             continue
         if _is_cache(value):
-            return "a cache was passed (generation; in training pass use_cache=False)"
+            return A_CACHE
         if _may_collect(value):
             return f"a {type(value).__name__} was passed, which may collect values as a cache does"
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):

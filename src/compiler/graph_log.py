@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,3 +153,15 @@ class GraphLog:
     def has_run(self, module: nn.Module) -> bool:
         """Whether ``module`` was called: through a graph or not."""
         return module in self.graphs or module in self.notes
+
+
+def summary(error: Exception) -> str:
+    """What an error says first, and the two innermost places of the user's code it points to."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = re.findall(r'File "([^"]+)", line (\d+)', str(error))[-2:]
+    where = " < ".join(
+        f"{'/'.join(path.replace(os.sep, '/').split('/')[-2:])}:{line}"
+        for path, line in places[::-1]
+    )
+    text = f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
+    return f"{text} (at {where})" if where else text

@@ -23,7 +23,8 @@ from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, replaced_forward, unwatch_training, watch_training
-from .opaque_calls import cell_contents, with_opaque_calls
+from .copies.forward_copies import cell_contents
+from .copies.opaque_calls import with_opaque_calls
 from .regions import Region, undivided_parts
 from .session import Session
 

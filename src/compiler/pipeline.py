@@ -31,6 +31,7 @@ from ..rewrite.verify import Verifier, quiet_randomness
 from . import codegen as _codegen
 from . import regions
 from .calls.forwards import OUTER_COMPILE
+from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
 from .options import Codegen, Environment, Logits, Options, Verify
@@ -110,7 +111,14 @@ def _choices(
         _planner(model, blocks, options.memory, chosen[0]),
         split=split,
         fake=any(isinstance(p, FakeTensor) for p in model.parameters()),
+        decoding=_decoding(options, environment),
     )
+
+
+def _decoding(options: Options, environment: Environment) -> Decoding:
+    """Where the rule ``attention`` is on, generation has the op, too."""
+    rules = {r.name for r in options.passes} - set(environment.disable)
+    return Decoding("attention" in rules, verifies=options.verify != "off")
 
 
 def _verifier(verify: Verify, choice: str) -> Verifier:
@@ -188,6 +196,8 @@ def explain(model: nn.Module) -> Report:
             ]
         elif record.kind == "head" and not log.has_run(module) and not log.outer_compile:
             bypasses.append(Bypass(path, "no call with labels has been captured"))
+        if (decoded := session.choices.decoding.findings.get(module)) is not None:
+            sites.append(_site(path, decoded))
         if (other := replaced_by(module)) is not None:
             reason = f"{other} was put in the place of its forward, and may or may not call it"
             bypasses.append(Bypass(path, reason))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +20,8 @@ from ..memory.planner import Planner
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
 from . import codegen
-from .graph_log import CapturedGraph, GraphLog
+from .copies.decoding import Decoding
+from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
 from .sharing import SharedFunction, Stage
 from .units import Units
@@ -45,6 +45,7 @@ class Choices:
         split: called with a module that could not be captured: makes regions of its parts, and
             returns what undoes that.
         fake: whether the model has fake tensors for weights: its steps are counted, not computed.
+        decoding: the attention of generation.
     """
 
     options: Options
@@ -55,6 +56,7 @@ class Choices:
     planner: Planner
     split: Callable[[nn.Module, Session], Callable[[], None]] = lambda m, s: lambda: None
     fake: bool = False
+    decoding: Decoding = field(default_factory=Decoding)
 
     @property
     def rules(self) -> list[Any]:
@@ -184,7 +186,7 @@ class Session:
                 raise cause from None
             if not _is_capture_error(error):
                 raise
-            reason = f"could not be captured: {_summary(error)}"
+            reason = f"could not be captured: {summary(error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         undo_split = self.choices.split(module, self)
         try:
@@ -305,15 +307,3 @@ def _is_capture_error(error: Exception) -> bool:
 
 
 _DYNAMO = os.path.dirname(torch._dynamo.__file__)
-
-
-def _summary(error: Exception) -> str:
-    """What an error says first, and the two innermost places of the user's code it points to."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = re.findall(r'File "([^"]+)", line (\d+)', str(error))[-2:]
-    where = " < ".join(
-        f"{'/'.join(path.replace(os.sep, '/').split('/')[-2:])}:{line}"
-        for path, line in places[::-1]
-    )
-    text = f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
-    return f"{text} (at {where})" if where else text

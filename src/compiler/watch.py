@@ -20,7 +20,8 @@ from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quant_states import is_packed
 from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
-from .opaque_calls import ForwardCopies, forward_copies
+from .copies.forward_copies import ForwardCopies
+from .copies.opaque_calls import forward_copies
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -87,7 +88,7 @@ class Watch:
         own_code: the code of forwards that stand in these modules themselves.
         blocks: those of these modules that run graphs of their own.
         packed: those of these modules that are 4-bit layers.
-        copies: what ``opaque_calls.forward_copies`` finds in them.
+        copies: what ``copies.opaque_calls.forward_copies`` finds in them.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
     """

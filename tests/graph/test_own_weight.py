@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusewright.compiler.opaque_calls import with_opaque_calls
+from fusewright.compiler.copies.opaque_calls import with_opaque_calls
 from fusewright.graph.opaque.own_weight import asks_for_place, stand_in
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.compiler.opaque_calls import forward_copies, with_opaque_calls
+from fusewright.compiler.copies.opaque_calls import forward_copies, with_opaque_calls
 from fusewright.graph.opaque import functions as whole
 
 from .architectures import build, targets

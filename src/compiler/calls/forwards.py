@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ...graph.opaque.quant_states import restore_states
 from ...memory.apply_plan import inside_checkpoint
-from ..bypass import Hooks, bypass_reason, hidden_hooks
-from ..opaque_calls import forward_copies, using_copies
+from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
+from ..copies.forward_copies import using_copies
+from ..copies.opaque_calls import forward_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -73,8 +74,7 @@ def block_forward(
         if reason is not None:
             if hooks.divided and kind == "block" and failed is None:
                 session.leave(self, reason)
-            session.log.note(self, reason)
-            return original(self, *args, **kwargs)
+            return _bypassed(session, reason, original, self, args, kwargs)
         if units:
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
@@ -108,6 +108,14 @@ def block_forward(
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _bypassed(
+    session: Session, reason: str, original: Original, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    session.log.note(module, reason)
+    with session.choices.decoding(module) if reason is A_CACHE else _NO_CONTEXT:
+        return original(module, *args, **kwargs)
 
 
 def _why_not(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.loss.linear_logprob import linear_logprob
+from ..copies.forward_copies import cell_contents, names_in
 from ..logits.reads import Reads
-from ..opaque_calls import cell_contents, names_in
 from .forwards import Original
 
 ASKED = "fused_lm_head"

@@ -1,0 +1,1 @@
+"""Copies of forwards that see other globals, for one call."""

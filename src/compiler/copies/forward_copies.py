@@ -1,0 +1,155 @@
+"""Copies of forwards that see other globals: for one call, without patching a class or a module.
+
+A function reads its globals by name. A copy with the same code and globals of its own, in which
+some of them are replaced, does the same with the replacements. While a region is called, and for
+that call only, the modules in it run such copies of their forwards. Classes, modules and globals
+stay what they are, and nothing is left to restore.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+ForwardCopies = list[tuple[nn.Module, Callable[..., Any]]]
+"""Modules, each with the copy of its forward."""
+
+Replacement = Callable[[Any, set[str]], Any]
+"""The value of a global, and all names in the code that reads it -> what stands for it, or None."""
+
+
+@contextmanager
+def using_copies(copies: ForwardCopies) -> Iterator[None]:
+    """For one call, let modules run copies of their forwards."""
+    put = []
+    for m, copy in copies:
+        put.append((m, m.__dict__.get("forward"), types.MethodType(copy, m)))
+        m.__dict__["forward"] = put[-1][2]
+    try:
+        yield
+    finally:
+        for m, own, ours in put:
+            if m.__dict__.get("forward") is not ours:
+                continue  # somebody has put in another one meanwhile
+            if own is None:
+                del m.__dict__["forward"]
+            else:
+                m.__dict__["forward"] = own
+
+
+class FunctionCopies:
+    """Copies of functions, made with one kind of replacement.
+
+    One copy serves all modules, so that equal blocks share a graph. A copy has its globals from the
+    time when it was made: when one that the code reads is another now, a new copy is made.
+    """
+
+    def __init__(self, replacement: Replacement) -> None:
+        self._replacement = replacement
+        self._copied = functools.lru_cache(maxsize=4096)(self._make)
+
+    def below(self, module: nn.Module) -> ForwardCopies:
+        """The modules below ``module`` whose forwards have copies, with these."""
+        found, stack = [], [c for c in module._modules.values() if c is not None]
+        while stack:
+            m = stack.pop()
+            copy = self.of_forward(m)
+            if copy is not None:
+                found.append((m, copy))
+            stack += [c for c in m._modules.values() if c is not None]
+        return found
+
+    def of_forward(self, module: nn.Module) -> Any:
+        """A copy of the function behind a module's forward, or None."""
+        return self.of(_function(module))
+
+    def of(self, function: Any) -> Any:
+        """A copy of ``function``, wrappers included; None if nothing in it is replaced."""
+        made = self._copied(function) if isinstance(function, types.FunctionType) else None
+        if made is not None and not made.is_current():
+            self._copied.cache_clear()
+            made = self._copied(function)
+        return None if made is None else made.function
+
+    def _make(self, function: Any) -> _Copy | None:
+        read: list[tuple[dict[str, Any], str, Any]] = []
+        made = self._copy(function, frozenset(), read)
+        return None if made is None else _Copy(made, tuple(read))
+
+    def _copy(self, function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
+        if not isinstance(function, types.FunctionType) or function in outer:
+            return None
+        outer |= {function}
+        cells = function.__closure__ or ()
+        wrapped = [self._copy(cell_contents(cell), outer, read) for cell in cells]
+        names, scope = names_in(function.__code__), function.__globals__
+        replaced = ((n, self._replacement(scope.get(n), names)) for n in names)
+        found = {n: value for n, value in replaced if value is not None}
+        if not found and not any(wrapped):
+            return None
+        if found:
+            if _sets_globals(function.__code__):  # in a copy they would be lost
+                return None
+            read += [(scope, name, scope.get(name)) for name in names]
+            scope = {**scope, **found}
+            # by this name Dynamo would look up the globals in the real module
+            scope.pop("__name__", None)
+        closure = tuple(
+            cell if copy is None else types.CellType(copy)
+            for cell, copy in zip(cells, wrapped, strict=True)
+        )
+        # by its code Dynamo tells this copy from an earlier one that has other globals
+        code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_serial)}")
+        made = types.FunctionType(
+            code, scope, function.__name__, function.__defaults__,
+            closure if function.__closure__ is not None else None,
+        )  # fmt: skip
+        made.__kwdefaults__ = function.__kwdefaults__
+        made.__dict__.update({k: v for k, v in function.__dict__.items() if k != "__wrapped__"})
+        return made
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a function, and which values of which globals it was made with."""
+
+    function: Any
+    read: tuple[tuple[dict[str, Any], str, Any], ...]
+
+    def is_current(self) -> bool:
+        return all(scope.get(name) is value for scope, name, value in self.read)
+
+
+_serial = itertools.count(1)
+
+
+def _sets_globals(code: types.CodeType) -> bool:
+    return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
+
+
+def _function(module: nn.Module) -> Any:
+    """The function behind a module's forward; None where it is no method of one."""
+    own = module.__dict__.get("forward")
+    return type(module).forward if own is None else getattr(own, "__func__", None)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """The names of globals and attributes in ``code`` and in what it defines."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*(names_in(c) for c in inner))
+
+
+def cell_contents(cell: types.CellType) -> Any:
+    """What a closure's cell holds, or None."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None

@@ -1,0 +1,43 @@
+"""Letting TorchDynamo see other functions than those that a module's forward calls.
+
+A leaf (``graph/opaque/functions.py``) stands for a scan, and what can be followed
+(``graph/opaque/own_weight.py``) for a look-up that cannot. While a block is captured, and for that
+call only, each submodule whose forward calls such a function runs a copy of this forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...graph.opaque.functions import convention, leaf
+from ...graph.opaque.own_weight import asks_for_place, stand_in
+from .forward_copies import ForwardCopies, FunctionCopies
+
+
+def forward_copies(module: nn.Module) -> ForwardCopies:
+    """The modules below ``module`` whose forwards call a function that is captured whole."""
+    return _COPIES.below(module)
+
+
+def with_opaque_calls(function: Any) -> Any:
+    """A copy of ``function`` that calls leaves, wrappers included; None if it calls none."""
+    return _COPIES.of(function)
+
+
+def _replacement(value: Any, names: set[str]) -> Any:
+    """What is called in place of a global function while a block is captured, or None."""
+    if not callable(value) or isinstance(value, type):
+        return None
+    return leaf(value) if _is_opaque(value) else stand_in(value) if asks_for_place(value) else None
+
+
+def _is_opaque(function: Any) -> bool:
+    try:
+        return convention(function) is not None
+    except TypeError:  # not hashable
+        return False
+
+
+_COPIES = FunctionCopies(_replacement)
