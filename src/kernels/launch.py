@@ -5,11 +5,11 @@ Nothing here imports Triton before a tensor asks for it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,16 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return given[0].is_cuda or interpreting()
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How Triton multiplies tiles of ``dtype``: ``"tf32"`` or ``"ieee"``, as PyTorch's products.
+
+    ``torch.backends.cuda.matmul.allow_tf32`` says the same, but raises where the process has set
+    ``fp32_precision``, which is what transformers' ``TrainingArguments(tf32=True)`` sets.
+    """
+    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def own(t: Tensor) -> Tensor:
     """``t``, but no view of another tensor: a model may write into what an op returns.
 
@@ -100,7 +110,10 @@ def library_op(
         RuntimeError: NAME is defined already, in this process.
     """
     name = schema.split("(", 1)[0]
-    run = _triton(implementation) if isinstance(implementation, str) else implementation
+    if isinstance(implementation, str):
+        run = _triton(implementation)
+    else:
+        run = implementation if launches is None else on_device(implementation)
     # 2026-11-24: torch.library is not typed
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -121,16 +134,38 @@ def library_op(
     return op
 
 
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the device of its first tensor as the current one.
+
+    Triton launches on the current device, whatever device its tensors are on.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: Any) -> Any:
+        tensor = next(_tensors(args))
+        if not tensor.is_cuda:
+            return function(*args)
+        with torch.cuda.device(tensor.device):
+            return function(*args)
+
+    return guarded
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
 def _triton(launcher: str) -> Callable[..., Any]:
     """The function that ``launcher`` names, which is looked up at each call."""
     module_name, function_name = launcher.split(":")
 
     def implementation(*args: Any) -> Any:
         module = importlib.import_module(f".{module_name}_triton", __package__)
-        tensor = next(a for a in args if isinstance(a, Tensor))
-        on_gpu = tensor.is_cuda
-        with torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext():
-            made = getattr(module, function_name)(*args)
+        made = on_device(getattr(module, function_name))(*args)
         return own(made) if isinstance(made, Tensor) else type(made)(own(t) for t in made)
 
     return implementation

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import dot_precision
 
 
 @triton.jit
@@ -69,7 +70,6 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return out
     config = _config(left.shape[1])
     blocks = triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_M"])
-    tf32 = base.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
     rank_update_kernel[(blocks,)](
         base,
         left,
@@ -81,7 +81,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         base.stride(0),
         *left.stride(),
         *right.stride(),
-        PRECISION="tf32" if tf32 else "ieee",
+        PRECISION=dot_precision(base.dtype),
         **config,
     )
     return out

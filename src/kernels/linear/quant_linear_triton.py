@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import dot_precision
 from .quantized import NESTED as PER_OUTER
 from .quantized import table
 
@@ -132,11 +133,10 @@ def few(
     if result.numel() == 0:
         return result
     pointers, flags = _state(packed, absmax, absmax_8bit, code, offset, kind)
-    tf32 = x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
     few_kernel[(triton.cdiv(out, _FEW["BLOCK_M"]),)](
         x, *pointers, x if bias is None else bias, result, rows, out, into, *x.stride(),
         BLOCKSIZE=blocksize, HAS_BIAS=bias is not None,
-        PRECISION="tf32" if tf32 else "ieee", **_FEW, **flags,
+        PRECISION=dot_precision(x.dtype), **_FEW, **flags,
     )  # fmt: skip
     return result
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import dot_precision
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def bounded_product(
     bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``."""
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = dot_precision(a.dtype)
     config = _matmul_config(a.dtype, precision, bound == "inner")
     rows, columns = out.shape
     blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
@@ -98,7 +99,7 @@ def bounded_product(
         BOUND=bound,
         HAS_BIAS=bias is not None,
         ACCUMULATE=bound == "inner",
-        PRECISION=precision if a.dtype is torch.float32 else "ieee",
+        PRECISION=precision,
         **config,
     )
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import dot_precision
 
 
 @triton.jit
@@ -127,11 +128,6 @@ def _config(dtype: torch.dtype, places: int, experts: int) -> dict[str, int]:
 _OUTER = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 
 
-def _precision(t: Tensor) -> str:
-    tf32 = t.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
-
-
 def _blocks(offsets: Tensor, places: int, size: int) -> tuple[Tensor, Tensor]:
     """The expert of each block (E where there is no such block), and its first place."""
     experts = offsets.shape[0]
@@ -163,8 +159,8 @@ def grouped_mm(
         a, expert if rows is None else rows, weight, a if bias is None else bias, out,
         expert, start, offsets, inner, columns, a.stride(0), *weight.stride(),
         0 if bias is None else bias.stride(0),
-        GATHER=rows is not None, BIAS=bias is not None, PRECISION=_precision(a), EXPERTS=experts,
-        **config,
+        GATHER=rows is not None, BIAS=bias is not None, PRECISION=dot_precision(a.dtype),
+        EXPERTS=experts, **config,
     )  # fmt: skip
     return out
 
@@ -182,7 +178,7 @@ def grouped_outer(
     _grouped_outer_kernel[(tiles, experts)](
         a, offsets if rows is None else rows, b, out, offsets, inner, columns,
         a.stride(0), b.stride(0), *out.stride(),
-        GATHER=rows is not None, PRECISION=_precision(a), **_OUTER,
+        GATHER=rows is not None, PRECISION=dot_precision(a.dtype), **_OUTER,
     )  # fmt: skip
     return out
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..aot import AotCase
+from ..launch import dot_precision
 from . import ssd_chunks
 from .ssd_backward_triton import backward_kernel, shared_kernel
 from .ssd_tiles_triton import decays, tile, within
@@ -127,10 +128,6 @@ def _config(most: dict[str, int], states: int, features: int) -> dict[str, int]:
     return {"Q": CHUNK, "N": min(n, most["N"]), "P": min(p, most["P"])}
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _low(b: Tensor, c: Tensor) -> bool:
     """Whether B and C may be multiplied as they are: their products are exact in fp32."""
     return b.dtype is c.dtype and b.dtype in (torch.float16, torch.bfloat16)
@@ -173,7 +170,7 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
     grid = rows, triton.cdiv(of.states, config["N"]), triton.cdiv(of.features, config["P"])
     scan_kernel[grid](
         left, right, of.step, of.sums, out, *_strides(left, right), *of.scalars,
-        REVERSE=reverse, PRECISION=_precision(), **config, num_warps=WARPS,
+        REVERSE=reverse, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -194,7 +191,7 @@ def forward(
     output_kernel[grid](
         x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, out,
         *_strides(x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=_precision(), **config,
+        HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
         num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -211,7 +208,7 @@ def _shared(
     shared_kernel[grid](
         grad, x, of.step, of.sums, b, c, before, after, db, dc,
         *_strides(grad, x, b, c), of.batch, *of.scalars, splits,
-        HEADS=HEADS, PRECISION=_precision(), **config, num_warps=WARPS,
+        HEADS=HEADS, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
     )  # fmt: skip
     return db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
 
@@ -226,7 +223,7 @@ def _own(
     backward_kernel[(of.batch * x.shape[2] * of.chunks,)](
         grad, x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, after,
         dx, *rest, *_strides(grad, x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=_precision(), **config,
+        HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
         num_warps=WARPS,
     )  # fmt: skip
     return dx, rest
