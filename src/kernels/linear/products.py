@@ -135,14 +135,18 @@ def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
 
 
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
-    """``tᵀ·z`` (r, in) for t = scale·dY·B."""
+    """``tᵀ·z`` (r, in) for t = scale·dY·B.
+
+    On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
+    DDP would not fit it. So is ``gradient_of_b``.
+    """
     z = z.to(t.dtype)
-    return mm(t.t(), z) if _narrow_first(z) else mm(z.t(), t).t()
+    return mm(t.t(), z) if not _on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
-    low = dy.dtype in (torch.bfloat16, torch.float16)
+    low = _on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 
 
@@ -156,7 +160,11 @@ def _narrow_first(t: Tensor) -> bool:
     8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but for
     ``gradient_of_b`` in half precision: there too, the narrow one goes first.
     """
-    return t.device.type == "cpu" and _AMX
+    return _on_cpu(t) and _AMX
+
+
+def _on_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu"
 
 
 def autocast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
