@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -201,7 +202,9 @@ class Planner:
         local = (_local(p) for p in self.trainable()[:16])
         some = (p.reshape(-1) for p in local if p is not None)
         # a few numbers of each: a copy of a large matrix would be memory of its own
-        return tuple(p[:: p.numel() // 64 + 1].float().abs().sum().item() for p in some)
+        sums = [p[:: p.numel() // 64 + 1].float().abs().sum() for p in some]
+        # all in one tensor: on a GPU, each number that is read is waited for
+        return tuple(torch.stack([s.to(sums[0].device) for s in sums]).tolist()) if sums else ()
 
     def _grow(self, factor: float) -> None:
         """Plan anew for a batch of ``factor`` times the tokens; its step counts as the first."""

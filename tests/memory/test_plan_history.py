@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from fusewright.errors import OptimizeError
 from fusewright.memory.budget import GB
@@ -312,3 +313,16 @@ def test_parameters_without_values_show_no_step() -> None:
     planner = _planner("auto", blocks)
     planner.begin(blocks[0], 1)
     assert len(planner._stamp) == 2
+
+
+def test_a_stepped_optimizer_is_asked_for_in_one_read() -> None:
+    """On a GPU each number that is read is waited for, in each micro-batch of the first step."""
+    blocks = _blocks(6)
+    planner = _planner("auto", blocks)
+    planner.begin(blocks[0], 1)
+    assert len(planner._stamp) > 6
+    with profile(activities=[ProfilerActivity.CPU]) as reads:
+        planner.begin(blocks[0], 1)
+    names = [e.name for e in reads.events()]
+    assert names.count("aten::sum") == len(planner._stamp)
+    assert "aten::_local_scalar_dense" not in names  # but one list of them all
