@@ -36,13 +36,18 @@ class Case:
 
 
 class Maker:
-    """Makes the cases of one shape: activations want gradients, weights if ``train_weights``."""
+    """Makes the cases of one shape: activations want gradients, weights if ``train_weights``.
+
+    What is always trained, such as adapters, has the dtype ``adapters``, or that of all else.
+    """
 
     def __init__(
-        self, shape: OpShape, dtype: torch.dtype, device: str, train_weights: bool
-    ) -> None:
+        self, shape: OpShape, dtype: torch.dtype, device: str, train_weights: bool,
+        adapters: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.shape, self.sizes = shape, shape.model
         self.dtype, self.device, self.train_weights = dtype, device, train_weights
+        self.adapters = adapters or dtype
 
     def make(self, op: str) -> Case:
         """The case of the op of that name."""
@@ -57,8 +62,9 @@ class Maker:
     def weight(self, *sizes: int, trained: bool = False) -> Tensor:
         """A weight, scaled so that a matmul keeps its input's size."""
         drawn = torch.randn(sizes, dtype=torch.float32, device=self.device)
-        scaled = (drawn / sizes[-1] ** 0.5 if len(sizes) > 1 else 1 + drawn / 10).to(self.dtype)
-        return scaled.requires_grad_(trained or self.train_weights)
+        scaled = drawn / sizes[-1] ** 0.5 if len(sizes) > 1 else 1 + drawn / 10
+        made = scaled.to(self.adapters if trained else self.dtype)
+        return made.requires_grad_(trained or self.train_weights)
 
     def heads(self, count: int) -> Tensor:
         """Projected heads as models have them: a strided ``(batch, count, seq, head_dim)``."""

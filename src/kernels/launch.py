@@ -24,6 +24,9 @@ TEMPORARY_BYTES: dict[Any, Callable[..., int]] = {}
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 """Library op -> the function that implements it, unless that is a Triton kernel's launcher."""
 
+RUNS: dict[Any, Callable[..., Any]] = {}
+"""Library op -> what a call with real tensors runs: the implementation, or a kernel's launcher."""
+
 LAUNCHES: dict[Any, Callable[..., bool]] = {}
 """Library op -> whether a call with these arguments launches a Triton kernel, where that is known
 without looking at what it calls."""
@@ -58,6 +61,13 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if any(t.dtype is torch.float64 for t in given) or len({t.device for t in given}) != 1:
         return False
     return given[0].is_cuda or interpreting()
+
+
+FP_FUSION = True
+"""Whether kernels multiply and add with one rounding, as PyTorch's CUDA kernels do.
+
+Said at each launch: Triton's default changes from 3.9 to 3.10.
+"""
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -120,6 +130,7 @@ def library_op(
     torch.library.register_fake(f"fusewright::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.fusewright, name)
     op: Callable[..., Any] = packet.default
+    RUNS[op] = run
     if isinstance(implementation, str):
         LAUNCHES[op] = lambda *args: True
     else:

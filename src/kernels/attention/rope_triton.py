@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import FP_FUSION
 
 
 @triton.jit
@@ -141,6 +142,7 @@ def _launch(
         *tables[0].stride()[:2], *tables[1].stride()[:2],
         time, heads, 0 if k is None else k.shape[1], rotary_dim, dim,
         **_sides(layout, transpose), **_config(rotary_dim, dim), num_warps=4,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
 
 

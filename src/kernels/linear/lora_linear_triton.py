@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import dot_precision
+from ..launch import FP_FUSION, dot_precision
 
 
 @triton.jit
@@ -83,6 +83,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         *right.stride(),
         PRECISION=dot_precision(base.dtype),
         **config,
+        enable_fp_fusion=FP_FUSION,
     )
     return out
 

@@ -8,12 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import dot_precision
+from ..launch import FP_FUSION, dot_precision
 
 
 @triton.jit
 def matmul_kernel(
-    a, b, bias, c, kept, first, rows, columns, inner, stride_am, stride_ak, stride_bk, stride_bn,
+    a, b, bias, c, kept, first, rows, columns, inner, rows_a, inner_b, columns_b, stride_am,
+    stride_ak, stride_bk, stride_bn,
     BOUND: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -21,10 +22,15 @@ def matmul_kernel(
 
     With BOUND "rows", blocks of rows past the bound are left as they are; with BOUND "inner", the
     inner dimension ends there. ``c`` is contiguous; products are summed in fp32.
+
+    Where one of the three has more room than the others fill, as tiles of logits have, the sizes
+    are those of the room (``rows_a``, ``columns``, ``inner``), which whole vectors are read and
+    written in, and what the narrower operand lacks counts as zero.
     """
     live = tl.load(kept) - first
     if BOUND == "rows":
         rows = tl.minimum(rows, live)
+        rows_a = rows
     else:
         inner = tl.minimum(inner, live)
     # neighbouring programs share GROUP_M row blocks of a and one column block of b in the cache
@@ -44,17 +50,17 @@ def matmul_kernel(
         k = start + tl.arange(0, BLOCK_K).to(tl.int64)
         left = tl.load(
             a + m[:, None] * stride_am + k[None, :] * stride_ak,
-            mask=(m < rows)[:, None] & (k < inner)[None, :],
+            mask=(m < rows_a)[:, None] & (k < inner)[None, :],
             other=0.0,
         )
         right = tl.load(
             b + k[:, None] * stride_bk + n[None, :] * stride_bn,
-            mask=(k < inner)[:, None] & (n < columns)[None, :],
+            mask=(k < tl.minimum(inner, inner_b))[:, None] & (n < columns_b)[None, :],
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + n, mask=n < columns_b, other=0.0).to(tl.float32)[None, :]
     inside = (m < rows)[:, None] & (n < columns)[None, :]
     out = c + m[:, None] * columns + n[None, :]
     if ACCUMULATE:
@@ -75,11 +81,27 @@ def _matmul_config(dtype: torch.dtype, precision: str, accumulate: bool) -> dict
     return block | {"GROUP_M": 8, "num_warps": 4, "num_stages": 2}
 
 
+def logits_tile(x: Tensor, vocabulary: int) -> Tensor:
+    """Room for the logits of the rows of x (R, H): (R, V rounded up).
+
+    With a number of classes that no vector divides, all accesses would be scalar, and the products
+    would need more registers than there are. The columns past the last class are zero.
+    """
+    return x.new_empty((x.shape[0], -(-vocabulary // _ROOM) * _ROOM))
+
+
+_ROOM = 64
+"""Elements: 128 bytes in 16 bits, a line of the cache."""
+
+
 def bounded_product(
     out: Tensor, a: Tensor, b: Tensor, kept: Tensor, first: int, bound: str,
     bias: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``."""
+    """``out (M, N) = a (M, K) · b (K, N)``, bounded in M; bounded in K, it is added to ``out``.
+
+    A ``logits_tile`` may be wider than the classes of the two others.
+    """
     precision = dot_precision(a.dtype)
     config = _matmul_config(a.dtype, precision, bound == "inner")
     rows, columns = out.shape
@@ -94,6 +116,8 @@ def bounded_product(
         rows,
         columns,
         a.shape[1],
+        a.shape[0],
+        *b.shape,
         *a.stride(),
         *b.stride(),
         BOUND=bound,
@@ -101,6 +125,7 @@ def bounded_product(
         ACCUMULATE=bound == "inner",
         PRECISION=precision,
         **config,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -111,7 +136,7 @@ def _aot_matmul(dtype: str, role: str, precision: str = "ieee") -> AotCase:
     config = _matmul_config(torch_dtype, precision, bound == "inner")
     ones = {"logits": ("stride_ak", "stride_bk"), "dx": ("stride_ak", "stride_bn")}
     unit = ones.get(role, ("stride_am", "stride_bn"))
-    integers = ("first", "rows", "columns", "inner")
+    integers = ("first", "rows", "columns", "inner", "rows_a", "inner_b", "columns_b")
     strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
     out = "fp32" if role == "dweight" else dtype
     constants = {"BOUND": bound, "HAS_BIAS": role == "logits", "ACCUMULATE": bound == "inner"}

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from .linear_cross_entropy_matmul_triton import bounded_product
+from ..launch import FP_FUSION
+from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
 
 TILE_BYTES = 128 << 20
 """What one tile of logits takes; at 128k classes in bf16 that is 512 rows."""
@@ -33,9 +34,12 @@ def _tanh(u):
 
 
 @triton.jit
-def capped_logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
-    """Scaled and capped logits, rounded where the model rounds; minus infinity outside."""
-    raw = tl.load(pointers, mask=inside, other=0.0)
+def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr):
+    """Scaled and capped logits, rounded where the model rounds; minus infinity outside.
+
+    What is ``there`` is read: whole vectors, which may go past the last class.
+    """
+    raw = tl.load(pointers, mask=there, other=0.0)
     value = (raw.to(tl.float32) * scale).to(raw.dtype).to(tl.float32)
     if SOFTCAP:
         share = (value / softcap).to(raw.dtype).to(tl.float32)
@@ -46,7 +50,7 @@ def capped_logits(pointers, inside, softcap, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def loss_kernel(
-    logits, labels, losses, kept, first, vocabulary, smoothing, softcap, scale,
+    logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: its loss, and its logits replaced by their gradient (over scale).
@@ -56,7 +60,7 @@ def loss_kernel(
     row = tl.program_id(0)
     if row >= tl.load(kept) - first:
         return
-    logits += row.to(tl.int64) * vocabulary
+    logits += row.to(tl.int64) * room
     label = tl.load(labels + row)
     peak = float("-inf")
     mass = 0.0
@@ -64,14 +68,14 @@ def loss_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = v < vocabulary
-        value = capped_logits(logits + v, inside, softcap, scale, SOFTCAP)
+        value = capped_logits(logits + v, v < room, inside, softcap, scale, SOFTCAP)
         higher = tl.maximum(peak, tl.max(value, 0))
         mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), 0)
         peak = higher
         total += tl.sum(tl.where(inside, value, 0.0), 0)
     lse = peak + tl.log(mass)
     known = (label >= 0) & (label < vocabulary)
-    own = capped_logits(logits + label, known, softcap, scale, SOFTCAP)
+    own = capped_logits(logits + label, known, known, softcap, scale, SOFTCAP)
     loss = lse - (1.0 - smoothing) * own - smoothing * (total / vocabulary)
     tl.store(losses + row, tl.where(known, loss, float("nan")))
     if GRADIENT:
@@ -79,13 +83,14 @@ def loss_kernel(
         for start in range(0, vocabulary, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
             inside = v < vocabulary
-            value = capped_logits(logits + v, inside, softcap, scale, SOFTCAP)
+            value = capped_logits(logits + v, v < room, inside, softcap, scale, SOFTCAP)
             grad = tl.exp(value - lse) - smoothing / vocabulary
             grad = tl.where(v == label, grad - (1.0 - smoothing), grad)
             if SOFTCAP:
                 share = value / softcap
                 grad *= 1.0 - share * share
-            tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=inside)
+            grad = tl.where(inside, grad, 0.0)
+            tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=v < room)
 
 
 def _loss_config(vocabulary: int) -> dict[str, int]:
@@ -113,7 +118,7 @@ def compute(
     for first in range(0, n, max(1, height)):
         rows = order[first : first + height]
         xt = x.index_select(0, rows)
-        logits = x.new_empty((xt.shape[0], vocabulary))
+        logits = logits_tile(xt, vocabulary)
         bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
         loss_kernel[(xt.shape[0],)](
             logits,
@@ -122,12 +127,14 @@ def compute(
             kept,
             first,
             vocabulary,
+            logits.shape[1],
             label_smoothing,
             softcap,
             logit_scale,
             SOFTCAP=softcap > 0,
             GRADIENT=any(wanted),
             **_loss_config(vocabulary),
+            enable_fp_fusion=FP_FUSION,
         )
         if wanted[0]:
             part = torch.zeros_like(xt)  # rows past the bound stay zero
@@ -149,7 +156,7 @@ def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> Aot
         name=f"loss-{dtype}-{config['BLOCK_V']}-softcap{softcap:d}-gradient{gradient:d}",
         kernel=loss_kernel,
         signature=pointers
-        | {"first": "i32", "vocabulary": "i32"}
+        | {"first": "i32", "vocabulary": "i32", "room": "i32"}
         | dict.fromkeys(("smoothing", "softcap", "scale"), "fp32"),
         constants={"SOFTCAP": softcap, "GRADIENT": gradient, "BLOCK_V": config["BLOCK_V"]},
         num_warps=config["num_warps"],

@@ -11,8 +11,8 @@ from .linear_cross_entropy_triton import capped_logits
 
 @triton.jit
 def statistics_kernel(
-    logits, targets, scale, found, classes, kept, first, rows, vocabulary, softcap, temperature,
-    SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, targets, scale, found, classes, kept, first, rows, vocabulary, room, softcap,
+    temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: everything that one pass over it can find.
 
@@ -22,7 +22,7 @@ def statistics_kernel(
     row = tl.program_id(0)
     if row >= tl.load(kept) - first:
         return
-    logits += row.to(tl.int64) * vocabulary
+    logits += row.to(tl.int64) * room
     factor = tl.load(scale)
     peak = float("-inf")
     best = 0
@@ -33,7 +33,7 @@ def statistics_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = v < vocabulary
-        value = capped_logits(logits + v, inside, softcap, factor, SOFTCAP) / temperature
+        value = capped_logits(logits + v, v < room, inside, softcap, factor, SOFTCAP) / temperature
         top = tl.max(value, 0)
         where = tl.min(tl.where(value == top, v, vocabulary), 0)
         best = tl.where(top > peak, where, best)
@@ -51,7 +51,7 @@ def statistics_kernel(
     if TARGETS:
         target = tl.load(targets + row)
         known = (target >= 0) & (target < vocabulary)
-        own = capped_logits(logits + target, known, softcap, factor, SOFTCAP) / temperature
+        own = capped_logits(logits + target, known, known, softcap, factor, SOFTCAP) / temperature
         tl.store(found + row, tl.where(known, own - peak - spread, float("nan")))
     tl.store(found + rows + row, spread - moment / mass)
     tl.store(found + 2 * rows + row, square / (mass * mass))
@@ -62,15 +62,15 @@ def statistics_kernel(
 
 @triton.jit
 def slope_kernel(
-    logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, softcap,
-    temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, RESCALE: tl.constexpr,
+    logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, room,
+    softcap, temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, RESCALE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: ``p·(a + b·log p + c·p) + d + g·[v = y]`` as gradient of its logits.
 
     Args:
-        logits: (R, vocabulary), the projection's.
-        out: (R, vocabulary), the gradient; may be ``logits``.
+        logits: (R, room), the projection's.
+        out: (R, room), the gradient; may be ``logits``.
         targets: (R,), read with TARGETS.
         scale: factor on the logits.
         found: (5, R), from ``statistics_kernel``.
@@ -80,6 +80,7 @@ def slope_kernel(
         first: which of them is row 0.
         rows: R.
         vocabulary: number of classes.
+        room: that, rounded up.
         softcap: bound of the logits.
         temperature: what the final logits are divided by.
         SOFTCAP: whether there is a bound.
@@ -90,8 +91,8 @@ def slope_kernel(
     row = tl.program_id(0)
     if row >= tl.load(kept) - first:
         return
-    logits += row.to(tl.int64) * vocabulary
-    out += row.to(tl.int64) * vocabulary
+    logits += row.to(tl.int64) * room
+    out += row.to(tl.int64) * room
     factor = tl.load(scale)
     lse = tl.load(found + 4 * rows + row)
     a = tl.load(weights + row)
@@ -107,7 +108,7 @@ def slope_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         inside = v < vocabulary
-        value = capped_logits(logits + v, inside, softcap, factor, SOFTCAP)
+        value = capped_logits(logits + v, v < room, inside, softcap, factor, SOFTCAP)
         logp = tl.where(inside, value / temperature - lse, 0.0)
         p = tl.exp(logp)
         grad = p * (a + b * logp + c * p) + d
@@ -116,10 +117,11 @@ def slope_kernel(
             share = value / softcap
             grad *= 1.0 - share * share
         if RESCALE:
-            raw = tl.load(logits + v, mask=inside, other=0.0).to(tl.float32)
+            raw = tl.load(logits + v, mask=v < room, other=0.0).to(tl.float32)
             of_factor += tl.sum(tl.where(inside, grad * raw, 0.0), 0)
             grad *= factor
-        tl.store(out + v, grad.to(out.dtype.element_ty), mask=inside)
+        grad = tl.where(inside, grad, 0.0)
+        tl.store(out + v, grad.to(out.dtype.element_ty), mask=v < room)
     if RESCALE:
         tl.store(dfactor + row, of_factor)
 
@@ -138,7 +140,7 @@ def _aot(dtype: str, vocabulary: int, softcap: bool, rescale: bool | None) -> Ao
         "logits": f"*{dtype}", "out": f"*{dtype}", "targets": "*i64", "scale": "*fp32",
         "found": "*fp32", "classes": "*i64", "weights": "*fp32", "dfactor": "*fp32", "kept": "*i32",
     }  # fmt: skip
-    numbers = dict.fromkeys(("first", "rows", "vocabulary"), "i32")
+    numbers = dict.fromkeys(("first", "rows", "vocabulary", "room"), "i32")
     numbers |= dict.fromkeys(("softcap", "temperature"), "fp32")
     constants = {"SOFTCAP": softcap, "TARGETS": True, "BLOCK_V": config["BLOCK_V"]}
     names = kernel.arg_names

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .linear_cross_entropy_matmul_triton import bounded_product
+from ..launch import FP_FUSION
+from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
 from .linear_cross_entropy_triton import TILE_BYTES
 from .linear_logprob_kernels_triton import AOT, row_config, slope_kernel, statistics_kernel
 from .linear_logprob_strips import INTEGERS, unit_upstream
@@ -52,7 +53,7 @@ class _Tiles:
             places = self.order[first : first + height]
             xt = self.x.index_select(0, places)
             rows = xt.shape[0]
-            logits = self.x.new_empty((rows, vocabulary))
+            logits = logits_tile(xt, vocabulary)
             bounded_product(logits, xt, self.weight.t(), self.kept, first, "rows", self.bias)
             found = torch.zeros((len(COLUMNS), rows), dtype=torch.float32, device=xt.device)
             classes = torch.zeros(rows, dtype=torch.int64, device=xt.device)
@@ -66,17 +67,19 @@ class _Tiles:
                 first,
                 rows,
                 vocabulary,
+                logits.shape[1],
                 self.softcap,
                 self.temperature,
                 SOFTCAP=self.softcap > 0,
                 TARGETS=self.targets is not None,
                 **row_config(vocabulary),
+                enable_fp_fusion=FP_FUSION,
             )
             yield first, places, xt, logits, found, classes
 
     def final(self, logits: Tensor) -> Tensor:
         """A tile's final logits, for the top classes."""
-        capped = logits * self.scale
+        capped = logits[:, : self.weight.shape[0]] * self.scale
         if self.softcap:
             capped = self.softcap * torch.tanh(capped / self.softcap)
         return capped.float() / self.temperature
@@ -86,7 +89,7 @@ class _Tiles:
         upstream: Mapping[str, Tensor | float], dfactor: Tensor | None,
     ) -> None:  # fmt: skip
         """Write the gradient of a tile's logits for the upstream gradients of its outputs."""
-        rows, vocabulary = logits.shape
+        (rows, room), vocabulary = logits.shape, self.weight.shape[0]
         weights = _weights(upstream, found, vocabulary)
         slope_kernel[(rows,)](
             logits,
@@ -100,12 +103,14 @@ class _Tiles:
             first,
             rows,
             vocabulary,
+            room,
             self.softcap,
             self.temperature,
             SOFTCAP=self.softcap > 0,
             TARGETS="logprob" in upstream,
             RESCALE=dfactor is not None,
             **row_config(vocabulary),
+            enable_fp_fusion=FP_FUSION,
         )
 
     def restore(self, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import FP_FUSION
 
 BLOCK = 1024  # 8 elements per thread: one 16-byte access each in 16-bit dtypes
 
@@ -110,7 +111,16 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     g, u = _rows(gate, up)
     programs, columns, blocks = _grid(g)
     _forward_kernel[(programs,)](
-        g, u, out, g.stride(0), u.stride(0), columns, blocks, ACT=activation, BLOCK=BLOCK
+        g,
+        u,
+        out,
+        g.stride(0),
+        u.stride(0),
+        columns,
+        blocks,
+        ACT=activation,
+        BLOCK=BLOCK,
+        enable_fp_fusion=FP_FUSION,
     )
     return out
 
@@ -129,6 +139,7 @@ def _launch_backward(
     _backward_kernel[(programs,)](
         *rows[:3], *outs, *(t.stride(0) for t in rows[:4]), columns, blocks, ACT=activation,
         NEED_GATE=d_gate is not None, NEED_UP=d_up is not None, BLOCK=BLOCK,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
 
 

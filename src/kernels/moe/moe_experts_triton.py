@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import dot_precision
+from ..launch import FP_FUSION, dot_precision
 
 
 @triton.jit
@@ -161,6 +161,7 @@ def grouped_mm(
         0 if bias is None else bias.stride(0),
         GATHER=rows is not None, BIAS=bias is not None, PRECISION=dot_precision(a.dtype),
         EXPERTS=experts, **config,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -179,6 +180,7 @@ def grouped_outer(
         a, offsets if rows is None else rows, b, out, offsets, inner, columns,
         a.stride(0), b.stride(0), *out.stride(),
         GATHER=rows is not None, PRECISION=dot_precision(a.dtype), **_OUTER,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -196,6 +198,7 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
     _combine_kernel[(tokens * triton.cdiv(columns, block),)](
         y, where, y if weights is None else weights, out, columns, active, y.stride(0),
         WEIGHTS=weights is not None, BLOCK=block,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 

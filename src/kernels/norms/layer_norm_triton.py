@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import FP_FUSION
 from .rms_norm_kernels_triton import tile_of
 from .rms_norm_triton import as_rows, finish, output_like, programs_of
 
@@ -131,6 +132,7 @@ def forward(
             ROWS=tile,
             BLOCK=block,
             num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
         )
     return finish(y, y_rows), mean, rstd
 
@@ -191,6 +193,7 @@ def backward(
         ROWS=tile,
         BLOCK=block,
         num_warps=warps,
+        enable_fp_fusion=FP_FUSION,
     )
     d_weight, d_bias = (
         p.sum(0).view(t.shape).to(t.dtype) if t is not None and need else x.new_empty(0)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import FP_FUSION
 from .rms_norm_triton import as_rows
 from .rms_norm_triton import forward as norm_forward
 
@@ -164,6 +165,7 @@ def launch_fused(
             GROUP=8,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=FP_FUSION,
         )
         outs.append(out)
     return [*outs, rstd]

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..launch import FP_FUSION
 from .rms_norm_kernels_triton import (
     backward_case,
     backward_kernel,
@@ -91,6 +92,7 @@ def launch_forward(
             ROWS=tile,
             BLOCK=block,
             num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
         )
     return None if total is None else finish(total, total_rows), finish(y, y_rows), rstd
 
@@ -163,6 +165,7 @@ def backward(
         ROWS=tile,
         BLOCK=block,
         num_warps=warps,
+        enable_fp_fusion=FP_FUSION,
     )
     return finish(dx, dx_rows), partial.sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..launch import FP_FUSION
 
 
 @triton.jit
@@ -206,6 +207,7 @@ def forward(
             length, channels, states, batch, blocks,
             HAS_D=d is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, **config, num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out.transpose(1, 2), starts
 
@@ -232,6 +234,7 @@ def backward(
             length, channels, states, batch, blocks,
             HAS_D=d is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             SOFTPLUS=softplus, **config, num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 
     def summed(t: Tensor, like: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..aot import AotCase
-from ..launch import dot_precision
+from ..launch import FP_FUSION, dot_precision
 from . import ssd_chunks
 from .ssd_backward_triton import backward_kernel, shared_kernel
 from .ssd_tiles_triton import decays, tile, within
@@ -171,6 +171,7 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
     scan_kernel[grid](
         left, right, of.step, of.sums, out, *_strides(left, right), *of.scalars,
         REVERSE=reverse, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -193,6 +194,7 @@ def forward(
         *_strides(x, b, c), *of.scalars,
         HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
         num_warps=WARPS,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
 
@@ -209,6 +211,7 @@ def _shared(
         grad, x, of.step, of.sums, b, c, before, after, db, dc,
         *_strides(grad, x, b, c), of.batch, *of.scalars, splits,
         HEADS=HEADS, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
 
@@ -225,6 +228,7 @@ def _own(
         dx, *rest, *_strides(grad, x, b, c), *of.scalars,
         HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
         num_warps=WARPS,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return dx, rest
 

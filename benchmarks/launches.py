@@ -1,0 +1,116 @@
+"""The launches of Triton kernels that ops make, as the JIT would make them, without a GPU.
+
+Ops run on fake tensors: nothing is computed, and their launchers see the real shapes, strides and
+dtypes. Each launch is noted where Triton's ``JITFunction`` would make it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusewright.kernels import launch
+from fusewright.rewrite.op_table import OPS
+from op_cases import Maker
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        args: its arguments; tensors as their dtypes.
+        options: constexpr arguments by name, and options such as ``num_warps``.
+        grid: how many programs, in up to three dimensions.
+        backward: whether a backward pass made it.
+    """
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+    backward: bool
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without what all have in common."""
+        return str(self.kernel.__name__).strip("_").removesuffix("_kernel")
+
+
+@dataclass(frozen=True, eq=False)
+class _Dtype:
+    """What is left of a tensor."""
+
+    dtype: torch.dtype
+
+
+def launches_of(op: str, maker: Maker) -> list[Launch]:
+    """The launches of one call of an op and of its backward pass.
+
+    Args:
+        op: a name in ``op_cases.CASES``.
+        maker: of the case; it must make CPU tensors.
+    """
+    call = next(o for o in OPS if o.name == op).call
+    with FakeTensorMode(), as_on_a_gpu() as found:
+        case = maker.make(op)
+        outputs = [o for o in tree_leaves(call(*case.args)) if isinstance(o, Tensor)]
+        outputs = [o for o in outputs if o.requires_grad]
+        forward = len(found)
+        if outputs and case.leaves():
+            upstream = [torch.empty_like(o) for o in outputs]
+            torch.autograd.grad(outputs, case.leaves(), upstream, allow_unused=True)
+    return [_marked(one, i >= forward) for i, one in enumerate(found)]
+
+
+def _marked(one: Launch, backward: bool) -> Launch:
+    return Launch(one.kernel, one.args, one.options, one.grid, backward)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[list[Launch]]:
+    """Let ops on fake CPU tensors choose as they do on a GPU; gives the launches they make.
+
+    Their launchers run in place of what tells shapes to a tracer. Autograd's engine goes through
+    fake CPU tensors, and not through fake CUDA ones where PyTorch was built without CUDA.
+    """
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kept = tuple(_Dtype(a.dtype) if isinstance(a, Tensor) else a for a in args)
+        found.append(Launch(self, kept, options, tuple(grid), False))
+
+    own, interpreting = JITFunction.run, launch._INTERPRETING
+    JITFunction.run, launch._INTERPRETING = run, True
+    try:
+        with warnings.catch_warnings(), _Launchers():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield found
+    finally:
+        JITFunction.run, launch._INTERPRETING = own, interpreting
+
+
+class _Launchers(TorchDispatchMode):
+    """Runs what the library ops are made of, down to the kernels' launchers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        run: Callable[..., Any] = func
+        launches = launch.LAUNCHES.get(func)
+        opaque = launches is None and func in launch.IMPLEMENTATIONS
+        if opaque or (launches is not None and launches(*args)):
+            run = launch.RUNS[func]
+        with self if run is not func else contextlib.nullcontext():
+            return run(*args, **kwargs)
