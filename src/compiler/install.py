@@ -24,7 +24,6 @@ from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
 from .calls.trainer_heads import TrainerHead, replaced_forward, unwatch_training, watch_training
 from .copies.forward_copies import cell_contents
-from .copies.opaque_calls import with_opaque_calls
 from .regions import Region, undivided_parts
 from .session import Session
 
@@ -181,7 +180,8 @@ def _install_forward(
 
     def compiled(self: nn.Module, variant: Any, code: Hashable) -> Callable[..., Any]:
         function = original.function(self)
-        source = (with_opaque_calls(function) or function) if original.is_method else original
+        copies = session.state.watches.opaque
+        source = (copies.of(function) or function) if original.is_method else original
 
         def build() -> Callable[..., Any]:
             target = _with_own_code(source) if original.is_method else original.__call__

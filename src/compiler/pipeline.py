@@ -118,7 +118,7 @@ def _choices(
 def _decoding(options: Options, environment: Environment) -> Decoding:
     """Where the rule ``attention`` is on, generation has the op, too."""
     rules = {r.name for r in options.passes} - set(environment.disable)
-    return Decoding("attention" in rules, verifies=options.verify != "off")
+    return Decoding("attention" in rules, options.verify)
 
 
 def _verifier(verify: Verify, choice: str) -> Verifier:

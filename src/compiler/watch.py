@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 from ..graph.opaque.quant_states import is_packed
 from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
 from .copies.forward_copies import ForwardCopies
-from .copies.opaque_calls import forward_copies
+from .copies.opaque_calls import opaque_copies
 
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -48,9 +48,14 @@ def global_hook_reason() -> str | None:
 
 
 class Watches:
-    """The watches of one session, and what equal modules have in common."""
+    """The watches of one session, and what equal modules have in common.
+
+    Attributes:
+        opaque: makes the copies of forwards that captured graphs are made from.
+    """
 
     def __init__(self) -> None:
+        self.opaque = opaque_copies()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -70,7 +75,7 @@ class Watches:
         self._seen.add(module)
         watch = self._watches.get(module)
         if watch is None or not watch.is_current(module):
-            watch = self._watches[module] = Watch(module, outside)
+            watch = self._watches[module] = Watch(module, outside, self.opaque.below(module))
         if watch.round != self._round:
             watch.round = self._round
             known = self._methods.get(watch.classes)
@@ -88,12 +93,12 @@ class Watch:
         own_code: the code of forwards that stand in these modules themselves.
         blocks: those of these modules that run graphs of their own.
         packed: those of these modules that are 4-bit layers.
-        copies: what ``copies.opaque_calls.forward_copies`` finds in them.
+        copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
     """
 
-    def __init__(self, module: nn.Module, outside: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, outside: Sequence[str], copies: ForwardCopies) -> None:
         self._outside = outside
         self._below = [m for _, m in captured_submodules(module, outside)]
         self._dicts = [m.__dict__ for m in self._below]
@@ -107,7 +112,7 @@ class Watch:
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
-        self.copies: ForwardCopies = forward_copies(module)
+        self.copies = copies
         self.round = -1
         self.code: Hashable = None
 

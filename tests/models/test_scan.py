@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fusewright import explain, optimize, restore
-from fusewright.compiler.copies.opaque_calls import forward_copies, with_opaque_calls
+from fusewright.compiler.copies.opaque_calls import opaque_copies
 from fusewright.graph.opaque import functions as whole
 
 from .architectures import build, targets
@@ -107,9 +107,10 @@ def _state(model: nn.Module) -> list[dict[str, Any]]:
 def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
     model = build(name)
     before = _state(model)
-    modules = [m for m in model.modules() if forward_copies(m)]
+    copies = opaque_copies()
+    modules = [m for m in model.modules() if copies.below(m)]
     assert modules
-    scans = {m for block in modules for m, _ in forward_copies(block)}
+    scans = {m for block in modules for m, _ in copies.below(block)}
     code = {m: type(m).forward for m in scans}
     optimize(model, codegen="eager")
     _step(model, _ids(2, 24), use_cache=False)
@@ -213,14 +214,15 @@ class _LooksAtValues(nn.Module):
 def test_a_global_that_changes_is_seen() -> None:
     scope: dict[str, Any] = {"scan": _loop, "SCALE": 1.0}
     exec("def forward(self, x):\n    return scan(x, x, None, None, None) * SCALE", scope)
-    first = with_opaque_calls(scope["forward"])
-    assert with_opaque_calls(scope["forward"]) is first
+    copies = opaque_copies()
+    first = copies.of(scope["forward"])
+    assert copies.of(scope["forward"]) is first
     scope["SCALE"] = 2.0
-    again = with_opaque_calls(scope["forward"])
+    again = copies.of(scope["forward"])
     assert again is not first
     assert again.__globals__["SCALE"] == 2.0
     exec("def counts(self, x):\n    global N\n    N = 1\n    return scan(x, x, 0, 0, 0)", scope)
-    assert with_opaque_calls(scope["counts"]) is None  # in a copy the assignment would be lost
+    assert copies.of(scope["counts"]) is None  # in a copy the assignment would be lost
 
 
 def _loop(

@@ -16,7 +16,6 @@ from ...graph.opaque.quant_states import restore_states
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
 from ..copies.forward_copies import using_copies
-from ..copies.opaque_calls import forward_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -95,7 +94,7 @@ def block_forward(
             return original(self, *args, **kwargs)
 
         def make_context() -> Any:
-            copies = forward_copies(self) if watch.copies else None
+            copies = session.state.watches.opaque.below(self) if watch.copies else None
             return using_copies(copies) if copies else _NO_CONTEXT
 
         with (

@@ -9,6 +9,7 @@ rewrite, the first time that inputs of a kind come, on these inputs.
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
 import weakref
@@ -25,6 +26,7 @@ from ...kernels.attention.decode_attention import OP, decode_attention
 from ...report import Figures
 from ...rewrite.findings import Finding
 from ...rewrite.tolerance import errors, exceeded
+from ..options import Verify
 from .forward_copies import FunctionCopies, using_copies
 
 _NAME = "scaled_dot_product_attention"
@@ -38,16 +40,16 @@ class Decoding:
         findings: what became of it in each region.
     """
 
-    def __init__(self, enabled: bool = True, verifies: bool = True) -> None:
+    def __init__(self, enabled: bool = True, verify: Verify = "first") -> None:
         """Make one for a new session.
 
         Args:
             enabled: whether anything is done at all.
-            verifies: whether the op is verified before it is used.
+            verify: as for ``optimize``; "always" verifies each kind of input in each region.
         """
         self.findings: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
-        self._enabled, self._verifies = enabled, verifies
-        self._copies = FunctionCopies(self._replacement)
+        self._enabled, self._verify = enabled, verify
+        self._copies = FunctionCopies(self._replacement, live=True)
         functional = _Namespace(F, {_NAME: self._attention})
         layers = _Namespace(nn, {"functional": functional})
         top = _Namespace(torch, {"nn": layers})
@@ -63,14 +65,14 @@ class Decoding:
     def __call__(self, region: nn.Module) -> Iterator[None]:
         """While the original forward of ``region`` runs with a cache."""
         # another thread that generates with the same model meanwhile runs it as it was
-        plain = not self._enabled or torch.is_grad_enabled()
+        plain = not self._enabled or torch.is_grad_enabled() or _is_watched()
         if plain or not self._lock.acquire(blocking=False):
             yield
             return
         try:
             copies = [(m, self._copies.of_forward(m)) for m in self._modules_of(region)]
             self._region = region
-            with using_copies([(m, copy) for m, copy in copies if copy is not None]):
+            with using_copies([(m, made) for m, made in copies if made is not None], _Bound):
                 yield
         finally:
             self._region = None
@@ -104,6 +106,7 @@ class Decoding:
         key = (
             q.dtype, q.shape[1:], k.shape[1], v.shape[1], v.shape[3], scale, mask is None,
             mask is not None and (mask.dtype, mask.shape[1]),
+            id(self._region) if self._verify == "always" else None,
         )  # fmt: skip
         finding = self._verdicts.get(key)
         if finding is None:
@@ -118,7 +121,7 @@ class Decoding:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None
     ) -> Finding:
         finding = Finding(OP.name, OP.name, "rewritten", "", "one position over a cache")
-        if not self._verifies:
+        if self._verify == "off":
             return finding
         q, (k, v) = q[:1], (t[:1, :, -_KEYS:] for t in (k, v))
         mask = mask if mask is None else mask[:1, ..., -_KEYS:]
@@ -148,6 +151,8 @@ def _arguments(
     """Those of the op; None where it has no meaning for a call of PyTorch's function."""
     if dropout_p or is_causal or torch.is_grad_enabled():
         return None
+    if torch._C._are_functorch_transforms_active():
+        return None
     if not type(query) is type(key) is type(value) is Tensor or query.dim() != 4:
         return None
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -157,15 +162,51 @@ def _arguments(
     return query, key, value, scale, attn_mask
 
 
-class _Namespace:
+def _is_watched() -> bool:
+    """Whether somebody has put another attention in its place, or sees all calls of functions."""
+    return F.scaled_dot_product_attention is not _ORIGINAL or bool(
+        torch._C._len_torch_function_stack()
+    )
+
+
+class _Bound:
+    """A copy of a forward, bound to its module for one call.
+
+    A copy of the module that is made meanwhile, or a pickle, has the forward of its class.
+    """
+
+    def __init__(self, function: Any, module: nn.Module) -> None:
+        self.__func__, self.__self__ = function, module
+        self._own = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return types.MethodType(self.__func__, self.__self__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        return type(self.__self__).forward.__get__(copy.deepcopy(self.__self__, memo))
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.__self__, "forward")
+
+
+class _Namespace(types.ModuleType):
     """A module in which some names stand for something else."""
 
     def __init__(self, module: types.ModuleType, others: Mapping[str, Any]) -> None:
-        self.__dict__.update(others)
-        self.__module = module
+        super().__init__(module.__name__, module.__doc__)
+        self.__dict__.update(others, _module=module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__module, name)
+        return getattr(self.__dict__["_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_module"], name, value)
 
 
 class _Interfaces:
@@ -180,8 +221,17 @@ class _Interfaces:
     def __getitem__(self, name: str) -> Any:
         return self.__copied(self.__table[name])
 
+    def __setitem__(self, name: str, function: Any) -> None:
+        self.__table[name] = function
+
     def __contains__(self, name: object) -> bool:
         return name in self.__table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__table)
+
+    def __len__(self) -> int:
+        return len(self.__table)
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """The entry of a name, or what is given for one that has none."""

@@ -8,8 +8,10 @@ stay what they are, and nothing is left to restore.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -27,11 +29,13 @@ Replacement = Callable[[Any, set[str]], Any]
 
 
 @contextmanager
-def using_copies(copies: ForwardCopies) -> Iterator[None]:
-    """For one call, let modules run copies of their forwards."""
+def using_copies(
+    copies: ForwardCopies, bind: Callable[[Any, nn.Module], Any] = types.MethodType
+) -> Iterator[None]:
+    """For one call, let modules run copies of their forwards, bound to them by ``bind``."""
     put = []
     for m, copy in copies:
-        put.append((m, m.__dict__.get("forward"), types.MethodType(copy, m)))
+        put.append((m, m.__dict__.get("forward"), bind(copy, m)))
         m.__dict__["forward"] = put[-1][2]
     try:
         yield
@@ -48,12 +52,20 @@ def using_copies(copies: ForwardCopies) -> Iterator[None]:
 class FunctionCopies:
     """Copies of functions, made with one kind of replacement.
 
-    One copy serves all modules, so that equal blocks share a graph. A copy has its globals from the
-    time when it was made: when one that the code reads is another now, a new copy is made.
+    One copy serves all modules, so that equal blocks share a graph. They live as long as this
+    object does: a function that was made for one module holds it in its closure.
     """
 
-    def __init__(self, replacement: Replacement) -> None:
-        self._replacement = replacement
+    def __init__(self, replacement: Replacement, live: bool = False) -> None:
+        """Make none yet.
+
+        Args:
+            replacement: what stands for a global.
+            live: whether copies read the other globals where the function does, at each call. Else
+                they have them from the time when they were made, which a tracer can follow: when
+                one that the code reads is another now, a new copy is made.
+        """
+        self._replacement, self._live = replacement, live
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
@@ -98,10 +110,8 @@ class FunctionCopies:
         if found:
             if _sets_globals(function.__code__):  # in a copy they would be lost
                 return None
-            read += [(scope, name, scope.get(name)) for name in names]
-            scope = {**scope, **found}
-            # by this name Dynamo would look up the globals in the real module
-            scope.pop("__name__", None)
+            read += [(scope, n, scope.get(n)) for n in (found if self._live else names)]
+            scope = _overlay(scope, found) if self._live else _frozen(scope, found)
         closure = tuple(
             cell if copy is None else types.CellType(copy)
             for cell, copy in zip(cells, wrapped, strict=True)
@@ -113,8 +123,31 @@ class FunctionCopies:
             closure if function.__closure__ is not None else None,
         )  # fmt: skip
         made.__kwdefaults__ = function.__kwdefaults__
-        made.__dict__.update({k: v for k, v in function.__dict__.items() if k != "__wrapped__"})
+        made.__doc__, made.__qualname__ = function.__doc__, function.__qualname__
+        # what it wraps, a tracer would follow to the original
+        hidden = () if self._live else ("__wrapped__",)
+        made.__dict__.update({k: v for k, v in function.__dict__.items() if k not in hidden})
         return made
+
+
+class _Globals(dict[str, Any]):
+    """Globals of a copy: those that are replaced, and all others where the function has them."""
+
+    def __init__(self, scope: dict[str, Any], found: dict[str, Any]) -> None:
+        super().__init__(found)
+        self._scope = scope
+
+    def __missing__(self, name: str) -> Any:
+        return self._scope[name]
+
+
+def _overlay(scope: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    return _Globals(scope, {"__builtins__": scope.get("__builtins__", builtins), **found})
+
+
+def _frozen(scope: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    # by its name Dynamo would look up the globals in the real module
+    return {name: value for name, value in {**scope, **found}.items() if name != "__name__"}
 
 
 @dataclass(frozen=True)
@@ -132,19 +165,32 @@ _serial = itertools.count(1)
 
 
 def _sets_globals(code: types.CodeType) -> bool:
-    return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
+    stores = ("STORE_GLOBAL", "DELETE_GLOBAL")
+    return "globals" in names_in(code) or any(
+        i.opname in stores for c in _codes(code) for i in dis.get_instructions(c)
+    )
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """``code`` and what it defines."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
 
 
 def _function(module: nn.Module) -> Any:
-    """The function behind a module's forward; None where it is no method of one."""
+    """The function behind a module's forward; None where it is no method of this module."""
     own = module.__dict__.get("forward")
-    return type(module).forward if own is None else getattr(own, "__func__", None)
+    if own is not None:
+        return own.__func__ if getattr(own, "__self__", None) is module else None
+    found = inspect.getattr_static(type(module), "forward", None)
+    return found if isinstance(found, types.FunctionType) else None
 
 
 def names_in(code: types.CodeType) -> set[str]:
     """The names of globals and attributes in ``code`` and in what it defines."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*(names_in(c) for c in inner))
+    return {name for c in _codes(code) for name in c.co_names}
 
 
 def cell_contents(cell: types.CellType) -> Any:

@@ -9,21 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ...graph.opaque.functions import convention, leaf
 from ...graph.opaque.own_weight import asks_for_place, stand_in
-from .forward_copies import ForwardCopies, FunctionCopies
+from .forward_copies import FunctionCopies
 
 
-def forward_copies(module: nn.Module) -> ForwardCopies:
-    """The modules below ``module`` whose forwards call a function that is captured whole."""
-    return _COPIES.below(module)
-
-
-def with_opaque_calls(function: Any) -> Any:
-    """A copy of ``function`` that calls leaves, wrappers included; None if it calls none."""
-    return _COPIES.of(function)
+def opaque_copies() -> FunctionCopies:
+    """Makes copies of forwards that call what is captured whole by way of leaves."""
+    return FunctionCopies(_replacement)
 
 
 def _replacement(value: Any, names: set[str]) -> Any:
@@ -38,6 +31,3 @@ def _is_opaque(function: Any) -> bool:
         return convention(function) is not None
     except TypeError:  # not hashable
         return False
-
-
-_COPIES = FunctionCopies(_replacement)
