@@ -58,7 +58,7 @@ def _mask(kind: str, batch: int, heads: int, time: int, keys: int) -> Tensor | N
     keys=st.sampled_from((1, 7, 64, 129, 300)),
     batch=st.integers(1, 3),
     dims=st.sampled_from(((16, 16), (24, 8), (5, 3), (64, 64))),
-    dtype=st.sampled_from((B16, F16, F32, F64)),
+    dtype=st.sampled_from((B16, F16, F64)),  # fp32 is left to PyTorch
     mask=st.sampled_from(
         ("none", "none", "padding", "shared", "heads", "positions", "additive", "low")
     ),
@@ -130,7 +130,7 @@ def test_the_layout_is_that_of_pytorch(time: int) -> None:
     assert decode_attention(q, k, v).stride() == OP.reference(q, k, v).stride()
 
 
-def test_what_it_does_not_take() -> None:
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     large = _qkv(2, 6, 2, 1, 400, 64, 64, F16, 1.0, generator)
     assert OP.unsupported(*large) == []
@@ -139,7 +139,9 @@ def test_what_it_does_not_take() -> None:
     many = _qkv(2, 6, 2, 17, 400, 64, 64, F16, 1.0, generator)
     assert OP.unsupported(*many) == ["17 positions are not few"]
     several = _qkv(2, 6, 2, 2, 400, 64, 64, B16, 1.0, generator)
-    assert "PyTorch's kernel is as fast where positions share the keys" in OP.unsupported(*several)
+    assert "so few keys are as fast in PyTorch's kernel" in OP.unsupported(*several)
+    monkeypatch.setattr(matmul, "_SLOW", {B16})
+    assert "PyTorch's kernel is as fast where rows share the keys" in OP.unsupported(*several)
     wide = _qkv(2, 6, 2, 1, 400, 64, 64, F32, 1.0, generator)
     assert OP.unsupported(*wide) == ["PyTorch's CPU kernel is as fast in torch.float32"]
     with pytest.raises(ValueError, match="has no gradients: use attention"):

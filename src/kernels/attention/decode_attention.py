@@ -24,8 +24,13 @@ from .unsupported import impossible, why_not_bfloat16
 MOST_POSITIONS = 16
 """More of them are work for ``attention``, which cuts it into tiles."""
 
-LEAST = 1 << 16
-"""Elements of the keys, counted once for each query head, from which on the products win."""
+LEAST, LEAST_SHARED = 1 << 16, 1 << 19
+"""Elements of the keys from which on the products win.
+
+The first counts them once for each query head; the second counts them once, and is for several
+rows that share them: several positions, or the heads of a group where the caller has folded them,
+as transformers does under a mask. There PyTorch's kernel reads keys and values once, too.
+"""
 
 _WIDE = 1 << 19
 """Elements of the keys that are in fp32 at once (2 MB): they stay in the cache."""
@@ -75,20 +80,23 @@ def decode_attention(
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     (batch, heads, time, dim), groups = q.shape, k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows = q.to(wide).mul(scale).reshape(batch, groups, -1, dim)  # (head of the group, position)
+    rows = q.to(wide).reshape(batch, groups, -1, dim)  # (head of the group, position)
     out = q.new_empty(batch, time, heads, v.shape[-1]).transpose(1, 2)
     step = max(1, _WIDE // max(1, k[0].numel()))
     for i in range(0, batch, step):
         part = slice(i, i + step)
         hides = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        found = _attend(rows[part], k[part], v[part], hides, heads)
+        found = _attend(rows[part], k[part], v[part], scale, hides, heads)
         out[part].copy_(found.view(-1, heads, time, v.shape[-1]))
     return out
 
 
-def _attend(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """(B, KV, rows, E) of scaled rows (B, KV, rows, D) in fp32 or wider."""
-    scores = torch.matmul(rows, k.to(rows.dtype).transpose(-1, -2))
+def _attend(
+    rows: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, heads: int
+) -> Tensor:
+    """(B, KV, rows, E) of rows (B, KV, rows, D) in fp32 or wider."""
+    # not the rows are scaled: where scores are large, their roundings would add up
+    scores = torch.matmul(rows, k.to(rows.dtype).transpose(-1, -2)).mul_(scale)
     dead = None if mask is None else _hide(scores, mask, heads)
     p = torch.softmax(scores, -1)
     if dead is not None:
@@ -132,9 +140,13 @@ def _unsupported(
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
     elif q.dtype is torch.bfloat16 and multiplies(q.dtype) and (why := why_not_bfloat16()):
         reasons.append(why)
-    elif q.dtype is torch.bfloat16 and q.shape[2] > 1:
-        reasons.append("PyTorch's kernel is as fast where positions share the keys")
-    if k.shape[0] * q.shape[1] * k.shape[2] * k.shape[3] < LEAST:
+    elif q.dtype is torch.bfloat16 and q.shape[2] > 1 and through_fp32(q):
+        reasons.append("PyTorch's kernel is as fast where rows share the keys")
+    if q.dtype is torch.bfloat16 and q.shape[2] > 1:
+        few = k.numel() < LEAST_SHARED
+    else:
+        few = k.numel() // k.shape[1] * q.shape[1] < LEAST
+    if few:
         reasons.append("so few keys are as fast in PyTorch's kernel")
     return reasons
 
