@@ -54,15 +54,16 @@ class _Dtype:
     dtype: torch.dtype
 
 
-def launches_of(op: str, maker: Maker) -> list[Launch]:
+def launches_of(op: str, maker: Maker, gpu: launch.Gpu) -> list[Launch]:
     """The launches of one call of an op and of its backward pass.
 
     Args:
         op: a name in ``op_cases.CASES``.
         maker: of the case; it must make CPU tensors.
+        gpu: that they are for.
     """
     call = next(o for o in OPS if o.name == op).call
-    with FakeTensorMode(), as_on_a_gpu() as found:
+    with FakeTensorMode(), as_on_a_gpu(gpu) as found:
         case = maker.make(op)
         outputs = [o for o in tree_leaves(call(*case.args)) if isinstance(o, Tensor)]
         outputs = [o for o in outputs if o.requires_grad]
@@ -78,7 +79,7 @@ def _marked(one: Launch, backward: bool) -> Launch:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[list[Launch]]:
+def as_on_a_gpu(gpu: launch.Gpu) -> Iterator[list[Launch]]:
     """Let ops on fake CPU tensors choose as they do on a GPU; gives the launches they make.
 
     Their launchers run in place of what tells shapes to a tracer. Autograd's engine goes through
@@ -92,14 +93,14 @@ def as_on_a_gpu() -> Iterator[list[Launch]]:
         kept = tuple(_Dtype(a.dtype) if isinstance(a, Tensor) else a for a in args)
         found.append(Launch(self, kept, options, tuple(grid), False))
 
-    own, interpreting = JITFunction.run, launch._INTERPRETING
-    JITFunction.run, launch._INTERPRETING = run, True
+    own = JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE
+    JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE = run, True, gpu
     try:
         with warnings.catch_warnings(), _Launchers():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield found
     finally:
-        JITFunction.run, launch._INTERPRETING = own, interpreting
+        JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE = own
 
 
 class _Launchers(TorchDispatchMode):

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
+from fusewright.kernels.launch import Gpu
 from launches import Launch, _Dtype
 
 
@@ -39,6 +40,12 @@ class Card:
     threads: int
     blocks: int
     registers: int = 1 << 16
+
+    @property
+    def gpu(self) -> Gpu:
+        """What configurations of kernels depend on."""
+        hip = self.target.backend == "hip"
+        return Gpu(9 if hip else self.target.arch // 10, self.shared, hip)
 
 
 KB = 1024

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,11 +64,63 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return given[0].is_cuda or interpreting()
 
 
+def wide_dot_precision(*tensors: Tensor) -> str:
+    """How tiles that were widened to fp32 are multiplied, by the tensors that they came from.
+
+    With fp32 tensors among them, as PyTorch multiplies fp32, which tensor cores do not. From 16
+    bits, by three products of tf32 (on AMD six of bf16), which they do: what these drop is 2^-22
+    of a product, less than fp32 sums lose (Ootomo & Yokota 2022).
+    """
+    if any(t.dtype.itemsize > 2 for t in tensors):
+        return dot_precision(torch.float32)
+    return "bf16x6" if gpu_of(tensors[0]).hip else "tf32x3"
+
+
 FP_FUSION = True
 """Whether kernels multiply and add with one rounding, as PyTorch's CUDA kernels do.
 
 Said at each launch: Triton's default changes from 3.9 to 3.10.
 """
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What configurations of kernels depend on.
+
+    Attributes:
+        generation: the first number of the compute capability.
+        shared: bytes of shared memory that one block of threads may have.
+        hip: whether it is one of AMD's.
+    """
+
+    generation: int
+    shared: int
+    hip: bool = False
+
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Whether tensor cores take their operands from shared memory.
+
+        Those of Hopper and of Blackwell's data-centre cards do. Others take them from registers,
+        of which larger tiles then need more than there are.
+        """
+        return self.generation in (9, 10) and not self.hip
+
+
+_ELSEWHERE = Gpu(9, 227 << 10)
+"""For tensors that are on no GPU, in Triton's interpreter."""
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The GPU that a tensor is on."""
+    return _gpu(tensor.get_device()) if tensor.is_cuda else _ELSEWHERE
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
+    return Gpu(found.major, shared, torch.version.hip is not None)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .products import autocast
+from .casts import autocast
 from .quantized import Quantized, dequantize
 
 MIXED = "some of the weights are quantized, some are not"

@@ -17,14 +17,15 @@ from torch.nn import functional as F
 from ..matmul import mm
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
+from .casts import autocast
 from .linears import Linear, parts
 from .products import (
     Rows,
     adapted_product,
-    autocast,
     gradient_of_a,
     gradient_of_b,
     narrow_copy,
+    scaled_mm,
     shaped,
 )
 
@@ -53,7 +54,7 @@ def _forward(
     if lora_bias is not None:
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-    h = mm(z.to(lora_a.dtype), lora_a.t()) * scale
+    h = scaled_mm(z.to(lora_a.dtype), lora_a.t(), scale)
     low = x.to(weight.dtype)
     return adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype), h
 
@@ -133,7 +134,7 @@ class _LoraLinear(torch.autograd.Function):
         wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
+            t = scaled_mm(wide, lora_b, ctx.scale, of_right=True)
         if w_x:
             shape, dtype, _ = ctx.x_like
             if t is None or own_input:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, dot_precision
+from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
 
 
 @triton.jit
@@ -49,10 +49,11 @@ def rank_update_kernel(
     tl.store(out + n[:, None] * columns + m[None, :], new.to(dtype), mask=inside)
 
 
-def _config(rank: int) -> dict[str, int]:
+def _config(rank: int, gpu: Gpu) -> dict[str, int]:
     """Memory-bound whatever the shape; only the rank's block changes."""
     block_r = min(64, max(16, triton.next_power_of_2(rank)))
-    return {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    block_m = 128 if gpu.multiplies_from_shared else 64
+    return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
 
 
 def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     out = torch.empty((rows, columns), dtype=base.dtype, device=base.device)
     if out.numel() == 0:
         return out
-    config = _config(left.shape[1])
+    config = _config(left.shape[1], gpu_of(base))
     blocks = triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_M"])
     rank_update_kernel[(blocks,)](
         base,
@@ -89,7 +90,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _aot(base: str, factor: str, rank: int, precision: str) -> AotCase:
-    config = _config(rank)
+    config = _config(rank, gpu_of(torch.empty(0)))
     pointers = {"base": f"*{base}", "left": f"*{factor}", "right": f"*{factor}", "out": f"*{base}"}
     integers = ("rows", "columns", "rank", "base_stride", "left_stride_n", "left_stride_r")
     return AotCase(

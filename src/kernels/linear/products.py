@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,17 @@ def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
     return x.to(alone) if alone.itemsize < x.element_size() else None
 
 
+def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False) -> Tensor:
+    """``scale·left·right``; on a GPU the product scales its own accumulator.
+
+    Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
+    """
+    if not on_cpu(left):
+        ignored = left.new_empty(1)  # with beta 0 it is not read
+        return torch.addmm(ignored, left, right, beta=0, alpha=scale)
+    return mm(left, right * scale) if of_right else mm(left, right) * scale
+
+
 def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     """``tᵀ·z`` (r, in) for t = scale·dY·B.
 
@@ -141,12 +152,12 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     DDP would not fit it. So is ``gradient_of_b``.
     """
     z = z.to(t.dtype)
-    return mm(t.t(), z) if not _on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
+    return mm(t.t(), z) if not on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
-    low = _on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
+    low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 
 
@@ -160,16 +171,9 @@ def _narrow_first(t: Tensor) -> bool:
     8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but for
     ``gradient_of_b`` in half precision: there too, the narrow one goes first.
     """
-    return _on_cpu(t) and _AMX
+    return on_cpu(t) and _AMX
 
 
-def _on_cpu(t: Tensor) -> bool:
+def on_cpu(t: Tensor) -> bool:
+    """Whether a tensor is on the CPU, where other forms of a product are fast."""
     return t.device.type == "cpu"
-
-
-def autocast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """The operands as autocast casts a linear layer's; None where it is off."""
-    if not torch.is_autocast_enabled(device):
-        return None
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]

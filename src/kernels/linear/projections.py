@@ -22,7 +22,9 @@ from .products import (
     gradient_of_a,
     gradient_of_b,
     narrow_copy,
+    on_cpu,
     rank_update,
+    scaled_mm,
     sum_of_products,
 )
 from .quant_products import product, sum_of_quantized
@@ -46,11 +48,17 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(layers)
     for group in _together([layer.lora_a for layer in layers]):
         stacked = _joined([layers[i].lora_a for i in group], 0)
-        product = mm(x.to(stacked.dtype), stacked.t())
         widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-        for i, part in zip(group, product.split(widths, 1), strict=True):
-            found[i] = part * layers[i].scale
+        scales = {layers[i].scale for i in group}
+        rows, right = x.to(stacked.dtype), stacked.t()
+        if len(scales) == 1 and not on_cpu(rows):
+            found_here = scaled_mm(rows, right, scales.pop()).split(widths, 1)
+        else:
+            parts = mm(rows, right).split(widths, 1)
+            found_here = [p * layers[i].scale for i, p in zip(group, parts, strict=True)]
+        for i, part in zip(group, found_here, strict=True):
+            found[i] = part
     return found
 
 
@@ -121,7 +129,7 @@ def returned(
             if layer.lora_b is not None and (need_t or need_b):
                 kind = layer.lora_b.dtype
                 wide = low if kind is layer.compute else dy.to(kind)
-                t = mm(wide, layer.lora_b * layer.scale) if need_t else None
+                t = scaled_mm(wide, layer.lora_b, layer.scale, True) if need_t else None
                 db = gradient_of_b(h, wide) if h is not None and need_b else None
         ts.append(t)
         dbs.append(db)

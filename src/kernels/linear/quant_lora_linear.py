@@ -17,8 +17,9 @@ from ..matmul import mm
 from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
+from .casts import autocast
 from .linears import Linear, parts
-from .products import Rows, autocast, gradient_of_a, gradient_of_b, narrow_copy, shaped
+from .products import Rows, gradient_of_a, gradient_of_b, narrow_copy, scaled_mm, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized
 
@@ -81,7 +82,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         if lora_bias is not None and dtype is compute:
             bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(dtype)
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-        h = mm(z.to(lora_a.dtype), lora_a.t()) * scale
+        h = scaled_mm(z.to(lora_a.dtype), lora_a.t(), scale)
         w = join(fixed, tensors)
         y = product(rows.to(compute), w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
         if lora_bias is not None and dtype is not compute:
@@ -104,7 +105,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         wide = dy.to(lora_b.dtype)
         dx = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
-            t = mm(wide, lora_b * ctx.scale)  # no rounded result is scaled
+            t = scaled_mm(wide, lora_b, ctx.scale, of_right=True)
         if w_x:
             left, right = (None, None) if own_input else (t, lora_a)
             w, low = join(ctx.fixed, tuple(tensors)), dy.to(compute)

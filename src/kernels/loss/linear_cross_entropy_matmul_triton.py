@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, dot_precision
+from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
 
 
 @triton.jit
@@ -68,12 +68,16 @@ def matmul_kernel(
     tl.store(out, total.to(c.dtype.element_ty), mask=inside)
 
 
-def _matmul_config(dtype: torch.dtype, precision: str, accumulate: bool) -> dict[str, int]:
-    """One configuration per kind of arithmetic; the operands are always large."""
+def _matmul_config(
+    dtype: torch.dtype, precision: str, accumulate: bool, gpu: Gpu
+) -> dict[str, int]:
+    """One configuration per kind of arithmetic and of GPU; the operands are always large."""
     if dtype is not torch.float32:
-        # the wider tile spills registers where it is added to what is there
-        block = {"BLOCK_M": 128, "BLOCK_N": 128 if accumulate else 256, "BLOCK_K": 64}
-        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
+        # the wide tile has no registers left where it is added to what is there
+        wide = gpu.multiplies_from_shared and not accumulate
+        block = {"BLOCK_M": 128, "BLOCK_N": 256 if wide else 128, "BLOCK_K": 64}
+        stages = 3 if gpu.shared > 96 << 10 else 2
+        return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": stages}
     if precision == "tf32":
         block = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
         return block | {"GROUP_M": 8, "num_warps": 8, "num_stages": 3}
@@ -103,7 +107,7 @@ def bounded_product(
     A ``logits_tile`` may be wider than the classes of the two others.
     """
     precision = dot_precision(a.dtype)
-    config = _matmul_config(a.dtype, precision, bound == "inner")
+    config = _matmul_config(a.dtype, precision, bound == "inner", gpu_of(a))
     rows, columns = out.shape
     blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
     matmul_kernel[(blocks,)](
@@ -133,7 +137,7 @@ def _aot_matmul(dtype: str, role: str, precision: str = "ieee") -> AotCase:
     """The roles: logits = x·Wᵀ (+ bias), dx = dlogits·W, dweight += dlogitsᵀ·x."""
     bound = "inner" if role == "dweight" else "rows"
     torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    config = _matmul_config(torch_dtype, precision, bound == "inner")
+    config = _matmul_config(torch_dtype, precision, bound == "inner", gpu_of(torch.empty(0)))
     ones = {"logits": ("stride_ak", "stride_bk"), "dx": ("stride_ak", "stride_bn")}
     unit = ones.get(role, ("stride_am", "stride_bn"))
     integers = ("first", "rows", "columns", "inner", "rows_a", "inner_b", "columns_b")

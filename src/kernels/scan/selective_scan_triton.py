@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, gpu_of
 
 
 @triton.jit
@@ -183,10 +183,10 @@ def _backward_kernel(
     tl.store(dd_ptr + sample * channels + ds, dd, mask=dm)
 
 
-def _config(states: int) -> dict[str, int]:
-    """Tiles of 8192 elements at most: 64 registers of each thread."""
+def _config(states: int, elements: int = 4096) -> dict[str, int]:
+    """Tiles of so many elements at most: each thread holds several of them at once."""
     n = max(2, triton.next_power_of_2(states))
-    return {"T": 16, "D": max(2, min(16, 4096 // (16 * n))), "N": n}
+    return {"T": 16, "D": max(2, min(16, elements // (16 * n))), "N": n}
 
 
 def forward(
@@ -218,7 +218,8 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed of (u, delta, a, b, c, d, z, bias)."""
     (batch, channels, length), states = u.shape, a.shape[1]
-    config = _config(states)
+    hip = gpu_of(u).hip  # whose warps are twice as wide, and have half as many registers a thread
+    config = _config(states, 2048 if hip else 4096)
     blocks = triton.cdiv(channels, config["D"])
     rows = (batch, length, channels)
     du, ddelta = u.new_empty(rows), u.new_empty(rows, dtype=torch.float32)
@@ -233,7 +234,7 @@ def backward(
             *_strides(grad, u, delta, b, c, u if z is None else z),
             length, channels, states, batch, blocks,
             HAS_D=d is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-            SOFTPLUS=softplus, **config, num_warps=4,
+            SOFTPLUS=softplus, **config, num_warps=4 if hip else 8,
             enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
 

@@ -99,13 +99,17 @@ def backward_kernel(
 
 @triton.jit
 def shared_kernel(
-    grad_ptr, x_ptr, step_ptr, sums_ptr, b_ptr, c_ptr, before_ptr, after_ptr, db_ptr, dc_ptr,
-    gb, gl, gh, gp, xb, xl, xh, xp, bb, bl, bg, bn, cb, cl, cg, cn,
+    grad_ptr, x_ptr, step_ptr, sums_ptr, other_ptr, held_ptr, out_ptr,
+    gb, gl, gh, gp, xb, xl, xh, xp, ob, ol, og, on,
     batch, length, heads, each, chunks, states, features, splits,
-    HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    OF_B: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """What HEADS heads of a group add to db and dc, (splits, B, L, G, N)."""
+    """What HEADS heads of a group add to db (OF_B) or dc, (splits, B, L, G, N).
+
+    ``other`` is c for db and b for dc; ``held`` are the states after, or before, each chunk. Both
+    in one program would need more registers than there are.
+    """
     k = tl.program_id(0) % chunks
     split = tl.program_id(0) // chunks % splits
     groups = heads // each
@@ -114,7 +118,7 @@ def shared_kernel(
     ns = (tl.program_id(1) * N + tl.arange(0, N)).to(tl.int64)
     rows = k * Q + tl.arange(0, Q).to(tl.int64)
     total = tl.zeros((Q, Q), tl.float32)
-    db, dc = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
+    out = tl.zeros((Q, N), tl.float32)
     for i in range(split * HEADS, tl.minimum(split * HEADS + HEADS, each)):
         head = group * each + i
         place = ((sample * heads + head) * chunks + k) * states * features
@@ -126,19 +130,18 @@ def shared_kernel(
             grad = grad.to(tl.float32)
             x = tile(x_ptr + sample * xb + head * xh, rows, ps, xl, xp, length, features)
             x = x.to(tl.float32) * step[:, None]
-            pairs = tl.dot(grad, tl.trans(x), pairs, input_precision=PRECISION)
-            before = tl.trans(tile(before_ptr + place, ns, ps, features, 1, states, features))
-            dc = tl.dot(grad * into[:, None], before, dc, input_precision=PRECISION)
-            after = tl.trans(tile(after_ptr + place, ns, ps, features, 1, states, features))
-            db = tl.dot(x * rest[:, None], after, db, input_precision=PRECISION)
-        total += pairs * within(sums_ptr, sample, head, k, chunks, heads, Q)
-    b_ptr += sample * bb + group * bg
-    b = tile(b_ptr, rows, ns, bl, bn, length, states).to(tl.float32)
-    dc = tl.dot(total, b, dc, input_precision=PRECISION)
-    c_ptr += sample * cb + group * cg
-    c = tile(c_ptr, rows, ns, cl, cn, length, states).to(tl.float32)
-    db = tl.dot(tl.trans(total), c, db, input_precision=PRECISION)
+            held = tl.trans(tile(held_ptr + place, ns, ps, features, 1, states, features))
+            if OF_B:
+                pairs = tl.dot(x, tl.trans(grad), pairs, input_precision=PRECISION)
+                out = tl.dot(x * rest[:, None], held, out, input_precision=PRECISION)
+            else:
+                pairs = tl.dot(grad, tl.trans(x), pairs, input_precision=PRECISION)
+                out = tl.dot(grad * into[:, None], held, out, input_precision=PRECISION)
+        seen = within(sums_ptr, sample, head, k, chunks, heads, Q)
+        total += pairs * (tl.trans(seen) if OF_B else seen)
+    other_ptr += sample * ob + group * og
+    other = tile(other_ptr, rows, ns, ol, on, length, states).to(tl.float32)
+    out = tl.dot(total, other, out, input_precision=PRECISION)
     inside = (rows < length)[:, None] & (ns < states)[None, :]
     flat = ((split * batch + sample) * length + rows[:, None]) * groups + group
-    tl.store(db_ptr + flat * states + ns[None, :], db, mask=inside)
-    tl.store(dc_ptr + flat * states + ns[None, :], dc, mask=inside)
+    tl.store(out_ptr + flat * states + ns[None, :], out, mask=inside)

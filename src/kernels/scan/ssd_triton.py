@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, dot_precision
+from ..launch import FP_FUSION, dot_precision, gpu_of, wide_dot_precision
 from . import ssd_chunks
 from .ssd_backward_triton import backward_kernel, shared_kernel
 from .ssd_tiles_triton import decays, tile, within
@@ -38,6 +38,7 @@ HEADS = 8
 
 SCAN = OUTPUT = {"N": 32, "P": 32}
 BACKWARD = SHARED = {"N": 32, "P": 16}
+SHARED_SMALL = {"N": 16, "P": 16}
 """States and features of the largest tile. Products in fp32 proper keep their operands in
 registers: wider tiles, or fewer warps, spill them."""
 
@@ -144,6 +145,7 @@ class _Sizes:
         step: (B, K Q, H), zero beyond the end.
         sums: (B, K, Q, H), fp64: the sums of the exponents of 2 from a chunk's beginning.
         scalars: the length, heads, heads of a group, chunks, states and features.
+        precision: of the products of tiles.
     """
 
     def __init__(self, x: Tensor, step: Tensor, a: Tensor, b: Tensor) -> None:
@@ -153,13 +155,10 @@ class _Sizes:
         self.sums = (self.step * a.to(step.dtype)).view(cut).cumsum(2, dtype=torch.float64)
         self.sums.mul_(math.log2(math.e))
         groups, states = b.shape[2:]
-        self.each, self.states, self.features, self.chunks = (
-            heads // groups,
-            states,
-            features,
-            cut[1],
-        )
+        self.each, self.chunks = heads // groups, cut[1]
+        self.states, self.features = states, features
         self.scalars = (length, heads, self.each, cut[1], states, features)
+        self.precision = wide_dot_precision(x, b)
 
 
 def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
@@ -170,7 +169,7 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
     grid = rows, triton.cdiv(of.states, config["N"]), triton.cdiv(of.features, config["P"])
     scan_kernel[grid](
         left, right, of.step, of.sums, out, *_strides(left, right), *of.scalars,
-        REVERSE=reverse, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
+        REVERSE=reverse, PRECISION=of.precision, **config, num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out
@@ -192,7 +191,7 @@ def forward(
     output_kernel[grid](
         x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, out,
         *_strides(x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
+        HAS_D=d is not None, LOW=_low(b, c), PRECISION=of.precision, **config,
         num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
@@ -204,16 +203,22 @@ def _shared(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of B and C."""
     splits = triton.cdiv(of.each, HEADS)
-    db, dc = (of.step.new_empty(splits, *b.shape) for _ in range(2))
-    config = _config(SHARED, of.states, of.features)
+    strong = gpu_of(x).multiplies_from_shared
+    config = _config(SHARED if strong else SHARED_SMALL, of.states, of.features)
     grid = of.batch * b.shape[2] * splits * of.chunks, triton.cdiv(of.states, config["N"])
-    shared_kernel[grid](
-        grad, x, of.step, of.sums, b, c, before, after, db, dc,
-        *_strides(grad, x, b, c), of.batch, *of.scalars, splits,
-        HEADS=HEADS, PRECISION=dot_precision(torch.float32), **config, num_warps=WARPS,
-        enable_fp_fusion=FP_FUSION,
-    )  # fmt: skip
-    return db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
+    # this one holds too much to split its operands in registers, too
+    precision = of.precision if strong else dot_precision(torch.float32)
+    found = []
+    for of_b, other, held in ((True, c, after), (False, b, before)):
+        out = of.step.new_empty(splits, *b.shape)
+        shared_kernel[grid](
+            grad, x, of.step, of.sums, other, held, out,
+            *_strides(grad, x, other), of.batch, *of.scalars, splits,
+            OF_B=of_b, HEADS=HEADS, PRECISION=precision, **config, num_warps=WARPS,
+            enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+        found.append(out.sum(0))
+    return found[0].to(b.dtype), found[1].to(c.dtype)
 
 
 def _own(
@@ -226,7 +231,7 @@ def _own(
     backward_kernel[(of.batch * x.shape[2] * of.chunks,)](
         grad, x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, after,
         dx, *rest, *_strides(grad, x, b, c), *of.scalars,
-        HAS_D=d is not None, LOW=_low(b, c), PRECISION=dot_precision(torch.float32), **config,
+        HAS_D=d is not None, LOW=_low(b, c), PRECISION=of.precision, **config,
         num_warps=WARPS,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
@@ -265,17 +270,19 @@ def _cases() -> tuple[AotCase, ...]:
     )  # fmt: skip
     cases = []
     for dtype, size, precision in (
-        ("bf16", 128, "tf32"), ("fp16", 128, "ieee"), ("fp32", 128, "ieee"), ("fp32", 16, "tf32"),
+        ("bf16", 128, "tf32x3"), ("fp16", 128, "tf32x3"), ("fp32", 128, "ieee"),
+        ("fp32", 16, "tf32"),
     ):  # fmt: skip
         for name, kernel, most in kernels:
-            own = {"x_ptr": dtype, "b_ptr": dtype, "c_ptr": dtype, "dx_ptr": dtype}
-            right = "fp32" if precision == "tf32" else dtype  # in reverse, a gradient
+            own = dict.fromkeys(("x_ptr", "b_ptr", "c_ptr", "dx_ptr", "other_ptr"), dtype)
+            right = "fp32" if precision != "ieee" else dtype  # in reverse, a gradient
             own |= {"left_ptr": dtype, "right_ptr": right, "sums_ptr": "fp64"}
             constants = {
                 **_config(most, size, size), "PRECISION": precision, "HEADS": HEADS,
-                "HAS_D": size > 16, "LOW": dtype != "fp32", "REVERSE": precision == "tf32",
+                "OF_B": size > 16,
+                "HAS_D": size > 16, "LOW": dtype != "fp32", "REVERSE": precision != "ieee",
                 # unit strides, as they usually are
-                **dict.fromkeys(("ln", "rp", "gp", "xp", "bn", "cn"), 1),
+                **dict.fromkeys(("ln", "rp", "gp", "xp", "bn", "cn", "on"), 1),
             }  # fmt: skip
             constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
             signature = {

@@ -1,6 +1,6 @@
 """The machine code of every Triton kernel as it is launched, for cards that need not be there.
 
-    python benchmarks/kernels.py [--write docs/kernels.md] [--only KERNEL,...] [--cards sm_90,...]
+    python benchmarks/kernel_code.py [--write docs/kernels.md] [--only KERNEL,...] [--cards sm_90,...]
 
 Each op runs forward and backward on fake tensors of the sizes of Llama, Qwen3 and Gemma layers; the
 launches that it makes are compiled as the JIT would compile them (with the same divisibility, unit
@@ -86,20 +86,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def variants(cards: Sequence[Card], only: Sequence[str] = ()) -> list[Variant]:
-    """Every launch, those that run the same code on each card together."""
+    """Every launch; those that run the same code on each card are one."""
     made: dict[tuple[str, ...], Variant] = {}
-    for op, size, launch in _launches(only):
-        code = {card.name: _code(launch, card) for card in cards}
-        key = tuple(c.key for c in code.values())
-        known = made.get(key)
-        if known is None:
-            made[key] = Variant(launch, (op,), (size,), code)
-        else:
-            made[key] = replace(
-                known,
-                ops=tuple(dict.fromkeys((*known.ops, op))),
-                sizes=tuple(dict.fromkeys((*known.sizes, size))),
-            )
+    for op, size, makers in _cases(only):
+        for maker in makers:
+            each = zip(*(launches_of(op, maker, card.gpu) for card in cards), strict=True)
+            for launches in each:
+                pairs = zip(launches, cards, strict=True)
+                code = {card.name: _code(launch, card) for launch, card in pairs}
+                key = tuple(c.key for c in code.values())
+                known = made.get(key) or Variant(launches[0], (), (), code)
+                made[key] = replace(
+                    known,
+                    ops=tuple(dict.fromkeys((*known.ops, op))),
+                    sizes=tuple(dict.fromkeys((*known.sizes, size))),
+                )
     return sorted(made.values(), key=lambda v: (v.name, v.sizes))
 
 
@@ -113,17 +114,21 @@ def _code(launch: Launch, card: Card) -> Code:
     return _READ[made.hash]
 
 
-def _launches(only: Sequence[str]) -> Iterator[tuple[str, str, Launch]]:
-    """(op, size, launch), without those of the same specialization."""
+def _cases(only: Sequence[str]) -> Iterator[tuple[str, str, list[Maker]]]:
+    """(op, size, what makes its calls): frozen weights with adapters in fp32, and trained ones."""
     for size in (*SIZES, "few tokens"):
         shape = FEW if size == "few tokens" else OpShape(1, 2048, MODELS[size])
         for op in only or CASES:
             if op in _NO_KERNELS or (size == "few tokens" and not op.startswith("quant")):
                 continue
-            for trained, adapters in ((False, torch.float32), (True, torch.bfloat16)):
-                maker = Maker(shape, torch.bfloat16, "cpu", trained, adapters)
-                for launch in launches_of(op, maker):
-                    yield op, size, launch
+            yield (
+                op,
+                size,
+                [
+                    Maker(shape, torch.bfloat16, "cpu", trained, adapters)
+                    for trained, adapters in ((False, torch.float32), (True, torch.bfloat16))
+                ],
+            )
 
 
 _NO_KERNELS = ("attention", "dora", "dora_row_norms", "linear_divergence", "moe_experts")

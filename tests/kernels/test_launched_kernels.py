@@ -1,0 +1,87 @@
+"""docs/kernels.md says what the launched kernels' machine code is, and none of them spills."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusewright.kernels.launch import has_triton, interpreting
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "kernels.md"
+CARDS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing is compiled"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Any]:
+    """The benchmark's module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("kernel_code")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def _page() -> tuple[str, dict[str, dict[str, set[str]]]]:
+    """The version of Triton, and for each kernel and card the cells of the table."""
+    text = PAGE.read_text(encoding="utf-8")
+    version = re.search(r"Triton (\S+), ", text)
+    assert version is not None
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            name, _, _, *cells = (c.strip() for c in line.strip("|").split("|"))
+            for card, cell in zip(CARDS, cells, strict=True):
+                found[name.strip("`")][card].add(cell)
+    return version[1], found
+
+
+def _check(kernels: Any, ops: tuple[str, ...], cards: tuple[str, ...]) -> None:
+    import triton
+
+    chosen = [c for c in kernels.CARDS if c.name in cards]
+    made = kernels.variants(chosen, ops)
+    assert made
+    known = set(KNOWN)
+    assert {p for p in kernels.problems(made, chosen) if p not in known} == set()
+    version, page = _page()
+    if version != triton.__version__:
+        return  # another compiler allocates registers in another way
+    for variant in made:
+        for card in chosen:
+            cell = kernels._cell(variant.code[card.name])
+            assert cell in page[variant.name][card.name], f"{variant.name} on {card.name}"
+
+
+KNOWN: tuple[str, ...] = ()
+
+
+def test_the_page_has_every_kernel(kernels: Any) -> None:
+    from fusewright.kernels.launch import Gpu
+
+    del Gpu
+    _, page = _page()
+    assert len(page) > 15
+    assert all(set(cards) == set(CARDS) for cards in page.values())
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "glu", "lora_linear", "quant_linear"])
+def test_code_of_an_op_on_hopper(op: str, kernels: Any) -> None:
+    _check(kernels, (op,), ("sm_90",))
+
+
+@pytest.mark.slow
+def test_code_of_every_op_on_every_card(kernels: Any) -> None:
+    _check(kernels, (), CARDS)
