@@ -1,6 +1,6 @@
 """The machine code of every Triton kernel as it is launched, for cards that need not be there.
 
-    python benchmarks/kernel_code.py [--write docs/kernels.md] [--only KERNEL,...] [--cards sm_90,...]
+    python benchmarks/kernel_code.py [--write docs/kernels.md] [--only OP,...] [--cards sm_90,...]
 
 Each op runs forward and backward on fake tensors of the sizes of Llama, Qwen3 and Gemma layers; the
 launches that it makes are compiled as the JIT would compile them (with the same divisibility, unit
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import triton
 
 from launches import Launch, launches_of
 from machine_code import CARDS, Card, Code, compiled, read
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "\n".join(tables(found, cards))
     print(text)
     if options.write:
-        _write(options.write, text)
+        put(options.write, "kernels", f"{_made_by()}\n\n{text}")
     wrong = list(problems(found, cards))
     for line in wrong:
         print(line, file=sys.stderr)
@@ -158,6 +159,10 @@ def tables(found: Sequence[Variant], cards: Sequence[Card]) -> Iterator[str]:
         yield f"| `{v.name}` | {', '.join(v.sizes)} | {warps} | {' | '.join(cells)} |"
 
 
+def _made_by() -> str:
+    return f"Triton {triton.__version__}, {time.strftime('%Y-%m-%d')}."
+
+
 def _cell(code: Code) -> str:
     """Registers, spills if there are any, shared memory, occupancy, widths, tensor cores."""
     parts = [f"{code.registers}"]
@@ -172,11 +177,11 @@ def _cell(code: Code) -> str:
     return ", ".join(parts)
 
 
-def _write(file: Path, text: str) -> None:
-    """Put the tables between their marks."""
-    begin, end = MARK.format("kernels:start"), MARK.format("kernels:end")
+def put(file: Path, name: str, text: str) -> None:
+    """Put a text between the marks of that name in a page."""
+    begin, end = (MARK.format(f"{name}:{which}") for which in ("start", "end"))
     page = file.read_text(encoding="utf-8")
-    page = re.sub(f"{begin}.*{end}", f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+    page = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
     file.write_text(page, encoding="utf-8")
 
 

@@ -106,6 +106,10 @@ def as_on_a_gpu(gpu: launch.Gpu) -> Iterator[list[Launch]]:
 class _Launchers(TorchDispatchMode):
     """Runs what the library ops are made of, down to the kernels' launchers."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # captured graphs run under it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         run: Callable[..., Any] = func

@@ -69,9 +69,6 @@ KNOWN: tuple[str, ...] = ()
 
 
 def test_the_page_has_every_kernel(kernels: Any) -> None:
-    from fusewright.kernels.launch import Gpu
-
-    del Gpu
     _, page = _page()
     assert len(page) > 15
     assert all(set(cards) == set(CARDS) for cards in page.values())
@@ -85,3 +82,16 @@ def test_code_of_an_op_on_hopper(op: str, kernels: Any) -> None:
 @pytest.mark.slow
 def test_code_of_every_op_on_every_card(kernels: Any) -> None:
     _check(kernels, (), CARDS)
+
+
+@pytest.mark.parametrize(("setup", "most"), [("lora, autocast", 90), ("qlora, autocast", 100)])
+def test_launches_of_a_layer(setup: str, most: int, kernels: Any) -> None:
+    """What the page says; more of them would make the host the bottleneck."""
+    if setup.startswith("qlora"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    budget = importlib.import_module("layer_budget")
+    found = sum(budget.of_a_layer(setup, optimized=True).values())
+    assert found <= most
+    row = re.search(rf"^\| {setup} \| \d+ \| (\d+) ", PAGE.read_text(encoding="utf-8"), re.M)
+    assert row is not None
+    assert abs(int(row[1]) - found) <= 4  # versions of PyTorch differ a little
