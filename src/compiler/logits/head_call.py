@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .changes import is_unchanged
-from .head_parts import HeadParts
+from .changes import is_unchanged, remembered, unchanged
+from .head_parts import HeadParts, as_leaf
 from .lazy_logits import LazyLogits
 from .reads import Reads
 from .recorded.endings import HANDLERS
@@ -82,8 +82,9 @@ class HeadCall:
         with (
             torch.set_grad_enabled(grad),
             torch.autocast(self.device.type, dtype, enabled),
-            # what is kept here is nothing that a checkpoint around a reader should count
-            torch.autograd.graph.saved_tensors_hooks(_detached, _identity),
+            # what is kept here is nothing that a checkpoint around a reader should count; autograd
+            # does not look at the versions of what hooks keep
+            torch.autograd.graph.saved_tensors_hooks(remembered, unchanged),
         ):
             yield
 
@@ -103,7 +104,7 @@ class HeadCall:
         if not (keep and self.plan.keeps):
             with self.mode(False):
                 return self.logits(*inputs)
-        own = [_as_leaf(t) for t in inputs]
+        own = [as_leaf(t) for t in inputs]
         with self.mode(True):
             made = self.logits(*own)
         self.made = own, get_gradient_edge(made)
@@ -138,15 +139,3 @@ class HeadCall:
             loss = self.loss(logits, *others)
         found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
         return found[0]
-
-
-def _detached(t: Tensor) -> Tensor:
-    return t.detach()
-
-
-def _identity(t: Tensor) -> Tensor:
-    return t
-
-
-def _as_leaf(x: Any) -> Any:
-    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

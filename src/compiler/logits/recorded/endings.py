@@ -14,10 +14,11 @@ from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments
+from .choices import CHOICES
 from .divergence_sums import DIVERGENCES
 from .in_tiles import Tiled, compute
 from .measures import mean_logit, measure, picked, weighted_sum, wide
-from .rows import CHOICES, Handlers, handler, is_last, result_dtype, rows_of
+from .rows import Handlers, handler, is_last, result_dtype, rows_of
 from .scalings import SCALINGS
 from .together import Measures
 
@@ -71,7 +72,8 @@ def _gather(z: LazyLogits, dim: Any, index: Tensor, sparse_grad: bool = False) -
     name = "log-probabilities" if kind == "log_probs" else "single logits"
     is_one = kind == "log_probs" and columns == 1
     measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
-    return compute(z, Tiled(name, tiled, formula, measures)).view(index.shape).to(z.dtype)
+    made = compute(z, Tiled(name, tiled, formula, measures, (index,)))
+    return made.view(index.shape).to(z.dtype)
 
 
 @handler
@@ -108,7 +110,7 @@ def _cross_entropy(
             wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
         )
 
-    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula, given=(target,))).to(dtype)
 
 
 @handler
@@ -128,7 +130,7 @@ def _nll_loss(
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
 
-    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula, given=(target,))).to(dtype)
 
 
 def _loss_dtype(function: Callable[..., Tensor], z: LazyLogits) -> torch.dtype:
