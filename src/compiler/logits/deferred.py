@@ -66,6 +66,9 @@ class Recorded(Protocol):
     def note_read(self, func: Any) -> None:
         """Remember that ``func`` needs the values."""
 
+    def finish(self, values: Tensor) -> None:
+        """Let the values, just made, agree with what was given out without them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -89,6 +92,13 @@ class Change:
     is_view: bool = False
     is_linear: bool = True
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def run(self, *values: Tensor) -> Tensor:
+        """The values that are given out."""
+        made = self.function(*values)
+        if self.recorded is not None and not self.is_view:  # a view has those of its base
+            self.recorded.finish(made)
+        return made
 
 
 class Family:

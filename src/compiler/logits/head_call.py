@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .head_parts import HeadParts, as_leaf
 from .lazy_logits import LazyLogits
 from .reads import Reads
 from .recorded.endings import HANDLERS
+from .recorded.picks import Picks
 from .recorded.rows import HeadRows
 from .sharded import gathered, is_released
 
@@ -62,6 +63,7 @@ class HeadCall:
         call: names it on every process.
         reads: how often the logits were computed; it tells the reads of one call apart.
         made: the inputs of the logits and the history that leads to them, if they were computed.
+        picked: single ones that were given out before they were.
     """
 
     plan: Plan
@@ -74,6 +76,7 @@ class HeadCall:
     call: str
     reads: int = 0
     made: tuple[list[Any], Any] | None = None
+    picked: list[Picks] = field(default_factory=list)
 
     @contextmanager
     def mode(self, grad: bool) -> Iterator[None]:
@@ -112,10 +115,15 @@ class HeadCall:
 
     def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
         """The logits, computed when they are read; with a history to ``keep`` if possible."""
-        made = LazyLogits(
-            lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
-        )
-        made.recorded = HeadRows(self, inputs, HANDLERS)
+        rows = HeadRows(self, inputs, HANDLERS)
+
+        def values() -> Tensor:
+            found = self.compute(inputs, keep)
+            rows.finish(found)
+            return found
+
+        made = LazyLogits(values, self.shape, self.plan.dtype, self.device)
+        made.recorded = rows
         return made
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:

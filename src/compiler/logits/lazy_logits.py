@@ -103,7 +103,7 @@ class LazyLogits(Tensor):
     def changed(self, change: Change, *others: LazyLogits) -> LazyLogits:
         """What an operation makes of this and of ``others``; without a history."""
         sources = [z._source for z in others]
-        source = self._source.derive(change.function, *sources, is_view=change.is_view)
+        source = self._source.derive(change.run, *sources, is_view=change.is_view)
         made = LazyLogits(source, change.shape, change.dtype, self.device)
         made.recorded = change.recorded
         return made

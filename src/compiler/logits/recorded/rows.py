@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments, binding
+from .picks import write_into
 
 if TYPE_CHECKING:
     from ..head_call import HeadCall
@@ -63,6 +64,11 @@ class HeadRows:
         """Remember that ``func`` needs the values."""
         self.call.plan.reads.note_tensor(func, self.kind)
 
+    def finish(self, values: Tensor) -> None:
+        """Let ``values``, which are these and were just made, agree with what was given out."""
+        if self.call.picked:
+            write_into(values, self)
+
     def leading_index(self, shape: torch.Size) -> Tensor:
         """The index, also where all rows are meant."""
         if self.index is not None:
@@ -96,6 +102,14 @@ def rows_of(z: LazyLogits) -> HeadRows:
     """What is recorded of ``z``."""
     assert isinstance(z.recorded, HeadRows)
     return z.recorded
+
+
+def require_kind(z: LazyLogits, *kinds: str) -> str:
+    """The kind of ``z``, which is one of ``kinds``; raises WrongArguments where it is not."""
+    kind = rows_of(z).kind
+    if kind not in kinds:
+        raise WrongArguments
+    return kind
 
 
 def is_last(z: Tensor, dim: Any) -> bool:
