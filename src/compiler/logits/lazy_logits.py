@@ -184,7 +184,11 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write into the values: from then on this is an ordinary tensor, with its new history."""
+        """Write into the values: from then on this is an ordinary tensor, with its new history.
+
+        One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
+        eager mode refuses: what it is a view of, and its gradient, are known here.
+        """
         with torch.enable_grad():
             real = self._as_view()
         if self._view_of is None and real is self.values():  # which aliases hold, too

@@ -31,6 +31,8 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
         return NotImplemented
     if picks.is_known(rows_of(z)):
         return NotImplemented
+    if index.device.type == "cpu" and not _are_classes(index, z.shape[-1]):
+        return NotImplemented  # it raises; a GPU's kernels say so later, as they do in eager mode
     if index.dtype is not torch.int64 or index.dim() != z.dim() or index.device != z.device:
         return NotImplemented
     columns = index.shape[-1]
@@ -57,6 +59,10 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
     made = made.view(index.shape).to(z.dtype)
     picks.remember(rows_of(z), z.dtype, index, made, is_top)
     return made
+
+
+def _are_classes(index: Tensor, count: int) -> bool:
+    return not index.numel() or bool((index.min() >= 0) & (index.max() < count))
 
 
 # ------------------------------------------------------------------------------------- top classes
