@@ -163,3 +163,77 @@ def _in_eager_mode(use: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         whole = torch.stack(rows, 1)
         return whole.logsumexp(-1).sum() + rows[2].tanh().sum() + rows[4].logsumexp(-1).sum()
     return (z.logsumexp(-1) * 2).sum()
+
+
+def _loss(z: Tensor) -> Tensor:
+    rows = z[:, :-1] / 0.7
+    nll = F.cross_entropy(rows.flatten(0, 1), LABELS[:, 1:].flatten())
+    return nll + _log_probs(z).mean() + z.logsumexp(-1).square().mean() + z.sin().mean()
+
+
+def _shifted(z: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "shifted", "all"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_loss(loss: str, backend: str) -> None:
+    use = {**LOSSES, "shifted": _shifted, "all": _loss}[loss]
+    eager, ours = _runs(torch.compile(use, backend=backend))
+    torch.testing.assert_close(ours, eager, rtol=2e-4, atol=1e-6)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": torch.func.grad(_loss),
+    "jacrev": torch.func.jacrev(lambda z: _log_probs(z)[0, :2, 0]),
+    "vjp": lambda z: torch.func.vjp(_loss, z)[0],
+    "jvp": lambda z: torch.stack(torch.func.jvp(_loss, (z,), (torch.ones(2, 7, V),))),
+    "hessian": lambda z: torch.func.hessian(lambda r: r.logsumexp(-1).sum())(z[0, 0]),
+    "vmap": torch.func.vmap(lambda r: r.log_softmax(-1).square().sum()),
+    "vmap of grad": torch.func.vmap(torch.func.grad(lambda r: r.logsumexp(-1).square().sum())),
+    "held": lambda z: torch.func.grad(lambda w: (w * z).logsumexp(-1).sum())(torch.ones(V)),
+    "held, then used": lambda z: (
+        torch.func.grad(lambda w: (w * z).sum())(torch.ones(V)).sum() + z.logsumexp(-1).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("detached", [False, True])
+def test_transforms_of_functions(transform: str, detached: bool) -> None:
+    def use(z: Tensor) -> Tensor:
+        made = TRANSFORMS[transform](z.detach() if detached else z).square().sum()
+        return made + z.mean()
+
+    eager, ours = _runs(use)
+    torch.testing.assert_close(ours, eager, rtol=2e-4, atol=1e-5)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda z: z,
+    "a slice": lambda z: z[:, 1:],
+    "steps": lambda z: z[:, ::2],
+    "a row": lambda z: z[:, 3],
+    "a slice of a scale": lambda z: (z / 2)[:, 1:],
+    "a scale of a slice": lambda z: z[:, 1:] / 2,
+    "a piece": lambda z: z.split(3, 1)[1],
+    "a chunk": lambda z: z.chunk(2, 1)[1],
+    "unbound": lambda z: z.unbind(1)[2],
+    "iterated": lambda z: next(iter(z)),
+    "a slice, detached": lambda z: z[:, 1:].detach(),
+    "a slice of what is detached": lambda z: z.detach()[:, 1:],
+    "a view": lambda z: z[:, 1:].unsqueeze(1)[0],
+    "flat": lambda z: z[:, 1:].reshape(-1, V),
+    "contiguous": lambda z: z[:, 1:].contiguous(),
+    "chosen": lambda z: z[TARGETS > 9],
+    "log-probabilities": lambda z: z[:, 1:].log_softmax(-1),
+    "a cast": lambda z: z[:, 1:].double(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(view: str) -> None:
+    eager, ours = (VIEWS[view](m(IDS)) for m in _pair())
+    assert ours.stride() == eager.stride()
+    assert ours.is_contiguous() == eager.is_contiguous()
+    assert (ours + 0).stride() == (eager + 0).stride()

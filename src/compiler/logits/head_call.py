@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from .calls import may_keep_history
 from .changes import is_unchanged, remembered, unchanged
 from .head_parts import HeadParts, as_leaf
 from .lazy_logits import LazyLogits
@@ -82,9 +83,14 @@ class HeadCall:
     def mode(self, grad: bool) -> Iterator[None]:
         """The mode of the forward pass, with gradients or without."""
         enabled, dtype = self.autocast
+        autocast = torch.autocast(self.device.type, dtype, enabled)
+        if not grad:  # nothing is kept
+            with torch.no_grad(), autocast:
+                yield
+            return
         with (
-            torch.set_grad_enabled(grad),
-            torch.autocast(self.device.type, dtype, enabled),
+            torch.enable_grad(),
+            autocast,
             # what is kept here is nothing that a checkpoint around a reader should count; autograd
             # does not look at the versions of what hooks keep
             torch.autograd.graph.saved_tensors_hooks(remembered, unchanged),
@@ -104,7 +110,7 @@ class HeadCall:
                 "optimizer, most likely). Read them earlier, or use "
                 "fusewright.optimize(model, logits='always')."
             )
-        if not (keep and self.plan.keeps):
+        if not (keep and self.plan.keeps and may_keep_history()):
             with self.mode(False):
                 return self.logits(*inputs)
         own = [as_leaf(t) for t in inputs]

@@ -20,9 +20,11 @@ from .rows import Handlers, handler, is_last, rows_of
 
 
 def _chosen(z: LazyLogits, index: Tensor, function: Callable[..., Tensor], view: bool) -> Any:
-    shape = (*index.shape, z.shape[-1])
+    size = z.shape[-1]
     rows = replace(rows_of(z), index=index)
-    return apply_change(Change(function, shape, z.dtype, rows, is_view=view), z)
+    strides = (*(s * size for s in index.stride()), 1) if view else None
+    change = Change(function, (*index.shape, size), z.dtype, rows, is_view=view, strides=strides)
+    return apply_change(change, z)
 
 
 def _viewed(z: LazyLogits, function: Callable[[Tensor], Tensor]) -> Any:

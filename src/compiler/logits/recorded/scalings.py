@@ -169,7 +169,9 @@ def _exp(z: LazyLogits) -> Any:
 
 @handler
 def _detach(z: LazyLogits) -> Any:
-    made = z.changed(Change(torch.detach, tuple(z.shape), z.dtype, rows_of(z), is_view=True))
+    shape, strides = tuple(z.shape), z.stride()
+    change = Change(torch.detach, shape, z.dtype, rows_of(z), is_view=True, strides=strides)
+    made = z.changed(change)
     z.share(made, torch.detach)
     call = rows_of(z).call
     if call.before[1]:  # its weights are trained
