@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -279,6 +280,13 @@ def test_reasons_and_settings_without_meaning():
     assert OP.unsupported(x, w, b, given, None, None) == []
     assert "50 and 40 classes" in OP.unsupported(x, w, b, given[:, :40], None, None)[0]
     assert "have a bias" in OP.unsupported(x, w, b, given, None, b)[0]
-    for bad in ({"kind": "kl"}, {"beta": 1.5}, {"temperature": 0.0}):
+    for bad in (
+        {"kind": "kl"}, {"beta": 1.5}, {"beta": math.nan}, {"temperature": 0.0},
+        {"temperature": math.nan},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             linear_divergence(x, w, b, *teacher, **bad)
+    with pytest.raises(ValueError, match="do not fit x"):
+        linear_divergence(x, w, b, *teacher, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows of"):
+        linear_divergence(x, w, b, teacher[0][1:], *teacher[1:])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -327,10 +328,22 @@ def test_reasons():
         ({"outputs": ("topk_values",)}, "top_k must be between 1 and 50, not 0"),
         ({"outputs": ("topk_indices",), "top_k": 51}, "between 1 and 50, not 51"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
         ({"softcap": 0.0}, "softcap must be above 0"),
+        ({"softcap": math.nan}, "softcap must be above 0"),
+        ({"softcap": math.inf}, "softcap must be above 0 and finite"),
+        ({"outputs": ("entropy",), "temperature": math.nan}, "temperature must be above 0"),
     ],
 )
 def test_settings_without_meaning_are_refused(options, message):
     x, w, b = operands((10, 16), 50, F32)
     with pytest.raises(ValueError, match=message):
         linear_logprob(x, w, b, torch.zeros(10, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize("names", [("logprob",), ("entropy",)])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 6), (10,), (2, 5, 1), (5, 2)])
+def test_targets_of_another_shape_are_refused(names, shape):
+    x, w, b = operands((2, 5, 16), 50, F32)
+    with pytest.raises(ValueError, match="do not fit x"):
+        linear_logprob(x, w, b, torch.zeros(shape, dtype=torch.int64), names)

@@ -1,4 +1,4 @@
-"""Whether what logits are made of is still what it was in the forward pass."""
+"""Whether what logits and losses are made of is still what it was in the forward pass."""
 
 from __future__ import annotations
 
@@ -28,3 +28,28 @@ def is_unchanged(values: tuple[Any, ...], before: tuple[list[int], list[Tensor]]
     """Whether none of ``values`` was written to since ``versions`` returned ``before``."""
     now, some = versions(values)
     return now == before[0] and all(map(torch.equal, some, before[1]))
+
+
+Remembered = tuple[Tensor, int | None]
+"""A tensor that backward reads, and its version; None where it has none, as in inference mode."""
+
+
+def remembered(t: Tensor) -> Remembered:
+    """``t`` without its history, which shares memory and version with it."""
+    return t.detach(), None if t.is_inference() else t._version
+
+
+def unchanged(kept: Remembered) -> Tensor:
+    """The tensor that was remembered.
+
+    Raises:
+        RuntimeError: it was written to since, as autograd says of what it has saved.
+    """
+    t, version = kept
+    if version is not None and t._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: [{t.type()} {list(t.shape)}] is at version {t._version}; expected "
+            f"version {version} instead. Write to a clone() of it, or call backward before."
+        )
+    return t

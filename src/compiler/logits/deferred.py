@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .calls import outside_transforms
+
 
 class Deferred:
     """Values that are computed at the first use of them, and what is to be derived from them."""
@@ -30,7 +32,8 @@ class Deferred:
         """The values, without a history."""
         if self._values is None:
             assert self._compute is not None
-            self._values, self._compute = self._compute().detach(), None
+            with outside_transforms():
+                self._values, self._compute = self._compute().detach(), None
         return self._values
 
     def derive(
@@ -66,6 +69,9 @@ class Recorded(Protocol):
     def note_read(self, func: Any) -> None:
         """Remember that ``func`` needs the values."""
 
+    def finish(self, values: Tensor) -> None:
+        """Let the values, just made, agree with what was given out without them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -80,6 +86,7 @@ class Change:
         is_linear: whether its derivative does not depend on values.
         backward: computes the gradient from its own and from the values that were made; None where
             autograd is to find it.
+        strides: of what it makes; None where that is contiguous.
     """
 
     function: Callable[..., Tensor]
@@ -89,6 +96,14 @@ class Change:
     is_view: bool = False
     is_linear: bool = True
     backward: Callable[[Tensor, Tensor], Tensor] | None = None
+    strides: tuple[int, ...] | None = None
+
+    def run(self, *values: Tensor) -> Tensor:
+        """The values that are given out."""
+        made = self.function(*values)
+        if self.recorded is not None and not self.is_view:  # a view has those of its base
+            self.recorded.finish(made)
+        return made
 
 
 class Family:

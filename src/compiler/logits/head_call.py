@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .changes import is_unchanged
-from .head_parts import HeadParts
+from .calls import may_keep_history
+from .changes import is_unchanged, remembered, unchanged
+from .head_parts import HeadParts, as_leaf
 from .lazy_logits import LazyLogits
 from .reads import Reads
 from .recorded.endings import HANDLERS
+from .recorded.picks import Picks
 from .recorded.rows import HeadRows
 from .sharded import gathered, is_released
 
@@ -62,6 +64,7 @@ class HeadCall:
         call: names it on every process.
         reads: how often the logits were computed; it tells the reads of one call apart.
         made: the inputs of the logits and the history that leads to them, if they were computed.
+        picked: single ones that were given out before they were.
     """
 
     plan: Plan
@@ -74,16 +77,23 @@ class HeadCall:
     call: str
     reads: int = 0
     made: tuple[list[Any], Any] | None = None
+    picked: list[Picks] = field(default_factory=list)
 
     @contextmanager
     def mode(self, grad: bool) -> Iterator[None]:
         """The mode of the forward pass, with gradients or without."""
         enabled, dtype = self.autocast
+        autocast = torch.autocast(self.device.type, dtype, enabled)
+        if not grad:  # nothing is kept
+            with torch.no_grad(), autocast:
+                yield
+            return
         with (
-            torch.set_grad_enabled(grad),
-            torch.autocast(self.device.type, dtype, enabled),
-            # what is kept here is nothing that a checkpoint around a reader should count
-            torch.autograd.graph.saved_tensors_hooks(_detached, _identity),
+            torch.enable_grad(),
+            autocast,
+            # what is kept here is nothing that a checkpoint around a reader should count; autograd
+            # does not look at the versions of what hooks keep
+            torch.autograd.graph.saved_tensors_hooks(remembered, unchanged),
         ):
             yield
 
@@ -100,10 +110,10 @@ class HeadCall:
                 "optimizer, most likely). Read them earlier, or use "
                 "fusewright.optimize(model, logits='always')."
             )
-        if not (keep and self.plan.keeps):
+        if not (keep and self.plan.keeps and may_keep_history()):
             with self.mode(False):
                 return self.logits(*inputs)
-        own = [_as_leaf(t) for t in inputs]
+        own = [as_leaf(t) for t in inputs]
         with self.mode(True):
             made = self.logits(*own)
         self.made = own, get_gradient_edge(made)
@@ -111,10 +121,15 @@ class HeadCall:
 
     def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
         """The logits, computed when they are read; with a history to ``keep`` if possible."""
-        made = LazyLogits(
-            lambda: self.compute(inputs, keep), self.shape, self.plan.dtype, self.device
-        )
-        made.recorded = HeadRows(self, inputs, HANDLERS)
+        rows = HeadRows(self, inputs, HANDLERS)
+
+        def values() -> Tensor:
+            found = self.compute(inputs, keep)
+            rows.finish(found)
+            return found
+
+        made = LazyLogits(values, self.shape, self.plan.dtype, self.device)
+        made.recorded = rows
         return made
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:
@@ -138,15 +153,3 @@ class HeadCall:
             loss = self.loss(logits, *others)
         found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
         return found[0]
-
-
-def _detached(t: Tensor) -> Tensor:
-    return t.detach()
-
-
-def _identity(t: Tensor) -> Tensor:
-    return t
-
-
-def _as_leaf(x: Any) -> Any:
-    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

@@ -111,3 +111,8 @@ def head_parts(logits: fx.Node, inputs: Sequence[fx.Node]) -> HeadParts | None:
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def as_leaf(x: Any) -> Any:
+    """A tensor without its history, whose gradient is wanted where the one of ``x`` is."""
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

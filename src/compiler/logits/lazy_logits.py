@@ -8,9 +8,7 @@ are missing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,24 +17,11 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils import swap_tensors
 from torch.utils._pytree import tree_map
 
+from . import calls
 from .awaiting import await_loss
 from .deferred import Change, Deferred, Family, KeptLogits, Recorded
 from .reads import Reads
 
-_METADATA = {
-    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
-    "is_sparse", "is_quantized", "is_meta", "is_nested", "grad_fn", "grad", "is_leaf", "output_nr",
-    "retains_grad", "_base", "_backward_hooks", "_version",
-}  # fmt: skip
-_DESCRIBING = {
-    "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
-    "element_size", "get_device", "is_contiguous", "stride", "register_hook", "retain_grad",
-    "requires_grad_", "is_inference",
-}  # fmt: skip
-_CASTS = {"float", "double", "half", "bfloat16", "to"}
-_COPIES = {"clone", "detach"}
-_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
-_WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
 _add = torch.ops.aten.add.Tensor
 _lift = torch.ops.aten.lift.default
 _cast = torch.ops.aten._to_copy.default
@@ -74,10 +59,11 @@ class LazyLogits(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        strides: tuple[int, ...] | None = None,
     ) -> LazyLogits:
-        """Make one; ``compute`` must return a tensor of this shape, dtype and device."""
+        """Make one; ``compute`` must return such a tensor, contiguous if there are no strides."""
         made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device
+            cls, shape, strides=strides, dtype=dtype, device=device
         )
         made._source = compute if isinstance(compute, Deferred) else Deferred(compute)
         made._made, made._family = None, Family()
@@ -103,8 +89,8 @@ class LazyLogits(Tensor):
     def changed(self, change: Change, *others: LazyLogits) -> LazyLogits:
         """What an operation makes of this and of ``others``; without a history."""
         sources = [z._source for z in others]
-        source = self._source.derive(change.function, *sources, is_view=change.is_view)
-        made = LazyLogits(source, change.shape, change.dtype, self.device)
+        source = self._source.derive(change.run, *sources, is_view=change.is_view)
+        made = LazyLogits(source, change.shape, change.dtype, self.device, change.strides)
         made.recorded = change.recorded
         return made
 
@@ -115,7 +101,7 @@ class LazyLogits(Tensor):
 
     def alias(self) -> LazyLogits:
         """One that shares the values, as ``detach`` does: what is written to one is in both."""
-        made = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device)
+        made = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device, self.stride())
         made.recorded, made._family = self.recorded, self._family
         if self._view_of is not None:
             made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
@@ -148,43 +134,47 @@ class LazyLogits(Tensor):
         """The values as a tensor whose history leads to this one's."""
         if self._writes_seen != self._family.writes and self._view_of is not None:
             return self._as_view()
-        data = self.values()
-        self._source.settle()
-        if not (self.requires_grad and torch.is_grad_enabled()):
-            return data
-        if self._made is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                self._made = _lift(self)
+        with calls.outside_transforms():
+            data = self.values()
+            self._source.settle()
+            if not (self.requires_grad and torch.is_grad_enabled()):
+                return data
+            if self._made is None:
+                with torch._C.DisableTorchFunctionSubclass():
+                    self._made = _lift(self)
         return self._made
 
     @classmethod
+    # a compiler leaves out what is computed of these: it would trace what is recorded here
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # 2026-11-28: torch has no type
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         first = args[0] if args else None
-        is_for_wrapper = name in _COPIES and not kwargs and _asked_by_wrapper(sys._getframe(1))
-        if not (is_for_wrapper or _is_for_autograd(func, name) or _writes(name)):
+        is_for_wrapper = calls.copies_for_wrapper(name, kwargs)
+        is_for_autograd = calls.is_for_autograd(func, name)
+        if not (is_for_wrapper or is_for_autograd or calls.writes(name)):
             answer = _recorded_answer(func, args, kwargs)
             if answer is not NotImplemented:
                 return answer
-        if (
-            _is_for_autograd(func, name)
-            or (name in _CASTS and not _casts_away(args, kwargs))
-            or is_for_wrapper
-        ):
+        if is_for_autograd or is_for_wrapper or calls.only_casts(name, args, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 result = func(*args, **kwargs)
             # a gradient that is asked for is wanted now: later, the graph may be gone
             return tree_map(_materialized, result) if func is torch.autograd.grad else result
         _note_reads(func, (*args, *kwargs.values()))
-        if isinstance(first, LazyLogits) and _writes(name):
+        if isinstance(first, LazyLogits) and calls.writes(name):
             return first._run_write(func, args, kwargs)
         args, kwargs = tree_map(_materialized, (args, kwargs))
         return func(*args, **kwargs)
 
     def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write into the values: from then on this is an ordinary tensor, with its new history."""
+        """Write into the values: from then on this is an ordinary tensor, with its new history.
+
+        One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
+        eager mode refuses: what it is a view of, and its gradient, are known here.
+        """
         with torch.enable_grad():
             real = self._as_view()
         if self._view_of is None and real is self.values():  # which aliases hold, too
@@ -274,24 +264,3 @@ def _note_reads(func: Any, values: Any) -> None:
             _note_reads(func, z)
         elif isinstance(z, LazyLogits) and z.recorded is not None and z.is_pending:
             z.recorded.note_read(func)
-
-
-def _is_for_autograd(func: Any, name: str) -> bool:
-    """Whether a function reads or changes what autograd knows of a tensor, and no values."""
-    if name in ("__get__", "__set__", "__delete__"):
-        return getattr(func.__self__, "__name__", "") in _METADATA
-    return name in _DESCRIBING or func in (torch.autograd.grad, torch.autograd.backward)
-
-
-def _casts_away(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of ``to`` and its like does more than cast."""
-    return bool(kwargs) or not all(isinstance(a, torch.dtype) for a in args[1:])
-
-
-def _asked_by_wrapper(caller: FrameType) -> bool:
-    """Whether what wraps the model asks, as DDP does, and not who may keep the copy for later."""
-    return str(caller.f_globals.get("__name__")).startswith(_WRAPPERS)
-
-
-def _writes(name: str) -> bool:
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))

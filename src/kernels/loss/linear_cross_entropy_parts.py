@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,9 +79,24 @@ def settings(
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, not {label_smoothing}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}")
+    require_softcap(softcap)
     return Settings(ignore_index, reduction, label_smoothing, softcap or 0.0, logit_scale)
+
+
+def require_softcap(softcap: float | None) -> None:
+    """Raise ValueError for a bound that bounds nothing, or is no number."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be above 0 and finite, not {softcap}")
+
+
+def require_rows(targets: Tensor | None, x: Tensor, name: str) -> None:
+    """Raise ValueError where ``targets``, called ``name``, are not one for each row of x."""
+    if targets is not None and targets.shape != x.shape[:-1]:
+        raise ValueError(_no_fit(targets, x, name))
+
+
+def _no_fit(targets: Tensor, x: Tensor, name: str) -> str:
+    return f"{name} {tuple(targets.shape)} do not fit x {tuple(x.shape)}"
 
 
 def operands(
@@ -109,7 +125,7 @@ def misfits(
     if labels is not None and labels.dtype is not torch.int64:
         reasons.append(f"the {name} are {labels.dtype} instead of torch.int64")
     if labels is not None and labels.shape != x.shape[:-1]:
-        reasons.append(f"{name} {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+        reasons.append(_no_fit(labels, x, name))
     return reasons
 
 

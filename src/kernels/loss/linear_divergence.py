@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div, linear
 from ..launch import library_op
 from ..op import Op
 from ..second_order import differentiable, gradients
-from .linear_cross_entropy_parts import operands
+from .linear_cross_entropy_parts import operands, require_rows
 from .linear_divergence_tiles import compute, differentiate
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -208,14 +208,18 @@ def linear_divergence(
         (...), in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: an unknown kind, or a setting out of its range.
+        ValueError: an unknown kind, a setting out of its range, or operands that are not of the
+            same rows.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be between 0 and 1, not {beta}")
-    if temperature <= 0:
+    if not temperature > 0:  # as it is where it is no number
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    require_rows(targets, x, "targets")
+    if other_x.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"rows of {tuple(x.shape[:-1])} and {tuple(other_x.shape[:-1])}")
     if kind == "jsd" and beta in (0.0, 1.0):
         kind = "reverse_kl" if beta else "forward_kl"
     x, weight, bias = operands(x, weight, bias)

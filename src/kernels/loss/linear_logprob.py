@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from ..op import Op
 from ..second_order import differentiable, gradients
-from .linear_cross_entropy_parts import misfits, operands
+from .linear_cross_entropy_parts import misfits, operands, require_rows
 from .linear_logprob_parts import LogprobSettings, backward_op, forward_op, settings, terms
 from .linear_logprob_strips import INTEGERS, unit_upstream
 
@@ -204,14 +204,16 @@ def linear_logprob(
         One tensor for each output: (...), or (..., top_k), in fp32 (fp64 for fp64 input) or int64.
 
     Raises:
-        ValueError: an unknown output, ``"logprob"`` without targets, or a setting out of its range.
-        IndexError: on the CPU, a target that is no class. On a GPU, where looking would stall the
-            stream, the log-probability is nan instead; in fp64, which no kernel takes, it is
-            PyTorch's own assertion on the device.
+        ValueError: an unknown output, ``"logprob"`` without targets, targets of another shape than
+            x's rows, or a setting out of its range.
+        IndexError: with ``"logprob"``, on the CPU, a target that is no class. On a GPU, where
+            looking would stall the stream, the log-probability is nan instead; in fp64, which no
+            kernel takes, it is PyTorch's own assertion on the device.
     """
     chosen = settings(
         outputs, targets, weight.shape[0], top_k, ignore_index, temperature, softcap, logit_scale
     )
+    require_rows(targets, x, "targets")
     x, weight, bias = operands(x, weight, bias)
     factor = logit_scale if isinstance(logit_scale, Tensor) else None
     with torch.autocast(x.device.type, enabled=False):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op, use_triton
+from .linear_cross_entropy_parts import require_softcap
 from .linear_logprob_strips import INTEGERS
 from .linear_logprob_tiles import compute, differentiate
 
@@ -61,10 +62,9 @@ def settings(
         raise ValueError("the output 'logprob' needs targets")
     if any(name.startswith("topk") for name in outputs) and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k must be between 1 and {vocabulary}, not {top_k}")
-    if temperature <= 0:
+    if not temperature > 0:  # as it is where it is no number
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}")
+    require_softcap(softcap)
     scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
     return LogprobSettings(
         tuple(outputs), top_k, ignore_index, float(temperature), float(softcap or 0.0), scale

@@ -14,11 +14,12 @@ from ....kernels.loss.linear_divergence import linear_divergence, unsupported
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments, binding
+from .choices import CHOICES
 from .distributions import Divergence, Given, number
 from .divergences import MIXTURES, recorded_kl_div
 from .in_tiles import Tiled, compute
 from .measures import wide
-from .rows import CHOICES, Handlers, HeadRows, handler, is_last, result_dtype
+from .rows import Handlers, HeadRows, handler, is_last, result_dtype
 from .scalings import SCALINGS
 
 _Second = tuple[Tensor, Tensor | None, Tensor | None]

@@ -49,13 +49,17 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if rows.kind != "log_probs" or rows.weight != 1.0 or not z.is_pending:
         return NotImplemented
     shift = number(other)
-    if shift is None:
+    if shift is None or not abs(shift) < _LARGEST_SHIFT:
         return NotImplemented
     made = Shifted(
         rows.call, rows.inputs, _only(rows, "stack", "logaddexp", "kl_div"), rows.index, "shifted",
         rows.factor, shift=shift,
     )  # fmt: skip
     return record(lambda t: t + shift, [z], tuple(z.shape), made, is_linear=True)
+
+
+_LARGEST_SHIFT = 80.0
+"""Of logarithms: the exponential of a larger one is no number of fp32."""
 
 
 def _only(rows: HeadRows, *names: str) -> Handlers:
@@ -207,7 +211,7 @@ def _lerp(input: Any, end: Any, weight: Any) -> Any:
     """The sum of two divergences, the second one with a weight, and the first with the rest."""
     if not isinstance(input, LazyLogits) or not isinstance(end, LazyLogits):
         return NotImplemented
-    if not isinstance(weight, (int, float)):
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
         return NotImplemented
     return _added(input, end, (1.0 - weight, weight), functools.partial(torch.lerp, weight=weight))
 

@@ -1,4 +1,4 @@
-"""The functions of logits that end in tiles: losses, log-probabilities, entropies, top classes."""
+"""The functions of logits that end in tiles: losses, entropies, means, and single logits."""
 
 from __future__ import annotations
 
@@ -14,64 +14,16 @@ from ....kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments
+from .choices import CHOICES
 from .divergence_sums import DIVERGENCES
 from .in_tiles import Tiled, compute
-from .measures import mean_logit, measure, picked, weighted_sum, wide
-from .rows import CHOICES, Handlers, handler, is_last, result_dtype, rows_of
+from .measures import flat_rows, mean_logit, measure, weighted_sum, wide
+from .rows import Handlers, handler, is_last, require_kind, result_dtype, rows_of
 from .scalings import SCALINGS
+from .single import SINGLE
 from .together import Measures
 
-_MOST_PICKED = 64
-"""Columns of a gather, at most, that are computed one by one."""
-
-
-def _flat(t: Tensor) -> Tensor:
-    return wide(t).reshape(-1, t.shape[-1])
-
-
-def _weighted(z: LazyLogits, made: Tensor) -> Tensor:
-    weight = rows_of(z).weight
-    return made if weight == 1.0 else made * weight
-
-
-def _kind(z: LazyLogits, *kinds: str) -> str:
-    kind = rows_of(z).kind
-    if kind not in kinds:
-        raise WrongArguments
-    return kind
-
-
 # -------------------------------------------------------------------------------------- the target
-
-
-@handler
-def _gather(z: LazyLogits, dim: Any, index: Tensor, sparse_grad: bool = False) -> Any:
-    kind = _kind(z, "logits", "log_probs")
-    if not is_last(z, dim) or sparse_grad or not isinstance(index, Tensor):
-        return NotImplemented
-    if index.dtype is not torch.int64 or index.dim() != z.dim() or index.device != z.device:
-        return NotImplemented
-    columns = index.shape[-1]
-    if index.shape[:-1] != z.shape[:-1] or not 0 < columns <= _MOST_PICKED:
-        return NotImplemented
-    flat = index.reshape(-1, columns)
-    weight = rows_of(z).weight
-
-    def tiled(o: Operands) -> Tensor:
-        if kind == "log_probs" and columns == 1:
-            return measure(o, "logprob", flat[:, 0]).unsqueeze(-1) * weight
-        chosen = picked(o, flat)
-        if kind == "log_probs":
-            chosen = chosen - measure(o, "logsumexp").unsqueeze(-1)
-        return chosen * weight
-
-    def formula(values: Tensor) -> Tensor:
-        return _flat(values).gather(-1, flat)
-
-    name = "log-probabilities" if kind == "log_probs" else "single logits"
-    is_one = kind == "log_probs" and columns == 1
-    measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
-    return compute(z, Tiled(name, tiled, formula, measures)).view(index.shape).to(z.dtype)
 
 
 @handler
@@ -80,7 +32,7 @@ def _cross_entropy(
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:  # fmt: skip
-    _kind(z, "logits")
+    require_kind(z, "logits")
     if weight is not None or not _is_loss(z, target, size_average, reduce, reduction):
         return NotImplemented
     if not 0.0 <= label_smoothing <= 1.0 or (label_smoothing and reduction == "none"):
@@ -108,7 +60,7 @@ def _cross_entropy(
             wide(values), target, None, None, ignore_index, None, reduction, label_smoothing
         )
 
-    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula, given=(target,))).to(dtype)
 
 
 @handler
@@ -116,7 +68,7 @@ def _nll_loss(
     z: LazyLogits, target: Tensor, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean",
 ) -> Any:  # fmt: skip
-    _kind(z, "log_probs")
+    require_kind(z, "log_probs")
     if weight is not None or not _is_loss(z, target, size_average, reduce, reduction):
         return NotImplemented
     factor, dtype = rows_of(z).weight, _loss_dtype(F.nll_loss, z)
@@ -128,7 +80,7 @@ def _nll_loss(
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
 
-    return compute(z, Tiled("cross entropy", tiled, formula)).to(dtype)
+    return compute(z, Tiled("cross entropy", tiled, formula, given=(target,))).to(dtype)
 
 
 def _loss_dtype(function: Callable[..., Tensor], z: LazyLogits) -> torch.dtype:
@@ -158,14 +110,14 @@ def _of_rows(
     measures: Measures | None = None,
 ) -> Tensor:  # fmt: skip
     """One number per row."""
-    made = compute(z, Tiled(name, tiled, lambda v: formula(_flat(v)), measures))
+    made = compute(z, Tiled(name, tiled, lambda v: formula(flat_rows(v)), measures))
     made = made.view(z.shape[:-1]).to(dtype)
     return made.unsqueeze(-1) if keepdim else made
 
 
 @handler
 def _logsumexp(z: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
-    _kind(z, "logits")
+    require_kind(z, "logits")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     if not is_last(z, dim):
         return NotImplemented
@@ -177,7 +129,7 @@ def _logsumexp(z: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
 
 @handler
 def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    kind = _kind(z, "p_log_p", "p_z", "p_p", "log_probs")
+    kind = require_kind(z, "p_log_p", "p_z", "p_p", "log_probs")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     if not is_last(z, dim):
         return NotImplemented
@@ -203,7 +155,7 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
 
 @handler
 def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    _kind(z, "logits", "log_probs")
+    require_kind(z, "logits", "log_probs")
     if z.numel() == 0:
         return NotImplemented
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
@@ -230,68 +182,9 @@ def _row_means(z: LazyLogits, keepdim: bool, dtype: torch.dtype) -> Tensor:
     return _of_rows(z, name, tiled, means, keepdim, dtype, Measures(weights))
 
 
-# ------------------------------------------------------------------------------------- top classes
-
-
-def _constant(z: LazyLogits, name: str, output: str, **more: Any) -> Tensor:
-    """Indices of classes, which have no gradient."""
-    with torch.no_grad():
-        return compute(z, Tiled(name, lambda o: measure(o, output, **more), _no_formula))
-
-
-def _no_formula(values: Tensor) -> Tensor:
-    raise NotImplementedError("indices have no gradient")
-
-
-@handler
-def _argmax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    _kind(z, "logits", "log_probs", "probs")
-    if not is_last(z, dim) or rows_of(z).weight <= 0:
-        return NotImplemented
-    made = _constant(z, "argmax", "argmax").view(z.shape[:-1])
-    return made.unsqueeze(-1) if keepdim else made
-
-
-@handler
-def _max(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    _kind(z, "logits", "log_probs")
-    indices = _argmax(z, dim, True)
-    if indices is NotImplemented:
-        return NotImplemented
-    values = _gather(z, -1, indices)
-    if values is NotImplemented:
-        return NotImplemented
-    if not keepdim:
-        values, indices = values.squeeze(-1), indices.squeeze(-1)
-    return torch.return_types.max((values, indices))  # type: ignore[attr-defined]
-
-
-@handler
-def _amax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    if torch.is_grad_enabled() and z.requires_grad:
-        return NotImplemented  # it shares the gradient among equal logits
-    found = _max(z, dim, keepdim)
-    return NotImplemented if found is NotImplemented else found.values
-
-
-@handler
-def _topk(z: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Any:
-    _kind(z, "logits", "log_probs")
-    if not is_last(z, dim) or not largest or rows_of(z).weight <= 0:
-        return NotImplemented
-    if not isinstance(k, int) or not 0 < k <= min(z.shape[-1], _MOST_PICKED):
-        return NotImplemented
-    indices = _constant(z, "top classes", "topk_indices", top_k=k).view(*z.shape[:-1], k)
-    values = _gather(z, -1, indices)
-    if values is NotImplemented:
-        return NotImplemented
-    return torch.return_types.topk((values, indices))  # type: ignore[attr-defined]
-
-
 HANDLERS: Handlers = {
-    **CHOICES, **SCALINGS, **DIVERGENCES,
-    "gather": _gather, "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
-    "logsumexp": _logsumexp, "sum": _sum, "mean": _mean, "argmax": _argmax, "max": _max,
-    "amax": _amax, "topk": _topk,
+    **CHOICES, **SCALINGS, **DIVERGENCES, **SINGLE,
+    "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "logsumexp": _logsumexp, "sum": _sum,
+    "mean": _mean,
 }  # fmt: skip
 """What is recorded, and what is computed in tiles, by the name of the function."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ....kernels.second_order import differentiable, gradients
-from ..head_parts import Operands
+from ..changes import remembered, unchanged
+from ..head_parts import Operands, as_leaf
 from ..lazy_gradient import LazyGradient, require_unwritten
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments
@@ -34,12 +35,14 @@ class Tiled:
         compute: computes it from the operands of the head; flat, in fp32 (fp64 for fp64).
         formula: computes the same from the values.
         measures: what it is a sum of, or None.
+        given: the caller's tensors that ``formula`` and ``measures`` read, such as targets.
     """
 
     name: str
     compute: Callable[[Operands], Tensor]
     formula: Callable[[Tensor], Tensor]
     measures: Measures | None = None
+    given: tuple[Tensor, ...] = ()
 
 
 def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor:
@@ -74,6 +77,7 @@ def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return None, None, None
     require_unwritten([ctx.z], [ctx.writes])
+    _require_unchanged(ctx)
     with ctx.autocast():
         return None, None, *gradients(ctx.tiled.formula, (ctx.z.materialize(),), (True,), (grad,))
 
@@ -86,13 +90,13 @@ class _Ended(torch.autograd.Function):
         head = rows.call.plan.head
         assert head is not None
         is_late = tiled.measures is not None and rows.inputs[head.weight].requires_grad
-        leaves = rows.inputs if is_late else [_leaf(t) for t in rows.inputs]
+        leaves = rows.inputs if is_late else [as_leaf(t) for t in rows.inputs]
         with rows.call.mode(not is_late):
             made = tiled.compute(_operands(rows, leaves))
         ctx.is_late = is_late
         ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
         ctx.made, ctx.autocast = made, _autocast(z.device.type)
-        ctx.writes = z.writes
+        ctx.writes, ctx.given = z.writes, [remembered(t) for t in tiled.given]
         ctx.set_materialize_grads(False)
         return made.detach()
 
@@ -101,6 +105,7 @@ class _Ended(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None, None
+        _require_unchanged(ctx)
         z, made = ctx.z, ctx.made
 
         def values() -> Tensor:
@@ -126,8 +131,9 @@ class _Ended(torch.autograd.Function):
         return None, None, LazyGradient.of(z, values, [part])
 
 
-def _leaf(x: Any) -> Any:
-    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+def _require_unchanged(ctx: Any) -> None:
+    for kept in ctx.given:
+        unchanged(kept)
 
 
 def _autocast(device: str) -> Callable[[], Any]:

@@ -66,6 +66,11 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype is torch.float64 else t.float()
 
 
+def flat_rows(t: Tensor) -> Tensor:
+    """``t`` as (N, vocabulary), in fp32; fp64 stays."""
+    return wide(t).reshape(-1, t.shape[-1])
+
+
 class Pick(torch.autograd.Function):
     """Single logits before scale and soft cap: ``x[n] · weight[index[n, k]]``, in fp32."""
 

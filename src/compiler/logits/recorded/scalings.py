@@ -30,13 +30,21 @@ def _changed(
 def _scaled(z: LazyLogits, number: float, function: Callable[..., Tensor]) -> Any:
     """A product with a Python number."""
     rows = rows_of(z)
-    if rows.kind == "logits":
-        rows = replace(rows, factor=rows.factor * number)
-    else:
-        rows = replace(rows, weight=rows.weight * number)
-    if not z.is_floating_point() or number == 0 or number != number:
+    of = rows.factor if rows.kind == "logits" else rows.weight
+    # tiles divide by it; and what many of them make together may be too large, or too small
+    if not z.is_floating_point() or not _has_inverse(number) or not _has_inverse(of * number):
         return NotImplemented
-    return _changed(z, function, rows)
+    if rows.kind == "logits":
+        return _changed(z, function, replace(rows, factor=of * number))
+    return _changed(z, function, replace(rows, weight=of * number))
+
+
+def _has_inverse(x: float) -> bool:
+    """Whether both ``x`` and its inverse are numbers of fp32, but not 0."""
+    return _SMALLEST < abs(x) < 1.0 / _SMALLEST
+
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def _is_number(x: Any) -> bool:
@@ -45,7 +53,7 @@ def _is_number(x: Any) -> bool:
 
 @handler
 def _div(z: LazyLogits, other: Any) -> Any:
-    if not _is_number(other) or other == 0:
+    if not _is_number(other) or not _has_inverse(other):
         return NotImplemented
     return _scaled(z, 1.0 / other, lambda t: t / other)
 
@@ -161,7 +169,9 @@ def _exp(z: LazyLogits) -> Any:
 
 @handler
 def _detach(z: LazyLogits) -> Any:
-    made = z.changed(Change(torch.detach, tuple(z.shape), z.dtype, rows_of(z), is_view=True))
+    shape, strides = tuple(z.shape), z.stride()
+    change = Change(torch.detach, shape, z.dtype, rows_of(z), is_view=True, strides=strides)
+    made = z.changed(change)
     z.share(made, torch.detach)
     call = rows_of(z).call
     if call.before[1]:  # its weights are trained

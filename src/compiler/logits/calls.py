@@ -1,0 +1,73 @@
+"""What a call of a function does with logits: reads their values, describes, casts or writes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+_METADATA = {
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "itemsize",
+    "is_sparse", "is_quantized", "is_meta", "is_nested", "grad_fn", "grad", "is_leaf", "output_nr",
+    "retains_grad", "_base", "_backward_hooks", "_version",
+}  # fmt: skip
+_DESCRIBING = {
+    "size", "dim", "numel", "is_floating_point", "is_complex", "nelement", "ndimension", "__len__",
+    "element_size", "get_device", "is_contiguous", "stride", "register_hook", "retain_grad",
+    "requires_grad_", "is_inference",
+}  # fmt: skip
+_CASTS = {"float", "double", "half", "bfloat16", "to"}
+_COPIES = {"clone", "detach"}
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
+_WRITES = {"__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "pow"))}
+
+
+def is_for_autograd(func: Any, name: str) -> bool:
+    """Whether a function reads or changes what autograd knows of a tensor, and no values."""
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(func.__self__, "__name__", "") in _METADATA
+    return name in _DESCRIBING or func in (torch.autograd.grad, torch.autograd.backward)
+
+
+def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call casts to another dtype, and does nothing more, as ``to`` may."""
+    return name in _CASTS and not kwargs and all(isinstance(a, torch.dtype) for a in args[1:])
+
+
+def copies_for_wrapper(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether what wraps the model copies, as DDP does, and not who may keep the copy for later."""
+    if name not in _COPIES or kwargs:
+        return False
+    caller = sys._getframe(2)
+    while caller.f_back is not None and _name(caller).startswith("torch._dynamo."):
+        caller = caller.f_back  # it calls what it does not trace
+    return _name(caller).startswith(_WRAPPERS)
+
+
+def _name(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Let what is computed be no part of the functorch transforms that are at work."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def may_keep_history() -> bool:
+    """Whether what saved tensors are kept by may be chosen, which some transforms forbid."""
+    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return refused is None
