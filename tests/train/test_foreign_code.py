@@ -359,7 +359,8 @@ def test_plugins_are_not_imported(recipe: dict[str, Any], tmp_path: Path, mark: 
 def test_the_switches_have_one_name(command_: str) -> None:
     said = CliRunner().invoke(app, [command_, "--help"], env={"COLUMNS": "300"}).output
     assert SWITCH in said
-    assert ("--allow-builders" in said) == (command_ in ("train", "preprocess", "eval"))
+    for switch in ("--allow-builders", "--allow-code"):
+        assert (switch in said) == (command_ in ("train", "preprocess", "eval"))
 
 
 # --- functions that a recipe names ----------------------------------------------------------------

@@ -80,7 +80,7 @@ whatever they say. Only you can allow that, on the command line:
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
 - `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`
-  of rows of preferences (`train`, `preprocess`, `verify`).
+  of rows of preferences (`train`, `preprocess`, `eval`; `verify` does not train such recipes).
 
 Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
 enough: if transformers has a class for the model, that class is used. From Python, call

@@ -545,6 +545,19 @@ def test_a_finished_run_is_evaluated_by_its_rewards(base: Path, tmp_path: Path) 
     assert "loss" not in found
 
 
+def test_a_run_with_a_function_is_evaluated_with_the_callers_word(
+    base: Path, tmp_path: Path
+) -> None:
+    result = run(grpo_recipe(base, tmp_path, max_steps=1))
+    refused = fusewright("eval", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "trl.reward_funcs.0" in refused.output
+    assert "pass --allow-code" in " ".join(refused.output.split())
+    assert fusewright("eval", tmp_path / "out", "--allow-code").exit_code == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert found["recorded_val_reward"] == result.val_reward_after
+
+
 def test_completions_that_the_model_has_no_positions_for(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
