@@ -348,6 +348,12 @@ def bare(cfg, **kwargs):
 
 def broken(cfg, **kwargs):
     return "no function"
+
+def ends(cfg, **kwargs):
+    raise SystemExit(0)
+
+def ends_at_a_row(cfg, **kwargs):
+    return lambda row, tokenizer=None: exit(0)
 """
 
 
@@ -362,8 +368,14 @@ def test_a_function_changes_rows(tmp_path: Path) -> None:
         examples(tmp_path, rows, GRPO, type=f"{named}:bare")
     with pytest.raises(RecipeError, match="must return a function that changes a row, not text"):
         examples(tmp_path, rows, GRPO, type=f"{named}:broken")
-    with pytest.raises(DataError, match=r"line 1: .*own\.py:short failed: 'question'"):
+    with pytest.raises(
+        DataError, match=r"line 1: .*own\.py:short raised KeyError at own\.py:\d+: 'q"
+    ):
         examples(tmp_path, [{}], GRPO, type=f"{named}:short")
+    with pytest.raises(RecipeError, match=r"own\.py:ends called sys\.exit\(0\) at own\.py:\d+"):
+        examples(tmp_path, rows, GRPO, type=f"{named}:ends")
+    with pytest.raises(DataError, match=r"line 1: .*:ends_at_a_row called sys\.exit\(0\) at own"):
+        examples(tmp_path, rows, GRPO, type=f"{named}:ends_at_a_row")
 
 
 IMPORTING = """
