@@ -503,6 +503,64 @@ def test_a_reward_that_fails_leaves_a_checkpoint(base: Path, tmp_path: Path) -> 
     assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
+def told(recipe: dict[str, Any]) -> tuple[RunResult, str]:
+    """A run, and what it printed."""
+    text = io.StringIO()
+    result = train(recipe, console=Console(file=text, width=1000), allow_code=True)
+    return result, text.getvalue()
+
+
+@pytest.mark.parametrize("held", [0, 4])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ("no_number",),
+            r"^trl.reward_funcs.0: the reward no_number returned NaN for all \d+ c",
+        ),
+        (("silent",), r"^trl.reward_funcs.0: the reward silent returned None for all \d+ comple"),
+        (
+            ("silent", "no_number"),
+            "^trl.reward_funcs: the reward silent returned None and the reward no_number returned "
+            r"NaN for all \d+ completions, from which nothing can be learnt",
+        ),
+        (
+            ("ending",),
+            r"^trl.reward_funcs.0: the reward ending called sys.exit\(0\) at of_mine.py:",
+        ),
+    ],
+)
+def test_a_step_that_no_reward_judges(
+    names: tuple[str, ...], said: str, held: int, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RewardError, match=said):
+        run(grpo_recipe(base, tmp_path, names, val_set_size=held))
+
+
+def test_some_completions_that_no_reward_judges(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result, said = told(grpo_recipe(base, tmp_path, ("some",), val_set_size=0, max_steps=2))
+    assert result.status == "finished"
+    assert said.count("no reward judged") == 1
+    assert "warning: step 1: no reward judged 3 of 8 completions (None or NaN)" in said
+    assert "All reward functions returned None" not in capfd.readouterr().err
+
+
+def test_equal_rewards_are_told_once(base: Path, tmp_path: Path) -> None:
+    keys = {"val_set_size": 0, "max_steps": 7}
+    _, said = told(grpo_recipe(base, tmp_path, ("constant", "by_prompt"), **keys))
+    line = next(line for line in said.splitlines() if "equal rewards" in line)
+    assert line.startswith("warning: in 5 logged steps, all completions of a prompt had the same")
+    assert "constant gave 0.25 to all, by_prompt did not tell them apart; use rewards" in line
+    assert said.count("equal rewards") == 1
+    keys |= {"max_steps": 1, "overwrite_output_dir": True}
+    _, said = told(grpo_recipe(base, tmp_path, ("constant",), **keys))
+    assert "warning: in the only logged step, all completions of a prompt had the same" in said
+    _, said = told(grpo_recipe(base, tmp_path, ("constant", "letters"), **keys))
+    assert "equal rewards" not in said
+
+
 def test_the_rows_of_a_nan_loss(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
