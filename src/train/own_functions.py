@@ -83,7 +83,7 @@ def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
 
 
 def what_failed(error: BaseException, function: Callable[..., Any]) -> str:
-    """What a function did, with its own line: ``raised KeyError at mine.py:3: 'answer'``.
+    """What a function did, with its own line: ``raised KeyError at FILE:3: 'answer'``.
 
     Args:
         error: what came out of it; also ``SystemExit``, which must not end the run in silence.

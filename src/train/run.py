@@ -33,8 +33,8 @@ from .processes.world import World, joined
 from .recipe.recipe import Recipe
 from .recipe.status import messages
 from .report.environment import machine, memory, rss_mb, versions
-from .report.format import parameter_counts
-from .report.result import RunResult, rows_message
+from .report.format import parameter_counts, rows_message
+from .report.result import RunResult
 from .report.run_log import RunLog
 from .requirements import notices, tracking
 from .terminal import Terminal

@@ -217,7 +217,7 @@ def _pairs(
     return list(zip(found.get(key, ()), work.get(key, ()), strict=True))
 
 
-class Rows(NamedTuple):
+class PreparedRows(NamedTuple):
     """How many rows of a dataset there were of each kind, and where the first of some kinds is."""
 
     counts: Counter[str]
@@ -231,7 +231,7 @@ def _write(
     recipe: Recipe,
     progress: Progress,
     duplicates: Duplicates | None,
-) -> Rows:
+) -> PreparedRows:
     """Prepare one dataset.
 
     Raises:
@@ -257,7 +257,7 @@ def _write(
     if writer.count == before and not counts["duplicates"]:
         raise DataError(f"{path}: {nothing_left(counts, work.limits)}")
     work.encoder.check_ends(path, ends, trained)
-    return Rows(counts, first)
+    return PreparedRows(counts, first)
 
 
 # --- what the run gets ---------------------------------------------------------------------------

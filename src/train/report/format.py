@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -72,3 +73,36 @@ class Smooth:
     def value(self) -> float:
         """The mean; NaN before the first value."""
         return self.sum / self.weight if self.weight else math.nan
+
+
+def rows_message(data: dict[str, int]) -> str:
+    """A line on the rows of a run."""
+    if not data.get("rows"):
+        held = data.get("validation_samples", 0)
+        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
+    dropped = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "nothing_to_train": "with nothing to train",
+        "empty": "with an empty prompt or answer",
+        "duplicates": "duplicates",
+    }
+    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    if "train_sequences" not in data:
+        return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
+    return (
+        f"data: {data['rows']:,} rows, {data.get('validation_samples', 0):,} for "
+        f"validation; {data.get('train_sequences', 0):,} sequences, "
+        f"{data.get('train_tokens', 0):,} tokens, "
+        f"{data.get('train_trained_tokens', 0):,} trained"
+        + (f"; {', '.join(left_out)}" if left_out else "")
+    )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: write them as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

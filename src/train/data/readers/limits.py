@@ -92,8 +92,9 @@ def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> Non
     if "equal_answers" in first and not counts.get("different_answers"):
         raise DataError(
             f"{first['equal_answers']}: the chosen and the rejected answer are the same here, and "
-            f"in all {equal:,} rows: nothing can be learnt from them; see which fields have the answers (field_chosen, "
-            "field_rejected), and whether sequence_len or max_prompt_len cuts the difference off"
+            f"in all {equal:,} rows: nothing can be learnt from them; see which fields have the "
+            "answers (field_chosen, field_rejected), and whether sequence_len or max_prompt_len "
+            "cuts the difference off"
         )
     good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
     if bool(good) != bool(bad):
