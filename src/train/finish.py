@@ -57,7 +57,7 @@ def validate_before(
         result.validate("before", figures())
     for name in dict.fromkeys((result.figure, result.judged)):
         if (value := result.figures_before.get(f"eval_{name}")) is not None:
-            run_log.say(f"validation {name} before: {value:.3f}")
+            run_log.say(f"validation {name} before: {value:z.3f}")
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -75,6 +76,14 @@ class Smooth:
         return self.sum / self.weight if self.weight else math.nan
 
 
+def resumption(recipe: Mapping[str, Any]) -> str:
+    """What the recipe of a stopped run needs in order to resume; empty: it resumes as it is."""
+    wanted = recipe.get("resume_from_checkpoint")
+    if wanted is True or (recipe.get("auto_resume_from_checkpoints") and not wanted):
+        return " without overwrite_output_dir" if recipe.get("overwrite_output_dir") else ""
+    return " with resume_from_checkpoint: true"
+
+
 def rows_message(data: dict[str, int]) -> str:
     """A line on the rows of a run."""
     if not data.get("rows"):
@@ -90,11 +99,12 @@ def rows_message(data: dict[str, int]) -> str:
     left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
     if "train_sequences" not in data:
         return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
+    trained = data.get("train_trained_tokens", 0)
     return (
         f"data: {data['rows']:,} rows, {data.get('validation_samples', 0):,} for "
         f"validation; {data.get('train_sequences', 0):,} sequences, "
-        f"{data.get('train_tokens', 0):,} tokens, "
-        f"{data.get('train_trained_tokens', 0):,} trained"
+        f"{data.get('train_tokens', 0):,} tokens"
+        + (f", {trained:,} trained" if trained else "")  # of prompts, none are
         + (f"; {', '.join(left_out)}" if left_out else "")
     )
 

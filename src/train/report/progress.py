@@ -172,11 +172,11 @@ class ProgressCallback(TrainerCallback):
         if not self.meter.seconds:
             fields.append((0, "the first step takes longer than the others"))
         if self.reward is not None:
-            fields.append((0, f"reward {self.reward:.3f}"))
+            fields.append((0, f"reward {self.reward:z.3f}"))
         if self.smooth.weight:
-            fields.append((0, f"loss {self.smooth.value:.3f}"))
-        if self.smooth.weight and f"{self.last:.3f}" != f"{self.smooth.value:.3f}":
-            fields.append((4, f"last {self.last:.3f}"))
+            fields.append((0, f"loss {self.smooth.value:z.3f}"))
+        if self.smooth.weight and f"{self.last:z.3f}" != f"{self.smooth.value:z.3f}":
+            fields.append((4, f"last {self.last:z.3f}"))
         if self.rate is not None:
             fields.append((3, f"lr {self.rate:.1e}"))
         if self._is_timed():
@@ -255,7 +255,7 @@ class ProgressCallback(TrainerCallback):
     def _validation(self, step: int, key: str, figure: str, value: float) -> None:
         """A line on one validation set, with the change since the one before."""
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
-        text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:.3f}"
+        text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:
             text += f" ({value - self.validated[key]:+.3f})"
         self.validated[key] = value

@@ -16,7 +16,7 @@ from rich.text import Text
 from ..output_files import write_atomically
 from ..recipe.secrets import hide
 from .environment import memory, peak_rss_mb
-from .format import finite
+from .format import finite, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
@@ -242,8 +242,8 @@ class RunResult:
         }[self.status] + "."
         if self.checkpoint:
             yield (
-                f"{self.checkpoint} is complete: the same recipe resumes from it with "
-                "resume_from_checkpoint: true"
+                f"{self.checkpoint} is complete: the same recipe resumes from it"
+                f"{resumption(self.recipe)}"
             )
 
     def _kept(self, adapter: bool) -> str:
@@ -276,13 +276,13 @@ class RunResult:
             both = self.figures_before, self.figures_after
             before, after = (figures.get(f"eval_{name}") for figures in both)
             if before is not None and after is not None:
-                text = f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
+                text = f"{before:z.3f} → {after:z.3f} ({after - before:+.3f})"
                 rows[f"validation {name}"] = text
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:
-            rows["training reward"] = f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
+            rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
         if self.loss_first is not None and self.loss_last is not None:
-            rows["training loss"] = f"{self.loss_first:.3f} → {self.loss_last:.3f}"
+            rows["training loss"] = f"{self.loss_first:z.3f} → {self.loss_last:z.3f}"
         rows["speed"] = (
             f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
             f"first step {self.first_step_s:.1f} s"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -19,6 +21,7 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.data import prepare
 from fusewright.train.model.tokenizer import load_tokenizer
+from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
@@ -30,6 +33,7 @@ from .completions import drawn, grpo_recipe
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
 QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[3]
 FULL = {"adapter": None, "lora_r": None, "lora_target_linear": None, "learning_rate": 1e-3}
 
 
@@ -614,6 +618,30 @@ def test_a_run_with_a_function_is_evaluated_with_the_callers_word(
     assert fusewright("eval", tmp_path / "out", "--allow-code").exit_code == 0
     found = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
     assert found["recorded_val_reward"] == result.val_reward_after
+
+
+def test_the_function_of_the_documentation(base: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    code, keys = (re.findall(rf"```{kind}\n(.*?)```", text, re.S)[0] for kind in ("python", "yaml"))
+    rows = re.search(r"rows such as `(\{.*?\]), (\"answer\".*?)`", text)
+    assert rows is not None
+    lines = f'{rows[1]}, {rows[2]}\n{rows[1]}, "answer": null}}\n' * 4
+    (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
+    written = yaml.safe_load(keys)
+    recipe = grpo_recipe(base, tmp_path, max_steps=1, val_set_size=0)
+    recipe |= {name: value for name, value in written.items() if name != "trl"}
+    recipe["trl"] |= written["trl"]
+    (tmp_path / "of_mine.py").write_text(code, encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert fusewright("train", path, "--allow-code", "--dry-run").exit_code == 0
+    result = train(path, console=QUIET, allow_code=True)
+    assert set(result.completions[0]["rewards"]) == {"sums", "length"}
+    sums = load_function(f"{tmp_path}/of_mine.py:sums", "key", Consent(allow_code=True))
+    said = ["It is 7.", "8", "seven", "7"]
+    answers = ["7", "7", "7", None]
+    for completions in (said, [[{"role": "assistant", "content": text}] for text in said]):
+        assert sums(completions, answers, prompts=["2+5?"] * 4) == [1.0, 0.2, 0.0, None]
 
 
 def test_completions_that_the_model_has_no_positions_for(
