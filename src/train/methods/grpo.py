@@ -159,7 +159,8 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         with without_trls_lines():
             self._rewards = super()._calculate_rewards(*args, **kwargs)
         require_rewards(self.reward_funcs, self.world)
-        if self.model.training:  # validations are judged as a whole
+        model: Any = self.model
+        if model.training:  # validations are judged as a whole
             require_judged(self.reward_funcs, self._rewards, self.world)
             self._watch.judged(self._rewards, self.state.global_step + 1)
         return self._rewards

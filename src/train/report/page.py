@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,8 +23,7 @@ from ..printable import printable
 from ..recipe.written import Folded, folded
 from . import page_sections as sections
 from .format import duration, memory
-from .page_chart import Chart
-from .page_curves import curves_of
+from .page_chart import Chart, Series, chart, measured
 from .run_facts import Facts
 
 NAME = "report.html"
@@ -124,7 +124,7 @@ def compose(facts: Facts) -> Page:
     """Gather what the page shows."""
     usage = sections.use(facts)  # it needs to know where the base model is
     facts = facts.published()
-    curves = curves_of(facts)
+    curves = _curves(facts)
     sets, counts = sections.data(facts)
     sample = facts.mapping("sample")
     version = facts.mapping("versions").get("fusewright")
@@ -248,3 +248,58 @@ def _seconds(value: float) -> str:
     if value < 1:
         return f"{value * 1000:,.0f} ms"
     return f"{value:.1f} s" if value < 60 else duration(value)
+
+
+# --- the curves ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Curve:
+    title: str
+    series: list[Series]
+    show: Callable[[float], str]
+    from_zero: bool = True
+    what: str = "loss"
+
+    def lay_out(self) -> Chart | None:
+        return chart(self.title, self.series, self.show, self.from_zero)
+
+    def columns(self) -> list[Series]:
+        """The curves for a table: what the title says belongs to the name."""
+        if len(self.series) == 1 and self.from_zero:
+            return [Series(self.title, self.series[0].points)]
+        return [Series(f"{s.name} {self.what}", s.points) for s in self.series]
+
+
+def _curves(facts: Facts) -> list[_Curve]:
+    def three(value: float) -> str:
+        return f"{value:.3f}"
+
+    figure = facts.figure
+    judged = [Series("training", facts.history(figure), smoothed=True)]
+    judged += [Series(name, facts.history(k), dots=True) for k, name in facts.validations()]
+    title = "Loss" if facts.task is not None else "Loss per trained token"
+    found = [_Curve(title if figure == "loss" else "Reward", judged, three, False, figure)]
+    if figure != "loss":
+        found.append(_Curve(title, [Series("training", facts.history("loss"), True)], three, False))
+    for title, several in measured(facts.history):
+        found.append(_Curve(title, several, three, False, title.lower()))
+    for title, key, show in (
+        ("Divergence from the reference model", "kl", three),
+        ("Entropy of a token", "entropy", three),
+        ("Tokens of a completion", "completions/mean_length", lambda v: f"{v:,.0f}"),
+        ("Learning rate", "learning_rate", lambda v: f"{v:.2e}"),
+        ("Gradient norm", "grad_norm", three),
+        ("Trained tokens per second", "trained_tokens_per_s", lambda v: f"{v:,.0f}"),
+    ):
+        smoothed = key != "learning_rate"
+        series = Series(title.lower(), facts.history(key), smoothed)
+        found.append(_Curve(title, [series], show))
+    used = facts.history("cuda_mb") or facts.history("rss_mb")
+    gib = [(step, mib / 1024) for step, mib in used]
+    found.append(_Curve("Memory in use, GiB", [Series("memory", gib)], lambda v: f"{v:.2f}"))
+    return [
+        _Curve(c.title, [s for s in c.series if s.points], c.show, c.from_zero, c.what)
+        for c in found
+        if any(s.points for s in c.series)
+    ]

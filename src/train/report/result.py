@@ -276,7 +276,7 @@ class RunResult:
             both = self.figures_before, self.figures_after
             before, after = (figures.get(f"eval_{name}") for figures in both)
             if before is not None and after is not None:
-                text = f"{before:z.3f} → {after:z.3f} ({after - before:+.3f})"
+                text = f"{before:z.3f} → {after:z.3f} ({after - before:+z.3f})"
                 rows[f"validation {name}"] = text
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:
