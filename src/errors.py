@@ -51,10 +51,14 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` was meant to be, or None if none is really near.
 
-    Near are names that begin with the same letter and are spelled almost alike, those with the same
-    first word before others; else a short name that has one word more, if at most two have.
+    Near is one that differs in case alone; else names that begin with the same letter and are
+    spelled almost alike, those with the same first word before others; else a short name that has
+    one word more, if at most two have.
     """
     names, words = list(known), _words(name)
+    folded = [n for n in names if n.casefold() == name.casefold()]
+    if folded:
+        return folded[0]
     same = [n for n in names if n[:1] == name[:1]]
     alike = difflib.get_close_matches(name, same, 5, 0.8)
     alike = alike or [n for n in same if sorted(n) == sorted(name)]

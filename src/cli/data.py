@@ -51,8 +51,9 @@ def _preprocess(
 ) -> None:
     from ..train.recipe.load import load_recipe
     from ..train.recipe.overrides import parse_overrides
+    from ..train.recipe.paths import DATA
 
-    recipe = load_recipe(name, parse_overrides(arguments), consent)
+    recipe = load_recipe(name, parse_overrides(arguments), consent, DATA)
 
     announce("importing PyTorch and transformers")
     from ..train.data import prepare  # slow to import: only for a recipe that is right

@@ -216,6 +216,7 @@ def _train(
     from ..train.processes.launchers import placement, said_once
     from ..train.recipe.load import check, load_recipe
     from ..train.recipe.overrides import parse_overrides
+    from ..train.recipe.paths import FUNCTIONS
 
     overrides = parse_overrides(arguments)
     if overwrite:
@@ -225,7 +226,7 @@ def _train(
             _show(check(recipe, overrides, consent), nproc)
         return 0
     with said_once(os.environ):
-        checked = load_recipe(recipe, overrides, consent)
+        checked = load_recipe(recipe, overrides, consent, FUNCTIONS)
 
     # PyTorch's C++ code warns in every process, such as of a model that uses all its parameters
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

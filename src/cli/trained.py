@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import RecipeError
+from ..train.consent import Consent
 from ..train.terminal import announce
-from .switches import Builders, Trust
+from .switches import Builders, Code, Trust
 
 if TYPE_CHECKING:
     from ..train.inference.run_folder import RunFolder
@@ -63,9 +64,10 @@ def evaluate(
     base_model: Base = None,
     trust_remote_code: Trust = False,
     allow_builders: Builders = False,
+    allow_code: Code = False,
 ) -> None:
-    """Compute loss and perplexity of a run on its validation rows, or on other data."""
-    opened = _opened(run, base_model, trust_remote_code, allow_builders)
+    """Compute the figures of validation on a run's validation rows, or on other data."""
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
     announce(f"loading {run}")
     from ..train.inference import evaluate as command  # slow to import
 
@@ -93,7 +95,7 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a prompt, or a file of prompts."""
-    opened = _opened(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, Consent(trust_remote_code))
     from ..train.inference.prompt_files import read_prompt, read_prompts
     from ..train.model.chat_prompt import ChatPrompt, with_system
 
@@ -126,7 +128,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat with a run: in the terminal, or line by line over a pipe."""
-    opened = _opened(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, Consent(trust_remote_code))
     announce(f"loading {run}")
     from ..train.inference import chat as command  # slow to import
     from ..train.inference.generation import Sampling
@@ -156,7 +158,7 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Merge the adapter into its base model, for plain transformers to load."""
-    opened = _opened(run, base_model, trust_remote_code)
+    opened = _opened(run, base_model, Consent(trust_remote_code))
     announce("importing PyTorch and transformers")
     from ..train.merge import merge as command  # slow to import
 
@@ -164,10 +166,7 @@ def merge(
     command.merge(opened, asked)
 
 
-def _opened(
-    folder: str, base_model: str | None, trust_remote_code: bool, allow_builders: bool = False
-) -> RunFolder:
-    from ..train.consent import Consent
+def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
     from ..train.inference.run_folder import open_run
 
-    return open_run(folder, base_model, Consent(trust_remote_code, allow_builders))
+    return open_run(folder, base_model, consent)

@@ -56,11 +56,12 @@ def train(
     """
     from .consent import Consent
     from .recipe.load import load_recipe
+    from .recipe.paths import FUNCTIONS
 
     if overwrite:
         overrides["overwrite_output_dir"] = True
     consent = Consent(trust_remote_code, allow_builders, allow_code)
-    checked = load_recipe(recipe, overrides, consent)
+    checked = load_recipe(recipe, overrides, consent, FUNCTIONS)
 
     from .run import run  # slow to import: only for a recipe that is right
 

@@ -16,7 +16,7 @@ from ..errors import RecipeError
 from .preflight import obstacles
 from .recipe.keys.base import extra_of
 from .recipe.load import Checked
-from .recipe.paths import unallowed_functions
+from .recipe.paths import broken_functions, unallowed_functions
 from .recipe.problems import line_of, listed
 from .recipe.recipe import GROUPS, Recipe
 from .recipe.secrets import hide, without_hidden
@@ -56,6 +56,7 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
     say(console, "\n# the recipe with its defaults, without secrets and unset keys")
     console.out(resolved_yaml(checked.recipe), end="", highlight=False)
     refused = [*refusals(checked.values), *unallowed_functions(checked.recipe)]
+    refused += broken_functions(checked.recipe)
     problems = [listed(checked.name, [one], checked.where) for one in refused]
     problems += obstacles(checked.recipe)
     if problems:

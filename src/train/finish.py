@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..report import Report
@@ -54,7 +55,9 @@ def validate_before(
     run_log.say("validating")
     with run_log.timed("validation before"):
         result.validate("before", figures())
-    run_log.say(f"validation {result.figure} before: {result.validated('before'):.3f}")
+    for name in dict.fromkeys((result.figure, result.judged)):
+        if (value := result.figures_before.get(f"eval_{name}")) is not None:
+            run_log.say(f"validation {name} before: {value:z.3f}")
 
 
 def save(trainer: FineTuner, result: RunResult) -> None:
@@ -110,6 +113,9 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
                     run_log.say(line)
     if result.status != "finished":
         return
+    result.best_step = best_step(trainer)
+    if result.best_step is not None:
+        run_log.say(f"the best checkpoint, of step {result.best_step}, was loaded")
     if context.validation:
         with run_log.guarded("validation after"):
             figures = None if recipe.load_best_model_at_end else _validated_last(result)
@@ -129,6 +135,15 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
         return
     if world.main:
         _examine_alone(trainer, result, run_log)
+
+
+def best_step(trainer: FineTuner) -> int | None:
+    """The step of the checkpoint that the loop has loaded at its end; None: it kept the last."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return None
+    step = int(Path(best).name.rpartition("-")[2])
+    return None if step == trainer.state.global_step else step
 
 
 def _examine_alone(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:

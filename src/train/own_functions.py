@@ -6,17 +6,20 @@ They are code of the recipe's author, so that none is loaded without the caller'
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import RecipeError, first_line
+from ..errors import RecipeError, did_you_mean, first_line
 from .consent import Consent, refused_function
 
 
@@ -65,14 +68,54 @@ def load_function(name: str, key: str, consent: Consent) -> Callable[..., Any]:
     file, function = _parts(name)
     try:
         module = _file_module(Path(file)) if ".py:" in name else _module(name.rpartition(".")[0])
-    except Exception as error:  # whatever the code does when it is imported
-        raise RecipeError(f"{key}: {name} cannot be imported: {first_line(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the code does when it is imported
+        ended = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else None
+        said = ended or first_line(error)
+        raise RecipeError(f"{key}: {name} cannot be imported: {said}") from error
     found = getattr(module, function, None)
     if not callable(found):
         where = Path(file).name if ".py:" in name else module.__name__
-        raise RecipeError(f"{key}: {where} has no function {function!r}")
+        raise RecipeError(f"{key}: {where} has no function {function!r}{_hint(module, function)}")
     loaded: Callable[..., Any] = found
     return loaded
+
+
+def what_failed(error: BaseException, function: Callable[..., Any]) -> str:
+    """What a function did, with its own line: ``raised KeyError at FILE:3: 'answer'``.
+
+    Args:
+        error: what came out of it; also ``SystemExit``, which must not end the run in silence.
+        function: what was called. The line is the innermost one in its file, because the lines of
+            libraries that it calls tell its author little.
+    """
+    file = _file_of(function)
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else ""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({'' if error.code is None else repr(error.code)}){at}"
+    return f"raised {type(error).__name__}{at}: {first_line(error)}"
+
+
+def _hint(module: ModuleType, function: str) -> str:
+    """What there is instead of a function."""
+    if hasattr(module, function):
+        return f": it is of the type {type(getattr(module, function)).__name__}"
+    own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    meant = did_you_mean(function, own)
+    return f"; {meant}" if meant else ""
+
+
+def _file_of(function: Callable[..., Any]) -> str | None:
+    """The file of a function, or of a callable object's class; None: that is not known."""
+    inner: Any = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    if not hasattr(inner, "__code__"):
+        inner = getattr(type(inner), "__call__", None)  # noqa: B004  # not whether it has one
+    code = getattr(inner, "__code__", None)
+    return None if code is None else str(code.co_filename)
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from .checkpoint.files import checkpoints
 from .checkpoint.lock import held
 from .checkpoint.rng_state import same_draws
 from .checkpoint.together import require_shared
-from .data.readers.limits import warnings
+from .data.readers.limits import require_contrast, warnings
 from .data.together import prepare_together
 from .methods.task import task_of
 from .model.adapters import parameters
@@ -33,8 +33,8 @@ from .processes.world import World, joined
 from .recipe.recipe import Recipe
 from .recipe.status import messages
 from .report.environment import machine, memory, rss_mb, versions
-from .report.format import parameter_counts
-from .report.result import RunResult, rows_message
+from .report.format import parameter_counts, rows_message
+from .report.result import RunResult
 from .report.run_log import RunLog
 from .requirements import notices, tracking
 from .terminal import Terminal
@@ -179,7 +179,8 @@ class TrainingRun:
         self.result.data = data = dict(prepared.counts)
         if not recipe.streams():
             data["train_sequences"] = len(self.sequences)
-        for line in (rows_message(data), *warnings(data)):
+        require_contrast(data, prepared.first)
+        for line in (rows_message(data), *warnings(data, prepared.first)):
             self.run_log.say(line)
         require_reach(recipe, prepared, self.run_log.say)
         return prepared

@@ -359,7 +359,8 @@ def test_plugins_are_not_imported(recipe: dict[str, Any], tmp_path: Path, mark: 
 def test_the_switches_have_one_name(command_: str) -> None:
     said = CliRunner().invoke(app, [command_, "--help"], env={"COLUMNS": "300"}).output
     assert SWITCH in said
-    assert ("--allow-builders" in said) == (command_ in ("train", "preprocess", "eval"))
+    for switch in ("--allow-builders", "--allow-code"):
+        assert (switch in said) == (command_ in ("train", "preprocess", "eval"))
 
 
 # --- functions that a recipe names ----------------------------------------------------------------
@@ -389,9 +390,17 @@ def test_functions_of_a_recipe_run_with_the_callers_word_alone(
     assert "Python code" not in shown.output
     load_recipe(keys, consent=Consent(allow_code=True))
     assert not mark.exists()  # nor by a check, whatever the caller allows
-    said = refused("train", path, "--allow-code")
-    assert "trl.reward_funcs.0: mine.py has no function 'judge'" in said
-    assert mark.exists()
+    line = path.read_text().splitlines().index("  - mine.judge") + 1
+    for switches in ([], ["--dry-run"]):
+        ended = command("train", path, "--allow-code", *switches)
+        said = ended.stderr
+        assert ended.exit_code == 2
+        assert f"line {line}: trl.reward_funcs.0: mine.py has no function 'judge'" in said
+        assert "datasets.0.type: mine.py has no function 'change'" in said
+        assert mark.exists()
+    said = refused("preprocess", path, "--allow-code")
+    assert "recipe.yaml, line 6: datasets.0.type: mine.py has no function 'change'" in said
+    assert "trl" not in said
     mark.unlink()
     recipe = load_recipe({**keys, "rl": None, "trl": None, "datasets": [{"path": str(rows)}]})
     with pytest.raises(RecipeError, match="pass --allow-code"):

@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .preferences.encoder import PreferenceEncoder
 from .progress import Progress
 from .readers import sources
 from .readers.duplicates import Duplicates
-from .readers.limits import Limits
+from .readers.limits import Limits, nothing_left
 from .readers.sources import DataSource
 from .split import order
 from .workers import RowEncoder, Work, parts
@@ -49,12 +49,14 @@ class PreparedData:
             ``too_short``, ``nothing_to_train``, ``duplicates``; and ``_samples``, ``_tokens`` and
             ``_trained_tokens`` of ``train`` and of ``validation`` (all of it).
         fingerprint: a hash of everything that the samples depend on.
+        first: file and line of the first row of some of the counts.
     """
 
     train: Samples | StreamedPacks
     validation: dict[str, Samples] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
+    first: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -184,6 +186,7 @@ def _store(
     made = cache.begin()
     try:
         counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
         sizes: list[int] = []
         files, extra = ["train.arrow"], recipe.kd_trainer or rows_of(recipe) == "prompts"
         with Progress(console) as progress:
@@ -191,7 +194,8 @@ def _store(
             with ArrowWriter(made / "train.arrow", extra) as writer:
                 for source, one in _pairs(found, work, "datasets"):
                     before = writer.count
-                    counts += _write(source, one, writer, recipe, progress, duplicates)
+                    own = _write(source, one, writer, recipe, progress, duplicates)
+                    counts, first = counts + own.counts, {**own.first, **first}
                     sizes.append(writer.count - before)
             for i, (source, one) in enumerate(_pairs(found, work, "test_datasets"), start=1):
                 files.append(f"test_{i}.arrow")
@@ -199,7 +203,7 @@ def _store(
                     _write(source, one, writer, recipe, progress, None)
         if sizes:
             order(sizes, recipe)  # rows that cannot be split are not worth keeping
-        about = {"counts": dict(counts), "sizes": sizes}
+        about = {"counts": dict(counts), "first": first, "sizes": sizes}
         cache.finish(made, files, about)
         return {**about, "files": dict.fromkeys(files)}
     except BaseException:
@@ -213,6 +217,13 @@ def _pairs(
     return list(zip(found.get(key, ()), work.get(key, ()), strict=True))
 
 
+class PreparedRows(NamedTuple):
+    """How many rows of a dataset there were of each kind, and where the first of some kinds is."""
+
+    counts: Counter[str]
+    first: dict[str, str]
+
+
 def _write(
     source: DataSource,
     work: Work,
@@ -220,20 +231,21 @@ def _write(
     recipe: Recipe,
     progress: Progress,
     duplicates: Duplicates | None,
-) -> Counter[str]:
+) -> PreparedRows:
     """Prepare one dataset.
 
     Raises:
         DataError: it is empty, nothing of it is left, or no end of a turn is ever trained.
     """
     counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
     ends: set[int] = set()
     trained: set[int] = set()
     before = writer.count
     path = source.dataset.path
     rows = source.rows(progress.dataset(path))
     for part in parts(work, rows, recipe.dataset_processes or 1):
-        counts += part.counts
+        counts, first = counts + part.counts, {**part.first, **first}
         ends |= part.ends
         trained |= part.trained
         if duplicates is not None:
@@ -243,23 +255,9 @@ def _write(
     if not counts["rows"]:
         raise DataError(f"{path}: the dataset is empty")
     if writer.count == before and not counts["duplicates"]:
-        raise DataError(f"{path}: {_nothing_left(counts, work.limits)}")
+        raise DataError(f"{path}: {nothing_left(counts, work.limits)}")
     work.encoder.check_ends(path, ends, trained)
-    return counts
-
-
-def _nothing_left(counts: Counter[str], limits: Limits) -> str:
-    reasons = [
-        f"{counts[key]:,} {words}"
-        for key, words in (
-            ("too_long", f"are longer than {limits.longest} tokens (sequence_len)"),
-            ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)"),
-            ("nothing_to_train", "have nothing to train"),
-            ("empty", "have an empty prompt or answer"),
-        )
-        if counts[key]
-    ]
-    return f"no row is left to train on: of {counts['rows']:,}, {', '.join(reasons)}"
+    return PreparedRows(counts, first)
 
 
 # --- what the run gets ---------------------------------------------------------------------------
@@ -296,4 +294,4 @@ def _split(
         counts[f"{name}_samples"] = sum(map(len, several))
         counts[f"{name}_tokens"] = sum(int(s.lengths.sum(dtype=np.int64)) for s in several)
         counts[f"{name}_trained_tokens"] = sum(int(s.trained.sum(dtype=np.int64)) for s in several)
-    return PreparedData(train, validation, dict(counts), fingerprint)
+    return PreparedData(train, validation, dict(counts), fingerprint, about.get("first", {}))

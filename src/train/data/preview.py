@@ -30,7 +30,7 @@ def summary(prepared: PreparedData, console: Console) -> None:
     for name, number in prepared.counts.items():
         table.add_row(name.replace("_", " "), f"{number:,}")
     console.print(table)
-    for line in warnings(prepared.counts):
+    for line in warnings(prepared.counts, prepared.first):
         say(console, line)
     if isinstance(prepared.train, Samples):
         where = "not cached" if prepared.train.lease else f"cached in {prepared.train.path.parent}"

@@ -36,9 +36,18 @@ def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]
         left = max(0, len(shuffled) - count)
         raise DataError(
             f"val_set_size: {size:g} of {len(shuffled)} rows leaves {left} to train on and "
-            f"{len(shuffled) - left} to validate on"
+            f"{len(shuffled) - left} to validate on; {_remedy(len(shuffled), size)}"
         )
     return shuffled[count:], shuffled[:count]
+
+
+def _remedy(rows: int, size: float) -> str:
+    """What to do where a share or a number of rows leaves one side empty."""
+    if rows < 2:
+        return "add rows, or set val_set_size: 0"
+    if round(size * rows if size < 1 else size) == 0:
+        return f"set val_set_size: 0 to validate on none, or a number of rows from 1 to {rows - 1}"
+    return f"set val_set_size to a number of rows from 1 to {rows - 1}, to a share below 1, or to 0"
 
 
 def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:

@@ -276,16 +276,17 @@ def _print(found: dict[str, EvalMetrics], recorded: float | None, console: Conso
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("dataset", no_wrap=True)
     shown = any(of.perplexity is not None for of in found.values())
+    trained = any(of.trained_tokens for of in found.values())  # none of prompts
     for name in (
         _figure(found),
         *(["perplexity"] if shown else []),
         "samples",
         "tokens",
-        "trained",
+        *(["trained"] if trained else []),
     ):
         table.add_column(name, justify="right")
     for name, of in found.items():
-        counts = (of.samples, of.tokens, of.trained_tokens)
+        counts = (of.samples, of.tokens, *([of.trained_tokens] if trained else []))
         perplexity = [] if of.perplexity is None else [f"{of.perplexity:.3f}"]
         table.add_row(name, f"{of.judged:.4f}", *perplexity, *(f"{n:,}" for n in counts))
     console.print(table)

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from ..checkpoint.pending_batches import read_batches, write_batches
 from ..checkpoint.resume import Saved
@@ -27,7 +24,9 @@ from ..recipe.preferences import generation_sizes
 from ..rewards.figures import means, reward_figures
 from ..rewards.judge import require_rewards
 from ..rewards.texts import Shown, shown
+from ..rewards.watch import RewardWatch, require_judged, without_trls_lines
 from ..trainer.evaluation import reporter
+from .reference import add_reference
 from .tuner import MethodTuner
 
 _CARRIED = "generation"
@@ -90,7 +89,8 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         self.beta, self.log_completions = given.beta, given.log_completions
         self.num_completions_to_print = -1  # to the terminal; the report shows them
         if ref_model is not None:
-            self._add_reference(ref_model)
+            add_reference(self, ref_model)
+        self._watch = RewardWatch(self.reward_func_names, self.num_generations, self.context.say)
         self._texts = dict((self._kept or {}).get("texts", {}))
         variables = self.context.recipe.chat_template_kwargs or {}
         self.eos_token_ids = stop_tokens(self.model, self.processing_class, variables)
@@ -102,18 +102,6 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
     def _set_generation(self, **values: Any) -> None:
         self.generation_config.update(**values)
         self.generation_kwargs.update(values)
-
-    def _add_reference(self, model: Any) -> None:
-        """Compare the trained model with another one, as TRL does with the one that it loads."""
-        add_fused_lm_head(model, temperature=self.temperature)
-        if self.is_deepspeed_enabled:
-            self.ref_model = prepare_deepspeed(model, self.accelerator)
-        elif self.is_fsdp_enabled:
-            self.ref_model = prepare_fsdp(model, self.accelerator)
-        else:
-            self.ref_model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
     # --- the rows --------------------------------------------------------------------------------
 
@@ -168,8 +156,13 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
             return generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        with without_trls_lines():
+            self._rewards = super()._calculate_rewards(*args, **kwargs)
         require_rewards(self.reward_funcs, self.world)
+        model: Any = self.model
+        if model.training:  # validations are judged as a whole
+            require_judged(self.reward_funcs, self._rewards, self.world)
+            self._watch.judged(self._rewards, self.state.global_step + 1)
         return self._rewards
 
     def _note_texts(self) -> None:
@@ -189,6 +182,8 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
         """Add what was measured; write completions, if that is asked for."""
         if self.log_completions and self.world.main:
             Path(self.args.output_dir, "completions").mkdir(parents=True, exist_ok=True)
+        if "loss" in logs:
+            self._watch.logged(self.state.global_step >= self.state.max_steps)
         super().log(logs, start_time)
 
     # --- checkpoints -----------------------------------------------------------------------------
@@ -269,6 +264,7 @@ class GrpoTuner(MethodTuner, GRPOTrainer):  # type: ignore[misc]  # 2026-11-27: 
             found = means(measured, sizes)
             measured.clear()
         sets = {name: torch.cat(rewards) for name, rewards in judged.items()}
+        require_judged(self.reward_funcs, torch.cat(list(sets.values())), self.world)
         others = {k: v for k, v in found.items() if not k.startswith(_UNLIKE_TRAINING)}
         return {
             **reward_figures(sets, self.reward_func_names, self.reward_weights),

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from ...errors import RecipeError
 from ..checkpoint.load import readable, without_zero3
@@ -100,3 +103,21 @@ def _is_idle(name: str, weight: torch.Tensor) -> bool:
     if any(part in name for part in _IDLE):
         return True
     return ("lora_B" in name or "lora_embedding_B" in name) and not bool(weight.any())
+
+
+def add_reference(trainer: Any, model: Any) -> None:
+    """Compare the model of TRL's trainer of GRPO with another one, as with the one that it loads.
+
+    Args:
+        trainer: changed in place.
+        model: the reference.
+    """
+    add_fused_lm_head(model, temperature=trainer.temperature)
+    if trainer.is_deepspeed_enabled:
+        trainer.ref_model = prepare_deepspeed(model, trainer.accelerator)
+    elif trainer.is_fsdp_enabled:
+        trainer.ref_model = prepare_fsdp(model, trainer.accelerator)
+    else:
+        trainer.ref_model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    if trainer.args.sync_ref_model:
+        trainer.add_callback(SyncRefModelCallback(trainer.ref_model, trainer.accelerator))

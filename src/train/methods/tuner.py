@@ -208,6 +208,7 @@ class MethodTuner(FineTuner):
                 sums[name] = self._sum(name)
             measured = self.pending("eval")
             by_name = means(measured, self._sizes)
+            by_name.pop("num_tokens", None)  # those of training so far
             found = {f"eval_{k.removeprefix('eval_')}": value for k, value in by_name.items()}
             measured.clear()
         total, rows = (sum(part) for part in zip(*sums.values(), strict=True))

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from ...rewrite.tolerance import FACTOR
 from ..report.environment import machine, versions
-from ..report.format import memory
-from ..report.result import finite
+from ..report.format import finite, memory
 from .compare import LEFT_OUT, Allowed, Deviations
 from .run_ways import Run
 from .ways import Selection

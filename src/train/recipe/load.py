@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..consent import Consent
 from ..printable import odd_characters
 from .conflicts import conflicts
 from .keys.base import Keys, aliases, current, moved, nested
-from .paths import DATA, unallowed_functions, with_paths
+from .paths import DATA, broken_functions, unallowed_functions, with_paths
 from .problems import Loc, explained, listed, nearest_key
 from .recipe import Recipe
 from .status import refusals
@@ -43,6 +43,7 @@ def load_recipe(
     source: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
     consent: Consent | None = None,
+    functions: Collection[str] = (),
 ) -> Recipe:
     """Read and check a recipe that is to be run, and make its paths absolute.
 
@@ -50,13 +51,16 @@ def load_recipe(
         source: a YAML file, or its content as a mapping.
         overrides: keys that win over the file; a dotted key (``datasets.0.path``) goes inside.
         consent: what the caller allows; None: nothing. No key can allow it.
+        functions: the keys whose Python functions are loaded, to see that they are there.
 
     Raises:
         RecipeError: lists every problem, with its key and line; also keys that ask for what is not
             yet available, or that would run foreign code without the caller's permission.
     """
     checked = check(source, overrides, consent)
-    if problems := [*refusals(checked.values), *unallowed_functions(checked.recipe)]:
+    problems = [*refusals(checked.values), *unallowed_functions(checked.recipe)]
+    problems = problems or broken_functions(checked.recipe, functions)
+    if problems:
         raise RecipeError(listed(checked.name, problems, checked.where))
     return checked.recipe
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import RecipeError
 from ..consent import must_build, needs_consent, refused_builder, refused_function
 from ..output_files import why_not_ours_to_write
-from ..own_functions import located, module_of
+from ..own_functions import load_function, located, module_of
 from ..package_rows import is_own, why_none
 from .distributed.deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
@@ -28,6 +28,9 @@ Problems = list[tuple[Loc, str]]
 
 DATA = ("datasets", "test_datasets", "pretraining_dataset")
 """The keys that say where rows are."""
+
+FUNCTIONS = ("datasets", "test_datasets", "trl")
+"""The keys that may name Python functions."""
 
 
 def with_paths(recipe: Recipe, folder: Path) -> tuple[Recipe, Problems]:
@@ -124,6 +127,25 @@ def unallowed_functions(recipe: Recipe) -> Problems:
     if recipe.consent.allow_code:
         return []
     return [(loc, refused_function(name)) for loc, name in _named_functions(recipe)]
+
+
+def broken_functions(recipe: Recipe, keys: Collection[str] = FUNCTIONS) -> Problems:
+    """The Python functions of a recipe that cannot be loaded; their modules are imported.
+
+    Args:
+        recipe: with absolute paths, and the caller's permission.
+        keys: which keys' functions are looked at.
+    """
+    problems: Problems = []
+    for loc, name in _named_functions(recipe):
+        if loc[0] not in keys or not recipe.consent.allow_code:
+            continue
+        key = ".".join(map(str, loc))
+        try:
+            load_function(name, key, recipe.consent)
+        except RecipeError as error:
+            problems.append((loc, str(error).removeprefix(f"{key}: ")))
+    return problems
 
 
 def _unallowed(datasets: list[Dataset], key: str) -> Problems:

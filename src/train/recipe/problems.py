@@ -24,7 +24,7 @@ _WANTED = {
     "value": "a number", "too": "a list that is not empty",
 }  # fmt: skip
 
-_FEW = 8
+_MANY = 15
 """More values than this are not listed in a message."""
 
 
@@ -64,19 +64,19 @@ def _words(loc: Loc, details: list[ErrorDetails]) -> str:
     if kind == "extra_forbidden":
         near = nearest_key(model_at(loc[:-1]), str(loc[-1]))
         return f"is not a key of a recipe{_meant(near)}"
+    found = [str(detail.get("ctx", {}).get("expected", "")) for detail in details]
+    names = [name for expected in found for name in re.findall(r"'([^']*)'", expected)]
+    near = _nearest_value(loc, str(value), names)
+    if len(names) > _MANY:
+        return (
+            f"must be one of {len(names)} names (fusewright schema lists them), "
+            f"not {_quoted(value)}{_meant(near)}"
+        )
     wanted: list[str] = []
-    for detail in details:
-        expected = str(detail.get("ctx", {}).get("expected", ""))
-        names = re.findall(r"'([^']*)'", expected)
-        if len(names) > _FEW:
-            near = _nearest_value(loc, str(value), names)
-            return (
-                f"must be one of {len(names)} names (fusewright schema lists them), "
-                f"not {_quoted(value)}{_meant(near)}"
-            )
+    for detail, expected in zip(details, found, strict=True):
         word = expected or _WANTED.get(detail["type"].split("_")[0])
         wanted.append(word or detail["msg"].removeprefix("Input should be "))
-    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {_quoted(value)}"
+    return f"must be {' or '.join(dict.fromkeys(wanted))}, not {_quoted(value)}{_meant(near)}"
 
 
 def _quoted(value: Any) -> str:
@@ -87,12 +87,16 @@ def _quoted(value: Any) -> str:
 
 
 def _nearest_value(loc: Loc, value: str, names: list[str]) -> str | None:
-    """The name that was meant, of those that can be had."""
-    field = model_at(loc[:-1]).model_fields[str(loc[-1])]
-    odd = {special["value"]: special["status"] for special in extra_of(field).get("values", ())}
-    usable = [name for name in names if odd.get(name) != "not yet available"]
-    longer = [name for name in usable if name.startswith(value)]  # the first is the plainest
-    return longer[0] if longer else nearest(value, usable)
+    """The name that was meant, of those that can be had, whether or not its case is right."""
+    key = max((i for i, part in enumerate(loc) if isinstance(part, str)), default=0)
+    field = model_at(loc[:key]).model_fields.get(str(loc[key]))
+    special = extra_of(field).get("values", ()) if field else ()
+    odd = {one["value"]: one["status"] for one in special}
+    usable = {n.lower(): n for n in names if odd.get(n) != "not yet available"}
+    value = value.lower()
+    longer = [name for name in usable if value and name.startswith(value)]  # the plainest is first
+    near = longer[0] if longer else nearest(value, usable)
+    return None if near is None else usable[near]
 
 
 def _meant(near: str | None) -> str:

@@ -80,7 +80,7 @@ whatever they say. Only you can allow that, on the command line:
 - `--allow-builders`: the Python files that datasets name as `builder` (`train`, `preprocess`,
   `eval`).
 - `--allow-code`: the Python functions that a recipe names in `trl.reward_funcs`, or as the `type`
-  of rows of preferences (`train`, `preprocess`, `verify`).
+  of rows of preferences (`train`, `preprocess`, `eval`; `verify` does not train such recipes).
 
 Without the switch, the command stops and names it. `trust_remote_code: true` in a recipe is not
 enough: if transformers has a class for the model, that class is used. From Python, call
@@ -201,6 +201,9 @@ _INNER: dict[type[Keys], str] = {
 _FEW = 9
 """More values than this stand below the table."""
 
+_BELOW = "a name, see below"
+"""The type of such a value."""
+
 
 def page() -> str:
     """The whole page as Markdown."""
@@ -242,13 +245,14 @@ def _section(title: str, fields: dict[str, FieldInfo]) -> str:
     below = []
     for name, field in fields.items():
         kind = " or ".join(dict.fromkeys(_kinds(field.annotation)))
+        kind = kind.replace(f"list of {_BELOW} or {_BELOW}", "a name or a list of names, see below")
         default = _default(field)
         meaning = " ".join((field.description or "").split()).replace("``", "`")
         cells = [f"`{name}`", kind, default, meaning, _status(field)]
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
         below += [
             f"`{name}`: {', '.join(f'`{v}`' for v in values)}."
-            for values in _literals(field.annotation)
+            for values in dict.fromkeys(_literals(field.annotation))
             if len(values) > _FEW
         ]
     return "\n".join([*lines, "", *(f"{text}\n" for text in below)])
@@ -301,7 +305,7 @@ def _kinds(kind: Any) -> Iterator[str]:
         yield from _kinds(arguments[0])
     elif origin is Literal:
         few = len(arguments) <= _FEW
-        yield ", ".join(f"`{value}`" for value in arguments) if few else "a name, see below"
+        yield ", ".join(f"`{value}`" for value in arguments) if few else _BELOW
     elif origin is list:
         yield f"list of {' or '.join(_kinds(arguments[0]))}"
     elif origin is tuple:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -72,3 +74,45 @@ class Smooth:
     def value(self) -> float:
         """The mean; NaN before the first value."""
         return self.sum / self.weight if self.weight else math.nan
+
+
+def resumption(recipe: Mapping[str, Any]) -> str:
+    """What the recipe of a stopped run needs in order to resume; empty: it resumes as it is."""
+    wanted = recipe.get("resume_from_checkpoint")
+    if wanted is True or (recipe.get("auto_resume_from_checkpoints") and not wanted):
+        return " without overwrite_output_dir" if recipe.get("overwrite_output_dir") else ""
+    return " with resume_from_checkpoint: true"
+
+
+def rows_message(data: dict[str, int]) -> str:
+    """A line on the rows of a run."""
+    if not data.get("rows"):
+        held = data.get("validation_samples", 0)
+        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
+    dropped = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "nothing_to_train": "with nothing to train",
+        "empty": "with an empty prompt or answer",
+        "duplicates": "duplicates",
+    }
+    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
+    if "train_sequences" not in data:
+        return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
+    trained = data.get("train_trained_tokens", 0)
+    return (
+        f"data: {data['rows']:,} rows, {data.get('validation_samples', 0):,} for "
+        f"validation; {data.get('train_sequences', 0):,} sequences, "
+        f"{data.get('train_tokens', 0):,} tokens"
+        + (f", {trained:,} trained" if trained else "")  # of prompts, none are
+        + (f"; {', '.join(left_out)}" if left_out else "")
+    )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: write them as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -17,7 +17,7 @@ from ..recipe.written import folded
 from . import usage
 from .format import duration, memory, millions
 from .page_sections import data, ending, model
-from .run_facts import Facts
+from .run_facts import TASKS, Facts
 
 NAME = "README.md"
 
@@ -86,10 +86,23 @@ def _data(facts: Facts) -> ModelCardData:
         base_model=base,
         library_name="peft" if adapter else "transformers",
         license=_license(str(recipe.get("base_model") or "")),
-        pipeline_tag="text-generation",
-        tags=[*relation, "fusewright", *method, "sft", "transformers"],
+        pipeline_tag=_PIPELINES.get(facts.task or "", "text-generation"),
+        tags=[*relation, "fusewright", *method, *_task_tags(facts), "transformers"],
         datasets=[name for name in map(_hub_id, rows) if name] or None,
     )
+
+
+_PIPELINES = {
+    "reward-model": "text-classification", "process-reward-model": "token-classification",
+}  # fmt: skip
+"""What the hub calls the use of models that write no text."""
+
+
+def _task_tags(facts: Facts) -> list[str]:
+    """The tags of the method, as the cards have them that TRL writes."""
+    if facts.task is not None:
+        return ["trl", facts.task]
+    return ["sft", "distillation"] if facts.recipe.get("kd_trainer") else ["sft"]
 
 
 def _hub_id(name: Any) -> str | None:
@@ -127,7 +140,8 @@ def _opening(facts: Facts) -> Iterator[str]:
     kind = "adapter for" if recipe.get("adapter") else "of"
     method = facts.method[:1].upper() + facts.method[1:]
     yield f"# {facts.base}, {facts.method}\n"
-    yield f"{method} {kind} {name}, trained with fusewright on {_sources(facts)}.\n"
+    how = TASKS[facts.task] if facts.task is not None else "supervised fine-tuning"
+    yield f"{method} {kind} {name}, trained with fusewright by {how} on {_sources(facts)}.\n"
     end = ending(facts)
     if end.text:
         yield f"> **{end.label.capitalize()}.** {_line(end.text)}\n"

@@ -23,7 +23,7 @@ from ..printable import printable
 from ..recipe.written import Folded, folded
 from . import page_sections as sections
 from .format import duration, memory
-from .page_chart import Chart, Series, chart
+from .page_chart import Chart, Series, chart, measured
 from .run_facts import Facts
 
 NAME = "report.html"
@@ -170,6 +170,9 @@ def _line(facts: Facts) -> str:
     if facts.text("started"):
         started = facts.text("started").replace("T", " ").removesuffix("+00:00")[:16]
         parts.append(f"started {started} UTC")
+    best = facts.number("best_step")
+    if best:
+        parts.append(f"the weights are those of step {best:,.0f}, the best checkpoint")
     if facts.folder:
         parts.append(PurePath(facts.folder).name)
     return " · ".join(parts)
@@ -275,12 +278,13 @@ def _curves(facts: Facts) -> list[_Curve]:
     figure = facts.figure
     judged = [Series("training", facts.history(figure), smoothed=True)]
     judged += [Series(name, facts.history(k), dots=True) for k, name in facts.validations()]
-    title = "Loss" if facts.recipe.get("rl") else "Loss per trained token"
+    title = "Loss" if facts.task is not None else "Loss per trained token"
     found = [_Curve(title if figure == "loss" else "Reward", judged, three, False, figure)]
     if figure != "loss":
         found.append(_Curve(title, [Series("training", facts.history("loss"), True)], three, False))
+    for title, several in measured(facts.history):
+        found.append(_Curve(title, several, three, False, title.lower()))
     for title, key, show in (
-        ("Margin of rewards", "rewards/margins", three),
         ("Divergence from the reference model", "kl", three),
         ("Entropy of a token", "entropy", three),
         ("Tokens of a completion", "completions/mean_length", lambda v: f"{v:,.0f}"),

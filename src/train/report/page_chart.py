@@ -259,3 +259,29 @@ def _summary(series: Sequence[Series], show: Callable[[float], str]) -> str:
             f"between {show(lowest)} and {show(highest)}."
         )
     return " ".join(said)
+
+
+# --- what preference methods measure -------------------------------------------------------------
+
+MEASURED = (
+    ("Accuracy", ("rewards/accuracies", "accuracy"), False),
+    ("Margin of rewards", ("rewards/margins", "margin"), False),
+    ("Rewards of answers", ("rewards/chosen", "rewards/rejected"), True),
+    ("Log-probabilities of answers", ("logps/chosen", "logps/rejected"), True),
+)
+"""Titles, and the figures in each; last: whether curves are named by them."""
+
+
+def measured(history: Callable[[str], Sequence[Point]]) -> Iterator[tuple[str, list[Series]]]:
+    """The titles and curves of what is measured of answers, in training and in validation.
+
+    Args:
+        history: gives the points of a figure.
+    """
+    for title, keys, named in MEASURED:
+        series = []
+        for key in keys:
+            of = f"{key.rpartition('/')[2]}, " if named else ""
+            series.append(Series(f"{of}training", history(key), smoothed=True))
+            series.append(Series(f"{of}validation", history(f"eval_{key}"), dots=True))
+        yield title, series

@@ -11,7 +11,7 @@ from typing import Any
 from ...report import Report
 from ..recipe.written import without_effect
 from . import usage
-from .format import duration, memory, parameter_counts
+from .format import duration, memory, parameter_counts, resumption
 from .run_facts import Facts, number
 
 Rows = list[tuple[str, str]]
@@ -91,8 +91,8 @@ def ending(facts: Facts) -> Ending:
         said.append(f"The {kind} of the last complete step is saved and can be used.")
     if facts.text("checkpoint"):
         said.append(
-            f"To resume from {facts.text('checkpoint')}, run the same recipe with "
-            "resume_from_checkpoint: true."
+            f"To resume from {facts.text('checkpoint')}, run the same recipe"
+            f"{resumption(facts.recipe)}."
         )
     return Ending(tone, label, " ".join(said))
 

@@ -172,11 +172,11 @@ class ProgressCallback(TrainerCallback):
         if not self.meter.seconds:
             fields.append((0, "the first step takes longer than the others"))
         if self.reward is not None:
-            fields.append((0, f"reward {self.reward:.3f}"))
+            fields.append((0, f"reward {self.reward:z.3f}"))
         if self.smooth.weight:
-            fields.append((0, f"loss {self.smooth.value:.3f}"))
-        if self.smooth.weight and f"{self.last:.3f}" != f"{self.smooth.value:.3f}":
-            fields.append((4, f"last {self.last:.3f}"))
+            fields.append((0, f"loss {self.smooth.value:z.3f}"))
+        if self.smooth.weight and f"{self.last:z.3f}" != f"{self.smooth.value:z.3f}":
+            fields.append((4, f"last {self.last:z.3f}"))
         if self.rate is not None:
             fields.append((3, f"lr {self.rate:.1e}"))
         if self._is_timed():
@@ -234,9 +234,14 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in the logged figures."""
         logs = kwargs.get("logs") or {}
+        judged = (
+            f"eval_{(getattr(args, 'metric_for_best_model', None) or '').removeprefix('eval_')}"
+        )
         for key, value in logs.items():
-            if key.startswith("eval_") and key.endswith(("loss", "_reward")):
-                self._validation(state.global_step, key, float(value))
+            whole = key.startswith("eval_") and key.endswith(("loss", "_reward"))
+            if (whole or key == judged) and value is not None:
+                figure = key.rpartition("_")[2] if whole else key.removeprefix("eval_")
+                self._validation(state.global_step, key, figure, float(value))
         if "loss" not in logs:
             return
         self.last = float(logs["loss"])
@@ -247,11 +252,10 @@ class ProgressCallback(TrainerCallback):
         if self.due:
             self._line(state)
 
-    def _validation(self, step: int, key: str, value: float) -> None:
+    def _validation(self, step: int, key: str, figure: str, value: float) -> None:
         """A line on one validation set, with the change since the one before."""
-        figure = key.rpartition("_")[2]
         name = key.removeprefix("eval_").removesuffix(figure).strip("_")
-        text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:.3f}"
+        text = f"  step {step}: validation {figure}{f' of {name}' if name else ''} {value:z.3f}"
         if key in self.validated:
             text += f" ({value - self.validated[key]:+.3f})"
         self.validated[key] = value

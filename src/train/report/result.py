@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +16,14 @@ from rich.text import Text
 from ..output_files import write_atomically
 from ..recipe.secrets import hide
 from .environment import memory, peak_rss_mb
+from .format import finite, resumption
 from .throughput import ThroughputMeter
 
 Status = Literal["finished", "interrupted", "nan", "watchdog", "disk full"]
 Figure = Literal["loss", "reward"]
-_CARRIED = ("val_loss_before", "val_reward_before", "sample", "started", "seconds")
+_CARRIED = (
+    "val_loss_before", "val_reward_before", "figures_before", "sample", "started", "seconds",
+)  # fmt: skip
 """The figures that a resumed run cannot compute again."""
 
 
@@ -58,6 +60,11 @@ class RunResult:
         val_reward_before: mean reward of the completions of validation prompts before the first
             step, for methods that learn from rewards.
         val_reward_after: the same after the last step.
+        figures_before: all figures of the validation before the first step, by their names
+            (``eval_loss``, ``eval_rewards/accuracies``).
+        figures_after: the same after the last step.
+        best_step: the step of the checkpoint that was loaded at the end because it was the best
+            one, where that is not the last step; or None.
         figure: what validations judge the run by, ``loss`` or ``reward``.
         completions: some of those that were generated in training, first and last, each with
             ``step``, ``prompt``, ``completion``, ``rewards`` by name and ``advantage``.
@@ -72,7 +79,8 @@ class RunResult:
         history: the logged entries. With ``step`` and ``epoch``: ``loss``, ``learning_rate``,
             ``grad_norm``, ``trained_tokens_per_s``, ``rss_mb`` (and ``cuda_mb``), ``time`` (seconds
             of training until then), and what a method measures; or ``eval_loss`` (and
-            ``eval_NAME_loss`` of several datasets), or ``eval_reward``.
+            ``eval_NAME_loss`` of several datasets) or ``eval_reward``, and a method's other figures
+            with ``eval_`` before them.
         versions: of Python and the libraries.
         machine: processor, cores, GPU.
         started: date and time, UTC.
@@ -103,6 +111,9 @@ class RunResult:
     val_loss_after: float | None = None
     val_reward_before: float | None = None
     val_reward_after: float | None = None
+    figures_before: dict[str, float] = field(default_factory=dict)
+    figures_after: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
     figure: Figure = "loss"
     completions: list[dict[str, Any]] = field(default_factory=list)
     sample: dict[str, str] | None = None
@@ -183,16 +194,27 @@ class RunResult:
         return value
 
     def validate(self, when: Literal["before", "after"], figures: Mapping[str, float]) -> None:
-        """Take it from the figures of a validation."""
+        """Take it from the figures of a validation, and keep the others."""
         setattr(self, f"val_{self.figure}_{when}", figures[f"eval_{self.figure}"])
+        kept = {name: value for name, value in figures.items() if name.startswith("eval_")}
+        setattr(self, f"figures_{when}", kept)
+
+    @property
+    def judged(self) -> str:
+        """The figure that decides which checkpoint is the best."""
+        named = self.recipe.get("metric_for_best_model") or self.figure
+        return str(named).removeprefix("eval_")
 
     def complete(self) -> None:
         """Take what is known at the end: both validations as entries, and the peak memory."""
         name = f"eval_{self.figure}"
         logged = {entry["step"] for entry in self.history if name in entry}
-        for step, value in ((0, self.validated("before")), (self.steps, self.validated("after"))):
+        for step, value, others in (
+            (0, self.validated("before"), self.figures_before),
+            (self.steps, self.validated("after"), self.figures_after),
+        ):
             if value is not None and step not in logged:
-                self.history.append({"step": step, name: value})
+                self.history.append({"step": step, **others, name: value})
         self.history.sort(key=lambda entry: entry["step"])
         self.peak_rss_mb = peak_rss_mb()
         if self.ranks:
@@ -220,8 +242,8 @@ class RunResult:
         }[self.status] + "."
         if self.checkpoint:
             yield (
-                f"{self.checkpoint} is complete: the same recipe resumes from it with "
-                "resume_from_checkpoint: true"
+                f"{self.checkpoint} is complete: the same recipe resumes from it"
+                f"{resumption(self.recipe)}"
             )
 
     def _kept(self, adapter: bool) -> str:
@@ -248,15 +270,19 @@ class RunResult:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = {"steps": f"{self.steps} of {self.steps_planned}"}
-        before, after = self.validated("before"), self.validated("after")
-        if before is not None and after is not None:
-            text = f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
-            rows[f"validation {self.figure}"] = text
+        if self.best_step is not None:
+            rows["steps"] += f"; the best checkpoint, of step {self.best_step}, was loaded"
+        for name in dict.fromkeys((self.figure, self.judged)):
+            both = self.figures_before, self.figures_after
+            before, after = (figures.get(f"eval_{name}") for figures in both)
+            if before is not None and after is not None:
+                text = f"{before:z.3f} → {after:z.3f} ({after - before:+z.3f})"
+                rows[f"validation {name}"] = text
         rewards = [entry["reward"] for entry in self.history if entry.get("reward") is not None]
         if self.figure == "reward" and rewards:
-            rows["training reward"] = f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
+            rows["training reward"] = f"{rewards[0]:z.3f} → {rewards[-1]:z.3f}"
         if self.loss_first is not None and self.loss_last is not None:
-            rows["training loss"] = f"{self.loss_first:.3f} → {self.loss_last:.3f}"
+            rows["training loss"] = f"{self.loss_first:z.3f} → {self.loss_last:z.3f}"
         rows["speed"] = (
             f"{self.tokens_per_s:,.0f} tokens/s ({self.trained_tokens_per_s:,.0f} trained), "
             f"first step {self.first_step_s:.1f} s"
@@ -279,36 +305,3 @@ class RunResult:
 
     def _times(self) -> str:
         return ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items() if s >= 0.5)
-
-
-def rows_message(data: dict[str, int]) -> str:
-    """A line on the rows of a run."""
-    if not data.get("rows"):
-        held = data.get("validation_samples", 0)
-        return "data: a stream" + (f"; {held:,} rows for validation" if held else "")
-    dropped = {
-        "too_long": "too long",
-        "too_short": "too short",
-        "nothing_to_train": "with nothing to train",
-        "empty": "with an empty prompt or answer",
-        "duplicates": "duplicates",
-    }
-    left_out = [f"{data[k]:,} {words}" for k, words in dropped.items() if data.get(k)]
-    if "train_sequences" not in data:
-        return ", ".join([f"data: {data['rows']:,} rows of the stream were read", *left_out])
-    return (
-        f"data: {data['rows']:,} rows, {data.get('validation_samples', 0):,} for "
-        f"validation; {data.get('train_sequences', 0):,} sequences, "
-        f"{data.get('train_tokens', 0):,} tokens, "
-        f"{data.get('train_trained_tokens', 0):,} trained"
-        + (f"; {', '.join(left_out)}" if left_out else "")
-    )
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: write them as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

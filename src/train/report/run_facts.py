@@ -14,6 +14,19 @@ from ...errors import DataError
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", None: "full fine-tuning"}
 
+TASKS = {
+    "dpo": "DPO (direct preference optimization)", "ipo": "IPO (identity preference optimization)",
+    "kto": "KTO (Kahneman-Tversky optimization)",
+    "orpo": "ORPO (odds ratio preference optimization)",
+    "cpo": "CPO (contrastive preference optimization)",
+    "simpo": "SimPO (simple preference optimization)",
+    "grpo": "GRPO (group relative policy optimization)",
+    "gdpo": "GDPO (GRPO whose rewards are normalized one by one)",
+    "reward-model": "reward modeling (Bradley and Terry)",
+    "process-reward-model": "process reward modeling",
+}  # fmt: skip
+"""What trains on preferences or rewards, by the tag that model cards have for it."""
+
 
 _PATH = re.compile(
     r"(?<=['\"])/[^'\"\n]+(?=['\"])|(?<![\w:/.<~-])(?:/[^\s/'\",;:()<>]+){2,}"
@@ -128,6 +141,15 @@ class Facts:
         name = METHODS.get(adapter, str(adapter))
         rank = self.recipe.get("lora_r")
         return f"{name} rank {rank}" if adapter and rank else name
+
+    @property
+    def task(self) -> str | None:
+        """The method of preferences or rewards, one of ``TASKS``; None: supervised training."""
+        for key in ("reward_model", "process_reward_model"):
+            if self.recipe.get(key):
+                return key.replace("_", "-")
+        named = self.recipe.get("rl")
+        return str(named) if named in TASKS else None
 
     @property
     def folder(self) -> str:

@@ -55,20 +55,11 @@ class ExactMatch:
 
     def __call__(self, completions: Sequence[Generated], **columns: Any) -> list[float | None]:
         """1 or 0 for each completion; None for a row without an answer."""
-        if self.field not in columns:
-            raise DataError(self.without_field())
         right = columns[self.field]
         return [
             None if r is None else float(_given(text_of(c)) == _plain(str(r).split("####")[-1]))
             for c, r in zip(completions, right, strict=True)
         ]
-
-    def without_field(self) -> str:
-        """What to say where no row has the field."""
-        return (
-            f"the reward exact_match needs the field {self.field!r} with the right answer, and "
-            "no row has it; name another field with exact_match:FIELD"
-        )
 
 
 @dataclass(frozen=True)

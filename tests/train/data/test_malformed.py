@@ -222,7 +222,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         recipe(sequence_len=8), "no row is left to train on: of 5, 5 are longer than 8 tokens",
     ),
     "all rows are too short": (
-        recipe(min_sample_len=100), "no row is left to train on: of 5, 5 are shorter than 100",
+        recipe(min_sample_len=100), "of 5, 5 are shorter than 100 tokens (min_sample_len); lower"
     ),
     "a row is too long": (
         recipe(sequence_len=8, excess_length_strategy="raise"), "line 1: 23 tokens, and sequence_l",
@@ -231,7 +231,9 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         only(turn(train=False), message_field_training="train"), "of 1, 1 have nothing to train",
     ),
     "nothing left to train on": (
-        recipe(val_set_size=5), "val_set_size: 5 of 5 rows leaves 0 to train on and 5 to validate",
+        recipe(val_set_size=5),
+        "val_set_size: 5 of 5 rows leaves 0 to train on and 5 to validate on; set "
+        "val_set_size to a number of rows from 1 to 4, to a share below 1, or to 0",
     ),
     "an end that is no token": (recipe(eot_tokens=["<|nope|>"]), "eot_tokens: '<|nope|>' is 8 tok"),
     "an end that is never trained": (

@@ -16,7 +16,7 @@ from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import Sample, Samples, prepare
 from fusewright.train.data.preferences.examples import Examples
 from fusewright.train.data.prepare import _work
-from fusewright.train.data.readers.limits import warnings
+from fusewright.train.data.readers.limits import require_contrast, warnings
 from fusewright.train.recipe.keys.preferences.names import ROW_TYPES, type_problem
 from fusewright.train.recipe.recipe import Recipe
 
@@ -348,6 +348,12 @@ def bare(cfg, **kwargs):
 
 def broken(cfg, **kwargs):
     return "no function"
+
+def ends(cfg, **kwargs):
+    raise SystemExit(0)
+
+def ends_at_a_row(cfg, **kwargs):
+    return lambda row, tokenizer=None: exit(0)
 """
 
 
@@ -362,8 +368,14 @@ def test_a_function_changes_rows(tmp_path: Path) -> None:
         examples(tmp_path, rows, GRPO, type=f"{named}:bare")
     with pytest.raises(RecipeError, match="must return a function that changes a row, not text"):
         examples(tmp_path, rows, GRPO, type=f"{named}:broken")
-    with pytest.raises(DataError, match=r"line 1: .*own\.py:short failed: 'question'"):
+    with pytest.raises(
+        DataError, match=r"line 1: .*own\.py:short raised KeyError at own\.py:\d+: 'q"
+    ):
         examples(tmp_path, [{}], GRPO, type=f"{named}:short")
+    with pytest.raises(RecipeError, match=r"own\.py:ends called sys\.exit\(0\) at own\.py:\d+"):
+        examples(tmp_path, rows, GRPO, type=f"{named}:ends")
+    with pytest.raises(DataError, match=r"line 1: .*:ends_at_a_row called sys\.exit\(0\) at own"):
+        examples(tmp_path, rows, GRPO, type=f"{named}:ends_at_a_row")
 
 
 IMPORTING = """
@@ -483,13 +495,16 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
              {"prompt": [user("")], **PAIR}]  # fmt: skip
     found = prepared(tmp_path, [good, *empty], DPO)
     assert found.counts["empty"] == 4
-    assert warnings(found.counts) == [
-        "warning: 4 rows have an empty prompt or answer, and are left out"
-    ]
+    (said,) = warnings(found.counts, found.first)
+    assert said.startswith("warning: 4 rows have an empty prompt or answer and are left out (the")
+    assert said.endswith("rows.jsonl, line 2)")
+    found = prepared(tmp_path, [good, empty[0]], DPO)
+    (said,) = warnings(found.counts, found.first)
+    assert said.startswith("warning: 1 row has an empty prompt or answer and is left out (")
     for row in empty:
         with pytest.raises(DataError, match="line 1: the prompt or an answer is empty: leave the"):
             prepared(tmp_path, [row], {**DPO, "excess_length_strategy": "raise"})
-        with pytest.raises(DataError, match="of 1, 1 have an empty prompt or answer"):
+        with pytest.raises(DataError, match="of 1, 1 have an empty prompt or answer; name"):
             prepared(tmp_path, [row], DPO)
     form = {"prompt": "a", "chosen": "", "rejected": "b"}
     with pytest.raises(DataError, match="1 have an empty prompt or answer"):
@@ -508,6 +523,25 @@ def test_warnings(tmp_path: Path) -> None:
     (said,) = warnings(prepared(tmp_path, [one, one], KTO).counts)
     assert said == "warning: all 2 answers are desirable: KTO compares both kinds"
     assert warnings(prepared(tmp_path, [one, {**one, "label": False}], KTO).counts) == []
+
+
+def test_rows_without_anything_to_compare_are_refused(tmp_path: Path) -> None:
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    one = {"prompt": "a", "completion": "b", "label": True}
+    for rows, keys, said in (
+        ([same, same], DPO, "rows.jsonl, line 1: the chosen and the rejected answer are the same"),
+        ([one, one], KTO, "line 1: this answer and all others of 2 are desirable, and KTO learns"),
+        ([{**one, "label": False}] * 2, KTO, "undesirable, .* add rows whose label is true"),
+    ):
+        found = prepared(tmp_path, rows, keys)
+        with pytest.raises(DataError, match=said):
+            require_contrast(found.counts, found.first)
+    for rows, keys in (
+        ([same, {**same, "rejected": "c"}], DPO), ([one, {**one, "label": False}], KTO),
+        ([{"prompt": "a"}], GRPO),
+    ):  # fmt: skip
+        found = prepared(tmp_path, rows, keys)
+        require_contrast(found.counts, found.first)
 
 
 def test_a_template_must_end_answers(tmp_path: Path) -> None:

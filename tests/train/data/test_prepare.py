@@ -20,7 +20,7 @@ from fusewright.train.data.readers.sources import DataSource
 from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.report.result import rows_message
+from fusewright.train.report.format import rows_message
 from fusewright.train.trainer.batches import training_sequences
 
 from ..conftest import chat, make_tokenizer

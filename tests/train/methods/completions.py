@@ -40,6 +40,26 @@ def endless(completions, **columns):
     return [float("inf")] * len(completions)
 
 
+def silent(completions, **columns):
+    return [None] * len(completions)
+
+
+def no_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
+
+def constant(completions, **columns):
+    return [0.25] * len(completions)
+
+
+def by_prompt(prompts, completions, **columns):
+    return [float(len(p[0]["content"])) for p in prompts]
+
+
+def ending(completions, **columns):
+    raise SystemExit(0)
+
+
 async def later(completions, **columns):
     return [float(len(columns["completion_ids"][i])) for i in range(len(completions))]
 '''

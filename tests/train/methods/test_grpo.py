@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -19,6 +21,7 @@ from fusewright.train import train
 from fusewright.train.consent import Consent
 from fusewright.train.data import prepare
 from fusewright.train.model.tokenizer import load_tokenizer
+from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
@@ -30,6 +33,7 @@ from .completions import drawn, grpo_recipe
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
 QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[3]
 FULL = {"adapter": None, "lora_r": None, "lora_target_linear": None, "learning_rate": 1e-3}
 
 
@@ -503,6 +507,64 @@ def test_a_reward_that_fails_leaves_a_checkpoint(base: Path, tmp_path: Path) -> 
     assert (tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
+def told(recipe: dict[str, Any]) -> tuple[RunResult, str]:
+    """A run, and what it printed."""
+    text = io.StringIO()
+    result = train(recipe, console=Console(file=text, width=1000), allow_code=True)
+    return result, text.getvalue()
+
+
+@pytest.mark.parametrize("held", [0, 4])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ("no_number",),
+            r"^trl.reward_funcs.0: the reward no_number returned NaN for all \d+ c",
+        ),
+        (("silent",), r"^trl.reward_funcs.0: the reward silent returned None for all \d+ comple"),
+        (
+            ("silent", "no_number"),
+            "^trl.reward_funcs: the reward silent returned None and the reward no_number returned "
+            r"NaN for all \d+ completions, from which nothing can be learnt",
+        ),
+        (
+            ("ending",),
+            r"^trl.reward_funcs.0: the reward ending called sys.exit\(0\) at of_mine.py:",
+        ),
+    ],
+)
+def test_a_step_that_no_reward_judges(
+    names: tuple[str, ...], said: str, held: int, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RewardError, match=said):
+        run(grpo_recipe(base, tmp_path, names, val_set_size=held))
+
+
+def test_some_completions_that_no_reward_judges(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result, said = told(grpo_recipe(base, tmp_path, ("some",), val_set_size=0, max_steps=2))
+    assert result.status == "finished"
+    assert said.count("no reward judged") == 1
+    assert "warning: step 1: no reward judged 3 of 8 completions (None or NaN)" in said
+    assert "All reward functions returned None" not in capfd.readouterr().err
+
+
+def test_equal_rewards_are_told_once(base: Path, tmp_path: Path) -> None:
+    keys = {"val_set_size": 0, "max_steps": 7}
+    _, said = told(grpo_recipe(base, tmp_path, ("constant", "by_prompt"), **keys))
+    line = next(line for line in said.splitlines() if "equal rewards" in line)
+    assert line.startswith("warning: in 5 logged steps, all completions of a prompt had the same")
+    assert "constant gave 0.25 to all, by_prompt did not tell them apart; use rewards" in line
+    assert said.count("equal rewards") == 1
+    keys |= {"max_steps": 1, "overwrite_output_dir": True}
+    _, said = told(grpo_recipe(base, tmp_path, ("constant",), **keys))
+    assert "warning: in the only logged step, all completions of a prompt had the same" in said
+    _, said = told(grpo_recipe(base, tmp_path, ("constant", "letters"), **keys))
+    assert "equal rewards" not in said
+
+
 def test_the_rows_of_a_nan_loss(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +605,43 @@ def test_a_finished_run_is_evaluated_by_its_rewards(base: Path, tmp_path: Path) 
     assert found["reward"] == pytest.approx(result.val_reward_after, abs=0.5)
     assert found["recorded_val_reward"] == result.val_reward_after
     assert "loss" not in found
+
+
+def test_a_run_with_a_function_is_evaluated_with_the_callers_word(
+    base: Path, tmp_path: Path
+) -> None:
+    result = run(grpo_recipe(base, tmp_path, max_steps=1))
+    refused = fusewright("eval", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "trl.reward_funcs.0" in refused.output
+    assert "pass --allow-code" in " ".join(refused.output.split())
+    assert fusewright("eval", tmp_path / "out", "--allow-code").exit_code == 0
+    found = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert found["recorded_val_reward"] == result.val_reward_after
+
+
+def test_the_function_of_the_documentation(base: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    code, keys = (re.findall(rf"```{kind}\n(.*?)```", text, re.S)[0] for kind in ("python", "yaml"))
+    rows = re.search(r"rows such as `(\{.*?\]), (\"answer\".*?)`", text)
+    assert rows is not None
+    lines = f'{rows[1]}, {rows[2]}\n{rows[1]}, "answer": null}}\n' * 4
+    (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
+    written = yaml.safe_load(keys)
+    recipe = grpo_recipe(base, tmp_path, max_steps=1, val_set_size=0)
+    recipe |= {name: value for name, value in written.items() if name != "trl"}
+    recipe["trl"] |= written["trl"]
+    (tmp_path / "of_mine.py").write_text(code, encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert fusewright("train", path, "--allow-code", "--dry-run").exit_code == 0
+    result = train(path, console=QUIET, allow_code=True)
+    assert set(result.completions[0]["rewards"]) == {"sums", "length"}
+    sums = load_function(f"{tmp_path}/of_mine.py:sums", "key", Consent(allow_code=True))
+    said = ["It is 7.", "8", "seven", "7"]
+    answers = ["7", "7", "7", None]
+    for completions in (said, [[{"role": "assistant", "content": text}] for text in said]):
+        assert sums(completions, answers, prompts=["2+5?"] * 4) == [1.0, 0.2, 0.0, None]
 
 
 def test_completions_that_the_model_has_no_positions_for(

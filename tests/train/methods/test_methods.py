@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> No
     if method in ("dpo", "ipo", "kto"):  # else a margin is mostly that of the answers' lengths
         assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
     validations = [entry for entry in result.history if "eval_rewards/margins" in entry]
-    assert [entry["step"] for entry in validations] == [6, 12]
+    assert [entry["step"] for entry in validations] == [0, 6, 12]
     assert not any("eval_rewards/margins" in entry for entry in steps)
     assert result.adapter_check["exact"]
     assert sorted(p.name for p in (tmp_path / "out").glob("adapter*")) == [
@@ -211,6 +212,50 @@ def test_a_finished_run_is_evaluated_as_it_was_validated(
     for name in ("rewards/margins", "accuracy"):
         if f"eval_{name}" in last:
             assert figures[name] == pytest.approx(last[f"eval_{name}"], rel=1e-4), name
+
+
+def test_validations_have_all_figures_without_steps_between(base: Path, tmp_path: Path) -> None:
+    train(method_recipe("dpo", base, tmp_path), console=QUIET)
+    history = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))["history"]
+    found = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in found] == [0, 4]
+    for name in ("rewards/accuracies", "rewards/chosen", "rewards/margins", "logps/rejected"):
+        assert all(f"eval_{name}" in entry for entry in found), name
+    assert not any("eval_num_tokens" in entry for entry in history)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for words in ("Accuracy", "Rewards of answers", "Log-probabilities of answers",
+                  "rejected, validation"):  # fmt: skip
+        assert words in page, words
+
+
+def test_the_figure_that_judges_is_told_and_so_is_the_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusewright.train.methods.direct import PairTuner
+
+    was = PairTuner.figures
+
+    def best_at_two(self: Any) -> dict[str, float]:
+        step = self.state.global_step
+        return {**was(self), "eval_rewards/accuracies": {0: 0.25, 2: 0.875}.get(step, 0.5)}
+
+    monkeypatch.setattr(PairTuner, "figures", best_at_two)
+    keys = {
+        "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/accuracies",
+    }  # fmt: skip
+    text = io.StringIO()
+    recipe = method_recipe("dpo", base, tmp_path, **keys)
+    result = train(recipe, console=Console(file=text, width=1000))
+    said = text.getvalue()
+    assert "validation rewards/accuracies before: 0.250" in said
+    assert "step 2: validation rewards/accuracies 0.875" in said
+    assert "step 4: validation rewards/accuracies 0.500 (-0.375)" in said
+    assert "\nthe best checkpoint, of step 2, was loaded" in said
+    assert "4 of 4; the best checkpoint, of step 2, was loaded" in said
+    assert result.best_step == 2
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the weights are those of step 2, the best checkpoint" in page
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -165,6 +165,12 @@ def test_the_page_of_keys_is_up_to_date() -> None:
     )
 
 
+def test_long_lists_of_values_stand_once_on_the_page() -> None:
+    below = [line for line in page().splitlines() if line.startswith("`dpo_loss_type`: ")]
+    assert len(below) == 1
+    assert "| `dpo_loss_type` | a name or a list of names, see below |" in page()
+
+
 @pytest.mark.parametrize(("old", "new"), aliases(Recipe).items())
 def test_older_names(old: str, new: str) -> None:
     value: Any = {"a": 1} if "model_" in new else 0.5

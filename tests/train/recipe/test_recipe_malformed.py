@@ -101,6 +101,23 @@ TYPES = [
         "did you mean adamw_torch?",
     ),
     good(
+        "another case",
+        "rl: DPO\n",
+        "line 4: rl: must be 'dpo', 'ipo', 'orpo', 'kto', 'simpo', 'grpo', 'gdpo', 'cpo' or "
+        "'ebft', not 'DPO'; did you mean dpo?",
+    ),
+    good("no such method", "rl: ppo\n", "'cpo' or 'ebft', not 'ppo'"),
+    good(
+        "no such name in a list",
+        "rl: dpo\ndpo_loss_type: [sigmod]\n",
+        "line 5: dpo_loss_type.0: must be 'sigmoid', 'hinge', ",
+    ),
+    good(
+        "another case of a template",
+        "chat_template: ChatML\n",
+        "there is no template 'ChatML' here; did you mean chatml?",
+    ),
+    good(
         "part of rows",
         "val_set_size: 1.5\n",
         "4: val_set_size: must be a fraction below 1 or a number",

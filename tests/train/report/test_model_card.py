@@ -48,6 +48,32 @@ def test_the_card_of_a_run(run: dict[str, Any], run_folder: Path, tmp_path: Path
     assert "](loss.png)" in rendered(run)
 
 
+@pytest.mark.parametrize(
+    ("keys", "tags", "use", "words"),
+    [
+        ({}, {"sft"}, "text-generation", "by supervised fine-tuning on"),
+        ({"kd_trainer": True}, {"sft", "distillation"}, "text-generation", ""),
+        *(
+            ({"rl": name}, {"trl", name}, "text-generation", f"with fusewright by {said} (")
+            for name, said in (("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"),
+                               ("cpo", "CPO"), ("simpo", "SimPO"), ("grpo", "GRPO"),
+                               ("gdpo", "GDPO"))
+        ),
+        ({"reward_model": True}, {"trl", "reward-model"}, "text-classification",
+         "by reward modeling"),
+        ({"process_reward_model": True}, {"trl", "process-reward-model"}, "token-classification",
+         "by process reward modeling"),
+    ],
+)  # fmt: skip
+def test_the_method_is_named(
+    keys: dict[str, Any], tags: set[str], use: str, words: str, run: dict[str, Any]
+) -> None:
+    text = rendered({**run, "recipe": {**run["recipe"], **keys}})
+    assert set(front(text)["tags"]) - {"fusewright", "lora", "transformers"} == tags
+    assert front(text)["pipeline_tag"] == use
+    assert words in text
+
+
 def test_it_tells_no_folders_of_this_machine(run: dict[str, Any], run_folder: Path) -> None:
     text = rendered(run)
     assert str(run_folder.parent) not in text

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,16 @@ import torch
 from rich.console import Console
 
 from fusewright.train.processes.signals import Interrupts
-from fusewright.train.report.format import Smooth, duration, memory, millions
+from fusewright.train.report.format import (
+    Smooth,
+    duration,
+    memory,
+    millions,
+    resumption,
+    rows_message,
+)
 from fusewright.train.report.progress import ProgressCallback
+from fusewright.train.report.result import RunResult
 from fusewright.train.report.throughput import ThroughputMeter
 
 
@@ -239,6 +248,36 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_averaged() -> None:
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_stopped_run_says_what_its_recipe_needs_to_resume() -> None:
+    needs = " with resume_from_checkpoint: true"
+    for recipe, said in (
+        ({}, needs), ({"auto_resume_from_checkpoints": True}, ""),
+        ({"resume_from_checkpoint": True}, ""), ({"resume_from_checkpoint": "out/a"}, needs),
+        ({"auto_resume_from_checkpoints": True, "resume_from_checkpoint": "out/a"}, needs),
+        ({"auto_resume_from_checkpoints": True, "overwrite_output_dir": True},
+         " without overwrite_output_dir"),
+    ):  # fmt: skip
+        assert resumption(recipe) == said
+        result = RunResult(
+            Path("out"), recipe, status="interrupted", signal=2, steps=1, checkpoint="c"
+        )
+        line = list(result.ending(False))[-1]
+        assert line == f"c is complete: the same recipe resumes from it{said}"
+
+
+def test_prompts_are_not_called_trained() -> None:
+    counts = {"rows": 3, "train_sequences": 3, "train_tokens": 9, "train_trained_tokens": 0}
+    assert rows_message(counts) == "data: 3 rows, 0 for validation; 3 sequences, 9 tokens"
+    counts["train_trained_tokens"] = 5
+    assert rows_message(counts).endswith("9 tokens, 5 trained")
+
+
+def test_a_loss_that_is_almost_zero_has_no_sign() -> None:
+    screen = Screen(140, terminal=False)
+    screen.step(loss=-0.0001)
+    assert "loss 0.000" in screen.out.getvalue()
 
 
 def test_amounts() -> None:

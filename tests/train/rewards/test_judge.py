@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import json
 import math
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,13 +71,84 @@ def test_coroutines_are_awaited() -> None:
 def test_the_words_of_our_own_errors_are_kept() -> None:
     found = judges([built_in("exact_match:solution")])
     assert found[0](**GIVEN) == [0.0, 0.0]
-    with pytest.raises(
-        RewardError, match="needs the field 'solution' with the right answer, and no"
-    ):
+    said = (
+        "^trl.reward_funcs.0: the reward exact_match needs the field 'solution' with the right "
+        r"answer, and no row has it \(rows have 'answer'\)"
+    )
+    with pytest.raises(RewardError, match=said):
         require_rewards(found, World())
     with pytest.raises(DataError, match="needs the field 'solution'"):
         require_columns([built_in("exact_match:solution")], ["answer"])
     require_columns([built_in("exact_match"), built_in("format")], ["answer"])
+
+
+def test_a_function_cannot_end_the_run() -> None:
+    class OddError(BaseException):
+        pass
+
+    def ends(completions: list[str]) -> list[float]:
+        sys.exit(0)
+
+    def odd(completions: list[str]) -> list[float]:
+        raise OddError("of its own")
+
+    def late(completions: list[str]) -> Iterator[float]:
+        yield 1.0
+        raise KeyError("answer")
+
+    async def ends_later(completions: list[str]) -> list[float]:
+        sys.exit()
+
+    def stopped(completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    line = ends.__code__.co_firstlineno + 1
+    for reward, said in (
+        (ends, rf"the reward ends called sys.exit\(0\) at test_judge.py:{line}$"),
+        (odd, "the reward odd raised OddError at test_judge.py:.*: of its own"),
+        (late, "the reward late raised KeyError at test_judge.py:.*: 'answer'"),
+        (ends_later, r"the reward ends_later called sys.exit\(\) at test_judge.py:"),
+    ):
+        (judge,) = judges([reward])
+        found: Any = judge(**GIVEN)
+        assert (asyncio.run(found) if isinstance(judge, AsyncJudge) else found) == [0.0, 0.0]
+        with pytest.raises(RewardError, match=said):
+            require_rewards([judge], World())
+    with pytest.raises(KeyboardInterrupt):
+        judges([stopped])[0](**GIVEN)
+
+
+def test_the_line_is_that_of_the_function_itself() -> None:
+    def reads(completions: list[str]) -> list[float]:
+        return [json.loads(c)["x"] for c in completions]
+
+    class Reads:
+        def __call__(self, completions: list[str]) -> list[float]:
+            return reads(completions)
+
+    line = reads.__code__.co_firstlineno + 1
+    for reward in (reads, Reads(), functools.partial(reads)):
+        (judge,) = judges([reward])
+        judge(**GIVEN)
+        with pytest.raises(RewardError, match=f"JSONDecodeError at test_judge.py:{line}: Expect"):
+            require_rewards([judge], World())
+
+
+def test_an_argument_that_no_row_has() -> None:
+    def needs(completions: list[str], solution: list[str], other: int = 0) -> list[float]:
+        return [1.0] * len(completions)
+
+    said = (
+        "^trl.reward_funcs.0: the reward needs needs the argument 'solution', and no row has a "
+        r"field of that name \(rows have 'answer'\)"
+    )
+    (judge,) = judges([needs])
+    judge(**GIVEN)
+    with pytest.raises(RewardError, match=said):
+        require_rewards([judge], World())
+    with pytest.raises(DataError, match=said):
+        require_columns([needs], ["answer"])
+    require_columns([needs], ["answer", "solution"])
 
 
 def test_figures_leave_out_what_is_not_judged() -> None:

@@ -8,7 +8,7 @@ worse one. In rows of judged steps, the last token of each step has the label of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,11 +81,13 @@ def keep_answers(
         DataError: a row is too long or empty, and ``excess`` is ``raise``.
     """
     counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
     kept: list[TokenizedRow] = []
     for whole in rows:
         row = whole if answer is None else _cut_answers(whole, answer)
         if row.empty:
             counts["empty"] += 1
+            first.setdefault("empty", row.where)
             if limits.excess == "raise":
                 raise DataError(f"{row.where}: the prompt or an answer is empty: leave the row out")
             continue
@@ -99,12 +101,21 @@ def keep_answers(
             counts["nothing_to_train"] += 1
         else:
             counts["truncated"] += fitting is not whole
-            counts["special_tokens_in_text"] += row.specials
-            counts["equal_answers"] += row.equal or _same_tokens(fitting)
-            if len(row.answers) == 1 and row.labels is None:
-                counts["desirable" if row.answers[0].good else "undesirable"] += 1
+            for key in _kinds(row, fitting):
+                counts[key] += 1
+                first.setdefault(key, row.where)
             kept.append(fitting)
-    return _laid_out(kept, counts, limits.watched)
+    return replace(_laid_out(kept, counts, limits.watched), first=first)
+
+
+def _kinds(row: TokenizedRow, fitting: TokenizedRow) -> Iterator[str]:
+    """What a row that is kept counts as; ``fitting``: the row within the limits."""
+    if row.specials:
+        yield "special_tokens_in_text"
+    if len(row.answers) == 2:
+        yield "equal_answers" if row.equal or _same_tokens(fitting) else "different_answers"
+    if len(row.answers) == 1 and row.labels is None:
+        yield "desirable" if row.answers[0].good else "undesirable"
 
 
 def _same_tokens(row: TokenizedRow) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ....errors import DataError, RecipeError, first_line
-from ...own_functions import load_function
+from ....errors import DataError, RecipeError
+from ...own_functions import load_function, what_failed
 from ...recipe.recipe import Recipe
 from ..formats.fields import fields_of, kind
 from .rows import JudgedSteps, Preference, PreferenceReader
@@ -36,8 +36,11 @@ class OwnTypeReader:
         function = load_function(self.name, "datasets: type", self.recipe.consent)
         try:
             made = function(self.recipe.model_dump(mode="json"))
-        except Exception as error:  # whatever the code raises
-            raise RecipeError(f"datasets: type: {self.name} failed: {first_line(error)}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever the code raises, SystemExit among it
+            said = what_failed(error, function)
+            raise RecipeError(f"datasets: type: {self.name} {said}") from error
         options: Any = {}
         if isinstance(made, tuple) and len(made) == 2:
             made, options = made
@@ -54,8 +57,10 @@ class OwnTypeReader:
         row = fields_of(row, where, "prompt")
         try:
             made = self.change(dict(row), tokenizer=None)
-        except Exception as error:  # likewise
-            raise DataError(f"{where}: {self.name} failed: {first_line(error)}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # likewise
+            raise DataError(f"{where}: {self.name} {what_failed(error, self.change)}") from error
         if not isinstance(made, Mapping):
             raise DataError(f"{where}: {self.name} must return an object, not {kind(made)}")
         kept = {} if self.removed == "__all__" else row

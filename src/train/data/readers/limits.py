@@ -45,6 +45,7 @@ class Part:
         ends: tokens that end a trained turn of these rows.
         trained: tokens of these, and of those that are watched, that are trained at least once.
         extra: what each sample keeps besides its tokens; empty: none keeps anything.
+        first: file and line of the first row of some of the counts.
     """
 
     ids: Array
@@ -54,15 +55,22 @@ class Part:
     ends: set[int] = field(default_factory=set)
     trained: set[int] = field(default_factory=set)
     extra: list[str] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)
 
 
-def warnings(counts: Mapping[str, int]) -> list[str]:
-    """What to say of rows that are trained, though something is odd about them."""
-    said = [
-        f"warning: {rows_have(counts[key])} {words}"
-        for key, words in _ODD.items()
-        if counts.get(key)
-    ]
+def warnings(counts: Mapping[str, int], first: Mapping[str, str] | None = None) -> list[str]:
+    """What to say of rows that are trained, though something is odd about them, or are left out.
+
+    Args:
+        counts: how many rows are odd in each way.
+        first: file and line of the first one of each.
+    """
+    said = []
+    for key, (one, several) in _ODD.items():
+        number, where = counts.get(key, 0), (first or {}).get(key)
+        if number:
+            at = f" ({where if number == 1 else f'the first is {where}'})" if where else ""
+            said.append(f"warning: {one if number == 1 else f'{number:,} {several}'}{at}")
     good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
     if bool(good) != bool(bad):
         kind = "desirable" if good else "undesirable"
@@ -70,17 +78,71 @@ def warnings(counts: Mapping[str, int]) -> list[str]:
     return said
 
 
+def require_contrast(counts: Mapping[str, int], first: Mapping[str, str]) -> None:
+    """See that rows of preferences have something to compare.
+
+    Args:
+        counts: as in ``PreparedData.counts``.
+        first: file and line of the first row of each kind; of older caches it is empty.
+
+    Raises:
+        DataError: all pairs are equal, or KTO has only one kind of answers.
+    """
+    equal = counts.get("equal_answers", 0)
+    if "equal_answers" in first and not counts.get("different_answers"):
+        raise DataError(
+            f"{first['equal_answers']}: the chosen and the rejected answer are the same here, and "
+            f"in all {equal:,} rows: nothing can be learnt from them; see which fields have the "
+            "answers (field_chosen, field_rejected), and whether sequence_len or max_prompt_len "
+            "cuts the difference off"
+        )
+    good, bad = (counts.get(key, 0) for key in ("desirable", "undesirable"))
+    if bool(good) != bool(bad):
+        kind, other = ("desirable", "false") if good else ("undesirable", "true")
+        at = f"{first[kind]}: " if kind in first else ""
+        raise DataError(
+            f"{at}this answer and all others of {good + bad:,} are {kind}, and KTO learns from "
+            f"both kinds: add rows whose label is {other}"
+        )
+
+
+def nothing_left(counts: Mapping[str, int], limits: Limits) -> str:
+    """Why no row of a dataset is left, and what to do.
+
+    Args:
+        counts: how many rows there were, and why they were left out.
+        limits: of their lengths.
+    """
+    reasons = [
+        (f"{counts[key]:,} {words}", todo)
+        for key, words, todo in (
+            ("too_long", f"are longer than {limits.longest} tokens (sequence_len)",
+             "raise sequence_len, or set excess_length_strategy: truncate"),
+            ("too_short", f"are shorter than {limits.shortest} tokens (min_sample_len)",
+             "lower min_sample_len"),
+            ("nothing_to_train", "have nothing to train",
+             "see with preprocess --debug which tokens the keys of the dataset leave out"),
+            ("empty", "have an empty prompt or answer",
+             "name the fields that have the texts (field_messages, field_chosen, field_rejected)"),
+        )
+        if counts.get(key)
+    ]  # fmt: skip
+    why, todo = ", ".join(r for r, _ in reasons), "; ".join(t for _, t in reasons)
+    return f"no row is left to train on: of {counts['rows']:,}, {why}; {todo}"
+
+
+_SPECIAL = (
+    "special tokens in user, tool or prompt text, where they can end or begin a turn; preprocess "
+    "--debug shows them"
+)
+_EQUAL = "the same text as chosen and as rejected answer, from which nothing is learnt"
+_EMPTY = "an empty prompt or answer and"
 _ODD = {
-    "special_tokens_in_text": "special tokens in user, tool or prompt text, where they can end or "
-    "begin a turn; preprocess --debug shows them",
-    "equal_answers": "the same text as chosen and as rejected answer, from which nothing is learnt",
-    "empty": "an empty prompt or answer, and are left out",
+    "special_tokens_in_text": (f"1 row has {_SPECIAL}", f"rows have {_SPECIAL}"),
+    "equal_answers": (f"1 row has {_EQUAL}", f"rows have {_EQUAL}"),
+    "empty": (f"1 row has {_EMPTY} is left out", f"rows have {_EMPTY} are left out"),
 }
-
-
-def rows_have(number: int) -> str:
-    """So many rows, as the subject of a sentence."""
-    return "1 row has" if number == 1 else f"{number:,} rows have"
+"""What to say of one such row, and of several."""
 
 
 def keep(rows: Sequence[Tokens], limits: Limits) -> Part:

@@ -76,9 +76,9 @@ class TrlKeys(Keys):
     # --- rewards ---------------------------------------------------------------------------------
 
     reward_funcs: Annotated[list[str], Field(min_length=1)] | None = None
-    """What judges completions: ``exact_match``, ``regex:PATTERN``, ``format``, ``length:MOST``, or
-    Python functions as ``module.function``, which run only with ``--allow-code``. Unset: GRPO
-    needs at least one."""
+    """What judges completions: ``exact_match:FIELD``, ``regex:PATTERN``, ``format:TAG,TAG``,
+    ``length:LEAST-MOST``, or Python functions as ``module.function``, which run only with
+    ``--allow-code`` (``docs/preferences.md``). Unset: GRPO needs at least one."""
 
     reward_weights: list[Float] | None = None
     """The weight of each reward. Unset: 1 each."""
