@@ -132,7 +132,14 @@ def _cases(only: Sequence[str]) -> Iterator[tuple[str, str, list[Maker]]]:
             )
 
 
-_NO_KERNELS = ("attention", "dora", "dora_row_norms", "linear_divergence", "moe_experts")
+_NO_KERNELS = (
+    "attention",
+    "decode_attention",
+    "dora",
+    "dora_row_norms",
+    "linear_divergence",
+    "moe_experts",
+)
 """Of PyTorch's own operators, or made of two others."""
 
 

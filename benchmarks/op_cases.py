@@ -202,6 +202,11 @@ def _attention(m: Maker) -> Case:
     return Case((q, k, v, m.sizes.head_dim**-0.5, True))
 
 
+def _decode_attention(m: Maker) -> Case:
+    q, k, v = (t.detach() for t in _attention(m).args[:3])
+    return Case((q[:, :, -1:], k, v, m.sizes.head_dim**-0.5))
+
+
 def _selective_scan(m: Maker) -> Case:
     channels, states = m.sizes.hidden, 16
     wide = (m.activation(channels).detach().transpose(1, 2).requires_grad_() for _ in range(3))
@@ -262,6 +267,7 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "linear_logprob": _linear_logprob,
     "linear_divergence": _linear_divergence,
     "attention": _attention,
+    "decode_attention": _decode_attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
     "moe_experts": _moe_experts,

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fusewright.kernels.linear import quant_linear, quant_lora_linear, quant_products
+from fusewright.kernels.linear import quantized as quantized_module
 from fusewright.kernels.linear.quantized import Quantized, dequantize, dequantize_reference, scales
 from fusewright.rewrite.tolerance import exceeded
 
@@ -245,3 +247,13 @@ def test_reasons():
     assert QUANT_LORA.unsupported(x, w, bias, a, b, 2.0) == []
     assert "do not chain" in QUANT_LORA.unsupported(x, w, bias, a[:, :8], b, 2.0)[0]
     assert "narrower" in QUANT_LORA.unsupported(x.float(), w, None, a, b, 2.0, dtype=BF16)[0]
+
+
+def test_a_run_on_fake_tensors_leaves_none_behind() -> None:
+    """As counting and planning make them: what is kept of a first call must be real."""
+    kind = ("nf4", torch.bfloat16, torch.device("cpu"))
+    with FakeTensorMode():
+        fake = quantized_module.table(*kind)
+    assert isinstance(fake, FakeTensor)
+    assert type(quantized_module.table(*kind)) is Tensor
+    assert quantized_module.table(*kind) is quantized_module.table(*kind)

@@ -8,7 +8,8 @@ there is such a weight, whoever made it has registered the operators that are us
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,13 +102,27 @@ def dequantize_reference(w: Quantized, dtype: torch.dtype) -> Tensor:
     return result.view(out, into)
 
 
-@functools.cache
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def _kept(make: Callable[[str, torch.dtype, torch.device], Tensor]) -> Any:
+    """``make``, whose results are kept unless they are fake tensors."""
+    kept = functools.cache(make)
+
+    @functools.wraps(make)
+    def found(*args: Any) -> Tensor:
+        return kept(*args) if torch._C._get_dispatch_mode(_FAKE) is None else make(*args)
+
+    return found
+
+
+@_kept
 def table(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the 16 codes stand for."""
     return torch.tensor(VALUES[kind], dtype=dtype, device=device)
 
 
-@functools.cache
+@_kept
 def _pairs(kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the 256 bytes stand for: (256, 2)."""
     one = table(kind, dtype, device)
