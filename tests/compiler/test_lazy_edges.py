@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,14 +17,6 @@ from fusewright import optimize
 from .test_logits import _LM, IDS, LABELS, V, _plain
 
 TARGETS = torch.arange(14).view(2, 7) * 3 % V
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    _pair.cache_clear()
-    torch._dynamo.reset()
 
 
 @functools.cache

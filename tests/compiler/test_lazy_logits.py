@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,14 +26,6 @@ from .test_logits import _LM, IDS, LABELS, USES, V, _plain
 
 TARGETS = torch.arange(14).view(2, 7) * 3 % V
 MASK = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    _pair.cache_clear()
-    torch._dynamo.reset()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,14 +25,6 @@ IDS = torch.arange(60).view(3, 20) % V
 TARGETS = torch.arange(60).view(3, 20, 1) * 3 % V
 MASK = torch.rand(3, 20, generator=torch.Generator().manual_seed(2)) > 0.4
 AGAIN = torch.tensor([2, 0, 2])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    _pair.cache_clear()
-    torch._dynamo.reset()
 
 
 @functools.cache

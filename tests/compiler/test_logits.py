@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,14 +90,6 @@ KINDS = {
     "capped": (_plain, True, False),
     "cut, capped": (_cut, True, True),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    _pair.cache_clear()
-    torch._dynamo.reset()
 
 
 @functools.cache
