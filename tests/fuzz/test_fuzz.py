@@ -9,10 +9,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
+from fusewright.rewrite.tolerance import exceeded
 
 from .compare import _is_eagers_own, check, draw, exact, load, script
 from .judge import DRAWS, Failure, Outcome, _is_luck, judge
@@ -108,6 +109,23 @@ def test_a_few_draws_that_are_far_away_are_luck_and_many_are_not() -> None:
     eager[:12] -= 1
     ours[:12] += 1
     assert not _is_luck(ours, eager, exact)  # all that are far away are ours
+
+
+def test_errors_that_differ_by_a_million_are_compared_draw_by_draw() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(480, width, generator=generator, dtype=torch.float64)
+
+    exact, size = normal(8), 1e-4 * (4 * normal(1)).exp().sort(0).values
+    eager, ours = (exact + size * normal(1).exp() * normal(8) for _ in range(2))
+    assert exceeded(ours, eager, exact) is not None  # the worst draw is ours
+    assert _is_luck(ours, eager, exact)
+    assert not _is_luck(exact + 1.6 * (ours - exact), eager, exact)
+    for quarter in range(4):  # ours are three times as far in one of them
+        part = torch.arange(480)[:, None] // 120 == quarter
+        further = torch.where(part, exact + 3 * (ours - exact), ours)
+        assert not _is_luck(further, eager, exact)
 
 
 def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:

@@ -26,6 +26,8 @@ from .worker import RESULT, Job
 _POLL = 0.1
 _OTHERS = 20.0
 """Seconds that the other processes of a way get to end, once one has failed."""
+_LAST = 12
+"""Lines of what a process printed that are shown when a signal has ended it: where it was."""
 _ERROR = re.compile(r"(?:\[rank\d+\]:\s)?(\w[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
 """The last line of a traceback."""
 
@@ -93,16 +95,18 @@ def _ended(way: Way, folder: Path, code: int, seconds: float) -> Run:
 
 
 def _reason(folder: Path, code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the system does that when memory is short)" if name == "SIGKILL" else ""
-        return f"its process was killed by {name}{hint}"
     lines = [
         line.rstrip()
         for path in sorted(folder.glob("*.err"))
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
+    if code < 0:
+        name = signal.Signals(-code).name
+        if name == "SIGKILL":
+            return "its process was killed by SIGKILL (the system does that when memory is short)"
+        said = " | ".join(line.strip() for line in lines[-_LAST:]) or "nothing"
+        return f"its process was killed by {name}; what it last printed: {said}"
     errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     causes = [said for said in errors if "ProcessLostError" not in said] or errors
     said = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
@@ -112,7 +116,8 @@ def _reason(folder: Path, code: int) -> str:
 @contextlib.contextmanager
 def _started(folder: Path, number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes of a worker; none is left afterwards, whatever ends the block."""
-    command = [sys.executable, "-P", "-m", "fusewright.train.proof.worker", str(folder)]
+    worker = ["-P", "-X", "faulthandler", "-m", "fusewright.train.proof.worker", str(folder)]
+    command = [sys.executable, *worker]
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         store = _store() if number > 1 else None

@@ -204,6 +204,10 @@ def test_a_refused_way_is_left_out_if_it_may_be(
     [
         ("import sys; sys.exit('there is no such thing')", "no such thing"),
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        (
+            "import os; os.write(2, b'free(): invalid size\\n'); os.abort()",
+            "was killed by SIGABRT; what it last printed: free(): invalid size",
+        ),
         ("", "exit code 0: it printed nothing"),
     ],
 )
