@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from fusewright.kernels import fallback
 from tests.kernels.calls import CALLS, Call, Draw
@@ -18,67 +19,66 @@ from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity_of_draws
 
 LATER = {
-    "rms_norm-inner": "norms.rms_norm_triton:backward",
-    "add_rms_norm": "norms.rms_norm_triton:backward",
-    "rms_norm_linear": "norms.rms_norm_triton:backward",
-    "layer_norm": "norms.layer_norm_triton:backward",
-    "glu-silu": "mlp.glu_triton:backward",
-    "glu_packed": "mlp.glu_triton:packed_backward",
-    "mlp_block-input": "mlp.glu_triton:backward",
-    "moe_experts-bias": "moe.moe_experts_triton:grouped_outer",
-    "linear_logprob-two-softcap": "loss.linear_logprob_triton:differentiate",
-    "selective_scan": "scan.selective_scan_triton:backward",
-    "ssd": "scan.ssd_triton:backward",
+    "rms_norm-inner": "backward_kernel",
+    "add_rms_norm": "backward_kernel",
+    "rms_norm_linear": "backward_kernel",
+    "layer_norm": "backward_kernel",
+    "glu-silu": "_backward_kernel",
+    "glu_packed": "_backward_kernel",
+    "mlp_block-input": "_backward_kernel",
+    "moe_experts-bias": "_grouped_outer_kernel",
+    "linear_logprob-two-softcap": "slope_kernel",
+    "selective_scan": "_backward_kernel",
+    "ssd": "backward_kernel",
 }
-"""Call -> what its backward launches, after its forward has launched other kernels."""
+"""Call -> the kernel that its backward launches, after its forward has launched others."""
 
 
 def check_backward() -> None:
-    for name, launcher in LATER.items():
-        _check(name, launcher, after=0)
+    for name, kernel in LATER.items():
+        _check(name, kernel, after=0)
 
 
 def check_second_call() -> None:
     """In forward, of an op whose first call went well; in backward, of one that runs in both."""
-    _check("rms_norm-inner", "norms.rms_norm_triton:forward", after=1)
-    _check("glu-silu", "mlp.glu_triton:forward", after=1)
-    _check("rope", "attention.rope_triton:rotate", after=1)
-    _check("lora_linear", "linear.lora_linear_triton:rank_update", after=1)
+    _check("rms_norm-inner", "forward_kernel", after=1)
+    _check("glu-silu", "_forward_kernel", after=1)
+    _check("rope", "_rope_kernel", after=1)
+    _check("lora_linear", "rank_update_kernel", after=1)
 
 
-def _check(name: str, launcher: str, after: int) -> None:
-    module_name, function_name = launcher.split(":")
-    module = importlib.import_module(f"fusewright.kernels.{module_name}")
-    launch = getattr(module, function_name)
-    fails = _fails_after(launch, after)
+def _check(name: str, kernel: str, after: int) -> None:
     seeds = itertools.count()
 
     def draw() -> Call:
         return CALLS[name](Draw((2, 7, 32), torch.float32, True, "cpu", next(seeds)))
 
     call = draw()
-    with (
-        clean(),
-        mock.patch.object(module, function_name, fails),
-        warnings.catch_warnings(record=True) as caught,
-    ):
+    with clean(), _failing(kernel, after) as left, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             assert_parity_of_draws(call.ours, call.reference, lambda: draw().inputs)
         assert len(fallback.FAILED) == 1, (name, fallback.FAILED)
+    assert left == [-1], "a kernel that has failed was tried again"
     assert len([w for w in caught if "could not be compiled" in str(w.message)]) == 1, name
 
 
-def _fails_after(launch: Callable[..., Any], calls: int) -> Callable[..., Any]:
-    left = [calls]
+@contextmanager
+def _failing(kernel: str, after: int) -> Iterator[list[int]]:
+    """Let launches of ``kernel`` fail after that many; yields how many are left."""
+    left = [after]
+    run: Callable[..., Any] = InterpretedFunction.run
 
-    def failing(*args: Any) -> Any:
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__name__ != kernel:
+            return run(self, *args, **kwargs)
         left[0] -= 1
         if left[0] >= 0:
-            return launch(*args)
+            return run(self, *args, **kwargs)
         raise ERRORS["resources"]()
 
-    return failing
+    with mock.patch.object(InterpretedFunction, "run", failing):
+        yield left
 
 
 if __name__ == "__main__":
