@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import first_line
 from ..graph import facts
 from ..graph.edit import modes, switches_mode
 from ..graph.layouts import layout_is_read
+from ..kernels.fallback import LaunchError, no_fallback
 from ..report import Figures
 from .engine import Candidate, Verdict
 from .sample_inputs import (
@@ -70,7 +72,7 @@ class Verifier:
 
     def _decided(self, candidate: Candidate) -> Verdict:
         def verify() -> Verdict:
-            with quiet_randomness():
+            with quiet_randomness(), no_fallback():
                 return _judge(candidate, self.traced)
 
         if self.always or self.shared is None:
@@ -88,8 +90,11 @@ def _judge(candidate: Candidate, traced: bool) -> Verdict:
         try:
             found = make(candidate)
             verdict = None if found is None else _verdict(_Site(found, traced, candidate), small)
+        except LaunchError as error:
+            text = str(error)
+            continue
         except Exception as error:  # what fails to run is refused, not fatal
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {first_line(error)}"
             continue
         if verdict is not None and (verdict.reason is None or make is not smaller):
             return verdict

@@ -75,6 +75,7 @@ rank_update = library_op(
     "linear.lora_linear:rank_update",
     _rank_update_fake,
     lambda base, left, right: 2 * left.shape[0] * right.numel(),
+    plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
 )
 
 

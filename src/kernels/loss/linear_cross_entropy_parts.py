@@ -54,6 +54,7 @@ _forward = library_op(
     _fake,
     _flops,
     launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
+    plain=compute,
 )
 
 
