@@ -112,7 +112,7 @@ def _of_a_model(setup: str, optimized: bool, layers: int) -> Counter[str]:
     if optimized:  # kernels that are not launched give anything: there is nothing to verify
         optimize(model, codegen="eager", verify="off")
     ids = torch.arange(64).reshape(2, 32)
-    with as_on_a_gpu(CARDS[2].gpu) as launches, _gpu_forms(), warnings.catch_warnings():
+    with as_on_a_gpu(CARDS[2].gpu) as launches, gpu_forms(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):  # the first captures
             launches.clear()
@@ -126,7 +126,7 @@ def _of_a_model(setup: str, optimized: bool, layers: int) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def _gpu_forms() -> Iterator[None]:
+def gpu_forms() -> Iterator[None]:
     """Let products and casts have the form that they have on a GPU."""
     own = products.on_cpu, projections.on_cpu, casts.one_by_one
     products.on_cpu = projections.on_cpu = casts.one_by_one = lambda _: False
