@@ -95,22 +95,28 @@ def _ended(way: Way, folder: Path, code: int, seconds: float) -> Run:
 
 
 def _reason(folder: Path, code: int) -> str:
-    lines = [
-        line.rstrip()
+    printed = [
+        [line.rstrip() for line in text.splitlines() if line.strip()]
         for path in sorted(folder.glob("*.err"))
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
+        if (text := path.read_text(encoding="utf-8", errors="replace"))
     ]
     if code < 0:
         name = signal.Signals(-code).name
         if name == "SIGKILL":
             return "its process was killed by SIGKILL (the system does that when memory is short)"
-        said = " | ".join(line.strip() for line in lines[-_LAST:]) or "nothing"
-        return f"its process was killed by {name}; what it last printed: {said}"
+        said = "\n  ".join(line for lines in printed for line in _last(lines)) or "nothing"
+        return f"its process was killed by {name}; what was last printed:\n  {said}"
+    lines = [line for own in printed for line in own]
     errors = [found[1] for line in lines if (found := _ERROR.match(line))]
     causes = [said for said in errors if "ProcessLostError" not in said] or errors
     said = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
     return f"its process ended with exit code {code}: {said}"
+
+
+def _last(lines: list[str]) -> list[str]:
+    """What a process printed around its end: what faulthandler begins with, if it wrote that."""
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python")), None)
+    return lines[-_LAST:] if fatal is None else lines[max(fatal - 4, 0) : fatal + _LAST]
 
 
 @contextlib.contextmanager

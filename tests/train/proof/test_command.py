@@ -206,8 +206,9 @@ def test_a_refused_way_is_left_out_if_it_may_be(
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
         (
             "import os; os.write(2, b'free(): invalid size\\n'); os.abort()",
-            "was killed by SIGABRT; what it last printed: free(): invalid size",
+            "was killed by SIGABRT; what was last printed:\n  free(): invalid size",
         ),
+        ("import faulthandler, os; faulthandler.enable(); os.abort()", 'stub.py", line 1 in <mod'),
         ("", "exit code 0: it printed nothing"),
     ],
 )
