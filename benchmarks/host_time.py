@@ -5,9 +5,9 @@
 Ops choose as they do on a GPU, on tiny CPU tensors, and Triton's launches do nothing: what is left
 is Python, PyTorch's dispatcher and autograd, and the arithmetic of tiny tensors. To tell these
 apart, the ATen operators of a case are recorded, and called again one by one: ``operators`` is
-that, ``ours`` is the rest of forward and backward. Time is the thread's own, so that other processes count little; the
-median of all samples is taken. With ``--against``, the same cases run in another checkout of this
-repository, in turn, and a cell says what it was there and what it is here.
+that, ``ours`` is the rest of forward and backward. Time is the thread's own, so that other
+processes count less; the median of all samples is taken. With ``--against``, the same cases run in
+another checkout of this repository, in turn, and a cell says what it was there and what it is here.
 """
 
 from __future__ import annotations
