@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv
-from .rms_norm_triton import rows_of
 from .rms_norm_triton import forward as norm_forward
+from .rms_norm_triton import rows_of
 
 PEAK = 8e14
 """Matmul rate of the vendor's library in bf16, FLOP/s (order of an H100's)."""
