@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -25,33 +24,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = {"block": False, "block, autocast": True}
-"""Case -> whether the block runs under autocast."""
-_EAGER = "eager "
-_NO_KERNELS = (
-    "attention", "decode_attention", "dora", "dora_row_norms", "linear_divergence", "moe_experts",
-)  # fmt: skip
 _CALLS, _SAMPLES = 10, 15
-
-
-@dataclass(frozen=True)
-class Call:
-    """One case.
-
-    Attributes:
-        forward: makes the outputs.
-        backward: takes them, and makes gradients; None where nothing wants one.
-        clear: forgets the gradients.
-    """
-
-    forward: Callable[[], list[Any]]
-    backward: Callable[[list[Any]], None] | None
-    clear: Callable[[], None] = lambda: None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,11 +125,13 @@ def _work(only: Sequence[str]) -> int:
     """Measure all cases for each line that comes in."""
     import torch
 
+    from host_cases import cases, launching_nothing, operators
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    with _launching_nothing():
-        calls = dict(_cases(only))
-        floors = {case: _recorded(call) for case, call in calls.items()}
+    with launching_nothing():
+        calls = dict(cases(only))
+        floors = {case: operators(call) for case, call in calls.items()}
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -163,141 +142,7 @@ def _work(only: Sequence[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _launching_nothing() -> Iterator[None]:
-    """Let ops on CPU tensors do as they do on a GPU, up to the launch of a kernel."""
-    from triton.runtime.jit import JITFunction
-
-    from fusewright.kernels import launch
-    from layer_budget import gpu_forms
-
-    own = JITFunction.run, launch._INTERPRETING
-    JITFunction.run, launch._INTERPRETING = (lambda *_, **__: None), True
-    try:
-        with gpu_forms():
-            yield
-    finally:
-        JITFunction.run, launch._INTERPRETING = own
-
-
-def _cases(only: Sequence[str]) -> Iterator[tuple[str, Call]]:
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    from fusewright.rewrite.op_table import OPS
-    from op_cases import CASES, Maker
-    from shapes import MODELS, OpShape
-
-    maker = Maker(OpShape(1, 32, MODELS["tiny-llama"]), torch.bfloat16, "cpu", False, torch.float32)
-    for case, autocast in BLOCKS.items():
-        for name in (case, _EAGER + case):
-            if not only or name in only:
-                yield name, _block(autocast, not name.startswith(_EAGER))
-    for op in CASES:
-        if op in _NO_KERNELS or (only and op not in only):
-            continue
-        run, case = next(o for o in OPS if o.name == op).call, maker.make(op)
-
-        def forward(run: Any = run, case: Any = case) -> list[Any]:
-            outs = [t for t in tree_leaves(run(*case.args)) if isinstance(t, torch.Tensor)]
-            return [t for t in outs if t.requires_grad]
-
-        leaves = case.leaves()
-        upstream = [torch.ones_like(t) for t in forward()]
-
-        def backward(outs: Any, leaves: Any = leaves, upstream: Any = upstream) -> None:
-            torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
-
-        yield op, Call(forward, backward if upstream else None)
-
-
-def _block(autocast: bool, optimized: bool) -> Call:
-    """The blocks of a Llama in turn, with adapters on all linears."""
-    import torch
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    from fusewright import optimize
-    from fusewright.passes import PIPELINE
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=176, num_hidden_layers=_CALLS,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(plain, lora).train()
-    if optimized:  # attention stays PyTorch's, as on a GPU
-        rules = [rule for rule in PIPELINE if rule.name != "attention"]
-        optimize(model, codegen="eager", verify="off", memory="speed", passes=rules)
-    blocks, given = list(plain.model.layers), []
-    hook = blocks[1].register_forward_pre_hook(lambda _, *a: given.append(a), with_kwargs=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, ids = torch.optim.SGD(trained), torch.arange(32)[None]
-    lowered = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    for _ in range(3):  # the first captures; an optimizer's step ends what is watched in one
-        with lowered:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    hook.remove()
-    (x, *args), kwargs = given[-1]
-    x = x.detach().requires_grad_()
-    upstream, turns = torch.ones_like(x), itertools.cycle(blocks)
-
-    def forward() -> list[Any]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = next(turns)(x, *args, **kwargs)
-        return [out[0] if isinstance(out, tuple) else out]
-
-    def backward(outs: list[Any]) -> None:
-        outs[0].backward(upstream)
-
-    def clear() -> None:
-        for t in (x, *trained):
-            t.grad = None
-
-    return Call(forward, backward, clear)
-
-
-def _recorded(call: Call) -> list[list[Callable[[], Any]]]:
-    """The ATen operators of forward and of backward, to be called again."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from fusewright.kernels import launch
-
-    class Record(TorchDispatchMode):
-        @classmethod
-        def ignore_compile_internals(cls) -> bool:
-            return True
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            kwargs = kwargs or {}
-            if func in launch.RUNS:
-                with self:
-                    return launch.RUNS[func](*args, **kwargs)
-            found.append((func, args, kwargs))
-            return func(*args, **kwargs)
-
-    sides: list[list[Callable[[], Any]]] = []
-    outs: list[Any] = []
-    for way in ("forward", "backward"):
-        found: list[Any] = []
-        call.forward()
-        with Record():
-            if way == "forward":
-                outs = call.forward()
-            elif call.backward is not None:
-                call.backward(outs)
-        sides.append([lambda f=f, a=a, k=k: f(*a, **k) for f, a, k in found])
-    return sides
-
-
-def _measure(call: Call, floors: list[list[Callable[[], Any]]]) -> dict[str, float]:
+def _measure(call: Any, floors: list[list[Callable[[], Any]]]) -> dict[str, float]:
     """Medians, in microseconds."""
     import torch
 
