@@ -152,7 +152,7 @@ def step(
     """
     if optimized:  # kernels that are not launched give anything: there is nothing to verify
         optimize(model, codegen="eager", verify="off")
-    with as_on_a_gpu(CARDS[2].gpu) as launches, _gpu_forms(), warnings.catch_warnings():
+    with as_on_a_gpu(CARDS[2].gpu) as launches, gpu_forms(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for mode in (type(counts)(), counts):  # the first captures
             launches.clear()
@@ -166,7 +166,7 @@ def step(
 
 
 @contextlib.contextmanager
-def _gpu_forms() -> Iterator[None]:
+def gpu_forms() -> Iterator[None]:
     """Let products and casts have the form that they have on a GPU."""
     own = products.on_cpu, projections.on_cpu, casts.one_by_one
     products.on_cpu = projections.on_cpu = casts.one_by_one = lambda _: False

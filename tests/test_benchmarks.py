@@ -71,6 +71,21 @@ def test_an_engine_that_cannot_run_does_not_stop_the_others(
     assert rows["liger"]["tokens_per_s"] is None
 
 
+def test_time_of_the_host_is_split(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    file = tmp_path / "host.json"
+    done = run("host_time.py", "--only", "rms_norm,block", "--rounds", "1", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(file.read_text())["us"]
+    assert set(found) == {"rms_norm", "block"}
+    for times in found.values():
+        assert times["operators"] + times["ours"] == pytest.approx(
+            times["forward"] + times["backward"]
+        )
+        assert min(times.values()) > 0
+    assert "| rms_norm | " in done.stdout
+
+
 def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import torch

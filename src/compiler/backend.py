@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,6 +42,24 @@ def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]]
         return compile_graph(graph, examples, session, kind)
 
     return fusewright  # TorchDynamo's messages name the backend by its function
+
+
+def captured(function: Callable[..., Any], session: Session, kind: str) -> Callable[..., Any]:
+    """``torch.compile`` of ``function``, with what ``Session.capturing`` sets for each capture.
+
+    To set it around each call would take as long as to find the graph.
+    """
+    context: Any = torch._dynamo.optimize(backend(session, kind), nopython=kind != "head")
+    convert = context.callback
+
+    @functools.wraps(convert)  # with its attributes: TorchDynamo finds the backend by them
+    def capture(*args: Any, **kwargs: Any) -> Any:
+        with session.capturing():
+            return convert(*args, **kwargs)
+
+    context.callback = capture
+    run: Callable[..., Any] = context(function)
+    return run
 
 
 def compile_graph(

@@ -15,10 +15,9 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from .backend import backend
+from .backend import captured
 from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
@@ -185,7 +184,7 @@ def _install_forward(
 
         def build() -> Callable[..., Any]:
             target = _with_own_code(source) if original.is_method else original.__call__
-            return torch.compile(target, backend=backend(session, kind), fullgraph=kind != "head")
+            return captured(target, session, kind)
 
         return session.compiled(self, (source, code, variant), kind, build)
 

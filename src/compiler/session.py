@@ -71,6 +71,7 @@ class CallState:
     Attributes:
         region: the module whose region is being called.
         function: the function that it runs.
+        mark: tells TorchDynamo which sizes of its arguments vary, should it be captured.
         in_head: whether the call came through a captured head.
         units: those of its modules whose parameters are sharded.
         replay: what the head at hand has run.
@@ -81,6 +82,7 @@ class CallState:
 
     region: nn.Module | None = None
     function: SharedFunction | None = None
+    mark: Callable[[], None] | None = None
     in_head: bool = False
     units: Units | None = None
     replay: Replay | None = None
@@ -97,16 +99,6 @@ class CallState:
         """Count a graph that was captured for the function at hand."""
         if self.function is not None:
             self.function.graphs += 1
-
-    @contextmanager
-    def calling(self, region: nn.Module) -> Iterator[None]:
-        """While ``region`` is called; the state of the call around it comes back afterwards."""
-        outer = self.region, self.function
-        self.region = region
-        try:
-            yield
-        finally:
-            self.region, self.function = outer
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +151,7 @@ class Session:
         kwargs: dict[str, Any],
         original: Callable[[], Any],
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        mark: Callable[[], None] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -172,13 +165,17 @@ class Session:
             kwargs: for the graph.
             original: the same call of the original forward, without arguments.
             context: makes what surrounds the captured call, and only that.
+            mark: called before a capture: tells TorchDynamo which sizes of the arguments vary.
         """
-        self._start(module)
+        state = self.state
+        if not state.started:
+            self._start(module)
+        outer = state.region, state.function, state.mark
+        state.region, state.mark = module, mark
         try:
-            with self.state.calling(module):
-                run = compiled()
-                with context(), _dynamo_settings(self.state.function):
-                    return run(module, *args, **kwargs)
+            run = compiled()
+            with context():
+                return run(module, *args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
             # no plan fits, or no memory to verify and compile: said to the user, or tried again
@@ -188,6 +185,8 @@ class Session:
                 raise
             reason = f"could not be captured: {summary(error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
+        finally:
+            state.region, state.function, state.mark = outer
         undo_split = self.choices.split(module, self)
         try:
             result = original()
@@ -198,6 +197,14 @@ class Session:
             self.log.failed_structures[_structure(module)] = f"a block that is made alike {reason}"
         self.log.fail(module, reason)
         return result
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While TorchDynamo captures a part of the region at hand."""
+        if self.state.mark is not None:
+            self.state.mark()
+        with _dynamo_settings(self.state.function):
+            yield
 
     def leave(self, module: nn.Module, reason: str) -> None:
         """Leave ``module`` to its original code from now on, and capture the parts of it."""
@@ -222,8 +229,7 @@ class Session:
 
     def _start(self, module: nn.Module) -> None:
         """Before the first call: let Inductor prepare beside the capture."""
-        compiles = self.choices.codegen[0] == "inductor" and not self.choices.fake
-        if not self.state.started and compiles:
+        if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = codegen.prepare(module)
         self.state.started = True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
 
@@ -26,6 +26,8 @@ from .copies.opaque_calls import opaque_copies
 _HOOKS = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
+_CHILDREN = itemgetter("_modules")
+_NONE = Hooks()
 _CALL = nn.Module.__call__, nn.Module._call_impl
 _HELD = ("__closure__", "__defaults__", "__kwdefaults__")
 """What else a function depends on than its code."""
@@ -117,7 +119,7 @@ class Watch:
         self.code: Hashable = None
 
     def _current_children(self, module: nn.Module) -> list[nn.Module | None]:
-        inner = chain.from_iterable([d["_modules"].values() for d in self._dicts])
+        inner = chain.from_iterable(map(dict.values, map(_CHILDREN, self._dicts)))
         return [*module._modules.values(), *inner]
 
     def is_current(self, module: nn.Module) -> bool:
@@ -127,7 +129,7 @@ class Watch:
             len(present) == len(self._children)
             and all(map(is_, present, self._children))
             and all(map(is_, map(type, self._below), self._kinds))
-            and all(map(is_, [d.get("forward") for d in self._dicts], self._forwards))
+            and all(map(is_, map(dict.get, self._dicts, repeat("forward")), self._forwards))
             and [c.forward for c in self.classes] == self._class_forwards
             and type(module) is self.classes[0]
         )
@@ -135,7 +137,7 @@ class Watch:
     def find_hooks(self, module: nn.Module) -> Hooks:
         """As ``bypass.find_hooks`` of the region, which is asked only where there are any."""
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
-            return Hooks()
+            return _NONE
         return find_hooks(module, self._outside)
 
 

@@ -59,12 +59,29 @@ def use_triton(*tensors: Tensor | None) -> bool:
         True when all are on one GPU (or any device under the interpreter), Triton is installed, and
         no dtype is fp64 (fp64 exists for gradient checks and runs in plain PyTorch).
     """
-    given = [t for t in tensors if t is not None]
-    if not given or not has_triton():
-        return False
-    if any(t.dtype is torch.float64 for t in given) or len({t.device for t in given}) != 1:
-        return False
-    return given[0].is_cuda or interpreting()
+    device = None
+    for t in tensors:
+        if t is None:
+            continue
+        if device is None:
+            if not (t.is_cuda or interpreting()) or not has_triton():
+                return False
+            device = t.device
+        elif t.device != device:
+            return False
+        if t.dtype is torch.float64:
+            return False
+    return device is not None
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up: Triton's function of the name costs a microsecond for each call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``, which is positive."""
+    return 1 << (n - 1).bit_length()
 
 
 def wide_dot_precision(*tensors: Tensor) -> str:
@@ -213,10 +230,13 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
-        tensor = next(_tensors(args))
+        tensor = args[0] if isinstance(args[0], Tensor) else next(_tensors(args))
         if not tensor.is_cuda:
             return function(*args)
-        with torch.cuda.device(tensor.device):
+        device = tensor.device
+        if device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
             return function(*args)
 
     return guarded
@@ -231,13 +251,19 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _triton(launcher: str) -> Callable[..., Any]:
-    """The function that ``launcher`` names, which is looked up at each call."""
+    """The function that ``launcher`` names, which is looked up at the first call."""
     module_name, function_name = launcher.split(":")
+    launch: Callable[..., Any] | None = None
 
     def implementation(*args: Any) -> Any:
-        module = importlib.import_module(f".{module_name}_triton", __package__)
-        made = on_device(getattr(module, function_name))(*args)
-        return own(made) if isinstance(made, Tensor) else type(made)(own(t) for t in made)
+        nonlocal launch
+        if launch is None:
+            module = importlib.import_module(f".{module_name}_triton", __package__)
+            launch = on_device(getattr(module, function_name))
+        made = launch(*args)
+        if isinstance(made, Tensor):
+            return own(made)
+        return type(made)([own(t) for t in made])
 
     return implementation
 

@@ -34,8 +34,7 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
             fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))
             chosen = backward if fast else again
             device = next((g.device.type for g in grads if g is not None), "cpu")
-            available = torch.amp.is_autocast_available(device)
-            if not (available and torch.is_autocast_enabled(device)):
+            if not (_can_autocast(device) and torch.is_autocast_enabled(device)):
                 return chosen(ctx, *grads)
             with torch.autocast(device, enabled=False):  # forward has cast what is to be cast
                 return chosen(ctx, *grads)
@@ -45,12 +44,15 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
     return decorate
 
 
+_can_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def _batched(grads: Sequence[Any]) -> bool:
     """Whether backward runs under vmap, where nothing may be written in place."""
-    functorch = torch._C._functorch
-    return torch._C._are_functorch_transforms_active() or any(
-        g is not None and functorch.is_legacy_batchedtensor(g) for g in grads
-    )
+    if torch._C._are_functorch_transforms_active():
+        return True
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any([g is not None and is_batched(g) for g in grads])
 
 
 def gradients(

@@ -124,6 +124,20 @@ def test_code_that_may_write_is_told_by_its_look(kind: Any, expected: bool) -> N
     assert not may_write(nn.Sequential(Block(False)), Block(False))
 
 
+def test_wrappers_of_adapters_write_into_no_hidden_states() -> None:
+    """PEFT's function names one that makes prompts, and writes into these."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config)
+    block = plain.model.layers[0]
+    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    assert not may_write(peft.get_peft_model(plain, lora), block)
+
+
 class Twice(Stack):
     """A block's second call, before anybody has written."""
 

@@ -60,11 +60,14 @@ def test_kernels_launch_on_the_device_of_their_tensors(
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with FakeTensorMode():
         there, here = torch.empty(4, device="cuda:1"), torch.empty(4)
     launched = on_device(lambda *args: list(current))
     assert launched(*([1.0, [there]] if nested else [there, 2])) == [torch.device("cuda:1")]
     assert launched(here) == []
+    with FakeTensorMode():
+        assert launched(torch.empty(4, device="cuda:0")) == []  # the current one already
 
 
 def test_every_op_that_launches_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def _function_may_write(owner: type, function: Any) -> bool:
     """Whether a method, or a function beside it that it names, has a write in its code."""
     if not isinstance(function, types.FunctionType):
         return False
-    if (function.__module__ or "").startswith("torch."):  # a function of exec() is of no module
+    if (function.__module__ or "").startswith(_WRAPPERS):  # a function of exec() is of no module
         return False
     if _writes_by_code(function.__code__):
         return True
@@ -98,6 +98,10 @@ def _function_may_write(owner: type, function: Any) -> bool:
         and _writes_by_code(inspect.unwrap(f).__code__)
         for f in named
     )
+
+
+_WRAPPERS = ("torch.", "peft.")
+"""Whose modules around a model hand its hidden states on: PEFT's write into prompts and caches."""
 
 
 def _writes_by_code(code: types.CodeType) -> bool:

@@ -82,8 +82,10 @@ def block_forward(
         if inductor and torch.is_grad_enabled():
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
-        if sizes is not None:
-            mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
+
+        def mark() -> None:
+            if sizes is not None:
+                mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
 
         level = _level(session, self, kind, sizes)
 
@@ -102,7 +104,7 @@ def block_forward(
             units.hidden() if units else _NO_CONTEXT,
         ):
             results = session.call(
-                self, find_compiled, graph_args, graph_kwargs, run_original, make_context
+                self, find_compiled, graph_args, graph_kwargs, run_original, make_context, mark
             )
         return units.after(results) if units.is_open else results
 

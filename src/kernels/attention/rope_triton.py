@@ -7,6 +7,7 @@ Everything is computed in fp32 and rounded once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, next_power_of_2
 
 
 @triton.jit
@@ -88,14 +89,15 @@ def _rope_kernel(
 
 def _four(t: Tensor, heads_first: bool) -> Tensor:
     """See ``t`` as (B, H, T, D)."""
-    t = t[(None,) * (4 - t.ndim)]
+    t = t if t.ndim == 4 else t[(None,) * (4 - t.ndim)]
     return t if heads_first else t.transpose(1, 2)
 
 
+@functools.cache
 def _config(rotary_dim: int, dim: int) -> dict[str, int]:
     """Pairs of a head, heads of a step (about 1024 pairs together), features passed through."""
-    pairs = max(16, triton.next_power_of_2(rotary_dim // 2))
-    rest = triton.next_power_of_2(dim - rotary_dim) if dim > rotary_dim else 0
+    pairs = max(16, next_power_of_2(rotary_dim // 2))
+    rest = next_power_of_2(dim - rotary_dim) if dim > rotary_dim else 0
     return {"PAIRS": pairs, "HEADS": max(1, min(16, 1024 // pairs)), "REST": rest}
 
 
@@ -112,7 +114,8 @@ def rotate(
     heads_first = all(x.shape[1] == 1 or x.stride(1) == 0 for x in (cos, sin))
     if not heads_first:
         cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
-    cos, sin = (x[:, 0] if x.stride(3) == 1 else x[:, 0].contiguous() for x in (cos, sin))
+    cos, sin = (x.select(1, 0) for x in (cos, sin))
+    cos, sin = (x if x.stride(2) == 1 else x.contiguous() for x in (cos, sin))
     todo = []
     for t, out in zip(tensors, outs, strict=True):
         if out.numel():
@@ -135,17 +138,21 @@ def _launch(
     """Rotate ``q`` and ``k`` (B, H, T, D) by tables (B or 1, T or 1, rotary_dim)."""
     batch, heads, time, dim = q.shape
     second, second_out = (q, q_out) if k is None or k_out is None else (k, k_out)
-    tables = [x.expand(batch, time, rotary_dim) for x in (cos, sin)]
+    tables = [
+        s if n == size else 0  # broadcast
+        for x in (cos, sin)
+        for s, n, size in zip(x.stride(), x.shape, (batch, time), strict=False)
+    ]
     _rope_kernel[(batch * time,)](
-        q, second, q_out, second_out, *tables,
+        q, second, q_out, second_out, cos, sin,
         *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
-        *tables[0].stride()[:2], *tables[1].stride()[:2],
-        time, heads, 0 if k is None else k.shape[1], rotary_dim, dim,
+        *tables, time, heads, 0 if k is None else k.shape[1], rotary_dim, dim,
         **_sides(layout, transpose), **_config(rotary_dim, dim), num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
 
 
+@functools.cache
 def _sides(layout: str, transpose: bool) -> dict[str, bool]:
     """Whether pairs are adjacent in what is read, in what is written, and in the tables."""
     sides = (layout != "halves", layout == "pairs")

@@ -124,10 +124,11 @@ def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Const
         ValueError: some of the weights are quantized and some are not, or the dtypes differ.
     """
     found: list[Tensor | None] = []
+    first = given[0]
     packed = [Quantized(*v.weight) for v in given if not isinstance(v.weight, Tensor)]
     if packed and len(packed) < len(given):
         raise ValueError(MIXED)
-    if len({(v.compute, v.dtype) for v in given}) > 1:
+    if any([v[6:] != first[6:] for v in given]):  # ``compute`` and ``dtype``
         raise ValueError("the linears compute, or return, in several dtypes")
     for weight, bias, lora_a, lora_b, scale, lora_bias, *_ in given:
         if lora_bias is not None:
@@ -135,29 +136,28 @@ def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Const
         found += [weight if isinstance(weight, Tensor) else weight[0], bias, lora_a, lora_b]
     for w in packed:
         found += [w.absmax, *w[5:]]
-    sizes = (n for w in packed for n in (*w.shape, w.blocksize))
-    scales, kinds = tuple(v.scale for v in given), tuple(w.kind for w in packed)
-    compute = given[0].compute or x.dtype if packed else None
-    return found, Constants(scales, tuple(sizes), kinds, compute, given[0].dtype)
+    scales = tuple([v[4] for v in given])
+    if not packed:
+        return found, Constants(scales, (), (), None, first.dtype)
+    sizes = tuple([n for w in packed for n in (*w.shape, w.blocksize)])
+    kinds = tuple([w.kind for w in packed])
+    return found, Constants(scales, sizes, kinds, first.compute or x.dtype, first.dtype)
 
 
 def linears(tensors: Sequence[Any], constants: Constants) -> list[ResolvedLinear]:
     """The linears of ``flat``'s list."""
     scales, sizes, kinds, compute, dtype = constants
     end = 4 * len(scales)
-    fours = [tensors[i : i + 4] for i in range(0, end, 4)]
-    weights = [four[0] for four in fours]
-    if kinds:
-        for i, kind in enumerate(kinds):
+    found = []
+    for i, scale in enumerate(scales):
+        weight, bias, a, b = tensors[4 * i : 4 * i + 4]
+        if kinds:
             absmax, *rest = tensors[end + 4 * i : end + 4 * i + 4]
             out, into, blocksize = sizes[3 * i : 3 * i + 3]
-            weights[i] = Quantized(weights[i], absmax, (out, into), blocksize, kind, *rest)
-    each = zip(weights, fours, scales, strict=True)
-    lows = [compute or w.dtype for w in weights]  # quantized weights come with ``compute``
-    return [
-        ResolvedLinear(w, bias, a, b, scale, low, dtype or low)
-        for (w, (_, bias, a, b), scale), low in zip(each, lows, strict=True)
-    ]
+            weight = Quantized(weight, absmax, (out, into), blocksize, kinds[i], *rest)
+        low = compute or weight.dtype  # quantized weights come with ``compute``
+        found.append(ResolvedLinear(weight, bias, a, b, scale, low, dtype or low))
+    return found
 
 
 def unflattened(tensors: Sequence[Any], constants: Constants) -> list[Linear]:

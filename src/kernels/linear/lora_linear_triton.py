@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
+from ..launch import FP_FUSION, Gpu, cdiv, dot_precision, gpu_of, next_power_of_2
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def rank_update_kernel(
 
 def _config(rank: int, gpu: Gpu) -> dict[str, int]:
     """Memory-bound whatever the shape; only the rank's block changes."""
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    block_r = min(64, max(16, next_power_of_2(rank)))
     block_m = 128 if gpu.multiplies_from_shared else 64
     return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
 
@@ -70,7 +70,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     config = _config(left.shape[1], gpu_of(base))
-    blocks = triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(columns, config["BLOCK_M"])
+    blocks = cdiv(rows, config["BLOCK_N"]) * cdiv(columns, config["BLOCK_M"])
     rank_update_kernel[(blocks,)](
         base,
         left,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import dot_precision
+from ..launch import cdiv, dot_precision
 from .quantized import NESTED as PER_OUTER
 from .quantized import table
 
@@ -116,7 +116,7 @@ def dequantize(
     if size == 0:
         return result
     pointers, flags = _state(packed, absmax, absmax_8bit, code, offset, kind)
-    grid = (triton.cdiv(triton.cdiv(size, 2), _BYTES),)
+    grid = (cdiv(cdiv(size, 2), _BYTES),)
     dequantize_kernel[grid](
         *pointers, result, size, BLOCKSIZE=blocksize, BLOCK=_BYTES, num_warps=4, **flags
     )
@@ -133,7 +133,7 @@ def few(
     if result.numel() == 0:
         return result
     pointers, flags = _state(packed, absmax, absmax_8bit, code, offset, kind)
-    few_kernel[(triton.cdiv(out, _FEW["BLOCK_M"]),)](
+    few_kernel[(cdiv(out, _FEW["BLOCK_M"]),)](
         x, *pointers, x if bias is None else bias, result, rows, out, into, *x.stride(),
         BLOCKSIZE=blocksize, HAS_BIAS=bias is not None,
         PRECISION=dot_precision(x.dtype), **_FEW, **flags,

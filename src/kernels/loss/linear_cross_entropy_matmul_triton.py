@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
+from ..launch import FP_FUSION, Gpu, cdiv, dot_precision, gpu_of
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def bounded_product(
     precision = dot_precision(a.dtype)
     config = _matmul_config(a.dtype, precision, bound == "inner", gpu_of(a))
     rows, columns = out.shape
-    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+    blocks = cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_N"])
     matmul_kernel[(blocks,)](
         a,
         b,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, cdiv
 
 BLOCK = 1024  # 8 elements per thread: one 16-byte access each in 16-bit dtypes
 
@@ -86,21 +86,20 @@ def _backward_kernel(
         tl.store(grad_up + row * out_stride + column, d, mask=mask)
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """View equally shaped tensors (..., F) as (rows, columns) with adjacent elements in a row.
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
+    """Equally shaped tensors (..., F) as (rows, columns) with adjacent elements in a row.
 
-    Copies only a tensor for which there is no such view.
+    Copies only a tensor for which there is no such view; contiguous ones are one long row.
+
+    Returns:
+        What a kernel reads them through, their strides from row to row, rows and columns.
     """
-    if all(t.is_contiguous() for t in tensors):
-        return [t.view(1, -1) for t in tensors]
+    if all([t.is_contiguous() for t in tensors]):
+        size = tensors[0].numel()
+        return list(tensors), [size] * len(tensors), 1, size
     rows = [t.reshape(-1, t.shape[-1]) for t in tensors]
-    return [t if t.stride(1) == 1 else t.contiguous() for t in rows]
-
-
-def _grid(t: Tensor) -> tuple[int, int, int]:
-    """Rows times blocks, columns, blocks per row."""
-    blocks = triton.cdiv(t.shape[1], BLOCK)
-    return t.shape[0] * blocks, t.shape[1], blocks
+    rows = [t if t.stride(1) == 1 else t.contiguous() for t in rows]
+    return rows, [t.stride(0) for t in rows], *rows[0].shape
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -108,14 +107,12 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     out = gate.new_empty(gate.shape)
     if out.numel() == 0:
         return out
-    g, u = _rows(gate, up)
-    programs, columns, blocks = _grid(g)
-    _forward_kernel[(programs,)](
-        g,
-        u,
+    inputs, strides, rows, columns = _rows(gate, up)
+    blocks = cdiv(columns, BLOCK)
+    _forward_kernel[(rows * blocks,)](
+        *inputs,
         out,
-        g.stride(0),
-        u.stride(0),
+        *strides,
         columns,
         blocks,
         ACT=activation,
@@ -133,11 +130,12 @@ def _launch_backward(
     given = [d for d in (d_gate, d_up) if d is not None]
     if not given or given[0].numel() == 0:
         return
-    rows = _rows(grad, gate, up, *given)  # fresh halves and fresh tensors always have such a view
-    outs = [r if d is not None else rows[3] for d, r in ((d_gate, rows[3]), (d_up, rows[-1]))]
-    programs, columns, blocks = _grid(rows[0])
-    _backward_kernel[(programs,)](
-        *rows[:3], *outs, *(t.stride(0) for t in rows[:4]), columns, blocks, ACT=activation,
+    # fresh halves and fresh tensors always have such a view
+    views, strides, rows, columns = _rows(grad, gate, up, *given)
+    outs = [v if d is not None else views[3] for d, v in ((d_gate, views[3]), (d_up, views[-1]))]
+    blocks = cdiv(columns, BLOCK)
+    _backward_kernel[(rows * blocks,)](
+        *views[:3], *outs, *strides[:4], columns, blocks, ACT=activation,
         NEED_GATE=d_gate is not None, NEED_UP=d_up is not None, BLOCK=BLOCK,
         enable_fp_fusion=FP_FUSION,
     )  # fmt: skip

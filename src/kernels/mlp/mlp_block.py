@@ -93,10 +93,8 @@ class _MLPBlock(torch.autograd.Function):
         rows, constants = read.reshape(-1, x.shape[-1]), Constants(*constants)
         ctx.options = x.shape, x.dtype, tuple(constants), activation, layout, keep
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
-        ctx.save_for_backward(*tensors)
         if keep == "input":
-            if any(needed):
-                ctx.save_for_backward(read, *tensors)
+            ctx.save_for_backward(*((read, *tensors) if any(needed) else tensors))
             return tiled_forward(rows, list(tensors), constants, activation, layout)
         mlp = Mlp.of(tensors, constants, activation, layout)
         y, outs, hs = forward(Rows(rows), mlp)
@@ -106,6 +104,8 @@ class _MLPBlock(torch.autograd.Function):
             for_hs = [need.lora_b for need in (*ins, down)]
             kept = (h if w else None for h, w in zip(hs, for_hs, strict=True))
             ctx.save_for_backward(read if for_x else None, *outs, *kept, *tensors)
+        else:
+            ctx.save_for_backward(*tensors)
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, dot_precision
+from ..launch import FP_FUSION, cdiv, dot_precision, next_power_of_2
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _blocks(offsets: Tensor, places: int, size: int) -> tuple[Tensor, Tensor]:
     ends = offsets.to(torch.int64)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
     last = torch.cumsum((ends - begins + size - 1) // size, 0)
-    number = torch.arange(triton.cdiv(places, size) + experts, device=offsets.device)
+    number = torch.arange(cdiv(places, size) + experts, device=offsets.device)
     expert = torch.searchsorted(last, number, right=True)
     known = expert.clamp(max=experts - 1)
     before = torch.where(known > 0, last[(known - 1).clamp(min=0)], 0)
@@ -153,7 +153,7 @@ def grouped_mm(
     a = a if a.stride(1) == 1 else a.contiguous()
     config = _config(a.dtype, places, experts)
     expert, start = _blocks(offsets, places, config["BLOCK_M"])
-    grid = (expert.shape[0] * triton.cdiv(columns, config["BLOCK_N"]),)
+    grid = (expert.shape[0] * cdiv(columns, config["BLOCK_N"]),)
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
     _grouped_mm_kernel[grid](
         a, expert if rows is None else rows, weight, a if bias is None else bias, out,
@@ -175,7 +175,7 @@ def grouped_outer(
     if out.numel() == 0:
         return out
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    tiles = triton.cdiv(inner, _OUTER["BLOCK_K"]) * triton.cdiv(columns, _OUTER["BLOCK_N"])
+    tiles = cdiv(inner, _OUTER["BLOCK_K"]) * cdiv(columns, _OUTER["BLOCK_N"])
     _grouped_outer_kernel[(tiles, experts)](
         a, offsets if rows is None else rows, b, out, offsets, inner, columns,
         a.stride(0), b.stride(0), *out.stride(),
@@ -194,8 +194,8 @@ def combine(y: Tensor, where: Tensor, weights: Tensor | None, active: int) -> Te
     y = y if y.stride(1) == 1 else y.contiguous()
     where = where.contiguous()
     weights = None if weights is None else weights.contiguous()
-    block = min(1024, triton.next_power_of_2(columns))
-    _combine_kernel[(tokens * triton.cdiv(columns, block),)](
+    block = min(1024, next_power_of_2(columns))
+    _combine_kernel[(tokens * cdiv(columns, block),)](
         y, where, y if weights is None else weights, out, columns, active, y.stride(0),
         WEIGHTS=weights is not None, BLOCK=block,
         enable_fp_fusion=FP_FUSION,

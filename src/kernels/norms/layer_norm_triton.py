@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, cdiv
 from .rms_norm_kernels_triton import tile_of
-from .rms_norm_triton import as_rows, finish, output_like, programs_of
+from .rms_norm_triton import finish, output_like, programs_of, rows_of
 
 
 @triton.jit
@@ -111,10 +111,11 @@ def forward(
     mean = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel():
-        x_rows, heads = as_rows(x), _heads(x, weight, bias)
-        rows, dim = x_rows.shape
+        (x_rows, x_stride), heads = rows_of(x), _heads(x, weight, bias)
+        dim = x.shape[-1]
+        rows = x.numel() // dim
         tile, block, warps = tile_of(dim)
-        forward_kernel[(triton.cdiv(rows // heads, tile), heads)](
+        forward_kernel[(cdiv(rows // heads, tile), heads)](
             x_rows,
             None if weight is None else weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -124,8 +125,8 @@ def forward(
             rows,
             dim,
             heads,
-            x_rows.stride(0),
-            y_rows.stride(0),
+            x_stride,
+            dim,
             eps,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
@@ -162,13 +163,14 @@ def backward(
         zeros = [t.new_zeros(t.shape) if t is not None and need else x.new_empty(0)
                  for t, need in ((weight, need_weight), (bias, need_bias))]  # fmt: skip
         return dx, zeros[0], zeros[1]
-    x_rows, grad_rows, heads = as_rows(x), as_rows(grad), _heads(x, weight, bias)
-    rows, dim = x_rows.shape
+    (x_rows, x_stride), (grad_rows, grad_stride) = rows_of(x), rows_of(grad)
+    heads, dim = _heads(x, weight, bias), x.shape[-1]
+    rows = x.numel() // dim
     tile, block, warps = tile_of(dim)
-    count = triton.cdiv(rows // heads, tile)
+    count = cdiv(rows // heads, tile)
     shared = max(1, programs_of(x.device) // heads)
-    tiles = triton.cdiv(count, shared) if need_weight or need_bias else 1
-    programs = triton.cdiv(count, tiles)
+    tiles = cdiv(count, shared) if need_weight or need_bias else 1
+    programs = cdiv(count, tiles)
     partial = [rstd.new_empty((programs, heads * dim) if need else 0)
                for need in (need_weight, need_bias)]  # fmt: skip
     backward_kernel[(programs, heads)](
@@ -183,9 +185,9 @@ def backward(
         dim,
         heads,
         tiles,
-        grad_rows.stride(0),
-        x_rows.stride(0),
-        dx_rows.stride(0),
+        grad_stride,
+        x_stride,
+        dim,
         HAS_WEIGHT=weight is not None,
         NEED_X=need_x,
         NEED_WEIGHT=need_weight,

@@ -6,11 +6,14 @@ residual add of ``add_rms_norm`` is a branch of the same kernels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..aot import AotCase
+from ..launch import next_power_of_2
 
 
 @triton.jit
@@ -105,12 +108,13 @@ def backward_kernel(
         tl.store(partial_ptr + program * dim + col, tl.sum(dw, axis=0), mask=in_col)
 
 
+@functools.cache
 def tile_of(dim: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, num_warps) for rows of ``dim`` features: 8 elements per thread, more if long.
 
     A program has at most 1024 threads; an AMD warp has 64 of them.
     """
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     rows = max(1, min(16, 1024 // block))
     warps = max(1, min(16, rows * block // 256))
     return rows, block, 32 if block > 8192 and torch.version.hip is None else warps

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION
-from .rms_norm_triton import as_rows
+from ..launch import FP_FUSION, cdiv
 from .rms_norm_triton import forward as norm_forward
+from .rms_norm_triton import rows_of
 
 PEAK = 8e14
 """Matmul rate of the vendor's library in bf16, FLOP/s (order of an H100's)."""
@@ -131,8 +131,9 @@ def launch_fused(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 ) -> list[Tensor]:  # fmt: skip
     """Launch ``matmul_kernel`` for each linear; see ``forward``. x must not be empty."""
-    x_rows = as_rows(x)
-    rows, dim = x_rows.shape
+    x_rows, x_stride = rows_of(x)
+    dim = x.shape[-1]
+    rows = x.numel() // dim
     block_rows, block_features, block_dim, warps, stages = tile_of(rows)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
@@ -140,7 +141,7 @@ def launch_fused(
     for w, b in zip(weights, biases, strict=True):
         features = w.shape[0]
         out = x.new_empty((*x.shape[:-1], features), dtype=w.dtype)
-        tiles = triton.cdiv(rows, block_rows) * triton.cdiv(features, block_features)
+        tiles = cdiv(rows, block_rows) * cdiv(features, block_features)
         matmul_kernel[(tiles,)](
             x_rows,
             norm_weight,
@@ -151,7 +152,7 @@ def launch_fused(
             rows,
             features,
             dim,
-            x_rows.stride(0),
+            x_stride,
             w.stride(0),
             eps,
             offset,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
-from ..launch import FP_FUSION
+from ..launch import FP_FUSION, cdiv
 from .rms_norm_kernels_triton import (
     backward_case,
     backward_kernel,
@@ -24,21 +23,29 @@ def as_rows(t: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def rows_of(t: Tensor) -> tuple[Tensor, int]:
+    """What a kernel reads the rows of ``t`` (..., D) through, and the stride from row to row."""
+    if t.is_contiguous():  # no view: it would cost more than the rest of a launch's arguments
+        return t, t.shape[-1]
+    rows = as_rows(t)
+    return rows, rows.stride(0)
+
+
 def output_like(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Allocate an output with the strides that eager would give it, and rows to write it through.
 
     Returns:
-        (output, rows): the same memory where the output's strides allow that, else ``rows`` is a
-        buffer that ``finish`` copies.
+        (output, rows): the same tensor where it is contiguous, else ``rows`` is a buffer that is,
+        and that ``finish`` copies.
     """
     out = torch.empty_like(x, dtype=dtype)
     dim = x.shape[-1]
-    return out, out.view(-1, dim) if out.is_contiguous() else out.new_empty(x.numel() // dim, dim)
+    return out, out if out.is_contiguous() else out.new_empty(x.numel() // dim, dim)
 
 
 def finish(out: Tensor, rows: Tensor) -> Tensor:
     """Return ``out``, holding what was written through ``rows``."""
-    if out.data_ptr() != rows.data_ptr():
+    if rows is not out:
         out.copy_(rows.view(out.shape))
     return out
 
@@ -64,13 +71,14 @@ def launch_forward(
     dtype = normed if outer or weight is None else torch.promote_types(weight.dtype, normed)
     y, y_rows = output_like(x, dtype)
     total, total_rows = (None, y_rows) if residual is None else output_like(x, normed)
-    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    if x.numel():
-        x_rows = as_rows(x)
-        r_rows = x_rows if residual is None else as_rows(residual)
-        rows, dim = x_rows.shape
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    if size := x.numel():
+        x_rows, x_stride = rows_of(x)
+        r_rows, r_stride = (x_rows, x_stride) if residual is None else rows_of(residual)
+        dim = x.shape[-1]
+        rows = size // dim
         tile, block, warps = tile_of(dim)
-        forward_kernel[(triton.cdiv(rows, tile),)](
+        forward_kernel[(cdiv(rows, tile),)](
             x_rows,
             r_rows,
             None if weight is None else weight.contiguous(),
@@ -79,10 +87,10 @@ def launch_forward(
             rstd,
             rows,
             dim,
-            x_rows.stride(0),
-            r_rows.stride(0),
-            total_rows.stride(0),
-            y_rows.stride(0),
+            x_stride,
+            r_stride,
+            dim,
+            dim,
             eps,
             offset,
             HAS_RESIDUAL=residual is not None,
@@ -132,13 +140,14 @@ def backward(
     dx, dx_rows = output_like(x if need_x else x.new_empty(0, x.shape[-1]), x.dtype)
     if not x.numel() or not (need_x or need_weight):
         return dx, weight.new_zeros(weight.shape) if need_weight else x.new_empty(0)
-    x_rows, grad_rows = as_rows(x), as_rows(grad)
-    extra_rows = grad_rows if extra is None else as_rows(extra)
-    rows, dim = x_rows.shape
+    (x_rows, x_stride), (grad_rows, grad_stride) = rows_of(x), rows_of(grad)
+    extra_rows, extra_stride = (grad_rows, grad_stride) if extra is None else rows_of(extra)
+    dim = x.shape[-1]
+    rows = x.numel() // dim
     tile, block, warps = tile_of(dim)
-    count = triton.cdiv(rows, tile)
-    tiles = triton.cdiv(count, programs_of(x.device)) if need_weight else 1
-    programs = triton.cdiv(count, tiles)
+    count = cdiv(rows, tile)
+    tiles = cdiv(count, programs_of(x.device)) if need_weight else 1
+    programs = cdiv(count, tiles)
     partial = rstd.new_empty((programs, dim) if need_weight else 0)
     backward_kernel[(programs,)](
         grad_rows,
@@ -151,10 +160,10 @@ def backward(
         rows,
         dim,
         tiles,
-        grad_rows.stride(0),
-        x_rows.stride(0),
-        extra_rows.stride(0),
-        dx_rows.stride(0),
+        grad_stride,
+        x_stride,
+        extra_stride,
+        dim,
         offset,
         HAS_WEIGHT=weight is not None,
         HAS_OFFSET=offset != 0.0,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, gpu_of
+from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _backward_kernel(
 
 def _config(states: int, elements: int = 4096) -> dict[str, int]:
     """Tiles of so many elements at most: each thread holds several of them at once."""
-    n = max(2, triton.next_power_of_2(states))
+    n = max(2, next_power_of_2(states))
     return {"T": 16, "D": max(2, min(16, elements // (16 * n))), "N": n}
 
 
@@ -199,7 +199,7 @@ def forward(
     out = u.new_empty(batch, length, channels, dtype=dtype)
     chunks = length // config["T"] + 2
     starts = u.new_empty(chunks, batch, states, channels, dtype=torch.float32)
-    blocks = triton.cdiv(channels, config["D"])
+    blocks = cdiv(channels, config["D"])
     if out.numel():
         _forward_kernel[(batch * blocks,)](
             u, delta, a.contiguous(), b, c, *_vectors(u, d, z, bias), out, starts,
@@ -220,7 +220,7 @@ def backward(
     (batch, channels, length), states = u.shape, a.shape[1]
     hip = gpu_of(u).hip  # whose warps are twice as wide, and have half as many registers a thread
     config = _config(states, 2048 if hip else 4096)
-    blocks = triton.cdiv(channels, config["D"])
+    blocks = cdiv(channels, config["D"])
     rows = (batch, length, channels)
     du, ddelta = u.new_empty(rows), u.new_empty(rows, dtype=torch.float32)
     dz = du if z is None else z.new_empty(rows)

@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, dot_precision, gpu_of, wide_dot_precision
+from ..launch import (
+    FP_FUSION,
+    cdiv,
+    dot_precision,
+    gpu_of,
+    next_power_of_2,
+    wide_dot_precision,
+)
 from . import ssd_chunks
 from .ssd_backward_triton import backward_kernel, shared_kernel
 from .ssd_tiles_triton import decays, tile, within
@@ -125,7 +132,7 @@ def output_kernel(
 
 def _config(most: dict[str, int], states: int, features: int) -> dict[str, int]:
     """The tiles of a kernel."""
-    n, p = (max(16, triton.next_power_of_2(size)) for size in (states, features))
+    n, p = (max(16, next_power_of_2(size)) for size in (states, features))
     return {"Q": CHUNK, "N": min(n, most["N"]), "P": min(p, most["P"])}
 
 
@@ -166,7 +173,7 @@ def _scan(left: Tensor, right: Tensor, of: _Sizes, reverse: bool) -> Tensor:
     rows = of.batch * right.shape[2]
     out = of.step.new_empty(rows, of.chunks, of.states, of.features)
     config = _config(SCAN, of.states, of.features)
-    grid = rows, triton.cdiv(of.states, config["N"]), triton.cdiv(of.features, config["P"])
+    grid = rows, cdiv(of.states, config["N"]), cdiv(of.features, config["P"])
     scan_kernel[grid](
         left, right, of.step, of.sums, out, *_strides(left, right), *of.scalars,
         REVERSE=reverse, PRECISION=of.precision, **config, num_warps=WARPS,
@@ -187,7 +194,7 @@ def forward(
     of = _Sizes(x, step, a, b)
     before = _scan(b, x, of, reverse=False)
     config = _config(OUTPUT, of.states, of.features)
-    grid = of.batch * x.shape[2] * of.chunks, triton.cdiv(of.features, config["P"])
+    grid = of.batch * x.shape[2] * of.chunks, cdiv(of.features, config["P"])
     output_kernel[grid](
         x, of.step, of.sums, b, c, x if d is None else d.contiguous(), before, out,
         *_strides(x, b, c), *of.scalars,
@@ -202,10 +209,10 @@ def _shared(
     grad: Tensor, x: Tensor, b: Tensor, c: Tensor, before: Tensor, after: Tensor, of: _Sizes
 ) -> tuple[Tensor, Tensor]:
     """The gradients of B and C."""
-    splits = triton.cdiv(of.each, HEADS)
+    splits = cdiv(of.each, HEADS)
     strong = gpu_of(x).multiplies_from_shared
     config = _config(SHARED if strong else SHARED_SMALL, of.states, of.features)
-    grid = of.batch * b.shape[2] * splits * of.chunks, triton.cdiv(of.states, config["N"])
+    grid = of.batch * b.shape[2] * splits * of.chunks, cdiv(of.states, config["N"])
     # this one holds too much to split its operands in registers, too
     precision = of.precision if strong else dot_precision(torch.float32)
     found = []
