@@ -276,7 +276,10 @@ def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Calla
 
     def run(*args: Any) -> Any:
         declared = fake(*tree_map_only(Tensor, _on_meta, args))
-        made, device = plain(*args), next(_tensors(args)).device
+        device = next(_tensors(args)).device
+        # a kernel knows nothing of autograd and autocast
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            made = plain(*args)
         if isinstance(declared, Tensor):
             return _like(made, declared, device)
         pairs = zip(made, declared, strict=True)
