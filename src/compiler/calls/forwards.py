@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -82,11 +83,7 @@ def block_forward(
         if inductor and torch.is_grad_enabled():
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
-
-        def mark() -> None:
-            if sizes is not None:
-                mark_dynamic((*graph_args, *graph_kwargs.values()), sizes)
-
+        mark = functools.partial(_mark, graph_args, graph_kwargs, sizes)
         level = _level(session, self, kind, sizes)
 
         def find_compiled() -> Any:
@@ -109,6 +106,11 @@ def block_forward(
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:
+    if sizes is not None:
+        mark_dynamic((*args, *kwargs.values()), sizes)
 
 
 def _bypassed(
