@@ -129,3 +129,18 @@ def test_a_layer_that_is_another_at_each_call_is_given_up_with_the_reason() -> N
     ours = optimize(copy.deepcopy(eager), codegen="eager")
     _assert_equal(ours, eager, steps=60)
     assert any("each call needs a graph of its own" in b.reason for b in explain(ours).bypasses)
+
+
+def test_only_a_capture_sets_up_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around each call that would take as long as to find the graph."""
+    found: list[Any] = []
+    own = torch._dynamo.maybe_mark_dynamic
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda *a: found.append(a) or own(*a))
+    model = optimize(Stack([1.0, 1.0], factor), codegen="eager")
+    for _ in range(2):
+        model(torch.randn(2, 5, 8)).sum().backward()
+    assert found
+    found.clear()
+    for length in (5, 7):
+        model(torch.randn(2, length, 8)).sum().backward()
+    assert not found

@@ -83,7 +83,7 @@ def block_forward(
         if inductor and torch.is_grad_enabled():
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
-        mark = functools.partial(_mark, sizes, graph_args, graph_kwargs)
+        mark = functools.partial(_mark, graph_args, graph_kwargs, sizes)
         level = _level(session, self, kind, sizes)
 
         def find_compiled() -> Any:
@@ -108,7 +108,7 @@ def block_forward(
     return forward
 
 
-def _mark(sizes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:
     if sizes is not None:
         mark_dynamic((*args, *kwargs.values()), sizes)
 

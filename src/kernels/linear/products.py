@@ -123,6 +123,11 @@ class Rows:
         return self._copies[dtype]
 
 
+def is_wide(x: Tensor) -> bool:
+    """Whether ``narrow_copy`` may find a narrower dtype: products have no less than 16 bits."""
+    return x.element_size() > 2
+
+
 def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
     """``x`` in the only dtype in which an op reads it, where that is narrower; else None.
 

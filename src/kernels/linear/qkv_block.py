@@ -18,7 +18,7 @@ from ..op import Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import lora_linear, quant_linear, quant_lora_linear
 from .linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
-from .products import Rows, shaped
+from .products import Rows, is_wide, shaped
 from .projections import backward, narrow, narrow_copy_for, widen
 from .quantized import Quantized
 
@@ -148,7 +148,7 @@ def qkv_block(x: Tensor, given: Sequence[Linear], keep: str = "all") -> tuple[Te
         raise ValueError(f"keep is {keep!r}, not one of {', '.join(KEEPS)}")
 
     def run(tensors: list[Tensor | None], constants: Constants) -> tuple[Tensor, ...]:
-        copy = narrow_copy_for(linears(tensors, constants), x)
+        copy = narrow_copy_for(linears(tensors, constants), x) if is_wide(x) else None
         outs = _QKVBlock.apply(x, copy, tuple(constants), keep, *tensors)  # type: ignore[no-untyped-call]
         return tuple(shaped(out, x) for out in outs)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..linear.linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
-from ..linear.products import Rows, shaped
+from ..linear.products import Rows, is_wide, shaped
 from ..linear.projections import narrow_copy_for
 from ..linear.qkv_block import projection
 from ..linear.qkv_block import unsupported as linears_unsupported
@@ -169,9 +169,9 @@ def mlp_block(
             raise ValueError(f"{choice!r} is not one of {', '.join(choices)}")
 
     def run(tensors: list[Tensor | None], constants: Constants) -> Tensor:
-        *ins, _ = linears(tensors, constants)
+        copy = narrow_copy_for(linears(tensors, constants)[:-1], x) if is_wide(x) else None
         options = tuple(constants), activation, layout, keep
-        rows: Tensor = _MLPBlock.apply(x, narrow_copy_for(ins, x), *options, *tensors)  # type: ignore[no-untyped-call]
+        rows: Tensor = _MLPBlock.apply(x, copy, *options, *tensors)  # type: ignore[no-untyped-call]
         return shaped(rows, x)
 
     return with_operands(run, given, x)
