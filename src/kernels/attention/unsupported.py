@@ -7,7 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
+from ..launch import use_triton
 from ..matmul import multiplies, through_fp32
+
+WIDEST = 256
+"""Features of a head that the Triton kernels take."""
 
 
 def impossible(
@@ -16,7 +20,7 @@ def impossible(
     """Why the op has no meaning, or no implementation, for these inputs."""
     reasons = []
     if not q.device.type == k.device.type == v.device.type == "cpu":
-        reasons.append("the tensors are not all on the CPU: PyTorch's kernel is kept")
+        reasons.extend(_impossible_on_a_gpu(q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -36,12 +40,24 @@ def impossible(
     return reasons
 
 
+def _impossible_on_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    if not (q.is_cuda and use_triton(q, k, v)):
+        return ["the tensors are not all on the CPU or, with Triton, on one GPU in 16 or 32 bits"]
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return [f"heads of more than {WIDEST} features do not fit into a GPU's registers"]
+    return []
+
+
 def attention_unsupported(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool,
     mask: Tensor | None = None, window: int | None = None,
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
     reasons = impossible(q, k, v, causal, mask, window)
+    if q.is_cuda:
+        if mask is None and window is None:
+            reasons.append("without a mask, PyTorch's own flash attention is as fast")
+        return reasons
     if through_fp32(q) and not multiplies(torch.bfloat16):
         return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):
