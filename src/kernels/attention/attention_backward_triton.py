@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles_triton import hide, partly_seen, rows_of, span
+from .attention_tiles_triton import hide, rows_of, span
 
 
 @triton.jit
@@ -27,110 +27,61 @@ def _narrow_dot(left, right, total, PRECISION: tl.constexpr, HALF: tl.constexpr)
 
 
 @triton.jit
-def _of_queries(
-    q, do, k, v, mask, dq, most, inverse, delta, row, key, rows, columns, dims, value_dims,
-    k_row, v_row, time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-    FREE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """``dq`` with what one tile of keys adds to it."""
-    k_tile = rows_of(k, key, columns, dims, k_row, keys, dim)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
-    if not FREE:
-        scores = hide(
-            scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
-            mask_key, window, MODE,
-        )  # fmt: skip
-    p = tl.exp2(scores - most[:, None]) * inverse[:, None]
-    v_tile = rows_of(v, key, columns, value_dims, v_row, keys, value_dim)
-    dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
-    return _narrow_dot(p * (dp - delta[:, None]), k_tile, dq, PRECISION, HALF)
-
-
-@triton.jit
 def queries_kernel(
     q, k, v, mask, table, grad, out, stats, delta, dq,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, dim, value_dim, window, scale, factor,
+    heads, share, time, keys, window, scale, factor,
     WANTED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The row sums of ``grad * out`` (B, H, T), and ``dq`` if it is WANTED."""
     blocks = tl.cdiv(time, M)
-    row, outer = tl.program_id(0) % blocks * M, (tl.program_id(0) // blocks).to(tl.int64)
-    sample, head = outer // heads, outer % heads
+    row, outer = tl.program_id(0) % blocks * M, tl.program_id(0) // blocks
+    sample, head = (outer // heads).to(tl.int64), outer % heads
+    group, head = (head // share).to(tl.int64), head.to(tl.int64)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     dims, value_dims = tl.arange(0, D), tl.arange(0, E)
     grad += sample * grad_batch + head * grad_head
     out += sample * out_batch + head * out_head
-    do = rows_of(grad, row, rows, value_dims, grad_row, time, value_dim)
-    o = rows_of(out, row, rows, value_dims, out_row, time, value_dim)
+    do = rows_of(grad, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
+    o = rows_of(out, row, rows, value_dims, out_row, time, VALUE_DIM, E)
     sums = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + outer * time + row + rows, sums, mask=rows < time - row)
+    tl.store(delta + outer.to(tl.int64) * time + row + rows, sums, mask=rows < time - row)
     if WANTED:
         q += sample * q_batch + head * q_head
-        k += sample * k_batch + head // share * k_head
-        v += sample * v_batch + head // share * v_head
+        k += sample * k_batch + group * k_head
+        v += sample * v_batch + group * v_head
         mask += sample * mask_batch + head * mask_head
         first, free, free_end, end = span(
             table + sample * table_batch + head * table_head, row_blocks, key_blocks,
             row, time, keys, window, MODE, False, M, N, GRAIN, CHUNK,
         )  # fmt: skip
-        q_tile = rows_of(q, row, rows, dims, q_row, time, dim)
-        stats += (outer * time + row + rows) * 2
+        q_tile = rows_of(q, row, rows, dims, q_row, time, DIM, D)
+        stats += (outer.to(tl.int64) * time + row + rows) * 2
         most = tl.load(stats, mask=rows < time - row, other=float("inf"))
         inverse = tl.load(stats + 1, mask=rows < time - row, other=0.0)
         total = tl.zeros((M, D), tl.float32)
-        for i in range(0, free_end - free):
-            key = (free + i) * N
-            total = _of_queries(
-                q_tile, do, k, v, mask, total, most, inverse, sums, row, key, rows, columns,
-                dims, value_dims, k_row, v_row, time, keys, dim, value_dim, mask_row, mask_key,
-                window, scale, True, MODE, PRECISION, HALF,
-            )  # fmt: skip
-        for i in range(0, free - first + end - free_end):
-            key = partly_seen(i, first, free, free_end) * N
-            total = _of_queries(
-                q_tile, do, k, v, mask, total, most, inverse, sums, row, key, rows, columns,
-                dims, value_dims, k_row, v_row, time, keys, dim, value_dim, mask_row, mask_key,
-                window, scale, False, MODE, PRECISION, HALF,
-            )  # fmt: skip
+        for i in range(0, end - first):
+            key = (first + i) * N
+            k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            if (first + i < free) | (first + i >= free_end):
+                scores = hide(
+                    scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
+                    mask_key, window, MODE,
+                )  # fmt: skip
+            p = tl.exp2(scores - most[:, None]) * inverse[:, None]
+            v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
+            dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+            total = _narrow_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
         dq += sample * dq_batch + head * dq_head + row.to(tl.int64) * dq_row
-        inside = (rows < time - row)[:, None] & (dims < dim)[None, :]
+        inside = (rows < time - row)[:, None] & (dims < DIM)[None, :]
         place = dq + rows[:, None] * dq_row + dims[None, :]
         tl.store(place, (total * factor).to(dq.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _of_keys(
-    k, v, q, grad, mask, stats, delta, dk, dv, row, key, rows, columns, dims, value_dims,
-    q_row, grad_row, time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-    FREE: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
-    WANTED: tl.constexpr,
-):  # fmt: skip
-    """``dk`` and ``dv`` with what one tile of positions adds to them. Scores are (keys, rows)."""
-    q_tile = rows_of(q, row, rows, dims, q_row, time, dim)
-    scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
-    if not FREE:
-        scores = hide(
-            scores, mask, row, key, rows[None, :], columns[:, None], time, keys, mask_row,
-            mask_key, window, MODE,
-        )  # fmt: skip
-    inside = rows < time - row
-    stats += (row + rows) * 2
-    most = tl.load(stats, mask=inside, other=float("inf"))
-    inverse = tl.load(stats + 1, mask=inside, other=0.0)
-    p = tl.exp2(scores - most[None, :]) * inverse[None, :]
-    do = rows_of(grad, row, rows, value_dims, grad_row, time, value_dim)
-    if WANTED != "k":
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    if WANTED != "v":
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        sums = tl.load(delta + row + rows, mask=inside, other=0.0)
-        dk = _narrow_dot(p * (dp - sums[None, :]), q_tile, dk, PRECISION, HALF)
-    return dk, dv
 
 
 @triton.jit
@@ -140,21 +91,23 @@ def keys_kernel(
     grad_batch, grad_head, grad_row,
     dk_split, dk_batch, dk_head, dk_row, dv_split, dv_batch, dv_head, dv_row,
     mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, dim, value_dim, window, scale, factor,
+    heads, share, time, keys, window, scale, factor,
     WANTED: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, GRAIN: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``dk`` (splits, B, KV, S, D) and ``dv``: what up to HEADS heads of a group add to them."""
     blocks, groups, splits = tl.cdiv(keys, N), heads // share, tl.cdiv(share, HEADS)
-    key, outer = tl.program_id(0) % blocks * N, (tl.program_id(0) // blocks).to(tl.int64)
-    split, group, sample = outer % splits, outer // splits % groups, outer // splits // groups
+    key, outer = tl.program_id(0) % blocks * N, tl.program_id(0) // blocks
+    split, group = outer % splits, (outer // splits % groups).to(tl.int64)
+    sample = (outer // splits // groups).to(tl.int64)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     dims, value_dims = tl.arange(0, D), tl.arange(0, E)
     k += sample * k_batch + group * k_head
     v += sample * v_batch + group * v_head
-    k_tile = rows_of(k, key, columns, dims, k_row, keys, dim)
-    v_tile = rows_of(v, key, columns, value_dims, v_row, keys, value_dim)
+    k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
+    v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
     total_k, total_v = tl.zeros((N, D), tl.float32), tl.zeros((N, E), tl.float32)
     table += sample * table_batch
     first, free, free_end, end = span(
@@ -172,30 +125,46 @@ def keys_kernel(
         grad_own = grad + sample * grad_batch + head * grad_head
         mask_own = mask + sample * mask_batch + head * mask_head
         place = (sample * heads + head) * time
-        for i in range(0, free_end - free):
-            row = (free + i) * M
-            total_k, total_v = _of_keys(
-                k_tile, v_tile, q_own, grad_own, mask_own, stats + 2 * place, delta + place,
-                total_k, total_v, row, key, rows, columns, dims, value_dims, q_row, grad_row,
-                time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-                True, MODE, PRECISION, HALF, WANTED,
-            )  # fmt: skip
-        for i in range(0, free - first + end - free_end):
-            row = partly_seen(i, first, free, free_end) * M
-            total_k, total_v = _of_keys(
-                k_tile, v_tile, q_own, grad_own, mask_own, stats + 2 * place, delta + place,
-                total_k, total_v, row, key, rows, columns, dims, value_dims, q_row, grad_row,
-                time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-                False, MODE, PRECISION, HALF, WANTED,
-            )  # fmt: skip
+        for i in range(0, end - first):
+            row = (first + i) * M
+            q_tile = rows_of(q_own, row, rows, dims, q_row, time, DIM, D)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+            if (first + i < free) | (first + i >= free_end):
+                scores = hide(
+                    scores, mask_own, row, key, rows[None, :], columns[:, None], time, keys,
+                    mask_row, mask_key, window, MODE,
+                )  # fmt: skip
+            inside = rows < time - row
+            of_row = stats + (place + row + rows) * 2
+            most = tl.load(of_row, mask=inside, other=float("inf"))
+            inverse = tl.load(of_row + 1, mask=inside, other=0.0)
+            p = tl.exp2(scores - most[None, :]) * inverse[None, :]
+            do = rows_of(grad_own, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
+            if WANTED != "k":
+                total_v = tl.dot(p.to(do.dtype), do, total_v, input_precision=PRECISION)
+            if WANTED != "v":
+                dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+                sums = tl.load(delta + place + row + rows, mask=inside, other=0.0)
+                ds = p * (dp - sums[None, :])
+                total_k = _narrow_dot(ds, q_tile, total_k, PRECISION, HALF)
     inside = (columns < keys - key)[:, None]
     if WANTED != "v":
-        dk += split * dk_split + sample * dk_batch + group * dk_head + key.to(tl.int64) * dk_row
+        dk += (
+            split.to(tl.int64) * dk_split
+            + sample * dk_batch
+            + group * dk_head
+            + key.to(tl.int64) * dk_row
+        )
         place = dk + columns[:, None] * dk_row + dims[None, :]
         total_k = (total_k * factor).to(dk.dtype.element_ty)
-        tl.store(place, total_k, mask=inside & (dims < dim)[None, :])
+        tl.store(place, total_k, mask=inside & (dims < DIM)[None, :])
     if WANTED != "k":
-        dv += split * dv_split + sample * dv_batch + group * dv_head + key.to(tl.int64) * dv_row
+        dv += (
+            split.to(tl.int64) * dv_split
+            + sample * dv_batch
+            + group * dv_head
+            + key.to(tl.int64) * dv_row
+        )
         place = dv + columns[:, None] * dv_row + value_dims[None, :]
         total_v = total_v.to(dv.dtype.element_ty)
-        tl.store(place, total_v, mask=inside & (value_dims < value_dim)[None, :])
+        tl.store(place, total_v, mask=inside & (value_dims < VALUE_DIM)[None, :])

@@ -137,12 +137,6 @@ def span(
 
 
 @triton.jit
-def partly_seen(i, first, free, free_end):
-    """The ``i``-th of the tiles that are not seen as a whole."""
-    return tl.where(i < free - first, first + i, free_end - (free - first) + i)
-
-
-@triton.jit
 def hide(
     scores, mask, row, key, rows, columns, time, keys, mask_row, mask_key, window,
     MODE: tl.constexpr,
@@ -170,8 +164,12 @@ def hide(
 
 
 @triton.jit
-def rows_of(ptr, start, rows, columns, stride, count, width):
+def rows_of(
+    ptr, start, rows, columns, stride, count, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
     """A tile of rows of a matrix whose columns are adjacent, zero outside."""
-    inside = (rows < count - start)[:, None] & (columns < width)[None, :]
+    inside = (rows < count - start)[:, None]
+    if WIDTH != PADDED:
+        inside &= (columns < WIDTH)[None, :]
     ptr += start.to(tl.int64) * stride
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)

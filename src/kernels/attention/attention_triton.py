@@ -1,13 +1,7 @@
-"""Attention on the GPU: forward, and what launches both directions.
+"""Launches the Triton kernels of attention, and chooses their tiles.
 
-One program for some positions of one head goes through the tiles of keys that these positions may
-see (``attention_tiles_triton``), with a running maximum and sum of the softmax (Dao et al.,
-"FlashAttention", 2022). Keys and values are never repeated: the heads of a group read the same.
-Scores and softmax are in fp32, the latter in base 2, and probabilities are rounded to the dtype.
-
-For backward each row's maximum and the inverse of its sum are kept. As one number, the logarithm
-of the sum, they would be less exact the larger the scores are; and where a mask hides all keys by
-the smallest number that there is, the sum would be lost.
+forward     ``attention_forward_triton``, over tables of masks from ``attention_tiles_triton``
+backward    ``attention_backward_triton``: two kernels
 """
 
 from __future__ import annotations
@@ -17,105 +11,48 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
 from .attention_backward_triton import keys_kernel, queries_kernel
-from .attention_tiles_triton import STEP, hide, partly_seen, rows_of, span, table_kernel
+from .attention_forward_triton import forward_kernel
+from .attention_tiles_triton import STEP, table_kernel
 from .sizes import GRAIN, HEADS
 
 CHUNK = 128
 """Entries of a table that are looked at together."""
 
 
-@triton.jit
-def _attend(
-    q, k, v, mask, total, most, sums, row, key, rows, columns, dims, value_dims, k_row, v_row,
-    time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-    MODE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Take one tile of keys into the outputs, the maximum and the sums of some rows."""
-    k_tile = rows_of(k, key, columns, dims, k_row, keys, dim)
-    scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
-    if MODE != "free":
-        scores = hide(
-            scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
-            mask_key, window, MODE,
-        )  # fmt: skip
-    new = tl.maximum(most, tl.max(scores, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # nothing was seen so far
-    p, factor = tl.exp2(scores - base[:, None]), tl.exp2(most - base)
-    v_tile = rows_of(v, key, columns, value_dims, v_row, keys, value_dim)
-    total = tl.dot(
-        p.to(v_tile.dtype), v_tile, total * factor[:, None], input_precision=PRECISION
-    )  # fmt: skip
-    return total, new, sums * factor + tl.sum(p, 1)
-
-
-@triton.jit
-def forward_kernel(
-    q, k, v, mask, table, out, stats,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_key,
-    table_batch, table_head, row_blocks, key_blocks,
-    heads, share, time, keys, dim, value_dim, window, scale,
-    MODE: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, GRAIN: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Outputs, and statistics (B, H, T, 2): maximum in base 2, inverse of the sum.
-
-    Where nothing is seen the maximum is inf, so that probabilities computed from it are zero.
-    """
-    blocks = tl.cdiv(time, M)
-    row, outer = tl.program_id(0) % blocks * M, (tl.program_id(0) // blocks).to(tl.int64)
-    sample, head = outer // heads, outer % heads
-    rows, columns = tl.arange(0, M), tl.arange(0, N)
-    dims, value_dims = tl.arange(0, D), tl.arange(0, E)
-    q += sample * q_batch + head * q_head
-    k += sample * k_batch + head // share * k_head
-    v += sample * v_batch + head // share * v_head
-    mask += sample * mask_batch + head * mask_head
-    first, free, free_end, end = span(
-        table + sample * table_batch + head * table_head, row_blocks, key_blocks,
-        row, time, keys, window, MODE, False, M, N, GRAIN, CHUNK,
-    )  # fmt: skip
-    q_tile = rows_of(q, row, rows, dims, q_row, time, dim)
-    total = tl.zeros((M, E), tl.float32)
-    most, sums = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
-    for i in range(0, free_end - free):
-        key = (free + i) * N
-        total, most, sums = _attend(
-            q_tile, k, v, mask, total, most, sums, row, key, rows, columns, dims, value_dims,
-            k_row, v_row, time, keys, dim, value_dim, mask_row, mask_key, window, scale,
-            "free", PRECISION,
-        )  # fmt: skip
-    for i in range(0, free - first + end - free_end):
-        key = partly_seen(i, first, free, free_end) * N
-        total, most, sums = _attend(
-            q_tile, k, v, mask, total, most, sums, row, key, rows, columns, dims, value_dims, k_row, v_row, time, keys, dim, value_dim, mask_row,
-            mask_key, window, scale, MODE, PRECISION,
-        )  # fmt: skip
-    dead = sums == 0
-    sums = tl.where(dead, 1.0, sums)
-    total /= sums[:, None]
-    out += sample * out_batch + head * out_head + row.to(tl.int64) * out_row
-    inside = (rows < time - row)[:, None] & (value_dims < value_dim)[None, :]
-    place = out + rows[:, None] * out_row + value_dims[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
-    stats += (outer * time + row + rows) * 2
-    tl.store(stats, tl.where(dead, float("inf"), most), mask=rows < time - row)
-    tl.store(stats + 1, tl.where(dead, 0.0, 1 / sums), mask=rows < time - row)
-
-
 def _config(
-    kernel: str, precision: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu
-) -> dict[str, int]:
+    kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu
+) -> dict[str, int]:  # fmt: skip
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
-    sizes = {"D": d, "E": e, "GRAIN": GRAIN, "CHUNK": CHUNK}
-    return sizes | {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}
+    wide, strong = max(d, e), gpu.multiplies_from_shared
+    if dtype is torch.float32:  # the operands of these products are in registers
+        m, n, warps, stages = _SINGLE[wide > 64]
+    elif wide > 128:
+        m, n, warps, stages = _WIDE[kernel]
+    elif kernel == "forward":
+        m, n, warps, stages = 128, 64, 8, 2
+    elif kernel == "queries":
+        m, n, warps, stages = (128, 32, 8, 2) if wide <= 64 or strong else (64, 32, 4, 2)
+    elif wide > 64:
+        m, n, warps, stages = 32, 64, 8, 2
+    else:
+        m, n, warps, stages = (32, 128, 8, 2) if strong else (32, 32, 4, 2)
+    return {
+        "M": m, "N": n, "D": d, "E": e, "GRAIN": GRAIN, "CHUNK": CHUNK,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+_SINGLE = ((32, 32, 4, 2), (32, 32, 8, 1))
+"""Positions, keys, warps and stages in fp32: of heads of up to 64 features, and of wider ones."""
+
+_WIDE = {"forward": (64, 32, 8, 2), "queries": (32, 32, 8, 2), "keys": (32, 32, 8, 1)}
+"""The same for heads of 256 features in 16 bits."""
 
 
 def plain(t: Tensor) -> Tensor:
@@ -148,9 +85,8 @@ class _Call:
         pointers: q, k, v, mask and table, where there are these two.
         strides: of q, k and v.
         of_mask: the strides of mask and table, and the sizes of the table.
-        sizes: heads, heads of a group, positions, keys, features of keys and values, the window,
-            and the scale in base 2.
-        flags: MODE and PRECISION.
+        sizes: heads, heads of a group, positions, keys, the window, and the scale in base 2.
+        flags: MODE, PRECISION, and the features of keys and of values.
     """
 
     def __init__(
@@ -175,17 +111,16 @@ class _Call:
         self.strides = [s for t in (q, k, v) for s in t.stride()[:3]]
         wide = time + keys if window is None else window
         self.heads, self.share = q.shape[1], q.shape[1] // k.shape[1]
-        self.sizes = (
-            self.heads, self.share, time, keys, q.shape[3], v.shape[3], wide,
-            scale * math.log2(math.e),
-        )  # fmt: skip
-        self.precision = dot_precision(q.dtype)
-        self.flags: dict[str, Any] = {"MODE": mode, "PRECISION": self.precision}
+        self.sizes = (self.heads, self.share, time, keys, wide, scale * math.log2(math.e))
+        self.flags: dict[str, Any] = {
+            "MODE": mode, "PRECISION": dot_precision(q.dtype),
+            "DIM": q.shape[3], "VALUE_DIM": v.shape[3],
+        }  # fmt: skip
 
     def config(self, kernel: str) -> dict[str, Any]:
         """The constants and options of a launch."""
         dims = self.q.shape[3], self.v.shape[3]
-        chosen = _config(kernel, self.precision, *dims, self.q.dtype, gpu_of(self.q))
+        chosen = _config(kernel, *dims, self.q.dtype, gpu_of(self.q))
         return self.flags | chosen | {"enable_fp_fusion": FP_FUSION}
 
 
@@ -261,3 +196,52 @@ def _of_keys(
     )  # fmt: skip
     made = [t for t, needed in ((dk, need_k), (dv, need_v)) if needed]
     return [t[0] if splits == 1 else t.sum(0).to(k.dtype) for t in made]
+
+
+def _case(kernel: Any, name: str, dtype: str, mask: str, dim: int, value_dim: int) -> AotCase:
+    """A kernel in the arithmetic of ``dtype``, with a mask of ``mask`` or without one."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config = _config(name, dim, value_dim, torch_dtype, gpu_of(torch.empty(0)))
+    modes = {"u8": "boolean", "causal": "causal"}
+    constants = {k: v for k, v in config.items() if k.isupper()} | {
+        "MODE": modes.get(mask, "additive"), "PRECISION": "ieee", "HALF": dtype == "fp16",
+        "DIM": dim, "VALUE_DIM": value_dim, "HEADS": HEADS, "PER_HEAD": mask == dtype,
+        "WANTED": "both" if name == "keys" else True, "mask_key": 1,
+    }  # fmt: skip
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    pointers = dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), f"*{dtype}")
+    pointers |= dict.fromkeys(("stats", "delta"), "*fp32") | {"table": "*i8"}
+    pointers |= {"mask": f"*{dtype if mask == 'causal' else mask}"}
+    types = pointers | dict.fromkeys(("scale", "factor"), "fp32")
+    rows = [a for a in kernel.arg_names if a.endswith("_row") and a != "mask_row"]
+    return AotCase(
+        name=f"attention_{name}-{dtype}-{mask}-{dim}-{value_dim}",
+        kernel=kernel,
+        signature={a: types.get(a, "i32") for a in kernel.arg_names if a not in constants},
+        constants=constants,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        divisible=tuple(rows),
+    )
+
+
+def _cases() -> tuple[AotCase, ...]:
+    made = [
+        AotCase(
+            f"attention_table-{kind}", table_kernel,
+            {a: "i32" for a in table_kernel.arg_names if a != "mask_key"}
+            | {"mask": f"*{kind}", "table": "*i8", "smallest": "fp32"},
+            {"ADDITIVE": kind != "u8", "GRAIN": GRAIN, "STEP": STEP, "mask_key": 1},
+        )
+        for kind in ("u8", "bf16", "fp32")
+    ]  # fmt: skip
+    kernels = ("forward", forward_kernel), ("queries", queries_kernel), ("keys", keys_kernel)
+    for dtype, mask, dim, value_dim in (
+        ("bf16", "u8", 64, 64), ("bf16", "bf16", 128, 128), ("bf16", "u8", 192, 128),
+        ("fp16", "u8", 80, 80), ("fp32", "fp32", 64, 64), ("fp32", "causal", 128, 128),
+    ):  # fmt: skip
+        made += (_case(k, name, dtype, mask, dim, value_dim) for name, k in kernels)
+    return tuple(made)
+
+
+AOT = _cases()

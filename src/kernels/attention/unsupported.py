@@ -54,7 +54,7 @@ def attention_unsupported(
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
     reasons = impossible(q, k, v, causal, mask, window)
-    if q.is_cuda:
+    if q.device.type != "cpu" or use_triton(q, k, v):
         if mask is None and window is None:
             reasons.append("without a mask, PyTorch's own flash attention is as fast")
         return reasons
