@@ -33,6 +33,8 @@ def impossible(
         reasons.append("causal with a mask, or with more keys than positions")
     if window is not None and (not causal or window < 1):
         reasons.append("a window that is not causal or not positive")
+    if mask is not None and mask.device != q.device:
+        reasons.append(f"the mask is on {mask.device}, the rest on {q.device}")
     if mask is not None and (mask.ndim != 4 or mask.requires_grad):
         reasons.append("the mask has not 4 dimensions, or requires a gradient")
     if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
