@@ -72,7 +72,7 @@ def queries_kernel(
             if (first + i < free) | (first + i >= free_end):
                 scores = hide(
                     scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
-                    mask_key, window, MODE,
+                    mask_key, window, MODE, False,
                 )  # fmt: skip
             p = tl.exp2(scores - most[:, None]) * inverse[:, None]
             v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
@@ -132,7 +132,7 @@ def keys_kernel(
             if (first + i < free) | (first + i >= free_end):
                 scores = hide(
                     scores, mask_own, row, key, rows[None, :], columns[:, None], time, keys,
-                    mask_row, mask_key, window, MODE,
+                    mask_row, mask_key, window, MODE, True,
                 )  # fmt: skip
             inside = rows < time - row
             of_row = stats + (place + row + rows) * 2

@@ -57,7 +57,7 @@ def forward_kernel(
         if (first + i < free) | (first + i >= free_end):
             scores = hide(
                 scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
-                mask_key, window, MODE,
+                mask_key, window, MODE, False,
             )  # fmt: skip
         new = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # nothing was seen so far

@@ -139,12 +139,12 @@ def span(
 @triton.jit
 def hide(
     scores, mask, row, key, rows, columns, time, keys, mask_row, mask_key, window,
-    MODE: tl.constexpr,
+    MODE: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Scores in base 2 with the mask applied.
 
-    They are of the positions ``row + rows`` and the keys ``key + columns``; one of ``rows`` and
-    ``columns`` is (n, 1) and the other (1, n).
+    They are of the positions ``row + rows`` and the keys ``key + columns``: (n, 1) and (1, n), or
+    BY_KEY the other way round.
     """
     if MODE == "causal":
         distance = row - key + (rows - columns)
@@ -156,6 +156,8 @@ def hide(
     place = mask + rows * mask_row + columns * mask_key
     if MODE == "boolean":
         seen = tl.load(place, mask=inside, other=0)
+        if BY_KEY:  # on AMD's cards, Triton 3.9 cannot make operands of products from single bits
+            return scores + tl.log2(seen.to(tl.float32))  # 0 or -inf
         return tl.where(seen != 0, scores, float("-inf"))
     bias = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
     # the smallest number stays one in base 2: where it hides all keys, they are equal

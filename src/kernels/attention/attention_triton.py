@@ -30,7 +30,9 @@ def _config(
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     wide, strong = max(d, e), gpu.multiplies_from_shared
-    if dtype is torch.float32:  # the operands of these products are in registers
+    if gpu.hip and kernel == "keys" and dtype is not torch.float32:  # 512 registers a thread
+        m, n, warps, stages = 32, 32, 4, 1
+    elif dtype is torch.float32:  # the operands of these products are in registers
         m, n, warps, stages = _SINGLE[wide > 64]
     elif wide > 128:
         m, n, warps, stages = _WIDE[kernel]
@@ -38,8 +40,8 @@ def _config(
         m, n, warps, stages = 128, 64, 8, 2
     elif kernel == "queries":
         m, n, warps, stages = (128, 32, 8, 2) if wide <= 64 or strong else (64, 32, 4, 2)
-    elif wide > 64:
-        m, n, warps, stages = 32, 64, 8, 2
+    elif wide > 64:  # on Blackwell's data-centre cards, a second stage spills registers
+        m, n, warps, stages = 32, 64, 8, 1 if gpu.generation == 10 else 2
     else:
         m, n, warps, stages = (32, 128, 8, 2) if strong else (32, 32, 4, 2)
     return {
