@@ -30,7 +30,8 @@ def _config(
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
     d, e = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     wide, strong = max(d, e), gpu.multiplies_from_shared
-    if gpu.hip and kernel == "keys" and dtype is not torch.float32:  # 512 registers a thread
+    narrow = kernel == "keys" or (kernel == "queries" and wide > 128)
+    if gpu.hip and narrow and dtype is not torch.float32:  # four waves have 512 registers a thread
         m, n, warps, stages = 32, 32, 4, 1
     elif dtype is torch.float32:  # the operands of these products are in registers
         m, n, warps, stages = _SINGLE[wide > 64]

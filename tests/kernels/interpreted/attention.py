@@ -69,14 +69,18 @@ def check_parity() -> None:
 
 
 def check_masks() -> None:
-    """Every form of a mask, where some tiles are hidden and others are seen as a whole."""
-    make = functools.partial(draw, 2, 2, 1, 140, 140, 64, 48, FP32)
+    """Every form of a mask, where some tiles are hidden and others are seen as a whole.
+
+    In fp16, whose products are exact: in fp32 the interpreter adds up those of ``k q`` in another
+    order than those of ``q k``. Where few keys are seen, backward's probabilities are off then.
+    """
+    make = functools.partial(draw, 2, 2, 1, 140, 140, 64, 48, FP16)
     for name, form in MASKS.items():
         mask = form(2, 2, 140)
         check(mask, make)
         if name in ("packed", "left padding", "random"):
-            check(additive(mask, -torch.inf, FP32), make)
-            check(additive(mask, torch.finfo(FP32).min, FP32), make)
+            check(additive(mask, -torch.inf, FP16), make)
+            check(additive(mask, torch.finfo(FP16).min, FP16), make)
 
 
 def check_rows_that_see_nothing() -> None:
