@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusewright.kernels import launch
 from fusewright.rewrite.op_table import OPS
-from op_cases import Maker
+from op_cases import Maker, op_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def launches_of(op: str, maker: Maker, gpu: launch.Gpu) -> list[Launch]:
         maker: of the case; it must make CPU tensors.
         gpu: that they are for.
     """
-    call = next(o for o in OPS if o.name == op).call
+    call = next(o for o in OPS if o.name == op_of(op)).call
     with FakeTensorMode(), as_on_a_gpu(gpu) as found:
         case = maker.make(op)
         outputs = [o for o in tree_leaves(call(*case.args)) if isinstance(o, Tensor)]

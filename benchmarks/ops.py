@@ -30,7 +30,7 @@ from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
 from fusewright.rewrite.tolerance import errors
-from op_cases import CASES, Case, Maker
+from op_cases import CASES, Case, Maker, op_of
 from shapes import op_shapes
 
 MB = 1 << 20
@@ -45,7 +45,7 @@ PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 when every provider ran every op that its device has an implementation of."""
     ops = find_ops()
-    options = _parse(arguments, sorted(ops.keys() & CASES.keys()))
+    options = _parse(arguments, sorted(case for case in CASES if op_of(case) in ops))
     dtype = getattr(torch, options.dtype)
     environment = describe()
     environment |= {f"{name}_version": v for name, v in environment.pop("versions").items()}
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         maker = Maker(shape, dtype, options.device, options.train_weights)
         for name in options.ops:
             with no_fallback():
-                for row in measure_op(ops[name], maker.make(name), options):
+                for row in measure_op(ops[op_of(name)], maker.make(name), options):
                     rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
                     print(_line(rows[-1]), flush=True)
             if options.csv:  # after each op: a run that is cut short keeps what it has

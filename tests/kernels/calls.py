@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_nor
 from fusewright.kernels.op import Op
 from fusewright.kernels.scan import selective_scan, ssd
 
+from .attention_masks import MASKS
 from .quantized_weights import random_weight
 
 
@@ -261,6 +263,13 @@ def _attention(d: Draw) -> Call:
     return Call(attention.OP, lambda q, k, v: (q, k, v, 48**-0.5, True), inputs)
 
 
+def _masked_attention(d: Draw, form: str) -> Call:
+    mask = MASKS[form](d.batch, 6, d.seq).to(d.device)
+    mask = mask if mask.dtype is torch.bool else mask.to(d.dtype)
+    inputs = (d.heads(6, 48), d.heads(2, 48), d.heads(2, 32), mask)
+    return Call(attention.OP, lambda q, k, v, mask: (q, k, v, None, False, mask), inputs)
+
+
 def _selective_scan(d: Draw) -> Call:
     states = 16
     both = d.rows(2 * states)
@@ -347,6 +356,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "linear_divergence-reverse": lambda d: _divergence(d, "reverse_kl"),
     "linear_divergence-jsd": lambda d: _divergence(d, "jsd"),
     "attention": _attention,
+    **{f"attention-{form}": functools.partial(_masked_attention, form=form) for form in MASKS},
     "selective_scan": _selective_scan,
     "ssd": _ssd,
     "ssd-groups": _ssd_groups,

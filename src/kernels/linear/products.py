@@ -114,11 +114,17 @@ def _wide_product_fake(wide: Tensor, narrow: Tensor, scale: float, transposed: b
     return wide.new_empty(shape[::-1] if transposed else shape, dtype=narrow.dtype)
 
 
+def _wide_product_plain(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    made = torch.mm(wide.to(narrow.dtype), narrow).mul_(scale)
+    return made.t() if transposed else made
+
+
 _wide_product_op = library_op(
     "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
     "linear.lora_linear:wide_product",
     _wide_product_fake,
     lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
+    plain=_wide_product_plain,
 )
 
 
