@@ -84,7 +84,7 @@ def backward(
 
 def _grouped(t: Tensor, share: int) -> Tensor:
     """(B, groups, heads of a group, T, D)."""
-    return t.unflatten(1, (-1, share))
+    return t.view(t.shape[0], -1, share, *t.shape[2:])
 
 
 def _scores(
