@@ -96,6 +96,7 @@ class Watch:
         blocks: those of these modules that run graphs of their own.
         packed: those of these modules that are 4-bit layers.
         copies: of their forwards, for those that call what is captured whole.
+        switches_gradients: whether a forward of these classes switches gradients on or off.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
     """
@@ -112,6 +113,7 @@ class Watch:
         self.packed = [m for m in self._below if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
+        self.switches_gradients = any(map(_switches_gradients, self._class_forwards))
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
         self.copies = copies
@@ -139,6 +141,19 @@ class Watch:
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
             return _NONE
         return find_hooks(module, self._outside)
+
+
+_SWITCHES = {"no_grad", "enable_grad", "inference_mode", "set_grad_enabled"}
+
+
+def _switches_gradients(forward: Any) -> bool:
+    """Whether the code of a model's forward names what does; that of layers of libraries does not.
+
+    PEFT's layers do in what they are merged by, and PyTorch's in what is not captured.
+    """
+    if (forward.__module__ or "").startswith(("torch.", "peft.")):
+        return False
+    return not _SWITCHES.isdisjoint(getattr(_code(forward), "co_names", ()))
 
 
 def _code(forward: Any) -> Any:

@@ -80,7 +80,7 @@ def block_forward(
         if watch.packed:
             restore_states(watch.packed)
         graph_args, graph_kwargs = args, kwargs
-        if inductor and torch.is_grad_enabled():
+        if inductor and torch.is_grad_enabled() and not watch.switches_gradients:
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         mark = functools.partial(_mark, graph_args, graph_kwargs, sizes)
@@ -177,7 +177,8 @@ def _with_input_gradient(
     """Let the first block's input need a gradient too, so that all blocks share one graph.
 
     The embedding below a LoRA model is frozen, so its output needs none. The extra gradient costs
-    less than compiling a second graph for one block; it ends in a leaf that nobody sees.
+    less than compiling a second graph for one block; it ends in a leaf that nobody sees. Where a
+    block switches gradients off, its output may need none: it would then say that it does.
     """
     name: str | None = None
     x = args[0] if args else None
