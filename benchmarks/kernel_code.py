@@ -133,7 +133,7 @@ def _cases(only: Sequence[str]) -> Iterator[tuple[str, str, list[Maker]]]:
 
 
 _NO_KERNELS = (
-    "attention",
+    "attention",  # on a GPU only where there is a mask
     "decode_attention",
     "dora",
     "dora_row_norms",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusewright.kernels import launch
 from fusewright.rewrite.op_table import OPS
-from op_cases import Maker
+from op_cases import Maker, op_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Launch:
         args: its arguments; tensors as their dtypes.
         options: constexpr arguments by name, and options such as ``num_warps``.
         grid: how many programs, in up to three dimensions.
+        bytes: of the tensors that it is given, each once.
         backward: whether a backward pass made it.
     """
 
@@ -39,7 +40,8 @@ class Launch:
     args: tuple[Any, ...]
     options: dict[str, Any]
     grid: tuple[int, ...]
-    backward: bool
+    bytes: int = 0
+    backward: bool = False
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ def launches_of(op: str, maker: Maker, gpu: launch.Gpu) -> list[Launch]:
         maker: of the case; it must make CPU tensors.
         gpu: that they are for.
     """
-    call = next(o for o in OPS if o.name == op).call
+    call = next(o for o in OPS if o.name == op_of(op)).call
     with FakeTensorMode(), as_on_a_gpu(gpu) as found:
         case = maker.make(op)
         outputs = [o for o in tree_leaves(call(*case.args)) if isinstance(o, Tensor)]
@@ -71,11 +73,18 @@ def launches_of(op: str, maker: Maker, gpu: launch.Gpu) -> list[Launch]:
         if outputs and case.leaves():
             upstream = [torch.empty_like(o) for o in outputs]
             torch.autograd.grad(outputs, case.leaves(), upstream, allow_unused=True)
-    return [_marked(one, i >= forward) for i, one in enumerate(found)]
+    return [replace(one, backward=i >= forward) for i, one in enumerate(found)]
 
 
-def _marked(one: Launch, backward: bool) -> Launch:
-    return Launch(one.kernel, one.args, one.options, one.grid, backward)
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """The memory of tensors, each once, and repeated elements once."""
+    found: dict[Any, int] = {}
+    for t in tensors:
+        if isinstance(t, Tensor):
+            own = min(t.numel() * t.itemsize, t.untyped_storage().nbytes())
+            place = (t.untyped_storage()._cdata, t.storage_offset())
+            found[place] = max(found.get(place, 0), own)
+    return sum(found.values())
 
 
 @contextlib.contextmanager
@@ -91,7 +100,7 @@ def as_on_a_gpu(gpu: launch.Gpu) -> Iterator[list[Launch]]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kept = tuple(_Dtype(a.dtype) if isinstance(a, Tensor) else a for a in args)
-        found.append(Launch(self, kept, options, tuple(grid), False))
+        found.append(Launch(self, kept, options, tuple(grid), bytes_of(args)))
 
     own = JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE
     JITFunction.run, launch._INTERPRETING, launch._ELSEWHERE = run, True, gpu

@@ -26,7 +26,7 @@ from fusewright import optimize
 from fusewright.kernels import launch
 from fusewright.kernels.linear import casts, products, projections
 from kernel_code import put
-from launches import as_on_a_gpu
+from launches import Launch, as_on_a_gpu
 from machine_code import CARDS
 
 SETUPS = ("lora", "lora, autocast", "qlora", "qlora, autocast")
@@ -40,6 +40,8 @@ _ATTENTION = "attention"
 
 class Counts(TorchDispatchMode):
     """Counts the operators that would launch a kernel, also those that ops of ours are made of.
+
+    Where every shape is known, whoever wants more than the number overrides ``note``.
 
     Attributes:
         found: operator -> how often.
@@ -57,20 +59,38 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count the operator, or run what it is made of."""
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
-        if _ATTENTION in name:
-            self.found["attention"] += 1
-            return func(*args, **kwargs)
         launches = launch.LAUNCHES.get(func)
-        if func in launch.RUNS and (launches is None or launches(*args)):
-            with self:
-                return launch.RUNS[func](*args, **kwargs)
+        own = func in launch.RUNS and (launches is None or launches(*args))
+        if own and _ATTENTION not in name:
+            return self.made_of(func, args, kwargs)
+        out = self.run(func, args, kwargs)
         returns = func._schema.returns
         is_view = bool(returns) and all(
             r.alias_info is not None and not r.alias_info.is_write for r in returns
         )
         if not is_view and name not in _FREE:
-            self.found[name] += 1
+            self.note("attention" if _ATTENTION in name else name, func, (args, kwargs), out)
+        return out
+
+    def made_of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run what an op of ours is made of, and count that."""
+        with self:
+            return launch.RUNS[func](*args, **kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute an operator."""
         return func(*args, **kwargs)
+
+    def note(self, name: str, func: Any, given: Any, out: Any) -> None:
+        """Count one launch.
+
+        Args:
+            name: of the operator.
+            func: the operator.
+            given: what it was called with, positionally and by name.
+            out: what it returned.
+        """
+        self.found[name] += 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,21 +128,41 @@ def of_a_layer(setup: str, optimized: bool) -> Counter[str]:
 
 
 def _of_a_model(setup: str, optimized: bool, layers: int) -> Counter[str]:
-    model = _model(setup.startswith("qlora"), layers)
+    model = adapted_llama(small_llama(layers), setup.startswith("qlora"))
+    ids = torch.arange(64).reshape(2, 32)
+    counts = Counts()
+    launches = step(model, ids, counts, optimized, autocast="autocast" in setup)
+    return counts.found + Counter(f"triton:{one.name}" for one in launches)
+
+
+def step(
+    model: Any, ids: torch.Tensor, counts: Counts, optimized: bool, autocast: bool
+) -> list[Launch]:
+    """Run the second step of a model as on an H100.
+
+    Args:
+        model: on the CPU.
+        ids: (B, T), its tokens and labels.
+        counts: is entered for the step.
+        optimized: whether to optimize the model.
+        autocast: whether the step is under autocast to bfloat16.
+
+    Returns:
+        The launches of Triton kernels.
+    """
     if optimized:  # kernels that are not launched give anything: there is nothing to verify
         optimize(model, codegen="eager", verify="off")
-    ids = torch.arange(64).reshape(2, 32)
     with as_on_a_gpu(CARDS[2].gpu) as launches, gpu_forms(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(2):  # the first captures
+        for mode in (type(counts)(), counts):  # the first captures
             launches.clear()
             for p in model.parameters():
                 p.grad = None
-            with Counts() as counts:
-                with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in setup):
+            with mode:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
-    return counts.found + Counter(f"triton:{one.name}" for one in launches)
+    return list(launches)
 
 
 @contextlib.contextmanager
@@ -136,16 +176,22 @@ def gpu_forms() -> Iterator[None]:
         products.on_cpu, projections.on_cpu, casts.one_by_one = own
 
 
-def _model(quantized: bool, layers: int) -> Any:
+def small_llama(layers: int) -> Any:
+    """The config of a small Llama."""
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=128, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+
+
+def adapted_llama(config: Any, quantized: bool) -> Any:
     """A Llama in bfloat16 with adapters in fp32, PEFT's default, over 4-bit weights or plain."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=2,
-    )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if quantized:
         _quantize(model)

@@ -202,6 +202,15 @@ def _attention(m: Maker) -> Case:
     return Case((q, k, v, m.sizes.head_dim**-0.5, True))
 
 
+def _packed_attention(m: Maker) -> Case:
+    """Of four samples in each row, as a mask says."""
+    q, k, v, scale, _ = _attention(m).args
+    order = torch.arange(m.shape.seq, device=m.device)
+    sample = order * 4 // m.shape.seq
+    mask = (sample[:, None] == sample[None]) & (order[:, None] >= order[None])
+    return Case((q, k, v, scale, False, mask[None, None]))
+
+
 def _decode_attention(m: Maker) -> Case:
     q, k, v = (t.detach() for t in _attention(m).args[:3])
     return Case((q[:, :, -1:], k, v, m.sizes.head_dim**-0.5))
@@ -267,6 +276,7 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "linear_logprob": _linear_logprob,
     "linear_divergence": _linear_divergence,
     "attention": _attention,
+    "attention-packed": _packed_attention,
     "decode_attention": _decode_attention,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
@@ -274,4 +284,9 @@ CASES: dict[str, Callable[[Maker], Case]] = {
     "moe_up": _moe_up,
     "moe_down": _moe_down,
 }
-"""How to call each op, by the op's name."""
+"""How to call each op, by the op's name; after a dash, what is special about the call."""
+
+
+def op_of(case: str) -> str:
+    """The name of the op that a case is of."""
+    return case.partition("-")[0]

@@ -4,7 +4,8 @@
 
 Providers: ``reference`` (the op's definition, eager), ``compile`` (``torch.compile`` of that),
 ``fusewright`` (the op) and ``fusewright-compiled`` (the op traced through Inductor, as inside a
-compiled block). Samples of the providers alternate.
+compiled block). Samples of the providers alternate. On a GPU its own time and the host's are
+measured apart. An op whose kernel cannot be launched has an error, not the time of its plain form.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from torch import Tensor
 from environment import describe
 from fusewright import kernels
 from fusewright.kernels.cost import Cost
+from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
 from fusewright.rewrite.tolerance import errors
-from op_cases import CASES, Case, Maker
+from op_cases import CASES, Case, Maker, op_of
 from shapes import op_shapes
 
 MB = 1 << 20
@@ -43,17 +45,18 @@ PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 when every provider ran every op that its device has an implementation of."""
     ops = find_ops()
-    options = _parse(arguments, sorted(ops.keys() & CASES.keys()))
+    options = _parse(arguments, sorted(case for case in CASES if op_of(case) in ops))
     dtype = getattr(torch, options.dtype)
     environment = describe()
     environment |= {f"{name}_version": v for name, v in environment.pop("versions").items()}
     rows: list[dict[str, Any]] = []
-    for label, shape in op_shapes(options.device, options.quick).items():
+    for label, shape in op_shapes(options.device, options.quick, options.smallest).items():
         maker = Maker(shape, dtype, options.device, options.train_weights)
         for name in options.ops:
-            for row in measure_op(ops[name], maker.make(name), options):
-                rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
-                print(_line(rows[-1]), flush=True)
+            with no_fallback():
+                for row in measure_op(ops[op_of(name)], maker.make(name), options):
+                    rows.append({"op": name, "shape": label, "dtype": options.dtype} | row)
+                    print(_line(rows[-1]), flush=True)
             if options.csv:  # after each op: a run that is cut short keeps what it has
                 write_csv(options.csv, rows, environment)
     return 1 if any(row["error"] and not row["note"] for row in rows) else 0
@@ -110,50 +113,74 @@ def rates(cost: Cost, milliseconds: float) -> dict[str, float]:
     }
 
 
+class Sample(NamedTuple):
+    """One call: the device's milliseconds, and on a GPU those of the host, which runs ahead."""
+
+    device_ms: float
+    host_ms: float | None = None
+
+
 def sample(
     calls: dict[str, Callable[[], Any]], device: str, seconds: float
-) -> dict[str, list[float]]:
-    """Time the calls in turn until each has been sampled for ``seconds``; milliseconds."""
+) -> dict[str, list[Sample]]:
+    """Time the calls in turn until each has been sampled for ``seconds``."""
     once = _gpu_sampler() if device == "cuda" else _cpu_sample
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    while any(len(s) < 5 or sum(s) < seconds * 1e3 for s in samples.values()):
+
+    def wants(taken: list[Sample]) -> bool:
+        few = device != "cuda" or len(taken) < MOST
+        return len(taken) < 5 or (few and sum(s.device_ms for s in taken) < seconds * 1e3)
+
+    while any(map(wants, samples.values())):
         for name, call in calls.items():
-            if len(samples[name]) < 5 or sum(samples[name]) < seconds * 1e3:
+            if wants(samples[name]):
                 samples[name].append(once(call))
     return samples
 
 
-def _cpu_sample(call: Callable[[], Any]) -> float:
+def _cpu_sample(call: Callable[[], Any]) -> Sample:
     start = time.perf_counter()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return Sample((time.perf_counter() - start) * 1e3)
 
 
-def _gpu_sampler() -> Callable[[Callable[[], Any]], float]:
-    """A sampler that empties the L2 cache first; the same write also hides the launch delay."""
+MOST = 50
+"""Samples on a GPU, each of which has the GPU sleep first."""
+
+SLEEP = 8_000_000
+"""Cycles that the GPU sleeps before each call: about 4 ms, in which the host makes its launches."""
+
+
+def _gpu_sampler() -> Callable[[Callable[[], Any]], Sample]:
+    """A sampler that empties the L2 cache, and lets the host run ahead of the GPU."""
     flush = torch.empty(256 * MB, dtype=torch.int8, device="cuda")
 
-    def once(call: Callable[[], Any]) -> float:
+    def once(call: Callable[[], Any]) -> Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(SLEEP)
         start.record()
+        began = time.perf_counter()
         call()
+        host = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
+        return Sample(float(start.elapsed_time(end)), host * 1e3)
 
     return once
 
 
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, tenth and ninetieth percentile and count of the samples."""
-    tenths = statistics.quantiles(samples, n=10)
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Median, tenth and ninetieth percentile and count of the samples; the host's median."""
+    tenths = statistics.quantiles((s.device_ms for s in samples), n=10)
+    host = [s.host_ms for s in samples if s.host_ms is not None]
     return {
-        "median_ms": statistics.median(samples),
+        "median_ms": statistics.median(s.device_ms for s in samples),
         "p10_ms": tenths[0],
         "p90_ms": tenths[-1],
+        "host_median_ms": statistics.median(host) if host else "",
         "samples": len(samples),
     }
 
@@ -217,7 +244,8 @@ def _line(row: dict[str, Any]) -> str:
     if "gb_per_s" in row:
         reached = f"{row['gflop_per_s']:>9.1f} GFLOP/s{row['gb_per_s']:>8.1f} GB/s  "
     saved = f"{row['median_ms']:>10.3f} ms{row['saved_mb']:>10.1f} MB saved  "
-    return start + saved + reached + row["note"]
+    host = f"host {row['host_median_ms']:.3f} ms  " if row["host_median_ms"] != "" else ""
+    return start + saved + host + reached + row["note"]
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
@@ -247,6 +275,7 @@ def _parse(arguments: Sequence[str] | None, known: list[str]) -> argparse.Namesp
     parser.add_argument("--ops", type=subset(known), default=known)
     parser.add_argument("--providers", type=subset(list(PROVIDERS)), default=list(PROVIDERS))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--smallest", action="store_true", help="one shape that takes no time")
     parser.add_argument("--seconds", type=float, default=0.2, help="sampling per median")
     parser.add_argument("--train-weights", action="store_true", help="weights want gradients too")
     parser.add_argument("--csv", type=Path, help="file for the figures")

@@ -87,15 +87,19 @@ class OpShape:
         return f"{name}-{self.batch}x{self.seq}"
 
 
-def op_shapes(device: str, quick: bool) -> dict[str, OpShape]:
+def op_shapes(device: str, quick: bool, smallest: bool = False) -> dict[str, OpShape]:
     """The op shapes for a kind of device, by label.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         quick: one shape in place of the whole range.
+        smallest: one that takes no time, to try the program.
     """
     small, middle, large = MODELS["smollm2-shape"], MODELS["llama-1b"], MODELS["llama-8b"]
     odd = ModelShape(1, 252, 6, 2, 507, 1231, 42)
+    if smallest:
+        tiny = OpShape(2, 16, MODELS["tiny-llama"])
+        return {tiny.label("tiny"): tiny}
     if device == "cpu":
         few = [("smollm2", OpShape(2, 128, small))]
         more = [("odd", OpShape(3, 123, odd))]

@@ -102,26 +102,39 @@ def build(job: Job) -> Training:
     return Training(model, optimizer, list(batches))
 
 
-def forward(model: Any, ids: Tensor, autocast: str | None) -> Tensor:
-    """The loss on ``ids`` (batch, seq), in autocast to that dtype if there is one."""
+Batch = Tensor | dict[str, Tensor]
+"""Token ids (batch, seq) that are their own labels, or a model's arguments by name."""
+
+
+def forward(model: Any, batch: Batch, autocast: str | None) -> Tensor:
+    """The loss on ``batch``, in autocast to that dtype if there is one."""
+    given = {"input_ids": batch, "labels": batch} if isinstance(batch, Tensor) else batch
     dtype = getattr(torch, autocast or "bfloat16")
-    with torch.autocast(ids.device.type, dtype, enabled=autocast is not None):
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
+    device = given["input_ids"].device.type
+    with torch.autocast(device, dtype, enabled=autocast is not None):
+        loss: Tensor = model(**given).loss
     return loss
 
 
 def step(
-    model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, autocast: str | None = None
+    model: Any, optimizer: torch.optim.Optimizer, batch: Batch, autocast: str | None = None
 ) -> float:
-    """One full training step on ``ids`` (batch, seq); returns the loss, all work finished."""
-    loss = forward(model, ids, autocast)
+    """One full training step on ``batch``; returns the loss, all work finished."""
+    loss = forward(model, batch, autocast)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     value = float(loss.detach())
-    if ids.is_cuda:
+    if loss.is_cuda:
         torch.cuda.synchronize()
     return value
+
+
+def packed(ids: Tensor, sample: int) -> dict[str, Tensor]:
+    """A pack (1, seq) of samples of that length: positions start anew, no label crosses an edge."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None] % sample
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
 def activation_bytes(model: Any, ids: Tensor, autocast: str | None = None) -> int:

@@ -85,6 +85,22 @@ class Bypass:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """An op whose kernel could not be compiled or launched in a call after its verification.
+
+    It has computed that call in plain PyTorch, and does so from then on in this process, for all
+    models.
+
+    Attributes:
+        op: name of the library op, ``rms_norm_backward`` for one.
+        reason: the first line of the error.
+    """
+
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that ``optimize`` did to a model. Stable and public.
 
@@ -97,6 +113,7 @@ class Report:
         bandwidth: bytes per second that the model's device copies, or None when not measured.
         memory: what the blocks keep for backward, and the predicted and measured peak.
         logits: what was computed of the logits in tiles, without making them, and how often.
+        fallbacks: ops of this process that run in plain PyTorch, because their kernel failed.
     """
 
     sites: tuple[Site, ...]
@@ -107,6 +124,7 @@ class Report:
     bandwidth: float | None = None
     memory: str = ""
     logits: str = ""
+    fallbacks: tuple[Fallback, ...] = ()
 
     def by_rule(self) -> dict[str, int]:
         """Count the rewritten sites of each rule.
@@ -130,7 +148,12 @@ class Report:
             Bypass(str(b.get("module", "")), str(b.get("reason", "")))
             for b in data.get("bypasses") or ()
         )
-        return cls(**{**_known(cls, data), "sites": sites, "bypasses": bypasses})
+        fallbacks = tuple(
+            Fallback(str(f.get("op", "")), str(f.get("reason", "")))
+            for f in data.get("fallbacks") or ()
+        )
+        lists = {"sites": sites, "bypasses": bypasses, "fallbacks": fallbacks}
+        return cls(**{**_known(cls, data), **lists})
 
     def seconds_saved(self) -> float | None:
         """Estimate the time saved per token in a training step, in seconds.
@@ -169,16 +192,20 @@ class Report:
     def remarks(self) -> list[tuple[str, str, str]]:
         """What does not run as a rewrite: ``(status, rule, where and why)``, equal reasons joined.
 
-        The status of a bypass is ``"runs as it was"``, and its rule is empty.
+        The status of a bypass is ``"runs as it was"``, that of a fallback ``"runs without its
+        kernel"``, and their rule is empty.
         """
         grouped: dict[tuple[str, str, str], list[str]] = {}
         for s in self.gaps():
             grouped.setdefault((s.status, s.rule, s.reason), []).append(s.module)
         for b in self.bypasses:
             grouped.setdefault(("runs as it was", "", b.reason), []).append(b.module)
-        return [
+        found = [
             (status, rule, f"{_places(modules)}: {reason}")
             for (status, rule, reason), modules in grouped.items()
+        ]
+        return found + [
+            ("runs without its kernel", "", f"{f.op}: {f.reason}") for f in self.fallbacks
         ]
 
     def __str__(self) -> str:

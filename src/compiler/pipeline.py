@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
+from ..kernels.fallback import FAILED
 from ..memory.budget import Budget
 from ..memory.levels import allowed
 from ..memory.meter import Meter
 from ..memory.planner import Planner
 from ..passes import PIPELINE
-from ..report import Bypass, Report, Site
+from ..report import Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
@@ -210,9 +212,11 @@ def explain(model: nn.Module) -> Report:
     speed = _bandwidth(model) if sites else None
     kept = session.choices.planner.describe()
     read = log.reads.describe()
+    fallbacks = tuple(starmap(Fallback, FAILED.items()))
     return Report(
-        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept, read
-    )
+        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept, read,
+        fallbacks,
+    )  # fmt: skip
 
 
 def _captured(model: nn.Module, heads_wait: Callable[[], bool]) -> list[Bypass]:

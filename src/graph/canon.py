@@ -50,6 +50,7 @@ def register(function: Callable[..., Any], name: str, spec: Spec) -> None:
     SPECS[name] = spec
 
 
+@facts.kept
 def canonical(node: Any) -> Canon | None:
     """The canonical view of ``node``, or None when it is no operation that we know."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):

@@ -6,10 +6,13 @@ the only place that reads it.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
-from collections.abc import Container, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -183,3 +186,51 @@ def _clean(path: str) -> str:
     ):  # fmt: skip
         text = text.replace(old, new)
     return text.strip(".")
+
+
+class _Kept(threading.local):
+    """What ``kept`` functions have found of the nodes of one graph."""
+
+    graph: fx.Graph | None = None
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Any, fx.Node], Any] = {}
+
+
+_kept = _Kept()
+_T = TypeVar("_T")
+
+
+def kept(find: Callable[[Any], _T]) -> Callable[[Any], _T]:
+    """Let ``find``, a function of a node, look at it once as long as its graph stays the same."""
+
+    @functools.wraps(find)
+    def looked_up(node: Any) -> _T:
+        if not isinstance(node, fx.Node) or node.graph is not _kept.graph:
+            return find(node)
+        key = find, node
+        if key not in _kept.found:
+            _kept.found[key] = find(node)
+        found: _T = _kept.found[key]
+        return found
+
+    return looked_up
+
+
+@contextmanager
+def unchanged(graph: fx.Graph | None) -> Iterator[None]:
+    """Say that ``graph`` stays the same, except under ``changing``; of None nothing is kept."""
+    before = _kept.graph, _kept.found
+    _kept.graph, _kept.found = graph, {}
+    try:
+        yield
+    finally:
+        _kept.graph, _kept.found = before
+
+
+@contextmanager
+def changing() -> Iterator[None]:
+    """Say that the graph that was said to stay the same changes: what was found is forgotten."""
+    _kept.found.clear()
+    with unchanged(None):
+        yield

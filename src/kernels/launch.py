@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
+
+from .fallback import with_plain_form
 
 _LIBRARY = torch.library.Library("fusewright", "DEF")
 
@@ -165,6 +168,7 @@ def library_op(
     flops: Callable[..., int] | None = None,
     temporary: Callable[..., int] | None = None,
     launches: Callable[..., bool] | None = None,
+    plain: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define ``fusewright::NAME``, an opaque op without an autograd rule of its own.
 
@@ -182,6 +186,7 @@ def library_op(
         temporary: same signature; the bytes that a call holds only while it runs.
         launches: same signature; whether a function that is given as ``implementation`` launches
             Triton kernels itself, not by way of other library ops.
+        plain: same signature and results; computes calls whose kernel fails (``fallback.py``).
 
     Returns:
         The callable op (``torch.ops.fusewright.NAME.default``).
@@ -194,6 +199,8 @@ def library_op(
         run = _triton(implementation)
     else:
         run = implementation if launches is None else on_device(implementation)
+    if plain is not None:
+        run = with_plain_form(name, run, _like_launched(plain, fake))
     # 2026-11-24: torch.library is not typed
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -259,3 +266,38 @@ def _triton(launcher: str) -> Callable[..., Any]:
         return type(made)([own(t) for t in made])
 
     return implementation
+
+
+def _like_launched(plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain`` with results as ``fake`` declares them: a compiler has planned for those.
+
+    What ``fake`` makes empty ``plain`` may return as None.
+    """
+
+    def run(*args: Any) -> Any:
+        declared = fake(*tree_map_only(Tensor, _on_meta, args))
+        device = next(_tensors(args)).device
+        # a kernel knows nothing of autograd and autocast
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            made = plain(*args)
+        if isinstance(declared, Tensor):
+            return _like(made, declared, device)
+        pairs = zip(made, declared, strict=True)
+        return type(declared)([_like(t, as_declared, device) for t, as_declared in pairs])
+
+    return run
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _like(made: Tensor | None, declared: Tensor, device: torch.device) -> Tensor:
+    if made is None:  # what nobody wants
+        return torch.empty_like(declared, device=device)
+    if made.dtype is declared.dtype and made.stride() == declared.stride():
+        return own(made)
+    result = torch.empty_strided(
+        declared.shape, declared.stride(), dtype=declared.dtype, device=device
+    )
+    return result.copy_(made)

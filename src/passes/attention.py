@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on the CPU, with the repetition of key and value heads undone."""
+"""Scaled dot-product attention, with the repetition of key and value heads undone."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from ..kernels.moe.moe_experts import moe_route
 from ..rewrite.match.matcher import State, Trace, match
 from ..rewrite.match.pattern import Builder, Pattern, Var
 from ..rewrite.rule import Emit, Match, Rule
+from ..rewrite.sample_inputs import STANDS_FOR
 
 
 class MoEExperts(Rule):
@@ -102,11 +103,19 @@ class MoEExperts(Rule):
     def sample(
         self, m: Match, node: fx.Node, generator: torch.Generator, shape: tuple[int, ...]
     ) -> Tensor | None:
-        """Experts by number, and where the formula knows of them, some that are not here."""
+        """Experts by number, and where the formula knows of them, some that are not here.
+
+        Of many experts most have no token. Where few stand for them, a third has none.
+        """
         if node is not m.ids:
             return None
-        known = (facts.size(m.up, 0) or 1) + (m.get("limit") is not None)
-        return torch.randint(0, known, shape, generator=generator)
+        experts = facts.size(m.up, 0) or 1
+        numbers = torch.arange(experts)
+        if facts.size(m.up.meta.get(STANDS_FOR), 0) not in (None, experts):
+            numbers = numbers[torch.randperm(experts, generator=generator)[experts // 3 :]]
+        if m.get("limit") is not None:
+            numbers = torch.cat([numbers, torch.tensor([experts])])
+        return numbers[torch.randint(0, len(numbers), shape, generator=generator)]
 
     def suspects(self, graph: fx.Graph) -> Iterable[tuple[fx.Node, str]]:
         """A grouped matmul that is left."""

@@ -119,9 +119,10 @@ def apply(
     settled: set[fx.GraphModule] = set()  # parts of formulas that were found outside of them
     for inner in facts.nested(module, settled):
         own: list[Finding] = []
-        for rule in rules:
-            own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
-        own += missed(inner.graph, rules, own)
+        with facts.unchanged(inner.graph):
+            for rule in rules:
+                own += _apply_rule(inner.graph, rule, table, verify, fuel, own)
+            own += missed(inner.graph, rules, own)
         inner.graph.lint()
         inner.recompile()
         findings += own
@@ -165,7 +166,8 @@ def _apply_rule(
                 moved_before=traffic.node_by_node(candidate.interior),
                 moved_after=traffic.fused(candidate.inputs, candidate.outputs),
             )
-            erased, made = _splice(graph, candidate)
+            with facts.changing():
+                erased, made = _splice(graph, candidate)
             gone |= erased
             findings = outside(findings, done)
             done.claimed |= made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,10 +260,14 @@ class Sizes:
         return int(value) if isinstance(s, torch.SymInt) else float(value)
 
 
-def tokens(inputs: Sequence[Any]) -> int:
-    """How many rows the sampled inputs had: the largest product of leading sizes."""
-    rows = 1
-    for t in inputs:
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 3:
-            rows = max(rows, t.shape[0] * t.shape[-2])
-    return rows
+def tokens(inputs: Sequence[Any], fixed: Container[tuple[int, ...]] = ()) -> int:
+    """How many rows the sampled inputs had: the largest product of leading sizes.
+
+    Args:
+        inputs: sampled ones.
+        fixed: the shapes of weights, which have no tokens.
+    """
+    held = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+    held = [t for t in held if tuple(t.shape) not in fixed]
+    rows = [t.shape[0] * t.shape[-2] for t in held if t.dim() > 2]
+    return max(rows or [len(t) for t in held if t.dim() == 2], default=1)

@@ -3,14 +3,16 @@
 A head of 100,000 classes shows nothing that one of 1,000 does not, and random ones, in fp64 too,
 would take a multiple of its memory in the first step of a run. So a large static size becomes a
 small one wherever it stands: in the shapes of the inputs and in the constants of the formula and of
-the match. Where something else depends on it, the smaller formula fails to run, and the real sizes
-are taken.
+the match. A gated unit cuts its input in two: sizes that depend on each other in this way keep
+their ratio (``in_ratio``). Of many experts a few are left. Where something else depends on a size,
+the smaller formula fails to run, and the real sizes are taken.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,15 +34,48 @@ _SMALL = 1024
 _ALIGNED = 128
 """Powers of two, up to this one, by which the real size can be divided divide the small one too."""
 
+_EXPERTS = 9
+"""About how many matrices are left of a weight that holds more: of each expert one."""
+
+_RATIOS = (2, 3)
+"""A projection is cut into two parts, or three."""
+
 
 def smaller(c: Candidate) -> Candidate | None:
     """``c`` with small sizes in place of the large ones; None where there is nothing to gain."""
-    weights = [t for n in c.inputs if (t := facts.tensor(n)) is not None and _is_fixed(t)]
-    sizes = _chosen([tuple(t.shape) for t in weights], _known(c))
-    has_gaps = any(layout(t).parts or layout(t).apart for t in weights)
+    return _made(c, _chosen)
+
+
+def in_ratio(c: Candidate) -> Candidate | None:
+    """``smaller`` in sizes that keep their ratios; None where that makes no difference."""
+    return None if _sizes(c, _chosen) == _sizes(c, _chosen_in_ratio) else _made(c, _chosen_in_ratio)
+
+
+def enlargement(c: Candidate) -> dict[int, float]:
+    """Small size -> how many times as large the real one is; empty for a formula in real sizes."""
+    found: dict[int, float] = {}
+    for node in (*c.inputs, *c.interior):
+        small, real = facts.tensor(node), facts.tensor(node.meta.get(STANDS_FOR))
+        if small is not None and real is not None:
+            pairs = zip(small.shape, real.shape, strict=True)
+            found |= {a: b / a for a, b in pairs if type(a) is type(b) is int and a != b}
+    return found
+
+
+def _made(c: Candidate, choose: _Choice) -> Candidate | None:
+    sizes = _sizes(c, choose)
+    has_gaps = any(layout(t).parts or layout(t).apart for t in _weights(c))
     if not sizes or has_gaps or packed(c.interior):
         return None
     return _rebuilt(c, sizes)
+
+
+def _sizes(c: Candidate, choose: _Choice) -> dict[int, int]:
+    return choose([tuple(t.shape) for t in _weights(c)], _known(c))
+
+
+def _weights(c: Candidate) -> list[Tensor]:
+    return [t for n in c.inputs if (t := facts.tensor(n)) is not None and _is_fixed(t)]
 
 
 def _is_fixed(t: Tensor) -> bool:
@@ -55,15 +90,73 @@ def _known(c: Candidate) -> set[int]:
 
 def _chosen(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
     """Real size -> small size, the largest first, until no weight is large or none can be."""
-    sizes: dict[int, int] = {}
-    while True:
-        now = [[(s, sizes.get(s, s)) for s in shape] for shape in shapes]
-        large = [shape for shape in now if math.prod(n for _, n in shape) > LARGE]
-        left = {s for shape in large for s, n in shape if s == n and s > _SMALL}
-        if not left:
-            return sizes
+    sizes = _few_experts(shapes, known)
+    while left := _left(shapes, sizes):
         size = max(left)
         sizes[size] = _small(size, known | set(sizes.values()))
+    return sizes
+
+
+def _chosen_in_ratio(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
+    """The same, where with a size those become smaller that are a half or a third of it."""
+    sizes = _few_experts(shapes, known)
+    while left := _left(shapes, sizes):
+        size = max(left)
+        taken = known | set(sizes.values())
+        related = _related(size, known - sizes.keys())
+        sizes |= (len(related) > 1 and _scaled(related, taken)) or {size: _small(size, taken)}
+    return sizes
+
+
+_Choice = Callable[[list[tuple[int, ...]], set[int]], dict[int, int]]
+
+
+def _left(shapes: list[tuple[int, ...]], sizes: Mapping[int, int]) -> set[int]:
+    """The large sizes of large weights that have not become small."""
+    now = [[(s, sizes.get(s, s)) for s in shape] for shape in shapes]
+    large = [shape for shape in now if math.prod(n for _, n in shape) > LARGE]
+    return {s for shape in large for s, n in shape if s == n and s > _SMALL}
+
+
+def _few_experts(shapes: list[tuple[int, ...]], known: set[int]) -> dict[int, int]:
+    """How many experts large weights are of -> a few; the number of the last one changes with it.
+
+    A number of experts that is a number of features, too, stays.
+    """
+    sizes: dict[int, int] = {}
+    large = [s for s in shapes if len(s) == 3 and math.prod(s) > LARGE]
+    features = {s for shape in shapes for s in shape[1:]}
+    for experts in sorted({shape[0] for shape in large} - features):
+        taken = known | set(sizes.values())
+        few = next(n for n in itertools.count(_EXPERTS) if n not in taken)
+        if few < experts <= _SMALL:
+            last = {experts - 1: few - 1} if experts - 1 not in known else {}
+            sizes |= {experts: few, **last}
+    return sizes
+
+
+def _related(size: int, known: set[int]) -> set[int]:
+    """``size`` and the ``known`` ones that are a few times as large as another, or a part of it."""
+    found, edge = {size}, [size]
+    while edge:
+        one = edge.pop()
+        near = {k for k in known - found if any(max(k, one) == r * min(k, one) for r in _RATIOS)}
+        near = {k for k in near if k >= _SMALL // 2}
+        found |= near
+        edge += near
+    return found
+
+
+def _scaled(sizes: set[int], taken: set[int]) -> dict[int, int]:
+    """Small sizes in the ratios of ``sizes``, the least of them about 500; empty if none do."""
+    unit = math.gcd(*sizes)
+    step = min(unit & -unit, _ALIGNED)
+    most = _SMALL // 2 * unit // min(sizes)
+    for part in range(step * ((most // step - 1) | 1), unit, 2 * step):
+        scaled = {s: s // unit * part for s in sizes}
+        if part > 0 and not taken & set(scaled.values()):
+            return scaled
+    return {}
 
 
 def _small(size: int, taken: set[int]) -> int:

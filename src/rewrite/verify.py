@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import first_line
 from ..graph import facts
 from ..graph.edit import modes, switches_mode
 from ..graph.layouts import layout_is_read
+from ..kernels.fallback import LaunchError, no_fallback
 from ..report import Figures
 from .engine import Candidate, Verdict
 from .sample_inputs import (
@@ -34,7 +36,7 @@ from .sample_inputs import (
     sample,
     tokens,
 )
-from .smaller_weights import smaller
+from .smaller_weights import enlargement, in_ratio, smaller
 from .tolerance import EXCEEDS, PEAK, errors
 from .verify_compare import difference
 from .verify_exact import Exact, Plain, double, packed
@@ -70,7 +72,7 @@ class Verifier:
 
     def _decided(self, candidate: Candidate) -> Verdict:
         def verify() -> Verdict:
-            with quiet_randomness():
+            with quiet_randomness(), no_fallback():
                 return _judge(candidate, self.traced)
 
         if self.always or self.shared is None:
@@ -83,17 +85,27 @@ def _judge(candidate: Candidate, traced: bool) -> Verdict:
 
     What smaller weights are a reason against is judged once more by the real ones.
     """
-    text = ""
-    for make, small in (smaller, True), (lambda c: c, True), (lambda c: c, False):
+    text, refused = "", False
+    for make, small in (smaller, True), (in_ratio, True), (_itself, True), (_itself, False):
+        if refused and make is in_ratio:
+            continue
         try:
             found = make(candidate)
             verdict = None if found is None else _verdict(_Site(found, traced, candidate), small)
-        except Exception as error:  # what fails to run is refused, not fatal
-            text = f"{type(error).__name__}: {error}"
+        except LaunchError as error:
+            text = str(error)
             continue
-        if verdict is not None and (verdict.reason is None or make is not smaller):
+        except Exception as error:  # what fails to run is refused, not fatal
+            text = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        if verdict is not None and (verdict.reason is None or make is _itself):
             return verdict
+        refused = verdict is not None
     return Verdict(f"could not be run for verification: {text}")
+
+
+def _itself(candidate: Candidate) -> Candidate:
+    return candidate
 
 
 def _verdict(site: _Site, small: bool) -> Verdict:
@@ -163,14 +175,12 @@ class _Site:
         self.differentiable = [t is not None and t.requires_grad for t in known]
         self.fixed = frozenset(tuple(t.shape) for t in known if t is not None and is_static(t))
         self.laid_out = [layout_is_read(n) for n in real.outputs]
-        self.grad = _gradients_are_on(real)
+        self.grad, self.enlargement = _gradients_are_on(real), enlargement(c)
 
     def setting(self, thorough: bool, upstream: float) -> VerifySettings:
         """What its runs have in common."""
-        layouts = self.laid_out
-        return VerifySettings(
-            self.differentiable, self.fixed, layouts, self.grad, thorough, upstream
-        )
+        about = self.differentiable, self.fixed, self.laid_out, self.grad
+        return VerifySettings(*about, thorough, upstream, self.enlargement)
 
 
 def _gradients_are_on(c: Candidate) -> bool:
@@ -207,7 +217,8 @@ def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdi
         reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
         if reason:
             return Verdict(reason)
-    return Verdict(None, _figures(ours[0], theirs, exact, given)) if normal else Verdict()
+    rows = sum(tokens(draw, site.fixed) for draw in given)
+    return Verdict(None, _figures(ours[0], theirs, exact, rows)) if normal else Verdict()
 
 
 def _compiled(outcome: Outcome) -> Outcome:
@@ -230,9 +241,7 @@ def _seen_as_traced(traced: bool) -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def _figures(
-    ours: Outcome, theirs: Outcome, exact: Outcome, given: Sequence[Sequence[Any]]
-) -> Figures:
+def _figures(ours: Outcome, theirs: Outcome, exact: Outcome, rows: int) -> Figures:
     """The largest errors, and what is kept for backward per token."""
     worst: list[float | None] = [None, None]
     for kind in range(2):
@@ -242,7 +251,6 @@ def _figures(
                 continue
             if errors(b, o).rms < _NOISE:  # a gradient that is zero but for rounding says nothing
                 worst[kind] = max(worst[kind] or 0.0, errors(a, o).rms)
-    rows = sum(map(tokens, given))
     return Figures(
         error=worst[KINDS.index("output")],
         grad_error=worst[KINDS.index("gradient of input")],

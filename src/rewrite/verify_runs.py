@@ -7,9 +7,10 @@ random generator and which gradients it has is kept beside outputs and gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class VerifySettings:
         grad: whether gradients are enabled where the site runs.
         thorough: whether traits are looked for, and backward runs twice and for each output alone.
         upstream: how large the gradients are that backward is given.
+        enlargement: small size -> how many times as large the one is that it stands for. What is
+            kept is counted in real sizes.
     """
 
     differentiable: Sequence[bool]
@@ -67,6 +70,7 @@ class VerifySettings:
     grad: bool = True
     thorough: bool = True
     upstream: float = 1.0
+    enlargement: Mapping[int, float] = field(default_factory=dict)
 
 
 def runs(
@@ -104,7 +108,7 @@ def _run(
     for g in generators:
         g.manual_seed(seed)
     kept: dict[int, int] = {}
-    with torch.set_grad_enabled(setting.grad), _counted(kept, own, setting.fixed):
+    with torch.set_grad_enabled(setting.grad), _counted(kept, own, setting):
         outputs = [o for o in fn(*own) if isinstance(o, Tensor)]
     results: list[Tensor | None] = [o.detach().clone() for o in outputs]
     grads, again, reached = _gradients(outputs, tokens, setting, seed)
@@ -174,14 +178,15 @@ def _generators(inputs: Sequence[Any]) -> list[torch.Generator]:
 
 
 @contextmanager
-def _counted(kept: dict[int, int], own: Sequence[Any], fixed: frozenset[tuple[int, ...]]) -> Any:
+def _counted(kept: dict[int, int], own: Sequence[Any], setting: VerifySettings) -> Any:
     """Collect, while a graph runs, the storages that are saved for backward, with their bytes."""
     inputs = {x.untyped_storage().data_ptr() for x in own if isinstance(x, Tensor)}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in inputs and tuple(t.shape) not in fixed:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in inputs and tuple(t.shape) not in setting.fixed:
+            times = math.prod(setting.enlargement.get(n, 1.0) for n in t.shape)
+            kept[storage.data_ptr()] = round(storage.nbytes() * times)
         return kept_by_hook(t)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -237,9 +237,14 @@ def _restored(program: Program, eager: Runner, ours: Runner) -> Failure | None:
         return Failure("restore", "after restore", a.trace or f"eager raises {b.error}")
     for name, t in b.tensors.items():
         mine = a.tensors.get(name)
-        if (mine is None) != (t is None) or (t is not None and not torch.equal(mine, t)):  # type: ignore[arg-type]
+        if (mine is None) != (t is None) or (t is not None and not _same_bits(mine, t)):
             return Failure("restore", f"after restore, {name}", "is not eager's to the bit")
     return None
+
+
+def _same_bits(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two results are the same; NaN is NaN."""
+    return a is not None and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def script(program: Program) -> str:

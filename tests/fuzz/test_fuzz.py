@@ -15,7 +15,7 @@ from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 from fusewright.rewrite.tolerance import exceeded
 
-from .compare import _is_eagers_own, check, draw, exact, load, script
+from .compare import _is_eagers_own, _same_bits, check, draw, exact, load, script
 from .judge import DRAWS, Failure, Outcome, _is_luck, judge
 from .program import Program, generate
 
@@ -126,6 +126,14 @@ def test_errors_that_differ_by_a_million_are_compared_draw_by_draw() -> None:
         part = torch.arange(480)[:, None] // 120 == quarter
         further = torch.where(part, exact + 3 * (ours - exact), ours)
         assert not _is_luck(further, eager, exact)
+
+
+def test_a_restored_model_gives_eagers_nan_but_nothing_else_that_differs() -> None:
+    nan = float("nan")
+    assert _same_bits(torch.tensor([1.0, nan]), torch.tensor([1.0, nan]))
+    assert not _same_bits(torch.tensor([1.0, nan]), torch.tensor([1.0, 2.0]))
+    assert not _same_bits(torch.tensor([1.0]), torch.tensor([1.0 + 2**-23]))
+    assert not _same_bits(None, torch.tensor([1.0]))
 
 
 def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:

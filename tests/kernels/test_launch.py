@@ -82,7 +82,7 @@ def test_every_op_that_launches_is_guarded(monkeypatch: pytest.MonkeyPatch) -> N
         return x + 1
 
     run = library_op(
-        "several(Tensor x) -> Tensor", launcher, torch.empty_like, launches=lambda x: True
+        "test_several(Tensor x) -> Tensor", launcher, torch.empty_like, launches=lambda x: True
     )
     library_op("none(Tensor x) -> Tensor", torch.neg, torch.empty_like)
     assert guarded == [launcher]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fusewright.kernels.launch import has_triton, interpreting
 
@@ -87,7 +88,9 @@ def test_code_of_every_op_on_every_card(kernels: Any) -> None:
     _check(kernels, (), CARDS)
 
 
-@pytest.mark.parametrize(("setup", "most"), [("lora, autocast", 90), ("qlora, autocast", 100)])
+@pytest.mark.parametrize(
+    ("setup", "most"), [("lora", 80), ("lora, autocast", 90), ("qlora, autocast", 100)]
+)
 def test_launches_of_a_layer(setup: str, most: int, kernels: Any) -> None:
     """What the page says; more of them would make the host the bottleneck."""
     if setup.startswith("qlora"):
@@ -98,3 +101,34 @@ def test_launches_of_a_layer(setup: str, most: int, kernels: Any) -> None:
     row = re.search(rf"^\| {setup} \| \d+ \| (\d+) ", PAGE.read_text(encoding="utf-8"), re.M)
     assert row is not None
     assert abs(int(row[1]) - found) <= 4  # versions of PyTorch differ a little
+
+
+def test_a_modelled_step_is_the_sum_of_what_its_kernels_move_and_multiply(kernels: Any) -> None:
+    roofline = importlib.import_module("roofline")
+    times = roofline.Times()
+    a, b = (torch.ones(256, 256, dtype=torch.bfloat16) for _ in range(2))
+    with times:
+        a + b
+        narrow = a @ b
+        a.float() @ b.float()
+        narrow.view(-1)
+    size = 256 * 256
+    moved = [3 * 2 * size, 3 * 2 * size, 6 * size, 6 * size, 3 * 4 * size]
+    assert times.total.launches == len(moved)
+    assert times.total.bytes == sum(moved)
+    assert times.flops == 2 * 2 * 256**3
+    slow = max(2 * 256**3 / 15e12, moved[-1] / (0.85 * 3.0e12))
+    expected = sum(n / (0.85 * 3.0e12) for n in moved[:-1]) + slow
+    assert times.total.seconds == pytest.approx(expected)
+    assert not bool(narrow.any())  # products are not computed
+
+
+def test_the_model_of_a_step_knows_the_products_inside_of_ops(kernels: Any) -> None:
+    roofline = importlib.import_module("roofline")
+    (eager, rest), (ours, our_rest) = (
+        roofline.parts("tiny-llama", "lora, autocast", optimized, 64) for optimized in (False, True)
+    )
+    assert ours.launches < eager.launches / 2
+    assert ours.bytes < eager.bytes
+    assert ours.seconds < eager.seconds
+    assert our_rest.bytes < rest.bytes  # no logits

@@ -12,6 +12,7 @@ from fusewright.kernels import aot
 from fusewright.kernels.launch import has_triton, interpreting
 
 SHARED = (
+    "attention_backward_triton", "attention_forward_triton", "attention_tiles_triton",
     "linear_logprob_kernels_triton", "rms_norm_kernels_triton", "ssd_backward_triton",
     "ssd_tiles_triton",
 )  # fmt: skip

@@ -13,7 +13,10 @@ from fusewright.kernels.launch import has_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
-LONG = ("linear_cross_entropy", "linear_logprob", "mlp_block", "rope", "selective_scan", "ssd")
+LONG = (
+    "attention", "attention_random", "linear_cross_entropy", "linear_logprob", "mlp_block", "rope",
+    "selective_scan", "ssd",
+)  # fmt: skip
 """The longest in the interpreter: twenty seconds to minutes each."""
 OPS = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())

@@ -19,6 +19,7 @@ TESTS: dict[str, list[str]] = {
     "rewrite/smaller_weights.py": [
         "tests/rewrite/test_smaller_formulas.py",
         "tests/rewrite/test_smaller_weights.py",
+        "tests/rewrite/test_smaller_experts.py",
     ],
     "rewrite/engine.py": ["tests/rewrite/test_engine.py"],
     "rewrite/conditions.py": ["tests/rewrite/test_conditions.py"],

@@ -41,15 +41,16 @@ def experts(
 ) -> Any:  # fmt: skip
     """transformers' grouped form; the arguments are what the tests vary."""
     tokens, active = index.shape
+    number = up.shape[0]
     ids = index.reshape(-1)
     ordered, perm = torch.sort(ids)
     rows = x[perm // active]
     scales = weights.reshape(-1)[perm]
-    counts = torch.histc(ordered.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)
+    counts = torch.histc(ordered.float(), bins=number, min=0, max=number - 1)
     ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
     if masked:  # as for experts that are on another device
-        elsewhere = (ordered >= EXPERTS).unsqueeze(-1)
-        ordered.clamp_(max=EXPERTS - 1)
+        elsewhere = (ordered >= number).unsqueeze(-1)
+        ordered.clamp_(max=number - 1)
         rows.masked_fill_(elsewhere, 0.0)
     out = _grouped(rows, up.transpose(-2, -1), ends)
     if biases is not None:

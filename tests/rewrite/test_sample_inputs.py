@@ -365,3 +365,5 @@ def test_tokens() -> None:
     assert tokens([torch.empty(2, 3, 5, 8)]) == 10  # heads are no tokens
     assert tokens([torch.empty(2, 5, 8), torch.empty(3, 7, 8)]) == 21
     assert tokens([torch.empty(3, 7, 8, dtype=torch.int64), 3, torch.empty(9)]) == 1
+    experts = torch.empty(4, 64, 8)
+    assert tokens([torch.empty(30, 8), experts], {(4, 64, 8)}) == 30  # rows, and weights

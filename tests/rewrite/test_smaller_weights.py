@@ -18,7 +18,7 @@ from fusewright.rewrite.engine import Fuel, apply
 from fusewright.rewrite.findings import Finding
 from fusewright.rewrite.op_table import TABLE
 from fusewright.rewrite.rule import Emit, Match, Rule
-from fusewright.rewrite.smaller_weights import LARGE, _chosen, _small
+from fusewright.rewrite.smaller_weights import LARGE, _chosen, _chosen_in_ratio, _small
 from fusewright.rewrite.verify import Verifier
 
 from ..capturing import capture
@@ -108,6 +108,16 @@ def test_the_largest_size_goes_first_and_small_weights_stay() -> None:
     }
 
 
+def test_halves_and_thirds_keep_their_ratio() -> None:
+    assert _chosen_in_ratio([(28672, 512)], {28672, 14336, 512}) == {28672: 768, 14336: 384}
+    assert _chosen_in_ratio([(2304, 768)], {2304, 768}) == {2304: 1152, 768: 384}
+    assert _chosen_in_ratio([(5760, 2880)], {5760, 2880, 448}) == {5760: 1152, 2880: 576}
+    assert _chosen_in_ratio([(3000, 1000)], {3000, 1000}) == {3000: 1512, 1000: 504}
+    assert _chosen_in_ratio([(49152, 576)], {49152, 576}) == {49152: 896}  # of nothing a half
+    assert _chosen_in_ratio([(1024, 1024)], {1024, 512}) == {}
+    assert _chosen_in_ratio([(2047, 1024)], {2047, 1024, 512}) == {2047: 1023}
+
+
 class Heads(Rule):
     """A projection cut into heads, by an op that does just this."""
 
@@ -157,3 +167,50 @@ def test_what_reads_the_result_is_not_lost_with_the_sizes() -> None:
 
     assert judged(lambda x, w: F.linear(x, w) + 1) == ""
     assert "has strides" in judged(lambda x, w: F.linear(x, w).view(-1))
+
+
+class Half(Rule):
+    """A gate cut off a wide projection, by an op that is right at some sizes only."""
+
+    name = op = "half"
+
+    def __init__(self, wrong: tuple[int, ...] = ()) -> None:
+        self.wrong, self.met = wrong, []
+
+    def patterns(self, p: Any, x: Any, w: Any, v: Any) -> Any:
+        """Two linears, the second on one half or on all of the first one's result."""
+        wide = p.linear(x, w)
+        yield p.linear(p.either(p.slice(wide, -1, p.anything, p.anything), wide), v)
+
+    def rewrite(self, m: Match, ops: Emit) -> fx.Node:
+        """The same, by a function that notes the sizes that it meets."""
+
+        def op(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+            self.met.append((w.shape[0], v.shape[1]))
+            y = F.linear(F.linear(x, w)[..., : v.shape[1]], v)
+            return y * 2 if w.shape[0] in self.wrong else y
+
+        return ops.call(op, m.x, m.w, m.v)
+
+
+def _halves(rule: Rule, wide: int, half: int) -> Finding:
+    x, w, v = of_any_size(torch.randn(2, 6, 256), 1), torch.randn(wide, 256), torch.randn(3, half)
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        y = F.linear(x, w)
+        return F.linear(y.chunk(2, -1)[0] if half < wide else y, v)
+
+    return apply(capture(fn, x, w, v), [rule], TABLE, Verifier(), Fuel())[0]
+
+
+def test_a_half_of_a_large_size_is_verified_by_the_half_of_a_small_one() -> None:
+    rule = Half()
+    assert _halves(rule, 16384, 8192).status == "rewritten"
+    assert set(rule.met) == {(768, 384)}
+
+
+def test_what_a_small_size_refuses_is_judged_by_the_real_one() -> None:
+    """And by no other small one, at which it may happen to be right."""
+    rule = Half(wrong=(896, 8192))
+    assert "error" in _halves(rule, 8192, 8192).reason
+    assert {w for w, _ in rule.met} == {896, 8192}

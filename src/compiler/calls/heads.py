@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels import label_counts
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..logits.awaiting import another_awaits
@@ -204,6 +205,7 @@ def _run(
     original: Original,
 ) -> Any:
     """The captured form; the original one where the capture fails."""
+    label_counts.send(kwargs.get("labels"))
     state, units = session.state, Units(hooks.units.values())
     replay = Replay(session.choices.planner.meter.device, kwargs.get("labels") is not None)
 

@@ -1,17 +1,20 @@
-"""Scaled dot-product attention on the CPU, for query heads that share key and value heads.
+"""Scaled dot-product attention for query heads that share key and value heads.
 
     S = scale * Q K^T + mask;  P = softmax(S);  O = P V
     dV = P^T dO;  dP = dO V^T;  dS = P * (dP - rowsum(P * dP));  dQ = scale dS K;  dK = scale dS^T Q
 
-The work is cut into tiles: some positions times all query heads of a group, folded into the rows of
-one matrix, against the keys that any of these positions may see. Keys and values are never
-repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
+On the CPU the work is cut into tiles: some positions times all query heads of a group, folded into
+the rows of one matrix, against the keys that any of these positions may see. Keys and values are
+never repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
 probabilities again, tile by tile (Dao et al., "FlashAttention", 2022), so only ``q``, ``k`` and
 ``v`` are kept. A tile's matrices stay in the cache, and the matrix products are oneDNN's. On a CPU
 without 16-bit products everything is in fp32, and only the results are rounded.
 
 In low precision the scores are products in fp32 and are not rounded (for large scores that would
 cost more accuracy than all else together), the softmax is in fp32, and its result is rounded.
+
+On a GPU it is flash attention in Triton (``attention_triton.py``), which visits only the tiles that
+a mask leaves: for packed samples that is a small part, and PyTorch's kernels compute all.
 """
 
 from __future__ import annotations
@@ -23,10 +26,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..launch import library_op, own
+from ..launch import library_op, own, use_triton
 from ..matmul import through_fp32
 from ..op import Op
 from ..second_order import differentiable, gradients
+from . import attention_plain
+from .sizes import (
+    backward_flops,
+    fake_backward,
+    fake_forward,
+    fake_table,
+    fake_triton_forward,
+    forward_flops,
+    triton_backward_flops,
+    triton_forward_flops,
+    triton_temporary,
+)
 from .tiles import Scratch, Tile, fold, tiles, unfold
 from .unsupported import attention_unsupported, impossible
 
@@ -149,61 +164,50 @@ def _backward(
     return [unfold(d, like, groups) for needed, d, like in every if needed]
 
 
-def _fake_like(like: Tensor, dim: int) -> Tensor:
-    batch, heads, time, _ = like.shape
-    return like.new_empty(batch, time, heads, dim).transpose(1, 2)
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return _fake_like(q, v.shape[-1])
-
-
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    every = zip((q, k, v), rest[-1], strict=True)
-    return [_fake_like(t, t.shape[-1]) for t, needed in every if needed]
-
-
-def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
-    """How many scores there are; those that a mask hides are computed."""
-    time, seen = q.shape[2], min(k.shape[2], window or k.shape[2])
-    hidden = seen * (seen - 1) // 2 if causal else 0
-    return q.shape[0] * q.shape[1] * (time * seen - hidden)
-
-
-def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None
-) -> int:
-    return 2 * _visible(q, k, causal, window) * (q.shape[3] + v.shape[3])
-
-
-def _backward_flops(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any,
-    window: int | None, needs: list[bool],
-) -> int:  # fmt: skip
-    """The scores again, ``dV``, and for ``dQ`` and ``dK`` the gradient of the scores."""
-    need_q, need_k, need_v = needs
-    dim, value_dim = q.shape[3], v.shape[3]
-    width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k)) * value_dim
-    return 2 * _visible(q, k, causal, window) * width
-
-
 # The loops over tiles would fix the length in a traced graph, so the two directions are opaque.
 _SHARED = "Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? mask, int? window"
 _forward_op = library_op(
-    f"attention_forward({_SHARED}) -> Tensor", _forward, _fake_forward, _forward_flops
+    f"attention_forward({_SHARED}) -> Tensor", _forward, fake_forward, forward_flops
 )
 _backward_op = library_op(
     f"attention_backward(Tensor grad, {_SHARED}, bool[3] needs) -> Tensor[]",
     _backward,
-    _fake_backward,
-    _backward_flops,
+    fake_backward,
+    backward_flops,
+)
+
+# -- triton ----------------------------------------------------------------------------------------
+
+
+_table_op = library_op(
+    "attention_mask_table(Tensor mask) -> Tensor",
+    "attention.attention:mask_table",
+    fake_table,
+    plain=attention_plain.mask_table,
+)
+_SHARED = "float scale, bool causal, Tensor? mask, Tensor? table, int? window"
+_triton_forward_op = library_op(
+    f"attention_triton_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
+    "attention.attention:forward",
+    fake_triton_forward,
+    triton_forward_flops,
+    plain=attention_plain.forward,
+)
+_triton_backward_op = library_op(
+    "attention_triton_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor stats, {_SHARED}, bool[3] needs) -> Tensor[]",
+    "attention.attention:backward",
+    fake_backward,
+    triton_backward_flops,
+    triton_temporary,
+    plain=attention_plain.backward,
 )
 
 # -- autograd --------------------------------------------------------------------------------------
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *qkv, mask = ctx.saved_tensors
+    *qkv, mask = ctx.saved_tensors[:4]
     scale, causal, window = ctx.options
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -219,19 +223,38 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
         window: int | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(q, k, v, mask)
         ctx.options = scale, causal, window
-        out: Tensor = _forward_op(q, k, v, scale, causal, mask, window)
+        out: Tensor
+        if use_triton(q, k, v):
+            table = None if mask is None else _table_op(mask)
+            out, stats = _triton_forward_op(q, k, v, scale, causal, mask, table, window)
+            ctx.save_for_backward(q, k, v, mask, out, stats, table)
+            return out
+        ctx.save_for_backward(q, k, v, mask)
+        out = _forward_op(q, k, v, scale, causal, _every_row(mask, q), window)
         return out
 
     @staticmethod
     @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, *kept = ctx.saved_tensors
         scale, causal, window = ctx.options
         needs = list(ctx.needs_input_grad[:3])
-        found = iter(_backward_op(grad, q, k, v, scale, causal, mask, window, needs))
+        if kept:
+            out, stats, table = kept
+            made = _triton_backward_op(
+                grad, q, k, v, out, stats, scale, causal, mask, table, window, needs
+            )
+        else:
+            mask = _every_row(mask, q)
+            made = _backward_op(grad, q, k, v, scale, causal, mask, window, needs)
+        found = iter(made)
         return *(next(found) if needed else None for needed in needs), None, None, None, None
+
+
+def _every_row(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask with a row for each position."""
+    return mask if mask is None else mask.expand(-1, -1, q.shape[2], -1)
 
 
 def attention(
@@ -240,10 +263,11 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """``softmax(scale * q kᵀ + mask) v`` without dropout; keys and values are not repeated.
 
-    Keeps ``q``, ``k`` and ``v`` for backward; memory grows with T, never with T².
+    Keeps ``q``, ``k`` and ``v`` for backward, on a GPU the output and two numbers a row as well;
+    memory grows with T, never with T² (but for a table with a byte for 1,024 entries of a mask).
 
     Args:
-        q: (B, H, T, D), any strides, on the CPU.
+        q: (B, H, T, D), any strides, on the CPU, or with Triton on a GPU.
         k: (B, KV, S, D) with H a multiple of KV: query head h reads group ``h // (H / KV)``.
         v: (B, KV, S, E).
         scale: of the scores; None is ``1 / sqrt(D)``.
@@ -262,12 +286,12 @@ def attention(
     if reasons:
         raise ValueError("; ".join(reasons))
     if mask is not None:
-        mask = mask.expand(-1, -1, q.shape[2], k.shape[2])
+        mask = mask.expand(-1, -1, -1, k.shape[2])
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         return _Attention.apply(q, k, v, factor, causal, mask, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # -- OP --------------------------------------------------------------------------------------------
 
-OP = Op("attention", attention_reference, attention, attention_unsupported)
+OP = Op("attention", attention_reference, attention, attention_unsupported, kept_outputs=(0,))

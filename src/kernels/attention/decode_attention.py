@@ -68,7 +68,7 @@ def decode_attention(
         ValueError: for what ``OP.unsupported`` lists as impossible, or for inputs that need
             gradients.
     """
-    reasons = impossible(q, k, v, False, mask, None)
+    reasons = _impossible(q, k, v, mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         reasons.append("decode_attention has no gradients: use attention")
     if reasons:
@@ -127,11 +127,18 @@ def _hide(scores: Tensor, mask: Tensor, heads: int) -> Tensor | None:
 # -- OP --------------------------------------------------------------------------------------------
 
 
+def _impossible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[str]:
+    reasons = impossible(q, k, v, False, mask, None)
+    if q.device.type != "cpu":
+        reasons.append("the tensors are not on the CPU: PyTorch's kernel is kept")
+    return reasons
+
+
 def _unsupported(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None
 ) -> list[str]:
     """Why it cannot take these inputs, or is no faster than PyTorch with them."""
-    reasons = impossible(q, k, v, False, mask, None)
+    reasons = _impossible(q, k, v, mask)
     if reasons:
         return reasons
     if q.shape[2] > MOST_POSITIONS:

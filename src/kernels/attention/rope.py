@@ -82,6 +82,7 @@ _triton_rotate = library_op(
     "bool transpose, ScalarType dtype) -> Tensor[]",
     "attention.rope:rotate",
     _fake_rotate,
+    plain=rotate,
 )
 
 

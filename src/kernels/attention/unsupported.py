@@ -7,7 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
+from ..launch import use_triton
 from ..matmul import multiplies, through_fp32
+
+WIDEST = 256
+"""Features of a head that the Triton kernels take."""
 
 
 def impossible(
@@ -16,7 +20,7 @@ def impossible(
     """Why the op has no meaning, or no implementation, for these inputs."""
     reasons = []
     if not q.device.type == k.device.type == v.device.type == "cpu":
-        reasons.append("the tensors are not all on the CPU: PyTorch's kernel is kept")
+        reasons.extend(_impossible_on_a_gpu(q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         reasons.append(f"one floating-point dtype is needed, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -29,11 +33,21 @@ def impossible(
         reasons.append("causal with a mask, or with more keys than positions")
     if window is not None and (not causal or window < 1):
         reasons.append("a window that is not causal or not positive")
+    if mask is not None and mask.device != q.device:
+        reasons.append(f"the mask is on {mask.device}, the rest on {q.device}")
     if mask is not None and (mask.ndim != 4 or mask.requires_grad):
         reasons.append("the mask has not 4 dimensions, or requires a gradient")
     if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
         reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
     return reasons
+
+
+def _impossible_on_a_gpu(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    if not (q.is_cuda and use_triton(q, k, v)):
+        return ["the tensors are not all on the CPU or, with Triton, on one GPU in 16 or 32 bits"]
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return [f"heads of more than {WIDEST} features do not fit into a GPU's registers"]
+    return []
 
 
 def attention_unsupported(
@@ -42,6 +56,10 @@ def attention_unsupported(
 ) -> list[str]:  # fmt: skip
     """Why ``attention`` cannot take these inputs, or is no faster than PyTorch with them."""
     reasons = impossible(q, k, v, causal, mask, window)
+    if q.device.type != "cpu" or use_triton(q, k, v):
+        if mask is None and window is None:
+            reasons.append("without a mask, PyTorch's own flash attention is as fast")
+        return reasons
     if through_fp32(q) and not multiplies(torch.bfloat16):
         return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):

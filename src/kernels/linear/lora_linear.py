@@ -22,6 +22,7 @@ from .linears import Linear, parts
 from .products import (
     Rows,
     adapted_product,
+    beside,
     gradient_of_a,
     gradient_of_b,
     narrow_copy,
@@ -54,14 +55,15 @@ def _forward(
     if lora_bias is not None:
         bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(weight.dtype)
     # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-    h = scaled_mm(z.to(lora_a.dtype), lora_a.t(), scale)
+    h = scaled_mm(z.beside(lora_a), lora_a.t(), scale)
     low = x.to(weight.dtype)
     return adapted_product(low, weight.t(), bias, h, lora_b.t(), dtype), h
 
 
 # ---------------------------------------------------------------------------------------- triton
 
-# The rank update, in ``products.adapted_product``.
+# The rank update, in ``products.adapted_product``; the wide product, in ``products.scaled_mm`` and
+# in the gradients of A and B.
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -130,8 +132,8 @@ class _LoraLinear(torch.autograd.Function):
         w_x, _, w_weight, w_bias, w_a, w_b, _, w_z, w_lora_bias, _ = ctx.needs_input_grad
         own_input = ctx.z_like is not None
         dy = grad.to(weight.dtype)
-        # a cast only when adapter and base differ in dtype: fp32 adapters get fp32 gradients
-        wide = dy if lora_b.dtype is weight.dtype else grad.to(lora_b.dtype)
+        # fp32 adapters get fp32 gradients, if need be by a cast
+        wide = dy if lora_b.dtype is weight.dtype else beside(grad, lora_b)
         dx = dweight = dbias = da = db = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
             t = scaled_mm(wide, lora_b, ctx.scale, of_right=True)

@@ -75,6 +75,7 @@ rank_update = library_op(
     "linear.lora_linear:rank_update",
     _rank_update_fake,
     lambda base, left, right: 2 * left.shape[0] * right.numel(),
+    plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
 )
 
 
@@ -108,6 +109,41 @@ def adapted_product(
     return sum_of_products(bias, [x, left], [weight, right], dtype)
 
 
+def _wide_product_fake(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    shape = (wide.shape[0], narrow.shape[1])
+    return wide.new_empty(shape[::-1] if transposed else shape, dtype=narrow.dtype)
+
+
+def _wide_product_plain(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    made = torch.mm(wide.to(narrow.dtype), narrow).mul_(scale)
+    return made.t() if transposed else made
+
+
+_wide_product_op = library_op(
+    "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
+    "linear.lora_linear:wide_product",
+    _wide_product_fake,
+    lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
+    plain=_wide_product_plain,
+)
+
+
+def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
+    """Whether a kernel multiplies ``wide`` with a factor in fp32 and is as exact as fp32 products.
+
+    An fp32 number is the sum of three in bf16, whose products tensor cores add up in fp32. Three
+    in fp16 are no such sum where a number is below 1e-4 (gradients are) or above 65,504.
+    """
+    return (
+        wide.dtype is torch.bfloat16 and narrow.dtype is torch.float32 and use_triton(wide, narrow)
+    )
+
+
+def beside(wide: Tensor, narrow: Tensor) -> Tensor:
+    """``wide`` as it is multiplied with ``narrow``: as it is, or in the dtype of that."""
+    return wide if multiplies_as_is(wide, narrow) else wide.to(narrow.dtype)
+
+
 class Rows:
     """Rows (N, features), and their copies in other dtypes, each made once."""
 
@@ -120,6 +156,10 @@ class Rows:
         if dtype not in self._copies:
             self._copies[dtype] = self.rows.to(dtype)
         return self._copies[dtype]
+
+    def beside(self, narrow: Tensor) -> Tensor:
+        """``beside`` of the rows."""
+        return self.rows if multiplies_as_is(self.rows, narrow) else self.to(narrow.dtype)
 
 
 def is_wide(x: Tensor) -> bool:
@@ -144,6 +184,9 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False)
 
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
+    if multiplies_as_is(left, right):
+        product: Tensor = _wide_product_op(left, right, scale, False)
+        return product
     if not on_cpu(left):
         # with beta 0 what is added counts for nothing: a view of what is there, for no launch
         return torch.addmm(left[:1, :1], left, right, beta=0, alpha=scale)
@@ -156,12 +199,18 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
     DDP would not fit it. So is ``gradient_of_b``.
     """
+    if multiplies_as_is(z, t):
+        product: Tensor = _wide_product_op(z.t(), t, 1.0, True)
+        return product
     z = z.to(t.dtype)
     return mm(t.t(), z) if not on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
+    if multiplies_as_is(dy, h):
+        product: Tensor = _wide_product_op(dy.t(), h, 1.0, False)
+        return product
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 

@@ -19,6 +19,7 @@ from .linears import Grads, ResolvedLinear
 from .products import (
     Rows,
     adapted_product,
+    beside,
     gradient_of_a,
     gradient_of_b,
     narrow_copy,
@@ -51,11 +52,12 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         scales = {layers[i].scale for i in group}
-        rows, right = x.to(stacked.dtype), stacked.t()
+        rows, right = x.beside(stacked), stacked.t()
         if len(scales) == 1 and not on_cpu(rows):
             found_here = scaled_mm(rows, right, scales.pop()).split(widths, 1)
         else:
-            parts = mm(rows, right).split(widths, 1)
+            whole = mm(rows, right) if on_cpu(rows) else scaled_mm(rows, right, 1.0)
+            parts = whole.split(widths, 1)
             found_here = [p * layers[i].scale for i, p in zip(group, parts, strict=True)]
         for i, part in zip(group, found_here, strict=True):
             found[i] = part
@@ -116,7 +118,7 @@ def returned(
 ) -> Returned:
     """Pass what flows back through the B's, as far as ``needs`` asks for it.
 
-    One after the other: with fp32 adapters over a narrower base each is cast, and the copy goes.
+    One after the other: where fp32 adapters want each cast, the copy goes.
     """
     ts: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
@@ -128,7 +130,7 @@ def returned(
             need_t, need_b = need_x or need.lora_a, need.lora_b and h is not None
             if layer.lora_b is not None and (need_t or need_b):
                 kind = layer.lora_b.dtype
-                wide = low if kind is layer.compute else dy.to(kind)
+                wide = low if kind is layer.compute else beside(dy, layer.lora_b)
                 t = scaled_mm(wide, layer.lora_b, layer.scale, True) if need_t else None
                 db = gradient_of_b(h, wide) if h is not None and need_b else None
         ts.append(t)
@@ -221,7 +223,7 @@ def _gradients_of_a(
         if x is not None:
             widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
             joined = _joined([asked[i] for i in group], 1)
-            stacked = gradient_of_a(x.to(joined.dtype), joined)
+            stacked = gradient_of_a(x.beside(joined), joined)
             for i, part in zip(group, stacked.split(widths, 0), strict=True):
                 found[i] = part
     return found

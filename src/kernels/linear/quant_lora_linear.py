@@ -19,7 +19,7 @@ from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
 from .casts import autocast
 from .linears import Linear, parts
-from .products import Rows, gradient_of_a, gradient_of_b, narrow_copy, scaled_mm, shaped
+from .products import Rows, beside, gradient_of_a, gradient_of_b, narrow_copy, scaled_mm, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized
 
@@ -82,7 +82,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         if lora_bias is not None and dtype is compute:
             bias = (lora_bias * scale if bias is None else bias + lora_bias * scale).to(dtype)
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
-        h = scaled_mm(z.to(lora_a.dtype), lora_a.t(), scale)
+        h = scaled_mm(z.beside(lora_a), lora_a.t(), scale)
         w = join(fixed, tensors)
         y = product(rows.to(compute), w, bias=bias, left=h, right=lora_b.t(), dtype=dtype)
         if lora_bias is not None and dtype is not compute:
@@ -102,7 +102,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         w_x, _, w_bias, w_a, _, _, w_z, w_lora_bias, *_ = ctx.needs_input_grad
         shape, dtype, _, compute = ctx.like
         own_input = ctx.z_like is not None
-        wide = dy.to(lora_b.dtype)
+        wide = beside(dy, lora_b)
         dx = dbias = dz = dlora_bias = t = None
         if w_a or w_z or (w_x and not own_input):
             t = scaled_mm(wide, lora_b, ctx.scale, of_right=True)

@@ -194,6 +194,16 @@ def _few_fake(
     return x.new_empty(x.shape[0], out)
 
 
+def _few_plain(
+    x: Tensor, packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None, absmax_offset: Tensor | None, out: int, into: int, blocksize: int,
+    kind: str, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rest = absmax_8bit, absmax_code, absmax_offset
+    matrix = dequantize(Quantized(packed, absmax, (out, into), blocksize, kind, *rest), x.dtype)
+    return mm(x, matrix.t()) if bias is None else addmm(bias, x, matrix.t())
+
+
 _few = library_op(
     "quant_linear_few(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax_8bit,"
     " Tensor? absmax_code, Tensor? absmax_offset, int out, int into, int blocksize, str kind,"
@@ -201,4 +211,5 @@ _few = library_op(
     "linear.quant_linear:few",
     _few_fake,
     lambda x, *rest: 2 * x.shape[0] * rest[5] * rest[6],
+    plain=_few_plain,
 )

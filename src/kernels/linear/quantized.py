@@ -137,12 +137,24 @@ def _dequantize_fake(
     return torch.empty(out, into, dtype=dtype, device=packed.device)
 
 
+def _dequantize_plain(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, out: int, into: int, blocksize: int, kind: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    rest = absmax_8bit, absmax_code, absmax_offset
+    return dequantize_reference(
+        Quantized(packed, absmax, (out, into), blocksize, kind, *rest), dtype
+    )
+
+
 _dequantize = library_op(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax_8bit, Tensor? absmax_code,"
     " Tensor? absmax_offset, int out, int into, int blocksize, str kind, ScalarType dtype)"
     " -> Tensor",
     "linear.quant_linear:dequantize",
     _dequantize_fake,
+    plain=_dequantize_plain,
 )
 
 

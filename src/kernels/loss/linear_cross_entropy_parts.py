@@ -54,6 +54,7 @@ _forward = library_op(
     _fake,
     _flops,
     launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
+    plain=compute,
 )
 
 
@@ -171,6 +172,12 @@ def scaled(
 
 def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``t · factor`` in ``dtype``; the factor must not be rounded to a narrow ``t``'s dtype."""
-    if t.is_cuda:  # a GPU kernel would round it; the CPU's computes in fp32
-        t = t.to(factor.dtype)
-    return (t * factor).to(dtype)
+    return _scaled_on_a_gpu(t, factor, dtype) if t.is_cuda else (t * factor).to(dtype)
+
+
+def _scaled_on_a_gpu(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in one kernel, which computes in the factor's dtype and keeps no copy in it.
+
+    A factor without dimensions would be rounded: it has no say in the dtype of the product.
+    """
+    return torch.mul(t, factor.reshape(1), out=torch.empty_like(t, dtype=dtype))

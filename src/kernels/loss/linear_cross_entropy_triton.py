@@ -1,13 +1,18 @@
 """Triton twin of ``kernels/loss/linear_cross_entropy_tiles.py``: tiles of rows, nothing read back.
 
-How many rows count is known on the device only, and asking would stall the stream. So the rows that
-count are sorted to the front, every tile is launched, and each program compares its rows with the
-count in device memory: those past it return at once. That is why the matmuls are kernels of our
-own (``linear_cross_entropy_matmul_triton.py``): a library matmul cannot stop at a number that the
-host does not know.
+How many rows count is known on the device, and asking would stall the stream. So the rows that
+count are sorted to the front, and each program compares its rows with the count in device memory.
+
+Where the labels have come to the host before (``label_counts``), as many rows as count there are
+multiplied by the library. Past those every tile is launched, and its programs return at once unless
+there are rows that count: these matmuls are kernels of our own
+(``linear_cross_entropy_matmul_triton.py``), for a library's cannot stop at a number that the host
+does not know.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -15,11 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot import AotCase
+from ..label_counts import expected
 from ..launch import FP_FUSION
+from ..matmul import mm
+from .head_tiles import project
 from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
 
 TILE_BYTES = 128 << 20
 """What one tile of logits takes; at 128k classes in bf16 that is 512 rows."""
+
+LARGE_TILE_BYTES = 256 << 20
+"""The same where the library multiplies, which wants more rows, beside a head of 1 GB or more."""
 
 
 @triton.jit
@@ -51,16 +62,21 @@ def capped_logits(pointers, there, inside, softcap, scale, SOFTCAP: tl.constexpr
 @triton.jit
 def loss_kernel(
     logits, labels, losses, kept, first, vocabulary, room, smoothing, softcap, scale,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: its loss, and its logits replaced by their gradient (over scale).
 
-    The maximum and the sum of exponentials are found in one pass (Milakov & Gimelshein 2018).
+    The maximum and the sum of exponentials are found in one pass (Milakov & Gimelshein 2018). Rows
+    that do not count are left as they are, or with CLEAR have a gradient of zero.
     """
     row = tl.program_id(0)
-    if row >= tl.load(kept) - first:
-        return
     logits += row.to(tl.int64) * room
+    if row >= tl.load(kept) - first:
+        if CLEAR:
+            for start in range(0, vocabulary, BLOCK_V):
+                v = start + tl.arange(0, BLOCK_V)
+                tl.store(logits + v, tl.zeros_like(v).to(logits.dtype.element_ty), mask=v < room)
+        return
     label = tl.load(labels + row)
     peak = float("-inf")
     mass = 0.0
@@ -98,12 +114,29 @@ def _loss_config(vocabulary: int) -> dict[str, int]:
     return {"BLOCK_V": 4096 if wide else 1024, "num_warps": 8 if wide else 4}
 
 
+def _known(rows: int, ignore_index: int) -> int:
+    """How many rows the library multiplies: all of them where few do not count."""
+    found = min(rows, expected(rows, ignore_index))
+    return rows if found > 0 and rows - found <= rows // 8 else found
+
+
+def _tiles(rows: int, known: int, row_bytes: int, head_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of each tile; none has rows on both sides of ``known``."""
+    large = min(LARGE_TILE_BYTES, max(TILE_BYTES, head_bytes // 4))
+    for start, stop, size in ((0, known, large), (known, rows, TILE_BYTES)):
+        height = max(1, size // row_bytes)
+        height = height // 128 * 128 or height  # whole blocks of the matmuls
+        for first in range(start, stop, height):
+            yield first, min(first + height, stop)
+
+
 def compute(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int,
     label_smoothing: float, softcap: float, logit_scale: float, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
     n, (vocabulary, hidden) = labels.numel(), weight.shape
+    known = _known(n, ignore_index)
     keep = labels != ignore_index
     kept = keep.sum(dtype=torch.int32)
     order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)
@@ -111,15 +144,21 @@ def compute(
     f32 = {"dtype": torch.float32, "device": x.device}
     losses = torch.zeros(n, **f32)
     dx = x.new_zeros(x.shape if wanted[0] else (0, hidden))
-    dweight = torch.zeros((vocabulary if wanted[1] else 0, hidden), **f32)
     dbias = torch.zeros(vocabulary if wanted[2] else 0, **f32)
-    height = max(1, TILE_BYTES // (vocabulary * x.element_size()))
-    height = min(n, height // 128 * 128 or height)  # whole blocks of the matmuls
-    for first in range(0, n, max(1, height)):
-        rows = order[first : first + height]
+    narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
+    row_bytes, head_bytes = vocabulary * x.element_size(), weight.numel() * weight.element_size()
+    tiles = list(_tiles(n, known, row_bytes, head_bytes))
+    alone = wanted[1] and narrow is x.dtype and tiles == [(0, known)]
+    dweight = torch.zeros((vocabulary if wanted[1] and not alone else 0, hidden), **f32)
+    for first, end in tiles:
+        rows = order[first:end]
         xt = x.index_select(0, rows)
         logits = logits_tile(xt, vocabulary)
-        bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
+        by_library = end <= known
+        if by_library:
+            project(xt, weight, bias, logits[:, :vocabulary])
+        else:
+            bounded_product(logits, xt, weight.t(), kept, first, "rows", bias)
         loss_kernel[(xt.shape[0],)](
             logits,
             labels[first:],
@@ -133,19 +172,23 @@ def compute(
             logit_scale,
             SOFTCAP=softcap > 0,
             GRADIENT=any(wanted),
+            CLEAR=by_library and any(wanted),
             **_loss_config(vocabulary),
             enable_fp_fusion=FP_FUSION,
         )
-        if wanted[0]:
+        if wanted[0] and by_library:
+            dx.index_copy_(0, rows, mm(logits[:, :vocabulary], weight))
+        elif wanted[0]:
             part = torch.zeros_like(xt)  # rows past the bound stay zero
             bounded_product(part, logits, weight, kept, first, "rows")
             dx.index_copy_(0, rows, part)
-        if wanted[1]:
+        if alone:  # one product is rounded once in any case
+            dweight = mm(logits[:, :vocabulary].t(), xt)
+        elif wanted[1]:
             bounded_product(dweight, logits.t(), xt, kept, first, "inner")
         if wanted[2]:
             ones = x.new_ones((xt.shape[0], 1))
             bounded_product(dbias.view(-1, 1), logits.t(), ones, kept, first, "inner")
-    narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
     return losses.sum(), kept.to(torch.float32), dx, dweight.to(narrow), dbias
 
 
@@ -158,7 +201,8 @@ def _aot_loss(dtype: str, vocabulary: int, softcap: bool, gradient: bool) -> Aot
         signature=pointers
         | {"first": "i32", "vocabulary": "i32", "room": "i32"}
         | dict.fromkeys(("smoothing", "softcap", "scale"), "fp32"),
-        constants={"SOFTCAP": softcap, "GRADIENT": gradient, "BLOCK_V": config["BLOCK_V"]},
+        constants={"SOFTCAP": softcap, "GRADIENT": gradient, "CLEAR": gradient}
+        | {"BLOCK_V": config["BLOCK_V"]},
         num_warps=config["num_warps"],
     )
 

@@ -127,6 +127,7 @@ forward_op = library_op(
     _fake,
     _flops,
     launches=lambda x, weight, bias, *rest: use_triton(x, weight, bias),
+    plain=compute,
 )
 
 
@@ -169,4 +170,5 @@ backward_op = library_op(
     _fake_backward,
     _flops_backward,
     launches=lambda grads, picked, x, weight, bias, *rest: use_triton(x, weight, bias),
+    plain=differentiate,
 )

@@ -138,17 +138,20 @@ _triton_forward = library_op(
     "glu_forward(Tensor gate, Tensor up, str activation) -> Tensor",
     "mlp.glu:forward",
     _fake_forward,
+    plain=_forward,
 )
 _triton_backward = library_op(
     "glu_backward(Tensor grad, Tensor gate, Tensor up, str activation, bool need_gate, "
     "bool need_up) -> Tensor[]",
     "mlp.glu:backward",
     _fake_backward,
+    plain=_backward,
 )
 _triton_packed_backward = library_op(
     "glu_packed_backward(Tensor grad, Tensor gate_up, str activation, bool gate_first) -> Tensor",
     "mlp.glu:packed_backward",
     _fake_packed_backward,
+    plain=_packed_backward,
 )
 
 # -- autograd --------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
 
 def _op(name: str, suffix: str, implementation: Callable[..., Tensor] | str) -> Callable[..., Any]:
     schema = f"moe_{name}{suffix}{_SCHEMAS[name]}"
-    return library_op(schema, implementation, _FAKES[name], _FLOPS.get(name))
+    plain = _CPU[name] if isinstance(implementation, str) else None
+    return library_op(schema, implementation, _FAKES[name], _FLOPS.get(name), plain=plain)
 
 
 _plain = {name: _op(name, "", _CPU[name]) for name in _SCHEMAS}

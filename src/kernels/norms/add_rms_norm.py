@@ -45,6 +45,7 @@ _forward_op = library_op(
     " bool outer) -> (Tensor, Tensor, Tensor)",
     "norms.add_rms_norm:forward",
     _forward_fake,
+    plain=_forward,
 )
 
 

@@ -109,12 +109,14 @@ _forward_op = library_op(
     " -> (Tensor, Tensor, Tensor)",
     "norms.layer_norm:forward",
     _forward_fake,
+    plain=_forward,
 )
 _backward_op = library_op(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean,"
     " Tensor rstd, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     "norms.layer_norm:backward",
     _backward_fake,
+    plain=_backward,
 )
 
 

@@ -128,12 +128,14 @@ _forward_op = library_op(
     " -> (Tensor, Tensor)",
     "norms.rms_norm:forward",
     _forward_fake,
+    plain=_forward,
 )
 _backward_op = library_op(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, Tensor? extra,"
     " float offset, bool outer, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     "norms.rms_norm:backward",
     _backward_fake,
+    plain=_backward,
 )
 
 

@@ -102,6 +102,7 @@ _forward_op = library_op(
     "norms.rms_norm_linear:forward",
     _forward_fake,
     lambda x, *rest: 2 * x.numel() // x.shape[-1] * sum(w.numel() for w in rest[4]),
+    plain=_forward,
 )
 
 

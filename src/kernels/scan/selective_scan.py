@@ -193,6 +193,7 @@ _triton_forward = library_op(
     "scan.selective_scan:forward",
     lambda *args: _fake_forward(*args[:-1]),
     _flops,
+    plain=lambda *args: _forward(*args[:-1]),
 )
 _triton_backward = library_op(
     f"selective_scan_triton_backward(Tensor grad, {_INPUTS}Tensor starts, bool softplus, "
@@ -200,6 +201,7 @@ _triton_backward = library_op(
     "scan.selective_scan:backward",
     _fake_backward,
     _backward_flops,
+    plain=_backward,
 )
 
 # -- autograd --------------------------------------------------------------------------------------

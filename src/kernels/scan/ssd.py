@@ -185,13 +185,18 @@ _backward_op = library_op(
 # -- triton ----------------------------------------------------------------------------------------
 
 _triton_forward = library_op(
-    f"ssd_triton_forward({_INPUTS}) -> Tensor", "scan.ssd:forward", _fake_forward, _flops
+    f"ssd_triton_forward({_INPUTS}) -> Tensor",
+    "scan.ssd:forward",
+    _fake_forward,
+    _flops,
+    plain=_forward,
 )
 _triton_backward = library_op(
     f"ssd_triton_backward(Tensor grad, {_INPUTS}, bool[7] needs) -> Tensor[]",
     "scan.ssd:backward",
     _fake_backward,
     _backward_flops,
+    plain=_backward,
 )
 
 # -- autograd --------------------------------------------------------------------------------------

@@ -99,7 +99,9 @@ CALLS: Mapping[str, Callable[[Maker], tuple[Any, ...]]] = {
     "rope": lambda m: (
         (m.heads(), m.heads(2)), m.table(1, 1, _LONG, 64), m.table(1, 1, _LONG, 64), 64,
     ),
-    "attention": lambda m: (m.heads(), m.heads(2), m.heads(2), None, True),
+    "attention": lambda m: (
+        m.heads(), m.heads(2), m.heads(2), None, False, m.whole(1, 1, _LONG, _LONG) == 0,
+    ),
     "glu": lambda m: (m.x(_ROWS, _WIDE), m.x(_ROWS, _WIDE), "silu"),
     "glu_packed": lambda m: (m.x(_ROWS, 2 * _WIDE), "silu", False),
     "mlp_block": lambda m: (m.x(_ROWS, _WIDE), [m.lora(), m.lora(), m.lora()], "silu"),

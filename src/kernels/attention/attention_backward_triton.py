@@ -1,0 +1,170 @@
+"""The gradients of attention: two kernels, neither of which adds to what another has written.
+
+    queries   of some positions of one head: the row sums of dO * O, and dQ
+    keys      of some keys of one group: dK and dV, over the heads of the group and their positions
+
+Both compute the probabilities again, and visit the tiles that the mask leaves. In fp16, whose
+smallest numbers have few digits, the gradients of the scores are scaled by powers of 2 before they
+are rounded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles_triton import hide, rows_of, span
+
+
+@triton.jit
+def _narrow_dot(left, right, total, PRECISION: tl.constexpr, HALF: tl.constexpr):
+    """``total + left · right`` with ``left``, in fp32, rounded to the dtype of ``right``."""
+    if HALF:
+        most = tl.max(tl.abs(left), 1)
+        size = tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1e-35))))[:, None]
+        return total + size * tl.dot((left / size).to(right.dtype), right)
+    return tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def queries_kernel(
+    q, k, v, mask, table, grad, out, stats, delta, dq,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row, out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
+    mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
+    heads, share, time, keys, window, scale, factor,
+    WANTED: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
+    GRAIN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The row sums of ``grad * out`` (B, H, T), and ``dq`` if it is WANTED."""
+    blocks = tl.cdiv(time, M)
+    row, outer = tl.program_id(0) % blocks * M, tl.program_id(0) // blocks
+    sample, head = (outer // heads).to(tl.int64), outer % heads
+    group, head = (head // share).to(tl.int64), head.to(tl.int64)
+    rows, columns = tl.arange(0, M), tl.arange(0, N)
+    dims, value_dims = tl.arange(0, D), tl.arange(0, E)
+    grad += sample * grad_batch + head * grad_head
+    out += sample * out_batch + head * out_head
+    do = rows_of(grad, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
+    o = rows_of(out, row, rows, value_dims, out_row, time, VALUE_DIM, E)
+    sums = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + outer.to(tl.int64) * time + row + rows, sums, mask=rows < time - row)
+    if WANTED:
+        q += sample * q_batch + head * q_head
+        k += sample * k_batch + group * k_head
+        v += sample * v_batch + group * v_head
+        mask += sample * mask_batch + head * mask_head
+        first, free, free_end, end = span(
+            table + sample * table_batch + head * table_head, row_blocks, key_blocks,
+            row, time, keys, window, MODE, False, M, N, GRAIN, CHUNK,
+        )  # fmt: skip
+        q_tile = rows_of(q, row, rows, dims, q_row, time, DIM, D)
+        stats += (outer.to(tl.int64) * time + row + rows) * 2
+        most = tl.load(stats, mask=rows < time - row, other=float("inf"))
+        inverse = tl.load(stats + 1, mask=rows < time - row, other=0.0)
+        total = tl.zeros((M, D), tl.float32)
+        for i in range(0, end - first):
+            key = (first + i) * N
+            k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            if (first + i < free) | (first + i >= free_end):
+                scores = hide(
+                    scores, mask, row, key, rows[:, None], columns[None, :], time, keys, mask_row,
+                    mask_key, window, MODE, False,
+                )  # fmt: skip
+            p = tl.exp2(scores - most[:, None]) * inverse[:, None]
+            v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
+            dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+            total = _narrow_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
+        dq += sample * dq_batch + head * dq_head + row.to(tl.int64) * dq_row
+        inside = (rows < time - row)[:, None] & (dims < DIM)[None, :]
+        place = dq + rows[:, None] * dq_row + dims[None, :]
+        tl.store(place, (total * factor).to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, mask, table, grad, stats, delta, dk, dv,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row,
+    dk_split, dk_batch, dk_head, dk_row, dv_split, dv_batch, dv_head, dv_row,
+    mask_batch, mask_head, mask_row, mask_key, table_batch, table_head, row_blocks, key_blocks,
+    heads, share, time, keys, window, scale, factor,
+    WANTED: tl.constexpr, HEADS: tl.constexpr, PER_HEAD: tl.constexpr, MODE: tl.constexpr,
+    PRECISION: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    GRAIN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``dk`` (splits, B, KV, S, D) and ``dv``: what up to HEADS heads of a group add to them."""
+    blocks, groups, splits = tl.cdiv(keys, N), heads // share, tl.cdiv(share, HEADS)
+    key, outer = tl.program_id(0) % blocks * N, tl.program_id(0) // blocks
+    split, group = outer % splits, (outer // splits % groups).to(tl.int64)
+    sample = (outer // splits // groups).to(tl.int64)
+    rows, columns = tl.arange(0, M), tl.arange(0, N)
+    dims, value_dims = tl.arange(0, D), tl.arange(0, E)
+    k += sample * k_batch + group * k_head
+    v += sample * v_batch + group * v_head
+    k_tile = rows_of(k, key, columns, dims, k_row, keys, DIM, D)
+    v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
+    total_k, total_v = tl.zeros((N, D), tl.float32), tl.zeros((N, E), tl.float32)
+    table += sample * table_batch
+    first, free, free_end, end = span(
+        table, row_blocks, key_blocks, key, time, keys, window, MODE, True, N, M, GRAIN, CHUNK
+    )
+    last = tl.minimum(share, (split + 1) * HEADS)
+    for own in range(split * HEADS, last):
+        head = group * share + own
+        if PER_HEAD:
+            first, free, free_end, end = span(
+                table + head * table_head, row_blocks, key_blocks, key, time, keys, window,
+                MODE, True, N, M, GRAIN, CHUNK,
+            )  # fmt: skip
+        q_own = q + sample * q_batch + head * q_head
+        grad_own = grad + sample * grad_batch + head * grad_head
+        mask_own = mask + sample * mask_batch + head * mask_head
+        place = (sample * heads + head) * time
+        for i in range(0, end - first):
+            row = (first + i) * M
+            q_tile = rows_of(q_own, row, rows, dims, q_row, time, DIM, D)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+            if (first + i < free) | (first + i >= free_end):
+                scores = hide(
+                    scores, mask_own, row, key, rows[None, :], columns[:, None], time, keys,
+                    mask_row, mask_key, window, MODE, True,
+                )  # fmt: skip
+            inside = rows < time - row
+            of_row = stats + (place + row + rows) * 2
+            most = tl.load(of_row, mask=inside, other=float("inf"))
+            inverse = tl.load(of_row + 1, mask=inside, other=0.0)
+            p = tl.exp2(scores - most[None, :]) * inverse[None, :]
+            do = rows_of(grad_own, row, rows, value_dims, grad_row, time, VALUE_DIM, E)
+            if WANTED != "k":
+                total_v = tl.dot(p.to(do.dtype), do, total_v, input_precision=PRECISION)
+            if WANTED != "v":
+                dp = tl.dot(v_tile, tl.trans(do), input_precision=PRECISION)
+                sums = tl.load(delta + place + row + rows, mask=inside, other=0.0)
+                ds = p * (dp - sums[None, :])
+                total_k = _narrow_dot(ds, q_tile, total_k, PRECISION, HALF)
+    inside = (columns < keys - key)[:, None]
+    if WANTED != "v":
+        dk += (
+            split.to(tl.int64) * dk_split
+            + sample * dk_batch
+            + group * dk_head
+            + key.to(tl.int64) * dk_row
+        )
+        place = dk + columns[:, None] * dk_row + dims[None, :]
+        total_k = (total_k * factor).to(dk.dtype.element_ty)
+        tl.store(place, total_k, mask=inside & (dims < DIM)[None, :])
+    if WANTED != "k":
+        dv += (
+            split.to(tl.int64) * dv_split
+            + sample * dv_batch
+            + group * dv_head
+            + key.to(tl.int64) * dv_row
+        )
+        place = dv + columns[:, None] * dv_row + value_dims[None, :]
+        total_v = total_v.to(dv.dtype.element_ty)
+        tl.store(place, total_v, mask=inside & (value_dims < VALUE_DIM)[None, :])

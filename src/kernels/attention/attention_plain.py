@@ -1,0 +1,114 @@
+"""Attention on a GPU where its kernels cannot be compiled or launched: in PyTorch's own operators.
+
+The results are those of the kernels, statistics of the rows too, so that forward may be the one and
+backward the other. Some positions at a time: scores are never kept whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .sizes import GRAIN
+
+_SCORES = 1 << 26
+"""How many scores there are at once."""
+_LOG2E = math.log2(math.e)
+
+
+def mask_table(mask: Tensor) -> Tensor:
+    """See ``attention_tiles_triton.table_kernel``."""
+    rows, keys = mask.shape[2:]
+    over = (0, -keys % GRAIN, 0, -rows % GRAIN)
+    if mask.dtype is torch.bool:
+        seen = free = mask
+        flag = torch.zeros(mask.shape[:3], dtype=torch.bool, device=mask.device)
+    else:
+        value, smallest = mask.float(), torch.finfo(mask.dtype).min
+        seen, free = ~(value < smallest / 2), value == 0
+        flag = (value > -math.inf).any(-1) & ~(value > smallest / 4).any(-1)
+    free = pad(pad(free, (0, 0, 0, over[3]), value=True), (0, over[1]))
+    tiles = [
+        t.unflatten(2, (-1, GRAIN)).unflatten(4, (-1, GRAIN)).transpose(3, 4)
+        for t in (pad(seen, over), free)
+    ]
+    some, every = tiles[0].flatten(4).any(-1), tiles[1].flatten(4).all(-1)
+    last = pad(flag, over[2:]).unflatten(2, (-1, GRAIN)).any(-1, keepdim=True)
+    return torch.cat([some.to(torch.int8) + every.to(torch.int8), last.to(torch.int8)], -1)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+    table: Tensor | None, window: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``attention_triton.forward``."""
+    outs, stats = [], []
+    values = _grouped(v, 1)
+    for _, scores in _scores(q, k, scale, causal, mask, window):
+        most = scores.amax(-1, keepdim=True)
+        p = (scores - most.masked_fill(most == -math.inf, 0)).exp2_()
+        total = p.sum(-1, keepdim=True)
+        dead = total == 0
+        inverse = total.reciprocal().masked_fill_(dead, 0)
+        outs.append(((p.to(q.dtype) @ values) * inverse).flatten(1, 2))
+        pair = torch.cat([most.masked_fill(dead, math.inf), inverse], -1)
+        stats.append(pair.flatten(1, 2))
+    return torch.cat(outs, 2).to(q.dtype), torch.cat(stats, 2)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, scale: float,
+    causal: bool, mask: Tensor | None, table: Tensor | None, window: int | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """See ``attention_triton.backward``."""
+    share = q.shape[1] // k.shape[1]
+    keys, values = (_grouped(t, 1).float() for t in (k, v))
+    queries, upstream, kept = (_grouped(t, share) for t in (q, grad, stats))
+    dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, scores in _scores(q, k, scale, causal, mask, window):
+        most, inverse = kept[..., rows, :].split(1, -1)
+        p = (scores - most).exp2_() * inverse
+        do = upstream[..., rows, :].float()
+        dv += (p.mT @ do).sum(2, keepdim=True)
+        ds = do @ values.mT
+        ds = p * (ds - (p * ds).sum(-1, keepdim=True)) * scale
+        dq.append((ds @ keys).flatten(1, 2))
+        dk += (ds.mT @ queries[..., rows, :].float()).sum(2, keepdim=True)
+    found = torch.cat(dq, 2), dk.squeeze(2), dv.squeeze(2)
+    return [d.to(q.dtype) for d, needed in zip(found, needs, strict=True) if needed]
+
+
+def _grouped(t: Tensor, share: int) -> Tensor:
+    """(B, groups, heads of a group, T, D)."""
+    return t.view(t.shape[0], -1, share, *t.shape[2:])
+
+
+def _scores(
+    q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None, window: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Positions, and their scores in base 2 (B, groups, heads, positions, S), in fp32."""
+    share, time = q.shape[1] // k.shape[1], q.shape[2]
+    keys, queries = _grouped(k, 1).float().mT, _grouped(q, share)
+    step = max(1, _SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, time, step):
+        rows = slice(start, min(start + step, time))
+        scores = queries[..., rows, :].float() @ keys * (scale * _LOG2E)
+        if causal:
+            order = torch.arange(time, device=q.device)
+            distance = order[rows, None] - order
+            hidden = (distance < 0) | (distance >= (window or time))
+            scores.masked_fill_(hidden, -math.inf)
+        if mask is not None:
+            part = mask.expand(-1, q.shape[1], time, -1)[:, :, rows].unflatten(1, (-1, share))
+            if part.dtype is torch.bool:
+                scores.masked_fill_(~part, -math.inf)
+            else:  # the smallest number stays one: where it hides all keys, they are equal
+                low = torch.finfo(torch.float32).min
+                bias = part.float() * _LOG2E
+                bias = torch.where((bias == -math.inf) & (part > -math.inf), low, bias)
+                scores += bias
+        yield rows, scores

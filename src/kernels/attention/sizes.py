@@ -1,0 +1,99 @@
+"""What is known of a call of attention without its numbers: shapes, FLOPs and memory.
+
+Which scores a mask hides is not known: all count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRAIN = 32
+"""Positions and keys of a tile of a mask's table (``attention_tiles_triton.py``)."""
+
+HEADS = 8
+"""Query heads of a group that one Triton program goes through for dK and dV."""
+
+
+def fake_like(like: Tensor, dim: int) -> Tensor:
+    """Heads of ``dim`` features, in the memory order of projections."""
+    batch, heads, time, _ = like.shape
+    return like.new_empty(batch, time, heads, dim).transpose(1, 2)
+
+
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """The outputs."""
+    return fake_like(q, v.shape[-1])
+
+
+def fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    """The needed gradients."""
+    every = zip((q, k, v), rest[-1], strict=True)
+    return [fake_like(t, t.shape[-1]) for t, needed in every if needed]
+
+
+def fake_table(mask: Tensor) -> Tensor:
+    """The table of a mask."""
+    batch, heads, rows, keys = mask.shape
+    shape = batch, heads, -(-rows // GRAIN), -(-keys // GRAIN) + 1
+    return mask.new_empty(shape, dtype=torch.int8)
+
+
+def fake_triton_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """The outputs, and what is kept of each row."""
+    stats = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
+    return fake_like(q, v.shape[-1]), stats
+
+
+def triton_temporary(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
+    """The row sums, and in large groups the parts of dK and dV."""
+    splits = -(-q.shape[1] // k.shape[1] // HEADS)
+    parts = sum(t.numel() for t, n in zip((k, v), rest[-1][1:], strict=True) if n)
+    return 4 * (q.shape[0] * q.shape[1] * q.shape[2] + (splits * parts if splits > 1 else 0))
+
+
+def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> int:
+    """How many scores there are."""
+    time, seen = q.shape[2], min(k.shape[2], window or k.shape[2])
+    hidden = seen * (seen - 1) // 2 if causal else 0
+    return q.shape[0] * q.shape[1] * (time * seen - hidden)
+
+
+def forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, window: int | None
+) -> int:
+    """Of the scores and the outputs."""
+    return 2 * _visible(q, k, causal, window) * (q.shape[3] + v.shape[3])
+
+
+def backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any,
+    window: int | None, needs: list[bool],
+) -> int:  # fmt: skip
+    """The scores again, ``dV``, and for ``dQ`` and ``dK`` the gradient of the scores."""
+    need_q, need_k, need_v = needs
+    dim, value_dim = q.shape[3], v.shape[3]
+    width = (1 + need_q + need_k) * dim + (need_v + (need_q or need_k)) * value_dim
+    return 2 * _visible(q, k, causal, window) * width
+
+
+def triton_forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Any, table: Any,
+    window: int | None,
+) -> int:  # fmt: skip
+    """As on the CPU."""
+    return forward_flops(q, k, v, scale, causal, mask, window)
+
+
+def triton_backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Any, stats: Any, scale: float,
+    causal: bool, mask: Any, table: Any, window: int | None, needs: list[bool],
+) -> int:  # fmt: skip
+    """Two kernels compute the scores and their gradients: one for ``dQ``, one for the others."""
+    need_q, need_k, need_v = needs
+    dim, value_dim = q.shape[3], v.shape[3]
+    width = need_q * (2 * dim + value_dim) + (need_k or need_v) * dim
+    width += need_k * (dim + value_dim) + need_v * value_dim
+    return 2 * _visible(q, k, causal, window) * width

@@ -1,0 +1,160 @@
+"""Where a kernel cannot be compiled or launched, the op's plain form computes the call.
+
+Which kernels that happens to is known only once they run: a tile may need more shared memory than
+the card has, the compiler may not know a type or a card, the driver may be missing. Verification
+runs kernels before they are installed, and refuses a rewrite whose kernel fails (``no_fallback``).
+What fails later, with other sizes or in backward, must not end a training run: the call is computed
+in plain PyTorch, a warning says so once, and the kernel is not tried again in this process.
+
+Only errors of compiling and launching are caught. Those that a running kernel leaves behind (a
+failed assertion, an illegal access) and running out of memory are raised, as in eager code, and so
+is everything while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import first_line
+
+FAILED: dict[str, str] = {}
+"""Library op -> why its kernel could not be compiled or launched; it runs its plain form since."""
+
+
+class LaunchError(RuntimeError):
+    """A kernel that cannot be compiled or launched, where no plain form may take its place."""
+
+
+_no_fallback = 0
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """Raise ``LaunchError`` where a kernel fails, or has failed before: for checks and benchmarks.
+
+    This holds for all threads: the backward pass of a GPU has one of its own.
+    """
+    global _no_fallback
+    _no_fallback += 1
+    try:
+        yield
+    finally:
+        _no_fallback -= 1
+
+
+def with_plain_form(
+    name: str, run: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``run``, or ``plain`` from the first call on whose kernel cannot be compiled or launched.
+
+    Args:
+        name: of the library op.
+        run: launches the kernel.
+        plain: same signature and results, without a kernel.
+    """
+
+    @functools.wraps(run)
+    def guarded(*args: Any) -> Any:
+        if name not in FAILED:
+            try:
+                return run(*args)
+            except Exception as error:
+                if not is_launch_failure(error) or _is_capturing():
+                    raise
+                reason = _described(error)
+                if _no_fallback:
+                    raise LaunchError(_message(name, reason)) from error
+                _give_up(name, reason)
+            # the error is gone here, and with it what its frames held of the GPU's memory
+        elif _no_fallback:
+            raise LaunchError(_message(name, FAILED[name]))
+        return plain(*args)
+
+    return guarded
+
+
+def _give_up(name: str, reason: str) -> None:
+    if FAILED.setdefault(name, reason) is reason:
+        text = f"{_message(name, reason)}. It runs in plain PyTorch from now on."
+        warnings.warn(text, stacklevel=3)
+
+
+def _message(name: str, reason: str) -> str:
+    return f"the kernel of {name} could not be compiled or launched: {reason}"
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is captured: what it would record is not what was asked for."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+# ------------------------------------------------------------------------------- kinds of errors
+
+_LAUNCHING = (
+    "invalid device function",
+    "invalid configuration argument",
+    "invalid argument",
+    "no kernel image is available",
+    "no binary for gpu",
+    "kernel image is invalid",
+    "too many resources requested for launch",
+    "too many blocks in cooperative launch",
+    "ptx jit compil",
+    "unsupported toolchain",
+    "named symbol not found",
+    "driver version is insufficient",
+    "driver combination",
+)
+"""Parts of the messages of CUDA and HIP by which a kernel is not loaded or not launched.
+
+Any other may be of a kernel that ran earlier.
+"""
+
+
+def is_launch_failure(error: Exception) -> bool:
+    """Whether ``error`` says that a kernel cannot be compiled or launched, and nothing else."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return False
+    text = str(error)
+    if isinstance(error, torch.AcceleratorError) or _is_of_device(text):
+        return any(part in text.lower() for part in _LAUNCHING)
+    modules = set(_modules(error.__traceback__))
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # Triton is not imported for this
+    if "InterpreterError" in kinds or "triton.runtime.interpreter" in modules:
+        return False  # a kernel that ran, and is wrong
+    if "TritonError" in kinds or isinstance(error, (subprocess.CalledProcessError, ImportError)):
+        return True
+    in_triton = any(m.partition(".")[0] == "triton" for m in modules)
+    return in_triton or _NO_DRIVER in text
+
+
+_NO_DRIVER = "active drivers"
+
+
+def _is_of_device(text: str) -> bool:
+    """Whether it is the message of a runtime or driver, as PyTorch or Triton passes it on."""
+    return text.startswith("Triton Error [") or "CUDA error" in text or "HIP error" in text
+
+
+def _modules(frame: TracebackType | None) -> Iterator[str]:
+    """The modules whose code an error passed through."""
+    while frame is not None:
+        yield str(frame.tb_frame.f_globals.get("__name__"))
+        frame = frame.tb_next
+
+
+def _described(error: BaseException) -> str:
+    """The class and the first line of what the compiler, or the launch, has to say."""
+    while isinstance(error.__cause__, type(error)):  # an error in a function that a kernel calls
+        error = error.__cause__
+    said = getattr(error, "error_message", None)  # the message of others begins with the source
+    line = str(said).strip().splitlines()[0] if said else first_line(error)
+    return f"{type(error).__name__}: {line}"
