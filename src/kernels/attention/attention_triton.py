@@ -10,11 +10,10 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..aot import AotCase
-from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of
+from ..launch import FP_FUSION, Gpu, dot_precision, gpu_of, next_power_of_2
 from .attention_backward_triton import keys_kernel, queries_kernel
 from .attention_forward_triton import forward_kernel
 from .attention_tiles_triton import STEP, table_kernel
@@ -28,7 +27,7 @@ def _config(
     kernel: str, dim: int, value_dim: int, dtype: torch.dtype, gpu: Gpu
 ) -> dict[str, int]:  # fmt: skip
     """Tiles of M positions and N keys, by what fits into registers and shared memory."""
-    d, e = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
+    d, e = (max(16, next_power_of_2(n)) for n in (dim, value_dim))
     wide, strong = max(d, e), gpu.multiplies_from_shared
     narrow = kernel == "keys" or (kernel == "queries" and wide > 128)
     if gpu.hip and narrow and dtype is not torch.float32:  # four waves have 512 registers a thread

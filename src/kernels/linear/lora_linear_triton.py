@@ -156,8 +156,8 @@ def _wide_config(rows: int, columns: int, by_columns: bool) -> dict[str, int]:
     """
 
     def read(tile: tuple[int, int]) -> int:
-        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
-        return int(triton.cdiv(programs, _PROGRAMS) * (2 * tile[0] + 4 * tile[1]))
+        programs = cdiv(rows, tile[0]) * cdiv(columns, tile[1])
+        return int(cdiv(programs, _PROGRAMS) * (2 * tile[0] + 4 * tile[1]))
 
     block_m, block_r = min(list(_WIDE_TILES)[by_columns:], key=read)
     return {"BLOCK_M": block_m, "BLOCK_R": block_r} | _WIDE_TILES[block_m, block_r]
@@ -178,7 +178,7 @@ def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -
     if out.numel() == 0:
         return out
     config = _wide_config(rows, columns, wide.stride(0) == 1)
-    blocks = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_R"])
+    blocks = cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_R"])
     wide_product_kernel[(blocks,)](
         wide,
         narrow,
