@@ -1,7 +1,8 @@
 """Packed samples have the losses and gradients of single ones, in twenty architectures.
 
-In fp64, where a leak cannot hide among roundings. ``test_packed.py`` holds three families to the
-error budget in the dtype that they are trained in.
+In fp64, but for what models compute in fp32 all the same (norms, softmaxes, the loss). A leak is
+orders of magnitude larger, as the last lines of the test show. ``test_packed.py`` holds three
+families to the error budget in the dtype that they are trained in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fusewright import optimize
 from fusewright.train.data import IGNORED, Packs, Sample, collate, leaks, pack
 from tests.models.architectures import LAST_ID, build
 
-QUICK = ("deepseek_v3", "gemma2", "gpt_oss", "llama")
+QUICK = ("deepseek_v3", "gemma2", "llama")
 
 ARCHITECTURES = {
     "cohere2": "sliding windows, and layers without positions",
@@ -28,7 +29,7 @@ ARCHITECTURES = {
     "glm4": "grouped heads, part of a head rotated",
     "gpt2": "learnt positions",
     "gpt_neox": "one weight for queries, keys and values",
-    "gpt_oss": "attention sinks, sliding windows, experts",
+    "qwen3_moe": "experts, normed queries and keys",
     "granite": "multipliers",
     "llama": "grouped heads",
     "mistral": "sliding windows",
@@ -43,11 +44,12 @@ ARCHITECTURES = {
 }
 """The name of an architecture, and what of it may go wrong."""
 
-REFUSED = ("bloom", "mpt")
-"""ALiBi: their masks know nothing of packs, and the trainer refuses to pack for them."""
+REFUSED = ("bloom", "gpt_oss", "mpt")
+"""Their masks know nothing of packs, and the trainer refuses to pack for them: ALiBi, sinks."""
 
 LENGTH = 32
-SIZES = (13, 15, 5, 21, 2, 9)
+SIZES = (13, 15, 4, 21, 2, 9)
+"""They fill their packs: in fp64, masks of transformers make NaN of padded positions."""
 
 
 def _sample(length: int) -> Sample:
@@ -64,19 +66,24 @@ PACKED = list(Packs(SAMPLES, pack(SIZES, LENGTH)))
 def _made(name: str) -> Any:
     model: Any = build(name).double()
     model.config.use_cache = False
+    model.set_experts_implementation("eager")  # the others do not take fp64
     return model
 
 
-def _step(model: Any, packing: bool) -> dict[str, Tensor]:
+def _step(model: Any, packing: bool, positions: bool = True) -> dict[str, Tensor]:
     """The mean loss of the trained tokens, and its gradients."""
+    model.zero_grad()
     batches = [[p] for p in PACKED] if packing else [[[s]] for s in SAMPLES]
     total, loss = sum(s.trained for s in SAMPLES), torch.zeros((), dtype=torch.float64)
     for rows in batches:
-        part = model(**collate(rows, 0, packing, LENGTH)).loss
+        batch = collate(rows, 0, packing, sum(len(s.input_ids) for s in rows[0]))
+        if not positions:
+            del batch["position_ids"]
+        part = model(**batch).loss
         part = part * sum(s.trained for row in rows for s in row) / total
         part.backward()
         loss += part.detach()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss, **grads}
 
 
@@ -91,16 +98,26 @@ def _cases() -> list[Any]:
 def test_gradients_of_packed_samples(name: str) -> None:
     single = _made(name)
     packed, ours = copy.deepcopy(single), optimize(copy.deepcopy(single), codegen="eager")
-    assert max(map(len, PACKED)) > 2
+    assert [sum(len(s.input_ids) for s in p) for p in PACKED] == [LENGTH, LENGTH]
     assert not leaks(packed, LAST_ID, torch.device("cpu"))
     expected = _step(single, False)
     assert len(expected) > 10
+    assert all(value.isfinite().all() for value in expected.values())
     for model in (packed, ours):
         found = _step(model, True)
         assert found.keys() == expected.keys()
-        for part, value in expected.items():
-            off = (found[part] - value).norm()
-            assert off <= 1e-10 * value.norm() + 1e-13, f"{part}: {off:.1e} of {value.norm():.1e}"
+        assert _differing(found, expected) == []
+    seen = _differing(_step(packed, True, positions=False), expected)
+    assert len(seen) > len(expected) / 2, "without positions, samples see each other"
+
+
+def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The loss or the gradients that are off."""
+    return [
+        f"{part}: {(found[part] - value).norm():.1e} of {value.norm():.1e}"
+        for part, value in expected.items()
+        if not (found[part] - value).norm() <= 1e-5 * value.norm() + 1e-9
+    ]
 
 
 @pytest.mark.slow
