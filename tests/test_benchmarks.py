@@ -206,10 +206,10 @@ def test_ops_writes_a_row_per_direction_and_provider(tmp_path: Path) -> None:
 
 def test_every_op_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from op_cases import CASES
+    from op_cases import CASES, op_of
     from ops import find_ops
 
-    assert set(find_ops()) == set(CASES)
+    assert set(find_ops()) == set(map(op_of, CASES))
 
 
 @pytest.mark.slow

@@ -78,9 +78,12 @@ def _copy_inputs(node: fx.Node, last: dict[int, int], place: int) -> int:
 
 
 def _copy_outputs(node: fx.Node, last: dict[int, int], place: int) -> int:
-    items = [u for u in node.users if u.target is operator.getitem]
     kept = getattr(node.meta.get("fusewright_op"), "kept_outputs", ())
-    found = [u for u in items if u.args[1] in kept and _is_written_after(u, last, place)]
+    if facts.tensor(node) is None:
+        items = [u for u in node.users if u.target is operator.getitem and u.args[1] in kept]
+    else:  # it is the only output
+        items = [node] if kept else []
+    found = [u for u in items if _is_written_after(u, last, place)]
     for source in found:
         with node.graph.inserting_after(source):
             copy = _copied(source)

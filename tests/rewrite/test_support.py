@@ -113,5 +113,18 @@ def test_what_an_op_keeps_of_its_outputs_is_copied_wherever_the_op_is_from() -> 
     assert copy_what_is_written(module, open_to_writes=True) == 1
 
 
+@pytest.mark.parametrize(("kept", "copies"), [((), 0), ((0,), 1)])
+def test_the_only_output_of_an_op_may_be_kept(kept: tuple[int, ...], copies: int) -> None:
+    class One(Gate):
+        def rewrite(self, m: Match, ops: Emit) -> Any:
+            return ops.call(Op("one", gated, gated, lambda x, y: [], kept), m.x, m.y)
+
+    module = trace(lambda a, b: torch.sigmoid(a) * b, S, S)
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta["example_value"].requires_grad_()
+    _applied(module, One())
+    assert copy_what_is_written(module, open_to_writes=True) == copies
+
+
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x + y, torch.tanh(x + y)

@@ -75,7 +75,8 @@ def mask_table(mask: Tensor) -> Tensor:
     table_kernel[(batch * heads * row_blocks,)](
         mask.view(torch.uint8) if boolean else mask, table, rows, keys, blocks, heads,
         *mask.stride(), 0.0 if boolean else torch.finfo(mask.dtype).min,
-        ADDITIVE=not boolean, GRAIN=GRAIN, STEP=STEP, num_warps=4, enable_fp_fusion=FP_FUSION,
+        ADDITIVE=not boolean, GRAIN=GRAIN, STEP=STEP // 2 if gpu_of(mask).hip else STEP,
+        num_warps=4, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return table
 
