@@ -114,8 +114,9 @@ class Times(Counts):
             return 0.0
         args, kwargs = given
         flops, name = int(formula(*args, **kwargs, out_val=out)), func._schema.name
-        if "attention" in name:  # causal: half of what PyTorch's counter counts
-            return flops / 2 / _ATTENTION["backward" if "backward" in name else "forward"]
+        if "attention" in name:
+            seen = flops / 2 if func.namespace == "aten" else flops  # causal: PyTorch counts all
+            return seen / _ATTENTION["backward" if "backward" in name else "forward"]
         self.flops += flops
         dtype = next(t.dtype for t in tree_leaves(args) if isinstance(t, Tensor))
         return flops / _FLOPS.get(dtype, _FLOPS_16)
