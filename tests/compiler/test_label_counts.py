@@ -15,6 +15,7 @@ from fusewright.kernels import label_counts
 
 def test_labels_are_sent_before_the_backbone_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    counts: list[int] = []
     send, note = label_counts.send, heads.Replay.note
 
     def sending(labels: Any) -> None:
@@ -23,6 +24,7 @@ def test_labels_are_sent_before_the_backbone_runs(monkeypatch: pytest.MonkeyPatc
 
     def noting(self: Any, *given: Any) -> None:
         order.append("backbone")
+        counts.append(label_counts.expected(9 * 2, -100))
         note(self, *given)
 
     config = transformers.LlamaConfig(
@@ -37,5 +39,5 @@ def test_labels_are_sent_before_the_backbone_runs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(heads.Replay, "note", noting)
     model(input_ids=labels.clamp(min=0), labels=labels)
     assert order == ["labels", "backbone"]
-    assert label_counts.expected(labels.numel(), -100) == 10
-    label_counts.send(None)
+    assert counts == [10]
+    assert label_counts.expected(labels.numel(), -100) == 0  # nothing is kept between steps
