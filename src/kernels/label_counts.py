@@ -18,7 +18,7 @@ _LATEST = threading.local()
 
 def send(labels: Any) -> None:
     """Queue a copy of a model's labels to the host, for ``expected``; forget those before."""
-    _LATEST.labels = None
+    forget()
     if type(labels) is not Tensor or labels.dim() < 1 or torch.compiler.is_compiling():
         return
     if not _is_on_gpu(labels):
@@ -32,6 +32,11 @@ def send(labels: Any) -> None:
         arrived = torch.cuda.Event()
         arrived.record()
     _LATEST.labels = host, arrived
+
+
+def forget() -> None:
+    """Keep no labels any more."""
+    _LATEST.labels = None
 
 
 def _is_on_gpu(labels: Tensor) -> bool:

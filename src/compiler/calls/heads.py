@@ -225,7 +225,7 @@ def _run(
         ):
             outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
-        label_counts.send(None)  # its loss has been computed: nothing is kept until the next
+        label_counts.forget()  # its loss has been computed: nothing is kept until the next
         state.in_head, state.units, state.replay = outer
     return units.after(outputs) if units.is_open else outputs
 
