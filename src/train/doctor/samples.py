@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.launch import use_triton
 from ...kernels.linear.linears import Linear
 from ...kernels.linear.quantized import Quantized
 
@@ -67,9 +68,9 @@ def _norm_and_linears(m: Maker) -> tuple[Any, ...]:
 
 
 def _attention(m: Maker) -> tuple[Any, ...]:
-    """On a GPU it is for masks; on a CPU it looks at what is in them, and here nothing is."""
+    """Triton's kernels are for masks; on a CPU it looks at what is in them, and here nothing is."""
     heads = m.heads(), m.heads(2), m.heads(2)
-    if torch.device(m.device).type == "cpu":
+    if not use_triton(*heads):
         return (*heads, None, True)
     return (*heads, None, False, m.whole(1, 1, _LONG, _LONG) == 0)
 
