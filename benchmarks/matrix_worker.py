@@ -9,28 +9,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
 
-from worker import Memory, send
-
-
-def main() -> int:
-    """Load the job of the command line and serve workloads until the pipe closes."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print must not mix with the replies
-    try:
-        _serve(json.loads(sys.argv[1]), replies)
-    except Exception as error:
-        kind = type(error).__name__
-        details = "" if kind == "EngineUnavailableError" else traceback.format_exc()
-        send(replies, {"error": f"{kind}: {error}", "traceback": details})
-        return 1
-    return 0
+from worker import Memory, main, send
 
 
 def _serve(fields: dict[str, Any], replies: IO[str]) -> None:
@@ -106,4 +91,4 @@ def _fallbacks() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(_serve))

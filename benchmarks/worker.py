@@ -16,18 +16,23 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 MB = 1 << 20
 
 
-def main() -> int:
-    """Load the job of the command line and serve steps until the pipe closes."""
+def main(serve: Callable[[dict[str, Any], IO[str]], None]) -> int:
+    """Serve the job of the command line until the pipe closes.
+
+    Args:
+        serve: is given the job's fields and where replies go.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not mix with the replies
     try:
-        _serve(json.loads(sys.argv[1]), replies)
+        serve(json.loads(sys.argv[1]), replies)
     except Exception as error:
         kind = type(error).__name__
         details = "" if kind == "EngineUnavailableError" else traceback.format_exc()
@@ -129,4 +134,4 @@ def send(replies: IO[str], message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(_serve))

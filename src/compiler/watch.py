@@ -113,7 +113,7 @@ class Watch:
         self.packed = [m for m in self._below if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
-        self.switches_gradients = any(map(_switches_gradients, self._class_forwards))
+        self.switches_gradients = any(map(_switches_gradients, self.classes))
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
         self.copies = copies
@@ -146,14 +146,24 @@ class Watch:
 _SWITCHES = {"no_grad", "enable_grad", "inference_mode", "set_grad_enabled"}
 
 
-def _switches_gradients(forward: Any) -> bool:
-    """Whether the code of a model's forward names what does; that of layers of libraries does not.
+def _switches_gradients(kind: type) -> bool:
+    """Whether a model's forward, or a method that it calls, names what does.
 
-    PEFT's layers do in what they are merged by, and PyTorch's in what is not captured.
+    Layers of libraries do not: PEFT's do in what they are merged by, PyTorch's in what is not
+    captured.
     """
-    if (forward.__module__ or "").startswith(("torch.", "peft.")):
+    if kind.__module__.startswith(("torch.", "peft.")):
         return False
-    return not _SWITCHES.isdisjoint(getattr(_code(forward), "co_names", ()))
+    seen, names = set(), ["forward"]
+    while names:
+        name = names.pop()
+        seen.add(name)
+        found = getattr(_code(getattr(kind, name, None)), "co_names", ())
+        if not _SWITCHES.isdisjoint(found):
+            return True
+        own = (n for c in kind.__mro__ if c is not nn.Module for n in vars(c))
+        names += set(own).intersection(found) - seen
+    return False
 
 
 def _code(forward: Any) -> Any:

@@ -27,6 +27,15 @@ class _Trained(_Frozen):
         return x + self.linear(self.norm(x))
 
 
+class _FrozenInAMethod(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(x)
+
+    def part(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+
 class _Stack(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -38,7 +47,9 @@ class _Stack(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("kind", "switches"), [(_Frozen, True), (_Trained, False)])
+@pytest.mark.parametrize(
+    ("kind", "switches"), [(_Frozen, True), (_FrozenInAMethod, True), (_Trained, False)]
+)
 def test_forwards_that_switch_gradients_are_known(kind: type[nn.Module], switches: bool) -> None:
     block = kind()
     watch = Watch(block, (), opaque_copies().below(block))
@@ -53,7 +64,7 @@ def test_peft_and_torch_do_not_count() -> None:
     assert not watch.switches_gradients
 
 
-@pytest.mark.parametrize("kind", [_Frozen, _Trained])
+@pytest.mark.parametrize("kind", [_Frozen, _FrozenInAMethod, _Trained])
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     x, model = torch.randn(2, 5, 16), _Stack(kind)

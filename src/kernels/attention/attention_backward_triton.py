@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles_triton import hide, rows_of, span
+from .attention_tiles_triton import hide, positions_of, rows_of, span, store_rows
 
 
 @triton.jit
@@ -39,10 +39,7 @@ def queries_kernel(
     GRAIN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The row sums of ``grad * out`` (B, H, T), and ``dq`` if it is WANTED."""
-    blocks = tl.cdiv(time, M)
-    row, outer = tl.program_id(0) % blocks * M, tl.program_id(0) // blocks
-    sample, head = (outer // heads).to(tl.int64), outer % heads
-    group, head = (head // share).to(tl.int64), head.to(tl.int64)
+    row, outer, sample, head, group = positions_of(time, heads, share, M)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     dims, value_dims = tl.arange(0, D), tl.arange(0, E)
     grad += sample * grad_batch + head * grad_head
@@ -78,10 +75,8 @@ def queries_kernel(
             v_tile = rows_of(v, key, columns, value_dims, v_row, keys, VALUE_DIM, E)
             dp = tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
             total = _narrow_dot(p * (dp - sums[:, None]), k_tile, total, PRECISION, HALF)
-        dq += sample * dq_batch + head * dq_head + row.to(tl.int64) * dq_row
-        inside = (rows < time - row)[:, None] & (dims < DIM)[None, :]
-        place = dq + rows[:, None] * dq_row + dims[None, :]
-        tl.store(place, (total * factor).to(dq.dtype.element_ty), mask=inside)
+        dq += sample * dq_batch + head * dq_head
+        store_rows(dq, total * factor, row, rows, dims, dq_row, time, DIM)
 
 
 @triton.jit
@@ -147,24 +142,9 @@ def keys_kernel(
                 sums = tl.load(delta + place + row + rows, mask=inside, other=0.0)
                 ds = p * (dp - sums[None, :])
                 total_k = _narrow_dot(ds, q_tile, total_k, PRECISION, HALF)
-    inside = (columns < keys - key)[:, None]
     if WANTED != "v":
-        dk += (
-            split.to(tl.int64) * dk_split
-            + sample * dk_batch
-            + group * dk_head
-            + key.to(tl.int64) * dk_row
-        )
-        place = dk + columns[:, None] * dk_row + dims[None, :]
-        total_k = (total_k * factor).to(dk.dtype.element_ty)
-        tl.store(place, total_k, mask=inside & (dims < DIM)[None, :])
+        dk += split.to(tl.int64) * dk_split + sample * dk_batch + group * dk_head
+        store_rows(dk, total_k * factor, key, columns, dims, dk_row, keys, DIM)
     if WANTED != "k":
-        dv += (
-            split.to(tl.int64) * dv_split
-            + sample * dv_batch
-            + group * dv_head
-            + key.to(tl.int64) * dv_row
-        )
-        place = dv + columns[:, None] * dv_row + value_dims[None, :]
-        total_v = total_v.to(dv.dtype.element_ty)
-        tl.store(place, total_v, mask=inside & (value_dims < VALUE_DIM)[None, :])
+        dv += split.to(tl.int64) * dv_split + sample * dv_batch + group * dv_head
+        store_rows(dv, total_v, key, columns, value_dims, dv_row, keys, VALUE_DIM)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles_triton import hide, rows_of, span
+from .attention_tiles_triton import hide, positions_of, rows_of, span, store_rows
 
 
 @triton.jit
@@ -33,10 +33,7 @@ def forward_kernel(
 
     Where nothing is seen the maximum is inf, so that probabilities computed from it are zero.
     """
-    blocks = tl.cdiv(time, M)
-    row, outer = tl.program_id(0) % blocks * M, tl.program_id(0) // blocks
-    sample, head = (outer // heads).to(tl.int64), outer % heads
-    group, head = (head // share).to(tl.int64), head.to(tl.int64)
+    row, outer, sample, head, group = positions_of(time, heads, share, M)
     rows, columns = tl.arange(0, M), tl.arange(0, N)
     dims, value_dims = tl.arange(0, D), tl.arange(0, E)
     q += sample * q_batch + head * q_head
@@ -69,10 +66,8 @@ def forward_kernel(
     dead = sums == 0
     sums = tl.where(dead, 1.0, sums)
     total /= sums[:, None]
-    out += sample * out_batch + head * out_head + row.to(tl.int64) * out_row
-    inside = (rows < time - row)[:, None] & (value_dims < VALUE_DIM)[None, :]
-    place = out + rows[:, None] * out_row + value_dims[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+    out += sample * out_batch + head * out_head
+    store_rows(out, total, row, rows, value_dims, out_row, time, VALUE_DIM)
     stats += (outer.to(tl.int64) * time + row + rows) * 2
     tl.store(stats, tl.where(dead, float("inf"), most), mask=rows < time - row)
     tl.store(stats + 1, tl.where(dead, 0.0, 1 / sums), mask=rows < time - row)

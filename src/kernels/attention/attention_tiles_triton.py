@@ -166,6 +166,16 @@ def hide(
 
 
 @triton.jit
+def positions_of(time, heads, share, M: tl.constexpr):
+    """A program's first position, its sample and head in one number, sample, head and group."""
+    blocks = tl.cdiv(time, M)
+    row, outer = tl.program_id(0) % blocks * M, tl.program_id(0) // blocks
+    head = outer % heads
+    sample, group = (outer // heads).to(tl.int64), (head // share).to(tl.int64)
+    return row, outer, sample, head.to(tl.int64), group
+
+
+@triton.jit
 def rows_of(
     ptr, start, rows, columns, stride, count, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
@@ -175,3 +185,11 @@ def rows_of(
         inside &= (columns < WIDTH)[None, :]
     ptr += start.to(tl.int64) * stride
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, start, rows, columns, stride, count, WIDTH: tl.constexpr):
+    """Write what ``rows_of`` reads, in the dtype of ``ptr``."""
+    inside = (rows < count - start)[:, None] & (columns < WIDTH)[None, :]
+    place = ptr + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    tl.store(place, tile.to(ptr.dtype.element_ty), mask=inside)
