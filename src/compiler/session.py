@@ -152,6 +152,7 @@ class Session:
         original: Callable[[], Any],
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
         mark: Callable[[], None] | None = None,
+        again: Callable[[], Any] | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -166,6 +167,7 @@ class Session:
             original: the same call of the original forward, without arguments.
             context: makes what surrounds the captured call, and only that.
             mark: called before a capture: tells TorchDynamo which sizes of the arguments vary.
+            again: the same call with other arguments, tried before ``original``.
         """
         state = self.state
         if not state.started:
@@ -187,6 +189,8 @@ class Session:
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
             state.region, state.function, state.mark = outer
+        if again is not None:
+            return again()
         undo_split = self.choices.split(module, self)
         try:
             result = original()

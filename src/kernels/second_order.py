@@ -34,7 +34,7 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
             fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))
             chosen = backward if fast else again
             device = next((g.device.type for g in grads if g is not None), "cpu")
-            if not (_can_autocast(device) and torch.is_autocast_enabled(device)):
+            if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
                 return chosen(ctx, *grads)
             with torch.autocast(device, enabled=False):  # forward has cast what is to be cast
                 return chosen(ctx, *grads)
@@ -44,7 +44,9 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
     return decorate
 
 
-_can_autocast = functools.cache(torch.amp.is_autocast_available)
+def _has_autocast(device: str) -> bool:
+    # PyTorch 2.11's compiler cannot trace the question: it is asked of rare devices only
+    return device in ("cpu", "cuda") or bool(torch.amp.is_autocast_available(device))
 
 
 def _batched(grads: Sequence[Any]) -> bool:

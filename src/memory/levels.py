@@ -140,11 +140,13 @@ def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> boo
 
 
 def require_gradients(module: fx.GraphModule) -> None:
-    """Refuse a graph whose reentrant checkpoint gives its parameters no gradient.
+    """Refuse a graph whose reentrant checkpoint gives its parameters no gradient, or writes.
 
     Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
     not tell arguments from what its function closes over, and always gives the gradients. Where an
     argument has one, too, both are the same.
+
+    Inside another checkpoint it runs once more than a captured one does, and counts once more.
 
     Raises:
         NotImplementedError: with the reason.
@@ -155,6 +157,11 @@ def require_gradients(module: fx.GraphModule) -> None:
         written: set[int] = set()  # after the node at hand
         for node in reversed(inner.graph.nodes):
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
+                if writes(node):
+                    raise NotImplementedError(
+                        "a reentrant checkpoint of what writes: how often it does depends on the "
+                        "checkpoints around it (with use_reentrant=False too, but the same)"
+                    )
                 needs = [n for n in node.args[1:] if _needs_gradient(n)]
                 if needs and all(_may_have_none(n, written) for n in needs):
                     raise NotImplementedError(

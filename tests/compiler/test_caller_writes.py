@@ -190,3 +190,17 @@ def test_a_function_of_no_module() -> None:
     model = space["Alone"](Block(False))
     assert model.forward.__func__.__module__ is None
     assert not may_write(model, model.layers[0])
+
+
+@pytest.mark.parametrize("kind", [Adds, AddsByMethod])
+def test_the_caller_may_write_into_what_needed_no_gradient(kind: Any) -> None:
+    """As into the embeddings of a frozen table: the first block keeps them for its weights."""
+    torch.manual_seed(0)
+    eager = kind().to(torch.bfloat16)
+    ours = optimize(copy.deepcopy(eager), codegen="eager")
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    for model in (eager, ours):
+        model(x.clone()).float().square().sum().backward()
+    for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0.02, atol=0.02)
+    assert explain(ours).by_rule()

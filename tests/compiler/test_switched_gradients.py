@@ -1,12 +1,13 @@
-"""A block that switches gradients off says of its output what it says in eager mode."""
+"""What a block says of its output, and of its input, where the input needs no gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fusewright import optimize
+from fusewright import explain, optimize
 from fusewright.compiler.copies.opaque_calls import opaque_copies
 from fusewright.compiler.watch import Watch
 
@@ -36,6 +37,39 @@ class _FrozenInAMethod(_Trained):
             return self.linear(self.norm(x))  # type: ignore[no-any-return]
 
 
+class _Checkpointed(_Trained):
+    """A reentrant checkpoint of what needs no gradient has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(self.part, x, use_reentrant=True)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+
+def _checkpointed(block: _Frozen, x: Tensor) -> Tensor:
+    inner = (lambda: checkpoint(lambda t: block.linear(block.norm(t)), x, use_reentrant=True))()
+    return x + inner  # type: ignore[no-any-return]
+
+
+class _CheckpointedInAFunction(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        return _checkpointed(self, x)
+
+
+class _Asks(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.norm(x))
+        return x + y if x.requires_grad else x + y.detach()  # type: ignore[no-any-return]
+
+
+class _Adds(_Trained):
+    """It writes into its input, which cannot be a leaf then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.linear(self.norm(x)))
+
+
 class _Stack(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -48,12 +82,16 @@ class _Stack(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "switches"), [(_Frozen, True), (_FrozenInAMethod, True), (_Trained, False)]
-)
-def test_forwards_that_switch_gradients_are_known(kind: type[nn.Module], switches: bool) -> None:
+    ("kind", "minds"),
+    [
+        (_Frozen, True), (_FrozenInAMethod, True), (_Checkpointed, True),
+        (_CheckpointedInAFunction, True), (_Asks, True), (_Trained, False), (_Adds, False),
+    ],
+)  # fmt: skip
+def test_forwards_that_mind_gradients_are_known(kind: type[nn.Module], minds: bool) -> None:
     block = kind()
     watch = Watch(block, (), opaque_copies().below(block))
-    assert watch.switches_gradients is switches
+    assert watch.minds_gradients is minds
 
 
 def test_peft_and_torch_do_not_count() -> None:
@@ -61,14 +99,30 @@ def test_peft_and_torch_do_not_count() -> None:
 
     block = inject_adapter_in_model(LoraConfig(target_modules=["linear"], r=2), _Trained())
     watch = Watch(block, (), opaque_copies().below(block))
-    assert not watch.switches_gradients
+    assert not watch.minds_gradients
 
 
-@pytest.mark.parametrize("kind", [_Frozen, _FrozenInAMethod, _Trained])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Asks, _Adds, _Trained,
+    ],
+)  # fmt: skip
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     x, model = torch.randn(2, 5, 16), _Stack(kind)
-    expected = model(x)
-    made = optimize(model, codegen="inductor")(x)
+    given = x.clone(), x.clone()
+    expected = model(given[0])
+    made = optimize(model, codegen="inductor")(given[1])
     torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(*given)
     assert made.requires_grad is expected.requires_grad
+    assert given[0].requires_grad is given[1].requires_grad
+
+
+def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured() -> None:
+    model = optimize(_Stack(_Adds), codegen="inductor")
+    model(torch.randn(2, 5, 16)).sum().backward()
+    found = explain(model)
+    assert found.by_rule()["rms_norm"] == 2
+    assert not found.bypasses

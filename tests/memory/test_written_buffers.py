@@ -113,3 +113,25 @@ def test_a_checkpointed_part_may_write_its_module_s_buffers(body: Any, memory: s
         for a, b in zip(_step(ours, _x()), _step(eager, _x()), strict=True):
             assert torch.allclose(a.double(), b.double(), atol=1e-4, rtol=1e-4)
     assert [s.rule for s in explain(ours).sites if s.status == "rewritten"]
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("around", [True, False], ids=["inside another", "alone"])
+def test_checkpointed_parts_write_as_often_as_in_eager_mode(
+    around: bool, reentrant: bool, codegen: str
+) -> None:
+    """A reentrant checkpoint runs once more than others do inside a checkpoint."""
+
+    def part(block: Any, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: _batch_norm(block, x), x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    pair = _pair(part, codegen=codegen)
+    for model in pair:
+        for _ in range(2):
+            x = _x().requires_grad_() * 1
+            for layer in model.layers:
+                x = checkpoint(layer, x, use_reentrant=False) if around else layer(x)
+            x.square().sum().backward()
+    for a, b in zip(*(m.buffers() for m in pair), strict=True):
+        torch.testing.assert_close(a, b)

@@ -20,7 +20,7 @@ from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
-from ..watch import global_hook_reason
+from ..watch import Watch, global_hook_reason
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())
@@ -80,32 +80,41 @@ def block_forward(
         if watch.packed:
             restore_states(watch.packed)
         graph_args, graph_kwargs = args, kwargs
-        if inductor and torch.is_grad_enabled() and not watch.switches_gradients:
+        if inductor and torch.is_grad_enabled() and not watch.minds_gradients:
             graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
-        mark = functools.partial(_mark, graph_args, graph_kwargs, sizes)
         level = _level(session, self, kind, sizes)
+        run_original = functools.partial(original, self, *args, **kwargs)
 
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
 
-        def run_original() -> Any:
-            return original(self, *args, **kwargs)
+        def call(args: Any, kwargs: Any, again: Callable[[], Any] | None) -> Any:
+            mark = functools.partial(_mark, args, kwargs, sizes)
+            context = functools.partial(_with_copies, session, self, watch)
+            return session.call(
+                self, find_compiled, args, kwargs, run_original, context, mark, again
+            )
 
-        def make_context() -> Any:
-            copies = session.state.watches.opaque.below(self) if watch.copies else None
-            return using_copies(copies) if copies else _NO_CONTEXT
+        def call_as_given() -> Any:  # a block that writes into its input cannot take a leaf
+            watch.minds_gradients = True
+            return call(args, kwargs, None)
 
+        is_given = graph_args is args and graph_kwargs is kwargs
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
         ):
-            results = session.call(
-                self, find_compiled, graph_args, graph_kwargs, run_original, make_context, mark
-            )
+            results = call(graph_args, graph_kwargs, None if is_given else call_as_given)
         return units.after(results) if units.is_open else results
 
     return forward
+
+
+def _with_copies(session: Session, module: nn.Module, watch: Watch) -> Any:
+    """What surrounds a captured call: copies of forwards that call what is captured whole."""
+    copies = session.state.watches.opaque.below(module) if watch.copies else None
+    return using_copies(copies) if copies else _NO_CONTEXT
 
 
 def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:

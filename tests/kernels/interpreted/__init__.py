@@ -11,10 +11,7 @@ Triton reads ``TRITON_INTERPRET`` when a kernel is defined. A module looks like 
     if __name__ == "__main__":
         run(check_forward)
 
-The interpreter is right in fp32 and fp16, and for bf16 as long as only loads and stores are bf16
-and the arithmetic is fp32; fp32 to bf16 truncates where GPUs round to nearest, so an intermediate
-rounding to bf16 may cost twice what eager's does. ``tl.dot`` on bf16 gives garbage: test matmuls in
-fp32 or fp16.
+The interpreter is right in fp32 and fp16; ``_bf16`` corrects what it does in bf16.
 """
 
 from __future__ import annotations
@@ -26,6 +23,11 @@ import torch
 from torch import Tensor
 
 from fusewright.kernels.launch import interpreting
+
+if interpreting():
+    from tests.kernels.interpreted import _bf16
+
+    _bf16.correct()
 
 
 def run(*checks: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from tests.kernels.attention_masks import MASKS, additive, packed
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity_of_draws
 
-FP16, FP32 = torch.float16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def draw(
@@ -58,6 +58,7 @@ def check_parity() -> None:
     for dtype, heads, time, keys, dims in (
         (FP32, (4, 2), 137, 137, (24, 8)),
         (FP16, (2, 2), 33, 130, (16, 16)),
+        (BF16, (4, 2), 66, 66, (24, 8)),
         (FP32, (1, 1), 1, 1, (5, 3)),
         (FP32, (18, 1), 34, 34, (8, 8)),  # the gradients of a large group are made in parts
     ):

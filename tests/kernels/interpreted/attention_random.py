@@ -31,15 +31,16 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     form=st.sampled_from((None, *MASKS)),
     layout=st.sampled_from(("projected", "heads first", "features apart", "part")),
     window=st.sampled_from((None, 1, 40)),
+    dtype=st.sampled_from((torch.float16, torch.bfloat16)),
 )
 def check_parity(
     heads: tuple[int, int], time: int, batch: int, dims: tuple[int, int],
-    form: str | None, layout: str, window: int | None,
+    form: str | None, layout: str, window: int | None, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     mask = None if form is None else MASKS[form](batch, heads[0], time)
 
     def make() -> tuple[Tensor, ...]:
-        made = draw(batch, *heads, time, time, *dims, torch.float16)
+        made = draw(batch, *heads, time, time, *dims, dtype)
         return tuple(_laid_out(t, layout) for t in made)
 
     torch.manual_seed(time)

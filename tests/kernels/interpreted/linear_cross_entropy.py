@@ -12,8 +12,7 @@ from fusewright.kernels.loss import linear_cross_entropy_triton as kernels
 from fusewright.kernels.loss.linear_cross_entropy import OP, linear_cross_entropy
 from tests.kernels.util import assert_parity
 
-# bf16 is left out: the interpreter's tl.dot is wrong for it
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"reduction": "sum", "label_smoothing": 0.1},

@@ -16,15 +16,15 @@ from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.by_parts import LORA
 from tests.kernels.util import assert_parity
 
-# bf16 is left out: the interpreter's tl.dot is wrong for it
-DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float16))
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = ((FP32, FP32), (FP16, FP16), (FP16, FP32), (BF16, BF16), (BF16, FP32))
 
 
 def check_kernel() -> int:
     """The kernel against fp64: tile edges, ranks over one block, strides, mixed dtypes."""
     checks = 0
     for (n, m), rank, (dtype, factor) in itertools.product(
-        ((9, 5), (64, 128), (65, 257)), (1, 16, 100), (*DTYPES, (torch.float16, torch.float32))
+        ((9, 5), (64, 128), (65, 257)), (1, 16, 100), DTYPES
     ):
         wide = torch.randn(n, m + 3).to(dtype)
         left, right = torch.randn(rank, n).t().to(factor), torch.randn(m, rank).to(factor).t()
@@ -42,16 +42,12 @@ def check_kernel() -> int:
 
 
 def check_wide_product() -> int:
-    """Each tile against fp64: edges, strides, and fp32 results of fp16 rows.
-
-    The interpreter does not multiply bf16. In fp16 the three parts of numbers about 64 are the
-    number, too.
-    """
+    """Each tile against fp64: edges, strides, and fp32 results of bf16 rows."""
     checks, tiles = 0, set()
     sizes = ((9, 40, 5), (65, 33, 17), (17, 200, 100), (130, 64, 48), (8192, 8, 61))
     for (m, k, r), by_columns, scale in itertools.product(sizes, (False, True), (1.0, 0.37)):
-        wide = (torch.randn(k, m).t() if by_columns else torch.randn(m, k)).half()
-        factor = 64 * torch.randn(k, r + 3)
+        wide = (torch.randn(k, m).t() if by_columns else torch.randn(m, k)).bfloat16()
+        factor = torch.randn(k, r + 3)
         for narrow in (factor[:, :r], factor[:, :r].t().contiguous().t()):
             eager = wide.float() @ narrow * scale
             exact = wide.double() @ narrow.double() * scale
@@ -65,15 +61,13 @@ def check_wide_product() -> int:
             assert torch.equal(turned.t(), made)
             checks += 1
     assert tiles == set(_WIDE_TILES), "a tile goes untested"
-    assert wide_product(torch.randn(0, 4).half(), torch.randn(4, 2), 1.0, True).shape == (2, 0)
+    assert wide_product(torch.randn(0, 4).bfloat16(), torch.randn(4, 2), 1.0, True).shape == (2, 0)
     return checks
 
 
 def check_op() -> int:
     checks = 0
-    for (dtype, adapter), own, rank in itertools.product(
-        (*DTYPES, (torch.float16, torch.float32)), (False, True), (3, 70)
-    ):
+    for (dtype, adapter), own, rank in itertools.product(DTYPES, (False, True), (3, 70)):
         x, z = torch.randn(2, 33, 40).to(dtype), torch.randn(2, 33, 40).to(adapter)
         w, b = (torch.randn(131, 40) / 6).to(dtype), torch.randn(131).to(dtype)
         a = (torch.randn(rank, 40) / 6).to(adapter)

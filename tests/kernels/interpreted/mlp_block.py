@@ -12,7 +12,7 @@ from tests.kernels.by_parts import MLP, QKV
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity
 
-F16, F32 = torch.float16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def _linear(out: int, inner: int, dtype: torch.dtype, adapter: torch.dtype) -> list[Tensor]:
@@ -27,7 +27,7 @@ def _lists(given: tuple[Tensor, ...]) -> tuple[list[Tensor], ...]:
 
 def check_mlp_block() -> None:
     for (dtype, adapter), layout, keep in itertools.product(
-        ((F32, F32), (F16, F16)), mlp_block.LAYOUTS, mlp_block.KEEPS
+        ((F32, F32), (F16, F16), (BF16, BF16)), mlp_block.LAYOUTS, mlp_block.KEEPS
     ):
         first = [_linear(31, 24, dtype, adapter) for _ in range(2)]
         if layout != "two":
@@ -43,7 +43,7 @@ def check_mlp_block() -> None:
 
 
 def check_qkv_block() -> None:
-    for dtype, adapter in ((F32, F32), (F16, F16), (F16, F32)):
+    for dtype, adapter in ((F32, F32), (F16, F16), (F16, F32), (BF16, F32)):
         tensors = [t for out in (40, 31, 8) for t in _linear(out, 24, dtype, adapter)]
         options = ([2.0, 1.0, 0.5], [None] * 3)
         assert_parity(

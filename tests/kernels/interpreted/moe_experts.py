@@ -28,7 +28,7 @@ def check_parity() -> None:
     for tokens, hidden, inner, experts, active in ((37, 20, 36, 5, 2), (70, 136, 17, 2, 1)):
         index = _routing(tokens, experts - 1 or 1, min(active, experts - 1))
         inputs = _inputs(tokens, hidden, inner, experts, index.shape[1])
-        for dtype in (torch.float32, torch.float16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
             cast = [t.detach().to(dtype).requires_grad_() for t in inputs]
 
             def call(op, x, w, up, down, b, c, index=index):

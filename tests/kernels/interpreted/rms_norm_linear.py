@@ -1,7 +1,4 @@
-"""RMSNorm inside a Triton matmul, and the way around it, against the reference.
-
-In fp32 and fp16 only: the interpreter's ``tl.dot`` is wrong in bf16.
-"""
+"""RMSNorm inside a Triton matmul, and the way around it, against the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from tests.kernels.util import assert_parity
 
 def check_the_fused_kernel() -> None:
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for shape, offset, rounding in (
             ((5, 123), 0.0, "inner"),
             ((2, 25, 252), 0.25, "outer"),

@@ -11,7 +11,7 @@ from fusewright.kernels.scan.ssd import ssd
 from tests.kernels.interpreted import run
 from tests.kernels.test_ssd import check, draw
 
-FP16, FP32 = torch.float16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def check_parity() -> None:
@@ -22,6 +22,7 @@ def check_parity() -> None:
         (FP16, (1, 70, 3, 1, 67, 35), (True, False)),
         (FP32, (1, 64, 8, 2, 16, 33), (False, True)),
         (FP16, (2, 9, 9, 1, 8, 16), (False, False)),
+        (BF16, (1, 70, 3, 1, 19, 35), (True, True)),
         (FP32, (3, 3, 18, 2, 3, 5), (True, True)),
         (FP32, (1, 64, 2, 1, 5, 4), (True, True)),  # A's gradient has two numbers
     ):
