@@ -28,6 +28,9 @@ from .verify_exact import packed
 LARGE = 1 << 20
 """Elements of a weight from which on it is made smaller."""
 
+_TOO_LARGE = 1 << 21
+"""Elements of all weights above which they are not drawn where smaller ones will do."""
+
 _SMALL = 1024
 """About what a large size becomes, and the least size that is large."""
 
@@ -49,6 +52,11 @@ def smaller(c: Candidate) -> Candidate | None:
 def in_ratio(c: Candidate) -> Candidate | None:
     """``smaller`` in sizes that keep their ratios; None where that makes no difference."""
     return None if _sizes(c, _chosen) == _sizes(c, _chosen_in_ratio) else _made(c, _chosen_in_ratio)
+
+
+def is_large(c: Candidate) -> bool:
+    """Whether the weights are too large to be drawn, and copied in fp64, beside a run."""
+    return sum(t.numel() for t in _weights(c)) > _TOO_LARGE
 
 
 def enlargement(c: Candidate) -> dict[int, float]:

@@ -36,7 +36,7 @@ from .sample_inputs import (
     sample,
     tokens,
 )
-from .smaller_weights import enlargement, in_ratio, smaller
+from .smaller_weights import enlargement, in_ratio, is_large, smaller
 from .tolerance import EXCEEDS, PEAK, errors
 from .verify_compare import difference
 from .verify_exact import Exact, Plain, double, packed
@@ -83,25 +83,26 @@ class Verifier:
 def _judge(candidate: Candidate, traced: bool) -> Verdict:
     """Check with small sizes; with the real ones where the formula does not fit small ones.
 
-    What smaller weights are a reason against is judged once more by the real ones.
+    What smaller weights are a reason against is judged once more by the real ones, unless these are
+    so large that several copies of them would set the peak of a run's memory.
     """
-    text, refused = "", False
+    text, verdict = "", None
     for make, small in (smaller, True), (in_ratio, True), (_itself, True), (_itself, False):
-        if refused and make is in_ratio:
+        if verdict is not None and (make is in_ratio or is_large(candidate)):
             continue
         try:
             found = make(candidate)
-            verdict = None if found is None else _verdict(_Site(found, traced, candidate), small)
+            judged = None if found is None else _verdict(_Site(found, traced, candidate), small)
         except LaunchError as error:
             text = str(error)
             continue
         except Exception as error:  # what fails to run is refused, not fatal
             text = f"{type(error).__name__}: {first_line(error)}"
             continue
-        if verdict is not None and (verdict.reason is None or make is _itself):
-            return verdict
-        refused = verdict is not None
-    return Verdict(f"could not be run for verification: {text}")
+        verdict = judged or verdict
+        if judged is not None and (judged.reason is None or make is _itself):
+            return judged
+    return verdict or Verdict(f"could not be run for verification: {text}")
 
 
 def _itself(candidate: Candidate) -> Candidate:
@@ -142,20 +143,33 @@ def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
     The largest error of a small tensor is a matter of luck, for the original as for the rewrite:
     what one draw of inputs finds too large is judged by several.
     """
-
-    def draw(number: int) -> list[Any]:
-        return sample(site.candidate, Sizes(small, even=regime is not NORMAL), number, regime)
-
-    given = [draw(0)]
+    given = _Draws(site.candidate, small, regime, 1)
     verdict = _check(site, given, regime)
     for count in draws(given[0]):
         if verdict.reason is None or EXCEEDS not in verdict.reason:
             break
         if len(given) > 1 and PEAK not in verdict.reason:
             break  # the error of all elements of several draws is no luck
-        given += (draw(d) for d in range(len(given), count))
+        given = _Draws(site.candidate, small, regime, count)
         verdict = _check(site, given, regime)
     return verdict
+
+
+class _Draws(Sequence[list[Any]]):
+    """Draws of inputs, each made when it is asked for: all of them together would need memory."""
+
+    def __init__(self, candidate: Candidate, small: bool, regime: Regime, count: int) -> None:
+        self._made = candidate, small, regime
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        candidate, small, regime = self._made
+        return sample(candidate, Sizes(small, even=regime is not NORMAL), number, regime)
 
 
 class _Site:
@@ -204,21 +218,21 @@ def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdi
         if normal and site.traced:
             with _seen_as_traced(True):
                 ours.append(_compiled(runs(site.replacement, given, setting)))
-    wide = [
-        [
-            x if n in site.packed else double(x)
-            for n, x in zip(site.candidate.inputs, draw, strict=True)
-        ]
+    inputs = site.candidate.inputs
+    wide = (
+        [x if n in site.packed else double(x) for n, x in zip(inputs, draw, strict=True)]
         for draw in given
-    ]
+    )
     with _seen_as_traced(False):
         exact = runs(site.exact, wide, site.setting(False, regime.upstream))
     for outcome in ours:
         reason = difference(outcome, theirs, exact, within_range=regime in REGIMES)
         if reason:
             return Verdict(reason)
+    if not normal:
+        return Verdict()
     rows = sum(tokens(draw, site.fixed) for draw in given)
-    return Verdict(None, _figures(ours[0], theirs, exact, rows)) if normal else Verdict()
+    return Verdict(None, _figures(ours[0], theirs, exact, rows))
 
 
 def _compiled(outcome: Outcome) -> Outcome:

@@ -83,7 +83,7 @@ def _exceeded(
         ours, eager, exact = (_within(t, there, eager.dtype) for t in (ours, eager, exact))
         if draws > 1:
             ours, eager, exact = (_levelled(t, exact) for t in (ours, eager, exact))
-    return exceeded(ours, eager, exact)
+    return exceeded(ours, eager, exact, draws)
 
 
 def _within(t: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:

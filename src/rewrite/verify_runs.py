@@ -8,7 +8,7 @@ random generator and which gradients it has is kept beside outputs and gradients
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +74,7 @@ class VerifySettings:
 
 
 def runs(
-    fn: Callable[..., Any], draws: Sequence[Sequence[Any]], setting: VerifySettings
+    fn: Callable[..., Any], draws: Iterable[Sequence[Any]], setting: VerifySettings
 ) -> Outcome:
     """The outcome of ``fn`` for all ``draws`` of inputs: their results stacked, as one tensor."""
     made = [_run(fn, inputs, setting, i) for i, inputs in enumerate(draws)]

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.passes.linear_cross_entropy import LinearCrossEntropy
+from fusewright.rewrite import smaller_weights
 from fusewright.rewrite.engine import Fuel, apply
 from fusewright.rewrite.findings import Finding
 from fusewright.rewrite.op_table import TABLE
@@ -80,11 +81,16 @@ def test_a_large_head_takes_no_memory(trained: bool) -> None:
     assert 0 < sizes.largest < 2 << 20
 
 
-def test_a_wrong_loss_of_a_large_head_is_refused() -> None:
+def test_a_wrong_loss_of_a_large_head_is_refused_without_memory() -> None:
+    """Not after another look by a head that is drawn in its real size."""
+
     def fault(op: Any, x: Tensor, w: Tensor, *rest: Any) -> Tensor:
         return op(x, w, *rest) * 1.01
 
-    assert "output 0: rms error" in _judged(_head(False), fault).reason
+    graph = _head(False)
+    with measured() as sizes:
+        assert "output 0: rms error" in _judged(graph, fault).reason
+    assert 0 < sizes.largest < 2 << 20
 
 
 def test_sizes_are_aligned_as_the_real_ones_and_those_of_nothing_else() -> None:
@@ -209,8 +215,20 @@ def test_a_half_of_a_large_size_is_verified_by_the_half_of_a_small_one() -> None
     assert set(rule.met) == {(768, 384)}
 
 
-def test_what_a_small_size_refuses_is_judged_by_the_real_one() -> None:
+def test_what_a_small_size_refuses_is_judged_by_the_real_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And by no other small one, at which it may happen to be right."""
+    monkeypatch.setattr(smaller_weights, "_TOO_LARGE", 1 << 24)
     rule = Half(wrong=(896, 8192))
     assert "error" in _halves(rule, 8192, 8192).reason
     assert {w for w, _ in rule.met} == {896, 8192}
+
+
+def test_what_is_too_large_to_be_drawn_is_judged_by_a_small_size_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(smaller_weights, "_TOO_LARGE", 8192)
+    rule = Half(wrong=(896, 8192))
+    assert "error" in _halves(rule, 8192, 8192).reason
+    assert {w for w, _ in rule.met} == {896}

@@ -122,3 +122,16 @@ def test_a_rewrite_a_little_worse_than_the_budget() -> None:
     finding = judged("glu", worse)
     assert finding.status == "refused"
     assert "rms error" in finding.reason or "peak error" in finding.reason
+
+
+@pytest.mark.parametrize(("last", "fits"), [(0.05, True), (1.0, False)])
+def test_the_largest_errors_of_several_draws_are_averaged(last: float, fits: bool) -> None:
+    """The largest of all draws would be that of a single one, in ours or in eager's."""
+    exact = EXACT.repeat(16, 1)
+    ours, eager = exact.clone(), exact.clone()
+    ours[:, 0] += 0.03
+    eager[:, 0] += 0.03
+    ours[3, 0] = 1 + last
+    problem = exceeded(ours.float(), eager.float(), exact, 16)
+    assert (problem is None) is fits
+    assert EXCEEDS in exceeded(ours.float(), eager.float(), exact)
