@@ -25,6 +25,7 @@ from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
+from .calls.first_input import require_gradients_of_others
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -83,6 +84,8 @@ def compile_graph(
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
+        if session.state.has_leaf:
+            require_gradients_of_others(graph)
         require_marked_writes(graph)
         if grad and accumulates_twice(graph, lambda: _is_shared(choices.planner.model(), region)):
             session.note_two_accumulations()

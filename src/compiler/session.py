@@ -23,7 +23,7 @@ from . import codegen
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
-from .sharing import SharedFunction, Stage
+from .sharing import SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
 
@@ -76,6 +76,7 @@ class CallState:
         units: those of its modules whose parameters are sharded.
         replay: what the head at hand has run.
         watches: what lies below each region, and whether it has changed since the last call.
+        has_leaf: whether the first input of a block was given a gradient.
         started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
     """
@@ -87,6 +88,7 @@ class CallState:
     units: Units | None = None
     replay: Replay | None = None
     watches: Watches = field(default_factory=Watches)
+    has_leaf: bool = False
     started: bool = False
     preparation: threading.Thread | None = None
 
@@ -129,7 +131,7 @@ class Session:
         shared = self.log.functions.find(module, (*source, level, kind))
         self.state.function = shared
         if shared.sums_gradients:
-            _require_no_hooks(module)
+            require_no_hooks(module)
         if shared.stage is Stage.OWN and shared.is_full:
             raise TooManyGraphs("each call needs a graph of its own")
         if shared.compiled is None:
@@ -141,7 +143,7 @@ class Session:
         if self.state.function is not None:
             self.state.function.sums_gradients = True
         if self.state.region is not None:
-            _require_no_hooks(self.state.region)
+            require_no_hooks(self.state.region)
 
     def call(
         self,
@@ -167,13 +169,13 @@ class Session:
             original: the same call of the original forward, without arguments.
             context: makes what surrounds the captured call, and only that.
             mark: called before a capture: tells TorchDynamo which sizes of the arguments vary.
-            again: the same call with other arguments, tried before ``original``.
+            again: the same call without a gradient of its first input, tried before ``original``.
         """
         state = self.state
         if not state.started:
             self._start(module)
-        outer = state.region, state.function, state.mark
-        state.region, state.mark = module, mark
+        outer = state.region, state.function, state.mark, state.has_leaf
+        state.region, state.mark, state.has_leaf = module, mark, again is not None
         try:
             run = compiled()
             with context():
@@ -188,7 +190,7 @@ class Session:
             reason = f"could not be captured: {summary(error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
-            state.region, state.function, state.mark = outer
+            state.region, state.function, state.mark, state.has_leaf = outer
         if again is not None:
             return again()
         undo_split = self.choices.split(module, self)
@@ -247,26 +249,6 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
         (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
         for name, m in module.named_modules()
     )
-
-
-class HooksOnParameters(TorchDynamoException):
-    """Hooks on parameters would be called fewer times than in eager mode."""
-
-
-def _require_no_hooks(region: nn.Module) -> None:
-    """Refuse hooks on the parameters of a region that uses one in a reentrant checkpoint and apart.
-
-    In eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one by
-    one; in a captured graph they are added up first.
-    """
-    if torch.is_grad_enabled() and any(
-        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-        for p in region.parameters()
-    ):
-        raise HooksOnParameters(
-            "a hook on a parameter sees the gradients of a reentrant checkpoint one by one "
-            "(use_reentrant=False adds them up)"
-        )
 
 
 class TooManyGraphs(TorchDynamoException):

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 
 class Stage(IntEnum):
@@ -77,3 +79,23 @@ class SharedFunctions:
         if shared.stage is not Stage.OWN:
             return shared
         return self._own.setdefault(module, {}).setdefault(key, SharedFunction(Stage.OWN))
+
+
+class HooksOnParameters(TorchDynamoException):
+    """Hooks on parameters would be called fewer times than in eager mode."""
+
+
+def require_no_hooks(region: nn.Module) -> None:
+    """Refuse hooks on the parameters of a region that uses one in a reentrant checkpoint and apart.
+
+    In eager mode the checkpoint accumulates its gradients by itself, and the hooks see them one by
+    one; in a captured graph they are added up first.
+    """
+    if torch.is_grad_enabled() and any(
+        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in region.parameters()
+    ):
+        raise HooksOnParameters(
+            "a hook on a parameter sees the gradients of a reentrant checkpoint one by one "
+            "(use_reentrant=False adds them up)"
+        )

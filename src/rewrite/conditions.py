@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..graph import facts
@@ -78,3 +80,16 @@ def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.
             node,
         )
         known |= dict.fromkeys(facts.memories(node), node)
+
+
+def casts_around(inputs: Sequence[fx.Node]) -> str:
+    """The autocast that is on around the whole graph, for the devices of these inputs.
+
+    A graph is captured, and its rewrites are verified, under the autocast that it runs under.
+    """
+    known = {t.device.type for n in inputs if (t := facts.tensor(n)) is not None}
+    on = (
+        d for d in sorted(known)
+        if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
+    )  # fmt: skip
+    return str([(d, torch.get_autocast_dtype(d)) for d in on])

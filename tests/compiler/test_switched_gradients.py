@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,6 +73,13 @@ class _Adds(_Trained):
         return x.add_(self.linear(self.norm(x)))
 
 
+class _Unused(_Trained):
+    """What is trained has no part in the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(self.norm(x), self.linear.weight)
+
+
 class _Stack(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -118,6 +128,23 @@ def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Mo
     torch.testing.assert_close(*given)
     assert made.requires_grad is expected.requires_grad
     assert given[0].requires_grad is given[1].requires_grad
+
+
+def test_an_output_needs_no_gradient_of_what_is_not_used() -> None:
+    torch.manual_seed(0)
+    eager = _Stack(_Unused).requires_grad_(False)
+    for layer in eager.layers:
+        layer.linear.bias.requires_grad_()
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    x = torch.randn(2, 5, 16)
+    for _ in range(2):
+        assert [m(x).requires_grad for m in (eager, ours)] == [False, False]
+        for model in (eager, ours):
+            model.layers[0].norm.weight.requires_grad_()
+        assert [m(x).requires_grad for m in (eager, ours)] == [True, True]
+        for model in (eager, ours):
+            model.layers[0].norm.weight.requires_grad_(False)
+    assert explain(ours).by_rule()
 
 
 def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured() -> None:

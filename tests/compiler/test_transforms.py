@@ -191,6 +191,18 @@ def test_the_first_call_may_be_on_tensors_without_values(
     _is_rewritten(ours)
 
 
+def test_a_model_of_transformers_may_be_called_on_meta_tensors() -> None:
+    """It fills a cache there: without one, it would read whether the positions are packed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=37, num_attention_heads=2, **sizes))
+        ids = torch.zeros(2, 6, dtype=torch.int64)
+        assert model(input_ids=ids, labels=ids).loss.is_meta
+        optimize(model)(input_ids=ids, labels=ids).loss.backward()
+
+
 def test_a_model_made_of_fake_tensors_is_captured() -> None:
     """Its steps are counted, not computed; nothing can be verified there, or compiled."""
     made, _ = _pair()

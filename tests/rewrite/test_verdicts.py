@@ -101,6 +101,15 @@ def test_what_makes_a_candidate_another_one() -> None:
     assert _count(silu(), (graph(F.silu), named_)) == 2  # another spelling
 
 
+def test_what_was_verified_under_autocast_is_another_one_without_it() -> None:
+    verifier = Verifier()
+    rule = Same(lambda x, y: F.silu(x) * y, _activated)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            _verdicts(verifier, graph_of("glu"), rule)
+    assert len(verifier.verdicts) == 3
+
+
 def test_an_input_that_is_no_tensor_does_not_hide_those_behind_it() -> None:
     def made(dtype: torch.dtype, number: int) -> tuple[fx.GraphModule, Rule]:
         module = trace(lambda n, x: n * x, (), (4, 3))

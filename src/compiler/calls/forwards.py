@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...graph.opaque.quant_states import restore_states
 from ...memory.apply_plan import inside_checkpoint
@@ -21,6 +21,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
 from ..watch import Watch, global_hook_reason
+from .first_input import with_input_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())
@@ -81,7 +82,7 @@ def block_forward(
             restore_states(watch.packed)
         graph_args, graph_kwargs = args, kwargs
         if inductor and torch.is_grad_enabled() and not watch.minds_gradients:
-            graph_args, graph_kwargs = _with_input_gradient(self, args, kwargs)
+            graph_args, graph_kwargs = with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(original, self, *args, **kwargs)
@@ -96,7 +97,7 @@ def block_forward(
                 self, find_compiled, args, kwargs, run_original, context, mark, again
             )
 
-        def call_as_given() -> Any:  # a block that writes into its input cannot take a leaf
+        def call_as_given() -> Any:  # a block may write into its input, or need no gradient
             watch.minds_gradients = True
             return call(args, kwargs, None)
 
@@ -178,26 +179,3 @@ OUTER_COMPILE = (
     "original code runs. Use one of the two: fusewright.restore(model) before torch.compile, "
     "or optimize(model, codegen='inductor') without it."
 )
-
-
-def _with_input_gradient(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let the first block's input need a gradient too, so that all blocks share one graph.
-
-    The embedding below a LoRA model is frozen, so its output needs none. The extra gradient costs
-    less than compiling a second graph for one block; it ends in a leaf that nobody sees. Where a
-    block switches gradients off, its output may need none: it would then say that it does.
-    """
-    name: str | None = None
-    x = args[0] if args else None
-    if not isinstance(x, Tensor):
-        tensors = ((k, v) for k, v in kwargs.items() if isinstance(v, Tensor))
-        name, x = next(tensors, (None, None))
-    # asked in this order because only the first block gets past it
-    if x is None or x.requires_grad or x.dim() != 3 or not x.is_floating_point():
-        return args, kwargs
-    if not any(p.requires_grad for p in module.parameters()):
-        return args, kwargs
-    leaf = x.detach().requires_grad_()
-    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})

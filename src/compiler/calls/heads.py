@@ -50,14 +50,16 @@ class _Signature:
         return None if wrong else {**named, **kwargs}
 
     def fills_unused_cache(
-        self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices
+        self, head: nn.Module, kwargs: dict[str, Any], indices: SharedCacheIndices, fake: bool
     ) -> bool:
         """Whether a call with labels fills a cache that nobody reads.
 
         Without labels its caller makes the loss, and may make something of the cache as well.
+        Without a cache, models read values (are the positions packed?): tensors must have them.
         """
         fills = kwargs.get("labels") is not None and self.has_cache and uses_cache(head)
-        return fills and cache_is_unused(kwargs) and not indices.any_in(head)
+        fills = fills and cache_is_unused(kwargs) and not indices.any_in(head)
+        return fills and transform_reason((), kwargs, fake) is None
 
 
 class _Signatures:
@@ -97,7 +99,7 @@ def head_forward(
     """
     cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
     signatures = _Signatures(original, outside if results is None else None)
-    lazy = session.choices.options.logits == "lazy" and results is None
+    lazy, fake = session.choices.options.logits == "lazy" and results is None, session.choices.fake
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
@@ -112,7 +114,7 @@ def head_forward(
         training = self.training and torch.is_grad_enabled()
         if kwargs.get("labels") is None and not (lazy and _is_step(session, self, outside, kwargs)):
             return original(self, *args, **kwargs)
-        if training and parameters.fills_unused_cache(self, kwargs, cache_indices):
+        if training and parameters.fills_unused_cache(self, kwargs, cache_indices, fake):
             kwargs["use_cache"] = False
         watch = session.state.watches.get(self, outside)
         hooks = watch.find_hooks(self)
