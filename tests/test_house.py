@@ -96,3 +96,13 @@ def test_the_whole_compiler_loads_no_kernel() -> None:
         "or m.startswith('fusewright') and m.endswith('_triton')])"
     )
     assert out.strip() == "[]"
+
+
+def test_what_mutation_needs_is_there() -> None:
+    from tests.mutation.targets import EQUIVALENT, TESTS
+
+    root = SRC.parent
+    tests = {t.split("::")[0] for names in TESTS.values() for t in names if t[:1] != "-"}
+    assert {t for t in tests if t.startswith("tests/") and not (root / t).exists()} == set()
+    files = {*TESTS, *EQUIVALENT} - {"any file"}
+    assert {f for f in files if not (SRC / f).exists()} == set()

@@ -24,7 +24,7 @@ TESTS: dict[str, list[str]] = {
     "rewrite/engine.py": ["tests/rewrite/test_engine.py"],
     "rewrite/conditions.py": ["tests/rewrite/test_conditions.py"],
     "rewrite/match/matcher.py": [
-        "tests/match",
+        "tests/rewrite/test_matcher.py",
         "tests/passes/test_rms_norm.py",
         "tests/passes/test_rope.py",
     ],

@@ -215,6 +215,21 @@ def test_losses_that_cut_off_the_last_logits(name: str, dtype: torch.dtype) -> N
     assert rewritten(rewrite(graph)) == ["linear_cross_entropy"]
 
 
+def test_a_learnt_factor_is_not_multiplied_into_float16_rows() -> None:
+    """These may be as large as fp16 goes, where the logits are finite; so is what is tried first."""
+
+    def fn(h: Tensor, w: Tensor, scale: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy((F.linear(h, w) * scale).float().view(-1, 50), t)
+
+    for dtype, status in ((torch.float16, "refused"), (torch.bfloat16, "rewritten")):
+        h, w = (torch.randn(n, 8, dtype=dtype).requires_grad_() for n in (10, 50))
+        scale = torch.tensor(1.5, dtype=dtype, requires_grad=True)
+        findings = rewrite(capture(fn, h, w, scale, torch.randint(0, 50, (10,))))
+        found = next(f for f in findings if f.rule == "linear_cross_entropy")
+        assert found.status == status
+        assert status == "rewritten" or "may leave their range" in found.reason
+
+
 def test_an_unreduced_loss_is_refused_with_the_reason() -> None:
     h, w = torch.randn(2, 5, 8, requires_grad=True), torch.randn(50, 8)
     findings = rewrite(capture(
