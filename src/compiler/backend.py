@@ -17,7 +17,7 @@ from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
 from ..memory.apply_plan import offloaded, planned
-from ..memory.levels import accumulates_twice, require_gradients, writes_into_inputs
+from ..memory.levels import accumulates_twice, draws_in_vain, require_gradients, writes_into_inputs
 from ..rewrite.copies import copy_what_is_written
 from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
@@ -161,6 +161,9 @@ def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
         return "eager"
     if choice == "inductor" and writes_into_inputs(graph):
         choices.planner.note("a block that writes into what it was given is not compiled")
+        return "eager"
+    if choice == "inductor" and draws_in_vain(graph):
+        choices.planner.note("a block with unused draws of random numbers is not compiled")
         return "eager"
     return choice
 

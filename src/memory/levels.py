@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
-from ..graph.effects import is_opaque, writes
+from ..graph.effects import draws, is_opaque, writes
 from ..kernels.mlp.mlp_block import mlp_block
 
 Level = Literal["all", "products", "input", "tiles", "offload", "offload_tiles"]
@@ -225,6 +225,24 @@ def why_not(module: fx.GraphModule) -> str | None:
         if node is None
         else f"{node.name} writes into an input of the block, or into its buffers"
     )
+
+
+def draws_in_vain(module: fx.GraphModule) -> bool:
+    """Whether a checkpoint inside a graph draws random numbers that nothing uses.
+
+    Compiled, they would be drawn after those that follow them: AOTAutograd (torch 2.13) puts what
+    has no users at the end of its forward.
+    """
+    for inner in facts.nested(module):
+        if inner is module:
+            continue
+        used = set(inner.graph.output_node().all_input_nodes)
+        for node in reversed(inner.graph.nodes):
+            if node in used or writes(node):
+                used.update(node.all_input_nodes)
+            elif draws(node):
+                return True
+    return False
 
 
 def writes_into_inputs(module: fx.GraphModule) -> bool:

@@ -334,3 +334,23 @@ def test_what_is_made_without_gradients_is_written_to_with_them(part: str) -> No
     eager, ours = _pair(frozen)
     _assert_equal(eager, ours)
     assert [s for s in explain(ours).sites if s.status == "rewritten"]
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_an_unused_draw_in_a_checkpoint_stays_in_its_place(codegen: str) -> None:
+    def part(block: Any, x: Tensor) -> Tensor:
+        y = _norm(block, x)
+        block.g(F.dropout(y, 0.25))
+        return block.u(y)  # type: ignore[no-any-return]
+
+    def body(block: Any, x: Tensor) -> Tensor:
+        x = x + checkpoint(lambda t: part(block, t), x, use_reentrant=False)
+        return x + block.d(F.dropout(x, 0.25))
+
+    made = []
+    for model in _pair(body, codegen=codegen):
+        torch.manual_seed(1)
+        x = _x().requires_grad_()
+        model(x * 1).square().sum().backward()
+        made.append((x.grad, torch.rand(1)))
+    torch.testing.assert_close(*made)

@@ -216,7 +216,7 @@ def test_losses_that_cut_off_the_last_logits(name: str, dtype: torch.dtype) -> N
 
 
 def test_a_learnt_factor_is_not_multiplied_into_float16_rows() -> None:
-    """These may be as large as fp16 goes, where the logits are finite; so is what is tried first."""
+    """Rows may be as large as fp16 goes where the logits are finite."""
 
     def fn(h: Tensor, w: Tensor, scale: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy((F.linear(h, w) * scale).float().view(-1, 50), t)
