@@ -25,7 +25,11 @@ from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
-from .calls.first_input import require_gradients_of_others
+from .calls.input_gradients import (
+    inputs_without_gradient,
+    require_gradients_of_others,
+    with_detached_inputs,
+)
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -109,11 +113,12 @@ def compile_graph(
     copied = inputs_to_copy(graph) if caller_writes else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
+    idle = inputs_without_gradient(graph) if grad else []
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
 
-    run = _generate_code(graph, examples, choice, session)
+    run = _generate_code(graph, examples, choice, session, idle)
     run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
     return _recorded(session, CapturedGraph(findings, grad, stages.number, before, after), run)
 
@@ -169,10 +174,12 @@ def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
 
 
 def _generate_code(
-    graph: fx.GraphModule, examples: Sequence[Any], choice: str, session: Session
+    graph: fx.GraphModule, examples: Sequence[Any], choice: str, session: Session, idle: list[int]
 ) -> Callable[..., Any]:
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
-        return codegen.inductor(graph, examples, session.state.preparation)
+        own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
+        run = codegen.inductor(graph, own, session.state.preparation)
+        return with_detached_inputs(run, idle)
     return eager(graph)
 
 

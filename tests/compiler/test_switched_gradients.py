@@ -130,6 +130,22 @@ def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Mo
     assert given[0].requires_grad is given[1].requires_grad
 
 
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_hooks_of_weights_that_get_no_gradient_are_not_called(codegen: str) -> None:
+    seen: list[list[str]] = [[], []]
+    model = _Stack(_Frozen)
+    for layer in model.layers:
+        layer.other = nn.Linear(16, 16)
+    eager = copy.deepcopy(model)
+    for m, calls in ((eager, seen[0]), (optimize(model, codegen=codegen), seen[1])):
+        for name, p in m.named_parameters():
+            p.register_hook(lambda g, n=name, c=calls: c.append(n))
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        m(x * 1).sum().backward()
+        assert x.grad is not None
+    assert seen == [[], []]
+
+
 def test_an_output_needs_no_gradient_of_what_is_not_used() -> None:
     torch.manual_seed(0)
     eager = _Stack(_Unused).requires_grad_(False)

@@ -21,7 +21,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
 from ..watch import Watch, global_hook_reason
-from .first_input import with_input_gradient
+from .input_gradients import with_input_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())

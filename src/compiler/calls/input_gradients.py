@@ -1,12 +1,19 @@
-"""The first block's input, mostly without a gradient: it is given one, where nobody sees it."""
+"""Which inputs of a block's graph have a gradient, compiled as in eager mode.
+
+The first block's input mostly needs none: it is given one, where nobody sees it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ...graph import facts
+from ...graph.edit import modes
+from ...graph.effects import writes
 
 
 def with_input_gradient(
@@ -65,6 +72,39 @@ def require_gradients_of_others(module: fx.GraphModule) -> None:
     for node in module.graph.output_node().all_input_nodes:
         if _needs(node) and node not in needs:
             raise NotImplementedError("only the block's input gives its output a gradient")
+
+
+def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
+    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone.
+
+    Eager mode does not know of them. A compiled graph would call their hooks, with None.
+    """
+    graph = module.graph
+    mode = modes(graph)
+    reached = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        passes = (node in reached and node.target not in _DETACH) or writes(node)
+        if passes and (node.op == "output" or mode[node][0]):
+            reached.update(node.all_input_nodes)
+    inputs = enumerate(graph.find_nodes(op="placeholder"))
+    return [i for i, n in inputs if _needs(n) and n not in reached]
+
+
+_DETACH = ("detach", torch.detach, Tensor.detach)
+
+
+def with_detached_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+    """``run``, a region's graph, with its arguments at ``places`` detached."""
+    if not places:
+        return run
+
+    def call(*args: Any) -> Any:
+        given = list(args)
+        for i in places:
+            given[i] = args[i].detach()
+        return run(*given)
+
+    return call
 
 
 def _is_leaf(node: fx.Node) -> bool:
