@@ -9,7 +9,7 @@ when all that it does beside its values is what the original does (``verify_runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,7 +146,7 @@ def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
     """
     given = _Draws(site.candidate, small, regime, 1)
     verdict = _check(site, given, regime)
-    for count in draws(given[0]):
+    for count in draws(next(iter(given))):
         if verdict.reason is None or EXCEEDS not in verdict.reason:
             break
         if len(given) > 1 and PEAK not in verdict.reason:
@@ -156,7 +156,7 @@ def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
     return verdict
 
 
-class _Draws(Sequence[list[Any]]):
+class _Draws:
     """Draws of inputs, each made when it is asked for: all of them together would need memory."""
 
     def __init__(self, candidate: Candidate, small: bool, regime: Regime, count: int) -> None:
@@ -166,11 +166,10 @@ class _Draws(Sequence[list[Any]]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: Any) -> Any:
-        if not 0 <= number < self._count:
-            raise IndexError(number)
+    def __iter__(self) -> Iterator[list[Any]]:
         candidate, small, regime = self._made
-        return sample(candidate, Sizes(small, even=regime is not NORMAL), number, regime)
+        for number in range(self._count):
+            yield sample(candidate, Sizes(small, even=regime is not NORMAL), number, regime)
 
 
 class _Site:
@@ -206,7 +205,7 @@ def _gradients_are_on(c: Candidate) -> bool:
     return bool(modes(graph)[c.interior[-1]][0])
 
 
-def _check(site: _Site, given: Sequence[Sequence[Any]], regime: Regime) -> Verdict:
+def _check(site: _Site, given: Iterable[Sequence[Any]], regime: Regime) -> Verdict:
     """Compare all draws in ``given`` together."""
     normal = regime is NORMAL
     setting = site.setting(normal, regime.upstream)
