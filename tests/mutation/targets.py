@@ -70,6 +70,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if not torch.cuda.is_available()": "without a GPU there are no devices either way",
     },
     "rewrite/verify_runs.py": {
+        "upstream: float = ": "another size of the gradients from behind; the verifier gives its own",
         "made[ -1]": "there is one",
         "torch.empty( 1": "its memory is replaced",
         "manual_seed(seed ": "any seed",
