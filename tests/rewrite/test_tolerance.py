@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.tolerance import EXCEEDS, FACTOR, errors, exceeded, unit
+from fusewright.rewrite.tolerance import EXCEEDS, FACTOR, Errors, errors, exceeded, unit
 
 from .faults import judged
 
@@ -135,3 +135,11 @@ def test_the_largest_errors_of_several_draws_are_averaged(last: float, fits: boo
     problem = exceeded(ours.float(), eager.float(), exact, 16)
     assert (problem is None) is fits
     assert EXCEEDS in exceeded(ours.float(), eager.float(), exact)
+
+
+def test_nothing_is_off_by_nothing() -> None:
+    nothing = torch.empty(0)
+    undefined = torch.full((3,), float("nan"))
+    assert (
+        errors(nothing, nothing.double()) == errors(undefined, undefined.double()) == Errors(0, 0)
+    )
