@@ -70,7 +70,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if not torch.cuda.is_available()": "without a GPU there are no devices either way",
     },
     "rewrite/verify_runs.py": {
-        "upstream: float = ": "another size of the gradients from behind; the verifier gives its own",
+        "upstream: float = ": "another size of what comes from behind; it is always given",
         "made[ -1]": "there is one",
         "torch.empty( 1": "its memory is replaced",
         "manual_seed(seed ": "any seed",
