@@ -18,6 +18,10 @@ from .launch import RUNS
 
 _CONSTANTS = frozenset((type(None), bool, int, float, str, torch.dtype))
 _C: Any = torch._C  # 2026-11-28: torch does not type all of it
+_grad_is_enabled = torch.is_grad_enabled
+_count_modes, _count_function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
+_are_transforms_active = _C._are_functorch_transforms_active
+_is_profiling, _tracing_state = _C._autograd._profiler_enabled, _C._get_tracing_state
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,12 +49,12 @@ def _is_watched() -> bool:
     """Whether anything would see that an op is called."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()  # an op has no gradient of its own: it says so
-        or _C._len_torch_dispatch_stack() > 0
-        or _C._len_torch_function_stack() > 0
-        or _C._are_functorch_transforms_active()
-        or _C._autograd._profiler_enabled()
-        or _C._get_tracing_state() is not None
+        or _grad_is_enabled()  # an op has no gradient of its own: PyTorch says what becomes of it
+        or _count_modes() > 0
+        or _count_function_modes() > 0
+        or _are_transforms_active()
+        or _is_profiling()
+        or _tracing_state() is not None
     )
 
 
