@@ -59,12 +59,12 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         rows, right = x.beside(stacked), stacked.t()
         if len(scales) == 1 and not on_cpu(rows):
             whole = scaled_mm(rows, right, scales.pop())
-            found_here = whole.split_with_sizes(widths, 1)
+            parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
             whole = mm(rows, right) if on_cpu(rows) else scaled_mm(rows, right, 1.0)
-            parts = whole.split_with_sizes(widths, 1)
-            found_here = [p * layers[i].scale for i, p in zip(group, parts, strict=True)]
-        for i, part in zip(group, found_here, strict=True):
+            each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
+            parts = [part * layers[i].scale for i, part in each]
+        for i, part in zip(group, parts, strict=True):
             found[i] = part
     return found
 
