@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.checkpoint import checkpoint
 
 from . import facts, modes
@@ -23,6 +24,8 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
     placeholders = module.graph.find_nodes(op="placeholder")
     _prepare(module, {n for n in placeholders if not facts.is_argument(n)})
     modes.restored_on_error(module)
+    # a lazy module would be asked at each call whether its code is written
+    _LazyGraphModule.force_recompile(module)
     return module.forward
 
 

@@ -64,7 +64,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
         if t is None:
             continue
         if device is None:
-            if not (t.is_cuda or interpreting()) or not has_triton():
+            if not (t.is_cuda or _INTERPRETING) or not has_triton():
                 return False
             device = t.device
         elif t.device != device:
@@ -262,7 +262,7 @@ def _triton(launcher: str) -> Callable[..., Any]:
             launch = on_device(getattr(module, function_name))
         made = launch(*args)
         if isinstance(made, Tensor):
-            return own(made)
+            return own(made) if made._is_view() else made
         return type(made)([own(t) for t in made])
 
     return implementation

@@ -49,7 +49,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def through_fp32(x: Tensor) -> bool:
     """Whether products of ``x`` go through fp32: 16 bits, on a CPU that is slow with them."""
-    return x.device.type == "cpu" and not multiplies(x.dtype)
+    return not multiplies(x.dtype) and x.device.type == "cpu"
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

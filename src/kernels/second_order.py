@@ -33,6 +33,8 @@ def differentiable(again: Backward) -> Callable[[Backward], Backward]:
             # a compiler traces the pass itself, and refuses to differentiate what it has made
             fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))
             chosen = backward if fast else again
+            if not torch._C._is_any_autocast_enabled():
+                return chosen(ctx, *grads)
             device = next((g.device.type for g in grads if g is not None), "cpu")
             if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
                 return chosen(ctx, *grads)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Op
 from ..second_order import absent, differentiable, gradients
@@ -84,6 +85,7 @@ _triton_rotate = library_op(
     _fake_rotate,
     plain=rotate,
 )
+_launch_rotate = direct(_triton_rotate)
 
 
 def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
@@ -125,7 +127,7 @@ class _Rope(torch.autograd.Function):
         ctx.options = rotary_dim, layout
         ctx.dtype = tensors[0].dtype
         ctx.triton = use_triton(*tensors, cos, sin) and _fits_kernel(tensors, cos, sin)
-        run = _triton_rotate if ctx.triton else rotate
+        run = _launch_rotate if ctx.triton else rotate
         dtype = torch.promote_types(tensors[0].dtype, cos.dtype)
         outs = tuple(run(tensors, cos, sin, rotary_dim, layout, False, dtype))
         needs = zip(outs, ctx.needs_input_grad[4:], strict=True)
@@ -142,7 +144,7 @@ class _Rope(torch.autograd.Function):
         ]  # fmt: skip
         results: list[Tensor] = []
         if needed:
-            run = _triton_rotate if ctx.triton else rotate
+            run = _launch_rotate if ctx.triton else rotate
             results = list(run(needed, cos, sin, ctx.options[0], ctx.options[1], True, ctx.dtype))
         inputs = [
             results.pop(0) if need and g is not None else None

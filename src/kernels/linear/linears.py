@@ -144,8 +144,8 @@ def flat(given: Sequence[Linear], x: Tensor) -> tuple[list[Tensor | None], Const
     return found, Constants(scales, sizes, kinds, first.compute or x.dtype, first.dtype)
 
 
-def linears(tensors: Sequence[Any], constants: Constants) -> list[ResolvedLinear]:
-    """The linears of ``flat``'s list."""
+def linears(tensors: Sequence[Any], constants: tuple[Any, ...]) -> list[ResolvedLinear]:
+    """The linears of ``flat``'s list; ``constants`` are those, or a plain tuple of them."""
     scales, sizes, kinds, compute, dtype = constants
     end = 4 * len(scales)
     found = []

@@ -8,6 +8,8 @@ tenth of the tensor cores' speed.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -55,6 +57,7 @@ def rank_update_kernel(
     tl.store(out + n[:, None] * columns + m[None, :], new.to(dtype), mask=inside)
 
 
+@functools.cache
 def _config(rank: int, gpu: Gpu) -> dict[str, int]:
     """Memory-bound whatever the shape; only the rank's block changes."""
     block_r = min(64, max(16, next_power_of_2(rank)))
@@ -72,10 +75,11 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     base = base if base.stride(1) == 1 else base.contiguous()
     rows, columns = base.shape
-    out = torch.empty((rows, columns), dtype=base.dtype, device=base.device)
-    if out.numel() == 0:
+    out = base.new_empty(rows, columns)
+    if not rows or not columns:
         return out
-    config = _config(left.shape[1], gpu_of(base))
+    rank = left.shape[1]
+    config = _config(rank, gpu_of(base))
     blocks = cdiv(rows, config["BLOCK_N"]) * cdiv(columns, config["BLOCK_M"])
     rank_update_kernel[(blocks,)](
         base,
@@ -84,7 +88,7 @@ def rank_update(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         out,
         rows,
         columns,
-        left.shape[1],
+        rank,
         base.stride(0),
         *left.stride(),
         *right.stride(),
@@ -148,8 +152,9 @@ _PROGRAMS = 128
 """About as many multiprocessors as a card has."""
 
 
-def _wide_config(rows: int, columns: int, by_columns: bool) -> dict[str, int]:
-    """The tile for which a multiprocessor reads least; ``wide`` is bf16, ``narrow`` fp32.
+@functools.lru_cache(4096)
+def _wide_config(rows: int, columns: int, by_columns: bool) -> tuple[int, dict[str, int]]:
+    """The programs, and their tile for which a multiprocessor reads least: of bf16 and of fp32.
 
     ``by_columns`` says that ``wide`` lies in memory column by column: runs of less than 128 bytes
     are slow to read.
@@ -160,7 +165,8 @@ def _wide_config(rows: int, columns: int, by_columns: bool) -> dict[str, int]:
         return int(cdiv(programs, _PROGRAMS) * (2 * tile[0] + 4 * tile[1]))
 
     block_m, block_r = min(list(_WIDE_TILES)[by_columns:], key=read)
-    return {"BLOCK_M": block_m, "BLOCK_R": block_r} | _WIDE_TILES[block_m, block_r]
+    programs = cdiv(rows, block_m) * cdiv(columns, block_r)
+    return programs, {"BLOCK_M": block_m, "BLOCK_R": block_r} | _WIDE_TILES[block_m, block_r]
 
 
 def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
@@ -172,24 +178,24 @@ def wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -
         scale: of the product.
         transposed: return (R, M), contiguous, in place of (M, R).
     """
-    rows, columns = wide.shape[0], narrow.shape[1]
-    shape = (columns, rows) if transposed else (rows, columns)
-    out = torch.empty(shape, dtype=torch.float32, device=wide.device)
-    if out.numel() == 0:
+    rows, inner = wide.shape
+    columns = narrow.shape[1]
+    out = narrow.new_empty((columns, rows) if transposed else (rows, columns))
+    if not rows or not columns:
         return out
-    config = _wide_config(rows, columns, wide.stride(0) == 1)
-    blocks = cdiv(rows, config["BLOCK_M"]) * cdiv(columns, config["BLOCK_R"])
-    wide_product_kernel[(blocks,)](
+    strides = wide.stride()
+    programs, config = _wide_config(rows, columns, strides[0] == 1)
+    wide_product_kernel[(programs,)](
         wide,
         narrow,
         out,
         rows,
         columns,
-        wide.shape[1],
+        inner,
         scale,
-        *wide.stride(),
+        *strides,
         *narrow.stride(),
-        *(out.t() if transposed else out).stride(),
+        *((1, rows) if transposed else (columns, 1)),
         **config,
         enable_fp_fusion=FP_FUSION,
     )

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def shaped(rows: Tensor, x: Tensor) -> Tensor:
@@ -16,7 +19,7 @@ def shaped(rows: Tensor, x: Tensor) -> Tensor:
 
     This is no view: one that was made without gradients could not be written to with them.
     """
-    out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+    out: Tensor = _unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
     return out
 
 
@@ -57,12 +60,14 @@ def _sum_of_products_fake(
 
 
 # Opaque, because a traced graph has no in-place operations: Inductor would copy every output.
-_sum_of_products_op = library_op(
-    "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights, ScalarType dtype)"
-    " -> Tensor",
-    accumulated,
-    _sum_of_products_fake,
-    lambda bias, lefts, rights, dtype: 2 * lefts[0].shape[0] * sum(r.numel() for r in rights),
+_sum_of_products_op = direct(
+    library_op(
+        "lora_sum_of_products(Tensor? bias, Tensor[] lefts, Tensor[] rights, ScalarType dtype)"
+        " -> Tensor",
+        accumulated,
+        _sum_of_products_fake,
+        lambda bias, lefts, rights, dtype: 2 * lefts[0].shape[0] * sum(r.numel() for r in rights),
+    )
 )
 
 
@@ -70,12 +75,14 @@ def _rank_update_fake(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return base.new_empty(base.shape)
 
 
-rank_update = library_op(
-    "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
-    "linear.lora_linear:rank_update",
-    _rank_update_fake,
-    lambda base, left, right: 2 * left.shape[0] * right.numel(),
-    plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
+rank_update = direct(
+    library_op(
+        "lora_rank_update(Tensor base, Tensor left, Tensor right) -> Tensor",
+        "linear.lora_linear:rank_update",
+        _rank_update_fake,
+        lambda base, left, right: 2 * left.shape[0] * right.numel(),
+        plain=lambda base, left, right: plus_products(base.clone(), [(left, right)], base.dtype),
+    )
 )
 
 
@@ -119,12 +126,14 @@ def _wide_product_plain(wide: Tensor, narrow: Tensor, scale: float, transposed: 
     return made.t() if transposed else made
 
 
-_wide_product_op = library_op(
-    "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
-    "linear.lora_linear:wide_product",
-    _wide_product_fake,
-    lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
-    plain=_wide_product_plain,
+_wide_product_op = direct(
+    library_op(
+        "lora_wide_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
+        "linear.lora_linear:wide_product",
+        _wide_product_fake,
+        lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
+        plain=_wide_product_plain,
+    )
 )
 
 
@@ -149,10 +158,12 @@ class Rows:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self._copies = {rows.dtype: rows}
+        self._copies: dict[torch.dtype, Tensor] = {}
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The rows in ``dtype``."""
+        if self.rows.dtype is dtype:
+            return self.rows
         if dtype not in self._copies:
             self._copies[dtype] = self.rows.to(dtype)
         return self._copies[dtype]
@@ -180,11 +191,11 @@ def narrow_copy(x: Tensor, dtypes: Iterable[torch.dtype]) -> Tensor | None:
 
 
 def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False) -> Tensor:
-    """``scale·left·right``; on a GPU the product scales its own accumulator.
+    """``scale·left·right``, left as ``beside`` gives it; on a GPU in the accumulator.
 
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
-    if multiplies_as_is(left, right):
+    if left.dtype is not right.dtype:
         product: Tensor = _wide_product_op(left, right, scale, False)
         return product
     if not on_cpu(left):
@@ -199,16 +210,17 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     On a GPU in the strides of the parameter: autograd would clone any other, and the buckets of
     DDP would not fit it. So is ``gradient_of_b``.
     """
-    if multiplies_as_is(z, t):
-        product: Tensor = _wide_product_op(z.t(), t, 1.0, True)
-        return product
-    z = z.to(t.dtype)
+    if z.dtype is not t.dtype:
+        if multiplies_as_is(z, t):
+            product: Tensor = _wide_product_op(z.t(), t, 1.0, True)
+            return product
+        z = z.to(t.dtype)
     return mm(t.t(), z) if not on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
-    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ."""
-    if multiplies_as_is(dy, h):
+    """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as ``beside`` gives it."""
+    if dy.dtype is not h.dtype:
         product: Tensor = _wide_product_op(dy.t(), h, 1.0, False)
         return product
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)

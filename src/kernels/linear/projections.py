@@ -8,6 +8,7 @@ may be wider than the products'.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,11 @@ from .quantized import Quantized
 
 def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
     """Where there are tensors, grouped by their dtype."""
-    kinds = dict.fromkeys(t.dtype for t in given if t is not None)
-    return [[i for i, t in enumerate(given) if t is not None and t.dtype is k] for k in kinds]
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, t in enumerate(given):
+        if t is not None:
+            groups.setdefault(t.dtype, []).append(i)
+    return list(groups.values())
 
 
 def _joined(parts: Sequence[Any], dim: int) -> Tensor:
@@ -54,12 +58,13 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         scales = {layers[i].scale for i in group}
         rows, right = x.beside(stacked), stacked.t()
         if len(scales) == 1 and not on_cpu(rows):
-            found_here = scaled_mm(rows, right, scales.pop()).split(widths, 1)
+            whole = scaled_mm(rows, right, scales.pop())
+            parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
             whole = mm(rows, right) if on_cpu(rows) else scaled_mm(rows, right, 1.0)
-            parts = whole.split(widths, 1)
-            found_here = [p * layers[i].scale for i, p in zip(group, parts, strict=True)]
-        for i, part in zip(group, found_here, strict=True):
+            each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
+            parts = [part * layers[i].scale for i, part in each]
+        for i, part in zip(group, parts, strict=True):
             found[i] = part
     return found
 
@@ -70,11 +75,11 @@ _SHORT = 256
 
 def _together(matrices: Sequence[Tensor | None]) -> list[list[int]]:
     """Which A's are one product: those of one dtype."""
-    apart = any(
-        a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT for a in matrices
-    )
     groups = _by_dtype(matrices)
-    return [[i] for group in groups for i in group] if apart else groups
+    for a in matrices:
+        if a is not None and a.dtype is torch.float32 and a.shape[1] < _SHORT:
+            return [[i] for group in groups for i in group]
+    return groups
 
 
 def narrow_copy_for(layers: Sequence[ResolvedLinear], x: Tensor) -> Tensor | None:
@@ -177,10 +182,9 @@ def gradient_of_input(
     ]
     if isinstance(pairs[0][1], Quantized):
         return sum_of_quantized(pairs, updates, dtype)
-    fast = use_triton(*(t for pair in (*pairs, *updates) for t in pair))
-    fast = fast and pairs[0][0].dtype is dtype
-    total = [*pairs, *(() if fast else updates)]
-    lefts, rights = (list(side) for side in zip(*total, strict=True))
+    fast = pairs[0][0].dtype is dtype and use_triton(*chain.from_iterable((*pairs, *updates)))
+    total = pairs if fast else [*pairs, *updates]
+    lefts, rights = map(list, zip(*total, strict=True))
     if len(lefts) > 1:
         dx = sum_of_products(None, lefts, rights, dtype)
     else:
@@ -224,6 +228,6 @@ def _gradients_of_a(
             widths = [layers[i].lora_a.shape[0] for i in group]  # type: ignore[union-attr]
             joined = _joined([asked[i] for i in group], 1)
             stacked = gradient_of_a(x.beside(joined), joined)
-            for i, part in zip(group, stacked.split(widths, 0), strict=True):
+            for i, part in zip(group, stacked.split_with_sizes(widths, 0), strict=True):
                 found[i] = part
     return found

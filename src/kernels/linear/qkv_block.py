@@ -88,9 +88,10 @@ class _QKVBlock(torch.autograd.Function):
         """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
         read = x if copy is None else copy
         rows = Rows(read.reshape(-1, x.shape[-1]))
-        layers = linears(tensors, Constants(*constants))
+        layers = linears(tensors, constants)
         hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[4:], len(layers))
+        needed = ctx.needs_input_grad
+        need_x, needs = needed[0], wanted(needed[4:], len(layers))
         by_h = [need.lora_b for need in needs]
         by_x = [need.weight or need.lora_a for need in needs]
         recompute = keep == "input" and any(by_h)
@@ -114,10 +115,11 @@ class _QKVBlock(torch.autograd.Function):
         read, *saved = ctx.saved_tensors
         rows = None if read is None else Rows(read.reshape(-1, read.shape[-1]))
         count = len(constants[0])
-        hs, layers = saved[:count], linears(saved[count:], Constants(*constants))
+        hs, layers = saved[:count], linears(saved[count:], constants)
         if recompute and rows is not None:
             hs = narrow(rows, layers)
-        need_x, needs = ctx.needs_input_grad[0], wanted(ctx.needs_input_grad[4:], count)
+        needed = ctx.needs_input_grad
+        need_x, needs = needed[0], wanted(needed[4:], count)
         dx, found = backward(rows, layers, hs, grads, need_x, needs, dtype)
         rest = [None] * (len(saved) - 5 * count)  # the other halves of quantized weights
         dx = dx if dx is None else dx.view(shape)

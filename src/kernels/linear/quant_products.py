@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
 from .products import accumulated, plus_products, rank_update
@@ -39,7 +40,7 @@ def _product(
     )
     triton = use_triton(x, absmax)
     if triton and not transposed and _is_for_few(x, w):
-        base: Tensor = _few(x, *w[:2], *w[5:], *w.shape, blocksize, kind, bias)
+        base: Tensor = _direct_few(x, *w[:2], *w[5:], *w.shape, blocksize, kind, bias)
     else:
         matrix = dequantize(w, x.dtype)
         matrix = matrix if transposed else matrix.t()
@@ -78,6 +79,7 @@ _product_op = library_op(
     _product_flops,
     temporary=lambda x, *rest: x.element_size() * rest[5] * rest[6],  # the weight unpacked
 )
+_direct_product = direct(_product_op)
 
 
 def product(
@@ -95,7 +97,7 @@ def product(
         right: (r, out), or (r, in) if ``transposed``.
         dtype: of the result and the sum.
     """
-    result: Tensor = _product_op(
+    result: Tensor = _direct_product(
         x, *w[:2], *w[5:], *w.shape, w.blocksize, w.kind, transposed, bias, left, right,
         dtype or x.dtype,
     )  # fmt: skip
@@ -149,6 +151,7 @@ _sum_op = library_op(
     _sum_flops,
     temporary=lambda xs, weights, sizes, *_: xs[0].element_size() * max(elements_of(sizes)),
 )
+_direct_sum = direct(_sum_op)
 
 
 def sum_of_quantized(
@@ -164,7 +167,7 @@ def sum_of_quantized(
         dtype: of the sum: that of the x's, or wider.
     """
     halves = [split(w) for _, w in pairs]
-    result: Tensor = _sum_op(
+    result: Tensor = _direct_sum(
         [x for x, _ in pairs],
         [t for _, tensors in halves for t in tensors],
         [n for (shape, blocksize, _), _ in halves for n in (*shape, blocksize)],
@@ -213,3 +216,4 @@ _few = library_op(
     lambda x, *rest: 2 * x.shape[0] * rest[5] * rest[6],
     plain=_few_plain,
 )
+_direct_few = direct(_few)

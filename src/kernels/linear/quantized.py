@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 
 NF4 = (
@@ -156,6 +157,7 @@ _dequantize = library_op(
     _dequantize_fake,
     plain=_dequantize_plain,
 )
+_direct_dequantize = direct(_dequantize)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
@@ -166,7 +168,9 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
     """
     if w.kind != "int8" and dtype is not torch.float64 and use_triton(w.absmax):
         rest = (w.absmax_8bit, w.absmax_code, w.absmax_offset)
-        made: Tensor = _dequantize(w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype)
+        made: Tensor = _direct_dequantize(
+            w.packed, w.absmax, *rest, *w.shape, w.blocksize, w.kind, dtype
+        )
         return made
     theirs = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
     low = dtype in (torch.float32, torch.bfloat16, torch.float16)

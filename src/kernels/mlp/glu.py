@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Op
 from ..second_order import differentiable, gradients
@@ -153,13 +154,14 @@ _triton_packed_backward = library_op(
     _fake_packed_backward,
     plain=_packed_backward,
 )
+_launch_forward, _launch_backward = direct(_triton_forward), direct(_triton_backward)
 
 # -- autograd --------------------------------------------------------------------------------------
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` by the implementation for these tensors, without a gradient."""
-    out: Tensor = (_triton_forward if use_triton(gate, up) else _forward)(gate, up, activation)
+    out: Tensor = (_launch_forward if use_triton(gate, up) else _forward)(gate, up, activation)
     return out
 
 
@@ -167,7 +169,7 @@ def backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, need_gate: bool, need_up: bool
 ) -> list[Tensor]:
     """The needed ones of (d gate, d up)."""
-    run = _triton_backward if use_triton(gate, up) else _backward
+    run = _launch_backward if use_triton(gate, up) else _backward
     return list(run(grad, gate, up, activation, need_gate, need_up))
 
 

@@ -90,12 +90,13 @@ class _MLPBlock(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
         read = x if copy is None else copy
-        rows, constants = read.reshape(-1, x.shape[-1]), Constants(*constants)
-        ctx.options = x.shape, x.dtype, tuple(constants), activation, layout, keep
-        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        rows = read.reshape(-1, x.shape[-1])
+        ctx.options = x.shape, x.dtype, constants, activation, layout, keep
+        needed = ctx.needs_input_grad
+        needed = needed[0], *needed[6:]
         if keep == "input":
             ctx.save_for_backward(*((read, *tensors) if any(needed) else tensors))
-            return tiled_forward(rows, list(tensors), constants, activation, layout)
+            return tiled_forward(rows, list(tensors), Constants(*constants), activation, layout)
         mlp = Mlp.of(tensors, constants, activation, layout)
         y, outs, hs = forward(Rows(rows), mlp)
         if any(needed):
@@ -114,11 +115,11 @@ class _MLPBlock(torch.autograd.Function):
         shape, dtype, constants, activation, layout, keep = ctx.options
         x, *saved = ctx.saved_tensors
         rows = x if x is None else x.reshape(-1, x.shape[-1])
-        constants, count = Constants(*constants), len(constants[0])
-        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        count, needed = len(constants[0]), ctx.needs_input_grad
+        needed = needed[0], *needed[6:]
         if keep == "input":
             found = iter(tiled_backward(
-                grad, x.reshape(-1, x.shape[-1]), saved, constants, activation, layout,
+                grad, x.reshape(-1, x.shape[-1]), saved, Constants(*constants), activation, layout,
                 list(needed), dtype,
             ))  # fmt: skip
             dx, *grads = (next(found) if need else None for need in needed)

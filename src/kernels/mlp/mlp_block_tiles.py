@@ -42,7 +42,9 @@ class Mlp(NamedTuple):
     layout: str
 
     @classmethod
-    def of(cls, tensors: Sequence[Any], constants: Constants, activation: str, layout: str) -> Mlp:
+    def of(
+        cls, tensors: Sequence[Any], constants: tuple[Any, ...], activation: str, layout: str
+    ) -> Mlp:
         """From ``linears.flat``'s list."""
         *ins, down = linears(tensors, constants)
         return cls(ins, down, activation, layout)

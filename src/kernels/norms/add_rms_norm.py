@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import library_op, use_triton
 from ..op import Op
 from ..second_order import differentiable, gradients
@@ -47,6 +48,7 @@ _forward_op = library_op(
     _forward_fake,
     plain=_forward,
 )
+_launch_forward = direct(_forward_op)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -78,7 +80,7 @@ class _AddRMSNorm(torch.autograd.Function):
         outer: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         fast = use_triton(x, residual, weight) and x.shape[-1] <= norm.MAX_DIM
-        run = _forward_op if fast else _forward
+        run = _launch_forward if fast else _forward
         total, y, rstd = run(x, residual, weight, eps, offset, outer)
         ctx.save_for_backward(total, weight, rstd)
         ctx.eps, ctx.offset, ctx.outer = eps, offset, outer

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import has_triton, library_op, use_triton
 from ..op import Op
 from ..second_order import differentiable, gradients
@@ -118,6 +119,7 @@ _backward_op = library_op(
     _backward_fake,
     plain=_backward,
 )
+_launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -129,7 +131,8 @@ def forward(
     Returns:
         (y, mean, rstd): the normed rows, and (..., 1) the statistics of each row.
     """
-    run = _forward_op if use_triton(x, weight, bias) and x.shape[-1] <= MAX_DIM else _forward
+    fast = use_triton(x, weight, bias) and x.shape[-1] <= MAX_DIM
+    run = _launch_forward if fast else _forward
     y, mean, rstd = run(x, weight, bias, eps)
     return y, mean, rstd
 
@@ -156,7 +159,7 @@ def backward(
     """
     wanted = need_x, need_weight and weight is not None, need_bias and bias is not None
     triton = use_triton(x, weight, bias, grad) and x.shape[-1] <= MAX_DIM
-    run = _backward_op if triton else _backward
+    run = _launch_backward if triton else _backward
     grads = run(grad, x, weight, bias, mean, rstd, *wanted)
     d_x, d_weight, d_bias = (g if w else None for g, w in zip(grads, wanted, strict=True))
     return d_x, d_weight, d_bias

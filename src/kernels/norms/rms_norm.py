@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..direct import direct
 from ..launch import has_triton, library_op, use_triton
 from ..op import Op
 from ..second_order import differentiable, gradients
@@ -137,6 +138,7 @@ _backward_op = library_op(
     _backward_fake,
     plain=_backward,
 )
+_launch_forward, _launch_backward = direct(_forward_op), direct(_backward_op)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -148,7 +150,7 @@ def forward(
     Returns:
         (y, rstd): the normed rows, and (..., 1) one reciprocal root mean square per row.
     """
-    run = _forward_op if use_triton(x, weight) and x.shape[-1] <= MAX_DIM else _forward
+    run = _launch_forward if use_triton(x, weight) and x.shape[-1] <= MAX_DIM else _forward
     y, rstd = run(x, weight, eps, offset, outer)
     return y, rstd
 
@@ -175,7 +177,7 @@ def backward(
     """
     need_weight = need_weight and weight is not None
     if use_triton(x, weight, grad) and x.shape[-1] <= MAX_DIM:
-        d_x, d_weight = _backward_op(
+        d_x, d_weight = _launch_backward(
             grad, x, weight, rstd, extra, offset, outer, need_x, need_weight
         )
         return d_x if need_x else None, d_weight if need_weight else None

@@ -51,7 +51,7 @@ def check_wide_product() -> int:
         for narrow in (factor[:, :r], factor[:, :r].t().contiguous().t()):
             eager = wide.float() @ narrow * scale
             exact = wide.double() @ narrow.double() * scale
-            config = _wide_config(m, r, by_columns)
+            _, config = _wide_config(m, r, by_columns)
             tiles.add((config["BLOCK_M"], config["BLOCK_R"]))
             made = wide_product(wide, narrow, scale, False)
             problem = exceeded(made, eager, exact)
