@@ -83,6 +83,16 @@ def test_code_of_an_op_on_hopper(op: str, kernels: Any) -> None:
     _check(kernels, (op,), ("sm_90",))
 
 
+def test_dequantization_reads_bytes_together_and_scales_once(kernels: Any) -> None:
+    """A thread's 8 bytes by one access, four for the scale, 16 of the table, 2 to store."""
+    hopper = next(c for c in kernels.CARDS if c.name == "sm_90")
+    made = [v for v in kernels.variants([hopper], ("quant_linear",)) if "dequantize" in v.name]
+    widths = dict(made[0].code["sm_90"].widths)
+    assert widths[64] == 1  # the bytes
+    assert widths[8] == 1  # the block's own scale
+    assert sum(widths.values()) <= 1 + 4 + 16 + 2
+
+
 @pytest.mark.slow
 def test_code_of_every_op_on_every_card(kernels: Any) -> None:
     _check(kernels, (), CARDS)
