@@ -164,6 +164,7 @@ def _run(option: str, file: str) -> str:
 _HIP_ACCESS = re.compile(
     r"\b(?:global|buffer)_(?:load|store|atomic)_\S*?(ubyte|byte|short|dword(?:x\d)?)"
 )
+_HIP_SPILL = re.compile(r"\bscratch_(?:load|store)_")
 _HIP_BITS = {
     "ubyte": 8,
     "byte": 8,
@@ -182,7 +183,8 @@ def _read_hip(made: Any) -> _Found:
         return int(re.findall(rf"\.{name}:\s*(\d+)", code)[-1])
 
     widths = Counter(_HIP_BITS[kind] for kind in _HIP_ACCESS.findall(code))
-    spills = of("vgpr_spill_count") + of("sgpr_spill_count")
+    # registers that go to lanes of wider ones, or to those of the matrix cores, stay registers
+    spills = len(_HIP_SPILL.findall(code))
     stack = of("private_segment_fixed_size")
     tensor_cores = len(re.findall(r"\bv_mfma_", code))
     return of("vgpr_count"), spills, stack, made.metadata.shared, widths, tensor_cores

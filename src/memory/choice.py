@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..kernels.loss.head_tiles import TILE_BYTES
+from ..kernels.loss.head_tiles import most_logits
 from .levels import Level
 from .usage import Usage
 
@@ -30,8 +30,9 @@ class PlanInputs:
         budget: bytes that may be used; None is no limit.
         allowed: the levels that a block may have, the fastest first.
         host: bytes that blocks may keep in the memory of the host.
-        logits: bytes of all logits; no more of them exist at one time than two tiles.
+        logits: bytes of all logits.
         slack: bytes that the allocator holds besides, for each byte that blocks keep.
+        tiles: bytes of logits that exist at one time, at most.
     """
 
     base: int
@@ -42,6 +43,7 @@ class PlanInputs:
     host: int = 0
     logits: int = 0
     slack: float = 0.0
+    tiles: int = most_logits(on_cpu=True)
 
     def scaled(self, factor: float) -> PlanInputs:
         """The same for a batch of ``factor`` times the tokens."""
@@ -79,7 +81,7 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs)
     used = [found for own, level in pairs if (found := own.get(level)) is not None]
     passing = max((_passing(u) - u.kept for u in used), default=0)
     kept = int(sum(u.kept for u in used) * (1 + setting.slack))
-    head = setting.head + min(setting.logits, 2 * TILE_BYTES)
+    head = setting.head + min(setting.logits, setting.tiles)
     return setting.base + setting.training + kept + max(passing, head)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..graph import run
 from ..graph.fakes import fake, hint
+from ..kernels.loss.head_tiles import most_logits
 from .choice import PlanInputs
 from .levels import HOSTED, Level, keep
 from .offload import LEAST, carried
@@ -152,7 +153,8 @@ def setting(
     host = int(_HOST * planner.meter.host())
     base, (head, logits) = planner.meter.used(), _head(planner, examples)
     slack = _SLACK if on_cpu else 0.0
-    return PlanInputs(base, training, head, limit, levels, host, logits, slack)
+    tiles = most_logits(on_cpu)
+    return PlanInputs(base, training, head, limit, levels, host, logits, slack, tiles)
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from fusewright.kernels.launch import has_triton, interpreting
 
 SHARED = (
     "attention_backward_triton", "attention_forward_triton", "attention_tiles_triton",
-    "linear_logprob_kernels_triton", "rms_norm_kernels_triton", "ssd_backward_triton",
-    "ssd_tiles_triton",
+    "linear_logprob_kernels_triton", "rms_norm_kernels_triton", "selective_scan_tiles_triton",
+    "ssd_backward_triton", "ssd_tiles_triton",
 )  # fmt: skip
 """What others are made of: it is compiled with them."""
 

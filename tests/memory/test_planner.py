@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusewright.errors import OptimizeError
-from fusewright.kernels.loss.head_tiles import TILE_BYTES
+from fusewright.kernels.loss.head_tiles import TILE_BYTES, most_logits
 from fusewright.memory.budget import GB, Budget
 from fusewright.memory.choice import PlanInputs, Scaled, choose, on_host, peak
 from fusewright.memory.levels import HOSTED, Level
@@ -123,6 +123,8 @@ def test_logits_grow_no_further_than_their_tiles() -> None:
     assert peak(["all"], usages, small) == 7 * MB + 2 * TILE_BYTES // 10
     assert peak(["all"], usages, small.scaled(5)) == 35 * MB + TILE_BYTES // 10 * 10
     assert peak(["all"], usages, small.scaled(50)) == 350 * MB + 2 * TILE_BYTES
+    on_a_gpu = replace(small, tiles=most_logits(on_cpu=False))
+    assert peak(["all"], usages, on_a_gpu.scaled(500)) == 3500 * MB + (256 << 20)
 
 
 def test_the_host_has_a_limit_of_its_own() -> None:

@@ -33,20 +33,28 @@ def _scale(
 
 @triton.jit
 def dequantize_kernel(
-    packed, absmax, absmax_8bit, code, offset, values, out, size,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr, BLOCK: tl.constexpr,
+    packed, absmax, absmax_8bit, code, offset, values, out, size, size_packed,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, OUTER: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out[i] = values[code i] · scale``: BLOCK bytes, twice as many values, per program."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    byte = start + tl.arange(0, BLOCK)
-    mask = byte * 2 < size
-    codes = tl.load(packed + byte, mask=mask, other=0).to(tl.int32)
-    scale = _scale(absmax, absmax_8bit, code, offset, byte * 2 // BLOCKSIZE, mask, NESTED, OUTER)
-    first = tl.load(values + (codes >> 4)) * scale
-    second = tl.load(values + (codes & 15)) * scale
-    at = start * 2 + tl.arange(0, 2 * BLOCK)
-    both = tl.interleave(first, second)
-    tl.store(out + at, both.to(out.dtype.element_ty), mask=at < size)
+    """``out[i] = values[code i] · scale``: (BLOCKS, BLOCK) bytes and their values per program.
+
+    The bytes of a row have one scale, which is read once for all of them.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCKS * BLOCK
+    row, byte = tl.arange(0, BLOCKS) * BLOCK, tl.arange(0, BLOCK)
+    # places within the tile need no more than 32 bits
+    left = tl.minimum(size_packed - start, BLOCKS * BLOCK).to(tl.int32)
+    at = row[:, None] + byte[None, :]
+    codes = tl.load(packed + start + at, mask=at < left, other=0).to(tl.int32)
+    block = (start + row) * 2 // BLOCKSIZE
+    scale = _scale(absmax, absmax_8bit, code, offset, block, row < left, NESTED, OUTER)
+    high = tl.load(values + (codes >> 4)) * scale[:, None]
+    low = tl.load(values + (codes & 15)) * scale[:, None]
+    both = tl.interleave(high, low).to(out.dtype.element_ty)
+    at = row[:, None] * 2 + tl.arange(0, 2 * BLOCK)[None, :]
+    left = tl.minimum(size - start * 2, 2 * BLOCKS * BLOCK).to(tl.int32)
+    tl.store(out + start * 2 + at, both, mask=at < left)
 
 
 @triton.jit
@@ -88,7 +96,16 @@ def few_kernel(
 
 
 _BYTES = 1024
-"""Bytes per program when dequantizing: 16 KiB read and written, enough programs for any card."""
+"""Bytes per program when dequantizing: 8 for each thread, and enough programs for any card."""
+
+
+def _tile(blocksize: int) -> dict[str, int]:
+    """The tile of ``_BYTES`` bytes: blocks, or parts of one, in as many rows as it takes."""
+    half = blocksize // 2
+    row = min(half & -half, _BYTES)  # the largest power of two that divides a block
+    return {"BLOCKS": _BYTES // row, "BLOCK": row}
+
+
 _FEW = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 """Narrow tiles: with few rows the programs come from the outputs; what is read is the weight."""
 
@@ -116,10 +133,11 @@ def dequantize(
     if size == 0:
         return result
     pointers, flags = _state(packed, absmax, absmax_8bit, code, offset, kind)
-    grid = (cdiv(cdiv(size, 2), _BYTES),)
-    dequantize_kernel[grid](
-        *pointers, result, size, BLOCKSIZE=blocksize, BLOCK=_BYTES, num_warps=4, **flags
-    )
+    size_packed = cdiv(size, 2)
+    dequantize_kernel[(cdiv(size_packed, _BYTES),)](
+        *pointers, result, size, size_packed,
+        BLOCKSIZE=blocksize, **_tile(blocksize), num_warps=4, **flags,
+    )  # fmt: skip
     return result
 
 
@@ -152,10 +170,11 @@ def _aot_dequantize(dtype: str, blocksize: int, nested: bool) -> AotCase:
         name=f"dequantize-{dtype}-b{blocksize}-{'nested' if nested else 'plain'}",
         kernel=dequantize_kernel,
         signature=_POINTERS
-        | {"absmax_8bit": "*u8" if nested else "*fp32", "out": f"*{dtype}", "size": "i32"},
-        constants={"BLOCKSIZE": blocksize, "NESTED": nested, "OUTER": PER_OUTER, "BLOCK": _BYTES},
+        | {"absmax_8bit": "*u8" if nested else "*fp32", "out": f"*{dtype}"}
+        | dict.fromkeys(("size", "size_packed"), "i32"),
+        constants={"BLOCKSIZE": blocksize, "NESTED": nested, "OUTER": PER_OUTER} | _tile(blocksize),
         num_warps=4,
-        divisible=("size",),
+        divisible=("size", "size_packed"),
     )
 
 

@@ -19,6 +19,9 @@ from ..matmul import addmm, mm
 TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
 
+GPU_TILE_BYTES = 256 << 20
+"""What a tile takes on a GPU at most, where the library multiplies; its gradient has no other."""
+
 TILE_ROWS = 512
 """Fewer rows than this and the matmuls lose speed."""
 
@@ -53,6 +56,11 @@ def row_tiles(rows: int, row_bytes: int, part: int = 1) -> list[tuple[int, int]]
     count = -(-rows // most)
     edges = [i * rows // count for i in range(count + 1)] if count else [0]
     return list(itertools.pairwise(edges))
+
+
+def most_logits(on_cpu: bool) -> int:
+    """Bytes that logits and what is made of them take at one time, at most."""
+    return 2 * TILE_BYTES if on_cpu else GPU_TILE_BYTES
 
 
 def row_strips(rows: int, vocabulary: int) -> Iterator[slice]:

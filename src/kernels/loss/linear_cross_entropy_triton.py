@@ -23,13 +23,13 @@ from ..aot import AotCase
 from ..label_counts import expected
 from ..launch import FP_FUSION
 from ..matmul import mm
-from .head_tiles import project
+from .head_tiles import GPU_TILE_BYTES, project
 from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
 
 TILE_BYTES = 128 << 20
 """What one tile of logits takes; at 128k classes in bf16 that is 512 rows."""
 
-LARGE_TILE_BYTES = 256 << 20
+LARGE_TILE_BYTES = GPU_TILE_BYTES
 """The same where the library multiplies, which wants more rows, beside a head of 1 GB or more."""
 
 
@@ -114,13 +114,13 @@ def _loss_config(vocabulary: int) -> dict[str, int]:
     return {"BLOCK_V": 4096 if wide else 1024, "num_warps": 8 if wide else 4}
 
 
-def _known(rows: int, ignore_index: int) -> int:
+def known_rows(rows: int, ignore_index: int) -> int:
     """How many rows the library multiplies: all of them where few do not count."""
     found = min(rows, expected(rows, ignore_index))
     return rows if found > 0 and rows - found <= rows // 8 else found
 
 
-def _tiles(rows: int, known: int, row_bytes: int, head_bytes: int) -> Iterator[tuple[int, int]]:
+def tiles_of(rows: int, known: int, row_bytes: int, head_bytes: int) -> Iterator[tuple[int, int]]:
     """(first, end) of each tile; none has rows on both sides of ``known``."""
     large = min(LARGE_TILE_BYTES, max(TILE_BYTES, head_bytes // 4))
     for start, stop, size in ((0, known, large), (known, rows, TILE_BYTES)):
@@ -136,7 +136,7 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as ``linear_cross_entropy_tiles.compute``."""
     n, (vocabulary, hidden) = labels.numel(), weight.shape
-    known = _known(n, ignore_index)
+    known = known_rows(n, ignore_index)
     keep = labels != ignore_index
     kept = keep.sum(dtype=torch.int32)
     order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)
@@ -147,7 +147,7 @@ def compute(
     dbias = torch.zeros(vocabulary if wanted[2] else 0, **f32)
     narrow = torch.float32 if x.dtype is torch.float16 else x.dtype
     row_bytes, head_bytes = vocabulary * x.element_size(), weight.numel() * weight.element_size()
-    tiles = list(_tiles(n, known, row_bytes, head_bytes))
+    tiles = list(tiles_of(n, known, row_bytes, head_bytes))
     alone = wanted[1] and narrow is x.dtype and tiles == [(0, known)]
     dweight = torch.zeros((vocabulary if wanted[1] and not alone else 0, hidden), **f32)
     for first, end in tiles:

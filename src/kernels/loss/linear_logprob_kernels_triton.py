@@ -64,7 +64,7 @@ def statistics_kernel(
 def slope_kernel(
     logits, out, targets, scale, found, weights, dfactor, kept, first, rows, vocabulary, room,
     softcap, temperature, SOFTCAP: tl.constexpr, TARGETS: tl.constexpr, RESCALE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    CLEAR: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: ``p·(a + b·log p + c·p) + d + g·[v = y]`` as gradient of its logits.
 
@@ -86,13 +86,18 @@ def slope_kernel(
         SOFTCAP: whether there is a bound.
         TARGETS: whether targets have a gradient of their own.
         RESCALE: whether the factor's gradient is wanted, and the factor not yet in the weights.
+        CLEAR: whether rows that do not count get a gradient of zero, or keep what they have.
         BLOCK_V: classes at a time.
     """
     row = tl.program_id(0)
-    if row >= tl.load(kept) - first:
-        return
     logits += row.to(tl.int64) * room
     out += row.to(tl.int64) * room
+    if row >= tl.load(kept) - first:
+        if CLEAR:
+            for start in range(0, vocabulary, BLOCK_V):
+                v = start + tl.arange(0, BLOCK_V)
+                tl.store(out + v, tl.zeros_like(v).to(out.dtype.element_ty), mask=v < room)
+        return
     factor = tl.load(scale)
     lse = tl.load(found + 4 * rows + row)
     a = tl.load(weights + row)
@@ -148,7 +153,7 @@ def _aot(dtype: str, vocabulary: int, softcap: bool, rescale: bool | None) -> Ao
         name=f"{kernel.__name__}-{dtype}-{config['BLOCK_V']}-softcap{softcap:d}-{rescale}",
         kernel=kernel,
         signature={k: v for k, v in (pointers | numbers).items() if k in names},
-        constants=constants | ({} if rescale is None else {"RESCALE": rescale}),
+        constants=constants | ({} if rescale is None else {"RESCALE": rescale, "CLEAR": rescale}),
         num_warps=config["num_warps"],
     )
 

@@ -1,7 +1,8 @@
 """Triton twin of ``kernels/loss/linear_logprob_tiles.py``: tiles of rows, nothing read back.
 
-As in ``linear_cross_entropy_triton.py``, the rows that count are sorted to the front, and programs
-past their number, which is known on the device only, return at once.
+As in ``linear_cross_entropy_triton.py``, the rows that count are sorted to the front. As many as
+the host knows to count, which without targets are all, are multiplied by the library; past those,
+programs return at once if they are past the number that the device knows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..launch import FP_FUSION
+from ..matmul import mm
+from .head_tiles import project
 from .linear_cross_entropy_matmul_triton import bounded_product, logits_tile
-from .linear_cross_entropy_triton import TILE_BYTES
+from .linear_cross_entropy_triton import known_rows, tiles_of
 from .linear_logprob_kernels_triton import AOT, row_config, slope_kernel, statistics_kernel
 from .linear_logprob_strips import INTEGERS, unit_upstream
 
@@ -38,6 +41,7 @@ class _Tiles:
         if targets is not None:
             keep = targets != ignore_index
         self.keep = keep
+        self.known = n if targets is None else known_rows(n, ignore_index)
         self.kept = keep.sum(dtype=torch.int32)
         self.order = torch.argsort(keep.logical_not().to(torch.uint8), stable=True)
         self.targets = None if targets is None else targets.index_select(0, self.order)
@@ -46,15 +50,18 @@ class _Tiles:
 
     def each(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """First row, places in x, rows, logits, statistics (5, R) and classes of each tile."""
-        n, vocabulary = self.x.shape[0], self.weight.shape[0]
-        height = max(1, TILE_BYTES // (vocabulary * self.x.element_size()))
-        height = min(n, height // 128 * 128 or height)  # whole blocks of the matmuls
-        for first in range(0, n, max(1, height)):
-            places = self.order[first : first + height]
+        vocabulary, size = self.weight.shape[0], self.x.element_size()
+        tiles = tiles_of(
+            self.x.shape[0], self.known, vocabulary * size, self.weight.numel() * size
+        )  # fmt: skip
+        for first, end in tiles:
+            places, rows = self.order[first:end], end - first
             xt = self.x.index_select(0, places)
-            rows = xt.shape[0]
             logits = logits_tile(xt, vocabulary)
-            bounded_product(logits, xt, self.weight.t(), self.kept, first, "rows", self.bias)
+            if first < self.known:
+                project(xt, self.weight, self.bias, logits[:, :vocabulary])
+            else:
+                bounded_product(logits, xt, self.weight.t(), self.kept, first, "rows", self.bias)
             found = torch.zeros((len(COLUMNS), rows), dtype=torch.float32, device=xt.device)
             classes = torch.zeros(rows, dtype=torch.int64, device=xt.device)
             statistics_kernel[(rows,)](
@@ -109,9 +116,18 @@ class _Tiles:
             SOFTCAP=self.softcap > 0,
             TARGETS="logprob" in upstream,
             RESCALE=dfactor is not None,
+            CLEAR=first < self.known,
             **row_config(vocabulary),
             enable_fp_fusion=FP_FUSION,
         )
+
+    def through_head(self, first: int, dlogits: Tensor) -> Tensor:
+        """The gradient of a tile's rows, zero for those that do not count."""
+        if first < self.known:
+            return mm(dlogits[:, : self.weight.shape[0]], self.weight)
+        found = self.x.new_zeros(dlogits.shape[0], self.x.shape[1])  # rows past the bound stay
+        bounded_product(found, dlogits, self.weight, self.kept, first, "rows")
+        return found
 
     def restore(self, t: Tensor) -> Tensor:
         """``t``, whose rows are sorted, in the order of x; zero where a row does not count."""
@@ -163,9 +179,7 @@ def compute(
             out = logits if name == made[-1] else torch.empty_like(logits)
             upstream = {name: unit_upstream(name, weight.shape[0])}
             tiles.slope(first, logits, out, found, upstream, None)
-            part = torch.zeros_like(xt)  # rows past the bound stay zero
-            bounded_product(part, out, weight, tiles.kept, first, "rows")
-            term.index_copy_(0, places, part)
+            term.index_copy_(0, places, tiles.through_head(first, out))
     every = dict(zip(COLUMNS, columns, strict=True))
     every |= {"argmax": classes, "topk_values": values, "topk_indices": indices}
     return [*(tiles.restore(every[name]) for name in outputs), *terms]
@@ -199,15 +213,14 @@ def differentiate(
             grad = of_top[0]
             if softcap:
                 grad = grad * (1.0 - (final * (temperature / softcap)).square())
+            live = tiles.keep.index_select(0, places).unsqueeze(1)  # other rows hold no logits
             if sums is not None:
-                live = tiles.keep.index_select(0, places).unsqueeze(1)  # other rows hold no logits
                 sums += torch.where(live, grad * raw, 0.0).sum(1)
                 grad = grad * tiles.scale
+            grad = torch.where(live, grad, 0.0)
             logits.scatter_add_(1, of_top[1], grad.to(logits.dtype))
         if wanted[0]:
-            part = torch.zeros_like(xt)
-            bounded_product(part, logits, weight, tiles.kept, first, "rows")
-            dx.index_copy_(0, places, part)
+            dx.index_copy_(0, places, tiles.through_head(first, logits))
         if wanted[1]:
             bounded_product(dweight, logits.t(), xt, tiles.kept, first, "inner")
         if wanted[2]:

@@ -81,6 +81,10 @@ def backward_kernel(
         mask = in_row[:, None] & in_col[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0)
         g = tl.load(grad_ptr + row[:, None] * grad_stride + col[None, :], mask=mask, other=0.0)
+        if NEED_X and HAS_EXTRA:
+            extra = tl.load(
+                extra_ptr + row[:, None] * extra_stride + col[None, :], mask=mask, other=0.0
+            )
         rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
         n = x.to(tl.float32) * rstd[:, None]
         g = g.to(tl.float32)
@@ -98,9 +102,6 @@ def backward_kernel(
                 g *= offset
             dx = rstd[:, None] * (g - n * (tl.sum(g * n, axis=1) / dim)[:, None])
             if HAS_EXTRA:
-                extra = tl.load(
-                    extra_ptr + row[:, None] * extra_stride + col[None, :], mask=mask, other=0.0
-                )
                 dx += extra.to(tl.float32)
             dx = dx.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + row[:, None] * dx_stride + col[None, :], dx, mask=mask)

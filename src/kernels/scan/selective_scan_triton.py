@@ -16,27 +16,14 @@ from torch import Tensor
 
 from ..aot import AotCase
 from ..launch import FP_FUSION, cdiv, gpu_of, next_power_of_2
-
-
-@triton.jit
-def _combine(a1, b1, a2, b2):
-    """Two maps h -> a h + b, one after the other."""
-    return a1 * a2, a2 * b1 + b2
-
-
-@triton.jit
-def _step(raw, inside, SOFTPLUS: tl.constexpr):
-    """The step and its derivative by what it is made of; zero outside."""
-    slope = tl.full(raw.shape, 1.0, tl.float32)
-    dt = raw
-    if SOFTPLUS:
-        large = raw > 20.0
-        power = tl.exp(tl.where(large, 0.0, raw))
-        rounded = 1.0 + power  # log1p, with the rounding of the sum made good
-        exact = tl.log(rounded) * (power / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
-        dt = tl.where(large, raw, tl.where(rounded == 1.0, power, exact))
-        slope = tl.where(large, 1.0, power / (1.0 + power))
-    return tl.where(inside, dt, 0.0), slope
+from .selective_scan_tiles_triton import (
+    combine,
+    gradients_of_states,
+    states_before,
+    step,
+    tile,
+    vector,
+)
 
 
 @triton.jit
@@ -70,14 +57,14 @@ def _forward_kernel(
         x = tl.load(place, mask=td_mask, other=0.0).to(tl.float32)
         place = delta_ptr + sample * tb + rows[:, None] * tt + ds[None, :] * td
         raw = tl.load(place, mask=td_mask, other=0.0).to(tl.float32) + bias[None, :]
-        dt, _ = _step(raw, td_mask, SOFTPLUS)
+        dt, _ = step(raw, td_mask, SOFTPLUS)
         place = b_ptr + sample * bb + rows[:, None] * bl + ns[None, :] * bn
         b = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
         place = c_ptr + sample * cb + rows[:, None] * cl + ns[None, :] * cn
         c = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
         decay = tl.exp(dt[:, :, None] * a[None, :, :])
         drive = (dt * x)[:, :, None] * b[:, None, :]
-        total, local = tl.associative_scan((decay, drive), 0, _combine)
+        total, local = tl.associative_scan((decay, drive), 0, combine)
         local += total * h[None, :, :]
         y = tl.sum(local * c[:, None, :], 2)
         h = tl.sum(tl.where((ts == T - 1)[:, None, None], local, 0.0), 0)
@@ -103,16 +90,12 @@ def _backward_kernel(
     """du, ddelta, dz (B, L, D); da (B, D, N) and dd (B, D); db, dc (blocks, B, L, N), to add up."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    ds = block * D + tl.arange(0, D)
-    ns, ts = tl.arange(0, N), tl.arange(0, T)
+    u_ptr, delta_ptr, b_ptr = u_ptr + sample * ub, delta_ptr + sample * tb, b_ptr + sample * bb
+    ds, ns, ts = block * D + tl.arange(0, D), tl.arange(0, N), tl.arange(0, T)
     dm, nm = ds < channels, ns < states
     dn = dm[:, None] & nm[None, :]
-    a = tl.load(a_ptr + ds[:, None] * states + ns[None, :], mask=dn, other=0.0).to(tl.float32)
-    bias, skip = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + ds, mask=dm, other=0.0).to(tl.float32)
-    if HAS_D:
-        skip += tl.load(d_ptr + ds, mask=dm, other=0.0).to(tl.float32)
+    a = tile(a_ptr, ds, ns, states, 1, dn)
+    bias, skip = vector(bias_ptr, ds, dm, HAS_BIAS), vector(d_ptr, ds, dm, HAS_D)
     after, da = tl.zeros((D, N), tl.float32), tl.zeros((D, N), tl.float32)
     dd = tl.zeros((D,), tl.float32)
     chunks = tl.cdiv(length, T)
@@ -121,54 +104,31 @@ def _backward_kernel(
         rows = (k * T + ts).to(tl.int64)
         rm = rows < length
         td_mask, tn_mask = rm[:, None] & dm[None, :], rm[:, None] & nm[None, :]
-        # the step before, within the chunk: the states before each step are a scan, too
-        em = td_mask & (ts > 0)[:, None]
-        place = u_ptr + sample * ub + rows[:, None] * ul + ds[None, :] * ud
-        x = tl.load(place, mask=td_mask, other=0.0).to(tl.float32)
-        x_early = tl.load(place - ul, mask=em, other=0.0).to(tl.float32)
-        place = delta_ptr + sample * tb + rows[:, None] * tt + ds[None, :] * td
-        raw = tl.load(place, mask=td_mask, other=0.0).to(tl.float32) + bias[None, :]
-        dt, slope = _step(raw, td_mask, SOFTPLUS)
-        raw = tl.load(place - tt, mask=em, other=0.0).to(tl.float32) + bias[None, :]
-        dt_early, _ = _step(raw, em, SOFTPLUS)
-        lm = (rows + 1 < length)[:, None] & dm[None, :] & (ts < T - 1)[:, None]
-        raw = tl.load(place + tt, mask=lm, other=0.0).to(tl.float32) + bias[None, :]
-        dt_late, _ = _step(raw, lm, SOFTPLUS)
-        place = b_ptr + sample * bb + rows[:, None] * bl + ns[None, :] * bn
-        b = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
-        b_early = tl.load(place - bl, mask=tn_mask & (ts > 0)[:, None], other=0.0).to(tl.float32)
-        place = c_ptr + sample * cb + rows[:, None] * cl + ns[None, :] * cn
-        c = tl.load(place, mask=tn_mask, other=0.0).to(tl.float32)
-        place = starts_ptr + ((k * batch + sample) * states + ns[None, :]) * channels + ds[:, None]
-        start = tl.load(place, mask=dn, other=0.0)
-        total, before = tl.associative_scan(
-            (
-                tl.exp(dt_early[:, :, None] * a[None, :, :]),
-                (dt_early * x_early)[:, :, None] * b_early[:, None, :],
-            ),
-            0,
-            _combine,
-        )
-        before = (before + total * start[None, :, :]) * tl.exp(dt[:, :, None] * a[None, :, :])
+        x = tile(u_ptr, rows, ds, ul, ud, td_mask)
+        raw = tile(delta_ptr, rows, ds, tt, td, td_mask) + bias[None, :]
+        dt, slope = step(raw, td_mask, SOFTPLUS)
+        b = tile(b_ptr, rows, ns, bl, bn, tn_mask)
+        c = tile(c_ptr + sample * cb, rows, ns, cl, cn, tn_mask)
+        decay = tl.exp(dt[:, :, None] * a[None, :, :])
+        place = starts_ptr + (k * batch + sample) * states * channels
+        before = decay * states_before(
+            u_ptr, delta_ptr, b_ptr, ul, ud, tt, td, bl, bn, rows, ds, ns, td_mask, tn_mask, bias,
+            a, tile(place, ds, ns, 1, channels, dn), SOFTPLUS,
+        )  # fmt: skip
         h = before + (dt * x)[:, :, None] * b[:, None, :]
-        place = grad_ptr + sample * gb + rows[:, None] * gl + ds[None, :] * gd
-        grad = tl.load(place, mask=td_mask, other=0.0).to(tl.float32)
+        grad = tile(grad_ptr + sample * gb, rows, ds, gl, gd, td_mask)
         flat = (sample * length + rows[:, None]) * channels + ds[None, :]
         if HAS_Z:
-            place = z_ptr + sample * zb + rows[:, None] * zl + ds[None, :] * zd
-            z = tl.load(place, mask=td_mask, other=0.0).to(tl.float32)
+            z = tile(z_ptr + sample * zb, rows, ds, zl, zd, td_mask)
             gate = 1.0 / (1.0 + tl.exp(-z))
             y = tl.sum(h * c[:, None, :], 2) + x * skip[None, :]
             tl.store(dz_ptr + flat, grad * y * gate * (1.0 + z * (1.0 - gate)), mask=td_mask)
             grad *= z * gate
-        last = (ts == T - 1)[:, None, None]
-        rise = grad[:, :, None] * c[:, None, :] + tl.where(last, after[None, :, :], 0.0)
-        _, g = tl.associative_scan(
-            (tl.exp(dt_late[:, :, None] * a[None, :, :]), rise), 0, _combine, reverse=True
-        )
-        first = (ts == 0)[:, None, None]
-        decayed = g * tl.exp(dt[:, :, None] * a[None, :, :])
-        after = tl.sum(tl.where(first, decayed, 0.0), 0)
+        rise = grad[:, :, None] * c[:, None, :]
+        g = gradients_of_states(
+            delta_ptr, tt, td, rows, ds, dm, length, bias, a, rise, after, SOFTPLUS
+        )  # fmt: skip
+        after = tl.sum(tl.where((ts == 0)[:, None, None], g * decay, 0.0), 0)
         shared = ((block * batch + sample) * length + rows[:, None]) * states + ns[None, :]
         tl.store(dc_ptr + shared, tl.sum(h * grad[:, :, None], 1), mask=tn_mask)
         tl.store(db_ptr + shared, tl.sum(g * (dt * x)[:, :, None], 1), mask=tn_mask)

@@ -13,6 +13,51 @@ from .ssd_tiles_triton import decays, tile, within
 
 
 @triton.jit
+def _products(
+    left_ptr, right_ptr, rows, left_row, left_column, right_row, right_column, step, length, width,
+    STEPPED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    Q: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The products (Q, Q) of a chunk's rows, ``left · rightᵀ``, summed over ``width`` columns.
+
+    With STEPPED, rows of ``right`` are multiplied by ``step``; with LOW, 16 bits stay as they are.
+    """
+    found = tl.zeros((Q, Q), tl.float32)
+    for start in range(0, width, W):
+        columns = start + tl.arange(0, W).to(tl.int64)
+        left = tile(left_ptr, rows, columns, left_row, left_column, length, width)
+        right = tile(right_ptr, rows, columns, right_row, right_column, length, width)
+        if not LOW:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        if STEPPED:
+            right *= step[:, None]
+        found = tl.dot(left, tl.trans(right), found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _with_states(
+    b_ptr, c_ptr, before_ptr, after_ptr, rows, ps, bl, bn, cl, cn, passed, length, states, features,
+    PRECISION: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """What the states after a chunk hand to its rows, what these read of those before, (Q, P).
+
+    Third ``passed`` (N,), to which the products of both states are added.
+    """
+    handed, read = tl.zeros((Q, P), tl.float32), tl.zeros((Q, P), tl.float32)
+    for start in range(0, states, N):
+        ns = start + tl.arange(0, N).to(tl.int64)
+        b = tile(b_ptr, rows, ns, bl, bn, length, states).to(tl.float32)
+        after = tile(after_ptr, ns, ps, features, 1, states, features)
+        handed = tl.dot(b, after, handed, input_precision=PRECISION)
+        c = tile(c_ptr, rows, ns, cl, cn, length, states).to(tl.float32)
+        before = tile(before_ptr, ns, ps, features, 1, states, features)
+        read = tl.dot(c, before, read, input_precision=PRECISION)
+        passed += tl.sum(after * before, 1)
+    return handed, read, passed
+
+
+@triton.jit
 def backward_kernel(
     grad_ptr, x_ptr, step_ptr, sums_ptr, b_ptr, c_ptr, d_ptr, before_ptr, after_ptr,
     dx_ptr, dexponents_ptr, dstep_ptr, dd_ptr,
@@ -38,21 +83,13 @@ def backward_kernel(
     before_ptr += ((sample * heads + head) * chunks + k) * states * features
     after_ptr += ((sample * heads + head) * chunks + k) * states * features
     step, into, rest, whole = decays(step_ptr, sums_ptr, sample, head, k, chunks, heads, Q)
-    scores = tl.zeros((Q, Q), tl.float32)
-    for start in range(0, states, N):
-        ns = start + tl.arange(0, N).to(tl.int64)
-        b = tile(b_ptr, rows, ns, bl, bn, length, states)
-        c = tile(c_ptr, rows, ns, cl, cn, length, states)
-        if not LOW:
-            b, c = b.to(tl.float32), c.to(tl.float32)
-        scores = tl.dot(c, tl.trans(b), scores, input_precision=PRECISION)
+    scores = _products(
+        c_ptr, b_ptr, rows, cl, cn, bl, bn, step, length, states, False, LOW, PRECISION, Q, N
+    )  # fmt: skip
     scores *= within(sums_ptr, sample, head, k, chunks, heads, Q)
-    pairs = tl.zeros((Q, Q), tl.float32)
-    for start in range(0, features, P):
-        ps = start + tl.arange(0, P).to(tl.int64)
-        grad = tile(grad_ptr, rows, ps, gl, gp, length, features).to(tl.float32)
-        x = tile(x_ptr, rows, ps, xl, xp, length, features).to(tl.float32) * step[:, None]
-        pairs = tl.dot(grad, tl.trans(x), pairs, input_precision=PRECISION)
+    pairs = _products(
+        grad_ptr, x_ptr, rows, gl, gp, xl, xp, step, length, features, True, False, PRECISION, Q, P
+    )  # fmt: skip
     # exponent t lies between i >= t and j < t
     early = qs[None, :] < qs[:, None]
     pairs = tl.cumsum(pairs * scores, 0, reverse=True)
@@ -65,16 +102,10 @@ def backward_kernel(
         skip = tl.load(d_ptr + head).to(tl.float32)
     for start in range(0, features, P):
         ps = start + tl.arange(0, P).to(tl.int64)
-        handed, read = tl.zeros((Q, P), tl.float32), tl.zeros((Q, P), tl.float32)
-        for first in range(0, states, N):
-            ns = first + tl.arange(0, N).to(tl.int64)
-            b = tile(b_ptr, rows, ns, bl, bn, length, states).to(tl.float32)
-            after = tile(after_ptr, ns, ps, features, 1, states, features)
-            handed = tl.dot(b, after, handed, input_precision=PRECISION)
-            c = tile(c_ptr, rows, ns, cl, cn, length, states).to(tl.float32)
-            before = tile(before_ptr, ns, ps, features, 1, states, features)
-            read = tl.dot(c, before, read, input_precision=PRECISION)
-            passed += tl.sum(after * before, 1)
+        handed, read, passed = _with_states(
+            b_ptr, c_ptr, before_ptr, after_ptr, rows, ps, bl, bn, cl, cn, passed, length, states,
+            features, PRECISION, Q, N, P,
+        )  # fmt: skip
         grad = tile(grad_ptr, rows, ps, gl, gp, length, features).to(tl.float32)
         x = tile(x_ptr, rows, ps, xl, xp, length, features).to(tl.float32)
         handed *= rest[:, None]

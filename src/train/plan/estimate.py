@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...kernels.loss.head_tiles import TILE_BYTES
+from ...kernels.loss.head_tiles import most_logits
 from ...memory.budget import Budget
 from ...memory.choice import PlanInputs, Scaled, Usages, choose, on_host
 from ...memory.levels import Level, allowed
@@ -185,7 +185,8 @@ class TrainingJob:
         rows = 0 if head is None else max((p.shape[0] for p in head.parameters()), default=0)
         if "linear_cross_entropy" not in self.step.rewrites:  # in fp32, softmax, and gradient
             return round(12 * self.step.tokens * rows * factor)
-        return min(round(8 * self.step.tokens * rows * factor), 2 * TILE_BYTES)
+        most = most_logits(self.process.is_host)
+        return min(round(8 * self.step.tokens * rows * factor), most)
 
     def dequantized_bytes(self) -> int:
         """Bytes of the largest quantized weight as it is multiplied."""

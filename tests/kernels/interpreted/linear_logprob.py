@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusewright.kernels.loss import head_tiles
+from fusewright.kernels.loss import linear_cross_entropy_triton as shared
 from fusewright.kernels.loss import linear_logprob_triton as kernels
 from fusewright.kernels.loss.linear_logprob import linear_logprob, reference
 from tests.kernels.util import assert_parity_of_draws
@@ -24,12 +26,15 @@ def operands(n: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> list[T
 
 
 def check(
-    sizes: tuple[int, int, int], dtype: torch.dtype, names: Any, options: Any, trained: bool
-) -> None:
+    sizes: tuple[int, int, int], dtype: torch.dtype, names: Any, options: Any, trained: bool,
+    count: int | None = None,
+) -> None:  # fmt: skip
+    """Against the reference; ``count`` rows count, or about half of them."""
     n, vocabulary, _ = sizes
     labels = torch.randint(0, vocabulary, (n,))
-    labels[torch.rand(n) < 0.4] = -100
-    labels[1] = 3  # at least one row counts
+    labels[torch.rand(n) < 0.4 if count is None else torch.randperm(n)[count:]] = -100
+    if count is None:
+        labels[1] = 3  # at least one row counts
 
     def draw() -> list[Tensor]:
         x, w, b = operands(*sizes, dtype)
@@ -42,15 +47,48 @@ def check(
     assert_parity_of_draws(over(linear_logprob), over(reference), draw)
 
 
+def check_what_the_host_expects() -> int:
+    """None, too few, all that count, some more, nearly all, and more rows than there are."""
+    own, sizes = shared.expected, (shared.TILE_BYTES, shared.LARGE_TILE_BYTES)
+    rows: list[int] = []
+
+    def project(x: Tensor, *given: Any) -> Tensor:
+        rows.append(x.shape[0])
+        return head_tiles.project(x, *given)
+
+    kernels.project = project
+    shared.TILE_BYTES = shared.LARGE_TILE_BYTES = 8 * 140 * 4  # tiles of 8 rows
+    guesses = ((13, 0, []), (13, 6, [6]), (13, 13, [8, 5]), (13, 16, [8, 8]), (20, 19, [8, 8, 5]))
+    for (count, guess, of_the_library), trained in itertools.product(guesses, (False, True)):
+        shared.expected = lambda *given, guess=guess: guess
+        rows.clear()
+        check((21, 140, 20), DTYPES[0], FLOATS, OPTIONS[trained], trained, count)
+        assert rows[: len(of_the_library)] == of_the_library, (guess, rows)
+        assert of_the_library or not rows
+    shared.expected = lambda *given: 21
+    x, w, _ = operands(21, 140, 20, torch.float32)
+    labels = torch.randint(0, 140, (21,))
+    labels[5:15] = -100
+    with torch.no_grad():
+        x[5:15] = torch.inf  # rows that do not count may hold anything
+    found = linear_logprob(x, w, None, labels, FLOATS, 2)
+    (dx,) = torch.autograd.grad(sum(t.sum() for t in found), x)
+    assert dx.isfinite().all()
+    assert not dx[5:15].any()
+    shared.expected, kernels.project = own, head_tiles.project
+    shared.TILE_BYTES, shared.LARGE_TILE_BYTES = sizes
+    return 2 * len(guesses) + 1
+
+
 def main() -> None:
     torch.manual_seed(0)
-    checks = 0
-    whole = kernels.TILE_BYTES
+    checks = check_what_the_host_expects()
+    whole = shared.TILE_BYTES
     for trained, (i, names) in itertools.product((False, True), enumerate(NAMES)):
-        kernels.TILE_BYTES = 8 * 140 * 4 if trained else whole  # tiles of 8 rows
+        shared.TILE_BYTES = 8 * 140 * 4 if trained else whole  # tiles of 8 rows
         check((21, 140, 20), DTYPES[0], names, OPTIONS[(i + trained) % 2], trained)
         checks += 1
-    kernels.TILE_BYTES = whole
+    shared.TILE_BYTES = whole
     for half in DTYPES[1:]:
         check((21, 140, 20), half, NAMES[1], OPTIONS[1], False)
         check((21, 140, 20), half, FLOATS, OPTIONS[1], True)

@@ -19,10 +19,16 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def check_dequantize() -> int:
-    """Bit for bit: odd sizes, a last block that is cut off, more than one program."""
+    """Bit for bit: odd sizes, a last block that is cut off, more than one program.
+
+    Blocks are of fewer bytes than a program has, or more, and one size is no power of two.
+    """
     checks = 0
-    cases = itertools.product(
-        ((3, 7), (5, 64), (33, 70), (40, 192)), ("nf4", "fp4"), (64, 128), (False, True)
+    cases = (
+        *itertools.product(
+            ((3, 7), (5, 64), (33, 70), (40, 192)), ("nf4", "fp4"), (64, 128), (False, True)
+        ),
+        *itertools.product(((33, 70), (61, 192)), ("nf4",), (96, 4096), (False, True)),
     )
     for shape, kind, blocksize, nested in cases:
         w = random_weight(shape, kind, blocksize, nested)

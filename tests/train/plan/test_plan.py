@@ -173,6 +173,8 @@ def test_without_rewrites_nothing_is_planned_and_logits_are_whole(recipe: MakeRe
     assert make_job(recipe(optimize=False, gradient_checkpointing=True)).all_levels() == ("input",)
     assert plain.logits_bytes(1000) == 12 * 256 * 512 * 1000
     assert ours.logits_bytes(1000) == 128 << 20
+    on_a_gpu = replace(ours, process=replace(ours.process, is_host=False))
+    assert on_a_gpu.logits_bytes(10_000) == 256 << 20
     assert estimate(plain, ONE, None).activations > estimate(ours, ONE, None).activations
 
 
