@@ -367,3 +367,8 @@ def test_tokens() -> None:
     assert tokens([torch.empty(3, 7, 8, dtype=torch.int64), 3, torch.empty(9)]) == 1
     experts = torch.empty(4, 64, 8)
     assert tokens([torch.empty(30, 8), experts], {(4, 64, 8)}) == 30  # rows, and weights
+
+
+def test_gradients_from_behind_are_of_unit_size_but_in_one_regime() -> None:
+    assert {r.upstream for r in (NORMAL, *REGIMES)} == {1.0}
+    assert 0 < SUBNORMAL.upstream < 1e-3
