@@ -25,6 +25,7 @@ from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
+from .calls.dora_cache import clear_only_full_caches
 from .calls.first_input import require_gradients_of_others
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
@@ -55,6 +56,8 @@ def captured(function: Callable[..., Any], session: Session, kind: str) -> Calla
 
     @functools.wraps(convert)  # with its attributes: TorchDynamo finds the backend by them
     def capture(*args: Any, **kwargs: Any) -> Any:
+        if session.state.region is not None:
+            clear_only_full_caches(session.state.region)
         with session.capturing():
             return convert(*args, **kwargs)
 

@@ -334,3 +334,19 @@ def test_what_is_made_without_gradients_is_written_to_with_them(part: str) -> No
     eager, ours = _pair(frozen)
     _assert_equal(eager, ours)
     assert [s for s in explain(ours).sites if s.status == "rewritten"]
+
+
+def test_a_cache_of_dora_is_still_cleared_where_it_is_not_empty() -> None:
+    """``docs/setups.md`` holds that the block is captured; this, that PEFT's method still works."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    from fusewright.compiler.calls.dora_cache import clear_only_full_caches
+
+    layer = DoraLinearLayer(fan_in_fan_out=False)
+    clear_only_full_caches(nn.Sequential(layer))
+    once = DoraLinearLayer._cache_clear
+    clear_only_full_caches(nn.Sequential(layer))
+    assert DoraLinearLayer._cache_clear is once
+    layer._cache_store("weight-norm-default", torch.ones(2))
+    layer._cache_clear()
+    assert layer._dora_cache == {}
