@@ -20,9 +20,9 @@ def clear_only_full_caches(module: nn.Module) -> None:
     for layer in module.modules():
         if not isinstance(vars(layer).get("_dora_cache"), dict):
             continue
-        owner = next((c for c in type(layer).__mro__ if "_cache_clear" in vars(c)), None)
+        owner: Any = next((c for c in type(layer).__mro__ if "_cache_clear" in vars(c)), None)
         if owner is not None and not hasattr(vars(owner)["_cache_clear"], _MARK):
-            owner._cache_clear = _if_full(vars(owner)["_cache_clear"])  # type: ignore[attr-defined]
+            owner._cache_clear = _if_full(vars(owner)["_cache_clear"])
 
 
 def _if_full(clear: Any) -> Any:

@@ -105,7 +105,9 @@ def _meta_pickle(path: Path) -> dict[str, Any]:
     import torch
 
     in_zip = zipfile.is_zipfile(path)  # the form before torch 1.6 can only be read as a whole
-    where = {"map_location": "meta", "mmap": True} if in_zip else {"map_location": "cpu"}
+    where: dict[str, Any] = {"map_location": "cpu"}
+    if in_zip:
+        where = {"map_location": "meta", "mmap": True}
     loaded = torch.load(path, weights_only=True, **where)
     return {name: value.to("meta") for name, value in loaded.items()}
 
