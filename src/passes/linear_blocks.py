@@ -56,6 +56,7 @@ class MLPBlock(_OfLinears):
     def check(self, m: Match) -> None:
         """Matrices, no adapter with an input of its own, a gradient that is wanted."""
         linears = [_captured(m, role) for role in _roles(m)]
+        _leave_own_inputs(m, linears)  # of down, it is also a use of the MLP's own value
         packed = [isinstance(v["weight"], tuple) for v in linears]
         m.leave(any(packed) and not all(packed), MIXED)
         external_users = [
@@ -104,6 +105,7 @@ class QKVBlock(_OfLinears):
     def check(self, m: Match) -> None:
         """Matrices, no adapter with an input of its own, and one adapter at least."""
         m.pass_over(all(user["lora_a"] is None for user in m.users))  # nothing is gained by it
+        _leave_own_inputs(m, m.users)
         _check(m, m.x, m.users)
 
     def rewrite(self, m: Match, ops: Emit) -> tuple[fx.Node, ...]:
@@ -161,9 +163,13 @@ def _records(x: Any, linears: Sequence[Mapping[str, Any]]) -> list[Linear]:
     ]  # fmt: skip
 
 
+def _leave_own_inputs(m: Match, linears: Sequence[Mapping[str, Any]]) -> None:
+    """Leave linears whose adapters read something else than the linears do."""
+    m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
+
+
 def _check(m: Match, x: Any, linears: Sequence[Mapping[str, Any]]) -> None:
     """What both ops ask of their linears."""
-    m.leave(any(v["x_lora"] is not None for v in linears), _OWN_INPUT)
     for v in linears:
         quantized = isinstance(v["weight"], tuple)  # which its own pattern judged
         matrix = quantized or facts.ndim(v["weight"]) == 2

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import RecipeError
-from .preflight import obstacles
+from .preflight import encoding_obstacles, obstacles
 from .recipe.keys.base import extra_of
 from .recipe.load import Checked
 from .recipe.paths import broken_functions, unallowed_functions
@@ -59,12 +59,14 @@ def show(checked: Checked, console: Console, processes: int | None = None) -> No
     refused += broken_functions(checked.recipe)
     problems = [listed(checked.name, [one], checked.where) for one in refused]
     problems += obstacles(checked.recipe)
+    problems += () if problems else encoding_obstacles(checked.recipe)
     if problems:
         raise RecipeError("train would refuse this: " + "\n  ".join(problems))
     from .plan.verdict import verdict  # imports PyTorch, where there is something to plan
 
     for line in verdict(checked.recipe, processes):
         say(console, f"# {line}")
+    say(console, f"# rows were not read: fusewright preprocess {checked.name} checks them")
 
 
 def _table(checked: Checked, found: Sequence[Entry]) -> Table:

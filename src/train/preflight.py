@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import DataError, RecipeError, did_you_mean
 from .model import files as modelfiles
 from .model.adapter_files import adapter_problem
 from .recipe.locate import locate
@@ -40,11 +40,40 @@ def obstacles(recipe: Recipe, processes: int | None = None) -> list[str]:
         recipe: checked.
         processes: how many train it; None: that is not known yet.
     """
-    found = missing_packages(recipe)
-    for look in _LOOKS:
-        found += look(recipe)
+    found = [*model_obstacles(recipe)]
     found += [*_beforehand(recipe, processes), *_generation(recipe, processes)]
     return [*found, *_output(recipe, processes)]
+
+
+def model_obstacles(recipe: Recipe) -> Iterator[str]:
+    """What keeps the model of a recipe from being loaded here: a sentence each, with its key."""
+    yield from missing_packages(recipe)
+    for look in _LOOKS:
+        yield from look(recipe)
+
+
+def encoding_obstacles(recipe: Recipe) -> Iterator[str]:
+    """What would keep any row from being tokenized: the tokenizer, or its chat template.
+
+    A run sees it when it prepares its rows; a dry run, which reads none, asks here.
+
+    Args:
+        recipe: one that has no ``obstacles``.
+    """
+    named = recipe.tokenizer_config or recipe.base_model
+    source = locate(named, [Path.cwd()])
+    here = source.gguf_file is not None or Path(source.name).is_dir()
+    if not here and modelfiles.cached(named, recipe.revision_of_model) is None:
+        return  # a dry run downloads nothing
+    from .data.prepare import require_encoders
+    from .model.load import quiet
+    from .model.tokenizer import load_tokenizer
+
+    try:
+        with quiet():
+            require_encoders(recipe, load_tokenizer(recipe))
+    except (DataError, RecipeError) as error:
+        yield str(error)
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:
@@ -89,7 +118,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
-    here = recipe.model_copy(update={"base_model": str(folder)})
+    here, model = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
@@ -104,9 +133,29 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if said is not None:
         yield said
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
-        said = modelfiles.weights_problem(folder)
-        if said is not None:
-            yield f"base_model: {said}"
+        yield from _weights(recipe, folder, model)
+
+
+def _weights(recipe: Recipe, folder: Path, model: Any) -> Iterator[str]:
+    """The weights in a folder, as far as shows without reading them.
+
+    Args:
+        recipe: checked.
+        folder: of the base model.
+        model: on the meta device; None: it was not made, and nothing is compared with it.
+    """
+    said = modelfiles.weights_problem(folder)
+    if said is not None:
+        yield f"base_model: {said}"
+    elif model is not None:
+        from .model.from_pretrained import require_fit
+        from .model.load import quiet
+
+        try:
+            with quiet():
+                require_fit(model, recipe, folder)
+        except RecipeError as error:
+            yield str(error)
 
 
 def _require_groups(model: Any, recipe: Recipe) -> None:

@@ -64,9 +64,13 @@ class Setup:
     lost: str = ""
 
 
-def _two_adapters(model: Any) -> None:
-    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear"))
-    model.base_model.set_adapter(["default", "second"])
+def _two_adapters(dropout: float = 0.0) -> Callable[[Any], None]:
+    def prepare(model: Any) -> None:
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+
+    return prepare
 
 
 def _checkpointed(reentrant: bool) -> Callable[[Any], Any]:
@@ -88,8 +92,11 @@ def _accelerated(model: Any) -> Any:
     return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
 
 
+_DROPOUT: dict[str, Any] = {"lora_dropout": 0.1}
+_OWN_INPUTS = "with dropout, each adapter has an input of its own: no blocks"
 _DORA: dict[str, Any] = {"lora": {"use_dora": True}}
 _NO_ADAPTERS = "no adapters on q, k and v to fuse: a norm and they are one `rms_norm_linear`"
+_PARTS = "PEFT clears a cache in each layer: no block in a checkpoint is captured as a whole"
 _NO_MLP = "a linear with a magnitude is in no `mlp_block`: gate and up are a `qkv_block`"
 _NO_GRAPH = (
     "PEFT's norm of a quantized weight cannot be captured, so the blocks run part by part: "
@@ -112,8 +119,15 @@ SETUPS = {
     ),
     "checkpointing": Setup("LoRA, fp32, gradient checkpointing", wrap=_checkpointed(False)),
     "reentrant": Setup("LoRA, fp32, reentrant checkpointing", wrap=_checkpointed(True)),
-    "two-adapters": Setup("two active adapters, fp32", prepare=_two_adapters),
+    "two-adapters": Setup("two active adapters, fp32", prepare=_two_adapters()),
+    "dropout": Setup("LoRA with dropout, fp32", lora=_DROPOUT, lost=_OWN_INPUTS),
+    "two-adapters-dropout": Setup(
+        "two active adapters with dropout, fp32", lora=_DROPOUT, prepare=_two_adapters(0.1)
+    ),
     "dora": Setup("DoRA, fp32", **_DORA, lost=_NO_MLP),
+    "dora-checkpointing": Setup(
+        "DoRA, fp32, gradient checkpointing", **_DORA, wrap=_checkpointed(False), lost=_PARTS
+    ),
     "dora-bf16": Setup("DoRA, bf16 weights, fp32 adapters", BF16, **_DORA, lost=_NO_MLP),
     "dora-autocast": Setup(
         "DoRA, autocast to bf16 over fp32 weights", **_DORA, autocast=BF16, lost=_NO_MLP
@@ -180,6 +194,7 @@ def _dequantized(layer: Any) -> nn.Linear:
 def step(model: Any, setup: Setup, seed: int, lowered: bool = True) -> dict[str, Tensor]:
     """The loss and every gradient of one step; ``lowered`` is off for the fp64 oracle."""
     model.zero_grad()
+    torch.manual_seed(seed)  # of dropout
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, SIZES["vocab_size"], (2, 21), generator=generator)
     around: AbstractContextManager[Any] = nullcontext()

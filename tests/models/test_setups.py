@@ -22,7 +22,8 @@ DRAWS, MOST = 12, 72
 factor of two over twelve draws, and so does ours; where that decides, there are more."""
 
 DIFFERENT = {
-    "full", "accelerate", "checkpointing", "two-adapters", "dora", "kbit-checkpointing",
+    "full", "accelerate", "checkpointing", "two-adapters", "dropout", "dora", "dora-checkpointing",
+    "kbit-checkpointing",
 }  # fmt: skip
 """What the default run tries; each of the others differs from one in a dtype or a detail.
 ``accelerate`` puts autocast around forward."""

@@ -260,3 +260,22 @@ def test_dropout_before_the_adapters_leaves_them_with_the_reason() -> None:
     left = [f for f in findings if f.rule == "qkv_block"]
     assert [f.status for f in left] == ["left"]
     assert "dropout" in left[0].reason
+
+
+@pytest.mark.parametrize("drops", [(0.1, 0.1, 0.1), (0.0, 0.0, 0.1)], ids=str)
+def test_dropout_inside_an_mlp_is_the_reason_that_is_given(drops: tuple[float, ...]) -> None:
+    """That of down's adapter reads the product of gate and up, too, which must not hide it."""
+    sizes = (WIDE, D), (WIDE, D), (D, WIDE)
+
+    def fn(x: Tensor, g: Tensor, u: Tensor, d: Tensor, *ab: Tensor) -> Tensor:
+        gate = _lora(x, g, *ab[:2], drop=drops[0])
+        inner = F.silu(gate) * _lora(x, u, *ab[2:4], drop=drops[1])
+        return _lora(inner, d, *ab[4:], drop=drops[2])
+
+    adapters = [t for size in sizes for t in _adapter(*size)]
+    counts, findings, _ = _found(fn, _x(), *_weights(*sizes), *adapters)
+    assert counts["lora_linear"] == 3
+    assert not counts["mlp_block"]
+    assert [f.reason for f in findings if f.rule == "mlp_block"] == [
+        "an adapter has an input of its own, after dropout"
+    ]

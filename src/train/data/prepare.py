@@ -117,6 +117,18 @@ def prepare(
     return replace(ready, train=train)
 
 
+def require_encoders(recipe: Recipe, tokenizer: Any) -> None:
+    """See that the tokenizer and its chat template suit each dataset, without reading a row.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    trained = recipe.pretraining_dataset or recipe.datasets
+    for key, datasets in (("datasets", trained), ("test_datasets", recipe.test_datasets)):
+        for dataset in datasets:
+            _work(dataset, recipe, tokenizer, key, today())
+
+
 def _load(
     recipe: Recipe,
     tokenizer: Any,

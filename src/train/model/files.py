@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,12 @@ def weights_problem(folder: Path) -> str | None:
     if in_shards(folder):
         said = shards_problem(folder)
         return f"{said}; {_AGAIN}" if said else None
-    names = _chosen(folder)
-    if names is None:
+    try:
+        names = _with_weights(folder)
+    except ValueError as error:
+        return f"{error}; {_AGAIN}"
+    if not names:
         return f"{folder} has a config.json and no weights ({_SAFE}); {_AGAIN}"
-    if names and names[0].endswith(".index.json"):
-        try:
-            shards = _shards(folder / names[0])
-        except ValueError as error:
-            return f"{error}; {_AGAIN}"
-        names = [*names, *shards]
     said = damaged(folder / name for name in names)
     if said is not None:
         return f"{said}; {_AGAIN}"
@@ -83,6 +81,35 @@ def weights_problem(folder: Path) -> str | None:
         if code:
             return pickled(str(folder / name), code)
     return None
+
+
+def meta_weights(folder: Path) -> dict[str, Any]:
+    """The weights in a folder on the meta device: names, shapes and dtypes, without the numbers.
+
+    Args:
+        folder: in which ``weights_problem`` has found nothing.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    found: dict[str, Any] = {}
+    for path in (folder / name for name in _with_weights(folder)):
+        if path.suffix == ".safetensors":
+            found |= load_state_dict(str(path), map_location="meta")
+        elif path.suffix == ".bin":
+            found |= _meta_pickle(path)
+    return found
+
+
+def _meta_pickle(path: Path) -> dict[str, Any]:
+    """The tensors in a file of ``torch.save`` on the meta device; no code in it is run."""
+    import torch
+
+    in_zip = zipfile.is_zipfile(path)  # the form before torch 1.6 can only be read as a whole
+    where: dict[str, Any] = {"map_location": "cpu"}
+    if in_zip:
+        where = {"map_location": "meta", "mmap": True}
+    loaded = torch.load(path, weights_only=True, **where)
+    return {name: value.to("meta") for name, value in loaded.items()}
 
 
 def tokenizer_problem(folder: Path) -> str | None:
@@ -121,12 +148,16 @@ def pickled(name: str, code: list[str]) -> str:
     )
 
 
-def _chosen(folder: Path) -> list[str] | None:
-    """The files that transformers takes, the first of them an index if there is one."""
+def _with_weights(folder: Path) -> list[str]:
+    """The files that transformers takes, the first of them an index if there is one.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     for name in (_SAFE, f"{_SAFE}.index.json", _PICKLED, f"{_PICKLED}.index.json"):
         if (folder / name).exists():
-            return [name]
-    return None
+            return [name, *(_shards(folder / name) if name.endswith(".json") else ())]
+    return []
 
 
 def _shards(index: Path) -> Iterator[str]:

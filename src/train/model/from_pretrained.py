@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,15 @@ from ..consent import code_refused
 from ..recipe.locate import ModelSource, locate
 from ..recipe.preferences import HEADS, head_of
 from ..recipe.recipe import Recipe
-from .files import cached, config_problem, no_tokenizer, pickled, tokenizer_problem, weights_problem
+from .files import (
+    cached,
+    config_problem,
+    meta_weights,
+    no_tokenizer,
+    pickled,
+    tokenizer_problem,
+    weights_problem,
+)
 from .quantize import clear_marks, head_modules
 from .shard_files import Shards, in_shards
 
@@ -241,6 +250,37 @@ def _unfit(model: Any, info: Mapping[str, Any], new: Sequence[str] = ()) -> str 
             "must come from the same model"
         )
     return None
+
+
+def require_fit(model: Any, recipe: Recipe, folder: Path) -> None:
+    """See that the weights in a folder are those of its configuration, without reading them.
+
+    They are loaded as for training, but on the meta device, so that names are mapped, merged and
+    tied in the same way.
+
+    Args:
+        model: made from the configuration on the meta device.
+        recipe: checked.
+        folder: of the model, in which ``weights_problem`` has found nothing.
+
+    Raises:
+        RecipeError: the shapes differ, weights are missing, or a pickle has more than tensors.
+    """
+    if in_shards(folder) or getattr(model.config, "quantization_config", None):
+        return  # packed weights have other shapes
+    try:
+        made, info = type(model).from_pretrained(
+            None, config=copy.deepcopy(model.config), state_dict=meta_weights(folder),
+            output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"},
+        )  # fmt: skip
+    except UnpicklingError as error:
+        why = _explained(error, recipe.base_model, folder, "model", type(model))
+        raise RecipeError(f"base_model: {why}") from error
+    except Exception:  # a model's code raises anything; what is wrong shows when it is loaded
+        return
+    said = _unfit(made, info, _new_in_head(made, info) if head_of(recipe).classifies else ())
+    if said is not None:
+        raise RecipeError(f"base_model: {recipe.base_model}: {said}")
 
 
 def _gguf(source: ModelSource, kind: Kind) -> dict[str, Any]:

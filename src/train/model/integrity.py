@@ -63,7 +63,7 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor in a safetensors file, which is not read further.
 
     Raises:
-        ValueError: it is none, or not as long as it says.
+        ValueError: it is none, not as long as it says, or its header is not valid.
         OSError: it cannot be read.
     """
     size = path.stat().st_size
@@ -83,7 +83,24 @@ def tensors(path: Path) -> dict[str, tuple[int, ...]]:
     whole = 8 + length + end
     if size != whole:
         raise ValueError(f"it should have {whole:,} bytes and has {size:,}")
+    _require_valid_header(path)
     return shapes
+
+
+def _require_valid_header(path: Path) -> None:
+    """See that the library of the format can read the header, which places each tensor.
+
+    Raises:
+        ValueError: it cannot; the message says why, in its words.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"its header is not valid ({why})") from None
 
 
 def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from ..model.load import load_config, quiet
 from ..model.precision import dtype_for_training
 from ..model.tokenizer import load_tokenizer
 from ..output_files import write_atomically
+from ..preflight import model_obstacles
 from ..processes.signals import Interrupts
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
 from ..report.format import duration
 from ..report.throughput import flops_per_token, peak_flops
-from ..requirements import missing_packages
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
 from .compare import Allowed, Deviations, deviations, exceeded
@@ -77,8 +77,8 @@ def verify(recipe: Recipe, options: VerifyOptions) -> int:
         DataError: a dataset cannot be used.
         Stopped: a signal came; all processes have ended and the scratch folder is gone.
     """
-    if missing := missing_packages(alone(recipe)):
-        raise RecipeError("\n  ".join(missing))
+    if found := list(model_obstacles(alone(recipe))):
+        raise RecipeError("\n  ".join(found))
     method = "with a teacher (kd_trainer)" if recipe.kd_trainer else method_of(recipe)
     if method is not None:
         raise RecipeError(

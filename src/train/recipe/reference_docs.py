@@ -93,7 +93,7 @@ no objects, and chat templates run in Jinja's sandbox.
     fusewright train recipe.yaml --dry-run
 
 prints each key of the recipe with its line, value and status, then the whole recipe with its
-defaults. It loads no weights and writes nothing. A key is
+defaults. It loads no weights, reads no rows and writes nothing. A key is
 
 - **honoured**: it does what it says;
 - **subsumed**: something else already has its effect;

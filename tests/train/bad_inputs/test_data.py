@@ -152,3 +152,18 @@ def test_whole_characters_are_rows(box: Box) -> None:
     assert "\\ud83d\\ude00" in Path("rows.jsonl").read_text()
     result = fusewright(*keys(max_steps=1)(box))
     assert result.exit_code == 0, result.output
+
+
+def test_a_dry_run_says_that_it_reads_no_rows(box: Box) -> None:
+    """What only rows show, such as a template that leaves calls out, is for ``preprocess``."""
+    from ..commands import fusewright
+
+    _, recipe = second(calls('{"x": 1}'))(box)
+    result = fusewright("train", recipe, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == (
+        f"# rows were not read: fusewright preprocess {recipe} checks them"
+    )
+    checked = fusewright("preprocess", recipe)
+    assert checked.exit_code == 2
+    assert "tool_calls" in checked.stderr

@@ -48,12 +48,13 @@ def without(*names: str) -> Make:
 def config(**changes: Any) -> Make:
     """Another configuration; None leaves a value out."""
 
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        values = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return damaged(lambda folder: set_config(folder, **changes))
 
-    return damaged(change)
+
+def set_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
 def sharded(change: Callable[[Path], Any]) -> Make:
@@ -85,6 +86,36 @@ def pickled(write: Callable[[Path], Any]) -> Make:
 def half_a_pickle(path: Path) -> None:
     torch.save(make_model().state_dict(), path)
     path.write_bytes(path.read_bytes()[:9000])
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Make:
+    """A file of weights as long as before, whose header says something else."""
+
+    def rewrite(folder: Path) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        tensors = json.loads(data[8:end])
+        change(tensors)
+        new = json.dumps(tensors).encode()
+        (folder / WEIGHTS).write_bytes(len(new).to_bytes(8, "little") + new + data[end:])
+
+    return damaged(rewrite)
+
+
+def moved(tensors: dict[str, Any]) -> None:
+    """One tensor begins in the middle of the one before."""
+    where = tensors["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
+    where[:] = [at - 4 for at in where]
+
+
+def pickled_of(form: bool, **sizes: int) -> Make:
+    """The weights of another model in a pickle, of today's form or the old one."""
+
+    def write(path: Path) -> None:
+        tensors = make_model(**sizes).state_dict()
+        torch.save(tensors, path, _use_new_zipfile_serialization=form)
+
+    return pickled(write)
 
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -121,6 +152,14 @@ CASES = {
     "garbage for weights": Bad(
         holds(WEIGHTS, b"\xff" * 999), WEIGHTS, "does not start like a safetensors file"
     ),
+    "tensors in the wrong places": Bad(
+        header(moved), f"{WEIGHTS} is damaged: its header is not valid (invalid offset for tensor",
+        "download the model, or copy its folder, again",
+    ),
+    "a tensor of no dtype": Bad(
+        header(lambda tensors: tensors["lm_head.weight"].update(dtype="F33")),
+        f"{WEIGHTS} is damaged: its header is not valid", "download the model",
+    ),
     "a pointer for weights": Bad(holds(WEIGHTS, POINTER), WEIGHTS, "run git lfs pull"),
     "a part that is missing": Bad(
         sharded(lambda folder: sorted(folder.glob("model-*"))[1].unlink()),
@@ -139,12 +178,26 @@ CASES = {
     "other sizes": Bad(
         config(intermediate_size=128),
         "model.layers.0.mlp.down_proj.weight is (32, 64) in the file and (32, 128) acc",
-        "both must come from the same model", late=True,
+        "both must come from the same model",
+    ),
+    "other sizes in a pickle": Bad(
+        pickled_of(True, intermediate_size=128),
+        "model.layers.0.mlp.down_proj.weight is (32, 128) in the file and (32, 64) acc",
+        "both must come from the same model",
+    ),
+    "other sizes in a pickle of old": Bad(
+        pickled_of(False, num_hidden_layers=1),
+        "no weights for model.layers.1.input_layernorm.weight", "must come from the same model",
+    ),
+    "other sizes in parts": Bad(
+        sharded(lambda folder: set_config(folder, intermediate_size=128)),
+        "model.layers.0.mlp.down_proj.weight is (32, 64) in the file and (32, 128) acc",
+        "both must come from the same model",
     ),
     "a layer too many": Bad(
         config(num_hidden_layers=3),
         "no weights for model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight",
-        "config.json and weights must come from", late=True,
+        "config.json and weights must come from",
     ),
     "pickled code": Bad(
         pickled(lambda path: torch.save({"x": Harmful()}, path)),
@@ -152,7 +205,7 @@ CASES = {
     ),
     "pickled code of old": Bad(
         pickled(lambda path: path.write_bytes(pickle.dumps({"x": Harmful()}, protocol=2))),
-        "its file of weights contains more than tensors", "copy of the model in safet", late=True,
+        "its file of weights contains more than tensors", "copy of the model in safet",
     ),
     "half a pickle": Bad(
         pickled(half_a_pickle), "pytorch_model.bin is damaged: its end is missing", "download the"
@@ -194,3 +247,26 @@ def test_a_model_is_refused(name: str, box: Box, monkeypatch: pytest.MonkeyPatch
     message = check(CASES[name], box, monkeypatch)
     assert "weights_only" not in message
     assert not Path("harm-was-done").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dry_run_says_it_too(name: str, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = CASES[name]
+    check(bad._replace(make=lambda box: [*bad.make(box), "--dry-run"]), box, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["tensors in the wrong places", "other sizes"])
+def test_generating_says_the_same(name: str, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = CASES[name]
+
+    def make(box: Box) -> list[str]:
+        bad.make(box)
+        return ["generate", "base", "hi"]
+
+    check(bad._replace(make=make), box, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["code that is needed", "other sizes"])
+def test_verifying_says_it_first(name: str, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = CASES[name]
+    check(bad._replace(make=lambda box: ["verify", *bad.make(box)[1:]]), box, monkeypatch)

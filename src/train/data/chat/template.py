@@ -48,6 +48,9 @@ class Template:
         source: the Jinja text.
         variables: what it may read besides the messages, e.g. ``bos_token``.
         day: the date that it writes where it asks for it; None: today's.
+
+    Raises:
+        RecipeError: it is no Jinja.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], day: str | None = None) -> None:
@@ -56,6 +59,7 @@ class Template:
         self.variables = dict(variables)
         self.marked = _MARK.search(source) is not None
         """Whether it marks the assistant's words with ``{% generation %}``."""
+        self._render([], None, "")  # said before any row is read
 
     def render(
         self, messages: Messages, tools: Any = None, prompt: bool = False, where: str = ""
@@ -70,7 +74,6 @@ class Template:
 
         Raises:
             DataError: the template refuses the conversation.
-            RecipeError: the template is no Jinja.
         """
         return self._render([messages], tools, where, add_generation_prompt=prompt)[0][0]
 
