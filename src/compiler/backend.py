@@ -26,8 +26,8 @@ from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
 from .calls.input_gradients import (
+    input_gradient_reason,
     inputs_without_gradient,
-    require_gradients_of_others,
     with_detached_inputs,
 )
 from .graph_log import CapturedGraph, StageLog
@@ -80,16 +80,17 @@ def compile_graph(
             Inductor, whose compilation they share.
     """
     choices, region = session.choices, session.state.region
-    session.state.count_graph()
     grad = torch.is_grad_enabled()
+    needs_own = input_gradient_reason(graph) if grad and kind == "block" else None
+    if needs_own is not None:
+        session.state.require_no_leaf(needs_own)
+    session.state.count_graph()
     caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
     stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
     before = stages.record(graph, "captured")
 
     with _without_saved_tensor_hooks():
         require_gradients(graph)
-        if session.state.has_leaf:
-            require_gradients_of_others(graph)
         require_marked_writes(graph)
         if grad and accumulates_twice(graph, lambda: _is_shared(choices.planner.model(), region)):
             session.note_two_accumulations()
@@ -120,7 +121,8 @@ def compile_graph(
 
     run = _generate_code(graph, examples, choice, session, idle)
     run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
-    return _recorded(session, CapturedGraph(findings, grad, stages.number, before, after), run)
+    captured = CapturedGraph(findings, grad, stages.number, before, after)
+    return _recorded(session, captured, run, needs_own)
 
 
 def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
@@ -184,11 +186,16 @@ def _generate_code(
 
 
 def _recorded(
-    session: Session, graph: CapturedGraph, run: Callable[..., Any]
+    session: Session, graph: CapturedGraph, run: Callable[..., Any], needs_own: str | None
 ) -> Callable[..., Any]:
-    """``run``, which notes in the log that the region at hand ran ``graph``."""
+    """``run``, which notes in the log that the region at hand ran ``graph``.
+
+    ``needs_own`` says why the graph, captured with a gradient of its input, is for no other input.
+    """
 
     def call(*args: Any) -> Any:
+        if needs_own is not None:
+            session.state.require_no_leaf(needs_own)
         session.record(graph)
         return run(*args)
 

@@ -23,7 +23,7 @@ from . import codegen
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
-from .sharing import SharedFunction, Stage, require_no_hooks
+from .sharing import InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
 
@@ -77,6 +77,7 @@ class CallState:
         replay: what the head at hand has run.
         watches: what lies below each region, and whether it has changed since the last call.
         has_leaf: whether the first input of a block was given a gradient.
+        without_leaf: the blocks that do something else then.
         started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
     """
@@ -89,6 +90,7 @@ class CallState:
     replay: Replay | None = None
     watches: Watches = field(default_factory=Watches)
     has_leaf: bool = False
+    without_leaf: set[type] = field(default_factory=set)
     started: bool = False
     preparation: threading.Thread | None = None
 
@@ -101,6 +103,15 @@ class CallState:
         """Count a graph that was captured for the function at hand."""
         if self.function is not None:
             self.function.graphs += 1
+
+    def require_no_leaf(self, reason: str) -> None:
+        """Refuse the call at hand if its input was given a gradient.
+
+        Raises:
+            InputGradient: with the reason.
+        """
+        if self.has_leaf:
+            raise InputGradient(reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +203,7 @@ class Session:
         finally:
             state.region, state.function, state.mark, state.has_leaf = outer
         if again is not None:
+            state.without_leaf.add(type(module))
             return again()
         undo_split = self.choices.split(module, self)
         try:

@@ -81,6 +81,10 @@ class SharedFunctions:
         return self._own.setdefault(module, {}).setdefault(key, SharedFunction(Stage.OWN))
 
 
+class InputGradient(TorchDynamoException):
+    """A block does something else where its input has a gradient."""
+
+
 class HooksOnParameters(TorchDynamoException):
     """Hooks on parameters would be called fewer times than in eager mode."""
 

@@ -7,10 +7,8 @@ and compares what it read at each call, in loops that run in C.
 
 from __future__ import annotations
 
-import inspect
-import types
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import Any
@@ -98,8 +96,6 @@ class Watch:
         blocks: those of these modules that run graphs of their own.
         packed: those of these modules that are 4-bit layers.
         copies: of their forwards, for those that call what is captured whole.
-        minds_gradients: whether a forward of these classes may do something else where its input
-            needs no gradient.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
     """
@@ -116,7 +112,6 @@ class Watch:
         self.packed = [m for m in self._below if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
-        self.minds_gradients = any(map(_minds_gradients, self.classes))
         own = enumerate(self._forwards)
         self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
         self.copies = copies
@@ -144,45 +139,6 @@ class Watch:
         if not any(chain.from_iterable(map(_HOOKS, self._called))):
             return _NONE
         return find_hooks(module, self._outside)
-
-
-_GRADIENT_NAMES = {
-    "no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "checkpoint", "requires_grad",
-    "is_leaf", "grad_fn",
-}  # fmt: skip
-"""Switches of gradients, checkpoints (reentrant ones look at their arguments), and questions."""
-
-
-def _minds_gradients(kind: type) -> bool:
-    """Whether a model's forward, or a function that it calls, names one of those.
-
-    Layers of libraries do not: PEFT's do in what they are merged by, PyTorch's in what is not
-    captured.
-    """
-    own = {n for c in kind.__mro__ if c is not nn.Module for n in vars(c)}
-    seen: set[Any] = set()
-    found: list[Any] = [getattr(kind, "forward", None)]
-    while found:
-        function = inspect.unwrap(found.pop())
-        if not isinstance(function, types.FunctionType) or function in seen:
-            continue
-        if (function.__module__ or "").startswith(("torch.", "peft.")):
-            continue
-        seen.add(function)
-        names = set(_all_names(function.__code__))
-        if not _GRADIENT_NAMES.isdisjoint(names):
-            return True
-        found += [inspect.getattr_static(kind, n) for n in names & own]
-        found += [g for n in names - own if (g := function.__globals__.get(n)) is not None]
-    return False
-
-
-def _all_names(code: types.CodeType) -> Iterator[str]:
-    """The names in a function's code and in that of the functions inside it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _all_names(inner)
 
 
 def _code(forward: Any) -> Any:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as renamed
 
 from fusewright import explain, optimize
-from fusewright.compiler.copies.opaque_calls import opaque_copies
-from fusewright.compiler.watch import Watch
 
 
 class _Frozen(nn.Module):
@@ -60,6 +60,17 @@ class _CheckpointedInAFunction(_Trained):
         return _checkpointed(self, x)
 
 
+class _Renamed(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + renamed(lambda t: self.linear(self.norm(t)), x, use_reentrant=True)
+
+
+class _AsksByName(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.norm(x))
+        return x + y if getattr(x, "requires_grad") else x + y.detach()  # noqa: B009
+
+
 class _Asks(_Trained):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(self.norm(x))
@@ -92,30 +103,10 @@ class _Stack(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "minds"),
-    [
-        (_Frozen, True), (_FrozenInAMethod, True), (_Checkpointed, True),
-        (_CheckpointedInAFunction, True), (_Asks, True), (_Trained, False), (_Adds, False),
-    ],
-)  # fmt: skip
-def test_forwards_that_mind_gradients_are_known(kind: type[nn.Module], minds: bool) -> None:
-    block = kind()
-    watch = Watch(block, (), opaque_copies().below(block))
-    assert watch.minds_gradients is minds
-
-
-def test_peft_and_torch_do_not_count() -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    block = inject_adapter_in_model(LoraConfig(target_modules=["linear"], r=2), _Trained())
-    watch = Watch(block, (), opaque_copies().below(block))
-    assert not watch.minds_gradients
-
-
-@pytest.mark.parametrize(
     "kind",
     [
-        _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Asks, _Adds, _Trained,
+        _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Renamed, _Asks,
+        _AsksByName, _Adds, _Trained,
     ],
 )  # fmt: skip
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:
@@ -169,3 +160,37 @@ def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured()
     found = explain(model)
     assert found.by_rule()["rms_norm"] == 2
     assert not found.bypasses
+
+
+class _Holder(_Trained):
+    """It keeps its input, and returns it."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.last = x
+        return {"y": x + self.linear(self.norm(x)), "x": x}
+
+
+def test_a_block_that_keeps_and_returns_its_input_has_that_input() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([_Holder(), _Holder()])})
+    model.forward = lambda x: model["layers"][1](model["layers"][0](x)["y"])  # type: ignore[method-assign]
+    optimize(model, codegen="inductor")
+    x = torch.randn(2, 5, 16)
+    found = model["layers"][0](x)
+    assert found["x"] is x is model["layers"][0].last
+    assert found["y"].requires_grad
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", [_Unused, _Adds, _Checkpointed])
+def test_a_graph_of_an_input_with_a_gradient_is_not_for_one_without(kind: type[nn.Module]) -> None:
+    """As where an embedding is frozen between two steps."""
+    torch.manual_seed(0)
+    eager = _Stack(kind).to(torch.bfloat16)
+    if kind is _Unused:
+        eager.requires_grad_(False)
+        for layer in eager.layers:
+            layer.linear.bias.requires_grad_()
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    for needs in (True, False, True, False):
+        x = torch.randn(2, 5, 16).bfloat16().requires_grad_(needs)
+        assert [m(x * 1).requires_grad for m in (eager, ours)] == [needs or kind is _Adds] * 2

@@ -138,8 +138,17 @@ def test_the_largest_errors_of_several_draws_are_averaged(last: float, fits: boo
 
 
 def test_nothing_is_off_by_nothing() -> None:
-    nothing = torch.empty(0)
-    undefined = torch.full((3,), float("nan"))
-    assert (
-        errors(nothing, nothing.double()) == errors(undefined, undefined.double()) == Errors(0, 0)
-    )
+    for nothing in (torch.empty(0), torch.full((3,), float("nan"))):
+        assert errors(nothing, nothing.double()) == Errors(0, 0, 0)
+
+
+def test_no_draw_is_off_by_more_than_twice_the_budget() -> None:
+    exact = EXACT.repeat(64, 1)
+    eager = exact.clone()
+    eager[:, 0] += 0.01
+    for last, fits in ((0.02, True), (0.04, False)):
+        ours = eager.clone()
+        ours[3, 0] = 1 + last
+        problem = exceeded(ours.float(), eager.float(), exact, 64)
+        assert (problem is None) is fits
+        assert fits or "largest peak" in problem

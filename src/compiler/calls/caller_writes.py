@@ -46,8 +46,9 @@ def with_copied_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callab
 def inputs_to_copy(module: fx.GraphModule) -> list[int]:
     """The inputs of a region's graph that its callers may write into when it has run.
 
-    These are hidden states: what has a gradient, or, as those of the first block need not, the
-    sizes of a result. They are neither parameters, nor written or returned by the graph itself.
+    These are hidden states: what has a gradient, or, as those of the first block need not, three
+    dimensions or the sizes of a result. They are neither parameters, nor written or returned by the
+    graph itself.
     """
     graph = module.graph
     own = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
@@ -59,7 +60,7 @@ def inputs_to_copy(module: fx.GraphModule) -> list[int]:
         i
         for i, n in enumerate(graph.find_nodes(op="placeholder"))
         if (t := facts.tensor(n)) is not None
-        and (t.requires_grad or (t.is_floating_point() and str(t.shape) in sizes))
+        and (t.requires_grad or (t.is_floating_point() and (t.dim() == 3 or str(t.shape) in sizes)))
         and not isinstance(t, nn.Parameter)
         and not facts.memories(n) & own
     ]

@@ -21,7 +21,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
 from ..watch import Watch, global_hook_reason
-from .input_gradients import with_input_gradient
+from .input_gradients import given_leaf, with_input_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())
@@ -81,7 +81,7 @@ def block_forward(
         if watch.packed:
             restore_states(watch.packed)
         graph_args, graph_kwargs = args, kwargs
-        if inductor and torch.is_grad_enabled() and not watch.minds_gradients:
+        if inductor and torch.is_grad_enabled() and type(self) not in session.state.without_leaf:
             graph_args, graph_kwargs = with_input_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
@@ -97,16 +97,15 @@ def block_forward(
                 self, find_compiled, args, kwargs, run_original, context, mark, again
             )
 
-        def call_as_given() -> Any:  # a block may write into its input, or need no gradient
-            watch.minds_gradients = True
-            return call(args, kwargs, None)
-
-        is_given = graph_args is args and graph_kwargs is kwargs
+        leaf = given_leaf(args, kwargs, graph_args, graph_kwargs)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
         ):
-            results = call(graph_args, graph_kwargs, None if is_given else call_as_given)
+            again = functools.partial(call, args, kwargs, None)
+            results = call(graph_args, graph_kwargs, None if leaf is None else again)
+        if leaf is not None:
+            results = leaf.taken_back(self, results)
         return units.after(results) if units.is_open else results
 
     return forward
