@@ -1,8 +1,8 @@
 """Calling the ops of this library without PyTorch's dispatcher, where it would find nothing to do.
 
 Between an op and what implements it there may be a tracer, a mode that counts or records, a
-transform, the profiler, a subclass of tensors, or autograd: the dispatcher finds out, and makes
-boxes of the arguments for it. In an ordinary step there is none of these, and to ask for them costs
+transform, the profiler, a subclass of tensors, or autograd: the dispatcher finds out, and boxes
+the arguments for it. In an ordinary step there is none of these, and to ask for them costs
 a fraction of what the dispatcher does, some forty times in each block of a Llama.
 """
 
@@ -59,11 +59,11 @@ def _is_watched() -> bool:
 
 
 def _are_plain(args: Iterable[Any]) -> bool:
-    """Whether all are ordinary tensors, none of which is to be negated yet, and constants."""
+    """Whether all are constants, and ordinary tensors that hold their values as they are."""
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if a.is_neg():
+            if a.is_neg() or a._is_zerotensor():
                 return False
         elif kind is list or kind is tuple:
             if not _are_plain(a):

@@ -159,8 +159,8 @@ def require_gradients(module: fx.GraphModule) -> None:
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
                 if writes(node):
                     raise NotImplementedError(
-                        "a reentrant checkpoint of what writes: how often it does depends on the "
-                        "checkpoints around it (with use_reentrant=False too, but the same)"
+                        "a reentrant checkpoint of code that writes: inside another checkpoint it "
+                        "runs once more than a captured one (use_reentrant=False does not)"
                     )
                 needs = [n for n in node.args[1:] if _needs_gradient(n)]
                 if needs and all(_may_have_none(n, written) for n in needs):

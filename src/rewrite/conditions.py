@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,14 +81,19 @@ def require_own_memory(m: Match, inputs: tuple[fx.Node, ...], outputs: tuple[fx.
         known |= dict.fromkeys(facts.memories(node), node)
 
 
-def casts_around(inputs: Sequence[fx.Node]) -> str:
-    """The autocast that is on around the whole graph, for the devices of these inputs.
+_backends: Any = torch.backends  # 2026-11-27: torch does not type all of it
+_BACKENDS = _backends, _backends.cuda.matmul, _backends.mkldnn.matmul
+"""What says in which precision products of fp32 are computed."""
 
-    A graph is captured, and its rewrites are verified, under the autocast that it runs under.
+
+def settings_around() -> tuple[Any, ...]:
+    """What changes results in the whole process: autocast, precision, determinism.
+
+    A graph is captured, and its rewrites are verified, under the settings that it runs under.
     """
-    known = {t.device.type for n in inputs if (t := facts.tensor(n)) is not None}
-    on = (
-        d for d in sorted(known)
-        if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
-    )  # fmt: skip
-    return str([(d, torch.get_autocast_dtype(d)) for d in on])
+    return (
+        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        *(b.fp32_precision for b in _BACKENDS),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+    )

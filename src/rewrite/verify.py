@@ -23,7 +23,7 @@ from ..graph.edit import modes, switches_mode
 from ..graph.layouts import layout_is_read
 from ..kernels.fallback import LaunchError, no_fallback
 from ..report import Figures
-from .conditions import casts_around
+from .conditions import settings_around
 from .engine import Candidate, Verdict
 from .sample_inputs import (
     NORMAL,
@@ -304,7 +304,7 @@ def structure(c: Candidate, named: Callable[[Any], str] = str) -> Any:
         shape = tuple(size(s) for s in t.shape)
         signature.append(str((shape, t.dtype, t.device, t.requires_grad, layout(t))))
     outputs = tuple((index[n], layout_is_read(n)) for n in c.outputs)
-    around = str(c.autocast), casts_around(c.inputs), _gradients_are_on(c)
+    around = str(c.autocast), str(settings_around()), _gradients_are_on(c)
     return c.rule.name, c.match.spelling, body, tuple(signature), outputs, *around
 
 

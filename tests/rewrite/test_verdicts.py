@@ -108,6 +108,13 @@ def test_what_was_verified_under_autocast_is_another_one_without_it() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             _verdicts(verifier, graph_of("glu"), rule)
     assert len(verifier.verdicts) == 3
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        _verdicts(verifier, graph_of("glu"), rule)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert len(verifier.verdicts) == 4
 
 
 def test_an_input_that_is_no_tensor_does_not_hide_those_behind_it() -> None:

@@ -25,18 +25,13 @@ _DEVICE = re.compile(r"type=\\*'(\w+)\\*', index=(\d+)|\b(cuda|xpu|hpu|mps):(\d+
 """A device in a text; its quotes may be escaped."""
 
 
-_backends: Any = torch.backends  # 2026-11-27: torch does not type all of it
-_BACKENDS = _backends, _backends.cuda.matmul, _backends.mkldnn.matmul
-"""What says in which precision products of fp32 are computed."""
-
-
 def site_key(candidate: Candidate, traced: bool) -> str | None:
     """The formula, its replacement, and everything around them that the verdict depends on.
 
-    That is the structure by which one process remembers verdicts (graph, shapes, dtypes, layouts),
-    the graph of the replacement, the modes that it is verified in, the versions of PyTorch and of
-    this package, and the kinds of processor and GPU. Devices are numbered as they are met: each
-    rank has its own GPU.
+    That is the structure by which one process remembers verdicts (graph, shapes, dtypes, layouts,
+    and the settings that it is verified under), the graph of the replacement, the versions of
+    PyTorch and of this package, and the kinds of processor and GPU. Devices are numbered as they
+    are met: each rank has its own GPU.
 
     Args:
         candidate: a match that is ready to be verified.
@@ -57,7 +52,6 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
             f"{rule.__module__}.{rule.__qualname__}",
             replacement,
             traced,
-            _modes(),
             _devices(candidate),
             environment(),
         )
@@ -97,16 +91,6 @@ def environment() -> tuple[str, ...]:
         f"torch {torch.__version__} {torch.version.git_version}",
         f"python {platform.python_version()}",
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-    )
-
-
-def _modes() -> tuple[Any, ...]:
-    """What changes results in the whole process."""
-    return (
-        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
-        *(b.fp32_precision for b in _BACKENDS),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_dtype(),
     )
 
 

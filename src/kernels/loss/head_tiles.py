@@ -20,7 +20,7 @@ TILE_BYTES = 64 << 20
 """What one tile of logits takes, or up to twice that if it has less than ``TILE_ROWS`` then."""
 
 GPU_TILE_BYTES = 256 << 20
-"""What a tile takes on a GPU at most, where the library multiplies; its gradient has no other."""
+"""What a tile takes on a GPU at most, where the library multiplies; its gradient replaces it."""
 
 TILE_ROWS = 512
 """Fewer rows than this and the matmuls lose speed."""
