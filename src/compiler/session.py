@@ -300,14 +300,20 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
 
 
 def _is_capture_error(error: Exception) -> bool:
-    """Whether Dynamo raised it: by its class, or by where it was raised."""
+    """Whether it was raised while Dynamo captured: by its class, or by where that was.
+
+    Guards are made in other packages of PyTorch, which raise what they happen to raise.
+    """
     if isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
         return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        where = frame.tb_frame.f_code.co_filename
+        if where == _CONVERT and not is_out_of_memory(error):
+            return True
         frame = frame.tb_next
-    where = frame.tb_frame.f_code.co_filename if frame is not None else ""
     return where.startswith(_DYNAMO)
 
 
 _DYNAMO = os.path.dirname(torch._dynamo.__file__)
+_CONVERT = torch._dynamo.convert_frame.__file__

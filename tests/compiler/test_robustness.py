@@ -330,3 +330,21 @@ def test_a_check_that_fails_costs_its_own_rewrite_only() -> None:
     assert {s.reason for s in report.sites if s.rule == "thoughtless"} == {
         "the rule's check failed: KeyError: 'a mistake'"
     }
+
+
+def test_an_error_of_pytorch_s_own_in_a_capture_ends_no_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards are made outside of TorchDynamo's package, with errors of any class."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    eager = build(LLAMA, lora=False)
+    ours = optimize(copy.deepcopy(eager))
+    expected = _step(eager)
+    monkeypatch.setattr(ShapeEnv, "produce_guards_verbose", broken)
+    found = _step(ours)
+    torch.testing.assert_close(found, expected)
+    assert any("list index out of range" in b.reason for b in explain(ours).bypasses)
