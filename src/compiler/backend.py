@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
@@ -24,11 +24,10 @@ from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
-from .calls.caller_writes import inputs_to_copy, may_write, with_copied_inputs
+from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
 from .calls.input_gradients import (
     input_gradient_reason,
     inputs_without_gradient,
-    with_detached_inputs,
 )
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
@@ -114,13 +113,13 @@ def compile_graph(
     copied = inputs_to_copy(graph) if caller_writes else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
-    idle = inputs_without_gradient(graph) if grad else []
+    idle = inputs_without_gradient(graph) if grad and choice == "inductor" else []
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
 
     run = _generate_code(graph, examples, choice, session, idle)
-    run = with_copied_inputs(offloaded(choices.planner, graph, run), copied)
+    run = with_changed_inputs(offloaded(choices.planner, graph, run), copied, Tensor.clone)
     captured = CapturedGraph(findings, grad, stages.number, before, after)
     return _recorded(session, captured, run, needs_own)
 
@@ -181,7 +180,7 @@ def _generate_code(
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
         own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
         run = codegen.inductor(graph, own, session.state.preparation)
-        return with_detached_inputs(run, idle)
+        return with_changed_inputs(run, idle, Tensor.detach)
     return eager(graph)
 
 

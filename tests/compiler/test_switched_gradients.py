@@ -121,10 +121,19 @@ def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Mo
     assert given[0].requires_grad is given[1].requires_grad
 
 
+class _Detached(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        n = F.rms_norm(x, (16,), self.norm.weight.detach())
+        return x + F.linear(n, self.linear.weight.detach())
+
+
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
-def test_hooks_of_weights_that_get_no_gradient_are_not_called(codegen: str) -> None:
+@pytest.mark.parametrize("kind", [_Frozen, _Detached])
+def test_hooks_of_weights_that_get_no_gradient_are_not_called(
+    kind: type[nn.Module], codegen: str
+) -> None:
     seen: list[list[str]] = [[], []]
-    model = _Stack(_Frozen)
+    model = _Stack(kind)
     for layer in model.layers:
         layer.other = nn.Linear(16, 16)
     eager = copy.deepcopy(model)

@@ -16,20 +16,23 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ...graph import facts
 from ...graph.effects import writes
 
 
-def with_copied_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``run``, a region's graph, on copies of its arguments at ``places``.
+def with_changed_inputs(
+    run: Callable[..., Any], places: Sequence[int], change: Callable[[Tensor], Tensor]
+) -> Callable[..., Any]:
+    """``run``, a region's graph, on what ``change`` makes of its arguments at ``places``.
 
     At every call: that one step wrote nothing says nothing of the next one.
 
     Args:
         run: takes the inputs of the graph.
-        places: from ``inputs_to_copy``.
+        places: from ``inputs_to_copy``, or ``inputs_without_gradient``.
+        change: ``Tensor.clone``, or ``Tensor.detach``.
     """
     if not places:
         return run
@@ -37,7 +40,7 @@ def with_copied_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callab
     def call(*args: Any) -> Any:
         given = list(args)
         for i in places:
-            given[i] = args[i].clone()
+            given[i] = change(args[i])
         return run(*given)
 
     return call

@@ -8,7 +8,6 @@ compiling a second graph for one block.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,17 +150,3 @@ def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
 
 
 _DETACH = ("detach", torch.detach, Tensor.detach)
-
-
-def with_detached_inputs(run: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``run``, a region's graph, with its arguments at ``places`` detached."""
-    if not places:
-        return run
-
-    def call(*args: Any) -> Any:
-        given = list(args)
-        for i in places:
-            given[i] = args[i].detach()
-        return run(*given)
-
-    return call

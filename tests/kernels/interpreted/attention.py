@@ -55,12 +55,13 @@ def check(
 
 def check_parity() -> None:
     """Odd sizes, groups, heads wider than values, several tiles; with a mask and without one."""
+    torch.manual_seed(0)
     for dtype, heads, time, keys, dims in (
         (FP32, (4, 2), 137, 137, (24, 8)),
         (FP16, (2, 2), 33, 130, (16, 16)),
-        (BF16, (4, 2), 66, 66, (24, 8)),
         (FP32, (1, 1), 1, 1, (5, 3)),
         (FP32, (18, 1), 34, 34, (8, 8)),  # the gradients of a large group are made in parts
+        (BF16, (4, 2), 66, 66, (24, 8)),
     ):
         make = functools.partial(draw, 1, *heads, time, keys, *dims, dtype)
         check(None, make)

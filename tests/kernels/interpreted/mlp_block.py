@@ -43,7 +43,7 @@ def check_mlp_block() -> None:
 
 
 def check_qkv_block() -> None:
-    for dtype, adapter in ((F32, F32), (F16, F16), (F16, F32), (BF16, F32)):
+    for dtype, adapter in ((F32, F32), (F16, F16), (F16, F32), (BF16, BF16)):
         tensors = [t for out in (40, 31, 8) for t in _linear(out, 24, dtype, adapter)]
         options = ([2.0, 1.0, 0.5], [None] * 3)
         assert_parity(
