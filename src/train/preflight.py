@@ -6,6 +6,7 @@ there is something to look at: a model that is on this disk, a precision, an att
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,12 +119,13 @@ def _model(recipe: Recipe) -> Iterator[str]:
     from .model.load import load_config, quiet
     from .model.positions import too_long
 
-    here, model = recipe.model_copy(update={"base_model": str(folder)}), None
+    here, made = recipe.model_copy(update={"base_model": str(folder)}), None
     try:
         with quiet():
             config = load_config(here)
             if recipe.model_type is None:
                 model = meta_model(here, config)
+                made = type(model), copy.deepcopy(model.config)  # adapters may replicate layers
                 require_names(model, recipe)
                 _require_groups(model, recipe)
             said = too_long(here, config)
@@ -133,27 +135,27 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if said is not None:
         yield said
     if not recipe.overrides_of_model_kwargs:  # which can say that other files are taken
-        yield from _weights(recipe, folder, model)
+        yield from _weights(recipe, folder, made)
 
 
-def _weights(recipe: Recipe, folder: Path, model: Any) -> Iterator[str]:
+def _weights(recipe: Recipe, folder: Path, made: tuple[type[Any], Any] | None) -> Iterator[str]:
     """The weights in a folder, as far as shows without reading them.
 
     Args:
         recipe: checked.
         folder: of the base model.
-        model: on the meta device; None: it was not made, and nothing is compared with it.
+        made: the model's class and configuration; None: unknown, and nothing is compared with it.
     """
     said = modelfiles.weights_problem(folder)
     if said is not None:
         yield f"base_model: {said}"
-    elif model is not None:
+    elif made is not None:
         from .model.from_pretrained import require_fit
         from .model.load import quiet
 
         try:
             with quiet():
-                require_fit(model, recipe, folder)
+                require_fit(*made, recipe, folder)
         except RecipeError as error:
             yield str(error)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -137,8 +138,8 @@ def test_a_restored_model_gives_eagers_nan_but_nothing_else_that_differs() -> No
 
 
 def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:
-    def judged(place: str, ours: list[float], eager: list[float]) -> Failure | None:
-        exact = Outcome({"loss": torch.ones(3, dtype=torch.float64)})
+    def judged(place: str, ours: list[Any], eager: list[Any]) -> Failure | None:
+        exact = Outcome({"loss": torch.ones_like(torch.tensor(eager), dtype=torch.float64)})
         return judge(place, Outcome({"loss": torch.tensor(eager)}),
                      Outcome({"loss": torch.tensor(ours)}), exact)  # fmt: skip
 
@@ -151,6 +152,9 @@ def test_what_leaves_the_range_of_fp16_in_eager_alone_is_no_failure() -> None:
         assert failure is not None
         assert failure.kind == "structure"
     assert judged(draws, [1.0, 1.0, 1.5], [1.0, inf, 1.0]) is not None
+    for place, several in ((one, [inf, 1.0]), (draws, [[inf, 1.0], [1.0, inf]])):
+        eager = torch.full_like(torch.tensor(several), inf).tolist()
+        assert judged(place, several, eager) is None  # some of it leaves the range in both
 
 
 _WRITTEN_INSIDE_A_CHECKPOINT = """

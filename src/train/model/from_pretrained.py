@@ -252,29 +252,30 @@ def _unfit(model: Any, info: Mapping[str, Any], new: Sequence[str] = ()) -> str 
     return None
 
 
-def require_fit(model: Any, recipe: Recipe, folder: Path) -> None:
+def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> None:
     """See that the weights in a folder are those of its configuration, without reading them.
 
     They are loaded as for training, but on the meta device, so that names are mapped, merged and
     tied in the same way.
 
     Args:
-        model: made from the configuration on the meta device.
+        kind: the class of the model.
+        config: its configuration; a copy of it is used.
         recipe: checked.
         folder: of the model, in which ``weights_problem`` has found nothing.
 
     Raises:
         RecipeError: the shapes differ, weights are missing, or a pickle has more than tensors.
     """
-    if in_shards(folder) or getattr(model.config, "quantization_config", None):
+    if in_shards(folder) or getattr(config, "quantization_config", None):
         return  # packed weights have other shapes
     try:
-        made, info = type(model).from_pretrained(
-            None, config=copy.deepcopy(model.config), state_dict=meta_weights(folder),
+        made, info = kind.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=meta_weights(folder),
             output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"},
         )  # fmt: skip
     except UnpicklingError as error:
-        why = _explained(error, recipe.base_model, folder, "model", type(model))
+        why = _explained(error, recipe.base_model, folder, "model", kind)
         raise RecipeError(f"base_model: {why}") from error
     except Exception:  # a model's code raises anything; what is wrong shows when it is loaded
         return
