@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cleanup import remove_noops
+from ..graph.edit import inputs_without_gradient
 from ..graph.facts import nested
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
@@ -25,10 +26,7 @@ from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
-from .calls.input_gradients import (
-    input_gradient_reason,
-    inputs_without_gradient,
-)
+from .calls.input_gradients import input_gradient_reason
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -113,6 +111,7 @@ def compile_graph(
     copied = inputs_to_copy(graph) if caller_writes else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
+    # their hooks would be called, with None
     idle = inputs_without_gradient(graph) if grad and choice == "inductor" else []
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)

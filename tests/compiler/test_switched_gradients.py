@@ -190,6 +190,41 @@ def test_a_block_that_keeps_and_returns_its_input_has_that_input() -> None:
     assert not x.requires_grad
 
 
+class _Ends(_Trained):
+    """Its checkpoint is the way that gradients go on, and it ends there: eager gives zeros then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm(x)
+        return checkpoint(self.part, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x).detach())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("memory", ["speed", "min"])
+def test_a_checkpoint_whose_input_is_used_without_a_gradient_gives_zeros(
+    codegen: Any, memory: Any
+) -> None:
+    torch.manual_seed(0)
+    eager = nn.ModuleList([_Ends(), _Ends()])
+    model = nn.ModuleDict({"layers": copy.deepcopy(eager)})
+    optimize(model, codegen=codegen, memory=memory)
+    x = torch.randn(2, 5, 16)
+    for layers in (eager, model["layers"]):
+        y = x
+        for layer in layers:
+            y = layer(y)
+        y.sum().backward()
+    weights, ours = dict(eager.named_parameters()), dict(model["layers"].named_parameters())
+    assert weights["0.linear.weight"].grad is not None  # zeros
+    for name, p in weights.items():
+        grad = ours[name].grad
+        assert (grad is None) == (p.grad is None), name
+        assert grad is None or p.grad is None or torch.equal(grad, p.grad)
+    assert "used without a gradient alone" in str(explain(model))
+
+
 @pytest.mark.parametrize("kind", [_Unused, _Adds, _Checkpointed])
 def test_a_graph_of_an_input_with_a_gradient_is_not_for_one_without(kind: type[nn.Module]) -> None:
     """As where an embedding is frozen between two steps."""

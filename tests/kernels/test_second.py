@@ -307,6 +307,30 @@ def test_a_gradient_penalty(name: str, square: bool) -> None:
     _same(_penalty(ours, _fresh(inputs), square), theirs)
 
 
+class _Stop(torch.autograd.Function):
+    """The identity, without a gradient: it returns None, which is not the same as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_no_gradient_is_none_and_not_zeros(name: str, differentiable: bool) -> None:
+    """Optimizers skip what has none, and let momentum and decay move what has zeros."""
+    for run in CASES[name][:2]:
+        inputs = _fresh(CASES[name][2])
+        out = run(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        sum(_Stop.apply(o).sum() for o in outs).backward(create_graph=differentiable)
+        assert all(t.grad is None for t in inputs)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name: str) -> None:
     ours, _, inputs = CASES[name]

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ...graph import facts
-from ...graph.edit import modes
+from ...graph.edit import needs_gradient
 from ...graph.effects import writes
 from ...memory.levels import CHECKPOINT
 
@@ -112,10 +112,10 @@ def _without_others(graph: fx.Graph) -> str | None:
     needs: set[fx.Node] = set()
     for node in graph.nodes:
         own = node.op in ("placeholder", "get_attr") and not _is_input(node)
-        if _needs(node) and (own or any(n in needs for n in node.all_input_nodes)):
+        if needs_gradient(node) and (own or any(n in needs for n in node.all_input_nodes)):
             needs.add(node)
     for node in graph.output_node().all_input_nodes:
-        if _needs(node) and node not in needs:
+        if needs_gradient(node) and node not in needs:
             return "only the input gives an output its gradient"
     return None
 
@@ -125,28 +125,3 @@ def _is_input(node: fx.Node) -> bool:
     t = facts.tensor(node)
     is_given = node.op == "placeholder" and t is not None and not isinstance(t, nn.Parameter)
     return is_given and t is not None and _is_hidden(t)
-
-
-def _needs(node: fx.Node) -> bool:
-    found = facts.value(node)
-    values = found if isinstance(found, (tuple, list)) else (found,)
-    return any(isinstance(t, Tensor) and t.requires_grad for t in values)
-
-
-def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
-    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone.
-
-    Eager mode does not know of them. A compiled graph would call their hooks, with None.
-    """
-    graph = module.graph
-    mode = modes(graph)
-    reached = {graph.output_node()}
-    for node in reversed(graph.nodes):
-        passes = (node in reached and node.target not in _DETACH) or writes(node)
-        if passes and (node.op == "output" or mode[node][0]):
-            reached.update(node.all_input_nodes)
-    inputs = enumerate(graph.find_nodes(op="placeholder"))
-    return [i for i, n in inputs if _needs(n) and n not in reached]
-
-
-_DETACH = ("detach", torch.detach, Tensor.detach)

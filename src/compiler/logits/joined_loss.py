@@ -59,7 +59,7 @@ class _Logits(torch.autograd.Function):
         return join.lazy(inputs, keep) if join.plan.lazy else join.compute(inputs, keep)
 
     @staticmethod
-    @differentiable(_logits_double_backward)
+    @differentiable(_logits_double_backward, at_least_once=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
@@ -98,6 +98,7 @@ class _Loss(torch.autograd.Function):
         """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
         x, weight, bias, labels = operands
         loss, found = op.found(x, weight, bias, labels, settings, needed)
+        ctx.set_materialize_grads(False)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
         ctx.save_for_backward(*found, *others)

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import library_op, own, use_triton
 from ..matmul import through_fp32
+from ..onednn import transposed_products
 from ..op import Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
@@ -88,7 +89,7 @@ class _Scores:
         """(pairs, rows, keys); valid until the next call."""
         q, k = self.q[tile.pairs, tile.rows], self.k[tile.pairs, tile.keys]
         scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
-        torch.bmm(q, k.transpose(1, 2), out=scores)
+        transposed_products(q, k, scores)
         rows = scores.view(scores.shape[0], -1, self.heads, scores.shape[2])
         if tile.bias is not None:
             rows[..., -tile.bias.shape[-1] :].add_(tile.bias)
@@ -223,6 +224,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
         window: int | None,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         ctx.options = scale, causal, window
         out: Tensor
         if use_triton(q, k, v):

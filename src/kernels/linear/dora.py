@@ -128,6 +128,7 @@ class _Rescaled(torch.autograd.Function):
         ctx: Any, base: Tensor, factor: Tensor, rest: Tensor | None, update: Tensor | None,
         scale: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         total = None
         if ctx.needs_input_grad[1]:
             total = base if update is None else base + update * scale

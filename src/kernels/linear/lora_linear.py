@@ -106,6 +106,7 @@ class _LoraLinear(torch.autograd.Function):
 
         ``copy`` of x stands for it where there is one: ``products.narrow_copy``.
         """
+        ctx.set_materialize_grads(False)
         read = x if copy is None else copy
         rows = Rows(read.reshape(-1, x.shape[-1]))
         z = rows if x_lora is None else Rows(x_lora.reshape(-1, x_lora.shape[-1]))

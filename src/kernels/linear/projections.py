@@ -61,7 +61,8 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
             whole = scaled_mm(rows, right, scales.pop())
             parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
-            whole = mm(rows, right) if on_cpu(rows) else scaled_mm(rows, right, 1.0)
+            alike = on_cpu(rows) and rows.dtype is right.dtype
+            whole = mm(rows, right) if alike else scaled_mm(rows, right, 1.0)
             each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
             parts = [part * layers[i].scale for i, part in each]
         for i, part in zip(group, parts, strict=True):

@@ -64,6 +64,7 @@ class _QuantLinear(torch.autograd.Function):
         fixed: Any, *tensors: Any,
     ) -> Tensor:  # fmt: skip
         """``fixed`` and ``tensors`` are the two halves of the weight (``split``)."""
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.fixed, ctx.shape = fixed, x.shape
         ctx.dtypes = x.dtype, compute, None if bias is None else bias.dtype

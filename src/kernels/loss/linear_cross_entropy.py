@@ -70,6 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chosen: tuple[Any, ...], recording: bool,
     ) -> Tensor:  # fmt: skip
         """Return the loss; keep the gradients of its sum that will be wanted."""
+        ctx.set_materialize_grads(False)
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
         loss, made = found(x, weight, bias, labels, Settings(*chosen), wanted)
         # x and labels for a second derivative alone

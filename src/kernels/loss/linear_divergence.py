@@ -144,6 +144,7 @@ class _LinearDivergence(torch.autograd.Function):
         targets: Tensor | None, chosen: tuple[Any, ...], recording: bool,
     ) -> Tensor:  # fmt: skip
         """Return the divergences; keep what the wanted gradients need."""
+        ctx.set_materialize_grads(False)
         wanted = [recording and needed for needed in ctx.needs_input_grad[:3]]
         made = wanted[0] and not any(wanted[1:])
         rows = x.reshape(-1, x.shape[-1])

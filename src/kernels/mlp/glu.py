@@ -208,6 +208,7 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate, up)
         ctx.options = (activation,)
         return forward(gate, up, activation)
@@ -225,6 +226,7 @@ class _Glu(torch.autograd.Function):
 class _GluPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: str, gate_first: bool) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gate_up)
         ctx.options = activation, gate_first
         return forward(*halves(gate_up, gate_first), activation)

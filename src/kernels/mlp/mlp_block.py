@@ -89,6 +89,7 @@ class _MLPBlock(torch.autograd.Function):
         layout: str, keep: str, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """``copy`` of x stands for it where there is one: ``products.narrow_copy``."""
+        ctx.set_materialize_grads(False)
         read = x if copy is None else copy
         rows = read.reshape(-1, x.shape[-1])
         ctx.options = x.shape, x.dtype, constants, activation, layout, keep

@@ -110,6 +110,7 @@ class _Up(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, where: Tensor,
         offsets: Tensor, active: int,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         tokens = order // active
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, where, offsets, order)
         ctx.active, ctx.bias = active, None if bias is None else bias.dtype
@@ -137,6 +138,7 @@ class _Down(torch.autograd.Function):
         ctx: Any, h: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor,
         where: Tensor, offsets: Tensor, active: int,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         w_weights, w_weight = ctx.needs_input_grad[1:3]
         y = grouped_mm(h, None, weight, offsets, bias)
         ctx.save_for_backward(

@@ -199,6 +199,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, outer: bool
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         y, rstd = forward(x, weight, eps, offset, outer)
         ctx.save_for_backward(x, weight, rstd)
         ctx.eps, ctx.offset, ctx.outer = eps, offset, outer

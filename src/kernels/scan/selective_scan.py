@@ -223,6 +223,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
         z: Tensor | None, bias: Tensor | None, softplus: bool,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         tensors = (u, delta, a, b, c, d, z, bias)
         ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
         ctx.softplus = softplus

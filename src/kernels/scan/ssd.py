@@ -219,6 +219,7 @@ class _SSD(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None,
         bias: Tensor | None, softplus: bool, low: float, high: float,
     ) -> Tensor:  # fmt: skip
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, a, b, c, d, bias)
         ctx.options = softplus, low, high
         ctx.triton = use_triton(x, dt, a, b, c, d, bias)
