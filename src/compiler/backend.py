@@ -28,6 +28,7 @@ from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
 from .calls.input_gradients import (
     input_gradient_reason,
     inputs_without_gradient,
+    with_leaf,
 )
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
@@ -84,6 +85,7 @@ def compile_graph(
     if needs_own is not None:
         session.state.require_no_leaf(needs_own)
     session.state.count_graph()
+    idle = inputs_without_gradient(graph) if grad and kind == "block" else []
     caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
     stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
     before = stages.record(graph, "captured")
@@ -113,7 +115,6 @@ def compile_graph(
     copied = inputs_to_copy(graph) if caller_writes else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
-    idle = inputs_without_gradient(graph) if grad and choice == "inductor" else []
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
@@ -196,6 +197,7 @@ def _recorded(
         if needs_own is not None:
             session.state.require_no_leaf(needs_own)
         session.record(graph)
-        return run(*args)
+        x = session.state.no_gradient
+        return run(*(args if x is None else with_leaf(args, x)))
 
     return call
