@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.cleanup import remove_noops
-from ..graph.edit import inputs_without_gradient
 from ..graph.facts import nested
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
 from ..memory.apply_plan import offloaded, planned
-from ..memory.levels import accumulates_twice, draws_in_vain, require_gradients, writes_into_inputs
+from ..memory.levels import accumulates_twice, draws_in_vain, writes_into_inputs
 from ..rewrite.copies import copy_what_is_written
 from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
@@ -26,7 +25,12 @@ from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
 from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
-from .calls.input_gradients import input_gradient_reason
+from .calls.input_gradients import (
+    input_gradient_reason,
+    inputs_without_gradient,
+    require_gradients,
+    with_leaf,
+)
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -82,6 +86,8 @@ def compile_graph(
     if needs_own is not None:
         session.state.require_no_leaf(needs_own)
     session.state.count_graph()
+    # their hooks would be called, with None
+    idle = inputs_without_gradient(graph) if grad and kind == "block" else []
     caller_writes = grad and kind != "head" and may_write(choices.planner.model(), region)
     stages = StageLog(kind, choices.environment.dump, session.log.keeps_code)
     before = stages.record(graph, "captured")
@@ -111,8 +117,6 @@ def compile_graph(
     copied = inputs_to_copy(graph) if caller_writes else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
-    # their hooks would be called, with None
-    idle = inputs_without_gradient(graph) if grad and choice == "inductor" else []
     if kind == "block" and grad and region is not None:
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
@@ -195,6 +199,7 @@ def _recorded(
         if needs_own is not None:
             session.state.require_no_leaf(needs_own)
         session.record(graph)
-        return run(*args)
+        x = session.state.no_gradient
+        return run(*(args if x is None else with_leaf(args, x)))
 
     return call

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import config as _config
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
@@ -76,7 +76,7 @@ class CallState:
         units: those of its modules whose parameters are sharded.
         replay: what the head at hand has run.
         watches: what lies below each region, and whether it has changed since the last call.
-        has_leaf: whether the first input of a block was given a gradient.
+        no_gradient: the first input of the block at hand, in whose place its graph gets a leaf.
         without_leaf: the blocks that do something else then.
         started: whether a region was called before.
         preparation: what Inductor needs first, found in the background since the first call.
@@ -89,7 +89,7 @@ class CallState:
     units: Units | None = None
     replay: Replay | None = None
     watches: Watches = field(default_factory=Watches)
-    has_leaf: bool = False
+    no_gradient: Tensor | None = None
     without_leaf: set[type] = field(default_factory=set)
     started: bool = False
     preparation: threading.Thread | None = None
@@ -105,12 +105,12 @@ class CallState:
             self.function.graphs += 1
 
     def require_no_leaf(self, reason: str) -> None:
-        """Refuse the call at hand if its input was given a gradient.
+        """Refuse the call at hand if its graph gets a leaf.
 
         Raises:
             InputGradient: with the reason.
         """
-        if self.has_leaf:
+        if self.no_gradient is not None:
             raise InputGradient(reason)
 
 
@@ -163,9 +163,9 @@ class Session:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         original: Callable[[], Any],
-        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        context: Callable[[Any], AbstractContextManager[None]] = nullcontext,
         mark: Callable[[], None] | None = None,
-        again: Callable[[], Any] | None = None,
+        no_gradient: Tensor | None = None,
     ) -> Any:
         """Call ``module`` through its captured graph; through ``original`` if capture fails.
 
@@ -178,18 +178,18 @@ class Session:
             args: for the graph.
             kwargs: for the graph.
             original: the same call of the original forward, without arguments.
-            context: makes what surrounds the captured call, and only that.
+            context: makes what surrounds the captured call, and only that, of ``no_gradient``.
             mark: called before a capture: tells TorchDynamo which sizes of the arguments vary.
-            again: the same call without a gradient of its first input, tried before ``original``.
+            no_gradient: an input in whose place a leaf is tried first.
         """
         state = self.state
         if not state.started:
             self._start(module)
-        outer = state.region, state.function, state.mark, state.has_leaf
-        state.region, state.mark, state.has_leaf = module, mark, again is not None
+        outer = state.region, state.function, state.mark, state.no_gradient
+        state.region, state.mark, state.no_gradient = module, mark, no_gradient
         try:
             run = compiled()
-            with context():
+            with context(no_gradient):
                 return run(module, *args, **kwargs)
         except Exception as error:
             cause = getattr(error, "inner_exception", None)
@@ -201,10 +201,10 @@ class Session:
             reason = f"could not be captured: {summary(error)}"
             one_off = isinstance(error, (FailOnRecompileLimitHit, TooManyGraphs))
         finally:
-            state.region, state.function, state.mark, state.has_leaf = outer
-        if again is not None:
+            state.region, state.function, state.mark, state.no_gradient = outer
+        if no_gradient is not None:
             state.without_leaf.add(type(module))
-            return again()
+            return self.call(module, compiled, args, kwargs, original, context, mark)
         undo_split = self.choices.split(module, self)
         try:
             result = original()

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from . import facts
-from .effects import has_effect, writes
+from .effects import has_effect
 
 
 def switches_mode(node: fx.Node) -> bool:
@@ -72,29 +71,3 @@ def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         graph.erase_node(node)
         gone.add(node)
     return gone
-
-
-def needs_gradient(node: fx.Node) -> bool:
-    """Whether a node's value, or a part of it, needs a gradient."""
-    found = facts.value(node)
-    values = found if isinstance(found, (tuple, list)) else (found,)
-    return any(isinstance(t, Tensor) and t.requires_grad for t in values)
-
-
-def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
-    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone.
-
-    Eager mode does not know of them.
-    """
-    graph = module.graph
-    mode = modes(graph)
-    reached = {graph.output_node()}
-    for node in reversed(graph.nodes):
-        passes = (node in reached and node.target not in _DETACH) or writes(node)
-        if passes and (node.op == "output" or mode[node][0]):
-            reached.update(node.all_input_nodes)
-    inputs = enumerate(graph.find_nodes(op="placeholder"))
-    return [i for i, n in inputs if needs_gradient(n) and n not in reached]
-
-
-_DETACH = ("detach", torch.detach, Tensor.detach)

@@ -17,7 +17,6 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..graph import facts
-from ..graph.edit import inputs_without_gradient, needs_gradient
 from ..graph.effects import draws, is_opaque, writes
 from ..kernels.mlp.mlp_block import mlp_block
 
@@ -138,60 +137,6 @@ def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> boo
                 if any(len(n.users) > 1 or node.args.count(n) > 1 for n in given) or shared():
                     return True
     return False
-
-
-def require_gradients(module: fx.GraphModule) -> None:
-    """Refuse a graph whose reentrant checkpoint gives other gradients when captured, or writes.
-
-    Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
-    not tell arguments from what its function closes over, and always gives the gradients. Where an
-    argument has one, too, both are the same.
-
-    An argument that its function uses without a gradient gets none from a captured one. In eager
-    mode the checkpoint is what its history goes on from, and is told that there is none: another
-    such checkpoint before it takes that for zeros.
-
-    Inside another checkpoint it runs once more than a captured one does, and counts once more.
-
-    Raises:
-        NotImplementedError: with the reason.
-    """
-    if not torch.is_grad_enabled():
-        return
-    for inner in facts.nested(module):
-        written: set[int] = set()  # after the node at hand
-        for node in reversed(inner.graph.nodes):
-            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
-                if writes(node):
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of code that writes: inside another checkpoint it "
-                        "runs once more than a captured one (use_reentrant=False does not)"
-                    )
-                body = facts.body(node.args[0])
-                if body is not None and inputs_without_gradient(body):
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of an input that is used without a gradient alone: "
-                        "what comes before may get zeros for its gradient, and not none "
-                        "(use_reentrant=False gives none)"
-                    )
-                needs = [n for n in node.args[1:] if isinstance(n, fx.Node) and needs_gradient(n)]
-                if needs and all(_may_have_none(n, written) for n in needs):
-                    raise NotImplementedError(
-                        "a reentrant checkpoint of inputs without a gradient: it gives its "
-                        "parameters none (use_reentrant=False does)"
-                    )
-            written |= {m for n in writes(node) for m in facts.memories(n)}
-
-
-def _may_have_none(node: Any, written: set[int]) -> bool:
-    """Whether an argument that needs a gradient in the end may have needed none in its place.
-
-    A write takes the need for a gradient along, into the example value of what it writes to, too.
-    """
-    if isinstance(facts.tensor(node), nn.Parameter):
-        return True
-    real = facts.real(node)
-    return bool(facts.memories(node) & written) if real is None else not real.requires_grad
 
 
 def unwrap(module: fx.GraphModule) -> bool:

@@ -85,6 +85,14 @@ _backends: Any = torch.backends  # 2026-11-27: torch does not type all of it
 _BACKENDS = _backends, _backends.cuda.matmul, _backends.mkldnn.matmul
 """What says in which precision products of fp32 are computed."""
 
+_CASTING = "cpu", "cuda", "xpu", "mps"
+_SUMS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+"""What says in which precision a GPU adds up products of 16 bits."""
+
 
 def settings_around() -> tuple[Any, ...]:
     """What changes results in the whole process: autocast, precision, determinism.
@@ -92,8 +100,9 @@ def settings_around() -> tuple[Any, ...]:
     A graph is captured, and its rewrites are verified, under the settings that it runs under.
     """
     return (
-        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        *((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _CASTING),
         *(b.fp32_precision for b in _BACKENDS),
+        *(getattr(_backends.cuda.matmul, name) for name in _SUMS),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -84,6 +86,18 @@ class _Adds(_Trained):
         return x.add_(self.linear(self.norm(x)))
 
 
+class _Asked(_Trained):
+    """It lets its input need a gradient, which stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.requires_grad_() + self.linear(self.norm(x))
+
+
+class _FrozenInACheckpoint(_FrozenInAMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: t + self.part(t), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
 class _Unused(_Trained):
     """What is trained has no part in the output."""
 
@@ -106,7 +120,7 @@ class _Stack(nn.Module):
     "kind",
     [
         _Frozen, _FrozenInAMethod, _Checkpointed, _CheckpointedInAFunction, _Renamed, _Asks,
-        _AsksByName, _Adds, _Trained,
+        _AsksByName, _Adds, _Trained, _Asked, _FrozenInACheckpoint,
     ],
 )  # fmt: skip
 def test_an_output_needs_a_gradient_where_it_does_in_eager_mode(kind: type[nn.Module]) -> None:
@@ -127,8 +141,13 @@ class _Detached(_Trained):
         return x + F.linear(n, self.linear.weight.detach())
 
 
+class _Compared(_Trained):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.norm.weight > 0) + F.linear(x, self.linear.weight.data)
+
+
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
-@pytest.mark.parametrize("kind", [_Frozen, _Detached])
+@pytest.mark.parametrize("kind", [_Frozen, _Detached, _Compared, _FrozenInACheckpoint])
 def test_hooks_of_weights_that_get_no_gradient_are_not_called(
     kind: type[nn.Module], codegen: str
 ) -> None:
@@ -171,23 +190,86 @@ def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured()
     assert not found.bypasses
 
 
-class _Holder(_Trained):
-    """It keeps its input, and returns it."""
+@dataclasses.dataclass
+class _Result:
+    y: Tensor
+    x: Tensor
 
-    def forward(self, x: Tensor) -> Any:
-        self.last = x
-        return {"y": x + self.linear(self.norm(x)), "x": x}
+
+class _Holder(_Trained):
+    """It keeps its input in several places, returns it, and reads and sets its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = [{}]
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> _Result:
+        self.own = self.last = self.kept[0]["x"] = x
+        x.seen = True  # type: ignore[attr-defined]
+        return _Result(x + self.linear(self.norm(x)) * getattr(x, "factor", 1.0), x)
+
+
+class _Holders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Holder(), _Holder()])
+
+    def forward(self, x: Tensor) -> _Result:
+        first = self.layers[0](x)
+        self.layers[1](first.y)
+        return first  # type: ignore[no-any-return]
 
 
 def test_a_block_that_keeps_and_returns_its_input_has_that_input() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([_Holder(), _Holder()])})
-    model.forward = lambda x: model["layers"][1](model["layers"][0](x)["y"])  # type: ignore[method-assign]
-    optimize(model, codegen="inductor")
-    x = torch.randn(2, 5, 16)
-    found = model["layers"][0](x)
-    assert found["x"] is x is model["layers"][0].last
-    assert found["y"].requires_grad
-    assert not x.requires_grad
+    torch.manual_seed(0)
+    eager = _Holders()
+    ours, made = optimize(copy.deepcopy(eager), codegen="inductor"), []
+    for model in (eager, ours):
+        x: Any = torch.ones(2, 5, 16)
+        x.factor = 2.0
+        found, block = model(x), model.layers[0]
+        assert found.x is x is block.own is block.last is block.kept[0]["x"]
+        assert found.y.requires_grad
+        assert not x.requires_grad
+        assert x.seen
+        made.append(found.y)
+    torch.testing.assert_close(*made)
+    assert not explain(ours).bypasses
+
+
+@pytest.mark.parametrize("part", ["twice", "mean"])
+def test_what_is_made_of_an_input_without_a_gradient_has_none(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: Tensor) -> _Result:
+        if part == "mean":
+            self.mean.copy_(x.mean((0, 1)))
+            return _Result(x + self.linear(self.norm(x)), x)
+        y, self.twice = checkpoint(lambda t: (self.linear(t), t * 2), x, use_reentrant=False)
+        return _Result(x + y, x)
+
+    monkeypatch.setattr(_Holder, "forward", forward)
+    ours = optimize(_Holders(), codegen="inductor")
+    assert ours(torch.ones(2, 5, 16)).y.requires_grad
+    assert not getattr(ours.layers[0], part).requires_grad
+
+
+class _Drops(_Adds):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.linear(self.norm(x)) * random.uniform(0.5, 1.0))
+
+
+def test_a_graph_that_is_refused_draws_no_number_of_python() -> None:
+    torch.manual_seed(0)
+    eager, made = _Stack(_Drops), []
+    for model in (eager, optimize(copy.deepcopy(eager), codegen="inductor")):
+        random.seed(0)
+        for needs in (True, False):
+            last = model(torch.ones(2, 5, 16, requires_grad=needs) * 1)
+        made.append((last, torch.tensor(random.random())))
+    torch.testing.assert_close(made[1], made[0])
 
 
 class _Ends(_Trained):

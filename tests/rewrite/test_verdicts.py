@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fusewright.report import Figures
 from fusewright.rewrite import verify
+from fusewright.rewrite.conditions import settings_around
 from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
 from fusewright.rewrite.rule import Emit, Match, Rule
 from fusewright.rewrite.sample_inputs import Regime
@@ -115,6 +116,25 @@ def test_what_was_verified_under_autocast_is_another_one_without_it() -> None:
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
     assert len(verifier.verdicts) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
+def test_autocast_of_any_device_is_a_setting(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings_around()
+    known = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda d: d == device or known(d))
+    assert settings_around() != before
+
+
+def test_sums_of_16_bits_are_a_setting() -> None:
+    matmul, before = torch.backends.cuda.matmul, settings_around()
+    known = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = not known
+    try:
+        assert settings_around() != before
+    finally:
+        matmul.allow_fp16_accumulation = known
+    assert settings_around() == before
 
 
 def test_an_input_that_is_no_tensor_does_not_hide_those_behind_it() -> None:

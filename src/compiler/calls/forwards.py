@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...graph.opaque.quant_states import restore_states
 from ...memory.apply_plan import inside_checkpoint
@@ -21,7 +21,7 @@ from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
 from ..watch import Watch, global_hook_reason
-from .input_gradients import given_leaf, with_input_gradient
+from .input_gradients import input_without_gradient, shown_with_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
 _NO_UNITS = Units(())
@@ -80,9 +80,9 @@ def block_forward(
             args, kwargs = gathered(units, args, kwargs)
         if watch.packed:
             restore_states(watch.packed)
-        graph_args, graph_kwargs = args, kwargs
+        x = None
         if inductor and torch.is_grad_enabled() and type(self) not in session.state.without_leaf:
-            graph_args, graph_kwargs = with_input_gradient(self, args, kwargs)
+            x = input_without_gradient(self, args, kwargs)
         sizes = leading_sizes(args, kwargs)
         level = _level(session, self, kind, sizes)
         run_original = functools.partial(original, self, *args, **kwargs)
@@ -90,31 +90,28 @@ def block_forward(
         def find_compiled() -> Any:
             return compiled(self, level(), watch.code)
 
-        def call(args: Any, kwargs: Any, again: Callable[[], Any] | None) -> Any:
-            mark = functools.partial(_mark, args, kwargs, sizes)
-            context = functools.partial(_with_copies, session, self, watch)
-            return session.call(
-                self, find_compiled, args, kwargs, run_original, context, mark, again
-            )
-
-        leaf = given_leaf(args, kwargs, graph_args, graph_kwargs)
+        mark = functools.partial(_mark, args, kwargs, sizes)
+        context = functools.partial(_around, session, self, watch)
         with (
             hidden_hooks(hooks.idle) if hooks.idle else _NO_CONTEXT,
             units.hidden() if units else _NO_CONTEXT,
         ):
-            again = functools.partial(call, args, kwargs, None)
-            results = call(graph_args, graph_kwargs, None if leaf is None else again)
-        if leaf is not None:
-            results = leaf.taken_back(self, results)
+            results = session.call(
+                self, find_compiled, args, kwargs, run_original, context, mark, x
+            )
         return units.after(results) if units.is_open else results
 
     return forward
 
 
-def _with_copies(session: Session, module: nn.Module, watch: Watch) -> Any:
-    """What surrounds a captured call: copies of forwards that call what is captured whole."""
+def _around(session: Session, module: nn.Module, watch: Watch, x: Tensor | None) -> Any:
+    """What surrounds a captured call: copies of forwards that call what is captured whole.
+
+    And ``x``, an input without a gradient, is seen as one that needs one.
+    """
     copies = session.state.watches.opaque.below(module) if watch.copies else None
-    return using_copies(copies) if copies else _NO_CONTEXT
+    around: Any = using_copies(copies) if copies else _NO_CONTEXT
+    return around if x is None else shown_with_gradient(x, around)
 
 
 def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], sizes: tuple[int, int] | None) -> None:

@@ -8,77 +8,77 @@ compiling a second graph for one block.
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch._dynamo.exc import TorchDynamoException
 
 from ...graph import facts
-from ...graph.edit import needs_gradient
+from ...graph.edit import modes
 from ...graph.effects import writes
+from ...graph.opaque.functions import is_leaf
 from ...memory.levels import CHECKPOINT
 
 
-def with_input_gradient(
+def input_without_gradient(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the first input, if it needs no gradient, by a leaf of the same memory that does.
+) -> Tensor | None:
+    """The input of a block that is to be given a gradient; None where nothing is to be done.
 
     Args:
         module: the block.
         args: of its call.
         kwargs: of its call.
-
-    Returns:
-        The arguments; the same ones where nothing is to be done.
     """
-    name: str | None = None
     x = args[0] if args else None
     if not isinstance(x, Tensor):
-        tensors = ((k, v) for k, v in kwargs.items() if isinstance(v, Tensor))
-        name, x = next(tensors, (None, None))
+        x = next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
     # asked in this order because only the first block gets past it
     if x is None or x.requires_grad or not _is_hidden(x) or x.is_inference():
-        return args, kwargs
-    if not any(p.requires_grad for p in module.parameters()):
-        return args, kwargs
-    leaf = x.detach().requires_grad_()
-    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
-
-
-class Leaf(NamedTuple):
-    """An input of a block, and the leaf that stands for it."""
-
-    given: Tensor
-    leaf: Tensor
-
-    def taken_back(self, module: nn.Module, out: Any) -> Any:
-        """What ``module`` returns, with the input where it returns or keeps the leaf."""
-        for part in module.modules():
-            kept = vars(part)
-            for name in [n for n, value in kept.items() if value is self.leaf]:
-                kept[name] = self.given
-        if not any(t is self.leaf for t in pytree.tree_leaves(out)):
-            return out
-        return pytree.tree_map(lambda t: self.given if t is self.leaf else t, out)
-
-
-def given_leaf(
-    args: tuple[Any, ...], kwargs: dict[str, Any], new: tuple[Any, ...], new_kwargs: dict[str, Any]
-) -> Leaf | None:
-    """Where ``with_input_gradient`` has made other arguments of these; None where it has not."""
-    if new is args and new_kwargs is kwargs:
         return None
-    pairs = zip((*args, *kwargs.values()), (*new, *new_kwargs.values()), strict=True)
-    return next((Leaf(x, leaf) for x, leaf in pairs if x is not leaf), None)
+    if isinstance(x, nn.Parameter) or not any(p.requires_grad for p in module.parameters()):
+        return None
+    return x
+
+
+@contextmanager
+def shown_with_gradient(x: Tensor, around: AbstractContextManager[None]) -> Iterator[None]:
+    """Let TorchDynamo, which chooses the graph, see ``x`` as an input that needs a gradient.
+
+    It stays the tensor that the caller gave: the block may keep it anywhere, return it, or read its
+    attributes. The graph itself runs on ``with_leaf``.
+
+    Args:
+        x: the input.
+        around: what else surrounds the call.
+    """
+    drawn = random.getstate()
+    x.requires_grad_()
+    try:
+        with around:
+            yield
+    except TorchDynamoException:  # the call is made again, and Python's numbers may be drawn
+        random.setstate(drawn)
+        raise
+    finally:
+        x.requires_grad_(False)
+
+
+def with_leaf(args: Sequence[Any], x: Tensor) -> list[Any]:
+    """The inputs of a graph, with a leaf of the same memory in the place of ``x``."""
+    leaf = x.detach().requires_grad_()
+    return [leaf if a is x else a for a in args]
 
 
 def _is_hidden(x: Tensor) -> bool:
     return x.dim() == 3 and x.is_floating_point()
 
 
-_QUESTIONS = {"requires_grad", "is_leaf", "grad_fn", "needs_input_grad"}
+_QUESTIONS = {"requires_grad", "requires_grad_", "is_leaf", "grad_fn", "needs_input_grad"}
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -93,29 +93,45 @@ def input_gradient_reason(module: fx.GraphModule) -> str | None:
             asked = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
             if asked:
                 return f"{code.co_name} asks for {min(asked)}"
-    inputs = {m for n in module.graph.nodes if _is_input(n) for m in facts.memories(n)}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    given = {m for n in placeholders for m in facts.memories(n)}
+    inputs = {n for n in placeholders if _is_input(n)}
+    hidden = {m for n in inputs for m in facts.memories(n)}
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
                 return "a reentrant checkpoint looks at its inputs"
-            if any(facts.memories(t) & inputs for t in writes(node)):
-                return f"{node.name} writes into the input"
-    return _without_others(module.graph)
+            for memory in map(facts.memories, writes(node)):
+                if memory & hidden:
+                    return f"{node.name} writes into the input"
+                if memory & given and _needs(node):
+                    return f"{node.name} writes what has a gradient into what outlives the call"
+    return _without_others(module.graph, inputs)
 
 
-def _without_others(graph: fx.Graph) -> str | None:
+def _without_others(graph: fx.Graph, inputs: set[fx.Node]) -> str | None:
     """Whether an output has a gradient of such an input alone.
 
     In eager mode that output may need none: the block uses what is trained under ``no_grad``, or
-    not at all.
+    not at all. So it is with each output of a checkpoint.
+
+    Args:
+        graph: of the block, or of a checkpoint in it.
+        inputs: its placeholders that have a gradient of the block's input at most.
     """
     needs: set[fx.Node] = set()
     for node in graph.nodes:
-        own = node.op in ("placeholder", "get_attr") and not _is_input(node)
-        if needs_gradient(node) and (own or any(n in needs for n in node.all_input_nodes)):
+        own = node.op in ("placeholder", "get_attr") and node not in inputs
+        if _needs(node) and (own or any(n in needs for n in node.all_input_nodes)):
             needs.add(node)
+        body = facts.body(node.args[0]) if node.target is CHECKPOINT else None
+        if body is not None:
+            parts = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+            reason = _without_others(body.graph, {p for p, n in parts if n not in needs})
+            if reason is not None:
+                return reason
     for node in graph.output_node().all_input_nodes:
-        if needs_gradient(node) and node not in needs:
+        if _needs(node) and node not in needs:
             return "only the input gives an output its gradient"
     return None
 
@@ -125,3 +141,117 @@ def _is_input(node: fx.Node) -> bool:
     t = facts.tensor(node)
     is_given = node.op == "placeholder" and t is not None and not isinstance(t, nn.Parameter)
     return is_given and t is not None and _is_hidden(t)
+
+
+def _needs(node: fx.Node) -> bool:
+    return _any_needs(facts.value(node))
+
+
+def _any_needs(found: Any) -> bool:
+    if isinstance(found, (tuple, list)):
+        return any(map(_any_needs, found))
+    return isinstance(found, Tensor) and found.requires_grad
+
+
+def require_gradients(module: fx.GraphModule) -> None:
+    """Refuse a graph whose reentrant checkpoint gives other gradients when captured, or writes.
+
+    Such a checkpoint's result has a gradient only if one of its arguments has. A captured one does
+    not tell arguments from what its function closes over, and always gives the gradients. Where an
+    argument has one, too, both are the same.
+
+    An argument that its function uses without a gradient gets none from a captured one. In eager
+    mode the checkpoint is what its history goes on from, and is told that there is none: another
+    such checkpoint before it takes that for zeros.
+
+    Inside another checkpoint it runs once more than a captured one does, and counts once more.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for inner in facts.nested(module):
+        written: set[int] = set()  # after the node at hand
+        for node in reversed(inner.graph.nodes):
+            if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
+                if writes(node):
+                    raise NotImplementedError(
+                        "a reentrant checkpoint of code that writes: inside another checkpoint it "
+                        "runs once more than a captured one (use_reentrant=False does not)"
+                    )
+                body = facts.body(node.args[0])
+                if body is not None and inputs_without_gradient(body):
+                    raise NotImplementedError(
+                        "a reentrant checkpoint of an input that is used without a gradient alone: "
+                        "what comes before may get zeros for its gradient, and not none "
+                        "(use_reentrant=False gives none)"
+                    )
+                needs = [n for n in node.args[1:] if isinstance(n, fx.Node) and _needs(n)]
+                if needs and all(_may_have_none(n, written) for n in needs):
+                    raise NotImplementedError(
+                        "a reentrant checkpoint of inputs without a gradient: it gives its "
+                        "parameters none (use_reentrant=False does)"
+                    )
+            written |= {m for n in writes(node) for m in facts.memories(n)}
+
+
+def _may_have_none(node: Any, written: set[int]) -> bool:
+    """Whether an argument that needs a gradient in the end may have needed none in its place.
+
+    A write takes the need for a gradient along, into the example value of what it writes to, too.
+    """
+    if isinstance(facts.tensor(node), nn.Parameter):
+        return True
+    real = facts.real(node)
+    return bool(facts.memories(node) & written) if real is None else not real.requires_grad
+
+
+def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
+    """The inputs that need a gradient and get none: what is used under ``no_grad`` alone, say.
+
+    Eager mode does not know of them. A compiled graph would call their hooks, with None.
+
+    Args:
+        module: the graph as it was captured: TorchDynamo knows what of it needs a gradient.
+    """
+    is_known = not any(
+        (isinstance(n.target, torch._ops.HigherOrderOperator) and n.target is not CHECKPOINT)
+        or is_leaf(n.target)
+        for inner in facts.nested(module)
+        for n in inner.graph.nodes
+    )
+    reached = _reached(module.graph, is_known)
+    inputs = enumerate(module.graph.find_nodes(op="placeholder"))
+    return [i for i, n in inputs if _needs(n) and n not in reached]
+
+
+def _reached(graph: fx.Graph, is_known: bool) -> set[fx.Node]:
+    """The nodes that a gradient of the outputs, or of what is written, may reach.
+
+    Args:
+        graph: of the block, or of a checkpoint in it.
+        is_known: a value that needs no gradient, according to TorchDynamo, has none.
+    """
+    mode = modes(graph)
+    reached = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        written = bool(writes(node))
+        stops = is_known and facts.value(node) is not None and not _needs(node)
+        if node.op == "output":
+            stops = False
+        if not written and (node not in reached or node.target in _DETACH or stops):
+            continue
+        if node.op != "output" and not mode[node][0]:
+            continue
+        body = facts.body(node.args[0]) if node.target is CHECKPOINT and not written else None
+        if body is None:
+            reached.update(node.all_input_nodes)
+            continue
+        inner = _reached(body.graph, is_known)
+        given = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+        reached.update(n for p, n in given if p in inner and isinstance(n, fx.Node))
+    return reached
+
+
+_DETACH = ("detach", torch.detach, Tensor.detach)
