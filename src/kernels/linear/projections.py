@@ -7,14 +7,15 @@ may be wider than the products'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..launch import use_triton
+from ..direct import direct
+from ..launch import library_op, use_triton
 from ..matmul import linear, mm
 from .linears import Grads, ResolvedLinear
 from .products import (
@@ -44,8 +45,21 @@ def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _joined_fake(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim)
+
+
+# Opaque on the CPU: Inductor would compile kernels for copies that take no time.
+_join = direct(
+    library_op("join_matrices(Tensor[] parts, int dim) -> Tensor", torch.cat, _joined_fake)
+)
+
+
 def _joined(parts: Sequence[Any], dim: int) -> Tensor:
-    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return cast("Tensor", parts[0])
+    join: Callable[..., Tensor] = _join if on_cpu(parts[0]) else torch.cat
+    return join(list(parts), dim)
 
 
 def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
@@ -57,11 +71,11 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         scales = {layers[i].scale for i in group}
         rows, right = x.beside(stacked), stacked.t()
-        if len(scales) == 1 and not on_cpu(rows):
+        alike = on_cpu(rows) and rows.dtype is right.dtype
+        if len(scales) == 1 and not alike:
             whole = scaled_mm(rows, right, scales.pop())
             parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
-            alike = on_cpu(rows) and rows.dtype is right.dtype
             whole = mm(rows, right) if alike else scaled_mm(rows, right, 1.0)
             each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
             parts = [part * layers[i].scale for i, part in each]
