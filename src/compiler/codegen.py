@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from ..graph import facts
+from ..graph.effects import draws
 from ..graph.run import without_advice
 from ..kernels.launch import has_triton
 from .ranks.compile_lock import first_one_compiles
@@ -92,6 +95,48 @@ def _disable_donation() -> None:
         known.bw_donated_idxs = []
 
 
+def _draw_in_order(nodes: list[Any]) -> list[Any]:
+    """A pass of Inductor's scheduler: let random numbers be drawn in the order of the graph.
+
+    For Inductor (torch 2.13) draws do not depend on each other: each is made where it saves memory.
+
+    Args:
+        nodes: of the scheduler, in an order in which they can run.
+    """
+    from torch._inductor.dependencies import WeakDep
+    from torch._inductor.ir import FallbackKernel
+
+    kernels = (
+        n for n in nodes if isinstance(getattr(n, "node", None), FallbackKernel)
+    )  # and not their outputs
+    drawing = [n for n in kernels if any(map(_is_random, n.node.get_origins()))]
+    for before, after in itertools.pairwise(drawing):
+        name, own = (next(iter(n.get_buffer_names())) for n in (before, after))
+        after.add_fake_dep(WeakDep(name, mutating_buf=own, is_fake=True))
+    if len(drawing) > 1:
+        drawing[0].scheduler.compute_ancestors()  # which fusion asks for
+    return nodes
+
+
+def _is_random(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "rng_state" in node.target.name()
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _patches(module: fx.GraphModule) -> dict[str, Any]:
+    """Settings of Inductor with which a graph draws eager's random numbers.
+
+    A checkpointed block may run eager first and compiled again.
+    """
+    drawn = sum(draws(n) for inner in facts.nested(module) for n in inner.graph.nodes)
+    if drawn < 2:
+        return {"fallback_random": True}
+    # of the two, the key of Inductor's cache has the second alone
+    in_order = {"_pre_fusion_custom_pass": _draw_in_order, "reorder_for_peak_memory": False}
+    return {"fallback_random": True, **in_order}
+
+
 def inductor(
     module: fx.GraphModule, examples: Sequence[Any], preparation: threading.Thread | None = None
 ) -> Callable[..., Any]:
@@ -114,12 +159,11 @@ def inductor(
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
     with functorch_config.patch(donated_buffer=False), without_advice():
-        # eager's random numbers: a checkpointed block may run eager first and compiled again
         compiled = compile_fx(
             module,
             list(examples),
             inner_compile=compile_prepared,
-            config_patches={"fallback_random": True},
+            config_patches=_patches(module),
         )
     return _explain_double_backward(cast("Callable[..., Any]", compiled))
 
