@@ -165,23 +165,30 @@ def inductor(
             inner_compile=compile_prepared,
             config_patches=_patches(module),
         )
-    return _explain_double_backward(cast("Callable[..., Any]", compiled))
+    return _with_checked_backward(cast("Callable[..., Any]", compiled))
 
 
-def _explain_double_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what goes wrong when its backward pass is differentiated say what to do instead."""
+def _with_checked_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let its backward pass give no gradients where none come in, as eager mode's does.
+
+    What goes wrong when the pass is differentiated says what to do instead.
+    """
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
         for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
             if node is not None:
-                node.register_hook(_refuse_double_backward)
+                node.register_hook(_check_backward)
         return outputs
 
     return run
 
 
-def _refuse_double_backward(grad_inputs: tuple[Any, ...], _: Any) -> tuple[Any, ...] | None:
+def _check_backward(
+    grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    if all(g is None for g in grad_outputs):  # AOTAutograd takes that for zeros
+        return (None,) * len(grad_inputs)
     if not torch.is_grad_enabled():
         return None
     return tuple(g if g is None else _NoDoubleBackward.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]

@@ -22,7 +22,10 @@ PART = 320
 """Products that are added up in one chain, at most."""
 
 ROWS = 512
-"""Rows of which there is an fp32 copy at once: those of a few MB stay in the cache."""
+"""Rows of which there is an fp32 copy at once: ``PART`` features of them stay in the cache."""
+
+LEAST = 1 << 20
+"""Multiplications in one call, at least: to call oneDNN takes 13 µs, and MKL 1."""
 
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -45,19 +48,40 @@ def is_faster(t: Tensor) -> bool:
     return IS_FASTER and t.device.type == "cpu"
 
 
+def pays(t: Tensor, rows: int, inner: int, columns: int) -> bool:
+    """Whether oneDNN should make a product, or one part of it, of these sizes.
+
+    For use inside an opaque op: a traced graph may not know the sizes.
+
+    Args:
+        t: a factor.
+        rows: N of (N, K) · (K, M).
+        inner: K.
+        columns: M.
+    """
+    return is_faster(t) and rows * inner * columns >= LEAST and torch._C._get_mkldnn_enabled()
+
+
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """``left (N, K) · rightᵀ``, right (M, K), both fp32; with K above ``PART`` it is inexact."""
     if not right.is_contiguous() and not right.t().is_contiguous():
-        right = right.contiguous()  # any other strides take a hundred times as long
+        # any other strides take a hundred times as long; a copy in the same order is a fast one
+        by_rows = right.stride(1) < right.stride(0)
+        right = right.contiguous() if by_rows else right.t().contiguous().t()
     product: Tensor = _linear(left, right, None, "none", [], "")
     return product
 
 
 def transposed_products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``torch.bmm(left, right.transpose(1, 2), out=out)`` of (B, N, K) and (B, M, K)."""
-    if not is_faster(left) or left.dtype is not torch.float32 or left.shape[-1] > PART:
+    batch, rows, inner = left.shape
+    if (
+        left.dtype is not torch.float32
+        or inner > PART
+        or not pays(left, rows, inner, right.shape[1])
+    ):
         return torch.bmm(left, right.transpose(1, 2), out=out)
-    for i in range(left.shape[0]):
+    for i in range(batch):
         out[i] = transposed_product(left[i], right[i])
     return out
 
@@ -75,14 +99,14 @@ def sum_over_rows(narrow: Tensor, wide: Tensor) -> Tensor:
 def rows_times(wide: Tensor, narrow: Tensor) -> Tensor:
     """``wide · narrow`` (N, r) in fp32, of wide (N, K) of any width and narrow (K, r) in fp32."""
     out = narrow.new_empty(wide.shape[0], narrow.shape[1])
-    factors = [(part, narrow[part].t()) for part in _parts(wide.shape[1])]
+    factors = [(part, narrow[part].t().contiguous()) for part in _parts(wide.shape[1])]
     if not factors:
         return out.zero_()
     for start in range(0, wide.shape[0], ROWS):
-        there = wide[start : start + ROWS].to(narrow.dtype)
-        rows = out[start : start + ROWS]
+        these = slice(start, start + ROWS)
+        rows = out[these]
         for i, (part, factor) in enumerate(factors):
-            added = transposed_product(there[:, part], factor)
+            added = transposed_product(wide[these, part].to(narrow.dtype), factor)
             _ = rows.add_(added) if i else rows.copy_(added)
     return out
 

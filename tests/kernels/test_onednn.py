@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels import onednn
 from fusewright.kernels.linear import products
@@ -42,6 +43,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "IS_FASTER", True)
     monkeypatch.setattr(onednn, "PART", 5)
     monkeypatch.setattr(onednn, "ROWS", 3)
+    monkeypatch.setattr(onednn, "LEAST", 0)
 
 
 EXAMPLES = settings(
@@ -128,8 +130,95 @@ def test_rows_of_16_bits_are_multiplied_as_they_are(
         assert torch.allclose(found, t.t() @ x.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The factors of each product that oneDNN makes."""
+    found: list[tuple[Tensor, Tensor]] = []
+    known = onednn._linear
+
+    def run(left: Tensor, right: Tensor, *args: object) -> Tensor:
+        found.append((left, right))
+        return known(left, right, *args)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(onednn, "IS_FASTER", True)
+    monkeypatch.setattr(onednn, "_linear", run)
+    return found
+
+
+def _scores(batch: int, rows: int, keys: int) -> None:
+    q, k = torch.randn(batch, rows, 64), torch.randn(batch, keys, 64)
+    made = onednn.transposed_products(q, k, torch.empty(batch, rows, keys))
+    assert torch.allclose(made, q @ k.mT, rtol=1e-5, atol=1e-4)
+
+
+def _narrow_products(rows: int, features: int) -> None:
+    x, a, t = torch.randn(rows, features).bfloat16(), torch.randn(8, features), torch.randn(rows, 8)
+    for found, exact in (
+        (products.scaled_mm(x, a.t(), 0.5), x.float() @ a.t() * 0.5),
+        (products.gradient_of_a(x, t), t.t() @ x.float()),
+        (products.gradient_of_b(t, x), x.float().t() @ t),
+        (products.gradient_of_a(x.float(), t), t.t() @ x.float()),
+    ):
+        assert torch.allclose(found, exact, rtol=1e-4, atol=1e-3)
+
+
+def test_small_products_are_not_worth_a_call(calls: list[tuple[Tensor, Tensor]]) -> None:
+    _scores(64, 8, 8)
+    _narrow_products(1, 576)
+    _narrow_products(64, 64)
+    assert not calls
+    _scores(1, 384, 128)
+    assert len(calls) == 1
+    _narrow_products(640, 640)
+    assert len(calls) > 4
+
+
+def test_nothing_is_made_by_onednn_where_it_is_switched_off(
+    calls: list[tuple[Tensor, Tensor]],
+) -> None:
+    with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+        _scores(1, 384, 128)
+        _narrow_products(640, 640)
+    assert not calls
+
+
+def test_no_factor_has_strides_that_onednn_is_slow_with(
+    calls: list[tuple[Tensor, Tensor]],
+) -> None:
+    rows = torch.randn(640, 1280)[:, :640]
+    onednn.sum_over_rows(torch.randn(640, 8), rows)
+    onednn.rows_times(rows.bfloat16(), torch.randn(8, 640).t())
+    for left, right in calls:
+        assert left.is_contiguous()
+        assert right.is_contiguous() or right.t().is_contiguous()
+    turned = [right for _, right in calls[:2]]
+    assert all(r.stride(0) == 1 for r in turned), "copied in the order in which they lie"
+
+
+def test_the_copies_of_wide_rows_are_of_few_features(calls: list[tuple[Tensor, Tensor]]) -> None:
+    with Largest() as found:
+        onednn.rows_times(torch.randn(600, 2048).bfloat16(), torch.randn(2048, 8))
+    assert found.elements <= onednn.ROWS * onednn.PART
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest fp32 copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and made.dtype is torch.float32:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("op", OPS, ids=[f"{f.__module__[-12:]}.{f.__name__}" for f in OPS])
-def test_ops(op: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the products that this machine does not take: tests of each op try the others."""
-    monkeypatch.setattr(onednn, "IS_FASTER", not onednn.IS_FASTER)
+def test_ops(op: Callable[..., None], faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the products of either kind of machine, of however small an example."""
+    monkeypatch.setattr(onednn, "IS_FASTER", faster)
+    monkeypatch.setattr(onednn, "LEAST", 0)
     op()

@@ -181,7 +181,9 @@ def require_gradients(module: fx.GraphModule) -> None:
                         "runs once more than a captured one (use_reentrant=False does not)"
                     )
                 body = facts.body(node.args[0])
-                if body is not None and inputs_without_gradient(body):
+                idle = inputs_without_gradient(body) if body is not None else []
+                # nothing comes before a parameter
+                if any(not isinstance(facts.tensor(node.args[1 + i]), nn.Parameter) for i in idle):
                     raise NotImplementedError(
                         "a reentrant checkpoint of an input that is used without a gradient alone: "
                         "what comes before may get zeros for its gradient, and not none "

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
-from ..onednn import is_faster, rows_times, sum_over_rows
+from ..onednn import PART, ROWS, is_faster, pays, rows_times, sum_over_rows
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -139,12 +139,16 @@ _wide_product_op = direct(
 
 
 def _narrow_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
-    if wide.stride(0) == 1 and wide.stride(1) != 1:
-        made = sum_over_rows(narrow, wide.t())
-        made = made if transposed else made.t().contiguous()
+    (rows, inner), columns = wide.shape, narrow.shape[1]
+    turned = wide.stride(0) == 1 and wide.stride(1) != 1
+    fp32 = narrow.dtype is torch.float32
+    if not fp32 or not pays(wide, rows if turned else min(rows, ROWS), min(inner, PART), columns):
+        made = mm(wide.to(narrow.dtype), narrow)
+    elif turned:
+        made = sum_over_rows(narrow, wide.t()).t()
     else:
         made = rows_times(wide, narrow)
-        made = made.t().contiguous() if transposed else made
+    made = (made.t() if transposed else made).contiguous()
     return made if scale == 1 else made.mul_(scale)
 
 
