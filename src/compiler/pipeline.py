@@ -176,7 +176,10 @@ def explain(model: nn.Module) -> Report:
     """
     places = [(path, m, record) for path, m in model.named_modules() if (record := active(m))]
     if not places:
-        reason = "no repeated decoder blocks were found, or optimize(model) was not called"
+        reason = (
+            "no repeated decoder blocks were found, or optimize(model) was not called, or "
+            "restore(model) was called since"
+        )
         return Report((), (Bypass("", reason),))
     session = places[0][2].session
     log = session.log

@@ -137,13 +137,13 @@ The differences:
 - Kernels and patches (`liger_*`, `lora_*_kernel`, `unsloth_*`, `cut_cross_entropy`,
   `torch_compile`, `flash_attention`) are subsumed: the compiler does their work on any model, and
   `fusewright explain` shows what it did.
-- Without `save_steps` or `saves_per_epoch` there are no checkpoints, only the result. Validation
-  always runs before and after training.
+- Without `save_steps` or `saves_per_epoch` a run that is not stopped has no checkpoints, only the
+  result. Validation always runs before and after training.
 - FSDP is always FSDP2. Recipes for FSDP1 run on it, [too](#several-processes).
 - Tensor and context parallelism are those of PyTorch and transformers. Context parallelism needs
   `sample_packing: false`, because its ring attention has no masks.
-- Preference methods (`rl`), expert parallelism (`expert_parallel_size`) and plugins are not yet
-  available.
+- Expert parallelism (`expert_parallel_size`) and plugins are not yet available. Preference methods
+  (`rl`) are: see [preferences.md](preferences.md).
 - `optimize`, `codegen`, `memory`, `strict`, `verbose`, `sample_prompt` and a dataset's `builder`
   are fusewright's own. `strict` means that every known formula must be rewritten.
 

@@ -63,7 +63,7 @@ class AdapterKeys(Keys):
     """Rank of the update of each layer."""
 
     lora_alpha: Int = key(16, gt=0)
-    """Scale of the update, times ``lora_r``: it is multiplied by ``lora_alpha / lora_r``."""
+    """The update of a layer is multiplied by ``lora_alpha / lora_r``."""
 
     lora_rank_pattern: dict[str, PositiveInt] | None = None
     """Ranks of layers that have another one than ``lora_r``, by the end of the layer's name or a
