@@ -190,7 +190,6 @@ class Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.count += name in ("mm", "addmm", "addmm_", "linear", "_addmm_activation")
-        self.count += name == "lora_narrow_product"
         self.count += 2 * (name == "lora_sum_of_products")
         return func(*args, **(kwargs or {}))
 

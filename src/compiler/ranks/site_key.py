@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from ...graph import facts
-from ...kernels import onednn
 from ...rewrite.engine import Candidate
 from ...rewrite.verify import structure
 
@@ -91,7 +90,7 @@ def environment() -> tuple[str, ...]:
         f"fusewright {sources.hexdigest()}",
         f"torch {torch.__version__} {torch.version.git_version}",
         f"python {platform.python_version()}",
-        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {onednn.IS_FASTER}",
+        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     )
 
 

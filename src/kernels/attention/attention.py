@@ -28,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import library_op, own, use_triton
 from ..matmul import through_fp32
-from ..onednn import transposed_products
 from ..op import Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
@@ -89,7 +88,7 @@ class _Scores:
         """(pairs, rows, keys); valid until the next call."""
         q, k = self.q[tile.pairs, tile.rows], self.k[tile.pairs, tile.keys]
         scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
-        transposed_products(q, k, scores)
+        torch.bmm(q, k.transpose(1, 2), out=scores)
         rows = scores.view(scores.shape[0], -1, self.heads, scores.shape[2])
         if tile.bias is not None:
             rows[..., -tile.bias.shape[-1] :].add_(tile.bias)

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..direct import direct
 from ..launch import library_op, use_triton
 from ..matmul import addmm, addmm_, mm
-from ..onednn import PART, ROWS, is_faster, pays, rows_times, sum_over_rows
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -138,50 +137,15 @@ _wide_product_op = direct(
 )
 
 
-def _narrow_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
-    (rows, inner), columns = wide.shape, narrow.shape[1]
-    turned = wide.stride(0) == 1 and wide.stride(1) != 1
-    fp32 = narrow.dtype is torch.float32
-    if not fp32 or not pays(wide, rows if turned else min(rows, ROWS), min(inner, PART), columns):
-        made = mm(wide.to(narrow.dtype), narrow)
-    elif turned:
-        made = sum_over_rows(narrow, wide.t()).t()
-    else:
-        made = rows_times(wide, narrow)
-    made = (made.t() if transposed else made).contiguous()
-    return made if scale == 1 else made.mul_(scale)
-
-
-# Opaque: of traced casts, Inductor makes copies of all rows before the first product.
-_narrow_product_op = direct(
-    library_op(
-        "lora_narrow_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
-        _narrow_product,
-        _wide_product_fake,
-        lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
-    )
-)
-
-
-def _times(wide: Tensor, narrow: Tensor, scale: float = 1.0, transposed: bool = False) -> Tensor:
-    """``scale · wide (N, K) · narrow (K, r)``, or its transpose, of what is multiplied as it is."""
-    op = _wide_product_op if use_triton(wide, narrow) else _narrow_product_op
-    product: Tensor = op(wide, narrow, scale, transposed)
-    return product
-
-
 def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
     """Whether a kernel multiplies ``wide`` with a factor in fp32 and is as exact as fp32 products.
 
     An fp32 number is the sum of three in bf16, whose products tensor cores add up in fp32. Three
-    in fp16 are no such sum where a number is below 1e-4 (gradients are) or above 65,504. On the
-    CPU fp32 copies are made of a few rows at a time, where that is faster.
+    in fp16 are no such sum where a number is below 1e-4 (gradients are) or above 65,504.
     """
-    if narrow.dtype is not torch.float32 or wide.element_size() != 2:
-        return False
-    if use_triton(wide, narrow):
-        return wide.dtype is torch.bfloat16
-    return is_faster(wide)
+    return (
+        wide.dtype is torch.bfloat16 and narrow.dtype is torch.float32 and use_triton(wide, narrow)
+    )
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -232,7 +196,8 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False)
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
     if left.dtype is not right.dtype:
-        return _times(left, right, scale)
+        product: Tensor = _wide_product_op(left, right, scale, False)
+        return product
     if not on_cpu(left):
         # with beta 0 what is added counts for nothing: a view of what is there, for no launch
         return torch.addmm(left[:1, :1], left, right, beta=0, alpha=scale)
@@ -247,27 +212,19 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     """
     if z.dtype is not t.dtype:
         if multiplies_as_is(z, t):
-            return _times(z.t(), t, transposed=True)
+            product: Tensor = _wide_product_op(z.t(), t, 1.0, True)
+            return product
         z = z.to(t.dtype)
-    if _adds_rows_faster(z, t):
-        return _times(z.t(), t, transposed=True)
     return mm(t.t(), z) if not on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
 
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as ``beside`` gives it."""
-    if dy.dtype is not h.dtype or _adds_rows_faster(dy, h):
-        if on_cpu(dy):
-            return _times(dy.t(), h, transposed=True).t()
-        return _times(dy.t(), h)
+    if dy.dtype is not h.dtype:
+        product: Tensor = _wide_product_op(dy.t(), h, 1.0, False)
+        return product
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
-
-
-def _adds_rows_faster(wide: Tensor, narrow: Tensor) -> bool:
-    """Whether fp32 products of two matrices of many rows are better made in parts."""
-    fp32 = wide.dtype is narrow.dtype is torch.float32
-    return fp32 and is_faster(wide) and not use_triton(wide, narrow)
 
 
 _AMX = torch.cpu._is_amx_tile_supported()

@@ -71,12 +71,11 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         scales = {layers[i].scale for i in group}
         rows, right = x.beside(stacked), stacked.t()
-        alike = on_cpu(rows) and rows.dtype is right.dtype
-        if len(scales) == 1 and not alike:
+        if len(scales) == 1 and not on_cpu(rows):
             whole = scaled_mm(rows, right, scales.pop())
             parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
-            whole = mm(rows, right) if alike else scaled_mm(rows, right, 1.0)
+            whole = mm(rows, right) if on_cpu(rows) else scaled_mm(rows, right, 1.0)
             each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
             parts = [part * layers[i].scale for i, part in each]
         for i, part in zip(group, parts, strict=True):
