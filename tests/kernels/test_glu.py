@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._functorch import config as functorch_config
 
 from fusewright.kernels.mlp.glu import ACTIVATIONS, OP, OP_PACKED, glu, glu_packed
 
-from .util import assert_parity
+from .util import assert_parity, assert_parity_of_draws
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,13 +54,15 @@ def test_parity(
     needs: tuple[bool, bool],
     seed: int,
 ) -> None:
-    gate, up = (
-        _layout(_randn(*shape, dtype=dtype, seed=2 * seed + i), kind).requires_grad_(need)
-        for i, (kind, need) in enumerate(zip(kinds, needs, strict=True))
-    )
-    assert_parity(
-        lambda g, u: glu(g, u, act), lambda g, u: OP.reference(g, u, act), gate, up, seed=seed
-    )
+    seeds = count(2 * seed)
+
+    def draw() -> list[Tensor]:
+        return [
+            _layout(_randn(*shape, dtype=dtype, seed=next(seeds)), kind).requires_grad_(need)
+            for kind, need in zip(kinds, needs, strict=True)
+        ]
+
+    assert_parity_of_draws(lambda g, u: glu(g, u, act), lambda g, u: OP.reference(g, u, act), draw)
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,12 +77,16 @@ def test_parity(
 def test_packed_parity(
     act: str, dtype: torch.dtype, shape: tuple[int, ...], kind: str, gate_first: bool, seed: int
 ) -> None:
-    packed = _randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed)
-    assert_parity(
+    seeds = count(seed)
+
+    def draw() -> list[Tensor]:
+        packed = _randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=next(seeds))
+        return [_layout(packed, kind).requires_grad_()]
+
+    assert_parity_of_draws(
         lambda x: glu_packed(x, act, gate_first),
         lambda x: OP_PACKED.reference(x, act, gate_first),
-        _layout(packed, kind).requires_grad_(),
-        seed=seed,
+        draw,
     )
 
 
