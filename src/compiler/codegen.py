@@ -98,7 +98,8 @@ def _disable_donation() -> None:
 def _draw_in_order(nodes: list[Any]) -> list[Any]:
     """A pass of Inductor's scheduler: let random numbers be drawn in the order of the graph.
 
-    For Inductor (torch 2.13) draws do not depend on each other: each is made where it saves memory.
+    Inductor moves each to where it saves memory: torch 2.13 those of a checkpoint, whose state is
+    kept for backward, and torch 2.11 all of them.
 
     Args:
         nodes: of the scheduler, in an order in which they can run.
@@ -106,9 +107,8 @@ def _draw_in_order(nodes: list[Any]) -> list[Any]:
     from torch._inductor.dependencies import WeakDep
     from torch._inductor.ir import FallbackKernel
 
-    kernels = (
-        n for n in nodes if isinstance(getattr(n, "node", None), FallbackKernel)
-    )  # and not their outputs
+    # the kernels, and not what takes their outputs apart
+    kernels = (n for n in nodes if isinstance(getattr(n, "node", None), FallbackKernel))
     drawing = [n for n in kernels if any(map(_is_random, n.node.get_origins()))]
     for before, after in itertools.pairwise(drawing):
         name, own = (next(iter(n.get_buffer_names())) for n in (before, after))
@@ -132,9 +132,12 @@ def _patches(module: fx.GraphModule) -> dict[str, Any]:
     drawn = sum(draws(n) for inner in facts.nested(module) for n in inner.graph.nodes)
     if drawn < 2:
         return {"fallback_random": True}
-    # of the two, the key of Inductor's cache has the second alone
-    in_order = {"_pre_fusion_custom_pass": _draw_in_order, "reorder_for_peak_memory": False}
-    return {"fallback_random": True, **in_order}
+    return {
+        "fallback_random": True,
+        "_pre_fusion_custom_pass": _draw_in_order,  # not a part of the key of Inductor's cache
+        "reorder_for_peak_memory": False,
+        "reorder_for_locality": False,
+    }
 
 
 def inductor(

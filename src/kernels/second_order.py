@@ -20,7 +20,7 @@ Gradients = tuple[Any, ...]
 Backward = Callable[..., Gradients]
 
 
-def differentiable(again: Backward, at_least_once: bool = False) -> Callable[[Backward], Backward]:
+def differentiable(again: Backward, always: bool = False) -> Callable[[Backward], Backward]:
     """Decorate the ``backward`` of an autograd function: ``again`` is its differentiable form.
 
     Where none of the outputs has a gradient, because a function behind them gives none, the inputs
@@ -28,13 +28,13 @@ def differentiable(again: Backward, at_least_once: bool = False) -> Callable[[Ba
 
     Args:
         again: takes and returns what ``backward`` does; made of ``gradients``, as a rule.
-        at_least_once: whether they are to be called without any gradient, too.
+        always: whether they are called where no gradient comes in, too.
     """
 
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> Gradients:
-            if not at_least_once and all(g is None for g in grads):
+            if not always and all(g is None for g in grads):
                 return (None,) * len(ctx.needs_input_grad)
             # a compiler traces the pass itself, and refuses to differentiate what it has made
             fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))

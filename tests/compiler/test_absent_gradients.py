@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize
 
+from ..kernels.util import Stop
+from .test_switched_gradients import _Stack
+
 
 class _Block(nn.Module):
     def __init__(self) -> None:
@@ -31,34 +34,11 @@ class _Checkpointed(_Block):
         return x + self.linear(self.norm(x)) * other.detach()
 
 
-class _Stack(nn.Module):
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([kind(), kind()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class _Stop(torch.autograd.Function):
-    """The identity, without a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        return None
-
-
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_block_behind_which_gradients_end_gives_none(codegen: Any) -> None:
     model = optimize(_Stack(_Block), codegen=codegen)
     out = model(torch.randn(2, 5, 16))
-    _Stop.apply(out).sum().backward()
+    Stop.apply(out).sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is not None]
     assert not explain(model).bypasses
 

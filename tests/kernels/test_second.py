@@ -26,6 +26,7 @@ from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_nor
 from fusewright.kernels.scan import selective_scan, ssd
 
 from .by_parts import LORA, MLP, QKV, QUANT_LORA
+from .util import Stop
 
 Fn = Callable[..., Any]
 WIDE = torch.float64
@@ -307,18 +308,6 @@ def test_a_gradient_penalty(name: str, square: bool) -> None:
     _same(_penalty(ours, _fresh(inputs), square), theirs)
 
 
-class _Stop(torch.autograd.Function):
-    """The identity, without a gradient: it returns None, which is not the same as zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        return None
-
-
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_no_gradient_is_none_and_not_zeros(name: str, differentiable: bool) -> None:
@@ -327,7 +316,7 @@ def test_no_gradient_is_none_and_not_zeros(name: str, differentiable: bool) -> N
         inputs = _fresh(CASES[name][2])
         out = run(*inputs)
         outs = out if isinstance(out, tuple) else (out,)
-        sum(_Stop.apply(o).sum() for o in outs).backward(create_graph=differentiable)
+        sum(Stop.apply(o).sum() for o in outs).backward(create_graph=differentiable)
         assert all(t.grad is None for t in inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +113,15 @@ def _compared(
         assert torch.equal(t.detach(), old), "an input was written to"
     outputs, gradients = (list(zip(*kind, strict=True)) for kind in zip(*runs, strict=True))
     return outputs, gradients
+
+
+class Stop(torch.autograd.Function):
+    """The identity, without a gradient: it returns None, which is not the same as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None

@@ -59,7 +59,7 @@ class _Logits(torch.autograd.Function):
         return join.lazy(inputs, keep) if join.plan.lazy else join.compute(inputs, keep)
 
     @staticmethod
-    @differentiable(_logits_double_backward, at_least_once=True)
+    @differentiable(_logits_double_backward, always=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next

@@ -45,14 +45,8 @@ def _by_dtype(given: Sequence[Tensor | None]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _joined_fake(parts: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(parts, dim)
-
-
 # Opaque on the CPU: Inductor would compile kernels for copies that take no time.
-_join = direct(
-    library_op("join_matrices(Tensor[] parts, int dim) -> Tensor", torch.cat, _joined_fake)
-)
+_join = direct(library_op("join_matrices(Tensor[] parts, int dim) -> Tensor", torch.cat, torch.cat))
 
 
 def _joined(parts: Sequence[Any], dim: int) -> Tensor:

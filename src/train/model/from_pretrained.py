@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -260,7 +259,7 @@ def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> N
 
     Args:
         kind: the class of the model.
-        config: its configuration; a copy of it is used.
+        config: its configuration, which is used up.
         recipe: checked.
         folder: of the model, in which ``weights_problem`` has found nothing.
 
@@ -271,7 +270,7 @@ def require_fit(kind: type[Any], config: Any, recipe: Recipe, folder: Path) -> N
         return  # packed weights have other shapes
     try:
         made, info = kind.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=meta_weights(folder),
+            None, config=config, state_dict=meta_weights(folder),
             output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": "meta"},
         )  # fmt: skip
     except UnpicklingError as error:
