@@ -34,6 +34,7 @@ from .calls.input_gradients import (
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
+from .sharing import UnfrozenWeight
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
@@ -183,8 +184,26 @@ def _generate_code(
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
         own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
         run = codegen.inductor(graph, own, session.state.preparation)
-        return with_changed_inputs(run, idle, Tensor.detach)
+        return _of_frozen(with_changed_inputs(run, idle, Tensor.detach), examples)
     return eager(graph)
+
+
+def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+    """``run``, a compiled graph, which refuses inputs that need a gradient and needed none.
+
+    It would give them none, and TorchDynamo 2.11 does not ask whether a weight needs one now.
+    """
+    frozen = [i for i, t in enumerate(examples) if isinstance(t, Tensor) and not t.requires_grad]
+
+    def call(*args: Any) -> Any:
+        if any([args[i].requires_grad for i in frozen]) and torch.is_grad_enabled():
+            raise UnfrozenWeight(
+                "a weight needs a gradient and needed none when the block was compiled: call "
+                "restore and optimize after weights are unfrozen, or use a newer PyTorch"
+            )
+        return run(*args)
+
+    return call
 
 
 def _recorded(

@@ -85,6 +85,10 @@ class InputGradient(TorchDynamoException):
     """A block does something else where its input has a gradient."""
 
 
+class UnfrozenWeight(TorchDynamoException):
+    """A weight needs a gradient that needed none when its block was compiled."""
+
+
 class HooksOnParameters(TorchDynamoException):
     """Hooks on parameters would be called fewer times than in eager mode."""
 

@@ -182,6 +182,21 @@ def test_an_output_needs_no_gradient_of_what_is_not_used() -> None:
     assert explain(ours).by_rule()
 
 
+def test_a_weight_that_is_unfrozen_later_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    eager = _Stack(_Trained)
+    eager.layers[0].norm.requires_grad_(False)
+    eager.layers[1].norm.requires_grad_(False)
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    x = torch.randn(2, 5, 16)
+    for unfrozen in (False, True):
+        for model in (eager, ours):
+            model.layers[0].norm.requires_grad_(unfrozen)
+            model(x).square().sum().backward()
+    expected, found = (m.layers[0].norm.weight.grad for m in (eager, ours))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_block_that_writes_into_a_first_input_without_a_gradient_is_captured() -> None:
     model = optimize(_Stack(_Adds), codegen="inductor")
     model(torch.randn(2, 5, 16)).sum().backward()
