@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..kernels.fallback import FAILED
+from ..kernels.native import library as native
 from ..memory.budget import Budget
 from ..memory.levels import allowed
 from ..memory.meter import Meter
@@ -92,6 +93,8 @@ def optimize(
     environment = Environment.read()
     restore(model)
     found = regions.find(model)
+    if any(p.dtype is torch.bfloat16 and p.device.type == "cpu" for p in model.parameters()):
+        native.start()
     session = Session(_choices(model, found, options, environment))
     install(found, session)
     if strict:

@@ -8,7 +8,8 @@ the rows of one matrix, against the keys that any of these positions may see. Ke
 never repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
 probabilities again, tile by tile (Dao et al., "FlashAttention", 2022), so only ``q``, ``k`` and
 ``v`` are kept. A tile's matrices stay in the cache, and the matrix products are oneDNN's. On a CPU
-without 16-bit products everything is in fp32, and only the results are rounded.
+without 16-bit products everything is in fp32, and only the results are rounded. In bf16, where there
+is a C++ compiler, one kernel does all of it (``native/attention.cpp``).
 
 In low precision the scores are products in fp32 and are not rounded (for large scores that would
 cost more accuracy than all else together), the softmax is in fp32, and its result is rounded.
@@ -28,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..launch import library_op, own, use_triton
 from ..matmul import through_fp32
+from ..native import attention as native
 from ..op import Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
@@ -103,6 +105,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
+    if native.takes(q, k, v, mask):
+        return native.forward(q, k, v, scale, causal, mask, window)
     if through_fp32(q):
         wide = _forward(q.float(), k.float(), v.float(), scale, causal, mask, window)
         return own(wide.to(q.dtype))
@@ -122,6 +126,8 @@ def _backward(
 
     So is everything in fp16, whose smallest numbers have few digits.
     """
+    if native.takes(q, k, v, mask):
+        return native.backward(grad, q, k, v, scale, causal, mask, window, needs)
     if through_fp32(q):
         qkv = q.float(), k.float(), v.float()
         found = _backward(grad.float(), *qkv, scale, causal, mask, window, needs)

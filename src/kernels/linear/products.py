@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import library_op, use_triton
+from ..launch import library_op, own, use_triton
 from ..matmul import addmm, addmm_, mm
+from ..native import narrow as native
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -137,15 +138,39 @@ _wide_product_op = direct(
 )
 
 
+def _native_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    if native.takes(wide, narrow):
+        return native.product(wide, narrow, scale, transposed)
+    return own(_wide_product_plain(wide, narrow, scale, transposed).contiguous())
+
+
+_native_product_op = direct(
+    library_op(
+        "lora_native_product(Tensor wide, Tensor narrow, float scale, bool transposed) -> Tensor",
+        _native_product,
+        _wide_product_fake,
+        lambda wide, narrow, *_: 2 * wide.shape[0] * narrow.numel(),
+    )
+)
+
+
+def _wide_product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Tensor:
+    """``scale·wide (N, K)·narrow (K, r)``, or its transpose, in fresh memory."""
+    op = _wide_product_op if use_triton(wide, narrow) else _native_product_op
+    made: Tensor = op(wide, narrow, scale, transposed)
+    return made
+
+
 def multiplies_as_is(wide: Tensor, narrow: Tensor) -> bool:
     """Whether a kernel multiplies ``wide`` with a factor in fp32 and is as exact as fp32 products.
 
-    An fp32 number is the sum of three in bf16, whose products tensor cores add up in fp32. Three
-    in fp16 are no such sum where a number is below 1e-4 (gradients are) or above 65,504.
+    On a GPU: an fp32 number is the sum of three in bf16, whose products tensor cores add up in
+    fp32. Three in fp16 are no such sum where a number is below 1e-4 (gradients are) or above
+    65,504. On a CPU with a C++ compiler the kernel multiplies in fp32.
     """
-    return (
-        wide.dtype is torch.bfloat16 and narrow.dtype is torch.float32 and use_triton(wide, narrow)
-    )
+    if wide.dtype is not torch.bfloat16 or narrow.dtype is not torch.float32:
+        return False
+    return use_triton(wide, narrow) or native.available(wide, narrow)
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -196,8 +221,7 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float, of_right: bool = False)
     Elsewhere the product is scaled, or with ``of_right`` the right factor: no rounded result then.
     """
     if left.dtype is not right.dtype:
-        product: Tensor = _wide_product_op(left, right, scale, False)
-        return product
+        return _wide_product(left, right, scale, False)
     if not on_cpu(left):
         # with beta 0 what is added counts for nothing: a view of what is there, for no launch
         return torch.addmm(left[:1, :1], left, right, beta=0, alpha=scale)
@@ -212,8 +236,7 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
     """
     if z.dtype is not t.dtype:
         if multiplies_as_is(z, t):
-            product: Tensor = _wide_product_op(z.t(), t, 1.0, True)
-            return product
+            return _wide_product(z.t(), t, 1.0, True)
         z = z.to(t.dtype)
     return mm(t.t(), z) if not on_cpu(z) or _narrow_first(z) else mm(z.t(), t).t()
 
@@ -221,8 +244,7 @@ def gradient_of_a(z: Tensor, t: Tensor) -> Tensor:
 def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     """``dyᵀ·h`` (out, r) for h = scale·x·Aᵀ, and dY as ``beside`` gives it."""
     if dy.dtype is not h.dtype:
-        product: Tensor = _wide_product_op(dy.t(), h, 1.0, False)
-        return product
+        return _wide_product(dy.t(), h, 1.0, False)
     low = on_cpu(dy) and dy.dtype in (torch.bfloat16, torch.float16)
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 

@@ -1,0 +1,102 @@
+"""Attention in bf16 on the CPU, in C++ (``attention.cpp``)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .library import check, library
+
+_Strides = ctypes.c_int64 * 3
+_SCORES = 1 << 14
+"""Scores that are worth a thread of their own."""
+
+
+class _Call(ctypes.Structure):
+    """``struct Attention``: sizes, and strides of samples, heads and positions."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "groups", "time", "keys")),
+        *((name, ctypes.c_int64) for name in ("dim", "value_dim", "causal", "window")),
+        *((name, _Strides) for name in ("q", "k", "v", "mask", "out", "grad", "dq", "dk", "dv")),
+    )
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel computes this call; waits for the compiler where it does.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, KV, S, D).
+        v: (B, KV, S, E).
+        mask: (B or 1, H or 1, T, S) or None.
+    """
+    every = q, k, v
+    return (
+        all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in every)
+        and all(t.shape[-1] % 16 == 0 and t.numel() > 0 for t in every)
+        and (mask is None or mask.dtype is torch.bool)
+        and library() is not None
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """The outputs (B, H, T, E), in memory (B, T, H, E), of a call that ``takes`` is true of."""
+    out = _like(q, v.shape[-1])
+    given = _dense({"q": q, "k": k, "v": v, "mask": mask}) | {"out": out}
+    _run("attention_forward", given, scale, causal, window)
+    return out
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None,
+    window: int | None, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The needed ones of (dq, dk, dv), in the memory order of projections."""
+    pairs = zip(("dq", "dk", "dv"), (q, k, v), needs, strict=True)
+    found = {name: _like(t, t.shape[-1]) if need else None for name, t, need in pairs}
+    given = _dense({"grad": grad, "q": q, "k": k, "v": v, "mask": mask}) | found
+    _run("attention_backward", given, scale, causal, window)
+    return [t for t in found.values() if t is not None]
+
+
+_Given = dict[str, Tensor | None]
+
+
+def _run(
+    name: str, given: _Given, scale: float, causal: bool, window: int | None
+) -> None:
+    """Call a function of the library: the tensors are in the order of its arguments."""
+    q, k, v = (cast("Tensor", given[key]) for key in ("q", "k", "v"))
+    (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
+    call = _Call(batch, heads, groups, time, keys, dim, value_dim, causal, window or keys + time)
+    for key, t in given.items():
+        if t is not None:  # where there is one of a kind it stands for all
+            strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
+            setattr(call, key, _Strides(*strides))
+    addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given.values()]
+    threads = min(torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES)
+    kernels = library()
+    if kernels is None:
+        raise RuntimeError("there are no kernels: takes() has not been asked")
+    check(kernels[name](ctypes.byref(call), *addresses, ctypes.c_float(scale), threads))
+
+
+def _dense(given: _Given) -> _Given:
+    """The tensors with adjacent last elements."""
+    return {
+        key: t if t is None or t.stride(-1) == 1 else t.contiguous() for key, t in given.items()
+    }
+
+
+def _like(t: Tensor, dim: int) -> Tensor:
+    """Heads as projections have them in memory; no view, for the model may write to it."""
+    batch, heads, time, _ = t.shape
+    strides = (time * heads * dim, dim, heads * dim, 1)
+    return torch.empty_strided((batch, heads, time, dim), strides, dtype=t.dtype)
