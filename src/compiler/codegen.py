@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -58,10 +59,10 @@ def _missing_compiler(device: str) -> str:
 
 
 def prepare(module: nn.Module) -> threading.Thread | None:
-    """Start what Inductor must know before its first kernel for the CPU, in the background.
+    """Start what Inductor must have before its first kernel for the CPU, in the background.
 
-    It finds the vector instructions by test programs, six runs of the C++ compiler one after the
-    other: as many seconds, which pass beside the capture instead of after it.
+    It finds the vector instructions by test programs, and compiles the headers that all kernels
+    include: several seconds, which pass beside the capture instead of after it.
 
     Args:
         module: a captured module; its device decides.
@@ -72,15 +73,38 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     if any(p.device.type != "cpu" for p in module.parameters()):
         return None
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
-    from torch._inductor import compile_fx, cpu_vec_isa  # noqa: F401
+    from torch._inductor import codecache, compile_fx, cpu_vec_isa  # noqa: F401
 
-    def probe() -> None:
-        with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
-            cpu_vec_isa.pick_vec_isa()
+    probe = threading.Thread(target=_quietly, args=(_find_vector_instructions,), daemon=True)
 
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    return thread
+    def compile_headers() -> None:
+        probe.join()
+        # a kernel's headers are compiled before its compilation is asked for, which it is not
+        codecache.CppPythonBindingsCodeCache.load_async(f"// {time.time_ns()}", device_type="cpu")
+
+    probe.start()
+    threading.Thread(target=_quietly, args=(compile_headers,), daemon=True).start()
+    return probe
+
+
+def _quietly(run: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
+        run()
+
+
+def _find_vector_instructions() -> None:
+    """Let Inductor try a program with the best vector instructions that the CPU has.
+
+    It would try one with each kind that the CPU has, two seconds of the C++ compiler for each, and
+    then take the best. Those that come after one that works are taken to work.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    known = cpu_vec_isa.x86_isa_checker()
+    kinds = cpu_vec_isa.supported_vec_isa_list if known else ()
+    found = any(isa for isa in kinds if all(flag in known for flag in str(isa).split()))
+    with config.patch({"cpp.vec_isa_ok": True}) if found else contextlib.nullcontext():
+        cpu_vec_isa.pick_vec_isa()
 
 
 def _disable_donation() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,28 @@ def regimes(c: Candidate) -> tuple[Regime, ...]:
     return (*REGIMES, SUBNORMAL) if has_half else REGIMES
 
 
-def sample(c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL) -> list[Any]:
+_KEPT = 1 << 21
+"""Elements of a draw that is kept: more would count in a run's memory."""
+
+
+class UnitNormals(dict[Any, Tensor]):
+    """``torch.randn`` with fresh generators, which keeps what it drew for the next regime."""
+
+    def __call__(self, shape: Sequence[int], generator: torch.Generator, **kind: Any) -> Tensor:
+        """The caller's own memory."""
+        key = generator.initial_seed(), tuple(shape), *kind.values()
+        made = self.get(key)
+        if made is None:
+            made = torch.randn(shape, generator=generator, **kind)
+            if made.numel() > _KEPT:
+                return made
+            self[key] = made
+        return made.clone()
+
+
+def sample(
+    c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL, randn: Any = torch.randn
+) -> list[Any]:
     """Random inputs for the candidate: its dtypes, its layouts, its sizes as ``sizes`` says."""
     inputs: list[Any] = []
     for i, node in enumerate(c.inputs):
@@ -75,7 +96,7 @@ def sample(c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL) -
             shape = tuple(sizes.of(s) for s in example.shape)
             made = c.rule.sample(c.match, node, generator, shape)
             if made is None:
-                made = _random(example, shape, generator)
+                made = _random(example, shape, generator, randn)
                 if example.is_floating_point():
                     _distribute(made, node, regime)
             inputs.append(made.to(example.device))
@@ -84,7 +105,29 @@ def sample(c: Candidate, sizes: Sizes, draw: int = 0, regime: Regime = NORMAL) -
     return inputs
 
 
-def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+class Draws:
+    """Draws of inputs, each made when it is asked for: all of them together would need memory."""
+
+    def __init__(
+        self, candidate: Candidate, small: bool, regime: Regime, count: int, normals: UnitNormals
+    ) -> None:
+        """Say how: ``sample``'s arguments."""
+        self._made = candidate, small, regime, normals
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        candidate, small, regime, normals = self._made
+        for number in range(self._count):
+            sizes = Sizes(small, even=regime is not NORMAL)
+            yield sample(candidate, sizes, number, regime, normals)
+
+
+def _random(
+    example: Tensor, shape: tuple[int, ...], generator: torch.Generator, randn: Any
+) -> Tensor:
     if example.dtype is torch.bool:
         return torch.rand(shape, generator=generator) < 0.7
     if example.is_complex():
@@ -92,7 +135,7 @@ def _random(example: Tensor, shape: tuple[int, ...], generator: torch.Generator)
         return torch.view_as_complex(parts).to(example.dtype)
     if not example.is_floating_point():
         return torch.randint(0, 2, shape, generator=generator, dtype=example.dtype)
-    return _laid_out(example, shape, generator)
+    return _laid_out(example, shape, generator, randn)
 
 
 @dataclass(frozen=True)
@@ -125,12 +168,15 @@ def layout(t: Tensor) -> Layout:
     return Layout(order, frozenset(d for d in order if not strides[d]), frozenset(parts), apart)
 
 
-def _laid_out(example: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _laid_out(
+    example: Tensor, shape: tuple[int, ...], generator: torch.Generator, randn: Any
+) -> Tensor:
     """Unit normals in the layout of ``example``; a part is the second half of a dimension."""
     its = layout(example)
     dense = [1 if d in its.broadcast else shape[d] for d in its.order]
     wide = [n * (1 + (d in its.parts)) for n, d in zip(dense, its.order, strict=True)]
-    values = torch.randn((*wide, 1 + its.apart), generator=generator, dtype=_drawn(example.dtype))
+    wide.append(1 + its.apart)
+    values: Tensor = randn(wide, generator=generator, dtype=_drawn(example.dtype))
     values = values.to(example.dtype)[..., -1]
     for at, d in enumerate(its.order):
         if d in its.parts:

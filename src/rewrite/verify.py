@@ -28,13 +28,13 @@ from .engine import Candidate, Verdict
 from .sample_inputs import (
     NORMAL,
     REGIMES,
+    Draws,
     Regime,
-    Sizes,
+    UnitNormals,
     draws,
     is_static,
     layout,
     regimes,
-    sample,
     tokens,
 )
 from .smaller_weights import enlargement, in_ratio, is_large, smaller
@@ -112,12 +112,13 @@ def _itself(candidate: Candidate) -> Candidate:
 
 def _verdict(site: _Site, small: bool) -> Verdict:
     """The verdict by unit normals, unless another regime finds a reason against it."""
-    verdict = _tried(site, small, NORMAL)
+    normals = UnitNormals()
+    verdict = _tried(site, small, NORMAL, normals)
     for regime in regimes(site.candidate):
         if verdict.reason is not None:
             break
         with _one_thread(small):
-            reason = _tried(site, small, regime).reason
+            reason = _tried(site, small, regime, normals).reason
         if reason is not None:
             verdict = Verdict(f"with inputs that are {regime.name}: {reason}")
     return verdict
@@ -138,38 +139,22 @@ def _one_thread(small: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _tried(site: _Site, small: bool, regime: Regime) -> Verdict:
+def _tried(site: _Site, small: bool, regime: Regime, normals: UnitNormals) -> Verdict:
     """Check in one regime.
 
     The largest error of a small tensor is a matter of luck, for the original as for the rewrite:
     what one draw of inputs finds too large is judged by several.
     """
-    given = _Draws(site.candidate, small, regime, 1)
+    given = Draws(site.candidate, small, regime, 1, normals)
     verdict = _check(site, given, regime)
     for count in draws(next(iter(given))):
         if verdict.reason is None or EXCEEDS not in verdict.reason:
             break
         if len(given) > 1 and PEAK not in verdict.reason:
             break  # the error of all elements of several draws is no luck
-        given = _Draws(site.candidate, small, regime, count)
+        given = Draws(site.candidate, small, regime, count, UnitNormals())
         verdict = _check(site, given, regime)
     return verdict
-
-
-class _Draws:
-    """Draws of inputs, each made when it is asked for: all of them together would need memory."""
-
-    def __init__(self, candidate: Candidate, small: bool, regime: Regime, count: int) -> None:
-        self._made = candidate, small, regime
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        candidate, small, regime = self._made
-        for number in range(self._count):
-            yield sample(candidate, Sizes(small, even=regime is not NORMAL), number, regime)
 
 
 class _Site:

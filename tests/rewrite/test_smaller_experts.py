@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fusewright.graph.cleanup import remove_noops
 from fusewright.graph.functionalize import remove_writes
 from fusewright.passes import PIPELINE
-from fusewright.rewrite import verify
+from fusewright.rewrite import sample_inputs
 from fusewright.rewrite.engine import Fuel, apply
 from fusewright.rewrite.findings import Finding
 from fusewright.rewrite.op_table import TABLE
@@ -48,7 +48,7 @@ def _judged(graph: fx.GraphModule, **changed: Callable[..., Any]) -> Finding:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], set[int]]]:
     """The shapes of the first weights that verification draws, and the experts of the tokens."""
     made: list[tuple[tuple[int, ...], set[int]]] = []
-    sample = verify.sample
+    sample = sample_inputs.sample
 
     def noted(candidate: Any, *args: Any) -> Any:
         inputs = sample(candidate, *args)
@@ -58,7 +58,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], set[in
             made.append((tuple(up.shape), set(ids.tolist())))
         return inputs
 
-    monkeypatch.setattr(verify, "sample", noted)
+    monkeypatch.setattr(sample_inputs, "sample", noted)
     return made
 
 

@@ -8,8 +8,8 @@ the rows of one matrix, against the keys that any of these positions may see. Ke
 never repeated, and what is hidden from a whole tile is never multiplied. Backward computes the
 probabilities again, tile by tile (Dao et al., "FlashAttention", 2022), so only ``q``, ``k`` and
 ``v`` are kept. A tile's matrices stay in the cache, and the matrix products are oneDNN's. On a CPU
-without 16-bit products everything is in fp32, and only the results are rounded. In bf16, where there
-is a C++ compiler, one kernel does all of it (``native/attention.cpp``).
+without 16-bit products everything is in fp32, and only the results are rounded. In bf16 one kernel
+does all of it where there is a C++ compiler (``native/attention.cpp``).
 
 In low precision the scores are products in fp32 and are not rounded (for large scores that would
 cost more accuracy than all else together), the softmax is in fp32, and its result is rounded.

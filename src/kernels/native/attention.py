@@ -69,11 +69,9 @@ def backward(
 _Given = dict[str, Tensor | None]
 
 
-def _run(
-    name: str, given: _Given, scale: float, causal: bool, window: int | None
-) -> None:
+def _run(name: str, given: _Given, scale: float, causal: bool, window: int | None) -> None:
     """Call a function of the library: the tensors are in the order of its arguments."""
-    q, k, v = (cast("Tensor", given[key]) for key in ("q", "k", "v"))
+    q, v = (cast("Tensor", given[key]) for key in ("q", "v"))
     (batch, heads, time, dim), (_, groups, keys, value_dim) = q.shape, v.shape
     call = _Call(batch, heads, groups, time, keys, dim, value_dim, causal, window or keys + time)
     for key, t in given.items():

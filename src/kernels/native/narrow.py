@@ -1,4 +1,4 @@
-"""Products of wide matrices in bf16 with narrow ones in fp32 on the CPU, in C++ (``narrow.cpp``)."""
+"""Products of wide matrices in bf16 and narrow ones in fp32 on the CPU (``narrow.cpp``)."""
 
 from __future__ import annotations
 
