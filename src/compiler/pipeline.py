@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import OptimizeError
 from ..kernels.fallback import FAILED
-from ..kernels.native import library as native
+from ..kernels.native.library import start_for
 from ..memory.budget import Budget
 from ..memory.levels import allowed
 from ..memory.meter import Meter
@@ -93,8 +93,7 @@ def optimize(
     environment = Environment.read()
     restore(model)
     found = regions.find(model)
-    if any(p.dtype is torch.bfloat16 and p.device.type == "cpu" for p in model.parameters()):
-        native.start()
+    start_for(model.parameters())
     session = Session(_choices(model, found, options, environment))
     install(found, session)
     if strict:
@@ -111,7 +110,7 @@ def _choices(
         options,
         environment,
         chosen,
-        _verifier(options.verify, chosen[0]),
+        Verifier(options.verify == "always", chosen[0] == "inductor", SharedVerdicts()),
         Fuel(environment.fuel),
         _planner(model, blocks, options.memory, chosen[0]),
         split=split,
@@ -124,10 +123,6 @@ def _decoding(options: Options, environment: Environment) -> Decoding:
     """Where the rule ``attention`` is on, generation has the op, too."""
     rules = {r.name for r in options.passes} - set(environment.disable)
     return Decoding("attention" in rules, options.verify)
-
-
-def _verifier(verify: Verify, choice: str) -> Verifier:
-    return Verifier(verify == "always", traced=choice == "inductor", shared=SharedVerdicts())
 
 
 def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice: str) -> Planner:
@@ -218,10 +213,9 @@ def explain(model: nn.Module) -> Report:
     speed = _bandwidth(model) if sites else None
     kept = session.choices.planner.describe()
     read = log.reads.describe()
-    fallbacks = tuple(starmap(Fallback, FAILED.items()))
     return Report(
         tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept, read,
-        fallbacks,
+        tuple(starmap(Fallback, FAILED.items())),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from . import (
     test_rms_norm_linear,
 )
 from .by_parts import LORA
+from .native import libraries
 
 HALF = st.sampled_from([torch.bfloat16, torch.float16])
 OPS = [
@@ -47,7 +48,8 @@ OPS = [
 
 @pytest.fixture
 def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that multiplies no 16-bit matrices, and slices of few elements."""
+    """A CPU that multiplies no 16-bit matrices, and slices of few elements; no C++ compiler."""
+    libraries.use(monkeypatch, None)
     monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype.itemsize > 2)
     monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 100)
     monkeypatch.setattr(matmul, "LEAST", 3)

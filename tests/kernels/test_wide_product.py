@@ -16,6 +16,7 @@ from fusewright.kernels.linear import casts, products, projections
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA, MLP, QKV, QUANT_LORA
+from .native import libraries
 from .quantized_weights import random_weight
 from .util import assert_parity_of_draws
 
@@ -144,7 +145,8 @@ def test_only_bf16_stays_beside_fp32(
     assert made.dtype is narrow
 
 
-def test_the_cpu_multiplies_as_it_did() -> None:
+def test_the_cpu_copies_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries.use(monkeypatch, None)
     assert not products.multiplies_as_is(torch.zeros(2, 2, dtype=BF16), torch.zeros(2, 2))
 
 

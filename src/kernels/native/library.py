@@ -2,7 +2,8 @@
 
 Where there is a C++ compiler the kernels take its seconds once: the library is kept in a folder of
 the user's, and made anew only for other sources, another compiler or another processor. Where there
-is none, or it fails, ops run their forms in plain PyTorch; ``problem`` says why.
+is none, or it fails, ops run their forms in plain PyTorch. ``problem`` says why, and ``explain``
+that it failed.
 
 The kernels know nothing of Python or PyTorch: they are given addresses, sizes and strides.
 """
@@ -20,13 +21,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..fallback import FAILED
 
 _SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "narrow.cpp")
 # 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
+_OWN = ("-march=native",)
 _SECONDS = 120
 """How long the compiler may take."""
+
+
+class _AbsentError(Exception):
+    """There is nothing to compile the kernels with."""
 
 
 class _Build:
@@ -46,14 +58,22 @@ class _Build:
     def _run(self) -> None:
         try:
             self.library, self.problem = ctypes.CDLL(str(_built())), None
+        except _AbsentError as error:
+            self.problem = str(error)
         except Exception as error:  # whatever it is, ops have another form
-            self.problem = _reason(error)
+            self.problem = FAILED["kernels in C++"] = _reason(error)
 
 
 @functools.cache
 def start() -> _Build:
     """Compile or find the library in the background, unless that was begun before."""
     return _Build()
+
+
+def start_for(tensors: Iterable[Tensor]) -> None:
+    """``start`` where there are kernels for one of these."""
+    if any(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in tensors):
+        start()
 
 
 def library() -> ctypes.CDLL | None:
@@ -84,20 +104,21 @@ def _built() -> Path:
     """The library's file; compiled unless it is there.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        _AbsentError: this machine has no compiler for them.
+        RuntimeError: it fails.
     """
     if sys.platform != "linux":
-        raise RuntimeError("they are compiled on Linux only")
+        raise _AbsentError("they are compiled on Linux only")
     compiler = _compiler()
     if compiler is None:
-        raise RuntimeError("no C++ compiler was found (g++ or clang++)")
-    source = "".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
-    what = (source, compiler, *_FLAGS, platform.machine(), _processor())
+        raise _AbsentError("no C++ compiler was found (g++ or clang++)")
+    source = _source()
+    what = (source, compiler, *_FLAGS, *_OWN, platform.machine(), _processor())
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
     folder = _folder()
     path = folder / f"kernels-{name}.so"
     if not path.exists():
-        _compile(compiler, source, path)
+        _compile(compiler, source, path, _OWN)
     return path
 
 
@@ -132,11 +153,15 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fusewright-"))
 
 
-def _compile(compiler: str, source: str, path: Path) -> None:
+def _source() -> str:
+    return "".join((Path(__file__).parent / name).read_text() for name in _SOURCES)
+
+
+def _compile(compiler: str, source: str, path: Path, flags: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as folder:
         text, made = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         text.write_text(source)
-        command = [compiler, *_FLAGS, str(text), "-o", str(made)]
+        command = [compiler, *_FLAGS, *flags, str(text), "-o", str(made)]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_SECONDS
         )

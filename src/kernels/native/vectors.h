@@ -84,7 +84,7 @@ inline float sum(Floats v) {
 // NaN is larger than all.
 template <class V>
 inline V larger(V a, V b) {
-  return (b > a) | (b != b) ? b : a;
+  return ((b > a) | (b != b)) ? b : a;
 }
 
 inline float largest(Floats v) {

@@ -1,0 +1,36 @@
+"""Other libraries of C++ kernels than this machine's own: none, or one for a lesser CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fusewright.kernels.native import library
+
+
+def use(monkeypatch: pytest.MonkeyPatch, found: ctypes.CDLL | None) -> None:
+    """Let ops find this library, or none."""
+    problem = None if found else "a test"
+    build = SimpleNamespace(library=found, problem=problem, thread=threading.Thread())
+    monkeypatch.setattr(library, "start", lambda: build)
+
+
+def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
+    """The kernels, compiled with these flags in place of ``-march=native``."""
+    compiler = library._compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    path = folder / "kernels.so"
+    library._compile(compiler, library._source(), path, tuple(flags))
+    return ctypes.CDLL(str(path))
+
+
+def require() -> None:
+    """Skip where this machine has no kernels: the ops have no other form to test then."""
+    problem = library.problem()
+    if problem:
+        pytest.skip(f"there are no C++ kernels: {problem}")

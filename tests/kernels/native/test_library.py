@@ -1,0 +1,121 @@
+"""Where the C++ kernels come from: compiled once, kept where nobody else writes, or absent."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fusewright.kernels import fallback
+from fusewright.kernels.native import library
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to keep libraries in."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fusewright" / "kernels"
+
+
+def _compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C++ compiler that is this script."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+
+
+_MAKES = 'echo once >> "$0.calls"; while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+
+
+def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    path = library._built()
+    assert library._built() == path
+    assert (tmp_path / "compiler.calls").read_text() == "once\n"
+    assert [p for p in cache.iterdir()] == [path]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("what", ["_processor", "_source"])
+def test_another_processor_or_source_has_another_library(
+    what: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    path = library._built()
+    monkeypatch.setattr(library, what, lambda: "other")
+    assert library._built() != path
+
+
+def test_where_others_may_write_nothing_is_kept_or_loaded(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    planted = library._built()
+    cache.chmod(0o777)
+    path = library._built()
+    assert path.parent != planted.parent
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    assert os.access(library._folder(), os.W_OK)
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'kernels.cpp:1: error: no such thing' >&2; exit 1", "error: no such thing"),
+        ("exit 3", "no message"),
+        ("sleep 60", "took longer than 1 seconds"),
+        (_MAKES, "kernels-"),  # what it makes is no library
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_a_compiler_that_fails(
+    script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_SECONDS", 1)
+    monkeypatch.setattr(fallback, "FAILED", failed := {})
+    monkeypatch.setattr(library, "FAILED", failed)
+    _compiler(tmp_path, script, monkeypatch)
+    build = library._Build()
+    build.thread.join()
+    assert build.library is None
+    assert build.problem is not None
+    assert says in build.problem
+    assert fallback.FAILED == {"kernels in C++": build.problem}
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    build = library._Build()
+    build.thread.join()
+    assert build.problem == "no C++ compiler was found (g++ or clang++)"
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_no_warnings(compiler: str, tmp_path: Path) -> None:
+    source = tmp_path / "kernels.cpp"
+    source.write_text(library._source())
+    command = [
+        compiler,
+        *library._FLAGS,
+        *library._OWN,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        str(source),
+        "-o",
+    ]
+    try:
+        done = subprocess.run([*command, str(tmp_path / "made")], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip(f"there is no {compiler}")
+    assert done.returncode == 0, done.stderr
