@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when every model was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="architectures; without any, all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -89,7 +89,7 @@ def test_a_compiler_that_fails(
     assert build.library is None
     assert build.problem is not None
     assert says in build.problem
-    assert fallback.FAILED == {"kernels in C++": build.problem}
+    assert {"kernels in C++": build.problem} == fallback.FAILED
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
