@@ -1,4 +1,4 @@
-"""Functions that are captured as one node: the scans of state-space models.
+"""Functions that are captured as one node: the scans of state-space models and linear attention.
 
 In plain PyTorch a scan is a loop over time, which a tracer unrolls: hundreds of nodes for a few
 tokens, and another graph for each length. Such a function is known by its calling convention, the
@@ -38,6 +38,8 @@ class Convention:
         defaults: values of the arguments after the first five (and a chunk size).
         sizes: of the first five, in a small example.
         constants: what else has no default.
+        first: the names of the first five.
+        outline: gives the results for fake arguments; None: they are those of one step of time.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Convention:
     defaults: Mapping[str, Any]
     sizes: tuple[tuple[int, ...], ...]
     constants: Mapping[str, Any]
+    first: tuple[str | None, ...] = (None, None, "A", "B", "C")
+    outline: Callable[[Mapping[str, Any]], Any] | None = None
 
 
 SELECTIVE = Convention(
@@ -74,7 +78,31 @@ CHUNKED = Convention(
 )  # fmt: skip
 """x (B, L, H, P); dt (B, L, H); A (H,); B, C (B, L, G, N): Dao & Gu, "Transformers are SSMs"."""
 
-CONVENTIONS = (SELECTIVE, CHUNKED)
+
+def _outline_of_delta(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    query, key, value = given["query"], given["key"], given["value"]
+    out = value.new_empty(value.shape, dtype=query.dtype)
+    if not given["output_final_state"]:
+        return out, None
+    size = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    return out, value.new_empty(size, dtype=torch.float32)
+
+
+DELTA = Convention(
+    "delta_rule_call",
+    ("query", "key", "value", "g", "beta", "initial_state", "output_final_state", "others"),
+    frozenset(("initial_state", "output_final_state")),
+    1,
+    {"initial_state": None, "output_final_state": False},
+    ((1, 3, 1, 2), (1, 3, 1, 2), (1, 3, 1, 2), (1, 3, 1), (1, 3, 1)),
+    {},
+    ("query", "key", "value", "g", "beta"),
+    _outline_of_delta,
+)
+"""query, key (B, L, H, K); value (B, L, H, V); g (B, L, H), or one for each feature of the key;
+beta (B, L, H): Yang et al., "Gated Delta Networks", 2024, as in flash-linear-attention."""
+
+CONVENTIONS = (SELECTIVE, CHUNKED, DELTA)
 
 
 @functools.cache
@@ -84,9 +112,12 @@ def convention(function: Callable[..., Any]) -> Convention | None:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # no signature
         return None
-    if names[2:5] != ["A", "B", "C"]:
-        return None
-    return next((c for c in CONVENTIONS if c.known_by <= set(names)), None)
+    return next((c for c in CONVENTIONS if _follows(c, names)), None)
+
+
+def _follows(kind: Convention, names: list[str]) -> bool:
+    pairs = zip(kind.first, names[:5], strict=False)
+    return len(names) > 5 and kind.known_by <= set(names) and all(a in (None, b) for a, b in pairs)
 
 
 @functools.cache
@@ -177,6 +208,8 @@ def _outline(
 ) -> Any:
     """What ``function`` would return for fake tensors, worked out from a single step of time."""
     given = _given(function, args, kwargs)
+    if kind.outline is not None:
+        return kind.outline(given)
     names = list(given)
     length = given[names[0]].shape[kind.time]
     for name in (*names[:2], "B", "C", "z"):

@@ -1,0 +1,100 @@
+"""Linear attention by the delta rule: captured whole, at any length, with eager's results."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusewright import explain, optimize
+from fusewright.graph.opaque import functions as whole
+
+from .architectures import build
+
+NAMES = ("qwen3_next", "kimi_linear", "bailing_hybrid", "olmo_hybrid")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def _functions(model: nn.Module) -> list[Any]:
+    """What follows the convention in the module that the model is from."""
+    return [
+        f for f in vars(sys.modules[type(model).__module__]).values()
+        if callable(f) and not isinstance(f, type) and whole.convention(f) is whole.DELTA
+    ]  # fmt: skip
+
+
+def _step(model: nn.Module, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 200, (2, length), generator=generator)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+# what runs the blocks does not depend on the model
+@pytest.mark.parametrize(
+    ("name", "codegen"), [*((name, "eager") for name in NAMES), ("kimi_linear", "inductor")]
+)
+def test_steps_of_any_length_equal_eager(name: str, codegen: str) -> None:
+    model = build(name)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen=codegen)
+    captured = set()
+    for length in (24, 70, 131):  # one, two and three chunks
+        loss, grads = _step(model, length)
+        eager_loss, eager_grads = _step(eager, length)
+        torch.testing.assert_close(loss, eager_loss, rtol=1e-5, atol=1e-6)
+        assert grads.keys() == eager_grads.keys()
+        for parameter, g in grads.items():
+            scale = eager_grads[parameter].norm() + 1e-6
+            assert (g - eager_grads[parameter]).norm() <= 1e-4 * scale, parameter
+        captured.add(explain(model).graphs)
+    assert len(captured) <= 2  # lengths are dynamic from the second one on at the latest
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_outline_is_that_of_the_results(name: str) -> None:
+    functions = _functions(build(name))
+    assert functions
+    for function in functions:
+        for final in (False, True):
+            q, k, v = (torch.randn(2, 5, 3, n, dtype=torch.bfloat16) for n in (4, 4, 6))
+            per_feature = "kimi" in function.__name__
+            g = -torch.rand((2, 5, 3, 4) if per_feature else (2, 5, 3))
+            given = {
+                "g": g, "beta": torch.rand(2, 5, 3), "initial_state": None,
+                "output_final_state": final,
+            }  # fmt: skip
+            made = function(q, k, v, **given)
+            outline = whole._outline_of_delta({"query": q, "key": k, "value": v, **given})
+            for real, fake in zip(made, outline, strict=True):
+                assert (real is None) == (fake is None)
+                if real is not None:
+                    assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+                    assert real.stride() == fake.stride()
+
+
+def test_only_the_convention_counts() -> None:
+    def rule(query: Any, key: Any, value: Any, g: Any, beta: Any, chunk_size: int = 64,
+             initial_state: Any = None, output_final_state: bool = False) -> None: ...  # fmt: skip
+
+    def other(query: Any, key: Any, value: Any, beta: Any, g: Any, initial_state: Any = None,
+              output_final_state: bool = False) -> None: ...  # fmt: skip
+
+    def without_state(query: Any, key: Any, value: Any, g: Any, beta: Any, n: Any) -> None: ...
+
+    assert whole.convention(rule) is whole.DELTA
+    assert whole.convention(other) is None
+    assert whole.convention(without_state) is None
