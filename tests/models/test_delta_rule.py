@@ -64,20 +64,22 @@ def test_steps_of_any_length_equal_eager(name: str, codegen: str) -> None:
     assert len(captured) <= 2  # lengths are dynamic from the second one on at the latest
 
 
+@pytest.mark.parametrize("time", [5, 65, 128])  # parts of chunks, and whole ones
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_outline_is_that_of_the_results(name: str) -> None:
+def test_the_outline_is_that_of_the_results(name: str, dtype: torch.dtype, time: int) -> None:
     functions = _functions(build(name))
     assert functions
     for function in functions:
         for final in (False, True):
-            q, k, v = (torch.randn(2, 5, 3, n, dtype=torch.bfloat16) for n in (4, 4, 6))
+            q, k, v = (torch.randn(2, time, 3, n, dtype=dtype) for n in (4, 4, 6))
             per_feature = "kimi" in function.__name__
-            g = -torch.rand((2, 5, 3, 4) if per_feature else (2, 5, 3))
+            g = -torch.rand((2, time, 3, 4) if per_feature else (2, time, 3))
             given = {
-                "g": g, "beta": torch.rand(2, 5, 3), "initial_state": None,
+                "g": g, "beta": torch.rand(2, time, 3), "initial_state": None,
                 "output_final_state": final,
             }  # fmt: skip
-            made = function(q, k, v, **given)
+            made = whole.leaf(function)(q, k, v, **given)
             outline = whole._outline_of_delta({"query": q, "key": k, "value": v, **given})
             for real, fake in zip(made, outline, strict=True):
                 assert (real is None) == (fake is None)
@@ -86,15 +88,43 @@ def test_the_outline_is_that_of_the_results(name: str) -> None:
                     assert real.stride() == fake.stride()
 
 
-def test_only_the_convention_counts() -> None:
-    def rule(query: Any, key: Any, value: Any, g: Any, beta: Any, chunk_size: int = 64,
-             initial_state: Any = None, output_final_state: bool = False) -> None: ...  # fmt: skip
+def _rule(
+    query: Any, key: Any, value: Any, g: Any, beta: Any, chunk_size: int = 64,
+    initial_state: Any = None, output_final_state: bool = False,
+) -> Any:  # fmt: skip
+    """The delta rule by its shapes alone."""
+    state = key.transpose(1, 2).mT[..., :1].float() * value.new_ones(value.shape[3])
+    return value.to(query.dtype) * g[..., None], state if output_final_state else None
 
-    def other(query: Any, key: Any, value: Any, beta: Any, g: Any, initial_state: Any = None,
-              output_final_state: bool = False) -> None: ...  # fmt: skip
 
-    def without_state(query: Any, key: Any, value: Any, g: Any, beta: Any, n: Any) -> None: ...
+def _state_turned(query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
+                  output_final_state: bool = False) -> Any:  # fmt: skip
+    out, state = _rule(query, key, value, g, beta, 64, initial_state, output_final_state)
+    return out, None if state is None else state.mT
 
-    assert whole.convention(rule) is whole.DELTA
-    assert whole.convention(other) is None
-    assert whole.convention(without_state) is None
+
+def _writes(query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
+            output_final_state: bool = False) -> Any:  # fmt: skip
+    if initial_state is not None:
+        initial_state.mul_(0.5)
+    return _rule(query, key, value, g, beta, 64, initial_state, output_final_state)
+
+
+def _one_result(query: Any, key: Any, value: Any, g: Any, beta: Any, initial_state: Any = None,
+                output_final_state: bool = False) -> Any:  # fmt: skip
+    return _rule(query, key, value, g, beta)[0]
+
+
+def _another_order(query: Any, key: Any, value: Any, beta: Any, g: Any, initial_state: Any = None,
+                   output_final_state: bool = False) -> Any:  # fmt: skip
+    return _rule(query, key, value, g, beta, 64, initial_state, output_final_state)
+
+
+def _without_state(query: Any, key: Any, value: Any, g: Any, beta: Any, n: Any) -> Any:
+    return _rule(query, key, value, g, beta)
+
+
+def test_only_what_keeps_to_the_convention_counts() -> None:
+    assert whole.convention(_rule) is whole.DELTA
+    others = _state_turned, _writes, _one_result, _another_order, _without_state
+    assert [whole.convention(f) for f in others] == [None] * len(others)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .overlooked import overlooks
 
@@ -40,6 +41,7 @@ class Convention:
         constants: what else has no default.
         first: the names of the first five.
         outline: gives the results for fake arguments; None: they are those of one step of time.
+        examples: arguments for which a function must give what ``outline`` says.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Convention:
     constants: Mapping[str, Any]
     first: tuple[str | None, ...] = (None, None, "A", "B", "C")
     outline: Callable[[Mapping[str, Any]], Any] | None = None
+    examples: Callable[[], list[dict[str, Any]]] = list
 
 
 SELECTIVE = Convention(
@@ -84,8 +87,26 @@ def _outline_of_delta(given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     out = value.new_empty(value.shape, dtype=query.dtype)
     if not given["output_final_state"]:
         return out, None
+    if given.get("cu_seqlens") is not None:
+        raise TypeError("how many final states a pack has is not known")
     size = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     return out, value.new_empty(size, dtype=torch.float32)
+
+
+def _examples_of_delta() -> list[dict[str, Any]]:
+    def draw(*size: int) -> Tensor:
+        return torch.linspace(-0.9, -0.1, prod(size), dtype=torch.float32, device="cpu").view(size)
+
+    heads, (key, value) = (2, 5, 3), (4, 6)
+    fixed = {
+        "query": draw(*heads, key), "key": draw(*heads, key), "value": draw(*heads, value),
+        "beta": -draw(*heads),
+    }  # fmt: skip
+    return [
+        {**fixed, "g": g, "initial_state": state, "output_final_state": final}
+        for g in (draw(*heads), draw(*heads, key))
+        for state, final in ((None, False), (draw(2, 3, key, value), True))
+    ]
 
 
 DELTA = Convention(
@@ -98,6 +119,7 @@ DELTA = Convention(
     {},
     ("query", "key", "value", "g", "beta"),
     _outline_of_delta,
+    _examples_of_delta,
 )
 """query, key (B, L, H, K); value (B, L, H, V); g (B, L, H), or one for each feature of the key;
 beta (B, L, H): Yang et al., "Gated Delta Networks", 2024, as in flash-linear-attention."""
@@ -112,7 +134,41 @@ def convention(function: Callable[..., Any]) -> Convention | None:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # no signature
         return None
-    return next((c for c in CONVENTIONS if _follows(c, names)), None)
+    kind = next((c for c in CONVENTIONS if _follows(c, names)), None)
+    return kind if kind is None or _keeps_to(function, kind) else None
+
+
+def _keeps_to(function: Callable[..., Any], kind: Convention) -> bool:
+    """Whether a function gives what the outline says, and writes to no argument.
+
+    It need not take all examples: some functions have a decay for each feature, others one a head.
+    """
+    examples = kind.examples()
+    found = [_as_outlined(function, kind, given) for given in examples]
+    return not examples or (any(found) and None not in found)
+
+
+def _as_outlined(function: Callable[..., Any], kind: Convention, given: dict[str, Any]) -> Any:
+    """True; False where the function does not take the example; None where it differs."""
+    tensors = [t for t in given.values() if isinstance(t, Tensor)]
+    before = [t.clone() for t in tensors]
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            made = function(**given)
+    except Exception:  # whatever it does not like
+        made = NotImplemented
+    if not all(map(torch.equal, tensors, before)):
+        return None
+    if made is NotImplemented:
+        return False
+    outline = kind.outline(given) if kind.outline is not None else made
+    return True if _shapes(made) == _shapes(outline) else None
+
+
+def _shapes(results: Any) -> Any:
+    if isinstance(results, tuple):
+        return tuple(map(_shapes, results))
+    return (results.shape, results.dtype) if isinstance(results, Tensor) else results
 
 
 def _follows(kind: Convention, names: list[str]) -> bool:
@@ -133,7 +189,10 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
             return _outline(function, kind, args, kwargs)
-        return function(*args, **kwargs)
+        made = function(*args, **kwargs)
+        if kind.outline is None:
+            return made
+        return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in made)
 
     call.__name__ = call.__qualname__ = kind.name
     setattr(call, _MARK, function)

@@ -126,7 +126,7 @@ def _backward(
 
     So is everything in fp16, whose smallest numbers have few digits.
     """
-    if native.takes(q, k, v, mask):
+    if grad.dtype is q.dtype and native.takes(q, k, v, mask):
         return native.backward(grad, q, k, v, scale, causal, mask, window, needs)
     if through_fp32(q):
         qkv = q.float(), k.float(), v.float()

@@ -37,6 +37,10 @@ def impossible(
         reasons.append(f"the mask is on {mask.device}, the rest on {q.device}")
     if mask is not None and (mask.ndim != 4 or mask.requires_grad):
         reasons.append("the mask has not 4 dimensions, or requires a gradient")
+    if mask is not None and mask.ndim == 4:
+        fits = mask.shape[0] in (1, q.shape[0]) and mask.shape[1] in (1, q.shape[1])
+        if not fits:
+            reasons.append(f"a mask of {tuple(mask.shape)} does not fit {tuple(q.shape)}")
     if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
         reasons.append(f"a mask of {mask.dtype} is neither boolean nor additive")
     return reasons

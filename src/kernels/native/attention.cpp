@@ -86,8 +86,8 @@ struct KeySums {
     parts.zero(threads * size);
   }
 
-  float* of(int64_t pair) { return whole.data + pair * size; }
-  float* part(int thread) { return parts.data + thread * size; }
+  float* of(int64_t pair) { return whole.data ? whole.data + pair * size : nullptr; }
+  float* part(int thread) { return parts.data ? parts.data + thread * size : nullptr; }
 
   void add(int64_t pair, int thread) {
     for (int64_t i = 0; i < size; i++) of(pair)[i] += part(thread)[i];
@@ -120,62 +120,86 @@ struct Gradients {
   bf16 *q, *k, *v;  // nullptr where nobody wants it
 };
 
+// What all threads of a backward pass read, and add to.
+struct Backward {
+  const Plan& plan;
+  const bf16 *grad, *q;
+  Gradients to;
+  float scale;
+  Packed keys, values, rows;  // features of keys and of values in pairs, and pairs of keys
+  KeySums dk, dv;
+
+  Backward(const Plan& plan, const bf16* grad, const bf16* q, Gradients to, float scale,
+           int threads)
+      : plan(plan), grad(grad), q(q), to(to), scale(scale), keys(plan, plan.a.dim, true),
+        values(plan, plan.a.value_dim, to.q || to.k), rows(plan, plan.a.dim, to.q),
+        dk(plan, plan.a.dim, threads, to.k), dv(plan, plan.a.value_dim, threads, to.v) {}
+
+  void pack(const bf16* k, const bf16* v, int64_t pair) {
+    const Attention& a = plan.a;
+    const bf16 *own_k = of_pair(k, a.k, plan, pair), *own_v = of_pair(v, a.v, plan, pair);
+    pack_features(own_k, a.k[2], plan, a.dim, keys(pair));
+    if (to.q) pack_keys(own_k, a.k[2], plan, a.dim, rows(pair));
+    if (to.q || to.k) pack_features(own_v, a.v[2], plan, a.value_dim, values(pair));
+  }
+
+  // Block i; dk and dv are where its pair's sums are.
+  void add(Block& block, int64_t i, float* dk, float* dv) {
+    const Attention& a = plan.a;
+    int64_t pair = i / plan.blocks;
+    block.begin(i);
+    block.probabilities(q, keys(pair), scale);
+    block.round_crossed();
+    block.gather(grad, a.grad, a.value_dim, block.upstream.data);
+    if (to.v) {
+      block.transpose(block.upstream.data, a.value_dim, block.upstream_t.data);
+      block.add_to_keys(block.upstream_t.data, a.value_dim, dv);
+    }
+    if (!to.q && !to.k) return;
+    block.multiply(block.upstream.data, a.value_dim, values(pair), block.slopes.data);
+    block.softmax_backward();
+    if (to.q) {
+      block.multiply_keys(rows(pair), a.dim);
+      block.scatter(scale, to.q, a.dq, a.dim);
+    }
+    if (to.k) {
+      block.transpose(block.queries.data, a.dim, block.queries_t.data);
+      block.add_to_keys(block.queries_t.data, a.dim, dk);
+    }
+  }
+
+  void finish(int64_t pair, const std::vector<int64_t>& starts) {
+    for (size_t thread = 1; thread + 1 < starts.size(); thread++) {
+      bool begun = starts[thread] < starts[thread + 1] && starts[thread] % plan.blocks;
+      if (!begun || starts[thread] / plan.blocks != pair) continue;
+      if (to.k) dk.add(pair, thread);
+      if (to.v) dv.add(pair, thread);
+    }
+    if (to.k) dk.write(pair, scale, to.k, plan.a.dk, plan.a.dim);
+    if (to.v) dv.write(pair, 1.0f, to.v, plan.a.dv, plan.a.value_dim);
+  }
+};
+
 void backward(const Attention& a, const bf16* grad, const bf16* q, const bf16* k, const bf16* v,
               const uint8_t* mask, Gradients to, float scale, int threads) {
   Plan plan(a, mask);
-  bool slopes = to.q || to.k;
-  Packed keys(plan, a.dim, true), values(plan, a.value_dim, slopes), rows(plan, a.dim, to.q);
-  KeySums dk(plan, a.dim, threads, to.k), dv(plan, a.value_dim, threads, to.v);
+  Backward pass(plan, grad, q, to, scale, threads);
   std::vector<Block> blocks = blocks_of(plan, true, threads);
   std::vector<int64_t> starts = shares_of(plan, threads);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
-    for (int64_t pair = 0; pair < plan.pairs; pair++) {
-      const bf16* k_pair = of_pair(k, a.k, plan, pair);
-      pack_features(k_pair, a.k[2], plan, a.dim, keys(pair));
-      if (to.q) pack_keys(k_pair, a.k[2], plan, a.dim, rows(pair));
-      if (slopes)
-        pack_features(of_pair(v, a.v, plan, pair), a.v[2], plan, a.value_dim, values(pair));
-    }
+    for (int64_t pair = 0; pair < plan.pairs; pair++) pass.pack(k, v, pair);
 #pragma omp for schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++) {
-      Block& block = blocks[thread];
+    for (int thread = 0; thread < threads; thread++)
       for (int64_t i = starts[thread]; i < starts[thread + 1]; i++) {
         int64_t pair = i / plan.blocks;
         bool begun = pair * plan.blocks < starts[thread];
-        block.begin(i);
-        block.probabilities(q, keys(pair), scale);
-        block.round_crossed();
-        block.gather(grad, a.grad, a.value_dim, block.upstream.data);
-        if (to.v) {
-          block.transpose(block.upstream.data, a.value_dim, block.upstream_t.data);
-          block.add_to_keys(block.upstream_t.data, a.value_dim, begun ? dv.part(thread) : dv.of(pair));
-        }
-        if (!slopes) continue;
-        block.multiply(block.upstream.data, a.value_dim, values(pair), block.slopes.data);
-        block.softmax_backward();
-        if (to.q) {
-          block.multiply_keys(rows(pair), a.dim);
-          block.scatter(scale, to.q, a.dq, a.dim);
-        }
-        if (to.k) {
-          block.transpose(block.queries.data, a.dim, block.queries_t.data);
-          block.add_to_keys(block.queries_t.data, a.dim, begun ? dk.part(thread) : dk.of(pair));
-        }
+        pass.add(blocks[thread], i, begun ? pass.dk.part(thread) : pass.dk.of(pair),
+                 begun ? pass.dv.part(thread) : pass.dv.of(pair));
       }
-    }
 #pragma omp for
-    for (int64_t pair = 0; pair < plan.pairs; pair++) {
-      for (int thread = 1; thread < threads; thread++) {
-        bool begun = starts[thread] < starts[thread + 1] && starts[thread] % plan.blocks;
-        if (!begun || starts[thread] / plan.blocks != pair) continue;
-        if (to.k) dk.add(pair, thread);
-        if (to.v) dv.add(pair, thread);
-      }
-      if (to.k) dk.write(pair, scale, to.k, a.dk, a.dim);
-      if (to.v) dv.write(pair, 1.0f, to.v, a.dv, a.value_dim);
-    }
+    for (int64_t pair = 0; pair < plan.pairs; pair++) pass.finish(pair, starts);
   }
 }
 

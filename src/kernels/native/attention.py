@@ -79,7 +79,10 @@ def _run(name: str, given: _Given, scale: float, causal: bool, window: int | Non
             strides = (0 if t.shape[i] == 1 else t.stride(i) for i in range(3))
             setattr(call, key, _Strides(*strides))
     addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in given.values()]
-    threads = min(torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES)
+    # in backward each thread may have sums of its own: no more memory than that of the queries
+    threads = min(
+        torch.get_num_threads(), 1 + batch * heads * time * keys // _SCORES, batch * heads
+    )
     kernels = library()
     if kernels is None:
         raise RuntimeError("there are no kernels: takes() has not been asked")
@@ -97,4 +100,4 @@ def _like(t: Tensor, dim: int) -> Tensor:
     """Heads as projections have them in memory; no view, for the model may write to it."""
     batch, heads, time, _ = t.shape
     strides = (time * heads * dim, dim, heads * dim, 1)
-    return torch.empty_strided((batch, heads, time, dim), strides, dtype=t.dtype)
+    return torch.empty_strided((batch, heads, time, dim), strides, dtype=t.dtype, device=t.device)

@@ -122,7 +122,8 @@ struct Block {
     width = plan.width_of(i);
   }
 
-  // Exponentials in fp32 and their factors, from the queries and pack_features of the keys; zeros in unused rows.
+  // Exponentials in fp32 and their factors, from the queries and pack_features of the keys; zeros in
+  // unused rows.
   void probabilities(const bf16* q, const uint32_t* keys, float scale) {
     gather(q, a.q, a.dim, queries.data);
     multiply(queries.data, a.dim, keys, scores.data);

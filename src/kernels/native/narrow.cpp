@@ -105,7 +105,8 @@ void sums_of_features(const bf16* wide, int64_t stride, int64_t count, const Nar
     for (int64_t n = 0; n < depth; n++) {
       const bf16* from = wide + (start + n) * stride;
       if (count == kStrip)
-        for (int64_t f = 0; f < kStrip; f += kLanes) store(copy + n * kStrip + f, widened(from + f));
+        for (int64_t f = 0; f < kStrip; f += kLanes)
+          store(copy + n * kStrip + f, widened(from + f));
       else
         for (int64_t f = 0; f < kStrip; f++)
           copy[n * kStrip + f] = f < count ? widened(from[f]) : 0.0f;
@@ -158,7 +159,7 @@ extern "C" int narrow_over_rows(const bf16* wide, int64_t stride, int64_t rows, 
   });
 }
 
-// out (features, rank), of these strides, = scale · wideᵀ (features, rows) · narrow (rows, rank)
+// out (features, rank) = scale · wideᵀ (features, rows) · narrow (rows, rank); out has strides.
 extern "C" int narrow_over_features(const bf16* wide, int64_t stride, int64_t rows,
                                     int64_t features, const float* narrow, const int64_t* strides,
                                     int64_t rank, float scale, float* out,

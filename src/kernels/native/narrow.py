@@ -39,7 +39,7 @@ def product(wide: Tensor, narrow: Tensor, scale: float, transposed: bool) -> Ten
     shape = (rank, wide.shape[0]) if transposed else (wide.shape[0], rank)
     by_rows = wide.stride(1) == 1
     # by rows, only the narrow result is to be turned
-    out = torch.empty((wide.shape[0], rank) if by_rows else shape)
+    out = narrow.new_empty((wide.shape[0], rank) if by_rows else shape)
     rows = wide if by_rows else wide.t()
     arguments = [
         ctypes.c_void_p(rows.data_ptr()),

@@ -1,5 +1,5 @@
-// Vectors of fp32, and products of 16-bit numbers with sums in fp32. GCC's and Clang's vector types:
-// what a processor has no instruction for, the compiler composes.
+// Vectors of fp32, and products of 16-bit numbers with sums in fp32, in the vector types of GCC and
+// Clang: what a processor has no instruction for, the compiler composes.
 
 #include <cstdint>
 #include <cstring>
@@ -136,7 +136,9 @@ inline Floats exponential(Floats x) {
 }
 
 // A pair in each lane: the first of it in the lower half.
-inline Bits pairs_of(Floats first, Floats second) { return (rounded(first) >> 16) | rounded(second); }
+inline Bits pairs_of(Floats first, Floats second) {
+  return (rounded(first) >> 16) | rounded(second);
+}
 
 // sums + (two products of 16-bit numbers): the halves of each lane are neighbours in a sum.
 #if defined(__AVX512BF16__)
@@ -167,11 +169,11 @@ inline void tile_product(
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; v++)
       columns[v] = load<Bits>(right + k * right_stride + v * kLanes);
-  #pragma GCC unroll 8
-  for (int r = 0; r < Rows; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++) {
       Bits one = splat_bits(left[r * left_stride + k]);
-  #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; v++) total[r][v] = dot(total[r][v], one, columns[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; v++) total[r][v] = dot(total[r][v], one, columns[v]);
     }
   }
 #pragma GCC unroll 8

@@ -9,23 +9,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from fusewright.kernels.native import library
+from fusewright.kernels.native import build, library
 
 
 def use(monkeypatch: pytest.MonkeyPatch, found: ctypes.CDLL | None) -> None:
     """Let ops find this library, or none."""
     problem = None if found else "a test"
-    build = SimpleNamespace(library=found, problem=problem, thread=threading.Thread())
-    monkeypatch.setattr(library, "start", lambda: build)
+    loading = SimpleNamespace(library=found, problem=problem, thread=threading.Thread())
+    monkeypatch.setattr(library, "start", lambda: loading)
 
 
 def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
     """The kernels, compiled with these flags in place of ``-march=native``."""
-    compiler = library._compiler()
+    compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     path = folder / "kernels.so"
-    library._compile(compiler, library._source(), path, tuple(flags))
+    build.compile_kernels(compiler, build.source(), path, flags)
     return ctypes.CDLL(str(path))
 
 

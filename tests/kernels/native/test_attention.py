@@ -202,6 +202,47 @@ def test_what_it_leaves_to_others(change: Any) -> None:
     assert not native.takes(*change(*given))
 
 
+@pytest.mark.parametrize("kind", [B16, F64])
+def test_defaults_do_not_matter(kind: torch.dtype) -> None:
+    q, k, v = (_heads(1, 2, 20, 16, i) for i in range(3))
+    made = _both(q, k, v, 0.25, True, None, None)
+    grad = _heads(1, 2, 20, 16, 7)
+    torch.set_default_dtype(kind)
+    try:
+        with torch.device("meta"):
+            again = [
+                native.forward(q, k, v, 0.25, True, None, None),
+                *native.backward(grad, q, k, v, 0.25, True, None, None, [True] * 3),
+            ]
+    finally:
+        torch.set_default_dtype(F32)
+    assert all(map(torch.equal, made, again))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 20, 20), (1, 2, 20, 20), (2, 8, 20, 20)])
+def test_masks_of_other_samples_or_heads_are_refused(shape: tuple[int, ...]) -> None:
+    q, k, v = (_heads(2, 4, 20, 16, i) for i in range(3))
+    with pytest.raises(ValueError, match="does not fit"):
+        attention(q, k, v, None, False, torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.usefixtures("threads")
+def test_many_threads_take_no_more_memory_than_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    found = libraries.library.library()
+    assert found is not None
+    function = found["attention_backward"]
+    monkeypatch.setattr(
+        native,
+        "library",
+        lambda: {"attention_backward": lambda *a: asked.append(a[-1]) or function(*a)},
+    )
+    torch.set_num_threads(64)
+    q, k, v = (_heads(1, 3, 400, 16, i) for i in range(3))
+    native.backward(q, q, k, v, 0.25, True, None, None, [True] * 3)
+    assert asked == [3]
+
+
 @pytest.fixture(
     scope="module",
     params=["x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)],

@@ -6,11 +6,12 @@ import os
 import stat
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from fusewright.kernels import fallback
-from fusewright.kernels.native import library
+from fusewright.kernels.native import build, library
 
 
 @pytest.fixture
@@ -33,38 +34,80 @@ _MAKES = 'echo once >> "$0.calls"; while [ "$1" != -o ]; do shift; done; echo li
 
 def test_it_is_compiled_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
-    path = library._built()
-    assert library._built() == path
+    path = build.built()
+    assert build.built() == path
     assert (tmp_path / "compiler.calls").read_text() == "once\n"
     assert [p for p in cache.iterdir()] == [path]
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("what", ["_processor", "_source"])
+@pytest.mark.parametrize("what", ["processor", "source"])
 def test_another_processor_or_source_has_another_library(
     what: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
-    path = library._built()
-    monkeypatch.setattr(library, what, lambda: "other")
-    assert library._built() != path
+    path = build.built()
+    monkeypatch.setattr(build, what, lambda: "other")
+    assert build.built() != path
 
 
 def test_where_others_may_write_nothing_is_kept_or_loaded(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _compiler(tmp_path, _MAKES, monkeypatch)
-    planted = library._built()
+    planted = build.built()
     cache.chmod(0o777)
-    path = library._built()
+    path = build.built()
     assert path.parent != planted.parent
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_where_others_may_write_above_it_nothing_is_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    kept = build.built()
+    for above in (cache.parent, cache.parents[1]):
+        before = stat.S_IMODE(above.stat().st_mode)
+        assert before == 0o700
+        above.chmod(0o777)
+        assert build.built() != kept
+        above.chmod(0o1777)  # as /tmp: what is in it only its owner can replace
+        assert build.built() == kept
+        above.chmod(before)
+
+
+def test_the_folder_is_not_where_pytorch_says_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torchinductor_me"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert build.folder() == tmp_path / "mine" / "fusewright" / "kernels"
+
+
+def test_another_version_of_the_compiler_has_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiler(tmp_path, _MAKES, monkeypatch)
+    path = build.built()
+    _compiler(tmp_path, _MAKES + " # newer", monkeypatch)
+    assert build.built() != path
+
+
+def test_a_process_that_is_forked_while_they_are_compiled_compiles_them_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unfinished, done = (mock.Mock(library=None, problem=p) for p in (None, "none"))
+    for loading, left in ((unfinished, None), (done, done)):
+        monkeypatch.setattr(library, "_loading", loading)
+        library._forget_unfinished()
+        assert library._loading is left
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
-    assert os.access(library._folder(), os.W_OK)
+    assert os.access(build.folder(), os.W_OK)
 
 
 @pytest.mark.parametrize(
@@ -80,34 +123,35 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_compiler_that_fails(
     script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "_SECONDS", 1)
+    monkeypatch.setattr(build, "SECONDS", 1)
+    monkeypatch.setattr(library, "SECONDS", 1)
     monkeypatch.setattr(fallback, "FAILED", failed := {})
     monkeypatch.setattr(library, "FAILED", failed)
     _compiler(tmp_path, script, monkeypatch)
-    build = library._Build()
-    build.thread.join()
-    assert build.library is None
-    assert build.problem is not None
-    assert says in build.problem
-    assert {"kernels in C++": build.problem} == fallback.FAILED
+    loading = library.Loading()
+    loading.thread.join()
+    assert loading.library is None
+    assert loading.problem is not None
+    assert says in loading.problem
+    assert {"kernels in C++": loading.problem} == fallback.FAILED
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    build = library._Build()
-    build.thread.join()
-    assert build.problem == "no C++ compiler was found (g++ or clang++)"
+    loading = library.Loading()
+    loading.thread.join()
+    assert loading.problem == "no C++ compiler was found (g++ or clang++)"
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_no_warnings(compiler: str, tmp_path: Path) -> None:
     source = tmp_path / "kernels.cpp"
-    source.write_text(library._source())
+    source.write_text(build.source())
     command = [
         compiler,
-        *library._FLAGS,
-        *library._OWN,
+        *build.FLAGS,
+        *build.OWN,
         "-Wall",
         "-Wextra",
         "-Werror",

@@ -123,6 +123,25 @@ def test_without_kernels_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(made.t(), 2.0 * (wide.float() @ narrow))
 
 
+@pytest.mark.parametrize("kind", [B16, F64])
+def test_the_default_dtype_does_not_matter(kind: torch.dtype) -> None:
+    wide, narrow = torch.randn(40, 16).to(B16), torch.randn(16, 3)
+    made = native.product(wide, narrow, 2.0, False)
+    torch.set_default_dtype(kind)
+    try:
+        again = [native.product(wide, narrow, 2.0, t) for t in (False, True)]
+    finally:
+        torch.set_default_dtype(F32)
+    assert torch.equal(again[0], made)
+    assert torch.equal(again[1].t(), made)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    wide, narrow = torch.randn(40, 16).to(B16), torch.randn(16, 3)
+    with torch.device("meta"):
+        assert native.product(wide, narrow, 2.0, False).device.type == "cpu"
+
+
 def test_opcheck() -> None:
     wide, narrow = torch.randn(9, 16).to(B16), torch.randn(16, 3)
     for transposed in (False, True):

@@ -1,0 +1,127 @@
+"""The file of the C++ kernels: compiled for this machine's processor, kept for later processes.
+
+It is made anew for other sources, another compiler or another processor, and kept in a folder that
+only its user can write to: what is in it is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "narrow.cpp")
+# 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
+FLAGS = ("-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared")
+OWN = ("-march=native",)
+SECONDS = 120
+"""How long the compiler may take."""
+
+
+class AbsentError(Exception):
+    """There is nothing to compile the kernels with."""
+
+
+def built() -> Path:
+    """The library's file; compiled unless it is there.
+
+    Raises:
+        AbsentError: this machine has no compiler for them.
+        RuntimeError: it fails.
+        subprocess.TimeoutExpired: it takes too long.
+    """
+    if sys.platform != "linux" or sys.byteorder != "little":
+        raise AbsentError("they are compiled on Linux only, for little-endian processors")
+    compiler = find_compiler()
+    if compiler is None:
+        raise AbsentError("no C++ compiler was found (g++ or clang++)")
+    text = source()
+    what = (text, _identity(compiler), *FLAGS, *OWN, processor())
+    name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
+    path = folder() / f"kernels-{name}.so"
+    if not path.exists():
+        compile_kernels(compiler, text, path, OWN)
+    return path
+
+
+def find_compiler() -> str | None:
+    """The compiler that Inductor would take."""
+    asked = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, filter(None, (asked, "g++", "clang++")))), None)
+
+
+def _identity(compiler: str) -> str:
+    """Tells a compiler from others, and from what it was before an update."""
+    known = os.stat(compiler)
+    return f"{os.path.realpath(compiler)} {known.st_size} {known.st_mtime_ns} {platform.libc_ver()}"
+
+
+def processor() -> str:
+    """What decides which instructions there are: several machines may share the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = ("flags", "features", "model name", "cpu part")
+    found = sorted({line for line in lines if line.lower().startswith(kinds)})
+    return "\n".join([platform.machine(), *found])
+
+
+def folder() -> Path:
+    """Where libraries are kept; a new temporary folder where others may write to that."""
+    asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if Path(asked).name.startswith("torchinductor_"):
+        asked = ""  # PyTorch's default, which it sets by itself, and which others can guess
+    asked = asked or os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        place = Path(asked or Path.home() / ".cache", "fusewright", "kernels").absolute()
+        for part in (*reversed(place.parents), place):
+            if not part.exists():
+                part.mkdir(mode=0o700, exist_ok=True)
+        if os.access(place, os.W_OK) and all(map(_is_private, (place, *place.parents))):
+            return place
+    except (OSError, RuntimeError):  # no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="fusewright-"))
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a library is in no folder that is kept."""
+    return path.parent.name != "kernels"
+
+
+def _is_private(part: Path) -> bool:
+    """Whether nobody but its user, and root, can put something else in the place of its files."""
+    known = part.stat()
+    others = known.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not known.st_mode & stat.S_ISVTX
+    return known.st_uid in (0, os.getuid()) and not others
+
+
+def source() -> str:
+    """All kernels, as one file."""
+    return "".join((Path(__file__).parent / name).read_text() for name in SOURCES)
+
+
+def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]) -> None:
+    """Compile ``text`` into the library ``path``, of which others see all or nothing.
+
+    Raises:
+        RuntimeError: the compiler fails.
+        subprocess.TimeoutExpired: it takes too long.
+    """
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as scratch:
+        given, made = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+        given.write_text(text)
+        command = [compiler, *FLAGS, *flags, str(given), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            line = next((line for line in lines if "error" in line), (lines or ["no message"])[0])
+            raise RuntimeError(f"{compiler} fails: {line[:200]}")
+        made.replace(path)
