@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .library import check, library
+from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 3
 _SCORES = 1 << 14
@@ -39,6 +39,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in every)
         and all(t.shape[-1] % 16 == 0 and t.numel() > 0 for t in every)
         and (mask is None or mask.dtype is torch.bool)
+        and are_real(*every)
         and library() is not None
     )
 

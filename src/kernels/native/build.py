@@ -24,23 +24,18 @@ SECONDS = 120
 """How long the compiler may take."""
 
 
-class AbsentError(Exception):
-    """There is nothing to compile the kernels with."""
-
-
 def built() -> Path:
     """The library's file; compiled unless it is there.
 
     Raises:
-        AbsentError: this machine has no compiler for them.
-        RuntimeError: it fails.
+        RuntimeError: this machine has no compiler for them, or it fails.
         subprocess.TimeoutExpired: it takes too long.
     """
     if sys.platform != "linux" or sys.byteorder != "little":
-        raise AbsentError("they are compiled on Linux only, for little-endian processors")
+        raise RuntimeError("they are compiled on Linux only, for little-endian processors")
     compiler = find_compiler()
     if compiler is None:
-        raise AbsentError("no C++ compiler was found (g++ or clang++)")
+        raise RuntimeError("no C++ compiler was found (g++ or clang++)")
     text = source()
     what = (text, _identity(compiler), *FLAGS, *OWN, processor())
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
@@ -122,6 +117,9 @@ def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            line = next((line for line in lines if "error" in line), (lines or ["no message"])[0])
+            line = next(
+                (line for line in lines if "error" in line),
+                (lines or [f"it ends with {done.returncode}"])[0],
+            )
             raise RuntimeError(f"{compiler} fails: {line[:200]}")
         made.replace(path)

@@ -1,8 +1,7 @@
 """The C++ kernels of this room, loaded: compiled in the background, at the first wish for them.
 
 Where there is a C++ compiler the kernels take its seconds once (``build.py``). Where there is none,
-or it fails, ops run their forms in plain PyTorch: ``problem`` says why, and ``explain`` that it
-failed.
+or it fails, ops run their forms in plain PyTorch: ``problem`` and ``explain`` say why.
 
 The kernels know nothing of Python or PyTorch: they are given addresses, sizes and strides.
 """
@@ -18,9 +17,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fallback import FAILED
-from .build import SECONDS, AbsentError, built, is_temporary
+from .build import SECONDS, built, is_temporary
 
 
 class Loading:
@@ -44,8 +44,6 @@ class Loading:
             self.library = ctypes.CDLL(str(path))
             if is_temporary(path):
                 shutil.rmtree(path.parent, ignore_errors=True)
-        except AbsentError as error:
-            self.problem = str(error)
         except Exception as error:  # whatever it is, ops have another form
             self.problem = FAILED["kernels in C++"] = _reason(error)
 
@@ -99,6 +97,11 @@ def problem() -> str | None:
     """Why there are no kernels, or None if there are; waits for the compiler."""
     library()
     return start().problem
+
+
+def are_real(*tensors: Tensor) -> bool:
+    """Whether tensors have memory: the doctor runs what implements the ops on fake ones."""
+    return not any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def check(status: int) -> None:

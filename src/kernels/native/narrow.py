@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import check, library
+from .library import are_real, check, library
 
 _Strides = ctypes.c_int64 * 2
 _SUMS = 1 << 16
@@ -30,6 +30,8 @@ def available(wide: Tensor, narrow: Tensor) -> bool:
 
 def takes(wide: Tensor, narrow: Tensor) -> bool:
     """Whether the kernel computes ``wide · narrow``: by its rows, or those of its transpose."""
+    if not are_real(wide, narrow):
+        return False
     return available(wide, narrow) and 1 in wide.stride() and wide.numel() > 0 < narrow.numel()
 
 

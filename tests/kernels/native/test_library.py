@@ -9,9 +9,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.kernels import fallback
-from fusewright.kernels.native import build, library
+from fusewright.kernels.native import attention, build, library, narrow
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     ("script", "says"),
     [
         ("echo 'kernels.cpp:1: error: no such thing' >&2; exit 1", "error: no such thing"),
-        ("exit 3", "no message"),
+        ("exit 3", "ends with 3"),
         ("sleep 60", "took longer than 1 seconds"),
         (_MAKES, "kernels-"),  # what it makes is no library
     ],
@@ -137,11 +139,24 @@ def test_a_compiler_that_fails(
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FAILED", failed := {})
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     loading = library.Loading()
     loading.thread.join()
-    assert loading.problem == "no C++ compiler was found (g++ or clang++)"
+    assert failed == {"kernels in C++": "no C++ compiler was found (g++ or clang++)"}
+    assert loading.problem in failed.values()
+
+
+def test_fake_tensors_have_no_memory_to_be_given() -> None:
+    real = torch.zeros(4, 4, dtype=torch.bfloat16)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(real)
+    assert library.are_real(real)
+    assert not library.are_real(real, fake)
+    assert not narrow.takes(fake, mode.from_tensor(torch.zeros(4, 2)))
+    heads = mode.from_tensor(real.new_zeros(1, 1, 4, 16))
+    assert not attention.takes(heads, heads, heads, None)
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
