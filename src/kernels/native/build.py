@@ -117,9 +117,7 @@ def compile_kernels(compiler: str, text: str, path: Path, flags: tuple[str, ...]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            line = next(
-                (line for line in lines if "error" in line),
-                (lines or [f"it ends with {done.returncode}"])[0],
-            )
+            lines.append(f"it ends with {done.returncode}")
+            line = next((line for line in lines if "error" in line), lines[0])
             raise RuntimeError(f"{compiler} fails: {line[:200]}")
         made.replace(path)
