@@ -26,7 +26,10 @@ import torch
 from ..errors import first_line
 
 FAILED: dict[str, str] = {}
-"""Library op -> why its kernel could not be compiled or launched; it runs its plain form since."""
+"""Library op -> why its kernel could not be compiled or launched; it runs its plain form since.
+
+All kernels in C++ count as one (``native/library.py``).
+"""
 
 
 class LaunchError(RuntimeError):

@@ -13,6 +13,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fusewright.rewrite import sample_inputs
 from fusewright.rewrite.engine import Candidate
 from fusewright.rewrite.rule import Match, Rule
 from fusewright.rewrite.sample_inputs import (
@@ -25,6 +26,7 @@ from fusewright.rewrite.sample_inputs import (
     Layout,
     Regime,
     Sizes,
+    UnitNormals,
     draws,
     is_static,
     is_weight,
@@ -372,3 +374,19 @@ def test_tokens() -> None:
 def test_gradients_from_behind_are_of_unit_size_but_in_one_regime() -> None:
     assert {r.upstream for r in (NORMAL, *REGIMES)} == {1.0}
     assert 0 < SUBNORMAL.upstream < 1e-3
+
+
+@pytest.mark.parametrize("kept", [1 << 21, 0])
+def test_normals_that_are_drawn_once_are_those_that_are_drawn_anew(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_inputs, "_KEPT", kept)
+    node = _node(torch.zeros(6, 4), torch.ones(6, 4))
+    normals = UnitNormals()
+    for regime in (NORMAL, *REGIMES, NORMAL):  # each of which writes into what it was given
+        for draw in (0, 1):
+            candidate, sizes = _candidate(node), Sizes(True)
+            (anew,) = sample(candidate, sizes, draw, regime)
+            (again,) = sample(candidate, sizes, draw, regime, normals)
+            assert torch.equal(again, anew)
+    assert bool(normals) == bool(kept)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ...graph import facts
+from ...kernels.native import library as native
 from ...rewrite.engine import Candidate
 from ...rewrite.verify import structure
 
@@ -53,6 +54,7 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
             replacement,
             traced,
             _devices(candidate),
+            _has_native_kernels(),
             environment(),
         )
     )
@@ -84,14 +86,22 @@ def environment() -> tuple[str, ...]:
     """The versions, the sources of the ops and of the verification, and the processor."""
     root, sources = Path(__file__).parents[2], hashlib.sha256()
     for room in ("graph", "kernels", "passes", "rewrite"):
-        for path in sorted((root / room).rglob("*.py")):
-            sources.update(path.read_bytes())
+        for path in sorted((root / room).rglob("*.*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                sources.update(path.read_bytes())
     return (
         f"fusewright {sources.hexdigest()}",
         f"torch {torch.__version__} {torch.version.git_version}",
         f"python {platform.python_version()}",
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     )
+
+
+def _has_native_kernels() -> bool | None:
+    """Whether ops in bf16 on the CPU run their kernels in C++; None where nobody has asked."""
+    if not (native.has_started() or torch.is_autocast_enabled("cpu")):
+        return None
+    return native.problem() is None
 
 
 def _devices(candidate: Candidate) -> list[str]:

@@ -153,7 +153,7 @@ def _as_outlined(function: Callable[..., Any], kind: Convention, given: dict[str
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     before = [t.clone() for t in tensors]
     try:
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             made = function(**given)
     except Exception:  # whatever it does not like
         made = NotImplemented

@@ -65,12 +65,11 @@ def narrow(x: Rows, layers: Sequence[ResolvedLinear]) -> list[Tensor | None]:
         # the scale goes onto the narrow factor, where it costs nothing and serves dB too
         scales = {layers[i].scale for i in group}
         rows, right = x.beside(stacked), stacked.t()
-        as_is = rows.dtype is not right.dtype
-        if len(scales) == 1 and (as_is or not on_cpu(rows)):
+        plain = on_cpu(rows) and rows.dtype is right.dtype
+        if len(scales) == 1 and not plain:
             whole = scaled_mm(rows, right, scales.pop())
             parts: Sequence[Tensor] = whole.split_with_sizes(widths, 1)
         else:
-            plain = on_cpu(rows) and not as_is
             whole = mm(rows, right) if plain else scaled_mm(rows, right, 1.0)
             each = zip(group, whole.split_with_sizes(widths, 1), strict=True)
             parts = [part * layers[i].scale for i, part in each]

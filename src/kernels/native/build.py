@@ -81,8 +81,8 @@ def folder() -> Path:
                 part.mkdir(mode=0o700, exist_ok=True)
         if os.access(place, os.W_OK) and all(map(_is_private, (place, *place.parents))):
             return place
-    except (OSError, RuntimeError):  # no home
-        pass
+    except (OSError, RuntimeError):
+        pass  # no home, or nothing can be written there: this process has a folder of its own
     return Path(tempfile.mkdtemp(prefix="fusewright-"))
 
 

@@ -67,6 +67,11 @@ def start() -> Loading:
         return _loading
 
 
+def has_started() -> bool:
+    """Whether anybody has asked for the kernels."""
+    return _loading is not None
+
+
 def _forget_unfinished() -> None:
     """In a forked process: the thread is not there."""
     global _lock, _loading
@@ -81,7 +86,7 @@ if hasattr(os, "register_at_fork"):
 
 def start_for(tensors: Iterable[Tensor]) -> None:
     """``start`` where there are kernels for one of these."""
-    if any(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in tensors):
+    if any(t.dtype is torch.bfloat16 and t.device.type == "cpu" and are_real(t) for t in tensors):
         start()
 
 

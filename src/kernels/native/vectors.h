@@ -71,13 +71,15 @@ inline bf16 narrowed(float x) {
   return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline float sum(Floats v) {
+// All lanes made one by ``join``, in halves.
+template <class Join>
+inline float reduced(Floats v, Join join) {
   float parts[kLanes];
   store(parts, v);
 #pragma GCC unroll 4
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < half; i++) parts[i] += parts[i + half];
+    for (int64_t i = 0; i < half; i++) parts[i] = join(parts[i], parts[i + half]);
   return parts[0];
 }
 
@@ -87,15 +89,11 @@ inline V larger(V a, V b) {
   return ((b > a) | (b != b)) ? b : a;
 }
 
-inline float largest(Floats v) {
-  float parts[kLanes];
-  store(parts, v);
-#pragma GCC unroll 4
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; i++) parts[i] = larger(parts[i], parts[i + half]);
-  return parts[0];
+inline float sum(Floats v) {
+  return reduced(v, [](float a, float b) { return a + b; });
 }
+
+inline float largest(Floats v) { return reduced(v, larger<float>); }
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 

@@ -94,3 +94,14 @@ def test_devices_are_numbered_as_they_are_met() -> None:
 
     assert text(0, 1) == text(3, 2) != text(1, 1)
     assert not re.search(r"index", text(0, 1))
+
+
+def test_kernels_that_another_rank_lacks_make_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    (candidate, *_) = _candidates("glu")
+    monkeypatch.setattr(module.native, "has_started", lambda: False)
+    keys = {site_key(candidate, False)}
+    monkeypatch.setattr(module.native, "has_started", lambda: True)
+    for problem in (None, "no C++ compiler was found"):
+        monkeypatch.setattr(module.native, "problem", lambda problem=problem: problem)
+        keys.add(site_key(candidate, False))
+    assert len(keys) == 3

@@ -30,7 +30,7 @@ def compiled(folder: Path, *flags: str) -> ctypes.CDLL:
 
 
 def require() -> None:
-    """Skip where this machine has no kernels: the ops have no other form to test then."""
+    """Skip where this machine has no kernels: there is nothing to test."""
     problem = library.problem()
     if problem:
         pytest.skip(f"there are no C++ kernels: {problem}")
