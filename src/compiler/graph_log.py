@@ -138,8 +138,9 @@ class GraphLog:
         self.notes.setdefault(module, {})[reason] = None
 
     def fail(self, module: nn.Module, reason: str) -> None:
-        """Remember why ``module`` could not be captured."""
+        """Remember why ``module`` is not captured any more; graphs that it has run are no use now."""
         self.failed[module] = reason
+        self.graphs.pop(module, None)
         self.note(module, reason)
 
     def note_outer_compile(self) -> None:

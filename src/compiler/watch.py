@@ -49,6 +49,14 @@ def global_hook_reason() -> str | None:
     return None
 
 
+UNSETTLED = (
+    "below it is another class at each call (a parametrization that is registered anew, as PEFT's "
+    "target_parameters are): each would need a graph of its own"
+)
+_MAX_NEW = 2
+"""Calls in a row of one region that may find classes that no call has found before."""
+
+
 class Watches:
     """The watches of one session, and what equal modules have in common.
 
@@ -60,6 +68,7 @@ class Watches:
         self.opaque = opaque_copies()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
+        self._new: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._round = 0
 
@@ -80,11 +89,16 @@ class Watches:
             watch = self._watches[module] = Watch(module, outside, self.opaque.below(module))
         if watch.round != self._round:
             watch.round = self._round
-            known = self._methods.get(watch.classes)
-            if known is None:
-                known = self._methods[watch.classes] = _Methods(watch.classes)
-            watch.code = known.code(self._round), watch.own_code
+            self._find_code(module, watch)
         return watch
+
+    def _find_code(self, module: nn.Module, watch: Watch) -> None:
+        known = self._methods.get(watch.classes)
+        self._new[module] = 0 if known is not None else self._new.get(module, 0) + 1
+        watch.is_unsettled = self._new[module] > _MAX_NEW
+        if known is None:
+            known = self._methods[watch.classes] = _Methods(watch.classes)
+        watch.code = known.code(self._round), watch.own_code
 
 
 class Watch:
@@ -98,6 +112,7 @@ class Watch:
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
+        is_unsettled: whether each call finds other classes, made since the one before.
     """
 
     def __init__(self, module: nn.Module, outside: Sequence[str], copies: ForwardCopies) -> None:
@@ -117,6 +132,7 @@ class Watch:
         self.copies = copies
         self.round = -1
         self.code: Hashable = None
+        self.is_unsettled = False
 
     def _current_children(self, module: nn.Module) -> list[nn.Module | None]:
         inner = chain.from_iterable(map(dict.values, map(_CHILDREN, self._dicts)))

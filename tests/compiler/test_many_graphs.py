@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fusewright import explain, optimize
 
@@ -144,3 +145,64 @@ def test_only_a_capture_sets_up_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
     for length in (5, 7):
         model(torch.randn(2, length, 8)).sum().backward()
     assert not found
+
+
+class Sum(nn.Module):
+    """A parametrization that adds something to a weight, as PEFT's adapters of parameters do."""
+
+    def __init__(self, added: Tensor) -> None:
+        super().__init__()
+        self.added = added
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.added
+
+
+def _parametrized(model: Stack) -> None:
+    for layer in model.layers:
+        parametrize.register_parametrization(layer.gate, "weight", Sum(torch.ones(8, 8)))
+
+
+def _plain(model: Stack) -> None:
+    for layer in model.layers:
+        parametrize.remove_parametrizations(layer.gate, "weight", leave_parametrized=False)
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_classes_that_are_made_anew_at_each_call_cost_two_graphs_per_region() -> None:
+    """Each call has another class, and TorchDynamo guards classes by identity.
+
+    The blocks are left after two graphs each, and then the layers in them that change.
+    """
+    model = Stack([1, 1], index)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    before, graphs = _graphs(), []
+    for _ in range(6):
+        _parametrized(model)
+        _parametrized(eager)
+        _assert_equal(model, eager)
+        _plain(model)
+        _plain(eager)
+        graphs.append(_graphs() - before)
+    assert graphs == [2, 4, 6, 8, 8, 8]
+    report = str(explain(model))
+    assert "another class at each call" in report
+    assert "0 rewrites" in report
+
+
+def test_classes_that_are_made_once_or_come_back_are_captured() -> None:
+    model = Stack([1, 1], index)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    kinds = [type(f"Linear{i}", (nn.Linear,), {}) for i in range(2)]
+    before = _graphs()
+    for i in (0, 0, 1, 0, 1, 0, 1, 0, 1):
+        for layer in (*model.layers, *eager.layers):
+            layer.gate.__class__ = kinds[i]
+        _assert_equal(model, eager)
+    assert _graphs() - before == 2
+    assert "another class" not in str(explain(model))

@@ -20,7 +20,7 @@ from ..copies.forward_copies import using_copies
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
-from ..watch import Watch, global_hook_reason
+from ..watch import UNSETTLED, Watch, global_hook_reason
 from .input_gradients import input_without_gradient, shown_with_gradient
 
 _NO_CONTEXT = contextlib.nullcontext()
@@ -67,13 +67,17 @@ def block_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_inactive(self):
             return original(self, *args, **kwargs)
+        failed = session.failure(self)
+        if failed is not None:
+            return _bypassed(session, failed, original, self, args, kwargs)
         watch = session.state.watches.get(self)
         hooks = watch.find_hooks(self)
         units = Units(hooks.units.values()) if hooks.units else _NO_UNITS
-        failed = session.failure(self)
-        reason = failed or _why_not(kind, args, kwargs, hooks, session.choices.fake)
+        reason = _why_not(kind, args, kwargs, hooks, session.choices.fake)
+        if reason is None and watch.is_unsettled:
+            reason = UNSETTLED
         if reason is not None:
-            if hooks.divided and kind == "block" and failed is None:
+            if reason is UNSETTLED or (hooks.divided and kind == "block"):
                 session.leave(self, reason)
             return _bypassed(session, reason, original, self, args, kwargs)
         if units:

@@ -19,7 +19,7 @@ from ..logits.awaiting import another_awaits
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
-from ..watch import global_hook_reason
+from ..watch import UNSETTLED, global_hook_reason
 from .default_cache import (
     SharedCacheIndices,
     cache_is_unused,
@@ -121,6 +121,9 @@ def head_forward(
         if results is not None and hooks.units:  # nothing says where its own part begins
             hooks.others = hooks.others or next(iter(hooks.units))
         reason = _why_not(session, self, kwargs, hooks.others)
+        if reason is None and watch.is_unsettled:
+            reason = UNSETTLED
+            session.log.fail(self, reason)
         if reason is None and results is not None:
             if results.any_unknown(watch.blocks):  # the first call shows what they return
                 return original(self, **kwargs)
