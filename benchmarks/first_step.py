@@ -98,7 +98,7 @@ def _rank(size: str, codegen: str, count: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fusewright import optimize
-    from fusewright.compiler import codegen as codegen_module
+    from fusewright.compiler import backend
     from fusewright.rewrite import verify
 
     warnings.simplefilter("ignore")
@@ -111,7 +111,7 @@ def _rank(size: str, codegen: str, count: int) -> None:
     spent: dict[str, float] = {}
     verified = _timed(verify, "_judge", {})
     _timed(verify.Verifier, "__call__", spent, "verification")
-    _timed(codegen_module, "inductor", spent, "inductor")
+    _timed(backend, "inductor", spent, "inductor")
     optimize(model, codegen=codegen)
     call = torch.nn.parallel.DistributedDataParallel(model) if count > 1 else model
     ids = (torch.arange(128).reshape(2, 64) + dist.get_rank()) % 1000

@@ -23,7 +23,6 @@ from ..rewrite.engine import apply
 from ..rewrite.findings import Finding
 from ..rewrite.op_table import TABLE
 from ..rewrite.verify import quiet_randomness
-from . import codegen
 from .calls.caller_writes import inputs_to_copy, may_write, with_changed_inputs
 from .calls.input_gradients import (
     input_gradient_reason,
@@ -31,6 +30,7 @@ from .calls.input_gradients import (
     require_gradients,
     with_leaf,
 )
+from .codegen.inductor import inductor
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session
@@ -183,7 +183,7 @@ def _generate_code(
 ) -> Callable[..., Any]:
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
         own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
-        run = codegen.inductor(graph, own, session.state.preparation)
+        run = inductor(graph, own, session.state.preparation)
         return _of_frozen(with_changed_inputs(run, idle, Tensor.detach), examples)
     return eager(graph)
 

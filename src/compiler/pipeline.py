@@ -31,9 +31,9 @@ from ..report import Bypass, Fallback, Report, Site
 from ..rewrite.engine import Fuel
 from ..rewrite.rule import Rule
 from ..rewrite.verify import Verifier, quiet_randomness
-from . import codegen as _codegen
 from . import regions
 from .calls.forwards import OUTER_COMPILE
+from .codegen.choice import choose
 from .copies.decoding import Decoding
 from .graph_log import GraphLog, representative
 from .install import active, install, replaced_by, split, uninstall
@@ -105,7 +105,7 @@ def _choices(
     model: nn.Module, found: Sequence[regions.Region], options: Options, environment: Environment
 ) -> Choices:
     blocks = [r.module for r in found if r.kind == "block"]
-    chosen = _codegen.choose(options.codegen, blocks)
+    chosen = choose(options.codegen, blocks)
     return Choices(
         options,
         environment,

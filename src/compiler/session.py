@@ -19,7 +19,7 @@ from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
-from . import codegen
+from .codegen.cpp_compiler import prepare
 from .copies.decoding import Decoding
 from .graph_log import CapturedGraph, GraphLog, summary
 from .options import Environment, Options
@@ -248,7 +248,7 @@ class Session:
     def _start(self, module: nn.Module) -> None:
         """Before the first call: let Inductor prepare beside the capture."""
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
-            self.state.preparation = codegen.prepare(module)
+            self.state.preparation = prepare(module)
         self.state.started = True
 
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...compiler.codegen import choose
+from ...compiler.codegen.choice import choose
 from ...compiler.options import Environment
 from ...kernels.launch import IMPLEMENTATIONS, LAUNCHES
 from ...kernels.op import Op

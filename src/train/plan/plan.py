@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...compiler.codegen import choose
+from ...compiler.codegen.choice import choose
 from ...compiler.options import Codegen
 from ...errors import RecipeError
 from ...memory.predict import compilation_bytes

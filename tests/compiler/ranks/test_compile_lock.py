@@ -168,10 +168,10 @@ def _compiled(world: Any, folder: str) -> tuple[int, int, float]:
     torch.set_num_threads(1)
     from torch._dynamo.utils import counters
 
-    from fusewright.compiler import codegen
+    from fusewright.compiler.codegen.inductor import inductor
 
     def run(graph: fx.GraphModule, examples: list[Tensor]) -> Any:
-        return codegen.inductor(graph, examples)
+        return inductor(graph, examples)
 
     x = torch.ones(3, requires_grad=True)
     y = torch.compile(lambda x: torch.sin(x) * 2, backend=run)(x)

@@ -1,109 +1,21 @@
-"""What runs a rewritten graph: eager PyTorch, or Inductor."""
+"""A rewritten graph compiled with Inductor."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import shutil
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ..graph import facts
-from ..graph.effects import draws
-from ..graph.run import without_advice
-from ..kernels.launch import has_triton
-from .ranks.compile_lock import first_one_compiles
-
-_MIN_PARAMETERS = 10_000_000
-"""Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
-
-
-def choose(
-    codegen: str, blocks: Sequence[nn.Module], elsewhere: str | None = None
-) -> tuple[str, str]:
-    """Decide what runs the leftovers of the blocks' graphs.
-
-    Args:
-        codegen: the user's choice: ``"auto"``, ``"eager"`` or ``"inductor"``.
-        blocks: the decoder blocks of the model.
-        elsewhere: the type of the device that will run them, where they are not on it: the CPU of
-            this machine, or a GPU of another one, which is taken to have Triton.
-
-    Returns:
-        ``"eager"`` or ``"inductor"``, and the reason.
-    """
-    if codegen != "auto":
-        return codegen, "as asked"
-    if not blocks:
-        return "eager", "the model has no repeated blocks"
-    size = sum(p.numel() for b in blocks for p in b.parameters())
-    if size < _MIN_PARAMETERS:
-        return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
-    device = next((p.device.type for b in blocks for p in b.parameters()), "cpu")
-    missing = "" if elsewhere == "cuda" else _missing_compiler(elsewhere or device)
-    if missing:
-        return "eager", missing
-    return "inductor", "one compilation serves all blocks"
-
-
-def _missing_compiler(device: str) -> str:
-    if device == "cpu":
-        found = any(shutil.which(c) for c in ("g++", "clang++", "c++"))
-        return "" if found else "no C++ compiler was found (g++ or clang++)"
-    return "" if has_triton() else "Triton is not installed"
-
-
-def prepare(module: nn.Module) -> threading.Thread | None:
-    """Start what Inductor must have before its first kernel for the CPU, in the background.
-
-    It finds the vector instructions by test programs, and compiles the headers that all kernels
-    include: several seconds, which pass beside the capture instead of after it.
-
-    Args:
-        module: a captured module; its device decides.
-
-    Returns:
-        The thread to wait for before ``inductor``, or None if there is nothing to prepare.
-    """
-    if any(p.device.type != "cpu" for p in module.parameters()):
-        return None
-    # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
-    from torch._inductor import codecache, compile_fx, cpu_vec_isa  # noqa: F401
-
-    probe = threading.Thread(target=_quietly, args=(_find_vector_instructions,), daemon=True)
-
-    def compile_headers() -> None:
-        probe.join()
-        # a kernel's headers are compiled before its compilation is asked for, which it is not
-        codecache.CppPythonBindingsCodeCache.load_async("// nothing", device_type="cpu")
-
-    probe.start()
-    threading.Thread(target=_quietly, args=(compile_headers,), daemon=True).start()
-    return probe
-
-
-def _quietly(run: Callable[[], None]) -> None:
-    with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
-        run()
-
-
-def _find_vector_instructions() -> None:
-    """Let Inductor try a program with the best vector instructions that the CPU has.
-
-    It would try one with each kind that the CPU has, two seconds of the C++ compiler for each, and
-    then take the best. Those that come after one that works are taken to work.
-    """
-    from torch._inductor import config, cpu_vec_isa
-
-    known = cpu_vec_isa.x86_isa_checker()
-    kinds = cpu_vec_isa.supported_vec_isa_list if known else ()
-    found = any(isa for isa in kinds if all(flag in known for flag in str(isa).split()))
-    with config.patch({"cpp.vec_isa_ok": True}) if found else contextlib.nullcontext():
-        cpu_vec_isa.pick_vec_isa()
+from ...graph import facts
+from ...graph.effects import draws
+from ...graph.run import without_advice
+from ..ranks.compile_lock import first_one_compiles
+from .cpp_compiler import kernels_awaited_last
 
 
 def _disable_donation() -> None:
@@ -171,7 +83,7 @@ def inductor(
     Args:
         module: the graph.
         examples: its inputs, as Dynamo gave them.
-        preparation: what ``prepare`` returned; waited for as late as possible.
+        preparation: what ``cpp_compiler.prepare`` returned; waited for as late as possible.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -184,7 +96,11 @@ def inductor(
             return compile_fx_inner(*args, **kwargs)
 
     # donated buffers would forbid a second backward over a retained graph, which eager allows
-    with functorch_config.patch(donated_buffer=False), without_advice():
+    with (
+        functorch_config.patch(donated_buffer=False),
+        without_advice(),
+        nullcontext() if preparation is None else kernels_awaited_last(),
+    ):
         compiled = compile_fx(
             module,
             list(examples),

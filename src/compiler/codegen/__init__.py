@@ -1,0 +1,1 @@
+"""What runs a rewritten graph: eager PyTorch, or Inductor and its C++ compiler."""

@@ -1,0 +1,48 @@
+"""What runs the graphs of a model's blocks: eager PyTorch, or Inductor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from torch import nn
+
+from ...kernels.launch import has_triton
+
+_MIN_PARAMETERS = 10_000_000
+"""Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
+
+
+def choose(
+    codegen: str, blocks: Sequence[nn.Module], elsewhere: str | None = None
+) -> tuple[str, str]:
+    """Decide what runs the leftovers of the blocks' graphs.
+
+    Args:
+        codegen: the user's choice: ``"auto"``, ``"eager"`` or ``"inductor"``.
+        blocks: the decoder blocks of the model.
+        elsewhere: the type of the device that will run them, where they are not on it: the CPU of
+            this machine, or a GPU of another one, which is taken to have Triton.
+
+    Returns:
+        ``"eager"`` or ``"inductor"``, and the reason.
+    """
+    if codegen != "auto":
+        return codegen, "as asked"
+    if not blocks:
+        return "eager", "the model has no repeated blocks"
+    size = sum(p.numel() for b in blocks for p in b.parameters())
+    if size < _MIN_PARAMETERS:
+        return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
+    device = next((p.device.type for b in blocks for p in b.parameters()), "cpu")
+    missing = "" if elsewhere == "cuda" else _missing_compiler(elsewhere or device)
+    if missing:
+        return "eager", missing
+    return "inductor", "one compilation serves all blocks"
+
+
+def _missing_compiler(device: str) -> str:
+    if device == "cpu":
+        found = any(shutil.which(c) for c in ("g++", "clang++", "c++"))
+        return "" if found else "no C++ compiler was found (g++ or clang++)"
+    return "" if has_triton() else "Triton is not installed"

@@ -1,0 +1,167 @@
+"""Inductor's C++ compiler: which vector instructions it may use, and when it is waited for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch._inductor import config, cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+
+from fusewright.compiler.codegen import cpp_compiler
+
+
+class _Kind:
+    def __init__(self, name: str, works: bool, tried: list[str]) -> None:
+        self.name, self.works, self.tried = name, works, tried
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __bool__(self) -> bool:
+        self.tried.append(self.name)
+        return self.works
+
+
+@pytest.mark.parametrize(
+    ("working", "tried", "assumed"),
+    [
+        ("best good plain", ["best"], True),
+        ("good plain", ["best", "good"], True),
+        ("", ["best", "good", "plain"], None),  # Inductor finds out for itself
+    ],
+)
+def test_what_comes_after_one_that_works_is_not_tried(
+    working: str, tried: list[str], assumed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    names = ("of another CPU", "best", "good", "plain")
+    kinds = [_Kind(name, name in working.split(), seen) for name in names]
+    picked: list[Any] = []
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", kinds)
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["best", "good", "plain"])
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: picked.append(config.cpp.vec_isa_ok))
+    before = config.cpp.vec_isa_ok
+    cpp_compiler._find_vector_instructions()
+    assert seen == tried
+    assert picked == [assumed]
+    assert config.cpp.vec_isa_ok == before
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_headers_that_compile_prove_the_instructions(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+
+    def compile_headers() -> None:
+        done.append("headers")
+        if refused and done.count("headers") == 1:
+            raise RuntimeError("unrecognized command-line option")
+
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["plain"])
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: done.append(config.cpp.vec_isa_ok))
+    monkeypatch.setattr(cpp_compiler, "_compile_headers", compile_headers)
+    monkeypatch.setattr(cpp_compiler, "_forget_vector_instructions", lambda: done.append("forgot"))
+    monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
+    with config.patch({"cpp.vec_isa_ok": None, "cpp_cache_precompile_headers": True}):
+        cpp_compiler._prepare()
+    rest = ["forgot", "tried", "headers"] if refused else []
+    assert done == [True, "headers", *rest]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cpp.vec_isa_ok": False}, {"cpp_cache_precompile_headers": False}]
+)
+def test_what_the_user_has_set_is_not_overridden(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(cpp_compiler, "_compile_headers", lambda: done.append("headers"))
+    monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
+    with config.patch(settings):
+        cpp_compiler._prepare()
+    assert done == ["tried", "headers"]
+
+
+_REFUSING = """#!/bin/sh
+for argument; do case "$argument" in -mavx*) echo "no $argument" >&2; exit 1;; esac; done
+exec g++ "$@"
+"""
+
+_STEP = """
+import copy, sys, torch
+from torch._inductor import cpu_vec_isa
+from fusewright import explain, optimize
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+eager = copy.deepcopy(model)
+optimize(model, codegen="inductor")
+ids = torch.arange(24).reshape(2, 12)
+for m in (model, eager):
+    m(input_ids=ids, labels=ids).loss.backward()
+for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+    torch.testing.assert_close(mine.grad, theirs.grad)
+print(explain(model))
+print("instructions:", cpu_vec_isa.pick_vec_isa())
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to put a script around")
+def test_a_compiler_that_refuses_the_instructions_is_used_without_them(tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(_REFUSING.replace("exec g++", f"exec {shutil.which('g++')}"))
+    compiler.chmod(0o755)
+    environment = {
+        **os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _STEP], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "instructions: INVALID_VEC_ISA" in done.stdout
+    assert "codegen inductor" in done.stdout
+    assert "could not be captured" not in done.stdout
+
+
+def test_kernels_are_awaited_at_the_end_and_only_in_this_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    awaited: list[str] = []
+    original = lambda compilation, scope: awaited.append(scope["name"])  # noqa: E731
+    monkeypatch.setattr(AsyncCompile, "wait", original)
+    compilation = AsyncCompile()
+    with cpp_compiler.kernels_awaited_last():
+        compilation.wait({"name": "forward"})
+        other = threading.Thread(target=compilation.wait, args=({"name": "another's"},))
+        other.start()
+        other.join()
+        compilation.wait({"name": "backward"})
+        assert awaited == ["another's"]
+    assert awaited == ["another's", "forward", "backward"]
+    assert AsyncCompile.wait is original
+
+
+def test_nothing_is_awaited_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    awaited: list[Any] = []
+    original = lambda compilation, scope: awaited.append(scope)  # noqa: E731
+    monkeypatch.setattr(AsyncCompile, "wait", original)
+
+    def fail() -> None:
+        with cpp_compiler.kernels_awaited_last():
+            AsyncCompile().wait({})
+            raise ValueError("lowering")
+
+    with pytest.raises(ValueError, match="lowering"):
+        fail()
+    assert awaited == []
+    assert AsyncCompile.wait is original
