@@ -19,7 +19,7 @@ from ..logits.awaiting import another_awaits
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
-from ..watch import UNSETTLED, global_hook_reason
+from ..watch import UNSETTLED, Watch, global_hook_reason
 from .default_cache import (
     SharedCacheIndices,
     cache_is_unused,
@@ -120,10 +120,7 @@ def head_forward(
         hooks = watch.find_hooks(self)
         if results is not None and hooks.units:  # nothing says where its own part begins
             hooks.others = hooks.others or next(iter(hooks.units))
-        reason = _why_not(session, self, kwargs, hooks.others)
-        if reason is None and watch.is_unsettled:
-            reason = UNSETTLED
-            session.log.fail(self, reason)
+        reason = _why_not(session, self, kwargs, hooks.others, watch)
         if reason is None and results is not None:
             if results.any_unknown(watch.blocks):  # the first call shows what they return
                 return original(self, **kwargs)
@@ -192,12 +189,17 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bo
     return not session.state.watches.get(head, outside).find_hooks(head).units
 
 
-def _why_not(session: Session, head: nn.Module, kwargs: Any, hooked: str | None) -> str | None:
+def _why_not(
+    session: Session, head: nn.Module, kwargs: Any, hooked: str | None, watch: Watch
+) -> str | None:
     """Why a call with labels is not captured, as far as the blocks have no say in it."""
     reason = session.log.failed.get(head) or global_hook_reason()
     reason = reason or transform_reason((), kwargs, session.choices.fake)
     if reason is None and hooked:
         return f"a hook is registered on its submodule {hooked}"
+    if reason is None and watch.is_unsettled:
+        reason = UNSETTLED
+        session.log.fail(head, reason)
     return reason
 
 
