@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from torch import nn
 
 from ...kernels.launch import has_triton
+from ...kernels.native.build import missing_compiler
 
 _MIN_PARAMETERS = 10_000_000
 """Parameters in the blocks above which Inductor's seconds of compilation are soon earned back."""
@@ -43,6 +43,5 @@ def choose(
 
 def _missing_compiler(device: str) -> str:
     if device == "cpu":
-        found = any(shutil.which(c) for c in ("g++", "clang++", "c++"))
-        return "" if found else "no C++ compiler was found (g++ or clang++)"
+        return missing_compiler()
     return "" if has_triton() else "Triton is not installed"

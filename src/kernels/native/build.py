@@ -35,7 +35,7 @@ def built() -> Path:
         raise RuntimeError("they are compiled on Linux only, for little-endian processors")
     compiler = find_compiler()
     if compiler is None:
-        raise RuntimeError("no C++ compiler was found (g++ or clang++)")
+        raise RuntimeError(missing_compiler())
     text = source()
     what = (text, _identity(compiler), *FLAGS, *OWN, processor())
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
@@ -46,9 +46,27 @@ def built() -> Path:
 
 
 def find_compiler() -> str | None:
-    """The compiler that Inductor would take."""
+    """The compiler that Inductor would take: the variable CXX's, or the usual one; if it runs."""
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    path = shutil.which(os.environ.get("CXX") or usual)
+    if path is None:
+        return None
+    try:
+        asked = [path, "--version"]
+        subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return path
+
+
+def missing_compiler() -> str:
+    """Why there is no compiler, and what to do; empty where there is one."""
+    if find_compiler() is not None:
+        return ""
     asked = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, filter(None, (asked, "g++", "clang++")))), None)
+    if asked:
+        return f"the C++ compiler that the variable CXX names, {asked}, does not run"
+    return "no C++ compiler was found: install g++, or let the variable CXX name another one"
 
 
 def _identity(compiler: str) -> str:

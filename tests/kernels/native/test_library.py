@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusewright.compiler.codegen.choice import choose
 from fusewright.kernels import fallback
 from fusewright.kernels.native import attention, build, library, narrow
 
@@ -24,9 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A C++ compiler that is this script."""
+    """A C++ compiler that is this script; it runs, as long as it is only asked who it is."""
     path = folder / "compiler"
-    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n')
     path.chmod(0o755)
     monkeypatch.setenv("CXX", str(path))
 
@@ -144,8 +146,22 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     loading = library.Loading()
     loading.thread.join()
-    assert failed == {"kernels in C++": "no C++ compiler was found (g++ or clang++)"}
-    assert loading.problem in failed.values()
+    assert loading.problem is not None
+    assert loading.problem.startswith("no C++ compiler was found: install g++")
+    assert failed == {"kernels in C++": loading.problem}
+
+
+@pytest.mark.parametrize("named", ["/bin/false", "/nowhere/g++", "ccache g++"])
+def test_a_compiler_that_does_not_run(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor takes no other one then, and neither do the kernels; blocks run in eager code."""
+    monkeypatch.setenv("CXX", named)
+    says = f"the C++ compiler that the variable CXX names, {named}, does not run"
+    assert build.find_compiler() is None
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        build.built()
+    blocks = [torch.nn.Linear(4000, 4000, device="meta")]
+    assert choose("auto", blocks, "cpu") == ("eager", says)
+    assert choose("inductor", blocks, "cpu") == ("inductor", "as asked")
 
 
 def test_fake_tensors_have_no_memory_to_be_given() -> None:
