@@ -14,6 +14,7 @@ from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
+from ..graph.reach import inputs_of_outputs
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
 from ..memory.apply_plan import offloaded, planned
@@ -30,6 +31,7 @@ from .calls.input_gradients import (
     require_gradients,
     with_leaf,
 )
+from .codegen.absent_gradients import AbsentGradients
 from .codegen.inductor import inductor
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
@@ -102,6 +104,7 @@ def compile_graph(
         stages.dump(graph, "functionalized")
         remove_noops(graph)
         stages.dump(graph, "cleaned")
+        absent = AbsentGradients(inputs_of_outputs(graph) if grad and kind == "block" else None)
         eager_losses = copy_if_loss(graph)
         findings = _recognise_and_fuse(graph, choices)
         stages.dump(graph, "fused")
@@ -122,7 +125,7 @@ def compile_graph(
         graph = planned(choices.planner, region, graph, examples, choice)
     after = stages.record(graph, "rewritten")
 
-    run = _generate_code(graph, examples, choice, session, idle)
+    run = _generate_code(graph, examples, choice, session, idle, absent)
     run = with_changed_inputs(offloaded(choices.planner, graph, run), copied, Tensor.clone)
     captured = CapturedGraph(findings, grad, stages.number, before, after)
     return _recorded(session, captured, run, needs_own)
@@ -179,11 +182,16 @@ def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
 
 
 def _generate_code(
-    graph: fx.GraphModule, examples: Sequence[Any], choice: str, session: Session, idle: list[int]
+    graph: fx.GraphModule,
+    examples: Sequence[Any],
+    choice: str,
+    session: Session,
+    idle: list[int],
+    absent: AbsentGradients,
 ) -> Callable[..., Any]:
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
         own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
-        run = inductor(graph, own, session.state.preparation)
+        run = inductor(graph, own, session.state.preparation, absent)
         return _of_frozen(with_changed_inputs(run, idle, Tensor.detach), examples)
     return eager(graph)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,3 +60,119 @@ def test_a_reentrant_checkpoint_of_a_parameter_without_a_gradient_is_captured(
         assert (own.grad is None) == (p.grad is None) == ("other" in name), name
         if p.grad is not None:
             torch.testing.assert_close(own.grad, p.grad)
+
+
+class _TwoOutputs(nn.Module):
+    """A block whose second output nobody may use; a weight of its own makes it."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.second = nn.RMSNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.both = nn.Parameter(torch.randn(16))
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.checkpointed:
+            return checkpoint(self.part, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.part(x)
+
+    def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * self.both
+        return x + self.linear(self.norm(y)), self.second(y)
+
+
+class _TwoStreams(nn.Module):
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_TwoOutputs(checkpointed) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        others = []
+        for layer in self.layers:
+            x, other = layer(x)
+            others.append(other)
+        return x, others[0] + others[1]
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_a_weight_of_an_output_that_is_not_used_has_none(
+    used: tuple[int, ...], checkpointed: bool, codegen: Any
+) -> None:
+    torch.manual_seed(0)
+    eager = _TwoStreams(checkpointed)
+    ours = optimize(copy.deepcopy(eager), codegen=codegen)
+    x = torch.randn(2, 5, 16)
+    for model in (eager, ours):
+        for _ in range(2):
+            outputs = model(x)
+            sum(outputs[i].square().sum() for i in used).backward()
+    assert not explain(ours).bypasses
+    absent = [n for n, p in eager.named_parameters() if p.grad is None]
+    assert any(absent) == (len(used) == 1)
+    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        assert (own.grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(own.grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_input_is_given_none_too(checkpointed: bool) -> None:
+    """One whose only way is through an output that nobody uses; and an input that is no leaf."""
+    torch.manual_seed(0)
+    eager = _TwoStreams(checkpointed)
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    seen: list[list[bool]] = []
+    for model in (eager, ours):
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        first, other = model(x * 2)
+        grads = torch.autograd.grad(
+            other.sum(), [x, *model.parameters()], allow_unused=True, retain_graph=True
+        )
+        again = torch.autograd.grad(first.sum(), [x, *model.parameters()], allow_unused=True)
+        seen.append([g is None for g in (*grads, *again)])
+    assert seen[0] == seen[1]
+    assert any(seen[0])
+
+
+class _Projections(nn.Module):
+    """Three projections of one norm, which ops join; one of them is an output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(16)
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        return x + self.q(h) * self.k(h), self.v(h)
+
+
+class _Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Projections() for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x, v = layer(x)
+        return x, v
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_op_that_makes_several_outputs_does_not_join_their_inputs(lora: bool, used: int) -> None:
+    torch.manual_seed(0)
+    eager: nn.Module = _Projected()
+    if lora:
+        targets = LoraConfig(target_modules=["q", "k", "v"], init_lora_weights=False)
+        eager = get_peft_model(eager, targets)  # type: ignore[arg-type]
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    x = torch.randn(2, 5, 16)
+    for model in (eager, ours):
+        model(x)[used].square().sum().backward()
+    assert " 0 rewrites" not in str(explain(ours))
+    pairs = list(zip(eager.named_parameters(), ours.parameters(), strict=True))
+    assert any(p.grad is None for (_, p), _ in pairs if p.requires_grad)
+    assert [n for (n, p), own in pairs if (p.grad is None) != (own.grad is None)] == []

@@ -15,6 +15,7 @@ from ...graph import facts
 from ...graph.effects import draws
 from ...graph.run import without_advice
 from ..ranks.compile_lock import first_one_compiles
+from .absent_gradients import AbsentGradients
 from .cpp_compiler import kernels_awaited_last
 
 
@@ -76,7 +77,10 @@ def _patches(module: fx.GraphModule) -> dict[str, Any]:
 
 
 def inductor(
-    module: fx.GraphModule, examples: Sequence[Any], preparation: threading.Thread | None = None
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    preparation: threading.Thread | None = None,
+    absent: AbsentGradients | None = None,
 ) -> Callable[..., Any]:
     """Compile the graph with Inductor; our ops are traced through or called as they are.
 
@@ -84,6 +88,7 @@ def inductor(
         module: the graph.
         examples: its inputs, as Dynamo gave them.
         preparation: what ``cpp_compiler.prepare`` returned; waited for as late as possible.
+        absent: finds the gradients that eager mode does not have.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -107,10 +112,14 @@ def inductor(
             inner_compile=compile_prepared,
             config_patches=_patches(module),
         )
-    return _with_checked_backward(cast("Callable[..., Any]", compiled))
+    return _with_checked_backward(
+        cast("Callable[..., Any]", compiled), absent or AbsentGradients(None)
+    )
 
 
-def _with_checked_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _with_checked_backward(
+    compiled: Callable[..., Any], absent: AbsentGradients
+) -> Callable[..., Any]:
     """Let its backward pass give no gradients where none come in, as eager mode's does.
 
     What goes wrong when the pass is differentiated says what to do instead.
@@ -120,17 +129,16 @@ def _with_checked_backward(compiled: Callable[..., Any]) -> Callable[..., Any]:
         outputs = compiled(*args)
         for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
             if node is not None:
-                node.register_hook(_check_backward)
+                node.register_hook(absent.hook(node, args, outputs))
+                node.register_hook(_refuse_second_backward)
         return outputs
 
     return run
 
 
-def _check_backward(
+def _refuse_second_backward(
     grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    if all(g is None for g in grad_outputs):  # AOTAutograd takes that for zeros
-        return (None,) * len(grad_inputs)
     if not torch.is_grad_enabled():
         return None
     return tuple(g if g is None else _NoDoubleBackward.apply(g) for g in grad_inputs)  # type: ignore[no-untyped-call]

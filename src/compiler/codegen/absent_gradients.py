@@ -1,0 +1,78 @@
+"""Where eager mode has no gradient, a compiled graph has none either: None is not zeros.
+
+An optimizer decays a weight whose gradient is zero, and leaves one without a gradient alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+Hook = Callable[[tuple[Any, ...], tuple[Any, ...]], "tuple[Any, ...] | None"]
+
+
+class AbsentGradients:
+    """Finds the inputs that get no gradient in a backward pass of a compiled graph.
+
+    AOTAutograd takes a gradient that does not come in for zeros, and gives zeros for it.
+    """
+
+    def __init__(self, inputs: Sequence[frozenset[int]] | None) -> None:
+        """Make one for a graph.
+
+        Args:
+            inputs: for each output of the graph the numbers of the inputs that it is made of, as
+                ``graph/reach.py`` finds them before ops join them; None if that is not known.
+        """
+        self._outputs: dict[int, set[int]] = {}
+        if inputs is not None and len(set(inputs)) > 1:
+            for output, of in enumerate(inputs):
+                for i in of:
+                    self._outputs.setdefault(i, set()).add(output)
+
+    def hook(self, node: Any, args: Sequence[Any], outputs: Sequence[Any]) -> Hook:
+        """What is to be called after ``node``, with the gradients of its inputs and outputs.
+
+        Args:
+            node: of autograd, that of a call of the compiled graph.
+            args: of this call.
+            outputs: of this call.
+        """
+        if not self._outputs:
+            return _none_for_none
+        numbers = {
+            i: t.output_nr
+            for i, t in enumerate(outputs)
+            if isinstance(t, Tensor) and t.grad_fn is node
+        }
+        reached: dict[Any, set[int]] = {}
+        for i, t in enumerate(args):
+            if isinstance(t, Tensor) and t.requires_grad:
+                own = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
+                reached.setdefault(tuple(get_gradient_edge(t)[:2]), set()).update(own)
+        inputs = [reached.get(edge) for edge in node.next_functions]
+        known = frozenset(numbers.values())
+
+        def none_for_none(
+            grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+        ) -> tuple[Any, ...] | None:
+            given = {i for i, g in enumerate(grad_outputs) if g is not None}
+            if not given or len(inputs) != len(grad_inputs) or not given <= known:
+                return _none_for_none(grad_inputs, grad_outputs)
+            return tuple(
+                None if of is not None and not of & given else g
+                for of, g in zip(inputs, grad_inputs, strict=True)
+            )
+
+        return none_for_none
+
+
+def _none_for_none(
+    grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    if all(g is None for g in grad_outputs):
+        return (None,) * len(grad_inputs)
+    return None

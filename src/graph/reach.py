@@ -1,0 +1,75 @@
+"""Which inputs of a graph each of its outputs depends on."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from . import facts
+from .effects import writes
+
+_Found = frozenset[int] | tuple[frozenset[int], ...]
+
+
+def inputs_of_outputs(module: fx.GraphModule) -> list[frozenset[int]] | None:
+    """The numbers of the inputs that each output is made of.
+
+    Args:
+        module: the graph; what is in graphs inside it is followed where a call has one such graph.
+
+    Returns:
+        For each output a set, which may have numbers too many, and none too few. None where a node
+        writes into another one, which nothing in the graph says.
+    """
+    graphs = list(facts.nested(module))
+    if any(writes(node) for graph in graphs for node in graph.graph.nodes):
+        return None
+    return _of_outputs(module)
+
+
+def _of_outputs(module: fx.GraphModule) -> list[frozenset[int]]:
+    found: dict[fx.Node, _Found] = {}
+    inputs = 0
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = frozenset({inputs})
+            inputs += 1
+        elif node.op == "output":
+            given = node.args[0]
+            outputs = given if isinstance(given, (tuple, list)) else (given,)
+            return [_of_value(value, found) for value in outputs]
+        else:
+            found[node] = _of_node(node, found)
+    return []
+
+
+def _of_node(node: fx.Node, found: dict[fx.Node, _Found]) -> _Found:
+    if node.target is operator.getitem:
+        whole = found.get(node.args[0])  # type: ignore[arg-type]  # 2026-11-28: it is a node
+        if isinstance(whole, tuple) and isinstance(node.args[1], int):
+            return whole[node.args[1]]
+    bodies = [i for i, value in enumerate(node.args) if facts.body(value) is not None]
+    if len(bodies) == 1:
+        inner = facts.body(node.args[bodies[0]])
+        operands = node.args[bodies[0] + 1 :]
+        places = inner.graph.find_nodes(op="placeholder") if inner is not None else []
+        if inner is not None and len(places) == len(operands):
+            own = [_of_value(value, found) for value in operands]
+            sets = (frozenset[int]().union(*(own[i] for i in of)) for of in _of_outputs(inner))
+            return tuple(sets)
+    return _of_value([node.args, node.kwargs], found)
+
+
+def _of_value(value: Any, found: dict[fx.Node, _Found]) -> frozenset[int]:
+    """Of all nodes inside an argument."""
+    sets: list[frozenset[int]] = []
+
+    def add(node: fx.Node) -> fx.Node:
+        of = found.get(node, frozenset())
+        sets.extend(of if isinstance(of, tuple) else (of,))
+        return node
+
+    fx.node.map_arg(value, add)
+    return frozenset[int]().union(*sets)
