@@ -138,8 +138,16 @@ def test_on_the_cpu_it_is_what_pytorch_computes() -> None:
     y = layer_norm(x, w, b, EPS)
     eager = torch.nn.functional.layer_norm(x, (123,), w, b, EPS)
     assert torch.equal(y, eager)
-    grads = (torch.autograd.grad(o, (x, w, b), torch.ones_like(o)) for o in (y, eager))
+    grads = (torch.autograd.grad(o, x, torch.ones_like(o), retain_graph=True) for o in (y, eager))
     assert all(torch.equal(a, c) for a, c in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("rows", [33, 1024, 8192])
+def test_gradients_of_parameters_are_summed_in_a_tree(rows: int) -> None:
+    """PyTorch's kernel adds them up row after row, in fp32."""
+    w, b = torch.randn(96), torch.randn(96)
+    assert_parity(_bind(layer_norm), _bind(reference), torch.randn(rows, 96),
+                  w.requires_grad_(), b.requires_grad_())  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(123,), (4, 123)])
