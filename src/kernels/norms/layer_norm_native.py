@@ -1,8 +1,8 @@
 """LayerNorm by PyTorch's own fused kernels: what serves in eager mode on the CPU.
 
 Given fp32 parameters they keep fp32 statistics, whatever the dtype of x. Two things they do not do
-well enough: they sum the gradients of parameters in x's dtype, one row after the other (at 4096 rows
-of bf16 that is wrong by 5%; in fp32 its error is ten times that of a sum in a tree), and their
+well enough: they sum the gradients of parameters in x's dtype, one row after the other (at 4096
+rows of bf16 that is wrong by 5%; in fp32 its error is ten times that of a sum in a tree), and their
 decomposition, which a tracer would get, rounds the statistics to x's dtype.
 """
 
