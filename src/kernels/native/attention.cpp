@@ -95,9 +95,15 @@ struct KeySums {
 
   void write(int64_t pair, float scale, bf16* to, const int64_t* strides, int64_t dim) {
     bf16* first = to + pair / plan.a.groups * strides[0] + pair % plan.a.groups * strides[1];
-    for (int64_t j = 0; j < plan.a.keys; j++)
-      for (int64_t d = 0; d < dim; d++)
-        first[j * strides[2] + d] = narrowed(of(pair)[d * plan.padded + j] * scale);
+    for (int64_t j = 0; j < plan.a.keys; j += kLanes)
+      for (int64_t d = 0; d < dim; d += 16) {
+        bf16 tile[16][kLanes];
+        for (int64_t i = 0; i < 16; i++)
+          store(tile[i], narrowed(load<Floats>(of(pair) + (d + i) * plan.padded + j) * scale));
+        int64_t there = plan.a.keys - j < kLanes ? plan.a.keys - j : kLanes;
+        for (int64_t l = 0; l < there; l++)
+          for (int64_t i = 0; i < 16; i++) first[(j + l) * strides[2] + d + i] = tile[i][l];
+      }
   }
 };
 

@@ -57,6 +57,8 @@ void product_of_rows(const bf16* wide, int64_t stride, int64_t rows, const Narro
     int64_t depth = narrow.length - start < kDepth ? narrow.length - start : kDepth;
     for (int64_t r = 0; r < rows; r++) {
       const bf16* from = wide + r * stride + start;
+      __builtin_prefetch(from + 2 * kDepth);  // processors follow fewer rows than a tile has
+      __builtin_prefetch(from + 2 * kDepth + 32);
       int64_t k = 0;
       for (; k + kLanes <= depth; k += kLanes) store(copy + r * kDepth + k, widened(from + k));
       for (; k < depth; k++) copy[r * kDepth + k] = widened(from[k]);
@@ -104,6 +106,7 @@ void sums_of_features(const bf16* wide, int64_t stride, int64_t count, const Nar
     int64_t depth = narrow.length - start < kDepth ? narrow.length - start : kDepth;
     for (int64_t n = 0; n < depth; n++) {
       const bf16* from = wide + (start + n) * stride;
+      __builtin_prefetch(from + kDepth * stride);  // each row is in another page
       if (count == kStrip)
         for (int64_t f = 0; f < kStrip; f += kLanes)
           store(copy + n * kStrip + f, widened(from + f));

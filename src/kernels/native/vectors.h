@@ -71,16 +71,26 @@ inline bf16 narrowed(float x) {
   return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Lane i is that of v whose number is i ^ other.
+inline Floats exchanged(Floats v, int other) {
+#if defined(__clang__)
+  Floats swapped;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) swapped[i] = v[i ^ other];
+  return swapped;
+#else
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  return __builtin_shuffle(v, lane ^ other);
+#endif
+}
+
 // All lanes made one by ``join``, in halves.
 template <class Join>
 inline float reduced(Floats v, Join join) {
-  float parts[kLanes];
-  store(parts, v);
 #pragma GCC unroll 4
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; i++) parts[i] = join(parts[i], parts[i + half]);
-  return parts[0];
+  for (int half = kLanes / 2; half > 0; half /= 2) v = join(v, exchanged(v, half));
+  return v[0];
 }
 
 // NaN is larger than all.
@@ -90,10 +100,10 @@ inline V larger(V a, V b) {
 }
 
 inline float sum(Floats v) {
-  return reduced(v, [](float a, float b) { return a + b; });
+  return reduced(v, [](Floats a, Floats b) { return a + b; });
 }
 
-inline float largest(Floats v) { return reduced(v, larger<float>); }
+inline float largest(Floats v) { return reduced(v, larger<Floats>); }
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
