@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..consent import code_refused
-from ..recipe.locate import ModelSource, locate
+from ..recipe.locate import ModelSource, hub_problem, locate
 from ..recipe.preferences import HEADS, head_of
 from ..recipe.recipe import Recipe
 from .files import (
@@ -63,6 +63,9 @@ def pretrained(
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if source.gguf_file:
         options |= _gguf(source, kind)
+    silent = None if Path(source.name).exists() else hub_problem()
+    if silent is not None:
+        options["local_files_only"] = True
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
@@ -76,6 +79,8 @@ def pretrained(
         folder = Path(source.name)
         if not folder.is_dir():
             folder = cached(name, options.get("revision")) or folder
+        if silent is not None and not folder.is_dir():
+            raise RecipeError(f"{key}: {name} is not on this disk, and {silent}") from error
         why = _explained(error, name, folder, kind, factory)
         raise RecipeError(f"{key}: {why}") from error
     if kind != "model" or not isinstance(found, tuple):  # code of a model's own may make no pair

@@ -1,8 +1,9 @@
-"""Where a recipe's ``base_model`` is. Nothing here loads or imports it."""
+"""Where a recipe's ``base_model`` is, and whether the hub answers. Nothing here loads the model."""
 
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,45 @@ def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
         places = " or ".join(str(f) for f in folders)
         raise RecipeError(f"there is no {base_model} in {places}")
     return ModelSource(base_model)
+
+
+def hub_problem() -> str | None:
+    """Why the Hugging Face Hub does not answer, or None; asked at most once a minute.
+
+    Its client asks for each file six times, with pauses of half a minute in all, also where it has
+    the file already.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # 2026-11-28
+
+    if _hub.answered or time.monotonic() < _hub.asked + _MINUTE:
+        return _hub.problem
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except OfflineModeIsEnabled:  # the user's choice, which the client knows
+        return None
+    except Exception as error:  # of the library for requests that the client has, or of a proxy
+        _hub.problem = f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached: {error}"
+    else:
+        _hub.problem, _hub.answered = None, True
+    _hub.asked = time.monotonic()
+    return _hub.problem
+
+
+_SECONDS, _MINUTE = 10, 60
+
+
+@dataclass
+class _Hub:
+    """What is known of the hub: it is one for the whole process."""
+
+    asked: float = -_MINUTE
+    answered: bool = False
+    problem: str | None = None
+
+
+_hub = _Hub()
 
 
 def _in_package(name: str) -> ModelSource:
