@@ -14,7 +14,6 @@ from ..graph.cleanup import remove_noops
 from ..graph.facts import nested
 from ..graph.functionalize import remove_writes, require_marked_writes
 from ..graph.opaque.functions import is_leaf
-from ..graph.reach import inputs_of_outputs
 from ..graph.run import eager
 from ..kernels.cost import kept_by_hook
 from ..memory.apply_plan import offloaded, planned
@@ -33,6 +32,7 @@ from .calls.input_gradients import (
 )
 from .codegen.absent_gradients import AbsentGradients
 from .codegen.inductor import inductor
+from .codegen.reach import inputs_of_outputs
 from .graph_log import CapturedGraph, StageLog
 from .logits.deferral import copy_if_loss, defer_logits
 from .session import Choices, Session

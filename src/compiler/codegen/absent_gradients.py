@@ -25,7 +25,7 @@ class AbsentGradients:
 
         Args:
             inputs: for each output of the graph the numbers of the inputs that it is made of, as
-                ``graph/reach.py`` finds them before ops join them; None if that is not known.
+                ``reach.py`` finds them before ops join them; None if that is not known.
         """
         self._outputs: dict[int, set[int]] = {}
         if inputs is not None and len(set(inputs)) > 1:

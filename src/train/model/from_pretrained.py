@@ -64,8 +64,7 @@ def pretrained(
     if source.gguf_file:
         options |= _gguf(source, kind)
     silent = None if Path(source.name).exists() else hub_problem()
-    if silent is not None:
-        options["local_files_only"] = True
+    options |= {} if silent is None else {"local_files_only": True}
     bar = contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else None
     try:
         with bar or contextlib.nullcontext():  # unpacking a GGUF file draws its own progress bar
@@ -79,9 +78,7 @@ def pretrained(
         folder = Path(source.name)
         if not folder.is_dir():
             folder = cached(name, options.get("revision")) or folder
-        if silent is not None and not folder.is_dir():
-            raise RecipeError(f"{key}: {name} is not on this disk, and {silent}") from error
-        why = _explained(error, name, folder, kind, factory)
+        why = _explained(error, name, folder, kind, factory, silent)
         raise RecipeError(f"{key}: {why}") from error
     if kind != "model" or not isinstance(found, tuple):  # code of a model's own may make no pair
         return found
@@ -178,8 +175,12 @@ def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str
     return said or (weights_problem(folder) if kind == "model" else None)
 
 
-def _explained(error: Exception, name: str, folder: Path, kind: Kind, factory: Any) -> str:
+def _explained(
+    error: Exception, name: str, folder: Path, kind: Kind, factory: Any, silent: str | None
+) -> str:
     """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
+    if silent is not None and not folder.is_dir():
+        return f"{name} is not on this disk, and {silent}"
     text = str(error)
     refused = code_refused(error)
     if refused is not None:

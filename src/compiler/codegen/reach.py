@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from . import facts
-from .effects import writes
+from ...graph import facts
+from ...graph.effects import writes
 
 _Found = frozenset[int] | tuple[frozenset[int], ...]
 

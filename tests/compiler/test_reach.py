@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from fusewright.graph.reach import inputs_of_outputs
+from fusewright.compiler.codegen.reach import inputs_of_outputs
 
 
 def _captured(function: Any, *inputs: Any) -> fx.GraphModule:
