@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,15 @@ import torch
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
+_LONG = frozenset(Path(__file__).with_name("long.txt").read_text().splitlines())
+"""Tests of six seconds and more on two cores: one of each kind stays in the default run."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in _LONG:
+            item.add_marker("long")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU (torch.cuda.is_available() is False)")

@@ -106,3 +106,12 @@ def test_what_mutation_needs_is_there() -> None:
     assert {t for t in tests if t.startswith("tests/") and not (root / t).exists()} == set()
     files = {*TESTS, *EQUIVALENT} - {"any file"}
     assert {f for f in files if not (SRC / f).exists()} == set()
+
+
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.mark.parametrize("line", (TESTS / "long.txt").read_text().splitlines())
+def test_a_long_test_is_there(line: str) -> None:
+    path, _, name = line.partition("::")
+    assert f"def {name.partition('[')[0]}(" in (TESTS.parent / path).read_text()

@@ -176,7 +176,12 @@ def _problem(source: ModelSource, kind: Kind, options: Mapping[str, Any]) -> str
 
 
 def _explained(
-    error: Exception, name: str, folder: Path, kind: Kind, factory: Any, silent: str | None
+    error: Exception,
+    name: str,
+    folder: Path,
+    kind: Kind,
+    factory: Any,
+    silent: str | None = None,
 ) -> str:
     """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
     if silent is not None and not folder.is_dir():
