@@ -138,7 +138,7 @@ class GraphLog:
         self.notes.setdefault(module, {})[reason] = None
 
     def fail(self, module: nn.Module, reason: str) -> None:
-        """Remember why ``module`` is not captured any more; forget the graphs that it has run."""
+        """Remember why ``module`` is no longer captured; forget the graphs that it has run."""
         self.failed[module] = reason
         self.graphs.pop(module, None)
         self.note(module, reason)

@@ -8,6 +8,7 @@ and compares what it read at each call, in loops that run in C.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from itertools import chain, repeat
 from operator import is_, itemgetter
@@ -50,11 +51,11 @@ def global_hook_reason() -> str | None:
 
 
 UNSETTLED = (
-    "below it is another class at each call (a parametrization that is registered anew, as PEFT's "
-    "target_parameters are): each would need a graph of its own"
+    "it, or a module inside it, gets a new class again and again (PEFT registers a parametrization "
+    "at every call for target_parameters): each class would need a graph of its own"
 )
-_MAX_NEW = 2
-"""Calls in a row of one region that may find classes that no call has found before."""
+_MAX_ALIKE = 2
+"""Sets of classes of one region that may have the same names."""
 
 
 class Watches:
@@ -68,7 +69,9 @@ class Watches:
         self.opaque = opaque_copies()
         self._watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
         self._methods: dict[tuple[type, ...], _Methods] = {}
-        self._new: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._alike: weakref.WeakKeyDictionary[nn.Module, Counter[Hashable]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._round = 0
 
@@ -94,10 +97,12 @@ class Watches:
 
     def _find_code(self, module: nn.Module, watch: Watch) -> None:
         known = self._methods.get(watch.classes)
-        self._new[module] = 0 if known is not None else self._new.get(module, 0) + 1
-        watch.is_unsettled = self._new[module] > _MAX_NEW
         if known is None:
             known = self._methods[watch.classes] = _Methods(watch.classes)
+            alike = self._alike.setdefault(module, Counter())
+            names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
+            alike[names] += 1
+            watch.is_unsettled = alike[names] > _MAX_ALIKE
         watch.code = known.code(self._round), watch.own_code
 
 
@@ -112,7 +117,7 @@ class Watch:
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
-        is_unsettled: whether each call finds other classes, made since the one before.
+        is_unsettled: whether its classes are anew those of earlier calls, in all but identity.
     """
 
     def __init__(self, module: nn.Module, outside: Sequence[str], copies: ForwardCopies) -> None:

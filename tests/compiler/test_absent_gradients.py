@@ -176,3 +176,81 @@ def test_an_op_that_makes_several_outputs_does_not_join_their_inputs(lora: bool,
     pairs = list(zip(eager.named_parameters(), ours.parameters(), strict=True))
     assert any(p.grad is None for (_, p), _ in pairs if p.requires_grad)
     assert [n for (n, p), own in pairs if (p.grad is None) != (own.grad is None)] == []
+
+
+class _GivesItsInput(nn.Module):
+    """Gives back its input, of which a dropout of nothing makes the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.none = nn.RMSNorm(16), nn.Linear(16, 16), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.linear(self.norm(x)) * first, self.none(x)
+
+
+class _GivenTheFirst(nn.Module):
+    """Every block gets what the embedding made; two blocks may be one."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.embed, block = nn.Linear(16, 16), _GivesItsInput()
+        self.layers = nn.ModuleList([block, block if shared else _GivesItsInput()])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = x = self.embed(x)
+        for layer in self.layers:
+            x, other = layer(x, first)
+        return x, other
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_an_output_that_is_an_input_changes_no_other_gradient(
+    used: tuple[int, ...], shared: bool
+) -> None:
+    torch.manual_seed(0)
+    eager = _GivenTheFirst(shared)
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    x = torch.randn(2, 5, 16)
+    for model in (eager, ours):
+        outputs = model(x)
+        sum(outputs[i].square().sum() for i in used).backward()
+    for (name, p), own in zip(eager.named_parameters(), ours.parameters(), strict=True):
+        assert (own.grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(own.grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reentrant_checkpoint_gives_zeros_as_in_eager_mode() -> None:
+    class Reentrant(_TwoOutputs):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return checkpoint(self.part, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    eager = _TwoStreams(False)
+    eager.layers = nn.ModuleList(Reentrant(False) for _ in range(2))
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    for model in (eager, ours):
+        model(x * 1)[0].sum().backward()
+    absent = [[p.grad is None for p in m.parameters()] for m in (eager, ours)]
+    assert absent[0] == absent[1]
+    assert not any(absent[0])
+
+
+def test_hooks_on_tensors_are_not_called_with_none() -> None:
+    torch.manual_seed(0)
+    eager = _TwoStreams(False)
+    ours = optimize(copy.deepcopy(eager), codegen="inductor")
+    found: list[list[Tensor]] = [[], []]
+    for model, grads in zip((eager, ours), found, strict=True):
+        early = [p.register_hook(lambda g: g * 0.5) for p in model.parameters()]
+        outputs = model(torch.ones(2, 5, 16))
+        [h.remove() for h in early[::2]]
+        late = [p.register_hook(lambda g: g * 2) for p in model.parameters()]
+        outputs[0].square().sum().backward()
+        [h.remove() for h in (*early, *late)]
+        grads += [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs.expand_as(mine), rtol=1e-4, atol=1e-4)

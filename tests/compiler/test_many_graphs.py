@@ -190,7 +190,7 @@ def test_classes_that_are_made_anew_at_each_call_cost_two_graphs_per_region() ->
         graphs.append(_graphs() - before)
     assert graphs == [2, 4, 6, 8, 8, 8]
     report = str(explain(model))
-    assert "another class at each call" in report
+    assert "gets a new class again and again" in report
     assert "0 rewrites" in report
 
 
@@ -205,4 +205,36 @@ def test_classes_that_are_made_once_or_come_back_are_captured() -> None:
             layer.gate.__class__ = kinds[i]
         _assert_equal(model, eager)
     assert _graphs() - before == 2
-    assert "another class" not in str(explain(model))
+    assert "new class" not in str(explain(model))
+
+
+def test_classes_of_other_names_are_captured() -> None:
+    """Wrapped, sharded, given adapters: one call after each change."""
+    model = Stack([1, 1], index)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    before = _graphs()
+    for name in ("Plain", "Adapted", "Sharded", "Sharded", "Quantized", "Quantized"):
+        kind = type(name, (nn.Linear,), {})
+        for layer in (*model.layers, *eager.layers):
+            layer.gate.__class__ = kind
+        _assert_equal(model, eager)
+    assert _graphs() - before == 6
+    assert "new class" not in str(explain(model))
+
+
+def test_two_calls_with_each_new_class_are_left_too() -> None:
+    """As with a checkpoint around the block, or two batches for each step."""
+    model = Stack([1, 1], index)
+    eager = copy.deepcopy(model)
+    optimize(model, codegen="eager")
+    before, graphs = _graphs(), []
+    for _ in range(6):
+        for stack in (model, eager):
+            _parametrized(stack)
+        _assert_equal(model, eager, steps=2)
+        for stack in (model, eager):
+            _plain(stack)
+        graphs.append(_graphs() - before)
+    assert graphs == [2, 4, 6, 8, 8, 8]
+    assert "gets a new class again and again" in str(explain(model))

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.scan import scan
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from fusewright.compiler.codegen.reach import inputs_of_outputs
@@ -60,6 +62,38 @@ def test_a_checkpointed_body_is_followed() -> None:
         return first + 1, second * b
 
     assert _names(_captured(function, A, B, C)) == [{"a", "b"}, {"b", "c"}]
+
+
+def test_other_calls_of_a_graph_have_all_inputs() -> None:
+    """Their arguments are not those of the graph, or go round in it."""
+
+    def scanned(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        carry, found = scan(lambda carry, row: (carry * 2 + row, carry * c[0]), a[0], b)
+        return carry, found, a.sin()
+
+    def attended(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.expand(1, 1, 3, 4) for t in (a, b, c))
+        return flex_attention(q, k, v) + 1, c * 2
+
+    scans = inputs_of_outputs(_captured(scanned, A, B, C))
+    attends = inputs_of_outputs(_captured(attended, A, B, C))
+    # where it is not known that a call writes nothing, nothing is known
+    assert scans is None or [len(of) for of in scans] == [3, 3, 1]
+    assert attends is None or [len(of) for of in attends] == [3, 1]
+
+
+def test_a_reentrant_checkpoint_is_not_followed() -> None:
+    """It gives zeros where a gradient is missing."""
+
+    def part(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return a.sin(), b.cos()
+
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        first, second = checkpoint(part, a, b, use_reentrant=True)
+        return first, second
+
+    inputs = (A.clone().requires_grad_(), B.clone().requires_grad_())
+    assert _names(_captured(function, *inputs)) == [{"a", "b"}, {"a", "b"}]
 
 
 class _Twice(torch.autograd.Function):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...kernels import label_counts
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
-from ..logits.awaiting import another_awaits
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -31,6 +30,7 @@ from .forwards import Original, inactive_check
 from .opaque_blocks import Results
 from .replay import Replay
 from .trainer_heads import ASKED, TrainerHead
+from .training_calls import is_step
 
 
 class _Signature:
@@ -112,7 +112,7 @@ def head_forward(
         if kwargs.get(ASKED):
             return fused.function(original, self)(self, *args, **kwargs)
         training = self.training and torch.is_grad_enabled()
-        if kwargs.get("labels") is None and not (lazy and _is_step(session, self, outside, kwargs)):
+        if not _is_captured(session, self, outside, kwargs, lazy):
             return original(self, *args, **kwargs)
         if training and parameters.fills_unused_cache(self, kwargs, cache_indices, fake):
             kwargs["use_cache"] = False
@@ -140,7 +140,6 @@ def head_forward(
 
 
 _TOKENS = ("labels", "input_ids", "inputs_embeds")
-_CACHES = ("past_key_values", "cache", "cache_params")
 
 
 def _given(kwargs: dict[str, Any]) -> tuple[str, ...]:
@@ -158,43 +157,23 @@ def _mark_sizes(kwargs: dict[str, Any]) -> None:
         mark_dynamic(kwargs.values(), (ids.shape[0], ids.shape[1]))
 
 
-def _is_step(
-    session: Session, head: nn.Module, outside: Sequence[str], kwargs: dict[str, Any]
+def _is_captured(
+    session: Session, head: nn.Module, outside: Sequence[str], kwargs: Any, lazy: bool
 ) -> bool:
-    """Whether a call without labels is a part of training: its caller makes the loss.
-
-    One without gradients (a reference) says that it wants no cache: otherwise it may be generation.
-    In evaluation mode it is one (of a teacher) where the loss of another model is to come.
-    """
-    if any(kwargs.get(name) is not None for name in _CACHES):
+    """Whether a call is one that a graph may run: none has failed, and it trains or evaluates."""
+    failed = session.log.failed.get(head)
+    if failed is not None:
+        session.log.note(head, failed)
         return False
-    if not head.training:
-        return not kwargs.get("use_cache") and _is_teacher(session, head, outside)
-    return torch.is_grad_enabled() or kwargs.get("use_cache") is False
-
-
-def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bool:
-    """Whether a call in evaluation mode is compared with another model's logits.
-
-    Logits of a training call of that one wait for their loss. Parameters that are sharded would be
-    gathered once more when they are read, by all processes: such a teacher's logits are made.
-    """
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
-    if not another_awaits(session.log.reads):
-        return False
-    weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
-    if not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_status") or weight._is_view():
-        return False
-    return not session.state.watches.get(head, outside).find_hooks(head).units
+    labelled = kwargs.get("labels") is not None
+    return labelled or (lazy and is_step(session, head, outside, kwargs))
 
 
 def _why_not(
     session: Session, head: nn.Module, kwargs: Any, hooked: str | None, watch: Watch
 ) -> str | None:
     """Why a call with labels is not captured, as far as the blocks have no say in it."""
-    reason = session.log.failed.get(head) or global_hook_reason()
-    reason = reason or transform_reason((), kwargs, session.choices.fake)
+    reason = global_hook_reason() or transform_reason((), kwargs, session.choices.fake)
     if reason is None and hooked:
         return f"a hook is registered on its submodule {hooked}"
     if reason is None and watch.is_unsettled:

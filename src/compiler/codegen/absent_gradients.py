@@ -5,6 +5,7 @@ An optimizer decays a weight whose gradient is zero, and leaves one without a gr
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ Hook = Callable[[tuple[Any, ...], tuple[Any, ...]], "tuple[Any, ...] | None"]
 class AbsentGradients:
     """Finds the inputs that get no gradient in a backward pass of a compiled graph.
 
-    AOTAutograd takes a gradient that does not come in for zeros, and gives zeros for it.
+    AOTAutograd treats a missing gradient of an output as zeros, and returns zeros.
     """
 
     def __init__(self, inputs: Sequence[frozenset[int]] | None) -> None:
@@ -34,7 +35,9 @@ class AbsentGradients:
                     self._outputs.setdefault(i, set()).add(output)
 
     def hook(self, node: Any, args: Sequence[Any], outputs: Sequence[Any]) -> Hook:
-        """What is to be called after ``node``, with the gradients of its inputs and outputs.
+        """Return the hook for ``node``: it is given the gradients of its inputs and outputs.
+
+        Inputs with hooks keep their zeros: the hooks would be called, with None.
 
         Args:
             node: of autograd, that of a call of the compiled graph.
@@ -49,11 +52,20 @@ class AbsentGradients:
             if isinstance(t, Tensor) and t.grad_fn is node
         }
         reached: dict[Any, set[int]] = {}
+        inputs_of: dict[Any, list[weakref.ref[Tensor]]] = {}
         for i, t in enumerate(args):
             if isinstance(t, Tensor) and t.requires_grad:
+                edge = tuple(get_gradient_edge(t)[:2])
                 own = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
-                reached.setdefault(tuple(get_gradient_edge(t)[:2]), set()).update(own)
-        inputs = [reached.get(edge) for edge in node.next_functions]
+                reached.setdefault(edge, set()).update(own)
+                inputs_of.setdefault(edge, []).append(weakref.ref(t))
+        edges = node.next_functions
+        hooked = [any(map(_has_hooks, inputs_of.get(edge, ()))) for edge in edges]
+        inputs = [
+            None if has_hooks else reached.get(edge)
+            for edge, has_hooks in zip(edges, hooked, strict=True)
+        ]
+        tensors = [inputs_of.get(edge, []) for edge in edges]
         known = frozenset(numbers.values())
 
         def none_for_none(
@@ -63,11 +75,16 @@ class AbsentGradients:
             if not given or len(inputs) != len(grad_inputs) or not given <= known:
                 return _none_for_none(grad_inputs, grad_outputs)
             return tuple(
-                None if of is not None and not of & given else g
-                for of, g in zip(inputs, grad_inputs, strict=True)
+                None if of is not None and not of & given and not any(map(_has_hooks, own)) else g
+                for of, own, g in zip(inputs, tensors, grad_inputs, strict=True)
             )
 
         return none_for_none
+
+
+def _has_hooks(tensor: weakref.ref[Tensor]) -> bool:
+    alive = tensor()
+    return alive is not None and bool(alive._backward_hooks)
 
 
 def _none_for_none(

@@ -49,8 +49,8 @@ def _compile_headers() -> None:
 def _headers_prove_instructions() -> bool:
     """Compile the headers for the vector instructions that the CPU has.
 
-    They use these as Inductor's own trial does, a program of two seconds. So it is needed only
-    where the compiler refuses them.
+    They use these as the program does by which Inductor finds out, in two seconds, whether the
+    compiler takes them. So that is needed only where the headers are refused.
 
     Returns:
         Whether the headers were compiled.
@@ -99,7 +99,7 @@ def kernels_awaited_last() -> Iterator[None]:
     """While a graph is compiled, let no part of it wait for its C++ kernels; wait at the end.
 
     Inductor waits for those of forward before it begins with backward. The kernels are compiled by
-    processes of their own.
+    processes of their own. TorchDynamo, whose lock is held here, compiles in one thread at a time.
     """
     from torch._inductor.async_compile import AsyncCompile
 

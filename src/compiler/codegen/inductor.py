@@ -127,10 +127,12 @@ def _with_checked_backward(
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)
-        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)}:
-            if node is not None:
-                node.register_hook(absent.hook(node, args, outputs))
-                node.register_hook(_refuse_second_backward)
+        # an output that is an input has the node of whatever made it
+        others = {None, *(t.grad_fn for t in args if isinstance(t, Tensor))}
+        for node in {t.grad_fn for t in outputs if isinstance(t, Tensor)} - others:
+            assert node is not None
+            node.register_hook(absent.hook(node, args, outputs))
+            node.register_hook(_refuse_second_backward)
         return outputs
 
     return run

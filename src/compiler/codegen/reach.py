@@ -9,6 +9,7 @@ from torch import fx
 
 from ...graph import facts
 from ...graph.effects import writes
+from ...memory.levels import CHECKPOINT
 
 _Found = frozenset[int] | tuple[frozenset[int], ...]
 
@@ -17,10 +18,10 @@ def inputs_of_outputs(module: fx.GraphModule) -> list[frozenset[int]] | None:
     """The numbers of the inputs that each output is made of.
 
     Args:
-        module: the graph; what is in graphs inside it is followed where a call has one such graph.
+        module: the graph; checkpoints inside it are followed.
 
     Returns:
-        For each output a set, which may have numbers too many, and none too few. None where a node
+        For each output a set, which may be too large and is never too small. None where a node
         writes into another one, which nothing in the graph says.
     """
     graphs = list(facts.nested(module))
@@ -50,14 +51,13 @@ def _of_node(node: fx.Node, found: dict[fx.Node, _Found]) -> _Found:
         whole = found.get(node.args[0])  # type: ignore[arg-type]  # 2026-11-28: it is a node
         if isinstance(whole, tuple) and isinstance(node.args[1], int):
             return whole[node.args[1]]
-    bodies = [i for i, value in enumerate(node.args) if facts.body(value) is not None]
-    if len(bodies) == 1:
-        inner = facts.body(node.args[bodies[0]])
-        operands = node.args[bodies[0] + 1 :]
-        places = inner.graph.find_nodes(op="placeholder") if inner is not None else []
-        if inner is not None and len(places) == len(operands):
+    # a reentrant one gives zeros for a gradient that is missing, in eager mode too
+    if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is False:
+        inner, *operands = node.args
+        body = facts.body(inner)
+        if body is not None and len(body.graph.find_nodes(op="placeholder")) == len(operands):
             own = [_of_value(value, found) for value in operands]
-            sets = (frozenset[int]().union(*(own[i] for i in of)) for of in _of_outputs(inner))
+            sets = (frozenset[int]().union(*(own[i] for i in of)) for of in _of_outputs(body))
             return tuple(sets)
     return _of_value([node.args, node.kwargs], found)
 

@@ -46,9 +46,9 @@ def built() -> Path:
 
 
 def find_compiler() -> str | None:
-    """The compiler that Inductor would take: the variable CXX's, or the usual one; if it runs."""
+    """The compiler that Inductor takes by default: CXX's, or the usual one; None if it fails."""
     usual = "clang++" if sys.platform == "darwin" else "g++"
-    path = shutil.which(os.environ.get("CXX") or usual)
+    path = shutil.which(os.environ.get("CXX", usual))
     if path is None:
         return None
     try:
@@ -64,8 +64,8 @@ def missing_compiler() -> str:
     if find_compiler() is not None:
         return ""
     asked = os.environ.get("CXX")
-    if asked:
-        return f"the C++ compiler that the variable CXX names, {asked}, does not run"
+    if asked is not None:
+        return f"the C++ compiler that the variable CXX names, {asked!r}, does not run"
     return "no C++ compiler was found: install g++, or let the variable CXX name another one"
 
 

@@ -27,7 +27,9 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 def has_rule(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether PyTorch's autograd rule is good enough, too: in C++, it is the fastest one."""
     trained = any(p is not None and p.requires_grad for p in (weight, bias))
-    return serves(x, weight, bias) and not (trained and torch.is_grad_enabled())
+    exact = not (trained and torch.is_grad_enabled())
+    # under torch.func our own rule cannot be used
+    return serves(x, weight, bias) and (exact or torch._C._are_functorch_transforms_active())
 
 
 def forward(
@@ -62,7 +64,7 @@ def _sums(
     dim = x.shape[-1]
     d_weight = torch.zeros(dim, dtype=mean.dtype) if need_weight else None
     d_bias = torch.zeros(dim, dtype=mean.dtype) if need_bias else None
-    tile = max(1, _TILE // dim)
+    tile = max(1, _TILE // max(1, dim))
     rows = (t.reshape(-1, t.shape[-1]).split(tile) for t in (grad, x, mean, rstd))
     for g, part, m, r in zip(*rows, strict=True):
         wide = g.to(mean.dtype)

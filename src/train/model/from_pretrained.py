@@ -184,7 +184,7 @@ def _explained(
     silent: str | None = None,
 ) -> str:
     """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
-    if silent is not None and not folder.is_dir():
+    if silent is not None and isinstance(error, OSError) and not folder.is_dir():
         return f"{name} is not on this disk, and {silent}"
     text = str(error)
     refused = code_refused(error)

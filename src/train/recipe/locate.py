@@ -79,7 +79,7 @@ def hub_problem() -> str | None:
     return _hub.problem
 
 
-_SECONDS, _MINUTE = 10, 60
+_SECONDS, _MINUTE = 15, 60
 
 
 @dataclass

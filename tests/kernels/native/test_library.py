@@ -151,11 +151,11 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed == {"kernels in C++": loading.problem}
 
 
-@pytest.mark.parametrize("named", ["/bin/false", "/nowhere/g++", "ccache g++"])
+@pytest.mark.parametrize("named", ["/bin/false", "/nowhere/g++", "ccache g++", ""])
 def test_a_compiler_that_does_not_run(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor takes no other one then, and neither do the kernels; blocks run in eager code."""
     monkeypatch.setenv("CXX", named)
-    says = f"the C++ compiler that the variable CXX names, {named}, does not run"
+    says = f"the C++ compiler that the variable CXX names, {named!r}, does not run"
     assert build.find_compiler() is None
     with pytest.raises(RuntimeError, match=re.escape(says)):
         build.built()
