@@ -151,6 +151,7 @@ def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("it is nowhere to be found")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    monkeypatch.setattr("fusewright.train.model.from_pretrained.hub_problem", lambda: None)
     nowhere = "cannot be loaded: it is nowhere to be found"
     assert refused("llamma").startswith(f"llamma {nowhere}; did you mean llama?")
     assert refused("me/llamma") == f"me/llamma {nowhere}"
