@@ -220,7 +220,7 @@ def _validated_last(result: RunResult) -> dict[str, float] | None:
 def summary(found: Report) -> str:
     """The optimize report in a line."""
     kept = len(found.gaps()) + len(found.bypasses)
-    left = f"; {kept} left as they were: report.html says why" if kept else ""
+    left = f"; {kept} left as before: report.html says why" if kept else ""
     return f"optimized: {found.headline()}{left} (--verbose: the whole table)"
 
 

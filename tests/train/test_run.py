@@ -115,7 +115,7 @@ def test_a_line_sums_up_what_was_rewritten_and_what_was_not() -> None:
     missed = Site(module="b", rule="glu", op="glu", status="missed", reason="no spelling")
     text = finish.summary(Report(sites=(done, missed), regions=2, graphs=1))
     assert text.startswith("optimized: 1 rewrites in 2 regions (1 graphs)")
-    assert "1 left as they were" in text
+    assert "1 left as before" in text
     assert "left" not in finish.summary(Report(sites=(done,)))
 
 

@@ -27,15 +27,19 @@ def choose(
     Returns:
         ``"eager"`` or ``"inductor"``, and the reason.
     """
-    if codegen != "auto":
+    if codegen == "eager":
+        return codegen, "as asked"
+    device = next((p.device.type for b in blocks for p in b.parameters()), "cpu")
+    missing = "" if elsewhere == "cuda" else _missing_compiler(elsewhere or device)
+    if codegen == "inductor" and missing and device != "meta":
+        return "eager", f"inductor was asked for, but {missing}"
+    if codegen == "inductor":
         return codegen, "as asked"
     if not blocks:
         return "eager", "the model has no repeated blocks"
     size = sum(p.numel() for b in blocks for p in b.parameters())
     if size < _MIN_PARAMETERS:
         return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
-    device = next((p.device.type for b in blocks for p in b.parameters()), "cpu")
-    missing = "" if elsewhere == "cuda" else _missing_compiler(elsewhere or device)
     if missing:
         return "eager", missing
     return "inductor", "one compilation serves all blocks"

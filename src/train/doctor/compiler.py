@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -70,6 +71,11 @@ def _missing() -> CheckResult:
 
     if torch.cuda.is_available():
         return CheckResult("C++ compiler", "none", "unused", "not needed: Triton compiles for GPUs")
+    named = os.environ.get("CXX")
+    if named is not None:
+        note = f"the variable CXX names {named!r}, which does not run; {_EAGER}"
+        mend = "unset CXX, or let it name a compiler that runs"
+        return CheckResult("C++ compiler", "none", "missing", note, mend)
     mend = "sudo apt-get install g++, or set the variable CXX to another compiler"
     return CheckResult("C++ compiler", "none", "missing", _EAGER, mend)
 

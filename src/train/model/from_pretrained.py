@@ -185,7 +185,10 @@ def _explained(
 ) -> str:
     """Why a model, a configuration or a tokenizer could not be loaded, and what to do."""
     if silent is not None and isinstance(error, OSError) and not folder.is_dir():
-        return f"{name} is not on this disk, and {silent}"
+        return (
+            f"{name} is not on this disk, and {silent}; copy its folder to this machine, and name "
+            "the folder"
+        )
     text = str(error)
     refused = code_refused(error)
     if refused is not None:

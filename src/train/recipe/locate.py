@@ -69,8 +69,8 @@ def hub_problem() -> str | None:
         return _hub.problem
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except OfflineModeIsEnabled:  # the user's choice, which the client knows
-        return None
+    except OfflineModeIsEnabled:
+        _hub.problem = "the Hugging Face Hub is not asked, because HF_HUB_OFFLINE is set"
     except Exception as error:  # of the library for requests that the client has, or of a proxy
         _hub.problem = f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached: {error}"
     else:

@@ -161,7 +161,8 @@ def test_a_compiler_that_does_not_run(named: str, monkeypatch: pytest.MonkeyPatc
         build.built()
     blocks = [torch.nn.Linear(4000, 4000, device="meta")]
     assert choose("auto", blocks, "cpu") == ("eager", says)
-    assert choose("inductor", blocks, "cpu") == ("inductor", "as asked")
+    assert choose("inductor", blocks, "cpu") == ("eager", f"inductor was asked for, but {says}")
+    assert choose("eager", blocks, "cpu") == ("eager", "as asked")
 
 
 def test_fake_tensors_have_no_memory_to_be_given() -> None:

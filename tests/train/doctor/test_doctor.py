@@ -93,6 +93,16 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert "no C++ compiler" in found["codegen"][0]["note"]
 
 
+def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles there")
+    code, found, _ = diagnose(tmp_path, CXX="/bin/false")
+    assert code == 0
+    assert "the variable CXX names '/bin/false'" in found["compiler"][0]["note"]
+    assert "unset CXX" in mends(found)
+    assert found["codegen"][0]["value"] == "eager"
+
+
 @pytest.mark.slow
 def test_a_compiler_that_cannot_compile(tmp_path: Path) -> None:
     compiler = tmp_path / "bin" / "g++"

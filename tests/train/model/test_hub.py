@@ -82,7 +82,9 @@ def test_it_is_asked_once_a_minute_until_it_answers(
     assert session.calls == 2
 
 
-def test_offline_mode_is_no_problem(session: _Session) -> None:
+def test_offline_mode_is_said(session: _Session) -> None:
     session.fails = OfflineModeIsEnabled("offline mode is enabled")
-    assert locate.hub_problem() is None
-    assert from_pretrained.pretrained(_Factory, "some/known", kind="other") == {}
+    with pytest.raises(RecipeError, match=r"not asked, because HF_HUB_OFFLINE is set; copy"):
+        from_pretrained.pretrained(_Factory, "a/b", kind="config")
+    found = from_pretrained.pretrained(_Factory, "some/known", kind="other")
+    assert found == {"local_files_only": True}
