@@ -29,9 +29,9 @@ def choose(
     """
     if codegen == "eager":
         return codegen, "as asked"
-    device = next((p.device.type for b in blocks for p in b.parameters()), "cpu")
-    missing = "" if elsewhere == "cuda" else _missing_compiler(elsewhere or device)
-    if codegen == "inductor" and missing and device != "meta":
+    place = elsewhere or next((p.device.type for b in blocks for p in b.parameters()), "cpu")
+    missing = "" if elsewhere == "cuda" else _missing_compiler(place)
+    if codegen == "inductor" and missing and place != "meta":
         return "eager", f"inductor was asked for, but {missing}"
     if codegen == "inductor":
         return codegen, "as asked"
