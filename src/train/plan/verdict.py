@@ -23,7 +23,10 @@ def verdict(recipe: Recipe, processes: int | None) -> list[str]:
     if source.gguf_file is None and not Path(source.name).is_dir():
         folder = cached(source.name, recipe.revision_of_model)
         if folder is None:
-            return [f"not planned: {recipe.base_model} is not on this machine (fusewright plan)"]
+            return [
+                f"NOT CHECKED: {recipe.base_model} is not on this machine. Training downloads it, if "
+                "the hub has it and answers; nothing of it was looked at, and nothing is planned"
+            ]
         recipe = recipe.model_copy(update={"base_model": str(folder)})
     from .page import verdict_lines  # imports PyTorch
     from .plan import make_plan
