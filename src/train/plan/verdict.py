@@ -24,8 +24,8 @@ def verdict(recipe: Recipe, processes: int | None) -> list[str]:
         folder = cached(source.name, recipe.revision_of_model)
         if folder is None:
             return [
-                f"NOT CHECKED: {recipe.base_model} is not on this machine. Training downloads it, if "
-                "the hub has it and answers; nothing of it was looked at, and nothing is planned"
+                f"NOT CHECKED: {recipe.base_model} is not on this machine. Training downloads it, "
+                "if the hub has it and answers; nothing of it was looked at, and nothing is planned"
             ]
         recipe = recipe.model_copy(update={"base_model": str(folder)})
     from .page import verdict_lines  # imports PyTorch
