@@ -33,8 +33,8 @@ def diagnose(
 ) -> tuple[int, Any, float]:
     """Run the command; its exit code, what it prints, and its seconds."""
     places = [*map(str, front), str(SOURCE)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), **variables}
-    environment.pop("CXX", None)
+    inherited = {name: value for name, value in os.environ.items() if name != "CXX"}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(places), **variables}
     start = time.monotonic()
     done = subprocess.run(
         [*COMMAND, *["--json"] * json_],
