@@ -17,7 +17,7 @@ torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 
 
 _LONG = frozenset(Path(__file__).with_name("long.txt").read_text().splitlines())
-"""Tests of six seconds and more on two cores: one of each kind stays in the default run."""
+"""Tests that took six seconds or more on two busy cores; CI runs them."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -172,21 +172,23 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def test_classes_that_are_made_anew_at_each_call_cost_two_graphs_per_region() -> None:
-    """Each call has another class, and TorchDynamo guards classes by identity.
+@pytest.mark.parametrize("steps", [1, 2])
+def test_classes_that_are_made_anew_cost_two_graphs_per_region(steps: int) -> None:
+    """TorchDynamo guards classes by identity.
 
-    The blocks are left after two graphs each, and then the layers in them that change.
+    The blocks are left after two graphs each, and then the layers in them that change; also where
+    each class is called twice, as with a checkpoint around the block.
     """
     model = Stack([1, 1], index)
     eager = copy.deepcopy(model)
     optimize(model, codegen="eager")
     before, graphs = _graphs(), []
     for _ in range(6):
-        _parametrized(model)
-        _parametrized(eager)
-        _assert_equal(model, eager)
-        _plain(model)
-        _plain(eager)
+        for stack in (model, eager):
+            _parametrized(stack)
+        _assert_equal(model, eager, steps)
+        for stack in (model, eager):
+            _plain(stack)
         graphs.append(_graphs() - before)
     assert graphs == [2, 4, 6, 8, 8, 8]
     report = str(explain(model))
@@ -221,20 +223,3 @@ def test_classes_of_other_names_are_captured() -> None:
         _assert_equal(model, eager)
     assert _graphs() - before == 6
     assert "new class" not in str(explain(model))
-
-
-def test_two_calls_with_each_new_class_are_left_too() -> None:
-    """As with a checkpoint around the block, or two batches for each step."""
-    model = Stack([1, 1], index)
-    eager = copy.deepcopy(model)
-    optimize(model, codegen="eager")
-    before, graphs = _graphs(), []
-    for _ in range(6):
-        for stack in (model, eager):
-            _parametrized(stack)
-        _assert_equal(model, eager, steps=2)
-        for stack in (model, eager):
-            _plain(stack)
-        graphs.append(_graphs() - before)
-    assert graphs == [2, 4, 6, 8, 8, 8]
-    assert "gets a new class again and again" in str(explain(model))

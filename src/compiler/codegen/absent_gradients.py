@@ -52,20 +52,18 @@ class AbsentGradients:
             if isinstance(t, Tensor) and t.grad_fn is node
         }
         reached: dict[Any, set[int]] = {}
-        inputs_of: dict[Any, list[weakref.ref[Tensor]]] = {}
+        tensors_of: dict[Any, list[weakref.ref[Tensor]]] = {}
+        hooked = set()  # now: a tensor that is no leaf may be gone before the backward pass
         for i, t in enumerate(args):
             if isinstance(t, Tensor) and t.requires_grad:
                 edge = tuple(get_gradient_edge(t)[:2])
                 own = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
                 reached.setdefault(edge, set()).update(own)
-                inputs_of.setdefault(edge, []).append(weakref.ref(t))
+                tensors_of.setdefault(edge, []).append(weakref.ref(t))
+                hooked |= {edge} if t._backward_hooks else set()
         edges = node.next_functions
-        hooked = [any(map(_has_hooks, inputs_of.get(edge, ()))) for edge in edges]
-        inputs = [
-            None if has_hooks else reached.get(edge)
-            for edge, has_hooks in zip(edges, hooked, strict=True)
-        ]
-        tensors = [inputs_of.get(edge, []) for edge in edges]
+        inputs = [None if edge in hooked else reached.get(edge) for edge in edges]
+        tensors = [tensors_of.get(edge, []) for edge in edges]
         known = frozenset(numbers.values())
 
         def none_for_none(

@@ -29,20 +29,18 @@ def choose(
     """
     if codegen == "eager":
         return codegen, "as asked"
-    place = elsewhere or next((p.device.type for b in blocks for p in b.parameters()), "cpu")
-    missing = "" if elsewhere == "cuda" else _missing_compiler(place)
-    if codegen == "inductor" and missing and place != "meta":
-        return "eager", f"inductor was asked for, but {missing}"
-    if codegen == "inductor":
-        return codegen, "as asked"
-    if not blocks:
+    if codegen == "auto" and not blocks:
         return "eager", "the model has no repeated blocks"
     size = sum(p.numel() for b in blocks for p in b.parameters())
-    if size < _MIN_PARAMETERS:
+    if codegen == "auto" and size < _MIN_PARAMETERS:
         return "eager", f"the blocks have only {size / 1e6:.1f} M parameters"
-    if missing:
-        return "eager", missing
-    return "inductor", "one compilation serves all blocks"
+    place = elsewhere or next((p.device.type for b in blocks for p in b.parameters()), "cpu")
+    missing = "" if elsewhere == "cuda" else _missing_compiler(place)
+    if codegen == "auto":
+        return ("eager", missing) if missing else ("inductor", "one compilation serves all blocks")
+    if missing and place != "meta":
+        return "eager", f"inductor was asked for, but {missing}"
+    return codegen, "as asked"
 
 
 def _missing_compiler(device: str) -> str:

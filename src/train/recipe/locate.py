@@ -58,8 +58,7 @@ def locate(base_model: str, folders: Sequence[Path]) -> ModelSource:
 def hub_problem() -> str | None:
     """Why the Hugging Face Hub does not answer, or None; asked at most once a minute.
 
-    Its client asks for each file six times, with pauses of half a minute in all, also where it has
-    the file already.
+    Its client asks for each file six times, with pauses of 23 seconds in all.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
