@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -192,14 +192,15 @@ class Report:
     def remarks(self) -> list[tuple[str, str, str]]:
         """What does not run as a rewrite: ``(status, rule, where and why)``, equal reasons joined.
 
-        The status of a bypass is ``"runs as it was"``, that of a fallback ``"runs without its
-        kernel"``, and their rule is empty.
+        A module inside one that runs as it was for the same kind of reason joins it, too: both were
+        tried, and failed at the same line. The status of a bypass is ``"runs as it was"``, that of
+        a fallback ``"runs without its kernel"``, and their rule is empty.
         """
         grouped: dict[tuple[str, str, str], list[str]] = {}
         for s in self.gaps():
             grouped.setdefault((s.status, s.rule, s.reason), []).append(s.module)
-        for b in self.bypasses:
-            grouped.setdefault(("runs as it was", "", b.reason), []).append(b.module)
+        for b, reason in _outermost_reasons(self.bypasses):
+            grouped.setdefault(("runs as it was", "", reason), []).append(b.module)
         found = [
             (status, rule, f"{_places(modules)}: {reason}")
             for (status, rule, reason), modules in grouped.items()
@@ -283,6 +284,18 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
         )
         for r in rows
     ]
+
+
+def _outermost_reasons(bypasses: Iterable[Bypass]) -> Iterator[tuple[Bypass, str]]:
+    """Each bypass with its reason, or with that of the outermost around it of the same kind."""
+    seen: dict[tuple[str, str], str] = {}
+    for b in bypasses:  # in the model's order, so that the outermost comes first
+        kind = b.reason.partition(" Explanation: ")[0]  # after it TorchDynamo says where exactly
+        path = b.module.split(".")
+        around = ((".".join(path[:depth]), kind) for depth in range(len(path)))
+        reason = next((seen[key] for key in around if key in seen), b.reason)
+        seen.setdefault((b.module, kind), reason)
+        yield b, reason
 
 
 def _places(modules: list[str]) -> str:

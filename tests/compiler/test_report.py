@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusewright import explain, optimize
-from fusewright.report import Figures, Report, Site
+from fusewright.report import Bypass, Figures, Report, Site
 
 from ..models.zoo import FAMILIES, build
 
@@ -43,6 +43,23 @@ def test_the_time_saved_is_the_traffic_avoided() -> None:
     assert report.seconds_saved() == pytest.approx(3 * 3000 / 1e9)
     assert "estimated time saved: 9 us per token" in str(report)
     assert Report((site,)).seconds_saved() is None
+
+
+def test_what_is_inside_a_module_left_for_the_same_kind_of_reason_joins_its_line() -> None:
+    left = [
+        Bypass("layers.0", "could not be captured: set_ Explanation: of mlp.gate"),
+        Bypass("layers.0.mlp", "could not be captured: set_ Explanation: of gate"),
+        Bypass("layers.0.mlp.gate", "could not be captured: set_ Explanation: of weight"),
+        Bypass("layers.0.mlp.experts", "could not be captured: a loop"),
+        Bypass("layers.01", "could not be captured: set_ Explanation: of proj"),
+    ]
+    assert [text for _, _, text in Report((), tuple(left)).remarks()] == [
+        "layers.0 and 2 more: could not be captured: set_ Explanation: of mlp.gate",
+        "layers.0.mlp.experts: could not be captured: a loop",
+        "layers.01: could not be captured: set_ Explanation: of proj",
+    ]
+    whole = Report((), (Bypass("", "off"), Bypass("lm_head", "off")))
+    assert [text for _, _, text in whole.remarks()] == ["the model and 1 more: off"]
 
 
 def test_explain_measures_the_bandwidth() -> None:

@@ -119,7 +119,7 @@ class Chooser:
             (
                 "gradient_accumulation_steps",
                 max(1, per_step // micro),
-                f"times micro_batch_size: {per_step} sequences per optimizer step, of about "
+                f"times micro_batch_size: sequences per optimizer step ({per_step}), of about "
                 f"{total:,} in an epoch",
             ),
             ("num_epochs", epochs, epochs_why),
