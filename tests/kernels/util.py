@@ -94,9 +94,9 @@ def _compared(
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
     """(ours, eager, exact) of each output, and of each gradient.
 
-    In fp64 the exact result is eager's own, with its roundings, which are others for other strides:
-    at a gate of 7 the vectorized ``gelu_backward`` of PyTorch is off by 18 units, and the scalar one
-    by 5. So there eager's error is how far the two are apart, whatever strides the inputs have.
+    In fp64 the exact result is eager's own, with its roundings, and other strides have others: at a
+    gate of 7 PyTorch's ``gelu_backward`` is off by 18 units vectorized, and by 5 element by element.
+    So there eager's error is how far these two are apart, whatever strides the inputs have.
     """
     before = [t.detach().clone() for t in inputs]
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +121,7 @@ def _compared(
 
 
 def _in_fp64(t: Tensor, stride: int) -> Tensor:
-    """``t`` with this stride of its last dimension, if it has fp64: at 1, kernels are vectorized."""
+    """``t`` with this stride of its last dimension if it has fp64: with 1, code is vectorized."""
     if t.dtype is not torch.float64:
         return t
     return torch.stack([t.detach()] * stride, -1)[..., 0].requires_grad_(t.requires_grad)
