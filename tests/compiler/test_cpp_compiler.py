@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._inductor import config, cpu_vec_isa
+from torch._inductor import codecache, config, cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile
 
 from fusewright.compiler.codegen import cpp_compiler
@@ -66,7 +67,16 @@ def test_headers_that_compile_prove_the_instructions(
             raise RuntimeError("unrecognized command-line option")
 
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["plain"])
-    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: done.append(config.cpp.vec_isa_ok))
+
+    def pick() -> None:
+        done.append(config.cpp.vec_isa_ok)
+        assert cpu_vec_isa.VecAVX512().check_build("this is no program")
+        with ThreadPoolExecutor(1) as pool:  # another thread's programs are compiled
+            pool.submit(cpu_vec_isa.VecAVX512().check_build, "another").result()
+
+    programs: list[str] = []
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda isa, code: programs.append(code))
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", pick)
     monkeypatch.setattr(cpp_compiler, "_compile_headers", compile_headers)
     monkeypatch.setattr(cpp_compiler, "_forget_vector_instructions", lambda: done.append("forgot"))
     monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
@@ -74,6 +84,27 @@ def test_headers_that_compile_prove_the_instructions(
         cpp_compiler._prepare()
     rest = ["forgot", "tried", "headers"] if refused else []
     assert done == [True, "headers", *rest]
+    assert programs == ["another"]
+    cpu_vec_isa.VecAVX512().check_build("later")
+    assert programs == ["another", "later"]
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_headers_are_compiled_after_the_kernels_that_are_needed_first(
+    started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(cpp_compiler.native, "has_started", lambda: started)
+    monkeypatch.setattr(cpp_compiler.native, "library", lambda: done.append("kernels"))
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", lambda *_: done.append("headers"))
+
+    def load(source: str, device_type: str) -> None:
+        done.append("preprocessed")
+        codecache._worker_compile_cpp("lock", ())
+
+    monkeypatch.setattr(codecache.CppPythonBindingsCodeCache, "load_async", load)
+    cpp_compiler._compile_headers()
+    assert done == ["preprocessed", *["kernels"] * started, "headers"]
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def _compared(
     """(ours, eager, exact) of each output, and of each gradient.
 
     In fp64 the exact result is eager's own, with its roundings, and other strides have others: at a
-    gate of 7 PyTorch's ``gelu_backward`` is off by 18 units vectorized, and by 5 element by element.
-    So there eager's error is how far these two are apart, whatever strides the inputs have.
+    gate of 7 PyTorch's ``gelu_backward`` is off by 18 units vectorized, and else by 5. So there
+    eager's error is how far these two are apart, whatever strides the inputs have.
     """
     before = [t.detach().clone() for t in inputs]
     generator = torch.Generator().manual_seed(seed)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from ...kernels.native import library as native
 
 
 def prepare(module: nn.Module) -> threading.Thread | None:
@@ -32,25 +34,56 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     return thread
 
 
+_one_at_a_time = threading.Lock()
+
+
 def _prepare() -> None:
-    with contextlib.suppress(Exception):  # what fails here fails again in use, with its message
+    with _one_at_a_time, contextlib.suppress(Exception):  # it fails again in use, with its message
         if not _headers_prove_instructions():
             _find_vector_instructions()
             _compile_headers()
 
 
 def _compile_headers() -> None:
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
+    from torch._inductor import codecache
 
-    # a kernel's headers are compiled before its compilation is asked for, which it is not
-    CppPythonBindingsCodeCache.load_async("// nothing", device_type="cpu")
+    compile_: Any = getattr(codecache, "_worker_compile_cpp", None)
+
+    def compile_after_kernels(*args: Any, **kwargs: Any) -> Any:
+        """The kernels are needed first; beside both compilers, two cores have none to capture."""
+        if native.has_started():
+            native.library()
+        return compile_(*args, **kwargs)
+
+    with _replaced(codecache, "_worker_compile_cpp", compile_ and compile_after_kernels):
+        # a kernel's headers are compiled before its compilation is asked for, which it is not
+        codecache.CppPythonBindingsCodeCache.load_async("// nothing", device_type="cpu")
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any] | None) -> Iterator[None]:
+    """While it lasts, ``owner.name`` is ``function`` in this thread; None replaces nothing."""
+    if function is None:
+        yield
+        return
+    original, this_thread = getattr(owner, name), threading.get_ident()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        run = function if threading.get_ident() == this_thread else original
+        return run(*args, **kwargs)
+
+    setattr(owner, name, chosen)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def _headers_prove_instructions() -> bool:
     """Compile the headers for the vector instructions that the CPU has.
 
-    They use these as the program does by which Inductor finds out, in two seconds, whether the
-    compiler takes them. So that is needed only where the headers are refused.
+    They use these, with the same options, as the programs do by which Inductor finds out, in four
+    seconds, whether the compiler takes them. So these are tried only if the headers are refused.
 
     Returns:
         Whether the headers were compiled.
@@ -60,7 +93,10 @@ def _headers_prove_instructions() -> bool:
     headers = getattr(config, "cpp_cache_precompile_headers", False)
     if not headers or config.cpp.vec_isa_ok is not None or not cpu_vec_isa.x86_isa_checker():
         return False
-    with config.patch({"cpp.vec_isa_ok": True}):
+    with (
+        config.patch({"cpp.vec_isa_ok": True}),
+        _replaced(cpu_vec_isa.VecISA, "check_build", lambda isa, code: True),
+    ):
         cpu_vec_isa.pick_vec_isa()
     try:
         _compile_headers()
@@ -103,20 +139,13 @@ def kernels_awaited_last() -> Iterator[None]:
     """
     from torch._inductor.async_compile import AsyncCompile
 
-    wait, this_thread = AsyncCompile.wait, threading.get_ident()
+    wait = AsyncCompile.wait
     postponed: list[tuple[Any, dict[str, Any]]] = []
 
     def postpone(compilation: Any, scope: dict[str, Any]) -> None:
-        """Takes the place of ``AsyncCompile.wait``, with its arguments, in this thread."""
-        if threading.get_ident() != this_thread:
-            wait(compilation, scope)
-        else:
-            postponed.append((compilation, scope))
+        postponed.append((compilation, scope))
 
-    AsyncCompile.wait = postpone  # type: ignore[method-assign, assignment]
-    try:
+    with _replaced(AsyncCompile, "wait", postpone):
         yield
-    finally:
-        AsyncCompile.wait = wait  # type: ignore[method-assign, assignment]
     for compilation, scope in postponed:
         wait(compilation, scope)
