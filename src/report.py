@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -192,9 +193,9 @@ class Report:
     def remarks(self) -> list[tuple[str, str, str]]:
         """What does not run as a rewrite: ``(status, rule, where and why)``, equal reasons joined.
 
-        A module inside one that runs as it was for the same kind of reason joins it, too: both were
-        tried, and failed at the same line. The status of a bypass is ``"runs as it was"``, that of
-        a fallback ``"runs without its kernel"``, and their rule is empty.
+        A module inside one that failed at the same line of its code joins it, too. The status of a
+        bypass is ``"runs as it was"``, that of a fallback ``"runs without its kernel"``, and their
+        rule is empty.
         """
         grouped: dict[tuple[str, str, str], list[str]] = {}
         for s in self.gaps():
@@ -287,15 +288,21 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _outermost_reasons(bypasses: Iterable[Bypass]) -> Iterator[tuple[Bypass, str]]:
-    """Each bypass with its reason, or with that of the outermost around it of the same kind."""
-    seen: dict[tuple[str, str], str] = {}
+    """Each bypass with its reason, or with that of the outermost around it of the same cause."""
+    seen: dict[tuple[str, Any], str] = {}
     for b in bypasses:  # in the model's order, so that the outermost comes first
-        kind = b.reason.partition(" Explanation: ")[0]  # after it TorchDynamo says where exactly
-        path = b.module.split(".")
-        around = ((".".join(path[:depth]), kind) for depth in range(len(path)))
+        cause, path = _cause(b.reason), b.module.split(".")
+        around = ((".".join(path[:depth]), cause) for depth in range(len(path) if b.module else 0))
         reason = next((seen[key] for key in around if key in seen), b.reason)
-        seen.setdefault((b.module, kind), reason)
+        seen.setdefault((b.module, cause), reason)
         yield b, reason
+
+
+def _cause(reason: str) -> object:
+    """What two reasons share that speak of one line of code, seen from two modules around it."""
+    what, explained, _ = reason.partition(" Explanation: ")
+    place = re.search(r"\(at ([^ )]+:\d+)", reason)
+    return (what, place[1]) if explained and place else reason
 
 
 def _places(modules: list[str]) -> str:

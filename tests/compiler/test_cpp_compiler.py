@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import codecache, config, cpu_vec_isa
 from torch._inductor.async_compile import AsyncCompile
 
@@ -89,6 +90,32 @@ def test_headers_that_compile_prove_the_instructions(
     assert programs == ["another", "later"]
 
 
+def test_what_was_taken_to_work_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = cpu_vec_isa.VecAMX()
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [isa])
+    before = isa.build_arch_flags(), isa.is_amx_fp16_supported()
+    isa._is_avx512_bf16_supported = isa._is_amx_fp16_supported = True
+    type(isa).is_amx_fp16_supported.cache_clear()
+    assert (isa.build_arch_flags(), isa.is_amx_fp16_supported()) != before
+    cpp_compiler._forget_vector_instructions()
+    assert (isa.build_arch_flags(), isa.is_amx_fp16_supported()) == before
+
+
+def test_what_a_version_of_pytorch_lacks_is_not_replaced() -> None:
+    with cpp_compiler._replaced(cpu_vec_isa, "no_such_function", lambda original: 1):
+        assert not hasattr(cpu_vec_isa, "no_such_function")
+    assert not hasattr(cpu_vec_isa, "no_such_function")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_process_that_is_forked_meanwhile_can_prepare() -> None:
+    with cpp_compiler._preparing:
+        child = os.fork()
+        if not child:
+            os._exit(0 if cpp_compiler._preparing.acquire(timeout=5) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_headers_are_compiled_after_the_kernels_that_are_needed_first(
     started: bool, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +144,9 @@ def test_what_the_user_has_set_is_not_overridden(
     monkeypatch.setattr(cpp_compiler, "_compile_headers", lambda: done.append("headers"))
     monkeypatch.setattr(cpp_compiler, "_find_vector_instructions", lambda: done.append("tried"))
     with config.patch(settings):
-        cpp_compiler._prepare()
+        thread = cpp_compiler.prepare(torch.nn.Linear(1, 1))
+    assert thread is not None
+    thread.join()
     assert done == ["tried", "headers"]
 
 

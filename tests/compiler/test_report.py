@@ -45,21 +45,27 @@ def test_the_time_saved_is_the_traffic_avoided() -> None:
     assert Report((site,)).seconds_saved() is None
 
 
-def test_what_is_inside_a_module_left_for_the_same_kind_of_reason_joins_its_line() -> None:
+def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
     left = [
-        Bypass("layers.0", "could not be captured: set_ Explanation: of mlp.gate"),
-        Bypass("layers.0.mlp", "could not be captured: set_ Explanation: of gate"),
-        Bypass("layers.0.mlp.gate", "could not be captured: set_ Explanation: of weight"),
-        Bypass("layers.0.mlp.experts", "could not be captured: a loop"),
-        Bypass("layers.01", "could not be captured: set_ Explanation: of proj"),
+        Bypass("layers.0", "no: branch Explanation: mlp.gate (at moe.py:9 < llama.py:5)"),
+        Bypass("layers.0.attn", "no: branch Explanation: scores (at llama.py:7 < llama.py:3)"),
+        Bypass("layers.0.mlp", "no: branch Explanation: gate (at moe.py:9)"),
+        Bypass("layers.0.mlp.gate", "no: call Explanation: gate (at moe.py:9)"),
+        Bypass("layers.0.mlp.experts", "no: branch Explanation: experts"),
+        Bypass("layers.01", "no: branch Explanation: other (at moe.py:9)"),
     ]
     assert [text for _, _, text in Report((), tuple(left)).remarks()] == [
-        "layers.0 and 2 more: could not be captured: set_ Explanation: of mlp.gate",
-        "layers.0.mlp.experts: could not be captured: a loop",
-        "layers.01: could not be captured: set_ Explanation: of proj",
+        "layers.0 and 1 more: no: branch Explanation: mlp.gate (at moe.py:9 < llama.py:5)",
+        "layers.0.attn: no: branch Explanation: scores (at llama.py:7 < llama.py:3)",
+        "layers.0.mlp.gate: no: call Explanation: gate (at moe.py:9)",
+        "layers.0.mlp.experts: no: branch Explanation: experts",
+        "layers.01: no: branch Explanation: other (at moe.py:9)",
     ]
-    whole = Report((), (Bypass("", "off"), Bypass("lm_head", "off")))
-    assert [text for _, _, text in whole.remarks()] == ["the model and 1 more: off"]
+    root = [
+        Bypass("", "no: a Explanation: b (at c.py:1)"),
+        Bypass("", "no: a Explanation: d (at c.py:1)"),
+    ]
+    assert len(Report((), tuple(root)).remarks()) == 2
 
 
 def test_explain_measures_the_bandwidth() -> None:

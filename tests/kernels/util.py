@@ -48,9 +48,9 @@ Fn = Callable[..., Tensor | tuple[Tensor, ...]]
 def assert_parity(ours: Fn, reference: Fn, *inputs: Tensor, seed: int = 0) -> None:
     """Hold ``ours`` to the error budget against ``reference``, forward and every gradient.
 
-    Inputs keep their strides and ``requires_grad``; upstream gradients are random. Also checks
-    that backward works twice over a retained graph with identical results, and that no input was
-    written to.
+    The inputs of ``ours`` keep their strides and ``requires_grad``; upstream gradients are random.
+    Also checks that backward works twice over a retained graph with identical results, and that no
+    input was written to.
     """
     problem = _problem(ours, reference, [inputs], seed)
     assert problem is None, problem
@@ -94,9 +94,9 @@ def _compared(
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
     """(ours, eager, exact) of each output, and of each gradient.
 
-    In fp64 the exact result is eager's own, with its roundings, and other strides have others: at a
-    gate of 7 PyTorch's ``gelu_backward`` is off by 18 units vectorized, and else by 5. So there
-    eager's error is how far these two are apart, whatever strides the inputs have.
+    In fp64 the exact result is eager's own, whose roundings depend on strides: at a gate of 7
+    PyTorch's ``gelu_backward`` is off by 18 units vectorized, and else by 5. So eager runs with
+    contiguous inputs, which is the exact result, and with a stride of 2, which is eager's error.
     """
     before = [t.detach().clone() for t in inputs]
     generator = torch.Generator().manual_seed(seed)
@@ -111,8 +111,8 @@ def _compared(
     ]
     runs = (
         _run(ours, inputs, upstream),
-        _run(reference, [_in_fp64(t, 2) for t in inputs], upstream),
-        _run(reference, [_in_fp64(t, 1) for t in inputs], upstream, torch.float64),
+        _run(reference, [_with_last_stride(t, 2) for t in inputs], upstream),
+        _run(reference, [_with_last_stride(t, 1) for t in inputs], upstream, torch.float64),
     )
     for t, old in zip(inputs, before, strict=True):
         assert torch.equal(t.detach(), old), "an input was written to"
@@ -120,8 +120,8 @@ def _compared(
     return outputs, gradients
 
 
-def _in_fp64(t: Tensor, stride: int) -> Tensor:
-    """``t`` with this stride of its last dimension if it has fp64: with 1, code is vectorized."""
+def _with_last_stride(t: Tensor, stride: int) -> Tensor:
+    """``t`` with this stride of its last dimension, if it has fp64; 1 is for vectorized code."""
     if t.dtype is not torch.float64:
         return t
     return torch.stack([t.detach()] * stride, -1)[..., 0].requires_grad_(t.requires_grad)

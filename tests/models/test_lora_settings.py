@@ -171,7 +171,7 @@ RARE = {
     "two active over transposed weights", "three active, bf16 base", "two active, all in bf16",
     "bf16 base, dropout, adapter bias",
 }  # fmt: skip
-"""What the default run leaves out: each differs from others in a detail."""
+"""What only ``pytest -m slow`` runs: each differs from others in a detail."""
 
 
 def _glm() -> nn.Module:

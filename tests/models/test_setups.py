@@ -25,7 +25,7 @@ DIFFERENT = {
     "full", "accelerate", "checkpointing", "two-adapters", "dropout", "dora", "dora-checkpointing",
     "kbit-checkpointing",
 }  # fmt: skip
-"""What the default run tries; each of the others differs from one in a dtype or a detail.
+"""What the default run and ``pytest -m long`` try; each of the others differs from one in a dtype or a detail.
 ``accelerate`` puts autocast around forward."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "setups.md").read_text()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,16 +32,28 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
     from torch._inductor import async_compile, codecache, compile_fx, cpu_vec_isa  # noqa: F401
 
-    thread = threading.Thread(target=_prepare, daemon=True)
+    # a thread of its own has Inductor's settings, but not what was set for this one
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(_prepare,), daemon=True)
     thread.start()
     return thread
 
 
-_one_at_a_time = threading.Lock()
+_preparing = threading.Lock()
+"""Held while functions of PyTorch are replaced: two threads would put each other's back."""
+
+
+def _forget_unfinished() -> None:
+    """In a forked process: the thread that holds the lock is not there."""
+    global _preparing
+    _preparing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_unfinished)
 
 
 def _prepare() -> None:
-    with _one_at_a_time, contextlib.suppress(Exception):  # it fails again in use, with its message
+    with _preparing, contextlib.suppress(Exception):  # it fails again in use, with its message
         if not _headers_prove_instructions():
             _find_vector_instructions()
             _compile_headers()
@@ -47,30 +62,40 @@ def _prepare() -> None:
 def _compile_headers() -> None:
     from torch._inductor import codecache
 
-    compile_: Any = getattr(codecache, "_worker_compile_cpp", None)
+    def after_kernels(compile_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Our own kernels are needed earlier, and two compilers leave two cores no time to capture.
 
-    def compile_after_kernels(*args: Any, **kwargs: Any) -> Any:
-        """The kernels are needed first; beside both compilers, two cores have none to capture."""
+        The headers are needed seconds later, so that with more cores nothing is lost.
+        """
         if native.has_started():
             native.library()
         return compile_(*args, **kwargs)
 
-    with _replaced(codecache, "_worker_compile_cpp", compile_ and compile_after_kernels):
+    with _replaced(codecache, "_worker_compile_cpp", after_kernels):
         # a kernel's headers are compiled before its compilation is asked for, which it is not
         codecache.CppPythonBindingsCodeCache.load_async("// nothing", device_type="cpu")
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any] | None) -> Iterator[None]:
-    """While it lasts, ``owner.name`` is ``function`` in this thread; None replaces nothing."""
-    if function is None:
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, a call of ``owner.name`` in this thread is one of ``function``.
+
+    Only one thread may be in here for a name. What a version of PyTorch lacks is not replaced.
+
+    Args:
+        owner: a module or class.
+        name: of one of its functions.
+        function: is given the original, and then the arguments.
+    """
+    original, this_thread = getattr(owner, name, None), threading.get_ident()
+    if original is None:
         yield
         return
-    original, this_thread = getattr(owner, name), threading.get_ident()
 
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        run = function if threading.get_ident() == this_thread else original
-        return run(*args, **kwargs)
+        if threading.get_ident() == this_thread:
+            return function(original, *args, **kwargs)
+        return original(*args, **kwargs)
 
     setattr(owner, name, chosen)
     try:
@@ -82,8 +107,10 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any] | None) -> Ite
 def _headers_prove_instructions() -> bool:
     """Compile the headers for the vector instructions that the CPU has.
 
-    They use these, with the same options, as the programs do by which Inductor finds out, in four
-    seconds, whether the compiler takes them. So these are tried only if the headers are refused.
+    They have the options of the programs by which Inductor finds out, in four seconds, whether the
+    compiler knows these instructions. So the programs are compiled only if the headers are refused.
+    An assembler that is older than its compiler shows at the first kernel: the graph then runs in
+    eager code, with the reason.
 
     Returns:
         Whether the headers were compiled.
@@ -95,7 +122,7 @@ def _headers_prove_instructions() -> bool:
         return False
     with (
         config.patch({"cpp.vec_isa_ok": True}),
-        _replaced(cpu_vec_isa.VecISA, "check_build", lambda isa, code: True),
+        _replaced(cpu_vec_isa.VecISA, "check_build", lambda check, isa, code: True),
     ):
         cpu_vec_isa.pick_vec_isa()
     try:
@@ -109,10 +136,15 @@ def _headers_prove_instructions() -> bool:
 def _forget_vector_instructions() -> None:
     from torch._inductor import cpu_vec_isa
 
-    kinds = (type(isa).__bool__ for isa in cpu_vec_isa.supported_vec_isa_list)
-    for cached in (cpu_vec_isa.pick_vec_isa, cpu_vec_isa.valid_vec_isa_list, *kinds):
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+    cached = [cpu_vec_isa.pick_vec_isa, cpu_vec_isa.valid_vec_isa_list]
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        cached.append(type(isa).__bool__)
+        for extension in ("avx512_bf16", "amx_fp16"):
+            vars(isa).pop(f"_is_{extension}_supported", None)
+            cached.append(getattr(isa, f"is_{extension}_supported", None))
+    for function in cached:
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _find_vector_instructions() -> None:
@@ -139,13 +171,12 @@ def kernels_awaited_last() -> Iterator[None]:
     """
     from torch._inductor.async_compile import AsyncCompile
 
-    wait = AsyncCompile.wait
-    postponed: list[tuple[Any, dict[str, Any]]] = []
+    postponed: list[Callable[[], None]] = []
 
-    def postpone(compilation: Any, scope: dict[str, Any]) -> None:
-        postponed.append((compilation, scope))
+    def postpone(wait: Callable[..., None], *args: Any) -> None:
+        postponed.append(functools.partial(wait, *args))
 
     with _replaced(AsyncCompile, "wait", postpone):
         yield
-    for compilation, scope in postponed:
-        wait(compilation, scope)
+    for wait in postponed:
+        wait()

@@ -177,32 +177,16 @@ def recomputed(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tenso
     """``forward`` in a backward pass: the output, and what ``recomputed_backward_`` can use."""
     if use_triton(gate, up):
         return forward(gate, up, activation), None
-    if activation == "silu" and gate.dtype.itemsize == 2 and not _plain(gate):
-        act, _ = _wide_silu(gate)
-        return (act * up).to(gate.dtype), act
     act = ACTIVATIONS[activation](gate)
     return act * up, act
-
-
-def _wide_silu(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Silu and its derivative in fp32, of one sigmoid.
-
-    A compiler makes one exponential and one division of it; of ``silu`` and ``silu_backward``, two.
-    """
-    wide = gate.float()
-    sigmoid = wide.sigmoid()
-    return wide * sigmoid, sigmoid * (1 + wide * (1 - sigmoid))
 
 
 def recomputed_backward_(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, act: Tensor | None
 ) -> list[Tensor]:
-    """(d gate, d up); ``grad`` and ``act`` must be the caller's own, and may be written over."""
+    """(d gate, d up); ``grad`` and ``act`` must be the caller's own, and are written over."""
     if act is None:
         return backward(grad, gate, up, activation, True, True)
-    if act.dtype is not gate.dtype:
-        _, slope = _wide_silu(gate)
-        return [(grad.float() * up * slope).to(gate.dtype), (act * grad).to(gate.dtype)]
     d_up = act.mul_(grad)
     return [_gate_gradient_(grad.mul_(up), gate, activation), d_up]
 

@@ -119,8 +119,8 @@ class Chooser:
             (
                 "gradient_accumulation_steps",
                 max(1, per_step // micro),
-                f"times micro_batch_size: sequences per optimizer step ({per_step}), of about "
-                f"{total:,} in an epoch",
+                f"times micro_batch_size: {per_step} per optimizer step, of about {total:,} "
+                "sequences in an epoch",
             ),
             ("num_epochs", epochs, epochs_why),
             ("learning_rate", 2e-4 if adapter else 2e-5, _rate_why(adapter)),
