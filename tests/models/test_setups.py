@@ -25,8 +25,8 @@ DIFFERENT = {
     "full", "accelerate", "checkpointing", "two-adapters", "dropout", "dora", "dora-checkpointing",
     "kbit-checkpointing",
 }  # fmt: skip
-"""What the default run and ``pytest -m long`` try; each of the others differs from one in a dtype or a detail.
-``accelerate`` puts autocast around forward."""
+"""What the default run and ``pytest -m long`` try; each of the others differs from one in a dtype
+or a detail. ``accelerate`` puts autocast around forward."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "setups.md").read_text()
 NEEDS_BNB = pytest.mark.skipif(
