@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 from collections.abc import Iterator
@@ -44,6 +45,25 @@ def test_nothing_reads_the_flag_that_raises() -> None:
     code = {path: path.read_text(encoding="utf-8") for path in sources}
     reads = re.compile(r"^[^`#\n]*matmul\.allow_tf32", re.MULTILINE)
     assert [str(path) for path, text in code.items() if reads.search(text)] == []
+
+
+def test_every_launch_says_whether_a_product_and_a_sum_round_once() -> None:
+    """Triton's default changes from 3.9 to 3.10."""
+    launches, silent = 0, []
+    for path in Path(fusewright.__file__).parent.rglob("*_triton.py"):
+        text = path.read_text(encoding="utf-8")
+        calls = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call))
+        for call in calls:
+            kernel = getattr(getattr(call.func, "value", None), "id", "")
+            if not isinstance(call.func, ast.Subscript) or not kernel.endswith("_kernel"):
+                continue
+            launches += 1
+            given = {k.arg for k in call.keywords}
+            in_a_dict = None in given and '"enable_fp_fusion":' in text
+            if "enable_fp_fusion" not in given and not in_a_dict:
+                silent.append(f"{path.name}:{call.lineno}")
+    assert launches >= 25
+    assert silent == []
 
 
 @pytest.mark.parametrize("nested", [False, True])
