@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .units import divided_by, is_unit
 
-A_CACHE = "a cache was passed (generation; in training pass use_cache=False)"
+A_CACHE = "a cache was passed (generation; in training call model.train(), or pass use_cache=False)"
 """The reason that ``copies/decoding.py`` acts on."""
 
 

@@ -45,6 +45,16 @@ def direct(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def is_traced_here() -> bool:
+    """Whether a compiler traces what this thread does.
+
+    ``torch.compiler.is_compiling()`` is true in all threads while one of them compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and _count_modes() > 0
+
+
 def _is_watched() -> bool:
     """Whether anything would see that an op is called."""
     return (

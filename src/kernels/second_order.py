@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .direct import is_traced_here
+
 Gradients = tuple[Any, ...]
 Backward = Callable[..., Gradients]
 
@@ -37,7 +39,7 @@ def differentiable(again: Backward, always: bool = False) -> Callable[[Backward]
             if not always and all(g is None for g in grads):
                 return (None,) * len(ctx.needs_input_grad)
             # a compiler traces the pass itself, and refuses to differentiate what it has made
-            fast = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _batched(grads))
+            fast = is_traced_here() or not (torch.is_grad_enabled() or _batched(grads))
             chosen = backward if fast else again
             if not torch._C._is_any_autocast_enabled():
                 return chosen(ctx, *grads)

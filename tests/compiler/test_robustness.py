@@ -232,6 +232,22 @@ def test_an_outer_compile_runs_the_original_and_warns() -> None:
     torch.testing.assert_close(loss, eager(input_ids=IDS, labels=IDS).loss)
 
 
+def test_another_threads_compilation_is_not_one_around_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build(LLAMA, lora=False)
+    optimize(model)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # all threads see it
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert not [w for w in caught if "torch.compile was put around" in str(w.message)]
+    report = explain(model)
+    assert report.by_rule()["linear_cross_entropy"] == 1
+    assert report.by_rule()["mlp_block"] == 2
+    assert not [b for b in report.bypasses if "torch.compile" in b.reason]
+
+
 def test_peft_may_come_after() -> None:
     from peft import LoraConfig, get_peft_model
 

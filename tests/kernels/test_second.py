@@ -405,3 +405,17 @@ def test_what_was_not_kept_is_an_error_that_says_what_to_do(name: str) -> None:
         _penalty(ours, _fresh(inputs))
     out = ours(*_fresh(inputs))  # once is as ever
     _total(out).backward()
+
+
+def test_another_threads_compilation_changes_no_second_derivative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, up = _t(3, 8), _t(3, 8, seed=1)
+
+    def penalty() -> list[Tensor]:
+        first = torch.autograd.grad(glu.glu(gate, up, "silu").sum(), gate, create_graph=True)[0]
+        return list(torch.autograd.grad(first.square().sum(), (gate, up)))
+
+    wanted = penalty()
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # all threads see it
+    assert all(torch.equal(a, b) for a, b in zip(penalty(), wanted, strict=True))

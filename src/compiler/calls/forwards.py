@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.opaque.quant_states import restore_states
+from ...kernels.direct import is_traced_here
 from ...memory.apply_plan import inside_checkpoint
 from ..bypass import A_CACHE, Hooks, bypass_reason, hidden_hooks
 from ..copies.forward_copies import using_copies
@@ -166,7 +167,7 @@ def inactive_check(session: Session) -> Callable[[nn.Module], bool]:
     def is_inactive(module: nn.Module) -> bool:
         if module in session.log.restored:
             return True
-        if torch.compiler.is_compiling():
+        if is_traced_here():
             warn_once()
             return True
         return False

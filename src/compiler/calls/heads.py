@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import label_counts
+from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..regions import leading_sizes, mark_dynamic
@@ -286,7 +287,7 @@ def backbone_forward(
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if session.state.in_head and self not in session.log.restored:
             return run_uncaptured(self, *args, **kwargs)
-        if self not in session.log.restored and not torch.compiler.is_compiling():
+        if self not in session.log.restored and not is_traced_here():
             fused.adopt(self)
         found = session.state.replayed(self)
         if found is not None:
