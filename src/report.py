@@ -234,9 +234,10 @@ class Report:
             lines.append(f"read and written by their forward: {moved}")
         seconds = self.seconds_saved()
         if before and seconds is not None and self.bandwidth is not None:
+            speed = self.bandwidth / 1e9
             lines.append(
                 f"estimated time saved: {seconds * 1e6:.0f} us per token of a training step "
-                f"(memory at {self.bandwidth / 1e9:.0f} GB/s, backward as twice forward)"
+                f"(memory at {speed:.{int(speed < 10)}f} GB/s, backward as twice forward)"
             )
         return lines
 
@@ -307,4 +308,11 @@ def _cause(reason: str) -> object:
 
 def _places(modules: list[str]) -> str:
     names = list(dict.fromkeys(m or "the model" for m in modules))
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    inner = [n for n in names if any(n.startswith(f"{outer}.") for outer in names)]
+    outer = [n for n in names if n not in inner]
+    text = outer[0] if len(outer) == 1 else f"{outer[0]} and {len(outer) - 1} more"
+    return (
+        f"{text}, with {len(inner)} of {'its' if len(outer) == 1 else 'their'} parts"
+        if inner
+        else text
+    )

@@ -159,7 +159,7 @@ class GraphLog:
 def summary(error: Exception) -> str:
     """What an error says first, and the two innermost places of the user's code it points to."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = re.findall(r'File "([^"]+)", line (\d+)', str(error))[-2:]
+    places = list(dict.fromkeys(re.findall(r'File "([^"]+)", line (\d+)', str(error))))[-2:]
     where = " < ".join(
         f"{'/'.join(path.replace(os.sep, '/').split('/')[-2:])}:{line}"
         for path, line in places[::-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_the_time_saved_is_the_traffic_avoided() -> None:
 
 def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
     left = [
-        Bypass("layers.0", "no: branch Explanation: mlp.gate (at moe.py:9 < llama.py:5)"),
+        Bypass("layers.0", "no: branch Explanation: gate (at moe.py:9 < llama.py:5)"),
         Bypass("layers.0.attn", "no: branch Explanation: scores (at llama.py:7 < llama.py:3)"),
         Bypass("layers.0.mlp", "no: branch Explanation: gate (at moe.py:9)"),
         Bypass("layers.0.mlp.gate", "no: call Explanation: gate (at moe.py:9)"),
@@ -55,7 +57,7 @@ def test_nested_modules_that_fail_at_one_line_of_code_share_a_line() -> None:
         Bypass("layers.01", "no: branch Explanation: other (at moe.py:9)"),
     ]
     assert [text for _, _, text in Report((), tuple(left)).remarks()] == [
-        "layers.0 and 1 more: no: branch Explanation: mlp.gate (at moe.py:9 < llama.py:5)",
+        "layers.0, with 1 of its parts: no: branch Explanation: gate (at moe.py:9 < llama.py:5)",
         "layers.0.attn: no: branch Explanation: scores (at llama.py:7 < llama.py:3)",
         "layers.0.mlp.gate: no: call Explanation: gate (at moe.py:9)",
         "layers.0.mlp.experts: no: branch Explanation: experts",
@@ -72,6 +74,8 @@ def test_explain_measures_the_bandwidth() -> None:
     report = explain(optimize(build(FAMILIES[0], lora=True)))
     assert report.bandwidth is not None
     assert report.bandwidth > 1e8
+    assert "at 0 GB/s" not in str(replace(report, bandwidth=4e8))
+    assert "at 0.4 GB/s" in str(replace(report, bandwidth=4e8))
     assert (report.seconds_saved() or 0) > 0
     assert "estimated time saved" in str(report)
     assert "bandwidth" in report.to_dict()

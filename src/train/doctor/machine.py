@@ -66,7 +66,7 @@ def _cpu(torch: Any) -> list[CheckResult]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = f"{usable} of {os.cpu_count()} cores usable, {torch.get_num_threads()} threads"
+    cores = f"{usable} of {os.cpu_count()} cores usable; threads: {torch.get_num_threads()}"
     has = [name for name, test in _INSTRUCTIONS.items() if getattr(torch.cpu, test, bool)()]
     said = CheckResult("instructions", ", ".join(has) or "none of AVX2, AVX-512, AMX")
     return [CheckResult("CPU", model, note=cores), said]

@@ -119,8 +119,8 @@ class Chooser:
             (
                 "gradient_accumulation_steps",
                 max(1, per_step // micro),
-                f"times micro_batch_size: {per_step} per optimizer step, of about {total:,} "
-                "sequences in an epoch",
+                f"times micro_batch_size; sequences per optimizer step: {per_step}, "
+                f"in an epoch: about {total:,}",
             ),
             ("num_epochs", epochs, epochs_why),
             ("learning_rate", 2e-4 if adapter else 2e-5, _rate_why(adapter)),
@@ -162,7 +162,8 @@ class Chooser:
             return 1, "there are many rows: one pass"
         if self._rows.count < 10_000:
             few = f"{self._rows.count:,} rows are few: three passes"
-            return 3, f"{few}. Watch eval_loss: fewer may be enough"
+            held, _ = self._held()
+            return 3, f"{few}. Watch eval_loss: fewer may be enough" if held else few
         return (
             (2, "two passes") if self._rows.count < 50_000 else (1, "there are many rows: one pass")
         )

@@ -113,3 +113,11 @@ def test_one_method_that_cannot_be_judged_is_passed_over(choose: Any) -> None:
     found, text = choose(ROWS["completion"] * 100, lambda r: True if r.adapter else None)
     assert (found["adapter"], found["micro_batch_size"]) == ("lora", 8)
     assert "NOT CHECKED" not in text
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_what_is_validated_is_what_is_to_be_watched(choose: Any, count: int) -> None:
+    found, text = choose([chat("a?", "b " * (3 + i)) for i in range(count)], lambda r: True)
+    assert found["num_epochs"] == 3
+    assert ("Watch eval_loss" in text) == bool(found["val_set_size"]) == (count >= 20)
+    assert "sequences per optimizer step: 1, in an epoch: about 1" in text or count > 5
