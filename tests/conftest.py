@@ -17,7 +17,7 @@ torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 
 
 _LONG = frozenset(Path(__file__).with_name("long.txt").read_text().splitlines())
-"""Tests that took six seconds or more on two busy cores; CI runs them."""
+"""Tests that took several seconds each on two busy cores; CI runs them."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..direct import is_traced_here
 from ..op import Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import misfits, operands, require_rows
@@ -100,7 +101,7 @@ class _LinearLogprob(torch.autograd.Function):
         recording: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the outputs; keep what the wanted gradients need."""
-        if not torch.compiler.is_compiling():  # a compiler knows gradients of zero only
+        if not is_traced_here():  # a compiler knows gradients of zero only
             ctx.set_materialize_grads(False)
         names, shape = chosen.outputs, x.shape[:-1]
         wanted = [recording and needed for needed in ctx.needs_input_grad[:4]]
