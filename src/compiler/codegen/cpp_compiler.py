@@ -109,8 +109,8 @@ def _headers_prove_instructions() -> bool:
 
     They have the options of the programs by which Inductor finds out, in four seconds, whether the
     compiler knows these instructions. So the programs are compiled only if the headers are refused.
-    An assembler that is older than its compiler shows at the first kernel: the graph then runs in
-    eager code, with the reason.
+    An assembler that is older than its compiler shows at the first kernel: the block then runs as
+    it was, with the reason.
 
     Returns:
         Whether the headers were compiled.
