@@ -1,4 +1,4 @@
-"""The house: rooms of few and small files, and importing the package is cheap.
+"""The house: every folder is packaged and described, and importing the package is cheap.
 
 That imports run one way is ``lint-imports``'s to say: the contracts are in ``pyproject.toml``.
 """
@@ -20,10 +20,8 @@ ROOMS = sorted(p for p in [SRC, *SRC.rglob("*")] if p.is_dir() and p.name != "__
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(SRC)))
-def test_a_room_is_seen_at_a_glance(room: pathlib.Path) -> None:
-    files = [f for f in room.iterdir() if f.is_file() and f.name != "__init__.py"]
-    assert len(files) <= 14
-    assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it holds"
+def test_a_room_says_what_it_holds(room: pathlib.Path) -> None:
+    assert (room / "__init__.py").read_text().startswith('"""')
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda p: str(p.relative_to(SRC)))
@@ -49,28 +47,13 @@ def test_every_room_is_packaged() -> None:
     assert settings["tool"]["setuptools"]["packages"] == rooms
 
 
-def test_the_root_is_seen_at_a_glance() -> None:
-    apart = ("__init__.py", "py.typed", "__pycache__")
-    assert len([p for p in SRC.iterdir() if p.name not in apart]) <= 12
-
-
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
-def test_files_are_small(path: pathlib.Path) -> None:
-    assert len(path.read_text().splitlines()) <= 320
-
-
-PLAIN = sorted(p for p in SRC.rglob("*.py") if not p.name.endswith("_triton.py"))
-
-
-@pytest.mark.parametrize("path", PLAIN, ids=lambda p: str(p.relative_to(SRC)))
-def test_functions_fit_a_screen(path: pathlib.Path) -> None:
-    functions = [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
-    assert not long
+def test_a_public_class_name_is_used_once() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(SRC.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(SRC)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 def _fresh(code: str) -> str:
