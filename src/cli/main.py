@@ -2,15 +2,165 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from ..errors import RecipeError
+import typer  # 2026-11-24: after the check that it is there
+from typer.core import TyperGroup
+
+from ..compiler.options import Environment
+from ..errors import FusewrightError, RecipeError, did_you_mean, nearest
+from ..train.recipe.secrets import scrub
+from ..train.terminal import Terminal, announce, say  # 2026-11-26: as above
+from .commands import Builders, Code, Trust, register  # 2026-11-26: as above
+
+if TYPE_CHECKING:
+    from ..train.consent import Consent
+    from ..train.recipe.load import Checked
+
+
+# How every command ends: one line about what went wrong, and an exit code that says what to do.
+#
+# Exit code 2 is an error of the caller's: the line says what, where, and how to fix it. 1 is an
+# unexpected error; its traceback is written to a file.
+
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Of click, of which typer may carry its own copy."""
+
+_AXOLOTL = {"merge-lora": "merge", "inference": "generate", "evaluate": "eval"}
+"""Its commands that have another name here."""
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Commands(TyperGroup):
+    """The commands of ``fusewright``; no exception of theirs gets past this."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        """Read the words before the command's name."""
+        _take_any_encoding()
+        with _ended():
+            return super().make_context(*given, **named)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or note which one was probably meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            name = args[0].replace("_", "-")
+            vars(error)["meant"] = did_you_mean(_AXOLOTL.get(name, name), self.commands)
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _ended(ctx):
+            return super().invoke(ctx)
+
+
+def _take_any_encoding() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, not as an error."""
+    stream: Any
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _ended(context: typer.Context | None = None) -> Iterator[None]:
+    """Turn an exception into a line and an exit code."""
+    full = False
+    try:
+        try:
+            full = Environment.read().traceback
+        except ValueError as error:  # another variable
+            _say(str(error))
+            raise typer.Exit(2) from None
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except FusewrightError as error:
+        if full:
+            traceback.print_exception(error)
+        _say(str(error))
+        raise typer.Exit(error.exit_code) from error
+    except _UsageError as error:
+        _say(_usage(error, _command(context)))
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stopped:
+        _say(f"{_command(context)} was stopped; nothing more was saved")
+        raise typer.Exit(128 + int(getattr(stopped, "signal", 2))) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains when it flushes
+        raise typer.Exit(141) from None
+    except Exception as error:
+        _say(_unforeseen(error, _command(context), full))
+        raise typer.Exit(1) from error
+
+
+def _command(context: typer.Context | None) -> str:
+    return (context.invoked_subcommand if context else None) or "the command line"
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    say(Terminal(stderr=True), f"fusewright{f' (rank {rank})' if rank != '0' else ''}: {text}")
+
+
+def _usage(error: Exception, command: str) -> str:
+    """The message for a mistake on the command line."""
+    shown: Any = error
+    meant = getattr(error, "meant", "")
+    if getattr(error, "possibilities", None):  # names that are not very near
+        names = [name.lstrip("-") for name in shown.possibilities]
+        near = nearest(shown.option_name.lstrip("-"), names)
+        meant, shown.possibilities = f"did you mean --{near}?" if near else "", None
+    said = str(shown.format_message()).rstrip(".?").replace("\n", " ")
+    own = "" if " " in command else f" {command}"
+    hint = f"{meant} See" if meant else "see"
+    return f"{command}: {said[:1].lower()}{said[1:]}; {hint} fusewright{own} --help"
+
+
+def _unforeseen(error: Exception, command: str, full: bool) -> str:
+    """The message for an unexpected error; its traceback is written to a file, or printed."""
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    at = ", ".join([command, *getattr(error, "__notes__", ())])
+    if isinstance(error, MemoryError) or any(words in what for words in _NO_MEMORY):
+        return (
+            f"{at}: there is not enough memory ({what}); use memory: min, a smaller "
+            "micro_batch_size or sequence_len, or a smaller model"
+        )
+    kept = None if full else _kept(error)
+    if kept is None:
+        traceback.print_exception(error)
+    return f"{at}: {what}. This may be a bug; please report it with " + (
+        f"the traceback in {kept}" if kept else "the traceback above"
+    )
+
+
+def _kept(error: Exception) -> str | None:
+    """The file that the traceback was written to, or None if that failed."""
+    with contextlib.suppress(OSError):
+        options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="fusewright-traceback-", suffix=".txt", delete=False, **options
+        ) as file:
+            file.write(scrub("".join(traceback.format_exception(error))))
+            return file.name
+    return None
+
 
 _EXTRA = ("matplotlib", "psutil", "pydantic", "rich", "typer", "yaml")
 _MISSING = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -18,23 +168,6 @@ if _MISSING:
     missing = ", ".join(_MISSING)
     print(f'fusewright: {missing} missing; pip install "fusewright[train]"', file=sys.stderr)
     raise SystemExit(2)
-
-import typer  # noqa: E402  # 2026-11-24: after the check that it is there
-
-from ..train.terminal import Terminal, announce  # noqa: E402  # 2026-11-26: as above
-from . import data as data_commands  # noqa: E402  # 2026-11-25: as above
-from . import doctor as doctor_command  # noqa: E402  # 2026-11-27: as above
-from . import group  # noqa: E402  # 2026-11-25: as above
-from . import init as init_command  # noqa: E402  # 2026-11-27: as above
-from . import plan as plan_command  # noqa: E402  # 2026-11-27: as above
-from . import trained as trained_commands  # noqa: E402  # 2026-11-25: as above
-from . import verify as verify_command  # noqa: E402  # 2026-11-27: as above
-from .rank_ending import end_rank  # noqa: E402  # 2026-11-27: as above
-from .switches import Builders, Code, Trust  # noqa: E402  # 2026-11-26: as above
-
-if TYPE_CHECKING:
-    from ..train.consent import Consent
-    from ..train.recipe.load import Checked
 
 
 class AdapterKind(StrEnum):
@@ -45,7 +178,7 @@ class AdapterKind(StrEnum):
 
 app = typer.Typer(
     name="fusewright",
-    cls=group.Commands,
+    cls=Commands,
     context_settings={"token_normalize_func": lambda word: word.replace("_", "-")},
     add_completion=False,
     suggest_commands=False,
@@ -167,12 +300,7 @@ def explain(
     run(request, graph=graph, module=module, as_json=as_json)
 
 
-plan_command.register(app)
-data_commands.register(app)
-trained_commands.register(app)
-verify_command.register(app)
-doctor_command.register(app)
-init_command.register(app)
+register(app)
 
 
 def main() -> None:
@@ -243,3 +371,28 @@ def _train(
     from ..train.run import run  # slow to import: only for a recipe that is right
 
     return run(checked).exit_code
+
+
+# How one process of several ends.
+
+
+def end_rank(code: Any) -> NoReturn:
+    """End this process without taking Python's modules down.
+
+    All is written by then, and PyTorch's group of processes is gone. But threads of PyTorch's C++
+    code, whose owners go in no particular order, can abort the process, and a launcher would take a
+    run that has finished for one that was killed.
+
+    Args:
+        code: of a ``SystemExit``.
+    """
+    # as the interpreter ends: idle threads of pools are told to end, then all threads are awaited
+    threading._shutdown()  # type: ignore[attr-defined]  # 2026-11-27: not in typeshed
+    atexit._run_exitfuncs()
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that is closed
+            stream.flush()
+    os._exit(code or 0)

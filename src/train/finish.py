@@ -11,10 +11,9 @@ from ..report import Report
 from .checkpoint import save_model
 from .checkpoint.files import CheckpointWriteError
 from .checkpoint.rng_state import same_draws
-from .inference import generation
+from .inference import generate
 from .processes.signals import Interrupts
-from .report.result import RunResult
-from .report.run_log import RunLog
+from .report.result import RunLog, RunResult
 from .trainer.context import Context
 from .trainer.trainer import FineTuner
 from .trainer.watchdog import NonFiniteStepError
@@ -27,7 +26,7 @@ def answer_before(model: Any, context: Context, result: RunResult, run_log: RunL
         return
 
     def answer() -> str:
-        return generation.answer(model, context.tokenizer, question, recipe)
+        return generate.answer(model, context.tokenizer, question, recipe)
 
     run_log.say(f"answering: {question}")
     with run_log.timed("answer before"):
@@ -169,7 +168,7 @@ def _answer(model: Any, context: Context, result: RunResult, run_log: RunLog) ->
     assert result.sample is not None
     question = result.sample["question"]
     run_log.say("answering again")
-    answered = generation.answer(model, context.tokenizer, question, context.recipe)
+    answered = generate.answer(model, context.tokenizer, question, context.recipe)
     result.sample["after"] = answered
 
 

@@ -34,8 +34,7 @@ from .recipe.recipe import Recipe
 from .recipe.status import messages
 from .report.environment import machine, memory, rss_mb, versions
 from .report.format import parameter_counts, rows_message
-from .report.result import RunResult
-from .report.run_log import RunLog
+from .report.result import RunLog, RunResult
 from .requirements import notices, tracking
 from .terminal import Terminal
 from .trainer.build import make_context

@@ -12,7 +12,7 @@ COMMAND = importlib.import_module("fusewright.cli.main")  # its package has a fu
 
 CODE = """
 import atexit, sys, threading, time
-from fusewright.cli.rank_ending import end_rank
+from fusewright.cli.main import end_rank
 
 class Last:
     def __del__(self):
@@ -38,7 +38,7 @@ def test_all_is_done_but_taking_modules_down(code: object, exit_code: int) -> No
 def test_idle_threads_of_a_pool_end() -> None:
     code = (
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from fusewright.cli.rank_ending import end_rank\n"
+        "from fusewright.cli.main import end_rank\n"
         "pool = ThreadPoolExecutor(2)\n"
         "pool.submit(print, 'worked').result()\n"
         "end_rank(0)\n"

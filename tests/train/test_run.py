@@ -27,7 +27,7 @@ from fusewright.train.model.load import load_model
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.format import millions
 from fusewright.train.report.result import RunResult
-from fusewright.train.report.usage import snippet
+from fusewright.train.report.run_facts import snippet
 from fusewright.train.trainer import ready
 
 from .conftest import make_model

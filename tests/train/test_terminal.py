@@ -18,14 +18,12 @@ from fusewright.train import dry_run as dryrun
 from fusewright.train import train
 from fusewright.train.data.preview import show
 from fusewright.train.data.sample import Sample
-from fusewright.train.inference.chat import ChatSession
-from fusewright.train.inference.generate import generate
+from fusewright.train.inference.generate import ChatSession, generate
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.printable import shown, shown_json
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.secrets import hide, scrub
-from fusewright.train.report.result import RunResult
-from fusewright.train.report.run_log import RunLog
+from fusewright.train.report.result import RunLog, RunResult
 from fusewright.train.terminal import Terminal, announce, say
 
 from .commands import fusewright
@@ -211,7 +209,7 @@ def test_nothing_is_wrapped_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_is_wrapped_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusewright.cli.group import _say
+    from fusewright.cli.main import _say
 
     monkeypatch.setenv("COLUMNS", "60")
     for stream, lines in ((Tty(), 3), (io.StringIO(), 1)):
@@ -245,7 +243,7 @@ def test_commands_say_what_they_load(
     def stop(text: str) -> None:
         raise Enough(text)
 
-    monkeypatch.setattr("fusewright.cli.trained.announce", stop)
+    monkeypatch.setattr("fusewright.cli.commands.announce", stop)
     done = fusewright(*(str(run_folder) if word == "RUN" else word for word in words))
     assert f"Enough: loading {run_folder}" in done.stderr
 

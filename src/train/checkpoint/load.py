@@ -18,8 +18,8 @@ from transformers.trainer_callback import TrainerState
 
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
+from ..model.files import Shards, in_shards
 from ..model.from_pretrained import first_words
-from ..model.shard_files import Shards, in_shards
 from .resume import another, without_code
 from .sharded import load_weights
 

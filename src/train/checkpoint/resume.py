@@ -12,8 +12,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..json_text import parse_json
-from ..model.integrity import damaged
-from ..model.shard_files import in_shards, shards_problem
+from ..model.files import damaged, in_shards, shards_problem
 from ..recipe.recipe import Recipe
 from ..recipe.secrets import hide
 from . import files as checkpoint

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..model.shard_files import FOLDER, Shards
+from ..model.files import FOLDER, Shards
 from ..processes.gather import Groups, by_name, by_number, in_parts
 from ..processes.shards import WEIGHTS, read, read_whole, sharded_weights, sizes, write
 from ..processes.world import World

@@ -26,8 +26,7 @@ from ..recipe.recipe import Recipe
 from ..report.environment import machine, versions
 from ..terminal import Terminal, announce, say
 from ..trainer.evaluation import Batches, Loss, validate
-from .load_run import load_model_of, load_tokenizer
-from .past_recipe import recipe_with, written
+from .load_run import load_model_of, load_tokenizer, recipe_with, written
 from .run_folder import RunFolder
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from ...errors import ModelError, RecipeError
 from ..consent import Consent
-from ..model.integrity import read_object
-from ..model.shard_files import LIST, in_shards
+from ..model.files import LIST, in_shards, read_object
 from ..recipe.locate import locate
 from ..recipe.secrets import without_hidden
 

@@ -15,8 +15,8 @@ from ..recipe.preferences import GenerationSizes, PreferenceSettings, generation
 from ..recipe.recipe import Recipe
 from ..report.result import Figure
 from ..requirements import has_vllm
+from ..rewards.built_in import rewards_of
 from ..rewards.judge import judges, require_columns
-from ..rewards.load import rewards_of
 from ..trainer.arguments import arguments_for
 from ..trainer.build import make_trainer
 from ..trainer.context import Context

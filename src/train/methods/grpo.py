@@ -21,10 +21,15 @@ from ..checkpoint.rng_state import same_draws
 from ..data.chat.stops import stop_tokens
 from ..data.order import RepeatedOrder, kind_of
 from ..recipe.preferences import generation_sizes
-from ..rewards.figures import means, reward_figures
-from ..rewards.judge import require_rewards
-from ..rewards.texts import Shown, shown
-from ..rewards.watch import RewardWatch, require_judged, without_trls_lines
+from ..rewards.built_in import Shown, shown
+from ..rewards.judge import (
+    RewardWatch,
+    means,
+    require_judged,
+    require_rewards,
+    reward_figures,
+    without_trls_lines,
+)
 from ..trainer.evaluation import reporter
 from .reference import add_reference
 from .tuner import MethodTuner

@@ -14,7 +14,7 @@ import torch
 from ...errors import RecipeError
 from ..checkpoint.resume import Saved
 from ..data.order import order_of
-from ..rewards.figures import means
+from ..rewards.judge import means
 from ..trainer.trainer import FineTuner
 from .gathering import UnevenGather
 from .reference import drop_idle_copy, read_reference, write_reference

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
+import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import did_you_mean
 from ..consent import CODE_SWITCH, why_not_run
-from .integrity import damaged, read_object
-from .shard_files import in_shards, shards_problem
+from ..json_text import BadJsonError, parse_json
 
 _AGAIN = "download the model, or copy its folder, again"
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -176,3 +180,269 @@ def _code_in(path: Path) -> list[str]:
         return list(get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # an old form, which only reading can judge
         return []
+
+
+# Files of models, adapters and checkpoints, looked at before anything of them is loaded.
+
+
+_POINTER = b"version https://git-lfs"
+_LARGEST_HEADER = 100_000_000  # of the safetensors format
+
+
+def damage(path: Path) -> str | None:
+    """Why a file cannot be what its name says, in a few words; None if nothing shows.
+
+    Only its size and what describes its content are read, so that this is quick for large files.
+
+    Args:
+        path: ``.safetensors``, ``.json``, or of ``torch.save``; others are taken as they are.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+        if not begin:
+            return "is empty"
+        if begin == _POINTER:
+            return "is a pointer of Git LFS instead of the file: run git lfs pull"
+        if path.suffix == ".safetensors":
+            tensors(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif begin.startswith(b"PK"):  # as torch.save writes since 1.6
+            zipfile.ZipFile(path).close()
+    except FileNotFoundError:
+        return "is not there"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    except json.JSONDecodeError as error:
+        return f"is not valid JSON: {error.msg} (line {error.lineno})"
+    except UnicodeDecodeError:
+        return "is not valid JSON: it is not UTF-8"
+    except zipfile.BadZipFile:
+        return "is damaged: its end is missing"
+    except ValueError as error:
+        return f"is damaged: {error}"
+    return None
+
+
+def damaged(paths: Iterable[Path]) -> str | None:
+    """The first of several files that is damaged, and why; None if none is."""
+    for path in paths:
+        said = damage(path)
+        if said is not None:
+            return f"{path} {said}"
+    return None
+
+
+def tensors(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in a safetensors file, which is not read further.
+
+    Raises:
+        ValueError: it is none, not as long as it says, or its header is not valid.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _LARGEST_HEADER:
+            raise ValueError("it does not start like a safetensors file")
+        if size < 8 + length:
+            raise ValueError(f"its {size:,} bytes are only a part of it")
+        try:
+            header = json.loads(file.read(length))
+            found: dict[str, Any] = {k: v for k, v in header.items() if k != "__metadata__"}
+            end = max((int(entry["data_offsets"][1]) for entry in found.values()), default=0)
+            shapes = {name: tuple(entry["shape"]) for name, entry in found.items()}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError("it does not start like a safetensors file") from None
+    whole = 8 + length + end
+    if size != whole:
+        raise ValueError(f"it should have {whole:,} bytes and has {size:,}")
+    _require_valid_header(path)
+    return shapes
+
+
+def _require_valid_header(path: Path) -> None:
+    """See that the library of the format can read the header, which places each tensor.
+
+    Raises:
+        ValueError: it cannot; the message says why, in its words.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"its header is not valid ({why})") from None
+
+
+def read_object(path: Path, any_text: bool = False) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        any_text: it may hold characters that no text has, as vocabularies do.
+
+    Raises:
+        ValueError: it cannot be read, or is none; the message has the path.
+    """
+    try:
+        parse = json.loads if any_text else parse_json
+        content = parse(path.read_text(encoding="utf-8"))
+    except BadJsonError as error:
+        where = f" (line {error.line})" if error.line else ""
+        raise ValueError(f"{error.of(str(path))}{where}") from None
+    except (OSError, ValueError):
+        raise ValueError(f"{path} {damage(path) or 'cannot be read'}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object")
+    return content
+
+
+# Checkpoints in shards on disk: which files they must have, and their tensors made whole.
+
+
+FOLDER, LIST = "shards", "shards.json"
+"""Where the shards of a checkpoint are, and the file that lists them."""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A checkpoint in shards.
+
+    Attributes:
+        folder: of the checkpoint.
+        files: the names of its shards, each with its size.
+        adapter: for each tensor of an adapter's file, the weight that it is; None: whole models.
+        optimizer: what the optimizer's state has besides tensors; None: no state was saved.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    adapter: Mapping[str, str] | None
+    optimizer: Mapping[str, Any] | None
+
+    @property
+    def place(self) -> Path:
+        """The folder of the shards."""
+        return self.folder / FOLDER
+
+    def write(self) -> None:
+        """Write the list of shards into the checkpoint."""
+        content = {
+            "format": _FORMAT, "files": dict(self.files), "adapter": self.adapter,
+            "optimizer": self.optimizer,
+        }  # fmt: skip
+        (self.folder / LIST).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Shards:
+        """Read the list of shards, and see that each of them is there, as long as it was.
+
+        Args:
+            folder: of the checkpoint.
+
+        Raises:
+            ValueError: a file is missing or damaged; the message names it.
+        """
+        path = folder / LIST
+        content = read_object(path, any_text=True)
+        files, adapter, optimizer = (content.get(k) for k in ("files", "adapter", "optimizer"))
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"{path} was written by another version")
+        if not _is_list(files, int) or not files or not (adapter is None or _is_list(adapter, str)):
+            raise ValueError(f"{path} is damaged: it does not list the shards")
+        if not (optimizer is None or isinstance(optimizer, dict)):
+            raise ValueError(f"{path} is damaged: it has no state of the optimizer")
+        found = cls(folder, files, adapter, optimizer)
+        found._require_files()
+        return found
+
+    def _require_files(self) -> None:
+        for name, size in sorted(self.files.items()):
+            path = self.place / name
+            said = damage(path) if Path(name).name == name else "is in another folder"
+            there = path.stat().st_size if said is None else size
+            if there != size:
+                said = f"is damaged: it should have {size:,} bytes and has {there:,}"
+            if said is not None:
+                raise ValueError(f"{path} {said}")
+        for path in sorted(self.place.glob("*.safetensors")):
+            if path.name not in self.files:
+                raise ValueError(f"{path} is not one of the files that {LIST} lists")
+
+    def weights(self) -> dict[str, Any]:
+        """The whole weights, by the names that they have in the model."""
+        from ..processes.shards import WEIGHTS, read_whole
+
+        return read_whole(self.place, WEIGHTS)
+
+    def adapter_weights(self) -> dict[str, Any]:
+        """The whole weights of an adapter, by the names that its file would have.
+
+        Raises:
+            ValueError: one of them is not there.
+        """
+        weights, names = self.weights(), dict(self.adapter or {})
+        if missing := sorted(set(names.values()) - set(weights)):
+            raise ValueError(f"{self.place} has no {missing[0]}")
+        return {key: weights[name] for key, name in names.items()}
+
+
+def in_shards(folder: Path) -> bool:
+    """Whether a checkpoint is one in shards."""
+    return (folder / LIST).is_file() or (folder / FOLDER).is_dir()
+
+
+def shards_problem(folder: Path) -> str | None:
+    """Which file of a checkpoint in shards is missing or damaged; None if none is."""
+    try:
+        Shards.read(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def adapter_folder(folder: str) -> Iterator[str]:
+    """Yield a folder that has an adapter as PEFT reads it.
+
+    Args:
+        folder: of the adapter, or its id on the hub. One in shards is made whole, elsewhere.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    if not in_shards(Path(folder)):
+        yield folder
+        return
+    from safetensors.torch import save_file
+
+    tensors = Shards.read(Path(folder)).adapter_weights()
+    with tempfile.TemporaryDirectory(prefix="fusewright-adapter-") as made:
+        shutil.copy(Path(folder) / "adapter_config.json", made)
+        save_file(tensors, Path(made) / "adapter_model.safetensors", metadata={"format": "pt"})
+        yield made
+
+
+def adapter_weights(folder: str) -> dict[str, Any]:
+    """The tensors of an adapter, by the names in its file.
+
+    Args:
+        folder: of the adapter, in shards or not, or its id on the hub.
+    """
+    if in_shards(Path(folder)):
+        return Shards.read(Path(folder)).adapter_weights()
+    from peft.utils import load_peft_weights
+
+    found: dict[str, Any] = load_peft_weights(folder, device="cpu")
+    return found
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    """Whether a value maps names to values of a kind."""
+    return isinstance(value, dict) and all(type(entry) is kind for entry in value.values())

@@ -16,8 +16,10 @@ from ..recipe.locate import ModelSource, hub_problem, locate
 from ..recipe.preferences import HEADS, head_of
 from ..recipe.recipe import Recipe
 from .files import (
+    Shards,
     cached,
     config_problem,
+    in_shards,
     meta_weights,
     no_tokenizer,
     pickled,
@@ -25,7 +27,6 @@ from .files import (
     weights_problem,
 )
 from .quantize import clear_marks, head_modules
-from .shard_files import Shards, in_shards
 
 Kind = Literal["model", "config", "tokenizer", "other"]
 

@@ -24,10 +24,10 @@ from .quantize import (
     leave_head_out,
     quantization,
     quantize,
+    quantize_experts,
     stay_trainable,
     unpacking,
 )
-from .quantized_experts import quantize_experts
 from .tokenizer import set_padding
 
 OTHER_EXPERTS = ("scattermoe", "sonicmoe")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import ipaddress
 import json
 import os
 import re
@@ -20,15 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ...errors import FusewrightError, ProcessLostError, RecipeError, first_line
-from .accelerate_settings import ignored
-from .launchers import Placement, device_index, placement
-from .network import HINT, choose_interface
+from .launchers import Environment, Placement, device_index, placement
 
 T = TypeVar("T")
 
@@ -313,3 +313,136 @@ def end_with_parent() -> None:
             ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != int(os.environ[PARENT]):
         raise SystemExit(1)
+
+
+# What ``accelerate launch`` was told of the training. The recipe decides, so it is not read.
+#
+# Its options and the files of ``accelerate config`` arrive as environment variables, which
+# transformers and accelerate read at many places.
+
+
+_BEGIN = (
+    "ACCELERATE_USE_", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_",
+    "ACCELERATE_GRADIENT_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_FP8_", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_TORCH_DEVICE", "FSDP_", "FP8_",
+    "MEGATRON_LM_", "PARALLELISM_CONFIG_",
+)  # fmt: skip
+"""How the names of those variables begin."""
+
+_SAID = {
+    "ACCELERATE_USE_FSDP": "use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "use_megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use_parallelism_config",
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_DYNAMO_BACKEND": "dynamo_backend",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+}
+"""The options that a user may miss, by their variables."""
+
+_NOTHING = ("", "no", "none", "false", "auto")
+"""Values with which an option does nothing."""
+
+
+@contextlib.contextmanager
+def ignored(environ: Environment) -> Iterator[str | None]:
+    """Take the settings of ``accelerate launch`` out of the environment, until the end.
+
+    Args:
+        environ: as before once the block is left, whatever libraries have set in it.
+
+    Yields:
+        What to say about those that would have changed the run; None: there is none.
+    """
+    before = {name: environ.pop(name) for name in _settings(environ)}
+    try:
+        yield _message(before)
+    finally:
+        for name in _settings(environ):
+            del environ[name]
+        environ.update(before)
+
+
+def _settings(environ: Environment) -> list[str]:
+    return [name for name in environ if name.startswith(_BEGIN)]
+
+
+def _message(settings: dict[str, str]) -> str | None:
+    found = []
+    for name, option in _SAID.items():
+        value = settings.get(name, "").lower()
+        if value not in _NOTHING:
+            found.append(option if value == "true" else f"{option} {value}")
+    if settings.get("ACCELERATE_USE_CPU", "").lower() == "true" and torch.cuda.is_available():
+        found.append("cpu (CUDA_VISIBLE_DEVICES= hides the GPUs)")
+    if not found:
+        return None
+    return f"the recipe decides; not applied from accelerate launch: {', '.join(found)}"
+
+
+# The network between the machines of a run, where a launcher does not say which it is.
+
+
+_VARIABLE = "GLOO_SOCKET_IFNAME"
+
+HINT = (
+    f"set {_VARIABLE} (and NCCL_SOCKET_IFNAME) on each machine to its network interface that the "
+    "others reach, which `ip addr` lists"
+)
+"""What to do where processes find the store of rank 0, but not each other."""
+
+
+def choose_interface(environ: Environment, placed: Placement, store: Any) -> None:
+    """Let gloo listen where the other machines reach this one.
+
+    By itself it takes the address of this machine's name. On many systems that is a loopback
+    address, which the others cannot reach. NCCL never takes such an address. The machine that the
+    rendezvous is at may find itself at such an address, too: there traffic to the others decides.
+
+    Args:
+        environ: the environment; changed unless the variable is set.
+        placed: this process. With one machine, nothing is changed.
+        store: the rendezvous' store, where each process finds the addresses of the others.
+    """
+    if placed.size == placed.local_size:
+        return
+    own = address_to(environ["MASTER_ADDR"])
+    store.set(f"address-{placed.rank}", own or "")
+    if _VARIABLE in environ:
+        return
+    for rank in range(placed.size):
+        if own is not None:
+            break
+        other = str(store.get(f"address-{rank}"), "utf-8")
+        own = address_to(other) if other else None
+    name = None if own is None else _interface(own)
+    if name is not None:
+        environ[_VARIABLE] = name
+
+
+def address_to(host: str) -> str | None:
+    """The address of this machine that traffic to another one has.
+
+    Args:
+        host: its name or address; of this machine: the result is the same address.
+
+    Returns:
+        None: it is a loopback address, or it cannot be known.
+    """
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # of a datagram: sends nothing
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return None
+    return None if ipaddress.ip_address(own).is_loopback else own
+
+
+def _interface(own: str) -> str | None:
+    """The network interface that has an address of this machine."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own.partition("%")[0] for entry in found):
+            return name
+    return None

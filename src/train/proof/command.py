@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from ...errors import RecipeError
+from ...rewrite.tolerance import FACTOR
+from ..consent import Consent
 from ..data import prepare
 from ..data.order import order_of
 from ..model.from_pretrained import meta_model
@@ -23,19 +35,22 @@ from ..model.precision import dtype_for_training
 from ..model.tokenizer import load_tokenizer
 from ..output_files import write_atomically
 from ..preflight import model_obstacles
+from ..processes.launch import rank_environment
 from ..processes.signals import Interrupts
+from ..processes.world import PARENT
+from ..recipe.keys.base import Keys
+from ..recipe.keys.output import OutputKeys
+from ..recipe.keys.tracking import TrackingKeys
 from ..recipe.preferences import method_of
 from ..recipe.recipe import Recipe
-from ..report.format import duration
+from ..report.environment import machine, versions
+from ..report.format import duration, finite, memory
 from ..report.throughput import flops_per_token, peak_flops
 from ..terminal import Terminal, say
 from ..trainer.batches import training_sequences
-from .compare import Allowed, Deviations, deviations, exceeded
-from .run_ways import Run, run_way
-from .settings import alone
-from .table import Comparison, Row
+from .compare import LEFT_OUT, Allowed, Deviations, deviations, exceeded
 from .ways import Selection, Way, second_eager, select, sequences_per_step, ways_of
-from .worker import SAMPLES, write_samples
+from .worker import RESULT, SAMPLES, Job, write_samples
 
 _START_SECONDS = 20.0
 """What a process takes until its first step, about: imports, and loading a small model."""
@@ -263,3 +278,427 @@ def _compared(runs: Sequence[Run], chosen: Selection) -> tuple[list[Row], Allowe
         said = exceeded(found, limits)
         rows.append(Row(run, found, "failed" if said else "passed", said))
     return rows, limits
+
+
+# Each way is run in processes of its own: no state is shared, and memory is counted from zero.
+
+
+_POLL = 0.1
+_OTHERS = 20.0
+"""Seconds that the other processes of a way get to end, once one has failed."""
+_LAST = 12
+"""Lines of what a process printed that are shown when a signal has ended it: where it was."""
+_ERROR = re.compile(r"(?:\[rank\d+\]:\s)?(\w[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)")
+"""The last line of a traceback."""
+
+
+@dataclass
+class Run:
+    """How one way went.
+
+    Attributes:
+        way: which.
+        status: ``"trained"``; ``"skipped"``: it cannot be run here; ``"failed"``: it should have.
+        reason: why it was skipped or failed.
+        folder: where its tensors are.
+        figures: what its worker has counted; see ``worker``.
+        seconds: that it took, loading included.
+    """
+
+    way: Way
+    status: str
+    reason: str = ""
+    folder: Path = Path()
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def run_way(
+    recipe: Recipe, way: Way, steps: int, folder: Path, consent: Consent, say: Callable[[str], None]
+) -> Run:
+    """Run one way to its end.
+
+    Args:
+        recipe: the user's.
+        way: with a layout, unless it is skipped.
+        steps: how many.
+        folder: of all ways; it has the samples, and gets a folder for this one.
+        consent: what the caller allows.
+        say: prints a line.
+
+    Returns:
+        How it went. Its processes have ended, whatever happens here.
+    """
+    if way.layout is None:
+        return Run(way, "skipped", way.skipped)
+    own = folder / way.name.replace(" ", "-")
+    own.mkdir()
+    changed = recipe_of(recipe, way, steps, str(own / "out"))
+    keys = changed.model_dump(mode="json", exclude_defaults=True)
+    Job(keys, consent, way.exact, way.layout.sequences).write(own)
+    start = time.monotonic()
+    with _started(own, way.layout.processes) as processes:
+        code = _wait(processes, own, say)
+    return _ended(way, own, code, time.monotonic() - start)
+
+
+def _ended(way: Way, folder: Path, code: int, seconds: float) -> Run:
+    result: dict[str, Any] = {}
+    if (folder / RESULT).exists():
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    if code == 0 and result.get("status") == "trained":
+        return Run(way, "trained", "", folder, result, seconds)
+    if result.get("status") == "refused":
+        status = "skipped" if way.optional else "failed"
+        return Run(way, status, str(result["reason"]), folder, result, seconds)
+    return Run(way, "failed", _reason(folder, code), folder, {}, seconds)
+
+
+def _reason(folder: Path, code: int) -> str:
+    printed = [
+        [line.rstrip() for line in text.splitlines() if line.strip()]
+        for path in sorted(folder.glob("*.err"))
+        if (text := path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    if code < 0:
+        name = signal.Signals(-code).name
+        if name == "SIGKILL":
+            return "its process was killed by SIGKILL (the system does that when memory is short)"
+        said = "\n  ".join(line for lines in printed for line in _last(lines)) or "nothing"
+        return f"its process was killed by {name}; what was last printed:\n  {said}"
+    lines = [line for own in printed for line in own]
+    errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+    causes = [said for said in errors if "ProcessLostError" not in said] or errors
+    said = causes[0] if causes else (lines or ["it printed nothing"])[-1].strip()
+    return f"its process ended with exit code {code}: {said}"
+
+
+def _last(lines: list[str]) -> list[str]:
+    """What a process printed around its end: what faulthandler begins with, if it wrote that."""
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python")), None)
+    return lines[-_LAST:] if fatal is None else lines[max(fatal - 4, 0) : fatal + _LAST]
+
+
+@contextlib.contextmanager
+def _started(folder: Path, number: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes of a worker; none is left afterwards, whatever ends the block."""
+    worker = ["-P", "-X", "faulthandler", "-m", "fusewright.train.proof.worker", str(folder)]
+    command = [sys.executable, *worker]
+    processes: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as stack:
+        store = _store() if number > 1 else None
+        try:
+            for rank in range(number):
+                out = stack.enter_context((folder / f"rank-{rank}.out").open("wb"))
+                err = stack.enter_context((folder / f"rank-{rank}.err").open("wb"))
+                environ = {**os.environ, PARENT: str(os.getpid())}
+                if store is not None:
+                    environ = rank_environment(rank, number, store.port)
+                # in a session of its own: Ctrl-C in a terminal is this process's to deal with
+                processes.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                        env=environ, start_new_session=True,
+                    )
+                )  # fmt: skip
+            yield processes
+        finally:
+            _kill(processes)
+
+
+def _store() -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # 2026-11-27: not in its list
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End the processes, and those that they have started (compilers, readers)."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], folder: Path, say: Callable[[str], None]
+) -> int:
+    """Wait for all, and pass on what rank 0 prints; the exit code of the first that failed."""
+    since: float | None = None
+    first = 0
+    with (folder / "rank-0.out").open(encoding="utf-8", errors="replace") as lines:
+        rest = ""
+        while True:
+            running = [process for process in processes if process.poll() is None]
+            *whole, rest = (rest + lines.read()).split("\n")
+            for line in whole:
+                say(f"  {line}")
+            first = first or next((p.returncode for p in processes if p.returncode), 0)
+            if not running:
+                return first
+            if first:
+                since = since or time.monotonic()
+                if time.monotonic() - since > _OTHERS:
+                    return first
+            time.sleep(_POLL)
+
+
+# What ``verify`` prints and writes: a row for each way, and a sentence for each that failed.
+
+
+VERDICTS = {"passed": "passed", "failed": "FAILED", "skipped": "skipped"}
+
+
+@dataclass
+class Row:
+    """One way, compared.
+
+    Attributes:
+        run: how it went.
+        found: how far it is from the reference; None: of the reference, or it was not trained.
+        verdict: ``"reference"``, ``"limit"`` (eager mode, which sets it), ``"passed"``,
+            ``"failed"`` or ``"skipped"``.
+        exceeded: what differs, a clause each; or why it failed to run.
+    """
+
+    run: Run
+    found: Deviations | None
+    verdict: str
+    exceeded: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """All ways of one recipe.
+
+    Attributes:
+        recipe: its name.
+        chosen: the samples of the steps.
+        rows: by way, the reference first.
+        limits: how far a way may be from the reference.
+    """
+
+    recipe: str
+    chosen: Selection
+    rows: list[Row]
+    limits: Allowed
+
+    @property
+    def failed(self) -> list[Row]:
+        """The ways that differ, or did not run to their end."""
+        return [row for row in self.rows if row.verdict == "failed"]
+
+    def rate(self, run: Run) -> float:
+        """Tokens per second, from the second step on; padding is not counted."""
+        seconds = run.figures.get("seconds", [])[1:]
+        tokens = sum(self.chosen.tokens_of(step) for step in range(1, 1 + len(seconds)))
+        return tokens / sum(seconds) if sum(seconds) else math.nan
+
+    def table(self) -> Table:
+        """The table, for a terminal."""
+        made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("way", "batches"):
+            made.add_column(name, no_wrap=True)
+        for name in (
+            "loss", "loss off", "gradients off", "change off", "tokens/s", "peak memory"
+        ):  # fmt: skip
+            made.add_column(name, justify="right", no_wrap=True)
+        made.add_column("", no_wrap=True)
+        for row in self.rows:
+            if row.run.status == "trained":
+                made.add_row(*map(Text, self._cells(row)))
+            else:
+                layout = row.run.way.layout
+                cells = [row.run.way.name, layout.text() if layout else "-", *["-"] * 6]
+                made.add_row(*map(Text, [*cells, VERDICTS[row.verdict]]))
+            if row.verdict == "limit":
+                of = self.limits
+                offs = [f"{d:.1e}" for d in (of.loss, of.gradient, of.change)]
+                made.add_row(*map(Text, ["  allowed", "", "", *offs, "", "", ""]))
+        return made
+
+    def _cells(self, row: Row) -> list[str]:
+        run, found = row.run, row.found
+        assert run.way.layout is not None
+        losses = run.figures["losses"]
+        offs = ["-"] * 3
+        if found is not None:
+            offs = [f"{d:.1e}" for d in (found.loss, found.gradient, found.change)]
+        name = run.way.name
+        verdict = VERDICTS.get(row.verdict, "")
+        if row.verdict == "reference":
+            verdict = f"the reference, in {run.figures['dtype']}"
+        return [
+            name, run.way.layout.text(), f"{losses[0]:.4f} → {losses[-1]:.4f}", *offs,
+            f"{self.rate(run):,.0f}", _peaks(run), verdict,
+        ]  # fmt: skip
+
+    def sentences(self) -> Iterator[str]:
+        """What is below the table."""
+        masks = sorted({mask for row in self.rows for mask in row.run.figures.get("masks", ())})
+        yield (
+            f"off: relative to the reference; gradients are those of the first step, and the "
+            f"change is that of the weights in all steps, without the {LEFT_OUT:.0%} that are "
+            f"furthest off. Allowed is {FACTOR} times what eager mode is off, and one unit of "
+            f"rounding."
+        )
+        yield (
+            "Random masks differ between layouts, so lora_dropout, neftune_noise_alpha and the "
+            "model's own dropout are 0 in all ways"
+            + (f" (this recipe or model has {', '.join(masks)})" if masks else "")
+            + "; adapters that begin as zeros begin with small random values."
+        )
+        for row in self.rows:
+            if row.verdict == "skipped":
+                yield f"{row.run.way.name}: skipped: {row.run.reason}"
+        for row in self.failed:
+            yield f"{row.run.way.name}: FAILED: {'; '.join(row.exceeded)}. {self._advice(row)}"
+
+    def _advice(self, row: Row) -> str:
+        name = row.run.way.name
+        if row.run.status != "trained":
+            return "It did not run to its end; --keep keeps all that it printed (*.err)"
+        broken = {other.run.way.name for other in self.failed}
+        if name == "optimized":
+            rules = row.run.figures.get("rewritten", {})
+            shown = ", ".join(rules) or "none"
+            return (
+                "An optimized model must train as the original: find the rule with "
+                f"FUSEWRIGHT_DISABLE=RULE (rewritten here: {shown}; FUSEWRIGHT_FUEL=N bisects), "
+                "see fusewright explain, report it, and train with optimize: false until then"
+            )
+        if "optimized" in broken:
+            return "The optimized model differs with the recipe's own batches, too: see there"
+        if not row.run.figures.get("weighs_tokens", True):
+            return (
+                "The forward of this model takes no num_items_in_batch, so the losses of the "
+                "batches of a step are averaged, however many tokens they train: use "
+                "gradient_accumulation_steps: 1"
+            )
+        if name in ("packed", "unpacked"):
+            return (
+                "The same samples train differently when they share a sequence: set "
+                "sample_packing: false, and report it"
+            )
+        if "processes" in name:
+            return (
+                "Several processes do not train what one does: train with --nproc 1, and report it"
+            )
+        return (
+            "Batches of another size train differently: keep gradient_accumulation_steps: 1, and "
+            "report it"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for ``--json``; NaN and infinity are text."""
+        content = {
+            "recipe": self.recipe,
+            "passed": not self.failed,
+            "steps": len(self.chosen.steps),
+            "tokens": self.chosen.tokens,
+            "trained_tokens": self.chosen.trained,
+            "factor": FACTOR,
+            "limits": dataclasses.asdict(self.limits),
+            "ways": [self._way(row) for row in self.rows],
+            "versions": versions(),
+            "machine": machine(),
+        }
+        found: dict[str, Any] = finite(content)
+        return found
+
+    def _way(self, row: Row) -> dict[str, Any]:
+        run, layout = row.run, row.run.way.layout
+        figures = {k: v for k, v in run.figures.items() if k not in ("status", "reason")}
+        return {
+            "name": run.way.name,
+            "verdict": row.verdict,
+            "reason": run.reason,
+            "exceeded": row.exceeded,
+            "optimize": run.way.optimize,
+            "rows": layout.rows if layout else None,
+            "passes": layout.passes if layout else None,
+            "processes": layout.processes if layout else None,
+            "packing": layout.packing if layout else None,
+            "deviations": dataclasses.asdict(row.found) if row.found else None,
+            "tokens_per_s": self.rate(run),
+            "run_seconds": run.seconds,
+            **figures,
+        }
+
+
+def _peaks(run: Run) -> str:
+    """The peak memory of each process: of its GPU where it has one."""
+    each: Sequence[dict[str, float]] = run.figures.get("memory", ())
+    return " + ".join(memory(peaks.get("cuda_mb", peaks["rss_mb"])) for peaks in each)
+
+
+# The recipe of one way: the user's own, without all that writes, validates, draws or reports.
+
+
+def _defaults(group: type[Keys]) -> dict[str, Any]:
+    """The keys of a group, each as if it were unset."""
+    fields = group.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields}
+
+
+_OFF: dict[str, Any] = {
+    # trackers: each has a switch, without which other keys would imply it
+    **{
+        name: False if name.startswith("use_") else default
+        for name, default in _defaults(TrackingKeys).items()
+    },
+    # where results would go, when they would be saved, validation, and what is logged
+    **_defaults(OutputKeys), "save_strategy": "no", "dataset_prepared_path": None,
+    "val_set_size": 0.0, "test_datasets": [],
+    # what ends a run early
+    "early_stopping_patience": None, "loss_watchdog_threshold": None,
+    # the rows are prepared, and come in order
+    "streaming": False, "pretraining_dataset": [], "curriculum_sampling": True,
+    "group_by_length": False, "dataloader_num_workers": 0, "dataloader_prefetch_factor": None,
+    "dataloader_drop_last": False, "batch_size": None,
+    # random masks, which no two layouts have alike
+    "lora_dropout": 0.0, "neftune_noise_alpha": None,
+    # every step moves the weights
+    "lr_scheduler": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0,
+    "warmup_ratio": None, "cosine_min_lr_ratio": None, "cosine_constant_lr_ratio": None,
+    "lr_quadratic_warmup": False, "lr_div_factor": None, "jagged_restart_steps": None,
+    "jagged_restart_warmup_steps": None, "jagged_restart_anneal_steps": None,
+}  # fmt: skip
+"""Keys that no way has, with the values that turn them off."""
+
+_ALONE: dict[str, Any] = {
+    "fsdp": None, "fsdp_config": None, "deepspeed": None, "dp_shard_size": None,
+    "dp_replicate_size": None, "tensor_parallel_size": 1, "context_parallel_size": 1,
+    "context_parallel": None, "ddp": None,
+}  # fmt: skip
+"""The same for one process."""
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """What the ways of one process have in common."""
+    return recipe.model_copy(update={**_OFF, **_ALONE})
+
+
+def recipe_of(recipe: Recipe, way: Way, steps: int, folder: str) -> Recipe:
+    """What one way trains by.
+
+    Args:
+        recipe: the user's, checked.
+        way: with a layout.
+        steps: how many.
+        folder: in place of ``output_dir``.
+    """
+    layout = way.layout
+    assert layout is not None
+    changed = {
+        **_OFF,
+        **(_ALONE if layout.processes == 1 else {}),
+        "output_dir": folder,
+        "optimize": way.optimize,
+        "sample_packing": layout.packing,
+        "micro_batch_size": layout.rows,
+        "gradient_accumulation_steps": layout.passes,
+        "max_steps": steps,
+    }
+    return recipe.model_copy(update=changed)

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from ...errors import RecipeError
 from ..consent import must_build, needs_consent, refused_builder, refused_function
 from ..output_files import why_not_ours_to_write
-from ..own_functions import load_function, located, module_of
-from ..package_rows import is_own, why_none
+from ..own_functions import is_own, load_function, located, module_of, why_none
 from .distributed.deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
 from .keys.preferences.names import is_function, is_own_type

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ..output_files import write_atomically
 from ..printable import printable
 from ..recipe.written import folded
-from . import usage
+from . import run_facts
 from .format import duration, memory, millions
 from .page_sections import data, ending, model
 from .run_facts import TASKS, Facts
@@ -174,8 +174,8 @@ def _use(facts: Facts) -> Iterator[str]:
     if not facts.number("steps"):
         return
     yield "## Use it\n"
-    yield _fenced(usage.commands(facts.recipe), "sh") + "\n\nin a copy of this folder.\n"
-    code = usage.snippet(facts.recipe, ".")
+    yield _fenced(run_facts.commands(facts.recipe), "sh") + "\n\nin a copy of this folder.\n"
+    code = run_facts.snippet(facts.recipe, ".")
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         yield f"With plain {below}:\n\n{_fenced(code, 'python')}\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...report import Report
 from ..recipe.written import without_effect
-from . import usage
+from . import run_facts
 from .format import duration, memory, parameter_counts, resumption
 from .run_facts import Facts, number
 
@@ -238,10 +238,10 @@ def use(facts: Facts) -> Rows:
     found = [
         (
             "With fusewright, in a terminal, in the folder of this page:",
-            usage.commands(facts.recipe),
+            run_facts.commands(facts.recipe),
         )
     ]
-    code = usage.snippet(facts.recipe, ".")
+    code = run_facts.snippet(facts.recipe, ".")
     if code is not None:
         below = "PEFT" if facts.recipe.get("adapter") else "transformers"
         found.append((f"With plain {below}, in Python, in the same folder:", code))

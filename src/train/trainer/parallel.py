@@ -17,7 +17,7 @@ from ..checkpoint import sharded
 from ..checkpoint.load import ResumableTrainer, load_trained, readable, trained_weights
 from ..checkpoint.rng_state import share_in_groups
 from ..data.ranks import Fillable, RankBatches, RankStream
-from ..model.shard_files import in_shards
+from ..model.files import in_shards
 from ..model.token_losses import causal_loss
 from ..processes import tensor_parallel, zero
 from ..processes.context_parallel import require_causal

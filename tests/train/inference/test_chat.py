@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 
-from fusewright.train.inference.chat import ChatSession
-from fusewright.train.inference.generation import Sampling, TextGenerator
+from fusewright.train.inference.generate import ChatSession, Sampling, TextGenerator
 
 from ..conftest import CHATML, make_tokenizer
 from ..runs import fusewright

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fusewright.errors import DataError, ModelError
-from fusewright.train.inference.generation import Sampling, TextGenerator, answer
+from fusewright.train.inference.generate import Sampling, TextGenerator, answer, read_prompts
 from fusewright.train.inference.load_run import load_run
-from fusewright.train.inference.prompt_files import read_prompts
 from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import CHATML, chat, make_model, make_tokenizer

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fusewright.train import train
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.merge.in_memory import merged_in_memory
+from fusewright.train.merge import merged_in_memory
 
 from ..conftest import make_model, make_tokenizer
 from ..runs import fusewright, make_adapter

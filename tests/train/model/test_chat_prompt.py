@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from fusewright.train import train
-from fusewright.train.model.chat_prompt import ChatPrompt
-from fusewright.train.report.usage import snippet
+from fusewright.train.model.tokenizer import ChatPrompt
+from fusewright.train.report.run_facts import snippet
 
 from ..conftest import CHATML, chat, make_tokenizer, small_recipe
 from ..runs import fusewright

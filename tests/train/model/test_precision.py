@@ -17,7 +17,7 @@ from fusewright import explain, optimize
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.merge.merge import MergeOptions, merge
+from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.model import precision
 from fusewright.train.model.load import load_model
 from fusewright.train.model.precision import dtype_for_training, has_bfloat16, precision_warning

@@ -17,7 +17,7 @@ from fusewright import optimize
 from fusewright.errors import RecipeError
 from fusewright.train import train
 from fusewright.train.model.load import load_model
-from fusewright.train.model.quantized_experts import PackedExperts, quantize_experts
+from fusewright.train.model.quantize import PackedExperts, quantize_experts
 from fusewright.train.recipe.load import load_recipe
 
 from ..conftest import make_model, make_tokenizer, small_recipe

@@ -17,7 +17,7 @@ from fusewright.train.recipe.load import check
 from fusewright.train.recipe.preferences import preference_settings, rows_of
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.status import entries
-from fusewright.train.rewards.load import rewards_of
+from fusewright.train.rewards.built_in import rewards_of
 
 from ..commands import fusewright
 from ..conftest import make_tokenizer

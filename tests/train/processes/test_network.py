@@ -9,9 +9,9 @@ import psutil
 import pytest
 from torch.distributed import HashStore
 
-from fusewright.train.processes import network
+from fusewright.train.processes import world
 from fusewright.train.processes.launchers import Placement
-from fusewright.train.processes.network import address_to, choose_interface
+from fusewright.train.processes.world import address_to, choose_interface
 
 FIRST, SECOND = Placement(0, 2, 0, 1), Placement(1, 2, 0, 1)
 ROUTES = {"first": None, "10.0.0.2": "10.0.0.1"}
@@ -37,7 +37,7 @@ def test_a_loopback_address_is_none_that_others_reach() -> None:
 
 
 def test_the_own_address_on_the_way_to_rank_0(cable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "address_to", {"first": "10.0.0.1"}.get)
+    monkeypatch.setattr(world, "address_to", {"first": "10.0.0.1"}.get)
     store = HashStore()
     assert _chosen(SECOND, store)["GLOO_SOCKET_IFNAME"] == "cable"
     assert store.get("address-1") == b"10.0.0.1"
@@ -46,7 +46,7 @@ def test_the_own_address_on_the_way_to_rank_0(cable: None, monkeypatch: pytest.M
 def test_rank_0_asks_the_others_where_it_finds_itself_at_a_loopback_address(
     cable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "address_to", ROUTES.get)
+    monkeypatch.setattr(world, "address_to", ROUTES.get)
     store = HashStore()
     store.set("address-1", "10.0.0.2")
     assert _chosen(FIRST, store)["GLOO_SOCKET_IFNAME"] == "cable"
@@ -54,7 +54,7 @@ def test_rank_0_asks_the_others_where_it_finds_itself_at_a_loopback_address(
 
 def test_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of two agents on one machine."""
-    monkeypatch.setattr(network, "address_to", lambda host: None)
+    monkeypatch.setattr(world, "address_to", lambda host: None)
     store = HashStore()
     store.set("address-1", "")
     assert "GLOO_SOCKET_IFNAME" not in _chosen(FIRST, store)
@@ -63,7 +63,7 @@ def test_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_has_set_stays_and_the_others_need_not_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(network, "address_to", ROUTES.get)
+    monkeypatch.setattr(world, "address_to", ROUTES.get)
     store = HashStore()
     assert _chosen(FIRST, store, GLOO_SOCKET_IFNAME="ib0")["GLOO_SOCKET_IFNAME"] == "ib0"
     assert store.get("address-0") == b""

@@ -17,8 +17,8 @@ from torch import Tensor
 from fusewright.train.checkpoint.files import checkpoints, step_of
 from fusewright.train.inference.load_run import load_run
 from fusewright.train.inference.run_folder import open_run
-from fusewright.train.merge.merge import MergeOptions, merge
-from fusewright.train.model.shard_files import FOLDER, LIST
+from fusewright.train.merge import MergeOptions, merge
+from fusewright.train.model.files import FOLDER, LIST
 
 from .runs import STRATEGIES, Run, Runs, difference, same, weights
 from .test_runs import DEEPSPEED, FULL, SAVING, assert_as_one

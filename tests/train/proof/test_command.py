@@ -17,8 +17,7 @@ import pytest
 import yaml
 
 from fusewright.train.proof import command, worker
-from fusewright.train.proof.run_ways import run_way
-from fusewright.train.proof.settings import recipe_of
+from fusewright.train.proof.command import recipe_of, run_way
 from fusewright.train.proof.ways import BatchLayout, Way, select
 from fusewright.train.recipe.load import load_recipe
 
@@ -232,7 +231,7 @@ def _stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
     stub.chmod(0o755)
-    monkeypatch.setattr("fusewright.train.proof.run_ways.sys.executable", str(stub))
+    monkeypatch.setattr("fusewright.train.proof.command.sys.executable", str(stub))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -294,7 +293,7 @@ def test_a_recipe_that_eager_mode_refuses(
     file: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(recipe: Any, way: Way, *_: Any) -> Any:
-        from fusewright.train.proof.run_ways import Run
+        from fusewright.train.proof.command import Run
 
         return Run(way, "failed", "sample_packing: the samples see each other")
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fusewright.train.proof.compare import (
     ALL,
+    CHANGES,
+    GRADIENTS,
     Allowed,
     Deviations,
     deviations,
     exceeded,
     kind_of,
 )
-from fusewright.train.proof.record import CHANGES, GRADIENTS
 
 NAME = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.default.weight"
 FP32 = torch.finfo(torch.float32).eps

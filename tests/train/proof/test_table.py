@@ -11,12 +11,10 @@ import pytest
 from rich.console import Console
 
 from fusewright.train.data import Sample
-from fusewright.train.proof.command import Runner, _run
+from fusewright.train.proof.command import Comparison, Row, Run, Runner, _run
 from fusewright.train.proof.compare import ALL, Allowed, Deviations
-from fusewright.train.proof.exact import NO_ROOM
-from fusewright.train.proof.run_ways import Run
-from fusewright.train.proof.table import Comparison, Row
 from fusewright.train.proof.ways import BatchLayout, Way, select
+from fusewright.train.proof.worker import NO_ROOM
 
 from ..conftest import small_recipe
 

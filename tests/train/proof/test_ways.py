@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusewright.train.data import IGNORED, Sample
-from fusewright.train.proof.settings import alone, recipe_of
+from fusewright.train.proof.command import alone, recipe_of
 from fusewright.train.proof.ways import (
     FILLER,
     BatchLayout,

@@ -12,10 +12,17 @@ from torch import nn
 
 from fusewright.errors import RecipeError
 from fusewright.train.data import Sample
-from fusewright.train.proof import exact, record
-from fusewright.train.proof.exact import NO_ROOM, exact_dtype, make_exact
-from fusewright.train.proof.record import PeakMemory, compared, stride_of
-from fusewright.train.proof.worker import fill_zeros, read_samples, without_dropout, write_samples
+from fusewright.train.proof import compare, worker
+from fusewright.train.proof.compare import PeakMemory, compared, stride_of
+from fusewright.train.proof.worker import (
+    NO_ROOM,
+    exact_dtype,
+    fill_zeros,
+    make_exact,
+    read_samples,
+    without_dropout,
+    write_samples,
+)
 from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import make_model
@@ -79,7 +86,7 @@ def test_no_room_for_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     class _Memory:
         available = 1000
 
-    monkeypatch.setattr(exact.psutil, "virtual_memory", _Memory)
+    monkeypatch.setattr(worker.psutil, "virtual_memory", _Memory)
     with pytest.raises(RecipeError, match=NO_ROOM):
         make_exact(make_model(), Recipe.model_construct(), torch.float64)
 
@@ -87,9 +94,9 @@ def test_no_room_for_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_many_weights_some_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(10, 10)
     assert stride_of(model) == 1
-    monkeypatch.setattr(record, "MOST", 30)
+    monkeypatch.setattr(compare, "MOST", 30)
     assert stride_of(model) == 5  # odd
-    assert len(record.chosen_elements(model.weight, 5)) == 20
+    assert len(compare.chosen_elements(model.weight, 5)) == 20
 
 
 def test_samples_are_read_as_written(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.inference.past_recipe import written
+from fusewright.train.inference.load_run import written
 from fusewright.train.recipe.distributed.deepspeed_config import built_in, built_in_names
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.base import extra_of

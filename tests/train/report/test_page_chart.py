@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fusewright.train.report.page_chart import MOST, STRIPS, Series, chart
+from fusewright.train.report.page import MOST, STRIPS, Series, chart
 
 
 def three(value: float) -> str:

@@ -15,10 +15,15 @@ import torch
 
 from fusewright.errors import DataError, RewardError
 from fusewright.train.processes.world import World
-from fusewright.train.rewards.built_in import built_in
-from fusewright.train.rewards.figures import means, reward_figures
-from fusewright.train.rewards.judge import AsyncJudge, judges, require_columns, require_rewards
-from fusewright.train.rewards.texts import shown
+from fusewright.train.rewards.built_in import built_in, shown
+from fusewright.train.rewards.judge import (
+    AsyncJudge,
+    judges,
+    means,
+    require_columns,
+    require_rewards,
+    reward_figures,
+)
 
 GIVEN: dict[str, Any] = {"prompts": ["a", "b"], "completions": ["x", "y"], "answer": ["x", "z"]}
 

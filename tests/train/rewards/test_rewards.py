@@ -15,8 +15,7 @@ from fusewright.train.consent import Consent
 from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.keys.preferences.names import REWARDS, reward_problem
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.rewards.built_in import built_in
-from fusewright.train.rewards.load import rewards_of
+from fusewright.train.rewards.built_in import built_in, rewards_of
 
 ALLOWED = Consent(allow_code=True)
 

@@ -12,7 +12,7 @@ import yaml
 from fusewright.errors import RecipeError
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.starter import candidates
-from fusewright.train.starter.fits import MemoryVerdict
+from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 
 from ..conftest import chat, make_model, make_tokenizer

@@ -10,8 +10,8 @@ import yaml
 
 from fusewright.errors import ModelError
 from fusewright.train.recipe.load import check
-from fusewright.train.starter import fits
-from fusewright.train.starter.fits import PlanJudge, positions_of
+from fusewright.train.starter import choose
+from fusewright.train.starter.choose import PlanJudge, positions_of
 
 from ..commands import fusewright
 from .conftest import ROWS, write
@@ -35,7 +35,7 @@ def test_any_error_of_planning_is_said_and_raised_once(
         calls.append(1)
         raise error
 
-    monkeypatch.setattr(fits, "make_job", fails)
+    monkeypatch.setattr(choose, "make_job", fails)
     rows = write(tmp_path / "rows.jsonl", ROWS["chat"])
     values = {"base_model": str(model), "datasets": [{"path": str(rows), "type": "chat_template"}]}
     recipe = check({**values, "adapter": "lora", "lora_target_linear": True}).recipe
@@ -52,7 +52,7 @@ def test_a_recipe_is_written_where_planning_fails(
     def fails(*_: Any) -> None:
         raise IndexError("of the model's own code")
 
-    monkeypatch.setattr(fits, "make_job", fails)
+    monkeypatch.setattr(choose, "make_job", fails)
     write(tmp_path / "rows.jsonl", ROWS["completion"])
     result = fusewright("init", "rows.jsonl", "--model", str(model), "--memory", "24GB")
     assert result.exit_code == 0, result.output
@@ -67,7 +67,7 @@ def test_positions_of_a_configuration_that_raises(
     def fails(_: Any) -> None:
         raise ValueError("several decoders")
 
-    monkeypatch.setattr(fits, "positions", fails)
+    monkeypatch.setattr(choose, "positions", fails)
     rows = write(tmp_path / "rows.jsonl", ROWS["chat"])
     values = {"base_model": str(model), "datasets": [{"path": str(rows), "type": "chat_template"}]}
     assert positions_of(check(values).recipe) is None

@@ -15,7 +15,7 @@ from fusewright.memory.budget import Budget
 from fusewright.train import train
 from fusewright.train.data.readers.files import SUFFIXES
 from fusewright.train.recipe.recipe import Recipe
-from fusewright.train.starter.fits import MemoryVerdict
+from fusewright.train.starter.choose import MemoryVerdict
 from fusewright.train.starter.init import InitOptions, run
 
 from ..commands import fusewright

@@ -15,7 +15,7 @@ from typing import Any
 
 from ....errors import DataError, first_line
 from ...consent import must_build, refused_builder
-from ...package_rows import PackageRows, is_own
+from ...own_functions import PackageRows, is_own
 from ...recipe.recipe import Dataset
 from .files import Progress, Row, hash_file, kind_of, read_file, text_in
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...model.quantized_experts import bare_experts
+from ...model.quantize import bare_experts
 from .blueprint import Blueprint
 
 _ABSMAX_BLOCK = 64

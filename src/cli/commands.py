@@ -1,0 +1,424 @@
+"""The commands other than ``train``. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RecipeError
+from ..train.consent import Consent
+from ..train.terminal import Terminal, announce
+
+if TYPE_CHECKING:
+    from ..train.inference.run_folder import RunFolder
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="An output_dir, a checkpoint-N in it, or a folder with a PEFT adapter or a model.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The base model, if it is no longer where the folder says."),
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="Sampling temperature. Default: greedy decoding."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Sample from the most likely tokens of this total probability.",
+    ),
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed for sampling.")]
+System = Annotated[
+    str | None, typer.Option(help="The system prompt. Default: the run's default_system_message.")
+]
+
+
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A data file; can be repeated. Default: the run's validation rows."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+    allow_code: Code = False,
+) -> None:
+    """Compute the figures of validation on a run's validation rows, or on other data."""
+    opened = _opened(run, base_model, Consent(trust_remote_code, allow_builders, allow_code))
+    announce(f"loading {run}")
+    from ..train.inference import evaluate as command  # slow to import
+
+    command.evaluate(opened, data or [], as_json=as_json)
+
+
+def generate(
+    run: RunArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads it from standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: .jsonl with prompt or messages, or one prompt per line."),
+    ] = None,
+    max_new_tokens: Tokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    system: System = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer a prompt, or a file of prompts."""
+    opened = _opened(run, base_model, Consent(trust_remote_code))
+    from ..train.inference.generate import read_prompt, read_prompts
+    from ..train.model.tokenizer import ChatPrompt, with_system
+
+    if file is not None and prompt is not None:
+        raise RecipeError("give a prompt or --file, not both")
+    if system is None:
+        system = ChatPrompt.of(opened.recipe).system
+    if file is not None:
+        asked = read_prompts(file, system)
+    else:
+        text = read_prompt(prompt, sys.stdin)
+        asked = [with_system([{"role": "user", "content": text}], system)]
+    announce(f"loading {run}")
+    from ..train.inference import generate as command  # slow to import
+    from ..train.inference.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.generate(opened, asked, sampling, batch_size=batch_size, as_json=as_json)
+
+
+def chat(
+    run: RunArgument,
+    max_new_tokens: Tokens = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    system: System = None,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Chat with a run: in the terminal, or line by line over a pipe."""
+    opened = _opened(run, base_model, Consent(trust_remote_code))
+    announce(f"loading {run}")
+    from ..train.inference import generate as command  # slow to import
+    from ..train.inference.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    command.chat(opened, sampling, system)
+
+
+def merge(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder. Default: RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: what the run was trained in."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 500MB.")] = "5GB",
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Dequantize the base (quantized, or of QLoRA) and merge into those weights.",
+        ),
+    ] = False,
+    base_model: Base = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Merge the adapter into its base model, for plain transformers to load."""
+    opened = _opened(run, base_model, Consent(trust_remote_code))
+    announce("importing PyTorch and transformers")
+    from ..train import merge as command  # slow to import
+
+    asked = command.MergeOptions(output, dtype, max_shard_size, dequantize)
+    command.merge(opened, asked)
+
+
+def _opened(folder: str, base_model: str | None, consent: Consent) -> RunFolder:
+    from ..train.inference.run_folder import open_run
+
+    return open_run(folder, base_model, consent)
+
+
+# ``fusewright preprocess``: prepare the rows of a recipe before a run, and look at them.
+
+
+def preprocess(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", help="Show samples token by token; trained tokens are green and marked ▸."
+        ),
+    ] = False,
+    debug_num_examples: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 5,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read only this many rows of each dataset; cache nothing."),
+    ] = None,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+    allow_code: Code = False,
+) -> None:
+    """Read, tokenize and mask the data of a recipe, and cache it for later runs."""
+    from ..train.consent import Consent
+
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    _preprocess(recipe, context.args, debug_num_examples if debug else 0, limit, consent)
+
+
+def _preprocess(
+    name: str, arguments: list[str], examples: int, limit: int | None, consent: Consent
+) -> None:
+    from ..train.recipe.load import load_recipe
+    from ..train.recipe.overrides import parse_overrides
+    from ..train.recipe.paths import DATA
+
+    recipe = load_recipe(name, parse_overrides(arguments), consent, DATA)
+
+    announce("importing PyTorch and transformers")
+    from ..train.data import prepare  # slow to import: only for a recipe that is right
+    from ..train.data.preview import first, show, summary
+    from ..train.model.load import quiet
+    from ..train.model.tokenizer import load_tokenizer
+
+    console = Terminal()
+    with quiet():
+        tokenizer = load_tokenizer(recipe)
+        prepared = prepare(recipe, tokenizer, console, keep=limit is None, limit=limit)
+    summary(prepared, console)
+    if examples:
+        show(first(prepared, examples), tokenizer, console)
+
+
+# ``fusewright doctor``: what this machine has for training, and what mends each gap.
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is found as JSON.")] = False,
+) -> None:
+    """Check versions, devices, compilers and libraries, and say what mends each gap."""
+    from ..train.doctor.report import run
+
+    raise typer.Exit(run(as_json))
+
+
+# ``fusewright init``: a starter recipe for somebody's rows.
+
+
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="A file, a folder, the id of a dataset on the hub, or whatever else path may be "
+            "in a recipe.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="What base_model may be. Default: a small model."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What training may use, such as 24GB. Default: what is free here."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: standard output.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --output.")
+    ] = False,
+) -> None:
+    """Look at rows, and write a commented recipe for them."""
+    announce("importing PyTorch and transformers")
+    from ..train.starter.init import InitOptions, run  # slow to import
+
+    run(InitOptions(data, model, memory, output, overwrite))
+
+
+# ``fusewright plan``: what a recipe will take, before a machine is rented.
+
+
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="What the run gets: 8xH100, 8x80GB, 24GB. Default: what this machine has."
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes on this machine.")
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="A card of your own: name=X,memory=48,tflops=100,bandwidth=900,link=50,network=12 "
+            "(GB, TFLOP/s, GB/s)."
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Compare full fine-tuning, LoRA and QLoRA, shared in each way."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what a recipe will take: memory by part, time, network, and the smallest that fits."""
+    from ..train.consent import Consent
+
+    consent = Consent(trust_remote_code, False)
+    _plan(recipe, context.args, consent, gpus, nproc, card, compare, as_json)
+
+
+def _plan(
+    name: str,
+    arguments: list[str],
+    consent: Consent,
+    gpus: str | None,
+    nproc: int | None,
+    card: str | None,
+    compare: bool,
+    as_json: bool,
+) -> None:
+    from ..train.plan.cards import parse_card, parse_devices
+    from ..train.recipe.load import check
+    from ..train.recipe.overrides import parse_overrides
+
+    own = parse_card(card) if card else None
+    asked = gpus or (f"1x{own.name}" if own else None)
+    devices = parse_devices(asked, own) if asked else None
+    checked = check(name, parse_overrides(arguments), consent, with_data=False)
+
+    announce("importing PyTorch and transformers")
+    from ..train.plan.plan import make_plan  # slow to import
+
+    announce("counting a training step on tensors without contents")
+    made = make_plan(checked.recipe, devices, nproc, compare=compare)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2, default=str))
+        return
+    from ..train.plan.page import show
+
+    show(made, Terminal(highlight=False))
+
+
+# ``fusewright verify``: prove on a recipe's own data that the optimized engine trains the same.
+
+
+def verify(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps that each way trains.")] = 5,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", "--nproc", min=1, help="Processes to compare with one; 1 leaves it out."
+        ),
+    ] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the scratch folder, and say where it is.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    allow_builders: Builders = False,
+    allow_code: Code = False,
+) -> None:
+    """Train a few steps of a recipe in several ways, and compare losses and gradients.
+
+    Eager and optimized, packed and unpacked, accumulated and not, one process and several.
+    """
+    from ..train.consent import Consent
+    from ..train.processes.launchers import placement
+    from ..train.recipe.load import load_recipe
+    from ..train.recipe.overrides import parse_overrides
+
+    if recipe.startswith("--"):
+        raise RecipeError(f"verify: name the recipe first: fusewright verify RECIPE.yaml {recipe}")
+    consent = Consent(trust_remote_code, allow_builders, allow_code)
+    checked = load_recipe(recipe, parse_overrides(context.args), consent)
+    if placement(os.environ).size > 1:
+        raise RecipeError(
+            "verify: it starts its own processes; run it without torchrun, and give --processes"
+        )
+    if json is not None and not json.resolve().parent.is_dir():
+        raise RecipeError(f"--json: the folder {json.parent} does not exist; make it first")
+    announce("importing PyTorch and transformers")
+    from ..train.proof import command  # slow to import: only for a recipe that is right
+
+    options = command.VerifyOptions(recipe, steps, processes, json, keep)
+    raise typer.Exit(command.verify(checked, options))
+
+
+# The switches that several commands have: the caller's permission to run code.
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. Recipes and folders cannot allow it.",
+    ),
+]
+Code = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the Python functions that the recipe names, as rewards or as types of rows. "
+        "Recipes cannot allow it.",
+    ),
+]
+Builders = Annotated[
+    bool,
+    typer.Option(
+        "--allow-builders",
+        help="Run the Python files that datasets name as builder. Recipes cannot allow it.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``, in the order in which ``--help`` lists them."""
+    keys: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+    any_key = "Any key of the recipe can also be set here: --sequence_len"
+    app.command(context_settings=keys, epilog=f"{any_key} 8192")(plan)
+    app.command(context_settings=keys, epilog=f"{any_key} 2048")(preprocess)
+    app.command("eval")(evaluate)
+    for command in (generate, chat, merge):
+        app.command()(command)
+    endings = "Exit code 0: all ways passed; 1: one failed; 2: the recipe cannot be used."
+    app.command(context_settings=keys, epilog=f"{any_key} 256. {endings}")(verify)
+    app.command()(doctor)
+    app.command()(init)

@@ -1,0 +1,648 @@
+"""``fusewright merge``: adapter and base as one model.
+
+A base in safetensors is read and written file by file: no more than one file of the result is in
+memory. Any other (GGUF, quantized, an adapter that is not LoRA) is loaded as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import ModelError, RecipeError, first_line
+from .inference.load_run import grow, load_tokenizer, recipe_for, recipe_with, with_adapter
+from .inference.run_folder import RunFolder
+from .model.files import adapter_weights, in_shards
+from .model.from_pretrained import meta_model, pretrained
+from .model.load import load_config, load_model, quiet
+from .model.precision import dtype_for_training
+from .model.quantize import dequantize_linears
+from .model.tokenizer import set_padding
+from .recipe.locate import locate
+from .terminal import Terminal, announce, say
+
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        output: the new folder; None: ``merged`` in the run's.
+        dtype: of the weights; None: what the run was trained in, or as the base is stored.
+        max_shard_size: largest file, such as ``"5GB"``.
+        dequantize: merge into the weights that a quantized base (or QLoRA) had, made full again.
+    """
+
+    output: Path | None = None
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    dequantize: bool = False
+
+
+def merge(
+    run: RunFolder, request: MergeOptions | None = None, console: Console | None = None
+) -> Path:
+    """Write the adapter of ``run`` and its base as one model; or the shards of a whole model.
+
+    Args:
+        run: from ``open_run``.
+        request: where to and how.
+        console: where to print; None for standard output.
+
+    Returns:
+        The new folder: weights, configuration, tokenizer.
+
+    Raises:
+        ModelError: there is no adapter, it cannot be merged, or the disk is full.
+        RecipeError: the folder is there already, a setting is wrong, or the base is missing.
+    """
+    request = request or MergeOptions()
+    console = console or Terminal(highlight=False)
+    if not run.adapter and not in_shards(run.folder):
+        raise ModelError(
+            f"{run.folder} holds a whole model: there is nothing to merge, use it as it is"
+        )
+    output = (request.output or run.folder / "merged").expanduser()
+    dtype = _dtype(run, request.dtype)
+    with new_folder(output) as folder, quiet():
+        recipe = recipe_for(run)
+        config = load_config(recipe)  # as the run had it, with what its recipe overrides
+        try:
+            files = _files(run, config, request)
+            adapted = Adapted(meta_model(recipe, config), run.folder)
+            layers = Layers(adapted, files, dtype)
+            say(console, f"merging into {run.base_model}, file by file")
+            write_shards(folder, layers.plan, layers.tensor, request.max_shard_size)
+            set_padding(config, recipe)
+            _write_config(config, layers, dtype, folder)
+            _write_generation_config(run, folder)
+        except UnmergeableError as reason:
+            say(console, f"merging in memory: {reason}")
+            announce(f"loading {run.base_model}")
+            model = merged_in_memory(run, dtype, request.dequantize)
+            try:
+                model.save_pretrained(folder, max_shard_size=request.max_shard_size)
+            except ValueError as error:
+                raise RecipeError(f"max_shard_size: {first_line(error)}") from error
+        load_tokenizer(run).save_pretrained(folder)
+        _copy_code(run, folder)
+    size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
+    say(console, f"the merged model, {size / 1e6:,.0f} MB, is in {output}")
+    return output
+
+
+class Layers:
+    """The merged tensors, made one module at a time.
+
+    Args:
+        adapted: the adapter.
+        files: the base's tensors.
+        dtype: of the result; None: as each is stored.
+
+    Attributes:
+        plan: shape and dtype of each tensor of the result, by the model's own names.
+        untied: whether tensors that the base has once are now two.
+
+    Raises:
+        UnmergeableError: the files do not have the tensors that the adapter changes.
+    """
+
+    def __init__(self, adapted: Adapted, files: BaseFiles, dtype: torch.dtype | None) -> None:
+        self.adapted, self.files, self.dtype = adapted, files, dtype
+        self._key = _keys(adapted, files)
+        self._made: dict[str, Tensor] = {}
+        groups = {tuple(group) for group in adapted.tied.values()}
+        self.untied = False
+        for group in groups:
+            source = next((self._key[name] for name in group if name in self._key), None)
+            if source is not None and any(adapted.changes(name) for name in group):
+                self.untied = True
+                self._key |= {name: self._key.get(name, source) for name in group}
+        self._check()
+        self.plan = {name: self._planned(name) for name in self._key}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name`` of the result, in float32 where it was merged."""
+        if name not in self.adapted.names or not self.adapted.changes(name):
+            return self.files.read(self._key[name])
+        if name not in self._made:
+            path = name.rpartition(".")[0]
+            own = [n for n in self._key if n.rpartition(".")[0] == path]
+            tensors = {n.rpartition(".")[2]: self.files.read(self._key[n]) for n in own}
+            merged = self.adapted.merge(path, tensors)
+            self._made |= {n: merged[n.rpartition(".")[2]] for n in own}
+        return self._made.pop(name)
+
+    def _planned(self, name: str) -> tuple[Shape, torch.dtype]:
+        key = self._key[name]
+        stored = self.files.dtypes[key]
+        asked = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+        known = name in self.adapted.names and self.adapted.changes(name)
+        return (self.adapted.names[name] if known else self.files.shapes[key]), asked
+
+    def _check(self) -> None:
+        """See that what is changed is there, in the size that is expected."""
+        for name, shape in self.adapted.names.items():
+            changed = self.adapted.changes(name)
+            if name not in self._key:
+                if changed:
+                    raise UnmergeableError(f"the base's files have no {name}")
+            elif self.files.shapes[self._key[name]] != shape and not self.adapted.replaces(name):
+                raise UnmergeableError(f"{name} has another size in the base's files")
+
+
+def _keys(adapted: Adapted, files: BaseFiles) -> dict[str, str]:
+    """The key in the files for each tensor, by the model's names; other tensors keep theirs."""
+    prefix, found = f"{adapted.prefix}.", {}
+    for key in files.shapes:
+        candidates = (key, prefix + key, key.removeprefix(prefix))
+        found[next((name for name in candidates if name in adapted.names), key)] = key
+    return found
+
+
+def _files(run: RunFolder, config: Any, request: MergeOptions) -> BaseFiles:
+    """The base's files, if they can be merged one by one."""
+    if not run.adapter:
+        raise UnmergeableError("the model is in shards")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnmergeableError("the base is quantized")
+    if request.dequantize and any(run.recipe.get(f"load_in_{n}bit") for n in (4, 8)):
+        raise UnmergeableError("the base is quantized as in training, and dequantized")
+    files = base_files(run.base_model, run.recipe.get("revision_of_model"))
+    if files is None:
+        raise UnmergeableError("the base is not in safetensors files")
+    return files
+
+
+def _dtype(run: RunFolder, asked: str | None) -> torch.dtype | None:
+    if asked is None:
+        if not run.recipe:
+            return None
+        asked = recipe_with(run, {}).precision()
+        asked = (run.facts.get("dtype") or asked) if asked == "auto" else asked
+        return dtype_for_training("auto") if asked == "auto" else _DTYPES[asked]
+    if asked not in _DTYPES:
+        raise RecipeError(f"dtype: must be float32, bfloat16 or float16, not {asked!r}")
+    return _DTYPES[asked]
+
+
+def _write_config(config: Any, layers: Layers, dtype: torch.dtype | None, folder: Path) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
+        if dtype is not None:
+            part.dtype = dtype
+        if layers.untied:
+            part.tie_word_embeddings = False
+    config.save_pretrained(folder)
+
+
+def _write_generation_config(run: RunFolder, folder: Path) -> None:
+    """The base's, if it has one."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(RecipeError):
+        pretrained(GenerationConfig, run.base_model, kind="other").save_pretrained(folder)
+
+
+def _copy_code(run: RunFolder, folder: Path) -> None:
+    """The code of the base that its configuration names, from a local folder."""
+    source = Path(run.base_model)
+    if run.consent.trust_remote_code and source.is_dir():
+        for path in source.glob("*.py"):
+            shutil.copy(path, folder)
+
+
+# The safetensors files of a base model, read tensor by tensor.
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_STORED_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class BaseFiles:
+    """Tensors on disk, by name. Only what is asked for is in memory.
+
+    Args:
+        files: safetensors files, in order.
+
+    Attributes:
+        shapes: of every tensor, in the order of the files.
+        dtypes: the same.
+
+    Raises:
+        ModelError: a file is missing, damaged, or holds something that is not a plain tensor.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._file: dict[str, Path] = {}
+        for path in files:
+            try:
+                self._list(path)
+            except Exception as error:  # safetensors has an error of its own
+                raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, mapped from its file: its pages come as they are used."""
+        with safe_open(self._file[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _list(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # 2026-11-25: not a dict
+                part = file.get_slice(name)
+                if part.get_dtype() not in _STORED_DTYPES:
+                    raise ValueError(f"{name} is {part.get_dtype()}")
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes[name] = _STORED_DTYPES[part.get_dtype()]
+                self._file[name] = path
+
+
+def base_files(base_model: str, revision: str | None = None) -> BaseFiles | None:
+    """Find the safetensors files of a base model.
+
+    Args:
+        base_model: as a recipe's.
+        revision: of a Hugging Face id.
+
+    Returns:
+        None where its weights are in files of another kind, such as GGUF.
+
+    Raises:
+        RecipeError: the base is not there.
+        ModelError: a file is missing or damaged.
+    """
+    source = locate(base_model, [Path.cwd()])
+    if source.gguf_file:
+        return None
+    index = _file(source.name, _INDEX, revision)
+    if index is not None:
+        names = sorted(set(_weight_map(index).values()))
+        files = [_file(source.name, name, revision) for name in names]
+        missing = [name for name, file in zip(names, files, strict=True) if file is None]
+        if missing:
+            raise ModelError(f"{source.name}: {_INDEX} names {missing[0]}, which is not there")
+        return BaseFiles([file for file in files if file is not None])
+    single = _file(source.name, _SINGLE, revision)
+    return BaseFiles([single]) if single is not None else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{index} cannot be read: {first_line(error)}") from None
+    return found
+
+
+def _file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a model, which is downloaded if the model is a Hugging Face id."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    return Path(found) if found else None
+
+
+# Merging a model as a whole, by PEFT: for bases and adapters that cannot be taken in pieces.
+
+
+def merged_in_memory(run: RunFolder, dtype: torch.dtype | None, dequantize: bool) -> Any:
+    """Load the base, put the adapter on it, and merge.
+
+    Args:
+        run: with an adapter, or a whole model in shards, which is only loaded.
+        dtype: of the result; None: as in training.
+        dequantize: make quantized weights full before the adapter is added to them; they are then
+            those that the adapter was trained on, rounding included.
+
+    Returns:
+        A plain model.
+
+    Raises:
+        ModelError: PEFT cannot merge this kind of adapter, or into this kind of base.
+    """
+    loaded = torch.float32 if dtype is torch.float16 else dtype  # which a CPU cannot compute in
+    recipe = recipe_for(run, loaded)
+    if not dequantize:  # the full weights, although training saw quantized ones
+        recipe = recipe.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    model = load_model(recipe)
+    if dequantize:
+        dequantize_linears(model, model.dtype)
+    merged = _merged(model, run, recipe.peft_autocast_adapter_dtype) if run.adapter else model
+    merged.config.use_cache = True  # load_model has switched it off
+    if "_weight_conversions" in vars(merged):  # those of quantized files cannot be turned round
+        del merged._weight_conversions
+    return merged if dtype is None or _quantized(merged) else merged.to(dtype)
+
+
+def _merged(model: Any, run: RunFolder, autocast: bool) -> Any:
+    """The base ``model`` with the adapter of ``run`` in its weights."""
+    model = with_adapter(model, run.folder, autocast)
+    _untie(model)
+    try:
+        return model.merge_and_unload()
+    except Exception as error:  # PEFT raises whatever it meets; some kinds have no such method
+        kind = type(model.base_model).__name__
+        raise ModelError(f"{run.folder}: a {kind} cannot be merged: {first_line(error)}") from error
+
+
+def _quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _untie(model: Any) -> None:
+    """Give embeddings and head weights of their own if only one of them is adapted.
+
+    Otherwise merging into the one would change the other, which the adapter has left alone.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    ends: Any = (base.get_input_embeddings(), base.get_output_embeddings())
+    layers: list[Any] = [
+        end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends
+    ]
+    if layers[1] is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    if getattr(layers[0], "weight", None) is getattr(layers[1], "weight", None):
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
+# What an adapter changes, tensor by tensor.
+#
+# PEFT builds the adapted model, without weights: its configuration, its names of layers and its own
+# ``merge`` decide everything. The base's tensors come and go, one layer at a time.
+
+
+_ADAPTER = "default"
+
+
+class UnmergeableError(Exception):
+    """The adapter cannot be merged layer by layer; the message says why."""
+
+
+class Adapted:
+    """A base model without weights, and an adapter with its own.
+
+    Args:
+        base: the base model, on the meta device. Its vocabulary grows with the adapter's.
+        folder: of the adapter.
+
+    Attributes:
+        names: of the base's tensors, each with its shape.
+        tied: for each name of a tensor that has several, all of them.
+
+    Raises:
+        UnmergeableError: the adapter is not one that can be merged layer by layer.
+    """
+
+    def __init__(self, base: Any, folder: Path) -> None:
+        from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+
+        asked = PeftConfig.from_pretrained(str(folder))
+        _require_plain(asked, LoraConfig)
+        asked.inference_mode = True
+        with torch.device("meta"):
+            base.tie_weights()
+        weights = adapter_weights(str(folder))
+        grow(base, weights)
+        pairs = list(base.named_parameters(remove_duplicate=False))
+        self.names = {name: tuple(p.shape) for name, p in pairs}
+        self.tied = _tied(pairs)
+        self.prefix: str = base.base_model_prefix
+        with torch.device("meta"):
+            self.model = PeftModel(base, asked, low_cpu_mem_usage=True)
+        # the adapter goes where the base is, which must not be nowhere
+        self._hollow = _hollowed(self.model, [p for _, p in pairs])
+        set_peft_model_state_dict(self.model, weights, low_cpu_mem_usage=True)
+        self._require_loaded()
+        self.base: Any = self.model.get_base_model()
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter changes or replaces the base's tensor ``name``."""
+        module, _ = self._owner(name)
+        return _is_lora(module) or self.replaces(name)
+
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter brings a tensor of its own in the place of ``name``."""
+        module, own = self._owner(name)
+        layer = module.get_base_layer() if _is_lora(module) else module
+        return id(layer._parameters[own]) not in self._hollow
+
+    def merge(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one module as they are with the adapter.
+
+        Args:
+            path: of the module, in the base model.
+            tensors: all of its own tensors in the base, by their last name (``weight``).
+
+        Returns:
+            The same names; what was merged is float32.
+        """
+        module = self._module(path)
+        if not _is_lora(module):
+            return {name: self._own(module, name, t) for name, t in tensors.items()}
+        layer = module.get_base_layer()
+        hollow = {name: layer._parameters[name] for name in tensors}
+        for name, tensor in tensors.items():
+            value = self._own(layer, name, tensor).detach().to(torch.float32, copy=True)
+            layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+        try:
+            module.merge(adapter_names=[_ADAPTER])
+            return {name: layer._parameters[name].data for name in tensors}
+        finally:
+            layer._parameters.update(hollow)
+            module.merged_adapters.clear()
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        path, _, own = name.rpartition(".")
+        return self._module(path), own
+
+    def _own(self, module: Any, name: str, tensor: Tensor) -> Tensor:
+        """The adapter's replacement of a tensor, or the tensor."""
+        parameter = module._parameters[name]
+        return tensor if id(parameter) in self._hollow else parameter.data
+
+    def _module(self, path: str) -> Any:
+        """The module that stands at ``path`` now: adapted, replaced, or as it was."""
+        module: Any = self.base
+        for part in path.split(".") if path else []:
+            module = _replacement(getattr(module, part))
+        return module
+
+    def _require_loaded(self) -> None:
+        from peft.tuners.lora import layer as lora
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+        simple = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
+        for name, module in self.model.named_modules():
+            other = isinstance(module, AuxiliaryTrainingWrapper)
+            if (isinstance(module, BaseTunerLayer) and not isinstance(module, simple)) or (
+                other and not isinstance(module, ModulesToSaveWrapper)
+            ):
+                raise UnmergeableError(f"{name} is a {type(module).__name__}")
+            for variant in getattr(module, "lora_variant", {}).values():
+                kind = getattr(variant, "__name__", type(variant).__name__)
+                if not kind.startswith("Dora"):
+                    raise UnmergeableError(f"{name} has a {kind}")
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise UnmergeableError(f"the adapter's file lacks {name}")
+
+
+def _require_plain(asked: Any, kind: Any) -> None:
+    """See that the adapter is LoRA that begins as the plain base."""
+    if type(asked) is not kind:
+        raise UnmergeableError(f"the adapter is {getattr(asked, 'peft_type', asked)}, not LoRA")
+    start = asked.init_lora_weights
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise UnmergeableError(f"init_lora_weights: {start} changes the base")
+
+
+def _tied(pairs: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[str]]:
+    """All names of each parameter that has more than one, by name."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in pairs:
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _hollowed(model: nn.Module, base: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    """Give the parameters of ``base`` a device and no memory; returns the new ones, by id."""
+    made: dict[int, nn.Parameter] = {}
+    for given in base:
+        empty = torch.zeros(()).expand(given.shape)
+        made[id(given)] = nn.Parameter(empty, requires_grad=False)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in made:
+                module._parameters[name] = made[id(parameter)]
+    return {id(parameter): parameter for parameter in made.values()}
+
+
+def _is_lora(module: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def _replacement(module: Any) -> Any:
+    """The trained copy of a module in ``modules_to_save``, or the module."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[_ADAPTER]
+    return module
+
+
+# Writing a model's folder: tensors into safetensors files, whole or not at all.
+
+
+Shape = tuple[int, ...]
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that becomes ``output`` when everything went well, and vanishes otherwise.
+
+    It stands beside ``output``; what a killed process left there is removed first.
+
+    Raises:
+        RecipeError: ``output`` is there already, or cannot be made.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"{output} is there already; name another folder: --output DIR")
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be written to: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.replace(output)
+    except OSError as error:
+        raise ModelError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path,
+    plan: Mapping[str, tuple[Shape, torch.dtype]],
+    tensor: Callable[[str], Tensor],
+    max_shard_size: str,
+) -> int:
+    """Write tensors into files of limited size; no more than one file's are in memory.
+
+    Args:
+        folder: of the files.
+        plan: shape and dtype of every tensor, in the order of the files.
+        tensor: makes the one of a name; called once for each, in order.
+        max_shard_size: such as ``"5GB"``.
+
+    Returns:
+        The size of all tensors, in bytes.
+
+    Raises:
+        RecipeError: ``max_shard_size`` is not a size.
+        ModelError: the disk has no room for them.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in plan.items()}
+    try:
+        split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise RecipeError(f"max_shard_size: {first_line(error)}; say 500MB or 5GB") from None
+    total = int(split.metadata["total_size"])
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise ModelError(
+            f"the model takes {total / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} left"
+        )
+    for file, names in split.filename_to_tensors.items():
+        announce(f"writing {file}")
+        _write(folder / file, {name: plan[name][1] for name in names}, tensor)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return total
+
+
+def _write(file: Path, dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:
+    """Make the tensors of one file and write it; they are gone before those of the next come."""
+    tensors = {name: tensor(name).to(dtype).contiguous() for name, dtype in dtypes.items()}
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except Exception as error:  # safetensors has an error of its own
+        raise ModelError(f"{file} cannot be written: {first_line(error)}") from error
