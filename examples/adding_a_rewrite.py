@@ -16,7 +16,7 @@ from fusewright.graph import facts
 from fusewright.kernels.op import Op
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
-from fusewright.rewrite.match.pattern import Builder, Pattern
+from fusewright.rewrite.pattern import Builder, Pattern
 from fusewright.rewrite.rule import Emit, Match, Rule
 
 # [end]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
-from ..graph.opaque.quant_states import is_packed
+from ..graph.opaque.quantized import is_packed
 from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import opaque_copies

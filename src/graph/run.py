@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils.checkpoint import checkpoint
 
-from . import facts, modes
-from .opaque.autograd_calls import free_in_backward
+from . import facts
+from .edit import switches_mode
+from .opaque.autograd_functions import free_in_backward
 
 
 def eager(module: fx.GraphModule) -> Callable[..., Any]:
@@ -23,7 +26,7 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
     """
     placeholders = module.graph.find_nodes(op="placeholder")
     _prepare(module, {n for n in placeholders if not facts.is_argument(n)})
-    modes.restored_on_error(module)
+    restored_on_error(module)
     # a lazy module would be asked at each call whether its code is written
     _LazyGraphModule.force_recompile(module)
     return module.forward
@@ -122,3 +125,80 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
         return made[0](*args)
 
     return run
+
+
+# Leaving no mode switched when a graph raises.
+#
+# A captured ``with torch.autocast(...)`` is two calls in the graph, and nothing undoes the first
+# when
+# what stands between them raises. A checkpoint's recomputation always ends so, as soon as it has
+# what
+# backward needs. An autocast that is never left keeps its casts of the weights: every later one in
+# the process would use them, whatever the optimizer has written since.
+
+
+class _Entered(threading.local):
+    """What graphs have entered in this thread and not left yet, the innermost last."""
+
+    def __init__(self) -> None:
+        self.modes: list[Any] = []
+
+
+_entered = _Entered()
+
+
+@functools.cache
+def _entering(enter: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(enter)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode = enter(*args, **kwargs)
+        _entered.modes.append(mode)
+        return mode
+
+    return _as_ours(run)
+
+
+@functools.cache
+def _exiting(leave: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(leave)
+    def run(mode: Any) -> None:
+        leave(mode)
+        _entered.modes[:] = [m for m in _entered.modes if m is not mode]
+
+    return _as_ours(run)
+
+
+def _as_ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which a graph's code would otherwise write as the one that it wraps."""
+    function.__module__ = __name__
+    return function
+
+
+def restored_on_error(module: fx.GraphModule) -> None:
+    """Let ``module``, and the graphs in it, undo on an exception what they switched themselves."""
+    switching = False
+    for inner in module.children():
+        if isinstance(inner, fx.GraphModule):
+            restored_on_error(inner)
+            switching = switching or "forward" in vars(inner)
+    for node in filter(switches_mode, module.graph.nodes):
+        switching = True
+        name = node.target.__name__  # type: ignore[union-attr]
+        if name.startswith("_enter_"):
+            node.target = _entering(node.target)  # type: ignore[arg-type]
+        elif name.startswith("_exit_"):
+            node.target = _exiting(node.target)  # type: ignore[arg-type]
+    if switching:
+        module.recompile()
+        module.forward = functools.partial(_run, module)
+
+
+def _run(module: fx.GraphModule, *args: Any) -> Any:
+    grad, depth = torch.is_grad_enabled(), len(_entered.modes)
+    try:
+        return type(module).forward(module, *args)
+    except BaseException:
+        while len(_entered.modes) > depth:
+            _entered.modes.pop().__exit__(None, None, None)
+        torch._C._set_grad_enabled(grad)
+        raise

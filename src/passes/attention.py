@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..graph import facts
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from ..graph import facts
 from ..graph.canon import is_cast_of
 from ..kernels.linear.linears import Linear
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 

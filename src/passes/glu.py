@@ -13,7 +13,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 

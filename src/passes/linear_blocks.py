@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import canonical
 from ..kernels.linear.linears import MIXED, Linear
-from ..rewrite.match.matcher import Trace
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.matcher import Trace
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 from .quant_linear import sample_weight
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..graph.canon import canonical
 from ..kernels.moe.moe_experts import moe_route
-from ..rewrite.match.matcher import State, Trace, match
-from ..rewrite.match.pattern import Builder, Pattern, Var
+from ..rewrite.matcher import State, Trace, match
+from ..rewrite.pattern import Builder, Pattern, Var
 from ..rewrite.rule import Emit, Match, Rule
 from ..rewrite.sample_inputs import STANDS_FOR
 

@@ -16,7 +16,7 @@ from ..graph.canon import is_cast_of
 from ..graph.opaque.autograd_functions import is_wrapped
 from ..graph.opaque.quantized import PARAMS
 from ..kernels.linear.quantized import Quantized
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from ..graph import facts
 from ..graph.canon import canonical
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 
 
 def square(p: Builder, x: Pattern) -> Pattern:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..graph import facts
 from ..kernels.scan import selective_scan
 from ..kernels.scan.ssd_chunks import work_dtype
-from ..rewrite.match.pattern import Builder, Pattern
+from ..rewrite.pattern import Builder, Pattern
 from ..rewrite.rule import Emit, Match, Rule
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..graph import facts
 from ..report import Figures
-from .match.matcher import Trace
+from .matcher import Trace
 from .rule import Rule
 
 

@@ -16,9 +16,9 @@ from ..graph.canon import canonical
 from ..graph.effects import writes
 from ..graph.opaque.autograd_functions import result_of
 from ..kernels.op import Op
-from .match.matcher import State, Trace, match
-from .match.pattern import Builder, FanOut, Pattern, Var, roots
+from .matcher import State, Trace, match
 from .op_table import OF_CALL
+from .pattern import Builder, FanOut, Pattern, Var, roots
 
 
 class Declined(Exception):

@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ..graph.canon import canonical
-from ..graph.opaque.autograd_calls import applied
-from ..graph.opaque.autograd_functions import is_captured, is_wrapped
+from ..graph.opaque.autograd_functions import applied, is_captured, is_wrapped
 from ..graph.opaque.functions import is_leaf
 from ..graph.opaque.quantized import product
 from ..kernels.linear import quant_linear

@@ -17,7 +17,7 @@ from fusewright import explain, optimize, restore
 from fusewright.errors import OptimizeError
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
-from fusewright.rewrite.match.pattern import Builder, Pattern
+from fusewright.rewrite.pattern import Builder, Pattern
 from fusewright.rewrite.rule import Match, Rule
 
 from ..models.zoo import FAMILIES, build

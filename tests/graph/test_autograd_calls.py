@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright.graph import functionalize
 from fusewright.graph.functionalize import require_marked_writes
-from fusewright.graph.opaque import autograd_calls
+from fusewright.graph.opaque import autograd_functions
 from fusewright.graph.opaque.autograd_functions import is_wrapped
 from fusewright.graph.run import eager
 from fusewright.rewrite.verify_exact import Plain
@@ -178,13 +178,13 @@ def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
 
 def test_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    own = autograd_calls._Applied.apply
+    own = autograd_functions._Applied.apply
 
     def noted(*args: Any) -> Any:
         calls.append(None)
         return own(*args)
 
-    monkeypatch.setattr(autograd_calls._Applied, "apply", noted)
+    monkeypatch.setattr(autograd_functions._Applied, "apply", noted)
     run = eager(capture(_checkpointed, *_inputs()))
     inputs, others = _inputs(), _inputs()
     ours = torch.autograd.grad(run(*inputs)[0].square().sum(), inputs)
@@ -203,7 +203,7 @@ def test_arguments_that_are_not_known_are_for_the_operator_itself(
     operator = torch.ops.higher_order.autograd_function_apply
     monkeypatch.setattr(type(operator), "__call__", lambda self, *args, **kw: given.append(kw))
     body: Any = None
-    autograd_calls.applied(body, body, **call.kwargs, another=[])
+    autograd_functions.applied(body, body, **call.kwargs, another=[])
     assert given == [{**call.kwargs, "another": []}]
 
 

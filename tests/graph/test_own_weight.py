@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusewright.compiler.copies.opaque_calls import opaque_copies
-from fusewright.graph.opaque.own_weight import asks_for_place, stand_in
+from fusewright.graph.opaque.functions import asks_for_place, stand_in
 
 
 def looked_up(module: Any) -> Any:

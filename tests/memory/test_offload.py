@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fusewright import explain, optimize, restore
 from fusewright.compiler.install import installed
-from fusewright.memory.offload import Kept, Offload, carried
+from fusewright.memory.offload import Copies, Kept, Offload, Transfer, carried
 from fusewright.memory.planner import Planner
-from fusewright.memory.transport import Copies, Transfer
 from tests.models.zoo import FAMILIES, build
 
 LLAMA, GEMMA = FAMILIES[0], next(f for f in FAMILIES if f.name == "gemma2")

@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusewright import explain, optimize
 from fusewright.compiler.pipeline import planner_of
-from fusewright.memory.offload import Offload
-from fusewright.memory.transport import Streams
+from fusewright.memory.offload import Offload, Streams
 
 pytestmark = pytest.mark.gpu
 

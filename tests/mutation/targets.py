@@ -11,11 +11,11 @@ TESTS: dict[str, list[str]] = {
         "tests/rewrite/test_smaller_weights.py::"
         "test_what_is_too_large_to_be_drawn_is_judged_by_a_small_size_alone",
         "tests/rewrite/test_verify.py",
+        "tests/rewrite/test_verify_compare.py",
         "tests/rewrite/test_wrong_values.py",
         "-knot small_sizes_fit and (not test_wrong_values or glu- or dtype or first_call or form)",
     ],
     "rewrite/verify_runs.py": ["tests/rewrite/test_verify_runs.py"],
-    "rewrite/verify_compare.py": ["tests/rewrite/test_verify_compare.py"],
     "rewrite/tolerance.py": ["tests/rewrite/test_tolerance.py"],
     "rewrite/sample_inputs.py": ["tests/rewrite/test_sample_inputs.py"],
     "rewrite/smaller_weights.py": [
@@ -25,7 +25,7 @@ TESTS: dict[str, list[str]] = {
     ],
     "rewrite/engine.py": ["tests/rewrite/test_engine.py"],
     "rewrite/conditions.py": ["tests/rewrite/test_conditions.py"],
-    "rewrite/match/matcher.py": [
+    "rewrite/matcher.py": [
         "tests/rewrite/test_matcher.py",
         "tests/passes/test_rms_norm.py",
         "tests/passes/test_rope.py",
@@ -68,6 +68,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "            continue": "the conditions of _verdict and _tried stay as they are",
         "runs(site.exact, wide, site.setting(thorough=True))": "what is found is not looked at",
         "if not torch.cuda.is_available()": "without a GPU there are no devices either way",
+        "largest.log2().floor(), 1)": "of a draw of zeros, any scale will do",
+        "largest.log2().floor(), -1)": "as above",
+        "if a is None and b is None:": "_effects has seen that both have it, or neither",
+        "torch.isfinite(eager) * ": "of truth values, the product is the conjunction",
     },
     "rewrite/verify_runs.py": {
         "upstream: float = ": "another size of what comes from behind; it is always given",
@@ -101,12 +105,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "rewrite/smaller_weights.py": {
         "t.dim() > -1": "a number is not large",
         "c.interior[ -1].graph": "all its nodes are in one graph",
-    },
-    "rewrite/verify_compare.py": {
-        "largest.log2().floor(), 1)": "of a draw of zeros, any scale will do",
-        "largest.log2().floor(), -1)": "as above",
-        "if a is None and b is None:": "_effects has seen that both have it, or neither",
-        "torch.isfinite(eager) * ": "of truth values, the product is the conjunction",
     },
     "graph/effects.py": {
         'node.op > "call_function"': "no op comes before it in the alphabet",
@@ -155,7 +153,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "order[last] >= order[start]": "equal without inputs: behind the output is as good a place",
         "reverse=False": "prune() goes on with the inputs of what it has erased, in any order",
     },
-    "rewrite/match/matcher.py": {
+    "rewrite/matcher.py": {
         "depth: int = ": "one that has matched nothing is no near miss: note() asks for more nodes",
         "isinstance(a, torch.dtype)": "a dtype equals nothing but itself, so either test will do",
     },

@@ -17,7 +17,7 @@ from fusewright.passes.rms_norm import AddRMSNorm, RMSNorm
 from fusewright.passes.rope import Rope, RopePair
 from fusewright.rewrite.engine import Candidate, Fuel, apply
 from fusewright.rewrite.findings import Finding
-from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.matcher import Trace
 from fusewright.rewrite.op_table import TABLE
 from fusewright.rewrite.rule import Rule
 from fusewright.rewrite.verify import Verifier

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fusewright.report import Figures
 from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
 from fusewright.rewrite.findings import Finding
-from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.matcher import Trace
 from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import named, trace

@@ -9,17 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusewright.rewrite.match.matcher import State, Trace, match, same
-from fusewright.rewrite.match.pattern import (
-    Anything,
-    Builder,
-    FanOut,
-    Literal,
-    Pattern,
-    Var,
-    lift,
-    roots,
-)
+from fusewright.rewrite.matcher import State, Trace, match, same
+from fusewright.rewrite.pattern import Anything, Builder, FanOut, Literal, Pattern, Var, lift, roots
 from fusewright.rewrite.rule import Emit, Match, Rule
 
 from .graphs import last, named, trace

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusewright.graph import facts
 from fusewright.rewrite.engine import Candidate
-from fusewright.rewrite.match.matcher import Trace
+from fusewright.rewrite.matcher import Trace
 from fusewright.rewrite.rule import Rule
 from fusewright.rewrite.smaller_weights import _example, smaller
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusewright.rewrite.verify_compare import difference
+from fusewright.rewrite.verify import difference
 from fusewright.rewrite.verify_runs import STRIDES, UNWRITABLE, Outcome
 
 ONES = torch.ones(4, 3)

@@ -1,7 +1,7 @@
 """Letting TorchDynamo see other functions than those that a module's forward calls.
 
 A leaf (``graph/opaque/functions.py``) stands for a scan, and what can be followed
-(``graph/opaque/own_weight.py``) for a look-up that cannot. While a block is captured, and for that
+(``graph/opaque/functions.py``) for a look-up that cannot. While a block is captured, and for that
 call only, each submodule whose forward calls such a function runs a copy of this forward.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...graph.opaque.functions import convention, leaf
-from ...graph.opaque.own_weight import asks_for_place, stand_in
+from ...graph.opaque.functions import asks_for_place, convention, leaf, stand_in
 from .forward_copies import FunctionCopies
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ...graph import facts
 from ...passes.linear_cross_entropy import HEAD
-from ...rewrite.match.matcher import Trace
+from ...rewrite.matcher import Trace
 
 
 class Operands(NamedTuple):

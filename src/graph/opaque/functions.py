@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
-
-from .overlooked import overlooks
 
 _MARK = "__fusewright_whole__"
 
@@ -279,3 +278,113 @@ def _outline(
     shape = [length if d == kind.time else size for d, size in enumerate(first.shape)]
     whole = first.expand(shape).clone(memory_format=torch.contiguous_format)
     return (whole, *rest) if isinstance(results, tuple) else whole
+
+
+# Whether a function looks at what it is given under a name that its signature does not have.
+#
+# Models hand all keywords of their own call down to their parts, for any of them to pick from. One
+# that a function takes among "any others" and never looks at says nothing to it.
+
+
+def overlooks(function: Callable[..., Any], given: Mapping[str, Any], name: str) -> bool:
+    """Whether ``function`` takes the keyword ``name`` beside ``given``, and never looks at it.
+
+    It is called twice, without the keyword and with a value that tells when somebody looks at it.
+    What can be seen without looking (it is there; it is not None) changes the result, or else
+    nothing.
+    """
+    value = _Watched()
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            plain, other = function(**given), function(**given, **{name: value})
+    except Exception:  # it asks for more, or refuses the value
+        return False
+    return not object.__getattribute__(value, "seen") and _equal(plain, other)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype is b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+class _Watched:
+    """A value that remembers, and raises, when it is looked at: its class, truth, attributes."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seen", False)
+
+    def __getattribute__(self, name: str) -> NoReturn:
+        object.__setattr__(self, "seen", True)
+        raise RuntimeError(name)
+
+    def __bool__(self) -> NoReturn:
+        raise self.truth  # looked at: reading any attribute raises
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise self.equality  # looked at: reading any attribute raises
+
+    def __hash__(self) -> NoReturn:
+        raise self.hash  # looked at: reading any attribute raises
+
+    def __repr__(self) -> NoReturn:
+        raise self.text  # looked at: reading any attribute raises
+
+
+# Functions that give a module's own weight, in a way that TorchDynamo cannot follow.
+#
+# A library that knows many kinds of quantized weights asks which one it has at hand by the place
+# where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that of
+# a
+# parameter's class. In a captured forward another function stands for such a one. It gives back an
+# ordinary parameter by itself, and leaves everything else to the original.
+
+
+def asks_for_place(function: Any) -> bool:
+    """Whether ``function`` takes one module, reads its weight, and asks where a class is from."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    code = function.__code__
+    takes_one = code.co_argcount == 1 and not code.co_kwonlyargcount and not code.co_flags & 0x0C
+    return takes_one and {"weight", "__module__"} <= set(code.co_names)
+
+
+@functools.cache
+def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does what ``function`` does, and that TorchDynamo can follow further.
+
+    What ``function`` gives for an ordinary parameter is found out by asking it: with a module of
+    the same class that has nothing but a weight.
+    """
+    strings = (c for c in function.__code__.co_consts if isinstance(c, str) and c.isidentifier())
+    asked = tuple(sorted(n for n in set(strings) - {"weight"} if not hasattr(nn.Module, n)))
+    """What the function may ask a module for, by ``hasattr`` and ``getattr``."""
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-26: no types
+    def gives_it_back(kind: type[nn.Module]) -> bool:
+        return _gives_it_back(function, kind)  # type: ignore[arg-type]  # 2026-11-26: a class
+
+    def own_weight(module: Any) -> Any:
+        weight = getattr(module, "weight", None)
+        if type(weight) is nn.Parameter and gives_it_back(type(module)):
+            for name in asked:
+                if hasattr(module, name):
+                    return function(module)
+            return weight
+        return function(module)
+
+    return own_weight
+
+
+@functools.cache
+def _gives_it_back(function: Callable[..., Any], kind: type[nn.Module]) -> bool:
+    """Whether it gives back the weight of a module of a class that has nothing else."""
+    bare = kind.__new__(kind)
+    nn.Module.__init__(bare)
+    bare.weight = nn.Parameter(torch.zeros(1, 1, device="cpu"))
+    try:
+        return function(bare) is bare.weight
+    except Exception:  # it asks for more
+        return False

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from .. import facts
 from .autograd_functions import forward
@@ -104,3 +104,23 @@ def _wrapped(node: fx.Node) -> Found | None:
     args, own = outside
     packed, views = _behind_views(args[2])
     return (*args[:2], packed, *args[3:]), (*own, *views)
+
+
+# 4-bit layers whose weights were made anew: they get their quantization states back.
+#
+# FSDP puts a plain parameter into a layer each time that it gathers one. bitsandbytes' own forward
+# finds that out and mends it; a captured graph does not run that code, and TorchDynamo cannot.
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is a layer of bitsandbytes that knows the state of its weight."""
+    return "quant_state" in module.__dict__ and type(module).__module__.startswith("bitsandbytes.")
+
+
+def restore_states(layers: Iterable[Any]) -> None:
+    """Give each weight the state that its layer has, as bitsandbytes does before it multiplies."""
+    for layer in layers:
+        if getattr(layer.weight, "quant_state", None) is None and layer.quant_state is not None:
+            from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+            fix_4bit_weight_quant_state_from_module(layer)

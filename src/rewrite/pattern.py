@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...graph.operations import SPECS
+from ..graph.operations import SPECS
 
 
 class Pattern:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...graph import facts
-from ...graph.canon import Canon, canonical
-from ...graph.operations import SPECS
+from ..graph import facts
+from ..graph.canon import Canon, canonical
+from ..graph.operations import SPECS
 from .pattern import Anything, Call, Either, Half, Literal, Pattern, Sequence, Var
 
 

@@ -1,1 +1,0 @@
-"""Patterns, and matching them against nodes."""
