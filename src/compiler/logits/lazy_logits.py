@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from . import calls
 from .awaiting import await_loss
-from .deferred import Change, Deferred, Family, KeptLogits, Recorded
+from .changes import KeptLogits
+from .deferred import Change, Deferred, Family, Recorded, Snapshot
 from .reads import Reads
 
 _add = torch.ops.aten.add.Tensor
@@ -107,9 +108,13 @@ class LazyLogits(Tensor):
             made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
         return made
 
-    def keep(self, kept: KeptLogits) -> None:
+    def snapshot(self) -> Snapshot:
+        """What the values are now; for a backward pass that needs them."""
+        return Snapshot(self._source, self._family)
+
+    def keep(self, kept: KeptLogits, is_done: Callable[[], bool]) -> None:
         """Let the values be among those that are ``kept``."""
-        kept.add(self._source)
+        kept.add(self._source, is_done)
 
     def wait_for_loss(self, reads: Reads) -> None:
         """Note that they are a training call's, whose caller makes the loss."""
@@ -137,6 +142,7 @@ class LazyLogits(Tensor):
         with calls.outside_transforms():
             data = self.values()
             self._source.settle()
+            self._family.is_shared = True
             if not (self.requires_grad and torch.is_grad_enabled()):
                 return data
             if self._made is None:
@@ -239,6 +245,7 @@ def _materialized(x: Any) -> Any:
 def _as_tensor(x: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return x
+    x._family.is_shared = True
     with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
         return x.values()
 

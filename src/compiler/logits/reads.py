@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .deferred import KeptLogits
+from .changes import KeptLogits
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
@@ -26,7 +26,7 @@ class Reads:
         tensors: (what was asked, of which kind of values, by whom) -> how often that made a tensor
             of rows x vocabulary.
         heads: a trainer's own fused head that computes in our tiles now -> how often it did.
-        kept: detached values that nobody has read yet.
+        kept: values that are computed before the weights change.
     """
 
     tiles: Counter[str] = field(default_factory=Counter)
