@@ -118,6 +118,13 @@ class Change:
         return made
 
 
+class Lift:
+    """The tensor that readers of a view get, whose history leads to the view."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
 class Family:
     """Logits and their views, which share memory.
 
@@ -126,8 +133,28 @@ class Family:
         is_shared: whether somebody else has the memory, too, and may write to it.
     """
 
-    writes = 0
-    is_shared = False
+    def __init__(self) -> None:
+        self.writes, self.is_shared = 0, False
+        self._lifts: list[tuple[weakref.ref[Lift], weakref.ref[Tensor]]] = []
+
+    def note_lift(self, tensor: Tensor) -> Lift:
+        """Note what readers of a view get."""
+        lift = Lift(tensor)
+        self._lifts.append((weakref.ref(lift), weakref.ref(tensor)))
+        return lift
+
+    def before_write(self) -> None:
+        """Raise where a view of a view was given out, as its history would miss the write."""
+        for lift, _ in self._lifts:
+            if (of := lift()) is not None:
+                of.tensor = None
+        if any(tensor() is not None for _, tensor in self._lifts):
+            raise RuntimeError(
+                "these logits cannot be written to in place here, as a part of a part of them is "
+                "there as a tensor of its own: write to logits.clone(), or use "
+                "fusewright.optimize(model, logits='always')"
+            )
+        self._lifts.clear()
 
 
 class Snapshot:
