@@ -147,7 +147,12 @@ class KeptLogits:
             weakref.WeakKeyDictionary()
         )
         self._undo: list[Callable[[], None]] = []
-        self._watched: set[int] = set()
+        self._watched: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+
+    @staticmethod
+    def of(model: nn.Module) -> KeptLogits:
+        """That of a model."""
+        return _kept.setdefault(model, KeptLogits())
 
     def add(self, values: Deferred, is_done: Callable[[], bool] = lambda: False) -> None:
         """Compute ``values`` before the weights change, if anybody has them then.
@@ -159,28 +164,34 @@ class KeptLogits:
         """
         self._pending[values] = is_done
 
-    def watch(self, model: nn.Module | None, operands: Iterable[Any]) -> bool:
+    def watch(self, model: nn.Module, operands: Iterable[Any]) -> bool:
         """Notice what is about to change those of ``operands`` that are parameters of ``model``.
 
         Returns:
             Whether all of them are, so that all can be noticed; no sharded one is.
         """
-        weights = {id(t): t for t in operands if isinstance(t, nn.Parameter)}
-        if any(type(t) is not nn.Parameter or hasattr(t, "ds_status") for t in weights.values()):
+        weights = [t for t in operands if isinstance(t, nn.Parameter)]
+        if any(type(t) is not nn.Parameter or hasattr(t, "ds_status") for t in weights):
             return False
-        if model is None or self._watched >= weights.keys():
-            return model is not None
-        self._stop()
+        if all(map(self._is_watched, weights)):
+            return True
         compute, compute_all = weakref.WeakMethod(self.compute), weakref.WeakMethod(self.compute_all)
         for module in model.modules():
-            own = {id(p) for p in module._parameters.values()} & weights.keys()
+            own = [
+                (t, name) for name, p in module._parameters.items() for t in weights if p is t
+            ]
             if own:
-                self._watched |= own
                 self._undo.append(_before_loading(module, compute_all))
-        for weight in weights.values():
-            if weight.requires_grad:
-                self._undo.append(_before_gradient(weight, compute))
-        return self._watched >= weights.keys()
+            for weight, name in own:
+                self._watched[id(weight)] = weakref.ref(module), name
+                if weight.requires_grad:
+                    self._undo.append(_before_gradient(weight, compute))
+        return all(map(self._is_watched, weights))
+
+    def _is_watched(self, weight: nn.Parameter) -> bool:
+        module, name = self._watched.get(id(weight), (lambda: None, ""))
+        of = module()
+        return of is not None and of._parameters.get(name) is weight
 
     def compute(self) -> None:
         """Compute them for an optimizer's step."""
@@ -202,11 +213,12 @@ class KeptLogits:
 
     def _stop(self) -> None:
         undo, self._undo = self._undo, []
-        self._watched = set()
+        self._watched = {}
         for each in undo:
             each()
 
 
+_kept: weakref.WeakKeyDictionary[nn.Module, KeptLogits] = weakref.WeakKeyDictionary()
 _LOAD = "_load_from_state_dict"
 
 
@@ -226,9 +238,12 @@ def _before_loading(
     # pickle stores a method by its name, which is the class's
     module.__dict__[_LOAD] = types.MethodType(_load_from_state_dict, module)
 
+    reference = weakref.ref(module)
+
     def undo() -> None:
-        if _is_ours(module):
-            del module.__dict__[_LOAD]
+        there = reference()
+        if there is not None and _is_ours(there):
+            del there.__dict__[_LOAD]
 
     return undo
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +38,7 @@ class Plan:
         dtype: of the logits.
         inputs: how many inputs the logits have.
         others: how many inputs the loss has besides its logits.
-        model: gives the model that the graph is of, or None once that is gone.
+        model: gives a model that the graph is of, or None once that is gone.
         head: what of the inputs is what; None where the logits are another formula.
         reads: counts what is read of the logits.
     """
@@ -65,6 +67,7 @@ class HeadCall:
         before: what tells whether an input of the logits was written to since.
         storages: of the inputs, which tell them from what a checkpoint computes in their place.
         is_trained: whether an optimizer may change what the rows are multiplied with.
+        model: gives the model that was called, or None once that is gone.
         call: names it on every process.
         reads: how often the logits were computed; it tells the reads of one call apart.
         made: the inputs of the logits and the history that leads to them, if they were computed.
@@ -81,6 +84,7 @@ class HeadCall:
     before: Fingerprint
     storages: list[int | None]
     is_trained: bool
+    model: Callable[[], nn.Module | None]
     call: str
     reads: int = 0
     made: tuple[list[Any], Any] | None = None
@@ -108,7 +112,7 @@ class HeadCall:
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
         self.reads += 1
-        with gathered(self.plan.model(), inputs, f"{self.call}-{self.reads}"):
+        with gathered(self.model(), inputs, f"{self.call}-{self.reads}"):
             return self._compute(inputs, keep)
 
     def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
@@ -150,7 +154,7 @@ class HeadCall:
         self, inputs: tuple[Any, ...], others: tuple[Any, ...], grad: Tensor, differentiable: bool
     ) -> Tensor:
         """The gradient of the logits from the one of the loss."""
-        with gathered(self.plan.model(), inputs, f"{self.call}-loss"):
+        with gathered(self.model(), inputs, f"{self.call}-loss"):
             pairs = zip(inputs, self.storages, strict=True)
             ours = [t if storage(t) == place else None for t, place in pairs]
             if not is_unchanged(ours, self.before):
@@ -179,3 +183,22 @@ def aliases(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def storage(t: Any) -> int | None:
     """What identifies the memory of a plain tensor."""
     return t.untyped_storage()._cdata if type(t) in (Tensor, nn.Parameter) else None
+
+
+_running = threading.local()
+
+
+@contextmanager
+def calling(model: nn.Module) -> Iterator[None]:
+    """While it runs: calls of heads are of this model, of those that have the same graph."""
+    outer, _running.model = getattr(_running, "model", None), model
+    try:
+        yield
+    finally:
+        _running.model = outer
+
+
+def called_model(plan: Plan) -> Callable[[], nn.Module | None]:
+    """Gives the model that is called now."""
+    model = getattr(_running, "model", None)
+    return plan.model if model is None else weakref.ref(model)

@@ -22,8 +22,8 @@ from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from .awaiting import stop_waiting
-from .changes import fingerprint
-from .head_call import HeadCall, Plan, aliases, storage
+from .changes import KeptLogits, fingerprint
+from .head_call import HeadCall, Plan, aliases, called_model, storage
 from .lazy_gradient import LazyGradient
 from .lazy_logits import LazyLogits
 from .sharded import call_name
@@ -62,7 +62,9 @@ class _Logits(torch.autograd.Function):
     @differentiable(_logits_double_backward, always=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
+        model = ctx.join.model()
+        if model is not None:
+            KeptLogits.of(model).compute()  # an optimizer's step comes next
         stop_waiting(ctx.join.plan.reads)
         if grad is None:
             return (None,) * len(needed)
@@ -148,13 +150,14 @@ def _make_join(
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
     plan: Plan = logits.meta["plan"]
-    call = call_name(plan.model())
+    model = called_model(plan)
+    call = call_name(model())
     trained = any(
         isinstance(t, Tensor) and t.requires_grad and t is not rows for t in inputs
     )
     return HeadCall(
         plan, logits, loss, shape, device, autocast, fingerprint(inputs),
-        [storage(t) for t in inputs], trained, call,
+        [storage(t) for t in inputs], trained, model, call,
     )  # fmt: skip
 
 
@@ -170,13 +173,13 @@ def _needs_history(tensors: Iterable[Any]) -> bool:
 
 def _without_history(join: HeadCall, rows: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     """The logits of a call that needs no gradient: nothing that can be foreseen spoils them."""
-    plan, model = join.plan, join.plan.model()
-    if not plan.lazy:
+    model = join.model()
+    if not join.plan.lazy:
         return join.compute(inputs, False)
     held = aliases(tuple(t.clone() if t is rows else t for t in inputs))
     made = join.lazy(held)
-    if plan.reads.kept.watch(model, inputs):
-        made.keep(plan.reads.kept, lambda: join.is_done)
+    if model is not None and KeptLogits.of(model).watch(model, inputs):
+        made.keep(KeptLogits.of(model), lambda: join.is_done)
     return made
 
 

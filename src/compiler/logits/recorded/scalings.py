@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..changes import KeptLogits
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
@@ -176,7 +177,9 @@ def _detach(z: LazyLogits) -> Any:
     made = z.changed(change)
     z.share(made, torch.detach)
     call = rows_of(z).call
-    made.keep(call.plan.reads.kept, lambda: not call.is_trained)
+    model = call.model()
+    if model is not None:
+        made.keep(KeptLogits.of(model), lambda: not call.is_trained)
     return made
 
 
