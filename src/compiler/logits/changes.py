@@ -96,9 +96,7 @@ def _sums(t: Tensor) -> list[Tensor]:
         count = _CHUNK.get(t.device.type, 1 << 22) // _WORDS
         sums = [(chunk * weights).sum(1) for chunk in rows.split(count) if len(chunk)]
         last = words[whole:]
-        tail = torch.stack(
-            [(part * weights[: part.numel()]).sum() for part in (last, rest)]
-        )
+        tail = torch.stack([(part * weights[: part.numel()]).sum() for part in (last, rest)])
         return [torch.cat([*sums, tail])]
 
 
@@ -175,11 +173,12 @@ class KeptLogits:
             return False
         if all(map(self._is_watched, weights)):
             return True
-        compute, compute_all = weakref.WeakMethod(self.compute), weakref.WeakMethod(self.compute_all)
+        compute, compute_all = (
+            weakref.WeakMethod(self.compute),
+            weakref.WeakMethod(self.compute_all),
+        )
         for module in model.modules():
-            own = [
-                (t, name) for name, p in module._parameters.items() for t in weights if p is t
-            ]
+            own = [(t, name) for name, p in module._parameters.items() for t in weights if p is t]
             if own:
                 self._undo.append(_before_loading(module, compute_all))
             for weight, name in own:

@@ -152,9 +152,7 @@ def _make_join(
     plan: Plan = logits.meta["plan"]
     model = called_model(plan)
     call = call_name(model())
-    trained = any(
-        isinstance(t, Tensor) and t.requires_grad and t is not rows for t in inputs
-    )
+    trained = any(isinstance(t, Tensor) and t.requires_grad and t is not rows for t in inputs)
     return HeadCall(
         plan, logits, loss, shape, device, autocast, fingerprint(inputs),
         [storage(t) for t in inputs], trained, model, call,
