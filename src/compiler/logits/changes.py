@@ -262,4 +262,6 @@ def _before_gradient(
         if run is not None:
             run()
 
-    return weight.register_hook(hook).remove  # type: ignore[no-untyped-call]
+    handle: Any = weight.register_hook(hook)  # type: ignore[no-untyped-call]
+    undo: Callable[[], None] = handle.remove
+    return undo

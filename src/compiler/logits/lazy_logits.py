@@ -150,7 +150,7 @@ class LazyLogits(Tensor):
                 return self._lift.tensor
             if self._made is None:
                 with torch._C.DisableTorchFunctionSubclass():
-                    lifted = _lift(self)
+                    lifted: Tensor = _lift(self)
                 if self._view_of is not None:
                     self._lift = self._family.note_lift(lifted)
                     return lifted

@@ -105,7 +105,7 @@ def _shares_memory(a: Any, b: Tensor) -> bool:
     plain = (Tensor, nn.Parameter)
     if type(a) not in plain or type(b) not in plain:
         return a is b
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _units(model: nn.Module | None) -> list[Any]:
