@@ -82,6 +82,8 @@ def judge(place: str, eager: Outcome, ours: Outcome, oracle: Outcome) -> Failure
         return Failure("end", place, "")  # the fp64 form cannot run: nothing to judge by
     for name, b in eager.tensors.items():
         a, o = ours.tensors.get(name), oracle.tensors.get(name)
+        if a is None and "or an error" in name:
+            continue
         if (a is None) != (b is None):
             return Failure("structure", f"{place}, {name}", f"{a} instead of {b}")
         if a is None or b is None or o is None or torch.equal(a, b):

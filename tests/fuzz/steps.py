@@ -80,6 +80,9 @@ def step(rng: random.Random, i: int, kind: str) -> str:
         )
         if rng.random() < 0.1:
             run = "z = m(ids)\n        loss = F.cross_entropy(z.float().flatten(0, 1), ids.flatten())\n        results.update(loss=loss, logits=z)"
+    late = random.Random(f"{rng.getstate()[1][:8]}{i}")  # takes nothing from the others' choices
+    if kind != "stack" and late.random() < 0.25:
+        run = late_read(late)
     again = "results['loss'].backward()"
     if rng.random() < 0.1:
         again = "results['loss'].backward(retain_graph=True)\n        results['loss'].backward()"
@@ -96,3 +99,49 @@ def step{i}(m, n):
         results["input_grad"] = given.grad
     return results
 """
+
+
+_BETWEEN = {
+    "m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()})": 2,
+    "[p.data.mul_(0.5) for p in m.parameters()]": 1,
+    "[setattr(p, 'data', p.data * 0.5) for p in m.parameters()]": 1,
+}
+_WRITTEN = ["z.div_(0.7)", "z[:, :-1].mul_(1.5)", "z[..., 3] = 1.0", "z.detach().mul_(0.5)"]
+_FIRST = [
+    "F.cross_entropy(z.float().flatten(0, 1), ids.flatten())",
+    "F.cross_entropy(z[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction='sum') * 0.01",
+    "-z.float().log_softmax(-1).gather(-1, ids[..., None]).mean()",
+    "z[..., 2].float().sin().mean()",
+]
+
+
+def late_read(rng: random.Random) -> str:
+    """What happens between a call, its losses and the last read of its logits."""
+    call = "out = m(ids, labels=labels)\n        parts = tuple(out.values()) if isinstance(out, dict) else out\n        "
+    kind = rng.choice(["weights", "writes", "checkpoint", "evaluation"])
+    if kind == "writes":
+        return (
+            f"{call}z = parts[1]\n        first = {rng.choice(_FIRST)}\n"
+            f"        {rng.choice(_WRITTEN)}\n        loss = parts[0] + first + {rng.choice(_FIRST)}\n"
+            "        results.update(loss=loss)"
+        )
+    if kind == "checkpoint":
+        return (
+            "def run_all():\n            out = m(ids, labels=labels)\n"
+            "            parts = tuple(out.values()) if isinstance(out, dict) else out\n"
+            f"            z = parts[1]\n            return parts[0] + {rng.choice(['0', *_FIRST])}\n"
+            "        results.update(loss=checkpoint(run_all, use_reentrant=False))"
+        )
+    between = rng.choices(list(_BETWEEN), list(_BETWEEN.values()))[0]
+    mode = "torch.no_grad()" if kind == "evaluation" else "contextlib.nullcontext()"
+    return (
+        "before = {k: v.clone() for k, v in m.state_dict().items()}\n"
+        f"        with {mode}:\n            out = m(ids, labels=labels)\n"
+        "        z = (tuple(out.values()) if isinstance(out, dict) else out)[1]\n"
+        f"        {between}\n"
+        "        try:\n            results['late, or an error'] = z.detach().float() * 2\n"
+        "        except RuntimeError as error:\n"
+        "            if \"logits='always'\" not in str(error):\n                raise\n"
+        "        m.load_state_dict(before)\n"
+        f"        {call}results.update(loss=parts[0])"
+    )

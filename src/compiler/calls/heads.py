@@ -16,6 +16,7 @@ from ...kernels import label_counts
 from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
+from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
 from ..session import Session
 from ..units import Units, gathered
@@ -208,6 +209,7 @@ def _run(
         with (
             hidden_hooks(hooks.idle),
             units.hidden(),
+            calling(head),
             _logging_ignored(),
         ):
             outputs = session.call(head, find_compiled, (), kwargs, run_original)

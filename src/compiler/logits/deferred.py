@@ -14,11 +14,21 @@ from .calls import outside_transforms
 
 
 class Deferred:
-    """Values that are computed at the first use of them, and what is to be derived from them."""
+    """Values that are computed at the first use of them, and what is to be derived from them.
 
-    def __init__(self, compute: Callable[[], Tensor], is_view: bool = False) -> None:
+    Attributes:
+        recompute: computes them once more, whatever was written to them; None once they are there.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[], Tensor],
+        recompute: Callable[[], Tensor] | None = None,
+        is_view: bool = False,
+    ) -> None:
         """Make one; ``is_view`` of the values that these are derived from."""
         self._compute: Callable[[], Tensor] | None = compute
+        self.recompute = recompute
         self._values: Tensor | None = None
         self._is_view = is_view
         self._derived: list[weakref.ref[Deferred]] = []
@@ -34,6 +44,7 @@ class Deferred:
             assert self._compute is not None
             with outside_transforms():
                 self._values, self._compute = self._compute().detach(), None
+                self.recompute = None
         return self._values
 
     def derive(
@@ -44,7 +55,8 @@ class Deferred:
         def compute() -> Tensor:
             return function(self.values(), *(o.values() for o in others))
 
-        derived = Deferred(compute, is_view)
+        again = [source.recompute or source.values for source in (self, *others)]
+        derived = Deferred(compute, lambda: function(*(each() for each in again)), is_view)
         for source in (self, *others):
             source._derived.append(weakref.ref(derived))
         return derived
@@ -106,28 +118,54 @@ class Change:
         return made
 
 
+class Lift:
+    """The tensor that readers of a view get, whose history leads to the view."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+
+
 class Family:
-    """Logits and their views, which share memory: ``writes`` counts how often it was written to."""
+    """Logits and their views, which share memory.
 
-    writes = 0
-
-
-class KeptLogits:
-    """Values that somebody may want when the weights that make them have changed.
-
-    Who detaches a tensor may keep it for later, past the optimizer's step. A step needs a backward
-    pass of the model, so that is where the values are computed of which there still is somebody.
+    Attributes:
+        writes: how often they were written to.
+        is_shared: whether somebody else has the memory, too, and may write to it.
     """
 
     def __init__(self) -> None:
-        self._pending: weakref.WeakSet[Deferred] = weakref.WeakSet()
+        self.writes, self.is_shared = 0, False
+        self._lifts: list[tuple[weakref.ref[Lift], weakref.ref[Tensor]]] = []
 
-    def add(self, values: Deferred) -> None:
-        """Compute ``values`` at the next backward pass, if anybody has them then."""
-        self._pending.add(values)
+    def note_lift(self, tensor: Tensor) -> Lift:
+        """Note what readers of a view get."""
+        lift = Lift(tensor)
+        self._lifts.append((weakref.ref(lift), weakref.ref(tensor)))
+        return lift
 
-    def compute(self) -> None:
-        """Compute them."""
-        pending, self._pending = self._pending, weakref.WeakSet()
-        for values in list(pending):
-            values.values()
+    def before_write(self) -> None:
+        """Raise where a view of a view was given out, as its history would miss the write."""
+        for lift, _ in self._lifts:
+            if (of := lift()) is not None:
+                of.tensor = None
+        if any(tensor() is not None for _, tensor in self._lifts):
+            raise RuntimeError(
+                "these logits cannot be written to in place here, as a part of a part of them is "
+                "there as a tensor of its own: write to logits.clone(), or use "
+                "fusewright.optimize(model, logits='always')"
+            )
+        self._lifts.clear()
+
+
+class Snapshot:
+    """What the values of pending logits are now, whatever is written to them later."""
+
+    def __init__(self, source: Deferred, family: Family) -> None:
+        self._source, self._family, self._recompute = source, family, source.recompute
+
+    def values(self) -> Tensor:
+        """The values; computed once more where somebody may have written to them."""
+        if not self._family.is_shared or self._recompute is None:
+            return self._source.values()
+        with outside_transforms():
+            return self._recompute().detach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from .calls import may_keep_history
-from .changes import is_unchanged, remembered, unchanged
+from .changes import Fingerprint, WeightsChanged, is_unchanged, remembered, unchanged
+from .deferred import Deferred
 from .head_parts import HeadParts, as_leaf
 from .lazy_logits import LazyLogits
 from .reads import Reads
@@ -34,7 +38,7 @@ class Plan:
         dtype: of the logits.
         inputs: how many inputs the logits have.
         others: how many inputs the loss has besides its logits.
-        model: gives the model that the graph is of, or None once that is gone.
+        model: gives a model that the graph is of, or None once that is gone.
         head: what of the inputs is what; None where the logits are another formula.
         reads: counts what is read of the logits.
     """
@@ -61,10 +65,14 @@ class HeadCall:
         device: of everything.
         autocast: (whether it is on, its dtype), as in the forward pass.
         before: what tells whether an input of the logits was written to since.
+        storages: of the inputs, which tell them from what a checkpoint computes in their place.
+        is_trained: whether an optimizer may change what the rows are multiplied with.
+        model: gives the model that was called, or None once that is gone.
         call: names it on every process.
         reads: how often the logits were computed; it tells the reads of one call apart.
         made: the inputs of the logits and the history that leads to them, if they were computed.
         picked: single ones that were given out before they were.
+        is_done: whether something was computed of them in tiles.
     """
 
     plan: Plan
@@ -73,11 +81,15 @@ class HeadCall:
     shape: tuple[int, ...]
     device: torch.device
     autocast: tuple[bool, torch.dtype]
-    before: tuple[list[int], list[Tensor]]
+    before: Fingerprint
+    storages: list[int | None]
+    is_trained: bool
+    model: Callable[[], nn.Module | None]
     call: str
     reads: int = 0
     made: tuple[list[Any], Any] | None = None
     picked: list[Picks] = field(default_factory=list)
+    is_done: bool = False
 
     @contextmanager
     def mode(self, grad: bool) -> Iterator[None]:
@@ -100,16 +112,12 @@ class HeadCall:
     def compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         """The values of the logits, without a history."""
         self.reads += 1
-        with gathered(self.plan.model(), inputs, f"{self.call}-{self.reads}"):
+        with gathered(self.model(), inputs, f"{self.call}-{self.reads}"):
             return self._compute(inputs, keep)
 
     def _compute(self, inputs: tuple[Any, ...], keep: bool) -> Tensor:
         if not is_unchanged(inputs, self.before):
-            raise RuntimeError(
-                "these logits were not read before the weights that make them were changed (by an "
-                "optimizer, most likely). Read them earlier, or use "
-                "fusewright.optimize(model, logits='always')."
-            )
+            raise WeightsChanged
         if not (keep and self.plan.keeps and may_keep_history()):
             with self.mode(False):
                 return self.logits(*inputs)
@@ -123,12 +131,13 @@ class HeadCall:
         """The logits, computed when they are read; with a history to ``keep`` if possible."""
         rows = HeadRows(self, inputs, HANDLERS)
 
-        def values() -> Tensor:
+        def values(keep: bool) -> Tensor:
             found = self.compute(inputs, keep)
             rows.finish(found)
             return found
 
-        made = LazyLogits(values, self.shape, self.plan.dtype, self.device)
+        source = Deferred(functools.partial(values, keep), functools.partial(values, False))
+        made = LazyLogits(source, self.shape, self.plan.dtype, self.device)
         made.recorded = rows
         return made
 
@@ -145,11 +154,51 @@ class HeadCall:
         self, inputs: tuple[Any, ...], others: tuple[Any, ...], grad: Tensor, differentiable: bool
     ) -> Tensor:
         """The gradient of the logits from the one of the loss."""
-        with self.mode(differentiable):
-            logits = self.logits(*inputs)
+        with gathered(self.model(), inputs, f"{self.call}-loss"):
+            pairs = zip(inputs, self.storages, strict=True)
+            ours = [t if storage(t) == place else None for t, place in pairs]
+            if not is_unchanged(ours, self.before):
+                raise WeightsChanged
+            with self.mode(differentiable):
+                logits = self.logits(*inputs)
         if not logits.requires_grad:
             logits = logits.detach().requires_grad_()
         with self.mode(True):
             loss = self.loss(logits, *others)
         found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
         return found[0]
+
+
+def aliases(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of logits for a late read: ``p.data = ...`` leaves them what they are."""
+    return tuple(
+        # DeepSpeed knows its parameters by their attributes, and takes their memory away
+        t.detach().requires_grad_(t.requires_grad)
+        if isinstance(t, Tensor) and not hasattr(t, "ds_status")
+        else t
+        for t in inputs
+    )
+
+
+def storage(t: Any) -> int | None:
+    """What identifies the memory of a plain tensor."""
+    return t.untyped_storage()._cdata if type(t) in (Tensor, nn.Parameter) else None
+
+
+_running = threading.local()
+
+
+@contextmanager
+def calling(model: nn.Module) -> Iterator[None]:
+    """While it runs: calls of heads are of this model, of those that have the same graph."""
+    outer, _running.model = getattr(_running, "model", None), model
+    try:
+        yield
+    finally:
+        _running.model = outer
+
+
+def called_model(plan: Plan) -> Callable[[], nn.Module | None]:
+    """Gives the model that is called now."""
+    model = getattr(_running, "model", None)
+    return plan.model if model is None else weakref.ref(model)

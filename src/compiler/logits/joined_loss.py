@@ -22,8 +22,8 @@ from ...kernels.loss import linear_cross_entropy_parts as op
 from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from .awaiting import stop_waiting
-from .changes import versions
-from .head_call import HeadCall, Plan
+from .changes import KeptLogits, fingerprint
+from .head_call import HeadCall, Plan, aliases, called_model, storage
 from .lazy_gradient import LazyGradient
 from .lazy_logits import LazyLogits
 from .sharded import call_name
@@ -33,7 +33,7 @@ def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     count = len(ctx.needs_input_grad)
     if grad is None:
         return (None,) * count
-    inputs = ctx.saved_tensors
+    inputs, ctx.unpacked = _unpacked(ctx), None
 
     def formula(*own: Any) -> Tensor:
         with ctx.join.mode(True):
@@ -52,17 +52,19 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, join: HeadCall, *tensors: Any) -> Tensor:
         """``tensors`` are the fused loss's operands, three, and the inputs of the logits."""
         inputs = tensors[3:]
-        ctx.join = join
+        ctx.join, ctx.unpacked = join, None
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        keep = any(ctx.needs_input_grad[4:])
-        return join.lazy(inputs, keep) if join.plan.lazy else join.compute(inputs, keep)
+        keep, held = any(ctx.needs_input_grad[4:]), aliases(inputs)
+        return join.lazy(held, keep) if join.plan.lazy else join.compute(held, keep)
 
     @staticmethod
     @differentiable(_logits_double_backward, always=True)
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        ctx.join.plan.reads.kept.compute()  # an optimizer's step comes next
+        model = ctx.join.model()
+        if model is not None:
+            KeptLogits.of(model).compute()  # an optimizer's step comes next
         stop_waiting(ctx.join.plan.reads)
         if grad is None:
             return (None,) * len(needed)
@@ -81,9 +83,20 @@ class _Logits(torch.autograd.Function):
         return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needed) - 4))
 
 
+def _unpacked(logits: Any) -> tuple[Any, ...]:
+    """What the node of the logits has saved, for itself and for the node of the loss.
+
+    A checkpoint gives it once in each backward pass; the node of the logits comes after the other.
+    """
+    if logits.unpacked is None:
+        logits.unpacked = logits.saved_tensors
+    inputs: tuple[Any, ...] = logits.unpacked
+    return inputs
+
+
 def _loss_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    inputs = ctx.next_functions[0][0].saved_tensors
-    found = ctx.join.gradient(inputs, ctx.saved_tensors[4:], grad, torch.is_grad_enabled())
+    inputs, others = _unpacked(ctx.next_functions[0][0]), ctx.saved_tensors[4 : 4 + ctx.others]
+    found = ctx.join.gradient(inputs, others, grad, torch.is_grad_enabled())
     return None, found, *(None for _ in ctx.needs_input_grad[2:])
 
 
@@ -93,30 +106,30 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, join: HeadCall, logits: Tensor, needed: list[bool], operands: tuple[Any, ...],
-        settings: op.Settings, *others: Any,
+        settings: op.Settings, inputs: tuple[Any, ...], *others: Any,
     ) -> Tensor:  # fmt: skip
-        """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
+        """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``.
+
+        Those of the logits, ``inputs``, are saved without versions: in eager mode the loss does not
+        need them, and ``join.gradient`` looks at their bytes.
+        """
         x, weight, bias, labels = operands
         loss, found = op.found(x, weight, bias, labels, settings, needed)
         ctx.set_materialize_grads(False)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
-        ctx.save_for_backward(*found, *others)
+        ctx.others = len(others)
+        ctx.save_for_backward(*found, *others, *map(_without_version, inputs))
         return loss
 
     @staticmethod
     @differentiable(_loss_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found, others = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        found, others, inputs = saved[:4], saved[4 : 4 + ctx.others], saved[4 + ctx.others :]
         join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
-        inputs = _saved_tensors(ctx.next_functions[0][0])
 
         def values() -> Tensor:
-            if inputs is None:
-                raise RuntimeError(
-                    "the gradient of these logits cannot be computed: what they are made of was "
-                    "written to since. Use fusewright.optimize(model, logits='always')."
-                )
             made: Tensor = join.gradient(inputs, others, grad, False)
             return made
 
@@ -130,15 +143,6 @@ class _Loss(torch.autograd.Function):
         return None, lazy, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def _saved_tensors(node: Any) -> tuple[Any, ...] | None:
-    """What a node has kept; None where it was written to since."""
-    try:
-        kept: tuple[Any, ...] = node.saved_tensors
-    except RuntimeError:
-        return None
-    return kept
-
-
 def _make_join(
     logits: fx.GraphModule, loss: Any, rows: Tensor, head: Tensor, inputs: Any
 ) -> HeadCall:
@@ -146,8 +150,17 @@ def _make_join(
     autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     shape = (*rows.shape[:-1], head.shape[0])
     plan: Plan = logits.meta["plan"]
-    call = call_name(plan.model())
-    return HeadCall(plan, logits, loss, shape, device, autocast, versions(inputs), call)
+    model = called_model(plan)
+    call = call_name(model())
+    trained = any(isinstance(t, Tensor) and t.requires_grad and t is not rows for t in inputs)
+    return HeadCall(
+        plan, logits, loss, shape, device, autocast, fingerprint(inputs),
+        [storage(t) for t in inputs], trained, model, call,
+    )  # fmt: skip
+
+
+def _without_version(t: Any) -> Any:
+    return t.data if isinstance(t, Tensor) and not hasattr(t, "ds_status") else t
 
 
 def _needs_history(tensors: Iterable[Any]) -> bool:
@@ -156,11 +169,23 @@ def _needs_history(tensors: Iterable[Any]) -> bool:
     )
 
 
+def _without_history(join: HeadCall, rows: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """The logits of a call that needs no gradient: nothing that can be foreseen spoils them."""
+    model = join.model()
+    if not join.plan.lazy:
+        return join.compute(inputs, False)
+    held = aliases(tuple(t.clone() if t is rows else t for t in inputs))
+    made = join.lazy(held)
+    if model is not None and KeptLogits.of(model).watch(model, inputs):
+        made.keep(KeptLogits.of(model), lambda: join.is_done)
+    return made
+
+
 def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: Any) -> Tensor:
     """Lazy logits that no loss is computed from; see ``loss_and_logits``."""
     join = _make_join(logits, None, rows, head, inputs)
     if not _needs_history(inputs):
-        return join.lazy(inputs)
+        return _without_history(join, rows, inputs)
     made: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
     if isinstance(made, LazyLogits):
         made.wait_for_loss(join.plan.reads)
@@ -186,7 +211,7 @@ def loss_and_logits(
     join = _make_join(logits, loss, rows, head, inputs)
     if not _needs_history((*inputs, *arguments)):
         fused = linear_cross_entropy(*arguments)
-        return fused, join.lazy(inputs) if plan.lazy else join.compute(inputs, False)
+        return fused, _without_history(join, rows, inputs)
     operands = op.operands(*arguments[:3])
     made: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
     needed = [t is not None and t.requires_grad for t in operands]
@@ -194,6 +219,6 @@ def loss_and_logits(
     chosen = op.settings(*arguments[4:])
     with torch.autocast(rows.device.type, enabled=False):
         result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-            join, made, needed, bare, chosen, *others
+            join, made, needed, bare, chosen, inputs, *others
         )
     return result, made

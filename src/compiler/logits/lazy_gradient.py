@@ -111,7 +111,9 @@ class _Changed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
         made = z.changed(change, *others)
-        ctx.change, ctx.inputs, ctx.made = change, (z, *others), made._source
+        ctx.change, ctx.inputs, ctx.made = change, (z, *others), made.snapshot()
+        ctx.likes = [like(t) for t in ctx.inputs]
+        ctx.values = [t.snapshot() for t in ctx.inputs]
         ctx.writes = [t.writes for t in ctx.inputs]
         ctx.set_materialize_grads(False)
         return made
@@ -130,7 +132,7 @@ class _Changed(torch.autograd.Function):
                 # one of them has the whole: so it is there once, as long as both are lazy
                 parts = grad.parts if i == wanted[0] else []
                 compute = functools.partial(_gradient_of, function, grad)
-                found[i + 1] = LazyGradient.of(ctx.inputs[i], compute, parts)
+                found[i + 1] = LazyGradient.of(ctx.likes[i], compute, parts)
             else:
                 found[i + 1] = function(grad.values() if isinstance(grad, LazyLogits) else grad)
         return tuple(found)
@@ -146,10 +148,9 @@ def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
     if change.backward is not None:
         return change.backward(grad, ctx.made.values())
     if change.is_linear:
-        own = [torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape) for z in ctx.inputs]
+        own = [t.detach() for t in ctx.likes]
     else:
-        require_unwritten(ctx.inputs, ctx.writes)
-        own = [z.values().detach() for z in ctx.inputs]
+        own = [t.values().detach() for t in ctx.values]
     wanted = [j == i for j in range(len(own))]
     with torch.no_grad():
         found = gradients(change.function, [t.requires_grad_() for t in own], wanted, (grad,))
@@ -157,8 +158,13 @@ def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
     return result
 
 
+def like(z: Tensor) -> Tensor:
+    """Zeros of the shape of ``z``, which take no memory."""
+    return torch.zeros((), dtype=z.dtype, device=z.device).expand(z.shape)
+
+
 def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
-    """Raise where logits, whose values a gradient is computed of, are no longer what they were.
+    """Raise where logits, which a gradient of a gradient leads to, are no longer what they were.
 
     Args:
         tensors: the logits.
@@ -170,6 +176,7 @@ def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
     for z, before in zip(tensors, writes, strict=True):
         if not isinstance(z, LazyLogits) or z.writes != before:
             raise RuntimeError(
-                "the gradient of these logits cannot be computed: they were written to since. "
+                "the gradient of a gradient of these logits cannot be computed: they were written "
+                "to since. "
                 "Write to logits.clone(), or use fusewright.optimize(model, logits='always')."
             )

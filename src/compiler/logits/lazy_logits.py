@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from . import calls
 from .awaiting import await_loss
-from .deferred import Change, Deferred, Family, KeptLogits, Recorded
+from .changes import KeptLogits
+from .deferred import Change, Deferred, Family, Lift, Recorded, Snapshot
 from .reads import Reads
 
 _add = torch.ops.aten.add.Tensor
@@ -48,6 +49,7 @@ class LazyLogits(Tensor):
     recorded: Recorded | None = None
     _source: Deferred
     _made: Tensor | None
+    _lift: Lift | None = None
     _family: Family
     _view_of: tuple[Tensor, Callable[..., Tensor]] | None = None
     _writes_seen = 0
@@ -107,9 +109,13 @@ class LazyLogits(Tensor):
             made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
         return made
 
-    def keep(self, kept: KeptLogits) -> None:
+    def snapshot(self) -> Snapshot:
+        """What the values are now; for a backward pass that needs them."""
+        return Snapshot(self._source, self._family)
+
+    def keep(self, kept: KeptLogits, is_done: Callable[[], bool]) -> None:
         """Let the values be among those that are ``kept``."""
-        kept.add(self._source)
+        kept.add(self._source, is_done)
 
     def wait_for_loss(self, reads: Reads) -> None:
         """Note that they are a training call's, whose caller makes the loss."""
@@ -137,11 +143,18 @@ class LazyLogits(Tensor):
         with calls.outside_transforms():
             data = self.values()
             self._source.settle()
+            self._family.is_shared = True
             if not (self.requires_grad and torch.is_grad_enabled()):
                 return data
+            if self._lift is not None and self._lift.tensor is not None:
+                return self._lift.tensor
             if self._made is None:
                 with torch._C.DisableTorchFunctionSubclass():
-                    self._made = _lift(self)
+                    lifted: Tensor = _lift(self)
+                if self._view_of is not None:
+                    self._lift = self._family.note_lift(lifted)
+                    return lifted
+                self._made = lifted
         return self._made
 
     @classmethod
@@ -175,6 +188,7 @@ class LazyLogits(Tensor):
         One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
         eager mode refuses: what it is a view of, and its gradient, are known here.
         """
+        self._family.before_write()
         with torch.enable_grad():
             real = self._as_view()
         if self._view_of is None and real is self.values():  # which aliases hold, too
@@ -182,9 +196,12 @@ class LazyLogits(Tensor):
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
         )
-        result = func(real, *rest, **kwargs)
+        written, result = real, func(real, *rest, **kwargs)
         self._family.writes += 1
-        self._made = self._view_of = None
+        whole, self._made, self._view_of = self._made, None, None
+        if real is whole:  # others may have it, or a view of it
+            with torch.enable_grad():
+                real = real.view_as(real)
         try:
             swap_tensors(self, real)
         except RuntimeError as error:  # autograd holds it, too, as it does in a hook
@@ -193,9 +210,9 @@ class LazyLogits(Tensor):
                     "these logits cannot be written to in place here: write to logits.clone(), or "
                     "use fusewright.optimize(model, logits='always')"
                 ) from error
-            written = real.detach()
-            self._source, self.is_written = Deferred(lambda: written), True
-        return self if result is real else result
+            values = real.detach()
+            self._source, self.is_written = Deferred(lambda: values), True
+        return self if result is written else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
@@ -239,6 +256,7 @@ def _materialized(x: Any) -> Any:
 def _as_tensor(x: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return x
+    x._family.is_shared = True
     with enable_reentrant_dispatch():  # below autograd, but the values may be a gradient
         return x.values()
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from .deferred import KeptLogits
-
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _INSIDE = (_HERE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
@@ -26,13 +24,11 @@ class Reads:
         tensors: (what was asked, of which kind of values, by whom) -> how often that made a tensor
             of rows x vocabulary.
         heads: a trainer's own fused head that computes in our tiles now -> how often it did.
-        kept: detached values that nobody has read yet.
     """
 
     tiles: Counter[str] = field(default_factory=Counter)
     tensors: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     heads: Counter[str] = field(default_factory=Counter)
-    kept: KeptLogits = field(default_factory=KeptLogits)
 
     def note_tiles(self, name: str) -> None:
         """Remember that ``name`` was computed in tiles."""

@@ -90,7 +90,7 @@ def _engine(model: nn.Module | None, tensor: Any) -> _Engine:
         groups = getattr(unit, "_fsdp_param_groups", None) or [unit._fsdp_param_group]
         for group in groups:
             for parameter in () if group is None else group.fsdp_params:
-                if getattr(parameter, "_unsharded_param", None) is tensor:
+                if _shares_memory(getattr(parameter, "_unsharded_param", None), tensor):
                     module: Any = unit._modules[0]
                     shard = getattr(group.mesh_info, "shard_process_group", None)
                     return _Engine(module.unshard, module.reshard, shard)
@@ -98,6 +98,14 @@ def _engine(model: nn.Module | None, tensor: Any) -> _Engine:
         "these logits were not read before the parameters that make them were released again by "
         f"what shards them. {_ELSE}"
     )
+
+
+def _shares_memory(a: Any, b: Tensor) -> bool:
+    """Whether one is the other, or an alias of it."""
+    plain = (Tensor, nn.Parameter)
+    if type(a) not in plain or type(b) not in plain:
+        return a is b
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _units(model: nn.Module | None) -> list[Any]:

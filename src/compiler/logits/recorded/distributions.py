@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ..changes import Fingerprint, fingerprint, is_unchanged
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
@@ -23,15 +25,24 @@ class Given:
 
     Attributes:
         tensor: (..., vocabulary), without a gradient.
-        version: what it was when it was recorded.
+        before: its fingerprint when it was recorded.
     """
 
     tensor: Tensor
-    version: int
+    before: Fingerprint
+
+    @staticmethod
+    def of(tensor: Tensor) -> Given:
+        """``tensor``, as it is now; as it was, if it was recorded before in this version."""
+        version, before = _recorded.get(tensor, (None, None))
+        if before is None or version != tensor._version:
+            before = fingerprint([tensor])
+            _recorded[tensor] = tensor._version, before
+        return Given(tensor, before)
 
     def values(self) -> Tensor:
         """The tensor, unless it was written to since."""
-        if self.tensor._version != self.version:
+        if not is_unchanged([self.tensor], self.before):
             raise RuntimeError(
                 "a divergence cannot be computed: the log-probabilities that logits are compared "
                 "with were written to since. Write to a clone() of them, or use "
@@ -39,6 +50,9 @@ class Given:
             )
         return self.tensor
 
+
+_recorded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Real log-probabilities -> their version and fingerprint, as several steps record the same."""
 
 Side = HeadRows | Given
 """One of the two distributions of each row."""
@@ -118,7 +132,7 @@ def side_of(x: Any, like: Tensor, kind: str = "log_probs") -> tuple[Side, float]
             raise WrongArguments
         if x.is_inference() or has_gradient(x):
             raise WrongArguments
-        return Given(x, x._version), 0.0
+        return Given.of(x), 0.0
     rows = x.recorded
     if not x.is_pending or not isinstance(rows, HeadRows) or rows.weight != 1.0:
         raise WrongArguments
@@ -148,7 +162,7 @@ def record(
     is_linear: bool = False,
 ) -> LazyLogits:  # fmt: skip
     """What ``function`` makes of ``of``, some of them lazy."""
-    given = [None if isinstance(x, LazyLogits) else Given(x, x._version) for x in of]
+    given = [None if isinstance(x, LazyLogits) else Given.of(x) for x in of]
     tiny = [torch.zeros((1, 1), dtype=x.dtype, device=x.device) for x in of]
     dtype = function(*tiny).dtype  # under the autocast at hand
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....kernels.second_order import differentiable, gradients
 from ..changes import remembered, unchanged
 from ..head_parts import Operands, as_leaf
-from ..lazy_gradient import LazyGradient, require_unwritten
+from ..lazy_gradient import LazyGradient, like, require_unwritten
 from ..lazy_logits import LazyLogits
 from .arguments import WrongArguments
 from .rows import HeadRows, rows_of
@@ -60,6 +60,7 @@ def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor
     if rows.factor <= 0 or not rows.call.can_end_in_tiles(rows.inputs):
         raise WrongArguments
     rows.call.plan.reads.note_tiles(tiled.name)
+    rows.call.is_done = True
     if torch.is_grad_enabled() and z.requires_grad:
         made: Tensor = _Ended.apply(tiled, rows, z)  # type: ignore[no-untyped-call]
         return made
@@ -96,6 +97,7 @@ class _Ended(torch.autograd.Function):
         ctx.is_late = is_late
         ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
         ctx.made, ctx.autocast = made, _autocast(z.device.type)
+        ctx.values, ctx.like = z.snapshot(), like(z)
         ctx.writes, ctx.given = z.writes, [remembered(t) for t in tiled.given]
         ctx.set_materialize_grads(False)
         return made.detach()
@@ -106,12 +108,11 @@ class _Ended(torch.autograd.Function):
         if grad is None:
             return None, None, None
         _require_unchanged(ctx)
-        z, made = ctx.z, ctx.made
+        z, made = ctx.like, ctx.made
 
         def values() -> Tensor:
-            require_unwritten([z], [ctx.writes])
             with torch.no_grad(), ctx.autocast():
-                own = z.values().detach().requires_grad_()
+                own = ctx.values.values().detach().requires_grad_()
                 found: Tensor = gradients(ctx.tiled.formula, (own,), (True,), (grad,))[0]
             return found
 

@@ -55,6 +55,9 @@ class HeadRows:
         handler = self.handlers.get(getattr(func, "__name__", ""))
         if handler is None or self.call.plan.head is None:
             return NotImplemented
+        kwargs = dict(kwargs)
+        if kwargs.pop("out", None) is not None:  # values are written into it
+            return NotImplemented
         try:
             return handler(*args, **kwargs)
         except WrongArguments:

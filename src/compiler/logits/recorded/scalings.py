@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..changes import KeptLogits
 from ..deferred import Change
 from ..lazy_gradient import apply_change
 from ..lazy_logits import LazyLogits
+from .arguments import binding
 from .rows import Handlers, HeadRows, handler, is_last, result_dtype, rows_of
 
 
@@ -63,9 +65,10 @@ def _neg(z: LazyLogits) -> Any:
     return _scaled(z, -1.0, torch.neg)
 
 
-def _mul(a: Any, b: Any) -> Any:
-    a, b = (b, a) if not isinstance(a, LazyLogits) else (a, b)
-    return _product(a, b)
+@binding
+def _mul(input: Any, other: Any) -> Any:
+    z, other = (input, other) if isinstance(input, LazyLogits) else (other, input)
+    return _product(z, other)
 
 
 @handler
@@ -174,8 +177,9 @@ def _detach(z: LazyLogits) -> Any:
     made = z.changed(change)
     z.share(made, torch.detach)
     call = rows_of(z).call
-    if call.before[1]:  # its weights are trained
-        made.keep(call.plan.reads.kept)
+    model = call.model()
+    if model is not None:
+        made.keep(KeptLogits.of(model), lambda: not call.is_trained)
     return made
 
 
