@@ -85,6 +85,8 @@ def compile_graph(
     """
     choices, region = session.choices, session.state.region
     grad = torch.is_grad_enabled()
+    if kind == "head" and region is not None:
+        session.state.watches.watch_inlined(region)
     needs_own = input_gradient_reason(graph) if grad and kind == "block" else None
     if needs_own is not None:
         session.state.require_no_leaf(needs_own)
@@ -118,7 +120,7 @@ def compile_graph(
         graph.recompile()
         stages.dump(graph, "copied")
 
-    copied = inputs_to_copy(graph) if caller_writes else ()
+    copied = inputs_to_copy(graph, caller_writes) if grad and kind != "head" else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
     if kind == "block" and grad and region is not None:
