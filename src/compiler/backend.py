@@ -84,7 +84,10 @@ def compile_graph(
             Inductor, whose compilation they share.
     """
     choices, region = session.choices, session.state.region
+    arguments = [a for n in graph.graph.nodes if (a := n.meta.get("grapharg")) is not None]
     grad = torch.is_grad_enabled()
+    if kind == "head" and region is not None:
+        session.state.watches.watch_inlined(region)
     needs_own = input_gradient_reason(graph) if grad and kind == "block" else None
     if needs_own is not None:
         session.state.require_no_leaf(needs_own)
@@ -118,7 +121,7 @@ def compile_graph(
         graph.recompile()
         stages.dump(graph, "copied")
 
-    copied = inputs_to_copy(graph) if caller_writes else ()
+    copied = inputs_to_copy(graph, caller_writes) if grad and kind != "head" else ()
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
     if kind == "block" and grad and region is not None:
@@ -128,7 +131,7 @@ def compile_graph(
     run = _generate_code(graph, examples, choice, session, idle, absent)
     run = with_changed_inputs(offloaded(choices.planner, graph, run), copied, Tensor.clone)
     captured = CapturedGraph(findings, grad, stages.number, before, after)
-    return _recorded(session, captured, run, needs_own)
+    return _recorded(session, captured, run, needs_own, arguments)
 
 
 def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
@@ -215,14 +218,27 @@ def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[...
 
 
 def _recorded(
-    session: Session, graph: CapturedGraph, run: Callable[..., Any], needs_own: str | None
+    session: Session,
+    graph: CapturedGraph,
+    run: Callable[..., Any],
+    needs_own: str | None,
+    arguments: list[Any],
 ) -> Callable[..., Any]:
     """``run``, which notes in the log that the region at hand ran ``graph``.
 
-    ``needs_own`` says why the graph, captured with a gradient of its input, is for no other input.
+    Args:
+        session: whose log it is.
+        graph: what is noted.
+        run: runs it.
+        needs_own: why the graph, captured with a gradient of its input, is for no other input.
+        arguments: TorchDynamo's records of the inputs that it was captured with. Copies of the
+            graph keep them, with weak references that ``torch.utils.swap_tensors`` refuses; at the
+            first call the capture is over.
     """
 
     def call(*args: Any) -> Any:
+        while arguments:
+            arguments.pop().erase()
         if needs_own is not None:
             session.state.require_no_leaf(needs_own)
         session.record(graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
 
 from .units import divided_by, is_unit
 
@@ -61,6 +62,10 @@ def transform_reason(
         return "a transform of torch.func runs the model (grad, vmap, jacrev, ...)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation runs the model (jvp)"
+    if torch._C._len_torch_function_stack() and not all(
+        type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is on, which would not see the functions that a graph replaces"
     if fake:
         return None
     if torch._C._len_torch_dispatch_stack() and any(
@@ -170,28 +175,41 @@ class Hooks:
     units: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def find_hooks(module: nn.Module, outside: Sequence[str] = ()) -> Hooks:
+def find_hooks(module: nn.Module, captured: Iterable[tuple[str, nn.Module]]) -> Hooks:
     """Look for hooks below ``module``, which a captured graph would not call.
 
     Args:
         module: a region; its own hooks run as ever.
-        outside: the path, name by name, to a submodule that is not captured with it.
+        captured: its ``captured_submodules``.
     """
     found = Hooks()
-    for name, m in captured_submodules(module, outside):
-        backward = m._backward_hooks or m._backward_pre_hooks
-        if not (backward or m._forward_pre_hooks or m._forward_hooks):
+    for name, m in captured:
+        if not has_hooks(m):
             continue
         if is_unit(m, module):
             found.units[name] = m
-        elif not (backward or m._forward_pre_hooks) and all(
-            _is_idle(h) for h in m._forward_hooks.values()
-        ):
+        elif has_idle_hooks(m):
             found.idle.append(m)
         else:
             found.others, found.divided = name, divided_by(m)
             break
     return found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does anything beside its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_idle_hooks(module: nn.Module) -> bool:
+    """Whether all hooks of ``module``, which has some, do nothing in this call."""
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not others and all(map(_is_idle, module._forward_hooks.values()))
 
 
 def _is_idle(hook: Any) -> bool:

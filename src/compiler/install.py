@@ -1,13 +1,14 @@
 """Putting captured forwards into one model instance, and taking them out again.
 
 A region's module gets an instance attribute ``forward``: a bound method of a plain function. So
-``deepcopy`` gives an optimized copy (methods are rebound to the copy), pickling gives a plain one
-(a method is stored by name and found in the class), and signatures, hooks, ``isinstance``,
-parameters and ``state_dict`` are what they were.
+signatures, hooks, ``isinstance``, parameters and ``state_dict`` are what they were. ``deepcopy``
+gives an optimized copy (methods are rebound to the copy). Shallow copies and pickles are plain, in
+which a method would run the original: an instance attribute ``__getstate__`` sees to that.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import types
@@ -21,13 +22,14 @@ from .backend import captured
 from .calls.forwards import Original, block_forward
 from .calls.heads import backbone_forward, head_forward
 from .calls.opaque_blocks import Results, callable_from_head
-from .calls.trainer_heads import TrainerHead, replaced_forward, unwatch_training, watch_training
+from .calls.trainer_heads import TrainerHead, is_training_watch, replaced_forward, watch_training
 from .copies.forward_copies import cell_contents
 from .regions import Region, undivided_parts
 from .session import Session
 
 _MARK = "__fusewright__"
 _REPLICATE = "_replicate_for_data_parallel"
+_GETSTATE = "__getstate__"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
         wrapped: find it also under wrappers that others have put around it since, as
             ``Accelerator.prepare`` does.
     """
-    record = _innermost_record(module, wrapped)
+    record = _innermost_record(module.__dict__.get("forward"), wrapped)
     if record is None and wrapped:
         record = getattr(_function(module.__dict__.get(_REPLICATE)), _MARK, None)
     return record
@@ -66,16 +68,15 @@ def replaced_by(module: nn.Module) -> str | None:
     """
     if (
         installed(module, wrapped=True) is None
-        or replaced_forward(module) is not None
-        or _innermost_record(module, wrapped=True) is not None
+        or replaced_forward(module.forward) is not None
+        or _innermost_record(module.forward, wrapped=True) is not None
     ):
         return None
     forward = _function(module.forward)
     return getattr(getattr(forward, "__code__", None), "co_qualname", type(forward).__name__)
 
 
-def _innermost_record(module: nn.Module, wrapped: bool) -> Installed | None:
-    forward = module.__dict__.get("forward")
+def _innermost_record(forward: Any, wrapped: bool) -> Installed | None:
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         inner = getattr(function, "__wrapped__", None)
@@ -106,7 +107,7 @@ def install(regions: Iterable[Region], session: Session) -> None:
         if region.kind == "head":
             own = None if region.backbone else results
             fused = TrainerHead(region.module, session.log.reads)
-            make = functools.partial(head_forward, session, region.outside, own, fused)
+            make = functools.partial(head_forward, session, region.outside, own, fused, _session_of)
             _install_forward(region.module, session, "head", make)
             for module in region.backbone:
                 outside = functools.partial(backbone_forward, session, fused)
@@ -117,6 +118,11 @@ def install(regions: Iterable[Region], session: Session) -> None:
             _install_forward(
                 region.module, session, region.kind, make, results if region.in_head else None
             )
+
+
+def _session_of(module: nn.Module) -> Session | None:
+    record = installed(module)
+    return None if record is None else record.session
 
 
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
@@ -145,19 +151,40 @@ def uninstall(module: nn.Module) -> bool:
     hidden = installed(module, wrapped=True)
     if hidden is not None:
         hidden.session.log.restored.add(module)
-        module.__dict__.pop(_REPLICATE, None)
-    theirs = replaced_forward(module)
-    if theirs is not None:
-        module.__dict__["forward"] = _rebind(theirs, module)
-    unwatch_training(module)
-    record = installed(module)
-    if record is None:
-        return False
-    if record.previous is None:
-        del module.__dict__["forward"]
+    record = _innermost_record(_theirs(module.__dict__.get("forward")), wrapped=False)
+    plain = _without_ours(module.__dict__)
+    for name in module.__dict__.keys() - plain.keys():
+        del module.__dict__[name]
+    if "forward" in plain and plain["forward"] is not module.__dict__["forward"]:
+        module.__dict__["forward"] = _rebind(plain["forward"], module)
+    return record is not None
+
+
+def _theirs(forward: Any) -> Any:
+    """``forward``, or that of a trainer which it stands for."""
+    replaced = replaced_forward(forward)
+    return forward if replaced is None else replaced
+
+
+def _is_ours(value: Any) -> bool:
+    return hasattr(_function(value), _MARK) or is_training_watch(value)
+
+
+def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What a module's attributes are when nothing of fusewright's is among them."""
+    plain = {
+        name: value
+        for name, value in attributes.items()
+        if name not in (_REPLICATE, _GETSTATE, "train") or not _is_ours(value)
+    }
+    forward = _theirs(plain.get("forward"))
+    record = _innermost_record(forward, wrapped=False)
+    forward = forward if record is None else record.previous
+    if forward is not None:
+        plain["forward"] = forward
     else:
-        module.__dict__["forward"] = _rebind(record.previous, module)
-    return True
+        plain.pop("forward", None)
+    return plain
 
 
 def _rebind(method: Any, module: nn.Module) -> Any:
@@ -198,6 +225,7 @@ def _install_forward(
     session.log.restored.discard(module)
     module.__dict__["forward"] = types.MethodType(forward, module)
     module.__dict__[_REPLICATE] = types.MethodType(_replicate_for(record), module)
+    module.__dict__[_GETSTATE] = types.MethodType(_getstate, module)
 
 
 def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
@@ -210,7 +238,7 @@ def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
 
     def replicate(self: nn.Module) -> Any:
         replica = type(self)._replicate_for_data_parallel(self)
-        for name in ("forward", _REPLICATE):
+        for name in ("forward", _REPLICATE, _GETSTATE):
             replica.__dict__.pop(name, None)
         if record.previous is not None:
             replica.__dict__["forward"] = _rebind(record.previous, replica)
@@ -220,6 +248,28 @@ def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
     setattr(replicate, _MARK, record)
     return replicate
 
+
+class _State(dict[str, Any]):
+    """The state of a module for a shallow copy or a pickle, and for a deep copy."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__(_without_ours(state))
+        self._whole = state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self._whole, memo)  # in which methods are those of the copy
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def _getstate(self: nn.Module) -> Any:
+    state = type(self).__getstate__(self)
+    return _State(state) if type(state) is dict else state
+
+
+setattr(_getstate, _MARK, True)
+_getstate.__name__ = _GETSTATE
 
 _serial = itertools.count(1)
 
@@ -241,12 +291,12 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
             types.CellType(copied) if cell_contents(cell) is inner else cell for cell in closure
         )
     name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
-    copy = types.FunctionType(
+    own = types.FunctionType(
         function.__code__.replace(co_name=name), function.__globals__, function.__name__,
         function.__defaults__, closure,
     )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__dict__.update(function.__dict__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__dict__.update(function.__dict__)
     if copied is not None:
-        copy.__dict__["__wrapped__"] = copied
-    return copy
+        own.__dict__["__wrapped__"] = copied
+    return own

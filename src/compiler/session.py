@@ -290,13 +290,22 @@ def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
     integers = _config.allow_unspec_int_on_nn_module
     if varying:
         _config.allow_unspec_int_on_nn_module = True
+    # else TorchDynamo keeps weak references to parameters, which swap_tensors refuses
+    keeps = getattr(_config, _WEAK, False)  # 2026-11-29: PyTorch 2.11 has no such setting
+    if keeps is None:
+        setattr(_config, _WEAK, True)
     try:
         yield
     finally:
+        if keeps is None:
+            setattr(_config, _WEAK, None)
         _config.specialize_float, _config.recompile_limit = before[:2]
         _config.fake_tensor_cache_enabled = before[2]
         if varying:
             _config.allow_unspec_int_on_nn_module = integers
+
+
+_WEAK = "invalidate_compile_context_weakrefs"
 
 
 def _is_capture_error(error: Exception) -> bool:

@@ -7,11 +7,13 @@ and compares what it read at each call, in loops that run in C.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -20,7 +22,15 @@ from torch.nn.modules import module as _globals
 from torch.torch_version import TorchVersion
 
 from ..graph.opaque.quantized import is_packed
-from .bypass import Hooks, captured_submodules, find_hooks, is_block, is_container
+from .bypass import (
+    Hooks,
+    captured_submodules,
+    find_hooks,
+    has_hooks,
+    has_idle_hooks,
+    is_block,
+    is_container,
+)
 from .copies.forward_copies import ForwardCopies
 from .copies.opaque_calls import opaque_copies
 
@@ -73,6 +83,8 @@ class Watches:
             weakref.WeakKeyDictionary()
         )
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._inlined: weakref.WeakKeyDictionary[nn.Module, Inlined] = weakref.WeakKeyDictionary()
+        self._codes: dict[Hashable, Hashable] = {}
         self._round = 0
 
     def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
@@ -89,13 +101,38 @@ class Watches:
         self._seen.add(module)
         watch = self._watches.get(module)
         if watch is None or not watch.is_current(module):
-            watch = self._watches[module] = Watch(module, outside, self.opaque.below(module))
+            watch = self._watches[module] = self._watch(module, outside)
         if watch.round != self._round:
             watch.round = self._round
-            self._find_code(module, watch)
+            code = self._find_code(module, watch)
+            watch.code = self._codes.get(code, code) if watch.inlined else code
         return watch
 
-    def _find_code(self, module: nn.Module, watch: Watch) -> None:
+    def watch_inlined(self, module: nn.Module) -> None:
+        """Watch also what the graph that is being compiled calls, and ``get`` has not read.
+
+        A head may call parts of its backbone itself. The call at hand keeps its code: what it runs
+        is captured already.
+
+        Args:
+            module: the region of the graph, for which ``get`` was called.
+        """
+        watch = self._watches[module]
+        paths = called_below(module) - watch.paths
+        if not paths:
+            return
+        inlined = Inlined(frozenset(paths) | {path for path, _ in watch.inlined})
+        self._inlined[module] = inlined
+        grown = self._watches[module] = self._watch(module, watch.outside)
+        inlined.hooks = grown.inlined_hooks()
+        grown.round, grown.code = self._round, watch.code
+        self._codes[self._find_code(module, grown)] = watch.code
+
+    def _watch(self, module: nn.Module, outside: Sequence[str]) -> Watch:
+        inlined = self._inlined.get(module, _NOTHING)
+        return Watch(module, outside, self.opaque.below(module), inlined)
+
+    def _find_code(self, module: nn.Module, watch: Watch) -> Hashable:
         known = self._methods.get(watch.classes)
         if known is None:
             known = self._methods[watch.classes] = _Methods(watch.classes)
@@ -103,13 +140,55 @@ class Watches:
             names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
             alike[names] += 1
             watch.is_unsettled = alike[names] > _MAX_ALIKE
-        watch.code = known.code(self._round), watch.own_code
+        return known.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+
+
+@dataclass(eq=False)
+class Inlined:
+    """What graphs of one head call below the module that is not captured with it.
+
+    Attributes:
+        paths: of the modules.
+        hooks: that these modules had then: they are in the graphs.
+    """
+
+    paths: frozenset[str] = frozenset()
+    hooks: Sequence[Any] = ()
+
+
+_NOTHING = Inlined()
+
+
+def called_below(region: nn.Module) -> set[str]:
+    """The paths of the modules below ``region`` that the graph being compiled has called.
+
+    TorchDynamo reads the hooks of each module that it calls, and notes that as a guard, which it
+    does not check (``skip_nnmodule_hook_guards``).
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        return set()
+    names = {id(m): name for name, m in region.named_modules()}
+    paths = set()
+    for guard in context.guards_context.dynamo_guards:
+        source, is_hook, _ = guard.name.partition("._forward_hooks")
+        if not is_hook:
+            continue
+        try:
+            module = eval(source, {"L": {"self": region}})
+        except (NameError, KeyError, AttributeError, IndexError, TypeError, SyntaxError):
+            return set(names.values()) - {""}  # called by another name: it may be any of them
+        paths.add(names.get(id(module), ""))
+    return paths - {""}
 
 
 class Watch:
     """The modules below one region. It holds them, but not the region itself.
 
     Attributes:
+        outside: the path, name by name, to a submodule that is not captured with it.
+        paths: of all these modules.
+        inlined: those of them that are below the one that is not captured, with their paths.
         classes: those of the region and of all these modules, each once.
         own_code: the code of forwards that stand in these modules themselves.
         blocks: those of these modules that run graphs of their own.
@@ -120,16 +199,29 @@ class Watch:
         is_unsettled: whether its classes are anew those of earlier calls, in all but identity.
     """
 
-    def __init__(self, module: nn.Module, outside: Sequence[str], copies: ForwardCopies) -> None:
-        self._outside = outside
-        self._below = [m for _, m in captured_submodules(module, outside)]
+    def __init__(
+        self,
+        module: nn.Module,
+        outside: Sequence[str],
+        copies: ForwardCopies,
+        inlined: Inlined = _NOTHING,
+    ) -> None:
+        self.outside = outside
+        self._captured = list(captured_submodules(module, outside))
+        captured = [m for _, m in self._captured]
+        self.inlined = [(p, m) for p, m in _at(module, inlined.paths) if m not in captured]
+        self.paths = {path for path, _ in (*self._captured, *self.inlined)}
+        self._traced = inlined
+        self._below = [*captured, *(m for _, m in self.inlined)]
         self._dicts = [m.__dict__ for m in self._below]
+        between = {p for path, _ in self.inlined for p in _prefixes(path)} - self.paths
+        self._parents = [*self._dicts, *(m.__dict__ for _, m in _at(module, between))]
         self._children = self._current_children(module)
         self._kinds = list(map(type, self._below))
         self._forwards = [d.get("forward") for d in self._dicts]
-        self.blocks = [m for m in self._below if is_block(m)]
-        self._called = [m.__dict__ for m in self._below if not is_container(m)]
-        self.packed = [m for m in self._below if is_packed(m)]
+        self.blocks = [m for m in captured if is_block(m)]
+        self._called = [m.__dict__ for m in captured if not is_container(m)]
+        self.packed = [m for m in captured if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
         own = enumerate(self._forwards)
@@ -140,7 +232,7 @@ class Watch:
         self.is_unsettled = False
 
     def _current_children(self, module: nn.Module) -> list[nn.Module | None]:
-        inner = chain.from_iterable(map(dict.values, map(_CHILDREN, self._dicts)))
+        inner = chain.from_iterable(map(dict.values, map(_CHILDREN, self._parents)))
         return [*module._modules.values(), *inner]
 
     def is_current(self, module: nn.Module) -> bool:
@@ -157,9 +249,33 @@ class Watch:
 
     def find_hooks(self, module: nn.Module) -> Hooks:
         """As ``bypass.find_hooks`` of the region, which is asked only where there are any."""
-        if not any(chain.from_iterable(map(_HOOKS, self._called))):
-            return _NONE
-        return find_hooks(module, self._outside)
+        hooks = _NONE
+        if any(chain.from_iterable(map(_HOOKS, self._called))):
+            hooks = find_hooks(module, self._captured)
+        if self.inlined and not hooks.others and any(has_hooks(m) for _, m in self.inlined):
+            idle = [m for _, m in self.inlined if has_hooks(m) and has_idle_hooks(m)]
+            hooks = Hooks(None, None, [*hooks.idle, *idle], hooks.units)
+            present, traced = self.inlined_hooks(), self._traced.hooks
+            if present and (len(present) != len(traced) or not all(map(is_, present, traced))):
+                hooks.others = next(path for path, m in self.inlined if has_hooks(m))
+        return hooks
+
+    def inlined_hooks(self) -> list[Any]:
+        """The hooks of inlined modules, without idle ones."""
+        modules = (m for _, m in self.inlined if has_hooks(m) and not has_idle_hooks(m))
+        return [h for m in modules for hooks in _HOOKS(m.__dict__) for h in hooks.values()]
+
+
+def _at(module: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules at these paths, as far as there are any."""
+    names = dict(module.named_modules(remove_duplicate=False)) if paths else {}
+    return ((path, names[path]) for path in sorted(paths) if path in names)
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _code(forward: Any) -> Any:
@@ -183,6 +299,8 @@ class _Methods:
         bases = dict.fromkeys(b for c in classes for b in c.__mro__)
         self._namespaces = [b.__dict__ for b in bases if b not in (nn.Module, object)]
         self._values: list[Any] = []
+        self._functions: list[types.FunctionType] = []
+        self._held: list[Any] = []
         self._states: list[list[Any]] = []
         self._round = -1
         self._code = 0
@@ -192,17 +310,31 @@ class _Methods:
         if number != self._round:
             self._round = number
             values = list(chain.from_iterable([s.values() for s in self._namespaces]))
-            if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            if not _are_same(values, self._values):
                 self._values = values
-                self._code = self._state_number([v for v in values if _is_method(v)])
+                self._functions = [v for v in values if type(v) is types.FunctionType]
+                self._held = []
+            held = list(chain.from_iterable(map(_PARTS, self._functions)))
+            held += chain.from_iterable(map(dict.values, filter(None, held[2::3])))
+            if not self._held or not _are_same(held, self._held):
+                self._held = held
+                self._code = self._state_number([v for v in values if _is_method(v)] + held)
         return id(self), self._code
 
     def _state_number(self, functions: list[Any]) -> int:
         for i, state in enumerate(self._states):
-            if len(state) == len(functions) and all(map(is_, state, functions)):
+            if _are_same(state, functions):
                 return i
         self._states.append(functions)
         return len(self._states) - 1
+
+
+_PARTS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+"""What of a function can be replaced in place. The last one comes third: ``_Methods`` reads it."""
+
+
+def _are_same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _is_method(value: Any) -> bool:

@@ -204,3 +204,27 @@ def test_the_caller_may_write_into_what_needed_no_gradient(kind: Any) -> None:
     for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0.02, atol=0.02)
     assert explain(ours).by_rule()
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("memory", ["speed", "min"])
+def test_a_buffer_without_a_gradient_is_filled_again_before_backward(
+    memory: str, codegen: str
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = Plain()
+    ours = optimize(copy.deepcopy(eager), codegen=codegen, memory=memory)
+    for frozen in (False, True):
+        for model in (eager, ours):
+            model.zero_grad()
+            if frozen:
+                next(model.parameters()).requires_grad_(False)
+            buffer, total = torch.empty(2, 5, 16), torch.zeros(())
+            for seed in range(3):
+                buffer.copy_(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(seed)))
+                total = total + model(buffer).square().sum()
+            total.backward()
+        for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert explain(ours).by_rule()

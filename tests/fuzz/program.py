@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import layers
-from .steps import change, step
+from .steps import LIFE_PRELUDE, change, live, step, walked
 from .writer import DIM, HEAD, VOCAB, Writer
 
 PRELUDE = f"""
@@ -99,11 +99,13 @@ def generate(seed: int) -> Program:
     kind = rng.choices(["nested", "flat", "stack"], [5, 2, 3])[0]
     blocks = [_block(rng, f"Block{i}") for i in range(rng.choices([1, 2], [4, 1])[0])]
     linears = sorted({n for _, ls in blocks for n in ls})
-    parts = [PRELUDE.replace("{dtype}", dtype)]
+    life = random.Random(f"life {seed}")
+    parts = [PRELUDE.replace("{dtype}", dtype) + LIFE_PRELUDE]
     parts += ["\n".join(b) for b, _ in blocks]
-    parts.append(_model(rng, kind, len(blocks)))
+    parts.append(walked(life, _model(rng, kind, len(blocks))))
     changes = [change(rng, i, linears) for i in range(rng.choice([0, 1, 2, 3]))]
     steps = [step(rng, i, kind) for i in range(len(changes) + 1)]
+    changes, steps = live(life, changes, steps)
     parts += changes + steps
     parts.append(f"CHANGES = [{', '.join(f'change{i}' for i in range(len(changes)))}]")
     parts.append(f"STEPS = [{', '.join(f'step{i}' for i in range(len(steps)))}]\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from .writer import DIM
+
 _CHANGES = {
     "m.train(not m.training)": 2,
     "m.eval()": 1,
@@ -145,3 +147,94 @@ def late_read(rng: random.Random) -> str:
         "        m.load_state_dict(before)\n"
         f"        {call}results.update(loss=parts[0])"
     )
+
+
+# ---- the life of a model: what comes and goes while its graphs are there
+
+LIFE_PRELUDE = f"""
+HANDLES = []
+
+def scaled(y):
+    return tuple(map(scaled, y)) if isinstance(y, tuple) else y * 0.75
+
+def any_module(m, n):
+    found = [c for name, c in m.named_modules() if name and not isinstance(c, nn.ModuleList)]
+    return found[n % len(found)]
+
+def shallow(module):
+    other = copy.copy(module)
+    other._modules, other._parameters = dict(module._modules), dict(module._parameters)
+    return other
+
+def replace_block(m, n):
+    layers = stack(m).layers
+    i = n % len(layers)
+    layers[i] = shallow(layers[i])
+    for name, child in layers[i]._modules.items():
+        if isinstance(child, nn.Linear):
+            layers[i]._modules[name] = copy.deepcopy(child)
+            layers[i]._modules[name].weight.data.mul_(0.5)
+            return
+
+def replace_stack(m):
+    if hasattr(m, "model"):
+        m.model = shallow(m.model)
+        m.model.norm = nn.LayerNorm({DIM}).to(next(m.parameters()).dtype)
+
+def wrap_class(m, n, only_norm):
+    kind = type(stack(m).norm if only_norm else block(m, n))
+    if kind.__module__.startswith("torch."):
+        return
+    own = kind.forward
+    kind.forward = lambda self, *args: scaled(own(self, *args))
+
+def wrap(module):
+    own = module.forward
+    module.forward = lambda *args: scaled(own(*args))
+"""
+
+_LIFE = {
+    "HANDLES.append(any_module(m, {n}).register_forward_hook(lambda mod, a, o: scaled(o)))": 3,
+    "HANDLES.append(any_module(m, {n}).register_forward_pre_hook(lambda mod, a: LOG.append(1)))": 2,
+    "HANDLES.append(any_module(m, {n}).register_full_backward_hook(lambda mod, gi, go: LOG.append(2)))": 1,
+    "[h.remove() for h in HANDLES]": 2,
+    "wrap(block(m, {n}))": 1,
+    "wrap(leaf(m, {n}))": 1,
+    "wrap_class(m, {n}, False)": 1,
+    "wrap_class(m, {n}, True)": 1,
+    "replace_block(m, {n})": 3,
+    "replace_stack(m)": 2,
+}
+
+_REFILLED = """
+        given, buffer = None, x.to(dtype).clone()
+        first = m(buffer)
+        buffer.copy_(buffer.flip(0, 1) * 0.5)
+        out = m(buffer)
+        first, out = (o[0] if isinstance(o, tuple) else o for o in (first, out))
+        loss = out.float().pow(2).mean() + first.float().mul(0.3).mean()
+        results.update(out=out, loss=loss)"""
+
+
+def live(rng: random.Random, changes: list[str], steps: list[str]) -> tuple[list[str], list[str]]:
+    """Some of these changes and steps in favour of those of a model's life.
+
+    Args:
+        rng: one of its own, so that what a seed draws otherwise stays what it was.
+        changes: the source of each.
+        steps: likewise.
+    """
+    for i in range(len(changes)):
+        text = rng.choices(list(_LIFE), list(_LIFE.values()))[0].format(n=rng.randrange(50))
+        if rng.random() < 0.4:
+            changes[i] = f"\ndef change{i}(m):\n    {text}\n"
+    for i, step in enumerate(steps):
+        head, found, rest = step.partition("        given = x.to(dtype)\n")
+        if found and rng.random() < 0.5:
+            steps[i] = head + _REFILLED.lstrip("\n") + rest[rest.index("\n    if results") :]
+    return changes, steps
+
+
+def walked(rng: random.Random, model: str) -> str:
+    """``model``, the source of a head on a stack, of which some go through the blocks themselves."""
+    return model.replace("self.model(h)", "run(self.model, h)") if rng.random() < 0.25 else model

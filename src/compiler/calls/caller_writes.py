@@ -5,7 +5,9 @@
 
 In low precision eager allows that: a norm keeps its own fp32 copy of x. Our ops, a compiler's and
 a checkpoint keep x itself, and backward would refuse it. So where the code around a block may
-write, by the look of it, its input is copied first.
+write, by the look of it, its input is copied first. And so is an input that needs no gradient,
+which only a stack's first block has: it may be a buffer that is filled again before backward, and
+eager mode keeps nothing of it.
 """
 
 from __future__ import annotations
@@ -46,12 +48,17 @@ def with_changed_inputs(
     return call
 
 
-def inputs_to_copy(module: fx.GraphModule) -> list[int]:
+def inputs_to_copy(module: fx.GraphModule, callers_write: bool) -> list[int]:
     """The inputs of a region's graph that its callers may write into when it has run.
 
     These are hidden states: what has a gradient, or, as those of the first block need not, three
     dimensions or the sizes of a result. They are neither parameters, nor written or returned by the
     graph itself.
+
+    Args:
+        module: the graph.
+        callers_write: whether the code around the region looks like writing. Otherwise it is what
+            needs no gradient and has the sizes of a result.
     """
     graph = module.graph
     own = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
@@ -59,11 +66,18 @@ def inputs_to_copy(module: fx.GraphModule) -> list[int]:
     for n in graph.output_node().all_input_nodes:
         own |= facts.memories(n)
     sizes = {str(t.shape) for t in results if t.requires_grad}
+
+    def may_be_written(t: Tensor) -> bool:
+        is_hidden = t.is_floating_point() and str(t.shape) in sizes
+        if not callers_write:
+            return is_hidden and not t.requires_grad
+        return is_hidden or t.requires_grad or (t.is_floating_point() and t.dim() == 3)
+
     return [
         i
         for i, n in enumerate(graph.find_nodes(op="placeholder"))
         if (t := facts.tensor(n)) is not None
-        and (t.requires_grad or (t.is_floating_point() and (t.dim() == 3 or str(t.shape) in sizes)))
+        and may_be_written(t)
         and not isinstance(t, nn.Parameter)
         and not facts.memories(n) & own
     ]

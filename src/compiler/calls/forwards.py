@@ -168,7 +168,8 @@ def inactive_check(session: Session) -> Callable[[nn.Module], bool]:
         if module in session.log.restored:
             return True
         if is_traced_here():
-            warn_once()
+            if not session.state.in_head:  # a captured head may go through its blocks itself
+                warn_once()
             return True
         return False
 

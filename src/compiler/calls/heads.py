@@ -18,7 +18,7 @@ from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
-from ..session import Session
+from ..session import CallState, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
 from .default_cache import (
@@ -84,6 +84,7 @@ def head_forward(
     outside: Sequence[str],
     results: Results | None,
     fused: TrainerHead,
+    session_of: Callable[[nn.Module], Session | None],
     original: Original,
     compiled: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -96,6 +97,8 @@ def head_forward(
         outside: the path, name by name, to the submodule that is not captured with it.
         results: what the blocks return, where the head calls them itself.
         fused: what runs where a trainer asks for log-probabilities.
+        session_of: the session that a module belongs to: another one, where a second model that
+            has the same backbone was optimized later.
         original: the module's original forward.
         compiled: the captured form; one for each set of given arguments.
     """
@@ -135,7 +138,10 @@ def head_forward(
         def find_compiled() -> Any:
             return compiled(self, _given(kwargs), watch.code)
 
-        run = functools.partial(_run, session, self, kwargs, hooks, find_compiled, original)
+        backbone = _submodule(self, outside)
+        inner = None if backbone is None else session_of(backbone)
+        states = list(dict.fromkeys(s.state for s in (session, inner) if s is not None))
+        run = functools.partial(_run, session, states, self, kwargs, hooks, find_compiled, original)
         return retrying(session.choices.planner, run) if training else run()
 
     return forward
@@ -186,6 +192,7 @@ def _why_not(
 
 def _run(
     session: Session,
+    states: Sequence[CallState],
     head: nn.Module,
     kwargs: dict[str, Any],
     hooks: Hooks,
@@ -194,17 +201,17 @@ def _run(
 ) -> Any:
     """The captured form; the original one where the capture fails."""
     label_counts.send(kwargs.get("labels"))
-    state, units = session.state, Units(hooks.units.values())
+    units = Units(hooks.units.values())
     replay = Replay(session.choices.planner.meter.device, kwargs.get("labels") is not None)
 
     def run_original() -> Any:
-        state.in_head, state.units = False, None
+        _enter_head(states, False, None, replay)
         replay.start()
         with units.shown():
             return original(head, **kwargs)
 
-    outer = state.in_head, state.units, state.replay
-    state.in_head, state.units, state.replay = True, units, replay
+    outer = [(s.in_head, s.units, s.replay) for s in states]
+    _enter_head(states, True, units, replay)
     try:
         with (
             hidden_hooks(hooks.idle),
@@ -215,8 +222,16 @@ def _run(
             outputs = session.call(head, find_compiled, (), kwargs, run_original)
     finally:
         label_counts.forget()  # its loss has been computed: nothing is kept until the next
-        state.in_head, state.units, state.replay = outer
+        for state, before in zip(states, outer, strict=True):
+            state.in_head, state.units, state.replay = before
     return units.after(outputs) if units.is_open else outputs
+
+
+def _enter_head(
+    states: Sequence[CallState], in_head: bool, units: Units | None, replay: Replay
+) -> None:
+    for state in states:
+        state.in_head, state.units, state.replay = in_head, units, replay
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:

@@ -69,8 +69,11 @@ def shown_with_gradient(x: Tensor, around: AbstractContextManager[None]) -> Iter
 
 
 def with_leaf(args: Sequence[Any], x: Tensor) -> list[Any]:
-    """The inputs of a graph, with a leaf of the same memory in the place of ``x``."""
-    leaf = x.detach().requires_grad_()
+    """The inputs of a graph, with a leaf of the same values in the place of ``x``.
+
+    It has memory of its own: ``x`` may be a buffer that is filled again before backward.
+    """
+    leaf = x.detach().clone().requires_grad_()
     return [leaf if a is x else a for a in args]
 
 
@@ -106,6 +109,9 @@ def input_gradient_reason(module: fx.GraphModule) -> str | None:
                     return f"{node.name} writes into the input"
                 if memory & given and _needs(node):
                     return f"{node.name} writes what has a gradient into what outlives the call"
+    for node in module.graph.output_node().all_input_nodes:
+        if facts.memories(node) & hidden:
+            return f"{node.name}, which it returns, is a view of the input"
     return _without_others(module.graph, inputs)
 
 

@@ -45,9 +45,8 @@ def with_our_head(function: Any, reads: Reads) -> Any:
     return _copy(function, frozenset(), reads)
 
 
-def replaced_forward(module: nn.Module) -> Any:
-    """The forward of a trainer that a copy runs in the place of, or None."""
-    forward = module.__dict__.get("forward")
+def replaced_forward(forward: Any) -> Any:
+    """The forward of a trainer in whose place ``forward``, a copy of it, runs; or None."""
     return getattr(getattr(forward, "__func__", None), _REPLACED, None)
 
 
@@ -96,10 +95,9 @@ def watch_training(backbone: nn.Module, fused: TrainerHead) -> None:
     backbone.__dict__["train"] = types.MethodType(train, backbone)
 
 
-def unwatch_training(module: nn.Module) -> None:
-    """Undo ``watch_training``."""
-    if hasattr(getattr(module.__dict__.get("train"), "__func__", None), _WATCH):
-        del module.__dict__["train"]
+def is_training_watch(value: Any) -> bool:
+    """Whether a module's attribute was put there by ``watch_training``."""
+    return hasattr(getattr(value, "__func__", None), _WATCH)
 
 
 def _copy(value: Any, outer: frozenset[int], reads: Reads) -> Any:
