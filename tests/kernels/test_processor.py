@@ -11,25 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusewright.errors import FusewrightError
 from fusewright.kernels import processor as module
 from fusewright.kernels.linear import products
 from fusewright.kernels.matmul import through_fp32
 from fusewright.kernels.processor import KINDS, assume, processor, this_machine
 
-_ASK = "from fusewright.kernels.processor import processor; print(processor())"
 
-
-def _in_a_process(code: str, **variables: str) -> str:
-    done = _run("-c", code, **variables)
-    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
-
-
-def _run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def _run(code: str, *arguments: str, **variables: str) -> str:
+    """What a process says of its processor, and then by ``code``."""
+    ask = "from fusewright.kernels.processor import processor; print(processor(), flush=True)"
     others = {k: v for k, v in os.environ.items() if k != "FUSEWRIGHT_PROCESSOR"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=others | variables, capture_output=True, text=True,
-        check=False, timeout=300,
+    done = subprocess.run(
+        [sys.executable, "-c", f"{ask}\n{code}", *arguments], env=others | variables,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_another_processor_is_assumed_for_a_while() -> None:
@@ -104,17 +102,17 @@ def test_ops_on_this_processor_when_it_is_narrowed(kind: str, variables: dict[st
     """PyTorch and oneDNN, too, compute as on a lesser one."""
     if this_machine().vectors != "AVX512":
         pytest.skip(f"there is nothing to narrow: the vectors here are {this_machine().vectors}")
-    assert _in_a_process(_ASK, **variables) == repr(KINDS[kind])
     names = (
         "test_attention.py::test_windows", "test_attention.py::test_more_keys_than_positions",
         "test_decode_attention.py::test_parity_on_each_processor",
     )  # fmt: skip
     tests = [str(Path(__file__).with_name(name)) for name in names]
-    done = _run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests, **variables)
-    assert done.returncode == 0, done.stdout
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    said = _run(code, "-q", "-n", "0", "-p", "no:cacheprovider", *tests, **variables)
+    assert said.splitlines()[0] == repr(KINDS[kind])
 
 
 def test_a_process_can_be_told() -> None:
-    assert _in_a_process(_ASK, FUSEWRIGHT_PROCESSOR="amx") == repr(KINDS["amx"])
-    said = _in_a_process(_ASK, FUSEWRIGHT_PROCESSOR="486")
-    assert said.endswith("FUSEWRIGHT_PROCESSOR='486' is not one of avx2, avx512, avx512_bf16, amx")
+    assert _run("", FUSEWRIGHT_PROCESSOR="amx").strip() == repr(KINDS["amx"])
+    with pytest.raises(FusewrightError, match="'486' is not one of avx2, avx512, avx512_bf16, amx"):
+        module._named("486")
