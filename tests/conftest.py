@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
@@ -43,6 +44,15 @@ def _kernels_must_launch(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with no_fallback():
         yield
+
+
+@pytest.fixture
+def choose_for() -> Iterator[Callable[[str], None]]:
+    """Lets what a test runs choose for another kind of processor, by its name in ``KINDS``."""
+    from fusewright.kernels.processor import KINDS, assume
+
+    with contextlib.ExitStack() as until_the_end:
+        yield lambda kind: until_the_end.enter_context(assume(KINDS[kind]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .processor import processor
+
 SLICE_ELEMENTS = 1 << 22
 """How much of each operand, and of the result, is in fp32 at once (16 MB)."""
 
@@ -26,30 +28,9 @@ LEAST = 256
 """Rows and columns of a slice, at least: fewer make for slow products."""
 
 
-def _asked(name: str) -> bool:
-    check = getattr(torch.ops.mkldnn, name, None)  # None: a PyTorch that was built without oneDNN
-    return check is not None and bool(check())
-
-
-# asked here, for a compiler that traces an op cannot call the check
-_SLOW = {
-    dtype
-    for dtype, name in (
-        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
-        (torch.float16, "_is_mkldnn_fp16_supported"),
-    )
-    if not _asked(name)
-}
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies matrices of ``dtype`` at speed on this CPU."""
-    return dtype not in _SLOW
-
-
 def through_fp32(x: Tensor) -> bool:
     """Whether products of ``x`` go through fp32: 16 bits, on a CPU that is slow with them."""
-    return not multiplies(x.dtype) and x.device.type == "cpu"
+    return x.dtype in processor().slow_products and x.device.type == "cpu"
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -13,9 +13,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels import matmul
 from fusewright.kernels.attention import tiles as attention_tiles
-from fusewright.kernels.attention import unsupported
 from fusewright.kernels.attention.attention import OP, attention
 
 from .util import assert_parity
@@ -275,7 +273,7 @@ def test_inductor_traces_it_once_for_all_lengths(masked: bool) -> None:
     assert len(graphs) == 1
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(choose_for: Callable[[str], None]) -> None:
     q, k, v = (t.detach() for t in _qkv(2, 4, 2, 6, 6, 8, 8, F64))
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     assert OP.unsupported(q, k, v, None, True) == []
@@ -296,29 +294,19 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(reason in why for why in OP.unsupported(*args)), reason
         with pytest.raises(ValueError, match=reason):
             attention(*args)
+    choose_for("amx")
     for dtype in (F32, torch.float16):
-        monkeypatch.setattr(matmul, "multiplies", lambda _: True)
         assert OP.unsupported(*(t.to(dtype) for t in (q, k, v)), None, True)
 
 
 @pytest.mark.parametrize(
-    ("products", "avx512", "amx", "reason"),
-    [
-        (True, True, False, ""),
-        (True, True, True, "AMX"),
-        (True, False, False, "no bfloat16"),
-        (False, False, False, ""),
-    ],
+    ("kind", "reason"),
+    [("avx2", ""), ("avx512", "no bfloat16"), ("avx512_bf16", ""), ("amx", "AMX")],
 )
 def test_which_cpus_gain_in_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, products: bool, avx512: bool, amx: bool, reason: str
+    kind: str, reason: str, choose_for: Callable[[str], None]
 ) -> None:
-    for module in (matmul, unsupported):
-        monkeypatch.setattr(module, "multiplies", lambda _: products)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    asked = unsupported.why_not_bfloat16.__wrapped__
-    monkeypatch.setattr(unsupported, "why_not_bfloat16", asked)
+    choose_for(kind)
     q, k, v = (t.detach() for t in _qkv(1, 2, 1, 4, 4, 8, 8, B16))
     reasons = OP.unsupported(q, k, v, None, True)
     assert len(reasons) == bool(reason)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels import matmul
 from fusewright.kernels.attention import decode_attention as module
 from fusewright.kernels.attention.decode_attention import OP, decode_attention
+from fusewright.kernels.processor import KINDS
 
 from .util import assert_parity_of_draws
 
@@ -92,12 +94,13 @@ def test_parity(
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [B16, F16])
-def test_parity_where_the_cpu_multiplies_no_16_bits(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_parity_on_each_processor(
+    dtype: torch.dtype, kind: str, choose_for: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(matmul, "_SLOW", {B16, F16})
     generator = torch.Generator().manual_seed(0)
+    choose_for(kind)
     assert_parity_of_draws(
         decode_attention, OP.reference, lambda: _qkv(2, 6, 2, 1, 90, 16, 16, dtype, 1.0, generator)
     )
@@ -130,7 +133,8 @@ def test_the_layout_is_that_of_pytorch(time: int) -> None:
     assert decode_attention(q, k, v).stride() == OP.reference(q, k, v).stride()
 
 
-def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take(choose_for: Callable[[str], None]) -> None:
+    choose_for("avx512_bf16")
     generator = torch.Generator().manual_seed(0)
     large = _qkv(2, 6, 2, 1, 400, 64, 64, F16, 1.0, generator)
     assert OP.unsupported(*large) == []
@@ -140,7 +144,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OP.unsupported(*many) == ["17 positions are not few"]
     several = _qkv(2, 6, 2, 2, 400, 64, 64, B16, 1.0, generator)
     assert "so few keys are as fast in PyTorch's kernel" in OP.unsupported(*several)
-    monkeypatch.setattr(matmul, "_SLOW", {B16})
+    choose_for("avx2")
     assert "PyTorch's kernel is as fast where rows share the keys" in OP.unsupported(*several)
     wide = _qkv(2, 6, 2, 1, 400, 64, 64, F32, 1.0, generator)
     assert OP.unsupported(*wide) == ["PyTorch's CPU kernel is as fast in torch.float32"]

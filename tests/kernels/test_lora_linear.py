@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusewright.kernels.linear import products
+from fusewright.kernels.processor import KINDS
 from fusewright.rewrite.tolerance import exceeded
 
 from .by_parts import LORA as OP
@@ -136,10 +137,10 @@ def test_fp32_adapters_get_fp32_accurate_gradients():
         assert (got - want).norm() / want.norm() < 1e-6
 
 
-@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_either_order_of_a_narrow_and_a_wide_factor(dtype, amx, monkeypatch):
-    monkeypatch.setattr(products, "_AMX", amx)
+def test_either_order_of_a_narrow_and_a_wide_factor(dtype, kind, choose_for):
+    choose_for(kind)
     narrow, wide = torch.randn(33, 4).to(dtype), torch.randn(33, 20).to(dtype)
     truth = narrow.double().t() @ wide.double()
     found = products.gradient_of_a(wide, narrow), products.gradient_of_b(narrow, wide).t()

@@ -16,6 +16,7 @@ from fusewright.kernels import matmul
 from fusewright.kernels.attention import attention
 from fusewright.kernels.loss import linear_cross_entropy
 from fusewright.kernels.norms import rms_norm_linear
+from fusewright.kernels.processor import KINDS, processor
 from fusewright.rewrite.tolerance import unit
 
 from . import (
@@ -47,12 +48,12 @@ OPS = [
 
 
 @pytest.fixture
-def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_products(monkeypatch: pytest.MonkeyPatch, choose_for: Callable[[str], None]) -> None:
     """A CPU that multiplies no 16-bit matrices, and slices of few elements; no C++ compiler."""
     libraries.use(monkeypatch, None)
-    monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype.itemsize > 2)
     monkeypatch.setattr(matmul, "SLICE_ELEMENTS", 100)
     monkeypatch.setattr(matmul, "LEAST", 3)
+    choose_for("avx2")
 
 
 def _close(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -178,10 +179,13 @@ def test_no_op_multiplies_in_16_bits(
 
 
 @pytest.mark.parametrize("parity", OPS, ids=lambda f: f"{f.__module__}.{f.__name__}")
-def test_ops_with_the_other_products(
-    parity: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["avx2", "avx512_bf16", "amx"])  # avx512 has the same products
+def test_ops_on_other_processors(
+    parity: Callable[[], None], kind: str, choose_for: Callable[[str], None]
 ) -> None:
-    """Each op's own test takes this machine's products; here it takes the others."""
-    other = not matmul.multiplies(torch.bfloat16)
-    monkeypatch.setattr(matmul, "multiplies", lambda dtype: other or dtype.itemsize > 2)
+    """Each op's own test takes the products of this machine; here it takes those of others."""
+    here, other = processor(), KINDS[kind]
+    if (here.slow_products, here.amx) == (other.slow_products, other.amx):
+        pytest.skip("this machine has the same products: the op's own test takes them")
+    choose_for(kind)
     parity()

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.linear import products
 from fusewright.kernels.mlp import mlp_block_tiles
 from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
 from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS
@@ -335,9 +334,9 @@ def test_inductor_with_a_dynamic_batch(keep, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("amx", [False, True])
-def test_the_tiled_ops_keep_the_rules_of_the_library(layout, amx, monkeypatch):
-    monkeypatch.setattr(products, "_AMX", amx)
+@pytest.mark.parametrize("kind", ["avx512_bf16", "amx"])
+def test_the_tiled_ops_keep_the_rules_of_the_library(layout, kind, choose_for):
+    choose_for(kind)
     lists = mlp(6, 5, F32, F32, layout=layout, bias=True)
     tensors = [
         None if t is None else t.detach() for four in zip(*lists[:4], strict=True) for t in four

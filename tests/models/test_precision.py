@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fusewright import explain, optimize
+from fusewright.kernels.processor import processor
 from fusewright.rewrite.tolerance import FACTOR, errors, unit
 
 from .test_models import Pair, _exact_step, _ids, _rms, _step
@@ -17,7 +18,7 @@ DRAWS = 12
 """Inputs that a budget is judged by: over four, one unlucky input decides (ratios to eager's error
 from 0.8 to 1.5 on one model), over twelve it does not (1.05 and 1.07)."""
 
-BF16 = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+BF16 = processor().avx512_bf16 and not processor().amx
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])

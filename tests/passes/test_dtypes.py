@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fusewright.graph.canon import canonical
 from fusewright.graph.cleanup import remove_noops
-from fusewright.kernels.attention import unsupported
 
 from ..capturing import capture, rewrite, rewritten
 
@@ -81,9 +80,9 @@ def test_a_gate_and_its_other_side_in_two_dtypes(gate: torch.dtype, up: torch.dt
     assert rewritten(rewrite(graph)) == ["glu"]
 
 
-def test_attention_as_autocast_casts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_as_autocast_casts_it(choose_for: Callable[[str], None]) -> None:
     """Rotated queries and keys are in fp32, the values in bf16."""
-    monkeypatch.setattr(unsupported, "why_not_bfloat16", lambda: "")
+    choose_for("avx512_bf16")
     q, k, v = _draw(2, 4, 6, 16), _draw(2, 2, 6, 16), _draw(2, 2, 6, 16, dtype=BF16)
 
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import fx
 
 from ...graph import facts
 from ...kernels.native import library as native
+from ...kernels.processor import processor
 from ...rewrite.engine import Candidate
 from ...rewrite.verify import structure
 
@@ -56,6 +57,7 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
             _devices(candidate),
             _has_native_kernels(),
             environment(),
+            processor(),
         )
     )
     return None if _ADDRESS.search(text) else _DEVICE.sub(_numbered(), text)
@@ -83,7 +85,7 @@ def _imported(name: str) -> Any:
 
 @functools.cache
 def environment() -> tuple[str, ...]:
-    """The versions, the sources of the ops and of the verification, and the processor."""
+    """The versions, the sources of the ops and of the verification, and the architecture."""
     root, sources = Path(__file__).parents[2], hashlib.sha256()
     for room in ("graph", "kernels", "passes", "rewrite"):
         for path in sorted((root / room).rglob("*.*")):
@@ -93,7 +95,7 @@ def environment() -> tuple[str, ...]:
         f"fusewright {sources.hexdigest()}",
         f"torch {torch.__version__} {torch.version.git_version}",
         f"python {platform.python_version()}",
-        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        platform.machine(),
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..matmul import multiplies, through_fp32
+from ..matmul import through_fp32
 from ..op import Op
 from .attention import attention_reference
 from .unsupported import impossible, why_not_bfloat16
@@ -145,7 +145,7 @@ def _unsupported(
         reasons.append(f"{q.shape[2]} positions are not few")
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
-    elif q.dtype is torch.bfloat16 and multiplies(q.dtype) and (why := why_not_bfloat16()):
+    elif q.dtype is torch.bfloat16 and not through_fp32(q) and (why := why_not_bfloat16()):
         reasons.append(why)
     elif q.dtype is torch.bfloat16 and q.shape[2] > 1 and through_fp32(q):
         reasons.append("PyTorch's kernel is as fast where rows share the keys")

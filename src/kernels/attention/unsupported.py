@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..launch import use_triton
-from ..matmul import multiplies, through_fp32
+from ..matmul import through_fp32
+from ..processor import processor
 
 WIDEST = 256
 """Features of a head that the Triton kernels take."""
@@ -64,7 +63,7 @@ def attention_unsupported(
         if mask is None and window is None:
             reasons.append("without a mask, PyTorch's own flash attention is as fast")
         return reasons
-    if through_fp32(q) and not multiplies(torch.bfloat16):
+    if through_fp32(q) and torch.bfloat16 in processor().slow_products:
         return reasons  # measured on AVX2 alone: PyTorch's kernel takes 2.4 to 8.7 times as long
     if q.dtype in (torch.float32, torch.float16):
         reasons.append(f"PyTorch's CPU kernel is as fast in {q.dtype}")
@@ -73,7 +72,6 @@ def attention_unsupported(
     return reasons
 
 
-@functools.cache
 def why_not_bfloat16() -> str:
     """Why PyTorch's kernel is as fast in bfloat16 on this CPU; empty where it is not.
 
@@ -81,8 +79,8 @@ def why_not_bfloat16() -> str:
     (heads of 32 to 128, 128 to 2,048 positions), ours took 1.2 times its time in the median,
     forward and backward together.
     """
-    if torch.cpu._is_amx_tile_supported():
+    if processor().amx:
         return "PyTorch's CPU kernel uses this CPU's AMX"
-    if torch.cpu._is_avx512_bf16_supported():
+    if processor().avx512_bf16:
         return ""
     return "this CPU has no bfloat16 instructions"

@@ -11,6 +11,7 @@ from ..direct import direct
 from ..launch import library_op, own, use_triton
 from ..matmul import addmm, addmm_, mm
 from ..native import narrow as native
+from ..processor import processor
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -249,9 +250,6 @@ def gradient_of_b(h: Tensor, dy: Tensor) -> Tensor:
     return mm(h.t(), dy).t() if low or _narrow_first(dy) else mm(dy.t(), h)
 
 
-_AMX = torch.cpu._is_amx_tile_supported()
-
-
 def _narrow_first(t: Tensor) -> bool:
     """Whether a narrow matrix is better multiplied with a wide one than the wide one with it.
 
@@ -259,7 +257,7 @@ def _narrow_first(t: Tensor) -> bool:
     8) as long in fp32, and 1.0 to 1.7 times in bf16. On AMD it is the other way round, but for
     ``gradient_of_b`` in half precision: there too, the narrow one goes first.
     """
-    return on_cpu(t) and _AMX
+    return on_cpu(t) and processor().amx
 
 
 def on_cpu(t: Tensor) -> bool:

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..processor import instruction_set
+
 SOURCES = ("vectors.h", "attention_plan.h", "attention.cpp", "narrow.cpp")
 # 2026-11-28: sums of products are fused by default in GNU C++, as in Clang
 FLAGS = ("-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared")
@@ -37,7 +39,8 @@ def built() -> Path:
     if compiler is None:
         raise RuntimeError(missing_compiler())
     text = source()
-    what = (text, _identity(compiler), *FLAGS, *OWN, processor())
+    # several machines may share the folder
+    what = (text, _identity(compiler), *FLAGS, *OWN, instruction_set())
     name = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
     path = folder() / f"kernels-{name}.so"
     if not path.exists():
@@ -73,17 +76,6 @@ def _identity(compiler: str) -> str:
     """Tells a compiler from others, and from what it was before an update."""
     known = os.stat(compiler)
     return f"{os.path.realpath(compiler)} {known.st_size} {known.st_mtime_ns} {platform.libc_ver()}"
-
-
-def processor() -> str:
-    """What decides which instructions there are: several machines may share the folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = ("flags", "features", "model name", "cpu part")
-    found = sorted({line for line in lines if line.lower().startswith(kinds)})
-    return "\n".join([platform.machine(), *found])
 
 
 def folder() -> Path:

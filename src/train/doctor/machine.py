@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,6 @@ from typing import Any
 from ...memory.meter import Meter
 from ..report.format import memory
 from .result import CheckResult
-
-_INSTRUCTIONS = {
-    "AVX2": "_is_avx2_supported",
-    "AVX-512": "_is_avx512_supported",
-    "AVX-512 bf16": "_is_avx512_bf16_supported",
-    "AMX": "_is_amx_tile_supported",
-}
-"""Instructions that make matrix products fast on a CPU -> PyTorch's test for each."""
 
 
 def machine() -> list[CheckResult]:
@@ -61,15 +51,14 @@ def _no_gpu(torch: Any) -> CheckResult:
 
 
 def _cpu(torch: Any) -> list[CheckResult]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    from ...kernels.processor import limits, model_name, processor
+
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = f"{usable} of {os.cpu_count()} cores usable; threads: {torch.get_num_threads()}"
-    has = [name for name, test in _INSTRUCTIONS.items() if getattr(torch.cpu, test, bool)()]
-    said = CheckResult("instructions", ", ".join(has) or "none of AVX2, AVX-512, AMX")
-    return [CheckResult("CPU", model, note=cores), said]
+    has = ", ".join(processor().instructions()) or "none of AVX2, AVX-512, AMX"
+    narrowed = f"as {' and '.join(limits())} has it" if limits() else ""
+    said = CheckResult("instructions", has, note=narrowed)
+    return [CheckResult("CPU", model_name(), note=cores), said]
 
 
 def _memory(torch: Any) -> CheckResult:

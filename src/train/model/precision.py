@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import platform
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import RecipeError
+from ...kernels.processor import processor
 from ..recipe.recipe import Recipe
 
 
@@ -45,7 +45,6 @@ def dtype_for_training(precision: str, adapters: bool = True) -> torch.dtype:
     return torch.float32
 
 
-@functools.cache
 def has_bfloat16() -> bool:
     """Whether the training device has instructions for bfloat16.
 
@@ -54,10 +53,7 @@ def has_bfloat16() -> bool:
     """
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if platform.machine() in ("x86_64", "AMD64"):
-        cpu = torch.cpu
-        return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return processor().bfloat16
 
 
 def precision_warning(precision: str) -> str | None:

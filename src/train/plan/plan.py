@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from torch import nn
 from ...compiler.codegen.choice import choose
 from ...compiler.options import Codegen
 from ...errors import RecipeError
+from ...kernels.processor import KINDS, assume
 from ...memory.predict import compilation_bytes
 from ..model.positions import positions
 from ..model.precision import dtype_for_training
@@ -201,7 +203,10 @@ def make_job(recipe: Recipe, dtype: torch.dtype, on_cpu: bool) -> TrainingJob:
     blueprint = draw(recipe, dtype)
     codegen = _codegen(recipe, blueprint, "cpu" if on_cpu else "cuda")
     settings = preference_settings(recipe)
-    step = take(blueprint, recipe, codegen, settings.sequences if settings else 1)
+    # what a run on a card takes does not depend on the CPU that plans it: ops take there what they
+    # take on a CPU that multiplies bfloat16
+    with contextlib.nullcontext() if on_cpu else assume(KINDS["avx512_bf16"]):
+        step = take(blueprint, recipe, codegen, settings.sequences if settings else 1)
     bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else None
     process = Process(_GPU_CONTEXT, 0, 0.05, is_host=False)
     if on_cpu:

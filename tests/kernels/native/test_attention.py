@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusewright.kernels.attention.attention import OP, _every_row, attention
 from fusewright.kernels.native import attention as native
+from fusewright.kernels.processor import this_machine
 from fusewright.rewrite.tolerance import exceeded
 
 from ..util import assert_parity
@@ -253,7 +254,7 @@ def test_many_threads_take_no_more_memory_than_the_queries(monkeypatch: pytest.M
 )
 def lesser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels for a CPU without products of 16 bits."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    if this_machine().vectors not in ("AVX2", "AVX512"):
         pytest.skip("this CPU has no AVX2")
     return libraries.compiled(tmp_path_factory.mktemp("lesser"), f"-march={request.param}")
 

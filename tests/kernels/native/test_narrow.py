@@ -14,6 +14,7 @@ from torch import Tensor
 from fusewright.kernels.linear import products
 from fusewright.kernels.native import library
 from fusewright.kernels.native import narrow as native
+from fusewright.kernels.processor import this_machine
 from fusewright.rewrite.tolerance import exceeded
 
 from . import libraries
@@ -104,10 +105,13 @@ def test_threads_change_nothing(threads: int) -> None:
     assert all(map(torch.equal, made, again))
 
 
-def test_on_a_lesser_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this CPU has no AVX2")
-    libraries.use(monkeypatch, libraries.compiled(tmp_path, "-march=x86-64-v3"))
+@pytest.mark.parametrize(("level", "vectors"), [(3, ("AVX2", "AVX512")), (4, ("AVX512",))])
+def test_on_a_lesser_cpu(
+    level: int, vectors: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if this_machine().vectors not in vectors:
+        pytest.skip(f"this CPU has no {vectors[0]}")
+    libraries.use(monkeypatch, libraries.compiled(tmp_path, f"-march=x86-64-v{level}"))
     for how in ("dense", "transposed"):
         inner: Any = test_as_exact_as_products_of_fp32
         inner.hypothesis.inner_test(100, 200, 17, how, True, False, 2.0, 1.0, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 
 from fusewright import explain, optimize
 from fusewright.errors import RecipeError
+from fusewright.kernels.processor import KINDS
 from fusewright.train import train
 from fusewright.train.inference.run_folder import open_run
 from fusewright.train.merge import MergeOptions, merge
 from fusewright.train.model import precision
 from fusewright.train.model.load import load_model
-from fusewright.train.model.precision import dtype_for_training, has_bfloat16, precision_warning
+from fusewright.train.model.precision import dtype_for_training, precision_warning
 from fusewright.train.recipe.load import load_recipe
 
 from ..conftest import make_model
@@ -39,27 +41,13 @@ def test_what_is_asked_for_is_taken() -> None:
 
 
 @ON_CPU
-@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool
+    kind: str, choose_for: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    has_bfloat16.cache_clear()
-    try:
-        expected = torch.bfloat16 if avx512 or amx else torch.float32
-        assert dtype_for_training("auto") is expected
-    finally:
-        has_bfloat16.cache_clear()
-
-
-@ON_CPU
-@pytest.mark.parametrize("has", [False, True])
-def test_a_cpu_of_another_kind_is_asked(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr(precision.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
-    assert has_bfloat16.__wrapped__() is has
+    choose_for(kind)
+    expected = torch.float32 if kind in ("avx2", "avx512") else torch.bfloat16
+    assert dtype_for_training("auto") is expected
 
 
 @pytest.mark.usefixtures("no_bfloat16")

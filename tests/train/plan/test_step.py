@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusewright import explain, optimize
 from fusewright.kernels.cost import Living
+from fusewright.kernels.processor import KINDS
+from fusewright.train.plan import plan
 from fusewright.train.plan.count.blueprint import draw
 from fusewright.train.plan.count.layout import ProcessLayout
 from fusewright.train.plan.count.step import take
@@ -84,15 +87,25 @@ def test_the_same_formulas_are_rewritten_as_in_a_real_model(recipe: MakeRecipe) 
     assert dict(step.rewrites) == explain(model).by_rule()
 
 
-@pytest.mark.parametrize("level", ["all", "input"])
-def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeRecipe) -> None:
-    """Between forward and backward: the storages that came into being, weights not counted."""
-    made = recipe(sequence_len=512)
-    job = make_job(made)
+@pytest.mark.parametrize(
+    ("level", "kind"), [*(("all", kind) for kind in KINDS), ("input", "avx512")]
+)
+def test_what_blocks_keep_is_what_a_real_step_keeps(
+    level: Any, kind: str, recipe: MakeRecipe, choose_for: Callable[[str], None]
+) -> None:
+    """Between forward and backward: the storages that came into being, weights not counted.
+
+    Where PyTorch's attention stays, blocks keep repeated keys, and a mask in the dtype of the
+    model: that of a batch with padding, as nearly every batch has.
+    """
+    choose_for(kind)
+    job = make_job(recipe(sequence_len=512))
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).train()
     optimize(model, codegen="eager", memory="speed" if level == "all" else "min")
-    ids = torch.randint(512, (2, 512))
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()  # captures
+    ids, mask = torch.randint(512, (2, 512)), torch.ones(2, 512, dtype=torch.long)
+    mask[0, -1] = 0  # of full rows alone the model makes no mask
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    model(**batch, labels=ids).loss.backward()  # captures
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -103,11 +116,23 @@ def test_what_blocks_keep_is_what_a_real_step_keeps(level: Any, recipe: MakeReci
         return t if t.grad_fn is None else t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.model(input_ids=ids, use_cache=False)
+        model.model(**batch)
     memory = estimate(job, ONE, None, level=level)
     hidden = 2 * 512 * SIZES["hidden_size"] * 2
     # the first block's input, and what the final norm and rotary embeddings keep, are not blocks'
     assert memory.activations == pytest.approx(sum(kept.values()), abs=6 * hidden)
+
+
+def test_a_plan_for_a_card_does_not_depend_on_the_cpu_that_makes_it(
+    recipe: MakeRecipe, choose_for: Callable[[str], None]
+) -> None:
+    steps = []
+    for kind in ("avx2", "avx512"):
+        choose_for(kind)
+        steps.append(plan.make_job(recipe(), torch.bfloat16, on_cpu=False).step)
+    first, second = ([u.get("all") for u in step.usages.values()] for step in steps)
+    assert first == second
+    assert steps[0].rewrites == steps[1].rewrites
 
 
 def test_a_larger_batch_is_the_same_multiple_wherever_it_is_counted_from(
