@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..direct import direct
 from ..launch import library_op, use_triton
-from ..op import Op
+from ..op import Maker, Op, on_several_devices
 from ..second_order import absent, differentiable, gradients
 
 # -- reference -------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def _fits_kernel(tensors: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
     rotary_dim, layout = ctx.options
     # of a rotation, only the shape of what it rotates matters
@@ -222,7 +222,7 @@ class _Rope(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         needed = [
@@ -326,8 +326,7 @@ def rope_unsupported(
             reasons.append(f"a head of {t.shape[-1]} features is narrower than {rotary_dim}")
         if any(not _broadcasts(x, t) for x in (cos, sin)):
             reasons.append(f"cos {tuple(cos.shape)} does not broadcast to {tuple(t.shape)}")
-    if len({t.device for t in (*tensors, cos, sin)}) > 1:
-        reasons.append("the tensors are on different devices")
+    reasons += on_several_devices(*tensors, cos, sin, said="the tensors are on different devices")
     if use_triton(*tensors, cos, sin) and not _fits_kernel(tensors, cos, sin):
         reasons.append("cos and sin differ by head, or there are more than 4 dimensions")
     return reasons
@@ -339,4 +338,25 @@ def _broadcasts(table: Tensor, t: Tensor) -> bool:
     return table.ndim <= t.ndim and all(a in (1, b) for a, b in sizes)
 
 
-OP = Op("rope", rope_reference, rope, rope_unsupported)
+def _example(m: Maker, layout: str = "halves", part: int = 1) -> tuple[Any, ...]:
+    """Of a head's features, one in ``part`` is rotated."""
+    q, k, rotary_dim = (
+        m.heads(m.sizes.heads), m.heads(m.sizes.kv_heads), m.sizes.head_dim // part // 2 * 2,
+    )  # fmt: skip
+    angles = 3 * m.normal(m.sizes.batch, 1, m.sizes.seq, rotary_dim // 2, dtype=m.wide)
+    each = angles.repeat_interleave(2, -1) if layout == "pairs" else torch.cat((angles,) * 2, -1)
+    return [q, k], each.cos().to(m.dtype), each.sin().to(m.dtype), rotary_dim, layout
+
+
+OP = Op(
+    "rope",
+    rope_reference,
+    rope,
+    rope_unsupported,
+    example=_example,
+    variants={
+        "pairs": lambda m: _example(m, "pairs"),
+        "pairs-to-halves": lambda m: _example(m, "pairs_to_halves"),
+        "partial": lambda m: _example(m, part=2),
+    },
+)

@@ -25,6 +25,7 @@ from ..linear.linears import (
     Grads,
     Linear,
     ResolvedLinear,
+    example_of_linear,
     linears,
     unflattened,
     wanted,
@@ -35,7 +36,7 @@ from ..linear.projections import narrow, narrow_copy_for, widen
 from ..linear.qkv_block import projection
 from ..linear.qkv_block import unsupported as linears_unsupported
 from ..linear.quant_products import elements_of
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients, require_kept
 from . import glu
 
@@ -353,7 +354,7 @@ def tiled_backward(
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
@@ -400,7 +401,7 @@ class _MLPBlock(torch.autograd.Function):
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         shape, dtype, constants, activation, layout, keep = ctx.options
         x, *saved = ctx.saved_tensors
@@ -496,4 +497,24 @@ def unsupported(
     return reasons
 
 
-OP = Op("mlp_block", reference, mlp_block, unsupported)
+def _example(m: Maker, layout: str = "two", keep: str = "gate_up", **kind: bool) -> tuple[Any, ...]:
+    hidden, inner = m.sizes.hidden, m.sizes.inner
+    outs = (inner, inner) if layout == "two" else (2 * inner,)
+    ins = [example_of_linear(m, out, hidden, **kind) for out in outs]
+    down = example_of_linear(m, hidden, inner, **kind)
+    return m.x(hidden), [*ins, down], "silu", layout, keep
+
+
+OP = Op(
+    "mlp_block",
+    reference,
+    mlp_block,
+    unsupported,
+    example=_example,
+    variants={
+        "input": lambda m: _example(m, keep="input", bias=True),
+        "packed": lambda m: _example(m, "up first", lora=False, bias=True),
+        "quantized": lambda m: _example(m, quantized=True),
+        "quantized-input": lambda m: _example(m, keep="input", quantized=True),
+    },
+)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..launch import library_op, use_triton
 from ..matmul import addmm, mm
-from ..op import Op
+from ..op import Maker, Op, not_16_bits, on_several_devices
 from ..second_order import absent, differentiable, gradients, require_kept
 
 # -- reference -------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def _grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor)
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[2])])
 
 
-def up_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _up_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The backward pass of ``moe_up``, differentiable."""
     x, weight, _, offsets, order = ctx.saved_tensors
     tokens = order // ctx.active
@@ -361,7 +361,7 @@ def up_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients(formula, (x, weight, bias), ctx.needs_input_grad, (grad,))
 
 
-def down_again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _down_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The backward pass of ``moe_down``, differentiable."""
     h, _, weights, weight, bias, order, offsets, _ = ctx.saved_tensors
     tokens, kept = order // ctx.active, h is not None
@@ -390,7 +390,7 @@ class _Up(torch.autograd.Function):
         return grouped_mm(x, tokens, weight, offsets, bias)
 
     @staticmethod
-    @differentiable(up_again)
+    @differentiable(_up_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, where, offsets, order = ctx.saved_tensors
         w_x, w_weight, w_bias, *_ = ctx.needs_input_grad
@@ -422,7 +422,7 @@ class _Down(torch.autograd.Function):
         return combine(y, where, weights, active)
 
     @staticmethod
-    @differentiable(down_again)
+    @differentiable(_down_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, y, weights, weight, _, order, offsets, where = ctx.saved_tensors
         w_h, w_weights, w_weight, w_bias, *_ = ctx.needs_input_grad
@@ -535,11 +535,7 @@ def _unsupported(rows: Tensor, weight: Tensor, bias: Tensor | None, *routing: An
     given = [t for t in (rows, weight, bias) if t is not None]
     if len({t.dtype for t in given}) > 1:
         reasons.append(f"several dtypes: {', '.join(str(t.dtype) for t in given)}")
-    if not rows.is_floating_point() or rows.dtype.itemsize < 2:
-        reasons.append(f"dtype {rows.dtype} is not a floating-point dtype of 16 bits or more")
-    if len({t.device for t in (*given, *routing) if isinstance(t, Tensor)}) > 1:
-        reasons.append("the operands are on several devices")
-    return reasons
+    return reasons + not_16_bits(rows) + on_several_devices(*given, *routing)
 
 
 def _down_unsupported(
@@ -548,6 +544,54 @@ def _down_unsupported(
     return _unsupported(h, weight, bias, weights, *routing)
 
 
-OP = Op("moe_experts", reference, moe_experts, unsupported)
-UP = Op("moe_up", up_reference, moe_up, _unsupported)
-DOWN = Op("moe_down", down_reference, moe_down, _down_unsupported)
+def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
+    """Experts of half the width; the last has no token."""
+    hidden, inner, experts, active = m.sizes.hidden, m.sizes.inner // 2, m.sizes.experts, 2
+    x = m.x(hidden).detach().flatten(0, 1).requires_grad_()
+    first, used = m.integers(experts - 1, len(x), 1), experts - 1
+    index = (first + torch.arange(active, device=m.device)) % used
+    weights = m.normal(len(x), active).requires_grad_()
+    up, down = m.weight(experts, inner, hidden), m.weight(experts, hidden, inner)
+    biases = (m.weight(experts, inner), m.weight(experts, hidden)) if bias else (None, None)
+    return x, index, weights, up.mT, down.mT, F.silu, *biases
+
+
+def _example_up(m: Maker, bias: bool = False) -> tuple[Any, ...]:
+    x, index, _, up, _, _, up_bias, _ = _example(m, bias)
+    return x, up, up_bias, *moe_route(index.reshape(-1), len(up)), index.shape[1]
+
+
+def _example_down(m: Maker, bias: bool = False) -> tuple[Any, ...]:
+    _, index, weights, _, down, _, _, down_bias = _example(m, bias)
+    routing, own = moe_route(index.reshape(-1), len(down)), weights.detach().reshape(-1)
+    h = m.normal(index.numel(), down.shape[1]).requires_grad_()
+    return h, own.requires_grad_(), down, down_bias, *routing, index.shape[1]
+
+
+OP = Op(
+    "moe_experts",
+    reference,
+    moe_experts,
+    unsupported,
+    rule=None,
+    example=_example,
+    variants={"bias": lambda m: _example(m, True)},
+)
+UP = Op(
+    "moe_up",
+    up_reference,
+    moe_up,
+    _unsupported,
+    rule="moe_experts",
+    example=_example_up,
+    variants={"bias": lambda m: _example_up(m, True)},
+)
+DOWN = Op(
+    "moe_down",
+    down_reference,
+    moe_down,
+    _down_unsupported,
+    rule="moe_experts",
+    example=_example_down,
+    variants={"bias": lambda m: _example_down(m, True)},
+)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import has_triton, library_op, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
+from ..launch import library_op, use_triton
+from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
+from ..second_order import differentiable, double_backward
 from .rms_norm import work_dtype
 
 MAX_DIM = 32768
@@ -247,16 +247,6 @@ def backward(
     return d_x, d_weight, d_bias
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, *_ = ctx.saved_tensors
-    return gradients(
-        lambda x, weight, bias: reference(x, weight, bias, ctx.eps),
-        (x, weight, bias),
-        ctx.needs_input_grad,
-        (grad,),
-    )
-
-
 class _LayerNorm(torch.autograd.Function):
     """Saves x and two numbers per row."""
 
@@ -267,11 +257,11 @@ class _LayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, mean, rstd = forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.eps = eps
+        ctx.options = (eps,)
         return y
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(reference, 3))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None
 
@@ -301,31 +291,39 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 # -------------------------------------------------------------------------------------------- op
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
     """Say why these tensors are not served by the fast implementation of their device."""
-    reasons = []
-    if not x.is_floating_point():
-        reasons.append(f"x is {x.dtype}, not floating-point")
+    reasons = not_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         reasons.append("x has no features")
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in (("the weight", weight), ("the bias", bias)):
         if t is None:
             continue
         if x.ndim and (t.ndim == 0 or t.shape != x.shape[-t.ndim :]):
-            reasons.append(f"the {name} is {tuple(t.shape)}, not one per feature of x")
-        if not t.is_floating_point():
-            reasons.append(f"the {name} is {t.dtype}, not floating-point")
-        if t.device != x.device:
-            reasons.append(f"the {name} is on {t.device} and x on {x.device}")
+            reasons.append(f"{name} is {tuple(t.shape)}, not one per feature of x")
+        reasons += not_floating(name, t) + away_from(x, name, t)
     if weight is not None and bias is not None and weight.shape != bias.shape:
         reasons.append("weight and bias have different shapes")
     if weight is None and bias is not None and bias.ndim != 1:
         reasons.append("a bias without a weight must be one vector")
-    if x.is_cuda and not has_triton():
-        reasons.append("Triton is not installed")
-    if x.is_cuda and x.ndim and x.shape[-1] > MAX_DIM:
-        reasons.append(f"a row has {x.shape[-1]} features and the kernel holds {MAX_DIM}")
-    if x.is_cuda and torch.float64 in {t.dtype for t in (x, weight, bias) if t is not None}:
-        reasons.append("fp64 runs in plain PyTorch")
-    return reasons
+    return reasons + no_kernel_of_rows(MAX_DIM, x, weight, bias)
 
 
-OP = Op("layer_norm", reference, layer_norm, unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), m.weight(m.sizes.hidden, mean=0.0), 1e-5
+
+
+def _example_of_heads(m: Maker) -> tuple[Any, ...]:
+    features = m.sizes.heads, m.sizes.head_dim
+    return m.x(*features), m.weight(*features), None, 1e-5
+
+
+OP = Op(
+    "layer_norm",
+    reference,
+    layer_norm,
+    unsupported,
+    example=_example,
+    variants={
+        "heads": _example_of_heads,
+        "plain": lambda m: (m.x(m.sizes.hidden), None, None, 1e-5),
+    },
+)

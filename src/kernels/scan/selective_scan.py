@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import library_op, own, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
+from ..op import Maker, Op, misshapen, on_several_devices
+from ..second_order import differentiable, double_backward
 
 # -- reference -------------------------------------------------------------------------------------
 
@@ -330,8 +330,7 @@ def _backward(
         if needs[7]:
             sums[2] = sums[2] + g.raw.sum((0, 1), dtype=torch.float64)
     for i, total in zip((2, 5, 7), sums, strict=True):
-        if isinstance(total, Tensor):
-            every[i].copy_(total.t())
+        every[i].copy_(total.t() if isinstance(total, Tensor) else every[i].new_zeros(()))
     return [g for g, needed in zip(every, needs, strict=True) if needed]
 
 
@@ -421,16 +420,6 @@ _triton_backward = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    run: Any = scan_reference
-
-    def formula(*tensors: Any) -> Tensor:
-        made: Tensor = run(*tensors, ctx.softplus)
-        return made
-
-    return gradients(formula, ctx.saved_tensors[:8], ctx.needs_input_grad, (grad,))
-
-
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -440,7 +429,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tensors = (u, delta, a, b, c, d, z, bias)
         ctx.triton = use_triton(*tensors) and a.shape[1] <= MAX_STATES
-        ctx.softplus = softplus
+        ctx.options = (softplus,)
         if ctx.triton:
             out, starts = _triton_forward(*tensors, softplus, output_dtype(u, d, z))
         else:
@@ -450,12 +439,12 @@ class _SelectiveScan(torch.autograd.Function):
         return result
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(scan_reference, 8))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, starts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:8])
         run = _triton_backward if ctx.triton else _backward_op
-        found = iter(run(grad, *tensors, starts, ctx.softplus, needs))
+        found = iter(run(grad, *tensors, starts, *ctx.options, needs))
         return *(next(found) if needed else None for needed in needs), None
 
 
@@ -502,8 +491,8 @@ def scan_unsupported(
     given = [t for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
     if any(not t.is_floating_point() for t in given):
         return ["an input is complex or an integer"]
-    if len({t.device for t in given}) > 1:
-        return ["the tensors are on different devices"]
+    if away := on_several_devices(*given, said="the tensors are on different devices"):
+        return away
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 3 or C.ndim != 3:
         return ["B and C are not one vector per position, or u has not 3 dimensions"]
     batch, channels, length = u.shape
@@ -512,8 +501,28 @@ def scan_unsupported(
         (B, (batch, A.shape[1], length)), (C, (batch, A.shape[1], length)),
         (D, (channels,)), (z, (batch, channels, length)), (delta_bias, (channels,)),
     )  # fmt: skip
-    wrong = [t for t, shape in expected if t is not None and tuple(t.shape) != shape]
-    return [f"{tuple(t.shape)} does not fit u {tuple(u.shape)}" for t in wrong]
+    return misshapen("u", u, expected)
 
 
-OP = Op("selective_scan", scan_reference, selective_scan, scan_unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    channels, states = m.sizes.hidden, m.sizes.states
+    u, delta, gate = (m.transposed(channels) for _ in range(3))
+    b, c = m.transposed(states), m.transposed(states)
+    skip, bias = m.weight(channels, dtype=m.wide), m.weight(channels, dtype=m.wide)
+    return u, delta, m.decays(channels, states), b, c, skip, gate, bias, True
+
+
+def _plain_example(m: Maker) -> tuple[Any, ...]:
+    """Of steps as they are, which must not be negative."""
+    u, delta, *rest = _example(m)[:5]
+    return u, delta.detach().abs().requires_grad_(), *rest
+
+
+OP = Op(
+    "selective_scan",
+    scan_reference,
+    selective_scan,
+    scan_unsupported,
+    example=_example,
+    variants={"plain": _plain_example},
+)
