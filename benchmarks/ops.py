@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
-import pkgutil
 import statistics
 import sys
 import time
@@ -25,10 +23,10 @@ import torch
 from torch import Tensor
 
 from environment import describe
-from fusewright import kernels
 from fusewright.kernels.cost import Cost
 from fusewright.kernels.fallback import no_fallback
 from fusewright.kernels.op import Op
+from fusewright.rewrite.op_table import OPS
 from fusewright.rewrite.tolerance import errors
 from op_cases import CASES, Case, Maker, op_of
 from shapes import op_shapes
@@ -44,8 +42,8 @@ PROVIDERS: dict[str, Callable[[Op], Callable[..., Any]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 when every provider ran every op that its device has an implementation of."""
-    ops = find_ops()
-    options = _parse(arguments, sorted(case for case in CASES if op_of(case) in ops))
+    ops = {op.name: op for op in OPS}
+    options = _parse(arguments, sorted(CASES))
     dtype = getattr(torch, options.dtype)
     environment = describe()
     environment |= {f"{name}_version": v for name, v in environment.pop("versions").items()}
@@ -60,17 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.csv:  # after each op: a run that is cut short keeps what it has
                 write_csv(options.csv, rows, environment)
     return 1 if any(row["error"] and not row["note"] for row in rows) else 0
-
-
-def find_ops() -> dict[str, Op]:
-    """Every op record in ``fusewright.kernels``, by name."""
-    found: dict[str, Op] = {}
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        if not (info.ispkg or info.name.endswith("_triton")):
-            module = importlib.import_module(info.name)
-            records = [value for value in vars(module).values() if isinstance(value, Op)]
-            found |= {record.name: record for record in records}
-    return found
 
 
 def measure_op(op: Op, case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -190,7 +177,7 @@ def _check(
 ) -> dict[str, Any]:
     """One forward and backward: the distance to the reference, and what it holds in memory."""
     saved: dict[int, int] = {}
-    weights = {t.untyped_storage().data_ptr() for t in case.parameters}
+    weights = {t.untyped_storage().data_ptr() for t in case.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -12,7 +12,8 @@ An op file has one fixed order, so that a reader who knows one knows them all:
    gradients in ``ctx.needs_input_grad``, never writes into a saved tensor, and its forward never
    returns an input. Its backward is decorated with what takes its place where it is differentiated
    itself (``second_order.py``).
-5. **OP**: the record.
+5. **OP**: the record, with a typical call (``example``). Conformance tests, benchmarks, ``doctor``
+   and the tests of kernels call every op as its record says: a new op is known to all of them.
 
 The public function (``rms_norm(...)``) is what graph nodes call. It is plain Python over
 ``Function.apply``: AOTAutograd traces through it, so an op costs nothing when a block goes through
@@ -21,11 +22,120 @@ Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from .cost import Cost, cost
+from .launch import has_triton
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What examples are made for: ``batch * seq`` tokens through one decoder layer."""
+
+    batch: int = 2
+    seq: int = 64
+    hidden: int = 256
+    inner: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    vocabulary: int = 1000
+    rank: int = 16
+    states: int = 16
+    experts: int = 4
+
+
+class Maker:
+    """Makes the arguments of examples, of one dtype on one device, under whichever mode is active.
+
+    Args:
+        dtype: of activations and weights.
+        device: where they are.
+        sizes: what they are made for.
+        train: whether weights want gradients; activations and adapters always do.
+        adapters: the dtype of adapters, or that of all else.
+        generator: draws the values; without one, all are zero.
+        strided: whether activations and weights have gaps between their elements.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", sizes: Sizes | None = None,
+        train: bool = True, adapters: torch.dtype | None = None,
+        generator: torch.Generator | None = None, strided: bool = False,
+    ) -> None:  # fmt: skip
+        self.dtype, self.device, self.sizes = dtype, torch.device(device), sizes or Sizes()
+        self.train, self.adapters = train, adapters or dtype
+        self.generator, self.strided = generator, strided
+        self.wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed numbers."""
+        if self.generator is None:
+            return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+        of = self.generator.device
+        drawn = torch.randn(shape, dtype=torch.float32, generator=self.generator, device=of)
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def integers(self, below: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Whole numbers from 0: labels, codes, the experts of tokens."""
+        if self.generator is None:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        of = self.generator.device
+        drawn = torch.randint(below, shape, generator=self.generator, device=of)
+        return drawn.to(self.device, dtype)
+
+    def x(self, *features: int) -> Tensor:
+        """An activation (batch, seq, *features)."""
+        drawn = self.normal(self.sizes.batch, self.sizes.seq, *features)
+        return self._laid_out(drawn).requires_grad_()
+
+    def heads(self, count: int, width: int | None = None) -> Tensor:
+        """Heads (batch, count, seq, width), strided as a projection leaves them."""
+        s = self.sizes
+        return (
+            self.normal(s.batch, s.seq, count, width or s.head_dim).transpose(1, 2).requires_grad_()
+        )
+
+    def transposed(self, features: int) -> Tensor:
+        """An activation (batch, features, seq), as a projection leaves it."""
+        return self.x(features).detach().transpose(1, 2).requires_grad_()
+
+    def weight(
+        self, *shape: int, dtype: torch.dtype | None = None, mean: float = 1.0
+    ) -> nn.Parameter:
+        """A matrix scaled so that a product keeps its size, or a vector about ``mean``."""
+        drawn = self.normal(*shape, dtype=self.wide)
+        drawn = drawn / shape[-1] ** 0.5 if len(shape) > 1 else mean + drawn / 10
+        return nn.Parameter(self._laid_out(drawn.to(dtype or self.dtype)), self.train)
+
+    def adapter(self, *shape: int) -> nn.Parameter:
+        """A matrix of an adapter, which is always trained."""
+        made = self.weight(*shape, dtype=self.adapters)
+        made.requires_grad_()
+        return made
+
+    def decays(self, *shape: int) -> nn.Parameter:
+        """The decays of a scan: negative, in fp32 at least."""
+        drawn = -0.5 - self.normal(*shape, dtype=self.wide).abs()
+        return nn.Parameter(drawn, self.train)
+
+    def labels(self) -> Tensor:
+        """A class for each token, also the last one; -100 for every other, as for a prompt."""
+        drawn = self.integers(self.sizes.vocabulary, self.sizes.batch, self.sizes.seq)
+        drawn[:1, :1] = self.sizes.vocabulary - 1
+        drawn[:, 1::2] = -100
+        return drawn
+
+    def _laid_out(self, t: Tensor) -> Tensor:
+        return torch.stack((t, t), -1)[..., 0] if self.strided else t
+
+
+Example = Callable[[Maker], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +151,9 @@ class Op:
             engine asks it before every rewrite, with fake tensors: it must not read values.
         kept_outputs: places of the outputs that it keeps for backward itself: nothing may write
             into them. Any input may be kept.
+        rule: the rule whose rewrites call it, where that has another name; None where none does.
+        example: the arguments of a typical call. Every op in this package has one.
+        variants: name -> the arguments of calls that run other code than the example.
     """
 
     name: str
@@ -48,6 +161,14 @@ class Op:
     call: Callable[..., Any]
     unsupported: Callable[..., list[str]]
     kept_outputs: tuple[int, ...] = ()
+    rule: str | None = ""
+    example: Example | None = None
+    variants: Mapping[str, Example] = field(default_factory=dict)
+
+    def examples(self) -> dict[str, Example]:
+        """The example by the op's name, and the variants, each after a dash."""
+        first = {} if self.example is None else {self.name: self.example}
+        return first | {f"{self.name}-{name}": make for name, make in self.variants.items()}
 
     def cost(self, *args: Any, **kwargs: Any) -> Cost:
         """What one call with these arguments moves, computes and keeps; nothing is computed.
@@ -57,3 +178,57 @@ class Op:
             kwargs: likewise.
         """
         return cost(self.call, *args, **kwargs)
+
+
+# -- reasons that several ops give -----------------------------------------------------------------
+
+
+def not_floating(name: str, t: Tensor) -> list[str]:
+    """The dtype of the tensor that messages call ``name``, where it is no floating-point one."""
+    return [] if t.is_floating_point() else [f"{name} is {t.dtype}, not floating-point"]
+
+
+def not_16_bits(t: Tensor) -> list[str]:
+    """As ``not_floating``, and of 16 bits or more."""
+    if t.is_floating_point() and t.dtype.itemsize >= 2:
+        return []
+    return [f"dtype {t.dtype} is not a floating-point dtype of 16 bits or more"]
+
+
+def away_from(x: Tensor, name: str, t: Tensor) -> list[str]:
+    """Both devices, where ``t`` is not on that of ``x``."""
+    return [] if t.device == x.device else [f"{name} is on {t.device} and x on {x.device}"]
+
+
+def on_several_devices(
+    *operands: Any, said: str = "the operands are on several devices"
+) -> list[str]:
+    """``said``, where the tensors among ``operands`` are not all on one device."""
+    return [said] if len({t.device for t in operands if isinstance(t, Tensor)}) > 1 else []
+
+
+def too_narrow(dtype: torch.dtype | None, product: torch.dtype, name: str) -> list[str]:
+    """Where a result in ``dtype`` would be rounded more than that of ``name``."""
+    if dtype is None or torch.promote_types(dtype, product) is dtype:
+        return []
+    return [f"the result would be {dtype}, narrower than {name}'s {product}"]
+
+
+def misshapen(
+    like: str, x: Tensor, expected: Sequence[tuple[Tensor | None, tuple[int, ...]]]
+) -> list[str]:
+    """The shapes that are not those ``expected`` beside ``x``, which messages call ``like``."""
+    wrong = (t for t, shape in expected if t is not None and tuple(t.shape) != shape)
+    return [f"{tuple(t.shape)} does not fit {like} {tuple(x.shape)}" for t in wrong]
+
+
+def no_kernel_of_rows(limit: int, x: Tensor, *parameters: Tensor | None) -> list[str]:
+    """Why no Triton kernel that holds whole rows of up to ``limit`` features takes these."""
+    if not x.is_cuda:
+        return []
+    reasons = [] if has_triton() else ["Triton is not installed"]
+    if x.ndim and x.shape[-1] > limit:
+        reasons.append(f"a row has {x.shape[-1]} features and the kernel holds {limit}")
+    if any(t is not None and t.dtype is torch.float64 for t in (x, *parameters)):
+        reasons.append("fp64 runs in plain PyTorch")
+    return reasons

@@ -110,6 +110,23 @@ def gradients(
     return tuple(found)
 
 
+def double_backward(reference: Callable[..., Any], inputs: int) -> Backward:
+    """The differentiable form of a backward pass: the gradients of ``reference``.
+
+    Args:
+        reference: of the op's tensors, and after them of ``ctx.options``.
+        inputs: how many tensors these are; forward saves them first, in their order.
+    """
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        def formula(*tensors: Any) -> Any:
+            return reference(*tensors, *ctx.options)
+
+        return gradients(formula, ctx.saved_tensors[:inputs], ctx.needs_input_grad, grads)
+
+    return backward
+
+
 def absent(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What stands for an input that is not kept, because no gradient depends on its values.
 

@@ -16,7 +16,7 @@ from fusewright.kernels.cost import cost
 from fusewright.kernels.launch import library_op
 from fusewright.kernels.linear import dora, quant_linear
 from fusewright.kernels.loss import linear_cross_entropy, linear_divergence, linear_logprob
-from fusewright.kernels.mlp import glu, mlp_block_tiles
+from fusewright.kernels.mlp import glu, mlp_block
 from fusewright.kernels.moe import moe_experts
 from fusewright.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_norm_linear
 from fusewright.kernels.op import Op
@@ -269,8 +269,8 @@ def test_operations_of_tiles(
     needed = [from_above, *ins, *ins, *down]
     tiled = (tensors, scales, [], [], "silu", "two")
     with FlopCounterMode(display=False) as counted:
-        mlp_block_tiles._tiled_forward(x, *tiled)
-    assert mlp_block_tiles._forward_flops(x, *tiled) == counted.get_total_flops()
+        mlp_block._tiled_forward(x, *tiled)
+    assert mlp_block._forward_flops(x, *tiled) == counted.get_total_flops()
     with FlopCounterMode(display=False) as counted:
-        mlp_block_tiles._tiled_backward(grad, x, *tiled, needed)
-    assert mlp_block_tiles._backward_flops(grad, x, *tiled, needed) == counted.get_total_flops()
+        mlp_block._tiled_backward(grad, x, *tiled, needed)
+    assert mlp_block._backward_flops(grad, x, *tiled, needed) == counted.get_total_flops()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusewright.kernels.mlp import mlp_block_tiles
+from fusewright.kernels.mlp import mlp_block as module
 from fusewright.kernels.mlp.glu import ACTIVATIONS, glu, glu_packed
 from fusewright.kernels.mlp.mlp_block import KEEPS, LAYOUTS
 from fusewright.rewrite.tolerance import exceeded
@@ -125,7 +125,7 @@ def test_parity(
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize(("dtype", "adapter"), [(BF16, BF16), (BF16, F32), (F32, F32)])
 def test_parity_at_a_real_size(dtype, adapter, keep, monkeypatch):
-    monkeypatch.setattr(mlp_block_tiles, "TILE_BYTES", 1 << 19)  # several tiles, the last smaller
+    monkeypatch.setattr(module, "TILE_BYTES", 1 << 19)  # several tiles, the last smaller
 
     def draw() -> list[Tensor]:
         draw.lists = mlp(576, 1536, dtype, adapter, ranks=(16, 16, 16))
@@ -142,7 +142,7 @@ def test_parity_at_a_real_size(dtype, adapter, keep, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 129, 200])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tiles_of_every_size_add_up(rows, layout, monkeypatch):
-    monkeypatch.setattr(mlp_block_tiles, "TILE_BYTES", 1)  # tiles of 64 rows at most
+    monkeypatch.setattr(module, "TILE_BYTES", 1)  # tiles of 64 rows at most
     lists = mlp(6, 5, F64, F64, layout=layout, bias=True, lora_bias=True)
     leaves = [make(rows, 6, dtype=F64), *present(lists)]
     upstream = torch.randn(rows, 6, dtype=F64)
@@ -158,7 +158,7 @@ def test_tiles_of_every_size_add_up(rows, layout, monkeypatch):
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_trained_weights_over_many_tiles_stay_in_the_budget(keep, monkeypatch):
-    monkeypatch.setattr(mlp_block_tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(module, "TILE_BYTES", 1)
 
     def draw() -> list[Tensor]:
         draw.lists = mlp(48, 40, BF16, BF16, ranks=(0, 0, 0), bias=True)
@@ -269,7 +269,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
-    monkeypatch.setattr(mlp_block_tiles, "TILE_BYTES", 1)
+    monkeypatch.setattr(module, "TILE_BYTES", 1)
     lists, rows, wide = mlp(8, 80, F32, F32, ranks=(2, 2, 2)), 1000, 80
     for t in lists[0]:
         t.requires_grad_(False)
@@ -277,9 +277,9 @@ def test_nothing_of_tokens_times_intermediate_exists(monkeypatch):
     x, grad = torch.randn(rows, 8), torch.randn(rows, 8)
     options = (tensors, [1.0] * 3, [], [], "silu", "two")
     with torch.no_grad(), _Largest() as seen:
-        mlp_block_tiles._tiled_forward(x, *options)
+        module._tiled_forward(x, *options)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
-        mlp_block_tiles._tiled_backward(grad, x, *options, needed)
+        module._tiled_backward(grad, x, *options, needed)
     assert seen.elements < rows * wide // 4
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from fusewright.kernels.mlp.glu import glu_packed
-from fusewright.kernels.moe import grouped_products as ops
+from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import OP, inverse_permutation, moe_experts, moe_route
 from fusewright.rewrite.tolerance import exceeded
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusewright.kernels.linear import linears, qkv_block, quant_linear, quant_products
 from fusewright.kernels.linear.quantized import Quantized
-from fusewright.kernels.mlp import mlp_block, mlp_block_tiles
+from fusewright.kernels.mlp import mlp_block
 from fusewright.kernels.mlp.glu import glu, glu_packed
 from fusewright.rewrite.tolerance import exceeded
 
@@ -193,7 +193,7 @@ def test_an_output_that_nobody_uses():
 
 
 def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatch):
-    monkeypatch.setattr(mlp_block_tiles, "TILE_BYTES", 1)  # tiles of 64 rows
+    monkeypatch.setattr(mlp_block, "TILE_BYTES", 1)  # tiles of 64 rows
     lists, rows, wide = _linears(_mlp_sizes(8, 80, "two"), F64, F64), 500, 80
     leaves, upstream = [make(rows, 8, dtype=F64), *_trained(lists)], torch.randn(rows, 8).double()
     results = []
@@ -205,9 +205,9 @@ def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatc
     tensors, constants = linears.flat(records(*lists[:4], SCALES, lists[4]), leaves[0])
     options = (*map(list, constants[:3]), "gelu", "two")
     with torch.no_grad(), _Largest() as seen:
-        mlp_block_tiles._tiled_forward(leaves[0], tensors, *options, F64)
+        mlp_block._tiled_forward(leaves[0], tensors, *options, F64)
         needed = [True, *(t is not None and t.requires_grad for t in tensors)]
-        mlp_block_tiles._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
+        mlp_block._tiled_backward(upstream, leaves[0], tensors, *options, needed, F64)
     assert seen.elements < rows * wide // 4
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusewright.kernels.scan import selective_scan_chunks as chunks
+from fusewright.kernels.scan import selective_scan as chunks
 from fusewright.kernels.scan.selective_scan import OP, selective_scan
 from fusewright.rewrite.tolerance import errors
 

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..launch import library_op, own, use_triton
 from ..matmul import through_fp32
 from ..native import attention as native
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from . import attention_plain
 from .sizes import (
@@ -212,7 +212,7 @@ _triton_backward_op = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *qkv, mask = ctx.saved_tensors[:4]
     scale, causal, window = ctx.options
 
@@ -242,7 +242,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *kept = ctx.saved_tensors
         scale, causal, window = ctx.options
@@ -301,4 +301,26 @@ def attention(
 
 # -- OP --------------------------------------------------------------------------------------------
 
-OP = Op("attention", attention_reference, attention, attention_unsupported, kept_outputs=(0,))
+
+def _example(m: Maker, window: int | None = None) -> tuple[Any, ...]:
+    q, k, v = (m.heads(n) for n in (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads))
+    return q, k, v, m.sizes.head_dim**-0.5, True, None, window
+
+
+def _packed_example(m: Maker) -> tuple[Any, ...]:
+    """Four samples in each row, as a mask says."""
+    order = torch.arange(m.sizes.seq, device=m.device)
+    sample = order * 4 // m.sizes.seq
+    mask = (sample[:, None] == sample[None]) & (order[:, None] >= order[None])
+    return *_example(m)[:4], False, mask[None, None]
+
+
+OP = Op(
+    "attention",
+    attention_reference,
+    attention,
+    attention_unsupported,
+    kept_outputs=(0,),
+    example=_example,
+    variants={"packed": _packed_example, "window": lambda m: _example(m, 5)},
+)

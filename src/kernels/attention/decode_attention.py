@@ -13,11 +13,13 @@ Scores and softmax are in fp32, and probabilities are rounded to the dtype, as i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..matmul import through_fp32
-from ..op import Op
+from ..op import Maker, Op
 from .attention import attention_reference
 from .unsupported import impossible, why_not_bfloat16
 
@@ -158,4 +160,18 @@ def _unsupported(
     return reasons
 
 
-OP = Op("decode_attention", decode_attention_reference, decode_attention, _unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    """The last position over the keys of all."""
+    s = m.sizes
+    q, k, v = (m.heads(n).detach() for n in (s.heads, s.kv_heads, s.kv_heads))
+    return q[:, :, -1:], k, v, s.head_dim**-0.5
+
+
+OP = Op(
+    "decode_attention",
+    decode_attention_reference,
+    decode_attention,
+    _unsupported,
+    rule=None,
+    example=_example,
+)

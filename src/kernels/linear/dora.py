@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..launch import library_op
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
+from .linears import example_of_linear
 
 # -- reference -------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ def row_norms(
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     base, factor = ctx.saved_tensors
     shape, kind, rest_kind, update_kind = ctx.like
     needed = ctx.needs_input_grad
@@ -138,7 +139,7 @@ class _Rescaled(torch.autograd.Function):
         return rescaled_reference(base, factor, rest, update, scale, dtype)
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         total, factor = ctx.saved_tensors
         _, kind, rest_kind, update_kind = ctx.like
@@ -205,5 +206,40 @@ def rescaled_unsupported(
     return reasons
 
 
-NORMS = Op("dora_row_norms", row_norms_reference, row_norms, row_norms_unsupported)
-OP = Op("dora", rescaled_reference, rescaled, rescaled_unsupported)
+def _example_of_norms(m: Maker) -> tuple[Any, ...]:
+    """Of constants: the norms get no gradient."""
+    linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden)
+    weight, a, b = (t.detach() for t in (linear.weight, linear.lora_a, linear.lora_b))  # type: ignore[union-attr]
+    return weight, a, b, linear.scale, m.dtype
+
+
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.inner), m.adapter(m.sizes.inner)
+
+
+def _example_with_update(m: Maker) -> tuple[Any, ...]:
+    base, factor = _example(m)
+    update = m.x(m.sizes.inner).detach().to(m.adapters).requires_grad_()
+    return base, factor, m.x(m.sizes.inner), update, 2.0
+
+
+NORMS = Op(
+    "dora_row_norms",
+    row_norms_reference,
+    row_norms,
+    row_norms_unsupported,
+    rule="lora_linear",
+    example=_example_of_norms,
+)
+OP = Op(
+    "dora",
+    rescaled_reference,
+    rescaled,
+    rescaled_unsupported,
+    rule="lora_linear",
+    example=_example,
+    variants={
+        "bias": lambda m: (*_example(m), m.weight(m.sizes.inner, mean=0.0)),
+        "update": _example_with_update,
+    },
+)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..op import Maker
 from .casts import autocast
-from .quantized import Quantized, dequantize
+from .quantized import Quantized, dequantize, example_of_quantized
 
 MIXED = "some of the weights are quantized, some are not"
 
@@ -211,3 +212,15 @@ def _cast_as_autocast(
 def wanted(needed: Sequence[bool], count: int) -> list[Grads]:
     """The same for ``needs_input_grad``'s part, as far as it is of linears."""
     return [Grads(*needed[i : i + 4]) for i in range(0, 4 * count, 4)]
+
+
+def example_of_linear(
+    m: Maker, out: int, into: int, quantized: bool = False, bias: bool = False, lora: bool = True
+) -> Linear:
+    """A linear layer (out, in) for examples."""
+    weight = example_of_quantized(m, out, into) if quantized else m.weight(out, into)
+    own_bias = m.weight(out, mean=0.0) if bias else None
+    if not lora:
+        return Linear(weight, own_bias)
+    a, b = m.adapter(m.sizes.rank, into), m.adapter(out, m.sizes.rank)
+    return Linear(weight, own_bias, a, b, 2.0)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..matmul import mm
-from ..op import Op
+from ..op import Maker, Op, on_several_devices, too_narrow
 from ..second_order import absent, differentiable, gradients, require_kept
 from .casts import autocast
-from .linears import Linear, parts
+from .linears import Linear, example_of_linear, parts
 from .products import (
     Rows,
     adapted_product,
@@ -69,7 +69,7 @@ def _forward(
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, z, _, weight, lora_a, lora_b = ctx.saved_tensors
     needed, own_input = ctx.needs_input_grad, ctx.z_like is not None
     x = z if x is None and not own_input else x
@@ -126,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         x, z, h, weight, lora_a, lora_b = ctx.saved_tensors
@@ -213,12 +213,10 @@ def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list
     ]
     if any(not t.is_floating_point() for t in tensors):
         reasons.append("an operand is not of a floating-point dtype (a quantized weight?)")
-    if dtype is not None and torch.promote_types(dtype, weight.dtype) is not dtype:
-        reasons.append(f"the result would be {dtype}, narrower than the weight's {weight.dtype}")
+    reasons += too_narrow(dtype, weight.dtype, "the weight")
     if lora_a.dtype != lora_b.dtype:
         reasons.append(f"A is {lora_a.dtype}, B is {lora_b.dtype}")
-    if len({t.device for t in tensors}) > 1:
-        reasons.append("the operands are on several devices")
+    reasons += on_several_devices(*tensors)
     if not reasons and (
         lora_a.shape != (lora_b.shape[1], x.shape[-1])
         or weight.shape != (lora_b.shape[0], x.shape[-1])
@@ -230,4 +228,22 @@ def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list
     return reasons
 
 
-OP = Op("lora_linear", reference, lora_linear, unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), example_of_linear(m, m.sizes.inner, m.sizes.hidden)
+
+
+def _example_with_dropout(m: Maker) -> tuple[Any, ...]:
+    """With an input of the adapter's own, and all biases."""
+    linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden, bias=True)
+    lora_bias = m.adapter(m.sizes.inner)
+    return m.x(m.sizes.hidden), linear._replace(lora_bias=lora_bias), m.x(m.sizes.hidden)
+
+
+OP = Op(
+    "lora_linear",
+    reference,
+    lora_linear,
+    unsupported,
+    example=_example,
+    variants={"dropout": _example_with_dropout},
+)

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import lora_linear, quant_linear, quant_lora_linear
-from .linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
+from .linears import (
+    MIXED,
+    Constants,
+    Linear,
+    example_of_linear,
+    linears,
+    unflattened,
+    wanted,
+    with_operands,
+)
 from .products import Rows, is_wide, shaped
 from .projections import backward, narrow, narrow_copy_for, widen
 from .quantized import Quantized
@@ -57,7 +66,7 @@ def projection(x: Tensor, linear: Linear) -> Tensor:
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     shape, dtype, read, constants, _ = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
@@ -109,7 +118,7 @@ class _QKVBlock(torch.autograd.Function):
         return outs  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         shape, dtype, _, constants, recompute = ctx.options
         read, *saved = ctx.saved_tensors
@@ -182,4 +191,21 @@ def _unsupported(x: Tensor, linear: Linear) -> list[str]:
     return lora_linear.unsupported(x, linear)
 
 
-OP = Op("qkv_block", reference, qkv_block, unsupported)
+def _example(m: Maker, keep: str = "all", **kind: bool) -> tuple[Any, ...]:
+    counts, s = (m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads), m.sizes
+    given = [example_of_linear(m, n * s.head_dim, s.hidden, **kind) for n in counts]
+    return m.x(s.hidden), given, keep
+
+
+OP = Op(
+    "qkv_block",
+    reference,
+    qkv_block,
+    unsupported,
+    example=_example,
+    variants={
+        "input": lambda m: _example(m, "input", bias=True),
+        "plain": lambda m: _example(m, lora=False, bias=True),
+        "quantized": lambda m: _example(m, quantized=True),
+    },
+)

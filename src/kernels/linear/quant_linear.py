@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..op import Op
+from ..op import Maker, Op, not_floating, on_several_devices, too_narrow
 from ..second_order import absent, differentiable, gradients
 from .products import shaped
 from .quant_products import join, product, split
-from .quantized import VALUES, Quantized, dequantize_reference
+from .quantized import VALUES, Quantized, dequantize_reference, example_of_quantized
 
 # ------------------------------------------------------------------------------------- reference
 
@@ -43,7 +43,7 @@ def reference(
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     w = join(ctx.fixed, ctx.saved_tensors)
     kind, compute, bias_kind = ctx.dtypes
     bias = None if bias_kind is None else absent(w.shape[:1], grad, bias_kind)
@@ -72,7 +72,7 @@ class _QuantLinear(torch.autograd.Function):
         return product(rows, join(fixed, tensors), bias=bias, dtype=dtype)
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Dequantize once more for dX."""
         dx = dbias = None
@@ -133,26 +133,38 @@ def unsupported(
 ) -> list[str]:
     """Say why the op cannot take these arguments, which are those of ``quant_linear``."""
     w = Quantized(*weight)
-    (out, into), reasons = w.shape, []
+    out, into = w.shape
+    reasons: list[str] = []
     if w.kind not in (*VALUES, "int8"):
         return [f"the weight is of kind {w.kind}"]
-    if not x.is_floating_point():
-        reasons.append(f"x is {x.dtype}, not floating-point")
+    reasons += not_floating("x", x)
     if x.shape[-1] != into:
         reasons.append(f"x has {x.shape[-1]} features, the weight {into}")
     low = compute or x.dtype
     if bias is not None and bias.dtype != low:
         reasons.append(f"the bias is {bias.dtype}, the input {low}")
-    if dtype is not None and torch.promote_types(dtype, low) is not dtype:
-        reasons.append(f"the result would be {dtype}, narrower than the product's {low}")
+    reasons += too_narrow(dtype, low, "the product")
     bits = w.packed.numel() * w.packed.element_size() * 8
     if bits < out * into * (8 if w.kind == "int8" else 4):
         reasons.append(f"{bits} bits are too few for {out} x {into} values")
     if (w.absmax_8bit is None) != (w.absmax_offset is None):
         reasons.append("the scales of scales are not complete")
-    if len({t.device for t in (x, bias, *w) if isinstance(t, Tensor)}) > 1:
-        reasons.append("the operands are on several devices")
-    return reasons
+    return reasons + on_several_devices(x, bias, *w)
 
 
-OP = Op("quant_linear", reference, quant_linear, unsupported)
+def _example(m: Maker, bias: bool = False, kind: str = "nf4", nested: bool = True) -> Any:
+    weight = example_of_quantized(m, m.sizes.inner, m.sizes.hidden, kind, nested)
+    return m.x(m.sizes.hidden), weight, m.weight(m.sizes.inner, mean=0.0) if bias else None
+
+
+OP = Op(
+    "quant_linear",
+    reference,
+    quant_linear,
+    unsupported,
+    example=_example,
+    variants={
+        "fp4": lambda m: _example(m, True, "fp4", False),
+        "int8": lambda m: _example(m, True, "int8"),
+    },
+)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..matmul import mm
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import absent, differentiable, gradients, require_kept
 from . import quant_linear
 from .casts import autocast
-from .linears import Linear, parts
+from .linears import Linear, example_of_linear, parts
 from .products import Rows, beside, gradient_of_a, gradient_of_b, narrow_copy, scaled_mm, shaped
 from .quant_products import join, product, split
 from .quantized import Quantized
@@ -39,7 +39,7 @@ def reference(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> Tensor
 # -------------------------------------------------------------------------- cpu, triton, autograd
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
     kept = z is not None or h is None
     require_kept(kept, "quant_lora_linear", "B is trained and A is not")
@@ -96,7 +96,7 @@ class _QuantLoraLinear(torch.autograd.Function):
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Compute the gradients in ``ctx.needs_input_grad``, and nothing else."""
         z, h, lora_a, lora_b, *tensors = ctx.saved_tensors
@@ -178,4 +178,23 @@ def unsupported(x: Tensor, linear: Linear, x_lora: Tensor | None = None) -> list
     return reasons
 
 
-OP = Op("quant_lora_linear", reference, quant_lora_linear, unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), example_of_linear(m, m.sizes.inner, m.sizes.hidden, quantized=True)
+
+
+def _example_with_dropout(m: Maker) -> tuple[Any, ...]:
+    """With an input of the adapter's own, and all biases."""
+    linear = example_of_linear(m, m.sizes.inner, m.sizes.hidden, quantized=True, bias=True)
+    lora_bias = m.adapter(m.sizes.inner)
+    return m.x(m.sizes.hidden), linear._replace(lora_bias=lora_bias), m.x(m.sizes.hidden)
+
+
+OP = Op(
+    "quant_lora_linear",
+    reference,
+    quant_lora_linear,
+    unsupported,
+    rule="lora_linear",
+    example=_example,
+    variants={"dropout": _example_with_dropout},
+)

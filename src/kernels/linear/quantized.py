@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..direct import direct
 from ..launch import library_op, use_triton
+from ..op import Maker
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -181,3 +182,23 @@ def dequantize(w: Quantized, dtype: torch.dtype) -> Tensor:
         )
         return found
     return dequantize_reference(w, dtype)
+
+
+def example_of_quantized(
+    m: Maker, out: int, into: int, kind: str = "nf4", nested: bool = True
+) -> Quantized:
+    """A matrix (out, in) for examples, so that products are about one."""
+    spread, blocks = into**-0.5, -(-out * into // 64)
+    if kind == "int8":
+        packed = m.integers(255, out, into, dtype=torch.int8)
+        scales_of_rows = spread * (1 + m.normal(out, dtype=torch.float32).abs())
+        return Quantized(packed, scales_of_rows, (out, into), into, kind)
+    codes = m.integers(256, -(-out * into // 2), 1, dtype=torch.uint8)
+    if not nested:
+        absmax = spread * (1 + m.normal(blocks, dtype=torch.float32).abs())
+        return Quantized(codes, absmax, (out, into), 64, kind)
+    outer = spread * m.normal(-(-blocks // NESTED), dtype=torch.float32).abs()
+    values = torch.linspace(-1, 1, 256, device=m.device)
+    offset = torch.full((), 2 * spread, device=m.device)
+    inner = m.integers(256, blocks, dtype=torch.uint8)
+    return Quantized(codes, outer, (out, into), 64, kind, inner, values, offset)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import Settings, found, misfits, operands, scaled, settings
 
@@ -150,4 +150,16 @@ def unsupported(
     return reasons
 
 
-OP = Op("linear_cross_entropy", reference, linear_cross_entropy, unsupported)
+def _example(m: Maker, smoothing: float = 0.0, softcap: float | None = None) -> tuple[Any, ...]:
+    head = m.weight(m.sizes.vocabulary, m.sizes.hidden)
+    return m.x(m.sizes.hidden), head, None, m.labels(), -100, "mean", smoothing, softcap
+
+
+OP = Op(
+    "linear_cross_entropy",
+    reference,
+    linear_cross_entropy,
+    unsupported,
+    example=_example,
+    variants={"smooth-softcap": lambda m: _example(m, 0.1, 30.0)},
+)

@@ -7,6 +7,7 @@ made while the tile is there, and backward scales it; a trained head has both pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from ..launch import library_op
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import operands, require_rows
 from .linear_divergence_tiles import compute, differentiate
@@ -268,4 +269,18 @@ def unsupported(
     return reasons
 
 
-OP = Op("linear_divergence", reference, linear_divergence, unsupported)
+def _example(m: Maker, kind: str = "forward_kl") -> tuple[Any, ...]:
+    """The teacher is half as wide."""
+    vocabulary, hidden, other = m.sizes.vocabulary, m.sizes.hidden, m.sizes.hidden // 2
+    teacher = m.x(other).detach(), m.weight(vocabulary, other).requires_grad_(False), None
+    return m.x(hidden), m.weight(vocabulary, hidden), None, *teacher, m.labels(), kind, 0.3, 2.0
+
+
+OP = Op(
+    "linear_divergence",
+    reference,
+    linear_divergence,
+    unsupported,
+    example=_example,
+    variants={kind: partial(_example, kind=kind) for kind in KINDS if kind != "forward_kl"},
+)

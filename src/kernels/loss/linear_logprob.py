@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..direct import is_traced_here
-from ..op import Op
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients
 from .linear_cross_entropy_parts import misfits, operands, require_rows
 from .linear_logprob_parts import LogprobSettings, backward_op, forward_op, settings, terms
@@ -249,4 +249,26 @@ def unsupported(
     return reasons
 
 
-OP = Op("linear_logprob", reference, linear_logprob, unsupported)
+def _example(m: Maker, outputs: Sequence[str] = ("logprob", "entropy")) -> tuple[Any, ...]:
+    head = m.weight(m.sizes.vocabulary, m.sizes.hidden)
+    return m.x(m.sizes.hidden), head, None, m.labels(), outputs
+
+
+def _example_of_all(m: Maker) -> tuple[Any, ...]:
+    """Every output with a gradient, and a learnt scale."""
+    names = ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp", "topk_values")
+    scale = nn.Parameter(m.normal().abs().add(0.8), m.train)
+    return *_example(m, names), 4, -100, 0.7, 30.0, scale
+
+
+OP = Op(
+    "linear_logprob",
+    reference,
+    linear_logprob,
+    unsupported,
+    example=_example,
+    variants={
+        "one": lambda m: _example(m, ("logprob",)),
+        "all": _example_of_all,
+    },
+)

@@ -10,6 +10,7 @@ saved gate, so nothing of the size of the activation is kept beside ``gate`` and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 
 from ..direct import direct
 from ..launch import library_op, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
+from ..op import Maker, Op, not_16_bits
+from ..second_order import differentiable, double_backward
 
 _aten = torch.ops.aten
 
@@ -198,13 +199,6 @@ def packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: 
     return packed
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    run: Any = glu_reference if len(tensors) == 2 else glu_packed_reference
-    needed = ctx.needs_input_grad
-    return gradients(lambda *given: run(*given, *ctx.options), tensors, needed, (grad,))
-
-
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -214,7 +208,7 @@ class _Glu(torch.autograd.Function):
         return forward(gate, up, activation)
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(glu_reference, 2))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         need_gate, need_up, _ = ctx.needs_input_grad
@@ -232,7 +226,7 @@ class _GluPacked(torch.autograd.Function):
         return forward(*halves(gate_up, gate_first), activation)
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(glu_packed_reference, 1))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         return packed_backward(grad, gate_up, *ctx.options), None, None
@@ -288,8 +282,7 @@ def glu_unsupported(gate: Tensor, up: Tensor, activation: str) -> list[str]:
         reasons.append(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")
     if gate.dtype is not up.dtype:
         reasons.append(f"gate is {gate.dtype} and up is {up.dtype}")
-    if not gate.dtype.is_floating_point or gate.dtype.itemsize < 2:
-        reasons.append(f"dtype {gate.dtype} is not a floating-point dtype of 16 bits or more")
+    reasons += not_16_bits(gate)
     if gate.device != up.device:
         reasons.append(f"gate is on {gate.device} and up on {up.device}")
     return reasons
@@ -302,5 +295,24 @@ def glu_packed_unsupported(gate_up: Tensor, activation: str, gate_first: bool = 
     return glu_unsupported(*halves(gate_up, gate_first), activation)
 
 
-OP = Op("glu", glu_reference, glu, glu_unsupported)
-OP_PACKED = Op("glu_packed", glu_packed_reference, glu_packed, glu_packed_unsupported)
+def _example(m: Maker, activation: str = "silu") -> tuple[Any, ...]:
+    return m.x(m.sizes.inner), m.x(m.sizes.inner), activation
+
+
+OP = Op(
+    "glu",
+    glu_reference,
+    glu,
+    glu_unsupported,
+    example=_example,
+    variants={a: partial(_example, activation=a) for a in ACTIVATIONS if a != "silu"},
+)
+OP_PACKED = Op(
+    "glu_packed",
+    glu_packed_reference,
+    glu_packed,
+    glu_packed_unsupported,
+    rule="glu",
+    example=lambda m: (m.x(2 * m.sizes.inner), "silu"),
+    variants={"up-first": lambda m: (m.x(2 * m.sizes.inner), "gelu_tanh", False)},
+)

@@ -12,20 +12,33 @@ their adapters are accumulated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..linear.linears import MIXED, Constants, Linear, linears, unflattened, wanted, with_operands
+from ..launch import library_op
+from ..linear import projections
+from ..linear.linears import (
+    MIXED,
+    Constants,
+    Grads,
+    Linear,
+    ResolvedLinear,
+    example_of_linear,
+    linears,
+    unflattened,
+    wanted,
+    with_operands,
+)
 from ..linear.products import Rows, is_wide, shaped
-from ..linear.projections import narrow_copy_for
+from ..linear.projections import narrow, narrow_copy_for, widen
 from ..linear.qkv_block import projection
 from ..linear.qkv_block import unsupported as linears_unsupported
-from ..op import Op
+from ..linear.quant_products import elements_of
+from ..op import Maker, Op
 from ..second_order import differentiable, gradients, require_kept
 from . import glu
-from .mlp_block_tiles import Mlp, backward, forward, tiled_backward, tiled_forward
 
 KEEPS = ("gate_up", "input")
 """What may be kept for backward."""
@@ -55,16 +68,293 @@ def reference(
 
 # -- cpu -------------------------------------------------------------------------------------------
 
-# ``mlp_block_tiles``: matmuls of the libraries, in one piece or in tiles.
+# Matmuls of the libraries, in one piece, which is traced, or in tiles: these are library ops, for a
+# tracer would unroll their loops, and would keep what they are there to forget. On a GPU the
+# kernels of ``glu`` and ``lora_linear`` run, through their functions.
 
-# -- triton ----------------------------------------------------------------------------------------
 
-# The kernels of ``glu`` and ``lora_linear``, through their functions.
+Kind = torch.dtype | None
+
+TILE_BYTES = 6 << 20
+"""How much of gate and up a tile has on a CPU: smaller ones make for slower matmuls (measured)."""
+
+
+class Mlp(NamedTuple):
+    """The linears, and what stands between them.
+
+    Attributes:
+        ins: gate and up, or one for both.
+        down: the last one.
+        activation: of the gate.
+        layout: one of ``mlp_block.LAYOUTS``.
+    """
+
+    ins: list[ResolvedLinear]
+    down: ResolvedLinear
+    activation: str
+    layout: str
+
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Any], constants: tuple[Any, ...], activation: str, layout: str
+    ) -> Mlp:
+        """From ``linears.flat``'s list."""
+        *ins, down = linears(tensors, constants)
+        return cls(ins, down, activation, layout)
+
+    def unpacked(self) -> Mlp:
+        """The same with plain weights, so that quantized ones are not unpacked for each tile."""
+        return self._replace(ins=[v.unpacked() for v in self.ins], down=self.down.unpacked())
+
+    def gate_and_up(self, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both, as views of what the first linears give."""
+        if self.layout == "two":
+            return outs[0], outs[1]
+        return glu.halves(outs[0], self.layout == "gate first")
+
+
+# -- in one piece ----------------------------------------------------------------------------------
+
+
+def forward(x: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The output (N, D) from x (N, D), what the first linears gave, the narrow products of all."""
+    hs = narrow(x, mlp.ins)
+    outs = [widen(x, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+    inner = Rows(glu.forward(*mlp.gate_and_up(outs), mlp.activation))
+    last = narrow(inner, [mlp.down])
+    return widen(inner, mlp.down, last[0]), outs, [*hs, *last]
+
+
+def backward(
+    grad: Tensor, x: Rows | None, outs: Sequence[Tensor], hs: Sequence[Tensor | None], mlp: Mlp,
+    need_x: bool, needs: Sequence[Grads], dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """The gradient of x, and those of the linears' tensors, four each; None where not needed.
+
+    Args:
+        grad: (N, D).
+        x: (N, D), where a gradient of the first linears' weights or A's is wanted.
+        outs: what the first linears gave.
+        hs: the narrow products, where a B's gradient is wanted; the last is made if it is not
+            there.
+        mlp: the linears.
+        need_x: whether the gradient of x is wanted.
+        needs: what else is.
+        dtype: of the gradient of x.
+    """
+    *in_needs, down_need = needs
+    need_ins = need_x or any(any(need) for need in in_needs)
+    last, inner, act = hs[-1], None, None
+    missing = down_need.lora_b and last is None
+    if down_need.weight or down_need.lora_a or missing:
+        h, act = glu.recomputed(*mlp.gate_and_up(outs), mlp.activation)
+        inner = Rows(h)
+        del h
+        last = narrow(inner, [mlp.down])[0] if missing else last
+    back = projections.returned([mlp.down], [last], [grad], need_ins, [down_need])
+    d_down = projections.gradients_of_parameters(inner, [mlp.down], back, [down_need])
+    del inner
+    if not need_ins:
+        return None, [*[None] * (4 * len(mlp.ins)), *d_down[0]]
+    d_inner = projections.gradient_of_input([mlp.down], back, mlp.ins[0].dtype)
+    d_outs = _through_the_gate(d_inner, outs, mlp, act)
+    dx, d_ins = projections.backward(x, mlp.ins, hs[:-1], d_outs, need_x, in_needs, dtype)
+    return dx, [g for d in (*d_ins, *d_down) for g in d]
+
+
+def _through_the_gate(
+    d_inner: Any, outs: Sequence[Tensor], mlp: Mlp, act: Tensor | None
+) -> list[Tensor]:
+    """The gradients of what the first linears gave; ``d_inner`` and ``act`` are used up."""
+    if mlp.layout != "two":
+        first = mlp.layout == "gate first"
+        return [glu.packed_backward(d_inner, outs[0], mlp.activation, first)]
+    gate, up = mlp.gate_and_up(outs)
+    return glu.recomputed_backward_(d_inner, gate, up, mlp.activation, act)
+
+
+# -- in tiles --------------------------------------------------------------------------------------
+
+
+def _tiles(x: Tensor, mlp: Mlp) -> list[slice]:
+    """Pieces of the rows, about equal; more of them on a CPU, whose cache holds a piece."""
+    wide = sum(layer.weight.shape[0] * layer.dtype.itemsize for layer in mlp.ins)
+    most = max(64, TILE_BYTES // wide) if x.device.type == "cpu" else 4096
+    count = max(1, -(-x.shape[0] // most))
+    size = max(1, -(-x.shape[0] // count))
+    return [slice(i, i + size) for i in range(0, max(1, x.shape[0]), size)]
+
+
+def _tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
+) -> Tensor:  # fmt: skip
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
+    out = x.new_empty(x.shape[0], mlp.down.weight.shape[0], dtype=mlp.down.dtype)
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    for tile in tiles:
+        out[tile] = forward(Rows(x[tile]), mlp)[0]
+    return out
+
+
+def _tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
+) -> list[Tensor]:  # fmt: skip
+    mlp = Mlp.of(tensors, _constants(scales, sizes, kinds, compute, dtype), activation, layout)
+    tiles = _tiles(x, mlp)
+    mlp = mlp.unpacked() if len(tiles) > 1 else mlp
+    wide = wide or x.dtype
+    dx = x.new_empty(x.shape, dtype=wide) if needed[0] else None
+    totals: list[Tensor | None] = [None] * len(tensors)
+    for tile in tiles:
+        rows = Rows(x[tile])
+        hs = narrow(rows, mlp.ins)
+        outs = [widen(rows, layer, h) for layer, h in zip(mlp.ins, hs, strict=True)]
+        d_rows, found = backward(
+            grad[tile], rows, outs, [*hs, None], mlp, needed[0], wanted(needed[1:], len(scales)),
+            wide,
+        )  # fmt: skip
+        if dx is not None and d_rows is not None:
+            dx[tile] = d_rows
+        for i, part in enumerate(found):
+            totals[i] = _added(totals[i], part)
+    finished = [
+        _of_its_own(total.to(t.dtype))
+        for total, t in zip(totals, tensors, strict=True)
+        if total is not None and t is not None
+    ]
+    return finished if dx is None else [dx, *finished]
+
+
+def _of_its_own(t: Tensor) -> Tensor:
+    """A contiguous tensor that shares its memory with no other: results of an op may not."""
+    alone = t.untyped_storage().nbytes() == t.nbytes
+    return t.contiguous() if alone else t.clone(memory_format=torch.contiguous_format)
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of the tiles' gradients, in fp32 or wider."""
+    if part is None:
+        return None
+    wide = torch.promote_types(part.dtype, torch.float32)
+    if total is None:  # the tile's own tensor, or a copy
+        return part.to(wide)
+    return total.add_(part)
+
+
+def _forward_fake(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, compute: Kind = None, dtype: Kind = None,
+) -> Tensor:  # fmt: skip
+    *_, down = linears(tensors, _constants(scales, sizes, kinds, compute, dtype))
+    return x.new_empty(x.shape[0], down.weight.shape[0], dtype=down.dtype)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], compute: Kind = None,
+    dtype: Kind = None, wide: Kind = None,
+) -> list[Tensor]:  # fmt: skip
+    dx = [x.new_empty(x.shape, dtype=wide or x.dtype)] if needed[0] else []
+    given = zip(tensors, needed[1:], strict=True)
+    return [*dx, *(t.new_empty(t.shape) for t, need in given if need and t is not None)]
+
+
+def _matrices(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], count: int
+) -> list[tuple[int, int, int]]:
+    """Elements of the weight, of A and of B of each linear; 0 of what is not there."""
+    packed = elements_of(list(sizes))
+    found = []
+    for i in range(count):
+        weight, _, a, b = tensors[4 * i : 4 * i + 4]
+        whole = packed[i] if packed else 0 if weight is None else weight.numel()
+        found.append((whole, 0 if a is None else a.numel(), 0 if b is None else b.numel()))
+    return found
+
+
+def _forward_flops(
+    x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int], *_: Any
+) -> int:
+    return 2 * x.shape[0] * sum(map(sum, _matrices(tensors, sizes, len(scales))))
+
+
+def _backward_flops(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], scales: list[float], sizes: list[int],
+    kinds: list[str], activation: str, layout: str, needed: list[bool], *_: Any,
+) -> int:  # fmt: skip
+    """Gate and up again, what flows back through the linears, and the gradients of parameters."""
+    matrices = _matrices(tensors, sizes, len(scales))
+    needs = wanted(needed[1:], len(scales))
+    to_gate = needed[0] or any(any(need) for need in needs[:-1])
+    passed = [needed[0]] * (len(needs) - 1) + [to_gate]
+    total = sum(map(sum, matrices[:-1]))
+    if needs[-1].lora_b:
+        total += matrices[-1][1]  # its narrow product again
+    for (weight, a, b), need, through in zip(matrices, needs, passed, strict=True):
+        total += weight * (through + bool(need.weight))
+        total += a * (through + bool(need.lora_a)) + b * ((through or need.lora_a) + need.lora_b)
+    return 2 * x.shape[0] * total
+
+
+_SHARED = "Tensor?[] tensors, float[] scales, int[] sizes, str[] kinds, str activation, str layout"
+_KINDS = "ScalarType? compute=None, ScalarType? dtype=None"
+_forward_op = library_op(
+    f"mlp_block_forward(Tensor x, {_SHARED}, {_KINDS}) -> Tensor",
+    _tiled_forward,
+    _forward_fake,
+    _forward_flops,
+    temporary=lambda x, tensors, scales, sizes, *_: x.element_size() * sum(elements_of(sizes)),
+)
+_backward_op = library_op(
+    f"mlp_block_backward(Tensor grad, Tensor x, {_SHARED}, bool[] needed, {_KINDS}, "
+    "ScalarType? wide=None) -> Tensor[]",
+    _tiled_backward,
+    _backward_fake,
+    _backward_flops,
+    temporary=lambda grad, x, tensors, scales, sizes, *_: (
+        x.element_size() * sum(elements_of(sizes))
+    ),
+)
+
+
+def _constants(
+    scales: list[float], sizes: list[int], kinds: list[str], compute: Kind, dtype: Kind
+) -> Constants:
+    return Constants(tuple(scales), tuple(sizes), tuple(kinds), compute, dtype)
+
+
+def tiled_forward(
+    x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str, layout: str
+) -> Tensor:
+    """The output (N, D) from x (N, D), a tile of tokens after the other."""
+    *lists, compute, dtype = constants
+    result: Tensor = _forward_op(x, tensors, *map(list, lists), activation, layout, compute, dtype)
+    return result
+
+
+def tiled_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor | None], constants: Constants, activation: str,
+    layout: str, needed: list[bool], wide: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """The needed gradients of x, in ``wide``, and of ``tensors``.
+
+    Everything else is computed again tile by tile.
+    """
+    *lists, compute, dtype = constants
+    result: list[Tensor] = _backward_op(
+        grad, x, tensors, *map(list, lists), activation, layout, needed, compute, dtype, wide
+    )
+    return result
+
 
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, dtype, constants, activation, layout, keep = ctx.options
     x, *saved = ctx.saved_tensors
     constants, count = Constants(*constants), len(constants[0])
@@ -111,7 +401,7 @@ class _MLPBlock(torch.autograd.Function):
         return y  # rows: a view made in here could not be written to in place by the model
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         shape, dtype, constants, activation, layout, keep = ctx.options
         x, *saved = ctx.saved_tensors
@@ -207,4 +497,24 @@ def unsupported(
     return reasons
 
 
-OP = Op("mlp_block", reference, mlp_block, unsupported)
+def _example(m: Maker, layout: str = "two", keep: str = "gate_up", **kind: bool) -> tuple[Any, ...]:
+    hidden, inner = m.sizes.hidden, m.sizes.inner
+    outs = (inner, inner) if layout == "two" else (2 * inner,)
+    ins = [example_of_linear(m, out, hidden, **kind) for out in outs]
+    down = example_of_linear(m, hidden, inner, **kind)
+    return m.x(hidden), [*ins, down], "silu", layout, keep
+
+
+OP = Op(
+    "mlp_block",
+    reference,
+    mlp_block,
+    unsupported,
+    example=_example,
+    variants={
+        "input": lambda m: _example(m, keep="input", bias=True),
+        "packed": lambda m: _example(m, "up first", lora=False, bias=True),
+        "quantized": lambda m: _example(m, quantized=True),
+        "quantized-input": lambda m: _example(m, keep="input", quantized=True),
+    },
+)

@@ -1,4 +1,4 @@
-"""Triton twin of ``grouped_products.py``: matmuls by group, gathering rows as they load.
+"""Triton twin of ``moe_experts.py``: matmuls by group, gathering rows as they load.
 
 Which rows an expert has is only known on the device. The rows are cut into blocks that belong to
 one expert each: at most ``ceil(S / BLOCK) + E`` of them, however the rows are spread, so that many

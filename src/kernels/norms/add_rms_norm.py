@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..direct import direct
 from ..launch import library_op, use_triton
-from ..op import Op
+from ..op import Maker, Op, away_from, not_floating
 from ..second_order import differentiable, gradients
 from . import rms_norm as norm
 
@@ -52,7 +52,7 @@ _launch_forward = direct(_forward_op)
 
 
 # -------------------------------------------------------------------------------------- autograd
-def _again(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Any, ...]:
     total, weight, _ = ctx.saved_tensors
     need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
     formula = ctx.eps, ctx.offset, norm.ROUNDINGS[ctx.outer]
@@ -89,7 +89,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return total, y
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(
         ctx: Any, grad_total: Tensor | None, grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -148,13 +148,23 @@ def unsupported(
     reasons = norm.unsupported(x, weight, eps, offset, rounding)
     if x.shape != residual.shape:
         reasons.append(f"x is {tuple(x.shape)} and the residual {tuple(residual.shape)}")
-    if not residual.is_floating_point():
-        reasons.append(f"the residual is {residual.dtype}, not floating-point")
-    if residual.device != x.device:
-        reasons.append(f"the residual is on {residual.device} and x on {x.device}")
+    reasons += not_floating("the residual", residual) + away_from(x, "the residual", residual)
     if residual.is_cuda and residual.dtype is torch.float64 and x.dtype is not torch.float64:
         reasons.append("fp64 runs in plain PyTorch")
     return reasons
 
 
-OP = Op("add_rms_norm", reference, add_rms_norm, unsupported, kept_outputs=(0,))
+def _example(m: Maker, offset: float = 0.0, rounding: str = "inner") -> tuple[Any, ...]:
+    x, residual = m.x(m.sizes.hidden), m.x(m.sizes.hidden)
+    return x, residual, m.weight(m.sizes.hidden), 1e-6, offset, rounding
+
+
+OP = Op(
+    "add_rms_norm",
+    reference,
+    add_rms_norm,
+    unsupported,
+    kept_outputs=(0,),
+    example=_example,
+    variants={"outer-offset": lambda m: _example(m, 1.0, "outer")},
+)

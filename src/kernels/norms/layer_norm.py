@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import has_triton, library_op, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
-from . import layer_norm_native as native
+from ..launch import library_op, use_triton
+from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
+from ..second_order import differentiable, double_backward
 from .rms_norm import work_dtype
 
 MAX_DIM = 32768
@@ -31,12 +30,95 @@ def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     return n.to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------- cpu
+# --------------------------------------------------------------------- cpu: PyTorch's fused kernels
+# Given fp32 parameters they keep fp32 statistics, whatever the dtype of x. But they sum the
+# gradients of parameters in x's dtype, one row after the other (at 4096 rows of bf16 that is wrong
+# by 5%; at 1024 rows of fp32, in one thread, its error is six times that of a sum in a tree), and
+# their decomposition, which a tracer would get, rounds the statistics to x's dtype.
+_SUM_TILE = 1 << 17
+"""Elements that are widened at a time: what fits into a core's cache."""
+
+
+def _pytorch_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the kernels take these tensors, and nobody traces."""
+    vectors = all(p is None or p.ndim == 1 for p in (weight, bias))
+    traced = type(x) is not Tensor or torch.compiler.is_compiling()
+    return vectors and not traced and x.device.type == "cpu" and x.is_contiguous()
+
+
+def _pytorch_rule_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's autograd rule is good enough, too: in C++, it is the fastest one."""
+    trained = any(p is not None and p.requires_grad for p in (weight, bias))
+    exact = not (trained and torch.is_grad_enabled())
+    # under torch.func our own rule cannot be used
+    return _pytorch_serves(x, weight, bias) and (
+        exact or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _pytorch_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, mean, rstd); differentiable. See ``layer_norm.forward``."""
+    # F.layer_norm asks autocast first, which knows nothing of the model's own casts
+    return torch.native_layer_norm(x, x.shape[-1:], *_parameters(x, weight, bias), eps)
+
+
+def _pytorch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return (dx, dweight, dbias); see ``layer_norm.backward``."""
+    d_x: Tensor | None = None
+    d_weight: Tensor | None = None
+    d_bias: Tensor | None = None
+    if need_x:
+        d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, *_parameters(x, weight, bias), (True, False, False)
+        )
+    if need_weight or need_bias:
+        d_weight, d_bias = _parameter_sums(grad, x, mean, rstd, need_weight, need_bias)
+    return d_x, _cast_like(d_weight, weight), _cast_like(d_bias, bias)
+
+
+def _parameter_sums(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias, (D,) each, summed in fp32 or fp64, a tile at a time."""
+    dim = x.shape[-1]
+    d_weight = torch.zeros(dim, dtype=mean.dtype) if need_weight else None
+    d_bias = torch.zeros(dim, dtype=mean.dtype) if need_bias else None
+    tile = max(1, _SUM_TILE // max(1, dim))
+    rows = (t.reshape(-1, t.shape[-1]).split(tile) for t in (grad, x, mean, rstd))
+    for g, part, m, r in zip(*rows, strict=True):
+        wide = g.to(mean.dtype)
+        if d_weight is not None:
+            d_weight.add_((part - m).mul_(wide).mul_(r).sum(0))
+        if d_bias is not None:
+            d_bias.add_(wide.sum(0))
+    return d_weight, d_bias
+
+
+def _parameters(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The parameters in the dtype of the arithmetic; ones where a weight must tell it."""
+    work = work_dtype(x)
+    if weight is None and x.dtype is not work:
+        weight = torch.ones(x.shape[-1], dtype=work)
+    return None if weight is None else weight.to(work), None if bias is None else bias.to(work)
+
+
+def _cast_like(t: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if t is None or parameter is None else t.to(parameter.dtype)
+
+
+# --------------------------------------------------------------------------------------- cpu: ATen
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if native.serves(x, weight, bias):
-        return native.forward(x, weight, bias, eps)
+    if _pytorch_serves(x, weight, bias):
+        return _pytorch_forward(x, weight, bias, eps)
     wide = x.to(work_dtype(x))
     mean = wide.mean(-1, keepdim=True)
     n = wide - mean
@@ -53,9 +135,9 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    if native.serves(x, weight, bias):
+    if _pytorch_serves(x, weight, bias):
         needs = need_x, need_weight, need_bias
-        return native.backward(grad, x, weight, bias, mean, rstd, *needs)
+        return _pytorch_backward(grad, x, weight, bias, mean, rstd, *needs)
     d_weight = d_bias = None
     if need_bias and bias is not None:
         d_bias = _summed(grad, bias)
@@ -165,16 +247,6 @@ def backward(
     return d_x, d_weight, d_bias
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, *_ = ctx.saved_tensors
-    return gradients(
-        lambda x, weight, bias: reference(x, weight, bias, ctx.eps),
-        (x, weight, bias),
-        ctx.needs_input_grad,
-        (grad,),
-    )
-
-
 class _LayerNorm(torch.autograd.Function):
     """Saves x and two numbers per row."""
 
@@ -185,11 +257,11 @@ class _LayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, mean, rstd = forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.eps = eps
+        ctx.options = (eps,)
         return y
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(reference, 3))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]), None
 
@@ -209,8 +281,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Returns:
         (..., D), in x's dtype.
     """
-    if native.has_rule(x, weight, bias) and not use_triton(x, weight, bias):
-        return native.forward(x, weight, bias, eps)[0]
+    if _pytorch_rule_serves(x, weight, bias) and not use_triton(x, weight, bias):
+        return _pytorch_forward(x, weight, bias, eps)[0]
     # 2026-11-24: torch does not type Function.apply
     y: Tensor = _LayerNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
@@ -219,31 +291,39 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 # -------------------------------------------------------------------------------------------- op
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
     """Say why these tensors are not served by the fast implementation of their device."""
-    reasons = []
-    if not x.is_floating_point():
-        reasons.append(f"x is {x.dtype}, not floating-point")
+    reasons = not_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         reasons.append("x has no features")
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in (("the weight", weight), ("the bias", bias)):
         if t is None:
             continue
         if x.ndim and (t.ndim == 0 or t.shape != x.shape[-t.ndim :]):
-            reasons.append(f"the {name} is {tuple(t.shape)}, not one per feature of x")
-        if not t.is_floating_point():
-            reasons.append(f"the {name} is {t.dtype}, not floating-point")
-        if t.device != x.device:
-            reasons.append(f"the {name} is on {t.device} and x on {x.device}")
+            reasons.append(f"{name} is {tuple(t.shape)}, not one per feature of x")
+        reasons += not_floating(name, t) + away_from(x, name, t)
     if weight is not None and bias is not None and weight.shape != bias.shape:
         reasons.append("weight and bias have different shapes")
     if weight is None and bias is not None and bias.ndim != 1:
         reasons.append("a bias without a weight must be one vector")
-    if x.is_cuda and not has_triton():
-        reasons.append("Triton is not installed")
-    if x.is_cuda and x.ndim and x.shape[-1] > MAX_DIM:
-        reasons.append(f"a row has {x.shape[-1]} features and the kernel holds {MAX_DIM}")
-    if x.is_cuda and torch.float64 in {t.dtype for t in (x, weight, bias) if t is not None}:
-        reasons.append("fp64 runs in plain PyTorch")
-    return reasons
+    return reasons + no_kernel_of_rows(MAX_DIM, x, weight, bias)
 
 
-OP = Op("layer_norm", reference, layer_norm, unsupported)
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), m.weight(m.sizes.hidden, mean=0.0), 1e-5
+
+
+def _example_of_heads(m: Maker) -> tuple[Any, ...]:
+    features = m.sizes.heads, m.sizes.head_dim
+    return m.x(*features), m.weight(*features), None, 1e-5
+
+
+OP = Op(
+    "layer_norm",
+    reference,
+    layer_norm,
+    unsupported,
+    example=_example,
+    variants={
+        "heads": _example_of_heads,
+        "plain": lambda m: (m.x(m.sizes.hidden), None, None, 1e-5),
+    },
+)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..direct import direct
-from ..launch import has_triton, library_op, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
+from ..launch import library_op, use_triton
+from ..op import Maker, Op, away_from, no_kernel_of_rows, not_floating
+from ..second_order import differentiable, double_backward
 
 MAX_DIM = 32768
 """Longest row that the Triton kernels take (one program holds whole rows)."""
@@ -184,14 +184,6 @@ def backward(
     return _backward(grad, x, weight, rstd, extra, offset, outer, need_x, need_weight)
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, _ = ctx.saved_tensors
-    formula = ctx.eps, ctx.offset, ROUNDINGS[ctx.outer]
-    return gradients(
-        lambda x, weight: reference(x, weight, *formula), (x, weight), ctx.needs_input_grad, (grad,)
-    )
-
-
 class _RMSNorm(torch.autograd.Function):
     """Saves x and one rstd per row."""
 
@@ -202,16 +194,17 @@ class _RMSNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, rstd = forward(x, weight, eps, offset, outer)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.eps, ctx.offset, ctx.outer = eps, offset, outer
+        ctx.options = eps, offset, ROUNDINGS[outer]
         return y
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(reference, 2))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
+        _, offset, rounding = ctx.options
         d_x, d_weight = backward(
-            grad, x, weight, rstd, None, ctx.offset, ctx.outer, need_x, need_weight
+            grad, x, weight, rstd, None, offset, is_outer(rounding), need_x, need_weight
         )
         return d_x, d_weight, None, None, None
 
@@ -254,24 +247,28 @@ def unsupported(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, rounding: str = "inner"
 ) -> list[str]:
     """Say why these tensors are not served by the fast implementation of their device."""
-    reasons = []
-    if not x.is_floating_point():
-        reasons.append(f"x is {x.dtype}, not floating-point")
+    reasons = not_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         reasons.append("x has no features")
     elif weight is not None and weight.shape != x.shape[-1:]:
         reasons.append(f"the weight is {tuple(weight.shape)}, not one per feature of x")
-    if weight is not None and not weight.is_floating_point():
-        reasons.append(f"the weight is {weight.dtype}, not floating-point")
-    if weight is not None and weight.device != x.device:
-        reasons.append(f"the weight is on {weight.device} and x on {x.device}")
-    if x.is_cuda and not has_triton():
-        reasons.append("Triton is not installed")
-    if x.is_cuda and x.ndim and x.shape[-1] > MAX_DIM:
-        reasons.append(f"a row has {x.shape[-1]} features and the kernel holds {MAX_DIM}")
-    if x.is_cuda and torch.float64 in (x.dtype, None if weight is None else weight.dtype):
-        reasons.append("fp64 runs in plain PyTorch")
-    return reasons
+    if weight is not None:
+        reasons += not_floating("the weight", weight) + away_from(x, "the weight", weight)
+    return reasons + no_kernel_of_rows(MAX_DIM, x, weight)
 
 
-OP = Op("rms_norm", reference, rms_norm, unsupported)
+def _example(m: Maker, offset: float = 0.0, rounding: str = "inner") -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), 1e-6, offset, rounding
+
+
+OP = Op(
+    "rms_norm",
+    reference,
+    rms_norm,
+    unsupported,
+    example=_example,
+    variants={
+        "outer-offset": lambda m: _example(m, 1.0, "outer"),
+        "factor": lambda m: (m.x(m.sizes.hidden), None, 1e-6, 0.125, "outer"),
+    },
+)

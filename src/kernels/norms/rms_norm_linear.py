@@ -18,7 +18,7 @@ from torch import Tensor
 from ..launch import library_op, use_triton
 from ..linear.products import shaped
 from ..matmul import addmm_, linear, mm
-from ..op import Op
+from ..op import Maker, Op, away_from, not_floating
 from ..second_order import absent, differentiable, gradients
 from . import rms_norm as norm
 
@@ -107,7 +107,7 @@ _forward_op = library_op(
 
 
 # -------------------------------------------------------------------------------------- autograd
-def _again(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     x, norm_weight, _, *weights = ctx.saved_tensors
     eps, offset, outer = ctx.formula
     needed, count = ctx.needs_input_grad, len(weights)
@@ -146,7 +146,7 @@ class _RMSNormLinear(torch.autograd.Function):
         return tuple(outs)
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(_double_backward)
     def backward(ctx: Any, *out_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, norm_weight, rstd, *weights = ctx.saved_tensors
         eps, offset, outer = ctx.formula
@@ -230,15 +230,27 @@ def unsupported(
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         if w.ndim != 2 or w.shape[1:] != x.shape[-1:]:
             reasons.append(f"linear {i}'s weight is {tuple(w.shape)}, not (features, D)")
-        if not w.is_floating_point():
-            reasons.append(f"linear {i}'s weight is {w.dtype}, not floating-point")
-        elif w.dtype is not normed and not autocast:
+        reasons += not_floating(f"linear {i}'s weight", w)
+        if w.is_floating_point() and w.dtype is not normed and not autocast:
             reasons.append(f"linear {i}'s weight is {w.dtype} and the normed rows are {normed}")
-        if w.device != x.device:
-            reasons.append(f"linear {i}'s weight is on {w.device} and x on {x.device}")
+        reasons += away_from(x, f"linear {i}'s weight", w)
         if b is not None and (b.shape != w.shape[:1] or b.device != w.device):
             reasons.append(f"linear {i}'s bias does not fit its weight")
     return reasons
 
 
-OP = Op("rms_norm_linear", reference, rms_norm_linear, unsupported)
+def _example(m: Maker, bias: bool = False) -> tuple[Any, ...]:
+    counts = m.sizes.heads, m.sizes.kv_heads, m.sizes.kv_heads
+    weights = [m.weight(n * m.sizes.head_dim, m.sizes.hidden) for n in counts]
+    biases = [m.weight(len(w), mean=0.0) if bias else None for w in weights]
+    return m.x(m.sizes.hidden), m.weight(m.sizes.hidden), 1e-6, 0.0, "inner", weights, biases
+
+
+OP = Op(
+    "rms_norm_linear",
+    reference,
+    rms_norm_linear,
+    unsupported,
+    example=_example,
+    variants={"bias": lambda m: _example(m, True)},
+)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..launch import library_op, use_triton
-from ..op import Op
-from ..second_order import differentiable, gradients
+from ..op import Maker, Op, misshapen
+from ..second_order import differentiable, double_backward
 from . import ssd_chunks
 from .ssd_chunks import work_dtype
 
@@ -202,15 +202,9 @@ _triton_backward = library_op(
 # -- autograd --------------------------------------------------------------------------------------
 
 
-def _again(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    softplus, low, high = ctx.options
-
-    def formula(
-        x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Any, bias: Any
-    ) -> Tensor:
-        return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
-
-    return gradients(formula, ctx.saved_tensors, ctx.needs_input_grad, (grad,))
+def _of_options(*tensors: Any) -> Tensor:
+    x, dt, a, b, c, d, bias, softplus, low, high = tensors
+    return ssd_reference(x, dt, a, b, c, d, bias, softplus, (low, high))
 
 
 class _SSD(torch.autograd.Function):
@@ -228,7 +222,7 @@ class _SSD(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable(_again)
+    @differentiable(double_backward(_of_options, 7))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:7])
         run = _triton_backward if ctx.triton else _backward_op
@@ -287,8 +281,28 @@ def ssd_unsupported(
         (dt, (batch, length, heads)), (A, (heads,)), (B, (batch, length, groups, states)),
         (C, (batch, length, groups, states)), (D, (heads,)), (dt_bias, (heads,)),
     )  # fmt: skip
-    wrong = [t for t, shape in expected if t is not None and tuple(t.shape) != shape]
-    return [f"{tuple(t.shape)} does not fit x {tuple(x.shape)}" for t in wrong]
+    return misshapen("x", x, expected)
 
 
-OP = Op("ssd", ssd_reference, ssd, ssd_unsupported)
+def _example(m: Maker, groups: int = 1) -> tuple[Any, ...]:
+    heads, states = m.sizes.heads, 4 * m.sizes.states
+    x, dt = m.x(heads, m.sizes.head_dim), m.x(heads)
+    b, c = m.x(groups, states), m.x(groups, states)
+    return x, dt, m.decays(heads), b, c, m.weight(heads), m.weight(heads), True
+
+
+def _example_of_groups(m: Maker) -> tuple[Any, ...]:
+    """No skip connection, and steps between limits."""
+    *inputs, _, bias, softplus = _example(m, m.sizes.kv_heads)
+    return *inputs, None, bias, softplus, (0.01, 1.5)
+
+
+OP = Op(
+    "ssd",
+    ssd_reference,
+    ssd,
+    ssd_unsupported,
+    rule="selective_scan",
+    example=_example,
+    variants={"groups": _example_of_groups},
+)

@@ -11,32 +11,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...compiler.codegen.choice import choose
 from ...compiler.options import Environment
 from ...kernels.launch import IMPLEMENTATIONS, LAUNCHES
-from ...kernels.op import Op
+from ...kernels.op import Maker, Op
 from ...passes import PIPELINE
 from ...rewrite.op_table import OPS
 from ..model.precision import device_for_training
 from .result import CheckResult, reason
-from .samples import CALLS, Maker
 
 DTYPES = (torch.float32, torch.bfloat16)
 """The dtypes that are asked about."""
-
-_PARTS = {
-    "glu": ("glu", "glu_packed"),
-    "lora_linear": ("lora_linear", "quant_lora_linear", "dora", "dora_row_norms"),
-    "moe_experts": ("moe_up", "moe_down"),
-    "selective_scan": ("selective_scan", "ssd"),
-}
-"""The ops of a rule that calls others than the one of its name."""
-
-_OF_LOGITS = ("linear_logprob", "linear_divergence")
-"""Ops without a rule: what is read of logits that do not exist ends in them."""
 
 
 class _Launches(TorchDispatchMode):
@@ -66,12 +58,11 @@ def ops_of_rules() -> Iterator[tuple[str, Op]]:
 
     At the end come the ops that no rule calls, each under its own name.
     """
-    ops = {op.name: op for op in OPS}
-    for name in dict.fromkeys(rule.name for rule in PIPELINE):
-        for part in _PARTS.get(name, (name,)):
-            yield name, ops[part]
-    for name in _OF_LOGITS:
-        yield name, ops[name]
+    left = {op.name: op for op in OPS if op.rule is not None}
+    for rule in dict.fromkeys(rule.name for rule in PIPELINE):
+        for op in [op for op in left.values() if (op.rule or op.name) == rule]:
+            yield rule, left.pop(op.name)
+    yield from left.items()
 
 
 def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
@@ -89,13 +80,19 @@ def implementation(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[st
     try:
         with FakeTensorMode():
             return _called(op, dtype, device)
-    except DataDependentOutputException:  # reads numbers, such as the experts' shares of the rows
+    except (DataDependentOutputException, DynamicOutputShapeException):  # it reads numbers
         return _called(op, dtype, device)
 
 
 def _called(op: Op, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    args = CALLS[op.name](Maker(dtype, device))
-    if reasons := op.unsupported(*args):
+    maker, reasons = Maker(dtype, device, adapters=torch.float32), list[str]()
+    for example in op.examples().values():  # PyTorch may be as fast at one of them
+        args = example(maker)
+        said = op.unsupported(*args)
+        if not said:
+            break
+        reasons = reasons or said
+    else:
         return "reference", "; ".join(reasons)
     with _Launches() as launches:
         op.call(*args)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusewright.kernels.mlp.glu import glu_packed
-from fusewright.kernels.moe import grouped_products as ops
+from fusewright.kernels.moe import moe_experts as ops
 from fusewright.kernels.moe.moe_experts import OP, moe_experts
 from fusewright.rewrite.tolerance import exceeded
 from tests.kernels.interpreted import run
