@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from ..consent import Consent
 from .keys.adapter import AdapterKeys
 from .keys.attention import AttentionKeys
+from .keys.axolotl import CloudKeys, MethodKeys, PluginKeys, SubsumedKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
@@ -22,10 +23,6 @@ from .keys.fusewright import FusewrightKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
-from .keys.peers.clouds import CloudKeys
-from .keys.peers.kernels import SubsumedKeys
-from .keys.peers.methods import MethodKeys
-from .keys.peers.plugins import PluginKeys
 from .keys.precision import PrecisionKeys
 from .keys.preferences.preference import PreferenceKeys
 from .keys.tracking import TrackingKeys

@@ -37,12 +37,6 @@ class PeftKeys(Keys):
     )
     """Who quantizes the base model: ``bnb``. Unset: the same."""
 
-    weight_dtype: str | None = not_yet("use load_in_4bit or load_in_8bit")
-    """Dtype of the quantized weights. Unset: see ``load_in_4bit``."""
-
-    group_size: Int | None = not_yet("use bnb_config_kwargs")
-    """Number of weights that share a scale. Unset: the method's own."""
-
 
 class AdapterKeys(Keys):
     """Small trained weights beside frozen ones."""
@@ -124,11 +118,6 @@ class AdapterKeys(Keys):
     peft_autocast_adapter_dtype: bool = True
     """Keep the adapters in float32 beside weights of 16 bits."""
 
-    lora_fp32_gradients: bool = subsumed(
-        "adapters in float32, and so are their gradients (key peft_autocast_adapter_dtype)", False
-    )
-    """Add up the gradients of adapters in float32."""
-
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""
 
@@ -145,52 +134,13 @@ class AdapterKeys(Keys):
     """Regular expressions: without an adapter, only parameters whose names match one of them at the
     beginning are trained. Unset: all."""
 
-    lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
-    """Load the adapter into CPU memory. Unset: no."""
-
     nf4_backend: Literal["bitsandbytes", "torchao"] = subsumed(
         "load_in_4bit, which is bitsandbytes'", "bitsandbytes",
         values={"torchao": ("not yet available", "use bitsandbytes")},
     )  # fmt: skip
     """Who quantizes to 4 bits."""
 
-    qlora_sharded_model_loading: bool | None = not_yet(
-        "leave it out: each process reads the weights into CPU memory, and keeps its shards"
-    )
-    """Load a quantized model shard by shard for FSDP. Unset: no."""
-
-    merge_lora: bool | None = not_applicable("merging is a command: fusewright merge RUN")
-    """Merge the adapter into the model. Unset: no."""
-
-    merge_method: Literal["legacy", "memory_efficient"] | None = not_applicable(
-        "fusewright merge RUN goes shard by shard"
-    )
-    """How the adapter is merged. Unset: shard by shard."""
-
     # --- restarts --------------------------------------------------------------------------------
-
-    relora: bool | None = not_yet("use a larger lora_r")
-    """Merge the adapter and begin a new one during training (ReLoRA). Unset: no."""
-
-    relora_steps: Int | None = not_yet("use a larger lora_r")
-    """Steps between two restarts of ReLoRA. Unset: no restarts."""
-
-    relora_warmup_steps: Int | None = not_applicable("only relora reads it")
-    """Warm-up after a restart of ReLoRA, in steps. Unset: none."""
-
-    relora_anneal_steps: Int | None = not_applicable("only relora reads it")
-    """Steps over which the learning rate decays before a restart. Unset: none."""
-
-    relora_prune_ratio: Float | None = not_applicable("only relora reads it")
-    """Fraction of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
-
-    relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_applicable(
-        "only relora reads it"
-    )
-    """Which part of the optimizer's state a restart clears. Unset: ``magnitude``."""
-
-    relora_cpu_offload: bool | None = not_applicable("only relora reads it")
-    """Merge on the CPU at a restart. Unset: no."""
 
     jagged_restart_steps: StepsOrOff = key(gt=0)
     """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
@@ -211,30 +161,3 @@ class AdapterKeys(Keys):
 
     lisa_layers_attribute: str = "model.layers"
     """Where LISA finds the list of blocks."""
-
-    llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
-    """Added blocks that alone are trained. Unset: none."""
-
-    mixlora_num_experts: Int | None = not_applicable(_MIXLORA)
-    """Adapters of each MLP. Unset: 8."""
-
-    mixlora_top_k: Int | None = not_applicable(_MIXLORA)
-    """Adapters for each token. Unset: 2."""
-
-    mixlora_router_aux_loss_coef: Float | None = not_applicable(_MIXLORA)
-    """Weight of the router's balance. Unset: 0.01."""
-
-    mixlora_router_init_range: Float | None = not_applicable(_MIXLORA)
-    """Deviation of the router's first weights. Unset: 0.02."""
-
-    mixlora_jitter_noise: Float | None = not_applicable(_MIXLORA)
-    """Noise on the router's inputs. Unset: none."""
-
-    mixlora_expert_lora_r: Int | None = not_applicable(_MIXLORA)
-    """Rank of these adapters. Unset: ``lora_r``."""
-
-    mixlora_expert_lora_alpha: Int | None = not_applicable(_MIXLORA)
-    """Their scale. Unset: ``lora_alpha``."""
-
-    mixlora_expert_lora_dropout: Float | None = not_applicable(_MIXLORA)
-    """Their dropout. Unset: ``lora_dropout``."""

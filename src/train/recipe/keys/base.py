@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
@@ -39,6 +44,102 @@ Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 
 
+@dataclass
+class _Unread:
+    """One line of ``unread_keys.txt``."""
+
+    after: str | None
+    name: str
+    type: str
+    default: Any
+    meaning: str
+    extra: dict[str, Any]
+
+    def annotation(self) -> Any:
+        """What a value must be."""
+        kind = _type(self.type)
+        return kind | None if self.default is None and kind is not Any else kind
+
+
+_TYPES: dict[str, Any] = {
+    "true/false": bool, "text": str, "secret": SecretStr, "any value": Any,
+    "whole number": Int, "positive whole number": PositiveInt,
+    "number": Float, "positive number": PositiveFloat,
+    "fraction": Annotated[Float, Field(ge=0, le=1)],
+    "keys and values": dict[str, Any], "texts by name": dict[str, str],
+    "plain values by name": dict[str, bool | int | float | str],
+}  # fmt: skip
+
+
+def _type(words: str) -> Any:
+    """The type that the table names."""
+    if " or " in words:
+        return functools.reduce(operator.or_, map(_type, words.split(" or ")))
+    if words.startswith("one of "):
+        names = words.removeprefix("one of ").split(", ")
+        return Literal[tuple(int(name) if name.isdecimal() else name for name in names)]
+    if words.startswith("list of "):
+        return list[_type(words.removeprefix("list of "))]  # type: ignore[misc]  # 2026-11-29: made here
+    return _TYPES[words] if words in _TYPES else _group(words)
+
+
+@functools.cache
+def _group(name: str) -> type[UnreadKeys]:
+    """The class of a group that nothing reads."""
+    about = _unread_keys()[1][name]
+    return create_model(name, __base__=UnreadKeys, __doc__=about, __module__=__name__)
+
+
+@functools.cache
+def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
+    """The keys that nothing reads, by class, and the descriptions of groups of their own."""
+    rows: dict[str, list[_Unread]] = {}
+    groups: dict[str, str] = {}
+    text = Path(__file__).with_name("unread_keys.txt").read_text(encoding="utf-8")
+    owner, after, extra = "", None, {}
+    for line in text.splitlines():
+        if line.startswith("["):
+            place, _, about = line[1:].partition("]")
+            owner, _, last = place.partition(" after ")
+            after = last or None
+            if about:
+                groups[owner] = about.strip()
+        elif line.startswith("    "):
+            cells = line.strip().split(" | ")
+            names = cells[0].split()
+            kind, _, default = cells[1].partition(" = ") if cells[1:] else ("any value", "", "")
+            meaning = cells[2] if cells[2:] else "As in Axolotl. Unset: its default there."
+            value = json.loads(default) if default else None
+            rows.setdefault(owner, []).extend(
+                _Unread(after, name, kind, value, meaning, extra) for name in names
+            )
+        elif line and not line.startswith("#"):
+            status, _, note = line.partition(": ")
+            extra = {"status": status, "note": note}
+    return rows, groups
+
+
+def _add_unread(model: type[Keys]) -> None:
+    """Give a class its keys that nothing reads, each at its place among the others."""
+    own = dict(model.__annotations__)
+    known: dict[str | None, list[_Unread]] = {}
+    for row in _unread_keys()[0].get(model.__name__, ()):
+        if row.name not in own:
+            known.setdefault(row.after, []).append(row)
+            extra = dict(row.extra)
+            default = Field(row.default, description=row.meaning, json_schema_extra=extra)
+            setattr(model, row.name, default)
+    if known:
+        model.__annotations__ = {
+            name: annotation
+            for place in (None, *own)
+            for name, annotation in [
+                *([(place, own[place])] if place is not None else ()),
+                *((row.name, row.annotation()) for row in known.get(place, ())),
+            ]
+        }
+
+
 class Keys(BaseModel):
     """A group of keys. Attributes cannot be changed, and no other keys are taken."""
 
@@ -49,9 +150,15 @@ class Keys(BaseModel):
     older_prefix: ClassVar[str] = ""
     """What the older names of all its keys begin with, here and outside of the group."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _add_unread(cls)  # before pydantic collects the fields
+
 
 class UnreadKeys(Keys):
     """A group of keys of Axolotl that nothing reads: it has one status as a whole."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)  # there is no source to look for
 
 
 Reasons = Mapping[Any, tuple[Status, str]]
@@ -100,12 +207,6 @@ def not_yet(
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
     extra = _extra("not yet available", instead, values, aliases)
     return Field(default, json_schema_extra=extra, **limits)
-
-
-def unread(status: Status, note: str) -> Any:
-    """A key of a group that has one status as a whole, which is the key's, too."""
-    about = "As in Axolotl. Unset: its default there."
-    return Field(None, description=about, json_schema_extra=_extra(status, note))
 
 
 def _extra(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Float, Int, Keys, key
 from .dataset import Dataset, PretrainingDataset
 
 
@@ -33,14 +33,6 @@ class DataKeys(Keys):
     )
     """Rows of a stream that are buffered and packed together."""
 
-    pretrain_multipack_attn: bool = not_applicable(
-        "the samples of a pack never see each other", True
-    )
-    """Let each sample of a packed stream attend only to itself."""
-
-    pretraining_sample_concatenation: bool | None = subsumed("packing (key sample_packing)")
-    """Concatenate the texts of a stream. Unset: yes."""
-
     # --- preparation -----------------------------------------------------------------------------
 
     dataset_prepared_path: str | None = None
@@ -50,9 +42,6 @@ class DataKeys(Keys):
     dataset_processes: Int | None = key(gt=0, aliases=["dataset_num_proc"])
     """Processes that prepare rows. Unset: only the main process, where the tokenizer uses all
     cores. More pay off from about 100,000 rows."""
-
-    dataset_keep_in_memory: bool = not_applicable("prepared rows are memory-mapped", False)
-    """Keep the prepared rows in memory, not on disk."""
 
     dataset_exact_deduplication: bool = False
     """Remove duplicate rows."""
@@ -66,23 +55,11 @@ class DataKeys(Keys):
     dataset_shard_idx: Int = key(0, ge=0)
     """Index of the shard that is used, from 0."""
 
-    num_dataset_shards_to_save: Int | None = not_applicable("the cache chooses its own parts")
-    """Number of files for the prepared rows. Unset: chosen by size."""
-
     shuffle_merged_datasets: bool = True
     """Shuffle the rows of all datasets together."""
 
     shuffle_before_merging_datasets: bool = False
     """Shuffle each dataset before they are merged."""
-
-    push_dataset_to_hub: str | None = not_yet("upload the folder of dataset_prepared_path yourself")
-    """A dataset on the hub that the prepared rows are written to. Unset: none."""
-
-    is_preprocess: bool | None = not_applicable("preparing is a command: fusewright preprocess")
-    """Only prepare the rows. Unset: no."""
-
-    preprocess_iterable: bool | None = subsumed("batches of bounded size")
-    """Prepare the rows as a stream. Unset: no."""
 
     # --- sequences -------------------------------------------------------------------------------
 
@@ -118,20 +95,8 @@ class DataKeys(Keys):
     sample_packing_sequentially: bool = False
     """Pack rows in their original order."""
 
-    sample_packing_mp_start_method: str | None = not_applicable("packing takes no other processes")
-    """How processes that pack are started. Unset: torch's default."""
-
     pad_to_sequence_len: bool | None = None
     """Pad every sequence to ``sequence_len``. Unset: only where it makes the run faster."""
-
-    pad_to_multiple_of: Int | None = not_applicable("padding changes no result")
-    """Pad every batch to a multiple of this many tokens. Unset: to its longest row."""
-
-    multipack_real_batches: bool | None = not_applicable("a batch is a tensor of whole sequences")
-    """Keep the packs of a batch as separate rows. Unset: yes."""
-
-    batch_flattening: bool | Literal["auto"] | None = subsumed("packing (key sample_packing)")
-    """Concatenate the rows of a batch into one sequence. Unset: no."""
 
     curriculum_sampling: bool = False
     """Do not shuffle the training rows."""
@@ -139,27 +104,11 @@ class DataKeys(Keys):
     group_by_length: bool = False
     """Put rows of similar length into a batch, to save padding."""
 
-    balance_labels: bool = not_yet(
-        "leave it out: a gradient weighs tokens, however they are spread over batches", False
-    )
-    """Give all batches of a step about as many trained tokens."""
-
-    label_balance_window_optim_steps: Int = not_applicable("only balance_labels reads it", 1)
-    """Steps whose batches are balanced together."""
-
     train_on_inputs: bool = False
     """Train every token, not only the assistant's."""
 
     eot_tokens: list[str] | None = None
     """Tokens that end a turn, where that is not the end-of-text token. Unset: that one."""
-
-    remove_unused_columns: bool | None = not_applicable("batches hold only what the model accepts")
-    """Remove columns that the model does not accept. Unset: yes."""
-
-    fix_untrained_tokens: Int | list[Int] | None = not_yet(
-        "use lora_modules_to_save for new tokens"
-    )
-    """Ids of tokens whose embeddings are set to the mean. Unset: none."""
 
     # --- loading ---------------------------------------------------------------------------------
 
@@ -176,23 +125,3 @@ class DataKeys(Keys):
     """Drop the last batch if it is not full."""
 
     # --- positions -------------------------------------------------------------------------------
-
-    use_pose: bool | None = not_yet("leave it out, and set sequence_len to the whole length")
-    """Train longer contexts by skipping positions (PoSE). Unset: no."""
-
-    pose_split_on_token_ids: list[Int] | None = not_applicable("only use_pose reads it")
-    """Ids of the tokens that PoSE may split at. Unset: any."""
-
-    pose_max_context_len: Int | None = not_applicable("only use_pose reads it")
-    """The context that PoSE trains for, in tokens. Unset: none."""
-
-    pose_num_chunks: Int | None = not_applicable("only use_pose reads it")
-    """Pieces that PoSE makes of a row. Unset: 2."""
-
-    rope_scaling: dict[str, Any] | None = not_yet(
-        "set it in overrides_of_model_config: {rope_scaling: ...}"
-    )
-    """Another scaling of rotary positions. Unset: the model's own."""
-
-    max_packed_sequence_len: Int | None = not_yet("use sequence_len and sample_packing: true")
-    """The old name of packing. Unset: see ``sample_packing``."""

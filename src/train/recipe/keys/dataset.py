@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet
+from .base import Float, Int, Keys, PositiveFloat, key
 
 TYPES = (
     "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
@@ -122,21 +122,11 @@ class Dataset(Keys):
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. Unset: its main branch."""
 
-    trust_remote_code: bool | None = not_applicable(
-        "datasets on the hub that need their own code can no longer be loaded by anyone"
-    )
-    """Run the Python code that comes with the dataset. Unset: no."""
-
     shards: Int | None = key(gt=0)
     """Cut the dataset into so many parts and use one. Unset: use all of it."""
 
     shards_idx: Int = key(0, ge=0)
     """Which of the ``shards`` is used, from 0."""
-
-    preprocess_shards: Int | None = not_applicable(
-        "rows are prepared in bounded batches, written to disk as they come"
-    )
-    """Prepare the dataset in so many parts, to save memory. Unset: in one."""
 
     # --- chats -----------------------------------------------------------------------------------
 
@@ -204,9 +194,6 @@ class Dataset(Keys):
     drop_system_message: bool = False
     """Leave out the system messages of the rows."""
 
-    conversation: str | None = not_applicable("the chat template gives the form of a conversation")
-    """The old name of a conversation's form. Unset: see ``chat_template``."""
-
     # --- other rows ------------------------------------------------------------------------------
 
     field: str | None = None
@@ -236,9 +223,6 @@ class Dataset(Keys):
     is empty; for another prompt there, spell ``type`` out, with ``format`` and ``no_input_format``.
     Unset: the type's own two prompts."""
 
-    input_transform: str | None = not_yet("change the rows with a builder")
-    """A function that changes a row. Unset: none."""
-
     train_on_inputs: bool | None = None
     """Train every token of this dataset. Unset: as the recipe's ``train_on_inputs``."""
 
@@ -264,33 +248,6 @@ class Dataset(Keys):
 
     temperature: PositiveFloat | None = None
     """For distillation: the temperature of these log-probabilities. Unset: 1."""
-
-    length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: rows. Unset: 1000."""
-
-    sequence_length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: tokens of a row. Unset: ``sequence_len``."""
-
-    min_input_id: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: the smallest token. Unset: 100."""
-
-    max_input_id: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: the largest token. Unset: the last of the vocabulary."""
-
-    seed: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: seed of the tokens. Unset: none."""
-
-    min_turns: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: fewest turns of a row. Unset: 1."""
-
-    max_turns: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: most turns of a row. Unset: 1."""
-
-    min_turn_length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: shortest turn, in tokens. Unset: 32."""
-
-    input_fraction: Float | None = not_yet(_SYNTHETIC)
-    """For random tokens: part of a turn that is not trained. Unset: 0."""
 
 
 class PretrainingDataset(Dataset):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet
+from .base import Float, Keys, PositiveFloat, key
 
 _SERVER = "only kd_online_server_base_url reads it"
 
@@ -35,21 +35,3 @@ class DistillationKeys(Keys):
     kd_top_k_before_softmax: bool | None = None
     """The older name of ``kd_normalize_topk``: the softmax is that of the teacher's tokens. Unset:
     no."""
-
-    kd_temperature_min: PositiveFloat | None = not_applicable(_SERVER)
-    """Temperature at the end of training, if it decreases. Unset: it stays the same."""
-
-    kd_online_server_base_url: str | None = not_yet(
-        "no teacher is asked during training: write its log-probabilities into the rows before"
-    )
-    """URL of a server that runs the teacher during training. Unset: the dataset has the teacher's
-    probabilities."""
-
-    kd_online_server: str | None = not_applicable(_SERVER)
-    """The software of that server. Unset: ``vllm``."""
-
-    kd_online_topk: Int | None = not_applicable(_SERVER)
-    """Number of tokens whose probabilities are requested from it. Unset: none."""
-
-    kd_online_timeout: Int | None = not_applicable(_SERVER)
-    """Timeout of such a request, in seconds. Unset: 120."""

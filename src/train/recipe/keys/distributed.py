@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Int, Keys, key, not_applicable, not_yet
 from .fsdp import FsdpKeys
 
 Words = Literal[
@@ -38,29 +38,6 @@ class ContextParallelKeys(Keys):
     size: Int | None = key(ge=1)
     """The same as ``context_parallel_size``. Unset: see there."""
 
-    backend: str | None = subsumed(_RING)
-    """How attention crosses the parts of a sequence. Unset: ring attention."""
-
-    load_balance: str | bool | None = subsumed(
-        "torch's ring attention, which gives each device a part from either end"
-    )
-    """Which parts a device gets. Unset: see there."""
-
-    ring_impl: str | None = subsumed(_RING)
-    """Which ring attention. Unset: torch's."""
-
-    ring_size: Int | None = subsumed(_RING)
-    """Devices of one ring. Unset: all."""
-
-    ulysses_size: Int | None = subsumed(_RING)
-    """Devices that exchange heads in place of tokens. Unset: none."""
-
-    rotate_method: Literal["allgather", "alltoall"] | None = subsumed(_RING)
-    """How parts go around the ring. Unset: ``allgather``."""
-
-    shard_in_collator: bool | None = not_applicable("batches are divided as they reach the model")
-    """Divide a batch when it is made. Unset: yes."""
-
 
 class DistributedKeys(Keys):
     """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
@@ -73,23 +50,12 @@ class DistributedKeys(Keys):
     fsdp_config: FsdpKeys | None = not_applicable("what it holds has a status of its own")
     """Settings of FSDP; any key in it shards the model with FSDP2. Unset: none."""
 
-    fsdp_version: Literal[1, 2] | None = subsumed("FSDP2, which runs the options of both versions")
-    """Which FSDP; by itself it shards nothing. Unset: 2."""
-
-    fsdp_final_state_dict_type: (
-        Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None
-    ) = subsumed("the result, which is always saved as a whole")
-    """How FSDP saves the result. Unset: as a whole."""
-
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
     """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
     deepspeed: str | dict[str, Any] | None = None
     """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
     ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
-
-    deepcompile: bool | None = subsumed("fusewright's compiler: see codegen")
-    """Let DeepSpeed compile the model. Unset: no."""
 
     dp_shard_size: Int | None = key(ge=1)
     """Number of processes that share one copy of the weights, with FSDP. Unset, or 1: all of them,
@@ -119,33 +85,6 @@ class DistributedKeys(Keys):
     )
     """Devices that share the experts."""
 
-    expert_parallel_backend: str | None = not_applicable(_SHARED_EXPERTS)
-    """Who sends tokens to the experts. Unset: by the GPU."""
-
-    expert_parallel_dispatch_chunks: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Parts in which they are sent. Unset: 1."""
-
-    expert_parallel_save_dispatch: bool | None = not_applicable(_SHARED_EXPERTS)
-    """Keep what was sent for backward. Unset: no."""
-
-    expert_parallel_token_capacity: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Most tokens of an expert. Unset: no limit."""
-
-    expert_parallel_fallback_on_unsupported: bool | None = not_applicable(_SHARED_EXPERTS)
-    """Share experts otherwise where this is not possible. Unset: yes."""
-
-    expert_parallel_num_nvl_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Size of a buffer within a machine. Unset: 256 MiB."""
-
-    expert_parallel_num_rdma_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Size of a buffer between machines. Unset: 0."""
-
-    heads_k_stride: Int | None = subsumed("torch's ring attention, which exchanges all heads")
-    """Heads per exchange of ring attention. Unset: all."""
-
-    ring_attn_func: str | None = subsumed(_RING)
-    """Which ring attention. Unset: torch's."""
-
     ddp: bool | None = None
     """Gradients are averaged over processes, which all have the whole model; false: one process is
     meant, and several are an error. Unset: with several processes, unless the model is sharded."""
@@ -161,21 +100,3 @@ class DistributedKeys(Keys):
 
     ddp_find_unused_parameters: bool | None = None
     """Look for parameters without a gradient. Unset: yes, unless blocks are checkpointed."""
-
-    world_size: Int | None = not_applicable(_LAUNCHER)
-    """Number of processes. Unset: seen from the launcher."""
-
-    local_rank: Int | None = not_applicable(_LAUNCHER)
-    """The number of this process on its machine. Unset: seen from the launcher."""
-
-    use_ray: bool = not_yet("start fusewright train with torchrun on each machine", False)
-    """Run by Ray."""
-
-    ray_run_name: str | None = not_applicable("Ray is not used")
-    """Name of the run in Ray. Unset: none."""
-
-    ray_num_workers: Int = not_applicable("Ray is not used", 1)
-    """Processes that Ray starts."""
-
-    resources_per_worker: dict[str, Any] | None = not_applicable("Ray is not used")
-    """What Ray gives to each process. Unset: one GPU."""

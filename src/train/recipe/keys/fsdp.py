@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Int, Keys, key, subsumed
 
 Strategies = Literal[
     "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"
@@ -82,18 +82,8 @@ class FsdpKeys(Keys):
     """Pin the CPU memory of ``offload_params``: faster copies, but memory that cannot be swapped
     out. Unset: yes."""
 
-    cpu_ram_efficient_loading: bool | None = not_applicable(
-        "each process reads the weights into CPU memory, and keeps its shards"
-    )
-    """One process reads the weights and sends the others their shards. Unset: no."""
-
     activation_checkpointing: bool | None = None
     """Keep only the inputs of each block, as ``gradient_checkpointing`` does. Unset: no."""
-
-    activation_checkpointing_offload: bool | None = subsumed(
-        "fusewright's memory planner: it decides what each block keeps (key memory)"
-    )
-    """Keep those inputs in CPU memory. Unset: no."""
 
     state_dict_type: Annotated[
         Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
@@ -117,31 +107,9 @@ class FsdpKeys(Keys):
     """The dtype of gathered weights, gradients and outputs: ``bf16``, ``fp16``, ``fp32``, or
     torch's names of them. Unset: the model's own."""
 
-    use_orig_params: bool | None = subsumed("FSDP2, which always keeps the original parameters")
-    """The optimizer sees the model's own parameters. Unset: yes."""
-
-    sync_module_states: bool | None = subsumed(
-        "loading: each process reads the same weights, or is sent them"
-    )
-    """Send the weights of the first process to the others. Unset: see
-    ``cpu_ram_efficient_loading``."""
-
-    limit_all_gathers: bool | None = subsumed(
-        "FSDP2, which frees memory without running ahead of the device"
-    )
-    """Hold back gathers that need too much memory at a time. Unset: yes."""
-
     backward_prefetch: Annotated[
         Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] | None, BeforeValidator(_upper)
     ] = subsumed(
         "FSDP2, which gathers the next block while one is in backward",
     )
     """When backward gathers the next block. Unset: while one is in backward."""
-
-    forward_prefetch: bool | None = subsumed(
-        "FSDP2, which gathers the next block while one is in forward"
-    )
-    """Gather the next block early in forward. Unset: yes."""
-
-    ignored_modules: list[str] | str | None = not_yet("leave it out: all modules are sharded")
-    """Modules that are not sharded. Unset: none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, PositiveFloat, Status, key, not_applicable, not_yet
+from .base import Float, Int, Keys, PositiveFloat, Status, key
 
 OPTIMIZERS = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
@@ -92,13 +92,6 @@ class OptimizationKeys(Keys):
     eval_batch_size: Int | None = key(gt=0)
     """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
 
-    auto_find_batch_size: bool = not_yet(
-        "memory: auto plans for the available memory; or set a smaller micro_batch_size with "
-        "more gradient_accumulation_steps, which is the same training",
-        False,
-    )
-    """Retry with a smaller ``micro_batch_size`` after running out of memory."""
-
     num_epochs: Float = key(1.0, gt=0)
     """Passes over the data; ``max_steps`` takes precedence."""
 
@@ -129,59 +122,8 @@ class OptimizationKeys(Keys):
     adam_epsilon: Float = key(1e-8, gt=0)
     """Added to the denominator of the update."""
 
-    adam_beta3: Float | None = not_yet("for came_pytorch: use adafactor")
-    """The third decay of CAME. Unset: its default."""
-
-    adam_epsilon2: Float | None = not_yet("for came_pytorch: use adafactor")
-    """The second epsilon of CAME. Unset: its default."""
-
     max_grad_norm: Float = key(1.0, ge=0)
     """Maximum gradient norm (L2, over all parameters); 0: no clipping."""
-
-    dion_lr: Float | None = not_applicable("only the optimizer dion reads it")
-    """Learning rate of matrices in Dion. Unset: ``learning_rate``."""
-
-    dion_momentum: Float | None = not_applicable("only the optimizer dion reads it")
-    """Momentum of Dion. Unset: 0.95."""
-
-    dion_rank_fraction: Float | None = not_applicable("only the optimizer dion reads it")
-    """Rank of Dion's update, as a share. Unset: 1."""
-
-    dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
-    """The rank is rounded to a multiple of this. Unset: 1."""
-
-    qgalore_rank: Int | None = not_applicable(_QGALORE)
-    """Rank of the projected gradient. Unset: 256."""
-
-    qgalore_update_proj_gap: Int | None = not_applicable(_QGALORE)
-    """Steps between two projections, at most. Unset: 200."""
-
-    qgalore_scale: Float | None = not_applicable(_QGALORE)
-    """Scale of the update. Unset: 0.25."""
-
-    qgalore_proj_type: str | None = not_applicable(_QGALORE)
-    """Which side is projected. Unset: ``std``."""
-
-    qgalore_proj_quant: bool | None = not_applicable(_QGALORE)
-    """Quantize the projection. Unset: yes."""
-
-    qgalore_proj_bits: Int | None = not_applicable(_QGALORE)
-    """Bits of the quantized projection. Unset: 4."""
-
-    qgalore_proj_group_size: Int | None = not_applicable(_QGALORE)
-    """Its numbers that share a scale. Unset: 256."""
-
-    qgalore_cos_threshold: Float | None = not_applicable(_QGALORE)
-    """Similarity from which a projection is kept. Unset: 0.4."""
-
-    qgalore_gamma_proj: Float | None = not_applicable(_QGALORE)
-    """Factor of the steps between two projections once it is. Unset: 2."""
-
-    qgalore_queue_size: Int | None = not_applicable(_QGALORE)
-    """Projections that are compared. Unset: 5."""
-
-    torchdistx_path: str | None = not_applicable("torchdistx is no longer maintained")
-    """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
 
     # --- learning rate ---------------------------------------------------------------------------
 
@@ -255,14 +197,8 @@ class OptimizationKeys(Keys):
     eaft_k: Int | None = key(gt=1)
     """How many tokens the entropy is of. Unset: 20."""
 
-    trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
-    """A Python class that trains. Unset: fusewright's own."""
-
     seed: Int = key(42, ge=0, lt=2**32)
     """Seed of the split, the order of the rows, the adapters and dropout."""
-
-    full_determinism: bool | None = not_yet("leave it out; runs on a CPU are deterministic anyway")
-    """Use only deterministic algorithms on a GPU. Unset: no."""
 
     gc_collect_steps: Int | None = key(ge=-1, aliases=["gc_steps"])
     """Steps between two collections of Python's garbage; -1: at the end of each epoch, and before

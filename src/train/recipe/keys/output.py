@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Float, Int, Keys, key, not_applicable
 
 
 def _no(value: Any) -> Any:
@@ -78,9 +78,6 @@ class OutputKeys(Keys):
     )
     """Make a checkpoint whenever a file appears. Unset: no."""
 
-    save_safetensors: bool = not_applicable("transformers writes only safetensors", True)
-    """Save weights as safetensors."""
-
     # --- validation ------------------------------------------------------------------------------
 
     eval_strategy: Interval | None = key(aliases=["evaluation_strategy"])
@@ -111,11 +108,6 @@ class OutputKeys(Keys):
     """Whether higher is better. Unset: not for losses, perplexities, divergences, and
     shares of completions that are cut off or rewarded alike."""
 
-    eval_table_size: Int | None = not_applicable(
-        "no table is logged; sample_prompt shows an answer before and after training"
-    )
-    """Validation rows whose predictions are logged as a table. Unset: none."""
-
     eval_max_new_tokens: Int | None = not_applicable(
         "only eval_table_size reads it", aliases=["eval_table_max_new_tokens"]
     )
@@ -133,42 +125,6 @@ class OutputKeys(Keys):
     """Which: ``perplexity`` is that of the trained tokens. Unset: all that Axolotl has, of which
     only this one can be had: it must be set."""
 
-    do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
-    """Run a benchmark at validation. Unset: no."""
-
-    bench_dataset: str | None = not_applicable("only do_bench_eval reads it")
-    """Which benchmark. Unset: MMLU."""
-
-    bench_split: str | None = not_applicable("only do_bench_eval reads it")
-    """Which split of it. Unset: ``eval``."""
-
-    bench_source_max_len: Int | None = not_applicable("only do_bench_eval reads it")
-    """Longest question of the benchmark, in tokens. Unset: 2048."""
-
-    generate_samples: bool | None = not_yet("use sample_prompt")
-    """Write samples during training. Unset: no."""
-
-    num_generation_samples: Int | None = not_applicable("only generate_samples reads it")
-    """How many samples. Unset: 3."""
-
-    generation_max_new_tokens: Int | None = not_applicable("only generate_samples reads it")
-    """Longest sample, in tokens. Unset: 50."""
-
-    generation_temperature: Float | None = not_applicable("only generate_samples reads it")
-    """Temperature of the samples. Unset: 0.7."""
-
-    generation_top_p: Float | None = not_applicable("only generate_samples reads it")
-    """Share of the probability that the samples are drawn from. Unset: all."""
-
-    generation_top_k: Int | None = not_applicable("only generate_samples reads it")
-    """Number of tokens that the samples are drawn from. Unset: all."""
-
-    generation_do_sample: bool | None = not_applicable("only generate_samples reads it")
-    """Sample tokens, instead of greedy decoding. Unset: yes."""
-
-    generation_prompt_ratio: Float | None = not_applicable("only generate_samples reads it")
-    """Fraction of a row that is the prompt of a sample. Unset: 0.5."""
-
     # --- log -------------------------------------------------------------------------------------
 
     logging_steps: Int | Float = key(1, gt=0)
@@ -184,27 +140,6 @@ class OutputKeys(Keys):
     logging_nan_inf_filter: bool = False
     """Log the mean of the losses so far in place of a NaN or infinite one. Such a step ends the
     run anyway, except where loss scaling (``fp16``) skips it."""
-
-    include_tokens_per_second: bool | None = not_applicable("tokens per second are always logged")
-    """Log tokens per second. Unset: yes."""
-
-    include_tkps: bool | None = not_applicable("tokens per second are always logged")
-    """The same, counted per device. Unset: yes."""
-
-    profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
-    """Steps that are profiled. Unset: none."""
-
-    profiler_steps_start: Int | None = not_applicable("only profiler_steps reads it")
-    """The first profiled step. Unset: 0."""
-
-    sync_profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
-    """Steps whose waits for the GPU are counted. Unset: none."""
-
-    sync_profiler_start_step: Int = not_applicable("only sync_profiler_steps reads it", 2)
-    """The first of these steps."""
-
-    debug: bool | None = not_applicable("fusewright preprocess --debug shows tokens and labels")
-    """Print some prepared rows. Unset: no."""
 
     # --- hub -------------------------------------------------------------------------------------
 
@@ -222,6 +157,3 @@ class OutputKeys(Keys):
 
     hub_always_push: bool = False
     """Push even while the push before is not done."""
-
-    hf_use_auth_token: bool | None = subsumed("the token of hf auth login, which is always used")
-    """Send your account's token to the hub. Unset: if there is one."""

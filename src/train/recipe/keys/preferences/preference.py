@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
-from ..base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet, subsumed
+from ..base import Float, Int, Keys, PositiveFloat, key
 from .trl import TrlKeys
 from .unread import METHOD_KEYS, loose_types
 from .vllm import VllmKeys
@@ -77,28 +77,8 @@ class PreferenceKeys(Keys):
     """Weight of the tokens that an answer has beyond the length of the shorter one (LD-DPO). Unset:
     1."""
 
-    dpo_padding_free: bool | None = not_applicable("TRL's trainer pads the sequences of a batch")
-    """Concatenate the sequences of a batch instead of padding them. Unset: no."""
-
     precompute_ref_log_probs: bool | None = None
     """Compute the log probabilities of the reference model before training. Unset: no."""
-
-    dpo_use_liger_kernel: bool | None = subsumed("the compiler's own loss, which makes no logits")
-    """Use Liger's kernel for the DPO loss. Unset: no."""
-
-    dpo_use_logits_to_keep: bool | None = subsumed("the compiler's own loss, which makes no logits")
-    """Compute logits for the answers only. Unset: no."""
-
-    dpo_norm_loss: bool | None = not_yet(f"{_GONE}: use dpo_loss_type: sigmoid_norm")
-    """Normalize the loss by the length of the answer. Unset: no."""
-
-    dpo_generate_during_eval: bool | None = not_yet(f"{_GONE}: set sample_prompt")
-    """Generate answers during validation. Unset: no."""
-
-    rpo_alpha: Float | None = not_yet(
-        f"{_GONE}: use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights: [1.0, ALPHA]"
-    )
-    """Weight of the log-likelihood term of RPO. Unset: none."""
 
     # --- the other methods -----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..base import Int, Keys, PositiveFloat, PositiveInt, key, not_applicable
+from ..base import Int, Keys, PositiveFloat, PositiveInt, key
 from .trl import TrlKeys
 
 _SERVER = "it sets up a server, which is started apart, with vllm serve"
@@ -27,33 +27,6 @@ class VllmKeys(Keys):
 
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion, in tokens. Unset: what the model was made for."""
-
-    data_parallel_size: PositiveInt | None = not_applicable(_SERVER)
-    """Copies of the model in the server. Unset: 1."""
-
-    device: str | None = not_applicable(_SERVER)
-    """Device of the server. Unset: ``auto``."""
-
-    dtype: str | None = not_applicable(_SERVER)
-    """Dtype of the server's weights. Unset: ``auto``."""
-
-    enable_prefix_caching: bool | None = not_applicable(_SERVER)
-    """Keep the keys and values of prompts that begin alike. Unset: vLLM's choice."""
-
-    enable_reasoning: bool | None = not_applicable(_SERVER)
-    """Separate thoughts from answers. Unset: no."""
-
-    reasoning_parser: str | None = not_applicable(_SERVER)
-    """What separates thoughts from answers. Unset: none."""
-
-    enforce_eager: bool | None = not_applicable(_SERVER)
-    """Capture no CUDA graphs. Unset: vLLM's choice."""
-
-    serve_module: str | None = not_applicable(_SERVER)
-    """A Python module that is run as the server. Unset: vLLM's own server."""
-
-    worker_extension_cls: str | None = not_applicable(_SERVER)
-    """A class that extends the server's workers. Unset: none."""
 
 
 _SAME = (
