@@ -77,7 +77,9 @@ class AdapterKeys(Keys):
     single string is a regular expression for whole names, and ``all-linear`` is every linear layer.
     Unset: see ``lora_target_linear``."""
 
-    lora_target_parameters: list[str] | str | None = None
+    lora_target_parameters: list[str] | str | None = key(
+        excludes={"lora_dropout": "needs lora_dropout: 0"}
+    )
     """Names of bare parameters to adapt, e.g. the experts of a mixture. Unset: none."""
 
     lora_exclude_modules: list[str] | str | None = None
@@ -99,10 +101,10 @@ class AdapterKeys(Keys):
     peft_use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(lora_r)`` (rsLoRA)."""
 
-    peft_layers_to_transform: list[Int] | None = None
+    peft_layers_to_transform: list[Int] | None = key(if_written=True)
     """Indices of the blocks that are adapted. Unset: all."""
 
-    peft_layers_pattern: list[str] | str | None = None
+    peft_layers_pattern: list[str] | str | None = key(needs=["peft_layers_to_transform"])
     """The name of the list of blocks, for ``peft_layers_to_transform``. Unset: PEFT finds it."""
 
     peft_layer_replication: list[tuple[Int, Int]] | None = None
@@ -124,13 +126,15 @@ class AdapterKeys(Keys):
     peft: PeftKeys | None = not_applicable("what it holds has a status of its own")
     """Further keys of PEFT. Unset: none."""
 
-    loraplus_lr_ratio: Float | None = key(gt=0)
+    loraplus_lr_ratio: Float | None = key(gt=0, if_written=True)
     """Ratio of the learning rates of ``lora_B`` and ``lora_A`` (LoRA+). Unset: 1."""
 
-    loraplus_lr_embedding: Float = key(1e-6, gt=0)
+    loraplus_lr_embedding: Float = key(1e-6, gt=0, read_with=["loraplus_lr_ratio"])
     """Learning rate of adapted embeddings, with ``loraplus_lr_ratio``."""
 
-    unfrozen_parameters: list[str] | None = None
+    unfrozen_parameters: list[str] | None = key(
+        unread_with={"adapter": "with an adapter, only the adapter is trained"}
+    )
     """Regular expressions: without an adapter, only parameters whose names match one of them at the
     beginning are trained. Unset: all."""
 
@@ -146,18 +150,22 @@ class AdapterKeys(Keys):
     """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
     of the schedule. Unset, or false: none."""
 
-    jagged_restart_warmup_steps: StepsOrOff = key(ge=0)
+    jagged_restart_warmup_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
     """Warm-up after such a restart, in steps. Unset, or false: none."""
 
-    jagged_restart_anneal_steps: StepsOrOff = key(ge=0)
+    jagged_restart_anneal_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
     """Steps over which the learning rate decays before such a restart. Unset, or false: 1."""
 
-    lisa_n_layers: Int | None = key(gt=0)
+    lisa_n_layers: Int | None = key(
+        gt=0,
+        needs=["lisa_step_interval"],
+        excludes={"adapter": "trains whole blocks: set this or adapter, not both"},
+    )
     """Number of blocks that train at a time, drawn at random, while the others are frozen (LISA).
     The embeddings and the output head always train. One process, and no adapter. Unset: all."""
 
-    lisa_step_interval: Int | None = key(gt=0)
+    lisa_step_interval: Int | None = key(gt=0, read_with=["lisa_n_layers"])
     """Steps until LISA draws other blocks. Unset: needed by ``lisa_n_layers``."""
 
-    lisa_layers_attribute: str = "model.layers"
+    lisa_layers_attribute: str = key("model.layers", read_with=["lisa_n_layers"])
     """Where LISA finds the list of blocks."""

@@ -15,7 +15,18 @@ _SHARED_EXPERTS = "use fsdp_config, which also shards the weights of experts"
 class AttentionKeys(Keys):
     """Which implementations a model has, and what it keeps where."""
 
-    attn_implementation: str | None = None
+    attn_implementation: str | None = key(
+        if_written=True,
+        one_of=[
+            "flash_attention",
+            "xformers_attention",
+            "sdp_attention",
+            "flex_attention",
+            "eager_attention",
+            "s2_attention",
+            "sage_attention",
+        ],
+    )
     """The attention of transformers, e.g. ``sdpa``, ``eager`` or ``flash_attention_2``. One whose
     package or GPU is not there is replaced by the model's own choice, with a message: the values
     are the same. Unset: the model's own choice, which is ``sdpa`` for nearly all."""

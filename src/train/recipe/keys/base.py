@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -96,7 +97,8 @@ def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
     rows: dict[str, list[_Unread]] = {}
     groups: dict[str, str] = {}
     text = Path(__file__).with_name("unread_keys.txt").read_text(encoding="utf-8")
-    owner, after, extra = "", None, {}
+    owner, after = "", None
+    extra: dict[str, Any] = {}
     for line in text.splitlines():
         if line.startswith("["):
             place, _, about = line[1:].partition("]")
@@ -170,7 +172,7 @@ def key(
     *,
     values: Reasons | None = None,
     aliases: Sequence[str] = (),
-    **limits: Any,
+    **rules_and_limits: Any,
 ) -> Any:
     """A key that is honoured. One without any of these arguments needs no ``key()``.
 
@@ -178,41 +180,84 @@ def key(
         default: what it is when unset.
         values: those of its values (or of the items of a list) that have another status.
         aliases: older names of the same key.
-        limits: pydantic's, e.g. ``gt=0``.
+        rules_and_limits: how it goes with other keys, by the names in ``Rules``; and pydantic's
+            limits, e.g. ``gt=0``.
     """
-    return Field(default, json_schema_extra=_extra("honoured", "", values, aliases), **limits)
+    return _field("honoured", "", default, values, aliases, rules_and_limits)
 
 
-def subsumed(by: str, default: Any = None, *, values: Reasons | None = None) -> Any:
+def subsumed(by: str, default: Any = None, *, values: Reasons | None = None, **rest: Any) -> Any:
     """A key whose effect one has anyway, ``by`` something else."""
-    return Field(default, json_schema_extra=_extra("subsumed", by, values))
+    return _field("subsumed", by, default, values, (), rest)
 
 
 def not_applicable(
-    why: str, default: Any = None, *, aliases: Sequence[str] = (), **limits: Any
+    why: str, default: Any = None, *, aliases: Sequence[str] = (), **rest: Any
 ) -> Any:
     """A key that cannot change the run here; ``why`` says the reason."""
-    extra = _extra("not applicable", why, aliases=aliases)
-    return Field(default, json_schema_extra=extra, **limits)
+    return _field("not applicable", why, default, None, aliases, rest)
 
 
 def not_yet(
-    instead: str,
-    default: Any = None,
-    *,
-    values: Reasons | None = None,
-    aliases: Sequence[str] = (),
-    **limits: Any,
+    instead: str, default: Any = None, *, values: Reasons | None = None, **rest: Any
 ) -> Any:
     """A key that would change the run and cannot yet; ``instead`` says what to do."""
-    extra = _extra("not yet available", instead, values, aliases)
-    return Field(default, json_schema_extra=extra, **limits)
+    return _field("not yet available", instead, default, values, (), rest)
 
 
-def _extra(
-    status: Status, note: str, values: Reasons | None = None, aliases: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What the JSON schema says about a key besides its type."""
+@dataclass(frozen=True)
+class Rules:
+    """How a key goes with others of its class; ``conflicts.py`` applies these.
+
+    A condition is ``NAME`` (that key asks for something), ``NAME: VALUE``, or several of them with
+    `` or `` between them. ``METHOD`` is the preference method that a recipe asks for. What is said
+    may have ``{key}`` in it: the first of the names that the recipe has (of ``METHOD``, its name).
+
+    Attributes:
+        excludes: conditions that must not hold beside the key, each with what is said: a sequence
+            says ``set this or KEY, not both``.
+        needs: conditions that must hold beside it; a sequence says ``needs CONDITION``.
+        one_of: keys that exclude each other, and this one: the second that is set is refused.
+        because: the end of what is said then.
+        read_with: conditions without which nothing reads the key; a sequence says
+            ``only CONDITION reads it``.
+        unread_with: conditions under which nothing reads it, each with the reason.
+        methods: the preference methods that read it; None: this does not depend on them.
+        more_than: a number asks for something only above this.
+        if_written: any value asks for something, 0 and an empty one too.
+    """
+
+    excludes: Mapping[str, str] | Sequence[str] = ()
+    needs: Mapping[str, str] | Sequence[str] = ()
+    one_of: Sequence[str] = ()
+    because: str = ""
+    read_with: Mapping[str, str] | Sequence[str] = ()
+    unread_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    methods: Sequence[str] | None = None
+    more_than: int | None = None
+    if_written: bool = False
+
+
+METHOD = "preference method"
+"""In a condition: any method that trains on preferences or rewards."""
+
+VALIDATION = {
+    "val_set_size or test_datasets": "there are no rows to validate on: val_set_size is 0"
+}
+"""Without these, nothing reads the keys of validation."""
+
+_RULES = frozenset(rule.name for rule in fields(Rules))
+
+
+def _field(
+    status: Status,
+    note: str,
+    default: Any,
+    values: Reasons | None,
+    aliases: Sequence[str],
+    rules_and_limits: Mapping[str, Any],
+) -> Any:
+    """What the JSON schema says about a key besides its type, and its rules."""
     extra: dict[str, Any] = {"status": status}
     if note:
         extra["note"] = note
@@ -220,7 +265,10 @@ def _extra(
         extra["values"] = [{"value": v, "status": s, "note": n} for v, (s, n) in values.items()]
     if aliases:
         extra["aliases"] = list(aliases)
-    return extra
+    if rules := {k: v for k, v in rules_and_limits.items() if k in _RULES}:
+        extra["rules"] = Rules(**rules)
+    limits = {k: v for k, v in rules_and_limits.items() if k not in _RULES}
+    return Field(default, json_schema_extra=extra, **limits)
 
 
 def nested(annotation: Any) -> type[Keys] | None:
@@ -280,3 +328,13 @@ def extra_of(field: FieldInfo) -> dict[str, Any]:
     """What was said about a key with the functions above."""
     extra = field.json_schema_extra
     return extra if isinstance(extra, dict) else {}
+
+
+_NO_RULES = Rules()
+
+
+def rules_of(model: type[Keys], name: str) -> Rules:
+    """How a key goes with others."""
+    about = model.model_fields.get(name)
+    rules: Rules = _NO_RULES if about is None else extra_of(about).get("rules", _NO_RULES)
+    return rules

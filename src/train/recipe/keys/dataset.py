@@ -122,10 +122,10 @@ class Dataset(Keys):
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. Unset: its main branch."""
 
-    shards: Int | None = key(gt=0)
+    shards: Int | None = key(gt=0, if_written=True)
     """Cut the dataset into so many parts and use one. Unset: use all of it."""
 
-    shards_idx: Int = key(0, ge=0)
+    shards_idx: Int = key(0, ge=0, if_written=True, needs=["shards"])
     """Which of the ``shards`` is used, from 0."""
 
     # --- chats -----------------------------------------------------------------------------------
@@ -161,10 +161,14 @@ class Dataset(Keys):
     """The names of a message's fields, where they are not ``role`` and ``content``, e.g.
     ``{role: from, content: value}``."""
 
-    message_field_role: str | None = None
+    message_field_role: str | None = key(
+        if_written=True, excludes=["message_property_mappings.role"]
+    )
     """The older way to say ``message_property_mappings.role``. Unset: ``role``."""
 
-    message_field_content: str | None = None
+    message_field_content: str | None = key(
+        if_written=True, excludes=["message_property_mappings.content"]
+    )
     """The older way to say ``message_property_mappings.content``. Unset: ``content``."""
 
     message_field_training: str | None = None

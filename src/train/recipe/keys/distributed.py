@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Int, Keys, key, not_applicable, not_yet
+from .base import METHOD, Int, Keys, key, not_applicable, not_yet
 from .fsdp import FsdpKeys
 
 Words = Literal[
@@ -21,6 +21,13 @@ _LAUNCHER = (
 )
 _SHARED_EXPERTS = "only expert_parallel_size reads it"
 _RING = "torch's own ring attention"
+
+
+_LISA = "set this or lisa_n_layers, not both: LISA trains with one process"
+_WHOLE_HEAD = (
+    "set this or {key}, not both: {key} is a loss whose tiles need the whole output head in each "
+    "process (DDP)"
+)
 
 
 def _words(value: Any) -> Any:
@@ -42,33 +49,61 @@ class ContextParallelKeys(Keys):
 class DistributedKeys(Keys):
     """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
 
-    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = None
+    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = key(
+        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD}
+    )
     """Shard the model with FSDP2: true, or options as a list or a text, e.g. ``[full_shard,
     auto_wrap, offload]``, which mean the same as those of ``fsdp_config``. Unset: only where
     ``fsdp_config`` has a key."""
 
-    fsdp_config: FsdpKeys | None = not_applicable("what it holds has a status of its own")
+    fsdp_config: FsdpKeys | None = not_applicable(
+        "what it holds has a status of its own",
+        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD},
+    )
     """Settings of FSDP; any key in it shards the model with FSDP2. Unset: none."""
 
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
     """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: str | dict[str, Any] | None = key(
+        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD}
+    )
     """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
     ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
 
-    dp_shard_size: Int | None = key(ge=1)
+    dp_shard_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
     """Number of processes that share one copy of the weights, with FSDP. Unset, or 1: all of them,
     divided by ``dp_replicate_size``."""
 
-    dp_replicate_size: Int | None = key(ge=1)
+    dp_replicate_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
     """Number of copies of the weights: with FSDP, each is sharded (hybrid sharding). Unset: 1."""
 
-    tensor_parallel_size: Int = key(1, ge=1)
+    tensor_parallel_size: Int = key(
+        1,
+        ge=1,
+        more_than=1,
+        excludes={
+            "lisa_n_layers": _LISA,
+            "use_dft or use_eaft": "set this or {key}, not both",
+            METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
+            "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
+        },
+    )
     """Devices that share each layer, by the plan that transformers has for the model. With FSDP
     they may be several groups; ``dp_shard_size`` and ``dp_replicate_size`` count groups then."""
 
-    context_parallel_size: Int = key(1, aliases=["sequence_parallel_degree"], ge=1)
+    context_parallel_size: Int = key(
+        1,
+        aliases=["sequence_parallel_degree"],
+        ge=1,
+        more_than=1,
+        excludes={
+            "lisa_n_layers": _LISA,
+            "use_dft or use_eaft": "set this or {key}, not both",
+            METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
+            "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
+        },
+    )
     """Devices that share each sequence, by torch's ring attention. GPUs only."""
 
     context_parallel: ContextParallelKeys | None = not_applicable(

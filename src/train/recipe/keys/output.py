@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Float, Int, Keys, key, not_applicable
+from .base import METHOD, VALIDATION, Float, Int, Keys, key, not_applicable
 
 
 def _no(value: Any) -> Any:
@@ -17,6 +17,10 @@ Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_n
 
 
 Metrics = Literal["perplexity", "sacrebleu", "comet", "ter", "chrf"]
+
+
+_NO_ROWS = "needs val_set_size or test_datasets: there are no rows to validate on"
+_NO_PERPLEXITY = "validation has the figures of the method, without perplexity"
 
 
 class DynamicCheckpointKeys(Keys):
@@ -61,7 +65,7 @@ class OutputKeys(Keys):
     """Optimizer steps between two checkpoints; below 1: as a fraction of all steps. Unset: none,
     only the result is saved."""
 
-    saves_per_epoch: Int | None = key(gt=0)
+    saves_per_epoch: Int | None = key(gt=0, excludes=["save_steps"])
     """Checkpoints per epoch. Unset: see ``save_steps``."""
 
     save_total_limit: Int | None = key(gt=0)
@@ -84,20 +88,20 @@ class OutputKeys(Keys):
     """When validation is done: ``no``, by ``steps``, or after each ``epoch``. Unset: ``steps`` if
     ``eval_steps`` or ``evals_per_epoch`` is set; before and after training anyway."""
 
-    eval_steps: Int | Float | None = key(gt=0)
+    eval_steps: Int | Float | None = key(gt=0, needs={"val_set_size or test_datasets": _NO_ROWS})
     """Optimizer steps between two validations; below 1: as a fraction of all steps. Unset: before
     the first and after the last step."""
 
-    evals_per_epoch: Int | None = key(ge=0)
+    evals_per_epoch: Int | None = key(ge=0, excludes=["eval_steps"], read_with=VALIDATION)
     """Validations per epoch. Unset: see ``eval_steps``."""
 
     eval_delay: Float | None = key(ge=0)
     """Steps or epochs (as ``eval_strategy``) before the first validation. Unset: none."""
 
-    eval_on_start: bool | None = None
+    eval_on_start: bool | None = key(read_with=VALIDATION)
     """Validate before the first step. Unset: yes."""
 
-    load_best_model_at_end: bool = False
+    load_best_model_at_end: bool = key(False, read_with=VALIDATION)
     """Load the best checkpoint at the end."""
 
     metric_for_best_model: str | None = None
@@ -113,14 +117,23 @@ class OutputKeys(Keys):
     )
     """Longest prediction in that table, in tokens. Unset: 128."""
 
-    do_causal_lm_eval: bool | None = None
+    do_causal_lm_eval: bool | None = key(
+        needs={"eval_causal_lm_metrics": "needs eval_causal_lm_metrics: [perplexity]"},
+        excludes={
+            "kd_trainer": "validation has the loss of distillation, which has no "
+            "perplexity: leave it out"
+        },
+        unread_with={METHOD: _NO_PERPLEXITY},
+    )
     """Compute ``eval_causal_lm_metrics`` at each validation. Unset: no."""
 
     eval_causal_lm_metrics: list[Metrics] | None = key(
         values={
             name: ("not yet available", "evaluate generated text with a tool of its own")
             for name in ("sacrebleu", "comet", "ter", "chrf")
-        }
+        },
+        read_with=["do_causal_lm_eval"],
+        unread_with={METHOD: _NO_PERPLEXITY},
     )
     """Which: ``perplexity`` is that of the trained tokens. Unset: all that Axolotl has, of which
     only this one can be had: it must be set."""

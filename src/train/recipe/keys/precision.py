@@ -30,10 +30,22 @@ class PrecisionKeys(Keys):
     """TensorFloat-32 for float32 matrix products on GPUs of Ampere or later. ``auto``: torch's
     default. No effect on a CPU."""
 
-    load_in_4bit: bool = False
+    load_in_4bit: bool = key(
+        False,
+        needs={
+            "adapter": "quantized weights cannot be trained: set adapter, or load_in_4bit: false"
+        },
+        excludes=["model_quantization_config"],
+    )
     """Keep the frozen weights in 4 bits (bitsandbytes; NF4 with double quantization)."""
 
-    load_in_8bit: bool = False
+    load_in_8bit: bool = key(
+        False,
+        needs={
+            "adapter": "quantized weights cannot be trained: set adapter, or load_in_8bit: false"
+        },
+        excludes=["load_in_4bit", "model_quantization_config"],
+    )
     """Keep the frozen weights in 8 bits (bitsandbytes LLM.int8())."""
 
     bnb_config_kwargs: dict[str, Any] | None = None
@@ -41,11 +53,18 @@ class PrecisionKeys(Keys):
     ``{bnb_4bit_quant_type: fp4}``; ``bnb_4bit_quant_storage`` is the dtype of the weights where
     FSDP or ZeRO-3 shards them. Unset: none."""
 
-    fp32_norms: bool = False
+    fp32_norms: bool = key(
+        False,
+        excludes={
+            "fsdp or fsdp_config or deepspeed": (
+                "not with {key}, whose shards have one dtype: leave it out"
+            )
+        },
+    )
     """Keep the weights of norms in float32, train them and compute in it, where all else is in 16
     bits. Not with FSDP or DeepSpeed, whose shards have one dtype."""
 
-    fp32_norm_classes: list[str] | None = key(min_length=1)
+    fp32_norm_classes: list[str] | None = key(min_length=1, read_with=["fp32_norms"])
     """Which modules are norms: ends of the names of their classes, or names with their modules and
     dots. Unset: ``RMSNorm`` and ``LayerNorm``."""
 

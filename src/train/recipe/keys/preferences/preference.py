@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator
 
-from ..base import Float, Int, Keys, PositiveFloat, key
+from ..base import Float, Int, Keys, PositiveFloat, key, not_applicable
 from .trl import TrlKeys
 from .unread import METHOD_KEYS, loose_types
 from .vllm import VllmKeys
@@ -24,6 +24,11 @@ DpoLoss = Literal[
 """The losses that TRL's trainer of DPO has."""
 
 
+PAIRED = ("dpo", "ipo")
+GENERATING = ("grpo", "gdpo")
+WITH_BETA = (*PAIRED, "orpo", "kto", "simpo", "cpo", *GENERATING)
+
+
 _LOOSE = loose_types(TrlKeys, VllmKeys)
 
 
@@ -31,7 +36,9 @@ class PreferenceKeys(Keys):
     """Preferences and rewards."""
 
     rl: Literal["dpo", "ipo", "orpo", "kto", "simpo", "grpo", "gdpo", "cpo", "ebft"] | None = key(
-        values={"ebft": ("not yet available", _EBFT)}
+        values={"ebft": ("not yet available", _EBFT)},
+        one_of=["reward_model", "process_reward_model", "kd_trainer"],
+        because=": a run trains with one method",
     )
     """The preference or reinforcement learning method. Unset: supervised training.
 
@@ -48,15 +55,15 @@ class PreferenceKeys(Keys):
     process_reward_model: bool | None = None
     """Train a reward model that scores each reasoning step. Unset: no."""
 
-    rl_beta: _NotNegative | None = key(aliases=["dpo_beta", "beta"])
+    rl_beta: _NotNegative | None = key(aliases=["dpo_beta", "beta"], methods=WITH_BETA)
     """Strength of the penalty for moving away from the reference model. Unset: the method's
     default."""
 
-    num_labels: Int | None = key(gt=0)
+    num_labels: Int | None = key(gt=0, methods=["reward", "process_reward"])
     """Number of outputs of a reward model. Unset: 1 for ``reward_model``, 2 for
     ``process_reward_model``."""
 
-    center_rewards_coefficient: _NotNegative | None = None
+    center_rewards_coefficient: _NotNegative | None = key(methods=["reward"])
     """Coefficient of the loss term that keeps the mean reward close to 0. Unset: 0."""
 
     # --- DPO and IPO -----------------------------------------------------------------------------
@@ -64,45 +71,52 @@ class PreferenceKeys(Keys):
     dpo_loss_type: list[DpoLoss] | DpoLoss | None = None
     """The loss, or losses, of DPO. Unset: ``sigmoid``."""
 
-    dpo_loss_weights: list[Float] | None = key(min_length=1)
+    dpo_loss_weights: list[Float] | None = key(min_length=1, needs=["dpo_loss_type"])
     """Weights of several DPO losses. Unset: 1 each."""
 
-    dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
+    dpo_label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = key(methods=["dpo"])
     """Probability that the two answers of a pair are swapped. Unset: 0."""
 
-    dpo_use_weighting: bool | None = None
+    dpo_use_weighting: bool | None = key(methods=PAIRED)
     """Weight each pair by its probability under the model. Unset: no."""
 
-    dpo_ld_alpha: _Fraction | None = None
+    dpo_ld_alpha: _Fraction | None = key(methods=PAIRED)
     """Weight of the tokens that an answer has beyond the length of the shorter one (LD-DPO). Unset:
     1."""
 
-    precompute_ref_log_probs: bool | None = None
+    dpo_padding_free: bool | None = not_applicable(
+        "TRL's trainer pads the sequences of a batch",
+        methods=PAIRED,
+        excludes=["precompute_ref_log_probs"],
+    )
+    """Concatenate the sequences of a batch instead of padding them. Unset: no."""
+
+    precompute_ref_log_probs: bool | None = key(methods=[*PAIRED, "kto"])
     """Compute the log probabilities of the reference model before training. Unset: no."""
 
     # --- the other methods -----------------------------------------------------------------------
 
-    orpo_alpha: PositiveFloat | None = None
+    orpo_alpha: PositiveFloat | None = key(methods=["orpo"])
     """Weight of the odds-ratio term of ORPO. Unset: 0.1."""
 
-    cpo_alpha: _NotNegative | None = None
+    cpo_alpha: _NotNegative | None = key(methods=["cpo", "simpo"])
     """Weight of the log-likelihood term of CPO and SimPO; 0 is SimPO as published. Unset: 1."""
 
-    simpo_gamma: _NotNegative | None = None
+    simpo_gamma: _NotNegative | None = key(methods=["simpo"])
     """Target reward margin of SimPO. Unset: 0.5."""
 
-    kto_desirable_weight: PositiveFloat | None = None
+    kto_desirable_weight: PositiveFloat | None = key(methods=["kto"])
     """Weight of desirable answers in KTO. Unset: 1."""
 
-    kto_undesirable_weight: PositiveFloat | None = None
+    kto_undesirable_weight: PositiveFloat | None = key(methods=["kto"])
     """Weight of undesirable answers in KTO. Unset: 1."""
 
     # --- groups ----------------------------------------------------------------------------------
 
-    trl: TrlKeys | None = None
+    trl: TrlKeys | None = key(methods=WITH_BETA)
     """Settings for TRL's trainers. Unset: none."""
 
-    vllm: VllmKeys | None = None
+    vllm: VllmKeys | None = key(methods=GENERATING)
     """Settings for vLLM, which generates completions for GRPO. Unset: none."""
 
     # The keys that ask for a method stand first, so that their values are known here.
@@ -122,3 +136,7 @@ class PreferenceKeys(Keys):
     def _as_it_is(self, value: Any) -> Any:
         """Take values of any type, without a warning."""
         return value
+
+
+OF_METHODS = PreferenceKeys.model_fields.keys() - set(METHOD_KEYS)
+"""The keys that nothing reads without a method."""

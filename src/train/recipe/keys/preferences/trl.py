@@ -20,6 +20,8 @@ ONLY = "only a preference method (key rl) reads it"
 _ASYNC = "only async_prefetch and use_data_producer read it"
 _BETWEEN = "leave it out: completions are generated between the steps that train on them"
 
+_MOVING = {"sync_ref_model: true": "only trl.sync_ref_model: true reads it"}
+
 _Fraction = Annotated[Float, Field(ge=0, le=1)]
 _NotNegative = Annotated[Float, Field(ge=0)]
 
@@ -133,10 +135,10 @@ class TrlKeys(Keys):
     sync_ref_model: bool | None = None
     """Move the reference model towards the model during training. Unset: no."""
 
-    ref_model_mixup_alpha: _Fraction | None = None
+    ref_model_mixup_alpha: _Fraction | None = key(read_with=_MOVING)
     """How much of the model goes into the reference model. Unset: 0.9."""
 
-    ref_model_sync_steps: PositiveInt | None = None
+    ref_model_sync_steps: PositiveInt | None = key(read_with=_MOVING)
     """Steps after which it is moved. Unset: 64."""
 
     # --- logging ---------------------------------------------------------------------------------
@@ -180,13 +182,20 @@ class TrlKeys(Keys):
     """Whether large ratios are clipped or left out, by token or by sequence. Unset:
     ``sequence_mask``."""
 
-    vllm_importance_sampling_cap: PositiveFloat | None = None
+    vllm_importance_sampling_cap: PositiveFloat | None = key(
+        if_written=True,
+        excludes={
+            "vllm_importance_sampling_clip_max": (
+                "is the older name of vllm_importance_sampling_clip_max, which is set, too"
+            )
+        },
+    )
     """The older name of ``vllm_importance_sampling_clip_max``. Unset: that."""
 
     vllm_importance_sampling_clip_min: _NotNegative | None = None
     """The smallest such ratio. Unset: 0."""
 
-    vllm_importance_sampling_clip_max: PositiveFloat | None = None
+    vllm_importance_sampling_clip_max: PositiveFloat | None = key(if_written=True)
     """The largest such ratio. Unset: 3."""
 
     # --- Axolotl's asynchronous trainer ----------------------------------------------------------
