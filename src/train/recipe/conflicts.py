@@ -6,20 +6,33 @@ whether another key asks for something.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from ...errors import did_you_mean
 from ..chat_templates import unknown_template
-from .distributed.conflicts import distributed_conflicts, distributed_without_effect
 from .keys.base import METHOD, Keys, UnreadKeys, nested, rules_of
-from .keys.dataset import TEACHER_TYPES, TYPES
-from .keys.preferences.names import reward_problem, type_problem
-from .keys.preferences.preference import GENERATING, OF_METHODS, PAIRED, WITH_BETA
-from .keys.preferences.unread import has_method
+from .keys.distributed import DistributedKeys, FsdpKeys
+from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
+from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
 from .preferences import HEADS, ROWS
 from .problems import Loc
 from .recipe import Recipe
+from .strategy import (
+    RESHARDS,
+    context_key,
+    contexts,
+    is_sharded,
+    names_fsdp,
+    offloads,
+    settings,
+    strategies,
+    words,
+    wrap_policy,
+)
 
 Values = Mapping[str, Any]
 Problem = tuple[Loc, str]
@@ -488,8 +501,268 @@ def _preference_rows(values: Values, method: str, loc: Loc) -> Iterator[Problem]
                 yield (*loc, "type", name), said
 
 
+# --- several processes ----------------------------------------------------------------------------
+
+_OF_DDP = ("ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters")
+
+
+def _distributed(values: Values) -> Iterator[Problem]:
+    """Yield the place and the problem of keys that conflict with those of several processes.
+
+    Args:
+        values: the recipe as written, unset keys left out. It may have other problems.
+    """
+    recipe = _keys(values)
+    if recipe is None:
+        return
+    fsdp = "fsdp" if recipe.fsdp else "fsdp_config"
+    if recipe.deepspeed and names_fsdp(recipe):
+        yield ("deepspeed",), f"set this or {fsdp}, not both: each shards the model in its own way"
+    engine = _sharding_key(recipe)
+    if engine and values.get("device_map") is not None:
+        said = f"set this or {engine}, not both: it gives each process its own device"
+        yield ("device_map",), said
+    if is_sharded(recipe) and values.get("load_in_8bit"):
+        yield (
+            ("load_in_8bit",),
+            f"weights of 8 bits cannot be sharded by FSDP: use adapter: qlora with load_in_4bit: "
+            f"true, or remove {fsdp}, so that each process has the whole model",
+        )
+    if names_fsdp(recipe):
+        yield from _strategies(recipe)
+        yield from _options(recipe)
+    yield from _sizes(recipe)
+    yield from _groups_of_processes(values, recipe)
+    yield from _sharded_optimizers(values, recipe)
+
+
+def _unread_distributed(values: Values) -> Iterator[tuple[Sequence[str], str]]:
+    """Yield keys of several processes that nothing reads beside the others, with the reason.
+
+    Args:
+        values: the recipe as written; unset keys may be None. Nested keys are dotted.
+    """
+    recipe = _keys(values)
+    if recipe is None:
+        return
+    config, engine = settings(recipe), _sharding_key(recipe)
+    if contexts(recipe) > 1 and values.get("attn_implementation") != "sdpa":
+        yield (
+            ("attn_implementation",),
+            f"{'.'.join(context_key(recipe))} needs torch's own attention, which has a flash "
+            "kernel, too",
+        )
+    if engine:
+        yield _OF_DDP, f"only DDP reads it, and {engine} shards the model"
+    if not is_sharded(recipe):
+        yield ("state_dict_type",), "only FSDP reads it"
+        if not engine and recipe.fsdp is None and recipe.fsdp_config is None:
+            yield ("fsdp_version",), "by itself it shards nothing: set fsdp: true or fsdp_config"
+        why = "NO_SHARD is DDP: each process has the whole model"
+        if recipe.fsdp is False:
+            why = "fsdp is false"
+        names = [n for n in FsdpKeys.model_fields if n != "sharding_strategy" or not recipe.fsdp]
+        yield [f"fsdp_config.{name}" for name in names], why
+        return
+    policy = wrap_policy(recipe)
+    if policy != "SIZE_BASED_WRAP":
+        reason = "only auto_wrap_policy: SIZE_BASED_WRAP reads it"
+        yield ("fsdp_config.min_num_params",), reason
+    if policy != "TRANSFORMER_BASED_WRAP":
+        reason = "only auto_wrap_policy: TRANSFORMER_BASED_WRAP reads it"
+        yield ("fsdp_config.transformer_layer_cls_to_wrap",), reason
+    if not offloads(recipe):
+        yield ("fsdp_config.cpu_offload_pin_memory",), "only offload_params reads it"
+    if config.state_dict_type is not None:
+        yield ("state_dict_type",), "fsdp_config.state_dict_type says the same"
+
+
+def _keys(values: Values) -> DistributedKeys | None:
+    """The keys of several processes; None where one of them has a problem of its own."""
+    own: dict[str, Any] = {}
+    for name in DistributedKeys.model_fields:
+        value = values.get(name)
+        if name in ("fsdp_config", "context_parallel") and isinstance(value, Mapping):
+            value = {k: v for k, v in value.items() if v is not None}
+        if value is not None:
+            own[name] = value
+    try:
+        return DistributedKeys.model_validate(own)
+    except ValidationError:
+        return None
+
+
+def _sharding_key(recipe: DistributedKeys) -> str | None:
+    """The key of the engine that shards the model; None: none does."""
+    if recipe.deepspeed:
+        return "deepspeed"
+    if not is_sharded(recipe):
+        return None
+    return "fsdp" if recipe.fsdp else "fsdp_config"
+
+
+def _strategies(recipe: DistributedKeys) -> Iterator[Problem]:
+    named = strategies(recipe)
+    for key, name in named[1:]:
+        if name != named[0][1]:
+            yield tuple(key.split(".")), f"{name} contradicts {_said(*named[0])}: remove one"
+            return
+    asked = settings(recipe).reshard_after_forward
+    if named and isinstance(asked, bool) and RESHARDS[named[0][1]] is (not asked):
+        yield (
+            ("fsdp_config", "reshard_after_forward"),
+            f"{str(asked).lower()} contradicts {_said(*named[0])}, which is "
+            f"{str(not asked).lower()}: remove one",
+        )
+    if named and named[0][1].startswith("HYBRID") and (recipe.dp_replicate_size or 1) == 1:
+        key, name = named[0]
+        yield (
+            tuple(key.split(".")),
+            f"{name} needs dp_replicate_size: the number of copies of the model, such as the "
+            "number of machines; each copy is sharded over the other processes",
+        )
+
+
+def _options(recipe: DistributedKeys) -> Iterator[Problem]:
+    config = settings(recipe)
+    if "offload" in words(recipe) and config.offload_params is False:
+        yield ("fsdp_config", "offload_params"), "false contradicts fsdp: offload: remove one"
+    if "auto_wrap" in words(recipe) and config.auto_wrap_policy == "NO_WRAP":
+        yield ("fsdp_config", "auto_wrap_policy"), "NO_WRAP contradicts fsdp: auto_wrap: remove one"
+    if config.auto_wrap_policy == "SIZE_BASED_WRAP" and not config.min_num_params:
+        yield (
+            ("fsdp_config", "auto_wrap_policy"),
+            "SIZE_BASED_WRAP needs min_num_params, e.g. 100000000",
+        )
+    types = (recipe.state_dict_type, config.state_dict_type)
+    if None not in types and types[0] != types[1]:
+        yield ("state_dict_type",), f"contradicts fsdp_config.state_dict_type: {types[1]}"
+
+
+def _sizes(recipe: DistributedKeys) -> Iterator[Problem]:
+    for key in ("dp_shard_size", "dp_replicate_size"):
+        if recipe.deepspeed and (getattr(recipe, key) or 1) > 1:
+            yield (
+                (key,),
+                "DeepSpeed shards the model over all processes: remove this, or use fsdp_config in "
+                "place of deepspeed",
+            )
+    if not recipe.deepspeed and not is_sharded(recipe) and (recipe.dp_shard_size or 1) > 1:
+        yield (
+            ("dp_shard_size",),
+            "needs FSDP, without which each process has the whole model: set fsdp: true",
+        )
+
+
+def _said(key: str, name: str) -> str:
+    return f"{key}: {name.lower() if key == 'fsdp' else name}"
+
+
+_TENSOR = ("tensor_parallel_size",)
+
+
+def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
+    """Yield the place and the problem of keys that conflict with tensor or context parallelism.
+
+    Args:
+        values: the recipe as written.
+        recipe: its keys of several processes.
+    """
+    context = context_key(recipe)
+    sizes = {_TENSOR: recipe.tensor_parallel_size, context: contexts(recipe)}
+    yield from _data_parallel(recipe, [loc for loc, size in sizes.items() if size > 1])
+    if context[1:] and recipe.context_parallel_size not in (1, contexts(recipe)):
+        yield context, f"contradicts context_parallel_size: {recipe.context_parallel_size}"
+    if sizes[_TENSOR] > 1:
+        yield from _tensor(values)
+    if sizes[context] > 1:
+        yield from _context(values, ".".join(context))
+
+
+def _data_parallel(recipe: DistributedKeys, keys: list[tuple[str, ...]]) -> Iterator[Problem]:
+    """What averages gradients over several groups, or over the parts of a sequence."""
+    if recipe.deepspeed:
+        for loc in keys:
+            yield loc, "DeepSpeed does not go with it here: use fsdp_config in place of deepspeed"
+    elif not is_sharded(recipe) and keys and keys[-1] != _TENSOR:
+        yield (
+            keys[-1],
+            "needs FSDP, which adds up what the parts of a sequence give: set fsdp: true",
+        )
+    elif not is_sharded(recipe) and keys and (recipe.dp_replicate_size or 1) > 1:
+        yield ("dp_replicate_size",), f"needs FSDP beside {'.'.join(keys[0])}: set fsdp: true"
+
+
+def _tensor(values: Values) -> Iterator[Problem]:
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if values.get(key):
+            yield (
+                _TENSOR,
+                f"quantized weights cannot be divided: use fsdp_config in its place, or {key}: "
+                "false with adapter: lora",
+            )
+    for key in ("peft_use_dora", "lora_target_parameters"):
+        if values.get(key):
+            yield _TENSOR, f"{key} needs whole weights: remove one of the two"
+
+
+def _context(values: Values, key: str) -> Iterator[Problem]:
+    """What torch's ring attention cannot do: it knows the causal mask, and no other."""
+    for name in ("sample_packing", "eval_sample_packing"):
+        if values.get(name):
+            yield (
+                (name,),
+                f"the samples of a pack would see each other: torch's ring attention ({key}) has "
+                "no masks; set it to false",
+            )
+    asked = str(values.get("attn_implementation", "sdpa"))
+    if asked != "sdpa" and "flash" not in asked:
+        yield ("attn_implementation",), f"{key} needs sdpa, torch's own attention"
+    for name in ("eager_attention", "flex_attention"):
+        if values.get(name):
+            yield (name,), f"{key} needs sdpa, torch's own attention: set it to false"
+    if values.get("label_smoothing_factor"):
+        yield ("label_smoothing_factor",), f"is not there for parts of sequences ({key}): remove it"
+    if values.get("sample_prompt"):
+        yield (
+            ("sample_prompt",),
+            f"{key} leaves the model without the masks that answering needs: remove it, and ask "
+            "the result with fusewright chat",
+        )
+
+
+_FEW_BITS = re.compile(r"_\d+bit")
+_OTHERS = ("ademamix", "rmsprop_bnb", "adafactor")
+
+
+def _sharded_optimizers(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
+    """Yield the place and the problem of an optimizer that cannot train as the other keys say.
+
+    Those of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
+    FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those of
+    no parameter.
+
+    Args:
+        values: the recipe as written.
+        recipe: its keys of several processes.
+    """
+    name = str(values.get("optimizer", ""))
+    divided, of_torch = recipe.tensor_parallel_size > 1, name.startswith("adamw_torch")
+    few_bits = bool(_FEW_BITS.search(name)) and (divided or not of_torch)
+    if (divided or is_sharded(recipe)) and (few_bits or name in _OTHERS):
+        key = "tensor_parallel_size" if divided else "FSDP"
+        instead = "adamw_torch_fused" if divided else "adamw_torch_fused or adamw_torch_8bit"
+        yield ("optimizer",), f"{name} needs whole weights, which {key} divides: use {instead}"
+    elif recipe.deepspeed and "8bit" in name and not (of_torch or values.get("save_only_model")):
+        yield (
+            ("optimizer",),
+            f"under DeepSpeed, checkpoints cannot hold the state of {name}: use adamw_torch_fused, "
+            "or set save_only_model: true",
+        )
+
+
 _CHECKS: tuple[Callable[[Values], Iterator[Problem]], ...] = (
-    _model, _adapter, _rows, _steps, _output, _preferences, distributed_conflicts, _distillation,
+    _model, _adapter, _rows, _steps, _output, _preferences, _distributed, _distillation,
 )  # fmt: skip
 
 
@@ -583,5 +856,5 @@ def _named(methods: Sequence[str]) -> str:
 
 
 _READERS: tuple[Callable[[Values], Iterator[tuple[Sequence[str], str]]], ...] = (
-    _unread_keys, distributed_without_effect, _unread_preferences,
+    _unread_keys, _unread_distributed, _unread_preferences,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
 from .keys.precision import PrecisionKeys
-from .keys.preferences.preference import PreferenceKeys
+from .keys.preferences import PreferenceKeys
 from .keys.tracking import TrackingKeys
 from .strategy import Strategy, strategy_of
 
@@ -98,6 +98,12 @@ class Recipe(
     def strategy(self) -> Strategy:
         """How the work is shared between processes."""
         return strategy_of(self)
+
+    def one_process(self) -> str | None:
+        """The key, as it is written, that means one process; None: no key does."""
+        if self.lisa_n_layers:  # each process would draw blocks, and DDP looks for all gradients
+            return f"lisa_n_layers: {self.lisa_n_layers}"
+        return super().one_process()
 
     def packs(self) -> bool:
         """Whether training rows are packed."""

@@ -13,11 +13,9 @@ from typing import Any
 from ..chat_templates import TOKENIZERS_OWN
 from ..consent import CODE_SWITCH
 from .conflicts import groups_in, without_effect
-from .distributed.deepspeed_config import uses_built_in
+from .deepspeed_config import uses_built_in
 from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
-from .keys.preferences.preference import OF_METHODS
-from .keys.preferences.trl import ONLY
-from .keys.preferences.unread import has_method
+from .keys.preferences import OF_METHODS, ONLY, has_method
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide

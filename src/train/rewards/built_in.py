@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import DataError, RecipeError
-from ..recipe.keys.preferences.names import reward_problem
+from ..recipe.keys.row_types import reward_problem
 
 Generated = str | Sequence[dict[str, Any]]
 """A completion: text, or messages where the prompt is messages."""

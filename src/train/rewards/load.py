@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from ..own_functions import load_function
-from ..recipe.keys.preferences.names import is_function
+from ..recipe.keys.row_types import is_function
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
 from .built_in import Reward, built_in

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fusewright.errors import RecipeError
-from fusewright.train.recipe.keys.preferences.trl import TrlKeys
+from fusewright.train.recipe.keys.preferences import TrlKeys
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.status import entries, messages, refusals
 

@@ -14,9 +14,7 @@ import pytest
 from fusewright.errors import RecipeError
 from fusewright.train.consent import Consent
 from fusewright.train.recipe.conflicts import conflicts, without_effect
-from fusewright.train.recipe.keys.preferences.preference import DpoLoss, PreferenceKeys
-from fusewright.train.recipe.keys.preferences.trl import TrlKeys
-from fusewright.train.recipe.keys.preferences.vllm import VllmKeys
+from fusewright.train.recipe.keys.preferences import DpoLoss, PreferenceKeys, TrlKeys, VllmKeys
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.preferences import ROWS, method_of, preference_settings, rows_of
 from fusewright.train.recipe.recipe import Recipe
@@ -353,9 +351,9 @@ def test_losses_are_those_of_trl() -> None:
 
 def test_every_key_of_the_groups_is_read_or_says_why_not() -> None:
     from fusewright.train.recipe import preferences
+    from fusewright.train.recipe.keys import preferences as trl_keys
+    from fusewright.train.recipe.keys import preferences as vllm_keys
     from fusewright.train.recipe.keys.base import extra_of
-    from fusewright.train.recipe.keys.preferences import trl as trl_keys
-    from fusewright.train.recipe.keys.preferences import vllm as vllm_keys
 
     modules = (preferences, trl_keys, vllm_keys)
     text = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in modules)

@@ -11,10 +11,11 @@ import pytest
 
 from fusewright.errors import RecipeError
 from fusewright.train.inference.past_recipe import written
-from fusewright.train.recipe.distributed.deepspeed_config import built_in, built_in_names
+from fusewright.train.model.quantize import quant_storage
+from fusewright.train.recipe.deepspeed_config import built_in, built_in_names
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.base import extra_of
-from fusewright.train.recipe.keys.fsdp import FsdpKeys
+from fusewright.train.recipe.keys.distributed import FsdpKeys
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.status import entries, messages
@@ -22,7 +23,6 @@ from fusewright.train.recipe.strategy import (
     Fsdp,
     Strategy,
     ddp_arguments,
-    quant_storage,
     strategy_of,
 )
 

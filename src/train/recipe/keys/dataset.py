@@ -8,27 +8,6 @@ from pydantic import Field
 
 from .base import Float, Int, Keys, PositiveFloat, key
 
-TYPES = (
-    "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
-    "alpaca", "alpaca:instruct", "alpaca:chat", "alpaca:chatml", "alpaca_instruct",
-    "alpaca_instruct.load_no_prompt", "alpaca_chat", "alpaca_chat.load_qa",
-    "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
-    "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
-    "alpaca_w_system.load_open_orca_chatml",
-    "alpaca:phi", "alpaca_chat.load_concise", "alpaca_chat.load_camel_ai", "summarizetldr",
-    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml", "gpteacher:phi",
-    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml", "oasst:phi",
-    "jeopardy", "jeopardy:instruct", "jeopardy:chat", "jeopardy:chatml", "jeopardy:phi",
-)  # fmt: skip
-"""The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
-
-_KD = "axolotl.integrations.kd.chat_template"
-
-TEACHER_TYPES = (_KD, f"{_KD}.load_v2", f"{_KD}.load_legacy")
-"""Those of chats with a teacher's log-probabilities."""
-
-_SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
-
 
 class PromptFormat(Keys):
     """A ``type`` that is spelled out: which fields a row has, and the text that they make."""
