@@ -70,22 +70,6 @@ def test_no_value_is_a_mistake_where_nothing_reads_it(
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"dpo_label_smoothing": "much"}, "dpo_label_smoothing: must be a number, not 'much'"),
-        ({"dpo_norm_loss": "much"}, "dpo_norm_loss: must be true or false, not 'much'"),
-        ({"num_labels": True}, "num_labels"),
-        ({"trl": {"num_generation": 4}}, "trl.num_generation: is not a key of a recipe; did you"),
-        ({"trl": 3}, "trl: must be keys and values, not 3"),
-    ],
-)  # fmt: skip
-def test_names_and_types_are_still_checked(keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError) as refused:
-        load_recipe({**BASE, **keys})
-    assert said in str(refused.value)
-
-
-@pytest.mark.parametrize(
     "method", [{"rl": "dpo"}, {"rl": "dop"}, {"reward_model": True}, {"process_reward_model": True}]
 )
 def test_a_method_has_limits(method: dict[str, Any]) -> None:
