@@ -44,7 +44,7 @@ def conflicts(values: Values) -> Iterator[Problem]:
     Args:
         values: the recipe as written, unset keys left out. It may have other problems.
     """
-    yield from _declared_conflicts(Recipe, _with_method(values), ())
+    yield from declared_conflicts(Recipe, _with_method(values))
     for check in _CHECKS:
         yield from check(values)
 
@@ -58,13 +58,20 @@ def without_effect(values: Values) -> Iterator[tuple[str, str]]:
     for check in _READERS:
         for keys, reason in check(values):
             yield from ((key, reason) for key in keys if key.partition(".")[0] in values)
-    yield from _declared_without_effect(Recipe, _with_method(values), "")
+    yield from declared_without_effect(Recipe, _with_method(values))
 
 
 # --- what the keys declare ------------------------------------------------------------------------
 
 
-def _declared_conflicts(model: type[Keys], values: Values, loc: Loc) -> Iterator[Problem]:
+def declared_conflicts(model: type[Keys], values: Values, loc: Loc = ()) -> Iterator[Problem]:
+    """Yield what the rules of a class's keys refuse.
+
+    Args:
+        model: the class.
+        values: its keys as written; ``METHOD`` among them is the method that the recipe asks for.
+        loc: the place of the keys.
+    """
     for name in model.model_fields:
         rules = rules_of(model, name)
         among = [k for k in (name, *rules.one_of) if _asks(model, values, k)]
@@ -73,7 +80,7 @@ def _declared_conflicts(model: type[Keys], values: Values, loc: Loc) -> Iterator
         if name in OF_METHODS and not has_method(values):
             continue  # nothing reads them
         for inner, place, group in _groups(model, name, values):
-            yield from _declared_conflicts(inner, group, (*loc, name, *place))
+            yield from declared_conflicts(inner, group, (*loc, name, *place))
         if not _asks(model, values, name):
             continue
         for condition, said in _texts(rules.excludes, "set this or {key}, not both"):
@@ -84,9 +91,16 @@ def _declared_conflicts(model: type[Keys], values: Values, loc: Loc) -> Iterator
                 yield (*loc, name), said
 
 
-def _declared_without_effect(
-    model: type[Keys], values: Values, prefix: str
+def declared_without_effect(
+    model: type[Keys], values: Values, prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a class that nothing reads by its rules, dotted, each with the reason.
+
+    Args:
+        model: the class.
+        values: its keys, as for ``declared_conflicts``.
+        prefix: what the dotted names begin with.
+    """
     for name in model.model_fields.keys() & values.keys():
         rules = rules_of(model, name)
         reasons = [
@@ -100,7 +114,7 @@ def _declared_without_effect(
         yield from ((prefix + name, reason) for reason in reasons)
         for inner, place, group in () if unread else _groups(model, name, values):
             inside = ".".join(map(str, (name, *place)))
-            yield from _declared_without_effect(inner, group, f"{prefix}{inside}.")
+            yield from declared_without_effect(inner, group, f"{prefix}{inside}.")
 
 
 def _groups(
