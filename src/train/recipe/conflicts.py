@@ -6,6 +6,7 @@ whether another key asks for something.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from ...errors import did_you_mean
 from ..chat_templates import unknown_template
-from .keys.base import METHOD, Keys, UnreadKeys, nested, rules_of
+from .keys.base import METHOD, Keys, Rules, UnreadKeys, nested, rules_of
 from .keys.distributed import DistributedKeys, FsdpKeys
 from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
 from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
@@ -72,13 +73,14 @@ def declared_conflicts(model: type[Keys], values: Values, loc: Loc = ()) -> Iter
         values: its keys as written; ``METHOD`` among them is the method that the recipe asks for.
         loc: the place of the keys.
     """
-    for name in model.model_fields:
-        rules = rules_of(model, name)
+    for name, rules in _ruled(model).items():
+        if name not in values and not rules.one_of:
+            continue
         among = [k for k in (name, *rules.one_of) if _asks(model, values, k)]
         if rules.one_of and len(among) > 1:
             yield (*loc, among[1]), f"set this or {among[0]}, not both{rules.because}"
-        if name in OF_METHODS and not has_method(values):
-            continue  # nothing reads them
+        if not loc and name in OF_METHODS and not has_method(values):
+            continue  # nothing reads it
         for inner, place, group in _groups(model, name, values):
             yield from declared_conflicts(inner, group, (*loc, name, *place))
         if not _asks(model, values, name):
@@ -101,8 +103,9 @@ def declared_without_effect(
         values: its keys, as for ``declared_conflicts``.
         prefix: what the dotted names begin with.
     """
-    for name in model.model_fields.keys() & values.keys():
-        rules = rules_of(model, name)
+    for name, rules in _ruled(model).items():
+        if name not in values:
+            continue
         reasons = [
             said for condition, said in _texts(rules.read_with, "only {condition} reads it")
             if not _holds(model, values, condition)
@@ -115,6 +118,17 @@ def declared_without_effect(
         for inner, place, group in () if unread else _groups(model, name, values):
             inside = ".".join(map(str, (name, *place)))
             yield from declared_without_effect(inner, group, f"{prefix}{inside}.")
+
+
+@functools.cache
+def _ruled(model: type[Keys]) -> dict[str, Rules]:
+    """The keys of a class that have rules, or keys inside."""
+    rules = {name: rules_of(model, name) for name in model.model_fields}
+    plain = Rules()
+    return {
+        name: rule for name, rule in rules.items()
+        if rule != plain or nested(model.model_fields[name].annotation) is not None
+    }  # fmt: skip
 
 
 def _groups(

@@ -130,10 +130,17 @@ _RING = "torch's own ring attention"
 
 
 _LISA = "set this or lisa_n_layers, not both: LISA trains with one process"
-_WHOLE_HEAD = (
-    "set this or {key}, not both: {key} is a loss whose tiles need the whole output head in each "
-    "process (DDP)"
-)
+_SHARDED = {
+    "lisa_n_layers": _LISA,
+    "use_dft or use_eaft": "set this or {key}, not both: {key} is a loss whose tiles need the "
+    "whole output head in each process (DDP)",
+}
+_DIVIDED = {
+    "lisa_n_layers": _LISA,
+    "use_dft or use_eaft": "set this or {key}, not both",
+    METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
+    "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
+}
 
 
 def _words(value: Any) -> Any:
@@ -155,25 +162,21 @@ class ContextParallelKeys(Keys):
 class DistributedKeys(Keys):
     """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
 
-    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = key(
-        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD}
-    )
+    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = key(excludes=_SHARDED)
     """Shard the model with FSDP2: true, or options as a list or a text, e.g. ``[full_shard,
     auto_wrap, offload]``, which mean the same as those of ``fsdp_config``. Unset: only where
     ``fsdp_config`` has a key."""
 
     fsdp_config: FsdpKeys | None = not_applicable(
         "what it holds has a status of its own",
-        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD},
+        excludes=_SHARDED,
     )
     """Settings of FSDP; any key in it shards the model with FSDP2. Unset: none."""
 
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
     """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
-    deepspeed: str | dict[str, Any] | None = key(
-        excludes={"lisa_n_layers": _LISA, "use_dft or use_eaft": _WHOLE_HEAD}
-    )
+    deepspeed: str | dict[str, Any] | None = key(excludes=_SHARDED)
     """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
     ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
 
@@ -188,12 +191,7 @@ class DistributedKeys(Keys):
         1,
         ge=1,
         more_than=1,
-        excludes={
-            "lisa_n_layers": _LISA,
-            "use_dft or use_eaft": "set this or {key}, not both",
-            METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
-            "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
-        },
+        excludes=_DIVIDED,
     )
     """Devices that share each layer, by the plan that transformers has for the model. With FSDP
     they may be several groups; ``dp_shard_size`` and ``dp_replicate_size`` count groups then."""
@@ -203,12 +201,7 @@ class DistributedKeys(Keys):
         aliases=["sequence_parallel_degree"],
         ge=1,
         more_than=1,
-        excludes={
-            "lisa_n_layers": _LISA,
-            "use_dft or use_eaft": "set this or {key}, not both",
-            METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
-            "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
-        },
+        excludes=_DIVIDED,
     )
     """Devices that share each sequence, by torch's ring attention. GPUs only."""
 
