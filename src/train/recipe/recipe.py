@@ -100,10 +100,9 @@ class Recipe(
         return strategy_of(self)
 
     def one_process(self) -> str | None:
-        """The key, as it is written, that means one process; None: no key does."""
-        if self.lisa_n_layers:  # each process would draw blocks, and DDP looks for all gradients
-            return f"lisa_n_layers: {self.lisa_n_layers}"
-        return super().one_process()
+        """A key, as it is written, that means one process; None: none does."""
+        # each process would draw blocks, and DDP looks for all gradients
+        return f"lisa_n_layers: {self.lisa_n_layers}" if self.lisa_n_layers else None
 
     def packs(self) -> bool:
         """Whether training rows are packed."""

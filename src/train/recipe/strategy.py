@@ -158,7 +158,7 @@ def strategy_of(recipe: DistributedKeys) -> Strategy:
             shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
         )  # fmt: skip
     # what DDP averages over are all processes, so there is one group
-    alone = recipe.one_process()
+    alone = recipe.one_process() or ("ddp: false" if recipe.ddp is False else None)
     shard = 1 if replicate > 1 or alone or tensor * context > 1 else 0
     return Strategy(
         "ddp", shard=shard, replicate=replicate, tensor=tensor, context=context, alone=alone

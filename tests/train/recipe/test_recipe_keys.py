@@ -13,9 +13,18 @@ from transformers.training_args import OptimizerNames
 from fusewright.train.data.formats.registry import READERS
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.adapter import PeftKeys
-from fusewright.train.recipe.keys.base import Keys, UnreadKeys, aliases, extra_of, moved, nested
+from fusewright.train.recipe.keys.base import (
+    Keys,
+    UnreadKeys,
+    _group,
+    _unread_keys,
+    aliases,
+    extra_of,
+    moved,
+    nested,
+)
 from fusewright.train.recipe.keys.dataset import Dataset, PretrainingDataset, PromptFormat
-from fusewright.train.recipe.keys.distributed import FsdpKeys
+from fusewright.train.recipe.keys.distributed import ContextParallelKeys, FsdpKeys
 from fusewright.train.recipe.keys.model import SpecialTokens
 from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS, LrGroupKeys
 from fusewright.train.recipe.keys.output import DynamicCheckpointKeys, OutputKeys
@@ -131,6 +140,16 @@ def test_a_group_that_nothing_reads_has_the_status_of_its_keys() -> None:
         for key, field in group.model_fields.items():
             own = extra_of(field)
             assert (own["status"], own["note"]) == (extra["status"], extra["note"]), (name, key)
+
+
+def test_each_line_of_the_table_is_a_key() -> None:
+    rows, groups = _unread_keys()
+    models = {model.__name__: model for model in (*GROUPS, *MODELS, ContextParallelKeys)}
+    assert sum(map(len, rows.values())) > 500
+    for owner, keys in rows.items():
+        model = models[owner] if owner in models else _group(owner)
+        assert (owner in models) != (owner in groups), owner
+        assert {row.name for row in keys} <= set(model.model_fields), owner
 
 
 def test_names_are_those_of_transformers() -> None:

@@ -80,7 +80,7 @@ def _type(words: str) -> Any:
         names = words.removeprefix("one of ").split(", ")
         return Literal[tuple(int(name) if name.isdecimal() else name for name in names)]
     if words.startswith("list of "):
-        return list[_type(words.removeprefix("list of "))]  # type: ignore[misc]  # 2026-11-29: made here
+        return list[_type(words.removeprefix("list of "))]  # type: ignore[misc]  # 2026-11-29: a type by its name
     return _TYPES[words] if words in _TYPES else _group(words)
 
 
@@ -124,22 +124,21 @@ def _unread_keys() -> tuple[dict[str, list[_Unread]], dict[str, str]]:
 def _add_unread(model: type[Keys]) -> None:
     """Give a class its keys that nothing reads, each at its place among the others."""
     own = dict(model.__annotations__)
-    known: dict[str | None, list[_Unread]] = {}
+    known: dict[str | None, list[_Unread]] = {}  # by the key that they follow
     for row in _unread_keys()[0].get(model.__name__, ()):
         if row.name not in own:
             known.setdefault(row.after, []).append(row)
             extra = dict(row.extra)
             default = Field(row.default, description=row.meaning, json_schema_extra=extra)
             setattr(model, row.name, default)
-    if known:
-        model.__annotations__ = {
-            name: annotation
-            for place in (None, *own)
-            for name, annotation in [
-                *([(place, own[place])] if place is not None else ()),
-                *((row.name, row.annotation()) for row in known.get(place, ())),
-            ]
-        }
+    if lost := known.keys() - {None, *own}:
+        raise ValueError(
+            f"unread_keys.txt: {model.__name__} has no key {', '.join(map(str, lost))}"
+        )
+    for place in (None, *own) if known else ():
+        if place is not None:  # to the end, so that its followers come behind it
+            model.__annotations__[place] = model.__annotations__.pop(place)
+        model.__annotations__ |= {row.name: row.annotation() for row in known.get(place, ())}
 
 
 class Keys(BaseModel):

@@ -236,5 +236,5 @@ class DistributedKeys(Keys):
     """Look for parameters without a gradient. Unset: yes, unless blocks are checkpointed."""
 
     def one_process(self) -> str | None:
-        """The key, as it is written, that means one process; None: no key does."""
-        return "ddp: false" if self.ddp is False else None
+        """A key of another subject, as it is written, that means one process; None: none does."""
+        return None
