@@ -8,15 +8,8 @@ of the switch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..errors import RecipeError
-
-if TYPE_CHECKING:
-    from .recipe.recipe import Recipe
 
 CODE_SWITCH = "--trust-remote-code"
 BUILDER_SWITCH = "--allow-builders"
@@ -73,55 +66,3 @@ def refused_builder(builder: str | Path, path: str | Path) -> str:
 def refused_function(name: str) -> str:
     """The refusal to run a function that a recipe names."""
     return why_not_run(f"{name} is Python code", FUNCTION_SWITCH)
-
-
-def needs_consent(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """The keys of a recipe by which it would run foreign code without the caller's word.
-
-    ``trust_remote_code`` itself is none of them: without the word it is not obeyed, and most models
-    that it is written for have long been part of transformers.
-
-    Yields:
-        The place of each, and the refusal.
-    """
-    if recipe.consent.trust_remote_code:
-        return
-    for where, options in (
-        ("overrides_of_model_kwargs", recipe.overrides_of_model_kwargs),
-        ("overrides_of_model_config", recipe.overrides_of_model_config),
-    ):
-        for name, value in (options or {}).items():
-            what = _runs(name, value)
-            if what:
-                yield (where, name), why_not_run(what, CODE_SWITCH)
-    if _is_kernel(recipe.attn_implementation):
-        what = f"{recipe.attn_implementation} is code on the hub"
-        yield ("attn_implementation",), why_not_run(what, CODE_SWITCH)
-
-
-def require_consent(recipe: Recipe) -> None:
-    """See that nothing in ``recipe`` needs a word that the caller has not given.
-
-    Raises:
-        RecipeError: something does.
-    """
-    for place, problem in needs_consent(recipe):
-        raise RecipeError(f"{'.'.join(map(str, place))}: {problem}")
-
-
-def _runs(name: str, value: Any) -> str | None:
-    """What an argument of ``from_pretrained``, or a value of a configuration, would run."""
-    if name == "weights_only" and not value:
-        return "weights in pickles can contain code"
-    if name in ("trust_remote_code", "allow_all_kernels") and value:
-        return "this runs code that comes with the model"
-    if name.lstrip("_").startswith("attn_implementation"):
-        values = value.values() if isinstance(value, Mapping) else [value]
-        if any(map(_is_kernel, values)):
-            return "an attention with a / in its name is code on the hub"
-    return None
-
-
-def _is_kernel(name: Any) -> bool:
-    """Whether an attention is a kernel on the hub, ``owner/name``."""
-    return isinstance(name, str) and "/" in name

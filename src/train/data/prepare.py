@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ...errors import DataError, RecipeError
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Dataset, Recipe
-from .cache import ArrowWriter, Cache, Lease, Samples
+from .cache import FORMAT, ArrowWriter, Cache, Lease, Samples
 from .chat.date import today
-from .fingerprint import fingerprint_of, with_content
 from .formats.teacher import encoder_of
+from .packing import Pack, pack
 from .preferences.encoder import PreferenceEncoder
-from .progress import Progress
 from .readers import sources
-from .readers.duplicates import Duplicates
-from .readers.limits import Limits, nothing_left
+from .readers.files import Row
+from .readers.limits import Limits, Part, nothing_left
 from .readers.sources import DataSource
-from .split import order
-from .workers import RowEncoder, Work, parts
+from .sample import Sample
+from .workers import RowEncoder, Work, batches, parts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .stream import StreamedPacks
+T = TypeVar("T")
+Array = np.ndarray[Any, Any]
 
 DEFAULT_CACHE = "last_run_prepared"
 """Where rows are kept when the recipe does not say, if this folder is there: `preprocess` makes it.
@@ -109,7 +116,6 @@ def prepare(
     if not streams:
         assert ready is not None  # a recipe has datasets, or it streams
         return ready
-    from .stream import stream
 
     train = stream(recipe, lambda dataset: _work(dataset, recipe, tokenizer, "datasets", day))
     if ready is None:
@@ -307,3 +313,354 @@ def _split(
         counts[f"{name}_tokens"] = sum(int(s.lengths.sum(dtype=np.int64)) for s in several)
         counts[f"{name}_trained_tokens"] = sum(int(s.trained.sum(dtype=np.int64)) for s in several)
     return PreparedData(train, validation, dict(counts), fingerprint, about.get("first", {}))
+
+
+# --- which rows are held out, and the order of the others -----------------------------------------
+
+
+def split(items: Sequence[T], size: float, seed: int) -> tuple[list[T], list[T]]:
+    """Shuffle ``items`` and hold some out.
+
+    Args:
+        items: anything.
+        size: a share below 1, or a number of items.
+        seed: of the shuffle.
+
+    Returns:
+        The items to train on, and those held out.
+
+    Raises:
+        DataError: nothing would be left to train on, or nothing would be held out.
+    """
+    shuffled = list(items)
+    random.Random(seed).shuffle(shuffled)
+    count = round(len(shuffled) * size) if size < 1 else round(size)
+    if count >= len(shuffled) or (size > 0 and count == 0):
+        left = max(0, len(shuffled) - count)
+        raise DataError(
+            f"val_set_size: {size:g} of {len(shuffled)} rows leaves {left} to train on and "
+            f"{len(shuffled) - left} to validate on; {_remedy(len(shuffled), size)}"
+        )
+    return shuffled[count:], shuffled[:count]
+
+
+def _remedy(rows: int, size: float) -> str:
+    """What to do where a share or a number of rows leaves one side empty."""
+    if rows < 2:
+        return "add rows, or set val_set_size: 0"
+    if round(size * rows if size < 1 else size) == 0:
+        return f"set val_set_size: 0 to validate on none, or a number of rows from 1 to {rows - 1}"
+    return f"set val_set_size to a number of rows from 1 to {rows - 1}, to a share below 1, or to 0"
+
+
+def order(sizes: Sequence[int], recipe: Recipe) -> tuple[Array, Array]:
+    """The rows to train on and those to validate on.
+
+    Args:
+        sizes: rows of each dataset; they are numbered one dataset after the other.
+        recipe: ``val_set_size``, the weights of the datasets, shards, and what is shuffled.
+
+    Returns:
+        Numbers of rows, int64 (N,) and (M,). A row may be trained on several times; it is never
+        in both.
+
+    Raises:
+        DataError: nothing would be left on one side.
+    """
+    kept, held = split(range(sum(sizes)), recipe.val_set_size, recipe.seed)
+    rest = np.array(kept, np.int64)
+    mixed = recipe.shuffle_merged_datasets and not recipe.curriculum_sampling
+    if not mixed and (recipe.curriculum_sampling or not recipe.shuffle_before_merging_datasets):
+        rest.sort()
+    weights = [dataset.weight or 1.0 for dataset in recipe.datasets]
+    ends = np.cumsum(sizes)
+    if any(w != 1.0 for w in weights) or not mixed:
+        owners = np.searchsorted(ends, rest, side="right")
+        weighed = [
+            _weighed(rest[owners == i], w) for i, w in zip(range(len(sizes)), weights, strict=True)
+        ]
+        rest = np.concatenate(weighed)
+        if mixed:
+            rest = np.random.default_rng(recipe.seed).permutation(rest)
+    if recipe.dataset_shard_num:
+        rest = rest[recipe.dataset_shard_idx :: recipe.dataset_shard_num]
+    return rest, np.array(held, np.int64)
+
+
+def _weighed(rows: Array, weight: float) -> Array:
+    """Each row so often: whole times, and the first ones once more for the fraction."""
+    whole, part = divmod(weight, 1.0)
+    return np.concatenate([*[rows] * int(whole), rows[: round(part * len(rows))]])
+
+
+# --- rows that are read during training -----------------------------------------------------------
+
+
+class StreamedPacks(IterableDataset[Pack]):
+    """An endless stream of packs, for data that is larger than memory; the same for the same seed.
+
+    Rows are read in batches, from all datasets in turn, and from the beginning again when they end.
+    ``streaming_multipack_buffer_size`` samples are collected, shuffled, packed and handed out; no
+    more than that, and the batch that is being read, is ever in memory.
+
+    Args:
+        found: the datasets.
+        work: how the rows of each become samples.
+        recipe: length and size of packs, buffer, seed.
+
+    Attributes:
+        counts: of the rows that this process read so far, as in ``PreparedData.counts``; a row
+            that is read again counts again.
+    """
+
+    def __init__(self, found: Sequence[DataSource], work: Sequence[Work], recipe: Recipe) -> None:
+        self.found, self.work, self.recipe = found, work, recipe
+        self.counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Pack]:
+        size = self.recipe.streaming_multipack_buffer_size
+        draw = np.random.default_rng(self.recipe.seed)
+        while True:
+            samples, kept = self._samples(), 0
+            while buffer := list(islice(samples, size)):
+                kept += len(buffer)
+                if self.recipe.shuffle_merged_datasets and not self.recipe.curriculum_sampling:
+                    buffer = [buffer[i] for i in draw.permutation(len(buffer))]
+                for group in self._groups(buffer, draw):
+                    yield [Sample(buffer[i][0].tolist(), buffer[i][1].tolist()) for i in group]
+            if not kept:
+                paths = ", ".join(source.dataset.path for source in self.found)
+                raise DataError(f"{paths}: no row of the stream can be trained on")
+
+    def _groups(
+        self, buffer: Sequence[tuple[Array, Array]], draw: np.random.Generator
+    ) -> Iterable[Sequence[int]]:
+        """Packs of the buffer's samples, in any order: best fit would put the long ones first."""
+        if not self.recipe.packs():
+            return ([i] for i in range(len(buffer)))
+        lengths = np.array([len(ids) for ids, _ in buffer])
+        groups = pack(lengths, self.recipe.sequence_len, self.recipe.sample_packing_bin_size)
+        return (groups[i] for i in draw.permutation(len(groups)))
+
+    def _samples(self) -> Iterator[tuple[Array, Array]]:
+        """Tokens and labels of one sample after the other, each once."""
+        readers = [
+            _Reader(source, work, batches(self._own(source.rows())))
+            for source, work in zip(self.found, self.work, strict=True)
+        ]
+        enough = -(-self.recipe.streaming_multipack_buffer_size // len(readers))
+        while readers:
+            for reader in list(readers):
+                part = reader.part(enough)
+                if part is None:
+                    readers.remove(reader)
+                    continue
+                self.counts += part.counts
+                if len(part.lengths):
+                    cuts = np.cumsum(part.lengths)[:-1]
+                    yield from zip(
+                        np.split(part.ids, cuts), np.split(part.labels, cuts), strict=True
+                    )
+
+    def _own(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows of this process, where a data loader has several."""
+        worker = get_worker_info()
+        return rows if worker is None else islice(rows, worker.id, None, worker.num_workers)
+
+
+class _Reader:
+    """One dataset, from its beginning to its end."""
+
+    def __init__(self, source: DataSource, work: Work, rows: Iterator[list[Row]]) -> None:
+        self.source, self.work, self.rows = source, work, rows
+        self.read = self.kept = 0
+        self.ends: set[int] = set()
+        self.trained: set[int] = set()
+
+    def part(self, enough: int) -> Part | None:
+        """The next samples, or None at the end.
+
+        Args:
+            enough: after so many rows the model must have begun to learn where turns end, for a
+                stream may have no end, where all that is wrong is known.
+
+        Raises:
+            DataError: a row is not right, or no end of a turn is ever trained.
+        """
+        batch = next(self.rows, None)
+        encoder, path = self.work.encoder, self.source.dataset.path
+        if batch is None:
+            if self.kept and (get_worker_info() is None or not self.trained):  # it has a share only
+                encoder.check_ends(path, self.ends, self.trained)
+            return None
+        part = self.work.part(batch)
+        before, self.read = self.read, self.read + len(batch)
+        self.kept += len(part.lengths)
+        self.ends |= part.ends
+        self.trained |= part.trained
+        if before < enough <= self.read and self.kept and not self.trained:
+            encoder.check_ends(path, self.ends, self.trained)
+        return part
+
+
+def stream(recipe: Recipe, make_work: Callable[[Dataset], Work]) -> StreamedPacks:
+    """The stream of a recipe's ``pretraining_dataset``, or of its ``datasets``.
+
+    Args:
+        recipe: with ``streaming`` or ``pretraining_dataset``.
+        make_work: gives the work for a dataset.
+
+    Raises:
+        DataError: a dataset is not there, or its first row is not right.
+    """
+    named = recipe.pretraining_dataset or recipe.datasets
+    key = "pretraining_dataset" if recipe.pretraining_dataset else "datasets"
+    may_build = recipe.consent.allow_builders
+    found = [
+        sources.find(d, f"{key}.{i}", streaming=True, allow_builders=may_build)
+        for i, d in enumerate(named)
+    ]
+    work = [make_work(source.dataset) for source in found]
+    for source, one in zip(found, work, strict=True):  # what is wrong shall be said now
+        first = list(islice(source.rows(), 1))
+        if not first:
+            raise DataError(f"{source.dataset.path}: the dataset is empty")
+        one.part(first)
+    return StreamedPacks(found, work, recipe)
+
+
+# --- how far the preparation is -------------------------------------------------------------------
+
+
+class Progress:
+    """A bar per dataset, while entered.
+
+    Args:
+        console: where; nothing is shown if it is None, or no terminal.
+    """
+
+    def __init__(self, console: Console | None) -> None:
+        self._bars: Any = None
+        if console is not None and console.is_terminal and not console.quiet:
+            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            self._bars = Bars(
+                TextColumn("preparing {task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+
+    def dataset(self, path: str) -> Callable[[float], None]:
+        """Add a bar; what it returns is called with the share that is done."""
+        if self._bars is None:
+            return lambda share: None
+        task = self._bars.add_task(Path(path).name, total=1.0)
+        bars = self._bars
+        return lambda share: bars.update(task, completed=share)
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+# --- the name of prepared rows: a hash of what they were made from, and how -----------------------
+
+
+def fingerprint_of(recipe: Recipe, tokenizer: Any, every: Sequence[tuple[DataSource, Work]]) -> str:
+    """A hash of everything that tokens and labels depend on.
+
+    Where a file is does not count, only what is in it. How rows are split, weighed and shuffled
+    does not count either: that is done with the rows in the cache.
+
+    Args:
+        recipe: the keys that hold for all datasets.
+        tokenizer: with its chat template.
+        every: each dataset, and what is done to it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    import tokenizers
+    import transformers
+
+    about = {
+        "format": FORMAT,
+        "versions": [tokenizers.__version__, transformers.__version__],
+        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer),
+        "special": tokenizer.special_tokens_map,
+        "duplicates": recipe.dataset_exact_deduplication,
+        "datasets": [
+            {
+                "content": source.digest(),
+                "keys": source.dataset.model_dump(
+                    mode="json", exclude={"path", "builder", "weight", "revision", "name"}
+                ),
+                "limit": source.limit,
+                "encoder": one.encoder.settings,
+                "limits": [one.limits.longest, one.limits.shortest, one.limits.excess],
+            }
+            for source, one in every
+        ],
+    }
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def with_content(fingerprint: str, root: Path) -> str:
+    """A hash that depends on the prepared rows themselves, too.
+
+    Args:
+        fingerprint: of the rows.
+        root: the folder of caches that they are in.
+    """
+    about = Cache(root, fingerprint).load() or {}
+    text = f"{fingerprint} {json.dumps(about.get('files'), sort_keys=True)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+# --- samples that are equal to an earlier one -----------------------------------------------------
+
+
+class Duplicates:
+    """Remembers samples by a hash of their tokens and labels: 16 bytes each."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def without(self, part: Part) -> Part:
+        """The samples that are new, with ``duplicates`` counted."""
+        ends = np.cumsum(part.lengths, dtype=np.int64)
+        new = np.zeros(len(part.lengths), bool)
+        for i, (end, length) in enumerate(zip(ends.tolist(), part.lengths.tolist(), strict=True)):
+            begin = end - length
+            key = hashlib.blake2b(part.ids[begin:end].tobytes(), digest_size=16)
+            key.update(part.labels[begin:end].tobytes())
+            key.update(part.extra[i].encode() if part.extra else b"")
+            new[i] = key.digest() not in self._seen
+            self._seen.add(key.digest())
+        counts = part.counts.copy()
+        counts["duplicates"] = int((~new).sum())
+        tokens = np.repeat(new, part.lengths)
+        return replace(
+            part,
+            ids=part.ids[tokens],
+            labels=part.labels[tokens],
+            lengths=part.lengths[new],
+            extra=[text for text, kept in zip(part.extra, new, strict=False) if kept],
+            counts=counts,
+        )

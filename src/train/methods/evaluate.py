@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ..processes.signals import Interrupts
-from ..recipe.keys.preferences.trl import TrlKeys
+from ..recipe.keys.preferences import TrlKeys
 from ..recipe.preferences import generation_sizes, rows_of
 from ..recipe.recipe import Recipe
 from ..trainer.context import Context

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...errors import RecipeError
-from ..consent import require_consent
 from ..recipe.locate import locate
+from ..recipe.paths import require_consent
 from ..recipe.preferences import head_of
 from ..recipe.recipe import Recipe
 from ..requirements import attention

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...errors import RecipeError
-from ..recipe.keys.preferences.trl import TrlKeys
+from ..recipe.keys.preferences import TrlKeys
 from ..recipe.preferences import rows_of
 from ..recipe.recipe import Recipe
 from .from_pretrained import meta_model

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecipeError
+from ..recipe.deepspeed_config import stage
 from ..recipe.recipe import Recipe
-from ..recipe.strategy import quant_storage
 
 
 def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
@@ -45,6 +45,31 @@ def quantization(recipe: Recipe, dtype: torch.dtype) -> Any:
         return make(**{**options, **given})
     except (TypeError, ValueError, AttributeError, ImportError) as error:
         raise RecipeError(f"bnb_config_kwargs: {error}") from error
+
+
+def quant_storage(recipe: Recipe) -> str | None:
+    """The dtype in which weights of 4 bits are stored; None: bitsandbytes' own, which is uint8.
+
+    Shards can be gathered only where all weights have a dtype of floating-point numbers, so it is
+    the dtype of computation under FSDP and ZeRO-3. Each value holds as many 4-bit weights as fit.
+
+    Returns:
+        A dtype's name, or ``"auto"``: the dtype of the model's other weights.
+    """
+    if not recipe.load_in_4bit:
+        return None
+    given = recipe.bnb_config_kwargs or {}
+    if (storage := given.get("bnb_4bit_quant_storage")) is not None:
+        return _name(storage)
+    config = recipe.strategy()
+    if config.fsdp is None and stage(config.deepspeed or {}) != 3:
+        return None
+    compute = given.get("bnb_4bit_compute_dtype")
+    return recipe.precision() if compute is None else _name(compute)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def unpacking(recipe: Recipe) -> Any:

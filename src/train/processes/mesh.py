@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import RecipeError
-from ..recipe.distributed.deepspeed_config import stage
+from ..recipe.deepspeed_config import stage
 from ..recipe.strategy import Strategy
 from .world import World
 

@@ -32,6 +32,7 @@ def json_schema() -> dict[str, Any]:
                 _nullable(key) if name not in model.get("required", ()) else key
             )
             model["properties"][name].setdefault("status", "honoured")
+            model["properties"][name].pop("rules", None)  # what they mean is said by the checks
     _add_older_names(Recipe, schema, "#")
     for group in filter(None, (nested(f.annotation) for f in Recipe.model_fields.values())):
         _add_older_names(group, schema["$defs"][group.__name__], f"#/$defs/{group.__name__}")
@@ -55,6 +56,6 @@ def _nullable(key: dict[str, Any]) -> dict[str, Any]:
     null = {"type": "null"}
     if "anyOf" in key:
         return key if null in key["anyOf"] else {**key, "anyOf": [*key["anyOf"], null]}
-    about = ("description", "default", "status", "note", "values", "aliases")
+    about = ("description", "default", "status", "note", "values", "aliases", "rules")
     kind = {k: v for k, v in key.items() if k not in about}
     return {"anyOf": [kind, null], **{k: v for k, v in key.items() if k in about}}

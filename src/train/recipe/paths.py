@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import RecipeError
-from ..consent import must_build, needs_consent, refused_builder, refused_function
+from ..consent import CODE_SWITCH, must_build, refused_builder, refused_function, why_not_run
 from ..output_files import why_not_ours_to_write
 from ..own_functions import is_own, load_function, located, module_of, why_none
-from .distributed.deepspeed_config import mismatches, read_config
+from .deepspeed_config import mismatches, read_config
 from .keys.dataset import Dataset
-from .keys.preferences.names import is_function, is_own_type
+from .keys.row_types import is_function, is_own_type
 from .locate import find_file, locate
 from .preferences import rows_of
 from .problems import Loc
@@ -251,3 +251,55 @@ def _no_id(name: str, folders: list[Path]) -> str:
 
 def _either(folders: list[Path]) -> str:
     return " or ".join(map(str, folders))
+
+
+def needs_consent(recipe: Recipe) -> Iterator[tuple[Loc, str]]:
+    """The keys of a recipe by which it would run foreign code without the caller's word.
+
+    ``trust_remote_code`` itself is none of them: without the word it is not obeyed, and most models
+    that it is written for have long been part of transformers.
+
+    Yields:
+        The place of each, and the refusal.
+    """
+    if recipe.consent.trust_remote_code:
+        return
+    for where, options in (
+        ("overrides_of_model_kwargs", recipe.overrides_of_model_kwargs),
+        ("overrides_of_model_config", recipe.overrides_of_model_config),
+    ):
+        for name, value in (options or {}).items():
+            what = _runs_code(name, value)
+            if what:
+                yield (where, name), why_not_run(what, CODE_SWITCH)
+    if _is_hub_kernel(recipe.attn_implementation):
+        what = f"{recipe.attn_implementation} is code on the hub"
+        yield ("attn_implementation",), why_not_run(what, CODE_SWITCH)
+
+
+def require_consent(recipe: Recipe) -> None:
+    """See that nothing in ``recipe`` needs a word that the caller has not given.
+
+    Raises:
+        RecipeError: something does.
+    """
+    for place, problem in needs_consent(recipe):
+        raise RecipeError(f"{'.'.join(map(str, place))}: {problem}")
+
+
+def _runs_code(name: str, value: Any) -> str | None:
+    """What an argument of ``from_pretrained``, or a value of a configuration, would run."""
+    if name == "weights_only" and not value:
+        return "weights in pickles can contain code"
+    if name in ("trust_remote_code", "allow_all_kernels") and value:
+        return "this runs code that comes with the model"
+    if name.lstrip("_").startswith("attn_implementation"):
+        values = value.values() if isinstance(value, Mapping) else [value]
+        if any(map(_is_hub_kernel, values)):
+            return "an attention with a / in its name is code on the hub"
+    return None
+
+
+def _is_hub_kernel(name: Any) -> bool:
+    """Whether an attention is a kernel on the hub, ``owner/name``."""
+    return isinstance(name, str) and "/" in name

@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from ..consent import Consent
 from .keys.adapter import AdapterKeys
 from .keys.attention import AttentionKeys
+from .keys.axolotl import CloudKeys, MethodKeys, PluginKeys, SubsumedKeys
 from .keys.base import Keys
 from .keys.data import DataKeys
 from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
@@ -22,12 +23,8 @@ from .keys.fusewright import FusewrightKeys
 from .keys.model import ModelKeys
 from .keys.optimization import OptimizationKeys
 from .keys.output import OutputKeys
-from .keys.peers.clouds import CloudKeys
-from .keys.peers.kernels import SubsumedKeys
-from .keys.peers.methods import MethodKeys
-from .keys.peers.plugins import PluginKeys
 from .keys.precision import PrecisionKeys
-from .keys.preferences.preference import PreferenceKeys
+from .keys.preferences import PreferenceKeys
 from .keys.tracking import TrackingKeys
 from .strategy import Strategy, strategy_of
 
@@ -101,6 +98,11 @@ class Recipe(
     def strategy(self) -> Strategy:
         """How the work is shared between processes."""
         return strategy_of(self)
+
+    def one_process(self) -> str | None:
+        """A key, as it is written, that means one process; None: none does."""
+        # each process would draw blocks, and DDP looks for all gradients
+        return f"lisa_n_layers: {self.lisa_n_layers}" if self.lisa_n_layers else None
 
     def packs(self) -> bool:
         """Whether training rows are packed."""

@@ -12,12 +12,10 @@ from typing import Any
 
 from ..chat_templates import TOKENIZERS_OWN
 from ..consent import CODE_SWITCH
-from .conflicts import without_effect
-from .distributed.deepspeed_config import uses_built_in
+from .conflicts import groups_in, without_effect
+from .deepspeed_config import uses_built_in
 from .keys.base import Keys, Status, UnreadKeys, extra_of, is_default, nested
-from .keys.preferences.preference import PreferenceKeys
-from .keys.preferences.trl import ONLY
-from .keys.preferences.unread import METHOD_KEYS, has_method
+from .keys.preferences import OF_METHODS, ONLY, has_method
 from .problems import Loc
 from .recipe import Recipe
 from .secrets import hide
@@ -122,13 +120,10 @@ def _every(values: Mapping[str, Any]) -> Iterator[Entry]:
     """Every key with its own status; those of preference methods have none without a method."""
     read = has_method(values)
     for entry in _walk(Recipe, values, ()):
-        if not read and entry.loc[0] in _OF_METHODS and entry.value is not None:
+        if not read and entry.loc[0] in OF_METHODS and entry.value is not None:
             note = entry.note if entry.status == "not applicable" else ONLY
             entry = replace(entry, status="not applicable", note=note)
         yield entry
-
-
-_OF_METHODS = PreferenceKeys.model_fields.keys() - METHOD_KEYS
 
 
 def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[Entry]:
@@ -138,20 +133,12 @@ def _walk(model: type[Keys], values: Mapping[str, Any], loc: Loc) -> Iterator[En
             continue
         inner = nested(field.annotation)
         whole = inner is None or issubclass(inner, UnreadKeys)
-        groups = [] if whole else list(_groups(value))
+        groups = [] if whole else list(groups_in(value))
         for place, group in groups:
             assert inner is not None
             yield from _walk(inner, group, (*here, *place))
         if not groups:
             yield _entry(model, name, value, here)
-
-
-def _groups(value: Any) -> Iterator[tuple[Loc, Mapping[str, Any]]]:
-    """The mappings in a value that may hold keys of their own, with their places in it."""
-    if isinstance(value, Mapping):
-        yield (), value
-    elif isinstance(value, list):
-        yield from (((i,), item) for i, item in enumerate(value) if isinstance(item, Mapping))
 
 
 def _entry(model: type[Keys], name: str, value: Any, loc: Loc) -> Entry:

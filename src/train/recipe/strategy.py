@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ...errors import RecipeError
-from .distributed.deepspeed_config import read_config, stage
-from .distributed.groups import contexts
-from .distributed.sharding import is_sharded, offloads, reshards, settings, wrap_policy
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .deepspeed_config import read_config
+from .keys.distributed import DistributedKeys, FsdpKeys
 
 StateDictType = Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
 
@@ -138,7 +134,7 @@ class Strategy:
         return f"{several} processes, but {run}: {start} (e.g. --nproc {needed or product}){more}"
 
 
-def strategy_of(recipe: Recipe) -> Strategy:
+def strategy_of(recipe: DistributedKeys) -> Strategy:
     """What a recipe's keys say together.
 
     Args:
@@ -162,16 +158,14 @@ def strategy_of(recipe: Recipe) -> Strategy:
             shard=fixed_shard, replicate=replicate, tensor=tensor, context=context,
         )  # fmt: skip
     # what DDP averages over are all processes, so there is one group
-    alone = "ddp: false" if recipe.ddp is False else None
-    if recipe.lisa_n_layers:  # each process would draw blocks, and DDP looks for all gradients
-        alone = f"lisa_n_layers: {recipe.lisa_n_layers}"
+    alone = recipe.one_process() or ("ddp: false" if recipe.ddp is False else None)
     shard = 1 if replicate > 1 or alone or tensor * context > 1 else 0
     return Strategy(
         "ddp", shard=shard, replicate=replicate, tensor=tensor, context=context, alone=alone
     )
 
 
-def ddp_arguments(recipe: Recipe) -> dict[str, Any]:
+def ddp_arguments(recipe: DistributedKeys) -> dict[str, Any]:
     """The arguments of transformers' ``TrainingArguments`` that the keys ``ddp_*`` are.
 
     Only keys that are set. Buckets, buffers and unused parameters are DDP's; all engines wait.
@@ -186,31 +180,6 @@ def ddp_arguments(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def quant_storage(recipe: Recipe) -> str | None:
-    """The dtype in which weights of 4 bits are stored; None: bitsandbytes' own, which is uint8.
-
-    Shards can be gathered only where all weights have a dtype of floating-point numbers, so it is
-    the dtype of computation under FSDP and ZeRO-3. Each value holds as many 4-bit weights as fit.
-
-    Returns:
-        A dtype's name, or ``"auto"``: the dtype of the model's other weights.
-    """
-    if not recipe.load_in_4bit:
-        return None
-    given = recipe.bnb_config_kwargs or {}
-    if (storage := given.get("bnb_4bit_quant_storage")) is not None:
-        return _name(storage)
-    config = strategy_of(recipe)
-    if config.fsdp is None and stage(config.deepspeed or {}) != 3:
-        return None
-    compute = given.get("bnb_4bit_compute_dtype")
-    return recipe.precision() if compute is None else _name(compute)
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 _WRAPS: dict[str, Literal["transformer", "size", "none"]] = {
     "TRANSFORMER_BASED_WRAP": "transformer",
     "SIZE_BASED_WRAP": "size",
@@ -218,7 +187,7 @@ _WRAPS: dict[str, Literal["transformer", "size", "none"]] = {
 }
 
 
-def _fsdp(recipe: Recipe) -> Fsdp:
+def _fsdp(recipe: DistributedKeys) -> Fsdp:
     config = settings(recipe)
     stored = config.state_dict_type or recipe.state_dict_type or "FULL_STATE_DICT"
     return Fsdp(
@@ -232,3 +201,81 @@ def _fsdp(recipe: Recipe) -> Fsdp:
         state_dict_type="FULL_STATE_DICT" if stored == "FULL_STATE_DICT" else "SHARDED_STATE_DICT",
         mixed_precision=config.mixed_precision_policy,
     )
+
+
+# What the names of FSDP's options mean together, those of its first version too.
+
+RESHARDS: dict[str, bool | None] = {
+    "FULL_SHARD": True,
+    "SHARD_GRAD_OP": False,
+    "NO_SHARD": None,  # nothing is gathered
+    "HYBRID_SHARD": True,
+    "HYBRID_SHARD_ZERO2": False,
+}
+"""What each sharding strategy of FSDP1 says of ``reshard_after_forward``."""
+
+
+def words(recipe: DistributedKeys) -> list[str]:
+    """The options of ``fsdp``."""
+    return list(recipe.fsdp) if isinstance(recipe.fsdp, list) else []
+
+
+def settings(recipe: DistributedKeys) -> FsdpKeys:
+    """``fsdp_config``, or one in which nothing is set."""
+    return recipe.fsdp_config or FsdpKeys()
+
+
+def names_fsdp(recipe: DistributedKeys) -> bool:
+    """Whether a recipe asks for FSDP, be it only for its ``NO_SHARD``."""
+    if recipe.fsdp is False:
+        return False
+    return bool(recipe.fsdp) or any(value is not None for _, value in settings(recipe))
+
+
+def strategies(recipe: DistributedKeys) -> list[tuple[str, str]]:
+    """The keys that name a sharding strategy of FSDP1, each with the name."""
+    config = settings(recipe)
+    named = [("fsdp", word.upper()) for word in words(recipe) if word.upper() in RESHARDS]
+    if config.sharding_strategy is not None:
+        named.append(("fsdp_config.sharding_strategy", config.sharding_strategy))
+    if isinstance(config.reshard_after_forward, str):
+        named.append(("fsdp_config.reshard_after_forward", config.reshard_after_forward))
+    return named
+
+
+def is_sharded(recipe: DistributedKeys) -> bool:
+    """Whether FSDP shards the model."""
+    return names_fsdp(recipe) and all(name != "NO_SHARD" for _, name in strategies(recipe))
+
+
+def reshards(recipe: DistributedKeys) -> bool:
+    """Whether gathered weights are freed after forward."""
+    asked = settings(recipe).reshard_after_forward
+    if isinstance(asked, bool):
+        return asked
+    return all(RESHARDS[name] is not False for _, name in strategies(recipe))
+
+
+def offloads(recipe: DistributedKeys) -> bool:
+    """Whether shards are kept in CPU memory."""
+    return bool(settings(recipe).offload_params) or "offload" in words(recipe)
+
+
+def wrap_policy(recipe: DistributedKeys) -> str:
+    """What is gathered at a time, as ``auto_wrap_policy`` names it."""
+    config = settings(recipe)
+    by_size = config.min_num_params and not config.transformer_layer_cls_to_wrap
+    default = "SIZE_BASED_WRAP" if by_size else "TRANSFORMER_BASED_WRAP"
+    return config.auto_wrap_policy or default
+
+
+def contexts(recipe: DistributedKeys) -> int:
+    """The number of processes that share each sequence, by either of its keys."""
+    nested = recipe.context_parallel.size if recipe.context_parallel else None
+    return nested or recipe.context_parallel_size
+
+
+def context_key(recipe: DistributedKeys) -> tuple[str, ...]:
+    """The place of the key that says so."""
+    nested = recipe.context_parallel is not None and recipe.context_parallel.size is not None
+    return ("context_parallel", "size") if nested else ("context_parallel_size",)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from ...errors import DataError, RecipeError
 from ..own_functions import load_function
 from ..printable import printable
-from ..recipe.keys.preferences.names import is_function, reward_problem
+from ..recipe.keys.row_types import is_function, reward_problem
 from ..recipe.preferences import preference_settings
 from ..recipe.recipe import Recipe
 

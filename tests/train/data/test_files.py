@@ -17,8 +17,8 @@ from pyarrow import parquet
 from fusewright.errors import DataError
 from fusewright.train.data.chat.template import Chat
 from fusewright.train.data.formats.conversation import Conversation
+from fusewright.train.data.prepare import split
 from fusewright.train.data.readers import sources
-from fusewright.train.data.split import split
 from fusewright.train.recipe.recipe import Dataset
 
 from ..conftest import chat

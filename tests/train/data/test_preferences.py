@@ -17,7 +17,7 @@ from fusewright.train.data import Sample, Samples, prepare
 from fusewright.train.data.preferences.examples import Examples
 from fusewright.train.data.prepare import _work
 from fusewright.train.data.readers.limits import require_contrast, warnings
-from fusewright.train.recipe.keys.preferences.names import ROW_TYPES, type_problem
+from fusewright.train.recipe.keys.row_types import preference_types, type_problem
 from fusewright.train.recipe.recipe import Recipe
 
 from ..conftest import make_tokenizer
@@ -117,8 +117,8 @@ def test_pairs(name: str, tmp_path: Path) -> None:
 
 def test_every_type_of_pairs_is_tried() -> None:
     tried = {kind.removesuffix(".default") for kind, _, _ in PAIRS.values()}
-    same = {kind for kind in ROW_TYPES["pairs"] if kind.startswith("llama3.")}
-    assert set(ROW_TYPES["pairs"]) - same <= tried
+    same = {kind for kind in preference_types("pairs") if kind.startswith("llama3.")}
+    assert set(preference_types("pairs")) - same <= tried
 
 
 def test_fields_and_roles_have_the_names_that_the_recipe_says(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import PreparedData, Sample, Samples, prepare
+from fusewright.train.data.prepare import StreamedPacks
 from fusewright.train.data.readers.sources import DataSource
-from fusewright.train.data.stream import StreamedPacks
 from fusewright.train.data.workers import Work
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.report.format import rows_message

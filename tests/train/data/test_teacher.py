@@ -16,7 +16,7 @@ import torch
 from fusewright.errors import DataError, RecipeError
 from fusewright.train.data import IGNORED, Sample, Samples, collate, prepare
 from fusewright.train.data.teacher import TopTokens, take_teacher, with_teacher
-from fusewright.train.recipe.conflicts import conflicts, without_effect
+from fusewright.train.recipe.conflicts import without_effect
 from fusewright.train.recipe.load import check, load_recipe
 
 from ..conftest import make_tokenizer
@@ -233,36 +233,6 @@ def test_a_log_probability_that_is_infinite_is_refused(tmp_path: Path) -> None:
 
 
 KD: dict[str, Any] = {"kd_trainer": True, "datasets": [{"path": "a/b", "type": TYPE}]}
-CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
-    "other rows": (
-        {**KD, "datasets": [{"path": "a/b"}]}, f"datasets.0.type: kd_trainer needs rows with a "
-        f"teacher's log-probabilities: {TYPE}",
-    ),
-    "no trainer": ({**KD, "kd_trainer": False}, "datasets.0.type: needs kd_trainer: true; without"),
-    "another loss": ({**KD, "use_dft": True}, "use_dft: set this or kd_trainer, not both"),
-    "smoothing": (
-        {**KD, "label_smoothing_factor": 0.1}, "label_smoothing_factor: set this or kd_trainer",
-    ),
-    "a stream": ({**KD, "streaming": True, "max_steps": 2}, "streaming: rows with a teacher are"),
-    "tokenized": ({**KD, "skip_prepare_dataset": True}, "skip_prepare_dataset: rows with a teac"),
-    "divided": ({**KD, "tensor_parallel_size": 2}, "tensor_parallel_size: kd_trainer is not tra"),
-    "perplexity": (
-        {**KD, "do_causal_lm_eval": True, "eval_causal_lm_metrics": ["perplexity"]},
-        "do_causal_lm_eval: validation has the loss of distillation",
-    ),
-    "nothing": ({**KD, "kd_alpha": 0}, "kd_alpha: must be above 0, or else kd_ce_alpha: with both"),
-    "two names": (
-        {**KD, "kd_top_k_before_softmax": True, "kd_normalize_topk": False},
-        "kd_top_k_before_softmax: is the older name of kd_normalize_topk, which is false: set one",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFLICTS)
-def test_keys_that_conflict_are_refused(name: str) -> None:
-    keys, said = CONFLICTS[name]
-    found = [f"{'.'.join(map(str, loc))}: {problem}" for loc, problem in conflicts(keys)]
-    assert [line for line in found if line.startswith(said)], found
 
 
 def test_limits_and_keys_that_are_not_honoured() -> None:

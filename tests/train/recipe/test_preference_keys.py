@@ -14,190 +14,13 @@ import pytest
 from fusewright.errors import RecipeError
 from fusewright.train.consent import Consent
 from fusewright.train.recipe.conflicts import conflicts, without_effect
-from fusewright.train.recipe.keys.preferences.preference import DpoLoss, PreferenceKeys
-from fusewright.train.recipe.keys.preferences.trl import TrlKeys
-from fusewright.train.recipe.keys.preferences.vllm import VllmKeys
+from fusewright.train.recipe.keys.preferences import DpoLoss, PreferenceKeys, TrlKeys, VllmKeys
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.preferences import ROWS, method_of, preference_settings, rows_of
 from fusewright.train.recipe.recipe import Recipe
 
 ROW: dict[str, Any] = {"datasets": [{"path": "a/b"}]}
 REWARDS: dict[str, Any] = {"trl": {"reward_funcs": ["format"]}}
-
-CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
-    "two methods": ({"rl": "dpo", "reward_model": True}, "reward_model: set this or rl, not both"),
-    "two models": (
-        {"reward_model": True, "process_reward_model": True},
-        "process_reward_model: set this or reward_model, not both: a run trains with one method",
-    ),
-    "a teacher, too": ({"rl": "dpo", "kd_trainer": True}, "kd_trainer: set this or rl, not both"),
-    "packs": (
-        {"rl": "kto", "sample_packing": True}, "sample_packing: rows of kto are not packed: leave",
-    ),
-    "packs to validate on": (
-        {"reward_model": True, "eval_sample_packing": True},
-        "eval_sample_packing: rows of reward_model are not packed",
-    ),
-    "a swap of sorted pairs": (
-        {"rl": "dpo", "dpo_loss_type": "aot", "dpo_use_weighting": True},
-        "dpo_use_weighting: has no meaning with aot",
-    ),
-    "a loss that needs smoothing": (
-        {"rl": "dpo", "dpo_loss_type": "exo_pair"}, "exo_pair needs dpo_label_smoothing above 0",
-    ),
-    "a division by zero": ({"rl": "ipo", "rl_beta": 0}, "rl_beta: must be above 0"),
-    "rows without others": (
-        {"rl": "kto", "micro_batch_size": 2, "eval_batch_size": 1},
-        "eval_batch_size: must be 2 or more: KTO compares",
-    ),
-    "an adapter of the head": (
-        {"rl": "dpo", "adapter": "lora", "lora_target_modules": ["q_proj", "lm_head"]},
-        "lora_target_modules: lm_head: dpo reads the head's weights without adapters",
-    ),
-    "divided layers": (
-        {"rl": "dpo", "tensor_parallel_size": 2}, "tensor_parallel_size: dpo is not trained with",
-    ),
-    "a moving reference beside an adapter": (
-        {"rl": "dpo", "adapter": "lora", "trl": {"sync_ref_model": True}},
-        "trl.sync_ref_model: needs a reference model of its own",
-    ),
-    "a stream": (
-        {"rl": "dpo", "streaming": True, "max_steps": 2}, "streaming: rows of dpo are not streamed",
-    ),
-    "tokenized rows": (
-        {"rl": "dpo", "skip_prepare_dataset": True}, "skip_prepare_dataset: rows of dpo are alway",
-    ),
-    "losses of another method": (
-        {"rl": "ipo", "dpo_loss_type": ["hinge"]},
-        "dpo_loss_type: needs rl: dpo, and this recipe has rl: ipo",
-    ),
-    "weights without losses": (
-        {"rl": "dpo", "dpo_loss_weights": [1.0]}, "dpo_loss_weights: needs dpo_loss_type",
-    ),
-    "fewer weights than losses": (
-        {"rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0]},
-        "dpo_loss_weights: has 1 weights, and dpo_loss_type has 2 losses",
-    ),
-    "a loss that there is not": (
-        {"rl": "dpo", "dpo_loss_type": "sigmoids"}, "did you mean sigmoid?",
-    ),
-    "padding": (
-        {"rl": "dpo", "dpo_padding_free": True, "precompute_ref_log_probs": True},
-        "dpo_padding_free: set this or precompute_ref_log_probs, not both",
-    ),
-    "two weights of ORPO": (
-        {"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.2}, "orpo_alpha: set this or rl_beta, not",
-    ),
-    "two betas": (
-        {"rl": "dpo", "rl_beta": 0.1, "trl": {"beta": 0.2}},
-        "trl.beta: is another value than rl_beta, which is 0.1",
-    ),
-    "no rewards": ({"rl": "grpo"}, "trl.reward_funcs: is missing: rl: grpo needs at least one"),
-    "one completion": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "num_generations": 1}},
-        "trl.num_generations: must be greater than 1, not 1",
-    ),
-    "completions that do not fit": (
-        {"rl": "grpo", **{"trl": {"reward_funcs": ["format"], "num_generations": 4,
-                                  "generation_batch_size": 6}}},
-        "trl.generation_batch_size: must be a multiple of num_generations, which is 4",
-    ),
-    "fewer weights than rewards": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "reward_weights": [1, 2]}},
-        "trl.reward_weights: has 2 weights, and reward_funcs has 1 rewards",
-    ),
-    "a reward that there is not": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["exact_mach"]}},
-        "trl.reward_funcs.0: 'exact_mach' is neither a reward (did you mean exact_match?) nor",
-    ),
-    "a pattern that is none": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["regex:("]}},
-        "trl.reward_funcs.0: '(' is not a regular expression: missing )",
-    ),
-    "no pattern": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["regex"]}}, "needs a pattern: write regex:PATTERN",
-    ),
-    "no length": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["length:9-3"]}}, "needs a number of tokens",
-    ),
-    "an empty name": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["format:think,"]}}, "has nothing after the colon",
-    ),
-    "a model for a reward": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["some/model"]}}, "a reward model cannot be named y",
-    ),
-    "a sum for GDPO": (
-        {"rl": "gdpo", "trl": {"reward_funcs": ["format"],
-                               "multi_objective_aggregation": "sum_then_normalize"}},
-        "trl.multi_objective_aggregation: is that of rl: grpo",
-    ),
-    "a cap twice": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "vllm_importance_sampling_cap": 2.0,
-                               "vllm_importance_sampling_clip_max": 3.0}},
-        "trl.vllm_importance_sampling_cap: is the older name of",
-    ),
-    "whole sequences": (
-        {"rl": "grpo", "trl": {"reward_funcs": ["format"], "loss_type": "luspo"}},
-        "trl.loss_type: luspo needs importance_sampling_level: sequence",
-    ),
-    "several rewards of a model": (
-        {"reward_model": True, "num_labels": 2}, "num_labels: must be 1: a reward model gives one",
-    ),
-    "one label of steps": (
-        {"process_reward_model": True, "num_labels": 1}, "num_labels: must be 2 or more",
-    ),
-    "another class": (
-        {"reward_model": True, "type_of_model": "AutoModelForTokenClassification"},
-        "model_type: must be AutoModelForSequenceClassification, or left out",
-    ),
-    "a class without a head for rewards": (
-        {"reward_model": True, "model_type": "LlamaForCausalLM"},
-        "model_type: must be AutoModelForSequenceClassification, or left out, with reward_model:",
-    ),
-    "a head that supervised rows have no labels for": (
-        {"model_type": "AutoModelForSequenceClassification", "num_labels": 3},
-        "has no language head, which is trained here: leave it out, or set reward_model: true",
-    ),
-    "a type of other rows": (
-        {"rl": "kto", "datasets": [{"path": "a/b", "type": "chatml.icr"}]},
-        "datasets.0.type: 'chatml.icr' is not a type of such rows; ",
-    ),
-    "a type of supervised training": (
-        {"rl": "dpo", "datasets": [{"path": "a/b", "type": "alpaca"}]},
-        "datasets.0.type: 'alpaca' is not a type of such rows; there are",
-    ),
-    "a type of preferences": (
-        {"datasets": [{"path": "a/b", "type": "chatml.intel"}]},
-        "datasets.0.type: 'chatml.intel' is not a type of rows",
-    ),
-    "formats of other rows": (
-        {"rl": "kto", "datasets": [{"path": "a/b", "type": {"chosen_format": "{chosen}"}}]},
-        "datasets.0.type.chosen_format: is not read with rl: kto; there are prompt_format, compl",
-    ),
-    "formats of prompts": (
-        {"rl": "grpo", "datasets": [{"path": "a/b", "type": {"prompt_format": "{prompt}"}}],
-         **REWARDS},
-        "datasets.0.type: a type written as keys cannot describe rows of grpo",
-    ),
-    "a misspelt key of trl": (
-        {"rl": "grpo", "trl": {"num_generation": 4}}, "did you mean num_generations?",
-    ),
-    "a wrong type in trl": (
-        {"rl": "grpo", "trl": {"epsilon": "much"}}, "trl.epsilon: must be a number, not 'much'",
-    ),
-    "a wrong port": (
-        {"rl": "grpo", "vllm": {"port": 70000}}, "vllm.port: must be less than 65536, not 70000",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFLICTS)
-def test_conflicts(name: str) -> None:
-    keys, said = CONFLICTS[name]
-    with pytest.raises(RecipeError) as refused:
-        check({"base_model": "a/b", "output_dir": "o", **ROW, **keys})
-    assert said in str(refused.value)
-
 
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"rl": "dpo"}, "ipo": {"rl": "ipo"}, "orpo": {"rl": "orpo"},
@@ -353,9 +176,9 @@ def test_losses_are_those_of_trl() -> None:
 
 def test_every_key_of_the_groups_is_read_or_says_why_not() -> None:
     from fusewright.train.recipe import preferences
+    from fusewright.train.recipe.keys import preferences as trl_keys
+    from fusewright.train.recipe.keys import preferences as vllm_keys
     from fusewright.train.recipe.keys.base import extra_of
-    from fusewright.train.recipe.keys.preferences import trl as trl_keys
-    from fusewright.train.recipe.keys.preferences import vllm as vllm_keys
 
     modules = (preferences, trl_keys, vllm_keys)
     text = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in modules)

@@ -10,20 +10,30 @@ import pytest
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from fusewright.train.data.formats.instruction import PROMPTS
+from fusewright.train.data.formats.registry import READERS
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.adapter import PeftKeys
-from fusewright.train.recipe.keys.base import Keys, UnreadKeys, aliases, extra_of, moved, nested
-from fusewright.train.recipe.keys.dataset import TYPES, Dataset, PretrainingDataset, PromptFormat
-from fusewright.train.recipe.keys.fsdp import FsdpKeys
+from fusewright.train.recipe.keys.base import (
+    Keys,
+    UnreadKeys,
+    _group,
+    _unread_keys,
+    aliases,
+    extra_of,
+    moved,
+    nested,
+)
+from fusewright.train.recipe.keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.recipe.keys.distributed import ContextParallelKeys, FsdpKeys
 from fusewright.train.recipe.keys.model import SpecialTokens
 from fusewright.train.recipe.keys.optimization import OPTIMIZERS, SCHEDULERS, LrGroupKeys
 from fusewright.train.recipe.keys.output import DynamicCheckpointKeys, OutputKeys
-from fusewright.train.recipe.keys.preferences.trl import TrlKeys
-from fusewright.train.recipe.keys.preferences.vllm import VllmKeys
+from fusewright.train.recipe.keys.preferences import TrlKeys, VllmKeys
+from fusewright.train.recipe.keys.row_types import ROW_TYPES
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.recipe.recipe import GROUPS, Recipe
-from fusewright.train.recipe.reference_docs import page
+
+from ...tools.reference_docs import page
 
 ROOT = Path(__file__).resolve().parents[3]
 MODELS: list[type[Keys]] = [
@@ -132,6 +142,16 @@ def test_a_group_that_nothing_reads_has_the_status_of_its_keys() -> None:
             assert (own["status"], own["note"]) == (extra["status"], extra["note"]), (name, key)
 
 
+def test_each_line_of_the_table_is_a_key() -> None:
+    rows, groups = _unread_keys()
+    models = {model.__name__: model for model in (*GROUPS, *MODELS, ContextParallelKeys)}
+    assert sum(map(len, rows.values())) > 500
+    for owner, keys in rows.items():
+        model = models[owner] if owner in models else _group(owner)
+        assert (owner in models) != (owner in groups), owner
+        assert {row.name for row in keys} <= set(model.model_fields), owner
+
+
 def test_names_are_those_of_transformers() -> None:
     assert {o.value for o in OptimizerNames} <= set(get_args(OPTIMIZERS))
     assert {s.value for s in SchedulerType} <= set(get_args(SCHEDULERS))
@@ -140,8 +160,9 @@ def test_names_are_those_of_transformers() -> None:
 
 
 def test_types_of_rows_are_those_that_can_be_read() -> None:
-    others = {"chat_template", "sharegpt", "completion", "pretrain", "input_output"}
-    assert set(TYPES) == set(PROMPTS) | others | {"prompt_completion"}
+    assert {row_type.reader for row_type in ROW_TYPES.values()} == set(READERS)
+    for row_type in ROW_TYPES.values():
+        assert (row_type.wording is not None) == (row_type.reader == "instruction")
 
 
 def test_the_schema_says_all_about_each_key() -> None:
@@ -160,9 +181,7 @@ def test_the_schema_says_all_about_each_key() -> None:
 
 def test_the_page_of_keys_is_up_to_date() -> None:
     written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert written == page(), (
-        "run: python -m fusewright.train.recipe.reference_docs docs/recipes.md"
-    )
+    assert written == page(), "run: python -m tests.tools.reference_docs docs/recipes.md"
 
 
 def test_long_lists_of_values_stand_once_on_the_page() -> None:

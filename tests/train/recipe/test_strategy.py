@@ -11,10 +11,11 @@ import pytest
 
 from fusewright.errors import RecipeError
 from fusewright.train.inference.load_run import written
-from fusewright.train.recipe.distributed.deepspeed_config import built_in, built_in_names
+from fusewright.train.model.quantize import quant_storage
+from fusewright.train.recipe.deepspeed_config import built_in, built_in_names
 from fusewright.train.recipe.json_schema import json_schema
 from fusewright.train.recipe.keys.base import extra_of
-from fusewright.train.recipe.keys.fsdp import FsdpKeys
+from fusewright.train.recipe.keys.distributed import FsdpKeys
 from fusewright.train.recipe.load import check, load_recipe
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.recipe.status import entries, messages
@@ -22,7 +23,6 @@ from fusewright.train.recipe.strategy import (
     Fsdp,
     Strategy,
     ddp_arguments,
-    quant_storage,
     strategy_of,
 )
 
@@ -172,180 +172,6 @@ def test_no_shard_is_ddp(keys: dict[str, Any]) -> None:
 def test_offload_as_a_word() -> None:
     found = recipe(fsdp=["full_shard", "offload"]).strategy().fsdp
     assert found == replace(PLAIN, offload_params=True)
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (
-            {"fsdp": True, "deepspeed": "zero2.json"},
-            "deepspeed: set this or fsdp, not both",
-        ),
-        (
-            {"fsdp_config": {"version": 2}, "deepspeed": {"zero_optimization": {"stage": 2}}},
-            "deepspeed: set this or fsdp_config, not both",
-        ),
-        (
-            {"fsdp": True, "device_map": "auto"},
-            "device_map: set this or fsdp, not both",
-        ),
-        (
-            {"deepspeed": "zero3.json", "device_map": "sequential"},
-            "device_map: set this or deepspeed, not both",
-        ),
-        (
-            {"fsdp": True, "adapter": "lora", "lora_target_linear": True, "load_in_8bit": True},
-            "load_in_8bit: weights of 8 bits cannot be sharded by FSDP: use adapter: qlora with",
-        ),
-        (
-            {"fsdp": "full_shard", "fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP"}},
-            "fsdp_config.sharding_strategy: SHARD_GRAD_OP contradicts fsdp: full_shard: remove one",
-        ),
-        (
-            {"fsdp": ["full_shard", "no_shard"]},
-            "fsdp: NO_SHARD contradicts fsdp: full_shard: remove one",
-        ),
-        (
-            {"fsdp": "full_shard", "fsdp_config": {"reshard_after_forward": False}},
-            "fsdp_config.reshard_after_forward: false contradicts fsdp: full_shard, which is true",
-        ),
-        (
-            {"fsdp": "offload", "fsdp_config": {"offload_params": False}},
-            "fsdp_config.offload_params: false contradicts fsdp: offload: remove one",
-        ),
-        (
-            {"fsdp": "auto_wrap", "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}},
-            "fsdp_config.auto_wrap_policy: NO_WRAP contradicts fsdp: auto_wrap: remove one",
-        ),
-        (
-            {
-                "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"},
-                "state_dict_type": "SHARDED_STATE_DICT",
-            },
-            "state_dict_type: contradicts fsdp_config.state_dict_type: FULL_STATE_DICT",
-        ),
-        ({"dp_shard_size": 2}, "dp_shard_size: needs FSDP, without which each process has the"),
-        (
-            {"dp_shard_size": 2, "fsdp": "no_shard"},
-            "dp_shard_size: needs FSDP, without which each process has the whole model: set fsdp",
-        ),
-        (
-            {"dp_shard_size": 2, "deepspeed": "zero3.json"},
-            "dp_shard_size: DeepSpeed shards the model over all processes: remove this, or use",
-        ),
-        (
-            {"dp_replicate_size": 2, "deepspeed": "zero3.json"},
-            "dp_replicate_size: DeepSpeed shards the model over all processes",
-        ),
-        (
-            {"tensor_parallel_size": 2, "deepspeed": "zero3.json"},
-            "tensor_parallel_size: DeepSpeed does not go with it here: use fsdp_config in place of",
-        ),
-        (
-            {"tensor_parallel_size": 2, "dp_replicate_size": 2},
-            "dp_replicate_size: needs FSDP beside tensor_parallel_size: set fsdp: true",
-        ),
-        (
-            {"tensor_parallel_size": 2, **QLORA},
-            "tensor_parallel_size: quantized weights cannot be divided: use fsdp_config in its",
-        ),
-        (
-            {
-                "tensor_parallel_size": 2,
-                "adapter": "lora",
-                "lora_target_linear": True,
-                "peft_use_dora": True,
-            },
-            "tensor_parallel_size: peft_use_dora needs whole weights: remove one of the two",
-        ),
-        (
-            {"context_parallel_size": 2},
-            "context_parallel_size: needs FSDP, which adds up what the parts of a sequence give",
-        ),
-        (
-            {"context_parallel": {"size": 2}, "deepspeed": "zero2.json"},
-            "context_parallel.size: DeepSpeed does not go with it here: use fsdp_config in place",
-        ),
-        (
-            {"context_parallel": {"size": 2}, "context_parallel_size": 4, "fsdp": True},
-            "context_parallel.size: contradicts context_parallel_size: 4",
-        ),
-        (
-            {"context_parallel_size": 2, "fsdp": True, "sample_packing": True},
-            "sample_packing: the samples of a pack would see each other: torch's ring attention (c",
-        ),
-        (
-            {"context_parallel_size": 2, "fsdp": True, "attn_implementation": "eager"},
-            "attn_implementation: context_parallel_size needs sdpa, torch's own attention",
-        ),
-        (
-            {"context_parallel_size": 2, "fsdp": True, "flex_attention": True},
-            "flex_attention: context_parallel_size needs sdpa, torch's own attention: set it to",
-        ),
-        (
-            {"context_parallel_size": 2, "fsdp": True, "label_smoothing_factor": 0.1},
-            "label_smoothing_factor: is not there for parts of sequences (context_parallel_size)",
-        ),
-        (
-            {"context_parallel_size": 2, "fsdp": True, "sample_prompt": "Why?"},
-            "sample_prompt: context_parallel_size leaves the model without the masks that answ",
-        ),
-        (
-            {"fsdp": True, "optimizer": "paged_adamw_8bit"},
-            "optimizer: paged_adamw_8bit needs whole weights, which FSDP divides: use adamw",
-        ),
-        (
-            {"fsdp": True, "optimizer": "adafactor"},
-            "optimizer: adafactor needs whole weights, which FSDP divides: use adamw",
-        ),
-        (
-            {"tensor_parallel_size": 2, "optimizer": "rmsprop_bnb"},
-            "optimizer: rmsprop_bnb needs whole weights, which tensor_parallel_size divides",
-        ),
-        (
-            {"tensor_parallel_size": 2, "optimizer": "adamw_torch_8bit"},
-            "optimizer: adamw_torch_8bit needs whole weights, which tensor_parallel_size divides",
-        ),
-        (
-            {"deepspeed": "deepspeed_configs/zero2.json", "optimizer": "adamw_bnb_8bit"},
-            "optimizer: under DeepSpeed, checkpoints cannot hold the state of adamw_bnb_8bit",
-        ),
-        (
-            {"expert_parallel_size": 2},
-            "expert_parallel_size: 2 is not yet available: leave it out, and use fsdp_config",
-        ),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size: must be greater than or equal to 1"),
-        ({"fsdp": "full_shrad"}, "fsdp.0: must be 'full_shard', 'shard_grad_op', "),
-        ({"fsdp": 3}, "fsdp: must be a list or true or false, not 3"),
-        ({"fsdp_config": "full"}, "fsdp_config: must be keys and values, not 'full'"),
-        (
-            {"fsdp_config": {"fsdp_offload_prams": True}},
-            "fsdp_config.fsdp_offload_prams: is not a key of a recipe; did you mean fsdp_offload_p",
-        ),
-        (
-            {"fsdp_config": {"fsdp_offload_params": True, "offload_params": False}},
-            "fsdp_config.fsdp_offload_params: is the old name of offload_params, which is set, too",
-        ),
-        (
-            {"fsdp_offload_params": True, "fsdp_config": {"offload_params": True}},
-            "fsdp_offload_params: is the old name of fsdp_config.offload_params, which is set, too",
-        ),
-        (
-            {"fsdp_config": {"mixed_precision_policy": "int8"}},
-            "fsdp_config.mixed_precision_policy: must be 'bfloat16', 'float16' or 'float32', not ",
-        ),
-        ({"fsdp_config": {"version": 3}}, "fsdp_config.version: must be 1 or 2, not 3"),
-        (
-            {"fsdp_config": {"ignored_modules": "lm_head"}},
-            "fsdp_config.ignored_modules: lm_head is not yet available: leave it out",
-        ),
-        ({"ddp_timeout": 0}, "ddp_timeout: must be greater than 0, not 0"),
-    ],
-)
-def test_one_sentence_says_what_is_wrong(keys: dict[str, Any], said: str) -> None:
-    message = refused(**keys)
-    assert said in message
-    assert len(message.splitlines()) == 1
 
 
 def test_the_same_sharding_may_be_said_twice() -> None:

@@ -3,107 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ....errors import RecipeError
+from ...recipe.keys.row_types import Fields, Style, Wording
 from ...recipe.recipe import Dataset, PromptFormat
 from .fields import fields_of, may_text, need_text
 from .segments import Segments
 
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request."
-)
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request."
-)
 
-
-_CONCISE = (
-    "Below is an instruction from a USER that describes a task, paired with an input that provides "
-    "further context. The ASSISTANT writes a response that concisely and appropriately completes "
-    "the request.\n\n",
-    "Below is an instruction from a USER that describes a task. The ASSISTANT writes a response "
-    "that appropriately and concisely completes the request.\n\n",
-)
-
-
-@dataclass(frozen=True)
-class Style:
-    """The text around the fields; ``{system}``, ``{instruction}`` and ``{input}`` stand for them.
-
-    Attributes:
-        system: how the system message is written, where there is one.
-        turn: the prompt of a row with an input.
-        bare: the prompt of a row without one.
-    """
-
-    system: str
-    turn: str
-    bare: str
-
-
-STYLES = {
-    "instruct": Style(
-        "{system}\n\n",
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-        "### Instruction:\n{instruction}\n\n### Response:\n",
-    ),
-    "chat": Style(
-        "SYSTEM: {system}\n",
-        "USER: {instruction}\n{input}\nASSISTANT:",
-        "USER: {instruction}\nASSISTANT:",
-    ),
-    "chatml": Style(
-        "<|im_start|>system\n{system}<|im_end|>\n",
-        "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    "phi": Style(
-        "<|system|>\n{system}<|end|>\n",
-        "<|user|>\n{instruction}<|end|>{input}<|assistant|>",
-        "<|user|>\n{instruction}<|end|>\n<|assistant|>\n",
-    ),
-    "tldr": Style(
-        "{system}",
-        "USER: Summarize the following article as a TL;DR.\n{instruction}\n{input}\nASSISTANT:",
-        "USER: Summarize the following article as a TL;DR.\n{instruction}\nASSISTANT:",
-    ),
-    "orca": Style(
-        "### System:\n{system}\n",
-        "### Human:\n{instruction}\n### Additional Context:\n{input}\n### Assistant:\n",
-        "### Human:\n{instruction}\n### Assistant:\n",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The names of a row's fields; an empty one means that the row has no such field."""
-
-    instruction: str = "instruction"
-    input: str = "input"
-    output: str = "output"
-    system: str = ""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One type of row.
-
-    Attributes:
-        fields: where things are.
-        style: the text around them.
-        defaults: the system messages of rows with and without an input that have none themselves.
-        answer: what every answer begins with, before the row's own.
-    """
-
-    fields: Fields
-    style: Style
-    defaults: tuple[str, str] = (_WITH_INPUT, _WITHOUT_INPUT)
-    answer: str = ""
+class Prompt(Wording):
+    """Reads rows that are worded so."""
 
     def read(self, row: Any, where: str) -> Segments:
         """The prompt, which is not trained, and the answer, which is, with the end of the text.
@@ -124,64 +35,28 @@ class Prompt:
         return Segments(where, ((prompt, False), (self.answer + output, True)), bos=True, eos=True)
 
 
-_NONE = ("", "")
-_WITH_SYSTEM = Fields(system="system")
-_ORCA = Fields("question", "", "response", "system_prompt")
-_TEACHER = Fields(output="response")
-_JEOPARDY = Fields("question", "category", "answer")
-_OASST = Fields("INSTRUCTION", "", "RESPONSE")
-
-PROMPTS: dict[str, Prompt] = {
-    "alpaca": Prompt(Fields(), STYLES["instruct"]),
-    "alpaca_instruct": Prompt(Fields(), STYLES["instruct"]),
-    "alpaca_instruct.load_no_prompt": Prompt(Fields(), STYLES["instruct"], _NONE),
-    "alpaca_chat": Prompt(Fields(), STYLES["chat"]),
-    "alpaca_chat.load_qa": Prompt(Fields("question", "", "answer"), STYLES["chat"], _CONCISE),
-    "alpaca_chat.load_no_prompt": Prompt(Fields(), STYLES["chat"], _NONE),
-    "alpaca_chat.load_concise": Prompt(Fields(), STYLES["chat"], _CONCISE),
-    "alpaca_chat.load_camel_ai": Prompt(
-        Fields("message_1", "", "message_2"), STYLES["chat"], _CONCISE
-    ),
-    "alpaca_w_system": Prompt(_WITH_SYSTEM, STYLES["chat"], _NONE),
-    "alpaca_w_system.load_chat": Prompt(_WITH_SYSTEM, STYLES["chat"], _NONE),
-    "alpaca_w_system.load_instruct": Prompt(_WITH_SYSTEM, STYLES["instruct"], _NONE),
-    "alpaca_w_system.load_open_orca": Prompt(_ORCA, STYLES["orca"], _NONE),
-    "alpaca_w_system.load_open_orca_chatml": Prompt(_ORCA, STYLES["chatml"], _NONE),
-    "gpteacher": Prompt(_TEACHER, STYLES["instruct"]),
-    "oasst": Prompt(_OASST, STYLES["instruct"]),
-    "jeopardy": Prompt(_JEOPARDY, STYLES["instruct"], answer="what is "),
-    "summarizetldr": Prompt(Fields("article", "", "summary"), STYLES["tldr"], _NONE),
-}
-"""The types, by Axolotl's names."""
-
-for _name in ("alpaca", "gpteacher", "oasst", "jeopardy"):
-    for _style in ("instruct", "chat", "chatml", "phi"):
-        PROMPTS[f"{_name}:{_style}"] = replace(PROMPTS[_name], style=STYLES[_style])
-
-
 _PROMPT = ("instruction", "input")
 """What may be filled into the prompt of a row."""
 
 
-def named(name: str, dataset: Dataset) -> Prompt:
-    """The prompt of a type; the dataset's own field names and prompt win.
+def worded(wording: Wording, dataset: Dataset) -> Prompt:
+    """What reads rows of a wording; the dataset's own field names and prompt win.
 
     Raises:
         RecipeError: ``input_format`` names something that a row does not have.
     """
-    prompt = PROMPTS[name]
     own = {
         "instruction": dataset.field_instruction or dataset.field_human,
         "input": dataset.field_input,
         "output": dataset.field_output or dataset.field_model,
         "system": dataset.field_system,
     }
-    fields = replace(prompt.fields, **{k: v for k, v in own.items() if v})
-    style = prompt.style
+    fields = replace(wording.fields, **{k: v for k, v in own.items() if v})
+    style = wording.style
     if form := dataset.input_format:
         require_fillable("input_format", form, _PROMPT)
         style = replace(style, turn=form, bare=form)
-    return replace(prompt, fields=fields, style=style)
+    return Prompt(fields, style, wording.defaults, wording.answer)
 
 
 def spelled_out(form: PromptFormat) -> Prompt:

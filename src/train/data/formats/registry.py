@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from ....errors import DataError, RecipeError
 from ...chat_templates import find_template
-from ...recipe.keys.dataset import TEACHER_TYPES, TYPES
+from ...recipe.keys.row_types import ROW_TYPES, TYPES, RowType
 from ...recipe.recipe import Dataset, PromptFormat, Recipe
 from ..chat.date import asks_for_day, today
 from ..chat.encoder import ChatEncoder
@@ -18,9 +18,8 @@ from ..chat.template import Chat
 from ..readers.limits import Limits, Part, keep
 from ..sample import IGNORED, Tokens, joined
 from .conversation import Conversation
-from .ends import require_ends
 from .fields import fields_of, kind, need, need_text
-from .instruction import PROMPTS, named, spelled_out
+from .instruction import spelled_out, worded
 from .segments import SegmentEncoder, Segments
 
 Row = tuple[str, Any]
@@ -265,24 +264,34 @@ def format_of(dataset: Dataset, recipe: Recipe, template: Any, size: int) -> For
     if recipe.skip_prepare_dataset:
         return Tokenized(size)
     name = kind_.removesuffix(".load").removesuffix(".default")
-    if name in PROMPTS:
-        return named(name, dataset)
+    if name not in ROW_TYPES:
+        raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
     text = template if isinstance(template, str) else str(template or "")
     conversation = Conversation(dataset, text, recipe.default_system_message)
-    match name:
-        case "chat_template" | "sharegpt":
-            return conversation
-        case _ if name in TEACHER_TYPES:
-            return conversation
-        case "completion":
-            return Completion(dataset.field or "text")
-        case "pretrain":
-            return Completion(getattr(dataset, "text_column", None) or dataset.field or "text")
-        case "input_output":
-            return InputOutput()
-        case "prompt_completion":
-            return PromptCompletion(dataset, conversation)
-    raise RecipeError(f"datasets: type: {kind_!r} is not one of {', '.join(TYPES)}")
+    return READERS[ROW_TYPES[name].reader](ROW_TYPES[name], dataset, conversation)
+
+
+def _instruction(row_type: RowType, dataset: Dataset) -> Format:
+    assert row_type.wording is not None
+    return worded(row_type.wording, dataset)
+
+
+def _text_field(dataset: Dataset) -> str:
+    return dataset.field or "text"
+
+
+READERS: dict[str, Callable[[RowType, Dataset, Conversation], Format]] = {
+    "conversation": lambda _, __, conversation: conversation,
+    "teacher": lambda _, __, conversation: conversation,
+    "text": lambda _, dataset, __: Completion(_text_field(dataset)),
+    "streamed_text": lambda _, dataset, __: Completion(
+        getattr(dataset, "text_column", None) or _text_field(dataset)
+    ),
+    "segments": lambda *_: InputOutput(),
+    "prompt_completion": lambda _, dataset, conversation: PromptCompletion(dataset, conversation),
+    "instruction": lambda row_type, dataset, _: _instruction(row_type, dataset),
+}
+"""What reads the rows of a type, by what the type's record says."""
 
 
 def _numbers(value: Any) -> bool:
@@ -297,3 +306,39 @@ def _rules(dataset: Dataset, recipe: Recipe, everything: bool) -> Rules:
         eot_tokens=tuple(dataset.eot_tokens or recipe.eot_tokens or ()),
         everything=everything,
     )
+
+
+def require_ends(
+    path: str, tokenizer: Any, chats: ChatEncoder | None, ends: set[int], trained: set[int]
+) -> None:
+    """See that the tokens that end turns are trained.
+
+    Args:
+        path: the dataset, for messages.
+        tokenizer: whose tokens they are.
+        chats: what has encoded its conversations; None: it has none.
+        ends: tokens that end a trained turn.
+        trained: those of them, and of those that are watched, that are trained.
+
+    Raises:
+        DataError: one is never trained; the message names it.
+    """
+    rules = chats.rules if chats else Rules()
+    if rules.everything:
+        return
+    eos = tokenizer.eos_token_id
+    wanted = set(chats.masker.eot if chats else ()) | ends
+    if chats and not wanted and eos is not None:
+        wanted = {eos}
+    policies = {t: rules.eos if t == eos else rules.eot for t in wanted}
+    for token in sorted(wanted - trained):
+        if policies[token] == "none":
+            continue
+        text = tokenizer.convert_ids_to_tokens(token)
+        where = "that follows answers" if token in ends else "that should end answers"
+        raise DataError(
+            f"{path}: no row trains {text!r}, the token {where}, so the model would never "
+            "learn to stop: let the chat template write it right after the answer (and in its "
+            "generation marks, if it has any), name the token that ends turns in eot_tokens, "
+            "or set train_on_eos: none for this dataset"
+        )

@@ -12,26 +12,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ....errors import DataError, RecipeError
-from ...recipe.keys.preferences.names import ROW_TYPES, is_own_type, plain_type
-from ...recipe.preferences import RowKind, preference_settings, rows_of
-from ...recipe.recipe import Dataset, PromptFormat, Recipe
+from ...recipe.preferences import preference_settings, rows_of
+from ...recipe.recipe import Dataset, Recipe
 from ..chat.date import today
 from ..chat.encoder import ChatEncoder, tokenize
 from ..chat.mask import Rules
 from ..chat.template import Chat, Messages
 from ..formats.conversation import Conversation
-from ..formats.ends import require_ends
-from ..formats.registry import Row, chat_encoder, template_of, writes_day
+from ..formats.registry import Row, chat_encoder, require_ends, template_of, writes_day
 from ..formats.segments import SegmentEncoder
 from ..readers.limits import Limits, Part
 from ..sample import IGNORED, Tokens
 from .limits import TokenizedAnswer, TokenizedRow, keep_answers
-from .messages import MessageReader
-from .own_type import OwnTypeReader
-from .prompts import PromptReader
-from .rows import JudgedSteps, Preference, PreferenceReader
-from .steps import StepReader
-from .texts import FORMS, FormReader, SpelledOutReader
+from .readers import (
+    FormReader,
+    JudgedSteps,
+    OwnTypeReader,
+    Preference,
+    SpelledOutReader,
+    StepReader,
+    reader_of,
+)
 
 
 class PreferenceEncoder:
@@ -181,45 +182,6 @@ class PreferenceEncoder:
         empty = not row.prompt.strip() or any(not step.strip() for step in row.steps)
         answer = TokenizedAnswer(ids, True)
         return TokenizedRow(row.where, prompt, (answer,), labels=tuple(labels), empty=empty)
-
-
-def reader_of(
-    dataset: Dataset, recipe: Recipe, rows: RowKind, conversation: Conversation, classes: int = 2
-) -> PreferenceReader:
-    """What reads the rows of a dataset.
-
-    Args:
-        dataset: how they are read.
-        recipe: what holds for all datasets.
-        rows: what they are.
-        conversation: reads messages.
-        classes: the labels of judged steps.
-
-    Raises:
-        RecipeError: there is no such type.
-    """
-    labelled = rows == "labelled"
-    if isinstance(dataset.type, PromptFormat):
-        return SpelledOutReader(dataset.type, labelled)
-    name = plain_type(dataset.type)
-    if is_own_type(dataset.type, rows):
-        plain = dataset.model_copy(update={"type": "chat_template"})
-        inner = reader_of(plain, recipe, rows, conversation, classes)
-        return OwnTypeReader(dataset.type, inner, recipe)
-    if rows == "steps" and name in ("chat_template", "stepwise_supervised"):
-        return StepReader(dataset, classes)
-    if name not in ROW_TYPES[rows]:
-        known = ", ".join(ROW_TYPES[rows])
-        raise RecipeError(f"datasets: type: {dataset.type!r} is not one of {known}")
-    if rows == "prompts":
-        return PromptReader(dataset, conversation)
-    family, _, variant = name.removeprefix("bradley_terry.").partition(".")
-    if family in FORMS:
-        return FormReader(FORMS[family], variant, dataset, conversation, labelled)
-    if name == "bradley_terry.chat_template":
-        prompts = ("input", "prompt", "question", "instruction")
-        return MessageReader(dataset, conversation, prompts=prompts)
-    return MessageReader(dataset, conversation, labelled, whole=variant.startswith("argilla"))
 
 
 def _rules(dataset: Dataset, recipe: Recipe) -> Rules:

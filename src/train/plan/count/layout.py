@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ....errors import RecipeError
-from ...recipe.distributed.deepspeed_config import stage
+from ...recipe.deepspeed_config import stage
 from ...recipe.recipe import Recipe
 from ...recipe.strategy import Strategy
 from .optimizer_state import state_bytes

@@ -37,12 +37,6 @@ class PeftKeys(Keys):
     )
     """Who quantizes the base model: ``bnb``. Unset: the same."""
 
-    weight_dtype: str | None = not_yet("use load_in_4bit or load_in_8bit")
-    """Dtype of the quantized weights. Unset: see ``load_in_4bit``."""
-
-    group_size: Int | None = not_yet("use bnb_config_kwargs")
-    """Number of weights that share a scale. Unset: the method's own."""
-
 
 class AdapterKeys(Keys):
     """Small trained weights beside frozen ones."""
@@ -83,7 +77,9 @@ class AdapterKeys(Keys):
     single string is a regular expression for whole names, and ``all-linear`` is every linear layer.
     Unset: see ``lora_target_linear``."""
 
-    lora_target_parameters: list[str] | str | None = None
+    lora_target_parameters: list[str] | str | None = key(
+        excludes={"lora_dropout": "needs lora_dropout: 0"}
+    )
     """Names of bare parameters to adapt, e.g. the experts of a mixture. Unset: none."""
 
     lora_exclude_modules: list[str] | str | None = None
@@ -105,10 +101,10 @@ class AdapterKeys(Keys):
     peft_use_rslora: bool = False
     """Scale by ``lora_alpha / sqrt(lora_r)`` (rsLoRA)."""
 
-    peft_layers_to_transform: list[Int] | None = None
+    peft_layers_to_transform: list[Int] | None = key(if_written=True)
     """Indices of the blocks that are adapted. Unset: all."""
 
-    peft_layers_pattern: list[str] | str | None = None
+    peft_layers_pattern: list[str] | str | None = key(needs=["peft_layers_to_transform"])
     """The name of the list of blocks, for ``peft_layers_to_transform``. Unset: PEFT finds it."""
 
     peft_layer_replication: list[tuple[Int, Int]] | None = None
@@ -124,29 +120,23 @@ class AdapterKeys(Keys):
     peft_autocast_adapter_dtype: bool = True
     """Keep the adapters in float32 beside weights of 16 bits."""
 
-    lora_fp32_gradients: bool = subsumed(
-        "adapters in float32, and so are their gradients (key peft_autocast_adapter_dtype)", False
-    )
-    """Add up the gradients of adapters in float32."""
-
     peft_ensure_weight_tying: bool | None = None
     """Keep adapters of tied weights tied. Unset: PEFT's default."""
 
     peft: PeftKeys | None = not_applicable("what it holds has a status of its own")
     """Further keys of PEFT. Unset: none."""
 
-    loraplus_lr_ratio: Float | None = key(gt=0)
+    loraplus_lr_ratio: Float | None = key(gt=0, if_written=True)
     """Ratio of the learning rates of ``lora_B`` and ``lora_A`` (LoRA+). Unset: 1."""
 
-    loraplus_lr_embedding: Float = key(1e-6, gt=0)
+    loraplus_lr_embedding: Float = key(1e-6, gt=0, read_with=["loraplus_lr_ratio"])
     """Learning rate of adapted embeddings, with ``loraplus_lr_ratio``."""
 
-    unfrozen_parameters: list[str] | None = None
+    unfrozen_parameters: list[str] | None = key(
+        unread_with={"adapter": "with an adapter, only the adapter is trained"}
+    )
     """Regular expressions: without an adapter, only parameters whose names match one of them at the
     beginning are trained. Unset: all."""
-
-    lora_on_cpu: bool | None = not_applicable("adapters are created on the device of the weights")
-    """Load the adapter into CPU memory. Unset: no."""
 
     nf4_backend: Literal["bitsandbytes", "torchao"] = subsumed(
         "load_in_4bit, which is bitsandbytes'", "bitsandbytes",
@@ -154,87 +144,28 @@ class AdapterKeys(Keys):
     )  # fmt: skip
     """Who quantizes to 4 bits."""
 
-    qlora_sharded_model_loading: bool | None = not_yet(
-        "leave it out: each process reads the weights into CPU memory, and keeps its shards"
-    )
-    """Load a quantized model shard by shard for FSDP. Unset: no."""
-
-    merge_lora: bool | None = not_applicable("merging is a command: fusewright merge RUN")
-    """Merge the adapter into the model. Unset: no."""
-
-    merge_method: Literal["legacy", "memory_efficient"] | None = not_applicable(
-        "fusewright merge RUN goes shard by shard"
-    )
-    """How the adapter is merged. Unset: shard by shard."""
-
     # --- restarts --------------------------------------------------------------------------------
-
-    relora: bool | None = not_yet("use a larger lora_r")
-    """Merge the adapter and begin a new one during training (ReLoRA). Unset: no."""
-
-    relora_steps: Int | None = not_yet("use a larger lora_r")
-    """Steps between two restarts of ReLoRA. Unset: no restarts."""
-
-    relora_warmup_steps: Int | None = not_applicable("only relora reads it")
-    """Warm-up after a restart of ReLoRA, in steps. Unset: none."""
-
-    relora_anneal_steps: Int | None = not_applicable("only relora reads it")
-    """Steps over which the learning rate decays before a restart. Unset: none."""
-
-    relora_prune_ratio: Float | None = not_applicable("only relora reads it")
-    """Fraction of the optimizer's state that a restart clears. Unset: ReLoRA's default."""
-
-    relora_prune_method: Literal["magnitude", "random", "reset"] | None = not_applicable(
-        "only relora reads it"
-    )
-    """Which part of the optimizer's state a restart clears. Unset: ``magnitude``."""
-
-    relora_cpu_offload: bool | None = not_applicable("only relora reads it")
-    """Merge on the CPU at a restart. Unset: no."""
 
     jagged_restart_steps: StepsOrOff = key(gt=0)
     """Steps between two restarts of the learning rate, each of which begins a warm-up anew on top
     of the schedule. Unset, or false: none."""
 
-    jagged_restart_warmup_steps: StepsOrOff = key(ge=0)
+    jagged_restart_warmup_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
     """Warm-up after such a restart, in steps. Unset, or false: none."""
 
-    jagged_restart_anneal_steps: StepsOrOff = key(ge=0)
+    jagged_restart_anneal_steps: StepsOrOff = key(ge=0, read_with=["jagged_restart_steps"])
     """Steps over which the learning rate decays before such a restart. Unset, or false: 1."""
 
-    lisa_n_layers: Int | None = key(gt=0)
+    lisa_n_layers: Int | None = key(
+        gt=0,
+        needs=["lisa_step_interval"],
+        excludes={"adapter": "trains whole blocks: set this or adapter, not both"},
+    )
     """Number of blocks that train at a time, drawn at random, while the others are frozen (LISA).
     The embeddings and the output head always train. One process, and no adapter. Unset: all."""
 
-    lisa_step_interval: Int | None = key(gt=0)
+    lisa_step_interval: Int | None = key(gt=0, read_with=["lisa_n_layers"])
     """Steps until LISA draws other blocks. Unset: needed by ``lisa_n_layers``."""
 
-    lisa_layers_attribute: str = "model.layers"
+    lisa_layers_attribute: str = key("model.layers", read_with=["lisa_n_layers"])
     """Where LISA finds the list of blocks."""
-
-    llama_pro: dict[str, Any] | None = not_yet("use unfrozen_parameters")
-    """Added blocks that alone are trained. Unset: none."""
-
-    mixlora_num_experts: Int | None = not_applicable(_MIXLORA)
-    """Adapters of each MLP. Unset: 8."""
-
-    mixlora_top_k: Int | None = not_applicable(_MIXLORA)
-    """Adapters for each token. Unset: 2."""
-
-    mixlora_router_aux_loss_coef: Float | None = not_applicable(_MIXLORA)
-    """Weight of the router's balance. Unset: 0.01."""
-
-    mixlora_router_init_range: Float | None = not_applicable(_MIXLORA)
-    """Deviation of the router's first weights. Unset: 0.02."""
-
-    mixlora_jitter_noise: Float | None = not_applicable(_MIXLORA)
-    """Noise on the router's inputs. Unset: none."""
-
-    mixlora_expert_lora_r: Int | None = not_applicable(_MIXLORA)
-    """Rank of these adapters. Unset: ``lora_r``."""
-
-    mixlora_expert_lora_alpha: Int | None = not_applicable(_MIXLORA)
-    """Their scale. Unset: ``lora_alpha``."""
-
-    mixlora_expert_lora_dropout: Float | None = not_applicable(_MIXLORA)
-    """Their dropout. Unset: ``lora_dropout``."""

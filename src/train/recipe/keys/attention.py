@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import Keys, key, not_yet
 
 _OWN_MEMORY = "fusewright's memory planner: it decides what each block keeps (key memory)"
 
@@ -15,7 +15,18 @@ _SHARED_EXPERTS = "use fsdp_config, which also shards the weights of experts"
 class AttentionKeys(Keys):
     """Which implementations a model has, and what it keeps where."""
 
-    attn_implementation: str | None = None
+    attn_implementation: str | None = key(
+        if_written=True,
+        one_of=[
+            "flash_attention",
+            "xformers_attention",
+            "sdp_attention",
+            "flex_attention",
+            "eager_attention",
+            "s2_attention",
+            "sage_attention",
+        ],
+    )
     """The attention of transformers, e.g. ``sdpa``, ``eager`` or ``flash_attention_2``. One whose
     package or GPU is not there is replaced by the model's own choice, with a message: the values
     are the same. Unset: the model's own choice, which is ``sdpa`` for nearly all."""
@@ -28,31 +39,6 @@ class AttentionKeys(Keys):
 
     flex_attention: bool = False
     """The same as ``attn_implementation: flex_attention``."""
-
-    flex_attn_compile_kwargs: dict[str, Any] | None = not_applicable(
-        "whole blocks are compiled: see codegen"
-    )
-    """Arguments of ``torch.compile`` for flex attention. Unset: none."""
-
-    flash_attention: bool | None = subsumed(
-        "torch's scaled dot-product attention, which has a flash kernel on GPUs; "
-        "attn_implementation: flash_attention_2 asks for the package itself"
-    )
-    """Flash attention, which never stores the matrix of scores. Unset: not requested."""
-
-    xformers_attention: bool | None = subsumed("torch's scaled dot-product attention")
-    """The attention of the package xFormers. Unset: not requested."""
-
-    s2_attention: bool | None = not_yet("leave it out, and lower sequence_len if memory is short")
-    """Shifted sparse attention (LongLoRA). Unset: no."""
-
-    sage_attention: bool | None = subsumed(
-        "torch's scaled dot-product attention, which rounds no products to 8 bits"
-    )
-    """Attention with quantized products (SageAttention). Unset: no."""
-
-    gemma4_hybrid_attn_impl: bool | None = subsumed("torch's scaled dot-product attention")
-    """Two kinds of attention in one model. Unset: no."""
 
     experts_implementation: str | None = key(
         values={
@@ -69,15 +55,6 @@ class AttentionKeys(Keys):
     """Quantize the bare weights of experts, too, as ``load_in_4bit`` or ``load_in_8bit`` does with
     linear layers. They are unpacked whenever they are read, so ``gradient_checkpointing`` saves
     memory."""
-
-    scaling_softmax: bool | None = not_yet("leave it out")
-    """Scale the scores by the logarithm of the length (SSMax). Unset: no."""
-
-    scaling_softmax_factor: Float | None = not_applicable("only scaling_softmax reads it")
-    """The factor of that scale. Unset: 0.43."""
-
-    scaling_softmax_bias: Float | None = not_applicable("only scaling_softmax reads it")
-    """The bias of that scale. Unset: 0."""
 
     # --- memory and place ------------------------------------------------------------------------
 
@@ -96,21 +73,6 @@ class AttentionKeys(Keys):
     """Arguments for torch's checkpointing, e.g. ``{use_reentrant: false}``. Unset:
     ``use_reentrant: false``."""
 
-    activation_offloading: bool | Literal["legacy", "disk"] | None = subsumed(_OWN_MEMORY)
-    """Keep activations in CPU memory. Unset: no."""
-
-    layer_offloading: bool | None = not_yet("use adapter: qlora, which needs less memory")
-    """Keep frozen layers in CPU memory until they are used. Unset: no."""
-
-    ple_cpu_offload: bool = not_yet("leave it out: all weights are on the training device", False)
-    """Keep embeddings of single layers in CPU memory."""
-
-    low_cpu_mem_usage: bool | None = subsumed("transformers, which always loads shard by shard")
-    """Load the weights without a second copy in CPU memory. Unset: yes."""
-
-    device: Any = not_applicable("the trainer uses the GPU if there is one, else the CPU")
-    """The device of the model. Unset: chosen by the machine."""
-
     device_map: Any = not_yet(
         "leave it out: a process trains on one device; fsdp_config or deepspeed shards the model "
         "over several",
@@ -122,17 +84,3 @@ class AttentionKeys(Keys):
         "use memory: 8GB for the whole budget of the process"
     )
     """The maximum memory for weights, by device. Unset: all that is free."""
-
-    gpu_memory_limit: Int | str | None = not_yet("use memory: 8GB for the process")
-    """The maximum memory for weights on each GPU. Unset: all that is free."""
-
-    embeddings_skip_upcast: bool | None = not_applicable("embeddings keep the dtype of the weights")
-    """Leave the embeddings in 16 bits where weights are quantized. Unset: yes."""
-
-    use_kernels: bool | None = subsumed("fusewright's own kernels (key optimize)")
-    """Kernels from the hub's package ``kernels``. Unset: no."""
-
-    experimental_skip_move_to_device: bool | None = not_applicable(
-        "weights are loaded onto the training device"
-    )
-    """Do not move the model before it is sharded. Unset: yes."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import METHOD, VALIDATION, Float, Int, Keys, key
 from .dataset import Dataset, PretrainingDataset
+
+_STREAM = "pretraining_dataset or streaming"
+_NOT_STREAMED = "rows of {key} are not streamed: use datasets, without streaming"
+_TEACHER_NOT_STREAMED = "rows with a teacher are not streamed: use datasets, without streaming"
+_NOT_PACKED = "rows of {key} are not packed: leave it out, or set it to false"
+_ALL_ROWS = "needs all rows at once, which a stream ({key}) never has"
+_UNSORTED = "streamed rows cannot be sorted or counted in advance"
 
 
 class DataKeys(Keys):
@@ -18,28 +25,38 @@ class DataKeys(Keys):
     test_datasets: list[Dataset] = key([], min_length=1)
     """The rows to validate on, each dataset by itself. Unset: see ``val_set_size``."""
 
-    pretraining_dataset: list[PretrainingDataset] = key([], min_length=1)
+    pretraining_dataset: list[PretrainingDataset] = key(
+        [],
+        min_length=1,
+        excludes={
+            "datasets": "set this or datasets, not both: only one of them is trained on; "
+            "to read datasets as a stream, set streaming: true",
+            METHOD: _NOT_STREAMED,
+            "kd_trainer": _TEACHER_NOT_STREAMED,
+        },
+    )
     """Text that is streamed during training, instead of ``datasets``. Needs ``max_steps``. Unset:
     none."""
 
-    val_set_size: Float = key(0.0, ge=0)
+    val_set_size: Float = key(
+        0.0,
+        ge=0,
+        excludes={
+            "test_datasets": "set this or test_datasets, not both",
+            _STREAM: "cannot be cut from a stream ({key}): use test_datasets",
+        },
+    )
     """Rows held out for validation: a fraction below 1, or a number of rows. 0: none."""
 
-    streaming: bool = False
+    streaming: bool = key(
+        False, excludes={METHOD: _NOT_STREAMED, "kd_trainer": _TEACHER_NOT_STREAMED}
+    )
     """Read ``datasets`` as a stream, too. Needs ``max_steps``."""
 
     streaming_multipack_buffer_size: Int = key(
         10_000, gt=0, aliases=["pretrain_multipack_buffer_size"]
     )
     """Rows of a stream that are buffered and packed together."""
-
-    pretrain_multipack_attn: bool = not_applicable(
-        "the samples of a pack never see each other", True
-    )
-    """Let each sample of a packed stream attend only to itself."""
-
-    pretraining_sample_concatenation: bool | None = subsumed("packing (key sample_packing)")
-    """Concatenate the texts of a stream. Unset: yes."""
 
     # --- preparation -----------------------------------------------------------------------------
 
@@ -51,23 +68,23 @@ class DataKeys(Keys):
     """Processes that prepare rows. Unset: only the main process, where the tokenizer uses all
     cores. More pay off from about 100,000 rows."""
 
-    dataset_keep_in_memory: bool = not_applicable("prepared rows are memory-mapped", False)
-    """Keep the prepared rows in memory, not on disk."""
-
-    dataset_exact_deduplication: bool = False
+    dataset_exact_deduplication: bool = key(False, excludes={_STREAM: _ALL_ROWS})
     """Remove duplicate rows."""
 
-    skip_prepare_dataset: bool = False
+    skip_prepare_dataset: bool = key(
+        False,
+        excludes={
+            METHOD: "rows of {key} are always tokenized: leave it out",
+            "kd_trainer": "rows with a teacher are always tokenized: leave it out",
+        },
+    )
     """The rows are already tokenized: they have ``input_ids`` and ``labels``."""
 
-    dataset_shard_num: Int | None = key(gt=0)
+    dataset_shard_num: Int | None = key(gt=0, if_written=True, excludes={_STREAM: _ALL_ROWS})
     """Split all rows into this many shards and use one. Unset: use all."""
 
-    dataset_shard_idx: Int = key(0, ge=0)
+    dataset_shard_idx: Int = key(0, ge=0, needs=["dataset_shard_num"])
     """Index of the shard that is used, from 0."""
-
-    num_dataset_shards_to_save: Int | None = not_applicable("the cache chooses its own parts")
-    """Number of files for the prepared rows. Unset: chosen by size."""
 
     shuffle_merged_datasets: bool = True
     """Shuffle the rows of all datasets together."""
@@ -75,91 +92,64 @@ class DataKeys(Keys):
     shuffle_before_merging_datasets: bool = False
     """Shuffle each dataset before they are merged."""
 
-    push_dataset_to_hub: str | None = not_yet("upload the folder of dataset_prepared_path yourself")
-    """A dataset on the hub that the prepared rows are written to. Unset: none."""
-
-    is_preprocess: bool | None = not_applicable("preparing is a command: fusewright preprocess")
-    """Only prepare the rows. Unset: no."""
-
-    preprocess_iterable: bool | None = subsumed("batches of bounded size")
-    """Prepare the rows as a stream. Unset: no."""
-
     # --- sequences -------------------------------------------------------------------------------
 
     sequence_len: Int = key(512, gt=1)
     """Longest row, and the size of a pack, in tokens."""
 
-    eval_sequence_len: Int | None = key(gt=1)
+    eval_sequence_len: Int | None = key(gt=1, read_with=VALIDATION)
     """The same for validation. Unset: ``sequence_len``."""
 
     min_sample_len: Int | None = key(gt=0)
     """Shortest row, in tokens; shorter ones are left out. Unset: 2, or 1 for rows that are
     prompts (``rl: grpo``, ``gdpo``)."""
 
-    max_prompt_len: Int | None = None
+    max_prompt_len: Int | None = key(
+        read_with={METHOD: "only a preference method (key rl) reads it"}
+    )
     """Longest prompt of a preference, in tokens; with ``excess_length_strategy: truncate``, longer
     ones lose their beginning. Unset: ``sequence_len``."""
 
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What happens to a row of more than ``sequence_len`` tokens."""
 
-    sample_packing: bool = False
+    sample_packing: bool = key(False, excludes={METHOD: _NOT_PACKED})
     """Pack several rows into one sequence; each attends only to itself and starts at position 0."""
 
-    eval_sample_packing: bool | None = None
+    eval_sample_packing: bool | None = key(excludes={METHOD: _NOT_PACKED}, read_with=VALIDATION)
     """The same for validation. Unset: as ``sample_packing``."""
 
-    sample_packing_group_size: Int = key(100_000, gt=0)
+    sample_packing_group_size: Int = key(100_000, gt=0, unread_with={_STREAM: _UNSORTED})
     """Number of rows that are packed at a time; more rows pack tighter."""
 
     sample_packing_bin_size: Int = key(200, gt=0)
     """Most rows in one sequence."""
 
-    sample_packing_sequentially: bool = False
+    sample_packing_sequentially: bool = key(False, unread_with={_STREAM: _UNSORTED})
     """Pack rows in their original order."""
-
-    sample_packing_mp_start_method: str | None = not_applicable("packing takes no other processes")
-    """How processes that pack are started. Unset: torch's default."""
 
     pad_to_sequence_len: bool | None = None
     """Pad every sequence to ``sequence_len``. Unset: only where it makes the run faster."""
 
-    pad_to_multiple_of: Int | None = not_applicable("padding changes no result")
-    """Pad every batch to a multiple of this many tokens. Unset: to its longest row."""
-
-    multipack_real_batches: bool | None = not_applicable("a batch is a tensor of whole sequences")
-    """Keep the packs of a batch as separate rows. Unset: yes."""
-
-    batch_flattening: bool | Literal["auto"] | None = subsumed("packing (key sample_packing)")
-    """Concatenate the rows of a batch into one sequence. Unset: no."""
-
     curriculum_sampling: bool = False
     """Do not shuffle the training rows."""
 
-    group_by_length: bool = False
+    group_by_length: bool = key(
+        False,
+        unread_with={
+            "sample_packing": "sample_packing leaves no padding to save",
+            _STREAM: _UNSORTED,
+        },
+    )
     """Put rows of similar length into a batch, to save padding."""
 
-    balance_labels: bool = not_yet(
-        "leave it out: a gradient weighs tokens, however they are spread over batches", False
+    train_on_inputs: bool = key(
+        False, unread_with={METHOD: "only answers are compared, never prompts"}
     )
-    """Give all batches of a step about as many trained tokens."""
-
-    label_balance_window_optim_steps: Int = not_applicable("only balance_labels reads it", 1)
-    """Steps whose batches are balanced together."""
-
-    train_on_inputs: bool = False
     """Train every token, not only the assistant's."""
 
     eot_tokens: list[str] | None = None
     """Tokens that end a turn, where that is not the end-of-text token. Unset: that one."""
-
-    remove_unused_columns: bool | None = not_applicable("batches hold only what the model accepts")
-    """Remove columns that the model does not accept. Unset: yes."""
-
-    fix_untrained_tokens: Int | list[Int] | None = not_yet(
-        "use lora_modules_to_save for new tokens"
-    )
-    """Ids of tokens whose embeddings are set to the mean. Unset: none."""
 
     # --- loading ---------------------------------------------------------------------------------
 
@@ -176,23 +166,3 @@ class DataKeys(Keys):
     """Drop the last batch if it is not full."""
 
     # --- positions -------------------------------------------------------------------------------
-
-    use_pose: bool | None = not_yet("leave it out, and set sequence_len to the whole length")
-    """Train longer contexts by skipping positions (PoSE). Unset: no."""
-
-    pose_split_on_token_ids: list[Int] | None = not_applicable("only use_pose reads it")
-    """Ids of the tokens that PoSE may split at. Unset: any."""
-
-    pose_max_context_len: Int | None = not_applicable("only use_pose reads it")
-    """The context that PoSE trains for, in tokens. Unset: none."""
-
-    pose_num_chunks: Int | None = not_applicable("only use_pose reads it")
-    """Pieces that PoSE makes of a row. Unset: 2."""
-
-    rope_scaling: dict[str, Any] | None = not_yet(
-        "set it in overrides_of_model_config: {rope_scaling: ...}"
-    )
-    """Another scaling of rotary positions. Unset: the model's own."""
-
-    max_packed_sequence_len: Int | None = not_yet("use sequence_len and sample_packing: true")
-    """The old name of packing. Unset: see ``sample_packing``."""

@@ -6,28 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Float, Int, Keys, PositiveFloat, key, not_applicable, not_yet
-
-TYPES = (
-    "chat_template", "sharegpt", "completion", "pretrain", "input_output", "prompt_completion",
-    "alpaca", "alpaca:instruct", "alpaca:chat", "alpaca:chatml", "alpaca_instruct",
-    "alpaca_instruct.load_no_prompt", "alpaca_chat", "alpaca_chat.load_qa",
-    "alpaca_chat.load_no_prompt", "alpaca_w_system", "alpaca_w_system.load_chat",
-    "alpaca_w_system.load_instruct", "alpaca_w_system.load_open_orca",
-    "alpaca_w_system.load_open_orca_chatml",
-    "alpaca:phi", "alpaca_chat.load_concise", "alpaca_chat.load_camel_ai", "summarizetldr",
-    "gpteacher", "gpteacher:instruct", "gpteacher:chat", "gpteacher:chatml", "gpteacher:phi",
-    "oasst", "oasst:instruct", "oasst:chat", "oasst:chatml", "oasst:phi",
-    "jeopardy", "jeopardy:instruct", "jeopardy:chat", "jeopardy:chatml", "jeopardy:phi",
-)  # fmt: skip
-"""The types of rows, by Axolotl's names; each may also end in ``.load`` or ``.default``."""
-
-_KD = "axolotl.integrations.kd.chat_template"
-
-TEACHER_TYPES = (_KD, f"{_KD}.load_v2", f"{_KD}.load_legacy")
-"""Those of chats with a teacher's log-probabilities."""
-
-_SYNTHETIC = "random rows are not made: use path: fusewright:docstrings, or rows of a file"
+from .base import Float, Int, Keys, PositiveFloat, key
 
 
 class PromptFormat(Keys):
@@ -122,21 +101,11 @@ class Dataset(Keys):
     revision: str | None = None
     """Branch, tag or commit of a dataset on the hub. Unset: its main branch."""
 
-    trust_remote_code: bool | None = not_applicable(
-        "datasets on the hub that need their own code can no longer be loaded by anyone"
-    )
-    """Run the Python code that comes with the dataset. Unset: no."""
-
-    shards: Int | None = key(gt=0)
+    shards: Int | None = key(gt=0, if_written=True)
     """Cut the dataset into so many parts and use one. Unset: use all of it."""
 
-    shards_idx: Int = key(0, ge=0)
+    shards_idx: Int = key(0, ge=0, if_written=True, needs=["shards"])
     """Which of the ``shards`` is used, from 0."""
-
-    preprocess_shards: Int | None = not_applicable(
-        "rows are prepared in bounded batches, written to disk as they come"
-    )
-    """Prepare the dataset in so many parts, to save memory. Unset: in one."""
 
     # --- chats -----------------------------------------------------------------------------------
 
@@ -171,10 +140,14 @@ class Dataset(Keys):
     """The names of a message's fields, where they are not ``role`` and ``content``, e.g.
     ``{role: from, content: value}``."""
 
-    message_field_role: str | None = None
+    message_field_role: str | None = key(
+        if_written=True, excludes=["message_property_mappings.role"]
+    )
     """The older way to say ``message_property_mappings.role``. Unset: ``role``."""
 
-    message_field_content: str | None = None
+    message_field_content: str | None = key(
+        if_written=True, excludes=["message_property_mappings.content"]
+    )
     """The older way to say ``message_property_mappings.content``. Unset: ``content``."""
 
     message_field_training: str | None = None
@@ -203,9 +176,6 @@ class Dataset(Keys):
 
     drop_system_message: bool = False
     """Leave out the system messages of the rows."""
-
-    conversation: str | None = not_applicable("the chat template gives the form of a conversation")
-    """The old name of a conversation's form. Unset: see ``chat_template``."""
 
     # --- other rows ------------------------------------------------------------------------------
 
@@ -236,9 +206,6 @@ class Dataset(Keys):
     is empty; for another prompt there, spell ``type`` out, with ``format`` and ``no_input_format``.
     Unset: the type's own two prompts."""
 
-    input_transform: str | None = not_yet("change the rows with a builder")
-    """A function that changes a row. Unset: none."""
-
     train_on_inputs: bool | None = None
     """Train every token of this dataset. Unset: as the recipe's ``train_on_inputs``."""
 
@@ -264,33 +231,6 @@ class Dataset(Keys):
 
     temperature: PositiveFloat | None = None
     """For distillation: the temperature of these log-probabilities. Unset: 1."""
-
-    length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: rows. Unset: 1000."""
-
-    sequence_length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: tokens of a row. Unset: ``sequence_len``."""
-
-    min_input_id: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: the smallest token. Unset: 100."""
-
-    max_input_id: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: the largest token. Unset: the last of the vocabulary."""
-
-    seed: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: seed of the tokens. Unset: none."""
-
-    min_turns: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: fewest turns of a row. Unset: 1."""
-
-    max_turns: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: most turns of a row. Unset: 1."""
-
-    min_turn_length: Int | None = not_yet(_SYNTHETIC)
-    """For random tokens: shortest turn, in tokens. Unset: 32."""
-
-    input_fraction: Float | None = not_yet(_SYNTHETIC)
-    """For random tokens: part of a turn that is not trained. Unset: 0."""
 
 
 class PretrainingDataset(Dataset):

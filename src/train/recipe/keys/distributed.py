@@ -2,12 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Int, Keys, key, not_applicable, not_yet, subsumed
-from .fsdp import FsdpKeys
+from .base import METHOD, Int, Keys, key, not_applicable, not_yet, subsumed
+
+Strategies = Literal[
+    "FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"
+]
+"""The sharding strategies of FSDP1, in the order of their numbers, which begin at 1."""
+
+_NUMBERS = {1: "FULL_SHARD", 2: "SHARD_GRAD_OP", 3: "NO_SHARD", 4: "HYBRID_SHARD",
+            5: "HYBRID_SHARD_ZERO2"}  # fmt: skip
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _strategy(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    return _NUMBERS.get(value, value) if isinstance(value, int) else _upper(value)
+
+
+def _dtype(value: Any) -> Any:
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """The names of a list or of a text with commas; None where there are none."""
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+class FsdpKeys(Keys):
+    """Settings of FSDP. Those of its first version are those that mean the same in the second."""
+
+    older_prefix: ClassVar[str] = "fsdp_"
+
+    version: Literal[1, 2] | None = key(
+        values={1: ("subsumed", "FSDP2, which has an equivalent of each of its options")},
+    )
+    """Which FSDP. 1 runs as 2. Unset: 2."""
+
+    auto_wrap_policy: Annotated[
+        Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None,
+        BeforeValidator(_upper),
+    ] = None
+    """What is gathered at a time: a block, a module of ``min_num_params``, or the whole model.
+    Unset: a block; modules by size if only ``min_num_params`` is set."""
+
+    transformer_layer_cls_to_wrap: Annotated[list[str] | None, BeforeValidator(_listed)] = key(
+        aliases=["transformer_cls_names_to_wrap"]
+    )
+    """The classes of the blocks, e.g. ``LlamaDecoderLayer``: a list, or names with commas between
+    them. Unset: found by the model's structure."""
+
+    min_num_params: Int | None = key(ge=0)
+    """The number of parameters from which a module is a unit, with ``SIZE_BASED_WRAP``. Unset, or
+    0: modules are not chosen by size."""
+
+    reshard_after_forward: Annotated[bool | Strategies | None, BeforeValidator(_strategy)] = None
+    """Free a block's gathered weights after its forward, and gather them again in backward; false
+    needs more memory and less communication. Unset: true, or as ``sharding_strategy`` says."""
+
+    sharding_strategy: Annotated[Strategies | None, BeforeValidator(_strategy)] = None
+    """The same in FSDP1's words, or their numbers: ``FULL_SHARD`` is true, ``SHARD_GRAD_OP`` false;
+    the hybrid ones are the same with ``dp_replicate_size``, and ``NO_SHARD`` is DDP. Unset: see
+    ``reshard_after_forward``."""
+
+    offload_params: bool | None = key(aliases=["cpu_offload"])
+    """Keep the shards, their gradients and the optimizer's state in CPU memory. Unset: no."""
+
+    cpu_offload_pin_memory: bool | None = None
+    """Pin the CPU memory of ``offload_params``: faster copies, but memory that cannot be swapped
+    out. Unset: yes."""
+
+    activation_checkpointing: bool | None = None
+    """Keep only the inputs of each block, as ``gradient_checkpointing`` does. Unset: no."""
+
+    state_dict_type: Annotated[
+        Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
+        BeforeValidator(_upper),
+    ] = key(
+        values={"LOCAL_STATE_DICT": ("subsumed", "SHARDED_STATE_DICT, which it runs as")},
+    )
+    """How checkpoints hold weights and the optimizer's state: ``FULL_STATE_DICT`` as a whole,
+    gathered on one process; ``SHARDED_STATE_DICT`` in shards, of which each process writes its own.
+    Any number of processes and any strategy resumes from both. Unset: ``FULL_STATE_DICT``."""
+
+    final_state_dict_type: Annotated[
+        Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None,
+        BeforeValidator(_upper),
+    ] = subsumed("the result, which is always saved as a whole")
+    """How the result is saved. Unset: as a whole."""
+
+    mixed_precision_policy: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, BeforeValidator(_dtype)
+    ] = None
+    """The dtype of gathered weights, gradients and outputs: ``bf16``, ``fp16``, ``fp32``, or
+    torch's names of them. Unset: the model's own."""
+
+    backward_prefetch: Annotated[
+        Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] | None, BeforeValidator(_upper)
+    ] = subsumed(
+        "FSDP2, which gathers the next block while one is in backward",
+    )
+    """When backward gathers the next block. Unset: while one is in backward."""
+
 
 Words = Literal[
     "full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2", "offload",
@@ -21,6 +127,20 @@ _LAUNCHER = (
 )
 _SHARED_EXPERTS = "only expert_parallel_size reads it"
 _RING = "torch's own ring attention"
+
+
+_LISA = "set this or lisa_n_layers, not both: LISA trains with one process"
+_SHARDED = {
+    "lisa_n_layers": _LISA,
+    "use_dft or use_eaft": "set this or {key}, not both: {key} is a loss whose tiles need the "
+    "whole output head in each process (DDP)",
+}
+_DIVIDED = {
+    "lisa_n_layers": _LISA,
+    "use_dft or use_eaft": "set this or {key}, not both",
+    METHOD: "{key} is not trained with it: use fsdp_config or deepspeed",
+    "kd_trainer": "kd_trainer is not trained with it: use fsdp_config or deepspeed",
+}
 
 
 def _words(value: Any) -> Any:
@@ -38,71 +158,51 @@ class ContextParallelKeys(Keys):
     size: Int | None = key(ge=1)
     """The same as ``context_parallel_size``. Unset: see there."""
 
-    backend: str | None = subsumed(_RING)
-    """How attention crosses the parts of a sequence. Unset: ring attention."""
-
-    load_balance: str | bool | None = subsumed(
-        "torch's ring attention, which gives each device a part from either end"
-    )
-    """Which parts a device gets. Unset: see there."""
-
-    ring_impl: str | None = subsumed(_RING)
-    """Which ring attention. Unset: torch's."""
-
-    ring_size: Int | None = subsumed(_RING)
-    """Devices of one ring. Unset: all."""
-
-    ulysses_size: Int | None = subsumed(_RING)
-    """Devices that exchange heads in place of tokens. Unset: none."""
-
-    rotate_method: Literal["allgather", "alltoall"] | None = subsumed(_RING)
-    """How parts go around the ring. Unset: ``allgather``."""
-
-    shard_in_collator: bool | None = not_applicable("batches are divided as they reach the model")
-    """Divide a batch when it is made. Unset: yes."""
-
 
 class DistributedKeys(Keys):
     """Several processes: which engine shares the work, and how. Without any of them it is DDP."""
 
-    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = None
+    fsdp: Annotated[list[Words] | bool | None, BeforeValidator(_words)] = key(excludes=_SHARDED)
     """Shard the model with FSDP2: true, or options as a list or a text, e.g. ``[full_shard,
     auto_wrap, offload]``, which mean the same as those of ``fsdp_config``. Unset: only where
     ``fsdp_config`` has a key."""
 
-    fsdp_config: FsdpKeys | None = not_applicable("what it holds has a status of its own")
+    fsdp_config: FsdpKeys | None = not_applicable(
+        "what it holds has a status of its own",
+        excludes=_SHARDED,
+    )
     """Settings of FSDP; any key in it shards the model with FSDP2. Unset: none."""
-
-    fsdp_version: Literal[1, 2] | None = subsumed("FSDP2, which runs the options of both versions")
-    """Which FSDP; by itself it shards nothing. Unset: 2."""
-
-    fsdp_final_state_dict_type: (
-        Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT", "LOCAL_STATE_DICT"] | None
-    ) = subsumed("the result, which is always saved as a whole")
-    """How FSDP saves the result. Unset: as a whole."""
 
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] | None = None
     """The same as ``fsdp_config.state_dict_type``. Unset: see there."""
 
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: str | dict[str, Any] | None = key(excludes=_SHARDED)
     """The configuration of DeepSpeed, or its JSON file; ``auto`` values are taken from the recipe.
     ``deepspeed_configs/zero3.json`` and the like need no file. Unset: DeepSpeed is not used."""
 
-    deepcompile: bool | None = subsumed("fusewright's compiler: see codegen")
-    """Let DeepSpeed compile the model. Unset: no."""
-
-    dp_shard_size: Int | None = key(ge=1)
+    dp_shard_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
     """Number of processes that share one copy of the weights, with FSDP. Unset, or 1: all of them,
     divided by ``dp_replicate_size``."""
 
-    dp_replicate_size: Int | None = key(ge=1)
+    dp_replicate_size: Int | None = key(ge=1, more_than=1, excludes={"lisa_n_layers": _LISA})
     """Number of copies of the weights: with FSDP, each is sharded (hybrid sharding). Unset: 1."""
 
-    tensor_parallel_size: Int = key(1, ge=1)
+    tensor_parallel_size: Int = key(
+        1,
+        ge=1,
+        more_than=1,
+        excludes=_DIVIDED,
+    )
     """Devices that share each layer, by the plan that transformers has for the model. With FSDP
     they may be several groups; ``dp_shard_size`` and ``dp_replicate_size`` count groups then."""
 
-    context_parallel_size: Int = key(1, aliases=["sequence_parallel_degree"], ge=1)
+    context_parallel_size: Int = key(
+        1,
+        aliases=["sequence_parallel_degree"],
+        ge=1,
+        more_than=1,
+        excludes=_DIVIDED,
+    )
     """Devices that share each sequence, by torch's ring attention. GPUs only."""
 
     context_parallel: ContextParallelKeys | None = not_applicable(
@@ -118,33 +218,6 @@ class DistributedKeys(Keys):
         ge=1,
     )
     """Devices that share the experts."""
-
-    expert_parallel_backend: str | None = not_applicable(_SHARED_EXPERTS)
-    """Who sends tokens to the experts. Unset: by the GPU."""
-
-    expert_parallel_dispatch_chunks: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Parts in which they are sent. Unset: 1."""
-
-    expert_parallel_save_dispatch: bool | None = not_applicable(_SHARED_EXPERTS)
-    """Keep what was sent for backward. Unset: no."""
-
-    expert_parallel_token_capacity: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Most tokens of an expert. Unset: no limit."""
-
-    expert_parallel_fallback_on_unsupported: bool | None = not_applicable(_SHARED_EXPERTS)
-    """Share experts otherwise where this is not possible. Unset: yes."""
-
-    expert_parallel_num_nvl_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Size of a buffer within a machine. Unset: 256 MiB."""
-
-    expert_parallel_num_rdma_bytes: Int | None = not_applicable(_SHARED_EXPERTS)
-    """Size of a buffer between machines. Unset: 0."""
-
-    heads_k_stride: Int | None = subsumed("torch's ring attention, which exchanges all heads")
-    """Heads per exchange of ring attention. Unset: all."""
-
-    ring_attn_func: str | None = subsumed(_RING)
-    """Which ring attention. Unset: torch's."""
 
     ddp: bool | None = None
     """Gradients are averaged over processes, which all have the whole model; false: one process is
@@ -162,20 +235,6 @@ class DistributedKeys(Keys):
     ddp_find_unused_parameters: bool | None = None
     """Look for parameters without a gradient. Unset: yes, unless blocks are checkpointed."""
 
-    world_size: Int | None = not_applicable(_LAUNCHER)
-    """Number of processes. Unset: seen from the launcher."""
-
-    local_rank: Int | None = not_applicable(_LAUNCHER)
-    """The number of this process on its machine. Unset: seen from the launcher."""
-
-    use_ray: bool = not_yet("start fusewright train with torchrun on each machine", False)
-    """Run by Ray."""
-
-    ray_run_name: str | None = not_applicable("Ray is not used")
-    """Name of the run in Ray. Unset: none."""
-
-    ray_num_workers: Int = not_applicable("Ray is not used", 1)
-    """Processes that Ray starts."""
-
-    resources_per_worker: dict[str, Any] | None = not_applicable("Ray is not used")
-    """What Ray gives to each process. Unset: one GPU."""
+    def one_process(self) -> str | None:
+        """A key of another subject, as it is written, that means one process; None: none does."""
+        return None

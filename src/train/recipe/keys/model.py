@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Keys, key, not_applicable
+from .base import Keys, key
 
 
 class SpecialTokens(Keys):
@@ -113,8 +113,3 @@ class ModelKeys(Keys):
     tokenizer_use_mistral_common: bool = False
     """Take tokens and chats from a ``tekken.json``, as the package ``mistral-common`` writes them.
     It must be installed."""
-
-    tokenizer_save_jinja_files: bool = not_applicable(
-        "transformers keeps the template in a file of its own", True
-    )
-    """Save the chat template as a file of its own; false: inside ``tokenizer_config.json``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .base import Float, Int, Keys, PositiveFloat, Status, key, not_applicable, not_yet
+from .base import METHOD, VALIDATION, Float, Int, Keys, PositiveFloat, Status, key
 
 OPTIMIZERS = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
@@ -62,6 +62,11 @@ _NO_OPTIMIZER: dict[Any, tuple[Status, str]] = {
 }
 
 
+_LORAPLUS = {"loraplus_lr_ratio": "loraplus_lr_ratio sets all rates: use loraplus_lr_embedding"}
+_OTHER_LOSS = "set this or kd_trainer, not both: distillation has a loss of its own"
+_NO_TOKENS = "weighs tokens of supervised training, and {key} has its own loss"
+
+
 class LrGroupKeys(Keys):
     """An entry of ``lr_groups``."""
 
@@ -85,24 +90,17 @@ class OptimizationKeys(Keys):
     gradient_accumulation_steps: Int = key(1, gt=0)
     """Forward passes per optimizer step."""
 
-    batch_size: Int | None = key(gt=0)
+    batch_size: Int | None = key(gt=0, excludes=["gradient_accumulation_steps"])
     """Sequences per optimizer step, an older form of ``gradient_accumulation_steps``. Unset: see
     there."""
 
-    eval_batch_size: Int | None = key(gt=0)
+    eval_batch_size: Int | None = key(gt=0, read_with=VALIDATION)
     """Sequences per forward pass of validation. Unset: ``micro_batch_size``."""
 
-    auto_find_batch_size: bool = not_yet(
-        "memory: auto plans for the available memory; or set a smaller micro_batch_size with "
-        "more gradient_accumulation_steps, which is the same training",
-        False,
-    )
-    """Retry with a smaller ``micro_batch_size`` after running out of memory."""
-
-    num_epochs: Float = key(1.0, gt=0)
+    num_epochs: Float = key(1.0, gt=0, unread_with={"max_steps": "max_steps takes precedence"})
     """Passes over the data; ``max_steps`` takes precedence."""
 
-    max_steps: Int | None = key(gt=0)
+    max_steps: Int | None = key(gt=0, if_written=True)
     """Optimizer steps; takes precedence over ``num_epochs``. Unset: see there."""
 
     # --- optimizer -------------------------------------------------------------------------------
@@ -129,72 +127,21 @@ class OptimizationKeys(Keys):
     adam_epsilon: Float = key(1e-8, gt=0)
     """Added to the denominator of the update."""
 
-    adam_beta3: Float | None = not_yet("for came_pytorch: use adafactor")
-    """The third decay of CAME. Unset: its default."""
-
-    adam_epsilon2: Float | None = not_yet("for came_pytorch: use adafactor")
-    """The second epsilon of CAME. Unset: its default."""
-
     max_grad_norm: Float = key(1.0, ge=0)
     """Maximum gradient norm (L2, over all parameters); 0: no clipping."""
-
-    dion_lr: Float | None = not_applicable("only the optimizer dion reads it")
-    """Learning rate of matrices in Dion. Unset: ``learning_rate``."""
-
-    dion_momentum: Float | None = not_applicable("only the optimizer dion reads it")
-    """Momentum of Dion. Unset: 0.95."""
-
-    dion_rank_fraction: Float | None = not_applicable("only the optimizer dion reads it")
-    """Rank of Dion's update, as a share. Unset: 1."""
-
-    dion_rank_multiple_of: Int | None = not_applicable("only the optimizer dion reads it")
-    """The rank is rounded to a multiple of this. Unset: 1."""
-
-    qgalore_rank: Int | None = not_applicable(_QGALORE)
-    """Rank of the projected gradient. Unset: 256."""
-
-    qgalore_update_proj_gap: Int | None = not_applicable(_QGALORE)
-    """Steps between two projections, at most. Unset: 200."""
-
-    qgalore_scale: Float | None = not_applicable(_QGALORE)
-    """Scale of the update. Unset: 0.25."""
-
-    qgalore_proj_type: str | None = not_applicable(_QGALORE)
-    """Which side is projected. Unset: ``std``."""
-
-    qgalore_proj_quant: bool | None = not_applicable(_QGALORE)
-    """Quantize the projection. Unset: yes."""
-
-    qgalore_proj_bits: Int | None = not_applicable(_QGALORE)
-    """Bits of the quantized projection. Unset: 4."""
-
-    qgalore_proj_group_size: Int | None = not_applicable(_QGALORE)
-    """Its numbers that share a scale. Unset: 256."""
-
-    qgalore_cos_threshold: Float | None = not_applicable(_QGALORE)
-    """Similarity from which a projection is kept. Unset: 0.4."""
-
-    qgalore_gamma_proj: Float | None = not_applicable(_QGALORE)
-    """Factor of the steps between two projections once it is. Unset: 2."""
-
-    qgalore_queue_size: Int | None = not_applicable(_QGALORE)
-    """Projections that are compared. Unset: 5."""
-
-    torchdistx_path: str | None = not_applicable("torchdistx is no longer maintained")
-    """Folder of torchdistx, for ``adamw_anyprecision``. Unset: none."""
 
     # --- learning rate ---------------------------------------------------------------------------
 
     learning_rate: Float = key(2e-4, gt=0)
     """The peak learning rate."""
 
-    embedding_lr: Float | None = key(gt=0)
+    embedding_lr: Float | None = key(gt=0, unread_with=_LORAPLUS)
     """Learning rate of the embeddings and the output head. Unset: the same."""
 
-    embedding_lr_scale: Float | None = key(gt=0)
+    embedding_lr_scale: Float | None = key(gt=0, excludes=["embedding_lr"], unread_with=_LORAPLUS)
     """The same as a multiple of ``learning_rate``. Unset: 1."""
 
-    lr_groups: list[LrGroupKeys] | None = key(min_length=1)
+    lr_groups: list[LrGroupKeys] | None = key(min_length=1, unread_with=_LORAPLUS)
     """Learning rates by group of modules. Unset: one for all."""
 
     lr_scheduler: SCHEDULERS = key(
@@ -206,23 +153,23 @@ class OptimizationKeys(Keys):
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Arguments of the scheduler, e.g. ``{num_cycles: 2}``. Unset: none."""
 
-    cosine_min_lr_ratio: Float | None = key(ge=0, le=1)
+    cosine_min_lr_ratio: Float | None = key(ge=0, le=1, read_with=["lr_scheduler: cosine"])
     """Where ``cosine`` ends, as a fraction of ``learning_rate``. Unset: 0."""
 
-    cosine_constant_lr_ratio: Float | None = key(ge=0, le=1)
+    cosine_constant_lr_ratio: Float | None = key(ge=0, le=1, read_with=["lr_scheduler: cosine"])
     """The fraction of the steps after which ``cosine`` stays at ``cosine_min_lr_ratio``. Unset:
     1."""
 
-    lr_quadratic_warmup: bool = False
+    lr_quadratic_warmup: bool = key(False, read_with=["lr_scheduler: cosine"])
     """Quadratic instead of linear warm-up."""
 
-    lr_div_factor: Float | None = key(gt=1)
+    lr_div_factor: Float | None = key(gt=1, read_with=["lr_scheduler: one_cycle"])
     """For ``one_cycle``: it starts at ``learning_rate`` divided by this. Unset: 25."""
 
     warmup_steps: Int | None = key(ge=0)
     """Optimizer steps of linear warm-up from 0. Unset: none, or ``warmup_ratio``."""
 
-    warmup_ratio: Float | None = key(ge=0, lt=1)
+    warmup_ratio: Float | None = key(ge=0, lt=1, excludes=["warmup_steps"])
     """The same as a fraction of all steps. Unset: none."""
 
     # --- regularization and watching -------------------------------------------------------------
@@ -230,39 +177,50 @@ class OptimizationKeys(Keys):
     neftune_noise_alpha: Float | None = key(gt=0, aliases=["noisy_embedding_alpha"])
     """Strength of the noise on the embeddings (NEFTune), e.g. 5. Unset: none."""
 
-    label_smoothing_factor: Float = key(0.0, ge=0, lt=1)
+    label_smoothing_factor: Float = key(
+        0.0,
+        ge=0,
+        lt=1,
+        excludes={"use_dft or use_eaft": "set this or {key}, not both", "kd_trainer": _OTHER_LOSS},
+        unread_with={METHOD: "the method's loss has no smoothing of labels"},
+    )
     """Label smoothing: the part of the target probability that is spread over all tokens."""
 
-    early_stopping_patience: Int | None = key(gt=0)
+    early_stopping_patience: Int | None = key(gt=0, read_with=VALIDATION)
     """Early stopping: validations without improvement until training stops. Unset: off."""
 
-    loss_watchdog_threshold: Float | None = key(gt=0)
+    loss_watchdog_threshold: Float | None = key(gt=0, if_written=True)
     """A loss above this counts as divergence. Unset: off."""
 
-    loss_watchdog_patience: Int | None = key(gt=0)
+    loss_watchdog_patience: Int | None = key(gt=0, read_with=["loss_watchdog_threshold"])
     """Logged losses in a row above ``loss_watchdog_threshold`` until training stops. Unset: 3."""
 
-    use_dft: bool = key(False, aliases=["liger_use_token_scaling"])
+    use_dft: bool = key(
+        False,
+        aliases=["liger_use_token_scaling"],
+        excludes={METHOD: _NO_TOKENS, "kd_trainer": _OTHER_LOSS},
+    )
     """Weigh the loss of each token by the probability that the model gives to it (DFT). Validation
     has the plain loss. Several processes train with DDP."""
 
-    use_eaft: bool = False
+    use_eaft: bool = key(
+        False,
+        excludes={
+            "use_dft": "set this or use_dft, not both",
+            METHOD: _NO_TOKENS,
+            "kd_trainer": _OTHER_LOSS,
+        },
+    )
     """Weigh the loss of each token by the entropy of the most probable ones (EAFT), likewise."""
 
-    eaft_alpha: Float | None = key(ge=0)
+    eaft_alpha: Float | None = key(ge=0, read_with=["use_eaft"])
     """Exponent of that entropy. Unset: 1."""
 
-    eaft_k: Int | None = key(gt=1)
+    eaft_k: Int | None = key(gt=1, read_with=["use_eaft"])
     """How many tokens the entropy is of. Unset: 20."""
-
-    trainer_cls: str | None = not_yet("train an optimized model with your own trainer in Python")
-    """A Python class that trains. Unset: fusewright's own."""
 
     seed: Int = key(42, ge=0, lt=2**32)
     """Seed of the split, the order of the rows, the adapters and dropout."""
-
-    full_determinism: bool | None = not_yet("leave it out; runs on a CPU are deterministic anyway")
-    """Use only deterministic algorithms on a GPU. Unset: no."""
 
     gc_collect_steps: Int | None = key(ge=-1, aliases=["gc_steps"])
     """Steps between two collections of Python's garbage; -1: at the end of each epoch, and before

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from .base import Float, Int, Keys, key, not_applicable, not_yet, subsumed
+from .base import METHOD, VALIDATION, Float, Int, Keys, key, not_applicable
 
 
 def _no(value: Any) -> Any:
@@ -17,6 +17,10 @@ Interval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidator(_n
 
 
 Metrics = Literal["perplexity", "sacrebleu", "comet", "ter", "chrf"]
+
+
+_NO_ROWS = "needs val_set_size or test_datasets: there are no rows to validate on"
+_NO_PERPLEXITY = "validation has the figures of the method, without perplexity"
 
 
 class DynamicCheckpointKeys(Keys):
@@ -61,7 +65,7 @@ class OutputKeys(Keys):
     """Optimizer steps between two checkpoints; below 1: as a fraction of all steps. Unset: none,
     only the result is saved."""
 
-    saves_per_epoch: Int | None = key(gt=0)
+    saves_per_epoch: Int | None = key(gt=0, excludes=["save_steps"])
     """Checkpoints per epoch. Unset: see ``save_steps``."""
 
     save_total_limit: Int | None = key(gt=0)
@@ -78,29 +82,26 @@ class OutputKeys(Keys):
     )
     """Make a checkpoint whenever a file appears. Unset: no."""
 
-    save_safetensors: bool = not_applicable("transformers writes only safetensors", True)
-    """Save weights as safetensors."""
-
     # --- validation ------------------------------------------------------------------------------
 
     eval_strategy: Interval | None = key(aliases=["evaluation_strategy"])
     """When validation is done: ``no``, by ``steps``, or after each ``epoch``. Unset: ``steps`` if
     ``eval_steps`` or ``evals_per_epoch`` is set; before and after training anyway."""
 
-    eval_steps: Int | Float | None = key(gt=0)
+    eval_steps: Int | Float | None = key(gt=0, needs={"val_set_size or test_datasets": _NO_ROWS})
     """Optimizer steps between two validations; below 1: as a fraction of all steps. Unset: before
     the first and after the last step."""
 
-    evals_per_epoch: Int | None = key(ge=0)
+    evals_per_epoch: Int | None = key(ge=0, excludes=["eval_steps"], read_with=VALIDATION)
     """Validations per epoch. Unset: see ``eval_steps``."""
 
     eval_delay: Float | None = key(ge=0)
     """Steps or epochs (as ``eval_strategy``) before the first validation. Unset: none."""
 
-    eval_on_start: bool | None = None
+    eval_on_start: bool | None = key(read_with=VALIDATION)
     """Validate before the first step. Unset: yes."""
 
-    load_best_model_at_end: bool = False
+    load_best_model_at_end: bool = key(False, read_with=VALIDATION)
     """Load the best checkpoint at the end."""
 
     metric_for_best_model: str | None = None
@@ -111,63 +112,31 @@ class OutputKeys(Keys):
     """Whether higher is better. Unset: not for losses, perplexities, divergences, and
     shares of completions that are cut off or rewarded alike."""
 
-    eval_table_size: Int | None = not_applicable(
-        "no table is logged; sample_prompt shows an answer before and after training"
-    )
-    """Validation rows whose predictions are logged as a table. Unset: none."""
-
     eval_max_new_tokens: Int | None = not_applicable(
         "only eval_table_size reads it", aliases=["eval_table_max_new_tokens"]
     )
     """Longest prediction in that table, in tokens. Unset: 128."""
 
-    do_causal_lm_eval: bool | None = None
+    do_causal_lm_eval: bool | None = key(
+        needs={"eval_causal_lm_metrics": "needs eval_causal_lm_metrics: [perplexity]"},
+        excludes={
+            "kd_trainer": "validation has the loss of distillation, which has no "
+            "perplexity: leave it out"
+        },
+        unread_with={METHOD: _NO_PERPLEXITY},
+    )
     """Compute ``eval_causal_lm_metrics`` at each validation. Unset: no."""
 
     eval_causal_lm_metrics: list[Metrics] | None = key(
         values={
             name: ("not yet available", "evaluate generated text with a tool of its own")
             for name in ("sacrebleu", "comet", "ter", "chrf")
-        }
+        },
+        read_with=["do_causal_lm_eval"],
+        unread_with={METHOD: _NO_PERPLEXITY},
     )
     """Which: ``perplexity`` is that of the trained tokens. Unset: all that Axolotl has, of which
     only this one can be had: it must be set."""
-
-    do_bench_eval: bool | None = not_yet("use a benchmark harness on the saved model")
-    """Run a benchmark at validation. Unset: no."""
-
-    bench_dataset: str | None = not_applicable("only do_bench_eval reads it")
-    """Which benchmark. Unset: MMLU."""
-
-    bench_split: str | None = not_applicable("only do_bench_eval reads it")
-    """Which split of it. Unset: ``eval``."""
-
-    bench_source_max_len: Int | None = not_applicable("only do_bench_eval reads it")
-    """Longest question of the benchmark, in tokens. Unset: 2048."""
-
-    generate_samples: bool | None = not_yet("use sample_prompt")
-    """Write samples during training. Unset: no."""
-
-    num_generation_samples: Int | None = not_applicable("only generate_samples reads it")
-    """How many samples. Unset: 3."""
-
-    generation_max_new_tokens: Int | None = not_applicable("only generate_samples reads it")
-    """Longest sample, in tokens. Unset: 50."""
-
-    generation_temperature: Float | None = not_applicable("only generate_samples reads it")
-    """Temperature of the samples. Unset: 0.7."""
-
-    generation_top_p: Float | None = not_applicable("only generate_samples reads it")
-    """Share of the probability that the samples are drawn from. Unset: all."""
-
-    generation_top_k: Int | None = not_applicable("only generate_samples reads it")
-    """Number of tokens that the samples are drawn from. Unset: all."""
-
-    generation_do_sample: bool | None = not_applicable("only generate_samples reads it")
-    """Sample tokens, instead of greedy decoding. Unset: yes."""
-
-    generation_prompt_ratio: Float | None = not_applicable("only generate_samples reads it")
-    """Fraction of a row that is the prompt of a sample. Unset: 0.5."""
 
     # --- log -------------------------------------------------------------------------------------
 
@@ -185,27 +154,6 @@ class OutputKeys(Keys):
     """Log the mean of the losses so far in place of a NaN or infinite one. Such a step ends the
     run anyway, except where loss scaling (``fp16``) skips it."""
 
-    include_tokens_per_second: bool | None = not_applicable("tokens per second are always logged")
-    """Log tokens per second. Unset: yes."""
-
-    include_tkps: bool | None = not_applicable("tokens per second are always logged")
-    """The same, counted per device. Unset: yes."""
-
-    profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
-    """Steps that are profiled. Unset: none."""
-
-    profiler_steps_start: Int | None = not_applicable("only profiler_steps reads it")
-    """The first profiled step. Unset: 0."""
-
-    sync_profiler_steps: Int | None = not_yet("run the step under torch.profiler yourself")
-    """Steps whose waits for the GPU are counted. Unset: none."""
-
-    sync_profiler_start_step: Int = not_applicable("only sync_profiler_steps reads it", 2)
-    """The first of these steps."""
-
-    debug: bool | None = not_applicable("fusewright preprocess --debug shows tokens and labels")
-    """Print some prepared rows. Unset: no."""
-
     # --- hub -------------------------------------------------------------------------------------
 
     hub_model_id: str | None = None
@@ -222,6 +170,3 @@ class OutputKeys(Keys):
 
     hub_always_push: bool = False
     """Push even while the push before is not done."""
-
-    hf_use_auth_token: bool | None = subsumed("the token of hf auth login, which is always used")
-    """Send your account's token to the hub. Unset: if there is one."""

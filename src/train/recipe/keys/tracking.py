@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import SecretStr
 
-from .base import Float, Int, Keys, not_applicable
+from .base import Keys
 
 _NOT_SERVED = "figures are not served while training; use one of the trackers above"
 _COMPLETIONS = "completions of rl: grpo are in run.json and the report"
@@ -76,11 +76,6 @@ class TrackingKeys(Keys):
     comet_online: bool | None = None
     """False keeps the log here. Unset: online."""
 
-    comet_experiment_config: dict[str, Any] | None = not_applicable(
-        "only Comet's own configuration file is read"
-    )
-    """Further settings of the experiment. Unset: none."""
-
     use_tensorboard: bool = False
     """Log for TensorBoard, in ``output_dir/runs``."""
 
@@ -108,62 +103,14 @@ class TrackingKeys(Keys):
     swanlab_workspace: str | None = None
     """The user or team there. Unset: one's own."""
 
-    swanlab_description: str | None = not_applicable("the tracker of transformers passes none on")
-    """What the run is about. Unset: nothing."""
-
     swanlab_mode: Literal["cloud", "local", "offline", "disabled"] | None = None
     """``local`` and ``offline`` keep the log here, ``disabled`` logs nothing. Unset: ``cloud``."""
 
     swanlab_api_key: SecretStr | None = None
     """Your API key; ``swanlab login`` is the better place for it. Unset: from there."""
 
-    swanlab_log_model: bool | None = not_applicable("SwanLab stores no models yet")
-    """Upload the model at the end. Unset: no."""
-
     swanlab_web_host: str | None = None
     """The address of a server of one's own, for browsers. Unset: SwanLab's."""
 
     swanlab_api_host: str | None = None
     """The same for programs. Unset: SwanLab's."""
-
-    swanlab_lark_webhook_url: str | None = not_applicable("nobody is notified")
-    """A chat that is told of the run. Unset: none."""
-
-    swanlab_lark_secret: str | None = not_applicable("nobody is notified")
-    """The secret of that chat. Unset: none."""
-
-    swanlab_log_completions: bool | None = not_applicable(_COMPLETIONS)
-    """Log answers as a table. Unset: yes."""
-
-    swanlab_completion_log_interval: Int | None = not_applicable(_COMPLETIONS)
-    """Steps between two such tables. Unset: 100."""
-
-    swanlab_completion_max_buffer: Int | None = not_applicable(_COMPLETIONS)
-    """Answers that are kept for a table. Unset: 128."""
-
-    use_otel_metrics: bool | None = not_applicable(_NOT_SERVED)
-    """Serve the figures as OpenTelemetry metrics. Unset: no."""
-
-    otel_metrics_host: str | None = not_applicable(_NOT_SERVED)
-    """The address that serves them. Unset: ``localhost``."""
-
-    otel_metrics_port: Int | None = not_applicable(_NOT_SERVED)
-    """The port that serves them. Unset: 8000."""
-
-    gradio_title: str | None = not_applicable(_CHAT)
-    """Title of a chat in the browser. Unset: none."""
-
-    gradio_share: bool | None = not_applicable(_CHAT)
-    """Share that chat. Unset: no."""
-
-    gradio_server_name: str | None = not_applicable(_CHAT)
-    """The address of that chat. Unset: this machine."""
-
-    gradio_server_port: Int | None = not_applicable(_CHAT)
-    """The port of that chat. Unset: free choice."""
-
-    gradio_max_new_tokens: Int | None = not_applicable(_CHAT)
-    """Longest answer in that chat, in tokens. Unset: none."""
-
-    gradio_temperature: Float | None = not_applicable(_CHAT)
-    """Temperature of that chat. Unset: none."""

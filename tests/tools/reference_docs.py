@@ -1,4 +1,4 @@
-"""Write docs/recipes.md: ``python -m fusewright.train.recipe.reference_docs FILE``."""
+"""Write docs/recipes.md: ``python -m tests.tools.reference_docs docs/recipes.md``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from .distributed.deepspeed_config import built_in_names
-from .keys.adapter import LoftQ, PeftKeys
-from .keys.base import Keys, UnreadKeys, extra_of, nested
-from .keys.dataset import Dataset, PretrainingDataset, PromptFormat
-from .keys.distributed import ContextParallelKeys
-from .keys.fsdp import FsdpKeys
-from .keys.model import SpecialTokens
-from .keys.optimization import LrGroupKeys
-from .keys.output import DynamicCheckpointKeys
-from .keys.preferences.trl import TrlKeys
-from .keys.preferences.vllm import VllmKeys
-from .recipe import GROUPS, Recipe
+from fusewright.train.recipe.deepspeed_config import built_in_names
+from fusewright.train.recipe.keys.adapter import LoftQ, PeftKeys
+from fusewright.train.recipe.keys.base import Keys, UnreadKeys, extra_of, nested
+from fusewright.train.recipe.keys.dataset import Dataset, PretrainingDataset, PromptFormat
+from fusewright.train.recipe.keys.distributed import ContextParallelKeys, FsdpKeys
+from fusewright.train.recipe.keys.model import SpecialTokens
+from fusewright.train.recipe.keys.optimization import LrGroupKeys
+from fusewright.train.recipe.keys.output import DynamicCheckpointKeys
+from fusewright.train.recipe.keys.preferences import TrlKeys, VllmKeys
+from fusewright.train.recipe.recipe import GROUPS, Recipe
 
 _INTRODUCTION = """\
 # Recipes
 
-<!-- Written by `python -m fusewright.train.recipe.reference_docs docs/recipes.md`. Change the
-     docstrings of the keys in src/train/recipe/keys/, or the introduction in
-     src/train/recipe/reference_docs.py, and run it again. -->
+<!-- Written by `python -m tests.tools.reference_docs docs/recipes.md`. Change the docstrings of the
+     keys in src/train/recipe/keys/, its unread_keys.txt, or the introduction in
+     tests/tools/reference_docs.py, and run it again. -->
 
 A recipe is a YAML file that says what to train on what, and how:
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....errors import RecipeError
-from ...json_text import BadJsonError, parse_json
+from ...errors import RecipeError
+from ..json_text import BadJsonError, parse_json
 
 _FOLDER = "deepspeed_configs"
 """The folder that recipes name: of the repository of Axolotl, which a package does not have."""

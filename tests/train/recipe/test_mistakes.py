@@ -1,0 +1,39 @@
+"""Keys that do not go together, are not there, or cannot have a value: what is said about each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusewright.errors import RecipeError
+from fusewright.train.recipe.load import load_recipe
+
+MISTAKES: dict[str, list[dict[str, Any]]] = yaml.safe_load(
+    Path(__file__).with_name("mistakes.yaml").read_text(encoding="utf-8")
+)
+CASES = [
+    pytest.param(mistake, id=f"{subject}: {mistake['said']}")
+    for subject, mistakes in MISTAKES.items()
+    for mistake in mistakes
+]
+
+
+@pytest.mark.parametrize("mistake", CASES)
+def test_a_mistake_is_told(mistake: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"base_model": "a/b", "datasets": [{"path": "a/b"}], **mistake["recipe"]}
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"{name}: {_flow(value)}\n" for name, value in keys.items()))
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path)
+    message = str(refused.value)
+    assert mistake["said"] in message
+    assert (len(message.splitlines()) == 1) == mistake.get("alone", True)
+
+
+def _flow(value: Any) -> str:
+    """A value on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**9)
+    return text.removesuffix("...\n").strip()
