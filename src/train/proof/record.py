@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from ..report.environment import memory
-from ..trainer.trainer import FineTuner
+from ..trainer.engine import EngineMixin
 
 GRADIENTS, CHANGES = "gradients.safetensors", "changes.safetensors"
 _START = "start.safetensors"
@@ -43,8 +44,8 @@ def chosen_elements(tensor: Tensor, stride: int) -> Tensor:
     return tensor.detach().reshape(-1)[::stride].to("cpu", copy=True)
 
 
-class ProofTrainer(FineTuner):
-    """``FineTuner`` that keeps each step's loss and gradient norm, and the first one's gradients.
+class ProofTrainer(EngineMixin, Trainer):
+    """A trainer that keeps each step's loss and gradient norm, and the first one's gradients.
 
     Gradients are written before they are clipped. Set ``record`` before ``train``.
     """
@@ -64,8 +65,8 @@ class ProofTrainer(FineTuner):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._keep_gradients()
-        own: Any = super()._clip_grad_norm
-        return own(model)
+        clip: Any = super()._clip_grad_norm
+        return clip(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None:
