@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ...errors import RecipeError
-from ..checkpoint.pending_batches import read_batches, write_batches
-from ..checkpoint.resume import Saved
+from ..checkpoint.resume import Saved, another
 from ..checkpoint.rng_state import same_draws
 from ..data.chat.stops import stop_tokens
 from ..data.order import RepeatedOrder, kind_of
@@ -429,3 +429,46 @@ class CompletionTask(PreferenceTask):
             context, model, PromptDataset(sequences), resumed, on_first_step,
             self.method.trainer, args, own, self.objective(),
         )  # fmt: skip
+
+
+# --- batches that were generated before a checkpoint and are trained on after it ------------------
+#
+# One file for each process, read by as many processes as there are then. Pass k of process r of N
+# is the one with the number k * N + r of all, as in ``data.ranks``.
+
+
+def write_batches(folder: Path, batches: Sequence[Mapping[str, Any]], world: World) -> None:
+    """Write the batches of this process into a checkpoint; what is None in them is left out."""
+    tensors = {
+        f"{k}.{name}": value.detach().cpu().clone().contiguous()
+        for k, batch in enumerate(batches)
+        for name, value in batch.items()
+        if value is not None
+    }
+    save_file(tensors, _file(folder, world.batch_rank))
+
+
+def read_batches(folder: Path, world: World, processes: int) -> list[dict[str, Tensor]]:
+    """Read the batches of this process from a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        world: the processes of the run.
+        processes: how many wrote the checkpoint.
+
+    Raises:
+        RecipeError: a file is missing.
+    """
+    found: dict[int, dict[str, Tensor]] = {}
+    for rank in range(processes):
+        file = _file(folder, rank)
+        if not file.is_file():
+            raise RecipeError(another(folder, f"it has no {file.name}"))
+        for key, value in load_file(file).items():
+            k, _, name = key.partition(".")
+            found.setdefault(int(k) * processes + rank, {})[name] = value
+    return [found[i] for i in range(world.batch_rank, len(found), world.batch_ranks)]
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"completions-{rank}.safetensors"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.checkpoint.pending_batches import read_batches, write_batches
+from fusewright.train.methods.grpo import read_batches, write_batches
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 

@@ -157,7 +157,7 @@ def test_an_optimized_run_learns_the_same(
 def test_a_step_that_is_tried_again_is_measured_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train.methods.trainers import Dpo
+    from fusewright.train.methods.table import Dpo
 
     keys = {"optimize": True, "memory": "auto", "max_steps": 1, "val_set_size": 0}
     whole = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET)
@@ -231,7 +231,7 @@ def test_validations_have_all_figures_without_steps_between(base: Path, tmp_path
 def test_the_figure_that_judges_is_told_and_so_is_the_checkpoint(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train.methods.trainers import Dpo
+    from fusewright.train.methods.table import Dpo
 
     was = Dpo.figures
 
