@@ -180,7 +180,5 @@ class Checkpoints:
             trainer.push_or_say(lambda: trainer._push_from_checkpoint(str(new)))
 
     def _write(self, part: Path) -> None:
-        objective = self.trainer.objective
-        with objective.writing():
+        with self.trainer.objective.writing(part):
             write_checkpoint(self.trainer, part, self.trainer.saved(), self.trainer.unfinished())
-        objective.write(part)

@@ -128,21 +128,24 @@ class PreferenceTask(SupervisedTask):
     ) -> EngineMixin:
         """TRL's trainer in this engine's loop; see ``make_trainer``."""
         args = self.arguments(sequences, context.world)
-        own: dict[str, Any] = {
-            "data_collator": self.method.collate(pad_token(context.tokenizer)),
-            "processing_class": context.tokenizer,
-        }
-        if self.settings.reference and not self.recipe.adapter and not _precomputes(args):
+        own = {"processing_class": context.tokenizer, **self._judging(context)}
+        precomputes = getattr(args, "precompute_ref_log_probs", False)
+        if self.settings.reference and not self.recipe.adapter and not precomputes:
             own["ref_model"] = reference_model(self.recipe, context.tokenizer)
-        sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
-        if sets and self.settings.reference:  # they may compute the reference's part beforehand
-            own["eval_dataset"] = sets
-        elif sets:
-            own["eval_dataset"] = next(iter(sets.values()))  # asked for; validation is ours
         return make_trainer(
             context, model, self._dataset(sequences), resumed, on_first_step,
             self.method.trainer, args, own, self.objective(),
         )  # fmt: skip
+
+    def _judging(self, context: Context) -> dict[str, Any]:
+        """What TRL's trainer makes batches by, and the rows that it validates on."""
+        own: dict[str, Any] = {"data_collator": self.method.collate(pad_token(context.tokenizer))}
+        sets = {name: self._dataset(b.packs) for name, b in context.validation.items()}
+        if sets and self.settings.reference:  # they may compute the reference's part beforehand
+            own["eval_dataset"] = sets
+        elif sets:
+            own["eval_dataset"] = next(iter(sets.values()))  # required; validation is ours
+        return own
 
     def _dataset(self, examples: Any) -> Any:
         """The rows as TRL wants them."""
@@ -150,7 +153,3 @@ class PreferenceTask(SupervisedTask):
         if change is not None and self.recipe.precompute_ref_log_probs:
             return as_dataset(examples, change, self.recipe.micro_batch_size)
         return as_dataset(examples)
-
-
-def _precomputes(args: Any) -> bool:
-    return bool(getattr(args, "precompute_ref_log_probs", False))

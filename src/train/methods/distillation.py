@@ -129,7 +129,7 @@ class DistillationObjective(Objective):
         self.distillation = distillation
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, which is made."""
+        """Take the trainer, once it is set up."""
         super().attach(trainer)
         # whether there is one decides how Trainer counts and scales; each batch has its own
         trainer.compute_loss_func = self._no_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +33,12 @@ from ..rewards.load import rewards_of
 from ..rewards.texts import Shown, shown
 from ..rewards.watch import RewardWatch, require_judged, without_trls_lines
 from ..trainer.arguments import arguments_for
-from ..trainer.build import make_trainer
 from ..trainer.context import Context
 from ..trainer.engine import EngineMixin
 from ..trainer.evaluation import reporter
 from .build import Method, PreferenceTask
 from .objective import Preferences
-from .reference import add_reference, reference_model
+from .reference import add_reference
 from .rows import PromptDataset
 
 _CARRIED = "generation"
@@ -299,16 +298,13 @@ class Completions(Preferences):
         return {**super().carried(), _CARRIED: generation}
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around the writing of the trainer's state, which counts tokens of unfinished steps."""
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Around the writing of a checkpoint, which also has what is generated and not trained."""
         state, seen = self.trainer.state, self.trainer.state.num_input_tokens_seen
-        state.num_input_tokens_seen = self._state.tokens
-        yield
+        state.num_input_tokens_seen = self._state.tokens  # without those of an unfinished step
+        with super().writing(folder):
+            yield
         state.num_input_tokens_seen = seen
-
-    def write(self, folder: Path) -> None:
-        """Write what was generated and is not yet trained, beside the reference model."""
-        super().write(folder)
         if self._is_midway(self._state.passes) and not self.trainer.args.save_only_model:
             write_batches(folder, self._state.batches, self.trainer.world)
 
@@ -409,26 +405,11 @@ class CompletionTask(PreferenceTask):
             )
         super().require_figure(args, names)
 
-    def trainer(
-        self,
-        context: Context,
-        model: Any,
-        sequences: Examples,
-        resumed: Saved | None,
-        on_first_step: Callable[[], None],
-    ) -> EngineMixin:
-        """TRL's trainer in this engine's loop; see ``make_trainer``."""
-        args = self.arguments(sequences, context.world)
-        own: dict[str, Any] = {
-            "processing_class": context.tokenizer,
-            "reward_funcs": list(self.judges),
-        }
-        if self.settings.reference and not self.recipe.adapter:
-            own["ref_model"] = reference_model(self.recipe, context.tokenizer)
-        return make_trainer(
-            context, model, PromptDataset(sequences), resumed, on_first_step,
-            self.method.trainer, args, own, self.objective(),
-        )  # fmt: skip
+    def _judging(self, context: Context) -> dict[str, Any]:
+        return {"reward_funcs": list(self.judges)}
+
+    def _dataset(self, examples: Examples) -> PromptDataset:
+        return PromptDataset(examples)
 
 
 # --- batches that were generated before a checkpoint and are trained on after it ------------------

@@ -57,7 +57,7 @@ class Preferences(Objective):
                 parameter.data = data
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, which is made."""
+        """Take the trainer, once it is set up."""
         super().attach(trainer)
         drop_idle_copy(trainer.model)
         if trainer.world.several:  # of this trainer's own accelerator, which TRL asks for figures
@@ -238,8 +238,10 @@ class Preferences(Objective):
         logged = self.trainer._globalstep_last_logged == self.trainer.state.global_step
         return {_PENDING: {"metrics": {} if logged else metrics, "tokens": tokens}}
 
-    def write(self, folder: Path) -> None:
-        """Write a reference model that moves into a checkpoint."""
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Around the writing of a checkpoint, which also has a reference model that moves."""
+        yield
         if self._moving_reference is not None and self.trainer.world.main:
             write_reference(self._moving_reference, folder)
 

@@ -37,11 +37,11 @@ class Objective:
     # --- the trainer and its rows ----------------------------------------------------------------
 
     def dtypes_left(self, model: Any) -> AbstractContextManager[None]:
-        """Around the making of the trainer, where that would change the dtypes of weights."""
+        """Around the set-up of the trainer, where that would change the dtypes of weights."""
         return contextlib.nullcontext()
 
     def attach(self, trainer: Any) -> None:
-        """Take the trainer, which is made.
+        """Take the trainer, once it is set up.
 
         Raises:
             RecipeError: the model's code does not take the number of tokens that a step trains.
@@ -145,12 +145,9 @@ class Objective:
         """What a checkpoint keeps of the last whole step, by names."""
         return {}
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Around the writing of the trainer's own state."""
+    def writing(self, folder: Path) -> AbstractContextManager[None]:
+        """Around the writing of a checkpoint, into which it may write files of its own."""
         return contextlib.nullcontext()
-
-    def write(self, folder: Path) -> None:
-        """Write files of its own into a checkpoint."""
 
 
 class FloatLogits:
