@@ -178,7 +178,7 @@ def _parts(job: MethodJob) -> tuple[Any, Any, dict[str, Any], Any]:
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from fusewright.train.methods import rows as own
-    from fusewright.train.methods.odds import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
+    from fusewright.train.methods.table import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
     from trl import (
         DPOConfig,
         DPOTrainer,

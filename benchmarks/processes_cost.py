@@ -134,7 +134,7 @@ def work(recipe: str) -> int:
     """One process of a run: train, count the tensors at the last step, and write the figures."""
     from fusewright.cli import main
     from fusewright.train.report.environment import peak_rss_mb
-    from fusewright.train.trainer.trainer import FineTuner
+    from fusewright.train.trainer.engine import FineTuner
 
     last = yaml.safe_load(Path(recipe).read_text())["max_steps"]
     found: dict[str, Any] = {"steps": [], "tensors": 0.0}

@@ -15,7 +15,7 @@ from .inference import generate
 from .processes.signals import Interrupts
 from .report.result import RunLog, RunResult
 from .trainer.context import Context
-from .trainer.trainer import FineTuner
+from .trainer.engine import EngineMixin
 from .trainer.watchdog import NonFiniteStepError
 
 
@@ -59,10 +59,10 @@ def validate_before(
             run_log.say(f"validation {name} before: {value:z.3f}")
 
 
-def save(trainer: FineTuner, result: RunResult) -> None:
+def save(trainer: EngineMixin, result: RunResult) -> None:
     """Write what was trained; if the disk is full, the result says so."""
     world = trainer.context.world
-    state = trainer.whole_state()  # which all processes bring together
+    state = trainer.sharding.whole_state()  # which all processes bring together
     tokenizer, folder = trainer.context.tokenizer, result.output_dir
 
     def write() -> str | None:
@@ -79,7 +79,7 @@ def save(trainer: FineTuner, result: RunResult) -> None:
 
 
 def save_batch(
-    bad: NonFiniteStepError, trainer: FineTuner, result: RunResult, run_log: RunLog
+    bad: NonFiniteStepError, trainer: EngineMixin, result: RunResult, run_log: RunLog
 ) -> None:
     """Keep the rows of a step that ended training, for somebody to look at."""
     with run_log.guarded("saving the batch"):
@@ -87,7 +87,7 @@ def save_batch(
         result.end("nan", f"{bad}; its rows are in {text}")
 
 
-def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
+def examine(trainer: EngineMixin, result: RunResult, run_log: RunLog) -> None:
     """Explain the model; if training finished, validate, check the saved adapter, and answer.
 
     A part that fails costs none of the others. Of several processes, all take part in what needs
@@ -96,7 +96,7 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
     model: Any = trainer.model
     context, world = trainer.context, trainer.context.world
     recipe = context.recipe
-    result.completions = trainer.completions
+    result.completions = trainer.objective.completions
     if recipe.optimize:
         found: Report | None = None
         with run_log.guarded("explaining"):
@@ -122,7 +122,7 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
                 run_log.say("validating again")
                 figures = trainer.figures()
             result.validate("after", figures)
-    if trainer.shards:
+    if trainer.sharding.shards:
         if result.sample:
             with run_log.guarded("answer after"), same_draws(recipe.seed):
                 _answer(model, context, result, run_log)
@@ -136,7 +136,7 @@ def examine(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
         _examine_alone(trainer, result, run_log)
 
 
-def best_step(trainer: FineTuner) -> int | None:
+def best_step(trainer: EngineMixin) -> int | None:
     """The step of the checkpoint that the loop has loaded at its end; None: it kept the last."""
     best = trainer.state.best_model_checkpoint
     if not trainer.args.load_best_model_at_end or best is None:
@@ -145,7 +145,7 @@ def best_step(trainer: FineTuner) -> int | None:
     return None if step == trainer.state.global_step else step
 
 
-def _examine_alone(trainer: FineTuner, result: RunResult, run_log: RunLog) -> None:
+def _examine_alone(trainer: EngineMixin, result: RunResult, run_log: RunLog) -> None:
     """Check the saved adapter, and answer."""
     model: Any = trainer.model
     context, recipe = trainer.context, trainer.context.recipe
@@ -156,7 +156,7 @@ def _examine_alone(trainer: FineTuner, result: RunResult, run_log: RunLog) -> No
         with run_log.guarded("adapter check"):
             run_log.say("checking the saved adapter")
             model, check = save_model.check_adapter(
-                model, recipe, result.output_dir, trainer.probe()
+                model, recipe, result.output_dir, trainer.objective.probe()
             )
             result.adapter_check = asdict(check)
     if result.sample:
@@ -243,7 +243,9 @@ def write(result: RunResult, run_log: RunLog) -> None:
         result.write()
 
 
-def publish(trainer: FineTuner, result: RunResult, run_log: RunLog, interrupts: Interrupts) -> None:
+def publish(
+    trainer: EngineMixin, result: RunResult, run_log: RunLog, interrupts: Interrupts
+) -> None:
     """Upload what is there, if the recipe wants that, and note in ``run.json`` what came of it."""
     if not (trainer.args.push_to_hub and result.steps):
         return
@@ -255,7 +257,7 @@ def publish(trainer: FineTuner, result: RunResult, run_log: RunLog, interrupts: 
         result.write()
 
 
-def _upload(trainer: FineTuner) -> None:
+def _upload(trainer: EngineMixin) -> None:
     """Upload the run's folder, checkpoints left out, to the hub."""
     from huggingface_hub import upload_folder
 

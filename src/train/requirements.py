@@ -8,7 +8,8 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-from .recipe.preferences import method_of
+from .recipe.methods_table import METHODS, Method
+from .recipe.preferences import method_of, rows_of
 from .recipe.recipe import Recipe
 
 _TRACKERS = {
@@ -100,7 +101,7 @@ def has_vllm() -> bool:
 
 
 def _vllm_notice(recipe: Recipe) -> str | None:
-    if recipe.rl not in ("grpo", "gdpo") or recipe.trl is None or not recipe.trl.use_vllm:
+    if rows_of(recipe) != "prompts" or recipe.trl is None or not recipe.trl.use_vllm:
         return None
     if has_vllm():
         return None
@@ -147,9 +148,9 @@ _TRL = (1, 16)
 """The first version of TRL whose trainers have what is asked of them here."""
 
 
-def _trl(method: str) -> list[str]:
+def _trl(method: Method) -> list[str]:
     """What TRL lacks for a preference method; imports nothing."""
-    key = f"{method}_model" if method in ("reward", "process_reward") else f"rl: {method}"
+    key = METHODS[method].head.key or f"rl: {method}"
     install = 'pip install "fusewright[rl]"'
     try:
         there = importlib.metadata.version("trl")

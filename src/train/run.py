@@ -39,10 +39,10 @@ from .requirements import notices, tracking
 from .terminal import Terminal
 from .trainer.build import make_context
 from .trainer.context import Context
+from .trainer.engine import EngineMixin
 from .trainer.evaluation import validate
 from .trainer.ready import optimize_model, ready_model
 from .trainer.schedule import try_schedule
-from .trainer.trainer import FineTuner
 from .trainer.watchdog import NonFiniteStepError
 
 
@@ -61,7 +61,7 @@ class TrainingRun:
     Who owns what:
 
     - ``TrainingRun``: the order, and ``RunResult``, which it fills;
-    - ``FineTuner``: the loop, its checkpoints, which of them is the best, and why it ended;
+    - ``EngineMixin``: the loop, and why it ended; ``Checkpoints``: which of them is the best;
     - ``FlowCallback``, between its steps: it ends the loop when a signal came;
     - ``Interrupts``: that signal; ``ThroughputMeter``: the clock and the counts of the steps;
     - ``finish``: the last validation, where the loop has not made it;
@@ -131,7 +131,7 @@ class TrainingRun:
             self._finish(trainer, interrupts)
         return self.result
 
-    def _finish(self, trainer: FineTuner, interrupts: Interrupts) -> None:
+    def _finish(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
         """Let rank 0 write and print what sums the run up."""
         with interrupts.deferring_signals(interrupts.WRITING):
             if self.world.main:
@@ -222,7 +222,7 @@ class TrainingRun:
             validates(lambda: validate(model, context.validation, context.say, self.world, loss))
             return
 
-        def on_ready(trainer: FineTuner) -> None:
+        def on_ready(trainer: EngineMixin) -> None:
             if shards:
                 with same_draws(recipe.seed):
                     finish.answer_before(trainer.model, context, result, log)
@@ -230,7 +230,7 @@ class TrainingRun:
 
         context.on_ready = on_ready
 
-    def _train(self, trainer: FineTuner, interrupts: Interrupts) -> None:
+    def _train(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
         """Train until the last step, or until something ends it."""
         result = self.result
         result.steps_planned = trainer.args.max_steps
@@ -246,13 +246,13 @@ class TrainingRun:
                 raise Stopped(interrupts.signal)
             result.interrupt(interrupts.signal)
 
-    def _steps(self, trainer: FineTuner) -> None:
+    def _steps(self, trainer: EngineMixin) -> None:
         recipe, result, resumed = self.recipe, self.result, self.resumed
         done = resumed.saved.step if resumed else 0
-        if resumed is not None and (over := trainer.over(resumed.folder)):
+        if resumed is not None and (over := trainer.nothing_left(resumed.folder)):
             self.run_log.say(f"{over}; saving the result")
             trainer.load_checkpoint(resumed.folder)
-            result.end(trainer.ended(), trainer.write_error)
+            result.end(trainer.ended(), trainer.checkpoints.write_error)
             return
         first = "; the first one compiles, which can take a minute" if recipe.optimize else ""
         left = result.steps_planned - done
@@ -261,7 +261,7 @@ class TrainingRun:
         try:
             with resume.without_code(start):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
-            result.end(trainer.ended(), trainer.write_error)
+            result.end(trainer.ended(), trainer.checkpoints.write_error)
         except NonFiniteStepError as error:
             bad = error.of_all(self.world)
             result.end("nan", str(bad))
@@ -270,7 +270,7 @@ class TrainingRun:
             if self.world.main:
                 finish.save_batch(bad, trainer, result, self.run_log)
         except (DataError, RewardError):  # a row of a stream, or a function that has failed
-            trainer.save_now()
+            trainer.checkpoints.save_now()
             raise
 
     def _clear(self) -> None:
@@ -284,7 +284,7 @@ class TrainingRun:
             here = self.resumed is not None and self.resumed.folder.parent == self.folder
             self.world.share(lambda: output_folder.clear_output(self.folder, here))
 
-    def _save(self, trainer: FineTuner, interrupts: Interrupts) -> None:
+    def _save(self, trainer: EngineMixin, interrupts: Interrupts) -> None:
         """Save what was trained."""
         self._clear()
         if not self.result.steps:
@@ -295,7 +295,7 @@ class TrainingRun:
         if interrupts.signal is not None and self.result.signal is None:
             self.result.interrupt(interrupts.signal)
 
-    def _measure(self, trainer: FineTuner) -> None:
+    def _measure(self, trainer: EngineMixin) -> None:
         """Take the figures of training."""
         result = self.result
         if self.recipe.streams() and not self.recipe.dataloader_num_workers:

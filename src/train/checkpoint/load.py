@@ -1,4 +1,4 @@
-"""The Trainer's reading of checkpoints, with errors that say which one, and what to do."""
+"""Reading checkpoints, with errors that say which one, and what to do."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer
 from transformers.integrations import deepspeed as deepspeed_state
-from transformers.trainer_callback import TrainerState
 
 from ...errors import RecipeError
 from ...memory.oom_retry import is_out_of_memory
 from ..model.files import Shards, in_shards
 from ..model.from_pretrained import first_words
 from .resume import another, without_code
-from .sharded import load_weights
 
 
 @contextlib.contextmanager
@@ -110,41 +107,3 @@ def without_zero3() -> Iterator[None]:
         yield
     finally:
         state._hf_deepspeed_config_weak_ref = before
-
-
-class ResumableTrainer(Trainer):
-    """``Trainer`` that says why it cannot resume from a checkpoint.
-
-    Attributes:
-        resumed_from: the checkpoint that it has resumed from, or None.
-    """
-
-    resumed_from: Path | None = None
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; it reads its state once more, to say where that is damaged."""
-        if resume_from_checkpoint:
-            self.resumed_from = Path(resume_from_checkpoint)
-            with readable(resume_from_checkpoint):
-                TrainerState.load_from_json(
-                    str(Path(resume_from_checkpoint) / "trainer_state.json")
-                )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        with readable(resume_from_checkpoint):
-            folder, own = Path(resume_from_checkpoint), self.model
-            if in_shards(folder):
-                load_weights(folder, own)
-            elif not hasattr(own, "peft_config"):
-                load_trained(folder, own)
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        with readable(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: Any) -> None:
-        with readable(checkpoint):
-            super()._load_rng_state(checkpoint)

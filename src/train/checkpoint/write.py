@@ -1,4 +1,4 @@
-"""The files of a checkpoint."""
+"""The checkpoints of a run, and the files of each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from . import files as checkpoint
+from .load import readable
 from .resume import Saved
 from .rng_state import RngState
 from .save_model import save
 from .sharded import named_state, write_list, write_shards
+from .together import write_together
 
 
 def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngState | None) -> None:
@@ -22,20 +24,20 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
     Of several processes, each writes its random state and its shards, and rank 0 the rest.
 
     Args:
-        trainer: a ``FineTuner``.
+        trainer: with the engine.
         part: the folder that becomes the checkpoint.
         saved: what the Trainer does not keep.
         unfinished: the random state to save in place of the present one, which has moved on.
     """
     state, main = trainer.state, trainer.world.main
     trainer.store_flos()  # a collective, as the next ones: before what a full disk can stop
-    if trainer.writes_shards:
+    if trainer.sharding.writes_shards:
         _write_shards(trainer, part)
     else:
         _write_whole(trainer, part)
     if not trainer.args.save_only_model:
         if main:
-            torch.save(trainer.schedule_state(), part / "scheduler.pt")
+            torch.save(trainer.sharding.schedule_state(), part / "scheduler.pt")
             trainer._save_scaler(str(part))
         if unfinished is None:
             trainer._save_rng_state(str(part))
@@ -53,8 +55,8 @@ def write_checkpoint(trainer: Any, part: Path, saved: Saved, unfinished: RngStat
 
 def _write_whole(trainer: Any, part: Path) -> None:
     """Bring weights and the optimizer's state together on rank 0, which writes them."""
-    whole = trainer.whole_state()
-    kept = None if trainer.args.save_only_model else trainer.optimizer_state()
+    whole = trainer.sharding.whole_state()
+    kept = None if trainer.args.save_only_model else trainer.sharding.optimizer_state()
     if trainer.world.main:
         save(trainer.model, trainer.context.tokenizer, part, whole)
         if not trainer.args.save_only_model:
@@ -65,7 +67,7 @@ def _write_shards(trainer: Any, part: Path) -> None:
     """Let each process write its shares; a full disk fails that for all of them."""
     kept = None
     if not trainer.args.save_only_model:
-        kept = named_state(*trainer.optimizer_and_names())
+        kept = named_state(*trainer.sharding.optimizer_and_names())
     written = write_shards(part, trainer.world, trainer.model, kept)
     if trainer.world.main:
         write_list(part, trainer.model, trainer.context.tokenizer, written)
@@ -78,7 +80,7 @@ def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | N
     have no checkpoint, and an early one would pass for the best.
 
     Args:
-        trainer: a ``FineTuner``; its log has the figures of all validations.
+        trainer: with the engine; its log has the figures of all validations.
         folder: of the run.
         resumed: the checkpoint that the run has resumed from; those before it are beside it.
     """
@@ -98,3 +100,85 @@ def best_checkpoint(trainer: Any, folder: Path, resumed: Path | None) -> str | N
         return None
     choose = max if args.greater_is_better else min
     return str(choose(scores, key=lambda place: scores[place]))
+
+
+class Checkpoints:
+    """The checkpoints of a run: written whole or not at all, the best one known, old ones removed.
+
+    Attributes:
+        write_error: why a checkpoint could not be written, which ended the run; or None.
+        saved_at: the step of the last checkpoint.
+        resumed_from: the checkpoint that the run has resumed from, or None.
+
+    Args:
+        trainer: with the engine.
+        folder: of the run.
+    """
+
+    def __init__(self, trainer: Any, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.write_error: str | None = None
+        self.saved_at: int | None = None
+        self.resumed_from: Path | None = None
+
+    def resume_from(self, folder: Path) -> None:
+        """Note which checkpoint is resumed from.
+
+        Raises:
+            RecipeError: the trainer's state in it is damaged; Trainer would not say which.
+        """
+        self.resumed_from = folder
+        self.state_of(folder)
+
+    def resume_at_end(self, folder: Path) -> None:
+        """Take the state of a checkpoint after which nothing is left to train."""
+        self.trainer.state = self.state_of(folder)
+        self.resumed_from = folder
+        self.note_best()
+        self.saved_at = self.trainer.state.global_step
+
+    @staticmethod
+    def state_of(folder: Path) -> TrainerState:
+        """The trainer's state in a checkpoint."""
+        with readable(folder):
+            state: TrainerState = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        return state
+
+    def note_best(self) -> None:
+        """Let rank 0 look for the best checkpoint; folders may have moved, or show up late."""
+        trainer = self.trainer
+
+        def look() -> str | None:
+            return best_checkpoint(trainer, self.folder, self.resumed_from)
+
+        trainer.state.best_model_checkpoint = trainer.world.share(look)
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is one, or was no step."""
+        if self.trainer.state.global_step not in (0, self.saved_at) and self.write_error is None:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, or end the run because the disk is full."""
+        trainer, folder, step = self.trainer, self.folder, self.trainer.state.global_step
+        try:
+            self.note_best()
+            write_together(trainer.world, folder, step, self._write)
+        except checkpoint.CheckpointWriteError as error:
+            self.write_error = str(error)
+            trainer.control.should_training_stop = True
+            return
+        self.saved_at = step
+        if not trainer.world.main:
+            return
+        trainer.progress.saved(step)
+        new = checkpoint.place(folder, step)
+        best = trainer.state.best_model_checkpoint
+        remaining = {new, Path(best)} if best else {new}
+        checkpoint.rotate(folder, trainer.context.recipe.save_total_limit, remaining)
+        if trainer.args.push_to_hub:
+            trainer.push_or_say(lambda: trainer._push_from_checkpoint(str(new)))
+
+    def _write(self, part: Path) -> None:
+        with self.trainer.objective.writing(part):
+            write_checkpoint(self.trainer, part, self.trainer.saved(), self.trainer.unfinished())

@@ -1,7 +1,8 @@
 """Training on preferences, rewards and teachers: other losses in this engine's loop.
 
-``task`` says which of them a recipe asks for, and what it is made with; ``rows`` gives prepared
-rows to them. ``tuner`` is what all of them have in common; ``direct``, ``odds`` and
-``rewards`` are the methods, with the losses of TRL, which is imported where a method is trained,
-not before. ``distillation`` is training on a teacher's log-probabilities, without TRL.
+``task`` says what a recipe trains. ``table`` has the trainer and the record of each method of
+preferences and rewards, ``grpo`` those of GRPO, with the losses of TRL, which is imported where a
+method is trained, not before. ``objective`` is what these methods have in common, ``build`` makes
+their trainers, ``rows`` gives prepared rows to them. ``distillation`` is training on a teacher's
+log-probabilities, without TRL.
 """

@@ -23,8 +23,7 @@ from ..processes.world import World
 from ..recipe.recipe import Recipe
 from ..trainer.build import SupervisedTask
 from ..trainer.evaluation import Batches, validate
-from ..trainer.trainer import FineTuner
-from .float_logits import FloatLogits
+from ..trainer.objective import FloatLogits, Objective
 
 _MOST = 64
 """Columns of the log-probabilities that lazy logits give without being computed, at most."""
@@ -119,43 +118,47 @@ class Distillation:
         return parts.masked_fill(missing, 0.0).sum(-1)
 
 
-class DistillationTuner(FineTuner):
-    """``FineTuner`` whose loss, in training and validation, is that of distillation.
+class DistillationObjective(Objective):
+    """Supervised training whose loss, in training and validation, is that of distillation.
 
     Args:
-        args: those of ``FineTuner``.
-        kwargs: likewise.
+        distillation: the loss.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.distillation = Distillation.of(self.context.recipe)
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation = distillation
+
+    def attach(self, trainer: Any) -> None:
+        """Take the trainer, once it is set up."""
+        super().attach(trainer)
         # whether there is one decides how Trainer counts and scales; each batch has its own
-        self.compute_loss_func = self._no_loss
+        trainer.compute_loss_func = self._no_loss
 
     def _no_loss(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a batch has come without its teacher")
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss(
+        self, compute: Callable[..., Any], model: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Trainer's own, with the loss of distillation."""
-        batch = dict(inputs)
-        ids, teacher = take_teacher(batch)
+        inputs = dict(batch)
+        ids, teacher = take_teacher(inputs)
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             total = self.distillation.total(outputs["logits"], labels, ids, teacher)
             mean: Tensor = total / num_items_in_batch
             return mean
 
-        self.compute_loss_func = loss
+        self.trainer.compute_loss_func = loss
         try:
-            return super().compute_loss(FloatLogits(model), batch, *args, **kwargs)
+            return compute(FloatLogits(model), inputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = self._no_loss
+            self.trainer.compute_loss_func = self._no_loss
 
     def figures(self) -> dict[str, float]:
-        """The loss per trained token of the validation rows; a collective, as ``FineTuner``'s."""
-        context, loss = self.context, MeanLoss(self.distillation)
-        return validate(self.model, context.validation, context.say, self.world, loss)
+        """The loss per trained token of the validation rows; a collective, as the plain one is."""
+        context, loss = self.trainer.context, MeanLoss(self.distillation)
+        return validate(self.trainer.model, context.validation, context.say, context.world, loss)
 
 
 class MeanLoss:
@@ -186,11 +189,13 @@ class DistillationTask(SupervisedTask):
         recipe: checked.
     """
 
-    tuner = DistillationTuner
-
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.loss = MeanLoss(Distillation.of(recipe))
+
+    def objective(self) -> Objective:
+        """What the trainer trains."""
+        return DistillationObjective(Distillation.of(self.recipe))
 
     def validation(self, prepared: Any, tokenizer: Any, world: World) -> dict[str, Batches]:
         """The batches to validate on, by the name of their dataset."""

@@ -19,11 +19,8 @@ def task_of(recipe: Recipe) -> SupervisedTask:
         return DistillationTask(recipe)
     if settings is None:
         return SupervisedTask(recipe)
-    # TRL is an extra, and takes a second to import
-    if settings.rows == "prompts":
-        from .completions import CompletionTask
-
-        return CompletionTask(recipe, settings)
     from .build import PreferenceTask
+    from .table import METHODS  # TRL is an extra, and takes a second to import
 
-    return PreferenceTask(recipe, settings)
+    method = METHODS[settings.method]
+    return (method.task or PreferenceTask)(recipe, settings, method)

@@ -51,10 +51,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from ...rewrite.tolerance import FACTOR, unit
 from ..report.environment import memory
-from ..trainer.trainer import FineTuner
+from ..trainer.engine import EngineMixin
 
 LEFT_OUT = 0.01
 """The share of the weights whose change is not compared."""
@@ -291,8 +292,8 @@ def chosen_elements(tensor: Tensor, stride: int) -> Tensor:
     return tensor.detach().reshape(-1)[::stride].to("cpu", copy=True)
 
 
-class ProofTrainer(FineTuner):
-    """``FineTuner`` that keeps each step's loss and gradient norm, and the first one's gradients.
+class ProofTrainer(EngineMixin, Trainer):
+    """A trainer that keeps each step's loss and gradient norm, and the first one's gradients.
 
     Gradients are written before they are clipped. Set ``record`` before ``train``.
     """
@@ -312,8 +313,8 @@ class ProofTrainer(FineTuner):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._keep_gradients()
-        own: Any = super()._clip_grad_norm
-        return own(model)
+        clip: Any = super()._clip_grad_norm
+        return clip(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None:

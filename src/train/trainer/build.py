@@ -22,10 +22,12 @@ from ..report.result import Figure
 from ..report.throughput import ThroughputMeter, flops_per_token, peak_flops
 from .arguments import arguments_for
 from .batches import training_batch, training_sequences, typical_context, validation_batches
-from .callbacks import LayerSampler, watchdogs
 from .context import Context
+from .engine import EngineMixin, FineTuner
 from .evaluation import Batches, Loss, require_figure, wants_perplexity
-from .trainer import FineTuner
+from .objective import Objective
+from .optimizer import LayerSampler
+from .watchdog import watchdogs
 
 
 class SupervisedTask:
@@ -40,9 +42,6 @@ class SupervisedTask:
 
     validates_first = True
     """Whether validation needs nothing but the model, so that it can come before the trainer."""
-
-    tuner: type[FineTuner] = FineTuner
-    """The trainer."""
 
     loss: Loss | None = None
     """The mean over the trained tokens of a batch that is validated; None: the model's own."""
@@ -66,6 +65,10 @@ class SupervisedTask:
         """The batches to validate on, by the name of their dataset."""
         return validation_batches(prepared, self.recipe, pad_token(tokenizer), world)
 
+    def objective(self) -> Objective:
+        """What the trainer trains."""
+        return Objective()
+
     def trainer(
         self,
         context: Context,
@@ -73,10 +76,12 @@ class SupervisedTask:
         sequences: Any,
         resumed: Saved | None,
         on_first_step: Callable[[], None],
-    ) -> FineTuner:
+    ) -> EngineMixin:
         """The trainer; see ``make_trainer``."""
         own = {"data_collator": self.collate(context.tokenizer)}
-        return make_trainer(context, model, sequences, resumed, on_first_step, self.tuner, own=own)
+        return make_trainer(
+            context, model, sequences, resumed, on_first_step, objective=self.objective(), own=own
+        )
 
     def collate(self, tokenizer: Any) -> Callable[[Any], dict[str, Any]]:
         """What makes a batch of sequences."""
@@ -121,10 +126,11 @@ def make_trainer(
     packs: Any,
     resumed: Saved | None = None,
     on_first_step: Callable[[], None] | None = None,
-    kind: type[FineTuner] = FineTuner,
+    kind: type[EngineMixin] = FineTuner,
     args: Any = None,
     own: Mapping[str, Any] | None = None,
-) -> FineTuner:
+    objective: Objective | None = None,
+) -> EngineMixin:
     """Set up the trainer; ``trainer.train()`` runs it.
 
     Args:
@@ -136,6 +142,7 @@ def make_trainer(
         kind: of trainer.
         args: its arguments; None: those of the recipe for ``transformers.Trainer``.
         own: what else it is made with, or with something else.
+        objective: the loss and the figures; None: those of supervised training.
 
     Raises:
         RecipeError: keys that do not go together, or a hub that cannot be reached.
@@ -159,12 +166,12 @@ def make_trainer(
         **(own or {}),
     }
     try:
-        trainer = kind(context, progress, resumed, on_first_step, **given)
+        trainer = kind(context, objective or Objective(), progress, resumed, on_first_step, **given)
     except Exception as error:  # of the hub there are many kinds
         if not (args.push_to_hub or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         raise RecipeError(f"the trainer refuses these settings: {error}") from error
-    if trainer.divides and (experts := left_whole(model)):
+    if trainer.sharding.divides and (experts := left_whole(model)):
         context.say(f"tensor_parallel_size: each process has all of {', '.join(experts)}")
     return trainer
 

@@ -1,18 +1,21 @@
-"""The optimizer of a recipe, its groups of parameters, and small tensors updated as one."""
+"""The optimizer of a recipe, its groups of parameters, and which of them train when (LISA)."""
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ...errors import RecipeError
 from ...optim.buckets import why_not
 from ...optim.flat import FlatOptimizer
+from ..model.token_losses import causal_lm
 from ..recipe.recipe import Recipe
 
 
@@ -134,3 +137,52 @@ def _embeddings(model: Any) -> Iterable[nn.Parameter]:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:
             yield from module.parameters()
+
+
+class LayerSampler(TrainerCallback):
+    """LISA (Pan et al. 2024): a few blocks train at a time, and others after every interval.
+
+    What is drawn depends on the seed and the number of the interval alone, so that a run which
+    resumes has the same blocks.
+
+    Args:
+        recipe: which says how many, and for how long.
+        model: whose blocks are drawn; what is frozen already stays so.
+
+    Raises:
+        RecipeError: it has no such list of blocks, or too few.
+    """
+
+    def __init__(self, recipe: Recipe, model: Any) -> None:
+        where, number = recipe.lisa_layers_attribute, recipe.lisa_n_layers or 0
+        try:
+            blocks = list(functools.reduce(getattr, where.split("."), causal_lm(model)))  # type: ignore[arg-type]  # 2026-11-27: a path of names
+        except (AttributeError, TypeError):
+            raise RecipeError(
+                f"lisa_layers_attribute: the model has no blocks in {where}"
+            ) from None
+        if number > len(blocks):
+            raise RecipeError(f"lisa_n_layers: the model has only {len(blocks)} blocks")
+        self.number, self.interval = number, recipe.lisa_step_interval or 1
+        self.seed, self.drawn = recipe.seed, -1
+        self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw blocks at the beginning of an interval, or where a run resumes within one."""
+        turn = state.global_step // self.interval
+        if turn != self.drawn:
+            self.drawn = turn
+            draw = random.Random(f"{self.seed} {turn}")
+            chosen = draw.sample(range(len(self.trained)), self.number)
+            self._train([i in chosen for i in range(len(self.trained))])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model as it was."""
+        self._train([True] * len(self.trained))
+
+    def _train(self, wanted: list[bool]) -> None:
+        for parameters, trains in zip(self.trained, wanted, strict=True):
+            for parameter in parameters:
+                parameter.requires_grad_(trains)
+                if not trains:
+                    parameter.grad = None

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..processes.world import World
+from ..recipe.recipe import Recipe
 
 
 class LossWatchdog(TrainerCallback, ExportableState):
@@ -48,6 +49,49 @@ class LossWatchdog(TrainerCallback, ExportableState):
             "args": {"threshold": self.threshold, "patience": self.patience},
             "attributes": {"violations": self.violations},
         }
+
+
+_PATIENCE = 3
+"""Of the loss watchdog, where the recipe does not say."""
+
+
+def watchdogs(recipe: Recipe) -> list[LossWatchdog | EarlyStoppingCallback]:
+    """The watchdogs that the recipe asks for."""
+    found: list[LossWatchdog | EarlyStoppingCallback] = []
+    if recipe.loss_watchdog_threshold is not None:
+        patience = recipe.loss_watchdog_patience or _PATIENCE
+        found.append(LossWatchdog(recipe.loss_watchdog_threshold, patience))
+    if recipe.early_stopping_patience is not None:
+        found.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    return found
+
+
+def apply_limits(kept: dict[str, Any], recipe: Recipe) -> None:
+    """Give restored watchdogs the limits of the recipe: a checkpoint brings its own along.
+
+    Args:
+        kept: what a checkpoint keeps of each callback, by the name of its class; changed in place.
+        recipe: which may have other limits than the checkpoint's.
+    """
+    for watchdog in watchdogs(recipe):
+        name = type(watchdog).__name__
+        if name in kept:
+            kept[name] = {**kept[name], "args": watchdog.state()["args"]}
+
+
+def out_of_patience(kept: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether early stopping had ended the run that a checkpoint is of.
+
+    Args:
+        kept: what the checkpoint keeps of each callback, by the name of its class.
+        recipe: which may have more patience, or no early stopping any more.
+    """
+    found = kept.get(EarlyStoppingCallback.__name__, {})
+    waited = found.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    patience = found.get("args", {}).get("early_stopping_patience")
+    if patience is None or recipe.early_stopping_patience is None:
+        return False
+    return bool(waited >= max(patience, recipe.early_stopping_patience))
 
 
 _TEXTS = ("input_ids", "prompt_ids", "completion_ids")

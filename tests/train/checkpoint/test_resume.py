@@ -21,7 +21,7 @@ from fusewright.train.checkpoint import files as checkpoint
 from fusewright.train.checkpoint import resume
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
-from fusewright.train.trainer.callbacks import FlowCallback
+from fusewright.train.trainer.engine import FlowCallback
 
 QUIET = Console(quiet=True)
 

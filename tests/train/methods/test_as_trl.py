@@ -13,7 +13,6 @@ from fusewright.train.data import prepare
 from fusewright.train.data.order import Order
 from fusewright.train.model.tokenizer import load_tokenizer
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.recipe.preferences import preference_settings
 from fusewright.train.trainer.ready import ready_model
 
 from .recipes import METHODS, method_recipe
@@ -27,15 +26,13 @@ FIGURES = (
 
 def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
     """Train a recipe by TRL's trainer as it is, on the tokens and in the order of the recipe."""
-    from fusewright.train.methods.build import PreferenceTask
+    from fusewright.train.methods.task import task_of
 
     recipe = load_recipe(given)
     tokenizer = load_tokenizer(recipe)
     prepared = prepare(recipe, tokenizer)
-    settings = preference_settings(recipe)
-    assert settings is not None
-    task = PreferenceTask(recipe, settings)
-    kind: Any = next(c for c in task.parts.tuner.__mro__ if c.__module__.startswith("trl."))
+    task: Any = task_of(recipe)
+    kind: Any = next(c for c in task.method.trainer.__mro__ if c.__module__.startswith("trl."))
 
     class Plain(kind):  # type: ignore[misc]  # 2026-11-27: which trainer, the recipe says
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +41,7 @@ def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return Order([0] * len(self.train_dataset), recipe.seed, "shuffled", 2)
 
-    counted = task.parts.collate(tokenizer.pad_token_id)
+    counted = task.method.collate(tokenizer.pad_token_id)
     examples = task.sequences(prepared)
     args: Any = task.arguments(examples, None)
     args.eval_strategy, args.save_strategy = "no", "no"

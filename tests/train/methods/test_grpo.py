@@ -25,7 +25,7 @@ from fusewright.train.own_functions import load_function
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.report.result import RunResult
 from fusewright.train.requirements import has_vllm
-from fusewright.train.trainer.callbacks import FlowCallback
+from fusewright.train.trainer.engine import FlowCallback
 
 from ..runs import fusewright
 from .completions import drawn, grpo_recipe
@@ -103,17 +103,17 @@ def test_completions_continue_the_tokens_of_the_rows(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with variables of the template that only prompts have."""
-    from fusewright.train.methods.grpo import GrpoTuner
+    from fusewright.train.methods.grpo import Grpo
 
     seen: list[list[list[int]]] = []
-    was = GrpoTuner._generate_single_turn
+    was = Grpo._generate_single_turn
 
     def noted(self: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(prompt_ids)
         assert not self.model.training or args
         return was(self, prompt_ids, *args, **kwargs)
 
-    monkeypatch.setattr(GrpoTuner, "_generate_single_turn", noted)
+    monkeypatch.setattr(Grpo, "_generate_single_turn", noted)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mark }}"
     keys = {
         "chat_template": "jinja", "chat_template_jinja": template, "val_set_size": 0,
@@ -202,16 +202,16 @@ def test_no_step_captures_the_model_anew(
     """Generation, validation and training change modes; each has its graphs after a few steps."""
     from torch._dynamo.utils import counters
 
-    from fusewright.train.methods.grpo import GrpoTuner
+    from fusewright.train.methods.grpo import Grpo
 
     seen: list[int] = []
-    was = GrpoTuner.on_step_end
+    was = Grpo.on_step_end
 
     def noted(self: Any) -> None:
         was(self)
         seen.append(counters["stats"]["unique_graphs"])
 
-    monkeypatch.setattr(GrpoTuner, "on_step_end", noted)
+    monkeypatch.setattr(Grpo, "on_step_end", noted)
     torch._dynamo.reset()
     trl = {"generation_kwargs": {"suppress_tokens": [0, 2]}}
     keys = {"optimize": True, "rl_beta": 0.1, "max_steps": 16, "eval_steps": 1, "trl": trl}
@@ -369,8 +369,7 @@ def test_steps_are_those_of_trl(
     from transformers import AutoModelForCausalLM
 
     from fusewright.train.data.order import RepeatedOrder
-    from fusewright.train.methods.completions import CompletionTask
-    from fusewright.train.recipe.preferences import preference_settings
+    from fusewright.train.methods.task import task_of
     from trl import GRPOTrainer
 
     def fixed(self: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -381,9 +380,7 @@ def test_steps_are_those_of_trl(
     result = run(recipe, optimize=optimize)
     own = [entry for entry in result.history if "loss" in entry]
     checked = load_recipe(recipe, None, Consent(allow_code=True))
-    settings = preference_settings(checked)
-    assert settings is not None
-    task = CompletionTask(checked, settings)
+    task: Any = task_of(checked)
     tokenizer = load_tokenizer(checked)
     rows = task.sequences(prepare(checked, tokenizer))
     args = task.arguments(rows, _alone())
@@ -568,15 +565,15 @@ def test_equal_rewards_are_told_once(base: Path, tmp_path: Path) -> None:
 def test_the_rows_of_a_nan_loss(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train.methods.grpo import GrpoTuner
+    from fusewright.train.methods.grpo import Grpo
 
-    was = GrpoTuner.compute_loss
+    was = Grpo.compute_loss
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = was(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 1 else loss
 
-    monkeypatch.setattr(GrpoTuner, "compute_loss", broken)
+    monkeypatch.setattr(Grpo, "compute_loss", broken)
     result = run(grpo_recipe(base, tmp_path, val_set_size=0))
     assert (result.status, result.steps, result.problems) == ("nan", 1, [])
     text = (tmp_path / "out" / "nan-batch-2.txt").read_text(encoding="utf-8")

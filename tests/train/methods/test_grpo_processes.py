@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
-from fusewright.train.checkpoint.pending_batches import read_batches, write_batches
+from fusewright.train.methods.grpo import read_batches, write_batches
 from fusewright.train.processes.launchers import Placement
 from fusewright.train.processes.world import World
 
@@ -25,7 +25,7 @@ from .completions import drawn, grpo_recipe
 pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
 GIVEN = """
-from fusewright.train.methods.grpo import GrpoTuner
+from fusewright.train.methods.grpo import Grpo
 
 def drawn(prompts, length=5):
     return [
@@ -33,7 +33,7 @@ def drawn(prompts, length=5):
         for i, ids in enumerate(prompts)
     ]
 
-GrpoTuner._generate_single_turn = lambda self, prompts, *args, **kwargs: (drawn(prompts), None)
+Grpo._generate_single_turn = lambda self, prompts, *args, **kwargs: (drawn(prompts), None)
 """
 """The completions of ``completions.drawn``, in other processes."""
 
@@ -45,12 +45,12 @@ KEYS: dict[str, Any] = {
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusewright.train.methods.grpo import GrpoTuner
+    from fusewright.train.methods.grpo import Grpo
 
     def fixed(self: Any, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         return drawn(prompt_ids), None
 
-    monkeypatch.setattr(GrpoTuner, "_generate_single_turn", fixed)
+    monkeypatch.setattr(Grpo, "_generate_single_turn", fixed)
 
 
 def history(folder: Path) -> list[dict[str, float]]:

@@ -157,11 +157,11 @@ def test_an_optimized_run_learns_the_same(
 def test_a_step_that_is_tried_again_is_measured_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train.methods.direct import PairTuner
+    from fusewright.train.methods.table import Dpo
 
     keys = {"optimize": True, "memory": "auto", "max_steps": 1, "val_set_size": 0}
     whole = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET)
-    own, tries = PairTuner.compute_loss, []
+    own, tries = Dpo.compute_loss, []
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = own(self, *args, **kwargs)
@@ -170,7 +170,7 @@ def test_a_step_that_is_tried_again_is_measured_once(
             raise torch.OutOfMemoryError("no memory")
         return loss
 
-    monkeypatch.setattr(PairTuner, "compute_loss", failing)
+    monkeypatch.setattr(Dpo, "compute_loss", failing)
     again = train(method_recipe("dpo", base, tmp_path, **keys), console=QUIET, overwrite=True)
     (one,), (other,) = ([e for e in r.history if "loss" in e] for r in (whole, again))
     assert len(tries) > 1
@@ -231,15 +231,15 @@ def test_validations_have_all_figures_without_steps_between(base: Path, tmp_path
 def test_the_figure_that_judges_is_told_and_so_is_the_checkpoint(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusewright.train.methods.direct import PairTuner
+    from fusewright.train.methods.table import Dpo
 
-    was = PairTuner.figures
+    was = Dpo.figures
 
     def best_at_two(self: Any) -> dict[str, float]:
         step = self.state.global_step
         return {**was(self), "eval_rewards/accuracies": {0: 0.25, 2: 0.875}.get(step, 0.5)}
 
-    monkeypatch.setattr(PairTuner, "figures", best_at_two)
+    monkeypatch.setattr(Dpo, "figures", best_at_two)
     keys = {
         "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
         "metric_for_best_model": "rewards/accuracies",

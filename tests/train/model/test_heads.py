@@ -12,17 +12,22 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fusewright.errors import RecipeError
-from fusewright.train.checkpoint.load import ResumableTrainer, trained_weights
+from fusewright.train.checkpoint.load import trained_weights
 from fusewright.train.checkpoint.save_model import check_adapter, save_whole
 from fusewright.train.model.adapters import add_adapter, require_names
 from fusewright.train.model.from_pretrained import meta_model
 from fusewright.train.model.load import load_config, load_model
 from fusewright.train.model.quantize import quantization, quantize
+from fusewright.train.processes.signals import Interrupts
 from fusewright.train.recipe.recipe import Recipe
+from fusewright.train.trainer.build import make_trainer
+from fusewright.train.trainer.context import Context
+from fusewright.train.trainer.engine import EngineMixin
 from fusewright.train.trainer.ready import ready_model
 
 from ..conftest import make_model, make_tokenizer
@@ -331,12 +336,22 @@ def test_training_an_adapter_further(tmp_path: Path) -> None:
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def _ranked(model: Any, rows: list[dict[str, Tensor]], folder: Path) -> ResumableTrainer:
+def _ranked(
+    recipe: Recipe, tokenizer: Any, rows: list[dict[str, Tensor]], folder: Path
+) -> EngineMixin:
     arguments = tf.TrainingArguments(
         str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2, use_cpu=True,
         report_to=[], disable_tqdm=True, learning_rate=1e-2, seed=0, save_strategy="steps",
     )  # fmt: skip
-    return ResumableTrainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]  # 2026-11-27: a list will do
+    recipe = recipe.model_copy(update={"output_dir": str(folder)})
+    model = ready_model(recipe, tokenizer, lambda _: None)
+    context = Context(recipe, tokenizer, Console(quiet=True), Interrupts())
+
+    def collate(chosen: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {**tf.default_data_collator(chosen), "tokens": 14, "trained": 14}
+
+    own = {"data_collator": collate}
+    return make_trainer(context, model, rows, args=arguments, own=own)
 
 
 def _rows(label: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:
@@ -355,7 +370,7 @@ def test_resuming_is_bit_equal(
     rows = _rows(lambda ids: ids % 2 if steps else ids.float().mean() / 100)
     tokenizer, final = make_tokenizer(), []
     for resume in (None, str(tmp_path / "run" / "checkpoint-2")):
-        trainer = _ranked(ready_model(recipe, tokenizer, lambda _: None), rows, tmp_path / "run")
+        trainer = _ranked(recipe, tokenizer, rows, tmp_path / "run")
         trainer.train(resume)
         model: Any = trainer.model
         final.append({n: p.clone() for n, p in model.named_parameters() if p.requires_grad})

@@ -227,7 +227,7 @@ finish.write = signalled
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_disk_that_is_full_for_one_process(runs: Runs, which: int) -> None:
     code = f"""
-from fusewright.train.trainer.trainer import FineTuner
+from fusewright.train.trainer.engine import FineTuner
 def full(trainer, folder):
     raise OSError(28, "No space left on device")
 if rank == {which}:
@@ -246,7 +246,7 @@ if rank == {which}:
 def test_a_loss_that_is_nan_on_one_process(runs: Runs) -> None:
     """The rows that are written are those of the process whose loss it is."""
     code = """
-from fusewright.train.trainer.trainer import FineTuner
+from fusewright.train.trainer.engine import FineTuner
 compute_loss = FineTuner.compute_loss
 def nan(trainer, model, inputs, *given, **named):
     if trainer.state.global_step == 5:

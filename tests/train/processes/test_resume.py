@@ -15,7 +15,7 @@ from fusewright.train import train
 from fusewright.train.checkpoint import resume
 from fusewright.train.processes.world import World
 from fusewright.train.recipe.load import load_recipe
-from fusewright.train.trainer.parallel import ParallelTrainer
+from fusewright.train.trainer.engine import FineTuner
 
 from .ranks import values
 
@@ -193,7 +193,7 @@ def _states(world: World, folder: str) -> float:
     """The next random number, of two processes that train the same batch."""
     world.share_batches(2)
     torch.manual_seed(world.rank)
-    trainer: Any = object.__new__(ParallelTrainer)
+    trainer: Any = object.__new__(FineTuner)
     trainer.world = world
     trainer.args = SimpleNamespace(world_size=2, process_index=world.rank, parallel_mode=None)
     trainer._save_rng_state(folder)

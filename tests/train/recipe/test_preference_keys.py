@@ -175,12 +175,11 @@ def test_losses_are_those_of_trl() -> None:
 
 
 def test_every_key_of_the_groups_is_read_or_says_why_not() -> None:
-    from fusewright.train.recipe import preferences
-    from fusewright.train.recipe.keys import preferences as trl_keys
-    from fusewright.train.recipe.keys import preferences as vllm_keys
+    from fusewright.train.recipe import methods_table, preferences
+    from fusewright.train.recipe.keys import preferences as keys
     from fusewright.train.recipe.keys.base import extra_of
 
-    modules = (preferences, trl_keys, vllm_keys)
+    modules = (preferences, methods_table, keys)
     text = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in modules)
     for group in (PreferenceKeys, TrlKeys, VllmKeys):
         for name, field in group.model_fields.items():

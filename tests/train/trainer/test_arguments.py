@@ -20,13 +20,12 @@ from fusewright.train.preflight import require_startable
 from fusewright.train.processes.signals import Interrupts
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.requirements import tracking
-from fusewright.train.trainer.arguments import training_arguments
+from fusewright.train.trainer.arguments import Steps, steps, training_arguments
 from fusewright.train.trainer.batches import training_batch
 from fusewright.train.trainer.build import make_trainer
 from fusewright.train.trainer.context import Context
+from fusewright.train.trainer.engine import EngineMixin
 from fusewright.train.trainer.schedule import own_schedule
-from fusewright.train.trainer.steps import Steps, steps
-from fusewright.train.trainer.trainer import FineTuner
 
 from ..conftest import make_model, make_tokenizer
 
@@ -237,7 +236,7 @@ def test_a_sequence_that_is_left_alone_is_no_batch_of_one(tmp_path: Path, packin
 # --- optimizers -----------------------------------------------------------------------------------
 
 
-def trainer(tmp_path: Path, **keys: Any) -> FineTuner:
+def trainer(tmp_path: Path, **keys: Any) -> EngineMixin:
     from peft import LoraConfig, get_peft_model
 
     modules = ["embed_tokens"] if "embedding_lr" in str(keys) else None

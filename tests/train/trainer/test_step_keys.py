@@ -19,7 +19,7 @@ from fusewright.train.processes.signals import Interrupts
 from fusewright.train.recipe.load import load_recipe
 from fusewright.train.requirements import tracking
 from fusewright.train.trainer.arguments import training_arguments
-from fusewright.train.trainer.callbacks import FlowCallback
+from fusewright.train.trainer.engine import FlowCallback
 
 from ..conftest import make_model
 
@@ -124,7 +124,7 @@ def test_odd_losses_are_logged_as_they_are_unless_filtered(wanted: bool) -> None
     keys = {"base_model": "a/b", "datasets": [{"path": "a/b"}], "max_steps": 2, "bf16": False,
             "output_dir": "unused"}  # fmt: skip
     recipe = load_recipe({**keys, "logging_nan_inf_filter": wanted})
-    from fusewright.train.trainer.steps import steps
+    from fusewright.train.trainer.arguments import steps
 
     args = training_arguments(recipe, steps(recipe, 4))
 
@@ -217,7 +217,7 @@ def test_restarts_of_the_learning_rate(recipe: dict[str, Any]) -> None:
     shares = [1, 1, 1, 1, 0.001, 0.5005, 1, 1, 0.001, 0.5005]
     assert rates == pytest.approx([a * b for a, b in zip(linear, shares, strict=True)])
     odd = load_recipe({**recipe, **keys, "lr_scheduler": "one_cycle"})
-    from fusewright.train.trainer.steps import steps
+    from fusewright.train.trainer.arguments import steps
 
     with pytest.raises(RecipeError, match="needs a schedule that only depends on the step"):
         try_schedule(odd, training_arguments(odd, steps(odd, 4)))

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from fusewright.errors import RecipeError
 from fusewright.train import train
+from fusewright.train.trainer.engine import FineTuner
 from fusewright.train.trainer.evaluation import require_figure
-from fusewright.train.trainer.trainer import FineTuner
 
 QUIET = Console(quiet=True)
 

@@ -27,8 +27,13 @@ from fusewright.train.checkpoint.files import checkpoints
 from fusewright.train.processes.signals import Interrupts
 from fusewright.train.recipe.recipe import Recipe
 from fusewright.train.run import TrainingRun
-from fusewright.train.trainer.callbacks import FlowCallback, watchdogs
-from fusewright.train.trainer.watchdog import LossWatchdog, NonFiniteGuard, NonFiniteStepError
+from fusewright.train.trainer.engine import FlowCallback
+from fusewright.train.trainer.watchdog import (
+    LossWatchdog,
+    NonFiniteGuard,
+    NonFiniteStepError,
+    watchdogs,
+)
 
 from ..conftest import chat, make_model, make_tokenizer
 
