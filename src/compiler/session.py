@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from ..errors import OptimizeError
 from ..memory.oom_retry import is_out_of_memory
 from ..memory.planner import Planner
+from ..memory.random_state import RandomState
 from ..rewrite.engine import Fuel
 from ..rewrite.verify import Verifier
 from .codegen.cpp_compiler import prepare
@@ -27,8 +28,46 @@ from .sharing import InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
 
-if TYPE_CHECKING:
-    from .calls.replay import Replay
+# What a captured head has run already, should its capture fail.
+#
+# Its backbone, or the first of its blocks, may have run by then. The original code is given what
+# they have returned, and finds the random numbers as they have left them: nothing runs, counts,
+# writes or draws twice.
+
+
+class Replay:
+    """One call of a head: first it is noted what runs, then that is given again.
+
+    Attributes:
+        is_on: whether the original code runs now.
+        is_labelled: whether the head was called with labels.
+    """
+
+    def __init__(self, device: torch.device, is_labelled: bool = True) -> None:
+        """Note the random numbers of ``device`` and of the host."""
+        self.is_on, self.is_labelled = False, is_labelled
+        self._start = RandomState.now(device)
+        self._ran: list[tuple[nn.Module, Any, RandomState]] = []
+
+    def note(self, module: nn.Module, results: Any) -> None:
+        """A part of the head has run."""
+        now = RandomState.now(self._start.device)
+        self._ran.append((module, results, now))
+
+    def start(self) -> None:
+        """The original code runs from here on."""
+        self.is_on = True
+        self._ran.reverse()
+        self._start.restore()
+
+    def take(self, module: nn.Module) -> tuple[Any] | None:
+        """What ``module`` has returned, in a tuple; None if it has not run."""
+        if not self._ran or self._ran[-1][0] is not module:
+            self._ran.clear()
+            return None
+        _, results, after = self._ran.pop()
+        after.restore()
+        return (results,)
 
 
 @dataclass(frozen=True, eq=False)

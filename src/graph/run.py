@@ -130,11 +130,9 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
 # Leaving no mode switched when a graph raises.
 #
 # A captured ``with torch.autocast(...)`` is two calls in the graph, and nothing undoes the first
-# when
-# what stands between them raises. A checkpoint's recomputation always ends so, as soon as it has
-# what
-# backward needs. An autocast that is never left keeps its casts of the weights: every later one in
-# the process would use them, whatever the optimizer has written since.
+# when what stands between them raises. A checkpoint's recomputation always ends so, as soon as it
+# has what backward needs. An autocast that is never left keeps its casts of the weights: every
+# later one in the process would use them, whatever the optimizer has written since.
 
 
 class _Entered(threading.local):

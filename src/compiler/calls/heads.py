@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import typing
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -16,23 +19,15 @@ from ...kernels import label_counts
 from ...kernels.direct import is_traced_here
 from ...memory.oom_retry import retrying
 from ..bypass import Hooks, hidden_hooks, transform_reason
+from ..logits.awaiting import another_awaits
 from ..logits.head_call import calling
 from ..regions import leading_sizes, mark_dynamic
-from ..session import CallState, Session
+from ..session import CallState, Replay, Session
 from ..units import Units, gathered
 from ..watch import UNSETTLED, Watch, global_hook_reason
-from .default_cache import (
-    SharedCacheIndices,
-    cache_is_unused,
-    has_cache_switch,
-    parameters_of,
-    uses_cache,
-)
 from .forwards import Original, inactive_check
 from .opaque_blocks import Results
-from .replay import Replay
 from .trainer_heads import ASKED, TrainerHead
-from .training_calls import is_step
 
 
 class _Signature:
@@ -312,3 +307,164 @@ def backbone_forward(
         return original(self, *args, **kwargs)
 
     return forward
+
+
+# Which calls of a causal LM without labels are a part of training.
+
+
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def is_step(
+    session: Session, head: nn.Module, outside: Sequence[str], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a call without labels is a part of training: its caller makes the loss.
+
+    One without gradients (a reference) says that it wants no cache: otherwise it may be generation.
+    In evaluation mode it is one (of a teacher) where the loss of another model is to come.
+    """
+    if any(kwargs.get(name) is not None for name in _CACHES):
+        return False
+    if not head.training:
+        return not kwargs.get("use_cache") and _is_teacher(session, head, outside)
+    return torch.is_grad_enabled() or kwargs.get("use_cache") is False
+
+
+def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bool:
+    """Whether a call in evaluation mode is compared with another model's logits.
+
+    Logits of a training call of that one wait for their loss. Parameters that are sharded would be
+    gathered once more when they are read, by all processes: such a teacher's logits are made.
+    """
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    if not another_awaits(session.log.reads):
+        return False
+    weight = getattr(getattr(head, "get_output_embeddings", lambda: None)(), "weight", None)
+    if not isinstance(weight, nn.Parameter) or hasattr(weight, "ds_status") or weight._is_view():
+        return False
+    return not session.state.watches.get(head, outside).find_hooks(head).units
+
+
+# When the cache that a model fills by default, and nobody reads in training, is left out.
+#
+# Transformers' models fill a key/value cache unless ``use_cache=False`` is passed. What is left out
+# here is left out of the outputs too, so it happens only where the model itself says what the word
+# means, and where the values stay what they are.
+
+
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+_INDEX = "layer_idx"
+"""Where a layer writes in the cache: the convention of ``transformers.Cache.update``."""
+
+
+def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect.Parameter]:
+    """The parameters of a head, and of the backbone where the head passes on what it is given."""
+    own = dict(inspect.signature(forward).parameters)
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    if passes_on and backbone is not None:
+        own |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()
+                if n not in own}  # fmt: skip
+    return own
+
+
+def has_cache_switch(
+    forward: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]
+) -> bool:
+    """Whether a causal LM's signature says what ``use_cache`` means, and that it may be left out.
+
+    A call that does not say it means the configuration, and the outputs are a record with named
+    fields: a plain tuple would lose one of its places.
+
+    Args:
+        forward: its forward.
+        parameters: what the forward takes, as ``parameters_of`` says.
+    """
+    switch = parameters.get("use_cache")
+    if switch is None or switch.default is not None:
+        return False
+    return "return_dict" in parameters or any(map(_is_record, _returned(forward)))
+
+
+def uses_cache(module: nn.Module) -> bool:
+    """Whether the configuration of a causal LM asks for a cache now."""
+    config = getattr(module, "config", None)
+    if getattr(config, "use_cache", None) is True:
+        return True
+    inner = getattr(config, "get_text_config", lambda: None)()
+    return getattr(inner, "use_cache", None) is True
+
+
+def _returned(forward: Callable[..., Any]) -> tuple[Any, ...]:
+    """The types that a function says it returns."""
+    try:
+        returned = typing.get_type_hints(inspect.unwrap(forward)).get("return")
+    except Exception:  # a name that is imported for type checkers alone
+        returned = inspect.signature(forward).return_annotation
+    return typing.get_args(returned) or (returned,)
+
+
+def _is_record(kind: Any) -> bool:
+    """Whether a type is an output class: a mapping of its own fields."""
+    return isinstance(kind, type) and issubclass(kind, Mapping) and is_dataclass(kind)
+
+
+def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
+    """Whether nobody reads, in this call, the cache that is filled by default.
+
+    Transformers finds packed samples in ``position_ids`` only without a cache.
+    """
+    return (
+        kwargs.get("use_cache") is None
+        and all(kwargs.get(n) is None for n in _CACHE_ARGUMENTS)
+        and (kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None)
+    )
+
+
+class SharedCacheIndices:
+    """Whether two layers write to one place of the cache: the second reads what the first wrote.
+
+    Asked at each step; the layers are gone through only when they, or their parts, are others.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[Any], bool] = ([], False)
+
+    def any_in(self, backbone: nn.Module) -> bool:
+        """Whether there are such layers in ``backbone``."""
+        layers = [
+            layer
+            for stack in _stacks(backbone)
+            for layer in stack._modules.values()
+            if layer is not None
+        ]
+        parts = [p for layer in layers for p in (layer, *layer._modules.values()) if p is not None]
+        # references, and not their ids: another module may get the id of one that is gone
+        now = [(weakref.ref(p), p.__dict__.get(_INDEX)) for p in parts]
+        if now != self._known[0]:
+            self._known = now, any(map(_share_an_index, _stacks(backbone)))
+        return self._known[1]
+
+
+def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The outermost lists of modules."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _stacks(child)
+
+
+def _share_an_index(stack: nn.ModuleList) -> bool:
+    """Whether two layers are one module, or have one index."""
+    seen: set[tuple[str, int]] = set()
+    layers = [m for m in stack._modules.values() if m is not None]
+    for layer in layers:
+        for path, module in layer.named_modules():
+            index = module.__dict__.get(_INDEX)
+            if type(index) is int and index >= 0:
+                if (path, index) in seen:
+                    return True
+                seen.add((path, index))
+    composite = all(any(True for _ in m.children()) for m in layers)
+    return composite and len(set(map(id, layers))) < len(layers)

@@ -7,9 +7,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
-
-from .job import has_peers
 
 _ENGINES = (
     "torch.distributed.",
@@ -47,3 +46,24 @@ def _origins(module: nn.Module) -> Iterator[str]:
         function: Any = hook.func if isinstance(hook, functools.partial) else hook
         function = inspect.unwrap(getattr(function, "__func__", function))
         yield str(getattr(function, "__module__", ""))
+
+
+# The job that this process is a rank of, wherever its process group was made.
+
+
+def has_peers() -> bool:
+    """Whether ``torch.distributed`` is initialized with several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def job_store() -> Any:
+    """The key-value store of the process group, for verdicts; None with one rank."""
+    if not has_peers():
+        return None
+    # imported here: a PyTorch that was built without it has no such module
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    try:
+        return PrefixStore("fusewright-verdicts", _get_default_store())
+    except Exception:  # a group without one, as MPI's
+        return None

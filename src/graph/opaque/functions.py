@@ -336,10 +336,9 @@ class _Watched:
 # Functions that give a module's own weight, in a way that TorchDynamo cannot follow.
 #
 # A library that knows many kinds of quantized weights asks which one it has at hand by the place
-# where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that of
-# a
-# parameter's class. In a captured forward another function stands for such a one. It gives back an
-# ordinary parameter by itself, and leaves everything else to the original.
+# where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that
+# of a parameter's class. In a captured forward another function stands for such a one. It gives
+# back an ordinary parameter by itself, and leaves everything else to the original.
 
 
 def asks_for_place(function: Any) -> bool:

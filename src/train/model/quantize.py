@@ -227,10 +227,8 @@ def _eight(layer: nn.Linear, config: Any) -> Any:
 # Frozen weights of experts in 4 or 8 bits: bare parameters, which are no linear layers.
 #
 # Such a parameter (experts, out, in) looks like one in the dtype of computation, for transformers
-# and
-# for PEFT. Its numbers are unpacked whenever an operation reads them; one that takes a single
-# expert
-# unpacks only that.
+# and for PEFT. Its numbers are unpacked whenever an operation reads them; one that takes a single
+# expert unpacks only that.
 
 
 def quantize_experts(model: nn.Module, recipe: Recipe, config: Any) -> None:

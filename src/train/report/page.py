@@ -29,8 +29,7 @@ from .run_facts import Facts
 # Curves for the report page: plain geometry, in thousandths of the plot's width and height.
 #
 # The plot is stretched to whatever room there is, with lines of constant width, and the labels
-# stand
-# beside it as text: so it is readable on a phone and on a wide screen, and needs no script.
+# stand beside it as text: so it is readable on a phone and on a wide screen, and needs no script.
 
 
 SIZE = 1000

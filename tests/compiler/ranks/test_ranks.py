@@ -19,8 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fusewright import explain, optimize
 from fusewright.compiler.ranks import collectives, verdicts
-from fusewright.compiler.ranks.collectives import collectives_of
-from fusewright.compiler.ranks.job import job_store
+from fusewright.compiler.ranks.collectives import collectives_of, job_store
 from fusewright.compiler.ranks.verdicts import SharedVerdicts
 from fusewright.rewrite import verify
 from fusewright.rewrite.engine import Candidate, Verdict

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusewright.compiler.ranks import site_key as module
-from fusewright.compiler.ranks.site_key import portable_name, site_key
+from fusewright.compiler.ranks import verdicts as module
+from fusewright.compiler.ranks.verdicts import portable_name, site_key
 from fusewright.rewrite.engine import Candidate, Fuel, Verdict, apply
 from fusewright.rewrite.op_table import TABLE
 

@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="TRL trains these methods, and is an extra")
 
 from fusewright.train.methods.distillation import DistillationObjective
 from fusewright.train.methods.table import METHODS
-from fusewright.train.proof.record import ProofTrainer
+from fusewright.train.proof.compare import ProofTrainer
 from fusewright.train.trainer.engine import EngineMixin, FineTuner
 from fusewright.train.trainer.objective import Objective
 
