@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from fusewright import explain, optimize, restore
-from fusewright.compiler.logits import meeting
+from fusewright.compiler.logits import sharded
 from fusewright.compiler.logits.lazy_logits import LazyLogits
 
 from ..train.processes.ranks import free_port
@@ -226,7 +226,7 @@ def test_logits_of_weights_that_were_gathered_anew(tmp_path: pathlib.Path) -> No
 
 def _read_alone(rank: int) -> list[Any]:
     """Three steps: the logits of the first are read on rank 0 alone, or there first."""
-    meeting._PATIENCE = 1.0
+    sharded._PATIENCE = 1.0
     call = _fsdp2()(optimize(_model(False), codegen="eager"))
     outputs = []
     for i in range(3):

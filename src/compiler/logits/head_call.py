@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,13 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from .calls import may_keep_history
 from .changes import Fingerprint, WeightsChanged, is_unchanged, remembered, unchanged
-from .deferred import Deferred
 from .head_parts import HeadParts, as_leaf
-from .lazy_logits import LazyLogits
 from .reads import Reads
-from .recorded.endings import HANDLERS
-from .recorded.picks import Picks
-from .recorded.rows import HeadRows
 from .sharded import gathered, is_released
 
 Body = Callable[..., Tensor]
@@ -51,6 +45,25 @@ class Plan:
     model: Callable[[], nn.Module | None]
     head: HeadParts | None
     reads: Reads
+
+
+@dataclass(frozen=True, eq=False)
+class Picks:
+    """Some columns of some rows of one call, as they were given out.
+
+    Attributes:
+        key: of the operations that they are of.
+        index: (N,), which rows of the call; None for all of them.
+        columns: (N, K).
+        values: (N, K); None where only the classes were given out.
+        is_top: whether no other column of the row is higher.
+    """
+
+    key: tuple[Any, ...]
+    index: Tensor | None
+    columns: Tensor
+    values: Tensor | None
+    is_top: bool
 
 
 @dataclass(eq=False)
@@ -126,20 +139,6 @@ class HeadCall:
             made = self.logits(*own)
         self.made = own, get_gradient_edge(made)
         return made.detach()
-
-    def lazy(self, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
-        """The logits, computed when they are read; with a history to ``keep`` if possible."""
-        rows = HeadRows(self, inputs, HANDLERS)
-
-        def values(keep: bool) -> Tensor:
-            found = self.compute(inputs, keep)
-            rows.finish(found)
-            return found
-
-        source = Deferred(functools.partial(values, keep), functools.partial(values, False))
-        made = LazyLogits(source, self.shape, self.plan.dtype, self.device)
-        made.recorded = rows
-        return made
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:
         """Whether the head's operands are known, whole, and what they were in the forward pass."""

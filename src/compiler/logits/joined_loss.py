@@ -12,6 +12,7 @@ added to another gradient, its values are computed, and sent back through the pr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +24,12 @@ from ...kernels.loss.linear_cross_entropy import linear_cross_entropy
 from ...kernels.second_order import differentiable, gradients
 from .awaiting import stop_waiting
 from .changes import KeptLogits, fingerprint
+from .deferred import Deferred
 from .head_call import HeadCall, Plan, aliases, called_model, storage
 from .lazy_gradient import LazyGradient
 from .lazy_logits import LazyLogits
+from .recorded.endings import HANDLERS
+from .recorded.rows import HeadRows
 from .sharded import call_name
 
 
@@ -56,7 +60,7 @@ class _Logits(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         keep, held = any(ctx.needs_input_grad[4:]), aliases(inputs)
-        return join.lazy(held, keep) if join.plan.lazy else join.compute(held, keep)
+        return _lazy(join, held, keep) if join.plan.lazy else join.compute(held, keep)
 
     @staticmethod
     @differentiable(_logits_double_backward, always=True)
@@ -175,7 +179,7 @@ def _without_history(join: HeadCall, rows: Tensor, inputs: tuple[Any, ...]) -> T
     if not join.plan.lazy:
         return join.compute(inputs, False)
     held = aliases(tuple(t.clone() if t is rows else t for t in inputs))
-    made = join.lazy(held)
+    made = _lazy(join, held)
     if model is not None and KeptLogits.of(model).watch(model, inputs):
         made.keep(KeptLogits.of(model), lambda: join.is_done)
     return made
@@ -222,3 +226,18 @@ def loss_and_logits(
             join, made, needed, bare, chosen, inputs, *others
         )
     return result, made
+
+
+def _lazy(call: HeadCall, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:
+    """The logits, computed when they are read; with a history to ``keep`` if possible."""
+    rows = HeadRows(call, inputs, HANDLERS)
+
+    def values(keep: bool) -> Tensor:
+        result = call.compute(inputs, keep)
+        rows.finish(result)
+        return result
+
+    source = Deferred(functools.partial(values, keep), functools.partial(values, False))
+    logits = LazyLogits(source, call.shape, call.plan.dtype, call.device)
+    logits.recorded = rows
+    return logits

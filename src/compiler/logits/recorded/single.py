@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..head_parts import Operands
 from ..lazy_logits import LazyLogits
-from . import picks
 from .in_tiles import Tiled, compute
 from .measures import flat_rows, measure, picked
-from .rows import Handlers, handler, is_last, require_kind, rows_of
+from .rows import Handlers, handler, is_last, logits_exist, remember_pick, require_kind, rows_of
 from .together import Measures
 
 _MOST_PICKED = 64
@@ -29,7 +28,7 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
     kind = require_kind(z, "logits", "log_probs")
     if not is_last(z, dim) or sparse or not isinstance(index, Tensor):
         return NotImplemented
-    if picks.is_known(rows_of(z)):
+    if logits_exist(rows_of(z)):
         return NotImplemented
     if index.device.type == "cpu" and not _are_classes(index, z.shape[-1]):
         return NotImplemented  # it raises; a GPU's kernels say so later, as they do in eager mode
@@ -57,7 +56,7 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
     measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
     made = compute(z, Tiled(name, tiled, formula, measures, (index,)))
     made = made.view(index.shape).to(z.dtype)
-    picks.remember(rows_of(z), z.dtype, index, made, is_top)
+    remember_pick(rows_of(z), z.dtype, index, made, is_top)
     return made
 
 
@@ -83,10 +82,10 @@ def _argmax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     require_kind(z, "logits", "log_probs", "probs")
     if not is_last(z, dim) or rows_of(z).weight <= 0:
         return NotImplemented
-    if picks.is_known(rows_of(z)):
+    if logits_exist(rows_of(z)):
         return NotImplemented
     made = _constant(z, "argmax", "argmax").view(*z.shape[:-1], 1)
-    picks.remember(rows_of(z), z.dtype, made, None, True)
+    remember_pick(rows_of(z), z.dtype, made, None, True)
     return made if keepdim else made.squeeze(-1)
 
 
@@ -118,7 +117,7 @@ def _topk(z: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bo
     require_kind(z, "logits")
     if not is_last(z, dim) or not largest:
         return NotImplemented
-    if picks.is_known(rows_of(z)):
+    if logits_exist(rows_of(z)):
         return NotImplemented
     if not isinstance(k, int) or not 0 < k <= min(z.shape[-1], _MOST_PICKED):
         return NotImplemented
