@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,8 +76,9 @@ class _NoWideCopies(TorchDispatchMode):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> _NoWideCopies:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, choose_for: Callable[[str], None]) -> _NoWideCopies:
     """The ops choose as they do on a GPU; its kernels are emulated."""
+    choose_for("avx512_bf16")  # the CPU's products stand for those of the GPU's libraries
     mode = _NoWideCopies(70 * 8)
 
     def use_triton(*given: Tensor) -> bool:
