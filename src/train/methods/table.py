@@ -69,11 +69,11 @@ class Cpo(EngineMixin, CPOTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has
         return theirs(FloatLogits(model), batch)
 
 
-class Reward(EngineMixin, RewardTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
+class RewardModel(EngineMixin, RewardTrainer):  # type: ignore[misc]  # 2026-11-27: TRL has no types
     """Reward models for pairs (Bradley and Terry 1952)."""
 
 
-class ProcessReward(EngineMixin, Trainer):
+class ProcessRewardModel(EngineMixin, Trainer):
     """Reward models for steps: the cross entropy of the labels at their last tokens."""
 
     loss_is_scaled_for_ga = False
@@ -170,11 +170,11 @@ METHODS: dict[str, Method] = {
     "grpo": _GRPO,
     "gdpo": _GRPO,
     "reward": Method(
-        Reward, RewardConfig, _whole_texts, ("accuracy", "margin", "mean_reward"), _uncut,
+        RewardModel, RewardConfig, _whole_texts, ("accuracy", "margin", "mean_reward"), _uncut,
         lambda: Preferences(float_logits=True), whole_texts=True,
     ),
     "process_reward": Method(
-        ProcessReward, TrainingArguments, _steps, ("accuracy",),
+        ProcessRewardModel, TrainingArguments, _steps, ("accuracy",),
         objective=lambda: Preferences(float_logits=True),
     ),
 }  # fmt: skip
