@@ -1,6 +1,6 @@
 """Keys of a recipe that are valid alone: which conflict, and which nothing reads beside the others.
 
-Most of this is declared on the keys (``Rules``); the functions here are for what takes more than
+Most of this is declared on the keys (``KeyRules``); the functions here are for what takes more than
 whether another key asks for something.
 """
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ...errors import did_you_mean
 from ..chat_templates import unknown_template
-from .keys.base import METHOD, Keys, Rules, UnreadKeys, nested, rules_of
+from .keys.base import METHOD, KeyRules, Keys, UnreadKeys, nested, rules_of
 from .keys.distributed import DistributedKeys, FsdpKeys
 from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
 from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
@@ -121,10 +121,10 @@ def declared_without_effect(
 
 
 @functools.cache
-def _ruled(model: type[Keys]) -> dict[str, Rules]:
+def _ruled(model: type[Keys]) -> dict[str, KeyRules]:
     """The keys of a class that have rules, or keys inside."""
     rules = {name: rules_of(model, name) for name in model.model_fields}
-    plain = Rules()
+    plain = KeyRules()
     return {
         name: rule for name, rule in rules.items()
         if rule != plain or nested(model.model_fields[name].annotation) is not None
