@@ -1,6 +1,6 @@
 """Keys of a recipe that are valid alone: which conflict, and which nothing reads beside the others.
 
-Most of this is declared on the keys (``Rules``); the functions here are for what takes more than
+Most of this is declared on the keys (``KeyRules``); the functions here are for what takes more than
 whether another key asks for something.
 """
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ...errors import did_you_mean
 from ..chat_templates import unknown_template
-from .keys.base import METHOD, Keys, Rules, UnreadKeys, nested, rules_of
+from .keys.base import METHOD, KeyRules, Keys, UnreadKeys, nested, rules_of
 from .keys.distributed import DistributedKeys, FsdpKeys
 from .keys.preferences import GENERATING, OF_METHODS, PAIRED, WITH_BETA, has_method
 from .keys.row_types import TEACHER_TYPES, TYPES, reward_problem, type_problem
@@ -121,10 +121,10 @@ def declared_without_effect(
 
 
 @functools.cache
-def _ruled(model: type[Keys]) -> dict[str, Rules]:
+def _ruled(model: type[Keys]) -> dict[str, KeyRules]:
     """The keys of a class that have rules, or keys inside."""
     rules = {name: rules_of(model, name) for name in model.model_fields}
-    plain = Rules()
+    plain = KeyRules()
     return {
         name: rule for name, rule in rules.items()
         if rule != plain or nested(model.model_fields[name].annotation) is not None
@@ -408,7 +408,7 @@ def _preferences(values: Values) -> Iterator[Problem]:
     if method is None:
         return
     yield from _labels(values, method)
-    yield from _engine(values, method, _with_method(values)[METHOD])
+    yield from _limits(values, method, _with_method(values)[METHOD])
     for loc, dataset in _datasets(values):
         yield from _preference_rows(dataset, method, loc)
 
@@ -474,7 +474,7 @@ def _moving_reference(values: Values, trl: Values) -> Iterator[Problem]:
         yield ("trl", "sync_ref_model"), f"{said}; leave one of them out"
 
 
-def _engine(values: Values, method: str, named: str) -> Iterator[Problem]:
+def _limits(values: Values, method: str, named: str) -> Iterator[Problem]:
     """What a method cannot do."""
     if method == "kto":
         said = "must be 2 or more: KTO compares a prompt with the answer to another one"
@@ -535,11 +535,6 @@ _OF_DDP = ("ddp", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused
 
 
 def _distributed(values: Values) -> Iterator[Problem]:
-    """Yield the place and the problem of keys that conflict with those of several processes.
-
-    Args:
-        values: the recipe as written, unset keys left out. It may have other problems.
-    """
     recipe = _keys(values)
     if recipe is None:
         return
@@ -565,11 +560,6 @@ def _distributed(values: Values) -> Iterator[Problem]:
 
 
 def _unread_distributed(values: Values) -> Iterator[tuple[Sequence[str], str]]:
-    """Yield keys of several processes that nothing reads beside the others, with the reason.
-
-    Args:
-        values: the recipe as written; unset keys may be None. Nested keys are dotted.
-    """
     recipe = _keys(values)
     if recipe is None:
         return
@@ -690,12 +680,7 @@ _TENSOR = ("tensor_parallel_size",)
 
 
 def _groups_of_processes(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
-    """Yield the place and the problem of keys that conflict with tensor or context parallelism.
-
-    Args:
-        values: the recipe as written.
-        recipe: its keys of several processes.
-    """
+    """What does not go with tensor or context parallelism."""
     context = context_key(recipe)
     sizes = {_TENSOR: recipe.tensor_parallel_size, context: contexts(recipe)}
     yield from _data_parallel(recipe, [loc for loc, size in sizes.items() if size > 1])
@@ -764,15 +749,11 @@ _OTHERS = ("ademamix", "rmsprop_bnb", "adafactor")
 
 
 def _sharded_optimizers(values: Values, recipe: DistributedKeys) -> Iterator[Problem]:
-    """Yield the place and the problem of an optimizer that cannot train as the other keys say.
+    """What cannot step as the other keys say.
 
-    Those of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
+    Optimizers of bitsandbytes, and Adafactor, do not know PyTorch's ``DTensor``; torchao's know
     FSDP's. DeepSpeed steps the shares of all parameters as one, whose blocks of 8 bits are those of
     no parameter.
-
-    Args:
-        values: the recipe as written.
-        recipe: its keys of several processes.
     """
     name = str(values.get("optimizer", ""))
     divided, of_torch = recipe.tensor_parallel_size > 1, name.startswith("adamw_torch")

@@ -179,7 +179,7 @@ def key(
         default: what it is when unset.
         values: those of its values (or of the items of a list) that have another status.
         aliases: older names of the same key.
-        rules_and_limits: how it goes with other keys, by the names in ``Rules``; and pydantic's
+        rules_and_limits: how it goes with other keys, by the names in ``KeyRules``; and pydantic's
             limits, e.g. ``gt=0``.
     """
     return _field("honoured", "", default, values, aliases, rules_and_limits)
@@ -205,7 +205,7 @@ def not_yet(
 
 
 @dataclass(frozen=True)
-class Rules:
+class KeyRules:
     """How a key goes with others of its class; ``conflicts.py`` applies these.
 
     A condition is ``NAME`` (that key asks for something), ``NAME: VALUE``, or several of them with
@@ -245,7 +245,7 @@ VALIDATION = {
 }
 """Without these, nothing reads the keys of validation."""
 
-_RULES = frozenset(rule.name for rule in fields(Rules))
+_RULES = frozenset(rule.name for rule in fields(KeyRules))
 
 
 def _field(
@@ -265,7 +265,7 @@ def _field(
     if aliases:
         extra["aliases"] = list(aliases)
     if rules := {k: v for k, v in rules_and_limits.items() if k in _RULES}:
-        extra["rules"] = Rules(**rules)
+        extra["rules"] = KeyRules(**rules)
     limits = {k: v for k, v in rules_and_limits.items() if k not in _RULES}
     return Field(default, json_schema_extra=extra, **limits)
 
@@ -329,11 +329,11 @@ def extra_of(field: FieldInfo) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
-_NO_RULES = Rules()
+_NO_RULES = KeyRules()
 
 
-def rules_of(model: type[Keys], name: str) -> Rules:
+def rules_of(model: type[Keys], name: str) -> KeyRules:
     """How a key goes with others."""
     about = model.model_fields.get(name)
-    rules: Rules = _NO_RULES if about is None else extra_of(about).get("rules", _NO_RULES)
+    rules: KeyRules = _NO_RULES if about is None else extra_of(about).get("rules", _NO_RULES)
     return rules
