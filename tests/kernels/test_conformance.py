@@ -558,7 +558,7 @@ def _toy(fault: str) -> Op:
     return Op("toy", reference, call, lambda x, w: [], example=example)
 
 
-def _check_all(op: Op) -> None:
+def check_all(op: Op) -> None:
     """Every check but those that compile."""
     for case in [Case(op, example) for example in op.examples().values()]:
         tiny = replace(case, sizes=TINY)
@@ -576,7 +576,7 @@ def _check_all(op: Op) -> None:
 
 
 def test_an_op_without_a_fault_passes() -> None:
-    _check_all(_toy("none"))
+    check_all(_toy("none"))
 
 
 @pytest.mark.parametrize(
@@ -587,4 +587,4 @@ def test_an_op_without_a_fault_passes() -> None:
 )  # fmt: skip
 def test_an_op_with_a_fault_does_not(fault: str) -> None:
     with pytest.raises((AssertionError, RuntimeError)):
-        _check_all(_toy(fault))
+        check_all(_toy(fault))
