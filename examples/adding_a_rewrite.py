@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fusewright import explain, optimize
 from fusewright.graph import facts
-from fusewright.kernels.op import Op
+from fusewright.kernels.op import Maker, Op, not_floating
+from fusewright.kernels.second_order import differentiable, double_backward
 from fusewright.passes import PIPELINE
 from fusewright.passes.glu import GLU
 from fusewright.rewrite.pattern import Builder, Pattern
@@ -79,16 +80,18 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        ctx.scale = scale
+        ctx.options = (scale,)
         return reference(x, scale)
 
     @staticmethod
+    @differentiable(double_backward(reference, 1))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors  # never written to: backward may run twice
+        (x,), (scale,) = ctx.saved_tensors, ctx.options
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays fp64
-        gate = torch.sigmoid(wide * ctx.scale)
-        slope = gate * (1 + ctx.scale * wide * (1 - gate))
+        gate = torch.sigmoid(wide * scale)
+        slope = gate * (1 + scale * wide * (1 - gate))
         return (grad * slope).to(x.dtype), None
 
 
@@ -99,10 +102,15 @@ def quick_gelu(x: Tensor, scale: float) -> Tensor:
 
 def unsupported(x: Tensor, scale: float) -> list[str]:
     """Say why x cannot be taken; here, nothing but its dtype could be the reason."""
-    return [] if x.is_floating_point() else [f"x is {x.dtype}, not floating-point"]
+    return not_floating("x", x)
 
 
-OP = Op("quick_gelu", reference, quick_gelu, unsupported)
+def example(m: Maker) -> tuple[Any, ...]:
+    """Make the arguments of a typical call."""
+    return m.x(m.sizes.inner), 1.702
+
+
+OP = Op("quick_gelu", reference, quick_gelu, unsupported, example=example)
 
 
 class QuickGELUOp(QuickGELU):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusewright import explain, optimize
 from fusewright.passes import PIPELINE
+from tests.kernels.test_conformance import check_all
 
 from ..capturing import capture, rewrite, rewritten
 from ..kernels.util import assert_parity
@@ -75,6 +76,10 @@ def test_the_files_that_the_page_names_are_there() -> None:
     for name in named:
         path = name if name.split("/")[0] in ("src", "tests", "docs", "examples") else f"src/{name}"
         assert (ROOT / path).exists(), name
+
+
+def test_the_op_of_the_page_keeps_what_ops_promise(example: ModuleType) -> None:
+    check_all(example.OP)
 
 
 def _step(model: nn.Module) -> tuple[Tensor, list[Tensor | None]]:

@@ -178,28 +178,6 @@ def test_more_keys_than_positions() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-def test_gradcheck(heads: tuple[int, int], causal: bool) -> None:
-    q, k, v = _qkv(2, *heads, 5, 5, 4, 3, F64)
-    window = 3 if causal else None
-    mask = None if causal else torch.randn(2, 1, 5, 5)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attention(q, k, v, 0.7, causal, mask, window), (q, k, v)
-    )
-
-
-@pytest.mark.parametrize("needed", [0, 1, 2])
-def test_only_needed_gradients(needed: int) -> None:
-    tensors = [t.detach() for t in _qkv(1, 4, 2, 140, 140, 8, 8, F64)]
-    tensors[needed].requires_grad_()
-    _check(
-        lambda q, k, v: attention(q, k, v, None, True),
-        lambda q, k, v: OP.reference(q, k, v, None, True),
-        *tensors,
-    )
-
-
 def test_layouts_are_those_of_projections() -> None:
     q, k, v = _qkv(2, 4, 2, 9, 9, 8, 8, B16, projected=False)
     out = attention(q, k, v, None, True)
@@ -231,17 +209,6 @@ def test_memory_does_not_grow_with_the_square(monkeypatch: pytest.MonkeyPatch) -
         attention(q, k, v, None, True).sum().backward()
     assert largest.elements <= 128 * 2 * 1024  # one tile
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (q, k, v)]
-
-
-def test_opcheck() -> None:
-    q, k, v = (t.detach() for t in _qkv(2, 4, 2, 9, 9, 8, 6, F32))
-    mask = _packed_mask(2, 9)
-    ops = torch.ops.fusewright
-    for causal, part in ((True, None), (False, mask)):
-        rest = (q, k, v, 0.5, causal, part, None)
-        torch.library.opcheck(ops.attention_forward.default, rest)
-        grad = torch.randn(2, 4, 9, 6)
-        torch.library.opcheck(ops.attention_backward.default, (grad, *rest, [True, False, True]))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -72,30 +72,6 @@ def test_a_wide_sum_is_rounded_once():
     assert torch.equal(rescaled(base, factor, bias, dtype=BF16), exact.to(BF16))
 
 
-@pytest.mark.parametrize("rest", [False, True])
-@pytest.mark.parametrize("update", [False, True])
-def test_gradcheck(rest, update):
-    given = operands((3, 2, 5), (F64, F64), rest, update)
-    present = [t for t in given if t is not None]
-
-    def fn(*tensors: Tensor) -> Tensor:
-        left = iter(tensors)
-        return rescaled(*(next(left) if t is not None else None for t in given), 0.7)
-
-    assert torch.autograd.gradcheck(fn, present)
-    if not update:
-        assert torch.autograd.gradgradcheck(fn, present)
-
-
-def test_what_is_not_kept_for_a_second_derivative_is_said():
-    base, factor, rest, update = operands((3, 5), (F64, F64), True, True)
-    (grad,) = torch.autograd.grad(rescaled(base, factor).square().sum(), base, create_graph=True)
-    grad.sum().backward()
-    y = rescaled(base, factor, rest, update)
-    with pytest.raises(NotImplementedError, match="sum of two products"):
-        torch.autograd.grad(y.square().sum(), base, create_graph=True)
-
-
 @pytest.mark.parametrize("needed", range(4))
 def test_only_wanted_gradients_are_computed_and_kept(needed):
     given = [t.detach() for t in operands((4, 6), (F32, F32), True, True)]
@@ -161,11 +137,6 @@ def test_autocast_leaves_both_alone():
     with torch.autocast("cpu", torch.bfloat16):
         under = row_norms(weight, a, b, 2.0, F32), rescaled(base, factor, rest, update)
     assert all(torch.equal(x, y) for x, y in zip(plain, under, strict=True))
-
-
-def test_opcheck():
-    op = torch.ops.fusewright.dora_row_norms.default
-    torch.library.opcheck(op, (*_matrices(BF16, F32), 2.0, F32))
 
 
 def test_reasons():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,23 +11,22 @@ import torch
 from torch import Tensor
 
 from fusewright import optimize
-from fusewright.kernels.attention import attention
-from fusewright.kernels.loss import linear_divergence
 
-from .calls import CALLS, Call, Draw
+from .calls import LAUNCHING, Call, sized
 from .util import assert_parity
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = (2, 67, 320)
-_DIVERGENCE = linear_divergence.OP.name
-LAUNCHING = [n for n in CALLS if n != attention.OP.name and not n.startswith(_DIVERGENCE)]
-"""The divergence is made of PyTorch's own operators, and asks which rows count."""
 
 each_launching_call = pytest.mark.parametrize("name", LAUNCHING)
 
 
-def _gradients(call: Call, inputs: tuple[Tensor, ...], upstream: list[Tensor]) -> list[Tensor]:
+def _call(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Call:
+    return replace(LAUNCHING[name], sizes=sized(*SHAPE), dtype=dtype, device="cuda").call(seed)
+
+
+def _gradients(call: Call, inputs: Sequence[Tensor], upstream: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients."""
     made = call.ours(*inputs)
     outputs = list(made) if isinstance(made, tuple) else [made]
@@ -37,7 +37,7 @@ def _gradients(call: Call, inputs: tuple[Tensor, ...], upstream: list[Tensor]) -
 
 
 def _upstream(call: Call) -> list[Tensor]:
-    made = call.ours(*call.inputs)
+    made = call.ours(*call.tensors)
     outputs = made if isinstance(made, tuple) else (made,)
     return [torch.randn_like(o) for o in outputs if o.requires_grad]
 
@@ -51,20 +51,20 @@ def _no_waiting() -> Iterator[None]:
 @each_launching_call
 @pytest.mark.usefixtures("_no_waiting")
 def test_the_host_never_waits(name: str) -> None:
-    call = CALLS[name](Draw(SHAPE, torch.bfloat16, True))
+    call = _call(name)
     upstream = _upstream(call)
-    _gradients(call, call.inputs, upstream)  # compiles
+    _gradients(call, call.tensors, upstream)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    _gradients(call, call.inputs, upstream)
+    _gradients(call, call.tensors, upstream)
 
 
 @each_launching_call
 def test_a_graph_captures_forward_and_backward(name: str) -> None:
     """It computes with what its inputs hold when it is replayed."""
-    call = CALLS[name](Draw(SHAPE, torch.bfloat16, True))
-    others = CALLS[name](Draw(SHAPE, torch.bfloat16, True, seed=1)).inputs
-    held = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in call.inputs)
+    call = _call(name)
+    others = tuple(_call(name, seed=1).tensors)
+    held = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in call.tensors)
     upstream = _upstream(call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -102,8 +102,8 @@ def _tf32() -> Iterator[None]:
 @pytest.mark.usefixtures("_tf32")
 def test_parity_in_tf32(name: str) -> None:
     """Against eager in tf32: the budget grows with eager's own error."""
-    call = CALLS[name](Draw(SHAPE, torch.float32, True))
-    assert_parity(call.ours, call.reference, *call.inputs)
+    call = _call(name, torch.float32)
+    assert_parity(call.ours, call.reference, *call.tensors)
 
 
 @each_launching_call
@@ -111,7 +111,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another device current, by a stub: a second card is not there."""
-    call = CALLS[name](Draw(SHAPE, torch.bfloat16, True))
+    call = _call(name)
     upstream = _upstream(call)
     entered: list[torch.device] = []
     guard = torch.cuda.device
@@ -123,9 +123,9 @@ def test_every_launch_is_on_the_device_of_its_tensors(
 
     monkeypatch.setattr(torch.cuda, "device", Recording)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    _gradients(call, call.inputs, upstream)
+    _gradients(call, call.tensors, upstream)
     assert entered
-    assert set(entered) == {call.inputs[0].device}
+    assert set(entered) == {call.tensors[0].device}
 
 
 @pytest.mark.usefixtures("_no_waiting")

@@ -156,12 +156,6 @@ def test_bf16_input_of_the_adapter_under_fp32_weights():
     parity(operands((9, 24), 31, 4, BF16, F32, own_input=BF16), 1.5)
 
 
-def test_gradcheck():
-    args = operands((2, 3, 5), 4, 2, F64, F64, bias=True, own_input=F64, lora_bias=True)
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t[:5], 0.7, *t[5:]), args)
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, 0.7), args[:5])
-
-
 def test_non_contiguous_operands():
     args = operands((6, 10, 16), 12, 4, F32, F32)
     args[0] = torch.randn(10, 16, 6).permute(2, 0, 1).requires_grad_()
@@ -193,28 +187,6 @@ class Matmuls(TorchDispatchMode):
         self.count += name in ("mm", "addmm", "addmm_", "linear", "_addmm_activation")
         self.count += 2 * (name == "lora_sum_of_products")
         return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "products"),
-    [
-        ((0,), 3),  # dY·W, dY·B, and its product with A added to the first
-        ((3,), 2),  # dY·B, then dA
-        ((4,), 1),
-        ((1,), 1),
-        ((2,), 0),
-        ((0, 3, 4), 5),  # dY·B is shared
-    ],
-)
-def test_only_needed_gradients_are_computed(wanted, products):
-    args = operands((6, 16), 12, 4, F32, F32, bias=True)[:5]
-    for i, t in enumerate(args):
-        t.requires_grad_(i in wanted)
-    out = lora_linear(*args, 2.0)
-    with Matmuls() as seen:
-        grads = torch.autograd.grad(out, [args[i] for i in wanted], torch.ones_like(out))
-    assert seen.count == products
-    assert all(g is not None for g in grads)
 
 
 def test_nothing_is_kept_for_gradients_that_nobody_wants():
@@ -278,29 +250,6 @@ def test_peft_layer(dtype, float32_adapter, options):
         assert mine.dtype is theirs.dtype
         rounding = torch.finfo(theirs.dtype).eps if theirs.dtype is BF16 else 1e-6
         assert (mine - theirs).norm() / theirs.norm() < rounding
-
-
-@pytest.mark.parametrize("adapter", [BF16, F32])
-def test_inductor_with_a_dynamic_batch(adapter):
-    args = operands((3, 20, 48), 40, 8, BF16, adapter, bias=True)[:5]
-
-    @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
-    def compiled(x: Tensor) -> Tensor:
-        return torch.sin(lora_linear(x, *args[1:], 2.0))
-
-    for rows in (3, 5):
-        x = torch.randn(rows, 20, 48).to(BF16).requires_grad_()
-        y, eager = compiled(x), torch.sin(lora_linear(x, *args[1:], 2.0))
-        upstream = torch.randn_like(y)
-        wanted = [x, *(t for t in args[1:] if t is not None)]
-        pairs = zip(
-            (y, *torch.autograd.grad(y, wanted, upstream)),
-            (eager, *torch.autograd.grad(eager, wanted, upstream)),
-            strict=True,
-        )
-        for mine, theirs in pairs:
-            assert mine.dtype is theirs.dtype
-            assert (mine - theirs).norm() / theirs.norm() < torch.finfo(BF16).eps
 
 
 def test_reasons():

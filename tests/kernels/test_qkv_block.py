@@ -110,26 +110,6 @@ def test_parity_at_a_real_size(dtype, adapter):
     )
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("ranks", [[2, 3, 2], [2, 0, 1]])
-def test_gradcheck(keep, ranks):
-    lists = operands(5, [4, 3, 2], F64, F64, ranks=ranks, bias=True, lora_bias=True)
-    call = over(lambda *a: qkv_block(*a, keep=keep), lists, [0.7, 1.0, 2.0])
-    assert torch.autograd.gradcheck(call, [make(2, 3, 5, dtype=F64), *present(lists)])
-
-
-def test_an_output_that_nobody_uses():
-    lists = operands(6, [4, 3], F64, F64, ranks=[2, 2])
-    x = make(5, 6, dtype=F64)
-    results = []
-    for fn in (qkv_block, reference):
-        outs = over(fn, lists, [1.0, 2.0])(x, *present(lists))
-        grads = torch.autograd.grad(outs[1].sin().sum(), [x, *present(lists)], allow_unused=True)
-        results.append([g if g is not None else torch.zeros(()) for g in grads])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.expand_as(theirs) if not mine.ndim else mine, theirs)
-
-
 def test_non_contiguous_operands():
     lists = operands(16, [12, 8], F32, F32, ranks=[4, 4])
     lists[0][0] = torch.randn(16, 12).t().requires_grad_()
@@ -141,14 +121,6 @@ def test_non_contiguous_operands():
         over(reference, lists, [2.0, 2.0]),
         lambda: [x, *present(lists)],
     )
-
-
-def test_no_rows():
-    lists = operands(6, [4, 3], F32, F32, ranks=[2, 2])
-    outs = over(qkv_block, lists, [1.0, 2.0])(make(0, 6, dtype=F32), *present(lists))
-    assert [o.shape for o in outs] == [(0, 4), (0, 3)]
-    grads = torch.autograd.grad(sum(o.sum() for o in outs), present(lists))
-    assert all(not g.any() for g in grads)
 
 
 def test_the_input_is_kept_once_and_only_for_wanted_gradients():
@@ -202,26 +174,6 @@ def test_autocast_is_that_of_the_reference(adapter):
         assert a.dtype is b.dtype is t.dtype
         # autocast computes in bf16 and widens afterwards, so bf16's unit of rounding is the slack
         assert exceeded(a.to(BF16), b.to(BF16), c) is None
-
-
-def test_inductor_with_a_dynamic_batch():
-    lists = operands(48, [40, 16], BF16, F32, ranks=[8, 8], bias=True)
-    eager = over(qkv_block, lists, [2.0, 2.0])
-
-    @torch.compile(fullgraph=True, dynamic=True, backend="inductor")
-    def compiled(*given: Tensor) -> object:
-        return eager(*given)
-
-    for rows in (3, 5):
-        leaves = [make(rows, 20, 48, dtype=BF16), *present(lists)]
-        results = []
-        for fn in (compiled, eager):
-            outs = fn(*leaves)
-            upstream = [torch.linspace(-1, 1, o.numel()).view_as(o).to(o.dtype) for o in outs]
-            results.append((*outs, *torch.autograd.grad(outs, leaves, upstream)))
-        for mine, theirs in zip(*results, strict=True):
-            assert mine.dtype is theirs.dtype
-            assert (mine - theirs).norm() / theirs.norm() < torch.finfo(BF16).eps
 
 
 def test_reasons():

@@ -134,16 +134,6 @@ def test_parity_with_an_adapter(dtype, adapter, own, lora_bias, wide):
     assert_parity(over(QUANT_LORA.call), over(QUANT_LORA.reference), *inputs)
 
 
-@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False), ("int8", False)])
-def test_gradcheck(kind, nested):
-    torch.manual_seed(0)
-    w = random_weight((5, 12), kind, 32, nested)
-    inputs = _inputs((2, 3), w, F64, F64, F64, True)
-    assert torch.autograd.gradcheck(_over(quant_linear.quant_linear, w), inputs[:2])
-    assert torch.autograd.gradcheck(_over(QUANT_LORA.call, w), inputs)
-    assert torch.autograd.gradcheck(_over(QUANT_LORA.call, w), inputs[:4])
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("kind", "blocksize", "nested"), KINDS[:3])
 def test_like_the_layer_of_bitsandbytes(dtype, kind, blocksize, nested):

@@ -165,33 +165,6 @@ def test_parity_of_mlps(shape, wide, ranks, dtypes, kind, bias, lora_bias, need_
     assert_parity_of_draws(ours, _over(definition, lists, "silu", layout), draw)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind):
-    torch.manual_seed(0)
-    x = make(2, 3, 8, dtype=F64)
-    some = {"bias": True, "lora_bias": True, "ranks": (2, 0, 3)}
-    for keep in qkv_block.KEEPS:
-        lists = _linears([(5, 8), (4, 8), (3, 8)], F64, F64, kind, **some)
-        call = _over(lambda *a, keep=keep: QKV.call(*a, keep=keep), lists)
-        assert torch.autograd.gradcheck(call, [x, *_trained(lists)])
-    for keep in mlp_block.KEEPS:
-        lists = _linears(_mlp_sizes(8, 6, "two"), F64, F64, kind, **some)
-        call = _over(MLP.call, lists, "silu", "two", keep)
-        assert torch.autograd.gradcheck(call, [x, *_trained(lists)])
-
-
-def test_an_output_that_nobody_uses():
-    lists = _linears([(5, 8), (4, 8)], F64, F64)
-    leaves = [make(7, 8, dtype=F64), *_trained(lists)]
-    results = []
-    for fn in (QKV.call, QKV.reference):
-        outs = _over(fn, lists)(*leaves)
-        found = torch.autograd.grad(outs[1].sin().sum(), leaves, allow_unused=True)
-        results.append([t if g is None else g for g, t in zip(found, leaves, strict=True)])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 def test_tiles_add_up_and_nothing_of_tokens_times_intermediate_exists(monkeypatch):
     monkeypatch.setattr(mlp_block, "TILE_BYTES", 1)  # tiles of 64 rows
     lists, rows, wide = _linears(_mlp_sizes(8, 80, "two"), F64, F64), 500, 80

@@ -7,12 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusewright.kernels import launch
 from fusewright.kernels.norms import rms_norm_linear as op
 from fusewright.kernels.norms.rms_norm_linear import OP, reference, rms_norm_linear
-from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS, assert_compiles
+from tests.kernels.test_rms_norm import DTYPES, EPS, FORMULAS
 from tests.kernels.util import assert_parity
 
 
@@ -36,22 +35,6 @@ def _inputs(
 ) -> list[Tensor]:
     shapes = [(*rows, dim), (dim,), *((n, dim) for n in features), (features[0],)]
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
-
-
-@pytest.mark.parametrize(("offset", "rounding"), FORMULAS)
-def test_gradcheck(offset: float, rounding: str) -> None:
-    given_inputs = _inputs((3, 2), 7, (4, 5), torch.float64)
-    fn = _bind(rms_norm_linear, offset, rounding)
-    assert torch.autograd.gradcheck(fn, given_inputs)
-    for frozen in range(len(given_inputs)):
-        some = [t.detach() if i == frozen else t for i, t in enumerate(given_inputs)]
-        assert torch.autograd.gradcheck(fn, some)
-    assert torch.autograd.gradcheck(lambda *args: fn(*args)[1], given_inputs)
-    x, _, w, *_ = given_inputs
-    assert torch.autograd.gradcheck(
-        lambda x, w: rms_norm_linear(x, None, EPS, 0.0, "inner", [w], [None]),
-        (x.detach().transpose(0, 1).requires_grad_(), w),
-    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,44 +105,12 @@ def test_autocast_is_that_of_eager() -> None:
     assert_parity(*bound, *given_inputs)
 
 
-def test_empty_batch() -> None:
-    x, g, w, v, b = _inputs((0, 3), 16, (8, 4), torch.float32)
-    outs = _bind(rms_norm_linear, 0.0, "inner")(x, g, w, v, b)
-    sum(o.sum() for o in outs).backward()
-    assert [o.shape for o in outs] == [(0, 3, 8), (0, 3, 4)]
-    assert torch.equal(w.grad, torch.zeros(8, 16))
-
-
 def test_arguments_must_agree() -> None:
     x, g, w, _, _ = _inputs((2,), 16, (8, 4), torch.float32)
     with pytest.raises(ValueError, match="biases"):
         rms_norm_linear(x, g, EPS, 0.0, "inner", [w], [])
     with pytest.raises(ValueError, match="rounding"):
         rms_norm_linear(x, g, EPS, 0.0, "middle", [w], [None])
-
-
-def test_inductor() -> None:
-    def bind(fn):
-        def go(x: Tensor, g: Tensor, w: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-            outs = fn(x + 1, g, 1e-5, 0.0, "inner", [w, v], [b, None])
-            return tuple(o * 2 for o in outs)
-
-        return go
-
-    inputs = _inputs((3, 8), 252, (96, 48), torch.bfloat16)
-    assert_compiles(bind(rms_norm_linear), bind(reference), *inputs)
-
-
-def test_cuda_uses_the_opaque_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "has_triton", lambda: True)
-    with FakeTensorMode():
-        x = torch.empty(4, 6, 32, device="cuda", dtype=torch.bfloat16)
-        weights = [torch.empty(n, 32, device="cuda", dtype=torch.bfloat16) for n in (8, 4)]
-        outs = rms_norm_linear(x, None, EPS, 0.0, "inner", weights, [None, None])
-    assert [(o.shape, o.dtype) for o in outs] == [
-        ((4, 6, 8), torch.bfloat16),
-        ((4, 6, 4), torch.bfloat16),
-    ]
 
 
 @pytest.mark.skipif(not launch.has_triton(), reason="Triton is not installed")
@@ -217,3 +168,11 @@ def test_parity_on_the_gpu(dim: int, rows: int, dtype: torch.dtype) -> None:
 
         frozen = [t.detach() for t in inputs]
         assert_parity(_bind(fused, offset, rounding), bound[1], *frozen)
+
+
+def test_outputs_of_rows_may_be_written_to() -> None:
+    """Rows that are a matrix already are not reshaped on the way out."""
+    for i in range(2):
+        outs = _bind(rms_norm_linear, 0.0, "inner")(*_inputs((3,), 16, (8, 4), torch.float32))
+        outs[i].mul_(2)
+        sum(o.sum() for o in outs).backward()

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from fusewright.kernels.attention.rope import LAYOUTS, OP, rope
 
@@ -81,20 +80,6 @@ def test_parity(
     assert_parity(of(rope), of(OP.reference), q, k, cos, sin)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("width", [4, 6])
-def test_gradcheck(layout: str, width: int) -> None:
-    q = _randn(2, 3, 4, 6, dtype=F64, seed=1).transpose(1, 2).requires_grad_()
-    k = _randn(2, 4, 1, 6, dtype=F64, seed=2).requires_grad_()
-    cos, sin = (_randn(2, 1, 1, width, dtype=F64, seed=s) for s in (3, 4))
-
-    def fn(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        return rope((q, k), cos, sin, width, layout)
-
-    assert torch.autograd.gradcheck(fn, (q, k))
-    assert torch.autograd.gradgradcheck(fn, (q, k))
-
-
 @pytest.mark.parametrize(
     ("shape", "table"),
     [((4, 8), (4, 8)), ((3, 4, 8), (1, 4, 8)), ((2, 4, 3, 8), (4, 1, 8)), ((2, 2, 3, 4, 8), (8,))],
@@ -145,26 +130,6 @@ def test_only_the_tables_are_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rope((q, k), cos, sin, 8)
     assert [t.data_ptr() for t in saved] == [cos.data_ptr(), sin.data_ptr()]
-
-
-@pytest.mark.parametrize(
-    ("layout", "backend"),
-    [("halves", "inductor"), ("pairs", "aot_eager"), ("pairs_to_halves", "inductor")],
-)
-def test_compilers_trace_it(layout: str, backend: str) -> None:
-    def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return rope((q.sin(), k), cos, sin, 6, layout)
-
-    def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        return OP.reference((q.sin(), k), cos, sin, 6, layout)
-
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=backend)
-    for time in (5, 9):
-        q = _heads(2, 4, time, 8, "projected", B16).requires_grad_()
-        k = _heads(2, 2, time, 8, "plain", B16).requires_grad_()
-        cos, sin = (_randn(1, 1, time, 6, dtype=B16, seed=s) for s in (1, 2))
-        with functorch_config.patch(donated_buffer=False):  # backward runs twice over one graph
-            assert_parity(compiled, reference, q, k, cos, sin)
 
 
 def test_refusals() -> None:

@@ -118,20 +118,6 @@ def test_samples_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     _check(draw(3, 80, 4, 40, FP32))
 
 
-def test_frozen_inputs_get_no_gradient() -> None:
-    for trainable in range(8):
-        inputs = draw(2, 70, 5, 9, FP32)
-        for i, t in enumerate(inputs):
-            t.requires_grad_(i == trainable)
-        _check(inputs)
-
-
-@pytest.mark.parametrize("softplus", [True, False])
-def test_gradcheck(softplus: bool) -> None:
-    inputs = draw(2, 3, 2, 7, FP64)
-    assert torch.autograd.gradcheck(lambda *t: selective_scan(*t, softplus), inputs)
-
-
 def test_steep_decays_do_not_overflow() -> None:
     """Cumulated exponents of -1e5 have no finite quotient; states simply vanish."""
     u, delta, a, b, c, *_ = draw(1, 3, 2, 200, FP32)
@@ -164,16 +150,3 @@ def test_what_cannot_be_taken_is_said() -> None:
         with pytest.raises(ValueError, match=r"not fit|not 4|complex|one vector"):
             selective_scan(*given)
     assert OP.unsupported(*inputs) == []
-
-
-def test_library_ops_keep_their_contract() -> None:
-    u, delta, a, b, c, d, z, bias = (t.detach() for t in draw(2, 5, 3, 9, FP32))
-    ops = torch.ops.fusewright
-    forward = ops.selective_scan_forward.default
-    tests = ("test_schema", "test_faketensor")
-    args = (u, delta, a, b, c, d, z, bias, True)
-    torch.library.opcheck(forward, args, test_utils=tests)
-    out, starts = forward(*args)
-    for needs in ([True] * 8, [True, False] * 4):
-        given = (torch.randn_like(out), *args[:-1], starts, True, needs)
-        torch.library.opcheck(ops.selective_scan_backward.default, given, test_utils=tests)

@@ -150,9 +150,14 @@ def unsupported(
     return reasons
 
 
-def _example(m: Maker, smoothing: float = 0.0, softcap: float | None = None) -> tuple[Any, ...]:
-    head = m.weight(m.sizes.vocabulary, m.sizes.hidden)
-    return m.x(m.sizes.hidden), head, None, m.labels(), -100, "mean", smoothing, softcap
+def _example(m: Maker) -> tuple[Any, ...]:
+    return m.x(m.sizes.hidden), m.weight(m.sizes.vocabulary, m.sizes.hidden), None, m.labels()
+
+
+def _smooth_example(m: Maker) -> tuple[Any, ...]:
+    x, head, _, labels = _example(m)
+    bias = m.weight(m.sizes.vocabulary, mean=0.0)
+    return x, head, bias, labels, -100, "mean", 0.1, 30.0, 0.5
 
 
 OP = Op(
@@ -161,5 +166,5 @@ OP = Op(
     linear_cross_entropy,
     unsupported,
     example=_example,
-    variants={"smooth-softcap": lambda m: _example(m, 0.1, 30.0)},
+    variants={"smooth-softcap": _smooth_example},
 )

@@ -273,7 +273,8 @@ def _example(m: Maker, kind: str = "forward_kl") -> tuple[Any, ...]:
     """The teacher is half as wide."""
     vocabulary, hidden, other = m.sizes.vocabulary, m.sizes.hidden, m.sizes.hidden // 2
     teacher = m.x(other).detach(), m.weight(vocabulary, other).requires_grad_(False), None
-    return m.x(hidden), m.weight(vocabulary, hidden), None, *teacher, m.labels(), kind, 0.3, 2.0
+    bias = m.weight(vocabulary, mean=0.0) if kind == "jsd" else None
+    return m.x(hidden), m.weight(vocabulary, hidden), bias, *teacher, m.labels(), kind, 0.3, 2.0
 
 
 OP = Op(

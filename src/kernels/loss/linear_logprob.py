@@ -258,7 +258,9 @@ def _example_of_all(m: Maker) -> tuple[Any, ...]:
     """Every output with a gradient, and a learnt scale."""
     names = ("logprob", "entropy", "sum_p2", "mean_logit", "logsumexp", "topk_values")
     scale = nn.Parameter(m.normal().abs().add(0.8), m.train)
-    return *_example(m, names), 4, -100, 0.7, 30.0, scale
+    x, head, _, labels, _ = _example(m)
+    bias = m.weight(m.sizes.vocabulary, mean=0.0)
+    return x, head, bias, labels, names, 4, -100, 0.7, 30.0, scale
 
 
 OP = Op(

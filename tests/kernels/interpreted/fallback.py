@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from fusewright.kernels import fallback
-from tests.kernels.calls import CALLS, Call, Draw
+from tests.kernels.calls import CASES, sized
 from tests.kernels.failing_launches import ERRORS, clean
 from tests.kernels.interpreted import run
 from tests.kernels.util import assert_parity_of_draws
 
 LATER = {
-    "rms_norm-inner": "backward_kernel",
+    "rms_norm": "backward_kernel",
     "add_rms_norm": "backward_kernel",
     "rms_norm_linear": "backward_kernel",
     "layer_norm": "backward_kernel",
-    "glu-silu": "_backward_kernel",
+    "glu": "_backward_kernel",
     "glu_packed": "_backward_kernel",
     "mlp_block-input": "_backward_kernel",
     "moe_experts-bias": "_grouped_outer_kernel",
-    "linear_logprob-two-softcap": "slope_kernel",
+    "linear_logprob-all": "slope_kernel",
     "selective_scan": "_backward_kernel",
     "ssd": "backward_kernel",
 }
@@ -41,8 +43,8 @@ def check_backward() -> None:
 
 def check_second_call() -> None:
     """In forward, of an op whose first call went well; in backward, of one that runs in both."""
-    _check("rms_norm-inner", "forward_kernel", after=1)
-    _check("glu-silu", "_forward_kernel", after=1)
+    _check("rms_norm", "forward_kernel", after=1)
+    _check("glu", "_forward_kernel", after=1)
     _check("rope", "_rope_kernel", after=1)
     _check("lora_linear", "rank_update_kernel", after=1)
 
@@ -50,14 +52,18 @@ def check_second_call() -> None:
 def _check(name: str, kernel: str, after: int) -> None:
     seeds = itertools.count()
 
-    def draw() -> Call:
-        return CALLS[name](Draw((2, 7, 32), torch.float32, True, "cpu", next(seeds)))
+    case = replace(CASES[name], sizes=sized(2, 7, 32), dtype=torch.float32)
+    call = case.call()
 
-    call = draw()
+    def draw() -> Sequence[Tensor]:
+        return case.call(next(seeds)).tensors
+
     with clean(), _failing(kernel, after) as left, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert_parity_of_draws(call.ours, call.reference, lambda: draw().inputs)
+            assert_parity_of_draws(
+                call.ours, call.reference, lambda: case.call(next(seeds)).tensors
+            )
         assert len(fallback.FAILED) == 1, (name, fallback.FAILED)
     assert left == [-1], "a kernel that has failed was tried again"
     assert len([w for w in caught if "could not be compiled" in str(w.message)]) == 1, name
