@@ -491,9 +491,15 @@ def test_aot_autograd_traces_it(name: str) -> None:
     check_compiled(replace(CASES[name], dtype=F32), "aot_eager")
 
 
+INDUCTOR = (
+    "rms_norm", "add_rms_norm", "layer_norm", "rms_norm_linear", "rope", "glu", "glu_packed",
+    "lora_linear", "qkv_block", "mlp_block", "mlp_block-input", "moe_experts",
+)  # fmt: skip
+"""Those that Inductor fuses, and two that are opaque to it."""
+
+
 @pytest.mark.parametrize(
-    "name",
-    [n if n in ("rms_norm", "glu") else pytest.param(n, marks=pytest.mark.long) for n in CASES],
+    "name", [n if n == "rms_norm" else pytest.param(n, marks=pytest.mark.long) for n in INDUCTOR]
 )
 def test_inductor_traces_it(name: str) -> None:
     check_compiled(replace(CASES[name], dtype=BF16), "inductor")
