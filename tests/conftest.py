@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: also those that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,15 +16,19 @@ import torch
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
-_LONG = frozenset(Path(__file__).with_name("long.txt").read_text().splitlines())
-"""Tests that took several seconds each on two busy cores; CI runs them."""
-
-
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing: dict[tuple[str, str], set[str]] = {}
     for item in items:
-        if item.nodeid in _LONG:
-            item.add_marker("long")
+        name, _, own = item.name.partition("[")
+        ids = {i for mark in item.iter_markers("long") for i in mark.args}
+        if ids and own[:-1] not in ids:  # another set of parameters
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "long"]
+        missing.setdefault((item.nodeid.partition("::")[0], name), ids).discard(own[:-1])
+    if not any("::" in a for a in config.args):  # whole files: all parameters are there
+        for (path, name), ids in missing.items():
+            if ids:
+                raise pytest.UsageError(f"{path}::{name} is marked long for {ids}, which are none")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU (torch.cuda.is_available() is False)")

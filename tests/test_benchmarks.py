@@ -42,6 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {row["engine"]: row for row in json.loads(file.read_text())}
 
 
+@pytest.mark.long("eager", "fusewright", "hf+gc")
 @pytest.mark.parametrize("engine", ["eager", "hf+gc", "fusewright"])
 def test_train_step_writes_the_promised_fields(
     rows: dict[str, dict[str, Any]], engine: str
@@ -66,6 +67,7 @@ def test_train_step_writes_the_promised_fields(
     assert {"commit", "cpu", "threads", "date", "command", "peak_rss_from"} <= set(row)
 
 
+@pytest.mark.long
 def test_an_engine_that_cannot_run_does_not_stop_the_others(
     rows: dict[str, dict[str, Any]],
 ) -> None:
@@ -73,6 +75,7 @@ def test_an_engine_that_cannot_run_does_not_stop_the_others(
     assert rows["liger"]["tokens_per_s"] is None
 
 
+@pytest.mark.long
 def test_time_of_the_host_is_split(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     file = tmp_path / "host.json"
@@ -98,6 +101,7 @@ def test_engines_that_need_a_gpu_say_so(monkeypatch: pytest.MonkeyPatch) -> None
         unsloth(torch.nn.Linear(2, 2), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_engines_of_ours_differ_by_memory(rows: dict[str, dict[str, Any]]) -> None:
     assert rows["fusewright"]["memory"] == "speed"
     assert rows["fusewright:min"]["memory"] == "min"

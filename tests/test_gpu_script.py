@@ -113,6 +113,7 @@ def test_commands_are_logged_and_return_their_status(
     assert sorted(capsys.readouterr().out.split()) == ["err", "out"]
 
 
+@pytest.mark.long
 def test_a_command_that_hangs_is_ended_with_what_it_has_started(tmp_path: Path) -> None:
     from staging import TIMED_OUT
 
@@ -316,6 +317,7 @@ def _smoke(part: str, out: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_ops_on_the_cpu(tmp_path: Path) -> None:
     said = _smoke("ops", tmp_path)
     assert "ops: passed" in said

@@ -41,6 +41,14 @@ def test_a_file_that_is_named_is_there(path: pathlib.Path) -> None:
     assert named <= files
 
 
+def test_the_architecture_names_files_that_are_there() -> None:
+    text = (SRC.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = text.partition("| `FUSEWRIGHT_DUMP=DIR` |")[0]  # which names what it writes
+    files = [f"/{p.relative_to(SRC.parent)}" for p in SRC.parent.rglob("*.py")]
+    named = {n for n in re.findall(r"[\w/]+\.py\b", text) if not n.startswith("OP_")}
+    assert {n for n in named if not any(f.endswith(f"/{n}") for f in files)} == set()
+
+
 def test_every_room_is_packaged() -> None:
     settings = tomllib.loads((SRC.parent / "pyproject.toml").read_text(encoding="utf-8"))
     rooms = [".".join(("fusewright", *room.relative_to(SRC).parts)) for room in ROOMS]
@@ -89,12 +97,3 @@ def test_what_mutation_needs_is_there() -> None:
     assert {t for t in tests if t.startswith("tests/") and not (root / t).exists()} == set()
     files = {*TESTS, *EQUIVALENT} - {"any file"}
     assert {f for f in files if not (SRC / f).exists()} == set()
-
-
-LONG = pathlib.Path(__file__).with_name("long.txt")
-
-
-@pytest.mark.parametrize("line", LONG.read_text().splitlines())
-def test_a_long_test_is_there(line: str) -> None:
-    path, _, name = line.partition("::")
-    assert f"def {name.partition('[')[0]}(" in (LONG.parents[1] / path).read_text()

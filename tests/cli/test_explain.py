@@ -76,6 +76,7 @@ def test_as_json(weightless: str) -> None:
     assert {"module", "rule", "status", "reason"} <= data["sites"][0].keys()
 
 
+@pytest.mark.long
 def test_own_weights(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     said = explained(str(tmp_path), "--adapter", "lora")

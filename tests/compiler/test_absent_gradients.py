@@ -35,6 +35,7 @@ class _Checkpointed(_Block):
         return x + self.linear(self.norm(x)) * other.detach()
 
 
+@pytest.mark.long("inductor")
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_a_block_behind_which_gradients_end_gives_none(codegen: Any) -> None:
     model = optimize(_Stack(_Block), codegen=codegen)

@@ -97,6 +97,7 @@ def _step(call: nn.Module) -> tuple[list[Tensor], Any]:
     return [outputs.loss.detach(), *grads], outputs
 
 
+@pytest.mark.long("compiled-after", "compiled-before")
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_before_and_after_a_wrapper(name: str, order: str) -> None:

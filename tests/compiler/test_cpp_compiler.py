@@ -175,6 +175,7 @@ print("instructions:", cpu_vec_isa.pick_vec_isa())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to put a script around")
 def test_a_compiler_that_refuses_the_instructions_is_used_without_them(tmp_path: Path) -> None:
     compiler = tmp_path / "bin" / "g++"

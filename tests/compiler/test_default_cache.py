@@ -33,6 +33,7 @@ def _kinds(outputs: Any) -> list[str]:
     return ["Tensor" if isinstance(v, Tensor) else type(v).__name__ for v in values]
 
 
+@pytest.mark.long("False-labels1-False")
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("labels", [None, IDS])
 @pytest.mark.parametrize("training", [True, False])

@@ -336,6 +336,7 @@ def test_what_is_made_without_gradients_is_written_to_with_them(part: str) -> No
     assert [s for s in explain(ours).sites if s.status == "rewritten"]
 
 
+@pytest.mark.long("min", "speed")
 @pytest.mark.parametrize("memory", ["speed", "min"])
 def test_draws_stay_in_their_order_under_inductor(memory: str) -> None:
     """The second is the smaller one: memory would be saved if it came first."""

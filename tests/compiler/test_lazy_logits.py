@@ -418,6 +418,7 @@ def test_without_gradients(use: str) -> None:
         torch.testing.assert_close(TILED[use](b), a)
 
 
+@pytest.mark.long
 def test_under_autocast() -> None:
     """Over several models: in one of them, roundings of these few numbers may cancel by luck."""
     off = {use: [0.0, 0.0] for use in TILED}

@@ -29,6 +29,7 @@ def _logits(model: nn.Module, trained: bool) -> Tensor:
         return model(input_ids=IDS, use_cache=False).logits.detach().clone()
 
 
+@pytest.mark.long("True")
 @pytest.mark.parametrize("alike", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_reference_rounds_as_the_model_does(alike: bool, eager: nn.Module) -> None:
     ours = optimize(

@@ -204,6 +204,7 @@ def _assert_right(ranks: list[dict[str, dict[str, Any]]]) -> None:
 USUAL = ("DDP, static", "FSDP2, norm and head")
 
 
+@pytest.mark.long("DDP, static", "FSDP2, norm and head")
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow])
     for name in WRAPPERS if name != "ZeRO-3"

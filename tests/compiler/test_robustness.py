@@ -248,6 +248,7 @@ def test_another_threads_compilation_is_not_one_around_the_model(
     assert not [b for b in report.bypasses if "torch.compile" in b.reason]
 
 
+@pytest.mark.long
 def test_peft_may_come_after() -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -181,6 +181,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long("FSDP1-False", "FSDP2, bf16-True")
 @pytest.mark.parametrize(("name", "lora"), CASES)
 def test_before_and_after_a_wrapper(name: str, lora: bool, tmp_path: pathlib.Path) -> None:
     for ranks in _run(tmp_path, _try, name, lora):
@@ -216,6 +217,7 @@ def _read_late(rank: int) -> list[Any]:
     return found
 
 
+@pytest.mark.long
 def test_logits_of_weights_that_were_gathered_anew(tmp_path: pathlib.Path) -> None:
     for (old, is_read), (old2, is_read2) in _run(tmp_path, _read_late):
         for said in (old, old2):

@@ -169,6 +169,7 @@ def test_the_op_keeps_less_and_backward_runs_twice(example: ModuleType) -> None:
     assert example.OP.unsupported(x.int(), 1.702)
 
 
+@pytest.mark.long
 def test_the_example_runs(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     example.main()
     said = capsys.readouterr().out

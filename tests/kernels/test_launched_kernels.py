@@ -72,6 +72,7 @@ def test_the_page_has_every_kernel(kernels: Any) -> None:
     assert all(set(cards) == set(CARDS) for cards in page.values())
 
 
+@pytest.mark.long("add_rms_norm", "lora_linear")
 @pytest.mark.parametrize("op", ["add_rms_norm", "glu", "lora_linear", "quant_linear"])
 def test_code_of_an_op_on_hopper(op: str, kernels: Any) -> None:
     _check(kernels, (op,), ("sm_90",))
@@ -113,6 +114,7 @@ def test_code_of_every_op_on_every_card(kernels: Any) -> None:
     _check(kernels, (), CARDS)
 
 
+@pytest.mark.long("lora, autocast-90", "lora-80", "qlora, autocast-100")
 @pytest.mark.parametrize(
     ("setup", "most"), [("lora", 80), ("lora, autocast", 90), ("qlora, autocast", 100)]
 )
@@ -148,6 +150,7 @@ def test_a_modelled_step_is_the_sum_of_what_its_kernels_move_and_multiply(kernel
     assert not bool(narrow.any())  # products are not computed
 
 
+@pytest.mark.long
 def test_the_model_of_a_step_knows_the_products_inside_of_ops(kernels: Any) -> None:
     roofline = importlib.import_module("roofline")
     (eager, rest), (ours, our_rest) = (

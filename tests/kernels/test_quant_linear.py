@@ -199,6 +199,7 @@ def test_autocast_casts_the_adapter_and_not_the_base():
     assert [g.dtype for g in torch.autograd.grad(mine.sum(), (a, b))] == [F32, F32]
 
 
+@pytest.mark.long
 def test_inductor_traces_the_ops_and_keeps_no_copy():
     w = random_weight((96, 64), nested=True)
     x, _, a, b = _inputs((3, 5), w, BF16, F32)

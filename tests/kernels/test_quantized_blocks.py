@@ -189,6 +189,7 @@ def _noted(kept: list[Tensor], t: Tensor) -> Tensor:
     return t
 
 
+@pytest.mark.long("gate_up", "input")
 @pytest.mark.parametrize("keep", mlp_block.KEEPS)
 def test_inductor_with_a_dynamic_batch_keeps_no_full_copy(keep):
     joined = _linears([(128, 64), (64, 64)], BF16, BF16)

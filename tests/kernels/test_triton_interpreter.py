@@ -24,6 +24,19 @@ OPS = [
 ]
 
 
+@pytest.mark.long(
+    "add_rms_norm",
+    "corrected",
+    "fallback",
+    "glu",
+    "layer_norm",
+    "linear_cross_entropy_known",
+    "lora_linear",
+    "moe_experts",
+    "quant_linear",
+    "rms_norm",
+    "rms_norm_linear",
+)
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_under_the_interpreter(op: str) -> None:

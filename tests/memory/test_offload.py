@@ -356,6 +356,7 @@ def _step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long("llama-True-offload-input-eager", "llama-True-offload_tiles-tiles-eager")
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("level", "below"), [("offload", "input"), ("offload_tiles", "tiles")])
 @pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -63,6 +63,7 @@ def _alive() -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
+@pytest.mark.long("tiles")
 @pytest.mark.parametrize("level", [pytest.param("input", marks=pytest.mark.slow), "tiles"])
 def test_what_is_kept_grows_with_the_hidden_state_alone(level: Level) -> None:
     kept = {}
@@ -106,6 +107,7 @@ def _cases() -> list[Any]:
     return [pytest.param(c, v, marks=pytest.mark.slow if c == "inductor" else ()) for c, v in cases]
 
 
+@pytest.mark.long("llama-eager-all")
 @pytest.mark.parametrize(("codegen", "level"), _cases())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_kept_per_token_and_layer(family: str, level: Level, codegen: Any) -> None:

@@ -101,6 +101,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.long("two adapters-0.0")
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "DoRA" else []) for n in MODELS]
@@ -127,6 +128,7 @@ def test_changes_between_steps_are_seen(name: str, dropout: float) -> None:
     _assert_equal(model, eager)
 
 
+@pytest.mark.long("DoRA", "two adapters")
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
     model = MODELS[name]()

@@ -122,6 +122,7 @@ def _train(model: nn.Module, batches: list[Tensor]) -> list[float]:
     return losses
 
 
+@pytest.mark.long("mamba-130m")
 def test_a_real_shape_trains_with_lora_as_in_eager(named: Named) -> None:
     torch.manual_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=named.targets)

@@ -145,6 +145,7 @@ def require_equal(models: Sequence[Any], steps: Iterable[tuple[dict[str, Any], A
         assert found <= budget, f"{name}: {found:.2e}, budget {budget:.2e}"
 
 
+@pytest.mark.long("gpt2-1-True", "llama-1-True", "llama-2-True")
 @pytest.mark.parametrize(("name", "labels", "lora"), CASES)
 def test_loss_and_gradients_are_those_of_eager(name: str, labels: int, lora: bool) -> None:
     model = make(name, labels, lora)
@@ -164,6 +165,7 @@ def test_loss_and_gradients_are_those_of_eager(name: str, labels: int, lora: boo
     assert torch.equal(own_loss(plain, last), own_loss(eager, last))
 
 
+@pytest.mark.long("checkpoints-1", "dropout-1", "logits-1", "memory-1")
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize(
     "how",
@@ -205,6 +207,7 @@ def test_explain_runs_a_step_of_its_own(labels: int, lora: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.long("2")
 @pytest.mark.parametrize("labels", [1, 2])
 def test_evaluation_gives_the_scores_of_eager(labels: int) -> None:
     model = make("gemma", labels, lora=True)

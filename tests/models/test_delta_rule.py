@@ -44,6 +44,7 @@ def _step(model: nn.Module, length: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 # what runs the blocks does not depend on the model
+@pytest.mark.long("bailing_hybrid-eager", "kimi_linear-eager", "kimi_linear-inductor")
 @pytest.mark.parametrize(
     ("name", "codegen"), [*((name, "eager") for name in NAMES), ("kimi_linear", "inductor")]
 )

@@ -207,6 +207,7 @@ def _unfused(report: Report) -> list[str]:
     return gaps + [b.reason for b in report.bypasses if "could not be captured" in b.reason]
 
 
+@pytest.mark.long("DoRA, bf16 base, dropout", "bf16 base", "three active", "two active")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in RARE else []) for n in SETTINGS]
 )

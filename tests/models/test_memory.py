@@ -72,6 +72,7 @@ def test_their_input_alone(family: Family, lora: bool, codegen: Any) -> None:
     assert not [b for b in report.bypasses if "captured" in b.reason]
 
 
+@pytest.mark.long("gemma2-eager-all", "llama-eager-tiles")
 @pytest.mark.parametrize(("codegen", "level"), [
     ("eager", "all"), ("eager", "tiles"), pytest.param("inductor", "tiles", marks=pytest.mark.slow),
     pytest.param("inductor", "products", marks=pytest.mark.slow),
@@ -86,6 +87,7 @@ def test_every_level(family: Family, codegen: Any, level: Any) -> None:
     assert "2 blocks keep" in explain(ours).memory
 
 
+@pytest.mark.long("eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 def test_different_blocks_keep_different_things(codegen: Any) -> None:
     eager = build(FAMILIES[0], lora=True)

@@ -66,6 +66,7 @@ def _assert_alike(model: Any, rule_counts: int, tolerance: float, **options: Any
     return explain(model)
 
 
+@pytest.mark.long("int8-dtype1-0.005-Llama")
 @pytest.mark.parametrize("name", ["Llama", pytest.param("Qwen3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
@@ -79,6 +80,7 @@ def test_losses_are_those_of_eager(name, kind, dtype, tolerance):
     _assert_alike(_adapted(_model(name, dtype, kind=kind)), 14, tolerance)
 
 
+@pytest.mark.long("False-False")
 @pytest.mark.parametrize(
     ("autocast", "checkpointing"),
     [
@@ -100,6 +102,7 @@ def test_a_model_that_was_prepared_for_kbit_training(autocast, checkpointing):
     assert model.get_base_model().model.norm.weight.dtype is F32
 
 
+@pytest.mark.long
 def test_weights_that_are_made_anew_before_each_call_get_their_states_back():
     """As FSDP2 does it, which puts a plain parameter into a layer when it gathers one."""
     runs = []
@@ -121,6 +124,7 @@ def test_weights_that_are_made_anew_before_each_call_get_their_states_back():
     assert explain(model).by_rule()["mlp_block"] == SIZES["num_hidden_layers"]
 
 
+@pytest.mark.long("eager")
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_no_copy_of_full_precision_is_left(codegen):
     """Neither kept for backward nor alive between forward and backward."""
@@ -138,6 +142,7 @@ def test_no_copy_of_full_precision_is_left(codegen):
     loss.backward()
 
 
+@pytest.mark.long
 def test_in_tiles_what_is_kept_is_the_input_of_a_block():
     kept = {}
     for level in ("all", "tiles"):
@@ -183,6 +188,7 @@ def test_a_model_without_adapters_gives_the_gradient_of_its_input():
     assert explain(model).by_rule()["quant_linear"] == 14
 
 
+@pytest.mark.long
 def test_equal_layers_share_one_graph_and_nothing_is_captured_again():
     model = optimize(_adapted(_model("Llama")))
     _train(model, steps=2)

@@ -153,6 +153,7 @@ def test_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(_step(again, _ids(2, 13))[0], loss)
 
 
+@pytest.mark.long("oddity", "weaver")
 @pytest.mark.parametrize("name", ["weaver", "oddity"])
 def test_an_adapter_saved_and_loaded_again(name: str, tmp_path: pathlib.Path) -> None:
     ours = optimize(_build(name, True), codegen="eager")

@@ -53,6 +53,7 @@ def _assert_equal_steps(ours: nn.Module, eager: nn.Module, ids: Tensor, **more: 
         assert (g - eager_grads[name]).norm() <= 1e-4 * scale, name
 
 
+@pytest.mark.long("zamba-lora", "zamba-plain")
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_equal_eager(name: str, lora: bool) -> None:
@@ -87,6 +88,7 @@ def test_a_trainers_keywords_cost_no_scan(name: str) -> None:
     assert all(s.status == "rewritten" for s in sites), str(explain(model))
 
 
+@pytest.mark.long("bamba")
 @pytest.mark.parametrize("name", NAMES)
 def test_capture_is_independent_of_the_length(name: str) -> None:
     model = optimize(build(name), codegen="eager")
@@ -122,6 +124,7 @@ def test_restore_is_exact_and_mixers_are_untouched(name: str) -> None:
         assert all(now[name] is value for name, value in then.items())
 
 
+@pytest.mark.long("jamba")
 @pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2"])
 def test_copies_pickles_and_generation(name: str) -> None:
     model = build(name).eval()

@@ -88,6 +88,13 @@ def _over(ours: Any, eager: Any, truth: Any, setup: Setup, most: int = MOST) -> 
     return over
 
 
+@pytest.mark.long(
+    "Llama-dora-checkpointing",
+    "Llama-dora",
+    "Llama-dropout",
+    "Llama-kbit-checkpointing",
+    "Llama-two-adapters",
+)
 @pytest.mark.parametrize(("family", "setup"), CASES)
 def test_what_is_rewritten_and_how_exact_it_is(family: str, setup: Setup) -> None:
     eager, truth = build(family, setup), exact(family, setup)

@@ -158,6 +158,7 @@ def _with_lora(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
 
 
+@pytest.mark.long("int8-0.1")
 @pytest.mark.parametrize(
     ("kind", "dropout"),
     [
@@ -179,6 +180,7 @@ def test_all_layers_of_a_llama_with_adapters(kind, dropout):
     assert report.graphs == 4
 
 
+@pytest.mark.long
 def test_adapters_on_some_layers_only():
     model = _with_lora(_llama(), target_modules=["q_proj", "v_proj"])
     report = explain(optimize(model))
@@ -187,6 +189,7 @@ def test_adapters_on_some_layers_only():
     assert not report.gaps()
 
 
+@pytest.mark.long
 def test_two_active_adapters_are_joined():
     from peft import LoraConfig
 
@@ -200,6 +203,7 @@ def test_two_active_adapters_are_joined():
     assert not report.gaps()
 
 
+@pytest.mark.long
 def test_weights_states_and_checkpoints_stay_what_they_were():
     model = _with_lora(_llama())
     before = {n: (p, p.data_ptr()) for n, p in model.named_parameters()}

@@ -88,6 +88,7 @@ def test_a_gated_unit_keeps_its_halves(drawn: list[Any]) -> None:
     assert 0 < sizes.largest < 12 << 20
 
 
+@pytest.mark.long
 def test_the_figures_are_those_of_the_real_sizes() -> None:
     small, large = (_judged(_graph(number, 640)).figures for number in (8, MANY))
     wide = _judged(_graph(4, 8192)).figures

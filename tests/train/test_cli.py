@@ -130,6 +130,7 @@ def test_a_signal_leaves_the_adapter_of_the_last_step(
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+@pytest.mark.long
 def test_ctrl_c_on_the_command(file: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -236,6 +236,7 @@ def test_a_recipes_builder_runs_on_the_callers_word(
     assert load_recipe(path)
 
 
+@pytest.mark.long
 def test_a_folders_builder_runs_on_the_callers_word(
     run_folder: Path, tmp_path: Path, mark: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_the_same_recipe_twice_gives_the_same_adapter(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long("True")
 @pytest.mark.parametrize("optimize", [False, True])
 def test_accumulating_batches_is_the_same_as_a_larger_batch(
     recipe: dict[str, Any], tmp_path: Path, optimize: bool

@@ -102,6 +102,7 @@ def ranks() -> list[dict[str, Any]]:
     return values(_all_parts)
 
 
+@pytest.mark.long
 def test_two_ranks_verify_each_site_once(one: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     found = [r["equal"] for r in ranks]
     assert one["verified"]
@@ -142,6 +143,7 @@ def _one_dies(world: World, folder: Path) -> None:
     (folder / f"{world.rank}.json").write_text(text)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_while_the_others_wait(one: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(_one_dies, tmp_path, size=3)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2)]

@@ -43,6 +43,7 @@ def _narrow(length: int, rank: int, turned: bool, generator: torch.Generator) ->
     return made.t() if turned else made
 
 
+@pytest.mark.long
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 11, 12, 13, 64, 100, 257]),

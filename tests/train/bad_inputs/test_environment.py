@@ -119,6 +119,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusewright.train.requirements.importlib.util.find_spec", found)
 
 
+@pytest.mark.long("too small a budget")
 @NO_GPU
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_does_not_start(name: str, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:

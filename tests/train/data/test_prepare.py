@@ -223,6 +223,7 @@ def test_without_a_folder_nothing_is_left(
     assert set(tmp_path.iterdir()) - before == {tmp_path / "broken.jsonl"}
 
 
+@pytest.mark.long
 def test_processes_change_nothing_but_the_time(make: Make, tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", 1500)
     one, two = make(), make(dataset_processes=2)

@@ -60,6 +60,7 @@ def mends(found: dict[str, Any]) -> str:
     return "\n".join(gap["mend"] for gap in found["gaps"])
 
 
+@pytest.mark.long
 def test_this_machine(tmp_path: Path) -> None:
     code, found, seconds = diagnose(tmp_path)
     assert code == 0
@@ -78,6 +79,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert next(r for r in found["rules"] if r["op"] == "rms_norm")["float32"] == expected
 
 
+@pytest.mark.long
 def test_no_compiler(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -118,6 +120,7 @@ def test_a_compiler_that_cannot_compile(tmp_path: Path) -> None:
     assert "python3-dev" in mends(found)
 
 
+@pytest.mark.long
 def test_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
     links = tmp_path / "packages"
     links.mkdir()
@@ -147,6 +150,7 @@ def test_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
         assert "triton" not in mends(found)
 
 
+@pytest.mark.long
 def test_a_broken_bitsandbytes_keeps_adapters_from_training(tmp_path: Path) -> None:
     front = broken(tmp_path, "bitsandbytes", "raise RuntimeError('libbitsandbytes: no symbol')")
     code, text, _ = diagnose(tmp_path, front, json_=False)
@@ -158,6 +162,7 @@ def test_a_broken_bitsandbytes_keeps_adapters_from_training(tmp_path: Path) -> N
     assert gaps.count("--force-reinstall") == 1, "one line for one fault"
 
 
+@pytest.mark.long
 def test_a_broken_triton_keeps_everything_from_training(tmp_path: Path) -> None:
     front = broken(tmp_path, "triton", "raise RuntimeError('libtriton.so: cannot open')")
     code, found, _ = diagnose(tmp_path, front)
@@ -209,6 +214,7 @@ OF_TRITON = {op.name for op in OPS if op.rule is not None} - {
 """The ops that have kernels of Triton."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_what_triton_runs(tmp_path: Path) -> None:
     """In its interpreter, tensors on the CPU get the kernels that they would get on a GPU."""

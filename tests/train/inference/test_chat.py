@@ -209,6 +209,7 @@ def terminal(trained: Path) -> Iterator[Terminal]:
     os.close(started.master)
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
     assert "Ctrl-C stops an answer" in terminal.wait_for("> ")
     terminal.type("What is 3?\n")
@@ -221,6 +222,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
     assert "Traceback" not in terminal.seen
 
 
+@pytest.mark.long
 def test_ctrl_d_ends(terminal: Terminal) -> None:
     terminal.wait_for("> ")
     terminal.type("\x04")

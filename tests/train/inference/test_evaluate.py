@@ -90,6 +90,7 @@ def test_the_mean_is_over_tokens_that_are_trained(trained: Path, tmp_path: Path)
     assert figures["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.long("{'optimize': True, 'codegen': 'eager'}")
 @pytest.mark.parametrize(
     "changes", [{"adapter": None, "bf16": True}, {"optimize": True, "codegen": "eager"}], ids=str
 )

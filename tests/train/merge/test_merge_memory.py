@@ -57,6 +57,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "adapter"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux' /proc"
 )

@@ -54,6 +54,7 @@ def by_trl(given: dict[str, Any]) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.long("dpo-True", "orpo-True", "reward-True")
 @pytest.mark.parametrize(
     ("method", "optimize"),
     [

@@ -131,6 +131,7 @@ def test_a_run_learns_what_the_teacher_says(optimized: bool, base: Path, tmp_pat
     assert found["results"]["validation"]["perplexity"] is None
 
 
+@pytest.mark.long
 def test_an_optimized_run_and_one_in_packs_train_what_a_plain_one_does(
     base: Path, tmp_path: Path
 ) -> None:

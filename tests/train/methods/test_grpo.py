@@ -166,6 +166,7 @@ def test_a_format_is_learnt(optimize: bool, base: Path, tmp_path: Path) -> None:
         assert result.optimize["logits"].startswith("in tiles: log-probabilities of the trainer")
 
 
+@pytest.mark.long
 def test_no_logits_of_tokens_by_vocabulary_are_made_in_training(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +290,7 @@ REUSED = {"num_iterations": 2, "generation_batch_size": 12}
 """Completions of three passes, each trained on twice: six passes, and a step makes two."""
 
 
+@pytest.mark.long("keys0-trl0", "keys1-trl1", "keys2-trl2")
 @pytest.mark.parametrize(
     ("keys", "trl"),
     [
@@ -641,6 +643,7 @@ def test_the_function_of_the_documentation(base: Path, tmp_path: Path) -> None:
         assert sums(completions, answers, prompts=["2+5?"] * 4) == [1.0, 0.2, 0.0, None]
 
 
+@pytest.mark.long
 def test_completions_that_the_model_has_no_positions_for(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def in_two(folder: Path, code: str, name: str, *arguments: str, **keys: Any) -> 
     return launched_with(code, "train", str(path), "--allow-code", *arguments)
 
 
+@pytest.mark.long
 def test_two_processes_train_what_one_does(base: Path, tmp_path: Path, given: None) -> None:
     """Also the steps that reuse what was generated before; five prompts to validate on do not go
     round; and one process resumes what two have begun."""
@@ -93,6 +94,7 @@ def test_two_processes_train_what_one_does(base: Path, tmp_path: Path, given: No
     assert difference(weights(tmp_path / "rest"), weights(one)) < 1e-5
 
 
+@pytest.mark.long
 def test_a_reward_that_fails_in_one_process(base: Path, tmp_path: Path) -> None:
     """Both end with one message, and with a checkpoint of the last step."""
     code = """

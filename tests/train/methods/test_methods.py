@@ -50,6 +50,7 @@ def test_a_run_learns_and_reports(method: str, base: Path, tmp_path: Path) -> No
     assert written["data"]["train_sequences"] == 34
 
 
+@pytest.mark.long("process_reward-True", "reward-True")
 @pytest.mark.parametrize("optimize", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("method", MODELS)
 def test_a_model_of_rewards(
@@ -126,6 +127,7 @@ def test_an_adapter_to_begin_with_is_the_reference(base: Path, tmp_path: Path) -
     assert names == ["adapter_model.safetensors"]
 
 
+@pytest.mark.long("dpo-bfloat16", "orpo-float32")
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
@@ -154,6 +156,7 @@ def test_an_optimized_run_learns_the_same(
     assert not [b for b in fast.optimize["bypasses"] if "real tensor" in str(b)]
 
 
+@pytest.mark.long
 def test_a_step_that_is_tried_again_is_measured_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(base, tmp_path_factory.mktemp("methods"))
 
 
+@pytest.mark.long("dpo-ddp")
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [

@@ -226,6 +226,7 @@ def train_losses(recipe: dict[str, Any], **keys: Any) -> list[float]:
     return [entry["loss"] for entry in result.history if "loss" in entry]
 
 
+@pytest.mark.long("dft", "eaft")
 @pytest.mark.parametrize("name", ["dft", "eaft"])
 def test_packed_accumulated_and_optimized_runs_have_the_same_losses(
     name: str, recipe: dict[str, Any], tmp_path: Path

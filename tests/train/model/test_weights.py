@@ -42,6 +42,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.long("4-True", "8-True")
 @QUANTIZED
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
@@ -57,6 +58,7 @@ def test_quantized_bases(recipe: dict[str, Any], bits: int, optimize: bool) -> N
     assert result.parameters["total"] == sizes + result.parameters["trained"]
 
 
+@pytest.mark.long
 @QUANTIZED
 def test_the_storage_of_four_bits_changes_no_loss(recipe: dict[str, Any]) -> None:
     keys = {**recipe, "adapter": "qlora", "load_in_4bit": True, "max_steps": 3, "optimize": True}

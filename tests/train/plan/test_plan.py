@@ -124,6 +124,7 @@ def test_blocks_keep_less_where_memory_is_short(recipe: MakeRecipe) -> None:
     assert tight.levels != whole.levels
 
 
+@pytest.mark.long("activations-1-memory", "optimizer-1-adapter", "optimizer-8-fsdp_config")
 @pytest.mark.parametrize(
     ("scarce", "world", "expected"),
     [("optimizer", 1, "adapter"), ("optimizer", 8, "fsdp_config"), ("activations", 1, "memory")],
@@ -143,6 +144,7 @@ def test_what_does_not_fit_is_told_what_would(
     assert fits(make_job(changed), layout_of(changed, world), room)
 
 
+@pytest.mark.long
 def test_advice_that_is_no_recipe_is_not_given(recipe: MakeRecipe) -> None:
     made = recipe(memory="speed", sequence_len=16, optimizer="adamw_bnb_8bit")
     job = make_job(made)
@@ -153,6 +155,7 @@ def test_advice_that_is_no_recipe_is_not_given(recipe: MakeRecipe) -> None:
     assert "fsdp_config" not in advice.keys
 
 
+@pytest.mark.long
 def test_passes_are_put_together_only_where_that_is_faster(recipe: MakeRecipe) -> None:
     """Weights are read in each pass: with few tokens, fewer passes take less time."""
     made = recipe(gradient_accumulation_steps=4)
@@ -178,6 +181,7 @@ def test_without_rewrites_nothing_is_planned_and_logits_are_whole(recipe: MakeRe
     assert estimate(plain, ONE, None).activations > estimate(ours, ONE, None).activations
 
 
+@pytest.mark.long
 def test_weights_that_train_in_float16_have_32_bits(write: Write) -> None:
     full, lora = (
         json.loads(
@@ -191,6 +195,7 @@ def test_weights_that_train_in_float16_have_32_bits(write: Write) -> None:
     assert lora["memory"]["weights"] < 3 * lora["parameters"]
 
 
+@pytest.mark.long
 def test_a_copy_of_the_head_that_is_trained_counts_once(recipe: MakeRecipe) -> None:
     plain = make_job(recipe(**LORA))
     saved = make_job(recipe(**LORA, lora_modules_to_save=["lm_head"]))
@@ -228,6 +233,7 @@ MOE: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_experts_of_4_bits(recipe: MakeRecipe, tmp_path: Path) -> None:
     Qwen3MoeConfig(**MOE).save_pretrained(tmp_path / "moe")
     keys = {
@@ -242,6 +248,7 @@ def test_experts_of_4_bits(recipe: MakeRecipe, tmp_path: Path) -> None:
     assert saved == pytest.approx(own * (1 - 0.258), rel=0.02)
 
 
+@pytest.mark.long
 def test_blocks_that_cannot_be_captured_are_counted_as_they_run(
     recipe: MakeRecipe, tmp_path: Path, write: Write
 ) -> None:
@@ -309,6 +316,7 @@ def _large(folder: Path, name: str) -> tuple[Path, int]:
     return path, depth * block + 2 * 128256 * hidden + hidden
 
 
+@pytest.mark.long
 def test_a_large_model_takes_no_memory_to_plan(tmp_path: Path) -> None:
     path, parameters = _large(tmp_path, "405B")
     code = (

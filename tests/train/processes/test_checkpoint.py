@@ -99,6 +99,7 @@ def _slow(world: World, folder: str) -> list[float]:
     return world.sums([1.0])
 
 
+@pytest.mark.long
 def test_writing_takes_as_long_as_it_takes(tmp_path: Path) -> None:
     """Rank 0 writes a whole model, and the others nothing: no collective waits for it."""
     assert values(_slow, str(tmp_path), timeout=2.0) == [[2.0]] * 2

@@ -118,6 +118,7 @@ def _losses_of_parts(world: World) -> tuple[float, float, int]:
     return whole, float(part), width
 
 
+@pytest.mark.long
 def test_the_losses_of_the_parts_add_up_to_that_of_the_whole() -> None:
     for whole, parts, width in values(_losses_of_parts):
         assert width == 12

@@ -201,6 +201,7 @@ def _states(world: World, folder: str) -> float:
     return torch.rand(()).item()
 
 
+@pytest.mark.long
 def test_processes_of_a_group_draw_the_same_whatever_a_checkpoint_has(tmp_path: Path) -> None:
     """One of data parallelism has other random states for each."""
     first, second = values(_states, str(tmp_path))

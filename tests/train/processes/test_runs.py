@@ -97,6 +97,7 @@ def test_a_strategy_trains_what_one_process_does(runs: Runs, name: str, method: 
     assert difference(run.weights(), one.weights()) < 1e-4
 
 
+@pytest.mark.long("full")
 @pytest.mark.parametrize("method", ["full", pytest.param("LoRA", marks=slow)])
 def test_a_loss_that_weighs_tokens_is_the_same_in_two_processes(runs: Runs, method: str) -> None:
     """Gradients weigh tokens, not processes."""

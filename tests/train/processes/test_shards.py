@@ -99,6 +99,7 @@ def _load(world: World, folder: str, copies: int = 1) -> dict[str, Any]:
     return _state(model, optimizer, names)
 
 
+@pytest.mark.long("1", "2")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_any_number_of_processes_reads_what_four_have_written(copies: int, tmp_path: Path) -> None:
     (saved, *_) = values(_save, str(tmp_path), copies, size=4)
@@ -112,6 +113,7 @@ def test_any_number_of_processes_reads_what_four_have_written(copies: int, tmp_p
     assert found == saved
 
 
+@pytest.mark.long
 def test_no_process_writes_the_share_of_another(tmp_path: Path) -> None:
     (saved, *_) = values(_save, str(tmp_path), size=4)
     place = tmp_path / "checkpoint-3"

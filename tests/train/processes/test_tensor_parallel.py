@@ -158,6 +158,7 @@ def computed() -> list[dict[tuple[str, bool], Computed]]:
 Ranks = list[dict[tuple[str, bool], Computed]]
 
 
+@pytest.mark.long("llama")
 @pytest.mark.parametrize("name", MODELS)
 def test_divided_layers_compute_what_whole_ones_do(computed: Ranks, name: str) -> None:
     for rank in computed:

@@ -100,6 +100,7 @@ def test_lora_trains_the_same_in_all_ways(file: Path, tmp_path: Path, scratch: P
     assert "2 processes: trained in" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("scratch")
 def test_a_wrong_rule_fails(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = tmp_path / "plugin"
@@ -234,6 +235,7 @@ def _stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr("fusewright.train.proof.command.sys.executable", str(stub))
 
 
+@pytest.mark.long("15", "2")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_and_cleans_up(
     file: Path, scratch: Path, tmp_path: Path, number: signal.Signals

@@ -190,6 +190,7 @@ def without(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {}
 
 
+@pytest.mark.long
 def test_every_entry_may_be_missing_or_odd(run: dict[str, Any]) -> None:
     for odd in without(run):
         assert parsed(odd).named("main")

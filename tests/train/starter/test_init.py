@@ -52,6 +52,7 @@ _QUICK = {("tools", "24GB"), ("preferences", "4GB")}
 """What the default tests try; CI tries the others, too."""
 
 
+@pytest.mark.long("preferences-4GB", "tools-24GB")
 @pytest.mark.parametrize(
     ("name", "memory"),
     [

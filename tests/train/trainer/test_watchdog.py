@@ -254,6 +254,7 @@ def test_a_full_disk(recipe: dict[str, Any], small_disk: Path) -> None:
     assert (more.status, more.resumed_from) == ("finished", result.steps - 1)
 
 
+@pytest.mark.long
 def test_files_that_may_not_grow(recipe: dict[str, Any], tmp_path: Path) -> None:
     """The same where the system limits the size of a file, through the command."""
     asked = tmp_path / "recipe.yaml"
