@@ -40,12 +40,7 @@ from .sharing import UnfrozenWeight
 
 
 def backend(session: Session, kind: str) -> Callable[[fx.GraphModule, list[Any]], Any]:
-    """The Dynamo backend of one kind of region.
-
-    Args:
-        session: what was decided, the log, and the call at hand.
-        kind: ``"block"``, ``"head"`` or ``"norm"``.
-    """
+    """The Dynamo backend of one kind of region: ``"block"``, ``"head"`` or ``"norm"``."""
 
     def fusewright(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph, examples, session, kind)
@@ -76,21 +71,17 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile a captured graph, stage by stage. ``FUSEWRIGHT_DUMP`` shows what each one changed.
 
-    Args:
-        graph: the captured graph; changed in place.
-        examples: its inputs, as Dynamo gave them.
-        session: what was decided, the log, and the call at hand.
-        kind: ``"block"``, ``"head"`` or ``"norm"``; only blocks are planned, and go through
-            Inductor, whose compilation they share.
+    ``graph`` is changed in place. Only blocks are planned and go through Inductor, whose
+    compilation they share.
     """
     choices, region = session.choices, session.state.region
     arguments = [a for n in graph.graph.nodes if (a := n.meta.get("grapharg")) is not None]
     grad = torch.is_grad_enabled()
     if kind == "head" and region is not None:
         session.state.watches.watch_inlined(region)
-    needs_own = input_gradient_reason(graph) if grad and kind == "block" else None
-    if needs_own is not None:
-        session.state.require_no_leaf(needs_own)
+    gradient_reason = input_gradient_reason(graph) if grad and kind == "block" else None
+    if gradient_reason is not None:
+        session.state.require_no_leaf(gradient_reason)
     session.state.count_graph()
     # their hooks would be called, with None
     idle = inputs_without_gradient(graph) if grad and kind == "block" else []
@@ -122,6 +113,7 @@ def compile_graph(
         stages.dump(graph, "copied")
 
     copied = inputs_to_copy(graph, caller_writes) if grad and kind != "head" else ()
+    # graphs without gradients mostly serve evaluation, not worth a second compilation
     compiled = kind == "block" and (grad or choices.options.compile_no_grad)
     choice = _choose_codegen(graph, choices) if compiled else "eager"
     if kind == "block" and grad and region is not None:
@@ -131,23 +123,21 @@ def compile_graph(
     run = _generate_code(graph, examples, choice, session, idle, absent)
     run = with_changed_inputs(offloaded(choices.planner, graph, run), copied, Tensor.clone)
     captured = CapturedGraph(findings, grad, stages.number, before, after)
-    return _recorded(session, captured, run, needs_own, arguments)
+    return _recorded(session, captured, run, gradient_reason, arguments)
 
 
 def _is_shared(model: nn.Module | None, region: nn.Module | None) -> bool:
     """Whether a parameter of ``region`` has several names in ``model``."""
     if model is None or region is None:
         return False
-    own = set(region.parameters())
-    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in own]
-    return len(names) > len(own)
+    parameters = set(region.parameters())
+    names = [p for _, p in model.named_parameters(remove_duplicate=False) if p in parameters]
+    return len(names) > len(parameters)
 
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
-    """A region's first call may be counted: a checkpoint compares what it saves with the second.
-
-    So what rules and their verification save is no business of the hooks on saved tensors around.
-    """
+    """Hide from hooks on saved tensors what rules and their verification save."""
+    # a region's first call may be counted: a checkpoint compares what it saves with the second
     hooks: Any = torch._C._autograd  # 2026-11-26: torch does not type all of it
     if not hooks._saved_tensors_hooks_is_enabled():
         return nullcontext()
@@ -155,24 +145,18 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
 
 
 def _recognise_and_fuse(graph: fx.GraphModule, choices: Choices) -> list[Finding]:
-    """Apply the rules: formulas become ops, then ops and their neighbours become larger ops.
-
-    It is one call: a formula counts as missed only when the last rule has run, and the rules of
-    both kinds run in one nested graph after the other.
-    """
+    """Apply the rules: formulas become ops, then ops and their neighbours become larger ops."""
+    # one call: a formula counts as missed only when the last rule has run, and the rules of both
+    # kinds run in one nested graph after the other
     verify = None if choices.options.verify == "off" or choices.fake else choices.verifier
     with quiet_randomness():
         return apply(graph, choices.rules, TABLE, verify, choices.fuel)
 
 
 def _choose_codegen(graph: fx.GraphModule, choices: Choices) -> str:
-    """``"eager"`` or ``"inductor"``, for the graph of a block.
-
-    Graphs without gradients mostly serve evaluation, which is not worth a second compilation; but
-    see ``Options.compile_no_grad``. And a compiler would unroll what was captured whole and not
-    rewritten.
-    """
+    """``"eager"`` or ``"inductor"``, for the graph of a block."""
     choice = choices.codegen[0]
+    # a compiler would unroll what was captured whole and not rewritten
     if any(is_leaf(n.target) for inner in nested(graph) for n in inner.graph.nodes):
         return "eager"
     if choice == "inductor" and writes_into_inputs(graph):
@@ -193,17 +177,15 @@ def _generate_code(
     absent: AbsentGradients,
 ) -> Callable[..., Any]:
     if choice == "inductor" and not session.choices.fake:  # its memory is predicted all the same
-        own = [t.detach() if i in idle else t for i, t in enumerate(examples)]
-        run = inductor(graph, own, session.state.preparation, absent)
+        inputs = [t.detach() if i in idle else t for i, t in enumerate(examples)]
+        run = inductor(graph, inputs, session.state.preparation, absent)
         return _of_frozen(with_changed_inputs(run, idle, Tensor.detach), examples)
     return eager(graph)
 
 
 def _of_frozen(run: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
-    """``run``, a compiled graph, which refuses inputs that need a gradient and needed none.
-
-    It would give them none, and TorchDynamo 2.11 does not ask whether a weight needs one now.
-    """
+    """``run``, a compiled graph, which refuses inputs that need a gradient and needed none."""
+    # it would give them none, and TorchDynamo 2.11 does not ask whether a weight needs one now
     frozen = [i for i, t in enumerate(examples) if isinstance(t, Tensor) and not t.requires_grad]
 
     def call(*args: Any) -> Any:
@@ -224,19 +206,11 @@ def _recorded(
     needs_own: str | None,
     arguments: list[Any],
 ) -> Callable[..., Any]:
-    """``run``, which notes in the log that the region at hand ran ``graph``.
-
-    Args:
-        session: whose log it is.
-        graph: what is noted.
-        run: runs it.
-        needs_own: why the graph, captured with a gradient of its input, is for no other input.
-        arguments: TorchDynamo's records of the inputs that it was captured with. Copies of the
-            graph keep them, with weak references that ``torch.utils.swap_tensors`` refuses; at the
-            first call the capture is over.
-    """
+    """``run``, which notes in the log that the region at hand ran ``graph``."""
 
     def call(*args: Any) -> Any:
+        # TorchDynamo's records of the captured inputs: copies of the graph keep them, with weak
+        # references that torch.utils.swap_tensors refuses. At the first call the capture is over
         while arguments:
             arguments.pop().erase()
         if needs_own is not None:

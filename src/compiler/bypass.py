@@ -23,14 +23,7 @@ A_CACHE = "a cache was passed (generation; in training call model.train(), or pa
 def bypass_reason(
     args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks, fake: bool = False
 ) -> str | None:
-    """Why this call of a region must run the original forward, or None.
-
-    Args:
-        args: of the call.
-        kwargs: of the call.
-        hooks: below the region.
-        fake: whether the model is made of fake tensors.
-    """
+    """Why this call of a region must run the original forward, or None."""
     reason = transform_reason(args, kwargs, fake)
     if reason is not None:
         return reason
@@ -94,15 +87,13 @@ def _is_cache(value: Any) -> bool:
 
 
 def _may_collect(value: Any) -> bool:
-    """An object that may collect tensors: one with containers of nothing else, or empty ones.
-
-    A mapping is none: layers hand on keys and values to each other in one. Nor is a configuration.
-    """
-    known = isinstance(value, (nn.Module, Mapping)) or hasattr(value, "to_dict")
-    if known or type(value).__module__.split(".")[0] in _NO_CACHES:
+    """An object that may collect tensors: its containers hold nothing else, or are empty."""
+    # layers hand on keys and values to each other in a mapping; a configuration collects nothing
+    excluded = isinstance(value, (nn.Module, Mapping)) or hasattr(value, "to_dict")
+    if excluded or type(value).__module__.split(".")[0] in _NO_CACHES:
         return False
-    held = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, (dict, list))]
-    return bool(held) and all(_holds_tensors(v) for v in held)
+    containers = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, (dict, list))]
+    return bool(containers) and all(_holds_tensors(v) for v in containers)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -128,12 +119,10 @@ _NO_FORWARD = nn.Module.forward
 def captured_submodules(
     module: nn.Module, outside: Sequence[str] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The submodules of ``module`` by name, each once, without what is not captured with it.
+    """The submodules of ``module``, a region, by name, each once, without those captured apart.
 
-    Args:
-        module: a region.
-        outside: the path, name by name, to a submodule that is not captured with it. Where this is
-            a mere container, the region calls what it holds: blocks are there, but not their parts.
+    ``outside`` is the path, name by name, to a submodule that is not captured with it. Where this
+    is a mere container, the region calls what it holds: blocks are there, but not their parts.
     """
     seen: set[nn.Module] = {module}
     stack: list[tuple[str, tuple[str, ...], nn.Module | None]] = [
@@ -154,7 +143,7 @@ def _leads_to(outside: Sequence[str], path: tuple[str, ...]) -> bool:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module that a captured head calls itself has a forward of its own: ours."""
+    """Whether a module that a captured head calls itself has a forward that we installed."""
     return "forward" in module.__dict__ and not is_container(module)
 
 
@@ -176,28 +165,23 @@ class Hooks:
 
 
 def find_hooks(module: nn.Module, captured: Iterable[tuple[str, nn.Module]]) -> Hooks:
-    """Look for hooks below ``module``, which a captured graph would not call.
-
-    Args:
-        module: a region; its own hooks run as ever.
-        captured: its ``captured_submodules``.
-    """
-    found = Hooks()
+    """Look for hooks below ``module``, which a captured graph would not call; its own hooks run."""
+    hooks = Hooks()
     for name, m in captured:
         if not has_hooks(m):
             continue
         if is_unit(m, module):
-            found.units[name] = m
+            hooks.units[name] = m
         elif has_idle_hooks(m):
-            found.idle.append(m)
+            hooks.idle.append(m)
         else:
-            found.others, found.divided = name, divided_by(m)
+            hooks.others, hooks.divided = name, divided_by(m)
             break
-    return found
+    return hooks
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does anything beside its forward."""
+    """Whether a call of ``module`` does anything besides its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -213,10 +197,8 @@ def has_idle_hooks(module: nn.Module) -> bool:
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves behind after a call for inner outputs.
-
-    They do nothing until the next such call, which is bypassed.
-    """
+    """Whether a hook is one that transformers leaves behind after a call for inner outputs."""
+    # it does nothing until the next such call, which is bypassed
     if getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     collector = hook.__globals__.get("_active_collector")
@@ -226,11 +208,11 @@ def _is_idle(hook: Any) -> bool:
 @contextmanager
 def hidden_hooks(modules: list[nn.Module]) -> Iterator[None]:
     """Take the forward hooks of ``modules`` off for one call."""
-    kept = [m._forward_hooks for m in modules]
+    saved = [m._forward_hooks for m in modules]
     for m in modules:
         m._forward_hooks = OrderedDict()
     try:
         yield
     finally:
-        for m, own in zip(modules, kept, strict=True):
-            m._forward_hooks = own
+        for m, hooks in zip(modules, saved, strict=True):
+            m._forward_hooks = hooks

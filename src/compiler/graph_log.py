@@ -21,14 +21,10 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class CapturedGraph:
-    """One captured graph.
+    """One captured graph: what the rules did in it, and whether gradients were enabled.
 
-    Attributes:
-        findings: what the rules did in it.
-        grad: whether it was captured with gradients enabled.
-        number: of the capture, for dumps and order.
-        before: its code as it was captured, if the session keeps it; else empty.
-        after: its code as it runs, likewise.
+    ``number`` counts captures. ``before`` and ``after`` are its code as captured and as it runs, if
+    the session keeps it; else empty.
     """
 
     findings: list[Finding]
@@ -45,30 +41,16 @@ def representative(graphs: list[CapturedGraph]) -> CapturedGraph | None:
 
 
 class StageLog:
-    """Shows one graph after each stage of its compilation.
-
-    Attributes:
-        number: of the capture.
-    """
+    """Shows one graph after each stage of its compilation."""
 
     def __init__(self, kind: str, folder: str | None, keep: bool) -> None:
-        """Make one for a new graph.
-
-        Args:
-            kind: of the region.
-            folder: where the stages are dumped, or None.
-            keep: whether the code is wanted, for people to read.
-        """
+        """Make one for a new graph; ``keep``: its code is kept for people to read."""
         self.number = next(_numbers)
         self._kind, self._folder, self._keep = kind, folder, keep
         self._shown = ""
 
     def record(self, graph: fx.GraphModule, stage: str) -> str:
-        """Show the graph as it was captured, or as it runs: always dumped.
-
-        Returns:
-            Its code; empty when nobody asked for it.
-        """
+        """Dump the graph as captured, or as it runs; its code, empty when nobody asked for it."""
         if self._folder is None and not self._keep:
             return ""
         code = printer.source(graph, self.number, self._kind, stage)
@@ -105,7 +87,7 @@ class GraphLog:
         functions: which modules share a compiled function.
         restored: modules that were restored; a forward of theirs that others have wrapped is idle.
         outer_compile: whether somebody's torch.compile has traced the original model.
-        keeps_code: whether each graph's code is kept beside it, for people to read.
+        keeps_code: whether each graph's code is kept with it, for people to read.
         reads: what was read of the model's logits.
     """
 
@@ -127,11 +109,11 @@ class GraphLog:
 
     def record(self, module: nn.Module, graph: CapturedGraph) -> None:
         """Remember that ``module`` ran ``graph``."""
-        known = self.graphs.setdefault(module, [])
-        if not known or known[-1] is not graph:
-            if graph in known:
-                known.remove(graph)
-            known.append(graph)
+        graphs = self.graphs.setdefault(module, [])
+        if not graphs or graphs[-1] is not graph:
+            if graph in graphs:
+                graphs.remove(graph)
+            graphs.append(graph)
 
     def note(self, module: nn.Module, reason: str) -> None:
         """Remember why ``module`` ran the original."""

@@ -36,10 +36,7 @@ _GETSTATE = "__getstate__"
 class Installed:
     """What an installed forward knows.
 
-    Attributes:
-        session: the session that it belongs to.
-        kind: the region's kind, or ``"backbone"``.
-        previous: the instance's own forward before, or None when the class's was in use.
+    ``previous`` is the instance's own forward before, or None when the class's was in use.
     """
 
     session: Session
@@ -50,10 +47,8 @@ class Installed:
 def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
     """The record of the forward that fusewright put into ``module``, or None.
 
-    Args:
-        module: any module.
-        wrapped: find it also under wrappers that others have put around it since, as
-            ``Accelerator.prepare`` does.
+    With ``wrapped``, also one under wrappers that others have put around it since, as
+    ``Accelerator.prepare`` does.
     """
     record = _innermost_record(module.__dict__.get("forward"), wrapped)
     if record is None and wrapped:
@@ -62,7 +57,7 @@ def installed(module: nn.Module, wrapped: bool = False) -> Installed | None:
 
 
 def replaced_by(module: nn.Module) -> str | None:
-    """What stands in the place of a forward that fusewright put into ``module``, if anything does.
+    """What has taken the place of a forward that fusewright put into ``module``, if anything.
 
     It may call ours, through a closure or not at all: nothing tells.
     """
@@ -105,9 +100,11 @@ def install(regions: Iterable[Region], session: Session) -> None:
     results = Results()
     for region in regions:
         if region.kind == "head":
-            own = None if region.backbone else results
+            head_results = None if region.backbone else results
             fused = TrainerHead(region.module, session.log.reads)
-            make = functools.partial(head_forward, session, region.outside, own, fused, _session_of)
+            make = functools.partial(
+                head_forward, session, region.outside, head_results, fused, _session_of
+            )
             _install_forward(region.module, session, "head", make)
             for module in region.backbone:
                 outside = functools.partial(backbone_forward, session, fused)
@@ -126,17 +123,13 @@ def _session_of(module: nn.Module) -> Session | None:
 
 
 def split(module: nn.Module, session: Session) -> Callable[[], None]:
-    """Make regions of the parts of a block that could not be captured.
-
-    Returns:
-        What undoes it.
-    """
+    """Make regions of the parts of a block that could not be captured; returns what undoes it."""
     record = installed(module, wrapped=True)
-    found = undivided_parts(module) if record is not None and record.kind == "block" else []
-    install(found, session)
+    parts = undivided_parts(module) if record is not None and record.kind == "block" else []
+    install(parts, session)
 
     def undo() -> None:
-        for part in found:
+        for part in parts:
             for inner in part.module.modules():
                 uninstall(inner)
 
@@ -161,7 +154,7 @@ def uninstall(module: nn.Module) -> bool:
 
 
 def _theirs(forward: Any) -> Any:
-    """``forward``, or that of a trainer which it stands for."""
+    """``forward``, or the trainer's that it replaces."""
     replaced = replaced_forward(forward)
     return forward if replaced is None else replaced
 
@@ -229,12 +222,10 @@ def _install_forward(
 
 
 def _replicate_for(record: Installed) -> Callable[[nn.Module], Any]:
-    """What makes a replica for ``nn.DataParallel``, which runs as the module was without us.
-
-    Our method would run the original's weights. A replica lives for one call; training on several
-    GPUs is better done with one process for each. The record stands here too, where those who put
-    another forward into the module leave it.
-    """
+    """What makes a replica for ``nn.DataParallel``, which runs as the module was without us."""
+    # Our method would run the original's weights. A replica lives for one call; training on several
+    # GPUs is better done with one process for each. The record is set here too, where those who put
+    # another forward into the module leave it.
 
     def replicate(self: nn.Module) -> Any:
         replica = type(self)._replicate_for_data_parallel(self)
@@ -275,28 +266,26 @@ _serial = itertools.count(1)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of ``function``, and of what it wraps, with code objects of its own.
-
-    Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
-    file, line and name of the code which sizes have varied, so that a second model with another
-    head size would get a symbolic one. A renamed copy keeps this model's apart from all others'.
-    """
+    """A copy of ``function``, and of what it wraps, with new code objects."""
+    # Dynamo keeps compiled graphs, and counts recompilations, by code object; and it remembers by
+    # file, line and name of the code which sizes have varied, so that a second model with another
+    # head size would get a symbolic one. A renamed copy keeps this model's apart from all others'.
     if not isinstance(function, types.FunctionType):
         return function
     inner = getattr(function, "__wrapped__", None)
-    closure, copied = function.__closure__, None
+    closure, clone = function.__closure__, None
     if isinstance(inner, types.FunctionType) and closure is not None:
-        copied = _with_own_code(inner)
+        clone = _with_own_code(inner)
         closure = tuple(
-            types.CellType(copied) if cell_contents(cell) is inner else cell for cell in closure
+            types.CellType(clone) if cell_contents(cell) is inner else cell for cell in closure
         )
     name = f"{function.__code__.co_name}_fusewright_{next(_serial)}"
-    own = types.FunctionType(
+    result = types.FunctionType(
         function.__code__.replace(co_name=name), function.__globals__, function.__name__,
         function.__defaults__, closure,
     )  # fmt: skip
-    own.__kwdefaults__ = function.__kwdefaults__
-    own.__dict__.update(function.__dict__)
-    if copied is not None:
-        own.__dict__["__wrapped__"] = copied
-    return own
+    result.__kwdefaults__ = function.__kwdefaults__
+    result.__dict__.update(function.__dict__)
+    if clone is not None:
+        result.__dict__["__wrapped__"] = clone
+    return result

@@ -13,14 +13,9 @@ from .install import active
 
 @dataclass(frozen=True)
 class Listing:
-    """One captured graph and the modules that it stands for.
+    """One captured graph and the paths, as in ``named_modules()``, of the modules that run it.
 
-    Attributes:
-        kind: ``"block"``, ``"norm"`` or ``"head"``.
-        modules: paths, as in ``named_modules()``; one after ``for_module``.
-        class_name: of the modules.
-        before: the graph as it was captured, as Python.
-        after: the graph as it runs.
+    ``before`` is the graph as captured, ``after`` as it runs, both as Python.
     """
 
     kind: str
@@ -35,11 +30,7 @@ class Listing:
 
 
 def keep_code(model: nn.Module) -> None:
-    """Have the code of every graph kept that is captured from now on.
-
-    Args:
-        model: an optimized model.
-    """
+    """Keep the code of every graph of an optimized model that is captured from now on."""
     for module in model.modules():
         record = active(module)
         if record is not None:
@@ -47,15 +38,12 @@ def keep_code(model: nn.Module) -> None:
 
 
 def listings(model: nn.Module) -> list[Listing]:
-    """One listing for each kind of graph in ``model``, in the model's order.
+    """One listing for each kind of graph that ran since ``keep_code``, in the model's order.
 
     Modules of one class in whose graphs the rules found the same are one kind: equal layers, but
     not the layers of a hybrid model that do different things.
-
-    Args:
-        model: an optimized model that has run since ``keep_code``.
     """
-    found: dict[object, Listing] = {}
+    by_key: dict[object, Listing] = {}
     for path, module in model.named_modules():
         record = active(module)
         graph = record and representative(record.session.log.graphs.get(module, []))
@@ -63,22 +51,20 @@ def listings(model: nn.Module) -> list[Listing]:
             continue
         findings = tuple((f.rule, f.status, f.home, f.reason) for f in graph.findings)
         key = (record.kind, type(module), findings)
-        known = found.get(key)
-        if known is None:
+        listing = by_key.get(key)
+        if listing is None:
             name = type(module).__name__
-            found[key] = Listing(record.kind, (path,), name, graph.before, graph.after)
+            by_key[key] = Listing(record.kind, (path,), name, graph.before, graph.after)
         else:
-            found[key] = replace(known, modules=(*known.modules, path))
-    return list(found.values())
+            by_key[key] = replace(listing, modules=(*listing.modules, path))
+    return list(by_key.values())
 
 
 def find_listing(model: nn.Module, found: Iterable[Listing], wanted: str) -> Listing | None:
     """The listing of the module ``wanted``, or of the region that it lies in.
 
-    Args:
-        model: an optimized model.
-        found: its listings.
-        wanted: a path, whole or its end: ``model.layers.0.mlp``, ``layers.0``; ``""`` is the model.
+    ``wanted`` is a path or the end of one (``model.layers.0.mlp``, ``layers.0``); ``""`` is the
+    model.
     """
     owners = {path: listing for listing in found for path in listing.modules}
     for name, _ in model.named_modules():

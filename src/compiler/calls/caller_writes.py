@@ -1,4 +1,4 @@
-"""Whether the code that calls captured blocks writes into what it has given to them.
+"""Whether the code that calls captured blocks writes into their inputs.
 
     for layer in self.layers:
         x += layer(x)
@@ -27,23 +27,18 @@ from ...graph.effects import writes
 def with_changed_inputs(
     run: Callable[..., Any], places: Sequence[int], change: Callable[[Tensor], Tensor]
 ) -> Callable[..., Any]:
-    """``run``, a region's graph, on what ``change`` makes of its arguments at ``places``.
+    """``run``, a region's graph, with ``change`` applied to its arguments at ``places``.
 
     At every call: that one step wrote nothing says nothing of the next one.
-
-    Args:
-        run: takes the inputs of the graph.
-        places: from ``inputs_to_copy``, or ``inputs_without_gradient``.
-        change: ``Tensor.clone``, or ``Tensor.detach``.
     """
     if not places:
         return run
 
     def call(*args: Any) -> Any:
-        given = list(args)
+        inputs = list(args)
         for i in places:
-            given[i] = change(args[i])
-        return run(*given)
+            inputs[i] = change(args[i])
+        return run(*inputs)
 
     return call
 
@@ -53,18 +48,14 @@ def inputs_to_copy(module: fx.GraphModule, callers_write: bool) -> list[int]:
 
     These are hidden states: what has a gradient, or, as those of the first block need not, three
     dimensions or the sizes of a result. They are neither parameters, nor written or returned by the
-    graph itself.
-
-    Args:
-        module: the graph.
-        callers_write: whether the code around the region looks like writing. Otherwise it is what
-            needs no gradient and has the sizes of a result.
+    graph itself. Unless the code around the region looks like writing (``callers_write``), they are
+    only what needs no gradient and has the sizes of a result.
     """
     graph = module.graph
-    own = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
+    protected = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
     results = [t for n in graph.output_node().all_input_nodes if (t := facts.tensor(n)) is not None]
     for n in graph.output_node().all_input_nodes:
-        own |= facts.memories(n)
+        protected |= facts.memories(n)
     sizes = {str(t.shape) for t in results if t.requires_grad}
 
     def may_be_written(t: Tensor) -> bool:
@@ -79,7 +70,7 @@ def inputs_to_copy(module: fx.GraphModule, callers_write: bool) -> list[int]:
         if (t := facts.tensor(n)) is not None
         and may_be_written(t)
         and not isinstance(t, nn.Parameter)
-        and not facts.memories(n) & own
+        and not facts.memories(n) & protected
     ]
 
 
@@ -104,7 +95,7 @@ def _callers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
 
 
 def _function_may_write(owner: type, function: Any) -> bool:
-    """Whether a method, or a function beside it that it names, has a write in its code."""
+    """Whether a method, or a function of its module that it names, has a write in its code."""
     if not isinstance(function, types.FunctionType):
         return False
     if (function.__module__ or "").startswith(_WRAPPERS):  # a function of exec() is of no module

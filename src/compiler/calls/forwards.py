@@ -29,16 +29,12 @@ _NO_UNITS = Units(())
 
 
 class Original:
-    """The original forward of a module: its own, or the one that its class has now.
-
-    Attributes:
-        is_method: whether the function takes the module as its first argument.
-    """
+    """The original forward of a module: its own, or the one that its class has now."""
 
     def __init__(self, previous: Any) -> None:
         """Make one from ``previous``, the instance's own forward, or None if it has none."""
         self._own = getattr(previous, "__func__", previous)
-        # a module that was unpickled carries its class's forward as its own
+        # whether it takes the module first; an unpickled module carries its class's forward
         self.is_method = previous is None or isinstance(previous, types.MethodType)
 
     def function(self, module: nn.Module) -> Any:
@@ -54,13 +50,9 @@ class Original:
 def block_forward(
     session: Session, kind: str, original: Original, compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a decoder block, or of a norm outside the blocks: one graph.
+    """The forward of a decoder block, or of a norm outside the blocks (``kind``): one graph.
 
-    Args:
-        session: the session it belongs to.
-        kind: ``"block"`` or ``"norm"``.
-        original: the module's original forward.
-        compiled: the captured form; one for each level of what is kept for backward.
+    There is one ``compiled`` form for each level of what is kept for backward.
     """
     inductor = kind == "block" and session.choices.codegen[0] == "inductor"
     is_inactive = inactive_check(session)
@@ -110,10 +102,7 @@ def block_forward(
 
 
 def _around(session: Session, module: nn.Module, watch: Watch, x: Tensor | None) -> Any:
-    """What surrounds a captured call: copies of forwards that call what is captured whole.
-
-    And ``x``, an input without a gradient, is seen as one that needs one.
-    """
+    """What surrounds a captured call: copies of forwards, and ``x`` seen as needing a gradient."""
     copies = session.state.watches.opaque.below(module) if watch.copies else None
     around: Any = using_copies(copies) if copies else _NO_CONTEXT
     return around if x is None else shown_with_gradient(x, around)

@@ -35,8 +35,8 @@ class _Signature:
 
     def __init__(self, forward: Any, is_method: bool, backbone: Any) -> None:
         self.forward = forward
-        own = inspect.signature(forward).parameters
-        positional = [n for n, p in own.items() if p.kind in _POSITIONAL]
+        parameters = inspect.signature(forward).parameters
+        positional = [n for n, p in parameters.items() if p.kind in _POSITIONAL]
         self._positional = positional[1:] if is_method else positional
         self.has_cache = has_cache_switch(forward, parameters_of(forward, backbone))
 
@@ -60,7 +60,7 @@ class _Signature:
 
 
 class _Signatures:
-    """That of a module's original forward, found anew where somebody has replaced it."""
+    """The signature of a module's original forward, read again where somebody has replaced it."""
 
     def __init__(self, original: Original, backbone: Sequence[str] | None) -> None:
         self._original, self._backbone = original, backbone
@@ -87,15 +87,10 @@ def head_forward(
 
     So it is in calls with labels, and in those of a training step whose caller makes the loss.
 
-    Args:
-        session: the session it belongs to.
-        outside: the path, name by name, to the submodule that is not captured with it.
-        results: what the blocks return, where the head calls them itself.
-        fused: what runs where a trainer asks for log-probabilities.
-        session_of: the session that a module belongs to: another one, where a second model that
-            has the same backbone was optimized later.
-        original: the module's original forward.
-        compiled: the captured form; one for each set of given arguments.
+    ``outside`` is the path, name by name, to the submodule that is not captured with it;
+    ``results`` says what the blocks return, where the head calls them itself. ``session_of`` gives
+    another session where a second model that has the same backbone was optimized later. There is
+    one ``compiled`` form for each set of arguments.
     """
     cache_indices, is_inactive = SharedCacheIndices(), inactive_check(session)
     signatures = _Signatures(original, outside if results is None else None)
@@ -146,10 +141,7 @@ _TOKENS = ("labels", "input_ids", "inputs_embeds")
 
 
 def _given(kwargs: dict[str, Any]) -> tuple[str, ...]:
-    """The arguments of a call: each set of them has its own graphs.
-
-    A guard on one that is not there cannot fail.
-    """
+    """The arguments of a call: each set has its own graphs, where a guard on others cannot fail."""
     return tuple(sorted(k for k, v in kwargs.items() if v is not None))
 
 
@@ -230,10 +222,10 @@ def _enter_head(
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
-    found: nn.Module | None = module
+    submodule: nn.Module | None = module
     for name in path:
-        found = None if found is None else found._modules.get(name)
-    return found
+        submodule = None if submodule is None else submodule._modules.get(name)
+    return submodule
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -241,11 +233,9 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 @contextmanager
 def _logging_ignored() -> Iterator[None]:
-    """Let log calls break no graph.
-
-    PyTorch 2.11 cannot write functions that it ignores into its records of a compilation, and logs
-    a traceback about that, each time.
-    """
+    """Let log calls break no graph."""
+    # PyTorch 2.11 cannot write functions that it ignores into its records of a compilation, and
+    # logs a traceback about that, each time
     logger = logging.getLogger("torch._dynamo.metrics_context")
     disabled, logger.disabled = logger.disabled, True  # a level would empty all loggers' caches
     try:
@@ -301,16 +291,15 @@ def backbone_forward(
             return run_uncaptured(self, *args, **kwargs)
         if self not in session.log.restored and not is_traced_here():
             fused.adopt(self)
-        found = session.state.replayed(self)
-        if found is not None:
-            return found[0]
+        saved = session.state.replayed(self)
+        if saved is not None:
+            return saved[0]
         return original(self, *args, **kwargs)
 
     return forward
 
 
-# Which calls of a causal LM without labels are a part of training.
-
+# --- calls without labels that are a part of training ---------------------------------------------
 
 _CACHES = ("past_key_values", "cache", "cache_params")
 
@@ -346,12 +335,11 @@ def _is_teacher(session: Session, head: nn.Module, outside: Sequence[str]) -> bo
     return not session.state.watches.get(head, outside).find_hooks(head).units
 
 
-# When the cache that a model fills by default, and nobody reads in training, is left out.
+# --- the cache that a model fills by default, and nobody reads in training ------------------------
 #
-# Transformers' models fill a key/value cache unless ``use_cache=False`` is passed. What is left out
-# here is left out of the outputs too, so it happens only where the model itself says what the word
-# means, and where the values stay what they are.
-
+# Transformers' models fill it unless ``use_cache=False`` is passed. Without it the outputs lack it
+# too, so that happens only where the model itself says what the argument means, and where the
+# values stay what they are.
 
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 _INDEX = "layer_idx"
@@ -360,12 +348,12 @@ _INDEX = "layer_idx"
 
 def parameters_of(forward: Any, backbone: nn.Module | None) -> dict[str, inspect.Parameter]:
     """The parameters of a head, and of the backbone where the head passes on what it is given."""
-    own = dict(inspect.signature(forward).parameters)
-    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+    parameters = dict(inspect.signature(forward).parameters)
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if passes_on and backbone is not None:
-        own |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()
-                if n not in own}  # fmt: skip
-    return own
+        parameters |= {n: p for n, p in inspect.signature(backbone.forward).parameters.items()
+                if n not in parameters}  # fmt: skip
+    return parameters
 
 
 def has_cache_switch(
@@ -375,10 +363,6 @@ def has_cache_switch(
 
     A call that does not say it means the configuration, and the outputs are a record with named
     fields: a plain tuple would lose one of its places.
-
-    Args:
-        forward: its forward.
-        parameters: what the forward takes, as ``parameters_of`` says.
     """
     switch = parameters.get("use_cache")
     if switch is None or switch.default is not None:
@@ -424,7 +408,7 @@ def cache_is_unused(kwargs: Mapping[str, Any]) -> bool:
 class SharedCacheIndices:
     """Whether two layers write to one place of the cache: the second reads what the first wrote.
 
-    Asked at each step; the layers are gone through only when they, or their parts, are others.
+    Asked at each step; the layers are searched only when they, or their parts, have changed.
     """
 
     def __init__(self) -> None:

@@ -27,13 +27,7 @@ from ...memory.levels import CHECKPOINT
 def input_without_gradient(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The input of a block that is to be given a gradient; None where nothing is to be done.
-
-    Args:
-        module: the block.
-        args: of its call.
-        kwargs: of its call.
-    """
+    """The input of a block that is to be given a gradient; None where nothing is to be done."""
     x = args[0] if args else None
     if not isinstance(x, Tensor):
         x = next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
@@ -51,18 +45,14 @@ def shown_with_gradient(x: Tensor, around: AbstractContextManager[None]) -> Iter
 
     It stays the tensor that the caller gave: the block may keep it anywhere, return it, or read its
     attributes. The graph itself runs on ``with_leaf``.
-
-    Args:
-        x: the input.
-        around: what else surrounds the call.
     """
-    drawn = random.getstate()
+    random_state = random.getstate()
     x.requires_grad_()
     try:
         with around:
             yield
     except TorchDynamoException:  # the call is made again, and Python's numbers may be drawn
-        random.setstate(drawn)
+        random.setstate(random_state)
         raise
     finally:
         x.requires_grad_(False)
@@ -71,7 +61,7 @@ def shown_with_gradient(x: Tensor, around: AbstractContextManager[None]) -> Iter
 def with_leaf(args: Sequence[Any], x: Tensor) -> list[Any]:
     """The inputs of a graph, with a leaf of the same values in the place of ``x``.
 
-    It has memory of its own: ``x`` may be a buffer that is filled again before backward.
+    The leaf is a copy: ``x`` may be a buffer that is filled again before backward.
     """
     leaf = x.detach().clone().requires_grad_()
     return [leaf if a is x else a for a in args]
@@ -88,16 +78,15 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 def input_gradient_reason(module: fx.GraphModule) -> str | None:
     """Why a block's input must have the gradient that its caller gives it, or None.
 
-    Args:
-        module: the graph as it was captured, while it is compiled: the code is known then.
+    ``module`` is the graph as captured, while it is compiled: the code is known then.
     """
     for code in torch._guards.TracingContext.get_traced_code() or ():
         if not code.co_filename.startswith(_TORCH):
-            asked = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
-            if asked:
-                return f"{code.co_name} asks for {min(asked)}"
+            questions = _QUESTIONS.intersection((*code.co_names, *map(str, code.co_consts)))
+            if questions:
+                return f"{code.co_name} asks for {min(questions)}"
     placeholders = module.graph.find_nodes(op="placeholder")
-    given = {m for n in placeholders for m in facts.memories(n)}
+    memories = {m for n in placeholders for m in facts.memories(n)}
     inputs = {n for n in placeholders if _is_input(n)}
     hidden = {m for n in inputs for m in facts.memories(n)}
     for inner in facts.nested(module):
@@ -107,7 +96,7 @@ def input_gradient_reason(module: fx.GraphModule) -> str | None:
             for memory in map(facts.memories, writes(node)):
                 if memory & hidden:
                     return f"{node.name} writes into the input"
-                if memory & given and _needs(node):
+                if memory & memories and _needs(node):
                     return f"{node.name} writes what has a gradient into what outlives the call"
     for node in module.graph.output_node().all_input_nodes:
         if facts.memories(node) & hidden:
@@ -116,19 +105,13 @@ def input_gradient_reason(module: fx.GraphModule) -> str | None:
 
 
 def _without_others(graph: fx.Graph, inputs: set[fx.Node]) -> str | None:
-    """Whether an output has a gradient of such an input alone.
-
-    In eager mode that output may need none: the block uses what is trained under ``no_grad``, or
-    not at all. So it is with each output of a checkpoint.
-
-    Args:
-        graph: of the block, or of a checkpoint in it.
-        inputs: its placeholders that have a gradient of the block's input at most.
-    """
+    """Why an output of a block, or of a checkpoint in it, has a gradient of ``inputs`` alone."""
+    # in eager mode that output may need none: the block uses what is trained under no_grad, or not
+    # at all. So it is with each output of a checkpoint
     needs: set[fx.Node] = set()
     for node in graph.nodes:
-        own = node.op in ("placeholder", "get_attr") and node not in inputs
-        if _needs(node) and (own or any(n in needs for n in node.all_input_nodes)):
+        is_source = node.op in ("placeholder", "get_attr") and node not in inputs
+        if _needs(node) and (is_source or any(n in needs for n in node.all_input_nodes)):
             needs.add(node)
         body = facts.body(node.args[0]) if node.target is CHECKPOINT else None
         if body is not None:
@@ -219,9 +202,7 @@ def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
     """The inputs that need a gradient and get none: what is used under ``no_grad`` alone, say.
 
     Eager mode does not know of them. A compiled graph would call their hooks, with None.
-
-    Args:
-        module: the graph as it was captured: TorchDynamo knows what of it needs a gradient.
+    ``module`` is the graph as captured: TorchDynamo knows what of it needs a gradient.
     """
     is_known = not any(
         (isinstance(n.target, torch._ops.HigherOrderOperator) and n.target is not CHECKPOINT)
@@ -235,30 +216,26 @@ def inputs_without_gradient(module: fx.GraphModule) -> list[int]:
 
 
 def _reached(graph: fx.Graph, is_known: bool) -> set[fx.Node]:
-    """The nodes that a gradient of the outputs, or of what is written, may reach.
-
-    Args:
-        graph: of the block, or of a checkpoint in it.
-        is_known: a value that needs no gradient, according to TorchDynamo, has none.
-    """
+    """The nodes that a gradient of the outputs, or of what is written, may reach."""
     mode = modes(graph)
     reached = {graph.output_node()}
     for node in reversed(graph.nodes):
-        written = bool(writes(node))
+        is_write = bool(writes(node))
+        # according to TorchDynamo, where that is known
         stops = is_known and facts.value(node) is not None and not _needs(node)
         if node.op == "output":
             stops = False
-        if not written and (node not in reached or node.target in _DETACH or stops):
+        if not is_write and (node not in reached or node.target in _DETACH or stops):
             continue
         if node.op != "output" and not mode[node][0]:
             continue
-        body = facts.body(node.args[0]) if node.target is CHECKPOINT and not written else None
+        body = facts.body(node.args[0]) if node.target is CHECKPOINT and not is_write else None
         if body is None:
             reached.update(node.all_input_nodes)
             continue
         inner = _reached(body.graph, is_known)
-        given = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
-        reached.update(n for p, n in given if p in inner and isinstance(n, fx.Node))
+        pairs = zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True)
+        reached.update(n for p, n in pairs if p in inner and isinstance(n, fx.Node))
     return reached
 
 

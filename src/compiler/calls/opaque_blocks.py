@@ -2,7 +2,7 @@
 
 A model whose list of blocks is a child of the module that computes the loss has no backbone that
 could stay outside. TorchDynamo cannot break a graph within the loop over the blocks, either. So
-a call of a block becomes a node, which calls the block as ever: it runs a graph of its own, or
+a call of a block becomes a node, which calls the block as ever: it runs its own graph, or
 bypasses it. What a block returns is known from an earlier call: a tensor like one of its inputs.
 """
 
@@ -107,22 +107,16 @@ def _make_fake(structure: _Structure, given: dict[Any, Any]) -> Any:
         return None
     if type(structure) is tuple:
         return tuple(_make_fake(s, given) for s in structure)
-    made = torch.empty_like(given[structure])
+    fake = torch.empty_like(given[structure])
     # whether a block's weights are trained can change: with gradients on, its output may need one
-    needs = torch.is_grad_enabled() and made.is_floating_point()
-    return made.requires_grad_().clone() if needs else made
+    needs = torch.is_grad_enabled() and fake.is_floating_point()
+    return fake.requires_grad_().clone() if needs else fake
 
 
 def callable_from_head(
     session: Session, results: Results, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The forward of a block that a captured head calls itself.
-
-    Args:
-        session: the session it belongs to.
-        results: what the blocks of this head return.
-        forward: the block's captured forward.
-    """
+    """The forward of a block that a captured head calls itself; ``forward`` is its captured one."""
     modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
     def block(key: int, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +129,8 @@ def callable_from_head(
         finally:
             session.state.in_head = active
         # those that nothing else keeps would fill the device
-        kept = torch.is_grad_enabled() and session.choices.planner.level(module) not in HOSTED
-        if session.state.replay is not None and kept:
+        is_kept = torch.is_grad_enabled() and session.choices.planner.level(module) not in HOSTED
+        if session.state.replay is not None and is_kept:
             session.state.replay.note(module, result)
         results.check(module, args, kwargs, result)
         return result
@@ -147,9 +141,9 @@ def callable_from_head(
         if session.state.in_head and self not in session.log.restored:
             return as_node(id(self), *args, **kwargs)
         modules[id(self)] = self
-        found = session.state.replayed(self)
-        if found is not None:
-            return found[0]
+        saved = session.state.replayed(self)
+        if saved is not None:
+            return saved[0]
         result = forward(self, *args, **kwargs)
         results.record(self, args, kwargs, result)
         return result

@@ -2,8 +2,8 @@
 
 TRL's trainers give a model a forward of their own, which runs the backbone and computes
 log-probabilities by an ``autograd.Function``. On an optimized model a copy of that forward runs,
-whose globals hold a stand-in for the function: ``linear_logprob``. The library, its modules and its
-forward stay what they are, and ``restore`` puts the forward back.
+whose globals hold a replacement of that function: ``linear_logprob``. The library, its modules and
+its forward stay what they are, and ``restore`` puts the forward back.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ _COMPACTS = "_use_triton"
 
 
 def with_our_head(function: Any, reads: Reads) -> Any:
-    """A copy of a forward that computes log-probabilities in our tiles.
+    """A copy of a forward, wrappers included, that computes log-probabilities in our tiles.
 
-    Args:
-        function: a forward, wrappers included.
-        reads: counts the calls.
-
-    Returns:
-        The copy; None if the forward has no such function.
+    None if the forward has no such function.
     """
     return _copy(function, frozenset(), reads)
 
@@ -59,13 +54,13 @@ class TrainerHead:
         self._copies: dict[Any, Callable[..., Any]] = {}
 
     def function(self, original: Original, head: nn.Module) -> Callable[..., Any]:
-        """What a call runs whose forward was such a one before the model was optimized."""
+        """What runs in a call whose forward a trainer had replaced before ``optimize``."""
         function = original.function(head)
         if function not in self._copies:
-            made = with_our_head(function, self._reads) if original.is_method else None
-            self._copies[function] = original if made is None else made
-        found: Callable[..., Any] = self._copies[function]
-        return found
+            copy = with_our_head(function, self._reads) if original.is_method else None
+            self._copies[function] = original if copy is None else copy
+        result: Callable[..., Any] = self._copies[function]
+        return result
 
     def adopt(self, backbone: nn.Module) -> None:
         """Let such a forward compute in our tiles, from its next call on."""
@@ -77,15 +72,15 @@ class TrainerHead:
         self._seen.add(function)
         if not any(m is backbone for m in head.modules()):  # a copy of the model calls
             return
-        made = with_our_head(function, self._reads)
-        if made is not None:
-            setattr(made, _REPLACED, forward)
-            self._seen.add(made)
-            head.__dict__["forward"] = types.MethodType(made, head)
+        copy = with_our_head(function, self._reads)
+        if copy is not None:
+            setattr(copy, _REPLACED, forward)
+            self._seen.add(copy)
+            head.__dict__["forward"] = types.MethodType(copy, head)
 
 
 def watch_training(backbone: nn.Module, fused: TrainerHead) -> None:
-    """Let a trainer's forward be found before its first call: when a trainer says ``train()``."""
+    """Find a trainer's forward before its first call: when the trainer calls ``train()``."""
 
     def train(self: nn.Module, mode: bool = True) -> Any:
         fused.adopt(self)
@@ -109,42 +104,42 @@ def _copy(value: Any, outer: frozenset[int], reads: Reads) -> Any:
         return _copy_function(value, outer, reads)
     if isinstance(value, (type, nn.Module, types.ModuleType)) or not callable(value):
         return None
-    held = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "__wrapped__"}
-    made = {k: c for k, v in held.items() if (c := _copy(v, outer, reads)) is not None}
-    if not made:
+    attributes = {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "__wrapped__"}
+    copies = {k: c for k, v in attributes.items() if (c := _copy(v, outer, reads)) is not None}
+    if not copies:
         return None
-    copied = object.__new__(type(value))
-    copied.__dict__.update({**value.__dict__, **made})
-    return copied
+    result = object.__new__(type(value))
+    result.__dict__.update({**value.__dict__, **copies})
+    return result
 
 
 def _copy_function(function: types.FunctionType, outer: frozenset[int], reads: Reads) -> Any:
     scope, cells = function.__globals__, function.__closure__ or ()
-    found: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         name: _StandIn(scope[name], reads)
         for name in names_in(function.__code__)
         if _is_fused_head(scope.get(name))
     }
     inner = [_copy(cell_contents(cell), outer, reads) for cell in cells]
-    if not found and not any(c is not None for c in inner):
+    if not replacements and not any(c is not None for c in inner):
         return None
-    if found:
+    if replacements:
         if any(i.opname == "STORE_GLOBAL" for i in dis.get_instructions(function)):
             return None
         if callable(scope.get(_COMPACTS)):
-            found[_COMPACTS] = lambda device: True
+            replacements[_COMPACTS] = lambda device: True
     closure = tuple(
         cell if copied is None else types.CellType(copied)
         for cell, copied in zip(cells, inner, strict=True)
     )
-    made = types.FunctionType(
-        function.__code__, {**scope, **found} if found else scope, function.__name__,
+    result = types.FunctionType(
+        function.__code__, {**scope, **replacements} if replacements else scope, function.__name__,
         function.__defaults__, closure if function.__closure__ is not None else None,
     )  # fmt: skip
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__qualname__, made.__module__ = function.__qualname__, function.__module__
-    made.__dict__.update(function.__dict__)
-    return made
+    result.__kwdefaults__ = function.__kwdefaults__
+    result.__qualname__, result.__module__ = function.__qualname__, function.__module__
+    result.__dict__.update(function.__dict__)
+    return result
 
 
 def _is_fused_head(value: Any) -> bool:
@@ -155,7 +150,7 @@ def _is_fused_head(value: Any) -> bool:
 
 
 class _StandIn:
-    """What is called as an autograd function is; the results are in fp32."""
+    """Is called as an autograd function is; the results are in fp32."""
 
     def __init__(self, original: Any, reads: Reads) -> None:
         self._original, self._reads = original, reads
@@ -166,25 +161,25 @@ class _StandIn:
 
         As TRL's ``ChunkedLogProbFunction`` returns them; None where one is not asked for.
         """
-        given = self._signature.bind(*args)
-        given.apply_defaults()
-        a = given.arguments
-        hidden, weight, bias, asked = a["hidden"], a["weight"], a["bias"], set(a["outputs"])
-        if hasattr(weight, "ds_status") or not asked <= set(_OUTPUTS):
-            made: tuple[Tensor | None, ...] = self._original.apply(*args)
-            return made
+        bound = self._signature.bind(*args)
+        bound.apply_defaults()
+        a = bound.arguments
+        hidden, weight, bias, requested = a["hidden"], a["weight"], a["bias"], set(a["outputs"])
+        if hasattr(weight, "ds_status") or not requested <= set(_OUTPUTS):
+            result: tuple[Tensor | None, ...] = self._original.apply(*args)
+            return result
         self._reads.note_head("log-probabilities of the trainer's fused head")
         if not torch.is_autocast_enabled(hidden.device.type) and weight.dtype != hidden.dtype:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        names = ["logprob", *(_OUTPUTS[name] for name in _OUTPUTS if name in asked)]
+        names = ["logprob", *(_OUTPUTS[name] for name in _OUTPUTS if name in requested)]
         names = list(dict.fromkeys(names))
-        found = linear_logprob(
+        results = linear_logprob(
             hidden, weight, bias, a["targets"], names, temperature=a["temperature"],
             softcap=a["final_logit_softcapping"], logit_scale=a["logit_scale"],
             deferred=("entropy", "sum_p2", "mean_logit"),
         )  # fmt: skip
-        by_name = dict(zip(names, found, strict=True))
+        by_name = dict(zip(names, results, strict=True))
         return (
             by_name["logprob"],
             by_name.get("entropy"),

@@ -22,11 +22,9 @@ class AbsentGradients:
     """
 
     def __init__(self, inputs: Sequence[frozenset[int]] | None) -> None:
-        """Make one for a graph.
+        """Take the inputs, by number, that each output is made of; None if that is not known.
 
-        Args:
-            inputs: for each output of the graph the numbers of the inputs that it is made of, as
-                ``reach.py`` finds them before ops join them; None if that is not known.
+        They are found (``reach.py``) before ops join the outputs.
         """
         self._outputs: dict[int, set[int]] = {}
         if inputs is not None and len(set(inputs)) > 1:
@@ -35,14 +33,9 @@ class AbsentGradients:
                     self._outputs.setdefault(i, set()).add(output)
 
     def hook(self, node: Any, args: Sequence[Any], outputs: Sequence[Any]) -> Hook:
-        """Return the hook for ``node``: it is given the gradients of its inputs and outputs.
+        """The hook for ``node``, autograd's of a call: it gets gradients of its inputs and outputs.
 
         Inputs with hooks keep their zeros: the hooks would be called, with None.
-
-        Args:
-            node: of autograd, that of a call of the compiled graph.
-            args: of this call.
-            outputs: of this call.
         """
         if not self._outputs:
             return _none_for_none
@@ -57,8 +50,8 @@ class AbsentGradients:
         for i, t in enumerate(args):
             if isinstance(t, Tensor) and t.requires_grad:
                 edge = tuple(get_gradient_edge(t)[:2])
-                own = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
-                reached.setdefault(edge, set()).update(own)
+                outputs_of_input = {numbers[o] for o in self._outputs.get(i, ()) if o in numbers}
+                reached.setdefault(edge, set()).update(outputs_of_input)
                 tensors_of.setdefault(edge, []).append(weakref.ref(t))
                 hooked |= {edge} if t._backward_hooks else set()
         edges = node.next_functions
@@ -69,12 +62,16 @@ class AbsentGradients:
         def none_for_none(
             grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
         ) -> tuple[Any, ...] | None:
-            given = {i for i, g in enumerate(grad_outputs) if g is not None}
-            if not given or len(inputs) != len(grad_inputs) or not given <= known:
+            present = {i for i, g in enumerate(grad_outputs) if g is not None}
+            if not present or len(inputs) != len(grad_inputs) or not present <= known:
                 return _none_for_none(grad_inputs, grad_outputs)
             return tuple(
-                None if of is not None and not of & given and not any(map(_has_hooks, own)) else g
-                for of, own, g in zip(inputs, tensors, grad_inputs, strict=True)
+                None
+                if of is not None
+                and not of & present
+                and not any(map(_has_hooks, outputs_of_input))
+                else g
+                for of, outputs_of_input, g in zip(inputs, tensors, grad_inputs, strict=True)
             )
 
         return none_for_none

@@ -18,11 +18,8 @@ def choose(
 ) -> tuple[str, str]:
     """Decide what runs the leftovers of the blocks' graphs.
 
-    Args:
-        codegen: the user's choice: ``"auto"``, ``"eager"`` or ``"inductor"``.
-        blocks: the decoder blocks of the model.
-        elsewhere: the type of the device that will run them, where they are not on it: the CPU of
-            this machine, or a GPU of another one, which is taken to have Triton.
+    ``elsewhere`` is the type of the device that will run them, where they are not on it: the CPU of
+    this machine, or a GPU of another one, which is taken to have Triton.
 
     Returns:
         ``"eager"`` or ``"inductor"``, and the reason.

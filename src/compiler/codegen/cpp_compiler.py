@@ -1,4 +1,4 @@
-"""Inductor's C++ compiler on the CPU: set up beside the capture, and waited for at the end."""
+"""Inductor's C++ compiler on the CPU: set up during the capture, and waited for at the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     """Start what Inductor must have before its first kernel for the CPU, in the background.
 
     It finds the vector instructions, and compiles the headers that all kernels include: several
-    seconds, which pass beside the capture instead of after it.
-
-    Args:
-        module: a captured module; its device decides.
+    seconds, which pass during the capture instead of after it.
 
     Returns:
         The thread to wait for before Inductor is called, or None if there is nothing to prepare.
@@ -32,7 +29,7 @@ def prepare(module: nn.Module) -> threading.Thread | None:
     # imported here: two threads that import PyTorch's packages, which are cyclic, can fail
     from torch._inductor import async_compile, codecache, compile_fx, cpu_vec_isa  # noqa: F401
 
-    # a thread of its own has Inductor's settings, but not what was set for this one
+    # a new thread has Inductor's settings, but not what was set for this one
     thread = threading.Thread(target=contextvars.copy_context().run, args=(_prepare,), daemon=True)
     thread.start()
     return thread
@@ -63,10 +60,9 @@ def _compile_headers() -> None:
     from torch._inductor import codecache
 
     def after_kernels(compile_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Our own kernels are needed earlier, and two compilers leave two cores no time to capture.
-
-        The headers are needed seconds later, so that with more cores nothing is lost.
-        """
+        """Wait for our own kernels, which are needed earlier."""
+        # Two compilers leave two cores no time to capture. The headers are needed seconds later,
+        # so that with more cores nothing is lost.
         if native.has_started():
             native.library()
         return compile_(*args, **kwargs)
@@ -81,11 +77,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
     """While it lasts, a call of ``owner.name`` in this thread is one of ``function``.
 
     Only one thread may be in here for a name. What a version of PyTorch lacks is not replaced.
-
-    Args:
-        owner: a module or class.
-        name: of one of its functions.
-        function: is given the original, and then the arguments.
+    ``function`` is passed the original, and then the arguments.
     """
     original, this_thread = getattr(owner, name, None), threading.get_ident()
     if original is None:
@@ -105,16 +97,11 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _headers_prove_instructions() -> bool:
-    """Compile the headers for the vector instructions that the CPU has.
-
-    They have the options of the programs by which Inductor finds out, in four seconds, whether the
-    compiler knows these instructions. So the programs are compiled only if the headers are refused.
-    An assembler that is older than its compiler shows at the first kernel: the block then runs as
-    it was, with the reason.
-
-    Returns:
-        Whether the headers were compiled.
-    """
+    """Compile the headers for the CPU's vector instructions; whether that succeeded."""
+    # They have the options of the programs by which Inductor finds out, in four seconds, whether
+    # the compiler knows these instructions. So the programs are compiled only if the headers are
+    # refused. An assembler that is older than its compiler shows at the first kernel: the block
+    # then runs as it was, with the reason.
     from torch._inductor import config, cpu_vec_isa
 
     headers = getattr(config, "cpp_cache_precompile_headers", False)
@@ -148,17 +135,15 @@ def _forget_vector_instructions() -> None:
 
 
 def _find_vector_instructions() -> None:
-    """Let Inductor try a program with the best vector instructions that the CPU has.
-
-    It would try one with each kind that the CPU has, two seconds of the C++ compiler for each, and
-    then take the best. Those that come after one that works are taken to work.
-    """
+    """Let Inductor try a program with the best vector instructions that the CPU has."""
+    # It would try one with each kind that the CPU has, two seconds of the C++ compiler for each,
+    # and then take the best. Those that come after one that works are taken to work.
     from torch._inductor import config, cpu_vec_isa
 
-    known = cpu_vec_isa.x86_isa_checker()
-    kinds = cpu_vec_isa.supported_vec_isa_list if known else ()
-    found = any(isa for isa in kinds if all(flag in known for flag in str(isa).split()))
-    with config.patch({"cpp.vec_isa_ok": True}) if found else contextlib.nullcontext():
+    flags = cpu_vec_isa.x86_isa_checker()
+    kinds = cpu_vec_isa.supported_vec_isa_list if flags else ()
+    is_supported = any(isa for isa in kinds if all(flag in flags for flag in str(isa).split()))
+    with config.patch({"cpp.vec_isa_ok": True}) if is_supported else contextlib.nullcontext():
         cpu_vec_isa.pick_vec_isa()
 
 

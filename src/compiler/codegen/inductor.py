@@ -20,26 +20,19 @@ from .cpp_compiler import kernels_awaited_last
 
 
 def _disable_donation() -> None:
-    """Say that backward may overwrite no saved tensor.
-
-    Without donation (see ``inductor``) the list is never made, and torch 2.13 takes a missing one
-    for one that is not empty when a graph is retained.
-    """
+    """Say that backward may overwrite no saved tensor."""
+    # without donation (see ``inductor``) the list is never made, and torch 2.13 takes a missing one
+    # for one that is not empty when a graph is retained
     context = torch._guards.TracingContext.try_get()
-    known = None if context is None else context.fw_metadata
-    if known is not None and getattr(known, "bw_donated_idxs", ()) is None:
-        known.bw_donated_idxs = []
+    metadata = None if context is None else context.fw_metadata
+    if metadata is not None and getattr(metadata, "bw_donated_idxs", ()) is None:
+        metadata.bw_donated_idxs = []
 
 
 def _draw_in_order(nodes: list[Any]) -> list[Any]:
-    """A pass of Inductor's scheduler: let random numbers be drawn in the order of the graph.
-
-    Inductor moves each to where it saves memory: torch 2.13 those of a checkpoint, whose state is
-    kept for backward, and torch 2.11 all of them.
-
-    Args:
-        nodes: of the scheduler, in an order in which they can run.
-    """
+    """A pass of Inductor's scheduler: draw random numbers in the order of the graph."""
+    # Inductor moves each to where it saves memory: torch 2.13 those of a checkpoint, whose state is
+    # kept for backward, and torch 2.11 all of them.
     from torch._inductor.dependencies import WeakDep
     from torch._inductor.ir import FallbackKernel
 
@@ -47,8 +40,8 @@ def _draw_in_order(nodes: list[Any]) -> list[Any]:
     kernels = (n for n in nodes if isinstance(getattr(n, "node", None), FallbackKernel))
     drawing = [n for n in kernels if any(map(_is_random, n.node.get_origins()))]
     for before, after in itertools.pairwise(drawing):
-        name, own = (next(iter(n.get_buffer_names())) for n in (before, after))
-        after.add_fake_dep(WeakDep(name, mutating_buf=own, is_fake=True))
+        name, buffer = (next(iter(n.get_buffer_names())) for n in (before, after))
+        after.add_fake_dep(WeakDep(name, mutating_buf=buffer, is_fake=True))
     if len(drawing) > 1:
         drawing[0].scheduler.compute_ancestors()  # which fusion asks for
     return nodes
@@ -61,12 +54,9 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _patches(module: fx.GraphModule) -> dict[str, Any]:
-    """Settings of Inductor with which a graph draws eager's random numbers.
-
-    A checkpointed block may run eager first and compiled again.
-    """
-    drawn = sum(draws(n) for inner in facts.nested(module) for n in inner.graph.nodes)
-    if drawn < 2:
+    """Settings with which a graph draws eager's numbers: a checkpoint may run both ways."""
+    number = sum(draws(n) for inner in facts.nested(module) for n in inner.graph.nodes)
+    if number < 2:
         return {"fallback_random": True}
     return {
         "fallback_random": True,
@@ -84,11 +74,8 @@ def inductor(
 ) -> Callable[..., Any]:
     """Compile the graph with Inductor; our ops are traced through or called as they are.
 
-    Args:
-        module: the graph.
-        examples: its inputs, as Dynamo gave them.
-        preparation: what ``cpp_compiler.prepare`` returned; waited for as late as possible.
-        absent: finds the gradients that eager mode does not have.
+    ``preparation``, from ``cpp_compiler.prepare``, is waited for as late as possible; ``absent``
+    finds the gradients that eager mode does not have.
     """
     import torch._functorch.config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -120,10 +107,7 @@ def inductor(
 def _with_checked_backward(
     compiled: Callable[..., Any], absent: AbsentGradients
 ) -> Callable[..., Any]:
-    """Let its backward pass give no gradients where none come in, as eager mode's does.
-
-    What goes wrong when the pass is differentiated says what to do instead.
-    """
+    """Give no gradients where none come in, as eager; refuse to be differentiated, with advice."""
 
     def run(*args: Any) -> Any:
         outputs = compiled(*args)

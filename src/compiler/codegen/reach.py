@@ -15,14 +15,10 @@ _Found = frozenset[int] | tuple[frozenset[int], ...]
 
 
 def inputs_of_outputs(module: fx.GraphModule) -> list[frozenset[int]] | None:
-    """The numbers of the inputs that each output is made of.
+    """For each output the numbers of the inputs it is made of; checkpoints are followed.
 
-    Args:
-        module: the graph; checkpoints inside it are followed.
-
-    Returns:
-        For each output a set, which may be too large and is never too small. None where a node
-        writes into another one, which nothing in the graph says.
+    A set may be too large and is never too small. None where a node writes into another one, which
+    nothing in the graph says.
     """
     graphs = list(facts.nested(module))
     if any(writes(node) for graph in graphs for node in graph.graph.nodes):
@@ -31,18 +27,18 @@ def inputs_of_outputs(module: fx.GraphModule) -> list[frozenset[int]] | None:
 
 
 def _of_outputs(module: fx.GraphModule) -> list[frozenset[int]]:
-    found: dict[fx.Node, _Found] = {}
+    sets: dict[fx.Node, _Found] = {}
     inputs = 0
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            found[node] = frozenset({inputs})
+            sets[node] = frozenset({inputs})
             inputs += 1
         elif node.op == "output":
-            given = node.args[0]
-            outputs = given if isinstance(given, (tuple, list)) else (given,)
-            return [_of_value(value, found) for value in outputs]
+            result = node.args[0]
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            return [_of_value(value, sets) for value in outputs]
         else:
-            found[node] = _of_node(node, found)
+            sets[node] = _of_node(node, sets)
     return []
 
 
@@ -56,8 +52,10 @@ def _of_node(node: fx.Node, found: dict[fx.Node, _Found]) -> _Found:
         inner, *operands = node.args
         body = facts.body(inner)
         if body is not None and len(body.graph.find_nodes(op="placeholder")) == len(operands):
-            own = [_of_value(value, found) for value in operands]
-            sets = (frozenset[int]().union(*(own[i] for i in of)) for of in _of_outputs(body))
+            operand_sets = [_of_value(value, found) for value in operands]
+            sets = (
+                frozenset[int]().union(*(operand_sets[i] for i in of)) for of in _of_outputs(body)
+            )
             return tuple(sets)
     return _of_value([node.args, node.kwargs], found)
 

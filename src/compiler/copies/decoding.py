@@ -36,17 +36,11 @@ _ORIGINAL = F.scaled_dot_product_attention
 class Decoding:
     """The attention of one session's model in calls without gradients that pass a cache.
 
-    Attributes:
-        findings: what became of it in each region.
+    ``findings`` holds the result in each region.
     """
 
     def __init__(self, enabled: bool = True, verify: Verify = "first") -> None:
-        """Make one for a new session.
-
-        Args:
-            enabled: whether anything is done at all.
-            verify: as for ``optimize``; "always" verifies each kind of input in each region.
-        """
+        """Make one; with ``verify="always"``, each kind of input is verified in each region."""
         self.findings: weakref.WeakKeyDictionary[nn.Module, Finding] = weakref.WeakKeyDictionary()
         self._enabled, self._verify = enabled, verify
         self._copies = FunctionCopies(self._replacement, live=True)
@@ -72,7 +66,7 @@ class Decoding:
         try:
             copies = [(m, self._copies.of_forward(m)) for m in self._modules_of(region)]
             self._region = region
-            with using_copies([(m, made) for m, made in copies if made is not None], _Bound):
+            with using_copies([(m, copy_) for m, copy_ in copies if copy_ is not None], _Bound):
                 yield
         finally:
             self._region = None
@@ -80,13 +74,13 @@ class Decoding:
 
     def _modules_of(self, region: nn.Module) -> list[nn.Module]:
         """Those below ``region`` whose forwards have copies."""
-        found = self._modules.get(region)
-        if found is None:
-            found = self._modules[region] = [m for m, _ in self._copies.below(region)]
-        return found
+        modules = self._modules.get(region)
+        if modules is None:
+            modules = self._modules[region] = [m for m, _ in self._copies.below(region)]
+        return modules
 
     def _replacement(self, value: Any, names: set[str]) -> Any:
-        """What stands for a global in code that leads to attention, or None."""
+        """The replacement of a global in code that leads to attention, or None."""
         if value is _ORIGINAL:
             return self._attention
         if isinstance(value, types.ModuleType):
@@ -99,10 +93,10 @@ class Decoding:
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         """``scaled_dot_product_attention``, by the op where it can take the inputs."""
-        given = _arguments(*args, **kwargs) if set(kwargs) <= _KEYWORDS else None
-        if given is None or OP.unsupported(*given):
+        inputs = _arguments(*args, **kwargs) if set(kwargs) <= _KEYWORDS else None
+        if inputs is None or OP.unsupported(*inputs):
             return _ORIGINAL(*args, **kwargs)
-        q, k, v, scale, mask = given
+        q, k, v, scale, mask = inputs
         key = (
             q.dtype, q.shape[1:], k.shape[1], v.shape[1], v.shape[3], scale, mask is None,
             mask is not None and (mask.dtype, mask.shape[1]),
@@ -110,12 +104,12 @@ class Decoding:
         )  # fmt: skip
         finding = self._verdicts.get(key)
         if finding is None:
-            finding = self._verdicts[key] = self._verified(*given)
+            finding = self._verdicts[key] = self._verified(*inputs)
         if self._region is not None:
             self.findings.setdefault(self._region, finding)
         if finding.status != "rewritten":
             return _ORIGINAL(*args, **kwargs)
-        return decode_attention(*given)
+        return decode_attention(*inputs)
 
     def _verified(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None
@@ -148,7 +142,7 @@ def _arguments(
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, float | None, Tensor | None] | None:  # fmt: skip
-    """Those of the op; None where it has no meaning for a call of PyTorch's function."""
+    """The op's arguments; None where it cannot take the place of a call of PyTorch's function."""
     if dropout_p or is_causal or torch.is_grad_enabled():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -170,10 +164,9 @@ def _is_watched() -> bool:
 
 
 class _Bound:
-    """A copy of a forward, bound to its module for one call.
+    """A copy of a forward, bound to its module for one call."""
 
-    A copy of the module that is made meanwhile, or a pickle, has the forward of its class.
-    """
+    # a copy of the module that is made meanwhile, or a pickle, has the forward of its class
 
     def __init__(self, function: Any, module: nn.Module) -> None:
         self.__func__, self.__self__ = function, module
@@ -196,7 +189,7 @@ class _Bound:
 
 
 class _Namespace(types.ModuleType):
-    """A module in which some names stand for something else."""
+    """A module in which some names are replaced."""
 
     def __init__(self, module: types.ModuleType, others: Mapping[str, Any]) -> None:
         super().__init__(module.__name__, module.__doc__)

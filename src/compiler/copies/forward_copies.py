@@ -1,9 +1,8 @@
 """Copies of forwards that see other globals: for one call, without patching a class or a module.
 
-A function reads its globals by name. A copy with the same code and globals of its own, in which
-some of them are replaced, does the same with the replacements. While a region is called, and for
-that call only, the modules in it run such copies of their forwards. Classes, modules and globals
-stay what they are, and nothing is left to restore.
+A copy with the same code and other globals runs the same with the replacements. While a region is
+called, and for that call only, the modules in it run such copies of their forwards. Classes,
+modules and globals stay what they are, and nothing is left to restore.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ ForwardCopies = list[tuple[nn.Module, Callable[..., Any]]]
 """Modules, each with the copy of its forward."""
 
 Replacement = Callable[[Any, set[str]], Any]
-"""The value of a global, and all names in the code that reads it -> what stands for it, or None."""
+"""The value of a global, and all names in the code that reads it -> its replacement, or None."""
 
 
 @contextmanager
@@ -33,20 +32,20 @@ def using_copies(
     copies: ForwardCopies, bind: Callable[[Any, nn.Module], Any] = types.MethodType
 ) -> Iterator[None]:
     """For one call, let modules run copies of their forwards, bound to them by ``bind``."""
-    put = []
+    bound = []
     for m, copy in copies:
-        put.append((m, m.__dict__.get("forward"), bind(copy, m)))
-        m.__dict__["forward"] = put[-1][2]
+        bound.append((m, m.__dict__.get("forward"), bind(copy, m)))
+        m.__dict__["forward"] = bound[-1][2]
     try:
         yield
     finally:
-        for m, own, ours in put:
+        for m, previous, ours in bound:
             if m.__dict__.get("forward") is not ours:
                 continue  # somebody has put in another one meanwhile
-            if own is None:
+            if previous is None:
                 del m.__dict__["forward"]
             else:
-                m.__dict__["forward"] = own
+                m.__dict__["forward"] = previous
 
 
 class FunctionCopies:
@@ -59,25 +58,23 @@ class FunctionCopies:
     def __init__(self, replacement: Replacement, live: bool = False) -> None:
         """Make none yet.
 
-        Args:
-            replacement: what stands for a global.
-            live: whether copies read the other globals where the function does, at each call. Else
-                they have them from the time when they were made, which a tracer can follow: when
-                one that the code reads is another now, a new copy is made.
+        With ``live``, copies read the other globals where the function does, at each call. Else
+        they have them from the time when they were made, which a tracer can follow: when one that
+        the code reads is another now, a new copy is made.
         """
         self._replacement, self._live = replacement, live
         self._copied = functools.lru_cache(maxsize=4096)(self._make)
 
     def below(self, module: nn.Module) -> ForwardCopies:
         """The modules below ``module`` whose forwards have copies, with these."""
-        found, stack = [], [c for c in module._modules.values() if c is not None]
+        copies, stack = [], [c for c in module._modules.values() if c is not None]
         while stack:
             m = stack.pop()
             copy = self.of_forward(m)
             if copy is not None:
-                found.append((m, copy))
+                copies.append((m, copy))
             stack += [c for c in m._modules.values() if c is not None]
-        return found
+        return copies
 
     def of_forward(self, module: nn.Module) -> Any:
         """A copy of the function behind a module's forward, or None."""
@@ -85,16 +82,16 @@ class FunctionCopies:
 
     def of(self, function: Any) -> Any:
         """A copy of ``function``, wrappers included; None if nothing in it is replaced."""
-        made = self._copied(function) if isinstance(function, types.FunctionType) else None
-        if made is not None and not made.is_current():
+        copy = self._copied(function) if isinstance(function, types.FunctionType) else None
+        if copy is not None and not copy.is_current():
             self._copied.cache_clear()
-            made = self._copied(function)
-        return None if made is None else made.function
+            copy = self._copied(function)
+        return None if copy is None else copy.function
 
     def _make(self, function: Any) -> _Copy | None:
         read: list[tuple[dict[str, Any], str, Any]] = []
-        made = self._copy(function, frozenset(), read)
-        return None if made is None else _Copy(made, tuple(read))
+        copy = self._copy(function, frozenset(), read)
+        return None if copy is None else _Copy(copy, tuple(read))
 
     def _copy(self, function: Any, outer: frozenset[Any], read: list[Any]) -> Any:
         if not isinstance(function, types.FunctionType) or function in outer:
@@ -104,30 +101,30 @@ class FunctionCopies:
         wrapped = [self._copy(cell_contents(cell), outer, read) for cell in cells]
         names, scope = names_in(function.__code__), function.__globals__
         replaced = ((n, self._replacement(scope.get(n), names)) for n in names)
-        found = {n: value for n, value in replaced if value is not None}
-        if not found and not any(wrapped):
+        replacements = {n: value for n, value in replaced if value is not None}
+        if not replacements and not any(wrapped):
             return None
-        if found:
+        if replacements:
             if _sets_globals(function.__code__):  # in a copy they would be lost
                 return None
-            read += [(scope, n, scope.get(n)) for n in (found if self._live else names)]
-            scope = _overlay(scope, found) if self._live else _frozen(scope, found)
+            read += [(scope, n, scope.get(n)) for n in (replacements if self._live else names)]
+            scope = _overlay(scope, replacements) if self._live else _frozen(scope, replacements)
         closure = tuple(
             cell if copy is None else types.CellType(copy)
             for cell, copy in zip(cells, wrapped, strict=True)
         )
         # by its code Dynamo tells this copy from an earlier one that has other globals
         code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_serial)}")
-        made = types.FunctionType(
+        result = types.FunctionType(
             code, scope, function.__name__, function.__defaults__,
             closure if function.__closure__ is not None else None,
         )  # fmt: skip
-        made.__kwdefaults__ = function.__kwdefaults__
-        made.__doc__, made.__qualname__ = function.__doc__, function.__qualname__
+        result.__kwdefaults__ = function.__kwdefaults__
+        result.__doc__, result.__qualname__ = function.__doc__, function.__qualname__
         # what it wraps, a tracer would follow to the original
         hidden = () if self._live else ("__wrapped__",)
-        made.__dict__.update({k: v for k, v in function.__dict__.items() if k not in hidden})
-        return made
+        result.__dict__.update({k: v for k, v in function.__dict__.items() if k not in hidden})
+        return result
 
 
 class _Globals(dict[str, Any]):
@@ -181,11 +178,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _function(module: nn.Module) -> Any:
     """The function behind a module's forward; None where it is no method of this module."""
-    own = module.__dict__.get("forward")
-    if own is not None:
-        return own.__func__ if getattr(own, "__self__", None) is module else None
-    found = inspect.getattr_static(type(module), "forward", None)
-    return found if isinstance(found, types.FunctionType) else None
+    instance_forward = module.__dict__.get("forward")
+    if instance_forward is not None:
+        return (
+            instance_forward.__func__
+            if getattr(instance_forward, "__self__", None) is module
+            else None
+        )
+    class_forward = inspect.getattr_static(type(module), "forward", None)
+    return class_forward if isinstance(class_forward, types.FunctionType) else None
 
 
 def names_in(code: types.CodeType) -> set[str]:

@@ -1,8 +1,8 @@
 """Letting TorchDynamo see other functions than those that a module's forward calls.
 
-A leaf (``graph/opaque/functions.py``) stands for a scan, and what can be followed
-(``graph/opaque/functions.py``) for a look-up that cannot. While a block is captured, and for that
-call only, each submodule whose forward calls such a function runs a copy of this forward.
+A scan is replaced by a leaf, and a look-up that TorchDynamo cannot follow by one that it can
+(``graph/opaque/functions.py``). While a block is captured, and for that call only, each submodule
+whose forward calls such a function runs a copy of this forward.
 """
 
 from __future__ import annotations

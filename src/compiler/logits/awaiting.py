@@ -15,12 +15,7 @@ _pending: weakref.WeakKeyDictionary[Deferred, weakref.ref[Reads]] = weakref.Weak
 
 
 def await_loss(logits: Deferred, reads: Reads) -> None:
-    """Note that a training call has returned ``logits``, without a loss.
-
-    Args:
-        logits: their values.
-        reads: of its model, which earlier logits of are not waited for any more.
-    """
+    """Note that a training call returned ``logits`` without a loss; earlier ones no longer wait."""
     stop_waiting(reads)
     _pending[logits] = weakref.ref(reads)
 

@@ -1,4 +1,4 @@
-"""The parts of a graph that make logits and losses: found, and copied as graphs of their own."""
+"""The parts of a graph that make logits and losses, and their copies as separate graphs."""
 
 from __future__ import annotations
 
@@ -41,27 +41,29 @@ def _widens(weight: Any) -> bool:
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:
-    """All that is computed from a node."""
-    found: set[fx.Node] = set()
+    """All nodes that are computed from a node."""
+    result: set[fx.Node] = set()
     queue = [node]
     while queue:
-        new = [u for u in queue.pop().users if u not in found]
-        found.update(new)
+        new = [u for u in queue.pop().users if u not in result]
+        result.update(new)
         queue += new
-    return found
+    return result
 
 
 def logits_graph(chain: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-    """The logits as a graph of their inputs, and these."""
+    """The logits as a graph of their inputs, and these inputs."""
     body = fx.Graph()
-    own = _own_function(chain[0])  # an autograd function's, whose numbers are no tensors to save
-    first = chain[0].all_input_nodes if own is None else [a for a in own if a is not None]
+    operands = _own_function(
+        chain[0]
+    )  # an autograd function's, whose numbers are no tensors to save
+    first = chain[0].all_input_nodes if operands is None else [a for a in operands if a is not None]
     later = (i for n in chain[1:] for i in n.all_input_nodes if i not in chain)
     inputs = list(dict.fromkeys([*first, *later]))
     env = {n: body.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for n in chain:
-        if own is not None and n is chain[0]:
-            args = tuple(None if a is None else env[a] for a in own)
+        if operands is not None and n is chain[0]:
+            args = tuple(None if a is None else env[a] for a in operands)
             env[n] = body.call_function(F.linear, args)
             continue
         env[n] = body.node_copy(n, lambda a: env[a])
