@@ -39,7 +39,7 @@ def only_casts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 
 def copies_for_wrapper(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether what wraps the model copies, as DDP does, and not who may keep the copy for later."""
+    """Whether a wrapper of the model copies, as DDP does, and not one who may keep the copy."""
     if name not in _COPIES or kwargs:
         return False
     caller = sys._getframe(2)
@@ -59,7 +59,7 @@ def writes(name: str) -> bool:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Let what is computed be no part of the functorch transforms that are at work."""
+    """Compute outside the functorch transforms that are active."""
     if not torch._C._are_functorch_transforms_active():
         yield
         return
@@ -68,6 +68,6 @@ def outside_transforms() -> Iterator[None]:
 
 
 def may_keep_history() -> bool:
-    """Whether what saved tensors are kept by may be chosen, which some transforms forbid."""
+    """Whether hooks on saved tensors may be set, which some transforms forbid."""
     refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     return refused is None

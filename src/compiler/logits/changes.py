@@ -1,4 +1,4 @@
-"""What becomes of logits whose weights change before somebody reads them.
+"""Logits whose weights change before somebody reads them.
 
 Logits are computed when they are read, from rows and weights that belong to somebody else. So a
 late read is **equal to what eager mode computed, or an error that says what to do, and never a
@@ -37,7 +37,7 @@ from .deferred import Deferred
 
 
 class WeightsChanged(RuntimeError):
-    """What logits are made of is not what it was when they were called for."""
+    """The rows or weights of logits have changed since the call."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -59,7 +59,7 @@ Fingerprint = list[list[Tensor]]
 
 
 def fingerprint(values: Iterable[Any]) -> Fingerprint:
-    """What tells later whether the tensors among ``values`` have other bytes.
+    """Sums that tell later whether the tensors among ``values`` have other bytes.
 
     Each 32-bit word is multiplied with an odd number of 64 bits, its own among 16,384, and these
     are added up: one word that changes is always seen, and of several only those whose changes
@@ -70,10 +70,7 @@ def fingerprint(values: Iterable[Any]) -> Fingerprint:
 
 
 def is_unchanged(values: Iterable[Any], before: Fingerprint) -> bool:
-    """Whether ``values`` are what they were when ``fingerprint`` returned ``before``.
-
-    None among them stands for one that is not to be looked at.
-    """
+    """Whether ``values`` are what ``fingerprint`` saw in ``before``; None is skipped."""
     pairs = zip(fingerprint(values), before, strict=True)
     return all(torch.equal(a, b) for now, then in pairs for a, b in zip(now, then, strict=False))
 
@@ -103,8 +100,8 @@ def _sums(t: Tensor) -> list[Tensor]:
 @functools.cache
 def _weights(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(-(1 << 62), 1 << 62, (_WORDS,), generator=generator)
-    return (drawn * 2 + 1).to(device)
+    numbers = torch.randint(-(1 << 62), 1 << 62, (_WORDS,), generator=generator)
+    return (numbers * 2 + 1).to(device)
 
 
 # ------------------------------------------------------------------------- versions, as autograd's
@@ -149,24 +146,21 @@ class KeptLogits:
 
     @staticmethod
     def of(model: nn.Module) -> KeptLogits:
-        """That of a model."""
+        """The record of a model."""
         return _kept.setdefault(model, KeptLogits())
 
     def add(self, values: Deferred, is_done: Callable[[], bool] = lambda: False) -> None:
-        """Compute ``values`` before the weights change, if anybody has them then.
+        """Compute ``values`` of logits before the weights change, if anybody has them then.
 
-        Args:
-            values: of logits.
-            is_done: whether what they were made for was computed, so that a gradient of the
-                weights is no reason to compute them.
+        Once ``is_done()``, a gradient of the weights is no reason to compute them: what they were
+        made for was computed.
         """
         self._pending[values] = is_done
 
     def watch(self, model: nn.Module, operands: Iterable[Any]) -> bool:
-        """Notice what is about to change those of ``operands`` that are parameters of ``model``.
+        """Watch those of ``operands`` that are parameters of ``model`` for changes to come.
 
-        Returns:
-            Whether all of them are, so that all can be noticed; no sharded one is.
+        Returns whether all of them are watched; a sharded one is not.
         """
         weights = [t for t in operands if isinstance(t, nn.Parameter)]
         if any(type(t) is not nn.Parameter or hasattr(t, "ds_status") for t in weights):
@@ -178,10 +172,12 @@ class KeptLogits:
             weakref.WeakMethod(self.compute_all),
         )
         for module in model.modules():
-            own = [(t, name) for name, p in module._parameters.items() for t in weights if p is t]
-            if own:
+            places = [
+                (t, name) for name, p in module._parameters.items() for t in weights if p is t
+            ]
+            if places:
                 self._undo.append(_before_loading(module, compute_all))
-            for weight, name in own:
+            for weight, name in places:
                 self._watched[id(weight)] = weakref.ref(module), name
                 if weight.requires_grad:
                     self._undo.append(_before_gradient(weight, compute))
@@ -240,9 +236,9 @@ def _before_loading(
     reference = weakref.ref(module)
 
     def undo() -> None:
-        there = reference()
-        if there is not None and _is_ours(there):
-            del there.__dict__[_LOAD]
+        target = reference()
+        if target is not None and _is_ours(target):
+            del target.__dict__[_LOAD]
 
     return undo
 

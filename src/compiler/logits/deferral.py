@@ -1,4 +1,4 @@
-"""Logits that a graph returns beside a fused loss: lazy, and joined with the loss."""
+"""Logits that a graph returns with a fused loss: lazy, and joined with the loss."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def defer_logits(
     reads: Reads | None = None,
     is_alone: bool = False,
 ) -> int:
-    """Join fused losses with the logits that are returned beside them.
+    """Join fused losses with the logits that are returned with them.
 
     A returned value is logits when it is a projection (and scalings, soft cap and casts of it) that
     reads the same head as a ``linear_cross_entropy`` of this graph, and when nothing but the
@@ -51,14 +51,10 @@ def defer_logits(
     gradients with respect to them, are the loss's. ``joined_loss.py`` makes it so. The graph of a
     head without a loss returns logits alone: then no projection needs to read the same head.
 
-    Args:
-        module: the graph after the rules; changed in place.
-        before: what ``copy_if_loss`` returned before them.
-        findings: what they did.
-        lazy: whether the logits are computed only when they are read.
-        model: gives the model that the graph is of, whose weights may be sharded.
-        reads: counts what is read of the logits.
-        is_alone: whether it is of a causal LM's head in a call without labels.
+    ``before`` is what ``copy_if_loss`` returned before the rules, ``findings`` what they did. With
+    ``lazy`` the logits are computed only when they are read. ``model`` gives the model of the
+    graph, whose weights may be sharded. ``is_alone``: it is a causal LM's head in a call without
+    labels.
 
     Returns:
         How many outputs were joined, or became lazy.
@@ -66,7 +62,7 @@ def defer_logits(
     graph = module.graph
     output = graph.output_node()
     written = {m for n in graph.nodes for t in writes(n) for m in facts.memories(t)}
-    made, plan = 0, _planner(model, Reads() if reads is None else reads)
+    count, plan = 0, _planner(model, Reads() if reads is None else reads)
     for node in dict.fromkeys(output.all_input_nodes):
         fused = [n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"]
         heads = None if is_alone and not before else {n.args[1] for n in fused}
@@ -81,15 +77,15 @@ def defer_logits(
             if (root := _replaced_loss(n, before, findings, node)) is not None
         ]
         if len(ours) == 1:
-            done = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, plan)
+            is_lazy = _join_loss(module, node, chain, *ours[0], before[node.name], lazy, plan)
         else:
-            done = lazy and not ours and _defer(module, node, chain, plan)
-        made += done
-    undone = _restore_losses(module, before, findings, output)
-    if made or undone:
+            is_lazy = lazy and not ours and _defer(module, node, chain, plan)
+        count += is_lazy
+    restored = _restore_losses(module, before, findings, output)
+    if count or restored:
         graph.lint()
         module.recompile()
-    return made
+    return count
 
 
 def _planner(model: Callable[[], nn.Module | None], reads: Reads) -> Callable[..., Plan]:
@@ -107,12 +103,10 @@ def _planner(model: Callable[[], nn.Module | None], reads: Reads) -> Callable[..
 def _restore_losses(
     module: fx.GraphModule, before: NodesBefore, findings: Sequence[Finding], output: fx.Node
 ) -> int:
-    """Put losses back as they were, where a returned value would not lead to them any more.
-
-    So it is where the graph uses its logits for something else as well: they exist then, but hooks
-    on them, and gradients with respect to them, would miss what comes from the loss.
-    """
-    graph, undone = module.graph, 0
+    """Put losses back as they were, where a returned value would not lead to them any more."""
+    # so it is where the graph uses its logits for something else as well: they exist then, but
+    # hooks on them, and gradients with respect to them, would miss what comes from the loss
+    graph, restored = module.graph, 0
     for fused in [
         n for n in graph.nodes if (c := canonical(n)) and c.name == "linear_cross_entropy"
     ]:
@@ -127,9 +121,9 @@ def _restore_losses(
         ]  # fmt: skip
         if not lost or not _restore_loss(module, fused, root):
             continue
-        finding.status, undone = "left", undone + 1
+        finding.status, restored = "left", restored + 1
         finding.reason = f"{lost[0].name}, which is returned, is not only for the loss"
-    return undone
+    return restored
 
 
 def _restore_loss(module: fx.GraphModule, fused: fx.Node, root: fx.Node) -> bool:
@@ -222,8 +216,8 @@ def _defer(
     with graph.inserting_after(node):
         body = _add_submodule(module, logits, plan(chain, inputs, True, 0))
     with graph.inserting_after(body):
-        made = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
-    _replace(node, made)
+        returned = graph.call_function(logits_alone, (body, *linear.args[:2], *inputs))
+    _replace(node, returned)
     prune(graph, [*reversed(chain), *linear.via])
     return True
 
@@ -232,18 +226,18 @@ def _add_submodule(module: fx.GraphModule, body: fx.Graph, plan: Plan | None) ->
     """A submodule for a graph; returns the node that reads it."""
     index = sum(name.startswith("lazy_logits_") for name, _ in module.named_children())
     name = f"lazy_logits_{index}"
-    made = fx.GraphModule(module, body)
-    made.meta["plan"] = plan
-    module.add_submodule(name, made)
+    submodule = fx.GraphModule(module, body)
+    submodule.meta["plan"] = plan
+    module.add_submodule(name, submodule)
     return module.graph.get_attr(name)
 
 
 def _copy_meta(new: fx.Node, old: fx.Node) -> None:
-    kept = ("nn_module_stack", "stack_trace", "example_value", "fusewright_rule")
-    new.meta.update({k: old.meta[k] for k in kept if k in old.meta})
+    keys = ("nn_module_stack", "stack_trace", "example_value", "fusewright_rule")
+    new.meta.update({k: old.meta[k] for k in keys if k in old.meta})
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:
-    """Let what used the one use the other, but for the nodes of the logits themselves."""
+    """Replace ``old`` in all its users but ``new``."""
     _copy_meta(new, old)
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

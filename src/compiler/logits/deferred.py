@@ -14,10 +14,9 @@ from .calls import outside_transforms
 
 
 class Deferred:
-    """Values that are computed at the first use of them, and what is to be derived from them.
+    """Values that are computed at the first use of them, and what is derived from them.
 
-    Attributes:
-        recompute: computes them once more, whatever was written to them; None once they are there.
+    ``recompute`` computes them once more, whatever was written to them; None once they are there.
     """
 
     def __init__(
@@ -55,8 +54,8 @@ class Deferred:
         def compute() -> Tensor:
             return function(self.values(), *(o.values() for o in others))
 
-        again = [source.recompute or source.values for source in (self, *others)]
-        derived = Deferred(compute, lambda: function(*(each() for each in again)), is_view)
+        computations = [source.recompute or source.values for source in (self, *others)]
+        derived = Deferred(compute, lambda: function(*(each() for each in computations)), is_view)
         for source in (self, *others):
             source._derived.append(weakref.ref(derived))
         return derived
@@ -65,11 +64,11 @@ class Deferred:
         """Compute what was derived, for somebody gets the values and may write to them."""
         derived, self._derived = self._derived, []
         for reference in derived:
-            made = reference()
-            if made is not None:
-                made.values()
-                if made._is_view:  # what was derived from it would change, too
-                    made.settle()
+            value = reference()
+            if value is not None:
+                value.values()
+                if value._is_view:  # what was derived from it would change, too
+                    value.settle()
 
 
 class Recorded(Protocol):
@@ -87,18 +86,12 @@ class Recorded(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """An operation that makes lazy logits of others.
+    """An operation that makes lazy logits of others; ``function`` computes its values from theirs.
 
-    Attributes:
-        function: computes the values from those of the others.
-        shape: of what it makes.
-        dtype: of what it makes.
-        recorded: what is known of that.
-        is_view: whether it is a view of the first of the others.
-        is_linear: whether its derivative does not depend on values.
-        backward: computes the gradient from its own and from the values that were made; None where
-            autograd is to find it.
-        strides: of what it makes; None where that is contiguous.
+    ``shape``, ``dtype``, ``strides`` (None if contiguous) and ``recorded`` are those of the result.
+    ``is_view``: it is a view of the first of the others. ``is_linear``: its derivative does not
+    depend on values. ``backward`` computes the gradient from its own and from the values that were
+    made; None where autograd is to find it.
     """
 
     function: Callable[..., Tensor]
@@ -112,10 +105,10 @@ class Change:
 
     def run(self, *values: Tensor) -> Tensor:
         """The values that are given out."""
-        made = self.function(*values)
+        result = self.function(*values)
         if self.recorded is not None and not self.is_view:  # a view has those of its base
-            self.recorded.finish(made)
-        return made
+            self.recorded.finish(result)
+        return result
 
 
 class Lift:

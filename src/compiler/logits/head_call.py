@@ -29,12 +29,10 @@ class Plan:
     Attributes:
         lazy: whether the logits are computed only when they are read.
         keeps: whether the logits' history keeps nothing of their size, so that it may stay.
-        dtype: of the logits.
         inputs: how many inputs the logits have.
         others: how many inputs the loss has besides its logits.
         model: gives a model that the graph is of, or None once that is gone.
         head: what of the inputs is what; None where the logits are another formula.
-        reads: counts what is read of the logits.
     """
 
     lazy: bool
@@ -71,11 +69,8 @@ class HeadCall:
     """One call: its two formulas, and what they are computed in.
 
     Attributes:
-        plan: of the graph.
         logits: computes the logits from their inputs.
         loss: computes the loss from the logits and its other inputs, as the model does.
-        shape: of the logits.
-        device: of everything.
         autocast: (whether it is on, its dtype), as in the forward pass.
         before: what tells whether an input of the logits was written to since.
         storages: of the inputs, which tell them from what a checkpoint computes in their place.
@@ -134,11 +129,11 @@ class HeadCall:
         if not (keep and self.plan.keeps and may_keep_history()):
             with self.mode(False):
                 return self.logits(*inputs)
-        own = [as_leaf(t) for t in inputs]
+        leaves = [as_leaf(t) for t in inputs]
         with self.mode(True):
-            made = self.logits(*own)
-        self.made = own, get_gradient_edge(made)
-        return made.detach()
+            logits = self.logits(*leaves)
+        self.made = leaves, get_gradient_edge(logits)
+        return logits.detach()
 
     def can_end_in_tiles(self, inputs: tuple[Any, ...]) -> bool:
         """Whether the head's operands are known, whole, and what they were in the forward pass."""
@@ -164,8 +159,8 @@ class HeadCall:
             logits = logits.detach().requires_grad_()
         with self.mode(True):
             loss = self.loss(logits, *others)
-        found = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
-        return found[0]
+        grads = torch.autograd.grad(loss, logits, grad.to(loss.dtype), create_graph=differentiable)
+        return grads[0]
 
 
 def aliases(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -189,7 +184,7 @@ _running = threading.local()
 
 @contextmanager
 def calling(model: nn.Module) -> Iterator[None]:
-    """While it runs: calls of heads are of this model, of those that have the same graph."""
+    """While it lasts, calls of heads are of this model, among those that have the same graph."""
     outer, _running.model = getattr(_running, "model", None), model
     try:
         yield

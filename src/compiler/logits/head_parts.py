@@ -57,10 +57,8 @@ class HeadParts:
     def of(self, inputs: Sequence[Any], index: Tensor | None, factor: float) -> Operands:
         """The operands in a call.
 
-        Args:
-            inputs: of the logits.
-            index: which rows, or None for all in order.
-            factor: what the logits are multiplied by afterwards; above 0.
+        ``index`` says which rows, None for all in order. The logits are multiplied by ``factor``,
+        above 0, afterwards.
         """
         x = inputs[self.x]
         x = x.reshape(-1, x.shape[-1])
@@ -77,17 +75,12 @@ class HeadParts:
 
 
 def head_parts(logits: fx.Node, inputs: Sequence[fx.Node]) -> HeadParts | None:
-    """The parts of the head that ``logits`` are made by; None where it is another formula.
-
-    Args:
-        logits: the last node of the chain.
-        inputs: those of the chain, in order.
-    """
+    """The parts of the head that makes ``logits``; None where they are another formula."""
     places = {node: i for i, node in enumerate(inputs)}
     for m in HEAD.find(logits, Trace()):
         factor = m.get("factor")
-        needed = [m.x, m.w, *(n for n in (m.bias, factor) if n is not None)]
-        if not all(isinstance(n, fx.Node) and n in places for n in needed):
+        operands = [m.x, m.w, *(n for n in (m.bias, factor) if n is not None)]
+        if not all(isinstance(n, fx.Node) and n in places for n in operands):
             continue
         if factor is not None and (
             m.bias is not None or getattr(facts.tensor(factor), "numel", lambda: 0)() != 1

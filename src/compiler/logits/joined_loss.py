@@ -41,8 +41,8 @@ def _logits_double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
     def formula(*own: Any) -> Tensor:
         with ctx.join.mode(True):
-            made: Tensor = ctx.join.logits(*own)
-        return made
+            logits: Tensor = ctx.join.logits(*own)
+        return logits
 
     if isinstance(grad, LazyLogits):
         grad = grad.materialize()
@@ -59,8 +59,8 @@ class _Logits(torch.autograd.Function):
         ctx.join, ctx.unpacked = join, None
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        keep, held = any(ctx.needs_input_grad[4:]), aliases(inputs)
-        return _lazy(join, held, keep) if join.plan.lazy else join.compute(held, keep)
+        keep, late_inputs = any(ctx.needs_input_grad[4:]), aliases(inputs)
+        return _lazy(join, late_inputs, keep) if join.plan.lazy else join.compute(late_inputs, keep)
 
     @staticmethod
     @differentiable(_logits_double_backward, always=True)
@@ -78,20 +78,18 @@ class _Logits(torch.autograd.Function):
             grad = grad.values()
         if ctx.join.made is None:
             return _logits_double_backward(ctx, grad)
-        own, edge = ctx.join.made
-        wanted = [i for i, need in enumerate(needed[4:]) if need]
-        found = torch.autograd.grad(
-            edge, [own[i] for i in wanted], grad, retain_graph=True, allow_unused=True
+        leaves, edge = ctx.join.made
+        indices = [i for i, need in enumerate(needed[4:]) if need]
+        grads = torch.autograd.grad(
+            edge, [leaves[i] for i in indices], grad, retain_graph=True, allow_unused=True
         )
-        pairs = dict(zip(wanted, found, strict=True))
+        pairs = dict(zip(indices, grads, strict=True))
         return (None,) * 4 + tuple(pairs.get(i) for i in range(len(needed) - 4))
 
 
 def _unpacked(logits: Any) -> tuple[Any, ...]:
-    """What the node of the logits has saved, for itself and for the node of the loss.
-
-    A checkpoint gives it once in each backward pass; the node of the logits comes after the other.
-    """
+    """What the node of the logits has saved, for itself and for the node of the loss."""
+    # a checkpoint gives it once in each backward pass; the node of the logits comes after the other
     if logits.unpacked is None:
         logits.unpacked = logits.saved_tensors
     inputs: tuple[Any, ...] = logits.unpacked
@@ -100,8 +98,8 @@ def _unpacked(logits: Any) -> tuple[Any, ...]:
 
 def _loss_double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inputs, others = _unpacked(ctx.next_functions[0][0]), ctx.saved_tensors[4 : 4 + ctx.others]
-    found = ctx.join.gradient(inputs, others, grad, torch.is_grad_enabled())
-    return None, found, *(None for _ in ctx.needs_input_grad[2:])
+    grad_logits = ctx.join.gradient(inputs, others, grad, torch.is_grad_enabled())
+    return None, grad_logits, *(None for _ in ctx.needs_input_grad[2:])
 
 
 class _Loss(torch.autograd.Function):
@@ -112,34 +110,36 @@ class _Loss(torch.autograd.Function):
         ctx: Any, join: HeadCall, logits: Tensor, needed: list[bool], operands: tuple[Any, ...],
         settings: op.Settings, inputs: tuple[Any, ...], *others: Any,
     ) -> Tensor:  # fmt: skip
-        """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``.
-
-        Those of the logits, ``inputs``, are saved without versions: in eager mode the loss does not
-        need them, and ``join.gradient`` looks at their bytes.
-        """
+        """``operands`` are those of ``op.found``; ``others`` the inputs of ``join.loss``."""
+        # ``inputs``, of the logits, are saved without versions: in eager mode the loss does not
+        # need them, and ``join.gradient`` looks at their bytes
         x, weight, bias, labels = operands
-        loss, found = op.found(x, weight, bias, labels, settings, needed)
+        loss, fused_results = op.found(x, weight, bias, labels, settings, needed)
         ctx.set_materialize_grads(False)
         ctx.join, ctx.needed, ctx.settings = join, needed, settings
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in operands[:3]]
         ctx.others = len(others)
-        ctx.save_for_backward(*found, *others, *map(_without_version, inputs))
+        ctx.save_for_backward(*fused_results, *others, *map(_without_version, inputs))
         return loss
 
     @staticmethod
     @differentiable(_loss_double_backward)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        found, others, inputs = saved[:4], saved[4 : 4 + ctx.others], saved[4 + ctx.others :]
+        fused_results, others, inputs = (
+            saved[:4],
+            saved[4 : 4 + ctx.others],
+            saved[4 + ctx.others :],
+        )
         join, like, needed, settings = ctx.join, ctx.like, ctx.needed, ctx.settings
 
         def values() -> Tensor:
-            made: Tensor = join.gradient(inputs, others, grad, False)
-            return made
+            result: Tensor = join.gradient(inputs, others, grad, False)
+            return result
 
         def part() -> list[Any]:
-            made = op.scaled(found, grad, like, needed, settings.logit_scale)
-            return [*made, *(None for _ in range(join.plan.inputs))]
+            grads = op.scaled(fused_results, grad, like, needed, settings.logit_scale)
+            return [*grads, *(None for _ in range(join.plan.inputs))]
 
         shape, dtype = join.shape, join.plan.dtype
         logits = torch.empty((), dtype=dtype, device=join.device).expand(shape)
@@ -178,11 +178,11 @@ def _without_history(join: HeadCall, rows: Tensor, inputs: tuple[Any, ...]) -> T
     model = join.model()
     if not join.plan.lazy:
         return join.compute(inputs, False)
-    held = aliases(tuple(t.clone() if t is rows else t for t in inputs))
-    made = _lazy(join, held)
+    late_inputs = aliases(tuple(t.clone() if t is rows else t for t in inputs))
+    logits = _lazy(join, late_inputs)
     if model is not None and KeptLogits.of(model).watch(model, inputs):
-        made.keep(KeptLogits.of(model), lambda: join.is_done)
-    return made
+        logits.keep(KeptLogits.of(model), lambda: join.is_done)
+    return logits
 
 
 def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: Any) -> Tensor:
@@ -190,10 +190,10 @@ def logits_alone(logits: fx.GraphModule, rows: Tensor, head: Tensor, *inputs: An
     join = _make_join(logits, None, rows, head, inputs)
     if not _needs_history(inputs):
         return _without_history(join, rows, inputs)
-    made: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
-    if isinstance(made, LazyLogits):
-        made.wait_for_loss(join.plan.reads)
-    return made
+    result: Tensor = _Logits.apply(join, None, None, None, *inputs)  # type: ignore[no-untyped-call]
+    if isinstance(result, LazyLogits):
+        result.wait_for_loss(join.plan.reads)
+    return result
 
 
 def loss_and_logits(
@@ -201,13 +201,9 @@ def loss_and_logits(
 ) -> tuple[Tensor, Tensor]:
     """The fused loss, and the logits that it is of.
 
-    Args:
-        logits: computes the logits; its ``meta`` has the plan.
-        loss: computes the loss from them.
-        rows: (..., H), what the head projects; gives shape and device.
-        head: (V, H), the head's weight.
-        values: the inputs of ``logits``, the other inputs of ``loss``, and the arguments of
-            ``linear_cross_entropy``.
+    ``logits`` computes the logits and has the plan in its ``meta``; ``loss`` computes the loss from
+    them. ``rows``: (..., H), give shape and device; ``head``: (V, H). ``values`` are the inputs of
+    ``logits``, the other inputs of ``loss``, and the arguments of ``linear_cross_entropy``.
     """
     plan: Plan = logits.meta["plan"]
     inputs, rest = values[: plan.inputs], values[plan.inputs :]
@@ -217,15 +213,15 @@ def loss_and_logits(
         fused = linear_cross_entropy(*arguments)
         return fused, _without_history(join, rows, inputs)
     operands = op.operands(*arguments[:3])
-    made: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
+    returned: Tensor = _Logits.apply(join, *operands, *inputs)  # type: ignore[no-untyped-call]
     needed = [t is not None and t.requires_grad for t in operands]
     bare = (*(t if t is None else t.detach() for t in operands), arguments[3])
-    chosen = op.settings(*arguments[4:])
+    settings = op.settings(*arguments[4:])
     with torch.autocast(rows.device.type, enabled=False):
         result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-            join, made, needed, bare, chosen, inputs, *others
+            join, returned, needed, bare, settings, inputs, *others
         )
-    return result, made
+    return result, returned
 
 
 def _lazy(call: HeadCall, inputs: tuple[Any, ...], keep: bool = False) -> LazyLogits:

@@ -32,10 +32,10 @@ class LazyGradient(LazyLogits):
     @staticmethod
     def of(like: Tensor, compute: Callable[[], Tensor], parts: list[Part]) -> LazyGradient:
         """The gradient of ``like``; ``compute`` gives its values."""
-        made = LazyGradient(compute, tuple(like.shape), like.dtype, like.device)
-        assert isinstance(made, LazyGradient)
-        made.parts, made.addends = parts, []
-        return made
+        gradient = LazyGradient(compute, tuple(like.shape), like.dtype, like.device)
+        assert isinstance(gradient, LazyGradient)
+        gradient.parts, gradient.addends = parts, []
+        return gradient
 
     def plus(self, other: Any) -> Any:
         """The sum, if it is lazy as well; else NotImplemented."""
@@ -88,12 +88,12 @@ def _wide_copy(t: Tensor) -> Tensor:
 def apply_change(change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
     """What an operation makes of ``z`` and ``others``: lazy as well, with a history."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *others)):
-        made: LazyLogits = _Changed.apply(change, z, *others)  # type: ignore[no-untyped-call]
+        result: LazyLogits = _Changed.apply(change, z, *others)  # type: ignore[no-untyped-call]
     else:
-        made = z.changed(change, *others)
+        result = z.changed(change, *others)
     if change.is_view:
-        z.share(made, change.function)
-    return made
+        z.share(result, change.function)
+    return result
 
 
 def _double_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -110,13 +110,13 @@ class _Changed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, change: Change, z: LazyLogits, *others: LazyLogits) -> LazyLogits:
-        made = z.changed(change, *others)
-        ctx.change, ctx.inputs, ctx.made = change, (z, *others), made.snapshot()
+        result = z.changed(change, *others)
+        ctx.change, ctx.inputs, ctx.made = change, (z, *others), result.snapshot()
         ctx.likes = [like(t) for t in ctx.inputs]
         ctx.values = [t.snapshot() for t in ctx.inputs]
         ctx.writes = [t.writes for t in ctx.inputs]
         ctx.set_materialize_grads(False)
-        return made
+        return result
 
     @staticmethod
     @differentiable(_double_backward)
@@ -124,18 +124,18 @@ class _Changed(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(needed)
-        wanted = [i for i, need in enumerate(needed[1:]) if need]
-        found: list[Any] = [None] * len(needed)
-        for i in wanted:
+        indices = [i for i, need in enumerate(needed[1:]) if need]
+        grads: list[Any] = [None] * len(needed)
+        for i in indices:
             function = functools.partial(_gradient, ctx, i)
             if isinstance(grad, LazyGradient) and not grad.is_written:
                 # one of them has the whole: so it is there once, as long as both are lazy
-                parts = grad.parts if i == wanted[0] else []
+                parts = grad.parts if i == indices[0] else []
                 compute = functools.partial(_gradient_of, function, grad)
-                found[i + 1] = LazyGradient.of(ctx.likes[i], compute, parts)
+                grads[i + 1] = LazyGradient.of(ctx.likes[i], compute, parts)
             else:
-                found[i + 1] = function(grad.values() if isinstance(grad, LazyLogits) else grad)
-        return tuple(found)
+                grads[i + 1] = function(grad.values() if isinstance(grad, LazyLogits) else grad)
+        return tuple(grads)
 
 
 def _gradient_of(function: Callable[[Tensor], Tensor], grad: LazyGradient) -> Tensor:
@@ -148,13 +148,13 @@ def _gradient(ctx: Any, i: int, grad: Tensor) -> Tensor:
     if change.backward is not None:
         return change.backward(grad, ctx.made.values())
     if change.is_linear:
-        own = [t.detach() for t in ctx.likes]
+        inputs = [t.detach() for t in ctx.likes]
     else:
-        own = [t.values().detach() for t in ctx.values]
-    wanted = [j == i for j in range(len(own))]
+        inputs = [t.values().detach() for t in ctx.values]
+    needs = [j == i for j in range(len(inputs))]
     with torch.no_grad():
-        found = gradients(change.function, [t.requires_grad_() for t in own], wanted, (grad,))
-    result: Tensor = found[i]
+        grads = gradients(change.function, [t.requires_grad_() for t in inputs], needs, (grad,))
+    result: Tensor = grads[i]
     return result
 
 
@@ -164,14 +164,10 @@ def like(z: Tensor) -> Tensor:
 
 
 def require_unwritten(tensors: Sequence[Any], writes: Sequence[int]) -> None:
-    """Raise where logits, which a gradient of a gradient leads to, are no longer what they were.
-
-    Args:
-        tensors: the logits.
-        writes: how often they had been written to.
+    """Refuse a gradient of a gradient through logits that were written to since.
 
     Raises:
-        RuntimeError: one was written to since.
+        RuntimeError: one of ``tensors`` was written to more often than ``writes`` says.
     """
     for z, before in zip(tensors, writes, strict=True):
         if not isinstance(z, LazyLogits) or z.writes != before:

@@ -1,9 +1,9 @@
 """Values that are computed when somebody reads them: logits, and the gradients of logits.
 
 ``outputs.logits`` of a training step is read by metrics and by custom losses, and by nobody else;
-for a large vocabulary it is the largest tensor of the step. A ``LazyLogits`` stands in its place.
-To autograd it is a tensor like any other, with a history, hooks and a gradient: only its values
-are missing.
+for a large vocabulary it is the largest tensor of the step. A ``LazyLogits`` takes its place. To
+autograd it is a tensor like any other, with a history, hooks and a gradient: only its values are
+missing.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class LazyLogits(Tensor):
         strides: tuple[int, ...] | None = None,
     ) -> LazyLogits:
         """Make one; ``compute`` must return such a tensor, contiguous if there are no strides."""
-        made: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        result: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, strides=strides, dtype=dtype, device=device
         )
-        made._source = compute if isinstance(compute, Deferred) else Deferred(compute)
-        made._made, made._family = None, Family()
-        return made
+        result._source = compute if isinstance(compute, Deferred) else Deferred(compute)
+        result._made, result._family = None, Family()
+        return result
 
     @property
     def is_pending(self) -> bool:
@@ -92,9 +92,9 @@ class LazyLogits(Tensor):
         """What an operation makes of this and of ``others``; without a history."""
         sources = [z._source for z in others]
         source = self._source.derive(change.run, *sources, is_view=change.is_view)
-        made = LazyLogits(source, change.shape, change.dtype, self.device, change.strides)
-        made.recorded = change.recorded
-        return made
+        result = LazyLogits(source, change.shape, change.dtype, self.device, change.strides)
+        result.recorded = change.recorded
+        return result
 
     def share(self, made: LazyLogits, function: Callable[..., Tensor]) -> None:
         """Note that ``made`` is a view of this: what is written to one is in both."""
@@ -103,11 +103,11 @@ class LazyLogits(Tensor):
 
     def alias(self) -> LazyLogits:
         """One that shares the values, as ``detach`` does: what is written to one is in both."""
-        made = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device, self.stride())
-        made.recorded, made._family = self.recorded, self._family
+        result = LazyLogits(self._source, tuple(self.shape), self.dtype, self.device, self.stride())
+        result.recorded, result._family = self.recorded, self._family
         if self._view_of is not None:
-            made._view_of, made._writes_seen = (self, torch.detach), self._family.writes
-        return made
+            result._view_of, result._writes_seen = (self, torch.detach), self._family.writes
+        return result
 
     def snapshot(self) -> Snapshot:
         """What the values are now; for a backward pass that needs them."""
@@ -133,8 +133,8 @@ class LazyLogits(Tensor):
         if self._view_of is None:
             return self.materialize()
         base, function = self._view_of
-        made: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
-        return made
+        result: Tensor = function(base._as_view() if isinstance(base, LazyLogits) else base)
+        return result
 
     def materialize(self) -> Tensor:
         """The values as a tensor whose history leads to this one's."""
@@ -183,11 +183,9 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     def _run_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write into the values: from then on this is an ordinary tensor, with its new history.
-
-        One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
-        eager mode refuses: what it is a view of, and its gradient, are known here.
-        """
+        """Write into the values: from then on this is an ordinary tensor, with its new history."""
+        # One of the views that ``chunk`` or ``unbind`` has made may be written to as well, which
+        # eager mode refuses: what it is a view of, and its gradient, are known here.
         self._family.before_write()
         with torch.enable_grad():
             real = self._as_view()
@@ -196,7 +194,7 @@ class LazyLogits(Tensor):
         rest, kwargs = tree_map(
             lambda x: real if x is self else _materialized(x), (args[1:], kwargs)
         )
-        written, result = real, func(real, *rest, **kwargs)
+        target, result = real, func(real, *rest, **kwargs)
         self._family.writes += 1
         whole, self._made, self._view_of = self._made, None, None
         if real is whole:  # others may have it, or a view of it
@@ -212,7 +210,7 @@ class LazyLogits(Tensor):
                 ) from error
             values = real.detach()
             self._source, self.is_written = Deferred(lambda: values), True
-        return self if result is written else result
+        return self if result is target else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # 2026-11-24: torch types it as a method
@@ -263,8 +261,8 @@ def _as_tensor(x: Any) -> Any:
 
 def _recorded_answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is known without values, from the first of the arguments that are lazy."""
-    for given in (*args, *kwargs.values()):
-        each = given if isinstance(given, (tuple, list)) else (given,)
+    for arg in (*args, *kwargs.values()):
+        each = arg if isinstance(arg, (tuple, list)) else (arg,)
         z = next((z for z in each if isinstance(z, LazyLogits)), None)
         if z is None:
             continue

@@ -31,10 +31,10 @@ def _viewed(z: LazyLogits, function: Callable[[Tensor], Tensor]) -> Any:
     """What a view function makes of logits, if it leaves the last dimension alone."""
     index = rows_of(z).leading_index(z.shape)
     wide = index.unsqueeze(-1).expand(z.shape)
-    found = function(wide)
-    if not _is_wide(found, z):
+    view = function(wide)
+    if not _is_wide(view, z):
         return NotImplemented
-    return _chosen(z, found.select(-1, 0), function, True)
+    return _chosen(z, view.select(-1, 0), function, True)
 
 
 def _is_wide(found: Any, z: Tensor) -> bool:
@@ -76,12 +76,12 @@ def _leading_items(items: tuple[Any, ...], leading: int) -> tuple[Any, ...] | No
     whole = isinstance(items[-1], slice) and items[-1] == slice(None)
     if items[-1] is Ellipsis or (whole and sum(map(_dimensions, items)) == leading + 1):
         items = items[:-1]
-    known = all(
+    is_supported = all(
         i is None or isinstance(i, (int, slice, list))
         or (isinstance(i, Tensor) and i.dtype in (torch.bool, torch.int64))
         for i in items
     )  # fmt: skip
-    return items if known and sum(map(_dimensions, items)) <= leading else None
+    return items if is_supported and sum(map(_dimensions, items)) <= leading else None
 
 
 def _dimensions(item: Any) -> int:
@@ -192,12 +192,12 @@ def _reshaped(z: LazyLogits, shape: tuple[int, ...], copies: bool) -> Any:
     if shape[-1] == -1 and (-1 in shape[:-1] or prod(shape[:-1]) != index.numel()):
         return NotImplemented
     try:
-        made = index.view(shape[:-1])
+        viewed = index.view(shape[:-1])
     except RuntimeError:
         if not copies:
             return NotImplemented  # it raises the same error
         return _chosen(z, index.reshape(shape[:-1]), lambda t: t.reshape(shape), False)
-    return _chosen(z, made, lambda t: t.view(shape), True)
+    return _chosen(z, viewed, lambda t: t.view(shape), True)
 
 
 @handler

@@ -162,14 +162,14 @@ def record(
     is_linear: bool = False,
 ) -> LazyLogits:  # fmt: skip
     """What ``function`` makes of ``of``, some of them lazy."""
-    given = [None if isinstance(x, LazyLogits) else Given.of(x) for x in of]
+    real = [None if isinstance(x, LazyLogits) else Given.of(x) for x in of]
     tiny = [torch.zeros((1, 1), dtype=x.dtype, device=x.device) for x in of]
     dtype = function(*tiny).dtype  # under the autocast at hand
 
     def run(*values: Tensor) -> Tensor:
         lazy = iter(values)
-        made = function(*(next(lazy) if g is None else g.values() for g in given))
-        return made.to(dtype)
+        result = function(*(next(lazy) if g is None else g.values() for g in real))
+        return result.to(dtype)
 
     change = Change(run, shape, dtype, recorded, is_linear=is_linear)
     return apply_change(change, *(x for x in of if isinstance(x, LazyLogits)))

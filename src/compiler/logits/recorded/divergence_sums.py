@@ -32,13 +32,13 @@ _Part = tuple[str, float, float]
 def _parts(rows: Divergence, dtype: torch.dtype) -> list[_Part]:
     """The sum as divergences that the op computes."""
     terms = {name: weight * rows.weight for name, weight in rows.terms.items()}
-    found = [
+    parts = [
         (kind, 0.5, terms[name])
         for name, kind in (("forward", "forward_kl"), ("reverse", "reverse_kl"))
         if name in terms
     ]
     if "first" not in terms and "second" not in terms:
-        return found
+        return parts
     first, second = terms.get("first", 0.0), terms.get("second", 0.0)
     weight = first + second
     beta = second / weight if weight else 0.0
@@ -49,7 +49,7 @@ def _parts(rows: Divergence, dtype: torch.dtype) -> list[_Part]:
     for share, exact in zip(rows.mixture.shares, (1.0 - beta, beta), strict=True):
         if not math.isclose(share, exact, rel_tol=near * (1.0 - math.log(exact))):
             raise WrongArguments
-    return [*found, ("jsd", beta, weight)]
+    return [*parts, ("jsd", beta, weight)]
 
 
 def _temperature(rows: HeadRows) -> float:
@@ -96,13 +96,13 @@ def _require_second(first: HeadRows, second: HeadRows) -> _Second:
 def _require_given(first: HeadRows, second: Given) -> _Second:
     """Log-probabilities in place of the operands, as the op takes them."""
     mine, values = _operands(first), second.values()
-    given = values.reshape(-1, values.shape[-1]), None, None
+    operands = values.reshape(-1, values.shape[-1]), None, None
     if values.dtype is torch.float64 is not mine.x.dtype:
         raise WrongArguments
     with first.call.mode(False):
-        if unsupported(*mine[:3], *given):
+        if unsupported(*mine[:3], *operands):
             raise WrongArguments
-    return given
+    return operands
 
 
 def _targets(second: Given, index: Tensor | None) -> Tensor | None:
@@ -126,12 +126,12 @@ def _each_row(z: LazyLogits, rows: Divergence) -> Tensor:
         other = _require_second(first, _selected(rows.second, index))
 
     def tiled(o: Operands) -> Tensor:
-        found = [
+        terms = [
             linear_divergence(o.x, o.weight, o.bias, *other, targets, kind, beta, temperature)
             * weight
             for kind, beta, weight in parts
         ]
-        total = torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        total = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
         return total if targets is None else total[index]
 
     def formula(values: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
         return NotImplemented
     if dim is not None and not is_last(z, dim):
         return NotImplemented
-    made = result_dtype(lambda t: t.sum(dtype=dtype), z)
+    out_dtype = result_dtype(lambda t: t.sum(dtype=dtype), z)
     each = _each_row(z, rows)
     if dim is None:
-        return each.sum().to(made)
-    each = each.view(z.shape[:-1]).to(made)
+        return each.sum().to(out_dtype)
+    each = each.view(z.shape[:-1]).to(out_dtype)
     return each.unsqueeze(-1) if keepdim else each
 
 
@@ -163,10 +163,12 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
 def _mean(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if not z.numel():
         return NotImplemented
-    made = result_dtype(lambda t: t.mean(dtype=dtype), z)
+    out_dtype = result_dtype(lambda t: t.mean(dtype=dtype), z)
     count = z.numel() if dim is None else z.shape[-1]
-    total = _sum(z, dim, keepdim, dtype=torch.float64 if made is torch.float64 else torch.float32)
-    return NotImplemented if total is NotImplemented else (total / count).to(made)
+    total = _sum(
+        z, dim, keepdim, dtype=torch.float64 if out_dtype is torch.float64 else torch.float32
+    )
+    return NotImplemented if total is NotImplemented else (total / count).to(out_dtype)
 
 
 def _by_number(name: str) -> Callable[..., Any]:
@@ -174,10 +176,10 @@ def _by_number(name: str) -> Callable[..., Any]:
 
     @binding
     def scaled(input: Any, other: Any) -> Any:
-        known = [number(x) if not isinstance(x, LazyLogits) else x for x in (input, other)]
-        if any(x is None for x in known):
+        factors = [number(x) if not isinstance(x, LazyLogits) else x for x in (input, other)]
+        if any(x is None for x in factors):
             return NotImplemented
-        return SCALINGS[name](*known)
+        return SCALINGS[name](*factors)
 
     return scaled
 
@@ -203,12 +205,12 @@ def _kl_div(
         return NotImplemented
     if reduction not in ("none", "sum", "mean", "batchmean"):
         return NotImplemented
-    made = recorded_kl_div(input, target, log_target, _ELEMENTS)
+    elements = recorded_kl_div(input, target, log_target, _ELEMENTS)
     if reduction == "none":
-        return made
+        return elements
     if reduction == "mean":
-        return _mean(made)
-    total = _sum(made)
+        return _mean(elements)
+    total = _sum(elements)
     if reduction == "sum" or total is NotImplemented:
         return total
     return total / input.shape[0] if input.shape[0] else NotImplemented

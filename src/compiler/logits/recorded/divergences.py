@@ -51,11 +51,11 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     shift = number(other)
     if shift is None or not abs(shift) < _LARGEST_SHIFT:
         return NotImplemented
-    made = Shifted(
+    shifted = Shifted(
         rows.call, rows.inputs, _only(rows, "stack", "logaddexp", "kl_div"), rows.index, "shifted",
         rows.factor, shift=shift,
     )  # fmt: skip
-    return record(lambda t: t + shift, [z], tuple(z.shape), made, is_linear=True)
+    return record(lambda t: t + shift, [z], tuple(z.shape), shifted, is_linear=True)
 
 
 _LARGEST_SHIFT = 80.0
@@ -91,8 +91,8 @@ def _logsumexp(z: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     rows = rows_of(z)
     if dim not in (0, (0,), [0]) or keepdim or not isinstance(rows, Mixed):
         return NotImplemented
-    made = replace(rows, handlers=_only(rows.parts[0][0], "kl_div"), kind="mixture")
-    return record(lambda t: t.logsumexp(0), [z], tuple(z.shape[1:]), made)
+    mixture = replace(rows, handlers=_only(rows.parts[0][0], "kl_div"), kind="mixture")
+    return record(lambda t: t.logsumexp(0), [z], tuple(z.shape[1:]), mixture)
 
 
 @binding

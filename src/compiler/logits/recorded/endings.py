@@ -74,8 +74,10 @@ def _nll_loss(
     factor, dtype = rows_of(z).weight, _loss_dtype(F.nll_loss, z)
 
     def tiled(o: Operands) -> Tensor:
-        made = measure(o, "logprob", target, ignore_index=ignore_index) * factor
-        return -made if reduction == "none" else _reduced(made, target, ignore_index, reduction)
+        logprob = measure(o, "logprob", target, ignore_index=ignore_index) * factor
+        return (
+            -logprob if reduction == "none" else _reduced(logprob, target, ignore_index, reduction)
+        )
 
     def formula(values: Tensor) -> Tensor:
         return F.nll_loss(wide(values), target, None, None, ignore_index, None, reduction)
@@ -110,9 +112,9 @@ def _of_rows(
     measures: Measures | None = None,
 ) -> Tensor:  # fmt: skip
     """One number per row."""
-    made = compute(z, Tiled(name, tiled, lambda v: formula(flat_rows(v)), measures))
-    made = made.view(z.shape[:-1]).to(dtype)
-    return made.unsqueeze(-1) if keepdim else made
+    result = compute(z, Tiled(name, tiled, lambda v: formula(flat_rows(v)), measures))
+    result = result.view(z.shape[:-1]).to(dtype)
+    return result.unsqueeze(-1) if keepdim else result
 
 
 @handler
@@ -146,10 +148,16 @@ def _sum(z: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     def tiled(o: Operands) -> Tensor:
         return weighted_sum(o, weights)
 
-    made = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
+    out_dtype = result_dtype(lambda t: t.sum(-1, dtype=dtype), z)
     name = {"p_p": "sum of squared probabilities", "log_probs": "sum of log-probabilities"}
     return _of_rows(
-        z, name.get(kind, "entropy"), tiled, lambda v: v.sum(-1), keepdim, made, Measures(weights)
+        z,
+        name.get(kind, "entropy"),
+        tiled,
+        lambda v: v.sum(-1),
+        keepdim,
+        out_dtype,
+        Measures(weights),
     )
 
 

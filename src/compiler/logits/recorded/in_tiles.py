@@ -48,10 +48,7 @@ class Tiled:
 def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor:
     """The result of ``tiled``, with a history that leads to ``z``.
 
-    Args:
-        z: what it is computed of.
-        tiled: how it is.
-        rows: those of which it takes the operands; None for those that are recorded of ``z``.
+    Its operands are those of ``rows``; by default those that are recorded of ``z``.
 
     Raises:
         WrongArguments: it cannot be computed from the operands of the head now.
@@ -62,8 +59,8 @@ def compute(z: LazyLogits, tiled: Tiled, rows: HeadRows | None = None) -> Tensor
     rows.call.plan.reads.note_tiles(tiled.name)
     rows.call.is_done = True
     if torch.is_grad_enabled() and z.requires_grad:
-        made: Tensor = _Ended.apply(tiled, rows, z)  # type: ignore[no-untyped-call]
-        return made
+        result: Tensor = _Ended.apply(tiled, rows, z)  # type: ignore[no-untyped-call]
+        return result
     with rows.call.mode(False):
         return tiled.compute(_operands(rows, rows.inputs))
 
@@ -93,14 +90,14 @@ class _Ended(torch.autograd.Function):
         is_late = tiled.measures is not None and rows.inputs[head.weight].requires_grad
         leaves = rows.inputs if is_late else [as_leaf(t) for t in rows.inputs]
         with rows.call.mode(not is_late):
-            made = tiled.compute(_operands(rows, leaves))
+            result = tiled.compute(_operands(rows, leaves))
         ctx.is_late = is_late
         ctx.tiled, ctx.rows, ctx.z, ctx.leaves = tiled, rows, z, leaves
-        ctx.made, ctx.autocast = made, _autocast(z.device.type)
+        ctx.made, ctx.autocast = result, _autocast(z.device.type)
         ctx.values, ctx.like = z.snapshot(), like(z)
         ctx.writes, ctx.given = z.writes, [remembered(t) for t in tiled.given]
         ctx.set_materialize_grads(False)
-        return made.detach()
+        return result.detach()
 
     @staticmethod
     @differentiable(_double_backward)
@@ -108,22 +105,22 @@ class _Ended(torch.autograd.Function):
         if grad is None:
             return None, None, None
         _require_unchanged(ctx)
-        z, made = ctx.like, ctx.made
+        z, result = ctx.like, ctx.made
 
         def values() -> Tensor:
             with torch.no_grad(), ctx.autocast():
-                own = ctx.values.values().detach().requires_grad_()
-                found: Tensor = gradients(ctx.tiled.formula, (own,), (True,), (grad,))[0]
-            return found
+                leaf = ctx.values.values().detach().requires_grad_()
+                gradient: Tensor = gradients(ctx.tiled.formula, (leaf,), (True,), (grad,))[0]
+            return gradient
 
         def part() -> list[Any]:
-            wanted = [
+            indices = [
                 i for i, t in enumerate(ctx.leaves)
                 if isinstance(t, Tensor) and t.requires_grad
             ]  # fmt: skip
-            inputs = [ctx.leaves[i] for i in wanted]
-            found = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
-            pairs = dict(zip(wanted, found, strict=True))
+            inputs = [ctx.leaves[i] for i in indices]
+            grads = torch.autograd.grad(result, inputs, grad, retain_graph=True, allow_unused=True)
+            pairs = dict(zip(indices, grads, strict=True))
             return [None] * 3 + [pairs.get(i) for i in range(len(ctx.leaves))]
 
         if ctx.is_late:
@@ -133,8 +130,8 @@ class _Ended(torch.autograd.Function):
 
 
 def _require_unchanged(ctx: Any) -> None:
-    for kept in ctx.given:
-        unchanged(kept)
+    for saved in ctx.given:
+        unchanged(saved)
 
 
 def _autocast(device: str) -> Callable[[], Any]:

@@ -16,11 +16,11 @@ from .together import NEVER
 def measure(o: Operands, name: str, targets: Tensor | None = None, **more: Any) -> Tensor:
     """One output of ``linear_logprob``."""
     settings = {"ignore_index": NEVER, **more}
-    found: Tensor = linear_logprob(
+    result: Tensor = linear_logprob(
         o.x, o.weight, o.bias, targets, (name,), temperature=o.temperature, softcap=o.softcap,
         logit_scale=o.scale, **settings,
     )[0]  # fmt: skip
-    return found
+    return result
 
 
 def weighted_sum(o: Operands, weights: Mapping[str, float]) -> Tensor:
@@ -30,12 +30,12 @@ def weighted_sum(o: Operands, weights: Mapping[str, float]) -> Tensor:
     are multiplied with the head, by backward, and not as one term of each that forward has made.
     """
     names = list(weights)
-    found = linear_logprob(
+    outputs = linear_logprob(
         o.x, o.weight, o.bias, None, names, ignore_index=NEVER, temperature=o.temperature,
         softcap=o.softcap, logit_scale=o.scale,
         deferred=names if {"mean_logit", "logsumexp"} <= set(names) else (),
     )  # fmt: skip
-    total: Tensor = sum(t * weights[n] for n, t in zip(names, found, strict=True))  # type: ignore[assignment]
+    total: Tensor = sum(t * weights[n] for n, t in zip(names, outputs, strict=True))  # type: ignore[assignment]
     return total
 
 
@@ -44,21 +44,21 @@ def mean_logit(o: Operands) -> Tensor:
     if o.softcap is not None:
         return measure(o, "mean_logit")
     # no matrix product: autocast would round that
-    made = (wide(o.x) * o.weight.mean(0, dtype=wide(o.x).dtype)).sum(-1)
+    result = (wide(o.x) * o.weight.mean(0, dtype=wide(o.x).dtype)).sum(-1)
     if o.bias is not None:
-        made = made + wide(o.bias).mean()
-    return made * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale) / o.temperature
+        result = result + wide(o.bias).mean()
+    return result * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale) / o.temperature
 
 
 def picked(o: Operands, index: Tensor) -> Tensor:
     """(N, K): some logits of each row."""
-    made: Tensor = Pick.apply(wide(o.x), o.weight, index)  # type: ignore[no-untyped-call]
+    result: Tensor = Pick.apply(wide(o.x), o.weight, index)  # type: ignore[no-untyped-call]
     if o.bias is not None:
-        made = made + wide(o.bias)[index]
-    made = made * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale)
+        result = result + wide(o.bias)[index]
+    result = result * (wide(o.scale) if isinstance(o.scale, Tensor) else o.scale)
     if o.softcap is not None:
-        made = torch.tanh(made / o.softcap) * o.softcap
-    return made / o.temperature
+        result = torch.tanh(result / o.softcap) * o.softcap
+    return result / o.temperature
 
 
 def wide(t: Tensor) -> Tensor:

@@ -122,11 +122,12 @@ def result_dtype(function: Callable[[Tensor], Tensor], z: Tensor) -> torch.dtype
     return function(torch.zeros((1, 1), dtype=z.dtype, device=z.device)).dtype
 
 
-# Single logits that were given out, and the logits that are made as a real tensor after them.
+# ------------------------------------------------------------------------------------ single logits
 #
 # A product of one row and one column rounds otherwise than the same number in a product of
-# matrices. Who asks which logits equal the highest one, or keeps those that are not below the k-th,
-# compares the two: so the numbers that were given out are written into what is made later.
+# matrices. A caller that asks which logits equal the highest one, or keeps those that are not below
+# the k-th, compares the two: so the numbers that were given out are written into the real tensor
+# that is made later.
 
 
 def _pick_key(rows: HeadRows, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -145,18 +146,13 @@ def remember_pick(
     index = None if rows.index is None else rows.index.reshape(-1)
     count = columns.shape[-1]
     # copies, as who has got them may write to them
-    kept = None if values is None else values.detach().reshape(-1, count).clone()
-    own = columns.detach().reshape(-1, count).clone()
-    rows.call.picked.append(Picks(_pick_key(rows, dtype), index, own, kept, is_top))
+    values_copy = None if values is None else values.detach().reshape(-1, count).clone()
+    columns_copy = columns.detach().reshape(-1, count).clone()
+    rows.call.picked.append(Picks(_pick_key(rows, dtype), index, columns_copy, values_copy, is_top))
 
 
 def write_into(values: Tensor, rows: HeadRows) -> None:
-    """Write what was given out into logits that were just made.
-
-    Args:
-        values: (..., vocabulary), that nobody has seen yet.
-        rows: what is recorded of them.
-    """
+    """Write what was given out into ``values``: (..., vocabulary), that nobody has seen yet."""
     key = _pick_key(rows, values.dtype)
     ours = [p for p in rows.call.picked if p.values is not None and p.key == key]
     # what is made of these keeps their order
@@ -196,20 +192,20 @@ def _bound(flat: Tensor, join: _Join, tops: Sequence[Picks]) -> None:
 
 
 class _Join:
-    """Where the rows of picks are among those of a tensor, which may have a row twice."""
+    """Where the rows of picks are in a tensor, which may have a row twice."""
 
     def __init__(self, flat: Tensor, index: Tensor | None) -> None:
-        own = torch.arange(len(flat), device=flat.device) if index is None else index.reshape(-1)
-        self._sorted, self._order = own.sort()
-        self._every = own
+        rows = torch.arange(len(flat), device=flat.device) if index is None else index.reshape(-1)
+        self._sorted, self._order = rows.sort()
+        self._every = rows
 
     def places(self, picks: Picks) -> tuple[Tensor, Tensor]:
         """(P,) and (P,): rows of the tensor, and which of the picks' each of them is."""
-        wanted = picks.index
-        if wanted is None:
-            wanted = torch.arange(len(picks.columns), device=self._every.device)
-        first = torch.searchsorted(self._sorted, wanted)
-        count = torch.searchsorted(self._sorted, wanted, right=True) - first
-        of = torch.arange(len(wanted), device=wanted.device).repeat_interleave(count)
-        within = torch.arange(len(of), device=wanted.device) - (count.cumsum(0) - count)[of]
+        indices = picks.index
+        if indices is None:
+            indices = torch.arange(len(picks.columns), device=self._every.device)
+        first = torch.searchsorted(self._sorted, indices)
+        count = torch.searchsorted(self._sorted, indices, right=True) - first
+        of = torch.arange(len(indices), device=indices.device).repeat_interleave(count)
+        within = torch.arange(len(of), device=indices.device) - (count.cumsum(0) - count)[of]
         return self._order[first[of] + within], of

@@ -114,13 +114,13 @@ def _cast(dtype: torch.dtype) -> Callable[..., Any]:
 @handler
 def _to(z: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """To another dtype; a copy or another device is something else."""
-    wanted = [*args, *(kwargs.pop(k, None) for k in ("dtype", "device"))]
-    wanted = [torch.device(w) if isinstance(w, str) else w for w in wanted if w is not None]
+    targets = [*args, *(kwargs.pop(k, None) for k in ("dtype", "device"))]
+    targets = [torch.device(w) if isinstance(w, str) else w for w in targets if w is not None]
     kwargs.pop("non_blocking", None)
-    if kwargs or not all(isinstance(w, (torch.dtype, torch.device)) for w in wanted):
+    if kwargs or not all(isinstance(w, (torch.dtype, torch.device)) for w in targets):
         return NotImplemented
-    dtypes = [w for w in wanted if isinstance(w, torch.dtype)]
-    if any(isinstance(w, torch.device) and w != z.device for w in wanted) or len(dtypes) > 1:
+    dtypes = [w for w in targets if isinstance(w, torch.dtype)]
+    if any(isinstance(w, torch.device) and w != z.device for w in targets) or len(dtypes) > 1:
         return NotImplemented
     if not dtypes or dtypes[0] is z.dtype:
         return z
@@ -145,12 +145,12 @@ def _softmax_like(kind: str, function: Any, backward: Any) -> Callable[..., Any]
             return NotImplemented
 
         def compute(t: Tensor) -> Tensor:
-            made: Tensor = function(t, -1, dtype=dtype)
-            return made
+            result: Tensor = function(t, -1, dtype=dtype)
+            return result
 
         def gradient(grad: Tensor, made: Tensor) -> Tensor:
-            found: Tensor = backward(grad.to(made.dtype), made, made.dim() - 1, made.dtype)
-            return found.to(source)
+            result: Tensor = backward(grad.to(made.dtype), made, made.dim() - 1, made.dtype)
+            return result.to(source)
 
         source = z.dtype
         rows = replace(rows, kind=kind)
@@ -174,13 +174,13 @@ def _exp(z: LazyLogits) -> Any:
 def _detach(z: LazyLogits) -> Any:
     shape, strides = tuple(z.shape), z.stride()
     change = Change(torch.detach, shape, z.dtype, rows_of(z), is_view=True, strides=strides)
-    made = z.changed(change)
-    z.share(made, torch.detach)
+    result = z.changed(change)
+    z.share(result, torch.detach)
     call = rows_of(z).call
     model = call.model()
     if model is not None:
-        made.keep(KeptLogits.of(model), lambda: not call.is_trained)
-    return made
+        result.keep(KeptLogits.of(model), lambda: not call.is_trained)
+    return result
 
 
 _log_softmax = _softmax_like("log_probs", F.log_softmax, torch.ops.aten._log_softmax_backward_data)

@@ -43,10 +43,10 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
     def tiled(o: Operands) -> Tensor:
         if kind == "log_probs" and columns == 1:
             return measure(o, "logprob", flat[:, 0]).unsqueeze(-1) * weight
-        chosen = picked(o, flat)
+        logits = picked(o, flat)
         if kind == "log_probs":
-            chosen = chosen - measure(o, "logsumexp").unsqueeze(-1)
-        return chosen * weight
+            logits = logits - measure(o, "logsumexp").unsqueeze(-1)
+        return logits * weight
 
     def formula(values: Tensor) -> Tensor:
         return flat_rows(values).gather(-1, flat)
@@ -54,10 +54,10 @@ def _at(z: LazyLogits, dim: Any, index: Tensor, sparse: bool = False, is_top: bo
     name = "log-probabilities" if kind == "log_probs" else "single logits"
     is_one = kind == "log_probs" and columns == 1
     measures = Measures({"logprob": weight}, flat[:, 0]) if is_one else None
-    made = compute(z, Tiled(name, tiled, formula, measures, (index,)))
-    made = made.view(index.shape).to(z.dtype)
-    remember_pick(rows_of(z), z.dtype, index, made, is_top)
-    return made
+    result = compute(z, Tiled(name, tiled, formula, measures, (index,)))
+    result = result.view(index.shape).to(z.dtype)
+    remember_pick(rows_of(z), z.dtype, index, result, is_top)
+    return result
 
 
 def _are_classes(index: Tensor, count: int) -> bool:
@@ -84,9 +84,9 @@ def _argmax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
         return NotImplemented
     if logits_exist(rows_of(z)):
         return NotImplemented
-    made = _constant(z, "argmax", "argmax").view(*z.shape[:-1], 1)
-    remember_pick(rows_of(z), z.dtype, made, None, True)
-    return made if keepdim else made.squeeze(-1)
+    indices = _constant(z, "argmax", "argmax").view(*z.shape[:-1], 1)
+    remember_pick(rows_of(z), z.dtype, indices, None, True)
+    return indices if keepdim else indices.squeeze(-1)
 
 
 @handler
@@ -107,8 +107,8 @@ def _max(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 def _amax(z: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if torch.is_grad_enabled() and z.requires_grad:
         return NotImplemented  # it shares the gradient among equal logits
-    found = _max(z, dim, keepdim)
-    return NotImplemented if found is NotImplemented else found.values
+    maximum = _max(z, dim, keepdim)
+    return NotImplemented if maximum is NotImplemented else maximum.values
 
 
 @handler
