@@ -92,10 +92,10 @@ def optimize(
     options = Options(tuple(passes), codegen, memory, logits, verify, strict, compile_no_grad)
     environment = Environment.read()
     restore(model)
-    found = regions.find(model)
+    captured = regions.find(model)
     start_for(model.parameters())
-    session = Session(_choices(model, found, options, environment))
-    install(found, session)
+    session = Session(_choices(model, captured, options, environment))
+    install(captured, session)
     if strict:
         _require_no_gaps(explain(model), session)
     return model
@@ -105,14 +105,14 @@ def _choices(
     model: nn.Module, found: Sequence[regions.Region], options: Options, environment: Environment
 ) -> Choices:
     blocks = [r.module for r in found if r.kind == "block"]
-    chosen = choose(options.codegen, blocks)
+    codegen = choose(options.codegen, blocks)
     return Choices(
         options,
         environment,
-        chosen,
-        Verifier(options.verify == "always", chosen[0] == "inductor", SharedVerdicts()),
+        codegen,
+        Verifier(options.verify == "always", codegen[0] == "inductor", SharedVerdicts()),
         Fuel(environment.fuel),
-        _planner(model, blocks, options.memory, chosen[0]),
+        _planner(model, blocks, options.memory, codegen[0]),
         split=split,
         fake=any(isinstance(p, FakeTensor) for p in model.parameters()),
         decoding=_decoding(options, environment),
@@ -133,8 +133,8 @@ def _planner(model: nn.Module, blocks: Sequence[nn.Module], memory: str, choice:
 
 def planner_of(model: nn.Module) -> Planner | None:
     """The planner of an optimized model, or None: for a trainer, to repeat a first step."""
-    found = (active(m) for m in model.modules())
-    return next((record.session.choices.planner for record in found if record), None)
+    records = (active(m) for m in model.modules())
+    return next((record.session.choices.planner for record in records if record), None)
 
 
 def _require_rules(passes: Sequence[Rule]) -> None:
@@ -146,13 +146,9 @@ def _require_rules(passes: Sequence[Rule]) -> None:
 
 
 def restore(model: nn.Module) -> Any:
-    """Give every module of ``model`` its original forward back, exactly.
+    """Give every module of ``model`` its original forward back, exactly; returns ``model``.
 
-    Args:
-        model: an optimized model; any other is left as it is.
-
-    Returns:
-        The same object.
+    A model that was not optimized is left as it is.
     """
     for module in model.modules():
         uninstall(module)
@@ -165,9 +161,6 @@ def explain(model: nn.Module) -> Report:
     If nothing has been captured yet, one tiny forward and backward runs first. Gradients and the
     random state are left untouched. It does not run where it would wait for other processes, in a
     model that is sharded or wrapped for several: that is explained after its first step.
-
-    Args:
-        model: a model that ``optimize`` was called on.
 
     Returns:
         The report; ``print`` it, or read its ``sites``.
@@ -211,10 +204,10 @@ def explain(model: nn.Module) -> Report:
     regions_run = sum(bool(log.graphs.get(m)) for _, m, _ in places)
     choice = f"{session.choices.codegen[0]} ({session.choices.codegen[1]})"
     speed = _bandwidth(model) if sites else None
-    kept = session.choices.planner.describe()
-    read = log.reads.describe()
+    memory = session.choices.planner.describe()
+    reads = log.reads.describe()
     return Report(
-        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, kept, read,
+        tuple(sites), tuple(bypasses), regions_run, len(captured), choice, speed, memory, reads,
         tuple(starmap(Fallback, FAILED.items())),
     )  # fmt: skip
 
@@ -283,17 +276,17 @@ def _tiny_step(model: nn.Module) -> None:
     weight = next(embedding.parameters())
     with quiet_randomness(), torch.enable_grad():
         ids = torch.arange(22, device=weight.device).reshape(2, 11) % weight.shape[0]
-        given = {"input_ids": ids, **_tiny_labels(model, ids)}
+        inputs = {"input_ids": ids, **_tiny_labels(model, ids)}
         try:
-            outputs = model(**given, use_cache=False)
+            outputs = model(**inputs, use_cache=False)
         except TypeError:  # a model without a cache has no such argument
-            outputs = model(**given)
-        wanted = [p for p in model.parameters() if p.requires_grad]
+            outputs = model(**inputs)
+        parameters = [p for p in model.parameters() if p.requires_grad]
         # an output class has the loss by name, a tuple has it first; without labels, scores are
         loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
-        loss = loss if "labels" in given else outputs[0].sum()
-        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and wanted:
-            torch.autograd.grad(loss, wanted, allow_unused=True)
+        loss = loss if "labels" in inputs else outputs[0].sum()
+        if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0 and parameters:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _tiny_labels(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ class Region:
 
     Attributes:
         path: as in ``named_modules()``.
-        module: the module.
         kind: ``"block"``, ``"norm"`` or ``"head"``.
         outside: for a head, the path, name by name, to the submodule that stays outside.
         backbone: for a head, this submodule; then those inside it that hold all blocks, one of
@@ -50,14 +49,7 @@ class Region:
 
 
 def find(model: nn.Module) -> list[Region]:
-    """Find the regions of ``model``, in its own order.
-
-    Args:
-        model: any module; plain or wrapped by PEFT.
-
-    Returns:
-        The regions; empty when the model has no repeated blocks.
-    """
+    """The regions of ``model``, in its own order; none when it has no repeated blocks."""
     blocks = dict(_unwrapped(path, block) for path, block in _blocks(model))
     if not blocks:
         return []
@@ -78,16 +70,16 @@ def find(model: nn.Module) -> list[Region]:
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The elements of the outermost repeated lists of modules."""
-    taken: list[str] = []
+    stacks: list[str] = []
     for path, module in model.named_modules():
-        if any(path == t or path.startswith(f"{t}.") for t in taken):
+        if any(path == t or path.startswith(f"{t}.") for t in stacks):
             continue
         if isinstance(module, nn.ModuleList) and _is_stack(module):
-            taken.append(path)
+            stacks.append(path)
             for name, block in module.named_children():
                 yield f"{path}.{name}" if path else name, block
         elif _is_hinted(module) and not any(_is_hinted(m) for m in list(module.modules())[1:]):
-            taken.append(path)
+            stacks.append(path)
             yield path, module
 
 
@@ -96,11 +88,9 @@ _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def _unwrapped(path: str, block: nn.Module) -> tuple[str, nn.Module]:
-    """The block inside the wrappers that it has, with its path.
-
-    What they do (gather, checkpoint, offload) runs around its graph: in one, FSDP1's and the
-    offload's code cannot be captured.
-    """
+    """The block inside the wrappers that it has, with its path."""
+    # what they do (gather, checkpoint, offload) runs around its graph: in one, FSDP1's and the
+    # offload's code cannot be captured
     while name := next((n for n in _WRAPPED if n in block._modules), None):
         path, block = f"{path}.{name}", block.get_submodule(name)
     return path, block
@@ -123,61 +113,48 @@ def _is_hinted(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     """A leaf with nothing but vectors, or with no parameter but an epsilon."""
-    own = list(module.parameters(recurse=False))
+    parameters = list(module.parameters(recurse=False))
     if any(True for _ in module.children()):
         return False
-    if not own:
-        named = vars(module)
-        has_eps = any("eps" in name and isinstance(v, float) for name, v in named.items())
-        return has_eps or "normalized_shape" in named
-    return all(p.dim() == 1 for p in own)
+    if not parameters:
+        attributes = vars(module)
+        has_eps = any("eps" in name and isinstance(v, float) for name, v in attributes.items())
+        return has_eps or "normalized_shape" in attributes
+    return all(p.dim() == 1 for p in parameters)
 
 
 def parts(block: nn.Module) -> list[Region]:
     """The regions inside a block that cannot be captured as one graph.
 
-    Args:
-        block: the block.
-
-    Returns:
-        Its children, and the elements of its lists: composite ones as blocks, norms as norms. Lone
-        projections are none.
+    These are its children, and the elements of its lists: composite ones as blocks, norms as norms.
+    Lone projections are none.
     """
-    found = []
+    regions = []
     for name, child in block.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            found += parts(child)
+            regions += parts(child)
         elif any(True for _ in child.children()):
-            found.append(Region(name, child, "block"))
+            regions.append(Region(name, child, "block"))
         elif _is_norm(child):
-            found.append(Region(name, child, "norm"))
-    return found
+            regions.append(Region(name, child, "norm"))
+    return regions
 
 
 def undivided_parts(block: nn.Module) -> list[Region]:
-    """The parts of a block whose work no engine divides between processes.
-
-    Args:
-        block: the block.
-
-    Returns:
-        Its ``parts``; in place of one with such a module in it, the parts of that one.
-    """
-    found = []
+    """The ``parts`` of a block; one with a module that an engine divides gives way to its parts."""
+    regions = []
     for part in parts(block):
         if not any(map(divided_by, part.module.modules())):
-            found.append(part)
+            regions.append(part)
         elif divided_by(part.module) is None:
-            found += undivided_parts(part.module)
-    return found
+            regions += undivided_parts(part.module)
+    return regions
 
 
 def _head(model: nn.Module, blocks: list[nn.Module]) -> Region | None:
-    """The outermost module that owns both the blocks and the projection to the vocabulary.
-
-    A model may not say where its projection is, or have no module for it (a tied head is one
-    matmul): then it is the innermost module that owns the blocks and takes labels.
-    """
+    """The outermost module that owns both the blocks and the projection to the vocabulary."""
+    # A model may not say where its projection is, or have no module for it (a tied head is one
+    # matmul): then it is the innermost module that owns the blocks and takes labels.
     inner = None
     for path, module in model.named_modules():
         holders = [c for c in module.children() if _holds(c, blocks)]
@@ -207,12 +184,12 @@ def _outside(head: Region) -> nn.Module:
 
 def _chain(module: nn.Module, blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
     """``module``, and what is inside it around all the blocks."""
-    found = [module]
-    while inner := [c for c in found[-1].children() if _holds(c, blocks)]:
+    chain = [module]
+    while inner := [c for c in chain[-1].children() if _holds(c, blocks)]:
         if isinstance(inner[0], nn.ModuleList) or inner[0] in blocks:
             break
-        found.append(inner[0])
-    return tuple(found)
+        chain.append(inner[0])
+    return tuple(chain)
 
 
 def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
@@ -237,11 +214,11 @@ def takes_labels(module: nn.Module) -> bool:
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The table of tokens: as the model says, else the largest embedding that it has."""
     try:
-        said = getattr(model, "get_input_embeddings", lambda: None)()
+        table = getattr(model, "get_input_embeddings", lambda: None)()
     except (NotImplementedError, AttributeError):
-        said = None
-    if isinstance(said, nn.Module):
-        return said
+        table = None
+    if isinstance(table, nn.Module):
+        return table
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(tables, key=lambda m: m.num_embeddings, default=None)
 

@@ -28,15 +28,13 @@ from .sharing import InputGradient, SharedFunction, Stage, require_no_hooks
 from .units import Units
 from .watch import Watches
 
-# What a captured head has run already, should its capture fail.
-#
-# Its backbone, or the first of its blocks, may have run by then. The original code is given what
-# they have returned, and finds the random numbers as they have left them: nothing runs, counts,
-# writes or draws twice.
-
 
 class Replay:
-    """One call of a head: first it is noted what runs, then that is given again.
+    """One call of a captured head: what runs is noted, and given again should the capture fail.
+
+    The backbone, or the first of the blocks, may have run by then. The original code is given what
+    they have returned, and finds the random numbers as they have left them: nothing runs, counts,
+    writes or draws twice.
 
     Attributes:
         is_on: whether the original code runs now.
@@ -75,8 +73,6 @@ class Choices:
     """What one ``optimize`` call has decided, and what acts on it.
 
     Attributes:
-        options: the user's choices.
-        environment: the environment variables.
         codegen: ``(choice, reason)`` for the blocks.
         verifier: verdicts, shared by all graphs.
         fuel: rewrites left.
@@ -144,24 +140,14 @@ class CallState:
             self.function.graphs += 1
 
     def require_no_leaf(self, reason: str) -> None:
-        """Refuse the call at hand if its graph gets a leaf.
-
-        Raises:
-            InputGradient: with the reason.
-        """
+        """Raise ``InputGradient``, with the reason, if the graph of this call gets a leaf."""
         if self.no_gradient is not None:
             raise InputGradient(reason)
 
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What one ``optimize`` call holds, and how its regions are called.
-
-    Attributes:
-        choices: what was decided.
-        log: what was captured.
-        state: of the call at hand.
-    """
+    """What one ``optimize`` call holds, and how its regions are called."""
 
     choices: Choices
     log: GraphLog = field(default_factory=GraphLog)
@@ -189,7 +175,7 @@ class Session:
         return shared.compiled
 
     def note_two_accumulations(self) -> None:
-        """In a graph of the function at hand hooks on parameters would see a sum of gradients."""
+        """Note that hooks on parameters would see a sum of gradients in a graph of the function."""
         if self.state.function is not None:
             self.state.function.sums_gradients = True
         if self.state.region is not None:
@@ -211,15 +197,10 @@ class Session:
         In a block or norm nothing has run when capture fails; what has in a head is replayed. An
         error of the model's own code comes out of ``original`` again, as it would have without us.
 
-        Args:
-            module: the region.
-            compiled: makes, or finds, what runs its graph.
-            args: for the graph.
-            kwargs: for the graph.
-            original: the same call of the original forward, without arguments.
-            context: makes what surrounds the captured call, and only that, of ``no_gradient``.
-            mark: called before a capture: tells TorchDynamo which sizes of the arguments vary.
-            no_gradient: an input in whose place a leaf is tried first.
+        ``compiled`` makes, or finds, what runs the graph; ``original`` is the same call of the
+        original forward. ``context`` makes what surrounds the captured call, and only that, of
+        ``no_gradient``, an input in whose place a leaf is tried first. ``mark`` is called before a
+        capture: it tells TorchDynamo which sizes vary.
         """
         state = self.state
         if not state.started:
@@ -285,17 +266,15 @@ class Session:
             self.log.record(self.state.region, graph)
 
     def _start(self, module: nn.Module) -> None:
-        """Before the first call: let Inductor prepare beside the capture."""
+        """Before the first call: let Inductor prepare during the capture."""
         if self.choices.codegen[0] == "inductor" and not self.choices.fake:
             self.state.preparation = prepare(module)
         self.state.started = True
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What tells two layers apart that run different code: their parts, switches and kinds.
-
-    Numbers are left out: each layer has its own index.
-    """
+    """What tells layers that run different code apart: their parts, switches and kinds."""
+    # numbers are left out: each layer has its own index
     return tuple(
         (name, type(m), *sorted((k, v) for k, v in vars(m).items() if isinstance(v, (bool, str))))
         for name, m in module.named_modules()
@@ -312,17 +291,12 @@ _LIMIT = 1024
 
 @contextmanager
 def _dynamo_settings(shared: SharedFunction | None) -> Iterator[None]:
-    """Say what Dynamo does, should it capture, with numbers that stand in modules.
-
-    It does without its cache of fake tensors: where sizes are symbolic, making the entries takes
-    about a third of a capture of small models, and one call in seven finds one (2026-11-26,
-    torch 2.13).
-
-    Args:
-        shared: at its stage ``VARYING``, those become inputs in which two calls differ; otherwise
-            all are constants (an eps, a scale, the size of a head).
-    """
+    """Set how Dynamo, should it capture, treats the numbers in modules."""
+    # those in which two calls differ become inputs; otherwise all are constants (an eps, a scale,
+    # the size of a head)
     varying = shared is not None and shared.stage is Stage.VARYING
+    # Without its cache of fake tensors: where sizes are symbolic, making the entries takes about a
+    # third of a capture of small models, and one call in seven finds one (2026-11-26, torch 2.13).
     before = _config.specialize_float, _config.recompile_limit, _config.fake_tensor_cache_enabled
     _config.specialize_float, _config.fake_tensor_cache_enabled = not varying, False
     _config.recompile_limit = max(_LIMIT, before[1])
@@ -348,10 +322,8 @@ _WEAK = "invalidate_compile_context_weakrefs"
 
 
 def _is_capture_error(error: Exception) -> bool:
-    """Whether it was raised while Dynamo captured: by its class, or by where that was.
-
-    Guards are made in other packages of PyTorch, which raise what they happen to raise.
-    """
+    """Whether it was raised while Dynamo captured: by its class, or by where that was."""
+    # guards are made in other packages of PyTorch, which raise what they happen to raise
     if isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit)):
         return True
     frame, where = error.__traceback__, ""

@@ -1,10 +1,10 @@
 """Which modules share a compiled function, and which numbers are constants of its graphs.
 
-Equal modules share one function. Integers and floats that stand in the modules are constants of its
-graphs, so that rules can read them. Where that makes too many graphs (each layer reads its own
-index; a module counts its calls), a second function takes over, in whose graphs the numbers that
-vary are inputs. Where that makes too many as well, each module gets a function of its own; and one
-that needs a new graph all the time is no longer captured.
+Equal modules share one function. Integers and floats in the modules are constants of its graphs, so
+that rules can read them. Where that makes too many graphs (each layer reads its own index; a module
+counts its calls), a second function takes over, in whose graphs the numbers that vary are inputs.
+Where that makes too many as well, each module gets its own function; and one that needs a new graph
+all the time is no longer captured.
 """
 
 from __future__ import annotations
@@ -65,12 +65,7 @@ class SharedFunctions:
     )
 
     def find(self, module: nn.Module, key: Hashable) -> SharedFunction:
-        """The function that ``module`` runs, of all that ``key`` stands for.
-
-        Args:
-            module: a region.
-            key: tells apart what runs different code, or is compiled differently.
-        """
+        """The function that ``module`` runs; ``key`` is equal for what is compiled alike."""
         shared = self._common.get(key)
         if shared is None:
             shared = self._common[key] = SharedFunction()

@@ -4,7 +4,7 @@ FSDP2 and ZeRO-3 keep a part of each parameter on each process. Hooks on the mod
 units gather the rest before a unit's forward and before its backward pass, and release it after.
 A captured graph calls no submodule, so these hooks are called for all units inside a region at
 once: what comes before a forward gets the region's hidden states, what comes after one gets its
-results. To autograd the first is the last thing of backward, and the second the first.
+results. In a backward pass the first come last, and the second first.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
 def is_unit(module: nn.Module, region: nn.Module) -> bool:
     """Whether ``module`` has no other hooks than those of an engine that shards parameters.
 
-    A unit of FSDP2 that casts what it is given, or what it returns, otherwise than ``region`` does
-    as a unit is none: around a whole region it would cast something else. The projection of a head
-    may cast what it is given, which are the hidden states that the region is given.
+    A unit of FSDP2 that casts its inputs or outputs in another way than ``region`` is none: around
+    a whole region it would cast something else. The projection of a head may cast its inputs, which
+    are the hidden states that the region is given.
     """
     if module._backward_hooks or module._backward_pre_hooks:
         return False
@@ -55,10 +55,10 @@ def is_unit(module: nn.Module, region: nn.Module) -> bool:
 def _is_projection(module: nn.Module, region: nn.Module) -> bool:
     """Whether ``module`` is what a causal LM computes its logits with."""
     try:
-        found = getattr(region, "get_output_embeddings", lambda: None)()
+        projection = getattr(region, "get_output_embeddings", lambda: None)()
     except (NotImplementedError, AttributeError):
         return False
-    return found is module
+    return projection is module
 
 
 def divided_by(module: nn.Module) -> str | None:
@@ -84,14 +84,14 @@ def _casts(module: nn.Module) -> tuple[Any, Any]:
 
 
 def _is_engines(hook: Any) -> bool:
-    known = _known.get(hook) if isinstance(hook, types.FunctionType) else None
-    if known is None:
+    is_engine = _known.get(hook) if isinstance(hook, types.FunctionType) else None
+    if is_engine is None:
         function = hook.func if isinstance(hook, functools.partial) else hook
         function = inspect.unwrap(getattr(function, "__func__", function))
-        known = str(getattr(function, "__module__", "")).startswith(_ENGINES)
+        is_engine = str(getattr(function, "__module__", "")).startswith(_ENGINES)
         if isinstance(hook, types.FunctionType):
-            _known[hook] = known
-    return known
+            _known[hook] = is_engine
+    return is_engine
 
 
 _known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -143,46 +143,35 @@ class Units:
             module.__dict__.update({name: OrderedDict() for name in _FORWARD_HOOKS})
 
     def _show(self) -> None:
-        for module, own in zip(self._modules, self._kept, strict=True):
-            module.__dict__.update(own)
+        for module, hooks in zip(self._modules, self._kept, strict=True):
+            module.__dict__.update(hooks)
 
     def before(self, hidden: Tensor) -> Tensor:
-        """Gather the parameters.
+        """Gather the parameters, of a region that computes from ``hidden``, (B, T, H).
 
-        Args:
-            hidden: what the region computes from, (B, T, H).
-
-        Returns:
-            The same values, whose gradient releases the parameters again.
+        Returns the same values, whose gradient releases the parameters again.
         """
         self._inputs, self.is_open = [], True
-        for module, own in zip(self._modules, self._kept, strict=True):
-            for key, hook in own["_forward_pre_hooks"].items():
+        for module, hooks in zip(self._modules, self._kept, strict=True):
+            for key, hook in hooks["_forward_pre_hooks"].items():
                 if key in module._forward_pre_hooks_with_kwargs:
-                    found = (hook(module, (hidden,), {}) or (None, None))[0]
+                    result = (hook(module, (hidden,), {}) or (None, None))[0]
                 else:
-                    found = hook(module, (hidden,))
-                if found is not None:
-                    (hidden,) = found if isinstance(found, tuple) else (found,)
+                    result = hook(module, (hidden,))
+                if result is not None:
+                    (hidden,) = result if isinstance(result, tuple) else (result,)
             self._inputs.append((hidden,))
         return hidden
 
     def after(self, results: Any) -> Any:
-        """Release the parameters.
-
-        Args:
-            results: of the region.
-
-        Returns:
-            The same values, whose gradients gather the parameters first.
-        """
+        """Release the parameters; returns the results, whose gradients gather them first."""
         self.is_open = False
         units = list(zip(self._modules, self._kept, self._inputs, strict=True))
-        for module, own, inputs in reversed(units):
-            for key, hook in own["_forward_hooks"].items():
+        for module, hooks, inputs in reversed(units):
+            for key, hook in hooks["_forward_hooks"].items():
                 keywords: Any = ({},) if key in module._forward_hooks_with_kwargs else ()
-                found = hook(module, inputs, *keywords, results)
-                results = results if found is None else found
+                result = hook(module, inputs, *keywords, results)
+                results = results if result is None else result
         return results
 
 

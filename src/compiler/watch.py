@@ -88,12 +88,7 @@ class Watches:
         self._round = 0
 
     def get(self, module: nn.Module, outside: Sequence[str] = ()) -> Watch:
-        """What lies below ``module`` now.
-
-        Args:
-            module: a region.
-            outside: the path, name by name, to a submodule that is not captured with it.
-        """
+        """What is below a region now; ``outside`` is the path to a submodule captured apart."""
         # the methods of all classes are compared once for each pass over the model
         if module in self._seen:
             self._seen.clear()
@@ -112,10 +107,7 @@ class Watches:
         """Watch also what the graph that is being compiled calls, and ``get`` has not read.
 
         A head may call parts of its backbone itself. The call at hand keeps its code: what it runs
-        is captured already.
-
-        Args:
-            module: the region of the graph, for which ``get`` was called.
+        is captured already. ``get`` was called before for ``module``, the region of the graph.
         """
         watch = self._watches[module]
         paths = called_below(module) - watch.paths
@@ -133,14 +125,14 @@ class Watches:
         return Watch(module, outside, self.opaque.below(module), inlined)
 
     def _find_code(self, module: nn.Module, watch: Watch) -> Hashable:
-        known = self._methods.get(watch.classes)
-        if known is None:
-            known = self._methods[watch.classes] = _Methods(watch.classes)
+        methods = self._methods.get(watch.classes)
+        if methods is None:
+            methods = self._methods[watch.classes] = _Methods(watch.classes)
             alike = self._alike.setdefault(module, Counter())
             names = tuple((c.__module__, c.__qualname__) for c in watch.classes)
             alike[names] += 1
             watch.is_unsettled = alike[names] > _MAX_ALIKE
-        return known.code(self._round), watch.own_code, bool(watch.inlined_hooks())
+        return methods.code(self._round), watch.own_code, bool(watch.inlined_hooks())
 
 
 @dataclass(eq=False)
@@ -196,7 +188,7 @@ class Watch:
         copies: of their forwards, for those that call what is captured whole.
         round: number of the pass over the model in which ``code`` was found.
         code: tells apart what runs different code; equal for equal modules.
-        is_unsettled: whether its classes are anew those of earlier calls, in all but identity.
+        is_unsettled: whether its classes have the names of those of earlier calls, but are new.
     """
 
     def __init__(
@@ -224,8 +216,8 @@ class Watch:
         self.packed = [m for m in captured if is_packed(m)]
         self.classes: tuple[Any, ...] = tuple(dict.fromkeys((type(module), *self._kinds)))
         self._class_forwards = [c.forward for c in self.classes]
-        own = enumerate(self._forwards)
-        self.own_code = tuple((i, _code(f)) for i, f in own if f is not None)
+        forwards = enumerate(self._forwards)
+        self.own_code = tuple((i, _code(f)) for i, f in forwards if f is not None)
         self.copies = copies
         self.round = -1
         self.code: Hashable = None
@@ -248,7 +240,7 @@ class Watch:
         )
 
     def find_hooks(self, module: nn.Module) -> Hooks:
-        """As ``bypass.find_hooks`` of the region, which is asked only where there are any."""
+        """The hooks below the region (``bypass.find_hooks``), looked for only if there are any."""
         hooks = _NONE
         if any(chain.from_iterable(map(_HOOKS, self._called))):
             hooks = find_hooks(module, self._captured)
@@ -279,11 +271,9 @@ def _prefixes(path: str) -> Iterator[str]:
 
 
 def _code(forward: Any) -> Any:
-    """The code behind a forward, and what it holds where TorchDynamo does not guard that.
-
-    PyTorch 2.13 guards the closure and the defaults of a function that stands in a module; 2.11
-    takes any function with the same code for the one that it captured.
-    """
+    """The code behind a forward, and what it holds where TorchDynamo does not guard that."""
+    # PyTorch 2.13 guards the closure and the defaults of a function that a module holds; 2.11 takes
+    # any function with the same code for the one that it captured
     function = getattr(forward, "func", forward)  # of a functools.partial
     function = getattr(function, "__func__", function)
     holds = any(getattr(function, name, None) for name in _HELD)
@@ -314,11 +304,11 @@ class _Methods:
                 self._values = values
                 self._functions = [v for v in values if type(v) is types.FunctionType]
                 self._held = []
-            held = list(chain.from_iterable(map(_PARTS, self._functions)))
-            held += chain.from_iterable(map(dict.values, filter(None, held[2::3])))
-            if not self._held or not _are_same(held, self._held):
-                self._held = held
-                self._code = self._state_number([v for v in values if _is_method(v)] + held)
+            parts = list(chain.from_iterable(map(_PARTS, self._functions)))
+            parts += chain.from_iterable(map(dict.values, filter(None, parts[2::3])))
+            if not self._held or not _are_same(parts, self._held):
+                self._held = parts
+                self._code = self._state_number([v for v in values if _is_method(v)] + parts)
         return id(self), self._code
 
     def _state_number(self, functions: list[Any]) -> int:

@@ -72,12 +72,12 @@ def canonical(node: Any) -> Canon | None:
     if special is not None:
         return special(node, *_by_position(args, kwargs))
     table: dict[Any, str] = FUNCTIONS if node.op == "call_function" else METHODS
-    found = table.get(target)
-    if found is None and isinstance(target, torch._ops.OpOverloadPacket):
-        found = LIBRARY_OPS.get(str(target))
-    if found is None:
+    operation = table.get(target)
+    if operation is None and isinstance(target, torch._ops.OpOverloadPacket):
+        operation = LIBRARY_OPS.get(str(target))
+    if operation is None:
         return None
-    canon = _made(found, SPECS[found].bind(args, kwargs))
+    canon = _made(operation, SPECS[operation].bind(args, kwargs))
     return _tidy(node, canon) if canon else None
 
 
@@ -140,8 +140,8 @@ def _wrapped_linear(node: fx.Node) -> Canon | None:
     inner = forward(node)
     if inner is None or not inner.multiplies_backward():
         return None
-    found = _matrix_product(inner.result) or _sum_with_bias(inner.result)
-    outside = None if found is None else inner.outside(found.args, found.via)
+    linear = _matrix_product(inner.result) or _sum_with_bias(inner.result)
+    outside = None if linear is None else inner.outside(linear.args, linear.via)
     return None if outside is None else Canon("linear", *outside)
 
 

@@ -17,32 +17,26 @@ def remove_noops(module: fx.GraphModule) -> int:
     PyTorch, and a cast made twice in one mode (gradients, autocast) gives the same numbers twice.
     Two casts remain two tensors where a write could tell: in the graph, or by whoever gets one.
 
-    Args:
-        module: the captured graph; it and the graphs nested in it are changed in place.
-
-    Returns:
-        How many nodes went.
+    Changes ``module`` and the graphs nested in it in place; returns how many nodes went.
     """
-    gone = 0
+    removed = 0
     for inner in facts.nested(module):
-        gone += len(prune(inner.graph, [n for n in reversed(inner.graph.nodes) if _is_dead(n)]))
+        removed += len(prune(inner.graph, [n for n in reversed(inner.graph.nodes) if _is_dead(n)]))
         for node in list(inner.graph.nodes):
             if _is_noop(node):
                 node.replace_all_uses_with(node.args[0])
                 inner.graph.erase_node(node)
-                gone += 1
-        gone += _merge_casts(inner.graph)
+                removed += 1
+        removed += _merge_casts(inner.graph)
         inner.recompile()
-    return gone
+    return removed
 
 
 def _merge_casts(graph: fx.Graph) -> int:
-    """Make equal casts of one value once; returns how many went.
-
-    Not those to fewer bits whose gradients are wanted: these are added up behind the casts, with
-    more bits.
-    """
-    mode, gone = modes(graph), 0
+    """Make equal casts of one value once; returns how many went."""
+    # not those to fewer bits whose gradients are wanted: these are added up behind the casts, with
+    # more bits
+    mode, removed = modes(graph), 0
     targets = [t for n in graph.nodes for t in writes(n)]
     if not all(facts.memories(t) for t in targets):
         return 0
@@ -65,8 +59,8 @@ def _merge_casts(graph: fx.Graph) -> int:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-            gone += 1
-    return gone
+            removed += 1
+    return removed
 
 
 def _is_dead(node: fx.Node) -> bool:

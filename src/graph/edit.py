@@ -31,9 +31,9 @@ def modes(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
     """
     grad: Any = torch.is_grad_enabled()
     entered: tuple[Any, ...] = ()
-    found = {}
+    result = {}
     for node in graph.nodes:
-        found[node] = (grad, *entered)
+        result[node] = (grad, *entered)
         if not switches_mode(node):
             continue
         name = getattr(node.target, "__name__", "")
@@ -43,31 +43,25 @@ def modes(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
             entered = entered[:-1]
         else:  # entered, or something that is not known to be undone
             entered = (*entered, node)
-    return found
+    return result
 
 
 def prune(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Erase those of ``nodes`` that nobody uses any more, and what only they used.
+    """Erase those of ``nodes`` that nobody uses any more, and what only they used; returns them.
 
-    Other dead nodes stay: in a captured graph a node without users may switch a mode (autocast,
-    gradients, vmap) and is not dead at all. Nor is what writes or draws random numbers.
-
-    Args:
-        graph: changed in place.
-        nodes: in reverse graph order.
-
-    Returns:
-        The erased nodes.
+    ``nodes`` are in reverse graph order. Other dead nodes stay: in a captured graph a node without
+    users may switch a mode (autocast, gradients, vmap) and is not dead at all. Nor is what writes
+    or draws random numbers.
     """
-    gone: set[fx.Node] = set()
+    erased: set[fx.Node] = set()
     queue = list(nodes)
     while queue:
         node = queue.pop(0)
-        if node in gone or node.users or node.op in ("placeholder", "output"):
+        if node in erased or node.users or node.op in ("placeholder", "output"):
             continue
         if has_effect(node) or switches_mode(node):
             continue
         queue += [n for n in node.all_input_nodes if n.op in ("call_function", "call_method")]
         graph.erase_node(node)
-        gone.add(node)
-    return gone
+        erased.add(node)
+    return erased

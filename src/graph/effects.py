@@ -1,4 +1,4 @@
-"""What a node does beside giving its value: writes into memory, random draws, or nobody knows what.
+"""What a node does besides giving its value: writes into memory, random draws, or anything.
 
 Read from the schema of the operator that the node calls, with its arguments in their places: a
 keyword's name alone says nothing (``F.relu(g, True)`` writes), and neither does a function's.
@@ -32,19 +32,16 @@ from .signatures import (
 
 
 def writes(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes into whose memory ``node`` writes.
-
-    Of what is opaque, these are all tensors that it is given.
-    """
+    """The nodes into whose memory ``node`` writes; for an opaque one, all tensors it is given."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return ()
     if is_opaque(node):
-        found: Iterable[Any] = node.all_input_nodes
+        candidates: Iterable[Any] = node.all_input_nodes
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        found = _written_within(node)
+        candidates = _written_within(node)
     else:
-        found = _written(node)
-    return tuple(dict.fromkeys(n for n in _nodes(found) if _may_be_tensor(n)))
+        candidates = _written(node)
+    return tuple(dict.fromkeys(n for n in _nodes(candidates) if _may_be_tensor(n)))
 
 
 def draws(node: fx.Node) -> bool:
@@ -55,12 +52,12 @@ def draws(node: fx.Node) -> bool:
         return any(draws(n) for body in _bodies(node) for n in body.graph.nodes)
     if not _may_draw(node.op, node.target):
         return False
-    given = bound(node)
-    return not given or any(_is_active(node, each) for each in given)
+    bindings = bound(node)
+    return not bindings or any(_is_active(node, each) for each in bindings)
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """Whether nothing is known of what ``node`` does beside giving its value."""
+    """Whether nothing is known of what ``node`` does besides giving its value."""
     if node.op == "call_module":
         return True
     if node.op != "call_function" or "fusewright_rule" in node.meta or is_leaf(node.target):
@@ -72,7 +69,7 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether ``node`` does something beside giving its value, so that it is never dead."""
+    """Whether ``node`` does something besides giving its value, so that it is never dead."""
     return is_opaque(node) or bool(writes(node)) or draws(node)
 
 
@@ -81,11 +78,11 @@ def _written(node: fx.Node) -> Iterator[Any]:
     if _named_as_write(node):
         yield from node.args[:1] or list(node.kwargs.values())[:1]
     yield node.kwargs.get("out")
-    for given in bound(node):
-        yield from (value for p, value in given.items() if p.written)
-        by_name = {p.name: value for p, value in given.items()}
+    for binding in bound(node):
+        yield from (value for p, value in binding.items() if p.written)
+        by_name = {p.name: value for p, value in binding.items()}
         if by_name.get("inplace", False) is not False:
-            yield next(iter(given.values()))
+            yield next(iter(binding.values()))
         if by_name.get("max_norm") is not None:  # an embedding shortens the rows that it reads
             yield by_name.get("weight")
         # operators that keep statistics do not say so in their schema
@@ -106,11 +103,9 @@ _DUNDERS = {"__setitem__", "__delitem__", *(f"__i{name}__" for name in _IN_PLACE
 
 
 def _named_as_write(node: fx.Node) -> bool:
-    """Whether it is ``+=`` or the like, or bears PyTorch's mark of a write into the first argument.
-
-    Every method and function of PyTorch that ends in an underscore has it, those without a schema
-    too (``requires_grad_``, the functions of ``nn.init``).
-    """
+    """Whether it is ``+=`` or the like, or its name says that it writes into the first argument."""
+    # as that of every method and function of PyTorch with an underscore at its end does, of those
+    # without a schema too (``requires_grad_``, the functions of ``nn.init``)
     if node.op == "call_function" and node.target in _OPERATORS:
         return True
     name = name_of(node.target)
@@ -121,10 +116,8 @@ def _named_as_write(node: fx.Node) -> bool:
 
 @functools.cache
 def _may_draw(op: str, target: Any) -> bool:
-    """Whether the function draws at least with some arguments.
-
-    Of one in Python, the names in its code say which operators it may call.
-    """
+    """Whether the function draws at least with some arguments."""
+    # of one in Python, the names in its code say which operators it may call
     operators = overloads(op, target)
     if operators:
         return any(_is_seeded(o) for o in operators)
@@ -165,12 +158,14 @@ def _written_within(node: fx.Node) -> list[fx.Node]:
     """Which inputs of a node the graphs that it runs write into."""
     bodies = _bodies(node)
     if name_of(node.target) == "autograd_function_apply":
-        bodies = bodies[:1]  # the other one is its backward, which has inputs of its own
+        bodies = bodies[:1]  # the other one is its backward, which has other inputs
     memory = set()
     for body in bodies:
-        own = {m for n in body.graph.find_nodes(op="placeholder") for m in facts.memories(n)}
+        placeholders = {
+            m for n in body.graph.find_nodes(op="placeholder") for m in facts.memories(n)
+        }
         targets = (t for n in body.graph.nodes for t in writes(n))
-        memory |= {m for t in targets for m in facts.memories(t)} & own
+        memory |= {m for t in targets for m in facts.memories(t)} & placeholders
     inputs = [n for n in node.all_input_nodes if facts.body(n) is None]
     return [n for n in inputs if memory & facts.memories(n)] or (inputs if memory else [])
 

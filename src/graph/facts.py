@@ -32,26 +32,26 @@ def tensor(node: Any) -> Tensor | None:
 
 
 def real(node: Any) -> Tensor | None:
-    """The tensor that a placeholder stands for in the call that is being captured, else None.
+    """The tensor behind a placeholder in the call that is being captured, else None.
 
     TorchDynamo knows it while its backend runs, and forgets it afterwards.
     """
-    given = node.meta.get("grapharg") if isinstance(node, fx.Node) else None
+    argument = node.meta.get("grapharg") if isinstance(node, fx.Node) else None
     try:
-        found = getattr(given, "example", None)
+        example = getattr(argument, "example", None)
     except AssertionError:  # it has been forgotten
         return None
-    return found if type(found) in (Tensor, torch.nn.Parameter) else None
+    return example if type(example) in (Tensor, torch.nn.Parameter) else None
 
 
 _ARGUMENT = re.compile(r"""L\[[^]]+\](\[[^]]+\])*""")
 
 
 def is_argument(node: fx.Node) -> bool:
-    """Whether a placeholder stands for an argument of the captured call, or an item of one.
+    """Whether a placeholder is an argument of the captured call, or an item of one.
 
-    Others stand for what an object holds: for a module's parameter, or its buffer. What TorchDynamo
-    says nothing of is an argument.
+    Others are what an object holds: a module's parameter, or its buffer. What TorchDynamo says
+    nothing of is an argument.
     """
     source = getattr(node.meta.get("grapharg"), "source", None)
     name: Any = getattr(source, "name", None)
@@ -101,7 +101,7 @@ def size(node: Any, dim: int) -> int | None:
     if t is None or not -t.dim() <= dim < t.dim():
         return None
     s: Any = t.shape[dim]
-    if isinstance(s, torch.SymInt):  # one that met a constant is one, under its old type
+    if isinstance(s, torch.SymInt):  # one that was set equal to a constant keeps its old type
         s = s.node.maybe_as_int()
     return s if type(s) is int else None
 
@@ -128,18 +128,18 @@ def nested(module: fx.GraphModule, out: Container[Any] = ()) -> Iterator[fx.Grap
 
 
 def bodies(graph: fx.Graph, names: Container[str]) -> set[fx.GraphModule]:
-    """The graphs that the nodes of these names stand for or are called with."""
+    """The graphs that the nodes of these names refer to or are called with."""
     nodes = (n for n in graph.nodes if n.name in names)
-    found = (body(part) for n in nodes for part in (n, *n.all_input_nodes))
-    return {b for b in found if b is not None}
+    candidates = (body(part) for n in nodes for part in (n, *n.all_input_nodes))
+    return {b for b in candidates if b is not None}
 
 
 def body(node: Any) -> fx.GraphModule | None:
-    """The graph that a node stands for (of a checkpointed part, an autograd function), or None."""
+    """The graph that a node refers to (of a checkpointed part, an autograd function), or None."""
     if not isinstance(node, fx.Node) or node.op != "get_attr" or "." in str(node.target):
         return None
-    found = getattr(node.graph.owning_module, str(node.target), None)
-    return found if isinstance(found, fx.GraphModule) else None
+    attribute = getattr(node.graph.owning_module, str(node.target), None)
+    return attribute if isinstance(attribute, fx.GraphModule) else None
 
 
 def home(node: fx.Node) -> str:
@@ -154,8 +154,8 @@ def home(node: fx.Node) -> str:
 
 def common_home(nodes: list[fx.Node]) -> str:
     """The innermost module path that holds all of ``nodes``."""
-    made = [n for n in nodes if n.op not in ("placeholder", "get_attr")]
-    paths = [home(n).split(".") for n in made if not _is_homeless(n)]
+    computed = [n for n in nodes if n.op not in ("placeholder", "get_attr")]
+    paths = [home(n).split(".") for n in computed if not _is_homeless(n)]
     if not paths:
         return ""
     shared = paths[0]
@@ -175,10 +175,8 @@ def _is_homeless(node: fx.Node) -> bool:
 
 
 def _clean(path: str) -> str:
-    """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``.
-
-    The first part is the argument that holds the captured module, whatever it is called.
-    """
+    """Turn Dynamo's ``L['self']._modules['a']._modules['0'].b`` into ``a.0.b``."""
+    # the first part is the argument that holds the captured module, whatever it is called
     text = re.sub(r"""^L\[(['"])\w+\1\](\[\d+\])?""", "", path)
     for old, new in (
         (".forward.__self__", ""),
@@ -211,8 +209,8 @@ def kept(find: Callable[[Any], _T]) -> Callable[[Any], _T]:
         key = find, node
         if key not in _kept.found:
             _kept.found[key] = find(node)
-        found: _T = _kept.found[key]
-        return found
+        result: _T = _kept.found[key]
+        return result
 
     return looked_up
 

@@ -15,9 +15,8 @@ from ..kernels.cost import like
 def fake(example: Any, size: Callable[[Any], Any]) -> Any:
     """What has the shape, the strides and the dtype of ``example``; under a fake mode.
 
-    Args:
-        example: a tensor, fake or real; a size; or several in tuples and lists.
-        size: gives a symbolic size its number.
+    ``example`` is a tensor, fake or real; a size; or several in tuples and lists. ``size`` gives a
+    symbolic size its number.
     """
 
     def one(value: Any) -> Any:
@@ -30,5 +29,5 @@ def fake(example: Any, size: Callable[[Any], Any]) -> Any:
 
 
 def hint(s: Any) -> int:
-    """The number with which a symbolic size was met."""
+    """The number that a symbolic size had when it was captured."""
     return s if type(s) is int else int(getattr(s.node, "hint", None) or 1)

@@ -22,7 +22,7 @@ def require_marked_writes(module: fx.GraphModule) -> None:
     """Refuse a graph of a PyTorch that forgets ``ctx.mark_dirty``: its gradients would be wrong.
 
     That version (2.11) also loses the gradient of a function that returns what it has made twice:
-    what it has written to is an output of its own there.
+    there, what it has written to is a separate output.
 
     Raises:
         NotImplementedError: with the reason.
@@ -31,8 +31,8 @@ def require_marked_writes(module: fx.GraphModule) -> None:
         return
     for inner in facts.nested(module):
         for node in filter(is_wrapped, inner.graph.nodes):
-            written = [t for n in writes(node) if (t := facts.tensor(n)) is not None]
-            if any(t.requires_grad for t in written):
+            tensors = [t for n in writes(node) if (t := facts.tensor(n)) is not None]
+            if any(t.requires_grad for t in tensors):
                 raise NotImplementedError(
                     f"an autograd function writes to its input: PyTorch {torch.__version__} does "
                     "not capture that"
@@ -71,18 +71,14 @@ def remove_writes(module: fx.GraphModule) -> int:
     ``y += b``, ``y.masked_fill_(mask, 0)``, ``silu(y, inplace=True)`` of a fresh y without views;
     and what LLM.int8() writes: a scaled cast of its integers, and a weight to where it is already.
 
-    Args:
-        module: the captured graph; it and the graphs nested in it are changed in place.
-
-    Returns:
-        How many writes went.
+    Changes ``module`` and the graphs nested in it in place; returns how many writes went.
     """
-    gone = 0
+    removed = 0
     for inner in facts.nested(module):
         for node in list(inner.graph.nodes):
-            gone += _inverts(node) or _changes(node) or _scales(node) or _stays(node)
+            removed += _inverts(node) or _changes(node) or _scales(node) or _stays(node)
         inner.recompile()
-    return gone
+    return removed
 
 
 def _inverts(node: fx.Node) -> bool:
@@ -111,19 +107,17 @@ def _inverts(node: fx.Node) -> bool:
         return False
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_function(inverse_permutation, (order,))
-    made.meta.update(inverse.meta)
+        permutation = graph.call_function(inverse_permutation, (order,))
+    permutation.meta.update(inverse.meta)
     graph.erase_node(node)
-    inverse.replace_all_uses_with(made)
+    inverse.replace_all_uses_with(permutation)
     prune(graph, [inverse, places])
     return True
 
 
 def _changes(node: fx.Node) -> bool:
-    """Replace ``y.add_(b)``, ``y += b``, ``relu(y, True)`` ... by a value that later nodes use.
-
-    Only for a fresh y that has no other name, and where the value has y's dtype and layout.
-    """
+    """Replace ``y.add_(b)``, ``y += b``, ``relu(y, True)`` ... by a value that later nodes use."""
+    # only for a fresh y that has no other name, and where the value has y's dtype and layout
     y = node.args[0] if node.args else None
     if not isinstance(y, fx.Node) or writes(node) != (y,) or not _is_fresh(y):
         return False
@@ -131,19 +125,19 @@ def _changes(node: fx.Node) -> bool:
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     if mode[node] != mode[y] or _has_alias(y, node, order):
         return False
-    made = _as_value(node)
-    before, after = facts.tensor(y), None if made is None else facts.tensor(made)
-    if made is None or before is None or after is None or not _is_alike(before, after):
-        if made is not None:
-            node.graph.erase_node(made)
+    new_node = _as_value(node)
+    before, after = facts.tensor(y), None if new_node is None else facts.tensor(new_node)
+    if new_node is None or before is None or after is None or not _is_alike(before, after):
+        if new_node is not None:
+            node.graph.erase_node(new_node)
         return False
     earlier = {n for n in y.users if order.get(n, -1) < order[node]}
     for old in (node, y):
         old.replace_all_uses_with(
-            made, delete_user_cb=lambda user: user not in (made, node, *earlier)
+            new_node, delete_user_cb=lambda user: user not in (new_node, node, *earlier)
         )
     node.graph.erase_node(node)
-    prune(node.graph, [made])
+    prune(node.graph, [new_node])
     return True
 
 
@@ -173,10 +167,10 @@ def _as_value(node: fx.Node) -> fx.Node | None:
     else:
         return None
     with node.graph.inserting_before(node):
-        made = node.graph.create_node(op, target, args, kwargs)
-    made.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
-    made.meta["example_value"] = _value_of(made)
-    return made
+        new_node = node.graph.create_node(op, target, args, kwargs)
+    new_node.meta.update({k: v for k, v in node.meta.items() if k != "example_value"})
+    new_node.meta["example_value"] = _value_of(new_node)
+    return new_node
 
 
 def _value_of(node: fx.Node) -> Any:
@@ -198,10 +192,8 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _scales(node: fx.Node) -> bool:
-    """Replace ``n.to(dtype).mul_(s)`` of integers n by ``n.to(dtype).mul(s).to(dtype)``.
-
-    Both multiply in the wider dtype of the two and round once.
-    """
+    """Replace ``n.to(dtype).mul_(s)`` of integers n by ``n.to(dtype).mul(s).to(dtype)``."""
+    # both multiply in the wider dtype of the two and round once
     y = node.args[0] if node.target == "mul_" and node.op == "call_method" else None
     if not isinstance(y, fx.Node) or len(node.args) != 2 or set(y.users) != {node}:
         return False
@@ -214,10 +206,10 @@ def _scales(node: fx.Node) -> bool:
     graph = node.graph
     with graph.inserting_before(node):
         product = graph.call_method("mul", node.args)
-        made = graph.call_method("to", (product, before.dtype))
+        cast = graph.call_method("to", (product, before.dtype))
     product.meta.update({**node.meta, "example_value": before * scale})
-    made.meta.update(node.meta)
-    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    cast.meta.update(node.meta)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     graph.erase_node(node)
     return True
 
@@ -242,30 +234,28 @@ def _stays(node: fx.Node) -> bool:
 
 
 def _is_fresh(y: fx.Node) -> bool:
-    """Whether ``y`` is memory of its own: of an operation that is known, and no view of its inputs.
-
-    A part of several values is, if they do not share their memory.
-    """
-    own, holder = facts.storage(y), y
+    """Whether ``y`` is new memory: from an operation that is known, and no view of its inputs."""
+    # a part of several values is, if they do not share their memory
+    memory, holder = facts.storage(y), y
     if y.target is operator.getitem and isinstance(y.args[0], fx.Node):
         source = facts.value(y.args[0])
         if isinstance(source, (tuple, list)):
             holder = y.args[0]
-            if sum(facts.memory(t) == own for t in source if isinstance(t, Tensor)) != 1:
+            if sum(facts.memory(t) == memory for t in source if isinstance(t, Tensor)) != 1:
                 return False
-    if own is None or holder.op not in ("call_function", "call_method") or is_opaque(holder):
+    if memory is None or holder.op not in ("call_function", "call_method") or is_opaque(holder):
         return False
     if isinstance(holder.target, torch._ops.HigherOrderOperator):
         return False
     inputs = holder.all_input_nodes
     if any(facts.value(n) is None for n in inputs):
         return False
-    return all(own not in facts.memories(n) for n in inputs)
+    return all(memory not in facts.memories(n) for n in inputs)
 
 
 def _has_alias(y: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether a node before ``last`` may hold the memory of ``y``, alone or among other values."""
-    own = facts.storage(y)
+    memory = facts.storage(y)
     holder = y.args[0] if y.target is operator.getitem else None
     for node in y.graph.nodes:
         if order[node] >= order[last]:
@@ -273,6 +263,6 @@ def _has_alias(y: fx.Node, last: fx.Node, order: dict[fx.Node, int]) -> bool:
         if node is y or node is holder:
             continue
         unknown = facts.value(node) is None and y in node.all_input_nodes
-        if unknown or own in facts.memories(node):
+        if unknown or memory in facts.memories(node):
             return True
     return False

@@ -30,7 +30,7 @@ def layout_is_read(node: fx.Node) -> str:
     Returns:
         ``"exactly"``; ``"for views"``, which the contiguous layout does for always; or ``""``.
     """
-    found = ""
+    dependence = ""
     seen: set[fx.Node] = set()
     queue = list(node.users)
     while queue:
@@ -42,13 +42,13 @@ def layout_is_read(node: fx.Node) -> str:
         if name in _STRIDES or draws(user) or is_opaque(user):
             return "exactly"
         if name in _VIEWS:
-            found = "for views"
+            dependence = "for views"
         canon = canonical(user)
         if name in _COPIED or (canon is not None and canon.name in _FRESH):
             continue
         if canon is None or canon.name not in _OURS:
             queue += list(user.users)
-    return found
+    return dependence
 
 
 _OURS = ("rms_norm", "add_rms_norm", "layer_norm", "lora_linear", "quant_linear",

@@ -72,13 +72,13 @@ def _show(value: Any, names: dict[fx.Node, str]) -> str:
 
 def _fields(record: Any, names: dict[fx.Node, str]) -> str:
     """The fields of a named tuple, without those that have their defaults."""
-    usual, shown = record._field_defaults, []
+    usual, parts = record._field_defaults, []
     for name, value in zip(record._fields, record, strict=True):
         if name not in usual:
-            shown.append(_show(value, names))
+            parts.append(_show(value, names))
         elif value != usual[name]:
-            shown.append(f"{name}={_show(value, names)}")
-    return ", ".join(shown)
+            parts.append(f"{name}={_show(value, names)}")
+    return ", ".join(parts)
 
 
 def source(module: fx.GraphModule, frame: int, kind: str, stage: str) -> str:

@@ -33,23 +33,17 @@ def eager(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
-    """Replace what stands for checkpoints and autograd functions in ``module`` by what runs them.
-
-    So in the graphs within it, too.
-
-    Args:
-        module: the graph.
-        held: those of its placeholders that stand for what a module holds.
-    """
+    """Let what runs them replace checkpoints and autograd functions, in graphs within it too."""
+    # ``held``: those of its placeholders that are values which a module holds
     free_in_backward(module.graph)
     for node in module.graph.nodes:
         is_checkpoint = node.target is torch.ops.higher_order.tag_activation_checkpoint
         for inner in filter(None, map(facts.body, node.all_input_nodes)):
-            own = zip(inner.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
-            _prepare(inner, {p for p, given in own if is_checkpoint and given in held})
+            pairs = zip(inner.graph.find_nodes(op="placeholder"), node.args[1:], strict=False)
+            _prepare(inner, {p for p, arg in pairs if is_checkpoint and arg in held})
         if is_checkpoint:
             node.target = _checkpointed
-            where = tuple(i for i, given in enumerate(node.args[1:]) if given in held)
+            where = tuple(i for i, arg in enumerate(node.args[1:]) if arg in held)
             node.kwargs = {**node.kwargs, "held": where}
     module.recompile()
 
@@ -57,25 +51,25 @@ def _prepare(module: fx.GraphModule, held: set[fx.Node]) -> None:
 def _checkpointed(
     body: Callable[..., Any], *args: Any, held: tuple[int, ...] = (), **kwargs: Any
 ) -> Any:
-    """``torch.utils.checkpoint`` of a nested graph, whichever variant the user had asked for.
-
-    The arguments at the places ``held`` were none in the user's code, where its function reads them
-    from its module. So the checkpoint does not keep them: it would refuse a buffer that is written.
-    """
-    kept = {
+    """``torch.utils.checkpoint`` of a nested graph, whichever variant the user had asked for."""
+    # The arguments at the places ``held`` were none in the user's code, where its function reads
+    # them from its module. The checkpoint does not keep them: it would refuse a buffer that is
+    # written.
+    options = {
         k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check", "debug")
     }
-    chosen = getattr(body, "meta", {}).get("_checkpoint_context_fn")  # what it keeps nevertheless
-    if chosen is not None:
-        kept["context_fn"] = chosen
-    own, count = {i: args[i] for i in held}, len(args)
+    # what it keeps nevertheless
+    context_fn = getattr(body, "meta", {}).get("_checkpoint_context_fn")
+    if context_fn is not None:
+        options["context_fn"] = context_fn
+    fixed, count = {i: args[i] for i in held}, len(args)
 
     def run(*others: Any) -> Any:
         rest = iter(others)
-        return body(*(own[i] if i in own else next(rest) for i in range(count)))
+        return body(*(fixed[i] if i in fixed else next(rest) for i in range(count)))
 
-    others = [a for i, a in enumerate(args) if i not in own]
-    return checkpoint(run, *others, use_reentrant=False, **kept)
+    others = [a for i, a in enumerate(args) if i not in fixed]
+    return checkpoint(run, *others, use_reentrant=False, **options)
 
 
 @contextlib.contextmanager
@@ -107,13 +101,13 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
         run.__dict__["_boxed_call"] = True  # PyTorch asks for it: takes its arguments in a list
         return run
 
-    made: list[Callable[..., Any]] = []
+    memo: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
-        if not made:
+        if not memo:
             # both directions at once: inside a compilation none can be put off to the backward call
             with functorch_config.patch(force_non_lazy_backward_lowering=True), without_advice():
-                made.append(
+                memo.append(
                     aot_module_simplified(
                         module,
                         list(args),
@@ -122,17 +116,17 @@ def partitioned(module: fx.GraphModule) -> Callable[..., Any]:
                         decompositions=select_decomp_table(),
                     )
                 )
-        return made[0](*args)
+        return memo[0](*args)
 
     return run
 
 
-# Leaving no mode switched when a graph raises.
+# --- leaving no mode switched when a graph raises -------------------------------------------------
 #
 # A captured ``with torch.autocast(...)`` is two calls in the graph, and nothing undoes the first
-# when what stands between them raises. A checkpoint's recomputation always ends so, as soon as it
-# has what backward needs. An autocast that is never left keeps its casts of the weights: every
-# later one in the process would use them, whatever the optimizer has written since.
+# when the code between them raises. A checkpoint's recomputation always ends so, as soon as it has
+# what backward needs. An autocast that is never left keeps its casts of the weights: every later
+# one in the process would use them, whatever the optimizer has written since.
 
 
 class _Entered(threading.local):
@@ -167,7 +161,7 @@ def _exiting(leave: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_ours(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which a graph's code would otherwise write as the one that it wraps."""
+    """``function``, under a name of this module: else a graph's code would name what it wraps."""
     function.__module__ = __name__
     return function
 

@@ -20,7 +20,6 @@ class Parameter:
     """One argument of a signature.
 
     Attributes:
-        name: its name.
         keyword: it is given by its name only.
         written: the operator writes into it.
         listed: it is a list.
@@ -41,10 +40,10 @@ _Signature = tuple[Parameter, ...]
 
 def bound(node: fx.Node) -> list[dict[Parameter, Any]]:
     """The arguments in their places, for each signature that they fit."""
-    found = (
+    candidates = (
         _bind(signature, node.args, node.kwargs) for signature in _signatures(node.op, node.target)
     )
-    return [given for given in found if given is not None]
+    return [binding for binding in candidates if binding is not None]
 
 
 def _bind(
@@ -54,13 +53,13 @@ def _bind(
     by_name = {p.name: p for p in signature}
     if len(args) > len(places):
         return None
-    given = dict(zip(places, args, strict=False))
+    binding = dict(zip(places, args, strict=False))
     for name, value in kwargs.items():
         parameter = by_name.get(name) or by_name.get(_OTHER_NAMES.get(name, ""))
-        if parameter is None or parameter in given:
+        if parameter is None or parameter in binding:
             return None
-        given[parameter] = value
-    return given if all(p.takes(value) for p, value in given.items()) else None
+        binding[parameter] = value
+    return binding if all(p.takes(value) for p, value in binding.items()) else None
 
 
 _OTHER_NAMES = {"input": "self", "axis": "dim"}
@@ -111,30 +110,30 @@ def overloads(op: str, target: Any) -> tuple[Any, ...]:
     if not isinstance(target, torch._ops.OpOverloadPacket):
         if op == "call_function" and not isinstance(target, _COMPILED):
             return ()
-        found = packet(name_of(target)) if op == "call_method" or is_torch(target) else None
-        if found is None:
+        operators = packet(name_of(target)) if op == "call_method" or is_torch(target) else None
+        if operators is None:
             return ()
-        target = found
+        target = operators
     return tuple(getattr(target, name) for name in target.overloads())
 
 
 def packet(name: str) -> Any:
     """All overloads of PyTorch's operator of this name, or None."""
-    found = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
+    result = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    return result if isinstance(result, torch._ops.OpOverloadPacket) else None
 
 
 @functools.cache
 def defaults(target: Any) -> Mapping[str, Any]:
     """The values of arguments that are left out, by name."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if isinstance(target, types.FunctionType):
         for p in inspect.signature(target).parameters.values():
-            found[p.name] = p.default
+            values[p.name] = p.default
     else:
         for schema in _schemas("call_function", target):
-            found |= {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}
+            values |= {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    return {k: v for k, v in values.items() if v is not inspect.Parameter.empty}
 
 
 _PYTHON = ("_operator", "operator", "builtins", "math")

@@ -16,22 +16,17 @@ from .predict import Predicted, setting
 def planned(
     planner: Planner, block: nn.Module, graph: fx.GraphModule, examples: Sequence[Any], choice: str
 ) -> fx.GraphModule:
-    """The graph that keeps for backward what the plan says.
+    """The rewritten graph, changed to keep for backward what the plan says.
 
-    Args:
-        planner: of the session.
-        block: whose graph it is.
-        graph: the rewritten graph.
-        examples: its inputs, as Dynamo gave them.
-        choice: what will run it: ``"eager"`` or ``"inductor"``.
+    ``choice`` is what will run it: ``"eager"`` or ``"inductor"``.
 
     Raises:
         OptimizeError: no plan fits into the user's budget.
     """
     if inside_checkpoint():
         return graph  # a checkpoint around the block keeps no more than its input anyway
-    asked = is_checkpointed(graph)
-    if planner.budget.mode == "speed" and asked:
+    checkpointed = is_checkpointed(graph)
+    if planner.budget.mode == "speed" and checkpointed:
         return graph
     reason = why_not(graph)
     if reason is not None:
@@ -40,13 +35,13 @@ def planned(
     level = planner.level(block)
     if planner.budget.mode in ("auto", "bytes") and _is_whole(planner, block):
         planner.blocks.add(block)  # one of a copy of the model is new
-        own = Predicted(graph, examples, choice, planner.note, planner.offload.least)
-        level = planner.plan(block, own, setting(planner, examples, choice, asked))
+        predicted = Predicted(graph, examples, choice, planner.note, planner.offload.least)
+        level = planner.plan(block, predicted, setting(planner, examples, choice, checkpointed))
     level = level or "all"
     can = allowed(choice, host=True)
-    made = keep(graph, level if level in can else can[0])
-    made.meta[_LEAVES] = level in HOSTED
-    return made
+    result = keep(graph, level if level in can else can[0])
+    result.meta[_LEAVES] = level in HOSTED
+    return result
 
 
 _LEAVES = "fusewright_leaves"
@@ -56,13 +51,7 @@ _LEAVES = "fusewright_leaves"
 def offloaded(
     planner: Planner, graph: fx.GraphModule, run: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """What runs a planned graph, and keeps its input where the plan says.
-
-    Args:
-        planner: of the session.
-        graph: what ``planned`` returned; any other graph's input stays on the device.
-        run: what runs it.
-    """
+    """``run`` of a ``planned`` graph, which keeps its input where the plan says."""
     return planner.offload.around(run) if graph.meta.get(_LEAVES) else run
 
 

@@ -34,13 +34,13 @@ class Budget:
         """
         if text in ("speed", "auto", "min"):
             return cls(text, text)  # type: ignore[arg-type]  # 2026-11-25: narrowed by the line above
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
-        if found is None or not float(found[1]):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?GB", text) if isinstance(text, str) else None
+        if match is None or not float(match[1]):
             raise ValueError(
                 f"memory={text!r} is not one of 'speed', 'auto', 'min' or a size in GB as in "
                 "'8GB' or '0.5GB' (the whole of what the training process may use on its device)"
             )
-        return cls(text, "bytes", int(float(found[1]) * GB))
+        return cls(text, "bytes", int(float(match[1]) * GB))
 
 
 def gigabytes(size: int) -> str:

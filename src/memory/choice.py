@@ -59,16 +59,18 @@ class Scaled:
 
     def get(self, level: Level, /) -> Usage | None:
         """The usage at one level."""
-        found = self.usages.get(level)
-        if found is None:
+        predicted = self.usages.get(level)
+        if predicted is None:
             return None
         larger = {
-            name: int(getattr(found, name) * self.factor)
+            name: int(getattr(predicted, name) * self.factor)
             for name in ("kept", "forward", "flops", "host")
         }
         # the gradients of parameters are as large whatever the batch
-        backward = int((found.backward - found.gradients) * self.factor) + found.gradients
-        return replace(found, **larger, backward=backward)
+        backward = (
+            int((predicted.backward - predicted.gradients) * self.factor) + predicted.gradients
+        )
+        return replace(predicted, **larger, backward=backward)
 
 
 def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs) -> int:
@@ -78,27 +80,22 @@ def peak(levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs)
     block needs beyond that exists in one block at a time.
     """
     pairs = zip(usages, levels, strict=True)
-    used = [found for own, level in pairs if (found := own.get(level)) is not None]
-    passing = max((_passing(u) - u.kept for u in used), default=0)
-    kept = int(sum(u.kept for u in used) * (1 + setting.slack))
+    current = [usage for block, level in pairs if (usage := block.get(level)) is not None]
+    passing = max((_passing(u) - u.kept for u in current), default=0)
+    kept_bytes = int(sum(u.kept for u in current) * (1 + setting.slack))
     head = setting.head + min(setting.logits, setting.tiles)
-    return setting.base + setting.training + kept + max(passing, head)
+    return setting.base + setting.training + kept_bytes + max(passing, head)
 
 
 def on_host(levels: Sequence[Level], usages: Sequence[Usages]) -> int:
     """The bytes that are kept in the memory of the host when block i is at ``levels[i]``."""
-    found = (own.get(level) for own, level in zip(usages, levels, strict=True))
-    return sum(u.host for u in found if u is not None)
+    per_block = (block.get(level) for block, level in zip(usages, levels, strict=True))
+    return sum(u.host for u in per_block if u is not None)
 
 
 def choose(usages: Sequence[Usages], setting: PlanInputs) -> list[Level]:
-    """The level of each block: the least computed again that fits, or the leanest plan there is.
-
-    Args:
-        usages: of each block.
-        setting: the budget and what else is in memory.
-    """
-    levels = [_fastest(own, setting.allowed) for own in usages]
+    """The level of each block: the least computed again that fits, or the leanest plan there is."""
+    levels = [_fastest(block, setting.allowed) for block in usages]
     while setting.budget is not None and peak(levels, usages, setting) > setting.budget:
         step = _best_step(levels, usages, setting)
         if step is None:
@@ -119,12 +116,10 @@ def _passing(usage: Usage) -> int:
 def _best_step(
     levels: Sequence[Level], usages: Sequence[Usages], setting: PlanInputs
 ) -> tuple[int, Level] | None:
-    """The block to make leaner, and how lean: the most bytes saved per operation added.
-
-    Inputs move to the host when nothing computed again saves bytes any more. When none keeps less,
-    the next level is taken for what it needs in passing.
-    """
-    best, found, lower = (False, 0.0), None, None
+    """The block to make leaner, and how lean: the most bytes saved per operation added."""
+    # inputs move to the host when nothing computed again saves bytes any more; when none keeps
+    # less, the next level is taken for what it needs in passing
+    best, step, lower = (False, 0.0), None, None
     room = setting.host - on_host(levels, usages)
     for i, level in enumerate(levels):
         now = usages[i].get(level)
@@ -135,7 +130,7 @@ def _best_step(
             ratio = (now.kept - then.kept) / max(then.flops - now.flops, 1)
             rank = then.host <= now.host, ratio
             if ratio > 0 and rank > best:
-                best, found = rank, (i, leaner)
+                best, step = rank, (i, leaner)
             elif lower is None and _passing(then) < _passing(now):
                 lower = i, leaner
-    return found or lower
+    return step or lower

@@ -45,12 +45,7 @@ def call_name(model: nn.Module | None) -> str:
 
 @contextmanager
 def gathered(model: nn.Module | None, values: Iterable[Any], call: str) -> Iterator[None]:
-    """While ``values`` are computed with: the parameters among them are whole.
-
-    Args:
-        model: whose parameters they are; None if it is gone.
-        values: anything.
-        call: from ``call_name``.
+    """While ``values`` are computed with, the parameters of ``model`` among them are whole.
 
     Raises:
         RuntimeError: one is not whole, and cannot be gathered; or not all processes read.
@@ -79,7 +74,7 @@ def is_released(tensor: Tensor) -> bool:
     if status is not None:
         return getattr(status, "name", "") != "AVAILABLE"
     if type(tensor) not in (Tensor, nn.Parameter):
-        return False  # a subclass may have no memory of its own
+        return False  # the memory of a subclass may be elsewhere
     # FSDP frees the memory of a whole parameter, and leaves its shape
     return tensor.numel() > 0 and not tensor.is_meta and tensor.untyped_storage().size() == 0
 
@@ -118,7 +113,7 @@ def _units(model: nn.Module | None) -> list[Any]:
     return []
 
 
-# Whether all processes of a group have come to the same place, without waiting for ever.
+# --------------------------------------------------------------------- waiting for other processes
 #
 # A collective waits for every process, until its time-out of many minutes. Here a process that is
 # alone learns so after a while, and the others, should they come later, that it has left.
@@ -133,12 +128,8 @@ _ALL, _LEFT = "all", "left"
 def all_meet(place: str, group: Any) -> bool:
     """Whether every process of a group comes here within a minute of the first one.
 
-    Args:
-        place: a name, the same on every process and another one each time.
-        group: a process group; None: that of all processes.
-
-    Returns:
-        The same on all of them.
+    ``place`` is a name, the same on every process and another one each time. The result is the same
+    on all of them.
     """
     if not dist.is_initialized() or dist.get_world_size(group) < 2:
         return True

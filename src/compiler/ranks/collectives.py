@@ -48,7 +48,7 @@ def _origins(module: nn.Module) -> Iterator[str]:
         yield str(getattr(function, "__module__", ""))
 
 
-# The job that this process is a rank of, wherever its process group was made.
+# --- the job that this process is a rank of, wherever its process group was made ------------------
 
 
 def has_peers() -> bool:

@@ -36,10 +36,6 @@ def first_one_compiles(graph: Any, examples: Sequence[Any]) -> Iterator[None]:
 
     The system releases the lock of a process that ends, however it ends. A process that has waited
     in vain compiles by itself. With one process, nothing is locked.
-
-    Args:
-        graph: what Inductor is given.
-        examples: its inputs.
     """
     folder = lock_folder() if has_peers() and isinstance(graph, fx.GraphModule) else None
     lock = None if folder is None else _opened(folder / _name(graph, examples))
@@ -65,12 +61,12 @@ def lock_folder() -> Path | None:
     try:
         folder = Path(cache_dir(), FOLDER)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError:
         return None
     others = stat.S_IWGRP | stat.S_IWOTH
-    private = found.st_uid == os.geteuid() and not found.st_mode & others
-    return folder if private and stat.S_ISDIR(found.st_mode) else None
+    private = status.st_uid == os.geteuid() and not status.st_mode & others
+    return folder if private and stat.S_ISDIR(status.st_mode) else None
 
 
 def _name(graph: fx.GraphModule, examples: Sequence[Any]) -> str:
@@ -104,10 +100,8 @@ def _take(lock: int, shared: bool) -> bool:
 
 
 def _wait(lock: int) -> None:
-    """Wait until the process that has the lock is done; then all that wait go on at once.
-
-    So a graph that Inductor does not cache is compiled by them side by side.
-    """
+    """Wait until the process that has the lock is done; then all that wait go on at once."""
+    # so a graph that Inductor does not cache is compiled by them side by side
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if _take(lock, shared=True):

@@ -1,7 +1,7 @@
-"""One verdict for all ranks: the first that meets a site verifies it, the others read the result.
+"""One verdict for all ranks: the first to reach a site verifies it, the others read the result.
 
 Verdicts pass through the key-value store of the process group, as JSON; nothing is written to disk
-and nothing is unpickled. This is no collective: a rank that never meets the site is not waited for,
+and nothing is unpickled. This is no collective: a rank that never reaches the site is not awaited,
 and one that waits in vain verifies by itself. Whatever happens, the ranks agree: who verifies a
 site that has a valid verdict by then takes that one instead.
 
@@ -73,29 +73,22 @@ class SharedVerdicts:
         return verify() if key is None else self.decide(store, dist.get_rank(), key, verify)
 
     def decide(self, store: Any, rank: int, key: str, verify: Callable[[], Verdict]) -> Verdict:
-        """The verdict under ``key`` in ``store``; that of ``verify`` where there is none.
-
-        Args:
-            store: a key-value store of ``torch.distributed``.
-            rank: of this process.
-            key: what verdicts have in common that are one.
-            verify: makes the verdict.
-        """
+        """The verdict under ``key`` in ``store``; that of ``verify`` where there is none."""
         name = entry_name(key)
         seen = self._guarded(lambda: self._read(store, rank, name))
-        found = _parsed(seen, key)
-        if found is not None:
-            return found
+        existing = _parsed(seen, key)
+        if existing is not None:
+            return existing
         try:
             verdict = verify()
         except BaseException:
             self._guarded(lambda: store.compare_set(name, seen, _ABANDONED))
             raise
-        kept = self._guarded(lambda: _published(store, name, seen, _text(verdict, key), key))
-        return _parsed(kept, key) or verdict
+        current = self._guarded(lambda: _published(store, name, seen, _text(verdict, key), key))
+        return _parsed(current, key) or verdict
 
     def _read(self, store: Any, rank: int, name: str) -> str:
-        """What stands under ``name``, once its owner has written it; empty if that is this rank."""
+        """What ``name`` holds, once its owner has written it; empty if that is this rank."""
         owner = int(store.compare_set(f"{name}-owner", "", str(rank)))
         pause, end = 0.001, time.monotonic() + self.patience
         while not store.check([name]):
@@ -125,13 +118,13 @@ def entry_name(key: str) -> str:
 
 
 def _published(store: Any, name: str, seen: str, text: str, key: str) -> str:
-    """Put ``text`` in the place of what was ``seen``; returns what stands there then."""
+    """Put ``text`` in the place of what was ``seen``; returns what is stored then."""
     for _ in range(2):  # another rank may have given up in between
-        kept = str(store.compare_set(name, seen, text), "utf-8")
-        if _parsed(kept, key) is not None:
+        current = str(store.compare_set(name, seen, text), "utf-8")
+        if _parsed(current, key) is not None:
             break
-        seen = kept
-    return kept
+        seen = current
+    return current
 
 
 def _text(verdict: Verdict, key: str) -> str:
@@ -144,11 +137,11 @@ def _parsed(text: str, key: str) -> Verdict | None:
         data = json.loads(text)
         reason, figures = data["reason"], data["figures"]
         numbers = [figures[name] for name in _NUMBERS]
-        own = data["key"] == key
+        has_key = data["key"] == key
     except (ValueError, TypeError, KeyError):
         return None
     valid = (
-        own
+        has_key
         and (reason is None or isinstance(reason, str))
         and len(figures) == len(_NUMBERS)
         and all(n is None or isinstance(n, float | int) for n in numbers)
@@ -156,7 +149,7 @@ def _parsed(text: str, key: str) -> Verdict | None:
     return Verdict(reason, Figures(**figures)) if valid else None
 
 
-# What two processes must have in common to share the verdict on a rewrite, as text.
+# --- the key of a verdict: what two processes must have in common to share it ---------------------
 
 
 _ADDRESS = re.compile(r"\bat 0x[0-9a-f]+")
@@ -171,16 +164,12 @@ def site_key(candidate: Candidate, traced: bool) -> str | None:
 
     That is the structure by which one process remembers verdicts (graph, shapes, dtypes, layouts,
     and the settings that it is verified under), the graph of the replacement, the versions of
-    PyTorch and of this package, and the kinds of processor and GPU. Devices are numbered as they
-    are met: each rank has its own GPU.
+    PyTorch and of this package, and the kinds of processor and GPU. Devices are numbered in order
+    of appearance: each rank has its own GPU. ``traced``: whether the form that ops have under a
+    compiler is verified, too.
 
-    Args:
-        candidate: a match that is ready to be verified.
-        traced: whether the form that ops have under a compiler is verified, too.
-
-    Returns:
-        The text; None if it names something that no other process can know, such as a function
-        that was made in a call of another one.
+    None if the text would name something that no other process can know, such as a function that
+    was made in a call of another one.
     """
     rule = type(candidate.rule)
     replacement = [
@@ -248,16 +237,16 @@ def _has_native_kernels() -> bool | None:
 def _devices(candidate: Candidate) -> list[str]:
     """The kinds of GPU that the formula runs on."""
     tensors = [t for n in candidate.inputs if (t := facts.tensor(n)) is not None]
-    found = {t.device for t in tensors if t.device.type == "cuda"}
-    return [torch.cuda.get_device_name(d) for d in sorted(found, key=str)]
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    return [torch.cuda.get_device_name(d) for d in sorted(devices, key=str)]
 
 
 def _numbered() -> Callable[[re.Match[str]], str]:
-    """Replaces each device by its kind and the number by which it is first met."""
-    known: dict[str, int] = {}
+    """Replaces each device by its kind and the number of its first appearance."""
+    numbers: dict[str, int] = {}
 
     def name(match: re.Match[str]) -> str:
         kind, index = match[1] or match[3], match[2] or match[4]
-        return f"{kind} {known.setdefault(f'{kind}:{index}', len(known))}"
+        return f"{kind} {numbers.setdefault(f'{kind}:{index}', len(numbers))}"
 
     return name

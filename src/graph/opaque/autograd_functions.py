@@ -35,7 +35,7 @@ class Forward:
     """The forward of a captured autograd function with one result.
 
     Attributes:
-        call: the node that stands for the function.
+        call: the function's node.
         result: what it returns, a node of its own graph.
     """
 
@@ -47,25 +47,20 @@ class Forward:
     ) -> tuple[tuple[Any, ...], tuple[fx.Node, ...]] | None:
         """What an operation that is the whole forward means in the graph around it.
 
-        Args:
-            args: of the operation.
-            chain: nodes that belong to it, besides the result.
-
-        Returns:
-            The arguments and the nodes in the graph around it; None if the forward does more, or
-            an argument is made in it.
+        Its arguments are ``args``. Returns these and the nodes in the graph around it; None if the
+        forward does more than it and the nodes of ``chain``, or an argument is made in it.
         """
         inner = self.result.graph
-        own = {self.result, *chain}
-        if not all(node in own or _is_aside(node) for node in inner.nodes):
+        parts = {self.result, *chain}
+        if not all(node in parts or _is_aside(node) for node in inner.nodes):
             return None
-        given = dict(zip(inner.find_nodes(op="placeholder"), self.call.args[2:], strict=True))
-        found = tuple(args)
-        if any(isinstance(a, fx.Node) and a not in given for a in found):
+        outer = dict(zip(inner.find_nodes(op="placeholder"), self.call.args[2:], strict=True))
+        inner_args = tuple(args)
+        if any(isinstance(a, fx.Node) and a not in outer for a in inner_args):
             return None
         bodies = tuple(a for a in self.call.args[:2] if isinstance(a, fx.Node))
         return (
-            tuple(given[a] if isinstance(a, fx.Node) else a for a in found),
+            tuple(outer[a] if isinstance(a, fx.Node) else a for a in inner_args),
             (self.call, *bodies),
         )
 
@@ -81,7 +76,7 @@ class Forward:
 
 
 def forward(node: fx.Node) -> Forward | None:
-    """That of the function whose only result ``node`` is; None for any other node."""
+    """The forward of the function whose only result ``node`` is; None for any other node."""
     if node.target is not operator.getitem or node.args[1] != 0 or not is_wrapped(node.args[0]):
         return None
     call: Any = node.args[0]
@@ -112,12 +107,11 @@ def _is_aside(node: fx.Node) -> bool:
     )
 
 
-# Running the autograd functions that TorchDynamo has captured.
+# --- running the autograd functions that TorchDynamo has captured ---------------------------------
 #
 # PyTorch's own way makes a class of each call. It holds what the function saved, and is part of a
 # circle of references: activations, and the weights that ZeRO-3 has gathered, stay until Python's
 # collector comes by, which may be many steps later. Here, backward frees them.
-
 
 _DIFFERENTIABLE = "fusewright_differentiable"
 _NEEDED = {"saved_for_backward_idx", "non_differentiable_idx"}
@@ -131,17 +125,15 @@ def free_in_backward(graph: fx.Graph) -> None:
 
 
 def applied(forward: fx.GraphModule, backward: fx.GraphModule, *args: Any, **indices: Any) -> Any:
-    """What the higher-order operator ``autograd_function_apply`` returns, of the same arguments.
+    """What the operator ``autograd_function_apply`` returns, for the same arguments.
 
-    Args:
-        forward: of ``args``; returns the function's outputs, and what it saves.
-        backward: of the outputs' gradients and of what was saved; returns those of ``args``.
-        args: of the function.
-        indices: which of what is saved the function gave to ``save_for_backward``, and which of its
-            outputs are not differentiable, or are inputs that it has written to.
+    ``forward``, of ``args``, returns the function's outputs, and what it saves; ``backward``, of
+    the outputs' gradients and of what was saved, the gradients of ``args``. ``indices`` say which
+    of what is saved the function gave to ``save_for_backward``, and which of its outputs are not
+    differentiable, or are inputs that it has written to.
     """
-    known = _NEEDED <= indices.keys() <= _NEEDED | {"dirty_idx"}  # other versions have others
-    if not known or torch._C._are_functorch_transforms_active():
+    is_known = _NEEDED <= indices.keys() <= _NEEDED | {"dirty_idx"}  # other versions have others
+    if not is_known or torch._C._are_functorch_transforms_active():
         original: Any = torch.ops.higher_order.autograd_function_apply
         return original(forward, backward, *args, **indices)
     return _Applied.apply(forward, backward, indices, *args)  # type: ignore[no-untyped-call]
@@ -169,24 +161,22 @@ class _Applied(torch.autograd.Function):
         for i, value in ctx.attributes:
             saved.insert(i, value)
         run = _differentiable(ctx.body) if torch.is_grad_enabled() else ctx.body
-        found = run(*grads, *saved)
-        return None, None, None, *(found if isinstance(found, (tuple, list)) else (found,))
+        result = run(*grads, *saved)
+        return None, None, None, *(result if isinstance(result, (tuple, list)) else (result,))
 
 
 def _differentiable(backward: fx.GraphModule) -> fx.GraphModule:
-    """``backward`` without the switches around it that keep it from being differentiated again.
-
-    TorchDynamo captures a backward as it runs when nobody asks for second derivatives.
-    """
-    known = backward.meta.get(_DIFFERENTIABLE)
-    if known is None:
+    """``backward`` without the switches around it that keep it from being differentiated again."""
+    # TorchDynamo captures a backward as it runs when nobody asks for second derivatives
+    module = backward.meta.get(_DIFFERENTIABLE)
+    if module is None:
         graph = copy.deepcopy(backward.graph)
         body = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         if len(body) > 1 and _sets(body[0], False) and _sets(body[-1], True):
             graph.erase_node(body[0])
             graph.erase_node(body[-1])
-        known = backward.meta[_DIFFERENTIABLE] = fx.GraphModule(backward, graph)
-    return known
+        module = backward.meta[_DIFFERENTIABLE] = fx.GraphModule(backward, graph)
+    return module
 
 
 def _sets(node: fx.Node, enabled: bool) -> bool:

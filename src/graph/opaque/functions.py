@@ -2,9 +2,9 @@
 
 In plain PyTorch a scan is a loop over time, which a tracer unrolls: hundreds of nodes for a few
 tokens, and another graph for each length. Such a function is known by its calling convention, the
-public one of the CUDA packages that it stands in for, and never by its name or its model. A *leaf*
-is called in its place while a block is captured: TorchDynamo puts it into the graph as one node,
-for any length. Outside of tracing, a leaf is the function itself.
+public one of the CUDA packages that it replaces, and never by its name or its model. A *leaf* is
+called in its place while a block is captured: TorchDynamo puts it into the graph as one node, for
+any length. Outside of tracing, a leaf is the function itself.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Convention:
 
     Attributes:
         name: of the canonical operation.
-        params: the names of the arguments, in order; those of the first two are free. The last
-            stands for all further ones, as a tuple of pairs, as far as they say anything.
+        params: the names of the arguments, in order; those of the first two are free. The last is
+            a tuple of pairs, of all further ones, as far as they say anything.
         known_by: the names that a function with this convention must have.
         time: the dimension of time in the first two arguments, B, C, z and the first output.
         defaults: values of the arguments after the first five (and a chunk size).
@@ -138,13 +138,11 @@ def convention(function: Callable[..., Any]) -> Convention | None:
 
 
 def _keeps_to(function: Callable[..., Any], kind: Convention) -> bool:
-    """Whether a function gives what the outline says, and writes to no argument.
-
-    It need not take all examples: some functions have a decay for each feature, others one a head.
-    """
+    """Whether a function gives what the outline says, and writes to no argument."""
+    # it need not take all examples: some have a decay for each feature, others one a head
     examples = kind.examples()
-    found = [_as_outlined(function, kind, given) for given in examples]
-    return not examples or (any(found) and None not in found)
+    verdicts = [_as_outlined(function, kind, kwargs) for kwargs in examples]
+    return not examples or (any(verdicts) and None not in verdicts)
 
 
 def _as_outlined(function: Callable[..., Any], kind: Convention, given: dict[str, Any]) -> Any:
@@ -153,15 +151,15 @@ def _as_outlined(function: Callable[..., Any], kind: Convention, given: dict[str
     before = [t.clone() for t in tensors]
     try:
         with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            made = function(**given)
+            result = function(**given)
     except Exception:  # whatever it does not like
-        made = NotImplemented
+        result = NotImplemented
     if not all(map(torch.equal, tensors, before)):
         return None
-    if made is NotImplemented:
+    if result is NotImplemented:
         return False
-    outline = kind.outline(given) if kind.outline is not None else made
-    return True if _shapes(made) == _shapes(outline) else None
+    outline = kind.outline(given) if kind.outline is not None else result
+    return True if _shapes(result) == _shapes(outline) else None
 
 
 def _shapes(results: Any) -> Any:
@@ -188,15 +186,15 @@ def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, FakeTensor) for a in (*args, *kwargs.values())):
             return _outline(function, kind, args, kwargs)
-        made = function(*args, **kwargs)
+        result = function(*args, **kwargs)
         if kind.outline is None:
-            return made
-        return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in made)
+            return result
+        return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in result)
 
     call.__name__ = call.__qualname__ = kind.name
     setattr(call, _MARK, function)
-    made: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
-    return made
+    result: Callable[..., Any] = torch._dynamo.allow_in_graph(call)  # type: ignore[no-untyped-call]
+    return result
 
 
 def is_leaf(target: Any) -> bool:
@@ -218,12 +216,12 @@ def bind(
     kind = convention(function)
     if kind is None:
         return None
-    given = _given(function, args, kwargs)
-    first, second = list(given)[:2]
-    values = [given.pop(first), given.pop(second)]
-    values += [given.pop(name, kind.defaults.get(name)) for name in kind.params[2:-1]]
+    inputs = _given(function, args, kwargs)
+    first, second = list(inputs)[:2]
+    values = [inputs.pop(first), inputs.pop(second)]
+    values += [inputs.pop(name, kind.defaults.get(name)) for name in kind.params[2:-1]]
     others = tuple(
-        (name, value) for name, value in given.items()
+        (name, value) for name, value in inputs.items()
         if value is not None and value is not False and not name.startswith("use_")
         and not _is_overlooked(function, name)
     )  # fmt: skip
@@ -240,11 +238,11 @@ def _given(
     signature = _signature(function)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = dict(bound.arguments)
+    arguments = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name)
-    return given
+            arguments |= arguments.pop(name)
+    return arguments
 
 
 @functools.cache
@@ -265,29 +263,29 @@ def _outline(
     function: Callable[..., Any], kind: Convention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What ``function`` would return for fake tensors, worked out from a single step of time."""
-    given = _given(function, args, kwargs)
+    arguments = _given(function, args, kwargs)
     if kind.outline is not None:
-        return kind.outline(given)
-    names = list(given)
-    length = given[names[0]].shape[kind.time]
+        return kind.outline(arguments)
+    names = list(arguments)
+    length = arguments[names[0]].shape[kind.time]
     for name in (*names[:2], "B", "C", "z"):
-        if isinstance(given.get(name), Tensor):
-            given[name] = given[name].narrow(kind.time, 0, 1)
-    results = function(**given)
+        if isinstance(arguments.get(name), Tensor):
+            arguments[name] = arguments[name].narrow(kind.time, 0, 1)
+    results = function(**arguments)
     first, *rest = results if isinstance(results, tuple) else (results,)
     shape = [length if d == kind.time else size for d, size in enumerate(first.shape)]
     whole = first.expand(shape).clone(memory_format=torch.contiguous_format)
     return (whole, *rest) if isinstance(results, tuple) else whole
 
 
-# Whether a function looks at what it is given under a name that its signature does not have.
+# --- whether a function looks at a keyword that its signature does not name -----------------------
 #
 # Models hand all keywords of their own call down to their parts, for any of them to pick from. One
 # that a function takes among "any others" and never looks at says nothing to it.
 
 
 def overlooks(function: Callable[..., Any], given: Mapping[str, Any], name: str) -> bool:
-    """Whether ``function`` takes the keyword ``name`` beside ``given``, and never looks at it.
+    """Whether ``function`` takes the keyword ``name`` besides ``given``, and never looks at it.
 
     It is called twice, without the keyword and with a value that tells when somebody looks at it.
     What can be seen without looking (it is there; it is not None) changes the result, or else
@@ -333,12 +331,12 @@ class _Watched:
         raise self.text  # looked at: reading any attribute raises
 
 
-# Functions that give a module's own weight, in a way that TorchDynamo cannot follow.
+# --- functions that give a module's own weight, in a way that TorchDynamo cannot follow -----------
 #
 # A library that knows many kinds of quantized weights asks which one it has at hand by the place
 # where its class is defined: ``type(module.weight).__module__``. TorchDynamo does not know that
-# of a parameter's class. In a captured forward another function stands for such a one. It gives
-# back an ordinary parameter by itself, and leaves everything else to the original.
+# of a parameter's class. In a captured forward another function is called in place of such a one.
+# It gives back an ordinary parameter by itself, and leaves everything else to the original.
 
 
 def asks_for_place(function: Any) -> bool:
@@ -358,7 +356,7 @@ def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
     the same class that has nothing but a weight.
     """
     strings = (c for c in function.__code__.co_consts if isinstance(c, str) and c.isidentifier())
-    asked = tuple(sorted(n for n in set(strings) - {"weight"} if not hasattr(nn.Module, n)))
+    attributes = tuple(sorted(n for n in set(strings) - {"weight"} if not hasattr(nn.Module, n)))
     """What the function may ask a module for, by ``hasattr`` and ``getattr``."""
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # 2026-11-26: no types
@@ -368,7 +366,7 @@ def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
     def own_weight(module: Any) -> Any:
         weight = getattr(module, "weight", None)
         if type(weight) is nn.Parameter and gives_it_back(type(module)):
-            for name in asked:
+            for name in attributes:
                 if hasattr(module, name):
                     return function(module)
             return weight

@@ -41,14 +41,14 @@ def _name(node: fx.Node) -> str:
 
 
 def _four_bits(node: fx.Node) -> Found | None:
-    given = dict(zip(_GEMM, node.args, strict=False)) | node.kwargs
-    shape = given.get("shapeB", ())
-    if not isinstance(shape, Iterable) or any(n not in _GEMM for n in given):
+    arguments = dict(zip(_GEMM, node.args, strict=False)) | node.kwargs
+    shape = arguments.get("shapeB", ())
+    if not isinstance(shape, Iterable) or any(n not in _GEMM for n in arguments):
         return None
-    packed, views = _behind_views(given["B"])
-    head = (given["A"], given.get("bias"), packed, given["absmax"], tuple(shape))
-    tail = (given["blocksize"], given["quant_type"])
-    return (*head, *tail, *(given.get(n) for n in _GEMM[-3:])), views
+    packed, views = _behind_views(arguments["B"])
+    head = (arguments["A"], arguments.get("bias"), packed, arguments["absmax"], tuple(shape))
+    tail = (arguments["blocksize"], arguments["quant_type"])
+    return (*head, *tail, *(arguments.get(n) for n in _GEMM[-3:])), views
 
 
 def _eight_bits(node: fx.Node) -> Found | None:
@@ -64,17 +64,17 @@ def _eight_bits(node: fx.Node) -> Found | None:
     column = None if per_row is None else _method(per_row.args[0], "unsqueeze")
     if cast is None or per_row is None or column is None or column.args[1:] not in ((1,), (-1,)):
         return None
-    own: tuple[Any, ...] = (rounded, scaled, cast, per_row, column)
+    chain: tuple[Any, ...] = (rounded, scaled, cast, per_row, column)
     integers = cast.args[0]
     if getattr(getattr(integers, "target", None), "__name__", "") == "_get_data_attr":
-        own, integers = (*own, integers), integers.args[0]
+        chain, integers = (*chain, integers), integers.args[0]
     parts, dtype = facts.tensor(integers), facts.dtype(weight)
     if parts is None or parts.dtype is not torch.int8 or parts.dim() != 2:
         return None
     if per_row.args[1] != 1.0 / 127.0 or dtype is not facts.dtype(wide):
         return None
     size, absmax = tuple(parts.shape), column.args[0]
-    nodes = tuple(n for n in own if n is not None)
+    nodes = tuple(n for n in chain if n is not None)
     return (x, bias, integers, absmax, size, size[1], "int8", None, None, None), nodes
 
 
@@ -95,18 +95,18 @@ def _behind_views(node: Any) -> tuple[Any, tuple[fx.Node, ...]]:
 def _wrapped(node: fx.Node) -> Found | None:
     """The product that is the whole forward of an autograd function."""
     inner = forward(node)
-    found = None if inner is None else product(inner.result)
-    if inner is None or found is None:
+    match = None if inner is None else product(inner.result)
+    if inner is None or match is None:
         return None
-    outside = inner.outside(*found)
+    outside = inner.outside(*match)
     if outside is None:
         return None
-    args, own = outside
+    args, nodes = outside
     packed, views = _behind_views(args[2])
-    return (*args[:2], packed, *args[3:]), (*own, *views)
+    return (*args[:2], packed, *args[3:]), (*nodes, *views)
 
 
-# 4-bit layers whose weights were made anew: they get their quantization states back.
+# --- 4-bit layers whose weights were made anew get their quantization states back -----------------
 #
 # FSDP puts a plain parameter into a layer each time that it gathers one. bitsandbytes' own forward
 # finds that out and mends it; a captured graph does not run that code, and TorchDynamo cannot.

@@ -1,7 +1,7 @@
 """The backward pass of all that was read of one call's logits, where the head is trained.
 
-Each read alone would project its rows once more, and make a gradient of the whole head. Together
-they are one backward pass of ``linear_logprob`` over the rows of all of them.
+Each read alone would project its rows once more, and make a gradient of the whole head. Here all of
+them are one backward pass of ``linear_logprob`` over their rows.
 """
 
 from __future__ import annotations
@@ -38,11 +38,7 @@ class Measures:
 class LatePart:
     """The gradients of one read: made alone, or ``together`` with others.
 
-    Attributes:
-        rows: that were read.
-        measures: what was computed of them.
-        grad: of that.
-        count: how many inputs the logits have.
+    ``grad`` is that of the ``measures`` of ``rows``; ``count`` is how many inputs the logits have.
     """
 
     rows: HeadRows
@@ -75,26 +71,26 @@ def together(parts: Sequence[LatePart]) -> list[Any]:
             "changed since. Call backward before the optimizer, or use "
             "fusewright.optimize(model, logits='always')."
         )
-    read = _merged(parts)
-    given = [head.of(inputs, r.index, rows.factor) for r in read]
+    reads = _merged(parts)
+    operand_sets = [head.of(inputs, r.index, rows.factor) for r in reads]
     with call.mode(False):
-        x, weight, bias = operands(torch.cat([o.x for o in given]), *given[0][1:3])
-    scale, softcap, temperature = given[0][3:]
+        x, weight, bias = operands(torch.cat([o.x for o in operand_sets]), *operand_sets[0][1:3])
+    scale, softcap, temperature = operand_sets[0][3:]
     factor = scale if isinstance(scale, Tensor) else None
-    names = list(dict.fromkeys(n for r in read for n in r.columns))
-    columns: list[Any] = [torch.cat([r.column(name) for r in read]) for name in names]
-    targets = torch.cat([r.whole_targets() for r in read])
+    names = list(dict.fromkeys(n for r in reads for n in r.columns))
+    columns: list[Any] = [torch.cat([r.column(name) for r in reads]) for name in names]
+    targets = torch.cat([r.whole_targets() for r in reads])
     places = (head.x, head.weight, head.bias, head.factor)
-    wanted = [i is not None and inputs[i].requires_grad for i in places]
+    needs_grad = [i is not None and inputs[i].requires_grad for i in places]
     with torch.autocast(x.device.type, enabled=False):
-        found = backward_op(
+        grads = backward_op(
             columns, None, x, weight, bias, targets, factor, names, NEVER, temperature,
-            softcap or 0.0, 1.0 if factor is not None else scale, wanted,
+            softcap or 0.0, 1.0 if factor is not None else scale, needs_grad,
         )  # fmt: skip
     gradients: list[Any] = [None] * (3 + parts[0].count)
-    for i, grad, need in zip(places, found, wanted, strict=True):
+    for i, grad, need in zip(places, grads, needs_grad, strict=True):
         if i is not None and need:
-            grad = _scattered(read, inputs[i], grad) if i == head.x else grad
+            grad = _scattered(reads, inputs[i], grad) if i == head.x else grad
             gradients[3 + i] = grad.to(inputs[i].dtype).view(inputs[i].shape)
     return gradients
 
@@ -115,8 +111,8 @@ class _RowsRead:
 
     def column(self, name: str) -> Tensor:
         """The gradients of an output; 0 where there are none."""
-        found = self.columns.get(name)
-        return torch.zeros_like(next(iter(self.columns.values()))) if found is None else found
+        grad = self.columns.get(name)
+        return torch.zeros_like(next(iter(self.columns.values()))) if grad is None else grad
 
     def whole_targets(self) -> Tensor:
         """The targets; some class where there are none."""
@@ -144,17 +140,17 @@ class _RowsRead:
 
 
 def _merged(parts: Sequence[LatePart]) -> list[_RowsRead]:
-    found: list[_RowsRead] = []
+    merged: list[_RowsRead] = []
     for part in parts:
         grad, weights = part.grad.reshape(-1), part.measures.weights
         columns = {name: grad * weight for name, weight in weights.items()}
         read = _RowsRead(part.rows.index, columns, part.measures.targets)
-        same = next((one for one in found if one.takes(read)), None)
+        same = next((one for one in merged if one.takes(read)), None)
         if same is None:
-            found.append(read)
+            merged.append(read)
         else:
             same.add(read)
-    return found
+    return merged
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
