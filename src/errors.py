@@ -8,11 +8,7 @@ from collections.abc import Iterable
 
 
 class FusewrightError(Exception):
-    """Base of every error below.
-
-    Attributes:
-        exit_code: what a command ends with.
-    """
+    """Base of every error below; a command ends with ``exit_code``."""
 
     exit_code = 2
 

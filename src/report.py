@@ -33,15 +33,15 @@ class Figures:
     moved_after: float | None = None
 
     def after(self, earlier: Iterable[Figures]) -> Figures:
-        """The figures of a rewrite of rewrites: what stood ``before`` is what stood first."""
-        found = self
+        """The figures of a rewrite of rewrites: ``before`` is what the first original took."""
+        figures = self
         for e in earlier:
-            found = replace(
-                found,
-                saved_before=_shifted(found.saved_before, e.saved_before, e.saved_after),
-                moved_before=_shifted(found.moved_before, e.moved_before, e.moved_after),
+            figures = replace(
+                figures,
+                saved_before=_shifted(figures.saved_before, e.saved_before, e.saved_after),
+                moved_before=_shifted(figures.moved_before, e.moved_before, e.moved_after),
             )
-        return found
+        return figures
 
 
 def _shifted(before: float | None, first: float | None, then: float | None) -> float | None:
@@ -74,12 +74,7 @@ class Site(Figures):
 
 @dataclass(frozen=True)
 class Bypass:
-    """A module that runs as it was, at least for some calls.
-
-    Attributes:
-        module: its path.
-        reason: why.
-    """
+    """A module, by its path, that runs as it was, at least for some calls, and the reason."""
 
     module: str
     reason: str
@@ -169,8 +164,8 @@ class Report:
         return 3 * (before - after) / self.bandwidth
 
     def _sums(self, *names: str) -> list[float]:
-        done = [s for s in self.sites if s.status == "rewritten"]
-        return [sum(getattr(s, name) or 0.0 for s in done) for name in names]
+        rewritten = [s for s in self.sites if s.status == "rewritten"]
+        return [sum(getattr(s, name) or 0.0 for s in rewritten) for name in names]
 
     def gaps(self) -> tuple[Site, ...]:
         """The sites that were refused or missed."""
@@ -202,11 +197,11 @@ class Report:
             grouped.setdefault((s.status, s.rule, s.reason), []).append(s.module)
         for b, reason in _outermost_reasons(self.bypasses):
             grouped.setdefault(("runs as it was", "", reason), []).append(b.module)
-        found = [
+        lines = [
             (status, rule, f"{_places(modules)}: {reason}")
             for (status, rule, reason), modules in grouped.items()
         ]
-        return found + [
+        return lines + [
             ("runs without its kernel", "", f"{f.op}: {f.reason}") for f in self.fallbacks
         ]
 
@@ -226,12 +221,12 @@ class Report:
         lines = []
         before, after = self._sums("saved_before", "saved_after")
         if before:
-            kept = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"kept for backward by these formulas: {kept}")
+            text = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
+            lines.append(f"kept for backward by these formulas: {text}")
         before, after = self._sums("moved_before", "moved_after")
         if before:
-            moved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"read and written by their forward: {moved}")
+            text = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
+            lines.append(f"read and written by their forward: {text}")
         seconds = self.seconds_saved()
         if before and seconds is not None and self.bandwidth is not None:
             speed = self.bandwidth / 1e9
@@ -259,11 +254,11 @@ def _table(sites: tuple[Site, ...]) -> list[tuple[str, ...]]:
         ("rule", "rewritten", "refused", "missed", "error", "gradient error")
     ]
     for rule in rules:
-        own = [s for s in sites if s.rule == rule]
-        counts = Counter(s.status for s in own)
-        done = [s for s in own if s.status == "rewritten"]
-        worst = max((s.error for s in done if s.error is not None), default=None)
-        grad = max((s.grad_error for s in done if s.grad_error is not None), default=None)
+        rule_sites = [s for s in sites if s.rule == rule]
+        counts = Counter(s.status for s in rule_sites)
+        rewritten = [s for s in rule_sites if s.status == "rewritten"]
+        worst = max((s.error for s in rewritten if s.error is not None), default=None)
+        grad = max((s.grad_error for s in rewritten if s.grad_error is not None), default=None)
         rows.append(
             (
                 rule,

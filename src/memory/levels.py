@@ -35,13 +35,10 @@ HOSTED: dict[Level, Level] = {"offload": "input", "offload_tiles": "tiles"}
 def allowed(choice: str, host: bool = False) -> tuple[Level, ...]:
     """The levels of a graph that ``"eager"`` or ``"inductor"`` runs, the fastest first.
 
-    Args:
-        choice: what runs the graph.
-        host: whether inputs may go to a host: not from a device that is the host.
-
-    Compiled, what lies between two products is computed again in no time (measured), so that
-    keeping it is of no use. In eager mode it would take time, and PyTorch's selective checkpoints
-    neither allow a second backward nor see every write in place.
+    With ``host``, inputs may go to a host: not from a device that is the host. Compiled, what lies
+    between two products is computed again in no time (measured), so that keeping it is of no use.
+    In eager mode it would take time, and PyTorch's selective checkpoints neither allow a second
+    backward nor see every write in place.
     """
     first: Level = "products" if choice == "inductor" else "all"
     return (first, "input", "tiles", *(HOSTED if host else ()))
@@ -51,17 +48,10 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
-    """The graph that keeps for backward what ``level`` says.
+    """The graph that keeps for backward what ``level`` says; ``module`` itself for ``"all"``.
 
-    A checkpoint that the model has around the whole block, as
-    ``gradient_checkpointing_enable`` puts it there, is replaced.
-
-    Args:
-        module: a block's graph; it becomes the body of the new one.
-        level: one of ``LEVELS``.
-
-    Returns:
-        ``module`` itself where nothing is to change.
+    ``module``, a block's graph, becomes the body of the new one. A checkpoint that the model has
+    around the whole block, as ``gradient_checkpointing_enable`` puts it there, is replaced.
     """
     if level == "all":
         return module
@@ -85,8 +75,8 @@ def keep(module: fx.GraphModule, level: Level) -> fx.GraphModule:
         {"use_reentrant": False, "preserve_rng_state": True},
     )
     outputs: Any = module.graph.output_node().args[0]
-    taken = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
-    graph.output(tuple(taken))
+    items = [graph.call_function(operator.getitem, (result, i)) for i in range(len(outputs))]
+    graph.output(tuple(items))
     return fx.GraphModule({"body": module}, graph)
 
 
@@ -126,27 +116,21 @@ def is_product(op: Any) -> bool:
 def accumulates_twice(module: fx.GraphModule, shared: Callable[[], bool]) -> bool:
     """Whether a parameter is used in a reentrant checkpoint, and in another place.
 
-    Args:
-        module: a captured graph.
-        shared: tells whether the module that it is of stands in the model twice.
+    ``shared`` tells whether the module of the captured graph is in the model twice.
     """
     for inner in facts.nested(module):
         for node in inner.graph.nodes:
             if node.target is CHECKPOINT and node.kwargs.get("use_reentrant") is not False:
-                given = [n for n in node.args[1:] if isinstance(facts.tensor(n), nn.Parameter)]
-                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in given) or shared():
+                parameters = [n for n in node.args[1:] if isinstance(facts.tensor(n), nn.Parameter)]
+                if any(len(n.users) > 1 or node.args.count(n) > 1 for n in parameters) or shared():
                     return True
     return False
 
 
 def unwrap(module: fx.GraphModule) -> bool:
-    """Put the body of each checkpoint in ``module``'s graph in its place.
-
-    Returns:
-        Whether there was one.
-    """
-    found = [n for n in module.graph.nodes if n.target is CHECKPOINT]
-    for node in found:
+    """Put the body of each checkpoint in ``module``'s graph in its place; whether there was one."""
+    checkpoints = [n for n in module.graph.nodes if n.target is CHECKPOINT]
+    for node in checkpoints:
         holder = node.args[0]
         body = getattr(module, holder.target)
         unwrap(body)
@@ -160,9 +144,9 @@ def unwrap(module: fx.GraphModule) -> bool:
         module.graph.erase_node(node)
         if not holder.users:  # no general removal of dead code: writes have no users either
             module.graph.erase_node(holder)
-    if found:
+    if checkpoints:
         module.recompile()
-    return bool(found)
+    return bool(checkpoints)
 
 
 def why_not(module: fx.GraphModule) -> str | None:
@@ -208,7 +192,7 @@ def writes_into_inputs(module: fx.GraphModule) -> bool:
 
 def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(node, what it writes into) of all writes that outlive the graph, or may do so."""
-    given = {
+    inputs = {
         memory
         for inner in facts.nested(module)
         for n in inner.graph.nodes
@@ -219,7 +203,7 @@ def _writes_into_inputs(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.No
         for node in inner.graph.nodes:
             for target in writes(node):
                 memory = facts.memories(target)
-                if memory & given or not memory:
+                if memory & inputs or not memory:
                     yield node, target
 
 
@@ -235,9 +219,9 @@ def _copy(body: fx.GraphModule, into: fx.GraphModule, env: dict[fx.Node, Any]) -
             continue
         if node.op == "output":
             return fx.map_arg(node.args[0], lambda n: env[n])
-        copied = into.graph.node_copy(node, lambda n: env[n])
+        new_node = into.graph.node_copy(node, lambda n: env[n])
         if node.op in ("get_attr", "call_module"):
-            copied.target = f"{into._get_name()}_{len(dict(into.named_children()))}_{node.target}"
-            setattr(into, copied.target, getattr(body, node.target))
-        env[node] = copied
+            new_node.target = f"{into._get_name()}_{len(dict(into.named_children()))}_{node.target}"
+            setattr(into, new_node.target, getattr(body, node.target))
+        env[node] = new_node
     raise ValueError("a graph without an output")

@@ -64,12 +64,14 @@ def _available() -> int | None:
     """Bytes of memory that are free for use, within the limit of a container."""
     if sys.platform != "linux":
         return None
-    found = []
+    limits = []
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024)
+        limits.append(
+            next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
+        )
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        found.append(limit - int((group / "memory.current").read_text()))
-    return min(found) if found else None
+        limits.append(limit - int((group / "memory.current").read_text()))
+    return min(limits) if limits else None

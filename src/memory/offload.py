@@ -1,7 +1,7 @@
 """What a block keeps, in the memory of the host: it leaves in forward and is fetched in backward.
 
 A block at one of the levels ``HOSTED`` keeps its input alone. That input is copied to the host
-beside the block's own work, and leaves the device when the next block begins. In backward each
+during the block's own work, and leaves the device when the next block begins. In backward each
 block has the one before it fetched while it computes. The device waits for copies by events; the
 host waits for none. A place in memory is let go only after what still copies from it or into it.
 """
@@ -28,11 +28,8 @@ LEAST = 1 << 20
 class Kept:
     """One tensor that autograd keeps: on the device, on its way, or on the host.
 
-    Args:
-        tensor: what is kept, detached.
-        going: its copy to the host, under way.
-        transport: what copies it.
-        before: what the block before keeps, to be fetched when this is used.
+    ``going`` is the copy of ``tensor`` to the host, under way. ``before`` is what the block before
+    keeps, to be fetched when this is used.
     """
 
     def __init__(
@@ -104,10 +101,8 @@ def _layout(t: Tensor) -> tuple[Any, ...]:
 class Offload:
     """Runs blocks so that their inputs are kept on the host.
 
-    Args:
-        note: told once, if it cannot be done.
-        transport: what copies; by default what the device needs.
-        least: bytes below which a tensor stays.
+    ``note`` is told once, if it cannot be done. ``transport`` is by default what the device needs.
+    Tensors of fewer bytes than ``least`` stay.
     """
 
     def __init__(
@@ -138,12 +133,12 @@ class Offload:
             previous = reference()
             if previous is not None:
                 previous.leave()
-        kept = self._begin(tensors)
-        self._last = [weakref.ref(k) for k in kept.values()]
+        saved = self._begin(tensors)
+        self._last = [weakref.ref(k) for k in saved.values()]
 
         def pack(t: Tensor) -> Tensor | Kept:
-            found = kept.get(t.untyped_storage()._cdata)
-            return found if found is not None and found.holds(t) else kept_by_hook(t)
+            match = saved.get(t.untyped_storage()._cdata)
+            return match if match is not None and match.holds(t) else kept_by_hook(t)
 
         def unpack(held: Tensor | Kept) -> Tensor:
             return held.get() if isinstance(held, Kept) else held
@@ -153,21 +148,21 @@ class Offload:
 
     def _begin(self, tensors: Sequence[Tensor]) -> dict[int, Kept]:
         """Begin to copy ``tensors``, by the addresses of their storages; each only once."""
-        found = {}
+        by_address = {}
         try:
             for t in tensors:
                 storage = t.untyped_storage()
                 reference = self._known.get(storage)
-                known = None if reference is None else reference()
-                if known is None or not known.holds(t):
-                    known = self._send(t.detach())  # shares the count of writes
-                    self._known[storage] = weakref.ref(known)
-                found[storage._cdata] = known
+                record = None if reference is None else reference()
+                if record is None or not record.holds(t):
+                    record = self._send(t.detach())  # shares the count of writes
+                    self._known[storage] = weakref.ref(record)
+                by_address[storage._cdata] = record
         except RuntimeError as error:  # the host has no memory that can be pinned
             self._failed = True
             why = str(error).strip().partition("\n")[0]
             self.note(f"block inputs stay on the device: the host cannot take them ({why})")
-        return found
+        return by_address
 
     def _send(self, t: Tensor) -> Kept:
         self.transport = self.transport or transport_of(t.device)
@@ -184,17 +179,12 @@ def _will_save(args: Sequence[Any]) -> bool:
 
 
 def carried(args: Sequence[Any], least: int) -> list[int]:
-    """Which arguments of a block's graph are what flows from block to block.
+    """The places of those arguments of a block's graph that flow from block to block.
 
     These are the largest floating-point tensors of three dimensions that are no parameters: hidden
-    states. Rotary angles, masks and quantized weights, which blocks share or own, are not.
-
-    Args:
-        args: tensors or Dynamo's examples of them, and sizes.
-        least: bytes that one must have.
-
-    Returns:
-        Their places; empty if they are too small, or have gaps or overlaps in memory.
+    states. Rotary angles, masks and quantized weights, which blocks share or own, are not. Empty if
+    they have fewer bytes than ``least``, or gaps or overlaps in memory. ``args`` are tensors or
+    Dynamo's examples of them, and sizes.
     """
     sizes = {
         i: [hint(s) for s in a.shape]
@@ -219,7 +209,7 @@ def _dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-# Copies between a device and the host, beside what the device computes.
+# --- copies between a device and the host, while the device computes ------------------------------
 
 
 @dataclass(frozen=True)
@@ -236,21 +226,13 @@ class Transfer:
 
 
 class Transport(Protocol):
-    """Copies tensors between a device and the host, beside what the device computes."""
+    """Copies tensors between a device and the host, while the device computes."""
 
     def out(self, t: Tensor) -> Transfer:
-        """Begin to copy ``t`` to the host, in its own layout.
-
-        Raises:
-            RuntimeError: there is no such memory.
-        """
+        """Begin to copy ``t`` to the host, in its own layout; RuntimeError: no such memory."""
 
     def back(self, host: Tensor, device: torch.device) -> Transfer:
-        """Begin to copy ``host`` to ``device``.
-
-        Raises:
-            RuntimeError: there is no such memory.
-        """
+        """Begin to copy ``host`` to ``device``; RuntimeError: no such memory."""
 
     def wait(self, transfer: Transfer, device: torch.device) -> None:
         """Let all that ``device`` is given to do from now on come after ``transfer``."""
@@ -272,7 +254,7 @@ class Copies:
 
 
 class Streams:
-    """Copies of a GPU, on a stream of their own, from and to pinned memory.
+    """Copies of a GPU, on a separate stream, from and to pinned memory.
 
     All device memory belongs to the stream that computes. So PyTorch's allocator, which reuses
     memory in the order of that stream, cannot hand it out while a copy runs that the stream has
@@ -298,12 +280,12 @@ class Streams:
             transfer.result.record_stream(now)
 
     def _copy(self, target: Tensor, source: Tensor, device: torch.device) -> Transfer:
-        beside = self._beside.setdefault(device, torch.cuda.Stream(device))
+        stream = self._beside.setdefault(device, torch.cuda.Stream(device))
         # after what made the source, and after whoever used the target's memory before
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            return Transfer(target, beside.record_event())
+            return Transfer(target, stream.record_event())
 
 
 def transport_of(device: torch.device) -> Transport:

@@ -22,10 +22,7 @@ def retrying(planner: Planner, run: Callable[[], T], parameters: Iterable[Tensor
     the step that failed), and only with ``memory="auto"``: the plan is a prediction then. Random
     numbers are drawn again as the first time.
 
-    Args:
-        planner: of the model that ``run`` calls.
-        run: forward, or forward and backward.
-        parameters: those whose gradients ``run`` makes; nothing is repeated if one has a gradient.
+    Nothing is repeated if one of ``parameters``, whose gradients ``run`` makes, has a gradient.
 
     Raises:
         Exception: whatever ``run`` raises, if it is no such error or nothing can be made leaner.

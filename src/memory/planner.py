@@ -1,9 +1,9 @@
 """The planner: what each block keeps for backward, so that a training step fits into a budget.
 
-It knows what each level of ``passes.memory`` keeps and costs, and moves blocks to leaner levels
+It knows what each level of ``levels.py`` keeps and costs, and moves blocks to leaner levels
 (``choice.py``) until the predicted peak fits. When the first step has ended, its prediction is
 compared with the measured peak; if it was wrong by more than a tenth, it plans once more. A batch
-with more tokens than any before gets a plan of its own.
+with more tokens than any before gets a new plan.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Planner:
         """
         if self.budget.mode in ("speed", "min"):
             return self.allowed[0] if self.budget.mode == "speed" else "input"
-        known = self.levels.get(module)
-        if known is not None or not self.levels:
-            return known
+        planned = self.levels.get(module)
+        if planned is not None or not self.levels:
+            return planned
         return Counter(self.levels.values()).most_common(1)[0][0]
 
     def trainable(self) -> list[nn.Parameter]:
@@ -99,13 +99,7 @@ class Planner:
     def plan(self, module: nn.Module, usages: Usages, setting: PlanInputs) -> Level:
         """Make the plan from the first block whose usage is known; the others are taken as like it.
 
-        Args:
-            module: the block.
-            usages: of this block.
-            setting: the budget and what else is in memory.
-
-        Returns:
-            The level of ``module``.
+        Returns the level of ``module``, the block that takes ``usages``.
 
         Raises:
             OptimizeError: no plan fits into a budget given in bytes.
@@ -120,8 +114,8 @@ class Planner:
     def _decide(self, setting: PlanInputs) -> None:
         blocks = list(self.blocks)
         usages = [self._usages(b) for b in blocks]
-        chosen = choose(usages, setting)
-        needed = self.predicted = peak(chosen, usages, setting)
+        levels = choose(usages, setting)
+        needed = self.predicted = peak(levels, usages, setting)
         if setting.budget is not None and needed > setting.budget:
             if self.budget.bytes is not None and not self.has_stepped:
                 self.levels.clear()
@@ -131,16 +125,14 @@ class Planner:
                 f"even the leanest plan may need {gigabytes(needed)}, more than the "
                 f"{gigabytes(setting.budget)} that there is"
             )
-        self.host = on_host(chosen, usages)
-        for block, level in zip(blocks, chosen, strict=True):
+        self.host = on_host(levels, usages)
+        for block, level in zip(blocks, levels, strict=True):
             self.levels[block] = level
 
     def outlook(self, factor: float) -> tuple[list[Usages], PlanInputs] | None:
-        """What a plan for a batch of ``factor`` times the tokens would be made of.
+        """The usages of each block, and the setting, for a batch of ``factor`` times the tokens.
 
-        Returns:
-            The usages of each block, and the setting, for ``choose`` and ``peak``; None while
-            nothing is planned.
+        They are for ``choose`` and ``peak``; None while nothing is planned.
         """
         if self._setting is None:
             return None
@@ -152,10 +144,10 @@ class Planner:
         return list(self._known.items())
 
     def _usages(self, block: nn.Module) -> Usages:
-        """Of a block, or of one of its class that is known, or of any."""
-        known = self._known.get(block)
+        """Those of a block, or of one of its class that is known, or of any."""
+        usages = self._known.get(block)
         alike = (u for b, u in self._known.items() if type(b) is type(block))
-        return known or next(alike, None) or next(iter(self._known.values()))
+        return usages or next(alike, None) or next(iter(self._known.values()))
 
     def _too_small(self, s: PlanInputs, needed: int) -> str:
         return (
@@ -167,14 +159,10 @@ class Planner:
         )
 
     def begin(self, module: nn.Module, rows: int) -> None:
-        """Note that a training call of ``module`` begins.
+        """Note that a training call of ``module``, a block, begins with ``rows`` tokens.
 
         The first step has ended when the block that came first is called again and an optimizer has
         changed a parameter since. Its peak is known then.
-
-        Args:
-            module: the block.
-            rows: how many tokens the batch has.
 
         Raises:
             OptimizeError: there are more tokens than before, no plan fits into the budget, and no
@@ -209,8 +197,8 @@ class Planner:
     def _grow(self, factor: float) -> None:
         """Plan anew for a batch of ``factor`` times the tokens; its step counts as the first."""
         assert self._setting is not None
-        for block, own in list(self._known.items()):
-            self._known[block] = Scaled(own, factor)
+        for block, usages in list(self._known.items()):
+            self._known[block] = Scaled(usages, factor)
         self._setting = self._setting.scaled(factor)
         self.has_stepped |= bool(self._stamp) and self._values() != self._stamp
         self._first, self._ended, self.measured = None, False, None
@@ -271,13 +259,11 @@ def _kept(blocks: int, level: Level) -> str:
 
 
 def _local(p: Tensor) -> Tensor | None:
-    """What this process has of a parameter; None where it has no values at all.
-
-    The numbers of a sharded parameter are this process's own: no collective runs for them.
-    """
-    own = p.detach()
-    own = getattr(own, "_local_tensor", own)
-    return None if own.is_meta or isinstance(own, FakeTensor) else own
+    """What this process has of a parameter; None where it has no values at all."""
+    # the numbers of a sharded parameter are this process's own: no collective runs for them
+    local = p.detach()
+    local = getattr(local, "_local_tensor", local)
+    return None if local.is_meta or isinstance(local, FakeTensor) else local
 
 
 _MEANING = {

@@ -48,12 +48,10 @@ def compilation_bytes(choice: str) -> int:
 class Predicted:
     """What a block's graph takes at each level, predicted when it is first asked for.
 
-    Args:
-        module: the rewritten graph; it is left as it is.
-        examples: its inputs as Dynamo gave them, met with the sizes of the step at hand.
-        choice: what will run it: ``"eager"`` or ``"inductor"``.
-        note: told about a level that cannot be predicted, and why.
-        least: bytes below which a block's input stays on the device.
+    ``module``, the rewritten graph, is left as it is. ``examples`` are its inputs as Dynamo gave
+    them, with the sizes of the step at hand. ``choice`` is what will run it: ``"eager"`` or
+    ``"inductor"``. ``note`` is told about a level that cannot be predicted, and why. Inputs of
+    fewer bytes than ``least`` stay on the device.
     """
 
     def __init__(
@@ -83,33 +81,33 @@ class Predicted:
 
     def _on_host(self, level: Level) -> Usage | None:
         """The usage at ``level`` if the block's input is on the host; None if it has to stay."""
-        found = self.get(level)
+        usage = self.get(level)
         moved = [self._examples[i] for i in carried(self._examples, self._least)]
         sizes = [prod(hint(s) for s in t.shape) * t.itemsize for t in moved]
-        if found is None or not moved:
+        if usage is None or not moved:
             return None
         # what leaves is counted at the block whose output it is: all blocks are taken as alike. Two
         # are there in passing: the one in use, and the one that leaves or comes meanwhile
         size = sum(sizes)
         return replace(
-            found,
-            kept=max(found.kept - size, 0),
-            forward=found.forward + 2 * size,
-            backward=found.backward + 2 * size,
-            flops=found.flops + 2 * size * _OPERATIONS_PER_BYTE,
+            usage,
+            kept=max(usage.kept - size, 0),
+            forward=usage.forward + 2 * size,
+            backward=usage.backward + 2 * size,
+            flops=usage.flops + 2 * size * _OPERATIONS_PER_BYTE,
             host=sum(1 << (s - 1).bit_length() for s in sizes),  # as PyTorch pins memory
         )
 
     def _predict(self, level: Level) -> Usage:
         graph = keep(copy.deepcopy(self._graph), level)
-        found = predict(_dry(graph, self._choice), self._examples, hint)
+        usage = predict(_dry(graph, self._choice), self._examples, hint)
         if self._choice == "eager" and level != "all":  # the state of the random numbers
-            found = replace(found, kept=found.kept + torch.get_rng_state().nbytes)
-        return found
+            usage = replace(usage, kept=usage.kept + torch.get_rng_state().nbytes)
+        return usage
 
 
 def _shape_of(example: Any) -> Any:
-    """What stands for an input: nothing that is computed in a step may live as long as a plan."""
+    """A fake of an input: nothing that is computed in a step may live as long as a plan."""
     if isinstance(example, nn.Parameter):
         return example
     with torch._guards.tracing(None), FakeTensorMode(allow_non_fake_inputs=True):
@@ -129,24 +127,17 @@ def _dry(graph: fx.GraphModule, choice: str) -> Callable[..., Any]:
 def setting(
     planner: Planner, examples: Sequence[Any], choice: str, checkpointed: bool
 ) -> PlanInputs:
-    """What a plan is made for.
-
-    Args:
-        planner: has the budget, the meter and the parameters.
-        examples: the inputs of a block's graph.
-        choice: what runs the blocks.
-        checkpointed: whether the user has asked for checkpoints himself: then no block keeps all.
-    """
+    """What a plan is made for; if the user has asked for checkpoints, no block keeps all."""
     # a gradient and two states for each: AdamW, and what most others have
-    own = planner.trainable()
-    training = sum((2 + (p.grad is None)) * p.nbytes for p in own)
+    parameters = planner.trainable()
+    training = sum((2 + (p.grad is None)) * p.nbytes for p in parameters)
     on_cpu = planner.meter.device.type == "cpu"
     if on_cpu:
         training += compilation_bytes(choice)
     limit = planner.budget.bytes
     if planner.budget.mode == "auto":
-        there = planner.meter.capacity()
-        limit = None if there is None else int(_SPARE * there)
+        capacity = planner.meter.capacity()
+        limit = None if capacity is None else int(_SPARE * capacity)
     levels = planner.allowed
     if checkpointed and levels[0] == "all":
         levels = levels[1:]
@@ -158,11 +149,9 @@ def setting(
 
 
 def _head(planner: Planner, examples: Sequence[Any]) -> tuple[int, int]:
-    """Bytes that the head and its loss hold at one time, and of all logits.
-
-    Held are four hidden states: after the final norm, their gradient, and both before it, which may
-    be in fp32.
-    """
+    """Bytes that the head and its loss hold at one time, and of all logits."""
+    # held are four hidden states: after the final norm, their gradient, and both before it, which
+    # may be in fp32
     shapes = (
         [hint(s) for s in e.shape]
         for e in examples

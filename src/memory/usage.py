@@ -27,7 +27,7 @@ class Usage:
     Attributes:
         kept: bytes held between forward and backward, the outputs included, the inputs not.
         forward: the most bytes held at one time in forward, what it keeps included.
-        backward: likewise in backward, the gradients of parameters included.
+        backward: the most bytes held at one time in backward, gradients of parameters included.
         gradients: bytes of the parameters' gradients.
         flops: floating-point operations of both directions, and what copies cost, in such.
         host: bytes held in the memory of the host between forward and backward.
@@ -44,10 +44,8 @@ class Usage:
 def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[Any], Any]) -> Usage:
     """Predict what ``run`` takes in forward and backward.
 
-    Args:
-        run: takes tensors like ``examples`` and returns tensors.
-        examples: inputs, fake or real; parameters are told by their class.
-        size: gives a symbolic size its number.
+    ``examples`` are inputs, fake or real, like those of ``run``; parameters are told by their
+    class. ``size`` gives a symbolic size its number.
 
     Raises:
         Exception: whatever an operation raises that cannot run without contents.
@@ -62,9 +60,9 @@ def predict(run: Callable[..., Any], examples: Sequence[Any], size: Callable[[An
             results = [t for t in tree_iter(run(*inputs)) if isinstance(t, Tensor)]
             forward, kept = living.most, living.bytes
             living.most = 0
-            wanted = [t for t in results if t.requires_grad]
-            if wanted:
-                torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
+            roots = [t for t in results if t.requires_grad]
+            if roots:
+                torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
             backward = living.most
     gradients = [
         t.grad.nbytes

@@ -1,8 +1,8 @@
 """Small parameters side by side in one buffer, and what may be put there.
 
 ``flat.py`` steps them. A *bucket* is the buffer of the small parameters of one group, dtype and
-device; a *slice* is a stretch of a bucket whose parameters have had the same steps, so that one
-tensor with one optimizer state stands for all of them.
+device; a *slice* is a stretch of a bucket whose parameters have had the same steps, so that they
+are one tensor with one optimizer state.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _why_not_bitsandbytes(optimizer: Any) -> str | None:
         return "its 8-bit states have one scale for each whole tensor"
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     overrides = optimizer.mng.module_weight_config_triple
-    named = any(id(getattr(module, name)) in mine for module, name, _ in overrides)
-    if named or optimizer.mng.index2config:
+    has_overrides = any(id(getattr(module, name)) in mine for module, name, _ in overrides)
+    if has_overrides or optimizer.mng.index2config:
         return "GlobalOptimManager has settings for single parameters"
     return None
 
@@ -145,7 +145,7 @@ class Bucket:
 
 
 class BucketSlice:
-    """The parameters ``first`` to ``last`` (exclusive) of a bucket, which one tensor stands for.
+    """The parameters ``first`` to ``last`` (exclusive) of a bucket, as one tensor.
 
     Attributes:
         tensor: ``(elements,)``, a view of the bucket; the inner optimizer's parameter.
@@ -171,12 +171,8 @@ class BucketSlice:
 def cut(state: State, size: int, start: int, stop: int, shape: torch.Size | None = None) -> State:
     """The state of a part of a tensor of ``size`` elements; element-wise entries are views.
 
-    Args:
-        state: of the whole, of one dimension.
-        size: its elements.
-        start: where the part begins.
-        stop: where it ends.
-        shape: of the part's element-wise entries, where it is not flat.
+    ``state`` is that of the whole, of one dimension; the part is ``[start, stop)``. ``shape`` is
+    that of its element-wise entries, where it is not flat.
     """
     part: State = {}
     for name, value in state.items():
@@ -207,7 +203,7 @@ def signature(state: State, shape: torch.Size) -> tuple[Any, ...]:
 
 
 def join(piece: BucketSlice, states: Sequence[State]) -> State:
-    """The state of ``piece`` of those of its parameters, which have one signature."""
+    """The state of ``piece`` from those of its parameters, which have one signature."""
     whole: State = {}
     size = piece.stop - piece.start
     for name, example in states[0].items():
@@ -229,12 +225,10 @@ def join(piece: BucketSlice, states: Sequence[State]) -> State:
 def loose_reasons(
     optimizer: torch.optim.Optimizer, threshold: int, ours: Collection[nn.Parameter] = ()
 ) -> dict[nn.Parameter, str]:
-    """The parameters of ``optimizer`` that stay tensors of their own, with the reason.
+    """The parameters of the element-wise ``optimizer`` that stay separate tensors, with the reason.
 
-    Args:
-        optimizer: the element-wise optimizer.
-        threshold: the most elements of a small parameter.
-        ours: those that lie in a buffer of ours already, where padding may be between them.
+    ``threshold`` is the most elements of a small parameter; ``ours`` lie in a buffer of ours
+    already, where padding may be between them.
     """
     reasons: dict[nn.Parameter, str] = {}
     tenants: dict[int, list[nn.Parameter]] = defaultdict(list)

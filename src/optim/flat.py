@@ -56,8 +56,8 @@ class FlatOptimizer(Optimizer):
     - ``param_groups``, ``state`` and ``state_dict`` are those of the wrapped optimizer, by
       parameter: a checkpoint of either loads into the other.
     - Parameters that are moved later (``model.to``, ``p.data = …``) are gathered again.
-    - With blockwise 8-bit states (bitsandbytes) each tensor begins at a block of its own, so that
-      scales do not depend on neighbours. Tensors too small for 8 bits stay on their own.
+    - With blockwise 8-bit states (bitsandbytes) each tensor begins at a new block, so that scales
+      do not depend on neighbours. Tensors too small for 8 bits stay on their own.
 
     Tensors above ``threshold``, frozen ones and those that share memory with others are updated
     as before; ``summary()`` says how many and why.
@@ -177,13 +177,9 @@ class FlatOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step every parameter that has a gradient.
+        """Step every parameter that has a gradient; returns what ``closure`` returned.
 
-        Args:
-            closure: computes the loss and its gradients again, as in ``torch.optim``.
-
-        Returns:
-            What ``closure`` returned.
+        ``closure`` computes the loss and its gradients again, as in ``torch.optim``.
         """
         loss = None
         if closure is not None:
@@ -198,8 +194,8 @@ class FlatOptimizer(Optimizer):
         self._collect()
         for visible, inner in zip(self.base.param_groups, self._inner.param_groups, strict=True):
             inner.update({k: v for k, v in visible.items() if k != "params"})
-        given = {name: vars(self)[name] for name in _SCALING if name in vars(self)}
-        vars(self._inner).update(given)
+        scaling = {name: vars(self)[name] for name in _SCALING if name in vars(self)}
+        vars(self._inner).update(scaling)
         try:
             self._inner.step()
             # the writes went past the parameters; autograd must see that saved ones have changed
@@ -211,7 +207,7 @@ class FlatOptimizer(Optimizer):
             ]
             torch.autograd.graph.increment_version(updated)
         finally:
-            for name in given:
+            for name in scaling:
                 delattr(self._inner, name)
             for piece in self._slices:
                 piece.tensor.grad = None
@@ -286,9 +282,9 @@ class FlatOptimizer(Optimizer):
                 if last < len(kinds) and kinds[last] == kinds[first]:
                     continue
                 piece = BucketSlice(bucket, first, last)
-                found: list[Any] = [states.get(p, {}) for p in bucket.params[first:last]]
-                if found[0]:
-                    self._inner.state[piece.tensor] = join(piece, found)
+                piece_states: list[Any] = [states.get(p, {}) for p in bucket.params[first:last]]
+                if piece_states[0]:
+                    self._inner.state[piece.tensor] = join(piece, piece_states)
                 self._slices.append(piece)
                 first = last
         self._list_slices()
@@ -303,7 +299,7 @@ class FlatOptimizer(Optimizer):
             self._inner.param_groups[number]["params"] = loose + slices
 
     def _states(self) -> defaultdict[Any, Any]:
-        """The state of each parameter: views of the flat state, and a count of its own."""
+        """The state of each parameter: views of the flat state, and separate counts."""
         states = defaultdict[Any, Any](dict, self._inner.state)
         for piece in self._slices:
             state, size = states.pop(piece.tensor, None), piece.stop - piece.start
