@@ -221,12 +221,12 @@ class Report:
         lines = []
         before, after = self._sums("saved_before", "saved_after")
         if before:
-            text = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"kept for backward by these formulas: {text}")
+            saved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
+            lines.append(f"kept for backward by these formulas: {saved}")
         before, after = self._sums("moved_before", "moved_after")
         if before:
-            text = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
-            lines.append(f"read and written by their forward: {text}")
+            moved = f"{before / 1024:.1f} KiB per token before, {after / 1024:.1f} KiB after"
+            lines.append(f"read and written by their forward: {moved}")
         seconds = self.seconds_saved()
         if before and seconds is not None and self.bandwidth is not None:
             speed = self.bandwidth / 1e9
